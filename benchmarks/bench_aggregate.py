@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import COPY
 from contestants import apex_mean
 from flower_means import LAYERS, fresh_mean, inplace_mean
 from harness import compare
-from records import COPY
 from torch import Tensor
 
 from fedkern import ops

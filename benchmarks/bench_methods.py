@@ -36,12 +36,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gate, machines, processes, records
+from benchmarks import comparisons, gate, machines, processes
 from benchmarks.studies import study
 from fedkern.engine import RunConfig
 
 ROOT = Path(__file__).parent.parent
-RESULTS = records.RESULTS
+RESULTS = comparisons.RESULTS
 CONTESTANTS = ("plain", "before", "fedkern", "bf16", "reference")
 OURS = "fedkern"
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
@@ -444,13 +444,13 @@ def _scatter(values: Sequence[float]) -> float:
 
 
 def results_path(machine: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    return folder / f"methods_{records.slug(dict(machine))}.json"
+    return folder / f"methods_{comparisons.slug(dict(machine))}.json"
 
 
 def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
     """The recorded rows; none where the file is not there or of another machine."""
     content = json.loads(path.read_text()) if path.exists() else {}
-    if not content or records.machine_difference(content["machine"], dict(machine)):
+    if not content or comparisons.machine_difference(content["machine"], dict(machine)):
         return []
     return [Row(**row) for row in content["cases"]]
 
@@ -480,7 +480,7 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
     machine = content["machine"]
     threads = f"{content['threads']} threads" if content["threads"] else "its own default of threads"
     lines = [
-        f"# Whole runs on {records.processor(dict(machine))}",
+        f"# Whole runs on {comparisons.processor(dict(machine))}",
         "",
         "Made by `python -m benchmarks.bench_methods`, which says what the contestants are. "
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('isa')}; torch {machine.get('torch')}; "

@@ -37,10 +37,10 @@ import harness
 import machines
 import pytest
 import sources
+from comparisons import Comparison
 from contestants import Absent
-from records import Comparison
 from rounds import ours, setting
-from rounds.processes import Contestant, Failed, Played, play
+from rounds.plays import Contestant, Failed, Played, play
 from rounds.setting import Setting
 from rounds.task import Task
 

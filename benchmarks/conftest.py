@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import comparisons
 import gate
 import harness
 import pytest
-import records
 import torch
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--record", action="store_true", help="write benchmarks/results/<operator>-<processor>.json, row by row"
     )
     group.addoption("--anew", action="store_true", help="with --record: start the measured operators' files again")
-    group.addoption("--results", type=Path, default=records.RESULTS, help="another folder for --record")
+    group.addoption("--results", type=Path, default=comparisons.RESULTS, help="another folder for --record")
     group.addoption("--gate", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml")
     group.addoption("--gate-short", action="store_true", help="two short rows per operator, less strictly, in a minute")
     group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml for --gate")
@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--anew") and not config.getoption("--record"):
         raise pytest.UsageError("--anew says what --record does with earlier rows; give both")
     if config.getoption("--record"):
-        harness.SETTINGS.recorder = records.Recorder(
+        harness.SETTINGS.recorder = comparisons.Recorder(
             harness.machine, config.getoption("--results"), collected=_collected, anew=config.getoption("--anew")
         )
     harness.SETTINGS.rounds = config.getoption("--rounds")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 FLOORS = Path(__file__).parent / "floors.toml"
-# What of a machine moves ratios: records.IDENTITY and records.CHIP.
+# What of a machine moves ratios: comparisons.IDENTITY and comparisons.CHIP.
 MOVES = (
     *("cpu", "cores", "isa", "gpu", "backend", "torch"),
     *("family", "model", "stepping", "implementer", "part", "l2", "l3"),

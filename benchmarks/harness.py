@@ -24,13 +24,13 @@ from typing import Any
 
 import gate
 import machines
-import memory
+import peak_memory
 import pytest
 import sources
 import timing
 import torch
+from comparisons import COPY, Comparison, Recorder, machine_difference
 from contestants import Absent
-from records import COPY, Comparison, Recorder, machine_difference
 
 MAX_SECONDS = 20.0  # of a measurement, after which it ends once it has LEAST_PAIRS pairs
 SHORT_SECONDS = 1.0  # the same in the short gate
@@ -97,8 +97,8 @@ def compare(
         contestants: callables without arguments, or why one cannot run here; the first calls of each (compilation,
             page faults) are not timed.
         copy: also time a copy of ``model_bytes``.
-        floors, gpu_floors: speed-ups that the project promises, on the CPU and on a GPU; over ``records.COPY`` a share
-            of its bytes/s, which on a GPU is promised wherever ``copy`` is asked for and the bytes do not fit the L2.
+        floors, gpu_floors: speed-ups that the project promises, on the CPU and on a GPU; over ``comparisons.COPY`` a
+            share of its bytes/s, promised on a GPU wherever ``copy`` is asked for and the bytes do not fit the L2.
         threads: torch threads for all contestants; None leaves torch's default.
         loaded: keep another process spinning meanwhile, as on a shared machine.
         over: record the overhead, our time over this contestant's (``""``: all of ours), as a median over pairs.
@@ -136,7 +136,7 @@ def compare(
                 if verdict.outcome != "fail" or not left:
                     break
             _leave_record(benchmark, runs[ours], where)
-            peak = {} if SETTINGS.short else {name: memory.peak_bytes(run, where) for name, run in runs.items()}
+            peak = {} if SETTINGS.short else {name: peak_memory.peak_bytes(run, where) for name, run in runs.items()}
     finally:
         torch.set_num_threads(before)
     backend, core = machines.served_by(where.type)

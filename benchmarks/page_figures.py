@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import geometric_mean, mean, median
 from typing import Any
 
-from benchmarks import bench_methods, profile_methods, records
+from benchmarks import bench_methods, comparisons, profile_methods
+from benchmarks.comparisons import Comparison, read_results
 from benchmarks.pages import Page, said
-from benchmarks.records import Comparison, read_results
 from benchmarks.report import in_short, our_time, ratio
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import RESULTS, spread, table
@@ -706,7 +706,7 @@ SHOWN = (
 @cache
 def measured() -> Mapping[str, Sequence[Comparison]]:
     """The operators' rows of one thread on a quiet machine, by group."""
-    found = read_results(records.RESULTS)
+    found = read_results(comparisons.RESULTS)
     return {
         group: [row for recorded in files if recorded.name.endswith(MACHINE) for row in in_short(recorded.rows)]
         for group, files in found.items()
@@ -756,7 +756,7 @@ RUNS, PROFILED = "methods_amd-epyc", "profile_amd-epyc"
 @cache
 def waited() -> Mapping[str, bench_methods.Row]:
     """The whole runs by "method setting"."""
-    rows = [bench_methods.Row(**row) for row in load(RUNS, records.RESULTS)["cases"]]
+    rows = [bench_methods.Row(**row) for row in load(RUNS, comparisons.RESULTS)["cases"]]
     return {row.name: row for row in rows}
 
 
@@ -801,7 +801,7 @@ def speed_in_short() -> Lines:
 
 def rounds_of_fedavg() -> Lines:
     """Seconds a round of FedAvg, ours and other frameworks'."""
-    found = [row for recorded in read_results(records.RESULTS).get("rounds", []) for row in recorded.rows]
+    found = [row for recorded in read_results(comparisons.RESULTS).get("rounds", []) for row in recorded.rows]
     rows = []
     for row in found:
         others = [f"{gain:.2f}× {name}" for name, gain in row.speedup.items()]
@@ -811,7 +811,7 @@ def rounds_of_fedavg() -> Lines:
 
 def where_seconds_go() -> Lines:
     """The share of every part of a run."""
-    found = load(PROFILED, records.RESULTS)["runs"]
+    found = load(PROFILED, comparisons.RESULTS)["runs"]
     rows = [
         [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
         for part in profile_methods.PARTS

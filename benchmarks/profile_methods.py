@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_methods, machines, processes, records
+from benchmarks import bench_methods, comparisons, machines, processes
 from benchmarks.bench_methods import CASES, METHODS, Case
 
 START, LOAD, EVALUATE, BATCHES, STEP, OURS, KEEP = (
@@ -234,7 +234,7 @@ def page(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
     """A column per method: seconds, and the share of every part."""
     names = [run["method"] for run in runs]
     lines = [
-        f"# Where the seconds go on {records.processor(dict(machine))}",
+        f"# Where the seconds go on {comparisons.processor(dict(machine))}",
         "",
         "Made by `python -m benchmarks.profile_methods`, which says what belongs where: default runs, shortened, on "
         f"one thread, in per cent of the seconds under torch.profiler. {machine.get('cpu')}, {machine.get('isa')}; "
@@ -258,12 +258,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return child(words[3:], float(words[2]), Path(words[1]))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_methods", description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder to write to")
+    parser.add_argument("--results", type=Path, default=comparisons.RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
     given = parser.parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is measured ends too
     machine = machines.machine("cpu")
-    path = given.results / f"profile_{records.slug(machine)}.json"
+    path = given.results / f"profile_{comparisons.slug(machine)}.json"
     runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in given.methods]
     text = page(runs, machine)
     if not given.dry:

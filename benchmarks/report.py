@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import gate, sources
-from benchmarks.records import COPY, RESULTS, Comparison, Recorded, processor, read_results, slug
+from benchmarks.comparisons import COPY, RESULTS, Comparison, Recorded, processor, read_results, slug
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "ops.md"

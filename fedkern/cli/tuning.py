@@ -64,7 +64,7 @@ def tune(request: Request) -> int:
     from fedkern import interrupts
     from fedkern.ops._fuse.blocks import choice as fuse_choice
     from fedkern.ops._fuse.blocks import tune as fuse_tune
-    from fedkern.ops._fuse.blocks.table import Row, write_table
+    from fedkern.ops._fuse.blocks.lowering_costs import Row, write_table
     from fedkern.report.names import say
     from fedkern.report.progress import counting, terminal
 

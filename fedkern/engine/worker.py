@@ -10,8 +10,8 @@ A worker has a network, the clients' data and their states of the round, and wor
 its parent ends.  It ignores SIGINT, which a terminal sends to every process in the foreground: the run's process
 handles that.
 
-Message classes are in `fedkern.engine.executors.tasks`: run as ``__main__``, this module would define other classes
-than the run's process imports under its name.
+Message classes are in `fedkern.engine.executors.worker_messages`: run as ``__main__``, this module would define other
+classes than the run's process imports under its name.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task, set_modes
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker, portable
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, set_modes
 from fedkern.engine.parties import Elsewhere
 from fedkern.models import MODELS
 from fedkern.models.precision import computing

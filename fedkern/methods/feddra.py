@@ -12,7 +12,7 @@ A round has three exchanges:
   the average.  The anchor model has the encoders from the start of the round and the averaged alignment modules.
   Without anchors and with ``joint_start=own`` no client needs that average, and the alignment modules are not uploaded.
 - ``losses``: every client reports the new model's contrastive loss on samples that it never trains on.  The losses
-  determine the client weights of the next round's averages (`fedkern.methods.common.robust`).  The anchor model equals
+  determine the client weights of the next round's averages (`fedkern.methods.common.dro`).  The anchor model equals
   the evaluated model here, so the anchor term is zero.
 
 A client keeps the model that it got with ``losses`` and needs no other model in the next round.  A round costs the
@@ -51,8 +51,8 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
 from fedkern.methods.common.frozen import remembered
-from fedkern.methods.common.robust import LOSSES, Robust, vectors_of
 from fedkern.methods.common.supervised import TEMPERATURE
 from fedkern.methods.uploads import once
 from fedkern.models.towers import PARTS

@@ -6,10 +6,10 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import comparisons
 import gate
 import pytest
-import records
-from records import Comparison, machine_difference, read_results, write_results
+from comparisons import Comparison, machine_difference, read_results, write_results
 
 MACHINE = {"cpu": "A", "cores": 2, "isa": "avx2", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 ROW = Comparison(
@@ -99,7 +99,7 @@ def test_machines_are_compared_by_what_moves_ratios() -> None:
     assert not machine_difference(MACHINE, {**MACHINE, "torch": "2.13.1", "time": "2027"})
     for name, other in (("cpu", "B"), ("cores", 64), ("isa", "avx512"), ("torch", "2.12.0"), ("gpu", "H200")):
         assert name in machine_difference(MACHINE, {**MACHINE, name: other})
-    assert set(gate.MOVES) == {*records.IDENTITY, *records.CHIP}
+    assert set(gate.MOVES) == {*comparisons.IDENTITY, *comparisons.CHIP}
     known = {**MACHINE, "model": "143", "l2": "2048K"}
     assert not machine_difference(MACHINE, known), "what was not recorded is not known"
     assert not machine_difference(known, MACHINE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gate, report
-from benchmarks.records import Comparison, read_results, slug, write_results
+from benchmarks.comparisons import Comparison, read_results, slug, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 INTEL = {**AMD, "cpu": "Intel(R) Xeon(R) Processor", "time": "2026-01-02"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import contestants
-import memory
+import peak_memory
 import pytest
 import timing
 import torch
@@ -87,7 +87,7 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
 
 @pytest.mark.exhaustive
 def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
-    if memory.peak_bytes(lambda: None, CPU) is None:
+    if peak_memory.peak_bytes(lambda: None, CPU) is None:
         pytest.skip("this kernel does not let a process set back its high-water mark")
     size = 8 << 20
     leaf = torch.ones(size // 4, requires_grad=True)
@@ -105,7 +105,7 @@ def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
         (backward, size, 3 * size),  # the gradient, which the call before left, and what lives beside it
     ):
         run()
-        rise = memory.peak_bytes(run, CPU)
+        rise = peak_memory.peak_bytes(run, CPU)
         assert rise is not None
         assert least <= rise + (1 << 20)  # the kernel counts pages by processor, and adds them up now and then
         assert rise <= most + (3 << 20)  # what else grows in a process meanwhile

@@ -14,7 +14,7 @@ import pytest
 import torch
 from contestants import Absent
 from rounds import lean, ours, setting
-from rounds.processes import Contestant, Failed, family, play, resident
+from rounds.plays import Contestant, Failed, family, play, resident
 from rounds.setting import Setting
 from rounds.task import NETWORKS, Task
 

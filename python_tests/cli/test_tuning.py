@@ -9,7 +9,7 @@ import pytest
 
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.ops._fuse.blocks import tune as fuse_tune
-from fedkern.ops._fuse.blocks.table import read_table
+from fedkern.ops._fuse.blocks.lowering_costs import read_table
 from fedkern.run import main
 
 

@@ -515,7 +515,7 @@ def test_a_worker_does_not_import_torchs_compiler():
     """It takes a second of both cores, in which no client works."""
     code = (
         "import sys, torch, fedkern.engine.worker\n"
-        "from fedkern.engine.executors.tasks import modes, set_modes\n"
+        "from fedkern.engine.executors.worker_messages import modes, set_modes\n"
         "set_modes(modes()); print('torch._dynamo' in sys.modules)\n"
         "set_modes({**modes(), 'deterministic': True, 'warn_only': True}); print(modes()['warn_only'])"
     )

@@ -15,7 +15,7 @@ from rich.console import Console
 from fedkern.ops._core import backend, loading
 from fedkern.ops._core.processor import Processor
 from fedkern.ops._fuse.blocks import choice as fuse_choice
-from fedkern.ops._fuse.blocks.table import write_table
+from fedkern.ops._fuse.blocks.lowering_costs import write_table
 from fedkern.report import doctor
 
 

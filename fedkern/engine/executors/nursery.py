@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fedkern
-from fedkern.engine.executors.tasks import Setup
 from fedkern.engine.executors.wire import Channel, Packer
+from fedkern.engine.executors.worker_messages import Setup
 
 
 class _Process(Protocol):

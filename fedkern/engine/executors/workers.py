@@ -23,8 +23,8 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task, modes
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, modes
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedkern.methods.base import Batch, Federation, Received, Round, register
-from fedkern.methods.common.robust import LOSSES, Robust
+from fedkern.methods.common.dro import LOSSES, Robust
 from fedkern.methods.common.supervised import supervised_loss
 
 

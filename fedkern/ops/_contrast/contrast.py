@@ -1,7 +1,7 @@
 """contrastive: the symmetric in-batch contrastive loss of image-text training.
 
 The reference is in reference.py, the torch.library operators in library.py, the launchers in kernels.py, and the loop
-over tiles of similarities on a GPU in tiles.py.
+over tiles of similarities on a GPU in tiled.py.
 """
 
 from __future__ import annotations

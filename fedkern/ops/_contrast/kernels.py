@@ -1,7 +1,7 @@
 """Interface of contrastive's kernels, and the launchers of the compiled cores.
 
 On the CPU torch multiplies, and csrc/cpu/contrast.cpp computes loss and gradient from the products.  On a GPU the loop
-over tiles of similarities is in tiles.py, which Triton shares.
+over tiles of similarities is in tiled.py, which Triton shares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkern.ops._contrast.products import similarities, times, transposed_times
 from fedkern.ops._contrast.reference import Gradients
-from fedkern.ops._contrast.tiles import Pairs, TiledContrast
+from fedkern.ops._contrast.tiled import Pairs, TiledContrast
 from fedkern.ops._core.backend import DTYPES
 from fedkern.ops._core.launch import Launcher
 

@@ -1,4 +1,4 @@
-"""contrastive in Triton: the kernels on tiles of similarities; the loop over the tiles is in tiles.py."""
+"""contrastive in Triton: the kernels on tiles of similarities; the loop over the tiles is in tiled.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._contrast.tiles import Pairs, TiledContrast
+from fedkern.ops._contrast.tiled import Pairs, TiledContrast
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch
 from fedkern.ops._core.triton.numbers import COMPUTE, double_of, finish, join
 

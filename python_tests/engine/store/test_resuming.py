@@ -13,7 +13,7 @@ from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
 from fedkern.ops._fuse.blocks import choice as fuse_choice
-from fedkern.ops._fuse.blocks.table import write_table
+from fedkern.ops._fuse.blocks.lowering_costs import write_table
 
 
 @pytest.fixture

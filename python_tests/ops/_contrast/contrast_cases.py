@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from fedkern import ops
 from fedkern.ops._contrast import kernels as contrast_kernels
 from fedkern.ops._contrast import products as contrast_products
-from fedkern.ops._contrast import tiles as contrast_tiles
+from fedkern.ops._contrast import tiled as contrast_tiled
 from fedkern.ops._contrast.reference import contrastive_reference
 
 AXES: dict[str, Any] = {
@@ -33,7 +33,7 @@ AXES: dict[str, Any] = {
 def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes calls of any size go a way that is meant for large ones."""
     if way == "tiles":
-        for module in (contrast_kernels, contrast_tiles):
+        for module in (contrast_kernels, contrast_tiled):
             monkeypatch.setattr(module, "HELD", 0)
             monkeypatch.setattr(module, "TILE", 1 << 14)
         monkeypatch.setattr(contrast_kernels, "LEAST_ROWS", 7)

@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-import memory
+import peak_memory
 import pytest
 import torch
 from contrast_cases import AXES, check, choose, embeddings
@@ -138,7 +138,7 @@ def test_large_batches_take_no_memory_of_their_square(pairs: int) -> None:
 
     with using(KERNELS[-1]):
         step()
-        peak = memory.peak_bytes(step, torch.device("cpu"))
+        peak = peak_memory.peak_bytes(step, torch.device("cpu"))
         loss = ops.contrastive(x.detach(), y.detach(), temperature)
     if "ASAN_OPTIONS" not in os.environ:  # AddressSanitizer keeps what is freed
         assert peak is None or peak < 4 * pairs**2 // 2

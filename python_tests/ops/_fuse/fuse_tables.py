@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fedkern.ops._core.processor import processor
 from fedkern.ops._fuse.blocks.choice import active_isa
-from fedkern.ops._fuse.blocks.table import KINDS, Row, Table
+from fedkern.ops._fuse.blocks.lowering_costs import KINDS, Row, Table
 
 
 def made(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.ops import FusedBlocks
 from fedkern.ops._fuse.blocks.conv import MAX_COLUMNS
-from fedkern.ops._fuse.blocks.table import LOWERINGS
+from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
 
 WAYS = [None, *LOWERINGS]
 

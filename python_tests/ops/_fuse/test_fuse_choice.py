@@ -16,7 +16,7 @@ from fedkern.ops import FusedBlocks
 from fedkern.ops._core import processor as processors
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.ops._fuse.blocks.choice import choose, own_file, serving
-from fedkern.ops._fuse.blocks.table import Table, Work, write_table
+from fedkern.ops._fuse.blocks.lowering_costs import Table, Work, write_table
 
 WORKS = [Work("spatial", 20.0, False, 16.0, 9 * 20 * 20 * 256.0)]
 

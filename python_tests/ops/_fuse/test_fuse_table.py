@@ -17,7 +17,7 @@ from fedkern.ops import FusedBlocks
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.ops._fuse.blocks.choice import choose
 from fedkern.ops._fuse.blocks.lowering import halved, halves
-from fedkern.ops._fuse.blocks.table import KINDS, LOWERINGS, VECTOR, Work, nearest, read_table, write_table
+from fedkern.ops._fuse.blocks.lowering_costs import KINDS, LOWERINGS, VECTOR, Work, nearest, read_table, write_table
 
 SHIPPED = [pytest.param(path, id=path.stem) for path in sorted(fuse_choice.SHIPPED.glob("*.json"))]
 

@@ -24,7 +24,7 @@ from fedkern.inputs import standing
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
 from fedkern.ops._core.processor import Processor, processor
-from fedkern.ops._fuse.blocks.table import LOWERINGS, Table, Work, read_table
+from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS, Table, Work, read_table
 
 SHIPPED = Path(__file__).with_name("tables")
 VARIABLE = "FEDKERN_LOWERINGS"

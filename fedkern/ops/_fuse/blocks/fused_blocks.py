@@ -16,8 +16,8 @@ from fedkern.ops._fuse.blocks.choice import choose, serving
 from fedkern.ops._fuse.blocks.conv import core_for
 from fedkern.ops._fuse.blocks.layers import FusedConv, FusedLayer, FusedLinear, fuse_layers
 from fedkern.ops._fuse.blocks.lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
+from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
 from fedkern.ops._fuse.blocks.shapes import axes_named, axes_of, survey
-from fedkern.ops._fuse.blocks.table import LOWERINGS
 from fedkern.ops._fuse.blocks.trace import check_alike
 
 Lowering = Literal["grouped", "separate", "direct"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.ops._fuse.blocks.table import IMAGE, VECTOR, Work
+from fedkern.ops._fuse.blocks.lowering_costs import IMAGE, VECTOR, Work
 
 
 class FusedLayer(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fedkern.ops._core.memory import fresh
 from fedkern.ops._fuse.blocks import conv
 from fedkern.ops._fuse.blocks.layers import FusedBatchNorm, FusedConv
+from fedkern.ops._fuse.blocks.lowering_costs import VECTOR, Work
 from fedkern.ops._fuse.blocks.onednn import Prepared, convolve
 from fedkern.ops._fuse.blocks.shapes import POOLS, pooled
-from fedkern.ops._fuse.blocks.table import VECTOR, Work
 from fedkern.ops._fuse.blocks.trace import Step
 from fedkern.ops._fuse.fuse import fuse_concat
 from fedkern.ops._fuse.maps import empty_map, order_of

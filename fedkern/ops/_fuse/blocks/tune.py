@@ -14,7 +14,7 @@ from fedkern.ops._core.processor import processor
 from fedkern.ops._fuse.blocks.choice import active_isa
 from fedkern.ops._fuse.blocks.fused_blocks import FusedBlocks
 from fedkern.ops._fuse.blocks.lowering import halved
-from fedkern.ops._fuse.blocks.table import KINDS, LOWERINGS, Row, Table
+from fedkern.ops._fuse.blocks.lowering_costs import KINDS, LOWERINGS, Row, Table
 
 BATCH = 64
 COLOURS = 3

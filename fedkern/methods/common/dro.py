@@ -56,22 +56,31 @@ class Robust(LocalTraining):
         """Options of the client weights."""
 
         weighting: str = option(
-            "uniform", "centre of the set of client weights: the same for all, or the shares of the samples",
+            "uniform",
+            "centre of the set of client weights: equal weights, or the shares of the samples",
             choices=("uniform", "samples"),
-        )  # fmt: skip
-        eta: float = option(0.5, "step size of the client weights: how fast they follow the losses", low=0)
+        )
+        eta: float = option(
+            0.5,
+            "step size of the client weights; the larger, the faster they follow the losses",
+            low=0,
+        )
         dro_apply: str = option(
-            "aggregate", "where the client weights act: in the average, on the local losses (times N), or as in the "
-            "released code (on the local losses as they are, which AdamW does not see)",
+            "aggregate",
+            "where the client weights act: aggregate (in the average), loss (on the local losses, times N), "
+            "loss_code (on the local losses as in the released code; AdamW does not see them)",
             choices=("aggregate", "loss", "loss_code"),
-        )  # fmt: skip
+        )
         loss_split: str = option(
-            "holdout", "what the clients' losses are taken on: samples that they never train on, or training samples",
+            "holdout",
+            "samples for the clients' losses: holdout (never trained on), or train (training samples)",
             choices=("holdout", "train"),
-        )  # fmt: skip
-        loss_share: float = option(0.1, "share of a client's samples that its loss is taken on", above=0, high=0.5)
+        )
+        loss_share: float = option(0.1, "share of a client's samples for its loss", above=0, high=0.5)
         loss_batch: int = option(
-            32, "batch size of those losses, the same for all clients; smaller where one has fewer samples", low=2
+            32,
+            "batch size for the clients' losses, the same for all clients; smaller for a client with fewer samples",
+            low=2,
         )
 
     @property

@@ -10,7 +10,7 @@ import machines
 import pytest
 
 from benchmarks import report, sources
-from benchmarks.records import COPY, RESULTS, Comparison, Recorder, read_results, write_results
+from benchmarks.comparisons import COPY, RESULTS, Comparison, Recorder, read_results, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 NOBODY_KNOWS = {"_cpu": "", "_cuda": ""}
