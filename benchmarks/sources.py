@@ -20,6 +20,7 @@ GROUPS = {
         "median",
         "pairwise_distances",
         "server_step",
+        "tree",
         "trimmed_mean",
     ),
     "blend": ("blend", "boxes"),

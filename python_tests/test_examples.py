@@ -17,6 +17,7 @@ SAYS = {
     "distillation": "The student agrees with the labels on 9",
     "finished_run": "round 3: accuracy",
     "own_method": "accuracy after 3 rounds",
+    "whole_models": "arrays: [(32, 20), (32,)",
 }
 
 

@@ -1,5 +1,6 @@
 """Fast operators for federated learning, most of them differentiable; a plain PyTorch reference specifies each."""
 
+from fedkern.ops import tree as tree
 from fedkern.ops._aggregate.accumulator import Accumulator
 from fedkern.ops._aggregate.clipping import clip_and_noise, clip_by_norm
 from fedkern.ops._aggregate.distances import geometric_median, krum, pairwise_distances
