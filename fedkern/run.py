@@ -1,4 +1,7 @@
-"""The command line: ``python -m fedkern.run METHOD [flags]``, ``--resume DIR``, ``list`` and ``doctor``."""
+"""The command line: ``fedkern METHOD [flags]``, ``--resume DIR``, ``list`` and ``doctor``.
+
+``python -m fedkern.run`` is the same command.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -18,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the words after ``python -m fedkern.run``; None takes them from ``sys.argv``.
+        argv: the words after ``fedkern``; None takes them from ``sys.argv``.
 
     Returns:
         The exit code (1 and 2 with one sentence on standard error):
@@ -120,17 +124,37 @@ def _others_leave_cores() -> bool:
 
 
 def _dispatch(words: list[str]) -> int:
+    if words == ["--version"]:
+        from fedkern import __version__
+
+        print(f"fedkern {__version__}")
+        return OK
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
-    from fedkern.cli import commands, downstream, flags, tuning
-    from fedkern.files import check_text
+    with _told("loading torch ..."):
+        from fedkern.cli import commands, downstream, finished_runs, flags, tuning
+        from fedkern.files import check_text
 
     for word in words:
         check_text(word, "the argument")
-    request = downstream.parse(words) or tuning.parse(words) or flags.parse(words)
+    apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words)
+    request = apart or flags.parse(words)
     if request.command == "help":
         print(request.help)
         return OK
     return commands.COMMANDS[request.command](request)
+
+
+@contextmanager
+def _told(text: str) -> Iterator[None]:
+    """Shows ``text`` while the block runs, where somebody looks at a terminal."""
+    if "torch" in sys.modules or not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(" " * len(text), end="\r", file=sys.stderr, flush=True)
 
 
 def _say(text: str, code: int = USAGE) -> int:

@@ -5,60 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts
-from fedkern.cli import downstream, tuning
+from fedkern.cli import downstream, finished_runs, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, absolute, effective, named_options, trusted
 from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
-from fedkern.engine import Listener, RunConfig, RunInfo, Terminated, membership_attack
+from fedkern.engine import Listeners, RunConfig, Terminated, membership_attack
 from fedkern.engine.config import ANYHOW
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import check_free, check_vacant
 from fedkern.errors import UserError
-
-
-class _Tee(Listener):
-    """Passes every event to several listeners, and keeps the data for the pictures."""
-
-    def __init__(self, *listeners: Listener) -> None:
-        self.listeners = listeners
-        self.data: Any = None
-
-    def on_start(self, run: RunInfo) -> None:
-        self.data = run.data
-        for each in self.listeners:
-            each.on_start(run)
-
-    def on_notice(self, text: str) -> None:
-        for each in self.listeners:
-            each.on_notice(text)
-
-    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        for each in self.listeners:
-            each.on_round_start(round, name, participants)
-
-    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        for each in self.listeners:
-            each.on_client(round, client, info)
-
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        for each in self.listeners:
-            each.on_round(record)
-
-    def on_warning(self, name: str, text: str) -> None:
-        for each in self.listeners:
-            each.on_warning(name, text)
-
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        for each in self.listeners:
-            each.on_end(summary)
 
 
 def check_backend() -> None:
@@ -170,12 +133,13 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         code = trusted(out, request.options)
     board = _board() if request.tensorboard else None
     shown = display(quiet=request.quiet, json=request.json)
-    tee = _Tee(shown) if board is None else _Tee(shown, board)
+    tee = Listeners(shown) if board is None else Listeners(shown, board)
     try:
         summary = engine.run(
             config, out=out, resume=request.resume is not None, listener=tee, trusted=code, profile=request.profile
         )
-        pictures, undrawn = _pictures(out, tee.data, config.data_root, code)
+        data: Any = None if tee.info is None else tee.info.data
+        pictures, undrawn = _pictures(out, data, config.data_root, code)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
@@ -189,7 +153,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         shown.close()
         if board is not None:
             board.close()
-    if tee.data is not None and config.augment == tee.data.augment:
+    if data is not None and config.augment == data.augment:
         config = config.replace(augment=None)  # the data set's default, not the user's choice
     _close(request, config, out, summary, pictures)
     if undrawn is not None:
@@ -379,6 +343,7 @@ def attack(request: Request) -> int:
 
 COMMANDS = {
     **dict.fromkeys(TASKS, downstream.run),
+    **finished_runs.COMMAND_TABLE,
     "run": run,
     "resume": run,
     "attack": attack,

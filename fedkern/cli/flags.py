@@ -22,6 +22,10 @@ PROGRAM = "python -m fedkern.run"
 COMMANDS = {
     **TASKS,
     "attack": "how well a finished run's model tells who was in its training data",
+    "evaluate": "a finished run's figures, also on other data",
+    "predict": "classes or masks of your own images, by a finished run",
+    "export": "a finished run's network as a file for other programs",
+    "extend": "more rounds for a run",
     "list": "show the methods, data sets, models, encoders and partitioners",
     "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
@@ -79,10 +83,40 @@ DESCRIPTION = f"""\
 {PROGRAM} --resume DIR                continue an interrupted run
 {PROGRAM} attack DIR                  {COMMANDS["attack"]}
 {"".join(f"{PROGRAM} {name + ' DIR':<27} {text}" + chr(10) for name, text in TASKS.items())}\
+{PROGRAM} evaluate DIR                {COMMANDS["evaluate"]}
+{PROGRAM} predict DIR IMAGE...        {COMMANDS["predict"]}
+{PROGRAM} export DIR                  {COMMANDS["export"]}
+{PROGRAM} extend DIR --rounds R       {COMMANDS["extend"]}
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} tune                        {COMMANDS["tune"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
 """
+
+
+COMMAND_FLAGS: dict[str, dict[str, str]] = {
+    "attack": {
+        "DIR": "folder of a finished run",
+        "--data-root DIR": "where the data files are, if not where the run found them",
+        "--method-option key=value": "an option of the run again, where it names code that may run; repeatable",
+        "--json": "print the result as JSON",
+    },
+    "list": {"--json": "print the names as JSON"},
+    "doctor": {
+        "--measure": "measure the processor's peak and keep it for the figures of later runs",
+        "--json": "print the report as JSON",
+    },
+}
+"""What the commands take that have no parser of their own."""
+
+
+def _command_help(command: str) -> str:
+    lines = [f"usage: {PROGRAM} {command}{' DIR' if command in FOLDER_COMMANDS else ''} [flags]", ""]
+    lines += [*textwrap.wrap(COMMANDS[command][:1].upper() + COMMANDS[command][1:] + ".", 108), ""]
+    shown = {**COMMAND_FLAGS[command], "-h, --help": "show this help and exit"}
+    width = max(map(len, shown)) + 2
+    for name, text in shown.items():
+        lines += textwrap.wrap(text, 108, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2))
+    return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,8 +185,8 @@ def _parser(method: str | None, data: str) -> Parser:
     parser = Parser(
         prog=PROGRAM,
         usage=argparse.SUPPRESS,
-        description=DESCRIPTION,
-        epilog=_method_options(method, data),
+        description=DESCRIPTION if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}",
+        epilog=f"The options of a method: {PROGRAM} METHOD --help" if method is None else None,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
         add_help=False,
@@ -214,9 +248,7 @@ def _parser(method: str | None, data: str) -> Parser:
     return parser
 
 
-def _method_options(method: str | None, data: str) -> str:
-    if method not in METHODS:
-        return f"The options of a method: {PROGRAM} METHOD --help"
+def _method_options(method: str, data: str) -> str:
     kind = METHODS[method]
     knobs = kind.Options.knobs()
     if not knobs:
@@ -288,9 +320,10 @@ def parse(argv: Sequence[str]) -> Request:
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
     folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
-    task = next((word for word in (values.method, *rest) if word in (*TASKS, "tune")), None)
+    apart = (*TASKS, "tune", "evaluate", "predict", "export", "extend")
+    task = next((word for word in (values.method, *rest) if word in apart), None)
     if task is not None:  # with such a word first, another parser reads the command
-        what, folder = ("its folder and its flags", " DIR") if task in TASKS else ("its flags", "")
+        what, folder = ("its flags", "") if task == "tune" else ("its folder and its flags", " DIR")
         raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
@@ -298,7 +331,8 @@ def parse(argv: Sequence[str]) -> Request:
     method = values.method
     check_filled({name: getattr(values, name) for name in FOLDERS})
     if values.help:
-        return Request("help", method=method, help=parser.format_help())
+        text = _command_help(values.method) if values.method in COMMAND_FLAGS else parser.format_help()
+        return Request("help", method=method, help=text)
     known = [*METHODS, *COMMANDS]
     if method is not None and method not in known:
         raise UserError(

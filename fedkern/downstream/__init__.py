@@ -1,4 +1,4 @@
-"""Downstream tasks of a finished image-text run: retrieval, zero-shot classification, probes, segmentation."""
+"""What finished runs are good for: predictions, files for other programs, and tasks of image-text networks."""
 
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.tasks import decode, probe, retrieve, zero_shot

@@ -1,20 +1,23 @@
 """Engine that runs a method: round loop, local training, checkpoints, records."""
 
 from fedkern.engine.config import RunConfig
-from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.events import Listener, Listeners, RunInfo
 from fedkern.engine.membership_attack import attack
 from fedkern.engine.run import load_data, run
 from fedkern.engine.store.artifacts import read as read_shown
+from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.saved_model import read_model
 from fedkern.interrupts import Terminated
 
 __all__ = [
     "Listener",
+    "Listeners",
     "RunConfig",
     "RunInfo",
     "Terminated",
     "attack",
+    "extend",
     "load_data",
     "read_metrics",
     "read_model",

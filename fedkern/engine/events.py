@@ -85,3 +85,44 @@ class Listener:
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run is finished and everything is on disk."""
+
+
+class Listeners(Listener):
+    """Passes every event to several listeners.
+
+    Attributes:
+        info: what the run announced; None before its start.
+    """
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = listeners
+        self.info: RunInfo | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        self.info = run
+        for each in self.listeners:
+            each.on_start(run)
+
+    def on_notice(self, text: str) -> None:
+        for each in self.listeners:
+            each.on_notice(text)
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        for each in self.listeners:
+            each.on_round_start(round, name, participants)
+
+    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+        for each in self.listeners:
+            each.on_client(round, client, info)
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        for each in self.listeners:
+            each.on_round(record)
+
+    def on_warning(self, name: str, text: str) -> None:
+        for each in self.listeners:
+            each.on_warning(name, text)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        for each in self.listeners:
+            each.on_end(summary)

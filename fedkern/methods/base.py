@@ -94,6 +94,8 @@ class Method:
     statistics of its batch norms."""
     follows_own_update: ClassVar[bool] = False
     """Whether a client's state follows from its whole update, so that the server must not scale the update down."""
+    spans: ClassVar[str] = ""
+    """What of the method follows a schedule over all rounds of a run; empty where nothing does."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from fedkern.errors import MESSAGE
 from fedkern.privacy.guarantee import EPSILON, PART
@@ -111,24 +112,17 @@ def covering(private: Mapping[str, Any]) -> str:
     return f"{name}{figure} covers everything that clients release: {covers}"
 
 
-def final_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of a run: a row for each figure and a column for each test set, then bytes and time.
+def figures_table(title: str, metrics: Mapping[str, float]) -> Table:
+    """A row for each figure and a column for each test set; the validation set's figures are no results."""
+    return _figures(plain(title, "table.title"), metrics)
 
-    The validation set serves to choose settings.  Its figures are no results and are not shown.
 
-    Args:
-        summary: contents of ``summary.json``.
-    """
-    rounds = max(int(summary.get("rounds", 1)), 1)
-    rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
-    title = plain(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", "table.title")
-    if summary.get("privacy"):
-        title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
+def _figures(title: Text, metrics: Mapping[str, float]) -> Table:
     figures: dict[str, dict[str, str]] = {}
-    for name in ordered(summary["metrics"]):
+    for name in ordered(metrics):
         test_set, figure = split_metric(name)
         if test_set != "validation":
-            figures.setdefault(figure, {})[test_set] = human_metric(name, summary["metrics"][name])
+            figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
     columns = [test_set for test_set in ("", *_TEST_SETS) if test_set in present] or [""]
     table = Table(
@@ -145,6 +139,23 @@ def final_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             plain(_NAMES.get(figure, figure.replace("_", " "))), *(row.get(test_set, "") for test_set in columns)
         )
+    return table
+
+
+def final_table(summary: Mapping[str, Any]) -> Table:
+    """The closing table of a run: a row for each figure and a column for each test set, then bytes and time.
+
+    The validation set serves to choose settings.  Its figures are no results and are not shown.
+
+    Args:
+        summary: contents of ``summary.json``.
+    """
+    rounds = max(int(summary.get("rounds", 1)), 1)
+    rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
+    title = plain(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", "table.title")
+    if summary.get("privacy"):
+        title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
+    table = _figures(title, summary["metrics"])
     table.add_section()
     sent = summary["bytes"]
     rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import fedkern
 from fedkern.cli import flags, repeat, request
 from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
@@ -36,6 +40,41 @@ def test_help_names_every_setting(result):
     ):
         assert name in text
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_the_version_is_told_without_loading_torch():
+    code = "import sys, fedkern.run; fedkern.run.main(['--version']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"fedkern {fedkern.__version__}\n"
+
+
+def test_a_terminal_is_told_that_torch_is_loading():
+    """A terminal that somebody looks at has a line at once; the line is gone before the command's own output."""
+    main, side = os.openpty()
+    code = "import fedkern.run; fedkern.run.main(['list', '--json'])"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=side, text=True)
+    os.close(side)
+    told = os.read(main, 1000).decode()
+    os.close(main)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)
+    assert re.fullmatch(r"loading torch \.\.\.\r +\r", told)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [("attack", "--data-root DIR"), ("list", "--json"), ("doctor", "--measure")]
+)
+def test_a_command_has_a_help_of_its_own(result, command, flag):
+    text, _ = result(command, "--help")
+    assert text.startswith(f"usage: {flags.PROGRAM} {command}")
+    assert flag in text
+    assert "--batch-size" not in text
+
+
+def test_the_help_of_a_method_begins_with_its_own_options(result):
+    text, _ = result("fedgid", "--help")
+    assert text.index("method options") < text.index("mix_stage") < text.index("--data NAME")
 
 
 def test_help_shows_the_defaults_of_the_data_set(result):

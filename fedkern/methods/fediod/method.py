@@ -78,6 +78,7 @@ class FedIOD(Objective, OwnNetworks):
     tasks = ("classification", "segmentation")
     selective = True
     takes_teachers = True
+    spans = "the cosine schedules and the warm-up span all rounds"
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

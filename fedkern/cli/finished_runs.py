@@ -1,0 +1,233 @@
+"""Commands on finished runs: ``evaluate DIR``, ``predict DIR IMAGE...``, ``export DIR``, ``extend DIR --rounds N``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, key_values
+from fedkern.cli.request import Request, absolute, trusted
+from fedkern.engine import RunConfig
+from fedkern.errors import UserError, nearest
+from fedkern.files import expand
+
+FORMATS = ("onnx", "torch-export", "state-dict")
+FILLED = ("out", "data", "data_root", "workers", "rounds")
+NAMES = ("evaluate", "predict", "export", "extend")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=f"{PROGRAM} {command}",
+        description=f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
+    if command == "predict":
+        parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
+        parser.add_argument("--out", metavar="FILE", help="CSV file to write; for segmentation a new folder of masks. "
+                                                          "Default predictions.csv, masks")  # fmt: skip
+    elif command == "evaluate":
+        parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
+        parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
+        parser.add_argument("--data-option", action="append", default=[], metavar="key=value",
+                            help="an option of that other data set; repeatable")  # fmt: skip
+    elif command == "extend":
+        parser.add_argument("--rounds", metavar="R", help="communication rounds in all, those done included")
+        parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
+        parser.add_argument("--workers", metavar="N", help="processes in which clients work side by side")
+        parser.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
+    else:
+        parser.add_argument("--format", default="torch-export", metavar="|".join(FORMATS),
+                            help="form of the file; default torch-export")  # fmt: skip
+        parser.add_argument("--out", metavar="FILE", help="file to write; default model.onnx, model.pt2 or model.pt in "
+                                                          "the run folder")  # fmt: skip
+    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
+                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    return parser
+
+
+def parse(words: Sequence[str]) -> Request | None:
+    """Reads one of these commands; None if the words are another command.
+
+    Raises:
+        UserError: an unknown flag, an invalid value, or no folder.
+    """
+    command = first(words)
+    if command not in NAMES:
+        return None
+    parser, at = _parser(command), words.index(command)
+    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        given = rest[0].partition("=")[0]
+        raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
+    if found.help:
+        return Request("help", help=parser.format_help())
+    check_filled({name: value for name, value in vars(found).items() if name in FILLED})
+    if not found.folder:
+        raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
+    arguments: dict[str, Any] = {}
+    if command == "extend":
+        return _extension(found)
+    if command == "evaluate":
+        return Request(
+            command,
+            folder=Path(found.folder),
+            json=found.json,
+            settings={"data": found.data, **absolute({"data_root": found.data_root})},
+            data_options=absolute(key_values(found.data_option, "data_option")),
+            options=tuple(found.method_option),
+        )
+    if command == "predict":
+        if not found.paths:
+            raise UserError(f"{PROGRAM} predict needs images behind the run folder: files, or folders of files.")
+        arguments["paths"] = [expand(path) for path in found.paths]
+    elif found.format not in FORMATS:
+        raise UserError(
+            f'--format must be one of {", ".join(FORMATS)}, not "{found.format}".{nearest(found.format, FORMATS)}'
+        )
+    else:
+        arguments["format"] = found.format
+    return Request(
+        command,
+        folder=Path(found.folder),
+        out=Path(found.out) if found.out else None,
+        json=found.json,
+        options=tuple(found.method_option),
+        arguments=arguments,
+    )
+
+
+def _extension(found: argparse.Namespace) -> Request:
+    if found.rounds is None:
+        raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
+    knobs = {knob.field: knob for knob in RunConfig.knobs()}
+    given = {name: getattr(found, name) for name in ("data_root", "workers") if getattr(found, name) is not None}
+    return Request(
+        "extend",
+        folder=Path(found.folder),
+        settings={name: knobs[name].convert(value) for name, value in given.items()},
+        quiet=found.quiet,
+        json=found.json,
+        options=tuple(found.method_option),
+        arguments={"rounds": knobs["rounds"].convert(found.rounds)},
+    )
+
+
+def evaluate(request: Request) -> int:
+    """Evaluates a finished run's network, prints its figures and writes them into the run folder."""
+    from fedkern.cli.commands import check_backend
+    from fedkern.downstream.evaluation import evaluate_run
+    from fedkern.engine.allocator import keep_freed_memory
+    from fedkern.engine.store import atomic
+    from fedkern.engine.store.records import plain
+    from fedkern.report.progress import terminal
+    from fedkern.report.tables import figures_table
+
+    check_backend()
+    keep_freed_memory()
+    folder, data = _folder(request), request.settings["data"]
+    metrics = evaluate_run(folder, data_options=request.data_options, trusted=_code(request), **request.settings)
+    config = RunConfig.load(folder, device="cpu")
+    result = {"method": config.method, "data": data or config.data, "metrics": plain(metrics)}
+    text = json.dumps(result, indent=2, allow_nan=False)
+    if request.json:
+        print(text)
+    else:
+        terminal().print(figures_table(f"{result['method']} on {result['data']}", metrics))
+    # Last, so that the printed result is not lost if the folder cannot be written.
+    atomic.write_bytes(folder / ("-".join(["evaluate", *([data] if data else [])]) + ".json"), (text + "\n").encode())
+    return 0
+
+
+def extend(request: Request) -> int:
+    """Gives the run more rounds and goes on with it."""
+    from fedkern import engine
+    from fedkern.cli.commands import run
+    from fedkern.methods import METHODS
+    from fedkern.report.names import say
+    from fedkern.report.progress import terminal
+
+    folder = _folder(request)
+    config = engine.extend(folder, request.arguments["rounds"])
+    spans = METHODS[config.method].spans
+    if spans and not (request.quiet or request.json):
+        say(terminal(), f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
+    again = Request(
+        "resume", resume=folder, settings=request.settings, options=request.options, quiet=request.quiet,
+        json=request.json,
+    )  # fmt: skip
+    return run(again)
+
+
+def predict(request: Request) -> int:
+    """Predicts the classes of images and writes a table, or for segmentation masks; prints a few rows."""
+    from fedkern.downstream import prediction
+
+    predictor = prediction.Predictor.open(_folder(request), _code(request))
+    segments = predictor.task == "segmentation"
+    out = request.out or Path("masks" if segments else "predictions.csv")
+    _check_free(out, "predict")
+    rows = list(predictor.files(prediction.found_images(request.arguments["paths"])))
+    if segments:
+        prediction.write_masks(out, rows)
+    else:
+        prediction.write_table(out, predictor.classes, [row[:2] for row in rows])
+    if request.json:
+        print(json.dumps({"images": len(rows), "classes": list(predictor.classes), "out": str(out)}, indent=2))
+        return 0
+    if not segments:
+        for path, probabilities, _ in rows[:5]:
+            best = int(probabilities.argmax())
+            print(f"{path}  {predictor.classes[best]}  {float(probabilities[best]):.3f}")
+        if len(rows) > 5:
+            print("...")
+    count = f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
+    print(f"{count}: {out}")
+    return 0
+
+
+def export(request: Request) -> int:
+    """Writes the network in another form, and prints the files."""
+    from fedkern.downstream import export as exporting
+    from fedkern.downstream.prediction import Predictor
+
+    kind = request.arguments["format"]
+    folder = _folder(request)
+    predictor = Predictor.open(folder, _code(request))
+    out = request.out or folder / f"model{exporting.FORMATS[kind]}"
+    _check_free(out, "export")
+    written = exporting.export(predictor, out, kind)
+    if request.json:
+        print(json.dumps({"files": [str(path) for path in written]}, indent=2))
+    else:
+        print("\n".join(str(path) for path in written))
+    return 0
+
+
+def _folder(request: Request) -> Path:
+    assert request.folder is not None
+    return request.folder
+
+
+def _code(request: Request) -> tuple[str, ...]:
+    return trusted(_folder(request), request.options)
+
+
+def _check_free(out: Path, command: str) -> None:
+    """Raises UserError where ``out`` exists or lies in no folder, before the network is asked."""
+    if out.exists():
+        raise UserError(f"{out} is there already: name another one with --out, or remove it.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out.parent} is no folder that {command} could write to: make it, or name another --out.")
+
+
+COMMAND_TABLE = {"evaluate": evaluate, "predict": predict, "export": export, "extend": extend}

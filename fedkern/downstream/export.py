@@ -1,0 +1,137 @@
+"""The network of a finished run as a file for other programs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.downstream.prediction import Predictor
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError
+
+FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
+"""Formats, and how the names of their files end."""
+ABOUT = ".json"
+TOLERANCE = 1e-4
+"""By how much the exported network's probabilities may differ from the run's."""
+
+
+class Deployed(nn.Module):
+    """The network with the normalisation of its images: from images in [0, 1] to logits.
+
+    Args:
+        module: the network.
+        mean, std: per channel, of images in [0, 1].
+    """
+
+    def __init__(self, module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation) of fp32 ``[B, C, H, W]`` in [0, 1]."""
+        return self.module((images - self.mean) / self.std)
+
+
+def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
+    """Writes the network to a file, and what it is to a JSON file beside it.
+
+    ``onnx`` and ``torch-export`` files take fp32 images ``[B, C, H, W]`` in [0, 1], of any number B, and return logits.
+    A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are normalised by the
+    ``mean`` and ``std`` that the JSON file has.
+
+    Args:
+        predictor: the network.
+        out: the file.
+        kind: one of `FORMATS`.
+
+    Returns:
+        The two files.
+
+    Raises:
+        UserError: a package for the format is missing, the network cannot be written in it, or a file cannot be
+            written.
+    """
+    module = predictor.module.cpu()
+    writers: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {"onnx": _onnx, "torch-export": _program}
+    if kind == "state-dict":
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        atomic.write(out, lambda temporary: torch.save(state, temporary))
+    else:
+        # Two images: a batch of one would be taken for a constant.
+        example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
+        deployed = Deployed(module, predictor.mean, predictor.std).eval()
+        atomic.write(out, lambda temporary: writers[kind](deployed, example, temporary))
+    channels, height, width = predictor.image_shape
+    about: dict[str, Any] = {
+        "task": predictor.task,
+        "classes": list(predictor.classes),
+        "channels": channels,
+        "image_size": [height, width],
+        "mean": list(predictor.mean),
+        "std": list(predictor.std),
+        "format": kind,
+        "input": "fp32 [B, C, H, W]" + (", normalised by mean and std" if kind == "state-dict" else " in [0, 1]"),
+        "output": "logits",
+    }
+    path = out.with_name(out.name + ABOUT)
+    atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
+    return [out, path]
+
+
+def _traced(deployed: nn.Module, example: Tensor) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        return torch.export.export(deployed, (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # torch.export raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torch.export cannot write this network ({reason}): take --format state-dict, and build the network again "
+            "from the run folder."
+        ) from error
+
+
+def _program(deployed: nn.Module, example: Tensor, path: Path) -> None:
+    program = _traced(deployed, example)
+    _check(program.module()(example), deployed(example))
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--format onnx needs the packages onnx and onnxscript: pip install 'fedkern[export]'."
+        ) from None
+    _traced(deployed, example)  # its sentence is clearer than that of the exporter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.onnx.export(
+            deployed, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
+            output_names=["logits"], verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    program.save(str(path), include_initializers=True, keep_initializers_as_inputs=False, external_data=False)
+
+
+@torch.no_grad()
+def _check(found: Tensor, expected: Tensor) -> None:
+    difference = float((found.float().softmax(1) - expected.float().softmax(1)).abs().max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"The exported network's probabilities differ from the run's by {difference:.2g}: take --format state-dict."
+        )

@@ -1,0 +1,107 @@
+"""extend: more rounds for a run, with the bits of a run that had them from the start."""
+
+import json
+
+import pytest
+import torch
+
+from fedkern.engine import RunConfig, read_metrics, read_model
+from fedkern.engine.store import atomic, extending
+
+TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
+        "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--quiet"]  # fmt: skip
+
+
+@pytest.fixture
+def start(result):
+    def run(method, rounds, out, *more):
+        result(method, *TINY, "--rounds", str(rounds), "--out", out, *more)
+
+    return run
+
+
+def figures(out):
+    """Every record without times."""
+    timed = ("seconds", "round_seconds", "phases")
+    return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(out)]
+
+
+def check_equal(one, other):
+    networks = [read_model(out)[0].state_dict() for out in (one, other)]
+    assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
+    without = [[{k: v for k, v in row.items() if k != "clients"} for row in figures(out)] for out in (one, other)]
+    assert without[0] == without[1]
+    summaries = [json.loads((out_folder / "summary.json").read_text()) for out_folder in (one, other)]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"]
+    assert summaries[0]["bytes"] == summaries[1]["bytes"]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
+    more = ("--lr-decay", "0.9", "--sample-fraction", "0.67")
+    start(method, 5, "long", *more)
+    start(method, 2, "short", *more)
+    out, _ = result("extend", "short", "--rounds", "5", "--quiet")
+    assert out.strip().splitlines()[-1] == "short"
+    check_equal(tmp_path / "long", tmp_path / "short")
+    assert RunConfig.load("short", device="cpu").rounds == 5
+
+
+def test_an_extension_that_was_interrupted_between_its_writes_is_finished(start, monkeypatch, result, tmp_path):
+    start("fedavg", 1, "run")
+    start("fedavg", 2, "long")
+
+    real, written = atomic.write_bytes, []
+
+    def second_fails(path, content):
+        written.append(path.name)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write_bytes", second_fails)
+        with pytest.raises(OSError, match="No space"):
+            extending.extend("run", 2)
+    assert written == ["manifest.json", "config.toml"]
+    result("extend", "run", "--rounds", "2", "--quiet")
+    check_equal(tmp_path / "long", tmp_path / "run")
+
+
+def test_a_schedule_over_all_rounds_is_told(result):
+    command = [
+        "fediod",
+        "--data",
+        "digits",
+        "--train-samples",
+        "60",
+        "--clients",
+        "2",
+        "--model",
+        "mlp",
+        "--threads",
+        "1",
+    ]
+    command += ["--grad-cam", "0", "--rounds", "1", "--local-epochs", "1", "--quiet", "--out", "run"]
+    command += ["--method-option", "iterations=2", "--method-option", "batch=4"]
+    result(*command)
+    out, err = result("extend", "run", "--rounds", "2")
+    assert "the cosine schedules and the warm-up span all rounds" in " ".join((out + err).split())
+
+
+def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, tmp_path):
+    start("fedavg", 2, "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "has 2 rounds: --rounds must be larger" in fails("extend", "run", "--rounds", "2")
+    assert "needs --rounds R" in fails("extend", "run")
+    assert "needs the folder" in fails("extend")
+    assert "does not take" in fails("extend", "run", "--lr", "1")
+    assert "--rounds" in fails("extend", "run", "--rounds", "many")
+    assert "does not exist" in fails("extend", "absent", "--rounds", "3")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_runs_whose_plan_or_privacy_fixes_the_rounds_are_refused(result, fails):
+    tiny = [word for word in TINY if word not in ("--local-steps", "2")]
+    result("oneshot-fedavg", *tiny, "--local-epochs", "1", "--out", "once")
+    assert "is a one-shot method" in fails("extend", "once", "--rounds", "3")

@@ -1,0 +1,185 @@
+"""predict and export: the network of a finished run on images of one's own, and as a file for other programs."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data.digits import open_digits
+from fedkern.engine.store.saved_model import read_model
+from fedkern.run import main
+
+TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run on the embedded digits, and the first images of its test set as files in a folder of folders."""
+    folder = tmp_path_factory.mktemp("digits")
+    assert main(["fedavg", "--data", "digits", *TINY, "--model", "mlp", "--out", str(folder / "run")]) == 0
+    test = open_digits().tests[""]
+    split = test.take(torch.arange(30))
+    for row, image in enumerate(split.images):
+        place = folder / "images" / f"{int(split.labels[row])}" / f"{row:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(place)
+    return folder, split
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_evaluate_repeats_the_figures_of_the_run(digits, result):
+    folder, _ = digits
+    text, _ = result("evaluate", str(folder / "run"), "--json")
+    summary = json.loads((folder / "run" / "summary.json").read_text())["metrics"]
+    metrics = json.loads(text)["metrics"]
+    assert metrics["accuracy"] == summary["accuracy"]
+    assert {name: summary[name] for name in metrics} == metrics
+    assert json.loads((folder / "run" / "evaluate.json").read_text())["metrics"] == metrics
+
+
+def test_evaluate_on_other_data(digits, result, tmp_path):
+    folder, split = digits
+    for row, image in enumerate(split.images):
+        for place in ("train", "test"):
+            path = tmp_path / "data" / place / str(int(split.labels[row])) / f"{place}{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = image[0].numpy().copy()
+            pixels[0, 0] ^= place == "train"  # the sets share no file, and hardly a pixel differs
+            Image.fromarray(pixels).save(path)
+    _, about = read_model(folder / "run")
+    size = f"size={about['image_size'][0]}"
+    command = ["evaluate", str(folder / "run"), "--data", "folder", "--data-root", "data", "--data-option", size]
+    out, _ = result(*command, "--data-option", "colour=grey")
+    assert "accuracy" in out
+    metrics = json.loads((folder / "run" / "evaluate-folder.json").read_text())["metrics"]
+    module, _ = read_model(folder / "run")
+    mean, std = (torch.tensor(about[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        right = module((split.images.float() / 255 - mean) / std).argmax(1) == split.labels
+    assert metrics["accuracy"] == pytest.approx(float(right.double().mean()))
+
+
+def test_evaluate_refuses_data_that_the_network_was_not_made_for(digits, fails):
+    folder, _ = digits
+    run = str(folder / "run")
+    before = sorted((folder / "run").iterdir())
+    assert "match them with --data-option" in fails("evaluate", run, "--data", "colordigits")
+    assert "is for segmentation" in fails("evaluate", run, "--data", "segdigits")
+    assert "keep theirs" in fails("evaluate", run, "--data-option", "size=8")
+    assert sorted((folder / "run").iterdir()) == before
+
+
+def test_predictions_are_those_of_the_network(digits, result, tmp_path):
+    folder, split = digits
+    out, _ = result("predict", str(folder / "run"), str(folder / "images"))
+    rows = table(tmp_path / "predictions.csv")
+    assert out.splitlines()[-1] == "30 images: predictions.csv"
+    assert len(rows) == 30
+    module, about = read_model(folder / "run")
+    images = (split.images.float() / 255 - torch.tensor(about["mean"]).view(1, -1, 1, 1)) / torch.tensor(
+        about["std"]
+    ).view(1, -1, 1, 1)
+    with torch.no_grad():
+        expected = module(images).softmax(1)
+    for row in rows:
+        number = int(row["path"][-6:-4])
+        assert row["predicted"] == about["classes"][int(expected[number].argmax())]
+        values = torch.tensor([float(row[name]) for name in about["classes"]])
+        torch.testing.assert_close(values, expected[number], rtol=1e-4, atol=1e-6)
+
+
+def test_files_are_predicted_in_the_order_given(digits, result, tmp_path):
+    folder, _ = digits
+    images = sorted((folder / "images").rglob("*.png"), reverse=True)[:3]
+    text, _ = result("predict", str(folder / "run"), *map(str, images), "--out", "mine.csv", "--json")
+    assert json.loads(text)["images"] == 3
+    assert [row["path"] for row in table(tmp_path / "mine.csv")] == [str(image) for image in images]
+
+
+def test_segmentation_gives_masks_of_the_images_own_size(result, tmp_path):
+    command = ["fedavg", "--data", "segdigits", "--train-samples", "60", "--clients", "2", "--rounds", "1"]
+    command += ["--local-steps", "2", "--threads", "1", "--width", "4", "--quiet", "--out", "run"]
+    assert main(command) == 0
+    _, about = read_model("run")
+    mode = "L" if about["channels"] == 1 else "RGB"
+    rng = np.random.default_rng(0)
+    (tmp_path / "mine").mkdir()
+    for name, size in (("a", (40, 30)), ("b", (64, 64))):
+        shape = (*size[::-1],) if mode == "L" else (*size[::-1], 3)
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8), mode).save(tmp_path / "mine" / f"{name}.png")
+    result("predict", "run", "mine", "--out", "found")
+    for name, size in (("a", (40, 30)), ("b", (64, 64))):
+        with Image.open(tmp_path / "found" / f"{name}.png") as mask:
+            assert (mask.size, mask.mode) == (size, "L")
+            assert np.asarray(mask).max() < len(about["classes"])
+
+
+def test_an_exported_program_gives_the_same_logits(digits, result, tmp_path):
+    folder, split = digits
+    out, _ = result("export", str(folder / "run"), "--out", "model.pt2")
+    assert out.splitlines() == ["model.pt2", "model.pt2.json"]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    about = json.loads((tmp_path / "model.pt2.json").read_text())
+    module, described = read_model(folder / "run")
+    mean, std = (torch.tensor(described[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    for count in (1, 7, 30):
+        images = split.images[:count].float() / 255
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), module((images - mean) / std), rtol=1e-4, atol=1e-4)
+    assert about["classes"] == described["classes"]
+    assert about["input"].endswith("in [0, 1]")
+
+
+def test_an_exported_state_dict_is_the_networks(digits, result, tmp_path):
+    folder, _ = digits
+    result("export", str(folder / "run"), "--format", "state-dict", "--out", "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    module, about = read_model(folder / "run")
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())
+    assert json.loads((tmp_path / "model.pt.json").read_text())["mean"] == about["mean"]
+
+
+def test_an_exported_onnx_file_gives_the_same_logits(digits, result, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    folder, split = digits
+    result("export", str(folder / "run"), "--format", "onnx", "--out", "model.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    module, described = read_model(folder / "run")
+    mean, std = (torch.tensor(described[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    for count in (1, 7):
+        images = split.images[:count].float() / 255
+        (logits,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), module((images - mean) / std), rtol=1e-4, atol=1e-4)
+
+
+def test_mistakes_end_in_one_sentence_and_leave_nothing(digits, fails, tmp_path):
+    folder, _ = digits
+    run, image = str(folder / "run"), str(next((folder / "images").rglob("*.png")))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    before = sorted(tmp_path.iterdir())
+    assert "needs images behind the run folder" in fails("predict", run)
+    assert "needs the folder of a finished run" in fails("predict")
+    assert "absent.png" in fails("predict", run, "absent.png")
+    assert "holds no image file" in fails("predict", run, "empty")
+    assert "is named twice" in fails("predict", run, image, image)
+    assert "broken.png" in fails("predict", run, "broken.png")
+    assert "make it, or name another --out" in fails("predict", run, image, "--out", "nowhere/a.csv")
+    assert 'not "onx". Did you mean' in fails("export", run, "--format", "onx")
+    assert "does not take" in fails("export", run, "--formt", "onnx")
+    assert "empty" in fails("export", "empty")
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "predictions.csv").write_text("mine")
+    assert "is there already" in fails("predict", run, image)
+    assert (tmp_path / "predictions.csv").read_text() == "mine"
+    assert "Name predict first" in fails("--quiet", "predict", run)
