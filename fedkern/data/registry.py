@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkern.data.arrays import open_arrays
 from fedkern.data.brats import open_brats
 from fedkern.data.captions import PROMPTS, make_captions
 from fedkern.data.cifar import open_cifar10, open_cifar100
@@ -319,6 +320,10 @@ DATASETS: dict[str, DatasetInfo] = {
                 0.1, "share of the training cases held out as validation set where there is none", low=0.01, high=0.9
             ),
         },
+    ),
+    "arrays": DatasetInfo(
+        "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)",
+        open_arrays, 5, "attribute", (3, 32), needs_root=False,
     ),
     "nico": DatasetInfo(
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",

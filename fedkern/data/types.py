@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,6 +229,37 @@ class FederatedData:
     def client_sizes(self) -> tuple[int, ...]:
         """Number of training samples of every client."""
         return tuple(len(client) for client in self.clients)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        clients: Mapping[str, tuple[Any, Any]] | Sequence[tuple[Any, Any]],
+        test: tuple[Any, Any] | Mapping[str, tuple[Any, Any]],
+        *,
+        validation: tuple[Any, Any] | None = None,
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: str = "none",
+    ) -> FederatedData:
+        """Federated data from arrays in memory.
+
+        Args:
+            clients: pairs (images, labels) by client name, or in client order.  Images are NumPy arrays or tensors,
+                uint8 or floats in [0, 1], ``[n, C, H, W]``, ``[n, H, W, C]`` or ``[n, H, W]``.  Labels are whole
+                numbers, ``[n]``, or for segmentation ``[n, H, W]``.
+            test: a pair, or pairs by name of the test set.
+            validation: a pair for choosing settings.
+            classes: names of the classes; default: their numbers.
+            mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
+            augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, or too few class names; the message names the client or set.
+        """
+        from fedkern.data.arrays import from_arrays
+
+        return from_arrays(clients, test, validation, classes, mean, std, augment)
 
     def pooled(self) -> FederatedData:
         """The data with one client that holds all training samples; the statistics stay those of the partition."""

@@ -42,6 +42,7 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "tinyimagenet": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
     "folder": {"model": "resnet8"},
     "csv": {"model": "resnet8"},
+    "arrays": {"model": "resnet8"},
     "segmentation": {"model": "unet", "batch_size": 16, "optimizer": "adamw", "lr": 0.003},
     "brats": {"model": "unet", "rounds": 50, "batch_size": 16, "optimizer": "adamw", "lr": 0.001},
     "segdigits": {"model": "unet-small", "rounds": 30, "batch_size": 16, "optimizer": "adamw", "lr": 0.003},

@@ -1,0 +1,274 @@
+"""The Python door: :func:`simulate` runs a method, :func:`load` opens the folder of a run."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern import engine
+from fedkern.data import FederatedData
+from fedkern.engine import Listener, RunConfig
+from fedkern.engine.config import check_run_folder
+from fedkern.errors import UserError, nearest
+from fedkern.methods import METHODS, registry
+
+RUNS = Path("runs")
+"""Folder of runs without ``out``."""
+
+
+class History:
+    """The records of a run's rounds, in order."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.records = [dict(record) for record in records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, name: str) -> list[Any]:
+        """A figure of every round, None where the round has none: ``history["accuracy"]``.
+
+        Raises:
+            KeyError: no round has the figure.
+        """
+        if not any(name in record for record in self.records):
+            raise KeyError(f"no round has {name!r}; there are {', '.join(self.names)}")
+        return [record.get(name) for record in self.records]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the figures that a round may have."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with a row for every round; nested figures become ``clients.0.loss`` and so on.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise UserError("to_pandas needs pandas: pip install pandas.") from None
+        return pd.json_normalize(self.records)
+
+
+class Run:
+    """The folder of a run.
+
+    Attributes:
+        out: the folder.
+        config: the run's settings.
+    """
+
+    def __init__(self, out: Path | str, *, data: FederatedData | None = None, trusted: Collection[str] = ()) -> None:
+        check_run_folder(out)
+        self.out = Path(out)
+        self.config = RunConfig.load(out, device="cpu")
+        self._data, self._trusted = data, tuple(trusted)
+
+    def __repr__(self) -> str:
+        return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Contents of ``summary.json``.
+
+        Raises:
+            UserError: the run is not finished.
+        """
+        found = engine.read_summary(self.out)
+        if found is None:
+            raise UserError(f"The run in {self.out} is not finished: go on with it by resume().")
+        return found
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The final figures."""
+        return dict(self.summary["metrics"])
+
+    @property
+    def history(self) -> History:
+        """The records of the rounds so far."""
+        return History(engine.read_metrics(self.out))
+
+    def model(self) -> nn.Module:
+        """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
+
+        Raises:
+            UserError: the run is not finished, or a file is damaged.
+        """
+        return engine.read_model(self.out, self._trusted)[0]
+
+    def predict(self, images: Any) -> Tensor:
+        """Probabilities of the classes.
+
+        Args:
+            images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size; or a sequence of image files,
+                which are read and resized as in the run's training.
+
+        Returns:
+            fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.
+
+        Raises:
+            UserError: the run is not finished or is for image-text pairs, or a file cannot be read.
+            ValueError: images of another shape or dtype.
+        """
+        from fedkern.downstream.prediction import Predictor
+
+        predictor = Predictor.open(self.out, self._trusted)
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.ascontiguousarray(images))
+        if isinstance(images, Tensor):
+            return predictor.probabilities(images)
+        paths = [Path(path) for path in images]
+        return predictor.probabilities(predictor.read(paths)[0])
+
+    def evaluate(
+        self,
+        data: str | FederatedData | None = None,
+        *,
+        data_root: str | Path | None = None,
+        data_options: Mapping[str, object] | None = None,
+    ) -> dict[str, float]:
+        """The network's figures on the run's test sets, or on those of other ``data``.
+
+        See :func:`fedkern.downstream.evaluation.evaluate_run`.
+        """
+        from fedkern.downstream.evaluation import evaluate_run
+
+        own = self._data if data is None else data
+        root = None if data_root is None else str(data_root)
+        return evaluate_run(self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted)
+
+    def resume(self, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto") -> Run:
+        """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself."""
+        config = RunConfig.load(self.out, workers=str(workers))
+        _play(config, self.out, self._data, progress, listener, resume=True, trusted=self._trusted)
+        return self
+
+    def extend(
+        self, rounds: int, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto"
+    ) -> Run:
+        """Goes on up to ``rounds`` communication rounds in all (:func:`fedkern.engine.extend`).  Returns the run."""
+        self.config = engine.extend(self.out, rounds)
+        return self.resume(progress=progress, listener=listener, workers=workers)
+
+    def plot(self) -> list[Path]:
+        """Draws the run's pictures into its folder and returns their paths."""
+        from fedkern.report.pictures import write_pictures
+
+        return write_pictures(self.out, data=self._data, data_root=self.config.data_root, trusted=self._trusted)
+
+
+def simulate(
+    method: str,
+    *,
+    data: str | FederatedData | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Run:
+    """Runs a federated method in this process and its workers, and returns the finished run.
+
+    Settings, names and defaults are those of the command line::
+
+        run = fedkern.simulate("fedgid", data="digits", rounds=5, clients=4, alpha=0.5, out="runs/x")
+
+    Args:
+        method: name of the method.
+        data: name of a data set, or federated data in memory.
+        out: the run folder; default ``runs/<method>-<data>-<time>``.
+        progress: show the run's progress on standard error.
+        listener: receives the run's events too.
+        **settings: settings of the run (fields of :class:`fedkern.engine.RunConfig`), options of the method, and
+            ``data_options`` and ``options`` as dicts.  A name that both the run and the method have means the run's.
+
+    Raises:
+        UserError: anything the caller can put right, such as an unknown name or a value out of range.
+    """
+    if method not in METHODS:
+        raise UserError(f'Unknown method "{method}".{nearest(method, METHODS)} Known methods: {", ".join(METHODS)}.')
+    memory = data if isinstance(data, FederatedData) else None
+    own = {name for knob in registry.get(method).Options.knobs() for name in (knob.name, knob.field)}
+    fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options"}
+    options = {**settings.pop("options", {})}
+    for name in [name for name in settings if name in own and name not in fields]:
+        options[name] = settings.pop(name)
+    for name in settings:
+        if name not in fields:
+            raise UserError(f'{method} and its runs have no setting "{name}".{nearest(name, {*fields, *own})}')
+    plain = {
+        name: str(value) if isinstance(value, Path) or name == "workers" else value for name, value in settings.items()
+    }
+    if memory is not None:
+        plain = {"clients": len(memory.clients), **plain, "data": memory.name}
+        if memory.task == "segmentation":
+            plain.setdefault("model", "unet")
+    elif data is not None:
+        plain["data"] = data
+    config = RunConfig.make(method, options=options, **cast(Any, plain))
+    folder = _reserved(config) if out is None else Path(out)
+    try:
+        _play(config, folder, memory, progress, listener, resume=False)
+    finally:
+        if out is None and not any(folder.iterdir()):
+            folder.rmdir()
+    return Run(folder, data=memory)
+
+
+def load(out: str | Path, *, data: FederatedData | None = None, trusted: Collection[str] = ()) -> Run:
+    """Opens the folder of a run.
+
+    Args:
+        out: the run folder.
+        data: the run's data, where they were in memory.
+        trusted: code that the folder names and that may be imported, such as ``["python:MODULE:NAME"]``.
+
+    Raises:
+        UserError: there is no run.
+    """
+    return Run(out, data=data, trusted=trusted)
+
+
+def _play(
+    config: RunConfig,
+    out: Path,
+    data: FederatedData | None,
+    progress: bool,
+    listener: Listener | None,
+    *,
+    resume: bool,
+    trusted: Collection[str] = (),
+) -> None:
+    from fedkern.report.progress import display
+
+    shown = display(quiet=not progress, json=False)
+    both = shown if listener is None else engine.Listeners(shown, listener)
+    try:
+        engine.run(config, out=out, resume=resume, listener=both, data=data, trusted=trusted)
+    finally:
+        shown.close()
+
+
+def _reserved(config: RunConfig) -> Path:
+    """A new empty folder in `RUNS`, made at once, so that no other run takes it."""
+    stem = f"{config.method}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}): name a run folder with out=.") from None
+        return folder
+    raise AssertionError

@@ -1,0 +1,120 @@
+"""Federated data from arrays in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.types import FederatedData, Source, Split
+from fedkern.errors import UserError
+
+NAME = "arrays"
+Labelled = tuple[Any, Any]
+
+
+def open_arrays(root: str | Path | None) -> Source:
+    """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
+    raise UserError(
+        'data set "arrays" is given through Python: fedkern.simulate(METHOD, data=FederatedData.from_arrays(...)), and '
+        "a run of it goes on with fedkern.load(DIR, data=...).resume()"
+    )
+
+
+def from_arrays(
+    clients: Mapping[str, Labelled] | Sequence[Labelled],
+    test: Labelled | Mapping[str, Labelled],
+    validation: Labelled | None,
+    classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    augment: str,
+) -> FederatedData:
+    """See :meth:`fedkern.data.FederatedData.from_arrays`."""
+    named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
+    if not named:
+        raise ValueError("clients must hold at least one client, but is empty")
+    splits = {name: _split(pair, f"client {name}") for name, pair in named.items()}
+    given = dict(test) if isinstance(test, Mapping) else {"": test}
+    tests = {name: _split(pair, f"the test set {name}".rstrip()) for name, pair in given.items()}
+    if not tests:
+        raise ValueError("test must hold at least one test set, but is empty")
+    first = next(iter(splits.values()))
+    shape = first.images.shape[1:]
+    held = Split(first.images[:0], first.labels[:0]) if validation is None else _split(validation, "validation")
+    every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": held}
+    for name, split in every.items():
+        if split.images.shape[1:] != shape or split.labels.dim() != first.labels.dim():
+            raise ValueError(
+                f"{name or 'test'}: images must have shape {list(shape)} and labels {first.labels.dim()} axes like the "
+                f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}"
+            )
+    most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
+    names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
+    if len(names) < max(2, most):
+        raise ValueError(f"classes must name at least {max(2, most)} classes, but has {len(names)}")
+    channels = int(shape[0])
+    return FederatedData(
+        name=NAME,
+        classes=names,
+        clients=tuple(splits.values()),
+        validation=held,
+        tests=tests,
+        mean=tuple(mean) if mean is not None else (0.5,) * channels,
+        std=tuple(std) if std is not None else (0.25,) * channels,
+        augment=augment,
+        statistics=PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute"),
+    )
+
+
+def _split(pair: Any, name: str) -> Split:
+    try:
+        images, labels = pair
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a pair (images, labels)") from None
+    try:
+        return Split(_images(images, name), _labels(labels, name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+
+
+def _images(value: Any, name: str) -> Tensor:
+    """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1]."""
+    images = _tensor(value)
+    if images.dim() == 3:
+        images = images[:, None]
+    elif images.dim() == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3, 4):
+        images = images.permute(0, 3, 1, 2)
+    if images.is_floating_point():
+        if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+            raise ValueError("floating images must lie in [0, 1]")
+        images = (images.double() * 255).round().to(torch.uint8)
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"images must be uint8, or floats in [0, 1], of shape [n, C, H, W], [n, H, W, C] or [n, H, W], but are "
+            f"{kind} {list(images.shape)}"
+        )
+    return images.contiguous()
+
+
+def _labels(value: Any, name: str) -> Tensor:
+    labels = _tensor(value)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
+    return labels.to(torch.int64)
+
+
+def _counted(split: Split) -> Any:
+    """The class of every image; for segmentation the largest class of its pixels."""
+    labels = split.labels if split.labels.dim() == 1 else split.labels.flatten(1).amax(1)
+    return labels.clamp(min=0).numpy()

@@ -1,0 +1,167 @@
+"""fedkern.simulate and fedkern.load: runs from Python."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fedkern
+from fedkern.engine import Listener
+from fedkern.run import main
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/python.md").read_text(), re.DOTALL)
+TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
+        "local_steps": 2, "workers": 1, "progress": False}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def sites(count=40, size=12):
+    """Three named clients whose classes are told by the brighter half of an image."""
+    rng = np.random.default_rng(0)
+
+    def pair(n):
+        labels = rng.integers(0, 2, n)
+        images = rng.integers(0, 120, (n, size, size), dtype=np.uint8)
+        images[labels == 0, : size // 2] += 120
+        images[labels == 1, size // 2 :] += 120
+        return images, labels
+
+    return {name: pair(count) for name in ("north", "south", "west")}, pair(60)
+
+
+def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
+    run = fedkern.simulate("fedprox", rounds=2, mu=0.1, out="mine", **TINY)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "progress"]
+    assert main(["fedprox", *words, "--rounds=2", "--method-option", "mu=0.1", "--quiet", "--out", "theirs"]) == 0
+    other = fedkern.load("theirs")
+    assert run.config.to_dict() == other.config.to_dict()
+    assert run.metrics == other.metrics
+    one, two = run.model().state_dict(), other.model().state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert run.history["accuracy"] == other.history["accuracy"]
+    assert len(run.history) == 2
+
+
+def test_a_run_without_a_folder_gets_one_of_its_own(tmp_path):
+    first = fedkern.simulate("fedavg", rounds=1, **TINY)
+    second = fedkern.simulate("fedavg", rounds=1, **TINY)
+    assert first.out != second.out
+    assert {first.out.parent.name, second.out.parent.name} == {"runs"}
+
+
+def test_arrays_of_named_clients_are_learnt(tmp_path):
+    clients, test = sites()
+    data = fedkern.FederatedData.from_arrays(clients, test, classes=["top", "bottom"])
+    run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=4, local_epochs=2, lr=0.1, threads=1, workers=1,
+                           grad_cam=0, out="run", progress=False)  # fmt: skip
+    assert run.config.clients == 3
+    assert run.metrics["accuracy"] > 0.9
+    assert run.evaluate()["accuracy"] == run.metrics["accuracy"]
+    probabilities = run.predict(test[0][:, None])
+    assert probabilities.shape == (60, 2)
+    assert float((probabilities.argmax(1).numpy() == test[1]).mean()) == run.metrics["accuracy"]
+
+
+def test_runs_in_memory_are_extended_with_their_data(tmp_path):
+    clients, test = sites()
+    data = fedkern.FederatedData.from_arrays(clients, test)
+    settings = {"data": data, "model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, "progress": False}
+    long = fedkern.simulate("fedavg", rounds=3, out="long", **settings)
+    fedkern.simulate("fedavg", rounds=1, out="short", **settings)
+    short = fedkern.load("short", data=data).extend(3, progress=False, workers=1)
+    assert short.metrics == long.metrics
+    with pytest.raises(fedkern.UserError, match="given through Python"):
+        fedkern.load("long").evaluate()
+
+
+def test_events_reach_a_listener():
+    class Counting(Listener):
+        rounds = 0
+
+        def on_round(self, record):
+            self.rounds += 1
+
+    counting = Counting()
+    fedkern.simulate("fedavg", rounds=2, out="run", listener=counting, **TINY)
+    assert counting.rounds == 2
+
+
+def test_predictions_of_files_and_pictures(tmp_path):
+    run = fedkern.simulate("fedavg", rounds=1, out="run", **TINY)
+    Image.fromarray(np.full((20, 20), 200, np.uint8)).save("a.png")
+    assert run.predict(["a.png"]).shape == (1, 10)
+    assert (tmp_path / "run" / "accuracy.png") in [tmp_path / path for path in run.plot()]
+
+
+def test_the_history_as_a_data_frame():
+    pytest.importorskip("pandas")
+    run = fedkern.simulate("fedavg", rounds=2, out="run", **TINY)
+    assert list(run.history.to_pandas()["round"]) == [1, 2]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_the_pages_code_runs(code):
+    quiet = code.replace("fedkern.simulate(", "fedkern.simulate(progress=False, method=")
+    exec(compile(quiet.replace("rounds=3)", "rounds=3, progress=False)"), "docs/python.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"method": "fedavgg"}, 'Unknown method "fedavgg"'),
+        ({"mus": 1.0}, 'no setting "mus". Did you mean "mu"'),
+        ({"mu": -1.0}, "mu"),
+        ({"data": "digit"}, 'unknown data set "digit"'),
+        ({"rounds": 0}, "rounds"),
+    ],
+)
+def test_mistakes_are_said_and_leave_nothing(given, sentence, tmp_path):
+    settings = {"method": "fedprox", **TINY, **given}
+    with pytest.raises(fedkern.UserError) as error:
+        fedkern.simulate(**settings)
+    assert sentence in str(error.value)
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"clients": {}}, "clients must hold at least one client"),
+        ({"clients": {"a": (np.zeros((2, 4, 4)) + 2, [0, 1])}}, "client a: floating images must lie in"),
+        ({"clients": {"a": (np.zeros((2, 4, 4), np.uint8), [0.5, 1])}}, "client a: labels must be whole numbers"),
+        ({"clients": {"a": (np.zeros((2, 4, 4), np.uint8), [0])}}, "client a: labels: expected int64"),
+        ({"clients": {"a": np.zeros(3)}}, "client a: expected a pair"),
+        ({"test": (np.zeros((2, 5, 5), np.uint8), [0, 1])}, "images must have shape"),
+        ({"classes": ["one"]}, "classes must name at least 2"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_said(change, sentence):
+    clients = {"a": (np.zeros((2, 4, 4), np.uint8), [0, 1])}
+    given = {"clients": clients, "test": (np.zeros((2, 4, 4), np.uint8), [0, 1]), **change}
+    with pytest.raises(ValueError, match=sentence):
+        fedkern.FederatedData.from_arrays(**given)
+
+
+def test_layouts_and_dtypes_of_images():
+    colour = np.random.default_rng(0).random((2, 6, 6, 3))
+    data = fedkern.FederatedData.from_arrays([(colour, [0, 1])], (torch.from_numpy(colour).permute(0, 3, 1, 2), [0, 1]))
+    assert data.image_shape == (3, 6, 6)
+    assert torch.equal(data.clients[0].images, data.tests[""].images)
+    assert data.clients[0].images[0, 1, 2, 3] == round(255 * colour[0, 2, 3, 1])
+
+
+def test_importing_fedkern_loads_no_torch():
+    code = "import sys, fedkern; dir(fedkern); assert 'torch' not in sys.modules; fedkern.simulate"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(AttributeError, match="has no attribute 'simulat'"):
+        fedkern.simulat  # noqa: B018
