@@ -38,17 +38,17 @@ class ClientFailed(RunFailed):
         traceback: traceback of the exception, as text.
     """
 
-    def __init__(self, client: int, what: str, traceback: str = "", when: str = "") -> None:
+    def __init__(self, client: int, what: str, traceback: str = "", when: str = "", label: str = "") -> None:
         way = "mend the method, or leave such clients out with --on-error skip"
-        super().__init__(f"Client {client} failed{f' {when}' if when else ''}: {what}; {way}.")
+        super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {what}; {way}.")
         self.client, self.what, self.traceback = client, printable(what), traceback
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
         return ClientFailed, (self.client, self.what, self.traceback)
 
-    def at(self, when: str) -> ClientFailed:
-        """The same error with ``when``, the round, in the message."""
-        return ClientFailed(self.client, self.what, self.traceback, when)
+    def at(self, when: str, label: str = "") -> ClientFailed:
+        """The same error with ``when``, the round, and ``label``, the client's number and name, in the message."""
+        return ClientFailed(self.client, self.what, self.traceback, when, label)
 
 
 def printable(text: str) -> str:

@@ -228,10 +228,14 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         return
     from fedkern.report.names import say
     from fedkern.report.progress import terminal
-    from fedkern.report.tables import final_table
+    from fedkern.report.tables import final_table, own_tests_table, worst_client_line
 
     console = terminal()
     console.print(final_table(summary))
+    if summary.get("client_metrics"):
+        console.print(own_tests_table(summary))
+        if worst := worst_client_line(summary):
+            say(console, worst)
     names = sorted({str(name) for name in _diagnostics(summary)})
     if names:
         say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")

@@ -73,6 +73,7 @@ DATA_FLAGS: dict[str, DataOption] = {
     **COMMON_OPTIONS,
     "protocol": DATASETS["nico"].options["protocol"],
     "max_image_pixels": DATASETS["folder"].options["max_image_pixels"],
+    "client_column": DATASETS["csv"].options["client_column"],
 }
 METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
 

@@ -21,7 +21,7 @@ def command_line(method: str, config: RunConfig) -> str:
     words = [PROGRAM, method]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
-        if f.name in ("method", "options", "data_options") or value is None:
+        if f.name in ("method", "options", "data_options", "left_open") or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).records:
             continue  # follows from the method's options

@@ -113,6 +113,7 @@ def open_brats(
         std=(STD,) * len(channels),
         augment="none",
         groups=len(sites) if len(sites) > 1 else None,
+        sites=tuple(site or "." for site in sites) if len(sites) > 1 else (),
     )
 
 

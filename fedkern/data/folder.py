@@ -1,14 +1,19 @@
-"""Any image classification set in folders: ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` alone."""
+"""Any image classification set in folders: ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` alone.
+
+Where clients are sites, every site has such a tree in a folder of its own: ``<site>/<class>/*``.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from fedkern.data.found_files import need_root
 from fedkern.data.images import MAX_PIXELS, list_images, subfolders
-from fedkern.data.listing import SPLITS, Listing, Reading, to_source
+from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.site_folders import check_images, find_sites, holds_classes, holds_images, named_by, trees
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 
@@ -26,66 +31,72 @@ def open_folder(
     Args:
         root: holds ``train`` and ``test``, each with a folder for every class, or the class folders themselves, from
             which a fixed split is then drawn.  ``val`` beside ``test`` is the validation set; without ``test`` it is
-            the test set.  `SPLITS` has the other accepted names, in any case.
+            the test set.  `SPLITS` has the other accepted names, in any case.  Or ``root`` holds a folder for every
+            site with such a tree in it, and the sites are the clients.  The test folder of a site is then the own test
+            set of that client; the test set of the run joins them.
         size: side in pixels to which every image is resized.
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: share of the images held out where there is no such folder.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
-        UserError: no such tree, fewer than two classes, a class without images, or a test class unknown in training.
+        UserError: no such tree, fewer than two classes, a class without images, a test class unknown in training, or
+            folders of sites that are not alike or have no class in common.
     """
     base = need_root(root, "folder", "train/CLASS/image.png")
-    splits = split_folders(base, "folder")
-    classes = subfolders(base / splits.get("train", ""))
+    sites = find_sites(base, "folder", plain=holds_images, whole=holds_classes, mixed=False)
+    parts = trees(base, sites)
+    training = {site: folder for site, split, folder in parts if split in ("", "train")}
+    own_classes = {site: subfolders(folder) for site, folder in training.items()}
+    classes = sorted({name for names in own_classes.values() for name in names})
     if len(classes) < 2:
         raise UserError(
             f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found {len(classes)} '
             "class folders"
         )
+    holders = Counter(name for names in own_classes.values() for name in names)
+    if len(sites) > 1 and max(holders.values()) == 1:
+        raise UserError(
+            f'data set "folder": no two of the folders {", ".join(list(sites)[:4])} in {base} have a class in common, '
+            "so that they are no sites with the same task; put all classes into one folder, or list the images in a "
+            "CSV file with a column client"
+        )
     paths: list[Path] = []
     labels: list[int] = []
     belongs: list[str] = []
-    for split, name in splits.items() if splits else [("", "")]:
-        for own in subfolders(base / name):
+    clients: list[str] = []
+    for site, split, folder in parts:
+        for own in subfolders(folder):
             if own not in classes:
-                raise UserError(
-                    f'data set "folder": {base / name / own} is a class that {base / splits["train"]} does not have'
-                )
-            found = list_images(base / name / own)
-            if not found and split in ("", "train"):
-                raise UserError(f'data set "folder": the class folder {base / name / own} holds no image')
+                where = "no site has for training" if site else f"{training[site]} does not have"
+                raise UserError(f'data set "folder": {folder / own} is a class that {where}')
+            found = list_images(folder / own)
+            if not found and split in ("", "train") and not site:
+                raise UserError(f'data set "folder": the class folder {folder / own} holds no image')
             paths += found
             labels += [classes.index(own)] * len(found)
             belongs += [split] * len(found)
+            clients += [site] * len(found)
+    check_images(base, "folder", sites, Counter(zip(clients, belongs, strict=True)))
+    trained = {label for label, split in zip(labels, belongs, strict=True) if split in ("", "train")}
+    for label, name in enumerate(classes):
+        if label not in trained and "" not in sites:
+            raise UserError(
+                f'data set "folder": no site has a training image of the class {name}; leave its folders out'
+            )
     ids = tuple(path.relative_to(base).as_posix() for path in paths)
-    listing = Listing(paths, ids, np.array(labels, dtype=np.int64), belongs, [""] * len(paths))
+    listing = Listing(
+        paths,
+        ids,
+        np.array(labels, dtype=np.int64),
+        belongs,
+        clients,
+        named_by=named_by(base, sites),
+        own_tests="test" in belongs and "" not in sites,
+    )
     return to_source(
         "folder",
         listing,
         tuple(classes),
         Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels),
     )
-
-
-def split_folders(base: Path, data: str) -> dict[str, str]:
-    """Maps every split to the name of its folder, one of `SPLITS` in any case; empty without a training folder.
-
-    Raises:
-        UserError: a training folder without a test folder, or two folders for one split.
-    """
-    found: dict[str, str] = {}
-    names = subfolders(base)
-    if not any(SPLITS.get(name.lower()) == "train" for name in names):
-        return found
-    for name in names:
-        split = SPLITS.get(name.lower())
-        if split in found:
-            raise UserError(f'data set "{data}": {base} has two folders for one split, {found[split]} and {name}')
-        if split is not None:
-            found[split] = name
-    if "test" not in found:
-        if "validation" not in found:
-            raise UserError(f'data set "{data}": {base} has a folder {found["train"]}, but no folder test or val')
-        found["test"] = found.pop("validation")
-    return found

@@ -9,12 +9,14 @@ import torch
 
 from fedkern.data.cases import drawn_rows, grouped_rows
 from fedkern.data.transforms import central
-from fedkern.data.types import FederatedData, Split
+from fedkern.data.types import FederatedData, Split, joined
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
 HELD_OUT = "held_out"
 """Name of the test set with the samples of the client that is left out of training."""
+SHOWN = 20
+"""Most clients that a message lists by name."""
 
 
 def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: int) -> FederatedData:
@@ -34,20 +36,60 @@ def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: i
             has too few samples.
     """
     numbers = list(range(len(data.clients)))
-    tests = dict(data.tests)
+    tests, statistics = dict(data.tests), data.statistics
     if held_out is not None:
         if held_out not in numbers or len(numbers) < 2:
-            last = f"0 to {len(numbers) - 1}" if len(numbers) > 1 else "and a single one cannot be"
+            named = [data.client_label(k) for k in numbers] if data.client_names is not None else []
+            every = ", ".join(named[:SHOWN]) + ", ..." * (len(named) > SHOWN) if named else f"0 to {len(numbers) - 1}"
+            last = every if len(numbers) > 1 else "and a single one cannot be"
             raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
         numbers.remove(held_out)
         _check_unseen(data, held_out, numbers)
-        tests[HELD_OUT] = central(data.clients[held_out], data.image_shape[1:])
-    if not share:
-        own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
-        return replace(data, clients=tuple(data.clients[k] for k in numbers), tests=tests, client_tests=own)
-    parts = [_divided(data.clients[k], k, share, seed) for k in numbers]
-    own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
-    return replace(data, clients=tuple(kept for kept, _ in parts), tests=tests, client_tests=own)
+        tests = _without(data, held_out)
+        statistics = statistics.without(held_out, len(tests[HELD_OUT]))
+    names = None if data.client_names is None else tuple(data.client_names[k] for k in numbers)
+    kept = tuple(data.clients[k] for k in numbers)
+    own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
+    if share:
+        parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
+        kept = tuple(part for part, _ in parts)
+        own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
+        statistics = statistics.recounted([split.image_labels.numpy() for split in kept], [len(test) for test in own])
+    homes = data.test_clients
+    if homes is not None:
+        place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
+        place[numbers] = torch.arange(len(numbers))
+        homes = place[homes]
+    return replace(
+        data,
+        clients=kept,
+        tests=tests,
+        client_tests=own,
+        client_names=names,
+        statistics=statistics,
+        test_clients=homes,
+    )
+
+
+def _without(data: FederatedData, held_out: int) -> dict[str, Split]:
+    """The test sets where a client never trains: all its samples are the test set ``held_out``.
+
+    The client's own test images belong to ``held_out`` too, and to no other test set.
+    """
+    sides = data.image_shape[1:]
+    unseen = central(data.clients[held_out], sides)
+    if not data.client_tests:
+        return {**data.tests, HELD_OUT: unseen}
+    own = data.client_tests[held_out]
+    names = set(own.ids or ())
+    found: dict[str, Split] = {}
+    shared = False
+    for key, split in data.tests.items():
+        rows = torch.tensor([row for row, name in enumerate(split.ids or ()) if name not in names], dtype=torch.int64)
+        ours = bool(names) and split.ids is not None and len(rows) < len(split)
+        found[key] = split.subset(rows) if ours else split
+        shared = shared or ours
+    return {**found, HELD_OUT: joined([unseen, own]) if shared else unseen}
 
 
 def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
@@ -56,12 +98,12 @@ def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None
         shared = own.intersection(data.clients[k].ids or ())
         if shared:
             raise UserError(
-                f"Client {held_out} cannot be held out: {len(shared)} of its images ({min(shared)}) belong to client "
-                f"{k}, which trains on them; name one client for every image."
+                f"Client {data.client_label(held_out)} cannot be held out: {len(shared)} of its images ({min(shared)}) "
+                f"belong to client {data.client_label(k)}, which trains on them; name one client for every image."
             )
 
 
-def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:
+def _divided(split: Split, label: str, client: int, share: float, seed: int) -> tuple[Split, Split]:
     units = grouped_rows(split.ids, split.cases, split.patients)
     parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
     count = max(2, round(share * len(parts)))
@@ -69,7 +111,7 @@ def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split,
         named = "patients" if split.patients is not None else "different images" if split.cases is None else "cases"
         what = "samples" if units is None else named
         raise UserError(
-            f"Client {client} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
+            f"Client {label} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
             f"{what}, or --client-test 0."
         )
     test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))

@@ -53,11 +53,14 @@ class Listing:
         ids: names of the images.
         labels: int64 ``[n]``.
         splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
-        clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.
+        clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
+            are not trained on need none.
         masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation.
         texts: the text of every image; an image with several texts has an entry for each, under one name in ``ids``.
         patients: the patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one
             side.
+        named_by: the column or the layout that names the clients, in words, see `Source.named_by`.
+        own_tests: whether every test image belongs to the own test set of its client.
     """
 
     paths: Sequence[Path]
@@ -68,14 +71,16 @@ class Listing:
     masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | None = None
     texts: Sequence[str] | None = None
     patients: Sequence[str] | None = None
+    named_by: str = ""
+    own_tests: bool = False
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
     """Makes the pools of a listed data set.
 
     Raises:
-        UserError: an empty training or test set, too few images to hold some out, clients named for only some training
-            images, an image with two patients, two splits or two names, or a window larger than the images.
+        UserError: an empty training or test set, too few images to hold some out, an image with two patients, two
+            splits or two names, or a window larger than the images.
     """
     check_distinct(data, listing.paths, listing.ids)
     if reading.crop > reading.size:
@@ -84,12 +89,13 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     rows = _rows(data, listing, reading, units)
     named = [listing.clients[row] for row in rows["train"].tolist()]
     names = sorted(set(named))
-    if "" in names and len(names) > 1:
-        raise UserError(f'data set "{data}": some training images name a client and others do not; name all or none')
+    unnamed = named.count("") if names != [""] else 0
+    sites = () if "" in names else tuple(names)
     groups = None
-    if names != [""]:
-        groups = torch.full((len(listing.paths),), -1, dtype=torch.int64)
-        groups[rows["train"]] = torch.tensor([names.index(name) for name in named], dtype=torch.int64)
+    if sites:
+        number = {name: k for k, name in enumerate(sites)}
+        groups = torch.tensor([number.get(name, -1) for name in listing.clients], dtype=torch.int64)
+    drawn = not any(listing.splits)
     people = None if listing.patients is None else torch.from_numpy(units)
     grey = reading.colour == "grey"
 
@@ -121,8 +127,13 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         mean=GREY_MEAN if grey else IMAGENET_MEAN,
         std=GREY_STD if grey else IMAGENET_STD,
         augment="window" if 0 < reading.crop < reading.size else "none",
-        groups=None if groups is None else len(names),
+        groups=len(sites) if sites else None,
         crop=reading.crop,
+        sites=sites,
+        named_by=listing.named_by if sites or unnamed else "",
+        unnamed=unnamed,
+        lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
+        own_tests=bool(sites) and listing.own_tests,
     )
 
 

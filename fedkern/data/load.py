@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,10 @@ def load(
     Args:
         name: a key of `fedkern.data.DATASETS`.
         root: folder of the data set's files: its own folder, the folder above, or torchvision's layout.
-        clients: number of clients (default: the data set's).
-        partition: a specification for `fedkern.data.parse_partition` (default: the data set's).  Coloured sets give
-            every client its own colours under any partition except ``iid``, where all clients share one colour map.
+        clients: number of clients (default: that of the sites under ``attribute``, else the data set's).
+        partition: a specification for `fedkern.data.parse_partition` (default: ``attribute`` where a column or folders
+            of the user's files name two or more sites, else the data set's).  Coloured sets give every client its own
+            colours under any partition except ``iid``, where all clients share one colour map.
         seed: the run's root seed.
         train_samples: number of training samples shared out in total (default: all); the validation set shrinks in
             proportion.
@@ -74,31 +75,41 @@ def load(
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
         make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
             for example `fedkern.models.detector.GroundingDino`.
-        notice: called with a progress message during a long detection.
+        notice: called with a progress message during a long detection, and with a sentence where the data name sites
+            that the partition does not use.
 
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
     """
     info = lookup(name)
     own_options, common = read_options(name, options or {})
-    clients = info.clients if clients is None else clients
-    spec = parse_partition(info.partition if partition is None else partition)
+    asked = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
     if info.make is not None:
         _check_made(name, common, public_samples)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
+        spec = asked or parse_partition(info.partition)
+        clients = info.clients if clients is None else clients
         return info.make(clients, spec, seed, samples=train_samples, **sizes, **own_options)
-    boxed = own_options.pop("mask", "exact") == "box"  # mask and ink: coloured sets only; the reader gets the rest
-    ink = own_options.pop("ink", "")
+    # The options mask and ink of coloured sets are for this function; a reader gets all others.
+    boxed = info.coloured and own_options.pop("mask") == "box"
+    ink = own_options.pop("ink") if info.coloured else ""
     assert info.open is not None
     source = info.open(root, **own_options)
+    spec = _default_partition(name, info, source) if asked is None else asked
+    if clients is None:
+        clients = source.groups if spec.name == "attribute" and source.groups is not None else info.clients
     _check_attribute(name, info, source, spec, clients)
+    if notice is not None:
+        for text in _unused(source, spec):
+            notice(text)
     _check_segmentation(name, source, spec, common)
     kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
     parts = _shares(source, spec, kept, clients, seed)
     held = [kept[torch.from_numpy(part)] for part in parts]
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text)
+    names = source.sites if spec.name == "attribute" and source.sites else None
     validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
     test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
     mean, std = source.mean, source.std
@@ -113,6 +124,9 @@ def load(
         public = _seen(source, source.train.take(public_rows))
         validation = _seen(source, source.validation.take(validation_rows))
         tests = {key: _seen(source, pool.take(test_rows[key])) for key, pool in source.tests.items()}
+    own = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
+    homes = None if names is None or own else source.tests[""].groups
+    statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in own))
     pools = (source.train, source.validation, *source.tests.values())
     if boxed:
         splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
@@ -129,6 +143,9 @@ def load(
         exact_masks=info.coloured and not boxed,
         image_ids=frozenset(image for pool in pools for image in pool.ids),
         public=public if len(public) else None,
+        client_tests=own,
+        client_names=names,
+        test_clients=None if homes is None else homes[test_rows[""]],
     )
     background = _background_source(name, options or {}, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
@@ -228,19 +245,64 @@ def _check_correlation(name: str, info: DatasetInfo, correlation: float | None) 
     return correlation
 
 
+def _default_partition(name: str, info: DatasetInfo, source: Source) -> PartitionSpec:
+    """``attribute`` where the user's files name two or more sites, else the data set's own partition."""
+    if source.unnamed or len(source.sites) > 1:
+        if source.lost:
+            raise UserError(
+                f'data set "{name}": all images of {", ".join(source.lost[:4])} in {source.named_by} were drawn into '
+                "the test or validation set; name more images there, or the split of every image"
+            )
+        return parse_partition("attribute" if source.named_by else info.partition)
+    return parse_partition(info.partition)
+
+
+def _unused(source: Source, spec: PartitionSpec) -> Iterator[str]:
+    """Sentences on sites that the files name and the partition does not use."""
+    if not source.named_by:
+        return
+    named = source.named_by[:1].upper() + source.named_by[1:]
+    if spec.name != "attribute":
+        count = f"{len(source.sites)} client{'s' * (len(source.sites) != 1)}" if source.sites else "clients"
+        yield f"{named} names {count} and is not used: --partition {spec.text} shares the samples out."
+    elif source.lost:
+        yield f"{named} names {', '.join(source.lost[:4])} too, which has no training image left and is no client."
+
+
 def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: PartitionSpec, clients: int) -> None:
     if spec.name != "attribute":
         return
+    if source.unnamed:
+        raise UserError(
+            f'data set "{name}": some training images name a client and others do not ({source.unnamed} of '
+            f"{len(source.train)} in {source.named_by}); name one for all of them, or ask for a --partition that does "
+            "not use it"
+        )
     if source.groups is None and not info.coloured:
+        hint = "" if "client_column" not in info.options else ", or name the column of the clients with --client-column"
         raise UserError(
             f'data set "{name}" has no attribute (contexts, sites or colours) to partition by; take iid, '
-            "dirichlet:ALPHA or classes:S"
+            f"dirichlet:ALPHA or classes:S{hint}"
         )
     if source.groups is not None and clients != source.groups:
+        by = f" by {source.named_by}" if source.named_by else ""
         raise UserError(
-            f'data set "{name}" assigns its contexts or sites to {source.groups} clients, not {clients}; take '
+            f'data set "{name}" assigns its contexts or sites{by} to {source.groups} clients, not {clients}; take '
             f"--clients {source.groups} or another partition"
         )
+
+
+def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Split, ...]:
+    """Every client's own test set: its rows of ``test``, which holds the ``rows`` of the data set's test pool."""
+    groups = source.tests[""].groups
+    assert groups is not None
+    own = tuple(test.subset((groups[rows] == k).nonzero().flatten()) for k in range(len(source.sites)))
+    for site, split in zip(source.sites, own, strict=True):
+        if not len(split):
+            raise UserError(
+                f'data set "{name}": test_samples={len(rows)} leaves the site {site} without a test image; take more'
+            )
+    return own
 
 
 def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> None:
@@ -280,6 +342,9 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
         return share_out(spec, labels - none, clients, seed, class_count=classes - none, groups=own)
 
     named = spec.name == "attribute" and groups is not None
+    for k, site in enumerate(source.sites if named else ()):
+        if groups is not None and k not in groups:
+            raise UserError(f"the client {site} would have no training sample; take more --train-samples")
     patients = None if pool.patients is None or named else pool.patients[kept]
     if pool.cases is None:
         units = grouped_rows([pool.ids[row] for row in kept.tolist()], None, patients)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from fedkern.data.folder import split_folders
 from fedkern.data.images import MAX_PIXELS, list_images, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
-from fedkern.data.table import find_table, read_table
+from fedkern.data.site_folders import (
+    Splits,
+    check_images,
+    find_sites,
+    holds_classes,
+    holds_images,
+    named_by,
+    split_folders,
+    trees,
+)
+from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.files import expand
@@ -27,6 +37,7 @@ def open_pairs(
     validation_share: float = 0.1,
     crop: int = 0,
     max_image_pixels: int = MAX_PIXELS,
+    **chosen: str,
 ) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
 
@@ -35,7 +46,8 @@ def open_pairs(
     client.
 
     Folder: every image has a text file of the same name beside it, as ``cat.jpg`` and ``cat.txt``.  Images lie directly
-    in the folder or under ``train`` and ``test`` (and ``val``), optionally in a folder for each label.
+    in the folder or under ``train`` and ``test`` (and ``val``), optionally in a folder for each label.  Or there is a
+    folder for every site, with splits or labels in it.
 
     Args:
         root: the CSV file, a folder with one CSV file, or the folder of images.
@@ -46,24 +58,28 @@ def open_pairs(
         crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
             images.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
     """
     columns = ("image", "text")
     path = find_table(root, "pairs", columns)
+    sites: dict[str, Splits] = {"": {}}
     if path is not None:
-        table = read_table(path, "pairs", columns)
+        table = read_table(path, "pairs", columns, chosen)
         images, names, texts = table.files("image", "pairs"), table.names("image"), table.column("text")
-        named, splits, clients = table.column("label"), table.splits("pairs"), table.column("client")
-        patients = table.patients()
+        labelled, splits, patients = table.column("label"), table.splits("pairs"), table.patients()
+        clients, named = table.clients()
     else:
+        check_unchosen("pairs", chosen, root)
         base = expand(str(root))
-        images, named, splits = _found(base)
-        names, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
-        patients = None
+        sites = _sites(base)
+        images, labelled, splits, clients = _found(base, sites)
+        names, patients = tuple(one.relative_to(base).as_posix() for one in images), None
+        named = named_by(base, sites)
         texts = [_read(image) for image in images]
-    labels = [label or ANY for label in named]
+    labels = [label or ANY for label in labelled]
     classes = tuple(sorted(set(labels)))
     listing = Listing(
         paths=images,
@@ -73,6 +89,8 @@ def open_pairs(
         clients=clients,
         texts=[" ".join(text.split()[:longest]) for text in texts],
         patients=patients,
+        named_by=named,
+        own_tests="" not in sites and "test" in splits,
     )
     return to_source(
         "pairs",
@@ -82,21 +100,30 @@ def open_pairs(
     )
 
 
-def _found(base: Path) -> tuple[list[Path], list[str], list[str]]:
-    """The images under ``base``, their labels (``""`` without label folders) and their splits."""
+def _sites(base: Path) -> dict[str, Splits]:
+    if holds_images(base):
+        return {"": split_folders(base, "pairs")}
+    whole = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
+    return find_sites(base, "pairs", plain=holds_images, whole=whole, mixed=True)
+
+
+def _found(base: Path, sites: dict[str, Splits]) -> tuple[list[Path], list[str], list[str], list[str]]:
+    """The images under ``base``, their labels (``""`` without label folders), their splits and their sites."""
     images: list[Path] = []
     labels: list[str] = []
     belongs: list[str] = []
-    splits = split_folders(base, "pairs")
-    for split, name in splits.items() if splits else [("", "")]:
-        for label in ("", *subfolders(base / name)):
-            found = list_images(base / name / label)
+    clients: list[str] = []
+    for site, split, folder in trees(base, sites):
+        for label in ("", *subfolders(folder)):
+            found = list_images(folder / label)
             images += found
             labels += [label] * len(found)
             belongs += [split] * len(found)
+            clients += [site] * len(found)
+    check_images(base, "pairs", sites, Counter(zip(clients, belongs, strict=True)))
     if not images:
         raise UserError(f'data set "pairs": no image found in {base} (expected image.jpg with image.txt beside it)')
-    return images, labels, belongs
+    return images, labels, belongs, clients
 
 
 def _read(image: Path) -> str:

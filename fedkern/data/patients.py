@@ -38,10 +38,12 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
         for patient in np.unique(split.patients.numpy()).tolist():
             if (owner := owners.setdefault(patient, k)) != k:
                 raise UserError(
-                    f"--privacy-unit patient needs all images of a patient at one client, and clients {owner} and {k} "
-                    "share a patient: name one client for all images of a patient, or none for any."
+                    "--privacy-unit patient needs all images of a patient at one client, and clients "
+                    f"{data.client_label(owner)} and {data.client_label(k)} share a patient: name one client for all "
+                    "images of a patient, or none for any."
                 )
-    return replace(data, clients=tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients)))
+    kept = tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients))
+    return replace(data, clients=kept, statistics=data.statistics.recounted([one.image_labels.numpy() for one in kept]))
 
 
 def _limited(split: Split, images: int, client: int, seed: int) -> Split:

@@ -200,6 +200,23 @@ _READING = {
     ),
 }
 
+_HELD = {
+    "path": "the image files", "image": "the image files", "mask": "the mask files", "label": "the labels",
+    "text": "the texts", "report": "the reports", "view": "the views", "split": "the splits",
+    "patient": "the patients",
+}  # fmt: skip
+
+
+def _columns(*options: str) -> dict[str, DataOption]:
+    """Options that name the columns of a CSV file, see `fedkern.data.table.read_table`."""
+    named = {name: DataOption("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
+    return named | {
+        "client_column": DataOption(
+            "", "CSV column that names every row's client; by default client, site or hospital where there is one"
+        )
+    }
+
+
 _CROP = DataOption(
     0, "side of the window that networks see, anywhere in training images, central in others; 0: whole images", low=0
 )
@@ -262,12 +279,13 @@ DATASETS: dict[str, DatasetInfo] = {
         open_tinyimagenet, 10, "dirichlet:0.5", (3, 64), options=_PIXELS,
     ),
     "folder": DatasetInfo(
-        "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone",
+        "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
         open_folder, 5, "dirichlet:0.5", (3, 64), options=_READING,
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label[,split][,client]",
-        open_csv, 5, "dirichlet:0.5", (3, 64), options=_READING,
+        open_csv, 5, "dirichlet:0.5", (3, 64),
+        options={**_READING, **_columns("path", "label", "split", "patient")},
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
@@ -277,13 +295,19 @@ DATASETS: dict[str, DatasetInfo] = {
             "names": DataOption("", "classes separated by |, background first (default: numbers)"),
             "tile": DataOption(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
             "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
+            **_columns("image", "mask", "split", "patient"),
         },
         task="segmentation",
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
         open_pairs, 5, "iid", (3, 64), task="retrieval",
-        options={**_READING, "crop": _CROP, "longest": DataOption(112, "words kept of a text", low=1)},
+        options={
+            **_READING,
+            "crop": _CROP,
+            "longest": DataOption(112, "words kept of a text", low=1),
+            **_columns("image", "text", "label", "split", "patient"),
+        },
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
@@ -298,6 +322,7 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
             "longest": DataOption(112, "tokens kept of a report", low=1),
             "shortest": DataOption(3, "rows with fewer tokens are left out", low=1),
+            **_columns("image", "report", "label", "view", "split", "patient"),
         },
     ),
     "brats": DatasetInfo(

@@ -20,7 +20,6 @@ REPORT = ("report", "text", "caption", "note")
 SECTION = ("impression", "findings")
 LABEL = ("label", "finding", "diagnosis")
 VIEW = ("view", "viewposition", "view_position")
-CLIENT = ("client", "site", "hospital", "institution")
 # Columns of the CheXpert labeller, which come with MIMIC-CXR: 1 positive, 0 negative, -1 uncertain, or empty.
 CHEXPERT = (
     "atelectasis", "cardiomegaly", "consolidation", "edema", "enlarged cardiomediastinum", "fracture", "lung lesion",
@@ -48,6 +47,7 @@ def open_reports(
     validation_share: float = 0.1,
     crop: int = 0,
     max_image_pixels: int = MAX_PIXELS,
+    **chosen: str,
 ) -> Source:
     """Reads a CSV file of radiographs and reports.
 
@@ -58,7 +58,7 @@ def open_reports(
       impression and findings are kept, if it has them.
     - ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the label.
     - ``view`` (or ViewPosition).
-    - ``client`` (or site, hospital), for ``--partition attribute``.
+    - ``client`` (or another of `fedkern.data.table.CLIENT`): the client that holds a training image.
     - ``subject_id`` (or another of `fedkern.data.table.PATIENT`): all images of a patient are held out together and go
       to one client.
     - ``split``.
@@ -78,6 +78,8 @@ def open_reports(
         crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
             images.  The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        **chosen: columns of the file, see `fedkern.data.table.read_table`; a chosen ``report`` replaces ``impression``
+            and ``findings`` too.
 
     Raises:
         UserError: anything wrong with the file or an image it names, or no row left.
@@ -85,12 +87,16 @@ def open_reports(
     path = find_table(root, "reports", ("image", "report"))
     if path is None:
         raise UserError(f'data set "reports": {root} holds no CSV file')
-    table = read_table(path, "reports", ())
+    table = read_table(path, "reports", (), chosen)
     image = _column(table, IMAGE)
     reports = _reports(table)
     if image is None or reports is None:
         missing = "image" if image is None else "report (or impression and findings)"
-        raise UserError(f'data set "reports": {path} has no column "{missing}"; it has {", ".join(table.rows[0])}')
+        option = missing.split()[0]
+        raise UserError(
+            f'data set "reports": {path} has no column "{missing}"; it has {", ".join(table.rows[0])}: name the column '
+            f"to take for it with --data-option {option}=COLUMN"
+        )
     if shortest > longest:
         raise UserError(f'data set "reports": shortest is {shortest}, more than longest, {longest}')
     texts = [clean(report, longest) for report in reports]
@@ -105,15 +111,16 @@ def open_reports(
     table = table.only(rows)
     labels = _labels(table)
     classes = tuple(sorted(set(labels)))
-    client = _column(table, CLIENT)
+    clients, named = table.clients()
     listing = Listing(
         paths=table.files(image, "reports"),
         ids=table.names(image),
         labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
         splits=table.splits("reports"),
-        clients=[""] * len(rows) if client is None else table.column(client),
+        clients=clients,
         texts=[texts[row] for row in rows],
         patients=table.patients(),
+        named_by=named,
     )
     return to_source(
         "reports",
@@ -129,7 +136,7 @@ def _column(table: Table, names: Sequence[str]) -> str | None:
 
 
 def _reports(table: Table) -> list[str] | None:
-    present = [name for name in SECTION if name in table.rows[0]]
+    present = [name for name in SECTION if name in table.rows[0]] if "report" not in table.chosen else []
     parts = [table.column(name) for name in present]
     joined = [" ".join(part for part in row if part) for row in zip(*parts, strict=True)] if parts else None
     whole = _column(table, REPORT)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.folder import split_folders
 from fedkern.data.images import MAX_PIXELS, list_images, read_masks
 from fedkern.data.listing import Listing, Reading, to_source
-from fedkern.data.table import find_table, read_table
+from fedkern.data.site_folders import Splits, check_images, find_sites, named_by, trees
+from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import in_tiles
 from fedkern.data.types import IGNORE, Source
 from fedkern.errors import UserError
@@ -30,6 +31,7 @@ def open_segmentation(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
+    **chosen: str,
 ) -> Source:
     """Reads images and their masks; masks are decoded at once, images when a split needs them.
 
@@ -37,7 +39,8 @@ def open_segmentation(
     of a patient are held out together and go to one client.
 
     Folder: it holds ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files
-    have the same names, directly or under ``train`` and ``test`` (and ``val``).
+    have the same names, directly or under ``train`` and ``test`` (and ``val``); or a folder for every site that holds
+    these.
 
     A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).
 
@@ -51,22 +54,25 @@ def open_segmentation(
         ignore: value of mask pixels whose class is unknown (often 255), -1 for none.
         test_share, validation_share: share of the images held out where there is no such split.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
     Raises:
         UserError: anything wrong with a file, an image without a mask, or a class number beyond ``names``.
     """
     columns = ("image", "mask")
     path = find_table(root, "segmentation", columns)
+    sites: dict[str, Splits] = {"": {}}
     if path is not None:
-        table = read_table(path, "segmentation", columns)
+        table = read_table(path, "segmentation", columns, chosen)
         images, masks = (table.files(column, "segmentation") for column in columns)
-        ids, splits, clients = table.names("image"), table.splits("segmentation"), table.column("client")
-        patients = table.patients()
+        ids, splits, patients = table.names("image"), table.splits("segmentation"), table.patients()
+        clients, named = table.clients()
     else:
+        check_unchosen("segmentation", chosen, root)
         base = expand(str(root))
-        images, masks, splits = _pairs(base)
-        ids, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
-        patients = None
+        sites = find_sites(base, "segmentation", plain=_is_part, whole=_has_pair, mixed=True)
+        images, masks, splits, clients = _pairs(base, sites)
+        ids, patients, named = tuple(one.relative_to(base).as_posix() for one in images), None, named_by(base, sites)
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
     values = read_masks(images, masks, size, "segmentation", max_image_pixels)
@@ -77,7 +83,17 @@ def open_segmentation(
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
     held = values.astype(np.int16)
     held[unknown] = IGNORE
-    listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, held, patients=patients)
+    listing = Listing(
+        images,
+        ids,
+        _largest(values, len(classes)),
+        splits,
+        clients,
+        held,
+        patients=patients,
+        named_by=named,
+        own_tests="" not in sites and "test" in splits,
+    )
     source = to_source(
         "segmentation",
         listing,
@@ -87,19 +103,27 @@ def open_segmentation(
     return in_tiles(source, tile) if tile else source
 
 
-def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
-    """The images under ``base``, their masks and their splits."""
+def _is_part(folder: Path) -> bool:
+    return any(folder.name in pair for pair in PAIRS)
+
+
+def _has_pair(folder: Path) -> bool:
+    return any(all((folder / name).is_dir() for name in pair) for pair in PAIRS)
+
+
+def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Path], list[Path], list[str], list[str]]:
+    """The images under ``base``, their masks, their splits and their sites."""
     images: list[Path] = []
     masks: list[Path] = []
     belongs: list[str] = []
-    splits = split_folders(base, "segmentation")
-    for split, name in splits.items() if splits else [("", "")]:
-        own = PAIRS[1] if (base / name / PAIRS[1][0]).is_dir() else PAIRS[0]
-        pair = base / name / own[0], base / name / own[1]
+    clients: list[str] = []
+    for site, split, tree in trees(base, sites):
+        own = PAIRS[1] if (tree / PAIRS[1][0]).is_dir() else PAIRS[0]
+        pair = tree / own[0], tree / own[1]
         for folder in pair:
             if not folder.is_dir():
                 raise UserError(
-                    f'data set "segmentation": {base / name} has no folder {folder.name} (expected images and masks, '
+                    f'data set "segmentation": {tree} has no folder {folder.name} (expected images and masks, '
                     "or a CSV file with the columns image,mask)"
                 )
         partners: dict[str, Path] = {}
@@ -112,9 +136,11 @@ def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
             images.append(image)
             masks.append(partners[image.stem])
             belongs.append(split)
+            clients.append(site)
+    check_images(base, "segmentation", sites, Counter(zip(clients, belongs, strict=True)))
     if not images:
-        raise UserError(f'data set "segmentation": no image found in {base / own[0]}')
-    return images, masks, belongs
+        raise UserError(f'data set "segmentation": no image found in {tree / own[0]}')
+    return images, masks, belongs, clients
 
 
 def _classes(values: npt.NDArray[np.uint8], masks: list[Path], names: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,48 @@ class PartitionStatistics:
         counts: int64 ``[clients, classes]``, number of training samples.
         classes: class names, in label order.
         partition: specification of the partition, for example ``"dirichlet:0.5"``.
+        names: name of every client, or None where the data name none.
+        own_tests: samples of every client's own test set, which it does not train on; empty where the table does not
+            list them.
+        held_out: name (or number before it was taken out) of the client that never trains, and how many samples it has;
+            None where all clients train.
     """
 
     counts: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     partition: str
+    names: tuple[str, ...] | None = None
+    own_tests: tuple[int, ...] = ()
+    held_out: tuple[str, int] | None = None
 
     @staticmethod
     def of(labels: Sequence[npt.NDArray[np.int64]], classes: tuple[str, ...], partition: str) -> PartitionStatistics:
         """Counts the ``labels`` (one int64 array per client)."""
         counts = np.stack([np.bincount(one, minlength=len(classes)) for one in labels]).astype(np.int64)
         return PartitionStatistics(counts, classes, partition)
+
+    def recounted(
+        self, labels: Sequence[npt.NDArray[np.int64]], own_tests: Sequence[int] | None = None
+    ) -> PartitionStatistics:
+        """The same partition with the samples that the clients train on after some were set aside.
+
+        Args:
+            labels: int64 array of every client.
+            own_tests: samples of every client's own test set; None keeps what the table lists.
+        """
+        counts = PartitionStatistics.of(labels, self.classes, self.partition).counts
+        return replace(self, counts=counts, own_tests=self.own_tests if own_tests is None else tuple(own_tests))
+
+    def without(self, client: int, samples: int) -> PartitionStatistics:
+        """The same partition with one client held out, whose ``samples`` are a test set."""
+        rest = [k for k in range(len(self.counts)) if k != client]
+        return replace(
+            self,
+            counts=self.counts[rest],
+            names=None if self.names is None else tuple(self.names[k] for k in rest),
+            own_tests=tuple(self.own_tests[k] for k in rest) if self.own_tests else (),
+            held_out=(self.labels[client], samples),
+        )
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -47,20 +78,43 @@ class PartitionStatistics:
         distance: npt.NDArray[np.float64] = np.abs(self.shares - overall).sum(axis=1) / 2
         return distance
 
+    @property
+    def labels(self) -> list[str]:
+        """Every client by its name, or by its number where it has none."""
+        return list(self.names) if self.names is not None else [str(k) for k in range(len(self.counts))]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the table has the column ``own test``: samples of clients that no client trains on."""
+        return bool(self.own_tests) or self.held_out is not None
+
     def header(self) -> list[str]:
         """Column names of `rows`."""
-        return ["client", "samples", "skew", *self.classes]
+        named = ["name"] if self.names is not None else []
+        return ["client", *named, "samples", *(["own test"] if self.untrained else []), "skew", *self.classes]
 
     def rows(self, limit: int | None = None) -> list[list[str]]:
-        """One row of strings per client and a closing row of totals; at most ``limit`` clients are listed."""
+        """A row of strings per client, one for a held-out client and one of totals; ``limit``: most clients listed."""
         shown = len(self.counts) if limit is None else min(limit, len(self.counts))
+        tests = [*self.own_tests] or [0] * len(self.counts)
+        totals = self.counts.sum(axis=0)
+        mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
+
+        def row(first: str, name: str, samples: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
+            named = [name] if self.names is not None else []
+            own = [str(test)] if self.untrained else []
+            return [first, *named, str(samples), *own, skew, *(str(count) for count in counts)]
+
+        nothing = [""] * len(self.classes)
         rows = [
-            [str(k), str(self.sizes[k]), f"{self.skew[k]:.2f}", *(str(count) for count in self.counts[k])]
+            row(str(k), self.labels[k], self.sizes[k], tests[k], f"{self.skew[k]:.2f}", list(self.counts[k]))
             for k in range(shown)
         ]
         if shown < len(self.counts):
-            rows.append([f"... {len(self.counts) - shown} more", "", "", *("" for _ in self.classes)])
-        totals = self.counts.sum(axis=0)
-        mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
-        rows.append(["all", str(totals.sum()), f"{mean_skew:.2f}", *(str(total) for total in totals)])
+            rows.append(row(f"... {len(self.counts) - shown} more", "", "", "", "", nothing))
+        if self.held_out is not None:
+            first = "held out" if self.names is not None else f"held out ({self.held_out[0]})"
+            rows.append(row(first, self.held_out[0], "", self.held_out[1], "", nothing))
+        untrained = sum(tests) + (self.held_out[1] if self.held_out is not None else 0)
+        rows.append(row("all", "", totals.sum(), untrained, f"{mean_skew:.2f}", list(totals)))
         return rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from os.path import normpath
 from pathlib import Path
 
@@ -22,6 +22,12 @@ from fedkern.inputs import read_text, standing
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
 """Names of the patient column, as in the tables of MIMIC-CXR, NIH's ChestX-ray14 and others."""
+CLIENT = ("client", "site", "hospital", "institution")
+"""Names of the column that names the client of every row; the first one with a value counts."""
+CLIENT_COLUMN = "client_column"
+"""The option that names this column."""
+_READ_AS = {"patient": PATIENT[0], CLIENT_COLUMN: CLIENT[0]}
+"""Under which name a chosen column is read, where that is not the option's own name."""
 SHOWN = 200
 """Most characters of a value in a message: a text in the place of a file name may be a whole report."""
 _QUOTED = re.compile(r'"[^"]*"')
@@ -35,11 +41,13 @@ class Table:
         path: the file.
         rows: the stripped values of every row by column name.
         lines: line number of every row in the file.
+        chosen: the columns that the user chose, by option, see `read_table`.
     """
 
     path: Path
     rows: Sequence[dict[str, str]]
     lines: Sequence[int]
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> list[str]:
         """The values of a column, ``""`` in every row if the column is missing."""
@@ -47,7 +55,7 @@ class Table:
 
     def only(self, rows: Sequence[int]) -> Table:
         """The table reduced to ``rows``."""
-        return Table(self.path, [self.rows[row] for row in rows], [self.lines[row] for row in rows])
+        return Table(self.path, [self.rows[row] for row in rows], [self.lines[row] for row in rows], self.chosen)
 
     def files(self, name: str, data: str) -> list[Path]:
         """Paths of the files in a column; relative names are relative to the CSV file's folder.
@@ -71,6 +79,16 @@ class Table:
         """Patient of every row, from the first column of `PATIENT` with a value; None without such a column."""
         column = next((name for name in PATIENT if any(self.column(name))), None)
         return None if column is None else self.column(column)
+
+    def clients(self) -> tuple[list[str], str]:
+        """Client of every row, ``""`` where none is named, and the words for its column in messages.
+
+        The column is the chosen one, or the first of `CLIENT` with a value; without such a column the words are empty.
+        """
+        column = next((name for name in CLIENT if any(self.column(name))), None)
+        if column is None:
+            return [""] * len(self.rows), ""
+        return self.column(column), f'the column "{self.chosen.get(CLIENT_COLUMN, column)}" of {self.path.name}'
 
     def splits(self, data: str) -> list[str]:
         """The column ``split`` as train, validation or test; ``""`` everywhere if it is missing or empty.
@@ -113,17 +131,30 @@ def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> 
     return found[0] if found else None
 
 
-def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
+def check_unchosen(data: str, chosen: Mapping[str, str], root: str | Path | None) -> None:
+    """Raises UserError where the user chose a column, though the data are no CSV file."""
+    for option, column in chosen.items():
+        if column:
+            raise UserError(
+                f'data set "{data}": the option {option} names the column "{column}" of a CSV file, and {root} holds '
+                "none; leave it out, or name the file with --data-root"
+            )
+
+
+def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[str, str] | None = None) -> Table:
     """Reads a CSV file with a header (separated by comma, semicolon or tab).
 
     Args:
         path: the file.
         data: the data set's name, for messages.
         columns: the required columns, filled in every row.
+        chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
+            ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
+            Empty names choose nothing.
 
     Raises:
-        UserError: the file is unreadable or has no row, a required column is missing or a column occurs twice, a
-            required value is empty, or a row has more values than there are columns.
+        UserError: the file is unreadable or has no row, a required or chosen column is missing or a column occurs
+            twice, a required value is empty, a chosen column is empty, or a row has more values than there are columns.
     """
     try:
         text = read_text(path, "utf-8-sig")
@@ -134,19 +165,44 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
         names, rows, lines = _parsed(text, path, data)
     except csv.Error as error:
         raise UserError(f'data set "{data}": {path} is not a CSV file: {error}') from None
+    given = {option: column.strip().lower() for option, column in (chosen or {}).items() if column}
+    table = Table(path, _in_place(rows, names, given, path, data), lines, given)
     for column in columns:
-        if column not in names:
+        if column not in names and column not in given:
             hint = nearest(column, names)
             raise UserError(
                 f'data set "{data}": {path} has no column "{column}", expected {", ".join(columns)} and optionally '
-                f"split, client and patient_id.{hint}"
+                f"split, client and patient_id; name the column to take for it with --data-option {column}=COLUMN."
+                f"{hint}"
             )
-        for row, line in zip(rows, lines, strict=True):
+        for row, line in zip(table.rows, lines, strict=True):
             if not row.get(column):
-                raise UserError(f'data set "{data}": {path}, line {line}, has no {column}')
+                raise UserError(f'data set "{data}": {path}, line {line}, has no {given.get(column, column)}')
     if not rows:
         raise UserError(f'data set "{data}": {path} lists no image')
-    return Table(path, rows, lines)
+    return table
+
+
+def _in_place(
+    rows: list[dict[str, str]], names: Sequence[str], chosen: Mapping[str, str], path: Path, data: str
+) -> list[dict[str, str]]:
+    """The rows with the values of chosen columns under the names that the data set reads."""
+    taken: dict[str, str] = {}
+    for option, column in chosen.items():
+        if not column or column not in names:
+            there = ", ".join(name for name in names if name)
+            raise UserError(
+                f'data set "{data}": the option {option} names the column "{column}", which {path} does not have; it '
+                f"has {there}.{nearest(column, names)}"
+            )
+        if rows and not any(row.get(column) for row in rows):
+            raise UserError(
+                f'data set "{data}": the option {option} names the column "{column}" of {path}, which is empty'
+            )
+        taken[_READ_AS.get(option, option)] = column
+    if not taken:
+        return rows
+    return [{**row, **{name: row.get(column, "") for name, column in taken.items()}} for row in rows]
 
 
 def _cell(value: str) -> str:
@@ -186,13 +242,14 @@ def open_csv(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
+    **chosen: str,
 ) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
 
-    ``split`` is train, validation (val) or test.  ``client`` names the client that holds a training image, for
-    ``--partition attribute``.  All images with the same ``patient_id`` (or another column of `PATIENT`) are held out
-    together and go to one client, unless ``client`` decides otherwise.  Classes are sorted, as numbers if all of them
-    are numbers.
+    ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
+    holds a training image; these clients are the default partition, ``attribute``.  All images with the same
+    ``patient_id`` (or another column of `PATIENT`) are held out together and go to one client, unless ``client``
+    decides otherwise.  Classes are sorted, as numbers if all of them are numbers.
 
     Args:
         root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
@@ -200,6 +257,7 @@ def open_csv(
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: share of the images held out where no row belongs to such a split.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        **chosen: columns of the file, see `read_table`.
 
     Raises:
         UserError: anything wrong with the file or an image it names.
@@ -207,7 +265,8 @@ def open_csv(
     path = find_table(root, "csv", ("path", "label"))
     if path is None:
         raise UserError(f'data set "csv": {root} holds no CSV file')
-    table = read_table(path, "csv", ("path", "label"))
+    table = read_table(path, "csv", ("path", "label"), chosen)
+    clients, named = table.clients()
     names = table.column("label")
     numbers = all(name.isdecimal() for name in names)
     classes = sorted(set(names), key=(lambda name: (int(name), name)) if numbers else None)
@@ -219,8 +278,9 @@ def open_csv(
         ids=table.names("path"),
         labels=np.array([label_of[name] for name in names], dtype=np.int64),
         splits=table.splits("csv"),
-        clients=table.column("client"),
+        clients=clients,
         patients=table.patients(),
+        named_by=named,
     )
     return to_source(
         "csv", listing, tuple(classes), Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels)

@@ -69,6 +69,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_labels(self) -> Tensor:
+        """int64 ``[n]``: the class of every image; for segmentation the object class with most pixels, else 0."""
+        if self.labels.dim() == 1 or len(self) == 0:
+            return self.labels.reshape(len(self))
+        top = int(self.labels.max())
+        counts = torch.stack([(self.labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
+        return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
+
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
         return Split(
@@ -165,6 +174,12 @@ class Source:
         augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         groups: number of clients that the data set's own attributes define, or None.
         crop: side of the window of an image that networks see; 0 for the whole image.
+        sites: names of these clients, in their order; empty where they have none.
+        named_by: the column or the layout that names the sites, in words; such sites are the clients unless the user
+            asks for another partition.  Empty where the attribute has to be asked for.
+        unnamed: training images for which ``named_by`` names no site; with some, no image has a group.
+        lost: sites without a training image, because all of their images were drawn into held-out sets.
+        own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
     """
 
     classes: tuple[str, ...]
@@ -176,6 +191,16 @@ class Source:
     augment: str
     groups: int | None = None
     crop: int = 0
+    sites: tuple[str, ...] = ()
+    named_by: str = ""
+    unnamed: int = 0
+    lost: tuple[str, ...] = ()
+    own_tests: bool = False
+
+
+def client_label(names: Sequence[str] | None, client: int) -> str:
+    """A client in messages and tables: its number and, where clients have names, its name, ``1 (Berlin)``."""
+    return str(client) if names is None else f"{client} ({names[client]})"
 
 
 @dataclass(frozen=True)
@@ -195,7 +220,11 @@ class FederatedData:
         exact_masks: whether the clients' masks are exact (coloured sets) rather than detected or boxes.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and all participants may see, or None.
-        client_tests: own test split of every client, or empty (captions; `fedkern.data.holdout`).
+        client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.holdout`).
+        client_names: name of every client of the partition, such as its hospital, or None where the data name none; a
+            client is then shown by its number.
+        test_clients: int64 ``[n]``, the client whose site every image of the test set ``""`` comes from, -1 where the
+            data do not say; None where no site is known, or where sites have own test sets.
     """
 
     name: str
@@ -211,6 +240,13 @@ class FederatedData:
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
     public: Split | None = None
     client_tests: tuple[Split, ...] = ()
+    client_names: tuple[str, ...] | None = None
+    test_clients: Tensor | None = None
+
+    def client_label(self, client: int) -> str:
+        """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""
+        named = self.client_names is not None and len(self.client_names) == len(self.clients)
+        return client_label(self.client_names if named else None, client)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -262,7 +298,7 @@ class FederatedData:
         return from_arrays(clients, test, validation, classes, mean, std, augment)
 
     def pooled(self) -> FederatedData:
-        """The data with one client that holds all training samples; the statistics stay those of the partition."""
+        """The data with one client that holds all training samples; statistics and names remain the partition's."""
         return replace(self, clients=(joined(self.clients),))
 
 

@@ -34,6 +34,8 @@ PATIENT_IMAGES = 4
 MOST_WORKERS = 1024
 ANYHOW = ("data_root", "workers")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
+BY_DATA = ("partition", "clients", "client_test")
+"""Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
 
 
 def _encoder(name: str) -> str:
@@ -42,7 +44,11 @@ def _encoder(name: str) -> str:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`."""
+    """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`.
+
+    ``left_open`` are the settings of `BY_DATA` that nobody gave: they hold the data set's usual defaults until the data
+    are loaded.  A stored run has all settings.
+    """
 
     method: str = option("fedavg", "name of the method")
     data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
@@ -55,10 +61,13 @@ class RunConfig:
     )
     partition: str | None = option(
         None,
-        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute",
+        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute (the default where "
+        "the data name sites)",
         type=str,
     )
-    clients: int = option(DATASETS[COMMON["data"]].clients, "number of clients", low=1)
+    clients: int = option(
+        DATASETS[COMMON["data"]].clients, "number of clients; that of the sites, where the data name sites", low=1
+    )
     correlation: float | None = option(
         None, "how strongly the background colour tells the class", low=0, high=1, type=float
     )
@@ -191,6 +200,7 @@ class RunConfig:
     )
     options: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)
+    left_open: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
@@ -300,7 +310,7 @@ class RunConfig:
             UserError: an unknown name or a value out of range.
         """
         kind = registry.get(method)
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = cls._stored()
         for name in settings:
             if name not in known:
                 raise UserError(f'Unknown setting "{name}".{nearest(name, known)}')
@@ -337,15 +347,20 @@ class RunConfig:
         config = {**base, "method": method, "options": merged, "data_options": merged_data}
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
-        return cls(**config)
+        return cls(**config, left_open=frozenset(BY_DATA) - set(given))
+
+    @classmethod
+    def _stored(cls) -> set[str]:
+        """Names of the settings that a run stores."""
+        return {f.name for f in dataclasses.fields(cls)} - {"left_open"}
 
     def replace(self, **settings: Any) -> Self:
-        """A copy with some settings changed."""
-        return dataclasses.replace(self, **settings)
+        """A copy with some settings changed, which are then no longer left open."""
+        return dataclasses.replace(self, **{"left_open": self.left_open - set(settings), **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; settings that are ``None`` are left out."""
-        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in self._stored()}
         table["options"] = {name: value for name, value in self.options.items() if value is not None}
         table["data_options"] = dict(self.data_options)
         return {name: value for name, value in table.items() if value is not None}
@@ -374,7 +389,7 @@ class RunConfig:
             table = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
             raise UserError(f"{source} is not a valid TOML file: {error}.") from None
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = cls._stored()
         plain: dict[str, Any] = {}
         for written, value in table.items():
             name = written.replace("-", "_")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
     return {}
 
 
-def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Warning about a client whose update is many times longer than the others'."""
+def outlying_drift(clients: Mapping[str, Mapping[str, Any]], label: Callable[[int], str] = str) -> dict[str, str]:
+    """Warning about a client, shown by its ``label``, whose update is many times longer than the others'."""
     drifts = {name: entry["drift"] for name, entry in clients.items() if "drift" in entry}
     if len(drifts) < 3:
         return {}
@@ -85,8 +85,8 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     median = others[len(others) // 2]
     if median > 0 and drifts[worst] > DRIFT_FACTOR * median:
         return {
-            "outlying-client": f"The update of client {worst} is {drifts[worst] / median:.0f} times as long as the "
-            "others': look at its data, or clip with --clip-norm."
+            "outlying-client": f"The update of client {label(int(worst))} is {drifts[worst] / median:.0f} times as "
+            "long as the others': look at its data, or clip with --clip-norm."
         }
     return {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedkern import models
+from fedkern.data.types import client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
@@ -52,18 +53,34 @@ def check_sets(data: Any) -> None:
     for k, split in enumerate(data.client_tests):
         if not bool((split.labels >= 0).any()):
             raise UserError(
-                f"Client {k}'s own test set has no pixel whose class is known: use a larger --client-test, or 0."
+                f"Client {client_label(data.client_names, k)}'s own test set has no pixel whose class is known: use a "
+                "larger --client-test, or 0."
             )
 
 
-def client_sets(context: Any) -> list[TestSet]:
-    """Every client's own test set, where clients have one.
+def client_sets(context: Any) -> dict[int, TestSet]:
+    """Every client's own test set, where clients have one."""
+    return _alike({k: _test_set(context, split) for k, split in enumerate(context.data.client_tests)})
 
-    Contrastive losses of all sets are taken over batches of the same size, so that clients can be compared.
+
+def site_sets(context: Any) -> dict[int, TestSet]:
+    """Every client's part of the run's test set, where its images name their sites.
+
+    Left out is a client with fewer than two images, or without a pixel whose class is known.
     """
-    sets = [_test_set(context, split) for split in context.data.client_tests]
-    for data in sets:
-        data.loss_batch = min(LOSS_BATCH, *(len(other) for other in sets))
+    data = context.data
+    if data.test_clients is None:
+        return {}
+    homes, test = data.test_clients, data.tests[""]
+    parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(data.client_names))}
+    fit = {k: split for k, split in parts.items() if len(split) > 1 and bool((split.labels >= 0).any())}
+    return _alike({k: _test_set(context, split) for k, split in fit.items()})
+
+
+def _alike(sets: dict[int, TestSet]) -> dict[int, TestSet]:
+    """The sets, with contrastive losses over batches of the same size in all, so that clients can be compared."""
+    for data in sets.values():
+        data.loss_batch = min(LOSS_BATCH, *(len(other) for other in sets.values()))
     return sets
 
 
@@ -76,37 +93,72 @@ def _test_set(context: Any, split: Any) -> TestSet:
     return TestSet(split, context.data.mean, context.data.std, context.device, context.cache, batch, tokens=tokens)
 
 
-def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet], at_once: int = 1) -> dict[str, float]:
-    """The method's figures on every client's own test set, as ``mean_client_...`` and ``worst_client_...``.
-
-    The figures are ``loss`` and the main figures; recall only where all clients have the same number of candidates.
-    ``worst_client_loss`` is the largest loss; ``worst_client_...`` of any other figure is the smallest value.
+def evaluate_clients(
+    method: Method,
+    network: nn.Module,
+    sets: Mapping[int, TestSet],
+    at_once: int = 1,
+    names: Sequence[str] | None = None,
+) -> dict[int, dict[str, float]]:
+    """The method's figures on every client's own test set, by client.
 
     Args:
         method: gives the figures.
         network: in eval mode.
         sets: every client's own test set.
         at_once: number of sets that are evaluated side by side, in threads.
+        names: the clients' names, for messages.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
     """
-    if not sets:
-        return {}
-    even = len({len(data) for data in sets}) == 1
 
     def own(k: int) -> dict[str, float]:
-        with _explained(f"The test set of client {k}", sets[k]):
-            return method.evaluate_own(network, sets[k], k)
+        with _explained(f"The test set of client {client_label(names, k)}", sets[k]):
+            return {name: float(value) for name, value in method.evaluate_own(network, sets[k], k).items()}
 
-    each = _side_by_side(own, range(len(sets)), at_once)
+    return dict(zip(sets, _side_by_side(own, list(sets), at_once), strict=True))
+
+
+def over_clients(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> dict[str, float]:
+    """Mean and worst client of the clients' figures, as ``mean_client_...`` and ``worst_client_...``.
+
+    The figures are those of `comparable`.  ``worst_client_loss`` is the largest loss; ``worst_client_...`` of any other
+    figure is the smallest value.
+    """
     metrics: dict[str, float] = {}
-    for name in each[0]:
-        if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS):
-            values = [float(figures[name]) for figures in each]
-            metrics[f"mean_client_{name}"] = sum(values) / len(values)
-            metrics[f"worst_client_{name}"] = max(values) if name == "loss" else min(values)
+    for name in comparable(each, sets):
+        values = [figures[name] for figures in each.values()]
+        metrics[f"mean_client_{name}"] = sum(values) / len(values)
+        metrics[f"worst_client_{name}"] = max(values) if name == "loss" else min(values)
     return metrics
+
+
+def comparable(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> list[str]:
+    """Names of the figures by which clients are compared: ``loss`` and the main figures.
+
+    Recall is one of them only where all clients have the same number of candidates.
+    """
+    even = len({len(data) for data in sets.values()}) == 1
+    named = next(iter(each.values()), {})
+    return [name for name in named if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS)]
+
+
+def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> tuple[int, str] | None:
+    """The client with the smallest main figure and that figure's name; by the loss where there is no main figure.
+
+    Among equals the client with the largest loss.  None for fewer than two clients, or where a figure is NaN.
+    """
+    names = comparable(each, sets)
+    figure = next((name for name in (*CLIENT_FIGURES, *RECALLS, "loss") if name in names), None)
+    if figure is None or len(each) < 2 or any(figures[figure] != figures[figure] for figures in each.values()):
+        return None
+
+    def rank(k: int) -> tuple[float, float]:
+        loss = each[k].get("loss", 0.0)
+        return (-loss, 0.0) if figure == "loss" else (each[k][figure], -loss)
+
+    return min(each, key=rank), figure
 
 
 def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1) -> dict[str, float]:

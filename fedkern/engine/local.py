@@ -214,7 +214,7 @@ def train(
 def _too_small(client: Client) -> str:
     why = "has a single training sample" if client.samples == 1 else "trains on one sample at a time"
     return (
-        f"Client {client.id} {why}, and batch norm cannot normalise a single value per channel: use larger batches, "
+        f"Client {client.label} {why}, and batch norm cannot normalise a single value per channel: use larger batches, "
         "fewer clients, another --partition, or a network with several positions where it normalises (--model cnn)."
     )
 

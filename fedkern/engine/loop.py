@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,17 @@ from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, 
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, test_sets
+from fedkern.engine.evaluate import (
+    check_sets,
+    client_sets,
+    evaluate,
+    evaluate_clients,
+    gradcam,
+    over_clients,
+    site_sets,
+    test_sets,
+    worst_client,
+)
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.exchange import Exchange, sample_clients
 from fedkern.engine.executors.base import Answer, Executor
@@ -33,6 +44,7 @@ from fedkern.engine.samples import TestSet
 from fedkern.engine.store import records
 from fedkern.engine.store.artifacts import Artifact, Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.evaluation_file import ONLY, OWN, rows, write_evaluation
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.store.resuming import changes, repairs
 from fedkern.engine.store.saved_model import about_network, lacks_statistics, results, write_model
@@ -87,7 +99,9 @@ class Run:
         self._until_trace = 1 if profile else None  # communication rounds to play before the traced one
         self.dropped_since: list[dict[str, Any]] = []  # clients dropped since the last recorded round
         self.sets: dict[str, TestSet] = {}
-        self.client_sets: list[TestSet] = []
+        self.client_sets: dict[int, TestSet] = {}
+        # Of every client on its own test set or its part of the run's; empty in private runs.
+        self.own_figures: dict[int, dict[str, float]] = {}
         self.askers: dict[str, Any] = {"method": self.method, "pooling": self._pooling}
         here = Serial(context, self.askers, self.checkpoints.reader, config.client_threads)
         self.executor: Executor = here
@@ -346,7 +360,7 @@ class Run:
             phases["evaluate"] = time.perf_counter() - begun
         self._add_report(record)
         if self.context.disclosure.clients:
-            record["clients"] = clients
+            record["clients"] = {k: {**self._named(int(k)), **info} for k, info in clients.items()}
         if self.dropped_since:
             record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
@@ -376,16 +390,28 @@ class Run:
             self._check_finite(network.state_dict(), f"in round {self.done}")
 
     def _evaluate(self, network: nn.Module) -> None:
+        with self._at_once(network) as at_once:
+            self.latest = evaluate(self.method, network, self.sets, at_once)
+        self._evaluate_clients(network, self.client_sets)
+        self.latest.update(over_clients(self.own_figures, self.client_sets))
+        self._evaluated = True
+
+    def _evaluate_clients(self, network: nn.Module, sets: dict[int, TestSet]) -> None:
+        if self.context.disclosure.clients:
+            names = self.context.data.client_names
+            with self._at_once(network) as at_once:
+                self.own_figures = evaluate_clients(self.method, network, sets, at_once, names)
+
+    @contextmanager
+    def _at_once(self, network: nn.Module) -> Iterator[int]:
+        """Sets the threads of an evaluation; yields how many sets are evaluated side by side."""
         config, at_once = self.config, 1
         # Several sets at a time only with the run's own network.  A module of the method may be traced at its first
         # call, and torch.fx patches every module's call while it traces.
         if self.context.device.type == "cpu" and self.context.is_flat(network):
             at_once = config.threads // config.client_threads
         with cpu_threads(config.client_threads if at_once > 1 else config.threads):
-            self.latest = evaluate(self.method, network, self.sets, at_once)
-            if self.context.disclosure.clients:
-                self.latest.update(evaluate_clients(self.method, network, self.client_sets, at_once))
-        self._evaluated = True
+            yield at_once
 
     def _add_report(self, record: dict[str, Any]) -> None:
         for name, value in self.server.report.items():
@@ -398,6 +424,11 @@ class Run:
     def _told_report(self) -> dict[str, float]:
         """The server's report; empty where ``--records private`` withholds it."""
         return dict(self.server.report) if self.context.disclosure.server else {}
+
+    def _named(self, k: int) -> dict[str, str]:
+        """A training client's name as an entry of a record; empty where clients have none."""
+        data = self.context.data
+        return {"name": data.client_names[k]} if data.client_label(k) != str(k) else {}
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 
@@ -434,16 +465,17 @@ class Run:
         when = when_of(entry, self.done)
         left = "what it would have made is missing from the run" if entry.one_off else "it was left out of that round"
         why: dict[str, Any] = {}
+        shown = self.context.data.client_label(k)
         if isinstance(problem, ClientFailed):
-            where, name = f"Client {k} failed {when}: {problem.what}", f"failing-client-{k}"
+            where, name = f"Client {shown} failed {when}: {problem.what}", f"failing-client-{k}"
             if self.config.on_error == "stop":
-                raise problem.at(when) from problem.__cause__
+                raise problem.at(when, shown) from problem.__cause__
             if self.context.disclosure.clients:
                 why = {"reason": problem.what}
             else:
-                where = f"Client {k} failed {when}"
+                where = f"Client {shown} failed {when}"
         else:
-            where, name = f"Client {k} diverged {when}", "diverging-client"
+            where, name = f"Client {shown} diverged {when}", "diverging-client"
             if self.context.disclosure.clients:  # that the upload is missing is visible anyway; the reason is private
                 where += f", batch {problem.batch}: {problem.what}"
                 why = {"batch": problem.batch, "reason": problem.what}
@@ -456,7 +488,8 @@ class Run:
         """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
         if not self.context.disclosure.server:
             why = "is not as declared"
-        said = f"Client {client}'s upload {when_of(self._round['entry'], self.done, exchange)} {why}"
+        shown, when = self.context.data.client_label(client), when_of(self._round["entry"], self.done, exchange)
+        said = f"Client {shown}'s upload {when} {why}"
         if self.config.on_nan == "stop":
             raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._undeclared()}")
         self._leave_out(client, {"exchange": exchange, "reason": why})
@@ -477,7 +510,7 @@ class Run:
             self.checkpoints.write_client(k, self.planned + 1, state)
         self._round["dropped"].add(k)
         at = 0 if self._round["entry"].one_off else self.done + 1
-        self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **why}]
+        self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **self._named(k), **why}]
 
     def none_left(self) -> None:
         """Raises UserError where the round has no client left.
@@ -581,8 +614,13 @@ class Run:
         self._check_network(network)
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
+        own, own_sets = OWN, self.client_sets
+        if not own_sets and (own_sets := site_sets(self.context)):
+            own = ONLY
+            self._evaluate_clients(network, own_sets)
         told = self.context.disclosure
-        metrics = {**self.latest, **self._gradcam(network), **self._told_report()}
+        of_tests = {**self.latest, **self._gradcam(network)}
+        metrics = {**of_tests, **self._told_report()}
         if told.appraised is None or told.appraised:
             found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
             metrics.update(told.oracle_metrics(found, ("", *self.sets)))
@@ -592,7 +630,7 @@ class Run:
         warn = self.context.warn
         for texts in (
             diagnostics.collapsed_classes(self.sets, self.context.data.classes),
-            diagnostics.outlying_drift(self.last_clients) if told.clients else {},
+            diagnostics.outlying_drift(self.last_clients, self.context.data.client_label) if told.clients else {},
             diagnostics.poor_metrics(metrics, self.best, self.context.federation.classes),
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),
             self.method.diagnose(self.observed.summary()) if told.clients else {},
@@ -600,6 +638,8 @@ class Run:
             for name, text in texts.items():
                 warn(name, text)
         self._tell_warnings()
+        names = self.context.data.client_names
+        write_evaluation(self.out, rows(of_tests, [*self.sets], self.own_figures, names, own))
         write_model(self.out, network, about_network(self.context, self.config, self.done, flat))
         summary: dict[str, Any] = {
             "method": self.config.method,
@@ -608,7 +648,9 @@ class Run:
             "seed": self.config.seed,
             "rounds": self.done,
             "clients": self.config.clients,
+            **self._names(),
             "metrics": metrics,
+            **self._own(own, own_sets),
             "bytes": self.ledger.summary(),
             "seconds": self.seconds(),
             "phases": self.phases,
@@ -625,6 +667,36 @@ class Run:
         self.checkpoints.amend(self._info(data, finished=True))
         self.listener.on_end(summary)
         return summary
+
+    def _names(self) -> dict[str, Any]:
+        """The clients' names as entries of the summary; empty where they have none."""
+        data = self.context.data
+        if data.client_names is None:
+            return {}
+        held = {} if data.statistics.held_out is None else {"held_out_client_name": data.statistics.held_out[0]}
+        return {"client_names": list(data.client_names), **held}
+
+    def _own(self, test_set: str, sets: dict[int, TestSet]) -> dict[str, Any]:
+        """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
+
+        ``test_set`` says what these sets are, as in evaluation.csv.
+        """
+        if not self.own_figures:
+            return {}
+        names, worst = self.context.data.client_names, worst_client(self.own_figures, sets)
+
+        def named(k: int) -> dict[str, Any]:
+            return {} if names is None else {"name": names[k]}
+
+        found: dict[str, Any] = {
+            "client_test_set": test_set,
+            "client_metrics": {str(k): {**named(k), **figures} for k, figures in self.own_figures.items()},
+        }
+        if worst is not None:
+            k, figure = worst
+            value = self.own_figures[k][figure]
+            found["worst_client"] = {"client": k, **named(k), "metric": figure, "value": value}
+        return found
 
     def _speed(self) -> dict[str, Any]:
         """Speed of the clients: floating-point operations, their rate, and the processor's measured peak rate."""

@@ -87,6 +87,7 @@ class Client(_Node):
     def __init__(self, context: RunContext, client: int, state: dict[str, Any]) -> None:
         super().__init__(context)
         self.id = client
+        self.label: str = context.data.client_label(client)
         self.samples = len(context.data.clients[client])
         self.declared = context.federation.samples[client]
         self.unit = context.federation.unit
@@ -288,12 +289,12 @@ class Client(_Node):
         if len(bank) == 0:
             self.warn(
                 "background-bank-empty",
-                f"No object was detected in any image of client {self.id}: it trains without the intervention.",
+                f"No object was detected in any image of client {self.label}: it trains without the intervention.",
             )
         elif len(bank) < 0.5 * self.samples:
             self.warn(
                 "background-bank-sparse",
-                f"Objects were detected in {len(bank)} of the {self.samples} images of client {self.id}: its "
+                f"Objects were detected in {len(bank)} of the {self.samples} images of client {self.label}: its "
                 "background bank is small.",
             )
         return bank
@@ -353,7 +354,7 @@ class Server(_Node):
 
     def refuse(self, client: int, reason: str) -> None:
         if not self._context.disclosure.server:
-            reason = f"The upload of client {client} was refused"
+            reason = f"The upload of client {self._context.data.client_label(client)} was refused"
         if self._context.config.on_nan == "stop":
             raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
         self.refused.append((client, reason))

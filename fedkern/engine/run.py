@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedkern.data import DETECTION_OPTIONS, FederatedData, load
+from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
 from fedkern.engine import config as settings
@@ -72,6 +72,7 @@ def run(
     if resume:
         stored = RunConfig.load(out, device=config.device)  # the stored device may not exist here
         config = config.replace(client_threads=config.client_threads or stored.client_threads)
+        config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
         _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
         entry = Checkpoints(out).peek()
         if entry is not None:
@@ -87,7 +88,9 @@ def run(
         check_vacant(out)
     keep_freed_memory()
     with cpu_threads(config.threads), in_order(), _reproducible(), computing(config.precision):
-        data = load_data(config, notice=listener.on_notice) if data is None else data
+        if data is None:
+            data = load_data(config, notice=listener.on_notice)
+            config = decided(config, data)
         config = _effective(config, data)
         data = kept_data(config, data)
         if resume:
@@ -148,12 +151,15 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
 
         return GroundingDino(name, box_threshold, text_threshold, device=config.device)
 
-    options = config.data_options
+    options, info = config.data_options, lookup(config.data)
+    # A default of the method stays; the data set's own gives way to sites that the data name.
+    usual = {"clients": info.clients, "partition": info.partition}
+    free = {name for name, value in usual.items() if name in config.left_open and getattr(config, name) == value}
     return load(
         config.data,
         root=config.data_root,
-        clients=config.clients,
-        partition=config.partition,
+        clients=None if "clients" in free else config.clients,
+        partition=None if "partition" in free else config.partition or info.partition,
         seed=config.seed,
         train_samples=config.train_samples,
         public_samples=config.public_samples,
@@ -162,6 +168,17 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
         make_detector=detector,
         notice=notice,
     )
+
+
+def decided(config: RunConfig, data: FederatedData) -> RunConfig:
+    """The settings with what the loaded data decide where nobody gave it: partition, clients, ``client_test``.
+
+    Own test sets that the data have stay, unless the user asks for others.
+    """
+    found: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
+    if data.client_tests:
+        found["client_test"] = 0.0
+    return config.replace(**{name: value for name, value in found.items() if name in config.left_open})
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
@@ -203,8 +220,8 @@ def _check(config: RunConfig, data: Any) -> None:
     for k, split in enumerate(data.clients):
         if len(split) == 0:
             raise UserError(
-                f"Client {k} has no training samples: use fewer clients, more samples, or another --partition than "
-                f'"{config.partition}".'
+                f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
+                f'--partition than "{config.partition}".'
             )
 
 
@@ -220,8 +237,8 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
     for k, split in enumerate(data.clients):
         if len(split) == 1 and not registry.get(config.method).pooled:
             raise UserError(
-                f"Client {k} has a single image-text pair, and every pair is told from the others of its batch: use "
-                "fewer clients, more samples, or another --partition."
+                f"Client {data.client_label(k)} has a single image-text pair, and every pair is told from the others "
+                "of its batch: use fewer clients, more samples, or another --partition."
             )
 
 

@@ -209,7 +209,7 @@ class FedGID(LocalTraining):
             if self.options.exclude_same_class and len(set(bank.labels.tolist())) == 1:
                 client.warn(
                     "background-one-class",
-                    f"All backgrounds of client {client.id} come from one class: its own samples of that class are "
+                    f"All backgrounds of client {client.label} come from one class: its own samples of that class are "
                     "mixed with them in spite of exclude_same_class.",
                 )
         return bank

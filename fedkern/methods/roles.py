@@ -88,6 +88,7 @@ class Client(Node, Protocol):
     """A client as its method sees it.
 
     Attributes:
+        label: the client in messages: its number and, where the data name clients, its name, ``1 (Berlin)``.
         samples: number of training samples, n.
         declared: public number of training samples (``Federation.samples``), which weights and schedules use.
         labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
@@ -99,6 +100,7 @@ class Client(Node, Protocol):
     """
 
     id: ClientId
+    label: str
     samples: int
     declared: int
     labels: Tensor

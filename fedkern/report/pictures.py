@@ -96,7 +96,9 @@ def _draw(
     if config.records == "private":
         target.unlink(missing_ok=True)
     else:
-        plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
+        held = data.statistics.held_out
+        title = f"{config.data}: {data.statistics.partition}" + (f"; held out: {held[0]}" if held is not None else "")
+        plots.partition_picture(data.statistics, target, title=title)
         written.append(target)
     target = run_dir / PICTURES["weights"]
     by_samples = config.options.get("weighting") == "samples"

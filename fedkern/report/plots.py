@@ -129,7 +129,8 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     height = min(1.9 + 0.42 * clients, 12.0) if numbers else min(2.5 + 0.06 * clients, 12.0)
     names = [label(name) for name in statistics.classes]
     room = max(len(name) for name in names) / 20 if classes <= 20 else 0.0  # for names at an angle
-    figure = new_figure(max(width, 5.0) + room, max(height, 3.0) + room)
+    beside = max(len(label(name)) for name in statistics.labels) / 14 if clients <= 20 and statistics.names else 0.0
+    figure = new_figure(max(width, 5.0) + room + beside, max(height, 3.0) + room)
     axes = figure.subplots()
     top = max(int(counts.max(initial=0)), 1)
     image = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
@@ -142,7 +143,7 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
         long = max(len(name) for name in names) > 5
         axes.set_xticks(range(classes), names, rotation=40 if long else 0, ha="right" if long else "center")
     if clients <= 20:
-        axes.set_yticks(range(clients), [str(k) for k in range(clients)])
+        axes.set_yticks(range(clients), [label(name) for name in statistics.labels])
     axes.set_xlabel("class", fontsize=12)
     axes.set_ylabel("client", fontsize=12)
     axes.tick_params(labelsize=11, length=0 if numbers else 3)

@@ -34,8 +34,12 @@ def headline(run: RunInfo) -> list[str]:
         if name != "validation"
     ]
     who = f"{clients} client{'s' * (clients != 1)}"
-    if clients != config.clients:
-        who = f"the data of {config.clients} clients in one place"
+    if clients != config.trained_clients:
+        who = f"the data of {config.trained_clients} clients in one place"
+    if config.held_out_client is not None:
+        who += f" (one of {config.clients} is held out)"
+    own = sum(len(split) for split in getattr(run.data, "client_tests", ())) if not run.private else 0
+    tests += [f"{own:,} own test"] if own else []
     held = run.test_sets.get("validation", 0)
     training = f"{samples:,} training"
     if config.unit.name == "patient":

@@ -19,6 +19,8 @@ _FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dic
 _RECALLS = {f"{way}_r{k}": f"{text}, recall at {k}"
             for way, text in (("i2t", "image to text"), ("t2i", "text to image")) for k in (1, 5, 10)}  # fmt: skip
 _ORDER = ("accuracy", *_RECALLS, "dice", "iou", "hd95", "confidence", "gradcam_in_object", "loss")
+_OF_A_CLIENT = ("accuracy", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
+"""Figures of a client in the closing table; evaluation.csv has all."""
 _NAMES = {
     "accuracy": "accuracy",
     "dice": "Dice, mean of the classes",
@@ -192,16 +194,54 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
+    header = statistics.header()
     # More than twelve classes do not fit a terminal.
-    columns = 3 + (len(statistics.classes) if len(statistics.classes) <= 12 else 0)
-    for name in statistics.header()[:columns]:
-        table.add_column(plain(name, most=TICK), justify="right")
+    columns = len(header) - (len(statistics.classes) if len(statistics.classes) > 12 else 0)
+    for name in header[:columns]:
+        table.add_column(plain(name, most=TICK), justify="left" if name == "name" else "right")
     rows = statistics.rows(limit)
     for row in rows[:-1]:
-        table.add_row(*row[:columns])
+        table.add_row(*(plain(cell, most=TICK) for cell in row[:columns]))
     table.add_section()
     table.add_row(*rows[-1][:columns])
     return table
+
+
+def own_tests_table(summary: Mapping[str, Any], limit: int = 12) -> Table:
+    """Every client's main figures on its own test set, or on its part of the run's test set.
+
+    Args:
+        summary: contents of ``summary.json`` with ``client_metrics``.
+        limit: most clients to list (evaluation.csv has all).
+    """
+    clients = summary["client_metrics"]
+    own = summary.get("client_test_set") == "own"
+    title = "own test sets of the clients" if own else "the clients' parts of the test set"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    named = any("name" in figures for figures in clients.values())
+    known = [name for name in _OF_A_CLIENT if any(name in figures for figures in clients.values())]
+    table.add_column("client", justify="right")
+    if named:
+        table.add_column("name")
+    for name in known:
+        table.add_column(_NAMES.get(name, name), justify="right")
+    for k in list(clients)[:limit]:
+        figures = clients[k]
+        cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in known]
+        table.add_row(k, *([plain(figures.get("name", ""), most=TICK)] if named else []), *cells)
+    if len(clients) > limit:
+        table.add_row(f"... {len(clients) - limit} more")
+    return table
+
+
+def worst_client_line(summary: Mapping[str, Any]) -> str:
+    """The client with the worst figure on its own test set, as a sentence; empty where there is none."""
+    worst = summary.get("worst_client")
+    if worst is None:
+        return ""
+    name = f" ({worst['name']})" if "name" in worst else ""
+    metric = _NAMES.get(worst["metric"], worst["metric"])
+    return f"worst client: {worst['client']}{name}, {metric} {human_metric(worst['metric'], worst['value'])}"
 
 
 def attack_table(found: Mapping[str, Any], name: str) -> Table:

@@ -21,8 +21,8 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     """Draws the client weights of each round above the clients' losses; dotted lines are the initial weights.
 
     Args:
-        records: the lines of ``metrics.jsonl``; ``clients`` of each line holds ``weight``, ``own_loss`` and ``samples``
-            of the clients that took part.
+        records: the lines of ``metrics.jsonl``; ``clients`` of each line holds ``weight``, ``own_loss``, ``samples``
+            and, where clients have names, ``name`` of the clients that took part.
         path: the PNG.
         title: title of the picture.
         by_samples: whether the initial weights are the clients' shares of the samples; otherwise they are equal.
@@ -42,6 +42,8 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     if "weight" not in shown:
         return False
     clients = sorted(shown["weight"], key=int)
+    took_part = [pair for record in records for pair in record.get("clients", {}).items()]
+    names = {client: str(info.get("name", f"client {client}")) for client, info in took_part}
     heaviest = max(clients, key=lambda client: shown["weight"][client][1][-1])
     centres = _shares(records) if by_samples else {}
     figure = new_figure(7.2, 2.4 + 2.2 * len(shown))
@@ -52,7 +54,7 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
                 continue
             named = len(clients) <= NAMED or client == heaviest
             colour = (COLOURS[i] if len(clients) <= NAMED else ORANGE) if named else GREY
-            text = f"client {label(client)}" if named else None
+            text = label(names[client]) if named else None
             width, alpha = (2.0, 1.0) if named else (0.7, 0.4)
             axes.plot(
                 *panel[client], color=colour, lw=width, alpha=alpha, label=text, marker="o" if named else "", ms=4

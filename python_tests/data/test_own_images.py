@@ -228,7 +228,7 @@ def test_clients_for_some_images_only(tmp_path):
         tmp_path, [f"files/{i}.png,{i % 2},{'a' if i < 20 else ''}" for i in range(24)], "path,label,client"
     )
     with pytest.raises(UserError, match="some training images name a client and others do not"):
-        opened("csv", path)
+        opened("csv", path, partition="attribute")
 
 
 def test_which_csv_file(tmp_path):

@@ -84,7 +84,7 @@ def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
     path = write(tmp_path, client=lambda i, j: "C" if i % 2 == 0 and j == 1 else "AB"[i % 2])
     data = opened(path, partition="attribute")
     with pytest.raises(
-        UserError, match=r"Client 2 cannot be held out: \d+ of its images \(\d+\.png\) belong to client 0"
+        UserError, match=r"Client 2 \(C\) cannot be held out: \d+ of its images \(\d+\.png\) belong to client 0 \(A\)"
     ):
         hold_out(data, held_out=2, share=0, seed=0)
     assert set(hold_out(data, held_out=1, share=0, seed=0).tests) == {"", "held_out"}

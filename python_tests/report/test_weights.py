@@ -62,3 +62,14 @@ def test_other_methods_have_no_such_picture(tmp_path):
     path = tmp_path / "weights.png"
     assert not weights_picture([{"round": 1, "clients": {"0": {"loss": 1.0}}}, {"round": 2}], path, title="t")
     assert not path.exists()
+
+
+def test_clients_are_called_by_their_names(tmp_path, monkeypatch):
+    called = []
+    drawn = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *xy, **s: called.append(s["label"]) or drawn(self, *xy, **s))
+    found = list(records(2))
+    for record in found:
+        record["clients"]["1"]["name"] = "Bonn"
+    assert weights_picture(found, tmp_path / "weights.png", title="t")
+    assert called[:2] == ["client 0", "Bonn"]

@@ -305,8 +305,8 @@ class Workers:
         self._losses[k] = self._losses.get(k, 0) + 1
         if self._losses[k] >= LOSSES:
             raise RunFailed(
-                f"The worker process of client {k} was lost {LOSSES} times in this round ({how}): give fewer "
-                "--workers, or a smaller --batch-size, --model or --width."
+                f"The worker process of client {self._context.data.client_label(k)} was lost {LOSSES} times in this "
+                f"round ({how}): give fewer --workers, or a smaller --batch-size, --model or --width."
             )
         self._context.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
         self._todo.insert(0, k)

@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkern.engine import config, tracing
-from fedkern.engine.store import artifacts, atomic, checkpoints, records, saved_model
+from fedkern.engine.store import artifacts, atomic, checkpoints, evaluation_file, records, saved_model
 from fedkern.errors import UserError
 
 ATTACK = "attack.json"
 NAMES = (
     config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
-    ATTACK,
+    ATTACK, evaluation_file.EVALUATION,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

@@ -201,8 +201,8 @@ class Robust(LocalTraining):
         if trained < 2:
             named = "" if client.groups is None else f" of {int(client.groups.max()) + 1} images or patients"
             raise UserError(
-                f"Client {client.id} has {client.samples} samples{named}, too few to keep some from the training for "
-                "its loss: use fewer clients or more samples."
+                f"Client {client.label} has {client.samples} samples{named}, too few to keep some from the training "
+                "for its loss: use fewer clients or more samples."
             )
 
     def divided(self, client: Client) -> tuple[np.ndarray, np.ndarray]:

@@ -168,8 +168,8 @@ def check_noise(client: Client) -> None:
     """
     if (LEDGER in client.state or "privacy_places" in client.state) and RELEASES not in client.state:
         raise UserError(
-            f"The noise of client {client.id} was drawn by an earlier version of fedkern, in a way that this one does "
-            "not go on with: finish the run with the version that began it, or start it again."
+            f"The noise of client {client.label} was drawn by an earlier version of fedkern, in a way that this one "
+            "does not go on with: finish the run with the version that began it, or start it again."
         )
 
 
@@ -205,7 +205,7 @@ def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
     count = int(units.max(initial=-1)) + 1
     if count < options.shards:
         raise UserError(
-            f'Method option "shards" is {options.shards}, but client {client.id} has {count} '
+            f'Method option "shards" is {options.shards}, but client {client.label} has {count} '
             f"{'samples' if client.patients is None else 'patients'}: use fewer shards, or larger clients."
         )
     order = client.rng("shards", OUTSIDE).permutation(count)
@@ -333,7 +333,7 @@ def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
             'Method option "teacher_dp" trains the teachers privately and cannot vouch for those of --teachers: leave '
             "one of them out."
         )
-    check_network(teacher, f"the network of client {client.id}")
+    check_network(teacher, f"the network of client {client.label}")
 
 
 def train_teacher(

@@ -37,7 +37,7 @@ class Client:
     """A client with a stream and a state, as the engine's."""
 
     def __init__(self, id=0, samples=50, state=None, seed=0, sides=()):
-        self.id, self.samples, self.state, self._seed = id, samples, state or {}, seed
+        self.id, self.label, self.samples, self.state, self._seed = id, str(id), samples, state or {}, seed
         self.labels = torch.zeros(1, dtype=torch.int64).expand(samples, *sides)
         self.declared, self.patients, self.unit = samples, None, IMAGE
 

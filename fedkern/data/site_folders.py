@@ -1,0 +1,135 @@
+"""Folders of sites: a data root with a folder for every hospital, each laid out as the data set itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedkern.data.images import SUFFIXES, subfolders
+from fedkern.data.listing import SPLITS
+from fedkern.errors import UserError
+
+Splits = dict[str, str]
+"""The folder of every split; empty where a fixed split is drawn."""
+
+
+def split_folders(base: Path, data: str) -> Splits:
+    """Maps every split to the name of its folder, one of `SPLITS` in any case; empty without a training folder.
+
+    Raises:
+        UserError: a training folder without a test folder, or two folders for one split.
+    """
+    found: Splits = {}
+    names = subfolders(base)
+    if not any(SPLITS.get(name.lower()) == "train" for name in names):
+        return found
+    for name in names:
+        split = SPLITS.get(name.lower())
+        if split in found:
+            raise UserError(f'data set "{data}": {base} has two folders for one split, {found[split]} and {name}')
+        if split is not None:
+            found[split] = name
+    if "test" not in found:
+        if "validation" not in found:
+            raise UserError(f'data set "{data}": {base} has a folder {found["train"]}, but no folder test or val')
+        found["test"] = found.pop("validation")
+    return found
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether an image lies directly in ``folder``."""
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return any(not path.is_dir() for path in named)
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder in ``folder`` holds images."""
+    return any(holds_images(folder / name) for name in subfolders(folder))
+
+
+def find_sites(
+    base: Path, data: str, *, plain: Callable[[Path], bool], whole: Callable[[Path], bool], mixed: bool
+) -> dict[str, Splits]:
+    """The folders of sites under ``base``, each with its split folders; ``{"": splits}`` for a tree without sites.
+
+    Sites are recognised by structure: no folder in ``base`` is ``plain``, and several folders are ``whole``, or have
+    split folders that are.
+
+    Args:
+        base: the data root.
+        data: the data set's name, for messages.
+        plain: whether a folder in ``base`` is part of a tree without sites, such as a class folder with images.
+        whole: whether a folder has the layout of the data set without splits, such as class folders with images.
+        mixed: whether a tree with plain folders beside whole ones is read as one without sites; otherwise it is an
+            error.
+
+    Raises:
+        UserError: a single site, a folder beside the sites that is none, sites of which some have split folders and
+            others have not, or plain folders beside sites.
+    """
+    splits = split_folders(base, data)
+    if splits:
+        return {"": splits}
+    names = subfolders(base)
+    single = [name for name in names if plain(base / name)]
+    if single and mixed:
+        return {"": {}}
+    own = {name: _splits(base / name, data, whole) for name in names if name not in single}
+    sites = {name: found for name, found in own.items() if found is not None}
+    if not sites:
+        return {"": {}}
+    first = next(iter(sites))
+    if single:
+        raise UserError(
+            f'data set "{data}": {base / single[0]} holds images and {base / first} holds folders of images, so that '
+            "the folders are neither all classes nor all sites; lay them out alike"
+        )
+    others = [name for name, found in own.items() if found is None]
+    if others:
+        raise UserError(
+            f'data set "{data}": {base / first} is laid out as a site and {base / others[0]} beside it is not; lay it '
+            "out alike, or take it away"
+        )
+    if len(sites) == 1:
+        raise UserError(
+            f'data set "{data}": {base} holds the single site {first}; name {base / first} with --data-root to share '
+            "its images out, or put the folders of other sites beside it"
+        )
+    for name, found in sites.items():
+        if set(found) != set(sites[first]):
+            more, less = (name, first) if len(found) > len(sites[first]) else (first, name)
+            split = next(iter(set(sites[more]) - set(sites[less])))
+            raise UserError(
+                f'data set "{data}": the site {more} has a folder {sites[more][split]} and the site {less} has none '
+                "for that split; lay all sites out alike"
+            )
+    return dict(sites)
+
+
+def trees(base: Path, sites: dict[str, Splits]) -> list[tuple[str, str, Path]]:
+    """The (site, split, folder) of every tree to read, where ``sites`` comes from `find_sites`."""
+    return [
+        (site, split, base / site / name)
+        for site, splits in sites.items()
+        for split, name in (splits.items() if splits else [("", "")])
+    ]
+
+
+def check_images(base: Path, data: str, sites: dict[str, Splits], counts: dict[tuple[str, str], int]) -> None:
+    """Raises UserError where a site has no image of a split; ``counts`` are the images by site and split."""
+    for site, split, folder in trees(base, sites) if "" not in sites else ():
+        if split != "validation" and not counts.get((site, split)):
+            raise UserError(f'data set "{data}": the site {site} has no image in {folder}; add some, or leave it out')
+
+
+def named_by(base: Path, sites: dict[str, Splits]) -> str:
+    """The layout that names the clients, in words, see `fedkern.data.types.Source.named_by`; "" without sites."""
+    return "" if "" in sites else f"the layout of {base}"
+
+
+def _splits(folder: Path, data: str, whole: Callable[[Path], bool]) -> Splits | None:
+    """The split folders of a site, {} where it has none; None where the folder is no site."""
+    splits = split_folders(folder, data)
+    if any(whole(folder / name) for name in splits.values()):
+        return splits
+    return {} if whole(folder) else None

@@ -1,0 +1,57 @@
+"""evaluation.csv: the final figures of a run on every test set, for spreadsheets and statistics programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fedkern.engine.store import atomic
+
+EVALUATION = "evaluation.csv"
+COLUMNS = ("client", "test_set", "metric", "value")
+ONLY, OWN = "test", "own"
+"""Names in the column ``test_set``: the test set of a run with a single one, and a client's own test set."""
+_OF_CLIENTS = ("mean_client_", "worst_client_")
+
+Row = tuple[str, str, str, float]
+
+
+def rows(
+    metrics: Mapping[str, float],
+    prefixes: Sequence[str],
+    own: Mapping[int, Mapping[str, float]],
+    names: Sequence[str] | None = None,
+    test_set: str = OWN,
+) -> Iterator[Row]:
+    """The rows of the file: first the test sets of the run, then every client's own.
+
+    Args:
+        metrics: figures by name, with the prefix of their test set; figures over clients are left out.
+        prefixes: prefixes of the test sets (``""``, ``"id_"``); figures with the prefix ``validation_`` are left out.
+        own: figures by client; empty where there are none, or nothing of them may be told.
+        names: the clients' names, or None: their numbers.
+        test_set: what ``own`` was computed on: `OWN`, or `ONLY` for every client's part of the run's test set.
+    """
+    known = sorted({*prefixes, ""}, key=len, reverse=True)
+    for name, value in metrics.items():
+        prefix = next(prefix for prefix in known if name.startswith(prefix))
+        if not name.startswith(("validation_", *_OF_CLIENTS)):
+            yield "", prefix.removesuffix("_") or ONLY, name.removeprefix(prefix), value
+    for k, figures in own.items():
+        for name, value in figures.items():
+            yield str(k) if names is None else names[k], test_set, name, value
+
+
+def write_evaluation(out: Path, found: Iterator[Row]) -> None:
+    """Writes evaluation.csv, completely or not at all: a header, then one row per figure; floats in full precision.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((client, test_set, name, repr(float(value))) for client, test_set, name, value in found)
+    atomic.write_bytes(out / EVALUATION, text.getvalue().encode())

@@ -1,0 +1,425 @@
+"""Sites that users' files name: a column of a CSV file or a folder for every site makes the clients."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.data.holdout import hold_out
+from fedkern.errors import UserError
+
+SITES = ("Aachen", "Bonn", "Celle")
+
+
+def picture(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 8), (value, 7, 255 - value)).save(path)
+
+
+def caption(path, text):
+    path.with_suffix(".txt").write_text(text)
+
+
+def opened(name, root, clients=None, partition=None, notice=None, **options):
+    return load(name, root=root, clients=clients, partition=partition, options={"size": 8, **options}, notice=notice)
+
+
+def table(root, header="path,label,site", rows=30, sites=SITES, line="{i}.png,{label},{site}"):
+    root.mkdir(parents=True, exist_ok=True)
+    lines = [header]
+    for i in range(rows):
+        picture(root / f"{i}.png", 8 * i)
+        site = sites[i % len(sites)]
+        lines.append(line.format(i=i, label="cd"[i // 3 % 2], site=site, split="train" if i < rows - 6 else "test"))
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def held_by(data):
+    """The site of every client, where image ``i.png`` belongs to site ``i % 3``."""
+    found = [{int(name.removesuffix(".png")) % 3 for name in split.ids} for split in data.clients]
+    assert all(len(sites) == 1 for sites in found)
+    return [sites.pop() for sites in found]
+
+
+# CSV files
+
+READ = {
+    "csv": ("path,label", "{i}.png,{label}"),
+    "pairs": ("image,text", "{i}.png,a caption {label}"),
+    "reports": ("image,report", "{i}.png,a report with {label} in it"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("column", ["client", "Site", "HOSPITAL"])
+def test_a_column_makes_the_clients(tmp_path, name, column):
+    header, line = READ[name]
+    said = []
+    data = opened(name, table(tmp_path, f"{header},{column}", line=f"{line},{{site}}"), notice=said.append)
+    assert data.client_names == SITES
+    assert held_by(data) == [0, 1, 2]
+    assert data.statistics.partition == "attribute"
+    assert data.statistics.labels == list(SITES)
+    assert said == []
+
+
+def test_masks_of_named_clients(tmp_path):
+    root = table(tmp_path, "image,mask,hospital", line="{i}.png,m{i}.png,{site}")
+    for i in range(30):
+        mask = Image.new("L", (9, 8))
+        mask.paste(255, (1, 1, 4, 4))
+        mask.save(root / f"m{i}.png")
+    data = opened("segmentation", root)
+    assert (data.client_names, held_by(data)) == (SITES, [0, 1, 2])
+
+
+def test_the_first_of_the_columns_and_the_one_that_is_named(tmp_path):
+    root = table(tmp_path, "path,label,hospital,site,client,ward", line="{i}.png,{label},X,{site},,W{site}")
+    assert opened("csv", root).client_names == SITES  # client is empty, and site comes before hospital
+    data = opened("csv", root, client_column="Ward")
+    assert data.client_names == tuple(f"W{site}" for site in SITES)
+    with pytest.raises(UserError, match=r'option client_column names the column "yard".*it has path, .*ward.*"ward"'):
+        opened("csv", root, client_column="yard")
+    with pytest.raises(UserError, match=r'option client_column names the column "client" of .*, which is empty'):
+        opened("csv", root, client_column="client")
+
+
+def test_another_partition_says_that_the_column_is_not_used(tmp_path):
+    said = []
+    data = opened("csv", table(tmp_path), partition="iid", notice=said.append)
+    assert data.client_names is None
+    assert len(data.clients) == 5
+    assert said == [
+        'The column "site" of list.csv names 3 clients and is not used: --partition iid shares the samples out.'
+    ]
+
+
+def test_a_number_of_clients_that_contradicts_the_sites(tmp_path):
+    root = table(tmp_path)
+    with pytest.raises(UserError, match=r'by the column "site" of list.csv to 3 clients, not 4; take --clients 3 or'):
+        opened("csv", root, clients=4)
+    assert opened("csv", root, clients=3).client_names == SITES
+    assert len(opened("csv", root, clients=4, partition="iid").clients) == 4
+
+
+def test_rows_that_nobody_trains_on_need_no_client(tmp_path):
+    root = table(tmp_path, "path,label,split,site", line="{i}.png,{label},{split},{site}")
+    text = (root / "list.csv").read_text()
+    (root / "list.csv").write_text(re.sub(r"test,\w+", "test,", text))
+    data = opened("csv", root)
+    assert data.client_names == SITES
+    assert len(data.tests[""]) == 6
+    assert data.client_tests == ()
+
+
+def test_training_rows_without_a_client(tmp_path):
+    root = table(tmp_path, sites=("Aachen", "Bonn", ""))
+    words = r'some training images name a client and others do not \(\d+ of \d+ in the column "site" of list.csv\)'
+    for partition in (None, "attribute"):
+        with pytest.raises(UserError, match=words):
+            opened("csv", root, partition=partition)
+    said = []
+    assert len(opened("csv", root, partition="iid", notice=said.append).clients) == 5
+    assert "names clients and is not used" in said[0]
+
+
+def test_a_single_site_is_no_partition(tmp_path):
+    said = []
+    data = opened("csv", table(tmp_path, sites=("Aachen",)), partition=None, clients=2, notice=said.append)
+    assert data.statistics.partition == "dirichlet:0.5"
+    assert "names 1 client and is not used" in said[0]
+
+
+def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
+    root = table(tmp_path)
+    path = root / "list.csv"
+    whole = opened("csv", root)
+    name = whole.tests[""].ids[0]
+    path.write_text(re.sub(rf"(?m)^({re.escape(name)},\w),\w+$", r"\1,Zell", path.read_text()))
+    with pytest.raises(UserError, match=r"all images of Zell in the column .* were drawn into the test or validation"):
+        opened("csv", root)
+    said = []
+    assert opened("csv", root, partition="attribute", notice=said.append).client_names == SITES
+    assert "names Zell too, which has no training image left and is no client" in said[0]
+
+
+# Columns by other names
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "line", "options"),
+    [
+        ("csv", "file,kind", "{i}.png,{label}", {"path": "file", "label": "Kind"}),
+        ("csv", "label,path", "{i}.png,{label}", {"path": "label", "label": "path"}),
+        ("pairs", "photo,report", "{i}.png,some {label}", {"image": "photo", "text": "report"}),
+        ("reports", "photo,words,findings", "{i}.png,some words of {label},no", {"image": "photo", "report": "words"}),
+    ],
+)
+def test_columns_by_other_names(tmp_path, name, header, line, options):
+    data = opened(name, table(tmp_path, header, line=line), partition="iid", clients=2, **options)
+    for split in (*data.clients, data.validation, data.tests[""]):
+        numbers = [int(one.removesuffix(".png")) for one in split.ids]
+        if name == "csv":
+            assert split.labels.tolist() == [i // 3 % 2 for i in numbers]
+        else:
+            assert [text[-1] for text in split.texts] == ["cd"[i // 3 % 2] for i in numbers]
+            assert all(text.startswith("some") for text in split.texts)
+
+
+def test_patients_and_splits_in_columns_by_other_names(tmp_path):
+    line = "{i}.png,{label},{split},{site}"
+    data = opened("csv", table(tmp_path, "path,label,set,person", line=line), split="set", patient="person", clients=2,
+                  partition="iid")  # fmt: skip
+    assert {int(name.removesuffix(".png")) for name in data.tests[""].ids} == set(range(24, 30))
+    patients = [set(split.patients.tolist()) for split in data.clients]
+    assert not patients[0] & patients[1]
+
+
+def test_masks_in_a_column_by_another_name(tmp_path):
+    root = table(tmp_path, "image,outline", line="{i}.png,m{i}.png")
+    for i in range(30):
+        mask = Image.new("L", (9, 8))
+        mask.paste(255, (1, 1, 4, 4))
+        mask.save(root / f"m{i}.png")
+    assert opened("segmentation", root, clients=2, mask="outline").classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("csv", {"label": "site", "path": "nowhere"}, r'the option path names the column "nowhere", which .*list\.csv'),
+        ("csv", {"text": "site"}, 'data set "csv" has no option "text"'),
+        ("pairs", {}, 'has no column "image".*--data-option image=COLUMN'),
+        ("reports", {}, 'has no column "report.*it has path, label, site: .*--data-option report=COLUMN'),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path, name, options, words):
+    with pytest.raises(UserError, match=words):
+        opened(name, table(tmp_path), **options)
+
+
+def test_a_column_without_a_csv_file(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", i)
+        caption(tmp_path / f"{i}.png", "a text")
+    with pytest.raises(UserError, match=r'option text names the column "report" of a CSV file, and .* holds none'):
+        opened("pairs", tmp_path, text="report")
+
+
+# Folders
+
+
+def site_folders(root, splits=("",), classes=("cat", "dog"), images=10, sites=SITES):
+    for s, site in enumerate(sites):
+        for split in splits:
+            for c, name in enumerate(classes):
+                for i in range(images):
+                    picture(root / site / split / name / f"{split or 'all'}{i}.png", 80 * s + 20 * c + i)
+    return root
+
+
+def test_a_folder_for_every_site(tmp_path):
+    said = []
+    data = opened("folder", site_folders(tmp_path), notice=said.append)
+    assert (data.client_names, data.classes, said) == (SITES, ("cat", "dog"), [])
+    for split, site in zip(data.clients, SITES, strict=True):
+        assert {name.split("/")[0] for name in split.ids} == {site}
+        assert [name.split("/")[1] == "dog" for name in split.ids] == split.labels.bool().tolist()
+    assert sum(data.client_sizes) + len(data.validation) + len(data.tests[""]) == 60
+    assert data.client_tests == ()
+    opened("folder", tmp_path, partition="iid", notice=said.append)
+    assert said == [
+        f"The layout of {tmp_path} names 3 clients and is not used: --partition iid shares the samples out."
+    ]
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "val", "Test"), ("training", "valid")])
+def test_own_test_folders(tmp_path, splits):
+    data = opened("folder", site_folders(tmp_path, splits))
+    assert sum(data.client_sizes) == (54 if len(splits) == 2 else 60)  # a tenth is drawn for validation
+    assert [len(split) for split in data.client_tests] == [20] * 3
+    for split, site in zip(data.client_tests, SITES, strict=True):
+        assert {tuple(name.split("/")[:2]) for name in split.ids} == {(site, splits[-1])}
+    joined = {name for split in data.client_tests for name in split.ids}
+    assert set(data.tests[""].ids) == joined
+    assert data.statistics.own_tests == (20, 20, 20)
+    with pytest.raises(UserError, match=r"test_samples=2 leaves the site .* without a test image"):
+        opened("folder", tmp_path, test_samples=2)
+    assert opened("folder", tmp_path, partition="iid").client_tests == ()
+
+
+def test_a_site_may_lack_a_class(tmp_path):
+    site_folders(tmp_path)
+    for path in (tmp_path / "Bonn" / "dog").iterdir():
+        path.unlink()
+    data = opened("folder", tmp_path)
+    assert data.statistics.counts[1].tolist()[1] == 0
+
+
+def remove(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("splits", "change", "words"),
+    [
+        (("",), lambda t: picture(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
+        (("",), lambda t: (t / "Dorf").mkdir(), "Aachen is laid out as a site and .*Dorf beside it is not"),
+        (("",), lambda t: [remove(t / name) for name in SITES[1:]], "holds the single site Aachen; name .*--data-root"),
+        (
+            ("train", "test"),
+            lambda t: remove(t / "Bonn" / "test"),
+            "Bonn has a folder train, but no folder test",
+        ),
+        (
+            ("train", "test"),
+            lambda t: picture(t / "Bonn" / "val" / "cat" / "0.png", 1),
+            "the site Bonn has a folder val and the site Aachen has none for that split",
+        ),
+        (
+            ("train", "test"),
+            lambda t: [remove(t / "Bonn" / "test"), remove(t / "Bonn" / "train"), picture(t / "Bonn/cat/0.png", 1)],
+            "the site Aachen has a folder t.* and the site Bonn has none",
+        ),
+        (
+            ("train", "test"),
+            lambda t: [path.unlink() for path in (t / "Bonn" / "test").rglob("*.png")],
+            "the site Bonn has no image in .*Bonn/test",
+        ),
+        (
+            ("train", "test"),
+            lambda t: picture(t / "Bonn/test/cow/0.png", 1),
+            "Bonn/test/cow is a class that no site",
+        ),
+        (("",), lambda t: [(t / s / "emu").mkdir() for s in SITES], "no site has a training image of the class emu"),
+        (
+            ("",),
+            lambda t: [(t / s / c).rename(t / s / f"{c}{s}") for s in SITES for c in ("cat", "dog")],
+            "no two of the folders Aachen, Bonn, Celle in .* have a class in common",
+        ),
+    ],
+)
+def test_trees_that_are_ambiguous_or_not_alike(tmp_path, splits, change, words):
+    change(site_folders(tmp_path, splits))
+    with pytest.raises(UserError, match=words) as caught:
+        opened("folder", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def site_masks(root, splits=("",), images=6):
+    for s, site in enumerate(SITES):
+        for split in splits:
+            for i in range(images):
+                picture(root / site / split / "images" / f"{i}.png", 60 * s + i)
+                mask = Image.new("L", (9, 8))
+                mask.paste(255, (1, 1, 4, 4))
+                (root / site / split / "masks").mkdir(exist_ok=True)
+                mask.save(root / site / split / "masks" / f"{i}.png")
+    return root
+
+
+def site_texts(root, splits=("",), labels=("a", "b"), images=4):
+    for s, site in enumerate(SITES):
+        for split in splits:
+            for name in labels:
+                for i in range(images):
+                    path = root / site / split / name / f"{i}.png"
+                    picture(path, 60 * s + i)
+                    caption(path, f"{site} shows {name} {i}")
+    return root
+
+
+@pytest.mark.parametrize(("name", "make"), [("segmentation", site_masks), ("pairs", site_texts)])
+@pytest.mark.parametrize("splits", [("",), ("train", "test")])
+def test_sites_of_masks_and_texts(tmp_path, name, make, splits):
+    data = opened(name, make(tmp_path, splits))
+    assert data.client_names == SITES
+    for split, site in zip(data.clients, SITES, strict=True):
+        assert {one.split("/")[0] for one in split.ids} == {site}
+    assert len(data.client_tests) == (3 if splits[0] else 0)
+    for split, site in zip(data.client_tests, SITES, strict=bool(splits[0])):
+        assert {one.split("/")[0] for one in split.ids} == {site}
+    assert name == "segmentation" or data.classes == ("a", "b")
+
+
+def test_texts_of_sites_without_labels(tmp_path):
+    data = opened("pairs", site_texts(tmp_path, ("train", "test"), labels=("",)))
+    assert (data.client_names, data.classes) == (SITES, ("any",))
+
+
+def test_labels_of_texts_are_no_sites(tmp_path):
+    """The layout without sites is read as before, also with another folder beside the labels."""
+    site_texts(tmp_path, labels=("",), images=8)
+    picture(tmp_path / "backup" / "deeper" / "0.png", 1)
+    data = opened("pairs", tmp_path, partition="iid", clients=2)
+    assert data.classes == SITES
+    assert data.client_names is None
+
+
+def test_tiles_keep_their_site(tmp_path):
+    data = opened("segmentation", site_masks(tmp_path, ("train", "test")), tile=4)
+    for splits in (data.clients, data.client_tests):
+        for split, site in zip(splits, SITES, strict=True):
+            assert {one.split("/")[0] for one in split.ids} == {site}
+
+
+# What is set aside
+
+
+def test_the_table_counts_what_clients_train_on(tmp_path):
+    data = opened("csv", table(tmp_path, rows=60))
+    apart = hold_out(data, held_out=1, share=0.25, seed=0)
+    assert apart.client_names == ("Aachen", "Celle")
+    table_ = apart.statistics
+    assert table_.sizes.tolist() == list(apart.client_sizes)
+    assert table_.counts.tolist() == [
+        [int((split.labels == label).sum()) for label in (0, 1)] for split in apart.clients
+    ]
+    assert table_.own_tests == tuple(len(split) for split in apart.client_tests)
+    assert table_.held_out == ("Bonn", len(apart.tests["held_out"]))
+    header, rows = table_.header(), table_.rows()
+    assert header == ["client", "name", "samples", "own test", "skew", "c", "d"]
+    assert [row[:2] for row in rows] == [["0", "Aachen"], ["1", "Celle"], ["held out", "Bonn"], ["all", ""]]
+    assert [row[header.index("samples")] for row in rows[2:]] == ["", str(sum(apart.client_sizes))]
+    assert sum(int(row[3]) for row in rows[:3]) == int(rows[3][3])
+
+
+def test_clients_without_names_are_numbers(tmp_path):
+    data = opened("csv", table(tmp_path, rows=60), partition="iid", clients=3)
+    apart = hold_out(data, held_out=1, share=0, seed=0)
+    assert apart.client_names is None
+    assert [row[0] for row in apart.statistics.rows()] == ["0", "1", "held out (1)", "all"]
+    assert apart.statistics.sizes.tolist() == list(apart.client_sizes)
+    assert data.statistics.header() == ["client", "samples", "skew", "c", "d"]
+
+
+def test_segmentation_counts_the_largest_object(tmp_path):
+    data = opened("segmentation", site_masks(tmp_path, images=10))
+    apart = hold_out(data, held_out=None, share=0.3, seed=0)
+    assert apart.statistics.sizes.tolist() == list(apart.client_sizes)
+    assert apart.statistics.counts[:, 0].tolist() == [0, 0, 0]
+    assert data.statistics.counts.tolist() == [
+        [0, len(split) + test] for split, test in zip(apart.clients, apart.statistics.own_tests, strict=True)
+    ]
+
+
+def test_a_held_out_site_takes_its_own_test_images_along(tmp_path):
+    data = opened("folder", site_folders(tmp_path, ("train", "test")))
+    apart = hold_out(data, held_out=2, share=0, seed=0)
+    assert {name.split("/")[0] for name in apart.tests[""].ids} == {"Aachen", "Bonn"}
+    assert set(apart.tests["held_out"].ids) == {*data.clients[2].ids, *data.client_tests[2].ids}
+    assert [len(split) for split in apart.client_tests] == [20, 20]
+    assert apart.statistics.own_tests == (20, 20)
+
+
+def test_messages_name_the_client(tmp_path):
+    root = table(tmp_path, rows=60, sites=("Aachen",) * 14 + ("Bonn",))
+    few = hold_out(opened("csv", root), held_out=None, share=0, seed=0)
+    assert few.client_label(1) == "1 (Bonn)"
+    assert few.pooled().client_label(0) == "0"
+    with pytest.raises(UserError, match=r"Client 1 \(Bonn\) has \d+ samples, too few for a test set of its own"):
+        hold_out(few, held_out=None, share=0.3, seed=0)
