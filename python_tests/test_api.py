@@ -64,6 +64,7 @@ def test_arrays_of_named_clients_are_learnt(tmp_path):
     run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=4, local_epochs=2, lr=0.1, threads=1, workers=1,
                            grad_cam=0, out="run", progress=False)  # fmt: skip
     assert run.config.clients == 3
+    assert run.summary["client_names"] == ["north", "south", "west"]
     assert run.metrics["accuracy"] > 0.9
     assert run.evaluate()["accuracy"] == run.metrics["accuracy"]
     probabilities = run.predict(test[0][:, None])

@@ -69,6 +69,7 @@ def from_arrays(
         std=tuple(std) if std is not None else (0.25,) * channels,
         augment=augment,
         statistics=PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute"),
+        client_names=tuple(named) if isinstance(clients, Mapping) else None,
     )
 
 
