@@ -19,6 +19,7 @@ from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
 from fedkern.engine import Listeners, RunConfig, Terminated, membership_attack
 from fedkern.engine.config import ANYHOW
+from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import check_free, check_vacant
 from fedkern.errors import UserError
@@ -136,7 +137,13 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     tee = Listeners(shown) if board is None else Listeners(shown, board)
     try:
         summary = engine.run(
-            config, out=out, resume=request.resume is not None, listener=tee, trusted=code, profile=request.profile
+            config,
+            out=out,
+            resume=request.resume is not None,
+            listener=tee,
+            trusted=code,
+            profile=request.profile,
+            predictions=request.predictions,
         )
         data: Any = None if tee.info is None else tee.info.data
         pictures, undrawn = _pictures(out, data, config.data_root, code)
@@ -228,10 +235,12 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         return
     from fedkern.report.names import say
     from fedkern.report.progress import terminal
-    from fedkern.report.tables import final_table, own_tests_table, worst_client_line
+    from fedkern.report.tables import class_table, final_table, own_tests_table, worst_client_line
 
     console = terminal()
     console.print(final_table(summary))
+    if (classes := class_table(summary)) is not None:
+        console.print(classes)
     if summary.get("client_metrics"):
         console.print(own_tests_table(summary))
         if worst := worst_client_line(summary):
@@ -242,6 +251,8 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     say(console, f"run folder: {out}")
     if pictures:
         say(console, f"pictures:   {', '.join(path.name for path in pictures)}")
+    if request.predictions and (out / PREDICTIONS).exists():
+        say(console, f"answers:    {PREDICTIONS}")
     baseline = _baseline(config.method)
     if config.method != baseline:
         from fedkern.methods import METHODS

@@ -242,6 +242,11 @@ def _parser(method: str | None, data: str) -> Parser:
                 action="store_true",
                 help="write a trace of one round, for chrome://tracing, to the run folder",
             )
+            group.add_argument(
+                "--predictions",
+                action="store_true",
+                help="write the final network's class and probabilities for every test image to predictions.csv",
+            )
             group.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # doctor's
             group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
             group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
@@ -365,6 +370,7 @@ def parse(argv: Sequence[str]) -> Request:
         folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
         profile=values.profile,
+        predictions=values.predictions,
         measure=values.measure,
         quiet=values.quiet,
         json=values.json,
@@ -387,6 +393,7 @@ def _check(request: Request) -> None:
             or request.out
             or request.tensorboard
             or request.profile
+            or request.predictions
             or (request.measure and request.command != "doctor")
         ):
             also = ", --data-root and --method-option" if allowed else ""

@@ -39,6 +39,7 @@ class Request:
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
         profile: whether a trace of one round is written.
+        predictions: whether the final network's answers to the test images are written.
         measure: whether ``doctor`` measures the processor's peak.
         arguments: arguments of a downstream task or of ``tune``.
     """
@@ -54,6 +55,7 @@ class Request:
     folder: Path | None = None
     tensorboard: bool = False
     profile: bool = False
+    predictions: bool = False
     measure: bool = False
     quiet: bool = False
     json: bool = False

@@ -12,6 +12,7 @@ from torch import nn
 from fedkern.data import FederatedData, load
 from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import CPU_BATCH, check_sets, evaluate
+from fedkern.engine.final_figures import final_figures
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.run import load_data
 from fedkern.engine.samples import BATCH, TestSet
@@ -42,7 +43,7 @@ def evaluate_run(
         trusted: what may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
-        The method's figures by test set: ``accuracy``, ``id_accuracy``, ``validation_loss`` ...
+        The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...
 
     Raises:
         UserError: the folder has no finished run, or the data have other classes, another image size or another task.
@@ -62,8 +63,10 @@ def evaluate_run(
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     module = module.to(config.device).eval()
+    sets = _sets(loaded, module, about, config)
     with cpu_threads(config.threads), computing(config.precision):
-        return evaluate(method, module, _sets(loaded, module, about, config))
+        found = evaluate(method, module, sets, keep=True)
+    return {**found, **final_figures(sets, loaded.classes).metrics, **found}
 
 
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, TestSet]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern.methods.common.classification_figures import macro_auc
 from fedkern.streams import stream
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -69,34 +70,6 @@ def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     found = {"accuracy": float((logits.argmax(1) == labels).double().mean())}
     area = macro_auc(F.softmax(logits.double(), 1), labels)
     return found if math.isnan(area) else {**found, "auc": area}
-
-
-def macro_auc(scores: Tensor, labels: Tensor) -> float:
-    """The area under the ROC curve of every class against the others, averaged over the classes that occur.
-
-    Args:
-        scores: ``[n, C]``, larger where a class is more likely; ties count one half.
-        labels: int64 ``[n]``.
-
-    Returns:
-        NaN where fewer than two classes occur.
-    """
-    areas = []
-    for label in torch.unique(labels).tolist():
-        own = labels == label
-        positive, negative = int(own.sum()), int((~own).sum())
-        if not negative:
-            return math.nan
-        ranks = _mean_ranks(scores[:, label])
-        areas.append((float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative))
-    return sum(areas) / len(areas) if areas else math.nan
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values sharing the mean of theirs, fp64 ``[n]``."""
-    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return ((2 * last - counts + 1).double() / 2)[group]
 
 
 def averaged(many: Sequence[dict[str, float]]) -> dict[str, float]:

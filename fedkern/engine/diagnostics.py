@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
 from fedkern.methods.common.figures import MAIN_FIGURES
+from fedkern.methods.common.segmentation_figures import constant_dice
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1
 NOTHING = 0.05
-CHANCE_FACTOR, CHANCE_MARGIN = 1.5, 0.05
-"""An accuracy is near chance if it is below CHANCE_FACTOR x chance and below chance + CHANCE_MARGIN.  The factor alone
-would not do: 1.5 x chance is poor with 10 classes, but may be good with two."""
+CHANCE_FACTOR, CHANCE_MARGIN, CHANCE_REST = 1.5, 0.05, 0.1
+"""A figure is near that of a constant prediction if it is below CHANCE_FACTOR times that figure, below that figure +
+CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1.  The factor alone would not do: 1.5 times
+the figure is poor with 10 classes of equal size, but may be good with two.  Nor would the margin: where 90 % of the
+images are of one class, an accuracy of 95 % means half the errors."""
 
 
 class Observations:
@@ -91,23 +95,81 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]], label: Callable[[in
     return {}
 
 
-def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classes: int) -> dict[str, str]:
-    """Warnings about an accuracy near chance, a Dice near 0, or a validation figure far below its best in the run."""
+@dataclass(frozen=True)
+class Constant:
+    """Figures of predicting one class everywhere on a test set.
+
+    Attributes:
+        figures: the best figure that a single class gives, by name.
+        name: the class that gives the best accuracy or Dice; empty if several give the same.
+    """
+
+    figures: Mapping[str, float]
+    name: str
+
+
+def constants(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, Constant]:
+    """What predicting one class everywhere gives, by the prefix of the test set's figures.
+
+    Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
+    """
+    found = {}
+    for prefix, data in sets.items():
+        labels = data.labels.cpu()
+        if data.task == "segmentation":
+            value, best = constant_dice(labels, len(classes), data.cases)
+            found[prefix] = Constant({"dice": value}, classes[best] if value else "")
+        elif data.task == "classification":
+            counts = torch.bincount(labels, minlength=len(classes))
+            top, present = int(counts.max()), int((counts > 0).sum())
+            if present > 1:
+                name = classes[int(counts.argmax())] if int((counts == top).sum()) == 1 else ""
+                found[prefix] = Constant({"accuracy": top / len(labels), "balanced_accuracy": 1 / present}, name)
+    return found
+
+
+def near(constant: float) -> float:
+    """The figure below which a network is hardly better than one that always predicts the same class."""
+    low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
+    return round(low, 12)  # 1.5 x 0.1 is 0.15
+
+
+def poor_metrics(
+    metrics: Mapping[str, float], best: Mapping[str, float], classes: int, constant: Mapping[str, Constant]
+) -> dict[str, str]:
+    """Warnings about figures near those of a constant prediction, and about validation figures far below their best.
+
+    A figure of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.
+
+    Args:
+        metrics: figures of the final network, by prefixed name.
+        best: the best validation figures of the run.
+        classes: number of classes.
+        constant: see :func:`constants`.
+    """
     found: dict[str, str] = {}
-    chance = 1 / classes
-    near = min(CHANCE_FACTOR / classes, chance + CHANCE_MARGIN) if classes > 1 else 0.0  # one class is always right
+    retry = "train longer, or change the learning rate."
     for name, value in metrics.items():
-        if name.endswith("dice") and name != "validation_dice" and value < NOTHING:
+        if name.startswith("validation_"):
+            continue
+        if name.endswith("dice") and value < NOTHING:
             found.setdefault(
-                "chance-level",
-                f"{name} is {value:.3f}, so hardly anything but background is found: train longer, or change the "
-                "learning rate.",
+                "chance-level", f"{name} is {value:.3f}, so hardly anything but background is found: {retry}"
             )
-        if name.endswith("accuracy") and name != "validation_accuracy" and value < near:
-            found.setdefault(
-                "chance-level",
-                f"{name} is {value:.3f}, near chance ({chance:.3f}): train longer, or change the learning rate.",
-            )
+        figure = "dice" if name.endswith("dice") else "accuracy" if name.endswith("accuracy") else ""
+        if not figure:
+            continue
+        prefix = max((prefix for prefix in constant if name.startswith(prefix)), key=len, default=None)
+        if prefix is not None and "client_" not in name:
+            figure = "balanced_accuracy" if name.endswith("balanced_accuracy") else figure
+            level, always = constant[prefix].figures.get(figure, 0.0), constant[prefix].name
+            what = f'"{always}"' if always and figure != "balanced_accuracy" else "one class"
+            text = f"and predicting {what} everywhere gives {level:.3f}"
+        else:
+            level = 1 / classes if classes > 1 and figure == "accuracy" else 0.0  # one class is always right
+            text = f"near chance ({level:.3f})"
+        if value < near(level):
+            found.setdefault("chance-level", f"{name} is {value:.3f}, {text}: {retry}")
     for name in MAIN_FIGURES:
         now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
         if now is not None and top is not None and top - now > FALL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -161,8 +161,12 @@ def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Tes
     return min(each, key=rank), figure
 
 
-def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1) -> dict[str, float]:
+def evaluate(
+    method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1, *, keep: bool = False
+) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
+
+    With ``keep``, the sets keep the networks' answers (``TestSet.kept``).
 
     ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task is not
     classification, or the method has its own ``evaluate``, whole sets are evaluated side by side.
@@ -174,7 +178,7 @@ def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_on
     def figures(prefix: str) -> dict[str, float]:
         name = prefix.removesuffix("_")
         what = "The validation set" if name == "validation" else f'The test set "{name}"' if name else "The test set"
-        with _explained(what, sets[prefix]):
+        with _explained(what, sets[prefix]), sets[prefix].keeping() if keep else nullcontext():
             return method.evaluate(network, sets[prefix])
 
     ordinary = type(method).evaluate is Method.evaluate and all(data.task == "classification" for data in sets.values())

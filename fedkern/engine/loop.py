@@ -35,13 +35,14 @@ from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes, workers_for
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.final_figures import answers, final_figures, set_name, unique_names
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.samples import TestSet
-from fedkern.engine.store import records
+from fedkern.engine.store import confusions, predictions, records
 from fedkern.engine.store.artifacts import Artifact, Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.evaluation_file import ONLY, OWN, rows, write_evaluation
@@ -74,6 +75,7 @@ class Run:
         *,
         resume: bool,
         profile: bool = False,
+        predictions: bool = False,
     ) -> None:
         self.config, self.context, self.out, self.listener, self._resume = config, context, out, listener, resume
         kind = registry.get(config.method)
@@ -97,6 +99,7 @@ class Run:
         self.flops: dict[str, int] = {}
         self.tracing = False
         self._until_trace = 1 if profile else None  # communication rounds to play before the traced one
+        self._predictions = predictions  # whether predictions.csv is written at the end
         self.dropped_since: list[dict[str, Any]] = []  # clients dropped since the last recorded round
         self.sets: dict[str, TestSet] = {}
         self.client_sets: dict[int, TestSet] = {}
@@ -141,6 +144,8 @@ class Run:
                 "--profile writes what every client computed, step by step, and the records of this run are private: "
                 "leave it out, or profile the same run with --records all."
             )
+        if self._predictions:
+            predictions.check(self.context.data.task, told=self.context.disclosure.clients)
         if self.said is not None and not self.said.complete:
             self.context.warn("partly-covered", self.said.warning())
         for name, text in diagnostics.emulated(self.config.precision, self.config.device).items():
@@ -352,7 +357,7 @@ class Run:
             network = self._network()
             if network is not None:
                 self._check_network(network)
-                self._evaluate(network)
+                self._evaluate(network, last=self.done == self._rounds)
                 record.update(self.latest)
                 for name, value in self.latest.items():
                     if is_main(name):
@@ -389,9 +394,10 @@ class Run:
         if not self.context.is_flat(network):  # vectors of a flat network were checked at the end of their round
             self._check_finite(network.state_dict(), f"in round {self.done}")
 
-    def _evaluate(self, network: nn.Module) -> None:
+    def _evaluate(self, network: nn.Module, last: bool) -> None:
+        """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
         with self._at_once(network) as at_once:
-            self.latest = evaluate(self.method, network, self.sets, at_once)
+            self.latest = evaluate(self.method, network, self.sets, at_once, keep=last)
         self._evaluate_clients(network, self.client_sets)
         self.latest.update(over_clients(self.own_figures, self.client_sets))
         self._evaluated = True
@@ -613,13 +619,15 @@ class Run:
             raise ValueError("model: expected a module at the end of the plan, given None")
         self._check_network(network)
         if not self._evaluated:  # resumed after the last round
-            self._evaluate(network)
+            self._evaluate(network, last=True)
         own, own_sets = OWN, self.client_sets
         if not own_sets and (own_sets := site_sets(self.context)):
             own = ONLY
             self._evaluate_clients(network, own_sets)
-        told = self.context.disclosure
-        of_tests = {**self.latest, **self._gradcam(network)}
+        told, classes = self.context.disclosure, self.context.data.classes
+        final = final_figures(self.sets, classes)
+        # The method's own figures come first, and stay where one has the name of a figure of ours.
+        of_tests = {**self.latest, **final.metrics, **self.latest, **self._gradcam(network)}
         metrics = {**of_tests, **self._told_report()}
         if told.appraised is None or told.appraised:
             found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
@@ -627,16 +635,21 @@ class Run:
         private = privacy_figures(self.said, self.checkpoints.client_state, self.config.trained_clients)
         metrics.update({name: private[name] for name in (EPSILON, PART, "delta") if name in private})
         flat = self.context.is_flat(network)
+        constant = diagnostics.constants(self.sets, classes) if told.clients else {}
         warn = self.context.warn
         for texts in (
-            diagnostics.collapsed_classes(self.sets, self.context.data.classes),
+            diagnostics.collapsed_classes(self.sets, classes),
             diagnostics.outlying_drift(self.last_clients, self.context.data.client_label) if told.clients else {},
-            diagnostics.poor_metrics(metrics, self.best, self.context.federation.classes),
+            diagnostics.poor_metrics(metrics, self.best, len(classes), constant),
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),
             self.method.diagnose(self.observed.summary()) if told.clients else {},
         ):
             for name, text in texts.items():
                 warn(name, text)
+        if told.clients and final.confusion:  # counts of images, which private records do not tell
+            confusions.write(self.out, classes, final.confusion)
+        if self._predictions:
+            self._write_predictions()
         self._tell_warnings()
         names = self.context.data.client_names
         write_evaluation(self.out, rows(of_tests, [*self.sets], self.own_figures, names, own))
@@ -651,6 +664,7 @@ class Run:
             **self._names(),
             "metrics": metrics,
             **self._own(own, own_sets),
+            **({"per_class": final.per_class} if final.per_class else {}),
             "bytes": self.ledger.summary(),
             "seconds": self.seconds(),
             "phases": self.phases,
@@ -697,6 +711,18 @@ class Run:
             value = self.own_figures[k][figure]
             found["worst_client"] = {"client": k, **named(k), "metric": figure, "value": value}
         return found
+
+    def _write_predictions(self) -> None:
+        classes = unique_names(self.context.data.classes)
+        sets = {
+            set_name(prefix): (data.split.ids, data.labels.cpu(), answers(data, len(classes)))
+            for prefix, data in self.sets.items()
+        }
+        if any(kept for _, _, kept in sets.values()):
+            predictions.write(self.out, classes, sets)
+        else:
+            why = f"the figures of {self.config.method} come from code of its own, which hands on no logits"
+            self.context.warn("no-predictions", f"{predictions.FILE} was not written: {why}.")
 
     def _speed(self) -> dict[str, Any]:
         """Speed of the clients: floating-point operations, their rate, and the processor's measured peak rate."""

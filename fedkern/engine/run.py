@@ -21,6 +21,7 @@ from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.store import atomic, records, saved_model
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
 from fedkern.engine.store.run_folder import check_vacant, writing
 from fedkern.errors import UserError
@@ -39,6 +40,7 @@ def run(
     data: Any = None,
     trusted: Collection[str] = (),
     profile: bool = False,
+    predictions: bool = False,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -61,6 +63,8 @@ def run(
             folder names is refused.
         profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
             one.  All clients of that round work in this process.
+        predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
+            A finished run without this file is evaluated once more.
 
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
@@ -78,7 +82,7 @@ def run(
         if entry is not None:
             check_unedited(stored, entry, out)
         finished = _finished(entry, out)
-        if finished is not None:
+        if finished is not None and not (predictions and not (out / PREDICTIONS).exists()):
             listener.on_end(finished)
             return finished
         if entry is not None:
@@ -98,9 +102,8 @@ def run(
         _check(config, data)
         if ignored := fuse_choice.untold():
             listener.on_notice(ignored)
-        runner = Run(
-            config, RunContext(config, data, listener.on_notice), out, listener, resume=resume, profile=profile
-        )
+        context = RunContext(config, data, listener.on_notice)
+        runner = Run(config, context, out, listener, resume=resume, profile=profile, predictions=predictions)
         runner.prepare()
         with writing(out, fresh=not resume):
             if not resume:

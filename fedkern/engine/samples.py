@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,14 @@ class ClientData:
 
 
 class TestSet:
-    """A named test set in batches; remembers the last predictions made on it."""
+    """A named test set in batches; remembers the last predictions made on it.
+
+    Attributes:
+        predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
+        kept: what the last evaluation that keeps handed on: a network's logits [n, C], or its Dice of every class, fp64
+            [C], each with the network's client (None: the network is the run's).
+        keep: adds to ``kept``; None outside an evaluation that keeps.
+    """
 
     __test__ = False  # not a pytest class
 
@@ -242,6 +250,8 @@ class TestSet:
         # A segmentation network has feature maps as large as its images, so its batches are smaller.
         self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch
         self.predictions: Tensor | None = None
+        self.kept: list[tuple[int | None, Tensor]] = []
+        self.keep: Callable[..., None] | None = None
         self.pool: ThreadPoolExecutor | None = None  # threads that evaluate its batches side by side, where there are
 
     def __len__(self) -> int:
@@ -264,6 +274,19 @@ class TestSet:
 
     def record(self, predictions: Tensor) -> None:
         self.predictions = predictions.cpu()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, an evaluation keeps the networks' answers; what an earlier one kept is dropped."""
+
+        def keep(answer: Tensor, client: int | None = None) -> None:
+            self.kept.append((client, answer))
+
+        self.kept, self.keep = [], keep
+        try:
+            yield
+        finally:
+            self.keep = None
 
 
 def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -204,7 +204,10 @@ class Method:
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 
-        The engine may call this from several threads, each with its own test set.
+        The engine may call this from several threads, each with its own test set.  An override that does not ask
+        ``super`` calls ``data.keep`` with the logits [n, C] of all samples on the CPU, where that attribute is not
+        None: the figures of the run's end (AUROC, recall of every class ...) come from them.  Where every client has a
+        network of its own, the override calls ``data.keep(logits, client=k)`` for each.
 
         Returns:
             By task; the first figure is the main one:

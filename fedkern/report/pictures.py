@@ -1,4 +1,4 @@
-"""Pictures of a run folder: accuracy curves, partition, client weights, Grad-CAM, and the method's artifacts."""
+"""Pictures of a run folder: accuracy curves, confusion, partition, client weights, Grad-CAM, the method's artifacts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown, read_summary
 from fedkern.engine.run import kept_data
-from fedkern.engine.store import atomic
+from fedkern.engine.store import atomic, confusions
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
@@ -22,6 +22,7 @@ EXAMPLES = 8
 PICTURES = {
     "accuracy": "accuracy.png",
     "dice": "dice.png",
+    "confusion": "confusion.png",
     "partition": "partition.png",
     "gradcam": "gradcam.png",
     "weights": "weights.png",
@@ -49,10 +50,11 @@ def write_pictures(
         trusted: code that may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
-        The files written: ``accuracy.png``, ``partition.png``, ``weights.png`` if the method has client weights, a
-        picture per name of the method's artifacts (such as ``generated.png``), and ``gradcam.png`` if the network has
-        stages.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead of accuracy and Grad-CAM.  A run
-        with private records has no ``partition.png``, which holds exact counts; an older one is deleted.
+        The files written: ``accuracy.png``, ``confusion.png`` of a classifier, ``partition.png``, ``weights.png`` if
+        the method has client weights, a picture per name of the method's artifacts (such as ``generated.png``), and
+        ``gradcam.png`` if the network has stages.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
+        of accuracy, confusion and Grad-CAM.  A run with private records has neither ``confusion.png`` nor
+        ``partition.png``, which hold exact counts; older ones are deleted.
 
     Raises:
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
@@ -82,7 +84,7 @@ def _draw(
 ) -> list[Path]:
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
-    from fedkern.report import gradcam, plots, segmentation_sheet
+    from fedkern.report import confusion_sheet, gradcam, plots, segmentation_sheet
     from fedkern.report.weights import weights_picture
 
     config = RunConfig.load(run_dir, device="cpu", **({} if data_root is None else {"data_root": data_root}))
@@ -91,6 +93,12 @@ def _draw(
     written = []
     target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
     if plots.accuracy_curves(read_metrics(run_dir), target, title=f"{name}, seed {config.seed}"):
+        written.append(target)
+    target = run_dir / PICTURES["confusion"]
+    if config.records == "private":
+        target.unlink(missing_ok=True)
+    elif (found := confusions.read(run_dir)) is not None and found.matrices and found.classes:
+        confusion_sheet.draw(found, target, title=f"Confusion of {name}, seed {config.seed}")
         written.append(target)
     target = run_dir / PICTURES["partition"]
     if config.records == "private":

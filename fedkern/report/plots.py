@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -27,6 +28,9 @@ _STYLES = {
     "id": (BLUE, "-", "o", "in distribution"),
     "ood": (ORANGE, "-", "s", "out of distribution"),
     "": (BLUE, "-", "o", "test"),
+    "minority": (PINK, "-", "D", "minority"),
+    "unseen": (GREEN, "-", "^", "unseen client"),
+    "held_out": (ORANGE, "-", "v", "held-out client"),
     "validation": (GREY, "--", "", "validation"),
 }
 
@@ -60,6 +64,8 @@ def _whole() -> MaxNLocator:
 def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
     """Draws the accuracy (or Dice, or recall at 1) on every test set over the communication rounds.
 
+    Recall depends on the number of candidates: sets with other numbers have axes of their own, which say the number.
+
     Args:
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
         path: the PNG.
@@ -69,6 +75,7 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         False if there was nothing to draw; no file is written then.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
+    galleries: dict[str, float] = {}
     main = "accuracy"
     for record in records:
         for name, value in record.items():
@@ -78,15 +85,32 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
                 rounds, values = curves.setdefault(test_set, ([], []))
                 rounds.append(int(record["round"]))
                 values.append(100 * float(value))
+            elif figure_name == "gallery" and isinstance(value, (int, float)):
+                galleries[test_set] = float(value)
     if not curves:
         return False
-    figure = new_figure(7.2, 4.2)
-    axes = figure.subplots()
-    last = max(rounds[-1] for rounds, _ in curves.values())
-    order = sorted(curves, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES))
+    panels: dict[float, list[str]] = {}  # test sets by number of candidates
+    for name in sorted(curves, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
+        panels.setdefault(galleries.get(name, 0.0), []).append(name)
+    figure = new_figure(7.2 if len(panels) == 1 else 5.4 * len(panels), 4.2)
+    spans = [rounds for rounds, _ in curves.values()]
+    first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
+    for axes, (gallery, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _curves(axes, {name: curves[name] for name in names})
+        called = {"dice": "Dice", "i2t_r1": "recall at 1, image to text"}.get(main, main)
+        among = f"\namong {gallery:,.0f} candidates" if gallery else ""
+        axes.set_ylabel(f"{called}{among} (%)", fontsize=12)
+        axes.set_xlim(first - 0.5, last + 0.5)
+        axes.legend(fontsize=11, frameon=False, loc="lower right" if last > 1 else "best")
+    figure.axes[0].set_title(label(title, TITLE), fontsize=13, loc="left")
+    save(figure, path)
+    return True
+
+
+def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
+    """Draws rounds and per cent of every test set, with the last value of each at its end."""
     ends = []
-    for name in order:
-        rounds, values = curves[name]
+    for name, (rounds, values) in curves.items():
         colour, dashes, marker, called = _STYLES.get(name, (GREEN, "-", "^", name))
         every = max(1, len(rounds) // 12)
         axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label(called))
@@ -101,17 +125,11 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
             color=colour, fontsize=12, fontweight="bold", va="center", annotation_clip=False,
         )  # fmt: skip
     axes.set_xlabel("communication round", fontsize=12)
-    axes.set_ylabel(f"{'Dice' if main == 'dice' else main} (%)", fontsize=12)
-    axes.set_title(label(title, TITLE), fontsize=13, loc="left")
     axes.set_ylim(0, 102)
-    axes.set_xlim(min(min(rounds) for rounds, _ in curves.values()) - 0.5, last + 0.5)
     axes.xaxis.set_major_locator(_whole())
     axes.tick_params(labelsize=11)
     axes.grid(True, color="#dddddd", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, frameon=False, loc="lower right" if last > 1 else "best")
-    save(figure, path)
-    return True
 
 
 def partition_picture(statistics: Any, path: Path, *, title: str) -> None:

@@ -7,22 +7,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fedkern.errors import MESSAGE
+from fedkern.errors import MESSAGE, printable_name
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain
 
 # Metrics that are fractions and read best in per cent.
-_FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou", "_r1", "_r5", "_r10")
+_FRACTIONS = (
+    "accuracy", "macro_f1", "recall", "ece", "confidence", "gradcam_in_object", "object_area", "dice", "iou",
+    "_r1", "_r5", "_r10",
+)  # fmt: skip
 _RECALLS = {f"{way}_r{k}": f"{text}, recall at {k}"
             for way, text in (("i2t", "image to text"), ("t2i", "text to image")) for k in (1, 5, 10)}  # fmt: skip
-_ORDER = ("accuracy", *_RECALLS, "dice", "iou", "hd95", "confidence", "gradcam_in_object", "loss")
+_ORDER = (
+    "accuracy", "balanced_accuracy", "macro_f1", "auroc", *_RECALLS, "dice", "iou", "hd95", "confidence", "ece",
+    "gradcam_in_object", "loss",
+)  # fmt: skip
 _OF_A_CLIENT = ("accuracy", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
 """Figures of a client in the closing table; evaluation.csv has all."""
 _NAMES = {
     "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "F1, mean of the classes",
+    "auroc": "AUROC, one class against the rest, mean",
+    "ece": "expected calibration error",
     "dice": "Dice, mean of the classes",
     "iou": "intersection over union",
     "hd95": "Hausdorff distance (95 %) in pixels",
@@ -75,6 +86,11 @@ def split_metric(name: str) -> tuple[str, str]:
     return "", name
 
 
+def set_title(name: str) -> str:
+    """A test set's name for people: ``"id"`` is ``"in distribution"``; a name without a longer one stays."""
+    return _TEST_SETS.get(name, name)
+
+
 def human_metric(name: str, value: float) -> str:
     """Fractions in per cent with one decimal, everything else with three significant digits."""
     _, figure = split_metric(name)
@@ -116,13 +132,15 @@ def covering(private: Mapping[str, Any]) -> str:
 
 def figures_table(title: str, metrics: Mapping[str, float]) -> Table:
     """A row for each figure and a column for each test set; the validation set's figures are no results."""
-    return _figures(plain(title, "table.title"), metrics)
+    return _figures(plain(title, "table.title"), metrics, by_name=False)
 
 
-def _figures(title: Text, metrics: Mapping[str, float]) -> Table:
+def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
     figures: dict[str, dict[str, str]] = {}
     for name in ordered(metrics):
         test_set, figure = split_metric(name)
+        if by_name and figure.startswith("dice_"):
+            continue  # these are in class_table, under the names of their classes
         if test_set != "validation":
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
@@ -157,7 +175,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     title = plain(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", "table.title")
     if summary.get("privacy"):
         title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
-    table = _figures(title, summary["metrics"])
+    by_name = any("dice" in table for table in summary.get("per_class", {}).values())
+    table = _figures(title, summary["metrics"], by_name)
     table.add_section()
     sent = summary["bytes"]
     rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}
@@ -171,6 +190,57 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     for text, value in rows.items():
         table.add_row(text, value)
     return table
+
+
+ALL, LOWEST = 6, 3
+"""Classes up to which a terminal shows all, and the number of classes that it shows of more."""
+
+
+def class_table(summary: Mapping[str, Any]) -> Group | None:
+    """Recall (or Dice) of the classes by test set; of many classes those with the lowest figures.
+
+    A line below names classes without a figure, because a test set has no sample of them.  The figures of all classes
+    are in summary.json.
+
+    Args:
+        summary: contents of ``summary.json``.
+
+    Returns:
+        None where the summary has no such figures.
+    """
+    tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
+    figure = next((name for name in ("recall", "dice") if any(name in table for table in tables.values())), None)
+    if figure is None:
+        return None
+    tables = {name: table[figure] for name, table in tables.items() if figure in table}
+    names = list(dict.fromkeys(each for table in tables.values() for each in table))
+    known = {each: [table[each] for table in tables.values() if table.get(each) is not None] for each in names}
+    shown = names
+    if len(names) > ALL:
+        shown = sorted((each for each in names if known[each]), key=lambda each: min(known[each]))[:LOWEST]
+    called = "Dice" if figure == "dice" else figure
+    title = f"{called} of every class"
+    if len(shown) < len(names):
+        title = f"lowest {called} among {len(names)} classes (all of them: per_class in summary.json)"
+    missing = []
+    for name, table in tables.items():
+        none = [f'"{printable_name(each, TICK)}"' for each in names if table.get(each) is None]
+        if none:
+            some = ", ".join(none[:LOWEST]) + (" ..." if len(none) > LOWEST else "")
+            only = "" if len(tables) == 1 else f" ({set_title(name)})"
+            missing.append(f"means leave out {len(none)} of {len(names)} classes without samples{only}: {some}")
+    made = Table(box=box.SIMPLE_HEAD, show_header=len(tables) > 1, pad_edge=False)
+    made.add_column("")
+    for name in tables:
+        made.add_column(plain(set_title(name), most=TICK), justify="right", style="bold")
+    for each in shown:
+        values = [table.get(each) for table in tables.values()]
+        made.add_row(
+            plain(each, most=TICK), *("none" if value is None else human_metric(figure, value) for value in values)
+        )
+    # The title is no part of the table, which would break it at the width of the columns.
+    notes = [plain("; ".join(missing), most=MESSAGE)] if missing else []
+    return Group(plain(title, "table.title"), made, *notes)
 
 
 def _speed(speed: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ def test_a_folder_called_like_a_command():
 def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finished, monkeypatch):
     """Neither its data nor a minute of drawing are needed again, and flags that repeat its settings are welcome."""
     names = json.loads((finished / "pictures.json").read_text())["pictures"]
-    assert names == ["accuracy.png", "partition.png"]
+    assert names == ["accuracy.png", "confusion.png", "partition.png"]
     before = (finished / "accuracy.png").stat().st_mtime_ns
 
     def gone(*_, **__):
@@ -103,9 +103,32 @@ def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finish
 
     monkeypatch.setattr("fedkern.report.pictures.load_data", gone)
     out, _ = result("--resume", "probe", "--data-option", "test_samples=20", "--train-samples", "60")
-    assert "pictures:   accuracy.png, partition.png" in out
+    assert "pictures:   accuracy.png, confusion.png, partition.png" in out
     assert (finished / "accuracy.png").stat().st_mtime_ns == before
     assert "data_options.test_samples: 20 -> 21" in fails("--resume", "probe", "--data-option", "test_samples=21")
+
+
+def test_predictions_of_a_new_run_and_of_a_finished_one(result, fails, finished):
+    out, _ = result("fedavg", *TINY, "--buffers", "drop", "--predictions", "--out", "new")
+    assert "answers:    predictions.csv" in out
+    lines = Path("new/predictions.csv").read_text().splitlines()
+    assert lines[0] == ",".join(["test_set", "image", "true_class", "predicted_class", *(f"p_{c}" for c in range(10))])
+    assert {line.partition(",")[0] for line in lines[1:]} == {"id", "ood", "validation"}
+    assert not (finished / "predictions.csv").exists()
+    assert "answers:    predictions.csv" in result("--resume", "probe", "--predictions")[0]
+    assert (finished / "predictions.csv").read_text() == Path("new/predictions.csv").read_text()
+    assert "predictions" not in (finished / "config.toml").read_text()  # it acts once
+    Path("mine").mkdir()
+    Path("mine/predictions.csv").write_text("mine")
+    assert "already holds predictions.csv" in fails("fedavg", *TINY, "--out", "mine")
+
+
+def test_predictions_are_for_classification(fails, tmp_path):
+    for words in (["fedavg", "--data", "segdigits"], ["feddra"]):
+        small = ["--train-samples", "200", "--clients", "2", "--rounds", "1", "--threads", "1"]
+        sentence = fails(*words, *small, "--predictions", "--out", "run")
+        assert "--predictions writes a class for every image, and these data are for" in sentence
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finished, monkeypatch):

@@ -137,6 +137,7 @@ def test_doctor_measures(result, monkeypatch, tmp_path):
         (["fedavg", "--measure"], ["--measure", "doctor"]),
         (["list", "--measure"], ["takes no other flags"]),
         (["doctor", "--profile"], ["takes no other flags", "--measure"]),
+        (["attack", "DIR", "--predictions"], ["takes no other flags"]),
         (["fedgid", "--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--methodoption=alpha=1", "fedgid"], ['"--methodoption"', 'Did you mean "--method-option"']),

@@ -46,10 +46,20 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     folder, out, err = finished
     assert {path.name for path in folder.iterdir()} >= {
         "config.toml", "metrics.jsonl", "summary.json", "model.safetensors",
-        "accuracy.png", "partition.png", "gradcam.png",
+        "accuracy.png", "confusion.png", "confusion.json", "partition.png", "gradcam.png",
     }  # fmt: skip
+    assert "predictions.csv" not in {path.name for path in folder.iterdir()}
     summary = json.loads((folder / "summary.json").read_text())
-    for part in ("accuracy", "in distribution", "out of distribution", "time per round", "Grad-CAM mass inside"):
+    for part in (
+        "accuracy",
+        "balanced accuracy",
+        "AUROC",
+        "lowest recall among 10 classes",
+        "in distribution",
+        "out of distribution",
+        "time per round",
+        "Grad-CAM mass inside",
+    ):
         assert part in out
     assert f"{100 * summary['metrics']['ood_accuracy']:.1f} %" in out
     assert f"run folder: {folder}" in out
@@ -237,7 +247,7 @@ def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, result, monkey
     assert "--resume full" in sentence
     assert not list((tmp_path / "full").glob("*.png"))
     result("--resume", "full", "--quiet")
-    assert len(list((tmp_path / "full").glob("*.png"))) == 3
+    assert len(list((tmp_path / "full").glob("*.png"))) == 4
 
 
 def test_an_unwritable_folder(fails, tmp_path):

@@ -1,5 +1,6 @@
 """The named warnings: each appears where it should and only there."""
 
+import dataclasses
 import math
 import types
 
@@ -61,7 +62,7 @@ def test_outlying_client():
     ],
 )
 def test_poor_metrics(metrics, names):
-    assert set(diagnostics.poor_metrics(metrics, {"validation_accuracy": 0.9}, 10)) == names
+    assert set(diagnostics.poor_metrics(metrics, {"validation_accuracy": 0.9}, 10, {})) == names
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,71 @@ def test_poor_metrics(metrics, names):
      (0.0149, 100, True), (0.02, 100, False)],
 )  # fmt: skip
 def test_what_is_near_chance(accuracy, classes, near):
-    assert ("chance-level" in diagnostics.poor_metrics({"accuracy": accuracy}, {}, classes)) == near
+    assert ("chance-level" in diagnostics.poor_metrics({"accuracy": accuracy}, {}, classes, {})) == near
+
+
+def labelled(*counts):
+    """A test set with this many images of every class."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return types.SimpleNamespace(labels=labels, task="classification", cases=None)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"id_accuracy": 0.9}, 'id_accuracy is 0.900, and predicting "b" everywhere gives 0.900'),
+        ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 0.900'),
+        ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
+        (
+            {"id_accuracy": 0.93, "id_balanced_accuracy": 0.36},
+            "id_balanced_accuracy is 0.360, and predicting one class",
+        ),
+        ({"id_accuracy": 0.93, "id_balanced_accuracy": 0.5}, None),
+        ({"id_lowest_accuracy": 0.9}, '"b" everywhere gives 0.900'),
+        ({"ood_accuracy": 0.36}, "ood_accuracy is 0.360, and predicting one class everywhere gives 0.333"),
+        ({"ood_accuracy": 0.6}, None),
+        ({"worst_client_accuracy": 0.6}, None),  # a client's own set has shares of its own
+        ({"worst_client_accuracy": 0.34}, "near chance (0.333)"),
+        ({"validation_accuracy": 0.1, "validation_balanced_accuracy": 0.1}, None),
+    ],
+)
+def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
+    sets = {"id_": labelled(5, 90, 5), "ood_": labelled(10, 10, 10), "validation_": labelled(9, 1, 0)}
+    constant = diagnostics.constants(sets, ("a", "b", "c"))
+    found = diagnostics.poor_metrics(figures, {}, 3, constant)
+    assert (said is None and found == {}) or said in found["chance-level"]
+
+
+def test_a_set_with_images_of_one_class_is_compared_with_chance():
+    constant = diagnostics.constants({"": labelled(0, 7, 0)}, ("a", "b", "c"))
+    assert constant == {}
+    assert diagnostics.poor_metrics({"accuracy": 1.0}, {}, 3, constant) == {}
+    assert "near chance" in diagnostics.poor_metrics({"accuracy": 0.1}, {}, 3, constant)["chance-level"]
+
+
+def test_a_dice_is_compared_with_that_of_a_single_class():
+    """Membranes are a quarter of the pixels: who finds cell everywhere has a Dice of 2 x 3/4 / (1 + 3/4) = 6/7."""
+    labels = torch.ones(4, 8, 8, dtype=torch.int64)
+    labels[:, ::4] = 0
+    data = types.SimpleNamespace(labels=labels, task="segmentation", cases=torch.tensor([0, 0, 1, 1]))
+    constant = diagnostics.constants({"": data, "validation_": data}, ("membrane", "cell"))
+    assert constant[""].figures["dice"] == pytest.approx(6 / 7)
+    text = diagnostics.poor_metrics({"dice": 0.863}, {}, 2, constant)["chance-level"]
+    assert text.startswith('dice is 0.863, and predicting "cell" everywhere gives 0.857: ')
+    assert diagnostics.poor_metrics({"dice": 0.93}, {}, 2, constant) == {}
+    assert diagnostics.poor_metrics({"worst_client_dice": 0.86}, {}, 2, constant) == {}
+    assert "hardly anything but background" in diagnostics.poor_metrics({"dice": 0.01}, {}, 2, constant)["chance-level"]
+
+
+def test_a_run_that_always_says_the_same_is_warned_of(make_data, make_config, tmp_path):
+    """Nine of ten test images are of one class, so that its accuracy is far above one in three."""
+    data = make_data(two_tests=False)
+    labels = torch.zeros(16, dtype=torch.int64)
+    labels[:2] = torch.tensor([1, 2])
+    data = dataclasses.replace(data, tests={"": dataclasses.replace(data.tests[""], labels=labels)})
+    summary = run(make_config(lr=1e-9), out=tmp_path / "still", data=data)
+    assert summary["diagnostics"]["chance-level"].startswith("accuracy is ")
+    assert 'predicting "a" everywhere gives 0.875' in summary["diagnostics"]["chance-level"]
 
 
 def test_observations_keep_count_mean_and_range_through_json():

@@ -30,7 +30,8 @@ needs_accounting = pytest.mark.skipif(
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "noise": "seed"}
 PARTLY = {**SMALL, "sigma_d": 9.0, "histogram_noise": 5.0}
 WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True, "class_weights": "uniform"}
-OF_THE_MODEL = {f"{split}{name}" for split in ("", "validation_") for name in ("accuracy", "loss", "confidence")}
+FIGURES = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
+OF_THE_MODEL = {f"{split}{name}" for split in ("", "validation_") for name in FIGURES}
 
 
 class Everything(Listener):

@@ -17,8 +17,19 @@ from fedkern import models
 from fedkern.data import PartitionStatistics
 from fedkern.engine import RunConfig, RunInfo
 from fedkern.engine.store.artifacts import Artifact
+from fedkern.engine.store.confusions import Confusions
 from fedkern.errors import UserError
-from fedkern.report import artifact_sheet, doctor, gradcam, plots, progress, segmentation_sheet, tables, weights
+from fedkern.report import (
+    artifact_sheet,
+    confusion_sheet,
+    doctor,
+    gradcam,
+    plots,
+    progress,
+    segmentation_sheet,
+    tables,
+    weights,
+)
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.tensorboard import TensorBoard, scalars
 
@@ -93,6 +104,9 @@ def test_pictures(name, drawn, tmp_path):
     draw = {
         "partition": lambda: plots.partition_picture(statistics, path, title=name),
         "curves": lambda: plots.accuracy_curves(records, path, title=name),
+        "confusion": lambda: confusion_sheet.draw(
+            Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)}), path, title=name
+        ),
         "weights": lambda: weights.weights_picture(records, path, title=name),
         "table": lambda: artifact_sheet.draw(
             [Artifact("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
@@ -150,6 +164,7 @@ def test_tables(name):
         tables.attack_table(found, name),
         tables.downstream_table(result),
         tables.final_table({**summary, "metrics": {name or "n": 0.5}, "privacy": private}),
+        tables.class_table({"per_class": {name: {"recall": {name: 0.5, "b": 1.0}}}}),
     ):
         told = said(table)
         assert expected(name) in told

@@ -174,6 +174,30 @@ def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
+def test_sets_with_other_numbers_of_candidates_are_on_other_axes(tmp_path, monkeypatch):
+    """Recall at 1 among 40 texts and among 400 are different questions."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    sizes = {"": 40.0, "unseen_": 40.0, "validation_": 400.0}
+    records = [
+        {"round": i, **{f"{p}i2t_r1": 0.1 * i for p in sizes}, **{f"{p}gallery": n for p, n in sizes.items()}}
+        for i in (1, 2)
+    ]
+    assert plots.accuracy_curves(records, tmp_path / "a.png", title="t")
+    (figure,) = drawn
+    axes = {axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes}
+    assert axes == {
+        "recall at 1, image to text\namong 40 candidates (%)": ["test", "unseen client"],
+        "recall at 1, image to text\namong 400 candidates (%)": ["validation"],
+    }
+    assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
+    drawn.clear()
+    same = [{name: 40.0 if "gallery" in name else value for name, value in record.items()} for record in records]
+    assert plots.accuracy_curves(same, tmp_path / "a.png", title="t")
+    assert [len(axes.get_lines()) for axes in drawn[0].axes] == [3]
+    assert plots.accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], tmp_path / "a.png", title="t")
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (5, 10), (120, 3), (3, 100)])
 def test_any_partition_can_be_drawn(tmp_path, shape):
     counts = np.arange(shape[0] * shape[1]).reshape(shape)

@@ -104,6 +104,55 @@ def test_final_table_of_retrieval():
     assert "candidates in retrieval 40 20" in lines
 
 
+def test_metrics_of_the_final_network():
+    assert tables.human_metric("id_macro_f1", 0.5) == "50.0 %"
+    assert tables.human_metric("ece", 0.0321) == "3.2 %"
+    assert tables.human_metric("ood_auroc", 0.98765) == "0.988"
+    names = ["id_accuracy", "id_balanced_accuracy", "id_macro_f1", "id_auroc", "id_confidence", "id_ece", "id_loss"]
+    assert tables.ordered(dict.fromkeys(reversed(names), 0.5)) == names
+
+
+def test_class_table_of_few_classes():
+    recall = {"nevus": 0.912, "melanoma": None}
+    summary = {"per_class": {"id": {"recall": recall}, "ood": {"recall": {"nevus": 0.5, "melanoma": 0.25}},
+                             "validation": {"recall": {"nevus": 0.111}}}}  # fmt: skip
+    shown = text(tables.class_table(summary))
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[0] == "recall of every class"
+    assert "in distribution out of distribution" in lines
+    assert "nevus 91.2 % 50.0 %" in lines
+    assert "melanoma none 25.0 %" in lines
+    assert 'means leave out 1 of 2 classes without samples (in distribution): "melanoma"' in lines
+    assert "11.1" not in shown
+    assert tables.class_table({}) is None
+    assert tables.class_table({"per_class": {"validation": {"recall": recall}}}) is None
+
+
+def test_class_table_of_many_classes_has_the_lowest():
+    each = {f"class {c}": 0.9 - 0.05 * c for c in range(10)}
+    each["class 3"], each["class 5"] = 0.01, None
+    lines = [" ".join(line.split()) for line in text(tables.class_table({"per_class": {"test": {"recall": each}}}))
+             .splitlines()]  # fmt: skip
+    assert lines[0] == "lowest recall among 10 classes (all of them: per_class in summary.json)"
+    assert [line for line in lines if line.startswith("class ")] == [
+        "class 3 1.0 %", "class 9 45.0 %", "class 8 50.0 %",
+    ]  # fmt: skip
+    assert any(line.startswith("means leave out 1 of 10 classes without samples: ") for line in lines)
+
+
+def test_a_segmentation_shows_its_classes_by_name():
+    summary = {
+        "method": "fedavg", "data": "segmentation", "seed": 0, "rounds": 1, "seconds": 3.0,
+        "metrics": {"dice": 0.5, "dice_1": 0.6, "dice_2": 0.4}, "bytes": {"up": 10, "down": 20},
+        "per_class": {"test": {"dice": {"background": 0.98, "edema": 0.6, "core": 0.4}}},
+    }  # fmt: skip
+    assert "dice 1" not in text(tables.final_table(summary))
+    assert "dice 1" in text(tables.final_table({**summary, "per_class": {}}))
+    lines = [" ".join(line.split()) for line in text(tables.class_table(summary)).splitlines()]
+    assert lines[0] == "Dice of every class"
+    assert {"background 98.0 %", "edema 60.0 %", "core 40.0 %"} <= set(lines)
+
+
 def test_downstream_table():
     rows = [
         {"set": "seen", "shots": 5, "accuracy": 0.5, "auc": 0.75},
@@ -132,6 +181,9 @@ def test_names_are_shown_as_they_are():
     shown = text(tables.partition_table(PartitionStatistics(np.eye(3, dtype=int), names, "iid [/b]")))
     for name in (*names, "(iid [/b])"):
         assert name in shown
+    classes = {"recall": dict.fromkeys(names, 0.5) | {"[blue]none": None}}
+    shown = text(tables.class_table({"per_class": {"set [/b]": classes}}))
+    assert all(name in shown for name in (*names, '"[blue]none"'))
     found = membership_attack(torch.ones(3), torch.ones(3)).to_dict()
     found |= {"independent": "image", "member_loss": 1.0, "other_loss": 1.0}
     assert "on runs/a[/b]" in text(tables.attack_table(found, "runs/a[/b]"))

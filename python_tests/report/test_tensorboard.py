@@ -53,11 +53,11 @@ WORDS = [
 def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
     out = tmp_path / "run"
-    make = commands._Tee
-    monkeypatch.setattr(commands, "_Tee", lambda *listeners: make(*listeners, KillAt("round", round=last)))
+    make = commands.Listeners
+    monkeypatch.setattr(commands, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
     with pytest.raises(Kill):  # the last round is in the event files but in no checkpoint
         commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(out)]))
-    monkeypatch.setattr(commands, "_Tee", make)
+    monkeypatch.setattr(commands, "Listeners", make)
     assert [step for step, _ in read(out / FOLDER)["loss"]] == list(range(1, last + 1))
     assert commands.COMMANDS["resume"](flags.parse(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
     found = read(out / FOLDER)

@@ -8,13 +8,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkern.engine import config, tracing
-from fedkern.engine.store import artifacts, atomic, checkpoints, evaluation_file, records, saved_model
+from fedkern.engine.store import (
+    artifacts,
+    atomic,
+    checkpoints,
+    confusions,
+    evaluation_file,
+    predictions,
+    records,
+    saved_model,
+)
 from fedkern.errors import UserError
 
 ATTACK = "attack.json"
 NAMES = (
     config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
-    ATTACK, evaluation_file.EVALUATION,
+    ATTACK, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

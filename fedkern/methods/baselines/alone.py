@@ -113,13 +113,20 @@ def _classified(model: Ensemble, data: Any) -> dict[str, float]:
     clients = len(model.members)
     correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
     total = 0
+    keep, kept = getattr(data, "keep", None), []
     for images, labels in data.batches():
-        logits = model.logits(images).double()
+        said = model.logits(images)
+        if keep is not None:
+            kept.append(said.cpu())
+        logits = said.double()
         truth = log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
         correct += (logits.argmax(2) == labels).sum(1).cpu()
         loss -= truth.sum(1).cpu()
         confidence += truth.exp().sum(1).cpu()
         total += labels.numel()
+    if keep is not None:
+        for k, own in enumerate(torch.cat(kept, 1)):
+            keep(own, client=k)
     accuracy = correct / total
     return {
         "accuracy": float(accuracy.mean()),

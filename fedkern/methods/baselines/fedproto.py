@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,8 +197,11 @@ class FedProto(LocalTraining):
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         if not isinstance(model, Personal):
             return super().evaluate(model, data)
-        unrecorded = SimpleNamespace(batches=data.batches)  # no single network has made the predictions
-        figures = [super(FedProto, self).evaluate(member, unrecorded) for member in model.members]
+        keep, figures = getattr(data, "keep", None), []
+        for client, member in zip(model.clients, model.members, strict=True):
+            kept = None if keep is None else partial(keep, client=client)
+            unrecorded = SimpleNamespace(batches=data.batches, keep=kept)  # no single network made the predictions
+            figures.append(super().evaluate(member, unrecorded))
         return {name: sum(one[name] for one in figures) / len(figures) for name in figures[0]}
 
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:

@@ -61,10 +61,12 @@ def classification(model: nn.Module, data: Any) -> dict[str, float]:
     """Returns ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
 
     ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B]).  ``data.record(predictions)``, where it
-    exists, receives the predicted classes int64 [n] in order (the engine looks for classes never predicted).
+    exists, receives the predicted classes int64 [n] in order (the engine looks for classes never predicted), and
+    ``data.keep(logits)``, where it exists and is not None, the logits [n, C] on the CPU in order.
     """
     correct, loss, confidence, total = 0, 0.0, 0.0, 0
-    predictions = []
+    predictions, kept = [], []
+    keep = getattr(data, "keep", None)
     for said, labels in answers(model, data):
         logits = said.double()
         log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
@@ -74,9 +76,13 @@ def classification(model: nn.Module, data: Any) -> dict[str, float]:
         confidence += float(log_probability.exp().sum())
         total += labels.numel()
         predictions.append(predicted)
+        if keep is not None:
+            kept.append(said.cpu())
     if total == 0:
         raise ValueError("data: expected at least one sample, given none")
     record = getattr(data, "record", None)
     if record is not None:
         record(torch.cat(predictions))
+    if keep is not None:
+        keep(torch.cat(kept))
     return {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}

@@ -39,7 +39,8 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         model: in eval mode.
         data: ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B, H, W]).  ``data.cases`` int64 [n],
             if present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
-            classes [n, H, W] in order.
+            classes [n, H, W] in order, and ``data.keep``, if present and not None, the Dice of every class, fp64 [C],
+            the background's first (NaN for a class that no truth contains).
 
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
@@ -70,7 +71,11 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         record(torch.cat(predictions))
     cases = getattr(data, "cases", None)
     per_image = torch.cat(counts)
-    by_class = dice(per_image if cases is None else _together(per_image, cases))[1:]
+    every = dice(per_image if cases is None else _together(per_image, cases))
+    keep = getattr(data, "keep", None)
+    if keep is not None:
+        keep(every)
+    by_class = every[1:]
     both, said, true = per_image.sum(0).double().unbind(0)
     union = (said + true - both)[1:]
     figures = {
@@ -113,6 +118,24 @@ def dice(counts: Tensor) -> Tensor:
     """
     both, said, true = counts.double().unbind(1)
     return torch.where(true > 0, 2 * both / (said + true), math.nan).nanmean(0)
+
+
+def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None) -> tuple[float, int]:
+    """The largest ``dice`` that predicting one class for every pixel gives, and that class.
+
+    Args:
+        labels: int64 [n, H, W], negative where the class is unknown.
+        classes: C.
+        cases: int64 [n], the case of every image; None: every image is a case.
+    """
+    counts = overlaps(labels, labels, classes)
+    counts[:, 1] = counts[:, 2].sum(1, keepdim=True)  # all known pixels are predicted as the class
+    found = dice(counts if cases is None else _together(counts, cases))[1:]
+    present = int((~found.isnan()).sum())
+    if not present:
+        return 0.0, 0
+    best = int(found.nan_to_num(-1.0).argmax())
+    return float(found[best]) / present, best + 1
 
 
 def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = None) -> float:

@@ -20,7 +20,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, Scaffold, Step
 from fedkern.methods.base import Batch
 from fedkern.methods.common.figures import figures
-from fedkern.methods.common.segmentation_figures import dice, hausdorff95, overlaps, segmentation
+from fedkern.methods.common.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
 from fedkern.methods.common.supervised import pixelwise_loss
 
 METHODS_HERE = sorted(name for name, kind in METHODS.items() if "segmentation" in kind.tasks)
@@ -312,3 +312,28 @@ def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():
     pixels = bench.client_data(0)
     pixelwise_loss(network.module(pixels.pixels.take(np.arange(20))), half.labels).backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_best_constant_prediction_is_found(grouped):
+    """Against the figures of networks that say one class everywhere."""
+    truth = masks(seed=3, n=6, classes=4)
+    truth[truth == 3] = IGNORE
+    truth[:2, :, :5] = 2
+    cases = torch.tensor([0, 0, 1, 1, 2, 2]) if grouped else None
+    each = [Told(torch.full_like(truth, c), truth, classes=4, cases=cases).figures()["dice"] for c in range(4)]
+    value, best = constant_dice(truth, 4, cases)
+    assert value == pytest.approx(max(each))
+    assert each[best] == max(each) > 0
+    assert constant_dice(torch.zeros(2, 3, 3, dtype=torch.int64), 4) == (0.0, 0)
+
+
+def test_the_dice_of_every_class_is_kept():
+    truth = masks()
+    told, kept = Told(masks(seed=1), truth), []
+    told.keep = kept.append
+    found = told.figures()
+    (every,) = kept
+    expected = dice(overlaps(masks(seed=1), truth, 3))
+    assert torch.equal(every, expected)
+    assert every[1:].tolist() == [found["dice_1"], found["dice_2"]]

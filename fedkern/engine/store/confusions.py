@@ -1,0 +1,71 @@
+"""confusion.json: how often every true class was predicted as every class, for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError
+from fedkern.inputs import read_json, standing
+
+FILE = "confusion.json"
+LARGEST = 1 << 53
+"""Counts from here on are no exact numbers in the JSON of other programs; no test set is as large."""
+
+
+@dataclass(frozen=True)
+class Confusions:
+    """Confusion matrices of a run's final network.
+
+    Attributes:
+        classes: class names, in label order.
+        matrices: int64 [C, C] by test set: number of images by true class (row) and predicted class (column).
+    """
+
+    classes: tuple[str, ...]
+    matrices: Mapping[str, npt.NDArray[np.int64]]
+
+
+def write(out: Path, classes: Sequence[str], matrices: Mapping[str, Tensor]) -> None:
+    """Writes the matrices, int64 [C, C] by test set, completely or not at all."""
+    sets = {name: matrix.tolist() for name, matrix in matrices.items()}
+    atomic.write_bytes(out / FILE, (json.dumps({"classes": list(classes), "test_sets": sets}) + "\n").encode())
+
+
+def read(out: Path) -> Confusions | None:
+    """The matrices of a run folder; None where there is no such file, as in runs of earlier versions.
+
+    Raises:
+        UserError: the file cannot be read, or does not hold such matrices.
+    """
+    path = out / FILE
+    if standing(path) == "missing":
+        return None
+    try:
+        found = read_json(path)
+        classes, sets = found["classes"], found["test_sets"]
+        if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise ValueError("its classes are no list of names")
+        if not (isinstance(sets, dict) and all(_square(rows, len(classes)) for rows in sets.values())):
+            raise ValueError("a matrix does not have a count for every two classes")
+        matrices = {name: np.array(rows, dtype=np.int64).reshape(len(classes), -1) for name, rows in sets.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is damaged ({reason}): delete it, only a picture is lost.") from None
+    return Confusions(tuple(classes), matrices)
+
+
+def _square(rows: object, side: int) -> bool:
+    return (
+        isinstance(rows, list)
+        and len(rows) == side
+        and all(isinstance(row, list) and len(row) == side for row in rows)
+        and all(type(count) is int and 0 <= count < LARGEST for row in rows for count in row)
+    )

@@ -1,0 +1,75 @@
+"""predictions.csv: what the final network says of every test image (``--predictions``)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError
+
+FILE = "predictions.csv"
+COLUMNS = ("test_set", "image", "true_class", "predicted_class")
+
+
+def check(task: str, *, told: bool) -> None:
+    """Checks, before a run, that its end can have predictions.
+
+    Args:
+        task: of the data.
+        told: whether the run may tell anything of single samples.
+
+    Raises:
+        UserError: the task is not classification, or the records are private.
+    """
+    if task != "classification":
+        raise UserError(
+            f"--predictions writes a class for every image, and these data are for {task}: leave it out, or take data "
+            "for classification."
+        )
+    if not told:
+        raise UserError(
+            "--predictions writes the true class of every test image, and the records of this run are private: leave "
+            "it out, or start the same run with --records all."
+        )
+
+
+def write(
+    out: Path,
+    names: Sequence[str],
+    sets: Mapping[str, tuple[Sequence[str] | None, Tensor, Sequence[tuple[int | None, Tensor]]]],
+) -> None:
+    """Writes a row per image (and client, where clients have networks of their own), completely or not at all.
+
+    The columns are the test set, the image's name, its true class, the predicted class and the probability of every
+    class (``p_NAME``), rounded to 8 digits.  Networks of clients add the column ``client`` behind the test set.
+
+    Args:
+        out: the run folder.
+        names: class names, each once.
+        sets: by test set the images' names (None: their row numbers are written), labels int64 [n], and the logits
+            [n, C] of every network with its client.
+    """
+    clients = any(client is not None for _, _, kept in sets.values() for client, _ in kept)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    columns = [*COLUMNS, *(f"p_{name}" for name in names)]
+    table.writerow([columns[0], "client", *columns[1:]] if clients else columns)
+    for name, (ids, labels, kept) in sets.items():
+        for client, logits in kept:
+            before: list[Any] = [name, "" if client is None else client] if clients else [name]
+            table.writerows([*before, *row] for row in _rows(names, ids, labels, logits))
+    atomic.write_bytes(out / FILE, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _rows(names: Sequence[str], ids: Sequence[str] | None, labels: Tensor, logits: Tensor) -> Iterator[list[str]]:
+    logits = logits.double()
+    predicted = logits.argmax(1).tolist()
+    for i, (label, values) in enumerate(zip(labels.tolist(), logits.softmax(1), strict=True)):
+        image = str(i) if ids is None else ids[i]
+        yield [image, names[label], names[predicted[i]], *(f"{value:.8g}" for value in values.tolist())]

@@ -1,0 +1,261 @@
+"""Figures of the final network: which runs have them, that they describe what was saved, and predictions.csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+from smallest import SETTINGS
+
+from fedkern.data import FederatedData, PartitionStatistics, Split
+from fedkern.data.transforms import normalise
+from fedkern.engine import RunConfig, final_figures, read_model, read_summary, run
+from fedkern.engine.store import confusions
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg, register
+
+FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
+FILES = ("summary.json", "confusion.json", "predictions.csv")
+
+
+def rows(folder):
+    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def told(folder):
+    """What a folder says of its final network."""
+    summary = read_summary(folder)
+    files = [(folder / name).read_bytes() for name in FILES[1:] if (folder / name).exists()]
+    return summary["metrics"], summary["per_class"], files
+
+
+def test_they_describe_the_network_that_was_saved(make_data, make_config, tmp_path):
+    data = make_data()
+    summary = run(make_config(), out=tmp_path, data=data, predictions=True)
+    network, _ = read_model(tmp_path)
+    read, found = confusions.read(tmp_path), rows(tmp_path)
+    assert set(read.matrices) == {"id", "ood"}
+    for prefix in ("id_", "ood_", "validation_"):
+        name = prefix[:-1]
+        split = data.validation if name == "validation" else data.tests[name]
+        with torch.no_grad():
+            p = network(normalise(split.images, data.mean, data.std)).double().softmax(1)
+        guess, truth = p.argmax(1), split.labels
+        known = {figure: summary["metrics"][prefix + figure] for figure in FIGURES}
+        assert known["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(truth, guess))
+        assert known["macro_f1"] == pytest.approx(metrics.f1_score(truth, guess, average="macro"))
+        area = metrics.roc_auc_score(truth, p, multi_class="ovr")
+        assert known["auroc"] == pytest.approx(area, abs=1e-6)
+        assert 0 <= known["ece"] <= 1
+        recalls = metrics.recall_score(truth, guess, average=None, labels=range(3))
+        assert list(summary["per_class"][name]["recall"].values()) == pytest.approx(list(recalls))
+        assert list(summary["per_class"][name]["recall"]) == ["a", "b", "c"]
+        if name != "validation":
+            assert read.matrices[name].tolist() == metrics.confusion_matrix(truth, guess, labels=range(3)).tolist()
+        own = [row for row in found if row["test_set"] == name]
+        assert [row["true_class"] for row in own] == ["abc"[c] for c in truth]
+        assert [row["predicted_class"] for row in own] == ["abc"[c] for c in guess]
+        said = np.array([[float(row[f"p_{c}"]) for c in "abc"] for row in own])
+        np.testing.assert_allclose(said, p, atol=1e-5)
+    assert list(found[0]) == ["test_set", "image", "true_class", "predicted_class", "p_a", "p_b", "p_c"]
+
+
+def test_only_the_last_round_has_them(make_data, make_config, tmp_path):
+    run(make_config(rounds=3), out=tmp_path, data=make_data())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all("id_accuracy" in line for line in lines)
+    assert not any("id_auroc" in line for line in lines)
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, make_config, tmp_path, monkeypatch):
+    data, config = make_data(), make_config(workers="1")
+    run(config, out=tmp_path / "one", data=data, predictions=True)
+    run(config.replace(workers="2"), out=tmp_path / "two", data=data, predictions=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedkern.engine.loop.write_model", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config, out=tmp_path / "cut", data=data)
+    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True, predictions=True)
+    assert told(tmp_path / "one") == told(tmp_path / "two") == told(tmp_path / "cut")
+
+
+def test_a_finished_run_gives_its_predictions_later(make_data, make_config, tmp_path):
+    data = make_data()
+    run(make_config(), out=tmp_path / "whole", data=data, predictions=True)
+    before = run(make_config(), out=tmp_path / "later", data=data)
+    stored = RunConfig.load(tmp_path / "later")
+    run(stored, out=tmp_path / "later", data=data, resume=True, predictions=True)
+    assert told(tmp_path / "later") == told(tmp_path / "whole")
+    assert read_summary(tmp_path / "later")["metrics"] == before["metrics"]
+    there = (tmp_path / "later" / "predictions.csv").stat().st_mtime_ns
+    run(stored, out=tmp_path / "later", resume=True, predictions=True)  # it is there: no data are needed
+    assert (tmp_path / "later" / "predictions.csv").stat().st_mtime_ns == there
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("local", {}),
+        ("fedproto", {"options": {"networks": "personal"}, "rounds": 1, "sample_fraction": 0.67}),
+        ("ensemble", {"rounds": None}),
+        ("fusefl", {"rounds": None, "local_epochs": 2, "options": {"calibrate": True}}),
+    ],
+)
+def test_methods_that_evaluate_themselves(method, settings, make_data, make_config, tmp_path):
+    config = make_config(method, **settings)
+    summary = run(config, out=tmp_path, data=make_data(), predictions=True)
+    found, figures = rows(tmp_path), summary["metrics"]
+    assert all(0 <= figures[f"{prefix}_{name}"] <= 1 for prefix in ("id", "ood", "validation") for name in FIGURES)
+    networks = {row.get("client") for row in found}
+    assert len(networks) == {"local": 3, "fedproto": 2}.get(method, 1)
+    assert networks <= ({"0", "1", "2"} if method in ("local", "fedproto") else {None})
+    own = [row for row in found if row["test_set"] == "id"]
+    assert len(own) == 16 * len(networks)
+    right = sum(row["true_class"] == row["predicted_class"] for row in own)
+    assert right / len(own) == pytest.approx(figures["id_accuracy"])
+    matrix = confusions.read(tmp_path).matrices["id"]
+    assert (matrix.trace(), matrix.sum()) == (right, len(own))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if "classification" in kind.tasks))
+def test_every_method_has_them(method, make_data, make_public, make_config, tmp_path):
+    settings = {**({"rounds": None} if METHODS[method].one_shot else {}), "grad_cam": 0, **SETTINGS.get(method, {})}
+    data = make_public(make_data(), samples=12)
+    summary = run(make_config(method, **settings), out=tmp_path, data=data, predictions=True)
+    assert {f"{prefix}_{name}" for prefix in ("id", "ood") for name in FIGURES} <= set(summary["metrics"])
+    assert (tmp_path / "predictions.csv").exists()
+
+
+def test_a_method_that_keeps_nothing_says_so(make_data, make_config, tmp_path):
+    try:
+
+        @register("mute")
+        class Mute(FedAvg):
+            """Evaluates without a word on its logits."""
+
+            def evaluate(self, model, data):
+                right = [(model(images).argmax(1) == labels).sum() for images, labels in data.batches()]
+                return {"accuracy": float(sum(right)) / len(data)}
+
+        summary = run(make_config("mute"), out=tmp_path, data=make_data(), predictions=True)
+    finally:
+        METHODS.pop("mute", None)
+    assert "id_accuracy" in summary["metrics"]
+    assert "id_auroc" not in summary["metrics"]
+    assert "per_class" not in summary
+    assert not (tmp_path / "predictions.csv").exists()
+    assert "predictions.csv was not written: the figures of mute" in summary["diagnostics"]["no-predictions"]
+
+
+def test_classes_without_samples_and_classes_of_one_name(make_data, make_config, tmp_path):
+    data = make_data(two_tests=False)
+    test = data.tests[""]
+    data = dataclasses.replace(data, tests={"": test.subset(torch.nonzero(test.labels != 1)[:, 0])}, classes=("a",) * 3)
+    summary = run(make_config(), out=tmp_path, data=data, predictions=True)
+    table = summary["per_class"]["test"]
+    assert list(table["recall"]) == ["0 a", "1 a", "2 a"]
+    assert table["recall"]["1 a"] is None is table["auroc"]["1 a"]
+    known = [value for value in table["auroc"].values() if value is not None]
+    assert summary["metrics"]["auroc"] == pytest.approx(sum(known) / 2)
+    assert summary["metrics"]["balanced_accuracy"] == pytest.approx(
+        sum(value for value in table["recall"].values() if value is not None) / 2
+    )
+    assert {row["image"] for row in rows(tmp_path) if row["test_set"] == "test"} == {
+        str(i) for i in range(len(data.tests[""]))
+    }
+
+
+def test_logits_that_are_not_finite_have_no_areas():
+    class Kept:
+        task, labels, kept = "classification", torch.tensor([0, 1, 1]), [(None, torch.tensor([[1.0, 0]] * 3))]
+
+        def __len__(self):
+            return 3
+
+    good, bad = Kept(), Kept()
+    bad.kept = [(None, torch.tensor([[math.nan, 0.0], [0.0, 1.0], [0.0, 1.0]]))]
+    other = Kept()
+    other.kept = [(None, torch.zeros(3, 5))]  # not a logit for every class
+    found = final_figures.final_figures({"id_": good, "ood_": bad, "": other}, ("x", "y"))
+    assert {"id_auroc", "id_ece", "ood_macro_f1"} <= set(found.metrics)
+    assert not {"ood_auroc", "ood_ece"} & set(found.metrics)
+    assert set(found.per_class) == {"id", "ood"}
+
+
+def test_private_records_have_no_counts(make_data, make_config, tmp_path):
+    config = make_config(records="private")
+    summary = run(config, out=tmp_path / "run", data=make_data())
+    assert "id_auroc" in summary["metrics"]
+    assert not (tmp_path / "run" / "confusion.json").exists()
+    with pytest.raises(UserError, match=r"--predictions writes the true class of every test image.* --records all"):
+        run(config, out=tmp_path / "other", data=make_data(), predictions=True)
+    assert not (tmp_path / "other").exists()
+
+
+def segmented(n, seed):
+    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, 16, 16)).astype(np.uint8))
+    labels = (images.float().mean(1) > 110).long()
+    return Split(images, labels)
+
+
+def test_a_segmentation_has_the_dice_of_every_class(make_config, tmp_path):
+    clients = tuple(segmented(6, k) for k in range(2))
+    data = FederatedData(
+        name="tiny", classes=("ground", "cell"), clients=clients, validation=segmented(4, 8),
+        tests={"": segmented(5, 9)},
+        mean=(0.5,) * 3, std=(0.3,) * 3, augment="none",
+        statistics=PartitionStatistics.of([np.zeros(6, int)] * 2, ("ground", "cell"), "iid"),
+    )  # fmt: skip
+    config = make_config(model="unet-small", clients=2, rounds=1, grad_cam=0)
+    summary = run(config, out=tmp_path / "run", data=data)
+    network, _ = read_model(tmp_path / "run")
+    split = data.tests[""]
+    with torch.no_grad():
+        guess = network(normalise(split.images, data.mean, data.std)).argmax(1)
+    found = summary["per_class"]["test"]["dice"]
+    for c, name in enumerate(data.classes):
+        both, either = ((guess == c) & (split.labels == c)).sum((1, 2)), (guess == c).sum((1, 2))
+        expected = (2 * both / (either + (split.labels == c).sum((1, 2)))).double().mean()
+        assert found[name] == pytest.approx(float(expected), abs=1e-6)
+    assert found["cell"] == pytest.approx(summary["metrics"]["dice"])
+    assert not (tmp_path / "run" / "confusion.json").exists()
+    with pytest.raises(UserError, match="--predictions writes a class for every image, and these data are for segm"):
+        run(config, out=tmp_path / "other", data=data, predictions=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_pairs_have_no_predictions(make_pairs, make_config, tmp_path):
+    with pytest.raises(UserError, match="these data are for retrieval"):
+        run(make_config("fedavg", width=8), out=tmp_path / "run", data=make_pairs(), predictions=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"classes": ["a"]}', "it has no 'test_sets'"),
+        ('{"classes": ["a", 2], "test_sets": {}}', "no list of names"),
+        ('{"classes": ["a", "b"], "test_sets": {"id": [[1, 2], [3]]}}', "every two classes"),
+        ('{"classes": ["a"], "test_sets": {"id": [[-1]]}}', "every two classes"),
+        ('{"classes": ["a"], "test_sets": {"id": [[true]]}}', "every two classes"),
+        ('{"classes": ["a"], "test_sets": {"id": [[1e3]]}}', "every two classes"),
+        ('{"classes": ["a"], "test_sets": [[1]]}', "every two classes"),
+    ],
+)
+def test_damaged_counts_are_named(content, why, tmp_path):
+    assert confusions.read(tmp_path) is None
+    (tmp_path / "confusion.json").write_text(content)
+    with pytest.raises(UserError, match=r"confusion\.json is damaged .*: delete it, only a picture is lost") as error:
+        confusions.read(tmp_path)
+    assert why in str(error.value)

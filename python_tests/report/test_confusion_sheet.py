@@ -1,0 +1,130 @@
+"""The confusion picture: readable with few and with many classes, and never in the way of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import AxesImage
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.engine import RunConfig
+from fedkern.engine.store.confusions import Confusions
+from fedkern.errors import UserError
+from fedkern.report import confusion_sheet, pictures
+
+
+def matrix(classes: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return 40 * np.eye(classes, dtype=np.int64) + rng.integers(0, 4, (classes, classes))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    figures = []
+    monkeypatch.setattr(confusion_sheet, "save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts] + [text.get_text() for text in figure.texts]
+
+
+def test_counts_and_names_are_written(drawn):
+    counts = np.array([[50, 3], [0, 7]])
+    found = Confusions(("nevus", "melanoma"), {"id": counts, "ood": counts * 0 + 1})
+    confusion_sheet.draw(found, Path("c.png"), title="t")
+    (figure,) = drawn
+    first = figure.axes[0]
+    assert sorted(text.get_text() for text in first.texts) == ["3", "50", "7"]  # nought is an empty cell
+    assert [text.get_text() for text in first.get_yticklabels()] == ["nevus", "melanoma"]
+    image = next(child for child in first.get_children() if isinstance(child, AxesImage))
+    np.testing.assert_allclose(image.get_array(), [[50 / 53, 3 / 53], [0, 1]])
+    assert image.get_clim() == (0, 1)
+    assert image.get_cmap().name == "Blues"  # one hue, from light to dark: safe for colour-blind readers
+    said = {"in distribution", "95.0 % of 60 right", "out of distribution", "50.0 % of 4 right"}
+    assert said | {"predicted class", "true class"} <= set(texts(figure))
+
+
+def test_a_class_without_images_has_no_colour(drawn):
+    confusion_sheet.draw(Confusions(("a", "b"), {"test": np.array([[0, 0], [1, 3]])}), Path("c.png"), title="t")
+    image = next(child for child in drawn[0].axes[0].get_children() if isinstance(child, AxesImage))
+    assert image.get_array().mask.tolist() == [[True, True], [False, False]]
+
+
+def test_many_classes_have_a_list_of_mistakes(drawn):
+    counts = matrix(100)
+    counts[3, 7] = 25
+    names = tuple(f"class {c}" for c in range(100))
+    confusion_sheet.draw(Confusions(names, {"test": counts}), Path("c.png"), title="t")
+    (figure,) = drawn
+    assert len(figure.axes[0].texts) == 0
+    assert "class 3 taken for class 7: 25" in texts(figure)
+    labels = figure.axes[0].get_yticklabels()
+    assert [text.get_text() for text in labels] == list(names)
+    assert all(text.get_fontsize() >= 5 for text in labels)
+
+
+def test_the_most_frequent_mistakes():
+    counts = np.array([[90, 2, 0], [5, 70, 2], [0, 0, 3]])
+    assert confusion_sheet.mistakes(counts, ("a", "b", "c")) == [
+        "b taken for a: 5", "a taken for b: 2", "b taken for c: 2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "sets"), [
+    (1, 1), (2, 3), (10, 2), (21, 1), (100, 1), pytest.param(300, 2, marks=pytest.mark.exhaustive),
+])  # fmt: skip
+def test_any_matrix_can_be_drawn(classes, sets, tmp_path):
+    names = tuple(f"US$ class number {c} {{$" for c in range(classes))
+    found = Confusions(names, {name: matrix(classes) for name in ("id", "ood", "held_out")[:sets]})
+    confusion_sheet.draw(found, tmp_path / "c.png", title="$ {$")
+    with Image.open(tmp_path / "c.png") as image:
+        assert max(image.size) <= 6000
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def make_run(folder: Path, **settings) -> Path:
+    config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=40, rounds=1, buffers="drop", **settings)
+    (folder / "config.toml").write_text(config.to_toml())
+    (folder / "metrics.jsonl").write_text('{"round": 1, "accuracy": 0.5}\n')
+    (folder / "summary.json").write_text("{}")
+    found = {"classes": list("0123456789"), "test_sets": {"test": matrix(10).tolist()}}
+    (folder / "confusion.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("digits", clients=2, seed=0, train_samples=40)
+
+
+def names(folder, data) -> list[str]:
+    import torch
+
+    return [path.name for path in pictures.write_pictures(folder, data=data, model=torch.nn.Identity())]
+
+
+def test_the_picture_is_among_those_of_a_run(tmp_path, data):
+    folder = make_run(tmp_path)
+    assert names(folder, data) == ["accuracy.png", "confusion.png", "partition.png"]
+    assert json.loads((folder / "pictures.json").read_text())["pictures"][1] == "confusion.png"
+    (folder / "confusion.json").unlink()  # as in a run of an earlier version
+    assert names(folder, data) == ["accuracy.png", "partition.png"]
+
+
+def test_private_records_have_no_such_picture(tmp_path, data):
+    folder = make_run(tmp_path, records="private")
+    (folder / "confusion.png").write_bytes(b"older")
+    assert names(folder, data) == ["accuracy.png"]
+    assert not (folder / "confusion.png").exists()
+
+
+def test_damaged_counts_are_an_error_of_the_pictures_alone(tmp_path, data):
+    folder = make_run(tmp_path)
+    (folder / "confusion.json").write_text("{")
+    with pytest.raises(UserError, match=r"confusion\.json is damaged"):
+        names(folder, data)
