@@ -1,7 +1,8 @@
 """fedkern: fast kernels for federated learning, and five published methods built on them.
 
 ``fedkern.ops`` holds the operators and ``fedkern.methods`` the methods.  :func:`fedkern.simulate` runs a method, as the
-command ``fedkern`` does, and :func:`fedkern.load` opens the folder of a run.
+command ``fedkern`` does, and :func:`fedkern.load` opens the folder of a run.  The decorators of a plugin
+(docs/plugins.md) are here too.
 """
 
 from __future__ import annotations
@@ -11,29 +12,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkern.api import History, Run, load, simulate
-    from fedkern.data import FederatedData
+    from fedkern.data import FederatedData, register_data
     from fedkern.errors import UserError
+    from fedkern.methods import option, register, register_aggregator, register_metric
 
 try:
     __version__ = metadata.version("fedkern")
 except metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["FederatedData", "History", "Run", "UserError", "__version__", "load", "simulate"]
+__all__ = [
+    "FederatedData",
+    "History",
+    "Run",
+    "UserError",
+    "__version__",
+    "load",
+    "option",
+    "register",
+    "register_aggregator",
+    "register_data",
+    "register_metric",
+    "simulate",
+]
 
-_ROOMS = {
+_LAZY = {
     **dict.fromkeys(("History", "Run", "load", "simulate"), "fedkern.api"),
-    "FederatedData": "fedkern.data",
+    **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
+    **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
     "UserError": "fedkern.errors",
 }
-"""Module of each name, imported when the name is used: torch takes a second to load."""
+"""Names that are imported on first use, with their modules: torch takes a second to load."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'fedkern' has no attribute {name!r}")
-    return getattr(import_module(_ROOMS[name]), name)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS})
+    return sorted({*globals(), *_LAZY})

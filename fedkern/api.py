@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import engine
+from fedkern import engine, plugins
 from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig
 from fedkern.engine.config import check_run_folder
@@ -71,7 +71,7 @@ class Run:
     def __init__(self, out: Path | str, *, data: FederatedData | None = None, trusted: Collection[str] = ()) -> None:
         check_run_folder(out)
         self.out = Path(out)
-        self.config = RunConfig.load(out, device="cpu")
+        self.config = RunConfig.load(out, trusted=trusted, device="cpu")
         self._data, self._trusted = data, tuple(trusted)
 
     def __repr__(self) -> str:
@@ -150,7 +150,7 @@ class Run:
 
     def resume(self, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto") -> Run:
         """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself."""
-        config = RunConfig.load(self.out, workers=str(workers))
+        config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers))
         _play(config, self.out, self._data, progress, listener, resume=True, trusted=self._trusted)
         return self
 
@@ -158,7 +158,7 @@ class Run:
         self, rounds: int, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto"
     ) -> Run:
         """Goes on up to ``rounds`` communication rounds in all (:func:`fedkern.engine.extend`).  Returns the run."""
-        self.config = engine.extend(self.out, rounds)
+        self.config = engine.extend(self.out, rounds, trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, workers=workers)
 
     def plot(self) -> list[Path]:
@@ -190,16 +190,18 @@ def simulate(
         progress: show the run's progress on standard error.
         listener: receives the run's events too.
         **settings: settings of the run (fields of :class:`fedkern.engine.RunConfig`), options of the method, and
-            ``data_options`` and ``options`` as dicts.  A name that both the run and the method have means the run's.
+            ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  A name that both
+            the run and the method have means the run's.
 
     Raises:
         UserError: anything the caller can put right, such as an unknown name or a value out of range.
     """
+    plugins.given(settings.get("plugins", ()))
     if method not in METHODS:
         raise UserError(f'Unknown method "{method}".{nearest(method, METHODS)} Known methods: {", ".join(METHODS)}.')
     memory = data if isinstance(data, FederatedData) else None
     own = {name for knob in registry.get(method).Options.knobs() for name in (knob.name, knob.field)}
-    fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options"}
+    fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options", "plugins"}
     options = {**settings.pop("options", {})}
     for name in [name for name in settings if name in own and name not in fields]:
         options[name] = settings.pop(name)

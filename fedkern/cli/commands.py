@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedkern import interrupts
+from fedkern import interrupts, plugins
 from fedkern.cli import downstream, finished_runs, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
@@ -113,6 +113,7 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
     from fedkern.engine.executors import nursery, sizing
 
     alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
+    alone = alone or bool(plugins.loaded())  # a plugin may have computed already
     idle = min(sizing.usable_cores(), config.threads) > 1 or config.workers != "auto"
     if interrupts.whole_process() and idle and not alone:
         nursery.fork_early()
@@ -185,6 +186,7 @@ def _stored(request: Request) -> RunConfig:
     assert request.resume is not None
     wanted = absolute(request.settings)
     stored = RunConfig.load(request.resume, **({"device": wanted["device"]} if "device" in wanted else {}))
+    plugins.check_given(request.plugins, stored.plugins, request.resume)
     if request.method is not None and request.method != stored.method:
         wanted["method"], wanted["options"] = request.method, {}
     elif request.options:
@@ -280,11 +282,16 @@ def _diagnostics(summary: Mapping[str, Any]) -> list[Any]:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Names and one-line descriptions of the methods, data sets, models, encoders and partitioners."""
+    """Names and one-line descriptions of the methods, data sets, models, encoders, partitioners and aggregators.
+
+    Metrics, which only plugins have, are among them where there are any.
+    """
     from fedkern.data import DATASETS, PARTITIONERS
-    from fedkern.methods import METHODS
+    from fedkern.methods import AGGREGATORS, METHODS, METRICS
+    from fedkern.methods.aggregators import Rule
     from fedkern.models import IMAGE_ENCODERS, MODELS, TEXT_ENCODERS
 
+    metrics = {"metrics": {name: metric.description for name, metric in METRICS.items()}}
     return {
         "methods": {name: METHODS[name].description for name in sorted(METHODS)},
         "data sets": {name: info.description for name, info in DATASETS.items()},
@@ -292,6 +299,8 @@ def catalogue() -> dict[str, dict[str, str]]:
         "image encoders": dict(IMAGE_ENCODERS) | {"DIR": "any image network of transformers in a local folder"},
         "text encoders": dict(TEXT_ENCODERS) | {"DIR": "any text network of transformers in a local folder"},
         "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
+        "aggregators": {Rule(name).text: entry.description for name, entry in AGGREGATORS.items()},
+        **(metrics if METRICS else {}),
     }
 
 

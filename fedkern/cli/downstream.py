@@ -53,6 +53,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
                         help="an option of that other data set, or labels=... of the run's; repeatable")  # fmt: skip
     parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
                         help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
+                        help="code that registers the run's method, or that other data set; repeatable")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
@@ -88,6 +90,7 @@ def parse(words: Sequence[str]) -> Request | None:
         settings={"data": values.pop("data"), **where},
         data_options=options,
         options=tuple(values.pop("method_option")),
+        plugins=tuple(values.pop("plugin")),
         arguments={name: _read(name, value) for name, value in values.items()},
     )
 

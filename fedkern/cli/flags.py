@@ -26,7 +26,7 @@ COMMANDS = {
     "predict": "classes or masks of your own images, by a finished run",
     "export": "a finished run's network as a file for other programs",
     "extend": "more rounds for a run",
-    "list": "show the methods, data sets, models, encoders and partitioners",
+    "list": "show methods, data sets, models, encoders, partitioners, aggregators",
     "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
 }
@@ -51,6 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "on_nan",
         "max_update_norm",
         "clip_update_norm",
+        "aggregator",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": ("model", "width", "image_encoder", "text_encoder"),
@@ -66,6 +67,7 @@ METAVARS = {
     "held_out_client": "K",
     "seed": "S",
     "lr_steps": "E,...",
+    "aggregator": "RULE",
 }
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
@@ -231,6 +233,13 @@ def _parser(method: str | None, data: str) -> Parser:
                 metavar="key=value",
                 help="a knob of the method; repeatable",
             )
+            group.add_argument(
+                "--plugin",
+                action="append",
+                default=[],
+                metavar="FILE.py|MODULE",
+                help="Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable",
+            )
             group.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags override it")
             group.add_argument("--out", metavar="DIR", help="run folder; default runs/<method>-<data>-<time>")
             group.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
@@ -374,6 +383,7 @@ def parse(argv: Sequence[str]) -> Request:
         measure=values.measure,
         quiet=values.quiet,
         json=values.json,
+        plugins=tuple(values.plugin),
     )
     _check(request)
     return request
@@ -388,6 +398,7 @@ def _check(request: Request) -> None:
             set(request.settings) - allowed
             or (request.options and request.command not in FOLDER_COMMANDS)
             or request.data_options
+            or (request.plugins and request.command not in ("list", *FOLDER_COMMANDS))
             or request.resume
             or request.config
             or request.out
@@ -396,7 +407,7 @@ def _check(request: Request) -> None:
             or request.predictions
             or (request.measure and request.command != "doctor")
         ):
-            also = ", --data-root and --method-option" if allowed else ""
+            also = ", --data-root, --method-option and --plugin" if allowed else " and --plugin"
             also = " and --measure" if request.command == "doctor" else also
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
     elif request.measure:

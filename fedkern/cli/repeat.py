@@ -12,7 +12,7 @@ from fedkern.engine import RunConfig
 def command_line(method: str, config: RunConfig) -> str:
     """The shortest command that runs ``method`` with the settings of ``config``: data, split, budget, optimiser, seed.
 
-    Method options that the user changed are repeated if ``method`` has them too.
+    Method options that the user changed are repeated if ``method`` has them too, and so are all plugins.
     """
     preset = {"preset": config.options["preset"]} if "preset" in config.options else {}  # sets other options too
     own = RunConfig.make(config.method, data=config.data, options=preset)
@@ -21,7 +21,7 @@ def command_line(method: str, config: RunConfig) -> str:
     words = [PROGRAM, method]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
-        if f.name in ("method", "options", "data_options", "left_open") or value is None:
+        if f.name in ("method", "options", "data_options", "plugins", "left_open") or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).records:
             continue  # follows from the method's options
@@ -39,4 +39,6 @@ def command_line(method: str, config: RunConfig) -> str:
         if (name in preset or value != own.options[name]) and value != target.options.get(name, value):
             text = str(value).lower() if isinstance(value, bool) else str(value)
             words += ["--method-option", quote(f"{name}={text}")]
+    for name in config.plugins:
+        words += ["--plugin", quote(name)]
     return " ".join(words)

@@ -42,6 +42,7 @@ class Request:
         predictions: whether the final network's answers to the test images are written.
         measure: whether ``doctor`` measures the processor's peak.
         arguments: arguments of a downstream task or of ``tune``.
+        plugins: names of plugins, which are loaded already.
     """
 
     command: str
@@ -61,6 +62,7 @@ class Request:
     json: bool = False
     help: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("config", "out", "resume", "folder"):
@@ -99,8 +101,11 @@ def effective(request: Request) -> RunConfig:
         from_file = {}  # the file is of another method: its settings apply, its method options do not
     options = {**named_options(method, from_file), **named_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
+    plugins = {**table.pop("plugins", {}), **dict.fromkeys(request.plugins, "")}
     settings = {**table, **request.settings}
-    config = RunConfig.make(method, options=options, data_options=absolute(data_options), **absolute(settings))
+    config = RunConfig.make(
+        method, options=options, data_options=absolute(data_options), plugins=plugins, **absolute(settings)
+    )
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
     return config
 

@@ -2,13 +2,14 @@
 
 from fedkern.data.background import ExactMasks, MaskFunction, MaskSource, extract_background
 from fedkern.data.boxes_file import BoxesFile
+from fedkern.data.data_function import register_data
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, PartitionerInfo, parse_partition, partition, partition_like
 from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DETECTION_OPTIONS, DataOption, DatasetInfo, lookup
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
-from fedkern.data.types import IGNORE, FederatedData, Split
+from fedkern.data.types import IGNORE, FederatedData, Pool, Source, Split, memory_pool
 
 __all__ = [
     "AUGMENTATIONS",
@@ -28,14 +29,18 @@ __all__ = [
     "MaskSource",
     "PartitionStatistics",
     "PartitionerInfo",
+    "Pool",
+    "Source",
     "Split",
     "augment",
     "augment_pairs",
     "extract_background",
     "load",
     "lookup",
+    "memory_pool",
     "normalise",
     "parse_partition",
     "partition",
     "partition_like",
+    "register_data",
 ]

@@ -85,6 +85,12 @@ def load(
     own_options, common = read_options(name, options or {})
     asked = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
+    if info.function is not None:
+        made = info.function.make(root, info, clients, partition, seed, own_options)
+        if isinstance(made, FederatedData):
+            _check_federated(made, common, train_samples, public_samples)
+            return _finished(_smaller(made, common), options or {}, common, make_detector, notice, seed)
+        info, own_options = dataclasses.replace(info, open=lambda root: made), {}
     if info.make is not None:
         _check_made(name, common, public_samples)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
@@ -147,11 +153,34 @@ def load(
         client_names=names,
         test_clients=None if homes is None else homes[test_rows[""]],
     )
-    background = _background_source(name, options or {}, common, data, make_detector, notice)
+    return _finished(data, options or {}, common, make_detector, notice, seed)
+
+
+def _finished(
+    data: FederatedData,
+    given: Mapping[str, object],
+    common: Mapping[str, Any],
+    make_detector: Callable[[str, float, float], Detector] | None,
+    notice: Callable[[str], None] | None,
+    seed: int,
+) -> FederatedData:
+    """The data with the objects, cues and patches that the common options ask for."""
+    background = _background_source(data.name, given, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
     data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
     return add_backdoor(data, common["backdoor_clients"], common["backdoor_target"], common["backdoor_size"], seed)
+
+
+def _smaller(data: FederatedData, common: Mapping[str, Any]) -> FederatedData:
+    """The data with as many test and validation samples as the common options ask for."""
+    tests = {key: _fewer(split, common["test_samples"], f"test/{key}") for key, split in data.tests.items()}
+    validation = _fewer(data.validation, common["validation_samples"], "validation")
+    return dataclasses.replace(data, tests=tests, validation=validation)
+
+
+def _fewer(split: Split, count: int, purpose: str) -> Split:
+    return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
 
 
 def _seen(source: Source, split: Split) -> Split:
@@ -313,6 +342,18 @@ def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> No
             raise UserError(f'option {option} is for classification, and data set "{name}" is for retrieval')
 
 
+def _check_federated(
+    data: FederatedData, common: Mapping[str, Any], train_samples: int | None, public_samples: int
+) -> None:
+    for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
+        if value:
+            raise UserError(f'data set "{data.name}" shares its samples out by itself: leave {flag} out')
+    if data.task != "classification":
+        for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
+            if common[option]:
+                raise UserError(f'option {option} is for classification, and data set "{data.name}" is for {data.task}')
+
+
 def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
     if source.train.targets is None:
         return
@@ -387,7 +428,7 @@ def _validation_rows(source: Source, trained: int, wanted: int) -> Tensor:
     return _first_rows(source.validation, wanted or max(1, round(share * len(source.validation))), "validation")
 
 
-def _first_rows(pool: Pool, count: int, purpose: str) -> Tensor:
+def _first_rows(pool: Pool | Split, count: int, purpose: str) -> Tensor:
     """A fixed random choice of ``count`` rows of a pool (0: all rows), sorted."""
     if count == 0 or count >= len(pool):
         return torch.arange(len(pool))

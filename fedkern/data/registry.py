@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkern.data.arrays import open_arrays
 from fedkern.data.brats import open_brats
@@ -27,6 +27,9 @@ from fedkern.data.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder
+
+if TYPE_CHECKING:
+    from fedkern.data.data_function import DataFunction
 
 Root = str | Path | None
 
@@ -92,30 +95,32 @@ class DatasetInfo:
 
     Attributes:
         description: one line.
-        open: reads the fixed pools: ``open(root, **options)``; None for a set with ``make``.
+        open: reads the fixed pools: ``open(root, **options)``; None for a set with ``make`` or ``function``.
         clients: default number of clients.
         partition: default partition specification.
         correlation: default correlation between colour and class, None for a set that is not coloured.
         needs_root: whether files under ``--data-root`` are read.
-        image: default (channels, side in pixels).
+        image: default (channels, side in pixels); (0, 0) where only the data tell.
         options: accepted options, beside `COMMON_OPTIONS`.
         prompts: prompts of zero-shot classification: one template, or prompts for every class.
         make: makes the samples of a set that are drawn for its clients: ``make(clients, spec, seed, samples=,
             test_samples=, validation_samples=, **options)``; None for a set with ``open``.
         task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
+        function: the registered function of a user's own set, or None.
     """
 
     description: str
     open: Callable[..., Source] | None
     clients: int
     partition: str
-    image: tuple[int, int]
+    image: tuple[int, int] = (0, 0)
     correlation: float | None = None
     needs_root: bool = True
     options: Mapping[str, DataOption] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
     prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
     task: str = "classification"
+    function: DataFunction | None = None
 
     @property
     def coloured(self) -> bool:

@@ -49,7 +49,7 @@ def evaluate_run(
         UserError: the folder has no finished run, or the data have other classes, another image size or another task.
     """
     module, about = read_model(out, trusted)
-    config = RunConfig.load(out, device="cuda" if torch.cuda.is_available() else "cpu")
+    config = RunConfig.load(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, FederatedData):
         loaded = data
     elif data is None:

@@ -76,8 +76,8 @@ class Finished:
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
         """
+        config = RunConfig.load(out, trusted=trusted, device="cpu")
         module, about = read_model(out, trusted)
-        config = RunConfig.load(out, device="cpu")
         if data is not None:
             loaded = load(
                 data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {}

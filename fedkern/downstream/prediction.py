@@ -69,7 +69,7 @@ class Predictor:
                 images.
         """
         module, about = read_model(out, trusted)
-        options = RunConfig.load(out, device="cpu").data_options
+        options = RunConfig.load(out, trusted=trusted, device="cpu").data_options
         for name in PARTS:
             if options.get(name):
                 raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from fedkern import plugins as plugin_room
 from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
 from fedkern.engine.defaults import COMMON, default_data, defaults
@@ -22,6 +23,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder, check_text
 from fedkern.inputs import read_text, special
 from fedkern.methods import registry
+from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
 from fedkern.models.precision import PRECISIONS
@@ -32,6 +34,7 @@ NAME = "config.toml"
 PATIENT_IMAGES = 4
 """Default of ``--patient-images``: the most images of a patient that ``--privacy-unit patient`` uses."""
 MOST_WORKERS = 1024
+_SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
 ANYHOW = ("data_root", "workers")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
 BY_DATA = ("partition", "clients", "client_test")
@@ -154,6 +157,11 @@ class RunConfig:
         "averaging methods: largest Euclidean norm of a client's update; a larger update is scaled down; 0: no limit",
         low=0,
     )
+    aggregator: str = option(
+        MEAN,
+        "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
+        + ", ".join(AGGREGATORS),
+    )
     teachers: str | None = option(
         None,
         "trained networks of the clients, which then do not train: a run folder, or a folder with "
@@ -201,6 +209,7 @@ class RunConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)
     left_open: frozenset[str] = field(default=frozenset(), compare=False)
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
@@ -208,6 +217,7 @@ class RunConfig:
         parsed = registry.get(self.method).Options.parse(self.options, method=self.method)
         object.__setattr__(self, "options", parsed.to_dict())
         object.__setattr__(self, "data_options", dict(self.data_options))
+        object.__setattr__(self, "plugins", dict(self.plugins))
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -234,6 +244,12 @@ class RunConfig:
             raise UserError(
                 f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
             )
+        object.__setattr__(self, "aggregator", Rule(self.aggregator).text)
+        if self.aggregator != MEAN and not kind(parsed).averages:
+            raise UserError(
+                f"--aggregator is for methods that average the clients' parameters, which {self.method} with these "
+                "options does not do: leave it out."
+            )
         bounds = [name for name in ("max_update_norm", "clip_update_norm") if getattr(self, name)]
         if bounds and not kind(parsed).averages:
             raise UserError(
@@ -249,7 +265,8 @@ class RunConfig:
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
-        for name, value in (*self.to_dict().items(), *self.options.items(), *self.data_options.items()):
+        texts = (*self.to_dict().items(), *self.options.items(), *self.data_options.items(), *self.plugins.items())
+        for name, value in texts:
             if isinstance(value, str):
                 check_text(value, f"the setting {name}")
 
@@ -286,8 +303,19 @@ class RunConfig:
 
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:
-        """All settings except ``options`` and ``data_options``, each with type, default, range and a line of help."""
-        return knobs(cls, "--{}")
+        """All settings but ``options``, ``data_options`` and ``plugins``, with type, default, range and a line of help.
+
+        The help of ``data``, ``model`` and ``aggregator`` lists what is registered now, plugins' included.
+        """
+        now = {
+            "data": (_SHIPPED_DATA, ", ".join(DATASETS)),
+            "model": (_SHIPPED_MODELS, ", ".join(MODELS)),
+            "aggregator": (_SHIPPED_AGGREGATORS, ", ".join(AGGREGATORS)),
+        }
+        return tuple(
+            dataclasses.replace(knob, help=knob.help.replace(*now[knob.field])) if knob.field in now else knob
+            for knob in knobs(cls, "--{}")
+        )
 
     @classmethod
     def make(
@@ -296,6 +324,7 @@ class RunConfig:
         *,
         options: Mapping[str, Any] | Iterable[str] = (),
         data_options: Mapping[str, Any] | None = None,
+        plugins: Iterable[str] | Mapping[str, str] = (),
         **settings: Any,
     ) -> Self:
         """Makes the settings of a run: the given ones, and for the rest the method's defaults on the data set.
@@ -304,11 +333,15 @@ class RunConfig:
             method: a registered method.
             options: method options, a mapping or ``key=value`` words.
             data_options: options of the data set (for example ``protocol``, ``boxes``, ``detector``).
+            plugins: files and modules to load first (:func:`fedkern.plugins.given`).  The run stores these, and those
+                loaded before that registered what the run uses.
             **settings: any other field; ``None`` means not given.
 
         Raises:
-            UserError: an unknown name or a value out of range.
+            UserError: an unknown name, a value out of range, or a plugin that cannot be loaded.
         """
+        plugin_room.load_installed()
+        loaded = plugin_room.given(plugins)
         kind = registry.get(method)
         known = cls._stored()
         for name in settings:
@@ -344,7 +377,12 @@ class RunConfig:
         merged = kind.Options.settled(merged, names)
         typed = [pair for part in read_options(str(base["data"]), data_options or {}) for pair in part.items()]
         merged_data = {key: value for key, value in typed if key in (data_options or {})}
+        rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
+        used = plugin_room.used(
+            {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
+        )
         config = {**base, "method": method, "options": merged, "data_options": merged_data}
+        config["plugins"] = {**loaded, **used}
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
         return cls(**config, left_open=frozenset(BY_DATA) - set(given))
@@ -363,6 +401,7 @@ class RunConfig:
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in self._stored()}
         table["options"] = {name: value for name, value in self.options.items() if value is not None}
         table["data_options"] = dict(self.data_options)
+        table["plugins"] = dict(self.plugins) or None
         return {name: value for name, value in table.items() if value is not None}
 
     def to_toml(self) -> str:
@@ -401,14 +440,22 @@ class RunConfig:
         for name in ("options", "data_options"):
             if not isinstance(plain.get(name, {}), Mapping):
                 raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
+        if "plugins" in plain:
+            plain["plugins"] = _plugin_table(plain["plugins"], source)
         return plain
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], **replaced: Any) -> Self:
-        """The settings of a run folder, some of them ``replaced``.
+    def load(cls, folder: str | os.PathLike[str], *, trusted: Collection[str] = (), **replaced: Any) -> Self:
+        """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
+
+        Args:
+            folder: the run folder.
+            trusted: plugins that may be executed in any case (see :func:`fedkern.plugins.restore`).
+            **replaced: settings.
 
         Raises:
-            UserError: there is no such folder, it holds no run, or its ``config.toml`` is damaged.
+            UserError: there is no such folder, it holds no run, its ``config.toml`` is damaged, or a plugin of the run
+                may not be executed or cannot be loaded.
         """
         check_run_folder(folder)
         path = Path(folder) / NAME
@@ -416,7 +463,10 @@ class RunConfig:
             text = read_text(path, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from None
-        return cls(**with_threads({**cls.table(text, source=str(path)), **replaced}))
+        table = cls.table(text, source=str(path))
+        plugin_room.load_installed()
+        plugin_room.restore(table.get("plugins", {}), folder, trusted)
+        return cls(**with_threads({**table, **replaced}))
 
     def settled(self) -> Self:
         """The settings with ``client_threads`` filled in, which depends on how many clients the data have."""
@@ -444,9 +494,10 @@ class RunConfig:
 
         * the method options of two different methods;
         * the data folder, which may have moved: a resumed run compares the data themselves;
+        * the plugins: :func:`fedkern.plugins.restore` checks those of a stored run;
         * the number of workers, which changes no bit.
         """
-        mine, theirs = _flat(self.to_dict()), _flat(stored.to_dict())
+        mine, theirs = _flat({**self.to_dict(), "plugins": {}}), _flat({**stored.to_dict(), "plugins": {}})
         if self.method != stored.method:
             mine, theirs = (
                 {name: value for name, value in table.items() if not name.startswith("options.")}
@@ -458,6 +509,30 @@ class RunConfig:
             for name in names
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
+    """Loads the plugins of a run folder; does nothing where its ``config.toml`` is missing or damaged.
+
+    Raises:
+        UserError: see :func:`fedkern.plugins.restore`.
+    """
+    path = Path(folder) / NAME
+    try:
+        table = RunConfig.table(read_text(path, "utf-8-sig"), source=str(path))
+    except (OSError, UnicodeDecodeError, UserError):
+        return
+    plugin_room.load_installed()
+    plugin_room.restore(table.get("plugins", {}), folder, trusted)
+
+
+def _plugin_table(given: Any, source: str) -> dict[str, str]:
+    """Identities of plugins by name, from a table of a config file or from a list of names there."""
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        return dict.fromkeys(given, "")
+    if not isinstance(given, Mapping) or not all(isinstance(identity, str) for identity in given.values()):
+        raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
+    return dict(given)
 
 
 def with_threads(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     own = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
     both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in both for name, value in table.get("options", {}).items()}
-    result = {**COMMON, **own, **DATA.get(data, {}), **both[0], **both[1], "data": data}
+    usual = DATA.get(data, PAIRS if info.task == "retrieval" else {})
+    result = {**COMMON, **own, **usual, **both[0], **both[1], "data": data}
     if info.task == "segmentation":  # not the network that METHOD names for data sets of other tasks
         result["model"] = {**DATA.get(data, {}), **both[1]}.get("model", "unet")
     return {**result, "options": options} if options else result

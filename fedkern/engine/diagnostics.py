@@ -179,6 +179,25 @@ def poor_metrics(
     return found
 
 
+def missing_metrics(config: RunConfig, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
+    """Warnings about metrics of plugins that an evaluation did not compute.
+
+    Args:
+        config: the run's settings.
+        sets: the test sets by the prefix of their figures' names.
+        found: the figures of all test sets.
+    """
+    wanted = {metric.name: f"{prefix}{metric.name}" for prefix, data in sets.items() for metric in data.metrics}
+    missing = sorted(name for name, figure in wanted.items() if figure not in found)
+    if not missing:
+        return {}
+    named = f"The metric {missing[0]} is" if len(missing) == 1 else f"The metrics {', '.join(missing)} are"
+    return {
+        "missing-metric": f"{named} not computed: metrics of plugins are for classification by one network, and "
+        f"{config.method} on {config.data} has other figures."
+    }
+
+
 def missing_statistics(config: RunConfig, missing: bool) -> dict[str, str]:
     """Warning about a saved network without running statistics."""
     if not missing:

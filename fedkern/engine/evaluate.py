@@ -16,6 +16,7 @@ from fedkern.data.types import client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
+from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.models.precision import computing
 
@@ -35,7 +36,10 @@ def test_sets(context: Any) -> dict[str, TestSet]:
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     if len(data.validation):
         splits["validation_"] = data.validation
-    return {prefix: _test_set(context, split) for prefix, split in splits.items()}
+    sets = {prefix: _test_set(context, split) for prefix, split in splits.items()}
+    for each in sets.values():
+        each.metrics = metrics_of(context.config.plugins)
+    return sets
 
 
 def check_sets(data: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkern.engine import device_use, diagnostics, peak
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
-from fedkern.engine.config import RunConfig
+from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import (
@@ -55,6 +55,7 @@ from fedkern.engine.tracing import traced
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods import registry
+from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round, Step
 from fedkern.methods.common.figures import is_main
 from fedkern.methods.common.pooling import Pooling
@@ -131,6 +132,7 @@ class Run:
             network = self.context.network("server")  # raises where an encoder's folder cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
+        Rule(self.config.aggregator).check(clients_of_a_round(self.config))
         self.said = guarantee(self.method, self.server, self.config.records)
         if self.config.privacy_unit != "image" and self.said is None:
             raise UserError(
@@ -642,6 +644,7 @@ class Run:
             diagnostics.outlying_drift(self.last_clients, self.context.data.client_label) if told.clients else {},
             diagnostics.poor_metrics(metrics, self.best, len(classes), constant),
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),
+            diagnostics.missing_metrics(self.config, self.sets, self.latest),
             self.method.diagnose(self.observed.summary()) if told.clients else {},
         ):
             for name, text in texts.items():

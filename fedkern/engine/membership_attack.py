@@ -71,7 +71,8 @@ def attack(
             be written.
     """
     out = Path(out)
-    config = RunConfig.load(out, device="cpu", **({} if data_root is None else {"data_root": data_root}))
+    moved = {} if data_root is None else {"data_root": data_root}
+    config = RunConfig.load(out, trusted=trusted, device="cpu", **moved)
     model, _ = read_model(out, trusted)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):

@@ -21,6 +21,7 @@ from fedkern.engine.network import Part, Trainable
 from fedkern.engine.samples import BackgroundBank, Samples
 from fedkern.engine.store.artifacts import prepared
 from fedkern.errors import UserError
+from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Batch, Message, Objective, Step
 from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import DPSGD
@@ -322,6 +323,8 @@ class Server(_Node):
         self.showing = False  # whether log_image keeps the artifacts of this round
         self.artifacts: dict[str, tuple[Tensor, tuple[str, str]]] = {}
         self.traffic: Mapping[str, Mapping[str, int]] = {}
+        rule = Rule(context.config.aggregator)
+        self.aggregator = rule if rule.entry.function is not None else None
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.server:

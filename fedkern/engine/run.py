@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedkern import plugins
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
@@ -59,8 +60,8 @@ def run(
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
         listener: receives the run's events.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
-        trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]``; any other code that the run
-            folder names is refused.
+        trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]`` or the name of a plugin; any
+            other code that the run folder names is refused.
         profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
             one.  All clients of that round work in this process.
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
@@ -74,8 +75,10 @@ def run(
     out = Path(out)
     listener = listener or Listener()
     if resume:
-        stored = RunConfig.load(out, device=config.device)  # the stored device may not exist here
-        config = config.replace(client_threads=config.client_threads or stored.client_threads)
+        stored = RunConfig.load(out, trusted=trusted, device=config.device)  # the stored device may not exist here
+        config = config.replace(
+            client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
+        )
         config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
         _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
         entry = Checkpoints(out).peek()
@@ -106,6 +109,7 @@ def run(
         runner = Run(config, context, out, listener, resume=resume, profile=profile, predictions=predictions)
         runner.prepare()
         with writing(out, fresh=not resume):
+            plugins.remember(config.plugins)
             if not resume:
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
             return runner.go()

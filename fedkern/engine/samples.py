@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -252,6 +252,7 @@ class TestSet:
         self.predictions: Tensor | None = None
         self.kept: list[tuple[int | None, Tensor]] = []
         self.keep: Callable[..., None] | None = None
+        self.metrics: Sequence[Any] = ()  # the run's own metrics
         self.pool: ThreadPoolExecutor | None = None  # threads that evaluate its batches side by side, where there are
 
     def __len__(self) -> int:

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fedkern import plugins
 from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
@@ -129,7 +130,8 @@ def serve(end: socket.socket, parent: int) -> NoReturn:
 
     The run's process sends, and the nursery answers:
 
-    * the paths that modules are imported from, and the setup: "ready", or a sentence on what went wrong;
+    * the paths that modules are imported from, with the plugins, and the setup: "ready", or a sentence on what went
+      wrong;
     * "fork" with a connection: the process id of the new worker, which has that connection;
     * the process id of a worker: how the worker ended.
 
@@ -152,9 +154,10 @@ def serve(end: socket.socket, parent: int) -> NoReturn:
 
 def _serve(end: socket.socket) -> None:
     channel, unpacker = Channel(end), Unpacker()
-    sys.path[:] = channel.told()[0]
+    sys.path[:], wanted = channel.told()[0]
     packet, _ = channel.receive()
     try:
+        plugins.receive(wanted)
         setup: Setup = unpacker.unpack(packet)
     except Exception as error:
         channel.say(f"{type(error).__name__}: {error}")

@@ -1,5 +1,6 @@
 """Federated methods: one file each, written against the protocol of :mod:`fedkern.methods.base`."""
 
+from fedkern.methods.aggregators import AGGREGATORS, register_aggregator
 from fedkern.methods.base import (
     METHODS,
     Backgrounds,
@@ -41,6 +42,7 @@ from fedkern.methods.baselines.fml import FML
 from fedkern.methods.baselines.moon import Moon
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
 from fedkern.methods.baselines.scaffold import Scaffold
+from fedkern.methods.common.registered_metrics import METRICS, register_metric
 from fedkern.methods.feddra import FedDRA
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
@@ -50,10 +52,12 @@ from fedkern.methods.terms import GradientSum, Terms
 
 __all__ = [
     "AFL",
+    "AGGREGATORS",
     "CCVR",
     "DENSE",
     "FML",
     "METHODS",
+    "METRICS",
     "Backgrounds",
     "Batch",
     "Centralised",
@@ -95,4 +99,6 @@ __all__ = [
     "like",
     "option",
     "register",
+    "register_aggregator",
+    "register_metric",
 ]  # fmt: skip

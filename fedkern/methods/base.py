@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkern.methods.aggregators import Gathered
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.options import option
 from fedkern.methods.protocol import (
@@ -298,12 +299,19 @@ class LocalTraining(Objective, Method):
         server.state.update(self.average(server, uploads))
 
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
-        """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``."""
+        """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``.
+
+        With ``--aggregator`` another rule takes the place of the mean.
+        """
         means: dict[str, Any] = {}
+        rule = getattr(server, "aggregator", None)  # a server of somebody's own may know only the mean
+        gathered = None if rule is None else Gathered(rule)
         integers: Tensor | None = None
         for upload in uploads:
             weight = self.weight(server, upload)
-            for name in ("parameters", "buffers"):
+            if gathered is not None:
+                gathered.add(upload.message, weight)
+            for name in ("parameters", "buffers") if gathered is None else ():
                 if name in upload.message:
                     if name not in means:
                         means[name] = server.accumulator(upload.message[name].numel())
@@ -313,7 +321,7 @@ class LocalTraining(Objective, Method):
                 integers = own.clone() if integers is None else torch.maximum(integers, own)
                 del own
             del upload  # free this upload before the next one arrives
-        result = {name: mean.mean() for name, mean in means.items()}
+        result = {name: mean.mean() for name, mean in means.items()} if gathered is None else gathered.result()
         return result if integers is None else {**result, "integers": integers}
 
     def model(self, server: Server) -> nn.Module:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkern.methods.aggregators import Rule
 from fedkern.methods.protocol import (
     Backgrounds,
     Batch,
@@ -300,6 +301,7 @@ class Server(Node, Protocol):
             the end, among the metrics of the summary.
         traffic: bytes of the communication rounds so far, ``{"up": ..., "down": ...}`` by name of the round, summed
             over clients and over rounds of that name.
+        aggregator: rule that combines the clients' networks instead of their mean (``--aggregator``), or None.
     """
 
     federation: Federation
@@ -308,6 +310,7 @@ class Server(Node, Protocol):
     state: dict[str, Any]
     round_cache: dict[Any, Any]
     report: dict[str, float]
+    aggregator: Rule | None
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         """A freshly initialised network, identical to that of :meth:`Client.network` without ``stream``."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown, read_summary
+from fedkern.engine.config import load_plugins
 from fedkern.engine.run import kept_data
 from fedkern.engine.store import atomic, confusions
 from fedkern.engine.store.checkpoints import newest
@@ -60,6 +61,7 @@ def write_pictures(
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
             or the records are private and the run is not finished.
     """
+    load_plugins(run_dir, trusted)
     _check(run_dir)
     written = _draw(run_dir, data, model, data_root, trusted)
     listed = json.dumps({"pictures": [path.name for path in written]})

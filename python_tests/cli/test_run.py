@@ -103,7 +103,8 @@ def test_list_has_one_line_for_everything(result):
     for name in ("fedavg", "fedprox", "fedgid", "colordigits", "nico", "resnet18", "dirichlet:ALPHA", "classes:S"):
         assert re.search(rf"^  {re.escape(name)}\S* +\S.{{20,}}$", text, re.MULTILINE)
     found = json.loads(result("list", "--json")[0])
-    assert set(found) == {"methods", "data sets", "models", "image encoders", "text encoders", "partitioners"}
+    kinds = {"methods", "data sets", "models", "image encoders", "text encoders", "partitioners", "aggregators"}
+    assert set(found) == kinds
     assert all(text and "\n" not in text for entries in found.values() for text in entries.values())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fedkern
+from fedkern import plugins
 from fedkern.engine.executors.wire import Channel, Packer
 from fedkern.engine.executors.worker_messages import Setup
 
@@ -121,7 +122,7 @@ class Nursery:
         self._channel = Channel(ours)
         self._ready = False
         try:
-            self._channel.say([path or str(Path.cwd()) for path in sys.path])
+            self._channel.say(([path or str(Path.cwd()) for path in sys.path], plugins.sent(setup.config.plugins)))
             self._channel.send(packet)
         except OSError:
             pass  # ready() will find that the process is lost

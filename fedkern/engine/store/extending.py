@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
 
 
-def extend(out: Path | str, rounds: int) -> RunConfig:
+def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> RunConfig:
     """Gives a run, finished or not, a larger number of rounds.
 
     Call :func:`fedkern.engine.run` with the returned settings and ``resume=True`` afterwards.  Where the method has no
@@ -26,6 +27,7 @@ def extend(out: Path | str, rounds: int) -> RunConfig:
     Args:
         out: the run folder.
         rounds: communication rounds in all.
+        trusted: plugins that may be executed in any case.
 
     Returns:
         The run's new settings, which are also written to ``config.toml``.
@@ -36,7 +38,7 @@ def extend(out: Path | str, rounds: int) -> RunConfig:
             others in such a run.
     """
     out = Path(out)
-    stored = RunConfig.load(out, device="cpu")
+    stored = RunConfig.load(out, trusted=trusted, device="cpu")
     kind = registry.get(stored.method)
     options = kind.Options.parse(stored.options, method=stored.method)
     if kind.one_shot:
@@ -67,7 +69,7 @@ def extend(out: Path | str, rounds: int) -> RunConfig:
         info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
         info.pop("results", None)
         checkpoints.amend(info)
-        text = RunConfig.load(out, device=entry["info"]["config"]["device"], rounds=rounds).to_toml()
+        text = RunConfig.load(out, trusted=trusted, device=entry["info"]["config"]["device"], rounds=rounds).to_toml()
         atomic.write_bytes(out / settings.NAME, text.encode())
     return longer
 

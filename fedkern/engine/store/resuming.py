@@ -118,6 +118,13 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             f"The run was started on {device} and continued on {config.device}: its bits differ from an uninterrupted "
             "one."
         )
+    before = info["config"].get("plugins") or {}
+    other = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
+    if other:
+        found["other-plugin"] = (
+            f"The run goes on with {', '.join(other)} as it is now, not as the run was started with: its bits may "
+            "differ from an uninterrupted one."
+        )
     now = records.kernels()
     stored = info.get("kernels", now)
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import models
-from fedkern.engine.config import RunConfig, check_regular, check_run_folder
+from fedkern.engine.config import RunConfig, check_regular, check_run_folder, load_plugins
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
 from fedkern.engine.parties import Server
@@ -243,7 +243,7 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {again(out)}.") from None
     try:
-        network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
+        network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about, Path(out), trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
     check_result(Path(out), MODEL)
@@ -269,9 +269,11 @@ def _forget_statistics(module: nn.Module) -> None:
             setattr(layer, buffer, None)
 
 
-def _plain(about: Mapping[str, Any]) -> nn.Module:
+def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
     if "pair" in about:
         return models.build_pair(**about["pair"])
+    if about["model"] not in models.MODELS:
+        load_plugins(out, trusted)
     return models.build(
         about["model"],
         classes=len(about["classes"]),
@@ -284,7 +286,7 @@ def _plain(about: Mapping[str, Any]) -> nn.Module:
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
     """The module that the method makes of the server's state at the end of the run."""
-    config = RunConfig.load(out, device="cpu")
+    config = RunConfig.load(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))

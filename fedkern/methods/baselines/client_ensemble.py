@@ -167,6 +167,10 @@ class _Ballot:
             self._labels = labels
             yield images, labels
 
+    @property
+    def metrics(self) -> Any:
+        return getattr(self._data, "metrics", ())
+
     def record(self, predictions: Tensor) -> None:
         record = getattr(self._data, "record", None)
         if record is not None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.methods.common.registered_metrics import Answers
 from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.methods.common.supervised import pair_figures
 
@@ -63,11 +64,14 @@ def classification(model: nn.Module, data: Any) -> dict[str, float]:
     ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B]).  ``data.record(predictions)``, where it
     exists, receives the predicted classes int64 [n] in order (the engine looks for classes never predicted), and
     ``data.keep(logits)``, where it exists and is not None, the logits [n, C] on the CPU in order.
+    ``data.metrics``, where it exists, holds further metrics (see `registered_metrics`), whose values are added by name.
     """
     correct, loss, confidence, total = 0, 0.0, 0.0, 0
     predictions, kept = [], []
     keep = getattr(data, "keep", None)
+    gathered = Answers(getattr(data, "metrics", ()))
     for said, labels in answers(model, data):
+        gathered.add(said, labels)
         logits = said.double()
         log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
         predicted = logits.argmax(1)
@@ -85,4 +89,5 @@ def classification(model: nn.Module, data: Any) -> dict[str, float]:
         record(torch.cat(predictions))
     if keep is not None:
         keep(torch.cat(kept))
-    return {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}
+    found = {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}
+    return {**found, **gathered.figures()}

@@ -1,0 +1,52 @@
+"""Plugins on the command line: loaded before the other words are read, which may name what a plugin registers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fedkern import plugins
+from fedkern.engine import RunConfig
+from fedkern.engine.config import load_plugins
+from fedkern.errors import UserError, printable
+from fedkern.files import expand
+from fedkern.inputs import read_text
+
+
+def load(words: Sequence[str]) -> None:
+    """Loads the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run.
+
+    Raises:
+        UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.plugins.restore`).
+    """
+    plugins.load_installed(_warn)
+    for name in _values(words, "--plugin"):
+        if not name.strip():
+            raise UserError("--plugin is given without a value: give it one, or leave the flag out.")
+        plugins.load(name)
+    for file in _values(words, "--config"):
+        plugins.given(_named(expand(file)))
+    for folder in _values(words, "--resume"):
+        load_plugins(expand(folder))
+
+
+def _values(words: Sequence[str], flag: str) -> Iterator[str]:
+    for i, word in enumerate(words):
+        if word == flag and i + 1 < len(words):
+            yield words[i + 1]
+        elif word.startswith(f"{flag}="):
+            yield word.partition("=")[2]
+
+
+def _named(path: Path) -> dict[str, str]:
+    """The plugins in a file of settings; none where the file is missing or damaged, which its reader says later."""
+    try:
+        table = RunConfig.table(read_text(path, "utf-8-sig"), source=str(path))
+    except (OSError, UnicodeDecodeError, UserError):
+        return {}
+    return dict(table.get("plugins", {}))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {printable(text)}", file=sys.stderr)

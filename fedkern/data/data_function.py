@@ -1,0 +1,209 @@
+"""Data sets that users register as a function: ``@register_data("name")``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from fedkern import plugins
+from fedkern.data.partition import PartitionSpec, parse_partition
+from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetInfo, Root
+from fedkern.data.types import FederatedData, Pool, Source, Split
+from fedkern.errors import UserError
+
+TASKS = ("classification", "segmentation", "retrieval")
+PARAMETERS = ("root", "clients", "partition", "seed")
+"""Parameters of a registered function that are no options of the data set."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def register_data(
+    name: str, *, clients: int = 10, partition: str = "dirichlet:0.5", task: str = "classification"
+) -> Callable[[F], F]:
+    """Decorates a function that makes a data set, so that ``--data NAME`` knows it.
+
+    The function returns one of two things:
+
+    - :class:`fedkern.data.Source`: fixed pools, which the partition shares out;
+    - :class:`fedkern.data.FederatedData`: samples that the clients have already.
+
+    It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
+    ``seed`` that its signature has.  Every other parameter is an option of the data set, given as ``--data-option
+    key=value``; its default is a text, a number or a :class:`fedkern.data.DataOption`, and decides the option's type.
+
+    Args:
+        name: the data set's name; the docstring's first line is what ``list`` says of it.
+        clients: default number of clients.
+        partition: default partition.
+        task: ``"classification"``, ``"segmentation"`` or ``"retrieval"``.
+
+    Raises:
+        ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
+        TypeError: there is no docstring, or a parameter cannot be an option.
+    """
+    parse_partition(partition)
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
+    if clients < 1:
+        raise ValueError(f"clients: expected at least 1, given {clients}")
+
+    def add(function: F) -> F:
+        if name in DATASETS and not _again(DATASETS[name], function):
+            raise ValueError(f'data set "{name}" is already registered')
+        lines = (inspect.getdoc(function) or "").splitlines()
+        if not lines:
+            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
+        made = DataFunction(name, function, task)
+        DATASETS[name] = DatasetInfo(
+            description=lines[0].strip(),
+            open=None,
+            clients=clients,
+            partition=partition,
+            needs_root="root" in made.takes,
+            options=made.options,
+            task=task,
+            function=made,
+        )
+        return function
+
+    return add
+
+
+def _again(info: DatasetInfo, function: Callable[..., Any]) -> bool:
+    """Whether a notebook's cell is run again."""
+    return info.function is not None and info.function.function.__qualname__ == function.__qualname__
+
+
+class DataFunction:
+    """A registered function, in the place of a reader of fedkern's own.
+
+    Attributes:
+        takes: names in `PARAMETERS` that the function has.
+        options: the other parameters.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], task: str) -> None:
+        self.name, self.function, self._task = name, function, task
+        self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
+        self.options = {
+            key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
+        }
+
+    def make(
+        self,
+        root: Root,
+        info: DatasetInfo,
+        clients: int | None,
+        partition: str | None,
+        seed: int,
+        options: Mapping[str, Any],
+    ) -> Source | FederatedData:
+        """The data that the function makes: a Source, or FederatedData under the data set's name.
+
+        Args:
+            root: folder of the data's files, or None.
+            info: the data set's entry, which has the defaults of ``clients`` and ``partition``.
+            clients, partition, seed: as the user gives them.
+            options: every option of the data set.
+
+        Raises:
+            UserError: the function raises an exception, what it returns is no such data or contradicts itself, or the
+                clients are not those that the user asks for.
+        """
+        spec = parse_partition(info.partition if partition is None else partition)
+        clients = info.clients if clients is None else clients
+        given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
+        try:
+            made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
+        except (UserError, MemoryError, OSError):
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            raise UserError(
+                f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} fails '
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if isinstance(made, Source):
+            self._check_source(made)
+            return made
+        if not isinstance(made, FederatedData):
+            raise self._wrong(f"returns {type(made).__name__}, expected fedkern.data.Source or FederatedData")
+        self._check_federated(made)
+        self._check_given(made, info, clients, spec)
+        return dataclasses.replace(made, name=self.name)
+
+    def _check_given(self, data: FederatedData, info: DatasetInfo, clients: int, spec: PartitionSpec) -> None:
+        if clients not in (len(data.clients), info.clients) or (
+            "clients" in self.takes and clients != len(data.clients)
+        ):
+            raise UserError(
+                f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
+            )
+        if "partition" not in self.takes and spec.text != parse_partition(info.partition).text:
+            raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')
+
+    def _check_source(self, source: Source) -> None:
+        pool = source.train
+        task = "retrieval" if pool.texts is not None else "classification" if pool.targets is None else "segmentation"
+        self._check_task(task)
+        if not len(pool):
+            raise self._wrong("returns no training sample")
+        try:
+            images = pool.take(torch.zeros(1, dtype=torch.int64)).images
+        except (ValueError, TypeError) as error:  # Split names what is wrong
+            raise self._wrong(f"returns a pool that cannot be read ({error})") from None
+        self._check_channels(images.shape[1], source)
+        for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
+            self._check_labels(each, where, len(source.classes))
+        if not source.tests:
+            raise self._wrong("returns no test set")
+
+    def _check_federated(self, data: FederatedData) -> None:
+        self._check_task(data.task)
+        if not data.clients or not data.tests:
+            raise self._wrong(f"returns no {'test set' if data.clients else 'client'}")
+        splits = {f"client {k}": split for k, split in enumerate(data.clients)}
+        for where, each in {**splits, "validation": data.validation, **data.tests}.items():
+            self._check_labels(each, where, len(data.classes))
+            self._check_channels(each.images.shape[1], data)
+
+    def _check_channels(self, channels: int, data: Source | FederatedData) -> None:
+        if not channels == len(data.mean) == len(data.std):
+            raise self._wrong(
+                f"returns images of {channels} channels with {len(data.mean)} means and {len(data.std)} standard "
+                "deviations"
+            )
+
+    def _check_task(self, task: str) -> None:
+        if task != self._task:
+            raise self._wrong(f"returns data for {task}, but is registered for {self._task}")
+
+    def _check_labels(self, part: Pool | Split, where: str, classes: int) -> None:
+        if part.labels.dtype != torch.int64:
+            raise self._wrong(f"returns labels of {part.labels.dtype} in {where or 'the test set'}, expected int64")
+        most = int(part.labels.max()) if part.labels.numel() else -1
+        least = int(part.labels.min()) if part.labels.numel() and self._task == "classification" else 0
+        if most >= classes or least < 0:
+            raise self._wrong(
+                f"returns the label {most if most >= classes else least} in {where or 'the test set'}, where the "
+                f"classes are 0 to {classes - 1}"
+            )
+
+    def _wrong(self, what: str) -> UserError:
+        return UserError(f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} {what}')
+
+
+def _option(name: str, key: str, default: Any) -> DataOption:
+    if key in COMMON_OPTIONS:
+        raise TypeError(f'data set "{name}": {key} is an option of every data set, and cannot be a parameter')
+    if isinstance(default, DataOption):
+        return default
+    if isinstance(default, bool) or not isinstance(default, (str, int, float)):
+        raise TypeError(
+            f'data set "{name}": expected a text, a number or a DataOption as the default of {key}, given {default!r}'
+        )
+    return DataOption(default, f"option of {name}")

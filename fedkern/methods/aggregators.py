@@ -1,0 +1,216 @@
+"""Aggregators: rules by which a server that averages combines its clients' networks (``--aggregator``)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedkern import ops, plugins
+from fedkern.errors import UserError, nearest
+from fedkern.methods.options import Knob, Value
+
+MEAN = "mean"
+VECTORS = ("parameters", "buffers")
+_FIRST = 2  # parameters of a rule that are no options: vectors and weights
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """An entry of ``AGGREGATORS``.
+
+    Attributes:
+        name: the name on the command line.
+        description: one line.
+        function: ``function(vectors, weights, **options)``; None for the mean, which needs no list of vectors.
+        options: the options, as the command line reads them.
+        own: whether a user has registered the rule.
+    """
+
+    name: str
+    description: str
+    function: Callable[..., Tensor] | None
+    options: tuple[Knob, ...] = ()
+    own: bool = True
+
+
+AGGREGATORS: dict[str, Aggregator] = {
+    MEAN: Aggregator(MEAN, "weighted mean, summed as uploads arrive, so that only one upload is held", None, own=False)
+}
+"""Aggregators by name."""
+
+
+def register_aggregator(name: str) -> Callable[[F], F]:
+    """Decorates a rule that combines the clients' networks, so that ``--aggregator NAME`` knows it.
+
+    The rule is called once a round with all uploads, as ``rule(vectors, weights, **options)``:
+
+    - ``vectors``: a list of M tensors fp32 ``[P]`` in the order of the clients: a network's parameters, followed by
+      batch norm's running statistics where these travel;
+    - ``weights``: fp64 ``[M]``, the clients' weights in the average (``weighting``);
+    - every further parameter is an option, given as ``--aggregator NAME:key=value,...``; its default is a text, a
+      number, True or False.
+
+    It returns the new network, ``[P]``.
+
+    Args:
+        name: the rule's name; the docstring's first line is what ``list`` says of it.
+
+    Raises:
+        ValueError: another rule has the name.
+        TypeError: there is no docstring, or a parameter cannot be an option.
+    """
+
+    def add(function: F) -> F:
+        known = AGGREGATORS.get(name)
+        if known is not None and getattr(known.function, "__qualname__", None) != function.__qualname__:
+            raise ValueError(f'aggregator "{name}" is already registered')
+        lines = (inspect.getdoc(function) or "").splitlines()
+        if not lines:
+            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the rule to the user")
+        AGGREGATORS[name] = Aggregator(name, lines[0].strip(), function, _options(name, function))
+        return function
+
+    return add
+
+
+def _options(name: str, function: Callable[..., Any]) -> tuple[Knob, ...]:
+    given = list(inspect.signature(function).parameters)[:_FIRST]
+    if len(given) < _FIRST:
+        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(given)}")
+    knobs = []
+    for key, default in plugins.keyword_options(function, given).items():
+        if not isinstance(default, (bool, int, float, str)):
+            raise TypeError(
+                f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"
+            )
+        label = f'Option "{key}" of --aggregator {name}'
+        knobs.append(Knob(name=key, field=key, type=type(default), default=default, help=key, label=label))
+    return tuple(knobs)
+
+
+class Rule:
+    """An aggregator with its options, as a text names them: ``NAME`` or ``NAME:key=value,...``.
+
+    Raises:
+        UserError: an unknown aggregator or option, an option given twice, or a value of another type.
+    """
+
+    def __init__(self, text: str) -> None:
+        name, colon, rest = text.strip().partition(":")
+        if name not in AGGREGATORS:
+            raise UserError(
+                f'--aggregator must be one of {", ".join(AGGREGATORS)}, not "{name}".{nearest(name, AGGREGATORS)}'
+            )
+        self.entry = AGGREGATORS[name]
+        known = {knob.name: knob for knob in self.entry.options}
+        self.options: dict[str, Value | None] = {key: knob.default for key, knob in known.items()}
+        seen = set()
+        for word in rest.split(",") if colon else ():
+            key, equals, value = (part.strip() for part in word.partition("="))
+            if key not in known or not equals:
+                has = f"It has {', '.join(known)}." if known else "It has no options."
+                raise UserError(f'--aggregator {name} has no option "{word}".{nearest(key, known)} {has}')
+            if key in seen:
+                raise UserError(f"--aggregator {name} has the option {key} twice.")
+            seen.add(key)
+            self.options[key] = known[key].convert(value)
+
+    @property
+    def text(self) -> str:
+        """The name with all options, the same for every text that names this rule."""
+        options = ",".join(f"{key}={_word(value)}" for key, value in self.options.items())
+        return f"{self.entry.name}:{options}" if options else self.entry.name
+
+    def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The combination, in the dtype of ``vectors``, a list of M tensors ``[P]``.
+
+        Raises:
+            UserError: the rule cannot combine so many vectors, raises another exception, or does not return ``[P]``.
+        """
+        assert self.entry.function is not None
+        try:
+            made = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # of a user's own rule too
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise UserError(
+                f"--aggregator {self.text} cannot combine {len(vectors)} uploads ({kind}{error}): choose other options "
+                "or another rule, or have more clients in a round."
+            ) from error
+        if not isinstance(made, Tensor) or made.shape != vectors[0].shape or not made.is_floating_point():
+            given = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise UserError(
+                f"--aggregator {self.text} must return one floating-point vector of {len(vectors[0])} elements, not "
+                f"{given}."
+            )
+        return made.detach().to(vectors[0])
+
+    def check(self, uploads: int) -> None:
+        """Raises UserError where a rule of fedkern's own cannot combine this number of uploads."""
+        if self.entry.function is not None and not self.entry.own:
+            self([torch.zeros(1)] * uploads, [1.0] * uploads)
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Gathered:
+    """The uploads of a round, kept until all are there: a robust rule compares every upload with the others.
+
+    Memory: M vectors of a network's parameters and running statistics, M the number of clients in a round.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._sizes: dict[str, int] = {}
+        self._vectors: list[Tensor] = []
+        self._weights: list[float] = []
+
+    def add(self, message: Mapping[str, Tensor], weight: float) -> None:
+        """Adds the `VECTORS` of an upload, as one vector: a rule that chooses a client chooses its whole network."""
+        own = {name: message[name] for name in VECTORS if name in message}
+        self._sizes = {name: vector.numel() for name, vector in own.items()}
+        self._vectors.append(torch.cat(list(own.values())))
+        self._weights.append(weight)
+
+    def result(self) -> dict[str, Tensor]:
+        """The combined vectors by name; empty where nothing was added.
+
+        Raises:
+            UserError: see :class:`Rule`.
+        """
+        if not self._vectors:
+            return {}
+        made = self._rule(self._vectors, self._weights)
+        return dict(zip(self._sizes, made.split(list(self._sizes.values())), strict=True))
+
+
+def _shipped(name: str, description: str, function: Callable[..., Tensor]) -> None:
+    AGGREGATORS[name] = Aggregator(name, description, function, _options(name, function), own=False)
+
+
+def _trimmed_mean(vectors: Sequence[Tensor], weights: Tensor, trim: int = 1) -> Tensor:
+    return ops.trimmed_mean(vectors, trim, weights)
+
+
+def _krum(vectors: Sequence[Tensor], weights: Tensor, byzantine: int = 1, keep: int = 1) -> Tensor:
+    return ops.krum(vectors, byzantine, keep)
+
+
+def _geometric_median(vectors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    return ops.geometric_median(vectors, weights)
+
+
+_shipped("median", "weighted median of every coordinate (arXiv 1803.01498)", ops.median)
+_shipped("trimmed_mean", "mean of every coordinate without its largest and smallest values", _trimmed_mean)
+_shipped("krum", "mean of the networks closest to others, where some may be arbitrary (arXiv 1703.02757)", _krum)
+_shipped("geometric_median", "point with the least weighted sum of distances to all networks", _geometric_median)

@@ -1,0 +1,117 @@
+"""Metrics of classification that users register: ``@register_metric("name")``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedkern import plugins
+from fedkern.errors import UserError
+
+FIGURES = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
+"""Names of fedkern's own figures of a classification."""
+PREFIXES = ("id_", "ood_", "validation_", "held_out_", "unseen_", "minority_", "mean_client_", "worst_client_")
+"""Beginnings of figures' names that tell the test set or the clients."""
+
+F = TypeVar("F", bound=Callable[..., float])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric: its name, a line of description, and ``function(logits, labels)``."""
+
+    name: str
+    description: str
+    function: Callable[[Tensor, Tensor], float]
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> float:
+        """The metric's value.
+
+        Raises:
+            UserError: the function raises an exception, or does not return a number.
+        """
+        try:
+            return float(self.function(logits, labels))
+        except MemoryError:
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            raise UserError(
+                f'The metric "{self.name}" fails on {len(labels)} samples of {logits.shape[1]} classes '
+                f"({type(error).__name__}: {error}): mend {self.function.__qualname__} of {self.function.__module__}."
+            ) from error
+
+
+METRICS: dict[str, Metric] = {}
+"""Metrics by name."""
+
+
+def register_metric(name: str) -> Callable[[F], F]:
+    """Decorates a metric, which every evaluation of a classification then computes on every test set.
+
+    The function is called as ``function(logits, labels)`` with all samples of a test set, fp32 ``[n, C]`` and int64
+    ``[n]`` on the CPU, and returns a number.
+
+    Args:
+        name: the figure's name: lower-case letters, digits and "_"; the docstring's first line describes it.
+
+    Raises:
+        ValueError: the name has other characters, is that of another figure, or begins like a test set's figures.
+        TypeError: there is no docstring.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f'metric "{name}": expected lower-case letters, digits and "_" in the name')
+    if name in FIGURES or name.startswith(PREFIXES):
+        raise ValueError(f'metric "{name}": expected another name, as fedkern has such figures itself')
+
+    def add(function: F) -> F:
+        if name in METRICS and METRICS[name].function.__qualname__ != function.__qualname__:
+            raise ValueError(f'metric "{name}" is already registered')
+        lines = (inspect.getdoc(function) or "").splitlines()
+        if not lines:
+            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the metric")
+        METRICS[name] = Metric(name, lines[0].strip(), function)
+        return function
+
+    return add
+
+
+def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
+    """The metrics of a run: those of its plugins, and those that a script has registered itself.
+
+    Args:
+        stored: the run's plugins, identities by name.
+    """
+    others = [plugin for plugin in plugins.loaded() if plugin.name not in stored]
+    foreign = {name for plugin in others for name in plugin.added.get("metric", ())}
+    return tuple(metric for name, metric in METRICS.items() if name not in foreign)
+
+
+class Answers:
+    """The logits and labels of a test set, gathered batch by batch where there are metrics to compute of them."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        if self._metrics:
+            self._logits.append(logits.float().cpu())
+            self._labels.append(labels.cpu())
+
+    def figures(self) -> dict[str, float]:
+        """The metrics' values by name.
+
+        Raises:
+            UserError: a metric fails.
+        """
+        if not self._metrics:
+            return {}
+        logits, labels = torch.cat(self._logits), torch.cat(self._labels)
+        return {metric.name: metric(logits, labels) for metric in self._metrics}

@@ -1,0 +1,506 @@
+"""Plugins: files and modules of a user that register methods, models, data sets, metrics and aggregators.
+
+A plugin is named by the user, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or by an installed package, as an
+entry point of the group ``fedkern.plugins``.  What a plugin registers is then known by name everywhere, like fedkern's
+own.  A run stores its plugins in ``config.toml``, each with an identity: the SHA-256 of a file, or the version, SHA-256
+and origin of a module.
+
+A run folder may come from anyone.  :func:`restore` therefore executes a stored plugin only if its identity is unchanged
+and this user has started a run with it on this machine before (:func:`remember`), or if the user names it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import shlex
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.files import cache_folder, check_text, expand
+from fedkern.inputs import open_regular
+
+GROUP = "fedkern.plugins"
+"""Group of the entry points that name plugins of installed packages."""
+
+COMMANDS = (
+    "attack", "decode", "doctor", "evaluate", "export", "extend", "help", "list", "predict", "probe", "resume",
+    "retrieval", "run", "tune", "zero-shot",
+)  # fmt: skip
+"""Names that nothing may be registered as, because the command line would read them as commands."""
+
+REGISTRIES = {
+    "method": ("fedkern.methods.registry", "METHODS"),
+    "data set": ("fedkern.data.registry", "DATASETS"),
+    "model": ("fedkern.models.registry", "MODELS"),
+    "metric": ("fedkern.methods.common.registered_metrics", "METRICS"),
+    "aggregator": ("fedkern.methods.aggregators", "AGGREGATORS"),
+}
+"""Module and name of the dict that holds everything of a kind, by kind."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OPTIONS = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A loaded plugin.
+
+    Attributes:
+        name: absolute path of the file, or name of the module.
+        identity: ``sha256:...`` of a file; version, SHA-256 and origin of a module.
+        source: content of the file; None for a module.
+        given: whether the user named the plugin, rather than an entry point or a run folder.
+        added: names that the plugin has registered, by kind (a key of `REGISTRIES`).
+    """
+
+    name: str
+    identity: str
+    source: bytes | None = field(default=None, repr=False)
+    given: bool = True
+    added: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_LOADED: dict[str, Plugin] = {}
+_installed = False
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load(name: str) -> Plugin:
+    """Executes a plugin, so that everything that it registers is known by name.
+
+    A module is executed once in a process, and so is a file until the file changes.  A changed file replaces what its
+    former content registered.
+
+    Args:
+        name: path of a Python file (with a folder or the ending ``.py``), or name of a module that can be imported.
+
+    Raises:
+        UserError: there is no such plugin, it raises an exception, it registers nothing, or it registers a name that
+            is taken.  Nothing that it registered is kept then.
+    """
+    name, path = _located(name)
+    known = _LOADED.get(name)
+    if path is None:
+        plugin = known if known is not None else _execute(Plugin(name, _module_identity(name)))
+    else:
+        source = _content(path)
+        identity = _file_identity(source)
+        if known is not None and known.identity == identity:
+            plugin = known
+        else:
+            unload(name)
+            plugin = _execute(Plugin(name, identity, source))
+    _LOADED[name] = plugin = replace(plugin, given=True)
+    return plugin
+
+
+def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
+    """Loads the plugins of installed packages (entry points of `GROUP`), once in a process.
+
+    Args:
+        warn: called with a sentence for every plugin that cannot be loaded; the others are loaded all the same.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    try:
+        points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    except Exception as error:  # damaged metadata of any package
+        warn(f"The installed plugins cannot be listed ({type(error).__name__}: {error}).")
+        return
+    for point in points:
+        try:
+            name, _ = _located(point.module)
+            if name not in _LOADED:
+                _LOADED[name] = _execute(Plugin(name, _module_identity(name), given=False))
+            point.load()
+        except Exception as error:  # the package's own error, whatever it is
+            package = point.dist.name if point.dist is not None else "an installed package"
+            warn(f"The plugin {point.name} of {package} is left out: {str(error).rstrip('.')}.")
+
+
+def unload(name: str) -> None:
+    """Forgets a plugin and everything that it has registered; does nothing if the plugin is not loaded."""
+    plugin = _LOADED.pop(name, None)
+    if plugin is None:
+        return
+    tables = _tables()
+    for kind, names in plugin.added.items():
+        for each in names:
+            tables[kind].pop(each, None)
+    sys.modules.pop(_module_name(plugin), None)
+
+
+def loaded() -> tuple[Plugin, ...]:
+    """The plugins of this process, in the order in which they were loaded."""
+    return tuple(_LOADED.values())
+
+
+def _located(text: str) -> tuple[str, Path | None]:
+    """The plugin's name, and its path if it is a file."""
+    text = text.strip()
+    check_text(text, "the plugin")
+    if text.endswith(".py") or "/" in text or os.sep in text:
+        path = Path(os.path.realpath(expand(text)))
+        return str(path), path
+    if not text or not all(part.isidentifier() for part in text.split(".")):
+        raise UserError(f'--plugin must name a file FILE.py or a module, not "{text}".')
+    return text, None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"The plugin {path} cannot be read: {error.strerror or error}.") from None
+
+
+def _file_identity(source: bytes) -> str:
+    return f"sha256:{hashlib.sha256(source).hexdigest()}"
+
+
+def _module_identity(name: str) -> str:
+    """Version, SHA-256 and origin of a module, found without importing the module or its packages.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    spec = _spec(name)
+    if spec is None:
+        file = f" (or --plugin {name}.py)" if Path(f"{name}.py").is_file() else ""
+        raise UserError(
+            f'The plugin "{name}" is no module that Python can import: install it, add its folder to PYTHONPATH, or '
+            f"name a file, --plugin FILE.py{file}."
+        )
+    package = name.partition(".")[0]
+    found = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
+    parts = [" ".join(sorted(found)) or "no version"]
+    if spec.origin is not None and Path(spec.origin).is_file():
+        parts += [_file_identity(Path(spec.origin).read_bytes()), spec.origin]
+    return ", ".join(parts)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    # importlib.util.find_spec would import, and so execute, the packages above the module.
+    importlib.invalidate_caches()
+    found: ModuleSpec | None = None
+    within = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        if depth > 1 and within is None:
+            return None
+        finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        specs = (find(".".join(parts[:depth]), within) for find in finders)
+        found = next((spec for spec in specs if spec is not None), None)
+        if found is None:
+            return None
+        within = found.submodule_search_locations
+    return found
+
+
+def _module_name(plugin: Plugin) -> str:
+    """Name of the plugin's module in ``sys.modules``, the same in every process."""
+    if plugin.source is None:
+        return plugin.name
+    stem = re.sub(r"\W", "_", Path(plugin.name).stem)
+    return f"fedkern_plugin_{stem}_{hashlib.sha256(plugin.name.encode()).hexdigest()[:8]}"
+
+
+def _tables() -> dict[str, dict[str, Any]]:
+    for package in ("fedkern.models", "fedkern.data", "fedkern.methods"):
+        importlib.import_module(package)  # else fedkern's own entries would be taken for the plugin's
+    return {kind: getattr(importlib.import_module(module), name) for kind, (module, name) in REGISTRIES.items()}
+
+
+def _execute(plugin: Plugin) -> Plugin:
+    """Runs a plugin's code and finds out what it registers; an exception leaves nothing registered.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
+    tables, module = _tables(), _module_name(plugin)
+    before = {kind: dict(table) for kind, table in tables.items()}
+    imported = module in sys.modules
+    try:
+        _run(plugin, module)
+        added = _added(plugin, before, tables)
+        if not added and not imported:
+            raise UserError(
+                f'The plugin {plugin.name} registers nothing: put @fedkern.register("NAME") on a method, or another of '
+                "the decorators of docs/plugins.md on a function."
+            )
+    except BaseException:
+        for kind, table in tables.items():
+            table.clear()
+            table.update(before[kind])
+        if not imported:
+            sys.modules.pop(module, None)
+        raise
+    return replace(plugin, added=added)
+
+
+def _run(plugin: Plugin, name: str) -> None:
+    try:
+        if plugin.source is None:
+            importlib.import_module(name)
+            return
+        module = types.ModuleType(name)
+        module.__file__ = plugin.name
+        sys.modules[name] = module  # dataclasses and pickle look there
+        # The content that was hashed, not what the file holds by now.
+        exec(compile(plugin.source, plugin.name, "exec", dont_inherit=True), module.__dict__)
+    except UserError as error:
+        raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"The plugin {plugin.name} cannot be loaded{_line(error, plugin)}: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _line(error: BaseException, plugin: Plugin) -> str:
+    """Where in the plugin's file an exception arose, as `` (line N)``; "" where that is not known."""
+    if isinstance(error, SyntaxError):
+        return f" (line {error.lineno})" if error.filename == plugin.name else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == plugin.name]
+    return f" (line {lines[-1]})" if lines else ""
+
+
+def _added(
+    plugin: Plugin, before: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[str, ...]]:
+    """The names that a plugin has registered, by kind.
+
+    Raises:
+        UserError: a name is taken, is that of a command, or is not one that a command line can have.
+    """
+    added: dict[str, tuple[str, ...]] = {}
+    for kind, table in tables.items():
+        for name, entry in table.items():
+            if name in before[kind] and entry is not before[kind][name]:
+                raise UserError(
+                    f'The plugin {plugin.name} registers the {kind} "{name}", which is registered already: choose '
+                    "another name."
+                )
+        names = tuple(name for name in table if name not in before[kind])
+        for name in names:
+            if name in COMMANDS:
+                raise UserError(
+                    f'The plugin {plugin.name} registers the {kind} "{name}", which is the name of a command: choose '
+                    "another name."
+                )
+            if not _NAME.fullmatch(name):
+                raise UserError(
+                    f'The plugin {plugin.name} registers the {kind} "{name}": a name has letters, digits, ".", "-" and '
+                    '"_", and begins with a letter or digit.'
+                )
+        if names:
+            added[kind] = names
+    return added
+
+
+# -- plugins of a run --------------------------------------------------------------------------------------------------
+
+
+def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    """Loads plugins that the user names for a run.
+
+    Args:
+        names: names of plugins; or their identities by name, "" for any identity.
+
+    Returns:
+        The identities by the plugins' full names, as a run stores them.
+
+    Raises:
+        UserError: a plugin cannot be loaded (:func:`load`), or has another identity.
+    """
+    wanted = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
+    result = {}
+    for name, identity in wanted.items():
+        plugin = load(name)
+        if identity and plugin.identity != identity:
+            raise UserError(
+                f"The plugin {plugin.name} is not the one that the settings name ({_short(identity)} there, "
+                f"{_short(plugin.identity)} now): put it back, or take the identity out of the settings."
+            )
+        result[plugin.name] = plugin.identity
+    return result
+
+
+def used(names: Mapping[str, str]) -> dict[str, str]:
+    """The identities, by name, of the loaded plugins that registered one of ``names``, or a metric.
+
+    Args:
+        names: the name that a run uses, by kind (a key of `REGISTRIES`).
+    """
+    return {
+        plugin.name: plugin.identity
+        for plugin in _LOADED.values()
+        if "metric" in plugin.added or any(name in plugin.added.get(kind, ()) for kind, name in names.items())
+    }
+
+
+def now(stored: Mapping[str, str]) -> dict[str, str]:
+    """The loaded plugins that stand for those of a stored run, as identities by name."""
+    found = [(name, identity, _stand_in(name, identity)) for name, identity in stored.items()]
+    return dict((name, text) if plugin is None else (plugin.name, plugin.identity) for name, text, plugin in found)
+
+
+def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
+    """Loads the plugins of a stored run, as far as they may be executed.
+
+    Args:
+        stored: identities by name, as in the run's ``config.toml``.
+        folder: the run folder, for error messages.
+        trusted: names of plugins that may be executed whatever the folder is and even if they have changed.
+
+    Raises:
+        UserError: a plugin is missing, has changed, or was never used by this user on this machine, and is neither
+            ``trusted`` nor loaded.
+    """
+    for name, identity in stored.items():
+        if _stand_in(name, identity) is not None:
+            continue
+        again = f"--plugin {shlex.quote(name)}"
+        if any(each == name or (each.endswith(".py") and os.path.realpath(each) == name) for each in trusted):
+            load(name)
+            continue
+        try:
+            full, path = _located(name)
+            present = _module_identity(name) if path is None else _file_identity(_content(path))
+        except UserError as error:
+            raise UserError(
+                f"The run in {folder} needs a plugin that is not there: {str(error).rstrip('.')}; where it has moved, "
+                "give it again with --plugin."
+            ) from None
+        if present != identity:
+            raise UserError(
+                f"The plugin {name} has changed since the run in {folder} began ({_short(identity)} then, "
+                f"{_short(present)} now): put back the former one, or give the plugin again to go on with the changed "
+                f"one, {again}."
+            )
+        if full != name or not _remembered(name, identity):
+            raise UserError(
+                f"{Path(folder) / 'config.toml'} names code to run, the plugin {name}, and a run folder may come from "
+                f"anyone: where you trust that code, give the plugin again, {again}."
+            )
+        load(name)
+        _LOADED[name] = replace(_LOADED[name], given=False)
+
+
+def _short(identity: str) -> str:
+    return re.sub(r"(sha256:\w{12})\w*", r"\1", identity)
+
+
+def check_given(names: Iterable[str], stored: Mapping[str, str], folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where a plugin that is given to resume a run is none of that run."""
+    for text in names:
+        plugin = load(text)
+        if not any(_stands_for(plugin, name, identity) for name, identity in stored.items()):
+            raise UserError(
+                f"The run in {folder} has no plugin {plugin.name}: leave it out to resume the run, or start a new run "
+                "without --resume."
+            )
+
+
+def _stand_in(name: str, identity: str) -> Plugin | None:
+    """The loaded plugin that is a stored one: the same content, or one that the user has named in its place."""
+    same = _LOADED.get(name)
+    if same is not None and (same.given or same.identity == identity):
+        return same
+    return next((each for each in _LOADED.values() if each.given and _stands_for(each, name, identity)), None)
+
+
+def _stands_for(plugin: Plugin, name: str, identity: str) -> bool:
+    """Whether a plugin is the stored one, or the same file after it was moved."""
+    moved = plugin.source is not None and (plugin.identity == identity or Path(plugin.name).name == Path(name).name)
+    return plugin.name == name or moved
+
+
+# -- which plugins a user has run --------------------------------------------------------------------------------------
+
+
+def remember(plugins: Mapping[str, str]) -> None:
+    """Notes in the user's cache folder that a run of this user executes these plugins.
+
+    Without a cache folder that can be written to, a resumed run asks for ``--plugin`` again.
+    """
+    for name, identity in plugins.items():
+        with suppress(OSError, UserError):
+            path = _note(name, identity)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def _remembered(name: str, identity: str) -> bool:
+    try:
+        # Where several users share a cache folder, each has executed other plugins.
+        return _note(name, identity).stat().st_uid == os.geteuid()
+    except (OSError, UserError):
+        return False
+
+
+def _note(name: str, identity: str) -> Path:
+    return cache_folder("plugins") / hashlib.sha256(f"{name}\n{identity}".encode()).hexdigest()
+
+
+# -- worker processes --------------------------------------------------------------------------------------------------
+
+
+def sent(stored: Mapping[str, str]) -> list[Plugin]:
+    """The plugins of a run for another process, which gets the content of files as this process has executed it."""
+    found = [_stand_in(name, identity) for name, identity in stored.items()]
+    return [plugin for plugin in found if plugin is not None]
+
+
+def receive(plugins: Iterable[Plugin]) -> None:
+    """Loads plugins that another process has :func:`sent`.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
+    for plugin in plugins:
+        if plugin.name not in _LOADED:
+            _LOADED[plugin.name] = _execute(plugin)
+
+
+# -- options of registered functions -----------------------------------------------------------------------------------
+
+
+def keyword_options(function: Callable[..., Any], own: Collection[str]) -> dict[str, Any]:
+    """The options that a registered function has: its keyword parameters with their defaults.
+
+    Args:
+        function: the function.
+        own: names of parameters that fedkern gives itself; they are no options.
+
+    Raises:
+        TypeError: a parameter has no default, or the function takes any keywords or any further arguments.
+    """
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in own:
+            continue
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"{function.__qualname__}: expected options as named parameters, given {parameter}")
+        if parameter.default is parameter.empty:
+            raise TypeError(f"{function.__qualname__}: expected a default for the option {name}, given none")
+        options[name] = parameter.default
+    return options

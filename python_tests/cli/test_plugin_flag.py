@@ -1,0 +1,274 @@
+"""``--plugin``: what a plugin registers is known like fedkern's own, and no run folder executes one by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from importlib.metadata import EntryPoint
+
+import pytest
+from interrupted import Kill, KillAt, outcome
+from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+
+from fedkern import plugins
+from fedkern.engine import RunConfig, attack, read_metrics, read_model, run
+from fedkern.errors import UserError
+from fedkern.run import main
+
+pytestmark = pytest.mark.usefixtures("plugged")
+
+TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
+        "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip
+SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, "width": 4, "grad_cam": 0,
+            "data": "digits", "partition": "iid", "data_options": {"test_samples": 20}}  # fmt: skip
+
+
+@pytest.fixture
+def marked(tmp_path):
+    return Marked(tmp_path / "plugin")
+
+
+@pytest.fixture
+def begun(marked, tmp_path):
+    """The folder of a run with a plugin, killed after its first round; the process has forgotten the plugin since."""
+    out = tmp_path / "run"
+    config = RunConfig.make("mine", plugins=[str(marked.path)], rounds=2, **SETTINGS)
+    with pytest.raises(Kill):
+        run(config, out=out, listener=KillAt("round", 1))
+    unload_all()
+    assert marked.runs == 1
+    return out
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_list_help_and_errors_know_what_a_plugin_registers(result, fails, marked):
+    flag = ["--plugin", str(marked.path)]
+    assert "mine" not in result("list")[0]
+    assert "  mine " in result("list", *flag)[0]
+    assert json.loads(result("list", "--json", *flag)[0])["methods"]["mine"] == "A method of a test."
+    text, _ = result("mine", "--help", *flag)
+    assert "mine: A method of a test." in text
+    assert "weighting" in text
+    assert "mine," in " ".join(text.split())  # among the methods
+    assert 'Did you mean "mine"?' in fails("minee", *flag)
+    assert "--method-option weighting=VALUE" in fails("mine", "--weighting", "uniform", *flag)
+
+
+def test_the_examples_show_their_options(result):
+    text, _ = result("fedavgm", "--help", "--plugin", str(EXAMPLES / "fedavgm.py"))
+    assert "momentum of the server; in [0, 1]; default 0.9" in text
+    shown, _ = result("list", "--plugin", str(EXAMPLES / "fedavgm.py"), f"--plugin={EXAMPLES / 'smoothed_labels.py'}")
+    assert "FedAvg with momentum on the server" in shown
+    assert "FedAvg on labels smoothed by 0.1." in shown
+
+
+def test_the_examples_are_short():
+    assert len((EXAMPLES / "fedavgm.py").read_text().splitlines()) < 20
+    assert len((EXAMPLES / "smoothed_labels.py").read_text().splitlines()) < 12
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--plugin", "nowhere.py"], "nowhere.py cannot be read"),
+        (["--plugin="], "--plugin is given without a value"),
+        (["--plugin"], "--plugin: expected one argument"),
+        (["--plugin", "module_that_is_not_there"], "no module that Python can import"),
+        (["--plugin", "own.py"], "own.py registers nothing"),
+    ],
+)
+def test_a_plugin_with_a_mistake_is_one_sentence(fails, tmp_path, words, part):
+    (tmp_path / "own.py").write_text("")
+    assert part in fails("fedavg", *TINY, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.py"]
+
+
+def test_commands_without_plugins_refuse_them(fails, marked):
+    assert "takes no other flags" in fails("doctor", "--plugin", str(marked.path))
+    assert 'does not take "--plugin"' in fails("tune", "--plugin", str(marked.path))
+
+
+def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch, tmp_path, marked):
+    monkeypatch.syspath_prepend(marked.path.parent)
+    points = [EntryPoint("good", "marked", plugins.GROUP), EntryPoint("bad", "not_installed", plugins.GROUP)]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    monkeypatch.setattr(plugins, "_installed", False)
+    assert main(["list"]) == 0
+    out, err = capsys.readouterr()
+    assert "  mine " in out
+    assert err.startswith("warning: The plugin bad of an installed package is left out")
+    assert main(["mine", *TINY, "--rounds", "1", "--quiet", "--out", "run"]) == 0
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert list(stored["plugins"]) == ["marked"]
+    assert "plugins" not in RunConfig.make("fedavg").to_toml()  # a run that uses nothing of a plugin
+
+
+# -- a run stores and reloads its plugins ------------------------------------------------------------------------------
+
+
+def test_a_run_stores_its_plugins_and_repeats_them(result, marked, tmp_path):
+    out, _ = result("mine", *TINY, "--rounds", "1", "--plugin", "plugin/marked.py", "--out", "run")
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert list(stored["plugins"]) == [str(marked.path)]
+    assert stored["plugins"][str(marked.path)].startswith("sha256:")
+    assert f"--plugin {marked.path}" in " ".join(out.split())  # the command for comparison
+    unload_all()
+    result("--config", "run/config.toml", "--rounds", "1", "--out", "again", "--quiet")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "run" / "model.safetensors"
+    ).read_bytes()
+    marked.change()
+    unload_all()
+    runs = marked.runs
+    assert main(["--config", "run/config.toml", "--out", "third"]) == 2
+    assert marked.runs == runs + 1  # the user named it, in a file
+
+
+def test_a_config_file_lists_plugins_by_name(result, marked, tmp_path):
+    (tmp_path / "own.toml").write_text('method = "mine"\nplugins = ["plugin/marked.py"]\nrounds = 1\n')
+    result("--config", "own.toml", *TINY, "--out", "run", "--quiet")
+    assert str(marked.path) in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_config_file_with_plugins_of_another_kind(fails, tmp_path):
+    (tmp_path / "own.toml").write_text('method = "fedavg"\nplugins = 3\n')
+    assert "plugins must be a list of names" in fails("--config", "own.toml")
+
+
+def test_a_killed_run_goes_on_with_its_plugin(result, begun, marked, tmp_path):
+    result("--resume", str(begun), "--quiet")
+    assert marked.runs == 2
+    run(RunConfig.make("mine", rounds=2, **SETTINGS), out=tmp_path / "whole")
+    assert outcome(begun) == outcome(tmp_path / "whole")
+    unload_all()
+    result("--resume", str(begun), "mine", "--quiet")  # finished; the words may name the method
+    result("attack", str(begun))
+
+
+@pytest.mark.parametrize(
+    ("method", "file", "options"),
+    [
+        ("fedavgm", "fedavgm.py", ["--method-option", "beta=0.5"]),
+        pytest.param("smoothed", "smoothed_labels.py", [], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_examples_give_the_same_bits_when_resumed(result, tmp_path, method, file, options):
+    words = [method, *TINY, *options, "--rounds", "2", "--plugin", str(EXAMPLES / file), "--quiet"]
+    result(*words, "--out", "whole")
+    unload_all()
+    with pytest.raises(Kill):
+        run(RunConfig.load(tmp_path / "whole"), out=tmp_path / "run", listener=KillAt("round", 1))
+    unload_all()
+    result("--resume", "run", "--quiet")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+# -- what no run folder executes ---------------------------------------------------------------------------------------
+
+
+def untouched(fails, begun, marked, runs, *parts):
+    """Every command ends in one sentence, executes nothing and leaves the folder as it is."""
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    for words in (["--resume", str(begun)], ["--resume", str(begun), "mine"], ["attack", str(begun)]):
+        sentence = fails(*words)
+        for part in parts:
+            assert part in sentence
+    for look in (RunConfig.load, attack):
+        with pytest.raises(UserError):
+            look(begun)
+    assert marked.runs == runs
+    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_plugin_is_not_executed_unless_given_again(fails, result, begun, marked):
+    marked.change()
+    untouched(fails, begun, marked, 1, f"The plugin {marked.path} has changed since", f"--plugin {marked.path}")
+    result("--resume", str(begun), "--plugin", str(marked.path), "--quiet")
+    assert marked.runs == 2
+    summary = json.loads((begun / "summary.json").read_text())
+    assert str(marked.path) in summary["diagnostics"]["other-plugin"]
+
+
+def test_a_folder_from_elsewhere_executes_nothing_unless_the_plugin_is_given(
+    fails, result, begun, marked, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of somebody else"))
+    untouched(fails, begun, marked, 1, "names code to run", f"--plugin {marked.path}")
+    result("--resume", str(begun), "--plugin", str(marked.path), "--quiet")
+    assert marked.runs == 2
+    unload_all()
+    result("--resume", str(begun), "--quiet")  # now this user has run it
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of a third"))
+    unload_all()
+    assert "names code to run" in fails("attack", str(begun))
+    result("attack", str(begun), "--plugin", str(marked.path))
+
+
+def test_a_plugin_that_another_user_has_run_is_not_trusted(fails, begun, marked, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    untouched(fails, begun, marked, 1, "names code to run")
+
+
+def test_a_plugin_that_is_gone_or_has_moved(fails, result, begun, marked, tmp_path):
+    moved = tmp_path / "elsewhere" / "marked.py"
+    moved.parent.mkdir()
+    shutil.move(marked.path, moved)
+    untouched(fails, begun, marked, 1, "needs a plugin that is not there", "give it again with --plugin")
+    result("--resume", str(begun), "--plugin", str(moved), "--quiet")
+    assert marked.runs == 2
+
+
+def test_a_plugin_of_no_run_is_refused(fails, begun, marked, tmp_path):
+    other = Marked(tmp_path / "other", name="another")
+    other.path = other.path.rename(other.path.with_name("another.py"))
+    assert f"has no plugin {other.path}" in fails("--resume", str(begun), "--plugin", str(other.path))
+
+
+def test_the_library_executes_a_trusted_plugin(begun, marked, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="names code to run"):
+        RunConfig.load(begun)
+    assert marked.runs == 1
+    config = RunConfig.load(begun, trusted=[str(marked.path)])
+    assert marked.runs == 2
+    assert run(config, out=begun, resume=True)["rounds"] == 2
+    assert len(read_metrics(begun)) == 2
+    unload_all()
+    model, _ = read_model(begun)  # its network is fedkern's own: nothing of the plugin is needed
+    assert marked.runs == 2
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+NETWORK = """\
+import pathlib
+from fedkern.models import CNN, MODELS, ModelEntry
+with pathlib.Path({marker!r}).open("a") as file:
+    file.write("ran\\n")
+
+def slim(*, classes, channels, width, stem):
+    return CNN(classes=classes, channels=channels, width=width)
+
+MODELS["slim"] = ModelEntry("slim", "a narrow network of a test", 4, 8, slim)
+"""
+
+
+def test_a_network_of_a_plugin_is_read_back_under_the_same_rules(result, fails, marked, monkeypatch, tmp_path):
+    marked.path.write_text(NETWORK.format(marker=str(marked.marker)))
+    words = [word for word in TINY if word not in ("--width", "4")]
+    result(
+        "fedavg", *words, "--rounds", "1", "--model", "slim", "--plugin", str(marked.path), "--out", "run", "--quiet"
+    )
+    assert "slim" in " ".join(result("--help", "--plugin", str(marked.path))[0].split())
+    unload_all()
+    model, about = read_model(tmp_path / "run")
+    assert (about["model"], about["width"], marked.runs) == ("slim", 4, 2)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    unload_all()
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of somebody else"))
+    with pytest.raises(UserError, match="names code to run"):
+        read_model(tmp_path / "run")
+    assert marked.runs == 2
+    assert read_model(tmp_path / "run", trusted=[str(marked.path)])[1]["model"] == "slim"

@@ -1,0 +1,220 @@
+"""Data sets that users register as functions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fedkern.data import (
+    DATASETS,
+    DataOption,
+    FederatedData,
+    PartitionStatistics,
+    Source,
+    Split,
+    load,
+    memory_pool,
+    register_data,
+)
+from fedkern.errors import UserError
+
+N = 40
+SIDE = DataOption(8, "side", low=4, high=64)
+
+
+def pools(count=N, classes=2, channels=1, dtype=torch.uint8, shift=0):
+    labels = torch.arange(count) % classes + shift
+    images = (labels * 100)[:, None, None, None].expand(count, channels, 8, 8).contiguous().to(dtype)
+    return {
+        "train": memory_pool(images, labels, "train"),
+        "validation": memory_pool(images[:8], labels[:8], "validation"),
+        "tests": {"": memory_pool(images[:16], labels[:16], "test")},
+    }
+
+
+def source(**changed):
+    made = Source(classes=("a", "b"), **pools(), mean=(0.5,), std=(0.5,), augment="none")
+    return dataclasses.replace(made, **changed)
+
+
+def split(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    return Split(torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator), labels)
+
+
+def federated(clients=3, **changed):
+    splits = tuple(split(10 + k, k) for k in range(clients))
+    made = FederatedData(
+        name="any", classes=("a", "b"), clients=splits, validation=split(8, 90), tests={"": split(12, 91)},
+        mean=(0.5,), std=(0.5,), augment="none",
+        statistics=PartitionStatistics.of([one.labels.numpy() for one in splits], ("a", "b"), "own"),
+    )  # fmt: skip
+    return dataclasses.replace(made, **changed)
+
+
+@pytest.fixture
+def registered():
+    """Registers functions for the length of a test."""
+    before = dict(DATASETS)
+    yield register_data
+    DATASETS.clear()
+    DATASETS.update(before)
+
+
+def test_a_source_is_shared_out_like_fedkerns_own(registered):
+    seen = {}
+
+    @registered("own", clients=4, partition="iid")
+    def own(root=None, *, noise=0.5, name="x", size=SIDE):
+        """A source of a test."""
+        seen.update(root=root, noise=noise, name=name, size=size)
+        return source()
+
+    data = load("own", root="somewhere", options={"noise": "0.25", "size": "16"})
+    assert seen == {"root": "somewhere", "noise": 0.25, "name": "x", "size": 16}
+    assert data.name == "own"
+    assert data.client_sizes == (10, 10, 10, 10)
+    assert data.statistics.partition == "iid"
+    again = load("own", root="somewhere", options={"noise": "0.25", "size": "16"})
+    for mine, theirs in zip(data.clients, again.clients, strict=True):
+        assert torch.equal(mine.images, theirs.images)
+    assert len(load("own", clients=2, train_samples=20, options={"test_samples": 5}).tests[""]) == 5
+    assert DATASETS["own"].description == "A source of a test."
+    assert DATASETS["own"].needs_root
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nois": 1}, 'has no option "nois".*Did you mean "noise"'),
+        ({"noise": "much"}, 'option noise of data set "own": expected a number'),
+        ({"size": 100}, "from 4 to 64"),
+    ],
+)
+def test_options_are_checked(registered, options, message):
+    @registered("own")
+    def own(noise=0.5, size=SIDE):
+        """A source."""
+        return source()
+
+    with pytest.raises(UserError, match=message):
+        load("own", options=options)
+
+
+def test_federated_data_keep_their_clients(registered):
+    @registered("own")
+    def own():
+        """Three clients."""
+        return federated()
+
+    data = load("own", options={"test_samples": 6, "validation_samples": 4, "backdoor_clients": 1})
+    assert (data.name, data.client_sizes, len(data.validation)) == ("own", (10, 11, 12), 4)
+    assert set(data.tests) == {"", "backdoor"}
+    assert len(data.tests[""]) == 6
+    assert load("own", clients=3).client_sizes == (10, 11, 12)
+    for given, message in (
+        ({"clients": 7}, "has 3 clients, not 7"),
+        ({"partition": "classes:1"}, "leave --partition out"),
+        ({"train_samples": 10}, "leave --train-samples out"),
+        ({"public_samples": 10}, "leave --public-samples out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load("own", **given)
+
+
+def test_a_function_may_take_clients_partition_and_seed(registered):
+    @registered("own", clients=2, partition="iid")
+    def own(clients, partition, seed):
+        """As many clients as asked for."""
+        assert (partition, seed) == ("classes:1", 5)
+        return federated(clients)
+
+    assert len(load("own", clients=5, partition="classes:1", seed=5).clients) == 5
+
+
+def test_a_function_that_makes_another_number_of_clients_is_told(registered):
+    @registered("own", clients=2, partition="iid")
+    def own(clients):
+        """Always three."""
+        return federated(3)
+
+    with pytest.raises(UserError, match="has 3 clients, not 2"):
+        load("own")
+
+
+WRONG = {
+    "nothing": (lambda: None, "returns NoneType, expected fedkern.data.Source or FederatedData"),
+    "exception": (lambda: 1 // 0, r"fails \(ZeroDivisionError"),
+    "user error": (lambda: (_ for _ in ()).throw(UserError("the file is not there")), "^the file is not there$"),
+    "task": (lambda: federated(validation=Split(torch.zeros(2, 1, 8, 8).byte(), torch.zeros(2, 8, 8).long())),
+             "returns data for segmentation, but is registered for classification"),
+    "label": (lambda: source(classes=("a",)), "returns the label 1 in train, where the classes are 0 to 0"),
+    "negative label": (lambda: source(**pools(shift=-1)), "returns the label -1 in train"),
+    "label of a client": (lambda: federated(classes=("a",)), "returns the label 1 in client 0"),
+    "images": (lambda: source(**pools(dtype=torch.float32)), "cannot be read .*images: expected uint8"),
+    "channels": (lambda: source(**pools(channels=3)), "images of 3 channels with 1 means"),
+    "channels of clients": (lambda: federated(mean=(0.5, 0.5)), "images of 1 channels with 2 means and 1 standard"),
+    "no test": (lambda: source(tests={}), "returns no test set"),
+    "no client": (lambda: dataclasses.replace(federated(), clients=()), "no client"),
+    "no sample": (lambda: source(train=memory_pool(torch.zeros(0, 1, 8, 8).byte(), torch.zeros(0).long(), "x")),
+                  "returns no training sample"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message):
+    @registered("own")
+    def own():
+        """Something."""
+        return make()
+
+    with pytest.raises(UserError, match=message) as told:
+        load("own")
+    assert "\n" not in str(told.value)
+
+
+def test_registering_wrongly(registered):
+    def plain():
+        """A source."""
+
+    with pytest.raises(ValueError, match='data set "digits" is already registered'):
+        registered("digits")(plain)
+    with pytest.raises(UserError, match='unknown partition "iidd"'):
+        registered("own", partition="iidd")
+    with pytest.raises(ValueError, match="task: expected one of"):
+        registered("own", task="regression")
+    with pytest.raises(ValueError, match="clients: expected at least 1"):
+        registered("own", clients=0)
+    with pytest.raises(TypeError, match="needs a docstring"):
+        registered("own")(lambda: None)
+    with pytest.raises(TypeError, match="test_samples is an option of every data set"):
+
+        @registered("own")
+        def common(test_samples=3):
+            """A source."""
+
+    with pytest.raises(TypeError, match="expected a default for the option size"):
+
+        @registered("own")
+        def open_ended(size):
+            """A source."""
+
+    for default in (True, None, (1, 2)):
+        with pytest.raises(TypeError, match="expected a text, a number or a DataOption"):
+
+            @registered("own")
+            def odd(size=default):
+                """A source."""
+
+    with pytest.raises(TypeError, match="expected options as named parameters"):
+
+        @registered("own")
+        def anything(**options):
+            """A source."""
+
+    assert "own" not in DATASETS
+    registered("own")(plain)
+    registered("own")(plain)  # a notebook's cell, run again

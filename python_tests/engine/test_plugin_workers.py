@@ -1,0 +1,49 @@
+"""A plugin's method in worker processes: the bits of clients one after another."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from interrupted import outcome
+from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+
+from fedkern import plugins
+from fedkern.engine import RunConfig, run
+from fedkern.engine.executors.workers import Workers
+from fedkern.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("plugged")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Workers have started before the first client works."""
+    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("method", "file"), [("fedavgm", "fedavgm.py"), ("smoothed", "smoothed_labels.py")])
+def test_the_examples_have_the_same_bits(method, file, make_data, tmp_path):
+    settings = {"width": 2, "rounds": 3, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 0}
+    config = RunConfig.make(method, plugins=[str(EXAMPLES / file)], **settings)
+    for workers in ("1", "2", "3"):
+        run(config.replace(workers=workers), out=tmp_path / workers, data=make_data())
+    serial = outcome(tmp_path / "1")
+    assert "no-workers" not in serial[2]["diagnostics"]
+    assert outcome(tmp_path / "2") == serial
+    assert outcome(tmp_path / "3") == serial
+
+
+def test_another_process_gets_the_content_that_this_one_has_executed(tmp_path):
+    marked = Marked(tmp_path)
+    stored = plugins.given([str(marked.path)])
+    sent = plugins.sent(stored)
+    marked.path.unlink()
+    name = METHODS["mine"].__module__
+    unload_all()
+    plugins.receive(sent)
+    assert METHODS["mine"].__module__ == name  # what a pickle of the method refers to
+    plugins.receive(sent)
+    assert marked.runs == 2
+    assert plugins.sent({}) == []

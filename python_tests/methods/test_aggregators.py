@@ -1,0 +1,215 @@
+"""--aggregator: robust rules in place of the mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from smallest import SETTINGS
+
+from fedkern import ops
+from fedkern.engine import RunConfig, read_model, run
+from fedkern.errors import UserError
+from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
+from fedkern.methods.aggregators import Gathered, Rule
+
+SIZES = (20, 13, 9, 15, 11)
+PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}
+
+
+@pytest.fixture
+def rules():
+    """Takes back what a test registers."""
+    before = dict(AGGREGATORS)
+    yield register_aggregator
+    AGGREGATORS.clear()
+    AGGREGATORS.update(before)
+
+
+def vectors(count=7, size=5):
+    return list(torch.randn(count, size, generator=torch.Generator().manual_seed(1)))
+
+
+WEIGHTS = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("median", lambda x, w: ops.median(x, w)),
+        ("trimmed_mean", lambda x, w: ops.trimmed_mean(x, 1, w)),
+        ("trimmed_mean:trim=2", lambda x, w: ops.trimmed_mean(x, 2, w)),
+        ("krum", lambda x, w: ops.krum(x, 1, 1)),
+        ("krum:keep=3,byzantine=2", lambda x, w: ops.krum(x, 2, 3)),
+        ("geometric_median", lambda x, w: ops.geometric_median(x, w)),
+    ],
+)
+def test_a_rule_is_the_operator(text, expected):
+    assert torch.equal(Rule(text)(vectors(), WEIGHTS), expected(vectors(), WEIGHTS))
+
+
+def test_the_text_of_a_rule_is_the_same_for_every_spelling():
+    for text in ("krum", " krum ", "krum:byzantine=1", "krum:keep=1, byzantine = 1"):
+        assert Rule(text).text == "krum:byzantine=1,keep=1"
+    assert Rule("median").text == "median"
+    assert RunConfig.make("fedavg", aggregator="trimmed_mean").aggregator == "trimmed_mean:trim=1"
+    assert RunConfig.make("fedavg").aggregator == "mean"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("medien", '--aggregator must be one of mean, median, .*, not "medien".*Did you mean "median"'),
+        ("median:trim=1", 'has no option "trim=1".*It has no options'),
+        ("krum:keeps=1", 'has no option "keeps=1".*Did you mean "keep".*It has byzantine, keep'),
+        ("krum:", 'has no option ""'),
+        ("krum:keep", 'has no option "keep"'),
+        ("krum:keep=1,keep=2", "has the option keep twice"),
+        ("krum:keep=many", 'Option "keep" of --aggregator krum must be an integer, not "many"'),
+    ],
+)
+def test_a_text_that_is_no_rule(text, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.make("fedavg", aggregator=text)
+
+
+@pytest.mark.parametrize("method", ["feddf", "ensemble", "fediod", "local"])
+def test_methods_that_do_not_average_refuse_it(method):
+    with pytest.raises(UserError, match=f"--aggregator is for methods that average .* {method} with these options"):
+        RunConfig.make(method, aggregator="median")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trimmed_mean:trim=3", r"trim=3 cannot combine 5 uploads \(trim must be less than half"),
+        ("trimmed_mean:trim=-1", "cannot combine 5 uploads"),
+        ("krum:byzantine=2", r"cannot combine 5 uploads \(byzantine must be less than"),
+    ],
+)
+def test_too_few_clients_are_found_before_anything_is_written(make_data, make_config, tmp_path, text, message):
+    config = make_config("fedavg", aggregator=text)
+    with pytest.raises(UserError, match=message):
+        run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert not (tmp_path / "run").exists()
+
+
+def trained(make_data, make_config, out, **settings):
+    run(make_config("fedavg", **settings), out=out, data=make_data(SIZES))
+    return torch.cat([value.flatten().double() for value in read_model(out)[0].state_dict().values()])
+
+
+class Hostile(FedAvg):
+    """FedAvg with a client whose upload is far away."""
+
+    def client_update(self, client, step, message):
+        answer = super().client_update(client, step, message)
+        if client.id == 2:
+            answer["parameters"] = answer["parameters"] + 1e3
+        return answer
+
+
+def test_the_mean_is_untouched_and_robust_rules_ignore_an_outlier(make_data, make_config, tmp_path, monkeypatch):
+    usual = trained(make_data, make_config, tmp_path / "usual")
+    assert torch.equal(trained(make_data, make_config, tmp_path / "mean", aggregator="mean"), usual)
+    monkeypatch.setitem(METHODS, "fedavg", Hostile)
+    for i, text in enumerate(("median", "trimmed_mean", "krum", "geometric_median", "mean")):
+        found = trained(make_data, make_config, tmp_path / str(i), aggregator=text)
+        far = float((found - usual).abs().max())
+        assert (far < 20) == (text != "mean"), text
+
+
+AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).averages]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", AVERAGING)
+def test_every_method_that_averages_takes_a_rule(method, make_data, make_public, make_pairs, make_config, tmp_path):
+    plan = {"rounds": None} if METHODS[method].one_shot else {}
+    settings = {**plan, "aggregator": "median", **SETTINGS.get(method, {}), **PERSONAL.get(method, {})}
+    pairs = "classification" not in METHODS[method].tasks
+    data = make_pairs() if pairs else make_public(make_data(), 12)
+    run(make_config(method, **settings), out=tmp_path / "run", data=data)
+
+
+def test_krum_takes_a_client_with_its_running_statistics(make_data, make_config, tmp_path, monkeypatch):
+    seen = []
+
+    class Keeping(FedAvg):
+        """FedAvg that looks at its uploads."""
+
+        def server_update(self, server, step, uploads):
+            kept = list(uploads)
+            super().server_update(server, step, iter(kept))
+            whole = {name: server.state[name] for name in ("parameters", "buffers")}
+            seen.append([all(torch.equal(each.message[name], value) for name, value in whole.items()) for each in kept])
+
+    monkeypatch.setitem(METHODS, "fedavg", Keeping)
+    run(make_config("fedavg", aggregator="krum"), out=tmp_path / "run", data=make_data(SIZES))
+    assert [found.count(True) for found in seen] == [1, 1]
+
+
+def test_gathered_vectors_are_cut_as_they_came():
+    gathered = Gathered(Rule("trimmed_mean:trim=0"))
+    for k, weight in enumerate((1.0, 3.0)):
+        message = {"parameters": torch.full((3,), float(k)), "buffers": torch.full((2,), 10.0 * k), "integers": 0}
+        gathered.add(message, weight)
+    found = gathered.result()
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "parameters": [0.75, 0.75, 0.75],
+        "buffers": [7.5, 7.5],
+    }
+    assert Gathered(Rule("median")).result() == {}
+
+
+def test_a_rule_of_ones_own(rules, make_data, make_config, tmp_path):
+    calls = []
+
+    @rules("first")
+    def first(vectors, weights, which=0, doubled=False):
+        """One client's network."""
+        calls.append((len(vectors), weights.tolist(), which))
+        return vectors[which] * (2 if doubled else 1)
+
+    config = make_config("fedavg", aggregator="first:which=3")
+    assert config.aggregator == "first:which=3,doubled=false"
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert calls == [(5, [float(n) for n in SIZES], 3)] * 2
+    uniform = make_config("fedavg", aggregator="first", options={"weighting": "uniform"})
+    run(uniform, out=tmp_path / "uniform", data=make_data(SIZES))
+    assert calls[-1] == (5, [1.0] * 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda vectors, weights: 1 / 0, r"cannot combine 5 uploads \(ZeroDivisionError"),
+        (lambda vectors, weights: vectors, "must return one floating-point vector of .* elements, not list"),
+        (lambda vectors, weights: vectors[0][:3], r"not torch.float32 \[3\]"),
+        (lambda vectors, weights: vectors[0].long(), "not torch.int64"),
+    ],
+)
+def test_what_a_rule_gets_wrong(rules, make_data, make_config, tmp_path, wrong, message):
+    wrong.__doc__ = "Wrong."
+    rules("wrong")(wrong)
+    with pytest.raises(UserError, match=message):
+        run(make_config("fedavg", aggregator="wrong"), out=tmp_path / "run", data=make_data(SIZES))
+    assert not (tmp_path / "run").exists()
+
+
+def test_registering_wrongly(rules):
+    def good(vectors, weights):
+        """Good."""
+
+    with pytest.raises(ValueError, match='aggregator "mean" is already registered'):
+        rules("mean")(good)
+    with pytest.raises(TypeError, match="needs a docstring"):
+        rules("own")(lambda vectors, weights: None)
+    for function, message in (
+        (lambda vectors: None, "expected the parameters vectors and weights, given 1"),
+        (lambda vectors, weights, trim: None, "expected a default for the option trim"),
+        (lambda vectors, weights, trim=None: None, "expected a text or a number as default of trim"),
+    ):
+        function.__doc__ = "Wrong."
+        with pytest.raises(TypeError, match=message):
+            rules("own")(function)
+    assert "own" not in AGGREGATORS
