@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import fedkern
+from fedkern import plugins
 from fedkern.engine import Listener
 from fedkern.run import main
 
@@ -82,6 +83,17 @@ def test_runs_in_memory_are_extended_with_their_data(tmp_path):
     assert short.metrics == long.metrics
     with pytest.raises(fedkern.UserError, match="given through Python"):
         fedkern.load("long").evaluate()
+
+
+def test_the_method_of_a_plugin_runs():
+    file = str(Path(__file__).parents[1] / "examples/plugins/smoothed_labels.py")
+    try:
+        run = fedkern.simulate("smoothed", plugins=[file], rounds=1, out="run", **TINY)
+        assert list(fedkern.load("run").config.plugins) == list(run.config.plugins) == [file]
+    finally:
+        plugins.unload(file)
+    with pytest.raises(fedkern.UserError, match='Unknown method "smoothed"'):
+        fedkern.simulate("smoothed", **TINY)
 
 
 def test_events_reach_a_listener():
