@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedkern.data import FederatedData, register_data
     from fedkern.errors import UserError
     from fedkern.methods import option, register, register_aggregator, register_metric
+    from fedkern.models import register_model
 
 try:
     __version__ = metadata.version("fedkern")
@@ -33,6 +34,7 @@ __all__ = [
     "register_aggregator",
     "register_data",
     "register_metric",
+    "register_model",
     "simulate",
 ]
 
@@ -41,6 +43,7 @@ _LAZY = {
     **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
     "UserError": "fedkern.errors",
+    "register_model": "fedkern.models",
 }
 """Names that are imported on first use, with their modules: torch takes a second to load."""
 

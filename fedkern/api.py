@@ -68,11 +68,18 @@ class Run:
         config: the run's settings.
     """
 
-    def __init__(self, out: Path | str, *, data: FederatedData | None = None, trusted: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        out: Path | str,
+        *,
+        data: FederatedData | None = None,
+        model: nn.Module | None = None,
+        trusted: Collection[str] = (),
+    ) -> None:
         check_run_folder(out)
         self.out = Path(out)
         self.config = RunConfig.load(out, trusted=trusted, device="cpu")
-        self._data, self._trusted = data, tuple(trusted)
+        self._data, self._model, self._trusted = data, model, tuple(trusted)
 
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
@@ -105,7 +112,7 @@ class Run:
         Raises:
             UserError: the run is not finished, or a file is damaged.
         """
-        return engine.read_model(self.out, self._trusted)[0]
+        return engine.read_model(self.out, self._trusted, self._model)[0]
 
     def predict(self, images: Any) -> Tensor:
         """Probabilities of the classes.
@@ -123,7 +130,7 @@ class Run:
         """
         from fedkern.downstream.prediction import Predictor
 
-        predictor = Predictor.open(self.out, self._trusted)
+        predictor = Predictor.open(self.out, self._trusted, self._model)
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.ascontiguousarray(images))
         if isinstance(images, Tensor):
@@ -146,12 +153,14 @@ class Run:
 
         own = self._data if data is None else data
         root = None if data_root is None else str(data_root)
-        return evaluate_run(self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted)
+        return evaluate_run(
+            self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted, model=self._model
+        )
 
     def resume(self, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto") -> Run:
         """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself."""
         config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers))
-        _play(config, self.out, self._data, progress, listener, resume=True, trusted=self._trusted)
+        _play(config, self.out, self._data, self._model, progress, listener, resume=True, trusted=self._trusted)
         return self
 
     def extend(
@@ -172,6 +181,7 @@ def simulate(
     method: str,
     *,
     data: str | FederatedData | None = None,
+    model: str | nn.Module | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     listener: Listener | None = None,
@@ -186,6 +196,8 @@ def simulate(
     Args:
         method: name of the method.
         data: name of a data set, or federated data in memory.
+        model: name of a network, its code (``FILE.py:NAME``), or a module, which is copied and whose weights are the
+            initial ones.
         out: the run folder; default ``runs/<method>-<data>-<time>``.
         progress: show the run's progress on standard error.
         listener: receives the run's events too.
@@ -213,38 +225,49 @@ def simulate(
     }
     if memory is not None:
         plain = {"clients": len(memory.clients), **plain, "data": memory.name}
-        if memory.task == "segmentation":
-            plain.setdefault("model", "unet")
+        if memory.task == "segmentation" and model is None:
+            model = "unet"
     elif data is not None:
         plain["data"] = data
+    if isinstance(model, str):
+        plain["model"] = model
+    module = model if isinstance(model, nn.Module) else None
     config = RunConfig.make(method, options=options, **cast(Any, plain))
     folder = _reserved(config) if out is None else Path(out)
     try:
-        _play(config, folder, memory, progress, listener, resume=False)
+        _play(config, folder, memory, module, progress, listener, resume=False)
     finally:
         if out is None and not any(folder.iterdir()):
             folder.rmdir()
-    return Run(folder, data=memory)
+    return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins])
 
 
-def load(out: str | Path, *, data: FederatedData | None = None, trusted: Collection[str] = ()) -> Run:
+def load(
+    out: str | Path,
+    *,
+    data: FederatedData | None = None,
+    model: nn.Module | None = None,
+    trusted: Collection[str] = (),
+) -> Run:
     """Opens the folder of a run.
 
     Args:
         out: the run folder.
         data: the run's data, where they were in memory.
+        model: the run's network, where it was a module of a script.
         trusted: code that the folder names and that may be imported, such as ``["python:MODULE:NAME"]``.
 
     Raises:
         UserError: there is no run.
     """
-    return Run(out, data=data, trusted=trusted)
+    return Run(out, data=data, model=model, trusted=trusted)
 
 
 def _play(
     config: RunConfig,
     out: Path,
     data: FederatedData | None,
+    model: nn.Module | None,
     progress: bool,
     listener: Listener | None,
     *,
@@ -256,7 +279,7 @@ def _play(
     shown = display(quiet=not progress, json=False)
     both = shown if listener is None else engine.Listeners(shown, listener)
     try:
-        engine.run(config, out=out, resume=resume, listener=both, data=data, trusted=trusted)
+        engine.run(config, out=out, resume=resume, listener=both, data=data, model=model, trusted=trusted)
     finally:
         shown.close()
 

@@ -85,6 +85,24 @@ def test_runs_in_memory_are_extended_with_their_data(tmp_path):
         fedkern.load("long").evaluate()
 
 
+def test_a_module_is_the_network(tmp_path):
+    clients, test = sites()
+    data = fedkern.FederatedData.from_arrays(clients, test)
+    torch.manual_seed(1)
+    mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    run = fedkern.simulate("fedavg", data=data, model=mine, rounds=2, local_epochs=2, lr=0.1, threads=1, workers=1,
+                           grad_cam=0, out="run", progress=False)  # fmt: skip
+    probabilities = run.predict(test[0][:, None])
+    assert float((probabilities.argmax(1).numpy() == test[1]).mean()) == run.metrics["accuracy"]
+    assert run.model().state_dict().keys() == mine.state_dict().keys()
+    again = fedkern.load("run", data=data, model=mine)
+    assert again.evaluate()["accuracy"] == run.metrics["accuracy"]
+    again.extend(3, progress=False, workers=1)
+    assert again.summary["rounds"] == 3
+    with pytest.raises(fedkern.UserError, match="a module that a script made"):
+        fedkern.load("run").model()
+
+
 def test_the_method_of_a_plugin_runs():
     file = str(Path(__file__).parents[1] / "examples/plugins/smoothed_labels.py")
     try:

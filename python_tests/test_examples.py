@@ -17,6 +17,7 @@ SAYS = {
     "distillation": "The student agrees with the labels on 9",
     "finished_run": "round 3: accuracy",
     "own_method": "accuracy after 3 rounds",
+    "own_model": "accuracy after 3 rounds",
     "whole_models": "arrays: [(32, 20), (32,)",
 }
 
@@ -27,7 +28,7 @@ def test_every_example_is_known() -> None:
 
 def _case(path: Path) -> Any:
     """Whole runs take five seconds."""
-    whole = path.stem in {"finished_run", "own_method"}
+    whole = path.stem in {"finished_run", "own_method", "own_model"}
     return pytest.param(path, id=path.stem, marks=[pytest.mark.exhaustive] if whole else [])
 
 

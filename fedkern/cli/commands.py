@@ -125,14 +125,13 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern import engine
-    from fedkern.methods import METHODS
     from fedkern.report.names import say
     from fedkern.report.progress import display
 
     if request.resume is None:  # the user named this code, in flags or in --config
-        code = tuple(part for _, part in METHODS[config.method].Options.code(config.options))
+        code = tuple(part for _, part in config.code())
     else:
-        code = trusted(out, request.options)
+        code = trusted(out, request.options, request.settings)
     board = _board() if request.tensorboard else None
     shown = display(quiet=request.quiet, json=request.json)
     tee = Listeners(shown) if board is None else Listeners(shown, board)
@@ -153,7 +152,8 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():
-            say(shown.console, f"{how}; continue with: {PROGRAM} --resume {quote(out)}")
+            again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
+            say(shown.console, f"{how}; continue with: {PROGRAM} --resume {again}")
         else:
             say(shown.console, f"{how} before anything was written; start again.")
         return 143 if isinstance(stop, Terminated) else 130
@@ -290,12 +290,14 @@ def catalogue() -> dict[str, dict[str, str]]:
     from fedkern.methods import AGGREGATORS, METHODS, METRICS
     from fedkern.methods.aggregators import Rule
     from fedkern.models import IMAGE_ENCODERS, MODELS, TEXT_ENCODERS
+    from fedkern.named_code import FORMS
 
     metrics = {"metrics": {name: metric.description for name, metric in METRICS.items()}}
     return {
         "methods": {name: METHODS[name].description for name in sorted(METHODS)},
         "data sets": {name: info.description for name, info in DATASETS.items()},
-        "models": {name: entry.description for name, entry in MODELS.items()},
+        "models": {name: entry.description for name, entry in MODELS.items()}
+        | {FORMS.replace(" or ", ", "): "a class or function of your own that returns an nn.Module"},
         "image encoders": dict(IMAGE_ENCODERS) | {"DIR": "any image network of transformers in a local folder"},
         "text encoders": dict(TEXT_ENCODERS) | {"DIR": "any text network of transformers in a local folder"},
         "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
@@ -350,7 +352,7 @@ def attack(request: Request) -> int:
     from fedkern import engine
 
     assert request.folder is not None
-    code = trusted(request.folder, request.options)
+    code = trusted(request.folder, request.options, request.settings)
     root = absolute(request.settings).get("data_root")
     found = engine.attack(request.folder, data_root=root, keep=False, trusted=code)
     if request.json:

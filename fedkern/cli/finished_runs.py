@@ -15,7 +15,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 
 FORMATS = ("onnx", "torch-export", "state-dict")
-FILLED = ("out", "data", "data_root", "workers", "rounds")
+FILLED = ("out", "data", "data_root", "model", "workers", "rounds")
 NAMES = ("evaluate", "predict", "export", "extend")
 
 
@@ -47,6 +47,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
                             help="form of the file; default torch-export")  # fmt: skip
         parser.add_argument("--out", metavar="FILE", help="file to write; default model.onnx, model.pt2 or model.pt in "
                                                           "the run folder")  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="the run's network again, where it names code that may run")
     parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
                         help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
@@ -75,6 +76,7 @@ def parse(words: Sequence[str]) -> Request | None:
     if not found.folder:
         raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
     arguments: dict[str, Any] = {}
+    code = {} if found.model is None else {"model": found.model}
     if command == "extend":
         return _extension(found)
     if command == "evaluate":
@@ -82,7 +84,7 @@ def parse(words: Sequence[str]) -> Request | None:
             command,
             folder=Path(found.folder),
             json=found.json,
-            settings={"data": found.data, **absolute({"data_root": found.data_root})},
+            settings={"data": found.data, **absolute({"data_root": found.data_root}), **code},
             data_options=absolute(key_values(found.data_option, "data_option")),
             options=tuple(found.method_option),
         )
@@ -101,6 +103,7 @@ def parse(words: Sequence[str]) -> Request | None:
         folder=Path(found.folder),
         out=Path(found.out) if found.out else None,
         json=found.json,
+        settings=code,
         options=tuple(found.method_option),
         arguments=arguments,
     )
@@ -110,7 +113,9 @@ def _extension(found: argparse.Namespace) -> Request:
     if found.rounds is None:
         raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
     knobs = {knob.field: knob for knob in RunConfig.knobs()}
-    given = {name: getattr(found, name) for name in ("data_root", "workers") if getattr(found, name) is not None}
+    given = {
+        name: getattr(found, name) for name in ("data_root", "workers", "model") if getattr(found, name) is not None
+    }
     return Request(
         "extend",
         folder=Path(found.folder),
@@ -135,7 +140,8 @@ def evaluate(request: Request) -> int:
     check_backend()
     keep_freed_memory()
     folder, data = _folder(request), request.settings["data"]
-    metrics = evaluate_run(folder, data_options=request.data_options, trusted=_code(request), **request.settings)
+    where = {name: request.settings[name] for name in ("data", "data_root")}
+    metrics = evaluate_run(folder, data_options=request.data_options, trusted=_code(request), **where)
     config = RunConfig.load(folder, device="cpu")
     result = {"method": config.method, "data": data or config.data, "metrics": plain(metrics)}
     text = json.dumps(result, indent=2, allow_nan=False)
@@ -219,7 +225,7 @@ def _folder(request: Request) -> Path:
 
 
 def _code(request: Request) -> tuple[str, ...]:
-    return trusted(_folder(request), request.options)
+    return trusted(_folder(request), request.options, request.settings)
 
 
 def _check_free(out: Path, command: str) -> None:

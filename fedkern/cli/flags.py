@@ -31,7 +31,7 @@ COMMANDS = {
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
 }
 
-FOLDERS = ("config", "out", "resume", "data_root", "teachers")
+FOLDERS = ("config", "out", "resume", "data_root", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 FOLDER_COMMANDS = ("attack",)
@@ -54,7 +54,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "aggregator",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
-    "model": ("model", "width", "image_encoder", "text_encoder"),
+    "model": ("model", "width", "init", "image_encoder", "text_encoder"),
     "run": (),
 }
 METAVARS = {
@@ -68,6 +68,7 @@ METAVARS = {
     "seed": "S",
     "lr_steps": "E,...",
     "aggregator": "RULE",
+    "init": "FILE",
 }
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
@@ -393,7 +394,7 @@ def _check(request: Request) -> None:
     if request.command in FOLDER_COMMANDS and request.folder is None:
         raise UserError(f"{PROGRAM} {request.command} needs the folder of a finished run.")
     if request.command in COMMANDS:
-        allowed = {"data_root"} if request.command in FOLDER_COMMANDS else set()
+        allowed = {"data_root", "model"} if request.command in FOLDER_COMMANDS else set()
         if (
             set(request.settings) - allowed
             or (request.options and request.command not in FOLDER_COMMANDS)
@@ -407,7 +408,7 @@ def _check(request: Request) -> None:
             or request.predictions
             or (request.measure and request.command != "doctor")
         ):
-            also = ", --data-root, --method-option and --plugin" if allowed else " and --plugin"
+            also = ", --data-root, --model, --method-option and --plugin" if allowed else " and --plugin"
             also = " and --measure" if request.command == "doctor" else also
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
     elif request.measure:

@@ -7,6 +7,7 @@ import dataclasses
 from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, quote
 from fedkern.cli.request import one_shot
 from fedkern.engine import RunConfig
+from fedkern.engine.config import FOUND
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -21,7 +22,7 @@ def command_line(method: str, config: RunConfig) -> str:
     words = [PROGRAM, method]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
-        if f.name in ("method", "options", "data_options", "plugins", "left_open") or value is None:
+        if f.name in ("method", "options", "data_options", "plugins", "left_open", *FOUND) or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).records:
             continue  # follows from the method's options

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedkern.data import COMMON_OPTIONS
 from fedkern.engine import RunConfig
-from fedkern.engine.config import check_networks
+from fedkern.engine.config import FOUND, check_networks
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import read_text
@@ -89,6 +89,7 @@ def effective(request: Request) -> RunConfig:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
         table = RunConfig.table(text, source=str(request.config))
+        table = {name: value for name, value in table.items() if name not in FOUND}
     method = request.method or table.get("method")
     if method is None:
         raise UserError(f"Which method? Name it as METHOD or as method in {request.config}.")
@@ -138,16 +139,19 @@ def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict
     return {**values, **{name: make(str(values[name])) for name, make in paths.items()}}
 
 
-def trusted(folder: Path, options: Sequence[str]) -> tuple[str, ...]:
-    """The code that a stored run may import: the code named by method options that the command line repeats.
+def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The code that a stored run may import: the code named by options and by --model that the command line repeats.
 
     Raises:
         UserError: the folder holds no run, or a run with other values of these options.
     """
-    if not options:
+    model = (settings or {}).get("model")
+    if not options and model is None:
         return ()
     stored = RunConfig.load(folder, device="cpu")
     given = named_options(stored.method, options)
-    if changed := stored.replace(options={**stored.options, **given}).differences(stored):
+    named = stored.replace(options={**stored.options, **given}, model=stored.model if model is None else model)
+    if changed := named.differences(stored):
         raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")
-    return tuple(part for _, part in METHODS[stored.method].Options.code(given))
+    own = () if model is None else (named.model,)
+    return (*own, *(part for _, part in METHODS[stored.method].Options.code(given)))

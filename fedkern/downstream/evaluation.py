@@ -31,6 +31,7 @@ def evaluate_run(
     data_root: str | None = None,
     data_options: Mapping[str, object] | None = None,
     trusted: Collection[str] = (),
+    model: nn.Module | None = None,
 ) -> dict[str, float]:
     """Evaluates the network of a finished run.
 
@@ -41,6 +42,7 @@ def evaluate_run(
         data_root: folder of the data's files; for the run's own data the folder where they are now.
         data_options: options of the other data set.
         trusted: what may be imported, see :func:`fedkern.engine.run`.
+        model: the run's network, where a script made it.
 
     Returns:
         The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...
@@ -48,7 +50,7 @@ def evaluate_run(
     Raises:
         UserError: the folder has no finished run, or the data have other classes, another image size or another task.
     """
-    module, about = read_model(out, trusted)
+    module, about = read_model(out, trusted, model)
     config = RunConfig.load(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, FederatedData):
         loaded = data

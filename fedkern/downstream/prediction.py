@@ -57,18 +57,19 @@ class Predictor:
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
 
     @classmethod
-    def open(cls, out: Path | str, trusted: Collection[str] = ()) -> Self:
+    def open(cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None) -> Self:
         """Reads the network of a run folder.
 
         Args:
             out: the run folder.
             trusted: what may be imported, see :func:`fedkern.engine.run`.
+            model: the run's network, where a script made it.
 
         Raises:
             UserError: the folder has no finished run, a run of image-text pairs, or one whose network saw parts of
                 images.
         """
-        module, about = read_model(out, trusted)
+        module, about = read_model(out, trusted, model)
         options = RunConfig.load(out, trusted=trusted, device="cpu").data_options
         for name in PARTS:
             if options.get(name):

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from fedkern import named_code
 from fedkern import plugins as plugin_room
 from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
@@ -28,6 +29,7 @@ from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
 from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
+from fedkern.named_code import FORMS
 from fedkern.privacy import IMAGE, UNITS, Unit
 
 NAME = "config.toml"
@@ -39,6 +41,8 @@ ANYHOW = ("data_root", "workers")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
 BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
+FOUND = ("model_sha256", "model_layout", "init_sha256")
+"""What a run found in the files that its settings name, and compares itself when it is resumed."""
 
 
 def _encoder(name: str) -> str:
@@ -103,7 +107,7 @@ class RunConfig:
     momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
-    model: str = option(COMMON["model"], "network: " + ", ".join(MODELS))
+    model: str = option(COMMON["model"], f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
     width: int | None = option(
         None,
         "channels of the network's first stage, or of a token of the built-in encoders",
@@ -111,6 +115,13 @@ class RunConfig:
         high=65536,
         type=int,
     )  # fmt: skip
+    init: str | None = option(
+        None,
+        "initial weights of the network, a .safetensors file with its names and shapes, such as a run's "
+        "model.safetensors",
+        type=str,
+        path=absolute,
+    )
     image_encoder: str = option(
         COMMON["image_encoder"],
         "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder",
@@ -210,6 +221,9 @@ class RunConfig:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     left_open: frozenset[str] = field(default=frozenset(), compare=False)
     plugins: Mapping[str, str] = field(default_factory=dict)
+    model_sha256: str | None = None
+    model_layout: str | None = None
+    init_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
@@ -218,6 +232,7 @@ class RunConfig:
         object.__setattr__(self, "options", parsed.to_dict())
         object.__setattr__(self, "data_options", dict(self.data_options))
         object.__setattr__(self, "plugins", dict(self.plugins))
+        object.__setattr__(self, "model", named_code.absolute(self.model))
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -479,13 +494,20 @@ class RunConfig:
 
         A run folder is data and may come from anyone.
         """
-        for name, part in registry.get(self.method).Options.code(self.options):
-            if part not in trusted:
-                again = shlex.quote(f"{name}={self.options[name]}")
+        named = {named_code.absolute(part) for part in trusted}
+        for flag, part in self.code():
+            if part not in named:
                 raise UserError(
                     f"{Path(folder) / NAME} names code to run, {part}, and a run folder may come from anyone: where "
-                    f"you trust that code, give the option again, --method-option {again}."
+                    f"you trust that code, give the option again, {flag}."
                 )
+
+    def code(self) -> list[tuple[str, str]]:
+        """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""
+        options = registry.get(self.method).Options.code(self.options)
+        found = [(f"--method-option {shlex.quote(f'{name}={self.options[name]}')}", part) for name, part in options]
+        own = named_code.parse(self.model) is not None
+        return [*found, *([(f"--model {shlex.quote(self.model)}", self.model)] if own else [])]
 
     def differences(self, stored: RunConfig) -> list[str]:
         """Differences from a stored run, as ``name: stored -> now``; empty where there are none.
@@ -495,7 +517,8 @@ class RunConfig:
         * the method options of two different methods;
         * the data folder, which may have moved: a resumed run compares the data themselves;
         * the plugins: :func:`fedkern.plugins.restore` checks those of a stored run;
-        * the number of workers, which changes no bit.
+        * the number of workers, which changes no bit;
+        * what was found in files that the settings name.
         """
         mine, theirs = _flat({**self.to_dict(), "plugins": {}}), _flat({**stored.to_dict(), "plugins": {}})
         if self.method != stored.method:
@@ -503,7 +526,7 @@ class RunConfig:
                 {name: value for name, value in table.items() if not name.startswith("options.")}
                 for table in (mine, theirs)
             )
-        names = [name for name in dict.fromkeys([*theirs, *mine]) if name not in ANYHOW]
+        names = [name for name in dict.fromkeys([*theirs, *mine]) if name not in (*ANYHOW, *FOUND)]
         return [
             f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"
             for name in names

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.engine import initial_weights
 from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.config import RunConfig
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
 from fedkern.errors import UserError
-from fedkern.methods.base import VECTORS, Federation, Message
+from fedkern.methods.base import VECTORS, Federation, Message, Step
+from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
+from fedkern.models.registry import added
 from fedkern.models.vocabulary import split_words
 
 
@@ -34,7 +39,7 @@ def check_task(model: str, task: str, data: str, where: str) -> None:
     Raises:
         UserError: the network is for another task; the message lists the networks that fit.
     """
-    fitting = [name for name, entry in models.MODELS.items() if entry.task == task]
+    fitting = [name for name, entry in models.MODELS.items() if entry.task in (task, "any")]
     if fitting and model in models.MODELS and model not in fitting:
         raise UserError(
             f'The network {model} is for {models.MODELS[model].task}, but the data set "{data}" is for {task}: choose '
@@ -73,6 +78,7 @@ class RunContext:
         self._public: Samples | None = None
         self._tokeniser: Any = None
         self._pair = pair
+        self._init: dict[str, Tensor] | None = None
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
@@ -109,9 +115,19 @@ class RunContext:
     ) -> nn.Module:
         """A freshly initialised network on the CPU, from the run's seed (always the same network) or another ``seed``.
 
+        With ``--init`` the run's own network has the weights of that file, whatever the seed.
+
         Raises:
-            UserError: there is no network ``model``, or it is for another task.
+            UserError: there is no network ``model``, it is for another task, or the file does not fit it.
         """
+        network: nn.Module = self._built(model, width, classes, seed)
+        if self.config.init is not None and model in (None, self.config.model) and classes is None:
+            if self._init is None:
+                self._init = initial_weights.read(self.config.init, self.config.init_sha256)
+            initial_weights.load(network, self._init, self.config.init, self.model_name)
+        return network
+
+    def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         seed = self.config.seed if seed is None else seed
         channels, *sides = self.data.image_shape
         if model is None and self.data.task == "retrieval":
@@ -126,7 +142,23 @@ class RunContext:
             image_size=min(sides),
             seed=seed,
             width=self.config.width if width is None and own else width,
+            sides=sides,
         )
+
+    @cached_property
+    def added_models(self) -> tuple[models.ModelEntry, ...]:
+        """The networks that the settings name and that are not fedkern's."""
+        return added(" ".join(map(str, (self.config.model, *self.config.options.values()))))
+
+    def drawing(self, node: Any, step: Step) -> AbstractContextManager[None]:
+        """Context of a client's or the server's work in an exchange.
+
+        A user's network may draw from global generators (dropout).  They begin anew at a word of the node's own stream,
+        so that the bits depend neither on the number of workers nor on an interruption.
+        """
+        if not any(isinstance(entry.make, models.Own) for entry in self.added_models):
+            return nullcontext()
+        return seeded(int(node.rng("layers", step).integers(2**63)), self.device)
 
     @property
     def model_name(self) -> str:

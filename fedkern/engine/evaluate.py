@@ -238,7 +238,7 @@ def _explained(what: str, data: TestSet) -> Iterator[None]:
 def gradcam(network: nn.Module, sets: dict[str, TestSet], count: int) -> dict[str, float]:
     """The share of Grad-CAM mass inside the object, on the first ``count`` images of every test set with masks."""
     metrics: dict[str, float] = {}
-    if not count or not isinstance(network, models.StagedNetwork):
+    if not count or not isinstance(network, models.StagedNetwork) or not network.maps:
         return metrics
     for prefix, data in sets.items():
         if prefix != "validation_" and data.split.masks is not None and bool(data.split.masks.any()):

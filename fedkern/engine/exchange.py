@@ -96,7 +96,7 @@ class Exchange:
             clients = {k: executor.client(k) for k in self.participants}
             for client in clients.values():
                 client.report = {}
-            with Counting() as counted:
+            with self.engine.context.drawing(self.engine.server, self.step), Counting() as counted:
                 answers = self.method.cohort_update(clients, self.step, sent)
             if answers is not None:
                 self.flops += counted.flops

@@ -39,7 +39,7 @@ from fedkern.engine.final_figures import answers, final_figures, set_name, uniqu
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.parties import BEFORE, Client, Server
 from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store import confusions, predictions, records
@@ -131,7 +131,8 @@ class Run:
         if self.context.data.task == "retrieval":
             network = self.context.network("server")  # raises where an encoder's folder cannot be read
             self._pooling.check(network.module)
-        self.method.start(self.server)
+        with self.context.drawing(self.server, BEFORE):
+            self.method.start(self.server)
         Rule(self.config.aggregator).check(clients_of_a_round(self.config))
         self.said = guarantee(self.method, self.server, self.config.records)
         if self.config.privacy_unit != "image" and self.said is None:
@@ -292,10 +293,12 @@ class Run:
             self._round["exchange"] = exchange_name
             self._last_exchange = exchange_name == exchanges[-1][0]
             begun, before = time.perf_counter(), (self.ledger.total_up, self.ledger.total_down)
-            outgoing = asker.send(self.server, step)
+            with self.context.drawing(self.server, step):
+                outgoing = asker.send(self.server, step)
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             uploads = exchange.uploads(outgoing)
-            asker.server_update(self.server, step, uploads)
+            with self.context.drawing(self.server, step):
+                asker.server_update(self.server, step, uploads)
             for _ in uploads:  # every client works, even where server_update stops reading
                 pass
             for k, reason in self.server.refused:

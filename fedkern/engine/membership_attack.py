@@ -34,6 +34,7 @@ def attack(
     data_root: str | None = None,
     keep: bool = True,
     trusted: Collection[str] = (),
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Attacks the model of a finished run: members are the clients' training samples, the others are test images.
 
@@ -53,6 +54,7 @@ def attack(
         data_root: where the data files are now.
         keep: write the result into the run folder (see :func:`write`).
         trusted: code that may be imported (see :func:`fedkern.engine.run`).
+        model: a module like the one that the run was given instead of a network's name.
 
     Returns:
         These entries:
@@ -73,14 +75,14 @@ def attack(
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
     config = RunConfig.load(out, trusted=trusted, device="cpu", **moved)
-    model, _ = read_model(out, trusted)
+    network, _ = read_model(out, trusted, model)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):
         raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
     splits, untrained = trained(config, data)
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
-    others = losses(model, test, data)
-    members = [losses(model, split, data) for split in splits]
+    others = losses(network, test, data)
+    members = [losses(network, split, data) for split in splits]
     every = torch.cat(members)
     _check(every, others, out)
     independent, groups = grouped(splits, test)

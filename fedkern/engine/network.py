@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
 from fedkern.models.norms import fix_statistics
+from fedkern.models.own import channels_last
 
 
 class Network:
@@ -196,8 +197,8 @@ class Trainable:
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a module to a device; convolutional weights become channels-last, as the images are."""
-    if any(p.dim() == 4 for p in module.parameters()):
+    """Moves a module to a device; convolutional weights of fedkern's networks become channels-last, as the images."""
+    if channels_last(module):
         return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.to(device)
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedkern import plugins
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
 from fedkern.engine import config as settings
+from fedkern.engine import own_model
 from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext, check_task
@@ -28,6 +30,7 @@ from fedkern.engine.store.run_folder import check_vacant, writing
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
+from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 
@@ -42,6 +45,7 @@ def run(
     trusted: Collection[str] = (),
     profile: bool = False,
     predictions: bool = False,
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -62,6 +66,8 @@ def run(
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
         trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]`` or the name of a plugin; any
             other code that the run folder names is refused.
+        model: the run's network, instead of ``config.model``: a module whose weights are the initial weights.  It is
+            copied.  A resumed run needs it again.
         profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
             one.  All clients of that round work in this process.
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
@@ -74,6 +80,8 @@ def run(
     """
     out = Path(out)
     listener = listener or Listener()
+    if model is not None:
+        config = own_model.of_module(config, model)
     if resume:
         stored = RunConfig.load(out, trusted=trusted, device=config.device)  # the stored device may not exist here
         config = config.replace(
@@ -91,10 +99,14 @@ def run(
         if entry is not None:
             check_kernels(entry["info"], config.device, out)
         stored.check_code(out, trusted)
+        own_model.check_given(stored, model, out)
     else:
         check_vacant(out)
     keep_freed_memory()
-    with cpu_threads(config.threads), in_order(), _reproducible(), computing(config.precision):
+    with (
+        cpu_threads(config.threads), in_order(), _reproducible(), computing(config.precision),
+        available(config.model, model),
+    ):  # fmt: skip
         if data is None:
             data = load_data(config, notice=listener.on_notice)
             config = decided(config, data)
@@ -103,6 +115,9 @@ def run(
         if resume:
             _compare(config, stored, out)
         _check(config, data)
+        config, changed = own_model.settled(config, data, stored if resume else None, out)
+        for sentence in changed:
+            listener.on_notice(sentence)
         if ignored := fuse_choice.untold():
             listener.on_notice(ignored)
         context = RunContext(config, data, listener.on_notice)

@@ -47,8 +47,7 @@ class Worker:
     def __init__(self, setup: Setup, channel: Channel) -> None:
         self._channel = channel
         set_modes(setup.modes)
-        if setup.entry is not None:
-            MODELS[setup.entry.name] = setup.entry
+        MODELS.update({entry.name: entry for entry in setup.entries})
         torch.set_num_threads(setup.config.client_threads)
         self._context = RunContext(setup.config, setup.data, self._notice, pair=setup.pair)
         self._context.disclosure = setup.disclosure

@@ -108,6 +108,15 @@ class Method:
         self.options: Any = self.Options() if options is None else options
 
     @property
+    def needs(self) -> str:
+        """What the method needs of the run's network: ``"logits"``, ``"features"`` (also ``features(images)`` and a
+        linear ``head``) or ``"stages"`` (all that a :class:`fedkern.models.StagedNetwork` has).
+
+        A user's network that lacks it is refused before the run begins.
+        """
+        return "logits"
+
+    @property
     def averages(self) -> bool:
         """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates."""
         return False

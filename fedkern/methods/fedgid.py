@@ -88,6 +88,10 @@ class FedGID(LocalTraining):
         gd_ramp: int = option(0, "rounds over which lambda then rises linearly", low=0)
         tail_bn_updates: bool = option(False, "let mixed features update batch norm's running statistics")
 
+    @property
+    def needs(self) -> str:
+        return "stages"
+
     # -- terms of the loss in a round ------------------------------------------------------------------------------
 
     def intervenes(self, step: Step) -> bool:

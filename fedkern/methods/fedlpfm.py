@@ -49,7 +49,7 @@ from fedkern.models import prompts as templates
 from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
 from fedkern.models.prompts import DEFAULT
-from fedkern.models.teacher import NetworkTeacher, Teacher
+from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, content
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
 
@@ -375,7 +375,13 @@ class FedLPFM(LocalTraining):
             pretrained(
                 network, server.public, self._cache, name="proxy", recipe=self._setting.recipe, seed=self._setting.seed
             )
-            self._proxy = NetworkTeacher(network, "proxy", server.device)
+            if hasattr(network, "head"):
+                self._proxy = NetworkTeacher(network, "proxy", server.device)
+            else:  # a user's network whose logits are no layer's result
+                identity = {"model": "proxy", "weights": content(network)}
+                self._proxy = CallableTeacher(
+                    network, len(server.classes), name="proxy", device=server.device, identity=identity
+                )
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of the proxy, and ``teacher_accuracy`` and ``public_proxy_accuracy`` where they can be computed.

@@ -7,7 +7,8 @@ from fedkern.models.generator import Generator
 from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
 from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
-from fedkern.models.registry import MODELS, ModelEntry, build, initialise
+from fedkern.models.own import Own, OwnNetwork
+from fedkern.models.registry import MODELS, ModelEntry, available, build, initialise, register_model
 from fedkern.models.resnet import BasicBlock, ResNet
 from fedkern.models.staged import StagedNetwork, resolve_stage
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS, PairNetwork, build_pair
@@ -29,6 +30,8 @@ __all__ = [
     "Generator",
     "MobileNetV2",
     "ModelEntry",
+    "Own",
+    "OwnNetwork",
     "PairNetwork",
     "ResNet",
     "StagedNetwork",
@@ -36,6 +39,7 @@ __all__ = [
     "UNet",
     "ViT",
     "Vocabulary",
+    "available",
     "build",
     "build_pair",
     "grad_cam",
@@ -44,5 +48,6 @@ __all__ = [
     "learn_vocabulary",
     "mass_inside",
     "object_share",
+    "register_model",
     "resolve_stage",
 ]

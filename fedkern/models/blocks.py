@@ -131,9 +131,10 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
     """
     parts: list[nn.Module] = []
     for name in model.stage_names[:-1]:
-        stage = getattr(model, name)
+        stage = model.stage(name)
         run: list[nn.Module] = []
-        for child in stage.children() if isinstance(stage, nn.Sequential) else [stage]:
+        # Not children(), which would name an activation once that stands twice.
+        for child in stage if isinstance(stage, nn.Sequential) else [stage]:
             if any(True for _ in child.children()):
                 if run:
                     parts.append(nn.Sequential(*run))
@@ -176,7 +177,7 @@ def cut(model: StagedNetwork, blocks: int | Sequence[int]) -> BlockNetwork:
     Raises:
         UserError: the network has too few layers, or the layers are not ascending.
     """
-    parts = [*layers(model), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())]
+    parts = [*layers(model), model.pooling]
     points = cut_points(model, blocks) if isinstance(blocks, int) else tuple(blocks)
     ends = [*(point + 1 for point in points), len(parts)]
     if any(a >= b for a, b in zip([0, *ends], ends, strict=False)):

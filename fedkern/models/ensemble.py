@@ -157,7 +157,9 @@ class Ensemble(nn.Module):
 
     def _fused_members(self) -> tuple[nn.Module, Tensor, Tensor] | None:
         members: list[Any] = list(self.members)
-        alike = all(isinstance(m, StagedNetwork) and type(m) is type(members[0]) for m in members)
+        # Another forward may do more than its stages and the head.
+        staged = all(isinstance(m, StagedNetwork) and type(m).forward is StagedNetwork.forward for m in members)
+        alike = staged and all(type(m) is type(members[0]) for m in members)
         if len(members) == 1 or not alike or len({m.stage_names for m in members}) > 1:
             return None
         if sum(p.numel() * p.element_size() for p in self.parameters()) > FUSE_BYTES:

@@ -27,10 +27,10 @@ def gradcam_stage(model: StagedNetwork, height: int, width: int) -> str:
     model.eval()
     try:
         with torch.no_grad():
-            channels = next(p for p in model.parameters() if p.ndim == 4).shape[1]
+            channels = getattr(model, "channels", None) or next(p for p in model.parameters() if p.ndim == 4).shape[1]
             h = torch.zeros(1, channels, height, width, device=reference.device, dtype=reference.dtype)
-            for name in model.stage_names[:-1]:
-                h = getattr(model, name)(h)
+            for i, name in enumerate(model.maps):
+                h = model._run(h, i, i)
                 if min(h.shape[2:]) >= SMALLEST_MAP:
                     best = name
     finally:

@@ -79,10 +79,10 @@ def frozen(module: Any) -> Any:
     """Casts the weights of a frozen network once, where autocast would cast them at every call.
 
     Returns ``module`` itself in fp32, else a copy whose output has the same bits.  Heads stay fp32, as they run outside
-    autocast.
+    autocast.  A user's own module is returned as it is: its code may use a layer's weights in other ways.
     """
     dtype = _dtype.get()
-    if dtype is None:
+    if dtype is None or getattr(module, "own", False) is True:
         return module
     made = copy.deepcopy(module)
     for name, layer in made.named_modules():

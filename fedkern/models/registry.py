@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from fedkern import named_code
 from fedkern.errors import UserError, nearest
 from fedkern.models.allocate import allocate
 from fedkern.models.cnn import CNN
 from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
+from fedkern.models.own import Own, opened
 from fedkern.models.resnet import ResNet, Stem
 from fedkern.models.resnet8t import ResNet8T
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
+from fedkern.named_code import FORMS
 from fedkern.streams import stream
 
 # Up to this size the ImageNet stem (which divides the size by 4) would leave the last stage a map of one or two pixels.
@@ -38,18 +43,20 @@ class ModelEntry:
     Attributes:
         name: the name on the command line.
         description: one line.
-        width: default number of channels of the first stage.
+        width: default number of channels of the first stage; None for a user's network.
         smallest: smallest image side in pixels that leaves every stage at least one position.
-        make: builds the module: ``make(classes=, channels=, width=, stem=)``.
+        make: builds the module: ``make(classes=, channels=, width=, stem=)``.  An
+            :class:`~fedkern.models.own.Own` initialises the module too.
         sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
-        task: ``"classification"`` (a class per image) or ``"segmentation"`` (a class per pixel).
+        task: ``"classification"`` (a class per image), ``"segmentation"`` (a class per pixel) or ``"any"``: a user's
+            network, whose output is looked at.
     """
 
     name: str
     description: str
-    width: int
+    width: int | None
     smallest: int
-    make: Callable[..., StagedNetwork | UNet]
+    make: Callable[..., StagedNetwork | UNet] | Own
     sized: bool = False
     task: str = "classification"
 
@@ -199,10 +206,85 @@ MODELS: dict[str, ModelEntry] = {
 _SHIPPED = dict(MODELS)
 
 
-def added(name: str) -> ModelEntry | None:
-    """The entry of ``name`` in ``MODELS`` if somebody added or replaced it; None for fedkern's own networks."""
-    entry = MODELS.get(name)
-    return None if entry is _SHIPPED.get(name) else entry
+F = TypeVar("F", bound=Callable[..., nn.Module])
+
+
+def register_model(name: str) -> Callable[[F], F]:
+    """Decorates a class or function that makes a network, so that ``--model NAME`` and ``RunConfig.make`` know it.
+
+    It is called with those of the arguments ``classes``, ``channels``, ``image_size``, ``width`` and ``seed`` that its
+    signature has, and returns an ``nn.Module`` with logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation).
+
+    Args:
+        name: letters, digits, ``_``, ``-`` and ``.``; no other model may have it.
+
+    Raises:
+        UserError: the name is taken or has other characters, or the signature needs another argument.
+    """
+
+    def add(make: F) -> F:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise UserError(f'"{name}" cannot be a model\'s name: use letters, digits, "_", "-" and ".".')
+        if name in MODELS and not _again(MODELS[name], make):
+            raise UserError(f'there is a model "{name}" already: register yours by another name.')
+        lines = (make.__doc__ or "").strip().splitlines()
+        description = lines[0].strip() if lines else f"{make.__qualname__} of {make.__module__}"
+        MODELS[name] = ModelEntry(name, description, None, 1, Own(make, name), task="any")
+        return make
+
+    return add
+
+
+def _again(entry: ModelEntry, make: Callable[..., nn.Module]) -> bool:
+    """Whether a notebook's cell, or a file, is run again."""
+    if not isinstance(entry.make, Own) or isinstance(entry.make.what, nn.Module):
+        return False
+    before = entry.make.what
+    return (named_code.home(before), before.__qualname__) == (named_code.home(make), make.__qualname__)
+
+
+@contextmanager
+def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
+    """Context in which ``MODELS`` has the network of a run, where it is not registered.
+
+    Args:
+        name: a registered name; code, ``FILE.py:NAME`` or ``python:MODULE:NAME``, which is imported; or the name that
+            ``module`` gets.
+        module: a network made by the user.
+
+    Raises:
+        UserError: the code cannot be imported.
+    """
+    named = named_code.parse(name) if name not in MODELS else None
+    if module is None and named is None:
+        yield
+        return
+    make = opened(named) if named is not None and module is None else Own(module, name)  # type: ignore[arg-type]
+    MODELS[name] = ModelEntry(name, "a network of your own", None, 1, make, task="any")
+    try:
+        yield
+    finally:
+        MODELS.pop(name, None)
+
+
+def added(settings: str) -> tuple[ModelEntry, ...]:
+    """The entries of ``MODELS`` that somebody added or replaced, and whose name is part of the text ``settings``."""
+    found = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
+    # First those whose file another process runs: the file may define the others.
+    return tuple(sorted(found, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
+
+
+def unknown(name: str, shown: str | None = None) -> str:
+    """Sentence on a name that ``MODELS`` does not have."""
+    if named_code.parse(name) is not None:
+        return (
+            f"{name} is code: register that network with @fedkern.register_model(NAME) and give its name here, or give "
+            "the code to --model."
+        )
+    name = shown or name
+    if ".py" in name:
+        return f'"{name}" names no network: write FILE.py:NAME, with a class or function that returns an nn.Module.'
+    return f'there is no model "{name}", choose one of {", ".join(MODELS)}, or {FORMS}.{nearest(name, MODELS)}'
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -243,10 +325,12 @@ def build(
     seed: int | torch.Generator,
     width: int | None = None,
     stem: Literal["auto", "cifar", "imagenet"] = "auto",
+    sides: Sequence[int] | None = None,
 ) -> Any:
     """Builds a network with float32 parameters on the CPU; the global random generators are neither read nor moved.
 
-    The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].task`` is ``"segmentation"``.
+    The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].task`` is ``"segmentation"``.  A
+    user's network has the initial weights that its own code gives it, with global generators that begin at ``seed``.
 
     Args:
         name: a name of ``MODELS``.
@@ -256,14 +340,20 @@ def build(
         seed: the run's root seed (the weights come from its own stream), or a CPU generator to draw from.
         width: channels of the first stage; None is the network's default.
         stem: ``"auto"`` is ``"cifar"`` up to 64 pixels and ``"imagenet"`` above.
+        sides: height and width of the images, on which a user's network is tried; None for square images.
 
     Raises:
         UserError: the name or stem is unknown, the images are too small, or a number is not positive.
     """
     if name not in MODELS:
-        raise UserError(f'there is no model "{name}", choose one of {", ".join(MODELS)}.{nearest(name, MODELS)}')
+        raise UserError(unknown(name))
     entry = MODELS[name]
-    width = entry.width if width is None else width
+    if isinstance(entry.make, Own):
+        return entry.make(
+            classes=classes, channels=channels, sides=sides or (image_size, image_size), width=width,
+            seed=seed if isinstance(seed, int) else seed.initial_seed(), word=_word(seed),
+        )  # fmt: skip
+    width = (entry.width or 0) if width is None else width
     for what, value in (("classes", classes), ("channels", channels), ("width", width)):
         if value < 1:
             raise UserError(f"the model's {what} must be at least 1, got {value}.")
@@ -282,8 +372,13 @@ def build(
         model = entry.make(classes=classes, channels=channels, width=width, stem=kind, **sized)
     allocate(model)
     if not isinstance(seed, torch.Generator):
-        # torch takes seeds of 64 bits; the stream's first word is one.
-        word = int(stream(seed, "model", round=-1).integers(2**63))
-        seed = torch.Generator().manual_seed(word)
+        seed = torch.Generator().manual_seed(_word(seed))
     initialise(model, seed)
     return model
+
+
+def _word(seed: int | torch.Generator) -> int:
+    """The first word of a generator, or of a run's stream of initial weights; torch takes seeds of 64 bits."""
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**63 - 1, (), generator=seed))
+    return int(stream(seed, "model", round=-1).integers(2**63))

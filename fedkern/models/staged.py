@@ -53,6 +53,21 @@ class StagedNetwork(nn.Module):
                 x = x.mean(dim=(2, 3)) if lower() is None else x.mean(dim=(2, 3), dtype=torch.float32)
         return x
 
+    def stage(self, name: str) -> nn.Module:
+        """The module of a map stage, which shares its parameters with the network."""
+        module: nn.Module = getattr(self, name)
+        return module
+
+    @property
+    def pooling(self) -> nn.Module:
+        """A module that makes the last map stage's result the features ``[B, d]``."""
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The stages, from the first, whose results are maps ``[B, C, H, W]``."""
+        return self.stage_names[:-1]
+
     def stages(self, x: Tensor, upto: str) -> Tensor:
         """Returns the output of stage ``upto``.
 
@@ -103,7 +118,7 @@ def resolve_stage(model: StagedNetwork, name: str) -> str:
         UserError: the network has no such stage.
     """
     if name == "map":
-        return model.stage_names[-3]
+        return model.stage_names[-3:][0]  # the only one of a network with a single stage
     if name not in model.stage_names:
         choices = ", ".join(("map", *model.stage_names))
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedkern import files
+from fedkern import files, named_code
 from fedkern.errors import UserError, nearest
 from fedkern.models.clip import ClipTeacher
 from fedkern.models.registry import MODELS
@@ -169,11 +168,8 @@ def make(spec: Spec, setting: Setting, cache: LogitsCache) -> Teacher:
 
 def _imported(spec: Spec, setting: Setting) -> Teacher:
     """The callable (or :class:`Teacher`) ``MODULE:NAME``; its attribute ``identity``, if any, lets logits be cached."""
-    module, _, name = spec.what.rpartition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), name) if module else None
-    except Exception as error:  # a module may raise anything while it is imported
-        raise UserError(f"the teacher {spec} cannot be imported: {type(error).__name__}: {error}.") from None
+    named = named_code.parse(str(spec))
+    found: Any = None if named is None else named_code.load(named, "the teacher")[0]
     if found is None:
         raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
     if isinstance(found, Teacher):

@@ -125,7 +125,7 @@ def _draw(
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
         return [*written, target]
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
-    if not isinstance(model, StagedNetwork) or not config.statistics:
+    if not isinstance(model, StagedNetwork) or not model.maps or not config.statistics:
         return written
     panels = {}
     for key, split in data.tests.items():

@@ -59,7 +59,7 @@ class Serial:
         client = self.client(k)
         client.report = {}
         answer = Answer(k)
-        with cpu_threads(self._threads), Counting() as counted:
+        with cpu_threads(self._threads), self._context.drawing(client, step), Counting() as counted:
             try:
                 answer.message = self._askers[asker].client_update(client, step, message)
             except Diverged as problem:

@@ -19,7 +19,7 @@ class Setup:
         data: the federated data.
         askers: objects whose ``client_update`` may be called, by name.
         pair: arguments of ``build_pair`` for image-text data; None for other data.
-        entry: the network's entry in ``fedkern.models.MODELS``, where the user added it; None for fedkern's own.
+        entries: entries of ``fedkern.models.MODELS`` that the user added, and that the settings name.
         disclosure: what the records may tell.
         backend: the forced backend of the operators; None where none is.
         isa: the ISA level of the CPU core, "none" where there is no core.
@@ -30,7 +30,7 @@ class Setup:
     data: Any
     askers: dict[str, Any]
     pair: dict[str, Any] | None
-    entry: ModelEntry | None
+    entries: tuple[ModelEntry, ...]
     disclosure: Any
     backend: str | None
     isa: str

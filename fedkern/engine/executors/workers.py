@@ -28,7 +28,6 @@ from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Noti
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
-from fedkern.models import registry
 from fedkern.ops._core import backend
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 
@@ -324,7 +323,7 @@ def _setup(context: RunContext, askers: dict[str, Any]) -> Setup:
         data=context.data,
         askers=askers,
         pair=context.pair if context.data.task == "retrieval" else None,
-        entry=registry.added(context.config.model),
+        entries=context.added_models,
         disclosure=context.disclosure,
         backend=backend.forced_backend(),
         isa=fuse_choice.active_isa(),

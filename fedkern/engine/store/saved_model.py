@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern import models
+from fedkern import models, named_code
 from fedkern.engine.config import RunConfig, check_regular, check_run_folder, load_plugins
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
@@ -209,7 +209,9 @@ def readable(out: Path | str) -> bool:
         return False
 
 
-def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(
+    out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Reads the network that a finished run evaluated last, in eval mode on the CPU.
 
     The run's own network is built from its name alone.  Any other module (fused clients, an ensemble) is built by the
@@ -220,6 +222,7 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
     Args:
         out: the run folder.
         trusted: code that may be imported (see :func:`fedkern.engine.run`).
+        model: a module like the one that the run was given instead of a network's name.
 
     Returns:
         The module, and its description: ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in
@@ -242,8 +245,11 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {again(out)}.") from None
+    _check_code(Path(out), about["model"], trusted, model)
     try:
-        network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about, Path(out), trusted)
+        with models.available(about["model"], model if about["model"].startswith("module:") else None):
+            fresh = "samples" in about
+            network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
     check_result(Path(out), MODEL)
@@ -258,7 +264,25 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
     return network.eval(), about
 
 
+def _check_code(out: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
+    """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
+    own = named_code.parse(name) is not None
+    if own and named_code.absolute(name) not in {named_code.absolute(part) for part in trusted}:
+        raise UserError(
+            f"{out / MODEL} names code to run, {name}, and a run folder may come from anyone: where you trust that "
+            f"code, give it again, --model {shlex.quote(name)} (in Python trusted=[...])."
+        )
+    if model is None and name.startswith("module:"):
+        raise UserError(
+            f"{out / MODEL} holds a module that a script made ({name.removeprefix('module:')}): give such a module to "
+            "fedkern.engine.read_model(..., model=MODULE)."
+        )
+
+
 def _norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """The batch norms, with their names in the state dict."""
+    if isinstance(module, models.OwnNetwork):
+        module = module.module
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))
 
 
@@ -281,6 +305,7 @@ def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.
         image_size=min(about["image_size"]),
         seed=0,
         width=about["width"],
+        sides=about["image_size"],
     )
 
 
@@ -288,6 +313,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
     """The module that the method makes of the server's state at the end of the run."""
     config = RunConfig.load(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
+    config = config.replace(init=None)  # the weights are the run's, and that file may be gone
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     height, width = about["image_size"]

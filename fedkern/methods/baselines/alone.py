@@ -44,6 +44,10 @@ class Local(Objective, Method):
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
 
+    @property
+    def needs(self) -> str:
+        return "features"
+
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
             yield Round(participants="all", booked=False)

@@ -60,6 +60,10 @@ class Ensemble(OwnNetworks, OneShot):
     needs_statistics = True
 
     @property
+    def needs(self) -> str:
+        return "features"
+
+    @property
     def averages(self) -> bool:
         return False
 

@@ -72,6 +72,10 @@ class FedProto(LocalTraining):
             choices=("head", "prototype"),
         )
 
+    @property
+    def needs(self) -> str:
+        return "features"
+
     # -- the client ------------------------------------------------------------------------------------------------
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:

@@ -33,6 +33,10 @@ class Moon(LocalTraining):
         mu: float = option(1.0, "weight of the model-contrastive loss", low=0)
         temperature: float = option(0.5, "temperature of the model-contrastive loss", above=0, infinite=True)
 
+    @property
+    def needs(self) -> str:
+        return "features"
+
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if not self.options.mu:
             return super().client_update(client, step, message)

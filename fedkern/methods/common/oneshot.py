@@ -51,6 +51,10 @@ class OneShot(FedAvg):
     needs_statistics = False
     """Whether the server uses the clients' networks in eval mode, so that batch norm needs running statistics."""
 
+    @property
+    def needs(self) -> str:
+        return "features" if self.options.calibrate else super().needs
+
     def start(self, server: Server) -> None:
         super().start(server)
         if self.options.calibrate and server.task != "classification":

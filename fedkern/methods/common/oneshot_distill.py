@@ -68,6 +68,10 @@ class Distilled(OwnNetworks, OneShot):
     needs_statistics = True
 
     @property
+    def needs(self) -> str:
+        return "features"
+
+    @property
     def averages(self) -> bool:
         return False  # every network is also a teacher by itself
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError
 from fedkern.methods.base import (
     VECTORS,
     Client,
@@ -25,10 +25,13 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.uploads import all_finite, once
 from fedkern.models.ensemble import Ensemble
+from fedkern.models.own import channels_last
+from fedkern.models.registry import unknown
 from fedkern.ops import FlatParameters
 
-Architectures = tuple[tuple[str, int] | None, ...]
-"""Architectures of the clients in turn: (name, width), or None for the run's own network."""
+Architectures = tuple[tuple[str, int | None] | None, ...]
+"""Architectures of the clients in turn: (name, width), or None for the run's own network; networks that users bring may
+have no width."""
 
 PROBES = 16
 """Number of noise images on which a member's logits must be finite before the server accepts the member."""
@@ -44,14 +47,11 @@ def parse_models(text: str) -> Architectures:
     """
     if not text:
         return (None,)
-    result: list[tuple[str, int] | None] = []
+    result: list[tuple[str, int | None] | None] = []
     for entry in text.split(","):
         name, colon, width = (part.strip() for part in entry.partition(":"))
         if name not in models.MODELS:
-            raise UserError(
-                f'Method option "models": there is no model "{name}", choose of {", ".join(models.MODELS)}.'
-                f"{nearest(name, models.MODELS)}"
-            )
+            raise UserError(f'Method option "models": {unknown(entry.strip(), name)}')
         if colon and not (width.isdecimal() and int(width) > 0):
             raise UserError(f'Method option "models": the width of {name} must be a positive number, not "{width}".')
         result.append((name, int(width) if colon else models.MODELS[name].width))
@@ -76,8 +76,8 @@ class OwnNetworks(Method):
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """The module as flat vectors, in the engine's memory layout (convolutions channels-last)."""
-    if any(p.dim() == 4 for p in module.parameters()):
+    """The module as flat vectors, in the engine's memory layout (convolutions of fedkern's networks channels-last)."""
+    if channels_last(module):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FlatParameters(module)
 

@@ -15,7 +15,7 @@ each, because everything else builds on these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError
 from fedkern.methods.base import (
     Batch,
     Client,
@@ -48,6 +48,7 @@ from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
+from fedkern.models.registry import unknown
 
 CALIBRATE = "calibrate"
 Levels = Mapping[int, Mapping[ClientId, Message]]
@@ -93,13 +94,16 @@ class FuseFL(Objective, Method):
 
     one_shot = True
 
+    @property
+    def needs(self) -> str:
+        return "stages"
+
     # -- the plan --------------------------------------------------------------------------------------------------
 
     def start(self, server: Server) -> None:
         kinds, clients = self._models(), server.federation.clients
         # One width for all, that of the narrowest: blocks of different widths cannot be fused.
-        width = min(scaled_width(self.options.width, server.build(model=name), clients) for name in kinds)
-        widths = [width] * len(kinds)
+        widths = self._widths([server.build(model=name) for name in kinds], clients)
         networks = _Networks(self, server, widths)
         used = range(min(clients, len(kinds)))
         for j in used:
@@ -116,6 +120,17 @@ class FuseFL(Objective, Method):
             )
         server.report["model_bytes"] = size(server.build().state_dict())
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}})
+
+    def _widths(self, networks: Sequence[nn.Module], clients: int) -> list[int]:
+        """The width of every kind of network; 0 for a user's network, which has no other width than its own."""
+        scale = [getattr(network, "scales", True) for network in networks]
+        if self.options.width != "auto" and not all(scale):
+            raise UserError(
+                f'Method option "width" is {self.options.width}, but the network takes no argument width: leave the '
+                "option out."
+            )
+        found = [scaled_width(self.options.width, n, clients) for n, can in zip(networks, scale, strict=True) if can]
+        return [min(found) if can else 0 for can in scale]
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for level in range(1, self._levels() + 1):
@@ -145,10 +160,8 @@ class FuseFL(Objective, Method):
         names = [name.strip() for name in self.options.models.split(",")]
         for name in names:
             if name not in MODELS:
-                raise UserError(
-                    f'Method option "models": there is no model "{name}", choose of {", ".join(MODELS)} and give a '
-                    f"width by the method option width.{nearest(name, MODELS)}"
-                )
+                own = " Widths are given by the method option width." if ":" in name else ""
+                raise UserError(f'Method option "models": {unknown(name)}{own}')
         return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
@@ -159,7 +172,7 @@ class FuseFL(Objective, Method):
         """
         kind = client % len(widths)
         build: Any = getattr(place, "build", place.network)
-        built = build(model=self._models()[kind], width=widths[kind])
+        built = build(model=self._models()[kind], width=widths[kind] or None)
         return cut(built, self._cuts() if self.options.cuts else self.options.blocks)
 
     # -- what travels ----------------------------------------------------------------------------------------------

@@ -1,0 +1,255 @@
+"""Cutting a user's network: its classifier, and the stages that run one after another.
+
+A network is cut by trying: it runs whole and in pieces on random images, and a cut counts only where both give the same
+logits, in eval and in train mode.  Before that its parameters are moved a little, because a classifier or a residual
+block that starts at zero would hide what the pieces leave out.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedkern.errors import UserError, nearest
+
+FLATTEN = ""
+"""Name of a piece that flattens maps to features, as networks do in ``forward`` before a linear layer."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a network is cut.
+
+    Attributes:
+        stages: names of the stages in order, each with the names of its submodules in order (or ``FLATTEN``); the last
+            stage is ``"feature"``, whose result ``[B, d]`` the classifier takes.
+        head: name of the classifier.
+        maps: number of leading stages whose result is a map ``[B, C, H, W]``.
+    """
+
+    stages: tuple[tuple[str, tuple[str, ...]], ...]
+    head: str
+    maps: int
+
+
+class NotCut(Exception):
+    """A network that cannot be cut; the message says why, as a part of a sentence."""
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in a network's output: the tensor, or the entry ``logits`` of an object or a mapping."""
+    if isinstance(output, (Tensor, fx.Proxy)):
+        return output
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
+def find_head(module: nn.Module, images: Tensor) -> str | None:
+    """Name of the linear layer whose result are the logits ``[B, C]``; None where there is no such layer.
+
+    Args:
+        module: in any mode; a copy is run.
+        images: ``[B, C, H, W]``.
+    """
+    tried = _moved(module).eval()
+    calls: dict[str, list[Tensor]] = {}
+    for name, layer in tried.named_modules():
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            layer.register_forward_hook(lambda _, __, output, name=name: calls.setdefault(name, []).append(output))
+    with torch.no_grad():
+        logits = logits_of(tried(images))
+    heads = [name for name, made in calls.items() if len(made) == 1 and made[0] is logits and logits.dim() == 2]
+    return heads[0] if heads else None
+
+
+def find_cut(module: nn.Module, images: Tensor, declared: Any = None) -> Cut:
+    """The cut of a network.
+
+    Args:
+        module: in any mode; copies are run.
+        images: ``[B, C, H, W]`` with B of at least 2.
+        declared: the network's attribute ``stages``: names of stages, each with the submodule that ends the stage, or a
+            list of submodules.  None: a stage for every child of the network that has parameters.
+
+    Raises:
+        NotCut: the pieces do not give the network's logits.
+        UserError: ``declared`` names submodules that do not exist or that do not follow each other.
+    """
+    wanted = _wanted(declared)
+    names = _pieces(module, set(wanted.values()))
+    if not names:
+        raise NotCut("it has no submodules")
+    _check_shared(module, names)
+    while True:
+        used, shapes = _tried(module, names, images)
+        pieces, head = used[:-1], used[-1]
+        stages = _declared(wanted, pieces, module) if wanted else _automatic(module, pieces, shapes)
+        opened = _opened(module, names)
+        if wanted or len(stages) > 1 or opened == names:
+            break
+        names = opened
+    ends = [sum(len(own) for _, own in stages[: i + 1]) for i in range(len(stages))]
+    maps = next((i for i, end in enumerate(ends) if len(shapes[end - 1]) != 4), len(ends))
+    return Cut((*stages, ("feature", tuple(pieces[ends[-1] :]))), head, maps)
+
+
+def _wanted(declared: Any) -> dict[str, str]:
+    """The declared stages: name and the submodule that ends the stage."""
+    if declared is None:
+        return {}
+    if isinstance(declared, Mapping):
+        wanted = {str(name): path for name, path in declared.items()}
+    elif isinstance(declared, Sequence) and not isinstance(declared, str):
+        wanted = {str(path): path for path in declared}
+    else:
+        wanted = {}
+    if not wanted or not all(isinstance(path, str) and path for path in wanted.values()) or "feature" in wanted:
+        raise UserError(
+            "the network's attribute stages must name submodules, {'layer1': 'backbone.1', ...} or ['stem', ...], "
+            f"without a stage called feature, and is {declared!r}."
+        )
+    return wanted
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The submodules in order; one that stands twice, such as an activation, is there twice."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def _pieces(module: nn.Module, opened: set[str], prefix: str = "") -> list[str]:
+    """Names of the submodules in order: those in ``opened``, a single child and a last Sequential are taken apart."""
+    found: list[str] = []
+    children = _children(module)
+    for name, child in children:
+        whole, nested = prefix + name, _children(child)
+        last = name == children[-1][0] and isinstance(child, nn.Sequential)
+        inside = any(path.startswith(whole + ".") for path in opened)
+        if nested and (inside or last or len(children) == 1):
+            found += _pieces(child, opened, whole + ".")
+        else:
+            found.append(whole)
+    return found
+
+
+def _opened(module: nn.Module, names: Sequence[str]) -> list[str]:
+    """The same pieces with every Sequential taken apart."""
+    found: list[str] = []
+    for name in names:
+        child = module.get_submodule(name)
+        inner = [f"{name}.{own}" for own, _ in _children(child)] if isinstance(child, nn.Sequential) else []
+        found += inner or [name]
+    return found
+
+
+def _begins(layer: nn.Module) -> bool:
+    """Whether a stage can begin with this layer: one with parameters that is no norm."""
+    norm = isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+    return any(True for _ in layer.parameters()) and not norm
+
+
+def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
+    owners: dict[int, str] = {}
+    inside = 0
+    for name in names:
+        own = {id(parameter) for parameter in module.get_submodule(name).parameters()}
+        inside += len(own)
+        for each in own:
+            if owners.setdefault(each, name) != name:
+                raise NotCut(f"{owners[each]} and {name} share parameters")
+    if inside != sum(1 for _ in module.parameters()):
+        raise NotCut("it has parameters outside of the modules that run one after another")
+
+
+def _moved(module: nn.Module) -> nn.Module:
+    """A copy whose parameters are moved a little."""
+    made = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return made
+
+
+def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor]]:
+    """The pieces with ``FLATTEN`` where it is needed, and the result of every piece."""
+    used: list[str] = []
+    results: list[Tensor] = []
+    for name in names:
+        layer = module.get_submodule(name)
+        if isinstance(layer, nn.Linear) and x.dim() == 4 and x.shape[-1] != layer.in_features:
+            x = x.flatten(1)
+            used.append(FLATTEN)
+            results.append(x)
+        x = layer(x)
+        if not isinstance(x, Tensor):
+            raise NotCut(f"{name} gives {type(x).__name__}, not a tensor")
+        used.append(name)
+        results.append(x)
+    return used, results
+
+
+@torch.no_grad()
+def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The pieces with ``FLATTEN``, and the shape of every piece's result, if the pieces are the network."""
+    used: list[str] = []
+    results: list[Tensor] = []
+    for training in (True, False):
+        whole, parts = _moved(module).train(training), _moved(module).train(training)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # dropout
+            expected = logits_of(whole(images))
+            torch.default_generator.manual_seed(0)
+            try:
+                used, results = _run(parts, names, images)
+            except NotCut:
+                raise
+            except Exception:  # a module that gets what it was not made for may raise anything
+                raise NotCut("its modules do not run one after another") from None
+        given = results[-1] if results else images
+        if given.shape != expected.shape or not torch.allclose(given, expected, rtol=1e-4, atol=1e-5):
+            raise NotCut("its modules, run one after another, give other logits")
+    layer = module.get_submodule(used[-1])
+    if not isinstance(layer, nn.Linear) or layer.bias is None or len(results) < 2 or results[-2].dim() != 2:
+        raise NotCut("its last module is no linear layer with a bias on features [B, d]")
+    return used, [tuple(result.shape) for result in results]
+
+
+def _declared(wanted: Mapping[str, str], names: Sequence[str], module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+    stages: list[tuple[str, tuple[str, ...]]] = []
+    start = 0
+    for stage, path in wanted.items():
+        ends = [i for i, name in enumerate(names) if name == path or name.startswith(path + ".")]
+        if not ends:
+            known = [name for name, _ in module.named_modules() if name]
+            raise UserError(
+                f'the network\'s attribute stages ends "{stage}" with "{path}", which is no submodule before the '
+                f"classifier.{nearest(path, known)}"
+            )
+        if ends[-1] < start:
+            raise UserError(f'the network\'s attribute stages has "{stage}" after a stage that ends later.')
+        stages.append((stage, tuple(names[start : ends[-1] + 1])))
+        start = ends[-1] + 1
+    return stages
+
+
+def _automatic(
+    module: nn.Module, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """A stage for every piece with weights; what stands before the first block, such as a stem, belongs to it.
+
+    What follows the last map of more than one pixel is no stage, but makes the features.
+    """
+    maps = [i for i in range(len(names)) if len(shapes[i]) == 4 and shapes[i][2] * shapes[i][3] > 1]
+    last = maps[-1] + 1 if maps else len(names)
+    layers = [None if name == FLATTEN else module.get_submodule(name) for name in names[:last]]
+    blocks = [i for i, layer in enumerate(layers) if layer is not None and _children(layer) and _begins(layer)]
+    starts = [i for i, layer in enumerate(layers) if layer is not None and _begins(layer)]
+    starts = [i for i in starts if i > blocks[0]] if blocks else starts[1:]
+    bounds = [0, *starts, last]
+    return [(f"layer{i + 1}", tuple(names[a:b])) for i, (a, b) in enumerate(itertools.pairwise(bounds))]

@@ -1,0 +1,378 @@
+"""Networks that users bring: any module as a classifier of the run, and how such a module is made."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern import named_code
+from fedkern.errors import UserError
+from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of
+from fedkern.models.precision import autocasts, full
+from fedkern.models.staged import StagedNetwork
+from fedkern.models.unet import UNet
+from fedkern.named_code import Named
+
+GIVEN = ("classes", "channels", "image_size", "width", "seed")
+"""Arguments that a class or function gets, by name, where its signature has them."""
+
+LEVELS = ("logits", "features", "stages")
+"""What a method may need of a network, each with everything before: logits; features and a linear classifier; stages
+that can be entered and left."""
+
+_taken: ContextVar[list[Tensor] | None] = ContextVar("features", default=None)
+
+
+def _remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    taken = _taken.get()
+    if taken is not None:
+        taken.append(inputs[0])
+
+
+class OwnNetwork(nn.Module):
+    """A user's module as a classifier.  The state dict has the module's own names.
+
+    Its parameters keep their memory format, and images arrive contiguous: a user's code may call ``view`` on them.
+
+    Attributes:
+        module: the user's module.
+
+    Args:
+        module: gives logits, or an object or mapping with ``logits``.
+        head: name of the linear layer whose result are the logits, or None.
+    """
+
+    own = True
+
+    def __init__(self, module: nn.Module, head: str | None = None) -> None:
+        nn.Module.__init__(self)
+        self.module: Any = module
+        self._head = head
+        if head is not None:
+            module.get_submodule(head).register_forward_pre_hook(_remember)
+
+    @property
+    def head(self) -> Any:
+        """The linear classifier ``[B, d] -> [B, C]``.
+
+        Raises:
+            AttributeError: the logits are not the result of a linear layer.
+        """
+        if self._head is None:
+            raise AttributeError("head: the logits of this network are not the result of a linear layer")
+        return self.module.get_submodule(self._head)
+
+    @autocasts
+    def _logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = logits_of(self.module(x.contiguous()))
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` (or ``[B, classes, H, W]``) of images ``[B, C, H, W]``."""
+        return full(self._logits(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the classifier takes, ``[B, d]``, of images ``[B, C, H, W]``."""
+        taken: list[Tensor] = []
+        token = _taken.set(taken)
+        try:
+            self._logits(x)
+        finally:
+            _taken.reset(token)
+        return full(taken[-1])
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The module's own state dict."""
+        return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
+    """A user's module whose submodules run one after another, so that it can be entered and left between stages."""
+
+    def __init__(self, module: nn.Module, cut: Cut, channels: int) -> None:
+        super().__init__(module, cut.head)
+        self._cut, self.channels = cut, channels
+        self.stage_names = tuple(name for name, _ in cut.stages)
+        self.width = self.head.in_features
+
+    def stage(self, name: str) -> nn.Sequential:
+        """The submodules of a stage, which share their parameters with the network."""
+        pieces = dict(self._cut.stages)[name]
+        return nn.Sequential(*(self.module.get_submodule(piece) if piece else nn.Flatten() for piece in pieces))
+
+    @property
+    def pooling(self) -> nn.Module:
+        return nn.Sequential(*self.stage("feature"), nn.Flatten())
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        return self.stage_names[: self._cut.maps]
+
+    @autocasts
+    def _run(self, x: Tensor, first: int, last: int) -> Tensor:
+        if first == 0:
+            x = x.contiguous()
+        for _, pieces in self._cut.stages[first : last + 1]:
+            for piece in pieces:
+                x = self.module.get_submodule(piece)(x) if piece else x.flatten(1)
+        return full(x) if last == len(self.stage_names) - 1 else x
+
+    def features(self, x: Tensor) -> Tensor:
+        """The features ``[B, d]`` of images ``[B, C, H, W]``."""
+        return StagedNetwork.features(self, x)
+
+
+def level(network: nn.Module) -> str:
+    """What a method can use of a network, one of ``LEVELS``."""
+    if isinstance(network, StagedNetwork):
+        return "stages"
+    return "features" if hasattr(network, "features") and hasattr(network, "head") else "logits"
+
+
+class Own:
+    """Makes a user's network from a class, a function or a module.
+
+    Pickled, it is the name of its code, which the other process imports.
+
+    Attributes:
+        what: a class or function that returns a module, or the module itself, which is copied with its weights.
+        text: the network's name in messages.
+        named: where the code was found; None for a registered class or function, and for a module.
+        sha256: of the file with the code, if any.
+
+    Raises:
+        UserError: ``what`` is neither, or needs an argument that it does not get.
+    """
+
+    def __init__(
+        self,
+        what: Callable[..., nn.Module] | nn.Module,
+        text: str,
+        *,
+        named: Named | None = None,
+        sha256: str | None = None,
+    ) -> None:
+        self.what, self.text, self.named, self.sha256 = what, text, named, sha256
+        self._cuts: dict[Any, Cut | str | None] = {}
+        self._latest: tuple[Any, nn.Module] | None = None
+        self.takes: tuple[str, ...] = () if isinstance(what, nn.Module) else self._arguments()
+
+    def __reduce__(self) -> Any:
+        cuts = {"_cuts": self._cuts}
+        if self.named is not None:
+            return _opened, (self.named, self.sha256), cuts
+        return Own, (self.what, self.text), cuts
+
+    def _arguments(self) -> tuple[str, ...]:
+        if not callable(self.what):
+            raise UserError(
+                f"the model {self.text} is {type(self.what).__name__}, not a class or function that returns an "
+                "nn.Module."
+            )
+        try:
+            parameters = inspect.signature(self.what).parameters.values()
+        except (TypeError, ValueError):
+            return ()
+        free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for each in parameters:
+            by_name = each.kind is not inspect.Parameter.POSITIONAL_ONLY
+            if each.default is each.empty and each.kind not in free and not (by_name and each.name in GIVEN):
+                raise UserError(
+                    f"the model {self.text} needs the argument {each.name}, and gets only {', '.join(GIVEN)}, by name: "
+                    f"give {each.name} a default."
+                )
+        return tuple(each.name for each in parameters if each.name in GIVEN)
+
+    def __call__(
+        self, *, classes: int, channels: int, sides: Sequence[int], seed: int, word: int, width: int | None
+    ) -> Any:
+        """Makes the network, on the CPU.
+
+        Args:
+            classes, channels: of the data.
+            sides: height and width of the images.
+            seed: the run's seed.
+            word: seed of the initial weights.
+            width: ``--width``, or None.
+
+        Raises:
+            UserError: the code raises an exception, or makes something that cannot be trained.
+        """
+        arguments = classes, channels, min(sides), seed, word, width
+        if self._latest is None or self._latest[0] != arguments:
+            self._latest = arguments, self._module(*arguments)
+        # A copy, as the code may take long, for example to read pretrained weights.
+        module = self._copied(self._latest[1])
+        if isinstance(module, (StagedNetwork, UNet)):
+            return self._marked(module)
+        key = classes, channels, tuple(sides), width
+        if key not in self._cuts:
+            images = torch.randn((2, channels, *sides), generator=torch.Generator().manual_seed(0))
+            self._cuts[key] = self._cut(module, images)
+        cut = self._cuts[key]
+        return self._marked(StagedOwn(module, cut, channels) if isinstance(cut, Cut) else OwnNetwork(module, cut))
+
+    def _marked(self, network: Any) -> Any:
+        """The network with ``scales``: whether it can be made wider and narrower."""
+        convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
+        network.scales = "width" in self.takes and convolutions
+        return network
+
+    def _module(self, classes: int, channels: int, side: int, seed: int, word: int, width: int | None) -> nn.Module:
+        if width is not None and "width" not in self.takes:
+            raise UserError(f"--width {width} is not for {self.text}, which takes no argument width: leave width out.")
+        if isinstance(self.what, nn.Module):
+            return self._copied(self.what).cpu()
+        if width is None and "width" in self.takes:
+            required = inspect.signature(self.what).parameters["width"].default is inspect.Parameter.empty
+            if required:
+                raise UserError(f"the model {self.text} needs a width: give one with --width.")
+        given = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
+        given |= {} if width is None else {"width": width}
+        with seeded(word), named_code.neighbours(self.named):
+            try:
+                module = self.what(**{name: value for name, value in given.items() if name in self.takes})
+            except UserError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise UserError(f"the model {self.text} cannot be made: {type(error).__name__}: {error}.") from error
+        if not isinstance(module, nn.Module):
+            raise UserError(f"the model {self.text} gives {type(module).__name__}, not an nn.Module.")
+        check_module(module, self.text)
+        return module.cpu().train()
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        try:
+            return copy.deepcopy(module)
+        except Exception as error:  # a module may hold anything
+            raise UserError(
+                f"the model {self.text} cannot be copied, and every client has a copy: {type(error).__name__}: {error}."
+            ) from None
+
+    def _cut(self, module: nn.Module, images: Tensor) -> Cut | str | None:
+        """The cut of a network, the name of its classifier alone, or None."""
+        declared = getattr(module, "stages", None)
+        if declared is None or callable(declared):
+            declared = getattr(self.what, "stages", None)
+        declared = None if callable(declared) else declared
+        try:
+            return find_cut(module, images, declared)
+        except NotCut as error:
+            if declared is not None:
+                raise UserError(
+                    f"the model {self.text} has an attribute stages, but cannot be cut there, as {error}: leave the "
+                    "attribute out, or call the modules one after another in forward."
+                ) from None
+        except UserError as error:
+            raise UserError(f"the model {self.text}: {error}") from None
+        except Exception:  # the network cannot take such images, which the run says in its own words
+            return None
+        try:
+            return find_head(module, images)
+        except Exception:
+            return None
+
+
+def _opened(named: Named, sha256: str | None) -> Own:
+    """The same maker in another process.
+
+    Raises:
+        UserError: the file has changed meanwhile.
+    """
+    made = opened(named)
+    if made.sha256 != sha256:
+        raise UserError(f"the model {named} has changed since the run began")
+    return made
+
+
+def opened(named: Named) -> Own:
+    """The maker of the network that code makes; imports the code.
+
+    Raises:
+        UserError: the code cannot be imported, or is no class or function that can be called.
+    """
+    what, digest = named_code.load(named, "the model")
+    if isinstance(what, nn.Module):
+        raise UserError(f"the model {named} is a module, not a class or function: write a function that returns it.")
+    return Own(what, str(named), named=named, sha256=digest)
+
+
+def check_module(module: nn.Module, text: str) -> None:
+    """Raises UserError where a module's parameters and buffers cannot be one vector of fp32 that is trained."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise UserError(
+                f"the model {text} has lazy layers ({name} has no shape yet): call it once on a batch before it is "
+                "returned."
+            )
+        if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            raise UserError(
+                f"the model {text} has {name}, which is no plain tensor with values: give it an ordinary one."
+            )
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype is not torch.float32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"the model {text} has {name} in {kind}: only float32 is trained, call .float() on it.")
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"the model {text} has {name} in its state dict, which is no tensor and cannot be saved.")
+    fixed = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if fixed:
+        raise UserError(
+            f"the model {text} has {len(fixed)} parameters that need no gradient, the first is {fixed[0]}: every "
+            "parameter of a network is trained, so leave requires_grad on."
+        )
+    if not any(True for _ in module.parameters()):
+        raise UserError(f"the model {text} has no parameters, so there is nothing to train.")
+
+
+def digest(tensors: Mapping[str, Tensor], *, values: bool) -> str:
+    """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        if values:
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def channels_last(module: nn.Module) -> bool:
+    """Whether a network's convolutions are kept channels-last: not those of networks that users bring."""
+    if any(getattr(part, "own", False) is True for part in module.modules()):
+        return False
+    return any(parameter.dim() == 4 for parameter in module.parameters())
+
+
+@contextmanager
+def seeded(word: int, device: torch.device | None = None) -> Iterator[None]:
+    """Context in which the global random generators begin at ``word``; afterwards they are as before.
+
+    A user's code draws from them: initial weights, dropout.
+    """
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(word)
+        if devices:
+            torch.cuda.manual_seed(word)
+        random.seed(word)
+        np.random.seed(word % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002

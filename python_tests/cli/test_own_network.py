@@ -1,0 +1,134 @@
+"""A network of one's own on the command line: --model FILE.py:NAME and --init, from the first round to the last."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import own_networks
+import pytest
+
+from fedkern.cli import flags, request
+from fedkern.engine import RunConfig
+
+TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
+        "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip
+PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
+NETWORK = """\
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, classes, channels):
+        super().__init__(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, classes))
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(NETWORK)
+    return path
+
+
+def unfinished(out: Path) -> None:
+    """Takes a run back to the time before its first round."""
+    for path in out.iterdir():
+        if path.name != "config.toml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_run_is_resumed_where_its_code_is_named_again(file, tmp_path, fails, result):
+    words = ["fedavg", *TINY, "--model", "net.py:Net"]
+    out, _ = result(*words, "--out", "run")
+    name = f"{file}:Net"
+    assert f"--model {name}" not in out  # the same method needs no comparison
+    stored = RunConfig.load("run")
+    assert stored.model == name
+    assert f'model = "{name}"' in Path("run/config.toml").read_text()
+    assert len(stored.model_sha256 or "") == 64
+    model = Path("run/model.safetensors").read_bytes()
+    unfinished(Path("run"))
+    said = fails("--resume", "run")
+    assert f"run/config.toml names code to run, {name}" in said
+    assert f"give the option again, --model {name}" in said
+    assert "has other settings" in fails("--resume", "run", "--model", "net.py:Other")
+    assert [path.name for path in Path("run").iterdir()] == ["config.toml"]
+    result("--resume", "run", "--model", "net.py:Net")
+    assert Path("run/model.safetensors").read_bytes() == model
+    for words in (["--resume", "run"], ["attack", "run", "--model", "net.py:Net", "--json"]):
+        out, _ = result(*words)
+    assert json.loads(out)["members"] == 40
+    assert f"--model {name}" in fails("attack", "run")
+
+
+@pytest.mark.exhaustive
+def test_the_pages_network_with_stages(file, result):
+    (code,) = re.findall(r"```python\n# net.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    file.write_text(code)
+    words = ["--model", "net.py:Net", *TINY[2:]]
+    out, _ = result("fedgid", "--data", "colordigits", *words, "--out", "run")
+    (again,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
+    other = request.effective(flags.parse(shlex.split(again)[3:]))
+    assert (other.model, other.width, other.train_samples) == (f"{file}:Net", None, 40)
+    (stages,) = re.findall(r"```python\nclass Net.*\n( *stages = .*?)  #.*\n```", PAGE.read_text())
+    file.write_text(code.replace("class Net(nn.Module):\n", f"class Net(nn.Module):\n{stages}\n"))
+    result("fusefl", *TINY[:-2], "--local-epochs", "2", "--model", "net.py:Net", "--out", "other")
+
+
+@pytest.mark.exhaustive
+def test_a_changed_file_is_said(file, capsys, result):
+    result("fedavg", *TINY, "--model", "net.py:Net", "--out", "run")
+    unfinished(Path("run"))
+    file.write_text(NETWORK.replace("ReLU", "Tanh"))
+    _, err = result("--resume", "run", "--model", "net.py:Net")
+    assert "net.py:Net has changed since the run in run began" in " ".join(err.split())
+
+
+@pytest.mark.exhaustive
+def test_settings_of_an_earlier_run_make_a_new_one(file, result):
+    result("fedavg", *TINY, "--model", "net.py:Net", "--out", "run")
+    before = RunConfig.load("run")
+    file.write_text(NETWORK.replace("ReLU", "Tanh"))
+    result("--config", "run/config.toml", "--out", "again")
+    again = RunConfig.load("again")
+    assert again.model == before.model
+    assert again.model_sha256 != before.model_sha256
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "net.py:Nat"], 'net.py has no "Nat". Did you mean "Net"?'),
+        (["--model", "not.py:Net"], "cannot be read: No such file or directory"),
+        (["--model", "net.py"], '"net.py" names no network: write FILE.py:NAME'),
+        (["--model", "python:nowhere_at_all:Net"], "cannot be imported: ModuleNotFoundError"),
+        (["--model", "nett"], 'there is no model "nett", choose one of cnn'),
+        (["--model", "net.py:Net", "--width", "8"], "--width 8 is not for"),
+        (["--init", "nothing.safetensors"], "nothing.safetensors cannot be read: No such file"),
+        (["--init", "net.py"], "is no safetensors file"),
+        (["--init", "."], "is a folder: name a .safetensors file"),
+        (["--init", ""], "--init is given without a value"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_leave_nothing(words, said, file, tmp_path, fails):
+    assert said in fails("fedavg", *TINY, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.py"]
+
+
+def test_methods_that_cannot_use_it_say_so(file, tmp_path, fails):
+    file.write_text(Path(own_networks.__file__).read_text().replace("x[:, 0].flatten(1)", "x.mean((1, 2)) @ self.out"))
+    said = fails("moon", *TINY, "--model", "net.py:Raw")
+    assert "cannot take the images of digits, 1x" in said
+    code = fails("ensemble", *TINY[:-2], "--method-option", "models=net.py:Net")
+    assert "is code: register that network with @fedkern.register_model(NAME)" in code
+    assert [path.name for path in tmp_path.iterdir()] == ["net.py"]
+
+
+def test_help_names_the_forms(result):
+    out, _ = result("fedavg", "--help")
+    assert "FILE.py:NAME or python:MODULE:NAME" in " ".join(out.split())
+    assert "--init FILE" in out

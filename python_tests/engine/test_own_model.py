@@ -1,0 +1,435 @@
+"""Runs of networks that users bring: by file, by module, by registered name, and as a module."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import own_networks
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from own_networks import Plain, Raw, Staged
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fedkern.engine import Listener, RunConfig, attack, read_model, run
+from fedkern.engine.executors.nursery import Nursery
+from fedkern.engine.executors.workers import Workers
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+from fedkern.models import MODELS, register_model
+from fedkern.models.own import LEVELS
+
+STAGED, PLAIN, RAW = (f"python:own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
+HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
+
+
+class Notices(Listener):
+    def __init__(self):
+        self.said = []
+
+    def on_notice(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture
+def own(make_config):
+    """Settings of a run of a network that has no width."""
+    return lambda method="fedavg", **settings: make_config(method, **{"width": None, "model": STAGED, **settings})
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "networks.py"
+    path.write_text(Path(own_networks.__file__).read_text())
+    return path
+
+
+def saved(out):
+    return load_file(out / "model.safetensors")
+
+
+# -- methods -------------------------------------------------------------------------------------------------------
+
+ONESHOT = {"rounds": None, "local_epochs": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "settings"),
+    [
+        ("fedavg", RAW, {}),
+        ("moon", PLAIN, {}),
+        ("fusefl", STAGED, {**ONESHOT, "options": {"blocks": 3, "virtual_features": 20, "calibration_epochs": 1}}),
+    ],
+)
+def test_methods_train_it(method, model, settings, own, make_data, tmp_path):
+    summary = run(own(method, model=model, **settings), out=tmp_path / "run", data=make_data())
+    assert 0 <= summary["metrics"]["id_accuracy"] <= 1
+    assert summary["model"] == model
+    module, about = read_model(tmp_path / "run", trusted=[model])
+    assert about["model"] == model
+    assert module(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_it_or_says_what_it_needs(method, own, make_data, make_public, tmp_path):
+    from smallest import SETTINGS
+
+    kind = METHODS[method]
+    if "classification" not in kind.tasks:
+        pytest.skip("for image-text pairs")
+    plan = {"rounds": None} if kind.one_shot else {}
+    given = {name: value for name, value in SETTINGS.get(method, {}).items() if name != "width"}
+    for model in (STAGED, PLAIN, RAW):
+        out = tmp_path / model.rpartition(":")[2]
+        config = own(method, **{**plan, **given, "model": model, "grad_cam": 0})
+        if LEVELS.index(kind(kind.Options.parse(config.options)).needs) <= LEVELS.index(HAS[model]):
+            assert run(config, out=out, data=make_public(make_data(), 12))["metrics"]
+            continue
+        with pytest.raises(UserError, match=rf"{method} needs .*fedavg"):
+            run(config, out=out, data=make_public(make_data(), 12))
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "said"),
+    [
+        ("fedgid", PLAIN, r"fedgid needs modules that run one after another .* methods that can use it are .*moon"),
+        ("fusefl", PLAIN, r"fusefl needs modules that run"),
+        ("moon", RAW, r"moon needs a linear layer .* which the network python:own_networks:Raw has not: .* fedavg, "),
+    ],
+)
+def test_a_method_that_needs_more(method, model, said, own, make_data, tmp_path):
+    settings = {"rounds": None} if METHODS[method].one_shot else {}
+    with pytest.raises(UserError, match=said) as error:
+        run(own(method, model=model, **settings), out=tmp_path / "run", data=make_data())
+    assert "fedgid, " not in str(error.value).partition("methods that can use it")[2]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"buffers": "local"}, {"buffers": "drop"}])
+def test_precision_and_buffers(settings, own, make_data, tmp_path):
+    run(own(**settings), out=tmp_path, data=make_data())
+    module, _ = read_model(tmp_path, trusted=[STAGED])
+    assert module(torch.randn(4, 3, 8, 8)).dtype is torch.float32
+
+
+@pytest.mark.exhaustive
+def test_grad_cam_of_a_network_with_stages(own, make_data, tmp_path):
+    assert "id_gradcam_in_object" in run(own(grad_cam=16), out=tmp_path / "staged", data=make_data())["metrics"]
+    assert "id_gradcam_in_object" not in run(own(model=PLAIN), out=tmp_path / "plain", data=make_data())["metrics"]
+
+
+def test_tied_weights_stay_tied(own, make_data, tmp_path):
+    run(own(model=RAW), out=tmp_path, data=make_data())
+    tensors = saved(tmp_path)
+    assert torch.equal(tensors["one.weight"], tensors["two.weight"])
+    module, _ = read_model(tmp_path, trusted=[RAW])
+    assert module.module.one.weight is module.module.two.weight
+
+
+# -- what does not fit ---------------------------------------------------------------------------------------------
+
+
+class Wrong(nn.Module):
+    """Gives what it is told to."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.layer, self.give = nn.Linear(192, 5), give
+
+    def forward(self, x):
+        return self.give(self.layer(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("give", "said"),
+    [
+        (
+            lambda y: y,
+            r"gives \[2, 5\] for 2 images, where the 3 classes of .* need \[2, 3\]: let it take the argument",
+        ),
+        (lambda y: (y, y), "must give a tensor of logits, or an object with the attribute logits"),
+        (lambda y: y[:, :3] / 0, "not finite"),
+        (lambda y: y.view(7), r"cannot take the images of \w+, 3x8x8 \(channels, height, width\): RuntimeError: shape"),
+    ],
+)
+def test_logits_are_looked_at_before_anything_is_written(give, said, make_config, make_data, tmp_path):
+    with pytest.raises(UserError, match=said):
+        run(make_config(), out=tmp_path / "run", data=make_data(), model=Wrong(give))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.exhaustive
+def test_classes_of_pixels(tmp_path):
+    name = "python:own_networks:Pixels"
+    settings = {"data": "segdigits", "rounds": 1, "local_epochs": 1, "train_samples": 20, "clients": 2, "threads": 1}
+    summary = run(RunConfig.make("fedavg", model=name, **settings), out=tmp_path / "run")
+    assert "dice" in summary["metrics"]
+    with pytest.raises(UserError, match=r"gives \[2, 11\] for 2 images, where .*: let it give logits of every pixel"):
+        run(RunConfig.make("fedavg", model=STAGED, **settings), out=tmp_path / "other")
+
+
+# -- a module ------------------------------------------------------------------------------------------------------
+
+
+def test_a_module_begins_with_its_own_weights_and_is_not_changed(make_config, make_data, tmp_path):
+    module = Staged()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    config = make_config(lr=1e-12, momentum=0, rounds=1)
+    summary = run(config, out=tmp_path, data=make_data(), model=module)
+    assert summary["model"] == "module:Staged"
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    for name, value in saved(tmp_path).items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(value, before[name])
+    with pytest.raises(UserError, match=r"holds a module that a script made \(Staged\)"):
+        read_model(tmp_path)
+    read, _ = read_model(tmp_path, model=Staged())
+    assert torch.equal(read.module[0].weight, saved(tmp_path)["0.weight"])
+    assert attack(tmp_path, data=make_data(), keep=False, model=Staged())["members"] == 42
+
+
+def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
+    config, data, module = make_config(rounds=3), make_data(), Staged()
+    run(config, out=tmp_path / "whole", data=data, model=module)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, model=module, listener=KillAt("client", 4))
+    with pytest.raises(UserError, match="go on with it in Python"):
+        run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    with pytest.raises(UserError, match=r"module:Staged -> module:Plain"):
+        run(config, out=tmp_path / "cut", data=data, resume=True, model=Plain())
+    other = Staged()
+    other[9] = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3))
+    with pytest.raises(UserError, match="module:Staged has other parameters than when the run"):
+        run(config, out=tmp_path / "cut", data=data, resume=True, model=other)
+    notices = Notices()
+    run(config, out=tmp_path / "cut", data=data, resume=True, model=module, listener=notices)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert not notices.said
+
+
+def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
+    with pytest.raises(Kill):
+        run(make_config(), out=tmp_path, data=make_data(), model=Staged(), listener=KillAt("round"))
+    notices = Notices()
+    run(make_config(), out=tmp_path, data=make_data(), resume=True, model=Staged(), listener=notices)
+    assert "module:Staged has other initial weights since the run" in notices.said[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"), [(Plain().half(), "in float16: only float32"), (3, "model must be an nn.Module, not int")]
+)
+def test_what_is_no_module_to_train(module, said, make_config, make_data, tmp_path):
+    with pytest.raises(UserError, match=said):
+        run(make_config(), out=tmp_path / "run", data=make_data(), model=module)
+    assert not (tmp_path / "run").exists()
+
+
+# -- code ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
+    name, data = f"{file}:Staged", make_data()
+    config = own("fedgid", model=name, rounds=3)
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
+    stored = RunConfig.load(tmp_path / "cut")
+    assert stored.model == name
+    assert len(stored.model_sha256) == 64
+    with pytest.raises(UserError, match=r"names code to run, .*networks.py:Staged.* --model .*networks.py:Staged"):
+        run(stored, out=tmp_path / "cut", data=data, resume=True)
+    notices = Notices()
+    run(config, out=tmp_path / "cut", data=data, resume=True, trusted=[name], listener=notices)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert not notices.said
+    assert name not in MODELS
+
+
+def test_a_file_that_has_changed(file, own, make_data, tmp_path):
+    name, data, text = f"{file}:Staged", make_data(), file.read_text()
+    out = tmp_path / "run"
+    with pytest.raises(Kill):
+        run(own(model=name), out=out, data=data, listener=KillAt("round"))
+    file.write_text(text.replace("nn.Conv2d(4, 6, 3", "nn.Conv2d(4, 7, 3").replace("nn.Linear(6,", "nn.Linear(7,"))
+    with pytest.raises(UserError, match=r"networks.py:Staged has other parameters than when the run in"):
+        run(RunConfig.load(out), out=out, data=data, resume=True, trusted=[name])
+    file.write_text(text.replace("nn.ReLU(), nn.Max", "nn.Tanh(), nn.Max"))
+    notices = Notices()
+    run(RunConfig.load(out), out=out, data=data, resume=True, trusted=[name], listener=notices)
+    assert "networks.py:Staged has changed since the run in" in notices.said[0]
+
+
+def test_a_finished_run_is_read_where_its_code_is_trusted(own, make_data, tmp_path):
+    run(own(), out=tmp_path, data=make_data())
+    for look in (read_model, functools.partial(attack, data=make_data(), keep=False)):
+        with pytest.raises(UserError, match=r"names code to run, python:own_networks:Staged"):
+            look(tmp_path)
+        assert look(tmp_path, trusted=[STAGED])
+
+
+def test_a_registered_name(own, make_data, tmp_path):
+    register_model("mine")(Staged)
+    try:
+        run(own(model="mine"), out=tmp_path / "run", data=make_data())
+        assert read_model(tmp_path / "run")[1]["model"] == "mine"
+        options = {"models": "mine,cnn:2"}
+        run(own("ensemble", model="mine", **ONESHOT, options=options), out=tmp_path / "both", data=make_data())
+    finally:
+        del MODELS["mine"]
+    with pytest.raises(UserError, match='there is no model "mine"'):
+        run(own(model="mine"), out=tmp_path / "other", data=make_data())
+    with pytest.raises(UserError, match=r"python:own_networks:Staged is code: register that network"):
+        run(own("ensemble", **ONESHOT, options={"models": STAGED}), out=tmp_path / "other", data=make_data())
+    assert not (tmp_path / "other").exists()
+
+
+def test_networks_that_draw_leave_the_global_generators_alone(own, make_data, tmp_path):
+    before = torch.get_rng_state()
+    run(own(), out=tmp_path, data=make_data())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- workers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The worker processes that were forked; they have started before the first client works."""
+    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+    found = []
+    fork = Nursery.fork
+
+    def seen(self):
+        found.append(1)
+        return fork(self)
+
+    monkeypatch.setattr(Nursery, "fork", seen)
+    return found
+
+
+def compared(config, data, folder, **more):
+    for count in ("1", "2"):
+        run(config.replace(workers=count), out=folder / count, data=data, **more)
+    return outcome(folder / "1"), outcome(folder / "2")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["file", "module", "registered"])
+def test_workers_give_the_same_bits(kind, file, own, make_data, tmp_path, forked):
+    config, more = own("fedgid", model=f"{file}:Staged"), {}
+    if kind == "module":
+        config, more = own(), {"model": Staged()}
+    if kind == "registered":
+        register_model("mine")(Staged)
+        config = own(model="mine")
+    try:
+        alone, workers = compared(config, make_data(), tmp_path, **more)
+    finally:
+        MODELS.pop("mine", None)
+    assert workers == alone
+    assert len(forked) == 2
+
+
+def test_a_module_of_main_works_in_one_process(own, make_data, tmp_path, forked):
+    class Here(Staged):
+        """As a notebook's cell defines it."""
+
+    Here.__module__ = "__main__"
+    config = own(workers="2")
+    summary = run(config, out=tmp_path / "2", data=make_data(), model=Here())
+    assert "Here, which is defined in __main__, cannot be sent" in summary["diagnostics"]["no-workers"]
+    assert not forked
+
+
+# -- initial weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(Staged().state_dict(), path)
+    return path
+
+
+def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
+    module = Staged()
+    module.load_state_dict(load_file(weights))
+    config = own(init=str(weights), rounds=3)
+    run(config, out=tmp_path / "run", data=make_data())
+    run(own(rounds=3), out=tmp_path / "same", data=make_data(), model=module)
+    run(own(rounds=3), out=tmp_path / "other", data=make_data())
+    found = [saved(tmp_path / name)["0.weight"] for name in ("run", "same", "other")]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=make_data(), listener=KillAt("round", 1))
+    stored = RunConfig.load(tmp_path / "cut")
+    assert len(stored.init_sha256) == 64
+    content = weights.read_bytes()
+    save_file(Staged().state_dict(), weights)
+    resume = functools.partial(run, out=tmp_path / "cut", data=make_data(), resume=True, trusted=[STAGED])
+    with pytest.raises(UserError, match="is not the file that the run began with"):
+        resume(stored)
+    weights.write_bytes(content)
+    resume(stored)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "run")
+
+
+def test_a_run_goes_on_from_another_runs_model(make_config, make_data, tmp_path):
+    run(make_config(), out=tmp_path / "first", data=make_data())
+    init = str(tmp_path / "first" / "model.safetensors")
+    run(make_config(init=init, lr=1e-12, rounds=1), out=tmp_path / "second", data=make_data())
+    first, second = (saved(tmp_path / name)["head.weight"] for name in ("first", "second"))
+    torch.testing.assert_close(first, second)
+    (tmp_path / "first" / "model.safetensors").unlink()
+    read_model(tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("4.bias"), r"is not for \S+: it has no 4.bias, of shape \[6\]"),
+        (lambda t: t.update({"9.weight": torch.zeros(5, 6)}), r"its 9.weight has shape \[5, 6\], not \[3, 6\]"),
+        (lambda t: t.update(other=torch.zeros(1)), "which has no other"),
+        (lambda t: t.update({"0.bias": torch.full((4,), torch.nan)}), "0.bias has values that are not finite"),
+        (lambda t: t.update({"0.bias": torch.zeros(4, dtype=torch.int32)}), "its 0.bias is torch.int32"),
+    ],
+)
+def test_weights_of_another_network(change, said, weights, own, make_data, tmp_path):
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=said):
+        run(own(init=str(weights)), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run").exists()
+
+
+# -- transformers --------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
+
+
+@pytest.mark.exhaustive
+def test_an_image_classifier_of_transformers(own, make_data, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**small, image_size=8, patch_size=4, num_labels=5)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    (code,) = re.findall(r"```python\n(from pathlib .*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "classifier.py").write_text(code)
+    name = f"{tmp_path}/classifier.py:Classifier"
+    out = tmp_path / "run"
+    run(own("moon", model=name, lr=1e-12, rounds=1), out=out, data=make_data())
+    tensors = saved(out)
+    begun = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit").state_dict()
+    shared = [key for key in begun if not key.startswith("classifier")]
+    assert len(shared) > 10
+    for key in shared:
+        torch.testing.assert_close(tensors[f"network.{key}"], begun[key])
+    assert tensors["network.classifier.weight"].shape == (3, 8)
+    assert json.loads((out / "summary.json").read_text())["model"] == name
+    read_model(out, trusted=[name])

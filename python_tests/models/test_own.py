@@ -1,0 +1,321 @@
+"""Networks that users bring: how they are made, and that they are the user's module with what methods need."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fedkern
+from fedkern import named_code, ops
+from fedkern.errors import UserError
+from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
+from fedkern.models.blocks import cut
+from fedkern.models.own import level
+from fedkern.models.precision import computing, frozen
+
+SIZE = {"classes": 3, "channels": 3, "image_size": 16}
+IMAGES = torch.randn(4, 3, 16, 16)
+
+
+class Plain(nn.Module):
+    """Functions between the layers, and view."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3)
+        self.head = nn.Linear(4 * 7 * 7, classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return self.head(x.view(len(x), -1))
+
+
+def staged(classes, channels):
+    """Modules one after another."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def known():
+    """Registers networks for one test."""
+    names = set(MODELS)
+    yield fedkern.register_model
+    for name in set(MODELS) - names:
+        del MODELS[name]
+
+
+def test_a_network_keeps_its_own_initial_weights_and_draws_from_the_seed(known):
+    known("plain")(Plain)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, again, other = (build("plain", **SIZE, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
+    assert type(first) is OwnNetwork
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert 0 < float(first.head.weight.detach().abs().max()) <= 1 / 14  # nn.Linear's own, not fedkern's
+
+
+def test_a_function_gets_the_arguments_that_it_takes(known):
+    got = []
+
+    def make(classes, *, width=5, seed, image_size, **rest):
+        got.append((classes, width, seed, image_size, rest))
+        return staged(classes, 3)
+
+    known("takes")(make)
+    build("takes", **SIZE, seed=7)
+    build("takes", **SIZE, seed=7, width=9)
+    assert got == [(3, 5, 7, 16, {}), (3, 9, 7, 16, {})]
+
+
+@pytest.mark.parametrize(
+    ("make", "width", "said"),
+    [
+        (staged, 4, "--width 4 is not for bad, which takes no argument width"),
+        (lambda width: nn.Linear(width, 2), None, "needs a width: give one with --width"),
+        (lambda: 3, None, "gives int, not an nn.Module"),
+        (lambda: 1 / 0, None, "cannot be made: ZeroDivisionError"),
+        (lambda: nn.Linear(2, 2).double(), None, "weight in float64: only float32 is trained"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), None, "has lazy layers"),
+        (lambda: nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)), None, "2 parameters that need"),
+        (lambda: nn.Linear(2, 2, device="meta"), None, "no plain tensor"),
+        (lambda: nn.ReLU(), None, "no parameters"),
+    ],
+)
+def test_what_cannot_be_made_or_trained(known, make, width, said):
+    known("bad")(make)
+    with pytest.raises(UserError, match=said):
+        build("bad", **SIZE, seed=0, width=width)
+
+
+def test_names_are_taken_once(known):
+    known("mine")(Plain)
+    known("mine")(Plain)  # a notebook's cell, run again
+    assert MODELS["mine"].description == "Functions between the layers, and view."
+    with pytest.raises(UserError, match='there is a model "mine" already'):
+        known("mine")(staged)
+    with pytest.raises(UserError, match='there is a model "cnn" already'):
+        known("cnn")(staged)
+    with pytest.raises(UserError, match="cannot be a model's name"):
+        known("net.py:Net")(staged)
+    with pytest.raises(UserError, match="needs the argument depth"):
+        known("deep")(lambda depth, classes: None)
+    assert "deep" not in MODELS
+
+
+def test_the_state_dict_has_the_modules_own_names(known):
+    known("plain")(Plain)
+    network = build("plain", **SIZE, seed=0)
+    own = Plain()
+    assert list(network.state_dict()) == list(own.state_dict())
+    network.load_state_dict(own.state_dict())
+    assert torch.equal(network(IMAGES), own(IMAGES))
+    together = nn.ModuleList([network, nn.Linear(1, 1)])
+    assert list(together.state_dict()) == ["0.conv.weight", "0.conv.bias", "0.head.weight", "0.head.bias",
+                                           "1.weight", "1.bias"]  # fmt: skip
+    state = {name: torch.zeros_like(value) for name, value in together.state_dict().items()}
+    together.load_state_dict(state)
+    assert not network.head.weight.any()
+    assert len(state) == 6  # not changed
+    with pytest.raises(RuntimeError, match="Missing key"):
+        network.load_state_dict({"conv.weight": own.conv.weight})
+
+
+def test_images_arrive_contiguous_for_code_that_calls_view(known):
+    known("plain")(Plain)
+    network = build("plain", **SIZE, seed=0)
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(network(images), network(IMAGES))
+    flat = ops.FlatParameters(network)
+    assert flat.is_flat
+    assert network.module.conv.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("make", [Plain, staged])
+def test_features_and_classifier_give_the_logits(known, make):
+    known("own")(make)
+    network = build("own", **SIZE, seed=0)
+    features = network.features(IMAGES)
+    assert features.dim() == 2
+    assert torch.equal(network.head(features), network(IMAGES))
+    network.head(features).sum().backward()
+    assert network.head.weight.grad is not None
+    assert next(network.parameters()).grad is not None
+    with computing("bf16"):
+        features = network.features(IMAGES)
+        assert features.dtype == network(IMAGES).dtype == torch.float32
+        assert frozen(network) is network
+
+
+def test_a_cut_network_is_a_staged_network(known):
+    known("own")(staged)
+    network = build("own", **SIZE, seed=0).eval()
+    assert isinstance(network, StagedNetwork)
+    assert level(network) == "stages"
+    assert network.stage_names == ("layer1", "layer2", "feature")
+    assert network.width == 6
+    whole = network(IMAGES)
+    for name in network.stage_names:
+        half = network.stages(IMAGES, upto=name)
+        torch.testing.assert_close(network.head(network.tail(half, after=name)), whole)
+    maps, _ = grad_cam(network, IMAGES)
+    assert maps.shape == (4, 16, 16)
+    blocks = cut(network, 3)
+    assert len(blocks.blocks) == 3
+    torch.testing.assert_close(blocks.eval()(IMAGES), whole)
+    twin = copy.deepcopy(network)
+    twin.head.weight.data.zero_()
+    assert torch.equal(network(IMAGES), whole)
+    assert len(list(network.parameters())) == len(list(network.module.parameters()))
+
+
+def test_an_ensemble_runs_users_networks_whole(known):
+    known("own")(staged)
+    members = [build("own", **SIZE, seed=seed).eval() for seed in (0, 1)]
+    expected = torch.stack([member(IMAGES) for member in members]).mean(0)
+    torch.testing.assert_close(Ensemble(members)(IMAGES), expected)
+
+
+def test_outputs_with_logits(known):
+    class Output(nn.Module):
+        """As transformers' classifiers answer."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Plain()
+
+        def forward(self, x):
+            return {"logits": self.inner(x), "loss": None}
+
+    known("output")(Output)
+    network = build("output", **SIZE, seed=0)
+    assert network(IMAGES).shape == (4, 3)
+    assert network.head is network.module.inner.head
+
+
+def test_a_wrong_attribute_stages_is_said(known):
+    class Declared(Plain):
+        """Cannot be cut."""
+
+        stages = {"layer1": "conv"}  # noqa: RUF012
+
+    known("declared")(Declared)
+    with pytest.raises(UserError, match="the model declared has an attribute stages, but cannot be cut there"):
+        build("declared", **SIZE, seed=0)
+
+
+def test_a_subclass_of_fedkerns_networks_is_taken_as_it_is(known):
+    class Mine(StagedNetwork):
+        """Two stages."""
+
+        def __init__(self, classes):
+            super().__init__([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)], width=4, classes=classes)
+
+    known("mine")(Mine)
+    assert type(build("mine", **SIZE, seed=0)) is Mine
+
+
+def test_a_given_module_is_copied(known):
+    module = Plain()
+    with available("module:Plain", module):
+        network = build("module:Plain", **SIZE, seed=5)
+        assert network.module is not module
+        assert torch.equal(network.head.weight, module.head.weight)
+    assert "module:Plain" not in MODELS
+
+
+FILE = """\
+import dataclasses
+from torch import nn
+import beside_of_a_test
+
+@dataclasses.dataclass
+class Size:
+    classes: int
+
+class Net(nn.Sequential):
+    def __init__(self, classes):
+        size = Size(classes)
+        super().__init__(nn.Flatten(), nn.Linear(768, beside_of_a_test.WIDTH), nn.ReLU(), nn.Linear(4, size.classes))
+
+module = nn.Linear(1, 1)
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "beside_of_a_test.py").write_text("WIDTH = 4\n")
+    path = tmp_path / "net.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_code_of_a_file(file, monkeypatch):
+    name = f"{file}:Net"
+    monkeypatch.chdir(file.parent)
+    assert named_code.absolute("net.py:Net") == named_code.absolute(name) == name
+    with available(name):
+        first = build(name, **SIZE, seed=0)
+        kind = MODELS[name].make
+        assert kind.sha256 == named_code.load(named_code.parse(name), "it")[1]
+    with available(name):
+        assert type(build(name, **SIZE, seed=0).module) is type(first.module)  # run once
+    file.write_text(FILE.replace("nn.ReLU", "nn.Tanh"))
+    with available(name):
+        assert MODELS[name].make.sha256 != kind.sha256
+        assert isinstance(build(name, **SIZE, seed=0).module[2], nn.Tanh)
+    assert name not in MODELS
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("{0}:Nat", 'net.py has no "Nat". Did you mean "Net"?'),
+        ("{0}:module", "is a module, not a class or function: write a function"),
+        ("{0}:number", "is int, not a class or function"),
+        ("{0}x.py:Net", "cannot be read: No such file"),
+        ("python:nowhere_at_all:Net", "cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_code_that_is_not_there(file, name, said):
+    with pytest.raises(UserError) as error, available(name.format(file)):
+        pass
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "import sys; sys.exit()", "class"])
+def test_code_that_fails(tmp_path, text):
+    (tmp_path / "net.py").write_text(text)
+    with pytest.raises(UserError, match=r"net.py:Net cannot be imported: \w+"), available(f"{tmp_path}/net.py:Net"):
+        pass
+
+
+def test_a_pickled_maker_is_the_name_of_its_code(file):
+    from fedkern.engine.executors.wire import Packer, Unpacker
+
+    with available(f"{file}:Net"):
+        make = MODELS[f"{file}:Net"].make
+        build(f"{file}:Net", **SIZE, seed=0)
+    packer = Packer()
+    packet = packer.pack(make)
+    again = Unpacker().unpack(packet)
+    packer.clear()
+    assert isinstance(again, Own)
+    assert again.what is make.what
+    assert again._cuts == make._cuts
+    packer = Packer()
+    packet = packer.pack(make)
+    file.write_text(FILE + "\n")
+    with pytest.raises(UserError, match="has changed since the run began"):
+        Unpacker().unpack(packet)
+    packer.clear()

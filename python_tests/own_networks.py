@@ -1,0 +1,54 @@
+"""Networks as users write them, in a module that worker processes import too."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Plain(nn.Module):
+    """Functions between the layers, and view: its classifier can be found, its stages cannot."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3)
+        self.fc = nn.Linear(4 * 3 * 3, classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return self.fc(x.view(len(x), -1))
+
+
+class Staged(nn.Sequential):
+    """Modules one after another, with dropout."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__(
+            nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2),
+            nn.Linear(6, classes),
+        )  # fmt: skip
+
+
+class Raw(nn.Module):
+    """Tied weights and a parameter of its own; its logits are no layer's result."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.two.weight = self.one.weight
+        self.out = nn.Parameter(torch.randn(classes, 64) / 8)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return F.relu(self.two(F.relu(self.one(x[:, 0].flatten(1))))) @ self.out.T
+
+
+class Pixels(nn.Module):
+    """Classes of pixels."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, classes, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
