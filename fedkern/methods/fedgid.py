@@ -66,17 +66,19 @@ class FedGID(LocalTraining):
         alpha: float = option(0.6, "weight of a sample's own features in the mixture", low=0, high=1)
         lam: float = option(1.0, "weight of the distillation loss", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
-        mix_stage: str = option("map", "where features and backgrounds meet; map: the last map but one", choices=STAGES)
+        mix_stage: str = option(
+            "map", "stage whose features are mixed with backgrounds; map: the last map but one", choices=STAGES
+        )
         kl_direction: str = option(
             "local_global", "KL(local || global) or KL(global || local)", choices=("local_global", "global_local")
         )
-        distill_on: str = option("features", "what is distilled", choices=("features", "logits"))
+        distill_on: str = option("features", "what the distillation compares", choices=("features", "logits"))
         background_pool: str = option(
-            "own", "a client's own backgrounds, or everybody's (sent once)", choices=("own", "shared")
+            "own", "backgrounds of the client alone, or of all clients (sent once)", choices=("own", "shared")
         )
         exclude_same_class: bool = option(False, "never mix with a background of the sample's own class")
         background_fill: str = option(
-            "mean", "what erased objects become: the mean colour, or black", choices=("mean", "zero")
+            "mean", "colour of erased objects: the mean colour, or black", choices=("mean", "zero")
         )
         alpha_sampling: str = option(
             "constant", "alpha per sample: constant, uniform in [alpha, 1], or Beta with mean alpha",
