@@ -4,6 +4,8 @@ set(FEDKERN_SANITIZE "" CACHE STRING "Sanitizers for the core, as -fsanitize= ta
 if(FEDKERN_SANITIZE)
   # Instrumented kernels compile for minutes with more, and their stacks say less.
   set(FEDKERN_OPTIMIZE -O1)
+  set(FEDKERN_OPTIMIZE_BINDINGS -O1)
+  unset(FEDKERN_OPTIMIZE_portable)
   # What the undefined-behaviour sanitizer finds must stop the process: a test does not read stderr.
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FEDKERN_SANITIZE}> $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize-recover=all>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer> $<$<COMPILE_LANGUAGE:CXX>:-g1>)
