@@ -1,8 +1,8 @@
 """fedkern: fast kernels for federated learning, and five published methods built on them.
 
 ``fedkern.ops`` holds the operators and ``fedkern.methods`` the methods.  :func:`fedkern.simulate` runs a method, as the
-command ``fedkern`` does, and :func:`fedkern.load` opens the folder of a run.  The decorators of a plugin
-(docs/plugins.md) are here too.
+command ``fedkern`` does, :func:`fedkern.load` opens the folder of a run, and :func:`fedkern.compare` compares methods
+over seeds.  The decorators of a plugin (docs/plugins.md) are here too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkern.api import History, Run, load, simulate
+    from fedkern.comparison.compared import Comparison, compare
     from fedkern.data import FederatedData, register_data
     from fedkern.errors import UserError
     from fedkern.methods import option, register, register_aggregator, register_metric
@@ -23,11 +24,13 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Comparison",
     "FederatedData",
     "History",
     "Run",
     "UserError",
     "__version__",
+    "compare",
     "load",
     "option",
     "register",
@@ -40,6 +43,7 @@ __all__ = [
 
 _LAZY = {
     **dict.fromkeys(("History", "Run", "load", "simulate"), "fedkern.api"),
+    **dict.fromkeys(("Comparison", "compare"), "fedkern.comparison.compared"),
     **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
     "UserError": "fedkern.errors",

@@ -208,6 +208,25 @@ def simulate(
     Raises:
         UserError: anything the caller can put right, such as an unknown name or a value out of range.
     """
+    config, memory, module = requested(method, data, model, settings)
+    folder = _reserved(config) if out is None else Path(out)
+    try:
+        _play(config, folder, memory, module, progress, listener, resume=False)
+    finally:
+        if out is None and not any(folder.iterdir()):
+            folder.rmdir()
+    return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins])
+
+
+def requested(
+    method: str, data: str | FederatedData | None, model: str | nn.Module | None, given: Mapping[str, Any]
+) -> tuple[RunConfig, FederatedData | None, nn.Module | None]:
+    """The settings of a run with the arguments of :func:`simulate`, and its data and network where they are in memory.
+
+    Raises:
+        UserError: an unknown name or a value out of range.
+    """
+    settings = dict(given)
     plugins.given(settings.get("plugins", ()))
     if method not in METHODS:
         raise UserError(f'Unknown method "{method}".{nearest(method, METHODS)} Known methods: {", ".join(METHODS)}.')
@@ -233,13 +252,7 @@ def simulate(
         plain["model"] = model
     module = model if isinstance(model, nn.Module) else None
     config = RunConfig.make(method, options=options, **cast(Any, plain))
-    folder = _reserved(config) if out is None else Path(out)
-    try:
-        _play(config, folder, memory, module, progress, listener, resume=False)
-    finally:
-        if out is None and not any(folder.iterdir()):
-            folder.rmdir()
-    return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins])
+    return config, memory, module
 
 
 def load(

@@ -37,8 +37,8 @@ GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
 
 COMMANDS = (
-    "attack", "decode", "doctor", "evaluate", "export", "extend", "help", "list", "predict", "probe", "resume",
-    "retrieval", "run", "tune", "zero-shot",
+    "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "help", "list", "predict", "probe",
+    "resume", "retrieval", "run", "tune", "zero-shot",
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, plugins
-from fedkern.cli import downstream, finished_runs, tuning
+from fedkern.cli import comparing, downstream, finished_runs, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, absolute, effective, named_options, trusted
@@ -370,6 +370,7 @@ def attack(request: Request) -> int:
 COMMANDS = {
     **dict.fromkeys(TASKS, downstream.run),
     **finished_runs.COMMAND_TABLE,
+    **comparing.COMMAND_TABLE,
     "run": run,
     "resume": run,
     "attack": attack,

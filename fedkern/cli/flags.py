@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "classes or masks of your own images, by a finished run",
     "export": "a finished run's network as a file for other programs",
     "extend": "more rounds for a run",
+    "compare": "several methods over seeds and settings, or finished runs",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
     "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
@@ -91,6 +92,7 @@ DESCRIPTION = f"""\
 {PROGRAM} predict DIR IMAGE...        {COMMANDS["predict"]}
 {PROGRAM} export DIR                  {COMMANDS["export"]}
 {PROGRAM} extend DIR --rounds R       {COMMANDS["extend"]}
+{PROGRAM} compare METHOD METHOD...    {COMMANDS["compare"]}
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} tune                        {COMMANDS["tune"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
@@ -336,10 +338,13 @@ def parse(argv: Sequence[str]) -> Request:
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
     folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
-    apart = (*TASKS, "tune", "evaluate", "predict", "export", "extend")
+    apart = (*TASKS, "tune", "evaluate", "predict", "export", "extend", "compare")
     task = next((word for word in (values.method, *rest) if word in apart), None)
     if task is not None:  # with such a word first, another parser reads the command
-        what, folder = ("its flags", "") if task == "tune" else ("its folder and its flags", " DIR")
+        what, folder = {
+            "tune": ("its flags", ""),
+            "compare": ("its methods or folders and its flags", " METHOD METHOD"),
+        }.get(task, ("its folder and its flags", " DIR"))
         raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:

@@ -1,0 +1,231 @@
+"""The command ``compare``: methods over seeds and settings, or finished runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from fedkern import interrupts
+from fedkern.cli import flags
+from fedkern.cli.flags import PROGRAM, Parser, check_filled, first, key_values, quote
+from fedkern.cli.request import Request, effective
+from fedkern.engine import RunConfig
+from fedkern.errors import UserError, nearest, printable
+from fedkern.files import expand
+from fedkern.methods import METHODS
+
+NAME = "compare"
+_NOT_HERE = {
+    "resume": "give the same command again with the same --out to go on",
+    "tensorboard": "use it with a single run",
+    "profile": "use it with a single run",
+    "predictions": "give it to a finished run, --resume DIR --predictions",
+}
+"""Flags of a run that a comparison does not take, with the way out."""
+
+USAGE = f"""\
+{PROGRAM} compare METHOD METHOD... [flags]    run methods with several seeds, then compare them
+{PROGRAM} compare DIR DIR...                  compare finished runs, by method and settings but for the seed
+
+All settings of {PROGRAM} METHOD --help follow the methods and hold for all of them. A method option goes to the
+methods that have it. The same command with the same --out goes on where it stopped.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=f"{PROGRAM} {NAME}",
+        usage=argparse.SUPPRESS,
+        description=USAGE,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--seeds", metavar="N", help="number of seeds, from --seed on, or a list such as 0,4,7; "
+                                                     "default 3")  # fmt: skip
+    parser.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V",
+                        help="values of a setting or a method option; repeatable, all combinations are run; values "
+                             "with commas are parted by ;")  # fmt: skip
+    parser.add_argument("--select", metavar="validation",
+                        help="run a sweep with the first seed only, and all seeds with every method's best setting by "
+                             "its validation figure")  # fmt: skip
+    parser.add_argument(
+        "--target",
+        metavar="FIGURE=VALUE",
+        help="tell rounds, bytes and seconds up to this figure of a round, such as accuracy=0.8",
+    )
+    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
+                        help="an option of the methods that have it; repeatable")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="folder of the runs and of comparison.csv, .md, .tex and .png; "
+                                                     "default comparisons/<time>")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no display; only the folder at the end")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON, and nothing else")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    return parser
+
+
+def parse(words: Sequence[str]) -> Request | None:
+    """Reads the command; None if the words are another command.
+
+    Raises:
+        UserError: an unknown method or flag, or an invalid value.
+    """
+    if first(words) != NAME:
+        return None
+    at, parser = words.index(NAME), _parser()
+    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    if found.help:
+        return Request("help", help=parser.format_help())
+    check_filled({name: getattr(found, name) for name in ("seeds", "select", "target", "out")})
+    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    names, rest = rest[:count], rest[count:]
+    folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
+    out = Path(found.out) if found.out else None
+    shared: dict[str, Any] = {"target": found.target, "words": tuple(words)}
+    if names and len(folders) == len(names):
+        refused = [f"--{name.replace('_', '-')}" for name in ("seeds", "sweep", "select", "method_option")
+                 if getattr(found, name)]  # fmt: skip
+        if extra := [*refused, *rest]:
+            raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
+        return Request(NAME, out=out, quiet=found.quiet, json=found.json, arguments={**shared, "folders": folders})
+    from fedkern.comparison.cells import check_methods, check_option, read_seeds, read_sweep, variants
+    from fedkern.comparison.compared import check_select
+    from fedkern.comparison.seed_statistics import Target
+
+    if folders and len(folders) < len(names):
+        other = next(name for name in names if name not in folders)
+        what = "a method" if other in METHODS else "no folder"
+        raise UserError(f"{folders[0]} is a folder and {other} is {what}: name methods alone, or folders alone.")
+    check_methods(names)
+    run = _settings(names[0], rest, parser)
+    options = key_values(found.method_option, "method_option")
+    for name in options:
+        check_option(name, names)
+    sweep = read_sweep(found.sweep)
+    check_select(found.select, sweep)
+    given = {*run.settings, *options}
+    arguments = {
+        **shared,
+        "variants": variants(names, sweep, given),
+        "seeds": read_seeds(found.seeds or "3", run.settings.get("seed", 0)),
+        "select": found.select,
+        "options": options,
+    }
+    if found.target is not None:
+        Target.read(found.target)
+    return dataclasses.replace(run, command=NAME, out=None if out is None else expand(out), quiet=found.quiet,
+                               json=found.json, arguments=arguments)  # fmt: skip
+
+
+def _settings(method: str, rest: Sequence[str], parser: argparse.ArgumentParser) -> Request:
+    """The run's settings behind the methods, as a request for one of the methods.
+
+    Raises:
+        UserError: an unknown flag, an invalid value, or a flag that a comparison does not take.
+    """
+    own = [name for action in parser._actions for name in action.option_strings]
+    try:
+        run = flags.parse([method, *rest])
+    except UserError as error:
+        given = next((word.partition("=")[0] for word in rest if f'flag "{word.partition("=")[0]}"' in str(error)), "")
+        if get_close_matches(given, own, n=1, cutoff=0.7):
+            raise UserError(f'Unknown flag "{given}".{nearest(given, own)} See {PROGRAM} {NAME} --help.') from None
+        raise
+    for name, way in _NOT_HERE.items():
+        if getattr(run, name):
+            raise UserError(f"--{name} is not for {NAME}: {way}.")
+    return run
+
+
+def compare(request: Request) -> int:
+    """Runs and compares methods, or compares finished runs; prints the table.
+
+    Returns:
+        The exit code: 0, 1 if a run failed, or 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    from fedkern.cli.commands import check_backend
+    from fedkern.comparison.boards import board
+    from fedkern.comparison.cell_runner import Runner
+    from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unused_rounds
+    from fedkern.comparison.seed_statistics import Target
+
+    given = request.arguments
+    target = None if given["target"] is None else Target.read(given["target"])
+    if "folders" in given:
+        return _tell(request, compare_found(given["folders"], out=request.out, target=target), {})
+    check_backend()
+    shown = board(quiet=request.quiet, json=request.json)
+    notes = unused_rounds(given["variants"], request.settings)
+    where: list[Path] = []
+    tracebacks: dict[str, str] = {}
+
+    def begin(out: Path) -> Comparison:
+        where.append(out)
+        given_names = frozenset(request.settings)
+        runner = Runner(
+            out, lambda variant, seed: _config(request, variant, seed), given_names, shown, tracebacks=tracebacks
+        )
+        return play(runner, given["variants"], given["seeds"], select=given["select"], target=target, notes=notes)
+
+    try:
+        found = in_folder(request.out, begin)
+    except KeyboardInterrupt as stop:
+        interrupts.ended()
+        shown.close()
+        asked = isinstance(stop, interrupts.Terminated)
+        how = "terminated" if asked else "interrupted"
+        begun = bool(where) and any(where[0].glob("*/config.toml"))
+        again = f"; go on with: {_again(given['words'], where[0])}" if begun else " before anything was written"
+        print(f"{how}{again}", file=sys.stderr)
+        return 143 if asked else 130
+    return _tell(request, found, tracebacks)
+
+
+def _again(words: Sequence[str], out: Path) -> str:
+    """The command that goes on with the comparison in ``out``."""
+    named = any(word == "--out" or word.startswith("--out=") for word in words)
+    return " ".join([PROGRAM, *map(quote, words), *([] if named else ["--out", quote(out)])])
+
+
+def _config(request: Request, variant: Any, seed: int) -> RunConfig:
+    """The settings of one run: the common ones, the variant's, and the options that the method has."""
+    from fedkern.comparison.cells import option_names, own_settings, word
+
+    method, options = variant.method, request.arguments["options"]
+    own = {name: value for name, value in options.items() if name in option_names(method)}
+    both: Mapping[str, Any] = {**own, **variant.options}
+    settings = {**own_settings(method, request.settings), **variant.settings, "seed": seed}
+    words = tuple(f"{name}={word(value)}" for name, value in both.items())
+    return effective(dataclasses.replace(request, method=method, settings=settings, options=words))
+
+
+def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
+    from fedkern.comparison.boards import result_table
+    from fedkern.report.names import say
+    from fedkern.report.progress import terminal
+
+    result = found.result
+    if request.json:
+        print(result.to_json(found.folder))
+    elif request.quiet:
+        print(found.folder)
+    else:
+        console = terminal()
+        console.print(result_table(result.title(), result.header(), result.text_rows()))
+        for text in result.sentences():
+            say(console, text)
+        say(console, f"folder: {found.folder}")
+        say(console, f"files:  {', '.join(path.name for path in found.files)}")
+    for text in tracebacks.values():
+        print(printable(text), end="", file=sys.stderr)
+    for text in found.failures:
+        print(f"error: {text}", file=sys.stderr)
+    return 1 if found.failures else 0
+
+
+COMMAND_TABLE = {NAME: compare}

@@ -1,0 +1,159 @@
+"""Progress of a comparison: a live table on a terminal, a line for every run elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedkern.comparison.cell_runner import Board
+from fedkern.comparison.cells import Cell
+from fedkern.errors import MESSAGE
+from fedkern.report.names import plain, say
+from fedkern.report.progress import main_figures, terminal
+from fedkern.report.tables import human_metric, human_time
+
+SHOWN_SEEDS = 8
+"""Most seeds with a column of their own in the live table."""
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {human_metric('accuracy', value)}" for name, value in main_figures(metrics))
+
+
+class LineBoard(Board):
+    """A line for every finished cell, with the time left as this process's cells predict."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.planned: Sequence[Cell] = ()
+        self.start = time.monotonic()
+        self.began = self.start
+        self.done = self.played = 0
+
+    def on_cells(self, planned: Sequence[Cell]) -> None:
+        self.planned, self.done = planned, 0
+
+    def on_cell(self, cell: Cell) -> None:
+        self.began = time.monotonic()
+
+    def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
+        self._count(again)
+        took = "finished before" if again else human_time(time.monotonic() - self.began)
+        self._line(cell, f"{_figures(metrics) or 'no figures told'}  {took}{self._left(again)}")
+
+    def on_cell_failed(self, cell: Cell, message: str) -> None:
+        self._count(False)
+        self._line(cell, f"failed: {' '.join(message.split())}")
+
+    def _count(self, again: bool) -> None:
+        self.done += 1
+        self.played += not again
+
+    def _left(self, again: bool) -> str:
+        left = len(self.planned) - self.done
+        if again or not left:
+            return ""
+        return f", about {human_time((time.monotonic() - self.start) / self.played * left)} left"
+
+    def _line(self, cell: Cell, text: str) -> None:
+        say(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
+
+
+class LiveBoard(LineBoard):
+    """A table of variants and seeds whose cells fill up; the running cell shows its round."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.texts: dict[tuple[str, int], Text] = {}
+        self.running: Cell | None = None
+        self.live = Live(console=console, transient=True, refresh_per_second=4)
+        self.left = ""
+
+    def on_cells(self, planned: Sequence[Cell]) -> None:
+        super().on_cells(planned)
+        self.live.start()
+        self._show()
+
+    def on_cell(self, cell: Cell) -> None:
+        super().on_cell(cell)
+        self.running = cell
+        self._tell("starts", "cyan")
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        figures = f"  {_figures(record)}" if _figures(record) else ""
+        self._tell(f"{record['round']}/{record['rounds']}{figures}", "cyan")
+
+    def on_cell_failed(self, cell: Cell, message: str) -> None:
+        super().on_cell_failed(cell, message)
+        self.running = cell
+        self._tell("failed", "red")
+
+    def _tell(self, text: str, style: str) -> None:
+        if self.running is not None:
+            self.texts[self.running.variant.label, self.running.seed] = plain(text, style)
+        self._show()
+
+    def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
+        self._count(again)
+        self.left = self._left(again) or ("" if self.done >= len(self.planned) else self.left)
+        self.running = cell
+        self._tell(_figures(metrics) or "done", "bold")
+
+    def _line(self, cell: Cell, text: str) -> None:
+        if text.startswith("failed"):  # printed above the table, where it stays
+            self.console.print(plain(f"{cell.variant.label}, seed {cell.seed}  {text}", most=MESSAGE), soft_wrap=True)
+
+    def _show(self) -> None:
+        self.live.update(self.table())
+
+    def table(self) -> Table:
+        """The table as it is now."""
+        seeds = list(dict.fromkeys(cell.seed for cell in self.planned))
+        shown = seeds if len(seeds) <= SHOWN_SEEDS else []
+        made = Table(
+            title=plain(f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"),
+            title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+        )  # fmt: skip
+        made.add_column("")
+        for seed in shown:
+            made.add_column(f"seed {seed}", justify="right")
+        if not shown:
+            made.add_column("finished", justify="right")
+        for label in dict.fromkeys(cell.variant.label for cell in self.planned):
+            own = [self.texts.get((label, seed), Text("")) for seed in seeds]
+            made.add_row(plain(label), *(own if shown else [f"{sum(t.style == 'bold' for t in own)} of {len(seeds)}"]))
+        return made
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+def board(*, quiet: bool, json: bool, console: Console | None = None) -> Board:
+    """Chooses the display, which writes to standard error.
+
+    Args:
+        quiet: show nothing.
+        json: show nothing, unless a person watches a terminal.
+        console: where to write; None is standard error.
+    """
+    console = console or terminal(stderr=True)
+    if quiet or (json and not console.is_terminal):
+        return Board()
+    return LiveBoard(console) if console.is_terminal else LineBoard(console)
+
+
+def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The result's table for a terminal, a row for every group."""
+    table = Table(title=plain(title, "table.title"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(plain(name), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    return table

@@ -1,0 +1,253 @@
+"""Runs the cells of a comparison, each into a folder of its own; finished cells are not run again."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedkern import engine, interrupts
+from fedkern.comparison.cells import Cell, Variant, cells
+from fedkern.comparison.found_runs import FoundRun, read_run
+from fedkern.data import FederatedData
+from fedkern.engine import Listener, RunConfig, own_model
+from fedkern.engine.config import NAME as SETTINGS
+from fedkern.engine.config import check_regular
+from fedkern.errors import UserError
+from fedkern.methods.common.figures import MAIN_FIGURES
+from fedkern.report.tables import human_metric
+
+COMPARISONS = Path("comparisons")
+"""Folder of comparisons without ``out``."""
+_OPEN = ("threads", "client_threads")
+"""Settings whose default depends on the machine: where nobody gave them, a stored run keeps its own."""
+
+
+class Board(Listener):
+    """Receiver of a comparison's progress; also the listener of the cell that runs.  Does nothing until overridden."""
+
+    def on_cells(self, planned: Sequence[Cell]) -> None:
+        """These cells are next; some may be finished."""
+
+    def on_cell(self, cell: Cell) -> None:
+        """A cell starts or goes on."""
+
+    def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
+        """A cell is finished; ``again`` if it was so before."""
+
+    def on_cell_failed(self, cell: Cell, message: str) -> None:
+        """A cell failed; the others go on."""
+
+    def close(self) -> None:
+        """Restores the terminal; safe to call twice."""
+
+
+@dataclass
+class Runner:
+    """The runs of a comparison.
+
+    Attributes:
+        out: folder of the run folders.
+        make: makes the settings of a run.
+        given: names of the settings that the user gave.
+        board: receives the progress.
+        data, model: as in :func:`fedkern.engine.run`.
+        failures: what went wrong, by the cell's name.
+        tracebacks: of cells in which Python code failed.
+    """
+
+    out: Path
+    make: Callable[[Variant, int], RunConfig]
+    given: frozenset[str] = frozenset()
+    board: Board = field(default_factory=Board)
+    data: FederatedData | None = None
+    model: nn.Module | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+    tracebacks: dict[str, str] = field(default_factory=dict)
+
+    def plan(self, chosen: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
+        """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
+
+        Raises:
+            UserError: a setting that a method does not take, or a run folder with other settings or without a run.
+        """
+        found = cells(chosen, seeds, self.make)
+        for cell in found:
+            folder = self.folder(cell)
+            if (folder / SETTINGS).exists():
+                self._stored(cell)
+            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
+        return found
+
+    def folder(self, cell: Cell) -> Path:
+        """The cell's run folder."""
+        return self.out / cell.name
+
+    def read(self, cell: Cell) -> FoundRun:
+        """A finished cell's run."""
+        return read_run(self.folder(cell), self._trusted(cell))
+
+    def play(self, planned: Sequence[Cell], check: Callable[[Cell, FoundRun], None] | None = None) -> None:
+        """Runs those cells that are not finished; a failed cell is noted, and the others are run.
+
+        Args:
+            planned: the cells.
+            check: called with every finished cell and its run; its UserError ends the comparison.
+
+        Raises:
+            Exception: that of the cells, where every one failed for the same reason; or the UserError of ``check``.
+            OSError: the disk is full.
+        """
+        self.board.on_cells(planned)
+        outcomes: list[Exception | None] = []
+        for cell in planned:
+            interrupts.check()
+            if cell.name in self.failures:
+                continue
+            again = (self.folder(cell) / "summary.json").exists()
+            try:
+                if not again:
+                    self.board.on_cell(cell)
+                    self._run(cell)
+                found = self.read(cell)
+            except UserError as error:
+                self._failed(cell, str(error), getattr(error, "traceback", ""))
+                outcomes.append(error)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
+                outcomes.append(error)
+            else:
+                self.board.on_cell_end(cell, found.metrics, again=again)
+                outcomes.append(None)
+                if check is not None:
+                    check(cell, found)
+        first = next(iter(outcomes), None)
+        if first is not None and all(each is not None and str(each) == str(first) for each in outcomes):
+            raise first
+
+    def _failed(self, cell: Cell, message: str, trace: str) -> None:
+        self.failures[cell.name] = f"{cell.variant.label}, seed {cell.seed}: {' '.join(message.split())}"
+        if trace:
+            self.tracebacks[cell.name] = trace
+        self.board.on_cell_failed(cell, message)
+
+    def _run(self, cell: Cell) -> None:
+        folder = self.folder(cell)
+        resume = (folder / SETTINGS).exists()
+        config = cell.config if not resume else self._stored(cell)
+        engine.run(
+            config, out=folder, resume=resume, listener=self.board, data=self.data, model=self.model,
+            trusted=self._trusted(cell),
+        )  # fmt: skip
+
+    def _trusted(self, cell: Cell) -> list[str]:
+        # The user has named this code again in this command.
+        return [*(part for _, part in cell.config.code()), *cell.config.plugins]
+
+    def _stored(self, cell: Cell) -> RunConfig:
+        """The settings to go on with a cell's run.
+
+        Raises:
+            UserError: the run has other settings, or its folder is damaged.
+        """
+        folder = self.folder(cell)
+        check_regular(folder)
+        stored = RunConfig.load(folder, trusted=self._trusted(cell), device=cell.config.device)
+        now = cell.config if self.model is None else own_model.of_module(cell.config, self.model)
+        kept = (*now.left_open, *(name for name in _OPEN if name not in self.given))
+        now = now.replace(**{name: getattr(stored, name) for name in kept}, augment=now.augment or stored.augment)
+        if changed := now.settled().differences(stored.settled()):
+            raise UserError(
+                f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
+                "settings."
+            )
+        return now
+
+
+def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
+    """The best variant of every method, by the main figure on the validation set of one seed's runs.
+
+    Test figures choose nothing.  Of equally good variants the first is taken.
+
+    Args:
+        runner: runs the variants; a failed one is not chosen.
+        by_method: the variants of every method.
+        seed: the seed.
+
+    Returns:
+        A variant for every method with a finished run, and a sentence for every method that had a choice.
+
+    Raises:
+        UserError: a run has no figure on a validation set.
+    """
+    asked = [variant for each in by_method.values() if len(each) > 1 for variant in each]
+    chosen, told = [], []
+    scores: dict[str, tuple[float, str]] = {}
+
+    def score(cell: Cell, run: FoundRun) -> None:
+        wanted = {f"validation_{each}" for each in MAIN_FIGURES}
+        found = {name: value for name, value in run.metrics.items() if name in wanted}
+        if not found:
+            raise UserError(
+                f"--select validation needs a figure on a validation set, and the run in {run.folder} tells none: "
+                "leave --select out to run every setting with every seed."
+            )
+        scores[cell.variant.label] = next(iter(found.values())), next(iter(found))
+
+    runner.play(runner.plan(asked, (seed,)), score)
+    for method, each in by_method.items():
+        if len(each) == 1:
+            chosen.append(each[0])
+            continue
+        finished = [variant for variant in each if variant.label in scores]
+        if not finished:
+            continue
+        best = max(finished, key=lambda variant: scores[variant.label][0])
+        chosen.append(best)
+        name = scores[best.label][1]
+        shown = ", ".join(f"{_point(v)}: {human_metric(name, scores[v.label][0])}" for v in finished)
+        told.append(f"{method}: {_point(best)} was chosen by {name.replace('_', ' ')} of seed {seed} ({shown}).")
+    return chosen, told
+
+
+def _point(variant: Variant) -> str:
+    return variant.label.removeprefix(variant.method).strip()
+
+
+def check_out(out: Path) -> None:
+    """Raises UserError where runs cannot be put into folders of ``out``."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is no folder: name another --out.")
+    if (out / SETTINGS).exists():
+        raise UserError(f"{out} is the folder of a single run: name another --out for the comparison.")
+
+
+def reserved() -> Path:
+    """A new empty folder in `COMPARISONS`, made at once, so that no other comparison takes it.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    stem = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = COMPARISONS / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if COMPARISONS.is_dir():
+                continue
+            raise UserError(f"{COMPARISONS} is no folder: name another one with --out.") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder with --out.") from None
+        return folder
+    raise AssertionError

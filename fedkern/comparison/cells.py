@@ -1,0 +1,245 @@
+"""Plan of a comparison: variants (a method with its settings), and cells (a variant with a seed)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedkern.engine import RunConfig
+from fedkern.engine.config import ANYHOW, FOUND
+from fedkern.errors import UserError, nearest
+from fedkern.methods import METHODS, registry
+
+MOST_CELLS = 100_000
+_FIXED = {
+    "method": "name the methods before the flags",
+    "seed": "--seeds gives the seeds",
+    **dict.fromkeys((*ANYHOW, "device"), "it changes no figure"),
+    "data": "a comparison is on one data set",
+}
+"""Settings that cannot be swept, with the reason or the way out."""
+OF_ROUNDS = ("rounds", "local_steps")
+"""Settings that one-shot methods, which plan their own rounds, do not take."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with the swept settings of one point of the sweep.
+
+    Attributes:
+        method: name of the method.
+        settings: swept fields of :class:`~fedkern.engine.RunConfig`, by name.
+        options: swept method options, by name.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name of the variant for people: ``fedgid alpha=0.3``."""
+        return " ".join([self.method, *(f"{name}={word(value)}" for name, value in self.swept.items())])
+
+    @property
+    def swept(self) -> dict[str, Any]:
+        """Swept settings and options together."""
+        return {**self.settings, **self.options}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        variant: method and swept settings.
+        seed: the run's seed.
+        config: every setting of the run.
+    """
+
+    variant: Variant
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder: ``fedgid_alpha=0.3_seed=0``."""
+        return folder_name([*self.variant.label.split(" "), f"seed={self.seed}"])
+
+
+def word(value: Any) -> str:
+    """A setting's value as the command line takes it."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def folder_name(words: Iterable[str]) -> str:
+    """The words joined into the name of a folder.  Names with replaced characters or too long ones end in a hash."""
+    whole = "_".join(words)
+    name = re.sub(r"[^A-Za-z0-9._=-]", "-", whole)[:150]
+    return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raises UserError for no method, an unknown method or a method that is named twice."""
+    if not names:
+        raise UserError("Nothing to compare: name methods, such as fedgid fedavg, or folders of runs.")
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {", ".join(METHODS)}.')
+        if names.count(name) > 1:
+            raise UserError(f"{name} is named twice: name every method once.")
+
+
+def option_names(method: str) -> set[str]:
+    """Names under which a method option can be given."""
+    return {name for knob in registry.get(method).Options.knobs() for name in (knob.name, knob.field)}
+
+
+def check_option(name: str, methods: Sequence[str]) -> None:
+    """Raises UserError for a method option that none of the methods has."""
+    known = {each for method in methods for each in option_names(method)}
+    if name not in known:
+        raise UserError(
+            f'None of the methods ({", ".join(methods)}) has an option "{name}".{nearest(name, known)} '
+            "METHOD --help lists a method's options."
+        )
+
+
+def own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
+    one_shot = METHODS[method].one_shot
+    return {name: value for name, value in settings.items() if not (one_shot and name in OF_ROUNDS)}
+
+
+def variants(
+    methods: Sequence[str], sweep: Mapping[str, Sequence[Any]], given: Iterable[str] = ()
+) -> dict[str, list[Variant]]:
+    """The variants of every method: all combinations of those swept settings that the method has.
+
+    Args:
+        methods: names of methods.
+        sweep: values by the name of a run's setting or of a method option.  A name that both have means the run's.
+        given: names of settings and options that are given with one value.
+
+    Raises:
+        UserError: a name that nothing has or that cannot be swept, one that is given too, or a value that is wrong or
+            given twice.
+    """
+    knobs = {knob.field: knob for knob in RunConfig.knobs()}
+    swept: dict[str, Sequence[Any]] = {}
+    for written, values in sweep.items():
+        name = written.strip().replace("-", "_")
+        if name in _FIXED or name in FOUND:
+            raise UserError(f"{name} cannot be swept: {_FIXED.get(name, 'a run finds its value itself')}.")
+        if name in swept:
+            raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
+        if name in given:
+            raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
+        if name not in knobs and not any(name in option_names(method) for method in methods):
+            known = {*knobs, *(each for method in methods for each in option_names(method))}
+            raise UserError(f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, known)}')
+        if not values:
+            raise UserError(f'The sweep over "{name}" has no values: write {name}=VALUE,VALUE.')
+        swept[name] = values
+    result: dict[str, list[Variant]] = {}
+    for method in methods:
+        own = {knob.name: knob for knob in registry.get(method).Options.knobs()}
+        fields = {knob.field: name for name, knob in own.items()}
+        axes: list[list[tuple[str, str, Any]]] = []
+        for name, values in swept.items():
+            if name in knobs:
+                if name in own_settings(method, {name: None}):
+                    axes.append([("settings", name, value) for value in _distinct(knobs[name], values, name)])
+            elif name in own or name in fields:
+                key = fields.get(name, name)
+                axes.append([("options", key, value) for value in _distinct(own[key], values, name)])
+        result[method] = [_variant(method, point) for point in itertools.product(*axes)]
+    return result
+
+
+def _variant(method: str, point: Iterable[tuple[str, str, Any]]) -> Variant:
+    parts: dict[str, dict[str, Any]] = {"settings": {}, "options": {}}
+    for part, name, value in point:
+        parts[part][name] = value
+    return Variant(method, **parts)
+
+
+def _distinct(knob: Any, values: Sequence[Any], name: str) -> list[Any]:
+    """The values as the setting's type.
+
+    Raises:
+        UserError: a value out of range, or two equal values.
+    """
+    found = [knob.convert(value) for value in values]
+    for value in found:
+        if found.count(value) > 1:
+            raise UserError(f'The sweep over "{name}" has the value {word(value)} twice: leave one out.')
+    return found
+
+
+def cells(chosen: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
+    """The runs of some variants, seed by seed: after the first pass every variant has one.
+
+    Args:
+        chosen: the variants.
+        seeds: the seeds.
+        make: makes the settings of a run.
+
+    Raises:
+        UserError: settings that a method does not take, or more than `MOST_CELLS` runs.
+    """
+    listed = list(chosen)
+    if len(listed) * len(seeds) > MOST_CELLS:
+        raise UserError(f"These are {len(listed) * len(seeds)} runs: sweep fewer values, or take fewer seeds.")
+    return [Cell(variant, seed, make(variant, seed)) for seed in seeds for variant in listed]
+
+
+def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ...]:
+    """Seeds from their number (``3``: the seeds ``first``, ``first + 1``, ``first + 2``) or their list (``0,4,7``).
+
+    Raises:
+        UserError: no positive number and no list of distinct integers.
+    """
+    wrong = f'--seeds must be a number of seeds, at least 1, or a list such as 0,4,7, not "{text}".'
+    if isinstance(text, str) and "," in text:
+        try:
+            text = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise UserError(wrong) from None
+    if isinstance(text, (str, int)):
+        try:
+            count = int(text)
+        except ValueError:
+            raise UserError(wrong) from None
+        if isinstance(text, bool) or not 1 <= count <= MOST_CELLS:
+            raise UserError(wrong)
+        return tuple(range(first, first + count))
+    seeds = tuple(text)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
+        raise UserError(wrong)
+    return seeds
+
+
+def read_sweep(words: Iterable[str]) -> dict[str, list[str]]:
+    """Sweeps ``NAME=VALUE,VALUE``; values that have commas themselves are parted by ``;``.
+
+    Raises:
+        UserError: a word of another form, or a name that is given twice.
+    """
+    found: dict[str, list[str]] = {}
+    for each in words:
+        name, equals, text = each.partition("=")
+        values = [value.strip() for value in text.split(";" if ";" in text else ",")]
+        if not equals or not name.strip() or not all(values):
+            raise UserError(f'--sweep needs the form NAME=VALUE,VALUE, got "{each}".')
+        name = name.strip().replace("-", "_")
+        if name in found:
+            raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
+        found[name] = values
+    return found

@@ -1,0 +1,276 @@
+"""Whole comparisons: of new runs (`play`), of runs that exist (`compare_found`), and `compare` for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkern.comparison.cell_runner import Runner, check_out, choose, reserved
+from fedkern.comparison.cells import (
+    OF_ROUNDS,
+    Variant,
+    check_methods,
+    check_option,
+    option_names,
+    own_settings,
+    read_seeds,
+    variants,
+)
+from fedkern.comparison.found_runs import FoundRun, grouped, read_runs
+from fedkern.comparison.results import Result
+from fedkern.comparison.seed_statistics import Target
+from fedkern.engine import RunConfig
+from fedkern.errors import RunFailed, UserError
+from fedkern.files import expand
+from fedkern.methods import METHODS
+
+SELECT = ("validation",)
+
+
+@dataclass
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        result: groups of runs, and what is told of them.
+        folder: folder of ``comparison.csv``, ``comparison.md``, ``comparison.tex`` and ``comparison.png``.
+        files: the files that were written.
+    """
+
+    result: Result
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<fedkern.Comparison of {len(self.result.groups)} groups in {str(self.folder)!r}>"
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row for every group (:attr:`fedkern.comparison.results.Result.table`)."""
+        return self.result.table
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what the table rests on: seeds, intervals, settings that differ, choices, warnings."""
+        return self.result.sentences()
+
+    @property
+    def failures(self) -> list[str]:
+        """A sentence for every failed run."""
+        return self.result.failures
+
+    def to_pandas(self) -> Any:
+        """The table as a ``pandas.DataFrame``.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise UserError("to_pandas needs pandas: pip install pandas.") from None
+        return pd.DataFrame(self.table)
+
+
+def play(
+    runner: Runner,
+    by_method: Mapping[str, Sequence[Variant]],
+    seeds: Sequence[int],
+    *,
+    select: str | None = None,
+    target: Target | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Runs a comparison and writes its files; finished runs in the folder are not run again.
+
+    Args:
+        runner: folder, settings and display.
+        by_method: the variants of every method.
+        seeds: the seeds; the first one serves for ``select``.
+        select: ``"validation"`` runs only the best variant of every method with all seeds; None runs all.
+        target: see :class:`~fedkern.comparison.results.Result`.
+        notes: sentences for the result.
+
+    Raises:
+        UserError: settings that cannot be run, a run folder of other settings, every run failed, or no round tells the
+            target's figure.
+    """
+    all_variants = [variant for each in by_method.values() for variant in each]
+    told = list(notes)
+    try:
+        planned = runner.plan(all_variants, seeds)  # every mistake in the settings shows before the first run
+        if select is not None:
+            chosen, sentences = choose(runner, by_method, seeds[0])
+            told += sentences
+            planned = [cell for cell in planned if cell.variant in chosen]
+        runner.play(planned, None if target is None else _target_check(target, [*by_method], runner.out))
+    finally:
+        runner.board.close()
+    finished = [cell for cell in planned if cell.name not in runner.failures]
+    failures = list(runner.failures.values())
+    if not finished:
+        raise RunFailed(f"No run of the comparison succeeded: {' '.join(failures)}")
+    order = {variant.label: number for number, variant in enumerate(all_variants)}
+    finished.sort(key=lambda cell: (order[cell.variant.label], cell.seed))
+    labels = {runner.folder(cell): cell.variant.label for cell in finished}
+    groups = grouped([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
+    present = {*labels.values(), *(cell.variant.method for cell in finished)}
+    wanted = [*(cell.variant.label for cell in planned), *by_method]
+    if missing := [name for name in dict.fromkeys(wanted) if name not in present]:
+        told.append(f"No run of {', '.join(missing)} succeeded.")
+    return _written(Result(groups, target, told, failures), runner.out)
+
+
+def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable[[Any, FoundRun], None]:
+    """A check that ends a comparison once every method has a run and none tells the target's figure."""
+    runs: dict[str, FoundRun] = {}
+
+    def check(_: Any, run: FoundRun) -> None:
+        if run.config.method not in runs:
+            runs[run.config.method] = run
+            if len(runs) == len(methods):
+                try:
+                    Result(grouped(runs.values()), target).check_target()
+                except UserError as error:
+                    raise UserError(f"{error} The same command with --out {out} goes on.") from None
+
+    return check
+
+
+def compare_found(
+    folders: Iterable[str | Path], *, out: Path | None = None, target: Target | None = None
+) -> Comparison:
+    """Compares runs that exist, grouped by method and settings but for the seed.
+
+    Args:
+        folders: run folders, and folders of runs.
+        out: folder to write to; None: a new one in ``comparisons``.
+        target: see :class:`~fedkern.comparison.results.Result`.
+
+    Raises:
+        UserError: a folder without a finished run, a run given twice, or no round tells the target's figure.
+    """
+    result = Result(grouped(read_runs(folders)), target)
+    result.check_target()
+    if out is not None:
+        check_out(out)
+    return _written(result, reserved() if out is None else out)
+
+
+def _written(result: Result, out: Path) -> Comparison:
+    result.check_target()
+    return Comparison(result, out, result.write(out))
+
+
+def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
+    """A sentence where one-shot methods are compared under settings of rounds, which they do not take."""
+    names = [name for name in OF_ROUNDS if name in given]
+    one_shot = [method for method in methods if METHODS[method].one_shot]
+    if not names or not one_shot:
+        return []
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    return [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."]
+
+
+def compare(
+    methods: Sequence[str] | Sequence[Path],
+    *,
+    seeds: int | Sequence[int] = 3,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    select: str | None = None,
+    target: str | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Compares methods over seeds, or runs that exist, as ``fedkern compare`` does.
+
+    The same call again with the same ``out`` goes on where it stopped::
+
+        found = fedkern.compare(["fedgid", "fedavg"], seeds=3, data="digits", rounds=5, out="comparisons/x")
+        found.table[1]["accuracy_difference"]
+
+    Args:
+        methods: names of methods; or folders of finished runs.
+        seeds: the number of seeds, or a list of seeds.
+        sweep: values by the name of a setting or of a method option.
+        select: ``"validation"``: only the best setting of every method by its validation figure runs with all seeds.
+        target: ``"accuracy=0.8"``: rounds, bytes and seconds up to this figure.
+        out: folder of the runs and of the result; default ``comparisons/<time>``.
+        progress: show the progress on standard error.
+        **settings: settings of all runs, as in :func:`fedkern.simulate`, ``data`` and ``model`` included; options go to
+            the methods that have them.
+
+    Raises:
+        UserError: anything the caller can put right, or every run failed.
+    """
+    from fedkern import api, plugins
+    from fedkern.comparison.boards import board
+
+    names = [str(name) for name in ([methods] if isinstance(methods, (str, Path)) else methods)]
+    goal = None if target is None else Target.read(target)
+    folder = None if out is None else expand(out)
+    if names and not any(name in METHODS for name in names) and all(Path(name).is_dir() for name in names):
+        if settings or sweep or select:
+            raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
+        return compare_found(names, out=folder, target=goal)
+    plugins.given(settings.get("plugins", ()))
+    check_methods(names)
+    check_select(select, sweep)
+    options = dict(settings.pop("options", {}))
+    fields = {knob.field for knob in RunConfig.knobs()} | {"data_options", "plugins"}
+    options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
+    for name in options:
+        check_option(name, names)
+    by_method = variants(names, sweep or {}, {*settings, *options})
+    data, model = settings.pop("data", None), settings.pop("model", None)
+
+    def make(variant: Variant, seed: int) -> RunConfig:
+        own = {name: value for name, value in options.items() if name in option_names(variant.method)}
+        merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
+        network = merged.pop("model", model)
+        return api.requested(variant.method, data, network, {**merged, "options": {**own, **variant.options}})[0]
+
+    module = None if model is None or isinstance(model, str) else model
+    memory = None if data is None or isinstance(data, str) else data
+    played = read_seeds(seeds, int(settings.get("seed", 0)))
+    notes = unused_rounds(names, settings)
+
+    def begin(where: Path) -> Comparison:
+        shown = board(quiet=not progress, json=False)
+        runner = Runner(where, make, frozenset(settings), shown, memory, module)
+        return play(runner, by_method, played, select=select, target=goal, notes=notes)
+
+    return in_folder(folder, begin)
+
+
+def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:
+    """Raises UserError for an unknown way of selection, or one without anything to select from."""
+    if select is None:
+        return
+    if select not in SELECT:
+        raise UserError(f'--select must be validation, not "{select}".')
+    if not sweep:
+        raise UserError("--select picks among the settings of a sweep: give --sweep NAME=VALUE,VALUE too.")
+
+
+def in_folder(out: Path | None, begin: Callable[[Path], Comparison]) -> Comparison:
+    """Calls ``begin`` with the comparison's folder; a new folder that stays empty is removed.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+    fresh = out is None
+    if out is not None:
+        check_out(out)
+    folder = reserved() if out is None else out
+    try:
+        return begin(folder)
+    finally:
+        if fresh:
+            for each in (folder, folder.parent):
+                with suppress(OSError):  # not empty: runs are there
+                    each.rmdir()

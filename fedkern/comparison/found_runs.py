@@ -1,0 +1,179 @@
+"""Finished runs of a comparison: reading their folders, grouping them, and telling in which settings groups differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkern.comparison.cells import word
+from fedkern.engine import RunConfig, read_metrics, read_summary
+from fedkern.engine.config import ANYHOW, FOUND
+from fedkern.engine.config import NAME as SETTINGS
+from fedkern.errors import UserError
+from fedkern.files import expand
+from fedkern.methods.common.figures import MAIN_FIGURES, is_main
+from fedkern.report.tables import ordered, split_metric
+
+_NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
+"""Settings that part no groups: the seed, and what decides where and how fast a run computes."""
+SHOWN = 8
+"""Most settings that the sentence on differences names."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        config: every setting.
+        summary: contents of ``summary.json``.
+        records: records of the rounds, in order.
+    """
+
+    folder: Path
+    config: RunConfig
+    summary: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]] = field(repr=False)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The final figures that are numbers.  A privately recorded run has only those that it tells."""
+        return {name: self.summary["metrics"][name] for name in ordered(self.summary["metrics"])}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that part groups: plain values by name, method options as ``options.NAME``."""
+        table = self.config.to_dict()
+        plain = {name: value for name, value in table.items() if name not in _NO_GROUP}
+        for part in ("options", "data_options"):
+            plain.update({f"{part}.{name}": value for name, value in plain.pop(part, {}).items()})
+        return plain
+
+
+@dataclass
+class Group:
+    """Runs of one method with the same settings but for the seed.
+
+    Attributes:
+        label: name of the group for people.
+        method: name of the method.
+        runs: the runs by seed, in the order of the seeds.
+    """
+
+    label: str
+    method: str
+    runs: dict[int, FoundRun] = field(default_factory=dict)
+
+    def values(self, figure: str) -> dict[int, float]:
+        """A final figure by seed, of those runs that tell it."""
+        found = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
+    """Reads a finished run's folder.
+
+    Raises:
+        UserError: there is no run, it is not finished, or a file is damaged.
+    """
+    path = Path(folder)
+    config = RunConfig.load(path, trusted=trusted, device="cpu")
+    summary = read_summary(path)
+    if summary is None:
+        raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
+    return FoundRun(path, config, summary, read_metrics(path))
+
+
+def read_runs(folders: Iterable[str | Path]) -> list[FoundRun]:
+    """Reads run folders, and all finished runs in folders of runs such as that of a comparison.
+
+    Raises:
+        UserError: a folder holds no finished run, a run is given twice or is not finished.
+    """
+    found: dict[Path, FoundRun] = {}
+    for each in folders:
+        path = expand(each)
+        inside = [] if (path / SETTINGS).exists() else sorted(file.parent for file in path.glob(f"*/{SETTINGS}"))
+        finished = [folder for folder in inside if (folder / "summary.json").exists()]
+        if inside and not finished:
+            raise UserError(f"No run in {path} is finished.")
+        for folder in finished or [path]:
+            key = folder.resolve()
+            if key in found:
+                raise UserError(f"{folder} is given twice: name every run once.")
+            found[key] = read_run(folder)
+    return list(found.values())
+
+
+def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
+    """Runs grouped by method and by all settings but the seed, in the order of each group's first run.
+
+    Args:
+        runs: finished runs.
+        label: name of a run's group; None: the method, and the settings in which its groups differ.
+
+    Raises:
+        UserError: two runs of a group have the same seed.
+    """
+    tables: list[tuple[str, dict[str, Any]]] = []
+    groups: list[Group] = []
+    for run in runs:
+        key = (run.config.method, run.settings)
+        if key not in tables:
+            tables.append(key)
+            groups.append(Group(label(run) if label else run.config.method, run.config.method))
+        group = groups[tables.index(key)]
+        seed = run.config.seed
+        if seed in group.runs:
+            raise UserError(
+                f"{group.runs[seed].folder} and {run.folder} are runs of the same method, settings and seed: leave one "
+                "out."
+            )
+        group.runs[seed] = run
+    for group in groups:
+        group.runs = dict(sorted(group.runs.items()))
+    if label is None:
+        for group, (method, table) in zip(groups, tables, strict=True):
+            own = [other for name, other in tables if name == method]
+            differing = [name for name in _names(own) if len({str(other.get(name)) for other in own}) > 1]
+            words = [f"{name.removeprefix('options.')}={word(table.get(name, 'unset'))}" for name in differing]
+            group.label = " ".join([method, *words])
+    return groups
+
+
+def _names(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for table in tables for name in table))
+
+
+def differing_settings(groups: Sequence[Group]) -> str:
+    """One sentence on the settings in which the groups differ besides the method; empty for a single group.
+
+    A method option that only one method has is no difference.
+    """
+    if len(groups) < 2:
+        return ""
+    tables = [(group, next(iter(group.runs.values())).settings) for group in groups]
+    parts = []
+    for name in _names(table for _, table in tables):
+        having = [(group, table) for group, table in tables if name in table or not name.startswith("options.")]
+        by_value: dict[str, list[str]] = {}
+        for group, table in having:
+            by_value.setdefault(word(table.get(name, "unset")), []).append(group.label)
+        if len(by_value) > 1:
+            shown = "; ".join(f"{value} for {', '.join(labels)}" for value, labels in by_value.items())
+            parts.append(f"{name.removeprefix('options.')} ({shown})")
+    if not parts:
+        return "Besides the method and its own options, the groups have the same settings."
+    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return f"Besides the method, the groups differ in {', '.join(parts[:SHOWN])}{more}."
+
+
+def main_figures(groups: Iterable[Group]) -> list[str]:
+    """Names of the main figures on the test sets that some run tells; the validation set's are no results."""
+    names = dict.fromkeys(name for group in groups for run in group.runs.values() for name in run.metrics)
+    found = {name: 0 for name in names if is_main(name) and split_metric(name)[0] != "validation"}
+    known = [name for name in ordered(found) if split_metric(name)[1] in MAIN_FIGURES]
+    return known or ordered(found)

@@ -1,0 +1,297 @@
+"""Result of a comparison: a table over the groups, the sentences below it, and the files that hold both."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkern.comparison.found_runs import Group, differing_settings, main_figures
+from fedkern.comparison.seed_statistics import Target, paired, spread
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError, nearest, printable_name
+from fedkern.report.names import CELL
+from fedkern.report.tables import human_bytes, human_metric, human_time, set_title, split_metric
+
+CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
+TAKEN = ("rounds", "bytes", "seconds")
+"""What reaching a target takes."""
+
+
+@dataclass
+class Result:
+    """Groups of finished runs, compared with the first group.
+
+    Attributes:
+        groups: the groups; at least one, each with a run.
+        target: the figure's value whose rounds, bytes and seconds are counted.
+        notes: sentences on how the groups came to be, such as chosen settings.
+        failures: a sentence for every failed run.
+    """
+
+    groups: list[Group]
+    target: Target | None = None
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.figures = main_figures(self.groups)
+
+    def check_target(self) -> None:
+        """Raises UserError where no run tells the target's figure after its rounds."""
+        if self.target is None:
+            return
+        runs = [run for group in self.groups for run in group.runs.values()]
+        records = [record for run in runs for record in run.records]
+        known = {name for record in records for name, value in record.items() if isinstance(value, float)}
+        known -= {"seconds", "round_seconds"}
+        if self.target.figure not in known:
+            raise UserError(
+                f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, known)} '
+                f"The rounds have {', '.join(sorted(known)) or 'no figures'}."
+            )
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row for every group, with plain numbers; None where there is no value.
+
+        Keys: ``group``, ``method``, ``seeds`` (number of runs); for every main figure its mean under the figure's name
+        and ``FIGURE_std``, ``FIGURE_difference``, ``FIGURE_low`` and ``FIGURE_high`` (to the first group);
+        ``bytes`` and ``seconds``, each with ``_std``; with a target ``reached`` (number of runs) and
+        ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target``, each with
+        ``_std``, where all runs reach it.
+        """
+        first = self.groups[0]
+        rows = []
+        for group in self.groups:
+            row: dict[str, Any] = {"group": group.label, "method": group.method, "seeds": len(group.runs)}
+            for figure in self.figures:
+                values = group.values(figure)
+                row[figure], row[f"{figure}_std"] = spread(list(values.values())) if values else (None, None)
+                found = None if group is first else paired(values, first.values(figure))
+                row[f"{figure}_difference"] = None if found is None else found.mean
+                row[f"{figure}_low"] = None if found is None else found.low
+                row[f"{figure}_high"] = None if found is None else found.high
+            sent = [float(run.summary["bytes"]["total"]) for run in group.runs.values()]
+            row["bytes"], row["bytes_std"] = spread(sent)
+            row["seconds"], row["seconds_std"] = spread([run.summary["seconds"] for run in group.runs.values()])
+            if self.target is not None:
+                took = [self.target.reached(run.records) for run in group.runs.values()]
+                reached = [each for each in took if each is not None]
+                row["reached"] = len(reached)
+                whole = len(reached) == len(took)
+                for name in TAKEN:
+                    key = f"{name}_to_target"
+                    row[key], row[f"{key}_std"] = spread([e[name] for e in reached]) if whole else (None, None)
+            rows.append(row)
+        return rows
+
+    def run_rows(self) -> list[dict[str, Any]]:
+        """A row for every run: group, method, seed, all final figures, bytes, seconds, the target, the folder."""
+        rows = []
+        for group in self.groups:
+            for seed, run in group.runs.items():
+                row = {"group": group.label, "method": group.method, "seed": seed, **run.metrics}
+                row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
+                if self.target is not None:
+                    took = self.target.reached(run.records) or {}
+                    row |= {f"{name}_to_target": took.get(name) for name in TAKEN}
+                rows.append({**row, "folder": str(run.folder)})
+        return rows
+
+    def sentences(self) -> list[str]:
+        """What the table rests on, sentence by sentence."""
+        told = [_seeds(self.groups)]
+        if len(self.groups) > 1:
+            told += [_intervals(self.groups), differing_settings(self.groups)]
+        if not self.figures:
+            told.append("The runs tell no main figure, as privately recorded runs may not.")
+        if self.target is not None:
+            told.append(
+                f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "
+                "are those of the machine that ran."
+            )
+        warned: dict[str, int] = {}
+        for group in self.groups:
+            for run in group.runs.values():
+                for name in run.summary.get("diagnostics") or ():
+                    warned[str(name)] = warned.get(str(name), 0) + 1
+        if warned:
+            counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(warned.items()))
+            told.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
+        return [*told, *self.notes]
+
+    def _told(self) -> list[str]:
+        return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
+
+    def header(self) -> list[str]:
+        """Titles of the columns of :meth:`text_rows`."""
+        titles = [_title(figure) for figure in self.figures]
+        columns = ["", "seeds"]
+        for title in titles:
+            columns += [title, *([f"{title}: difference"] if len(self.groups) > 1 else [])]
+        if self.target is not None:
+            columns += [f"{name} to target" for name in TAKEN]
+        return [*columns, "sent", "time"]
+
+    def text_rows(self) -> list[list[str]]:
+        """The table in texts: mean ± standard deviation, and differences with their interval."""
+        texts = []
+        for row in self.table:
+            cells = [printable_name(row["group"], CELL), str(row["seeds"])]
+            for figure in self.figures:
+                cells.append(_spread(figure, row[figure], row[f"{figure}_std"]))
+                if len(self.groups) > 1:
+                    parts = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
+                    cells.append(_difference(*parts))
+            if self.target is not None:
+                for name in TAKEN:
+                    mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
+                    missed = f"reached by {row['reached']} of {row['seeds']}"
+                    absent = missed if name == "rounds" else "–"
+                    cells.append(absent if mean is None else _amount(name, mean, deviation))
+            texts.append([*cells, human_bytes(row["bytes"]), human_time(row["seconds"])])
+        return texts
+
+    def title(self) -> str:
+        """Title of the comparison."""
+        data = list(dict.fromkeys(run.config.data for group in self.groups for run in group.runs.values()))
+        return printable_name(f"{', '.join(dict.fromkeys(g.method for g in self.groups))} on {', '.join(data)}", CELL)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes the table's files and the picture, each completely or not at all, and returns their paths.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        from fedkern.report.comparison_plot import curves
+
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}
+        for name, text in texts.items():
+            atomic.write_bytes(folder / name, text.encode())
+        histories = {group.label: [run.records for run in group.runs.values()] for group in self.groups}
+        drawn = curves(histories, self.figures, folder / PICTURE, title=self.title())
+        return [folder / name for name in (*texts, *([PICTURE] if drawn else []))]
+
+    def to_csv(self) -> str:
+        """:meth:`run_rows` as CSV."""
+        rows = self.run_rows()
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return file.getvalue()
+
+    def to_markdown(self) -> str:
+        """Table and sentences as Markdown."""
+        lines = [f"# {_markdown(self.title())}", ""]
+        header = self.header()
+        for row in (header, None, *self.text_rows()):
+            if row is None:
+                lines.append("|---|" + "---:|" * (len(header) - 1))
+            else:
+                lines.append("| " + " | ".join(_markdown(cell) for cell in row) + " |")
+        return "\n".join([*lines, "", *(f"{_markdown(text)}\n" for text in self._told())])
+
+    def to_latex(self) -> str:
+        """The table as LaTeX (package booktabs); the sentences are comments."""
+        header = self.header()
+        lines = [f"% {' '.join(text.split())}" for text in (self.title(), *self._told())]
+        lines += [f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", "\\toprule", _latex_row(header), "\\midrule"]
+        lines += [*map(_latex_row, self.text_rows()), "\\bottomrule", "\\end{tabular}"]
+        return "\n".join(lines) + "\n"
+
+    def to_json(self, folder: Path) -> str:
+        """Table, sentences and folder as JSON."""
+        rows = [{name: _finite(value) for name, value in row.items()} for row in self.table]
+        return json.dumps(
+            {"table": rows, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}, indent=2
+        )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _title(figure: str) -> str:
+    test_set, name = split_metric(figure)
+    called = {"dice": "Dice", "i2t_r1": "recall at 1, image to text"}.get(name, name.replace("_", " "))
+    known = set_title(test_set)
+    return f"{test_set.upper() if test_set in ('id', 'ood') else known} {called}" if test_set else called
+
+
+def _spread(figure: str, mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "not told"
+    return human_metric(figure, mean) if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+
+
+def _difference(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None:
+        return ""
+    text = f"{100 * mean:+.1f}"
+    return text if low is None or high is None else f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _amount(name: str, mean: float, deviation: float | None) -> str:
+    if name == "rounds":
+        return f"{mean:.1f} ± {deviation:.1f}" if deviation is not None else f"{mean:.0f}"
+    text = {"bytes": human_bytes, "seconds": human_time}[name]
+    return text(mean) if deviation is None else f"{text(mean)} ± {text(deviation)}"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    shown = ", ".join(map(str, seeds[:10]))
+    return shown if len(seeds) <= 10 else f"{shown} ..."
+
+
+def _seeds(groups: Sequence[Group]) -> str:
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for group in groups:
+        by_seeds.setdefault(tuple(group.runs), []).append(group.label)
+    if len(by_seeds) == 1:
+        seeds = next(iter(by_seeds))
+        if len(seeds) == 1:
+            return f"One seed ({seeds[0]}): no standard deviation; --seeds 3 gives one."
+        return f"Mean ± standard deviation over {len(seeds)} seeds ({_listed(seeds)})."
+    parts = "; ".join(
+        f"{', '.join(labels)}: {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_listed(seeds)})"
+        for seeds, labels in by_seeds.items()
+    )
+    return f"Mean ± standard deviation over seeds, whose number differs: {parts}."
+
+
+def _intervals(groups: Sequence[Group]) -> str:
+    first = groups[0]
+    differences = f"Differences are to {first.label} in percentage points"
+    pairs = [len(set(group.runs) & set(first.runs)) for group in groups[1:]]
+    if max(pairs) < 2:
+        return f"{differences}; an interval needs two seeds in common, so none is given."
+    least, most = min(pairs), max(pairs)
+    count = f"{most}" if least == most else f"{least} to {most}"
+    few = ", so few that it holds only if differences are nearly normal" if most < 6 else ""
+    several = f"; the {len(pairs)} intervals are not corrected for their number" if len(pairs) > 1 else ""
+    return (
+        f"{differences}, paired by seed, each with a 95 % interval (Student's t) that rests on "
+        f"{count} seeds{few}{several}."
+    )
+
+
+def _markdown(text: str) -> str:
+    return "".join(f"\\{c}" if c in "|*_`<>\\" else c for c in " ".join(text.split()))
+
+
+_TEX: Mapping[str, str] = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
+    "<": r"$<$", ">": r"$>$", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join("".join(_TEX.get(c, c) for c in cell) for cell in cells) + r" \\"

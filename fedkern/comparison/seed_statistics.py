@@ -1,0 +1,113 @@
+"""Statistics over seeds: mean, standard deviation, paired differences with their interval, and what a target takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from fedkern.errors import UserError
+
+LEVEL = 0.95
+"""Confidence level of intervals."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference of two methods, paired by seed.
+
+    Attributes:
+        mean: mean of the differences.
+        low, high: ends of the interval; None with a single pair.
+        seeds: seeds that both have, in order.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: tuple[int, ...]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (n - 1) of at least one value; None as the deviation of a single value."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """The differences ``own - other`` over the seeds that both have, with Student's t interval.
+
+    The interval assumes that the differences are normally distributed over seeds.
+
+    Args:
+        own: figure by seed.
+        other: figure of the method to compare with, by seed.
+
+    Returns:
+        None where the two have no seed in common.
+    """
+    seeds = tuple(sorted(set(own) & set(other)))
+    if not seeds:
+        return None
+    differences = [own[seed] - other[seed] for seed in seeds]
+    mean, deviation = spread(differences)
+    if deviation is None:
+        return Difference(mean, None, None, seeds)
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + LEVEL) / 2, len(seeds) - 1)) * deviation / math.sqrt(len(seeds))
+    return Difference(mean, mean - half, mean + half, seeds)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure's value that a run is to reach.
+
+    Attributes:
+        figure: name of a figure in the rounds' records, such as ``accuracy`` or ``ood_accuracy``.
+        value: at least this value is wanted; of a loss at most.
+    """
+
+    figure: str
+    value: float
+
+    @classmethod
+    def read(cls, text: str) -> Target:
+        """The target in ``FIGURE=VALUE``.
+
+        Raises:
+            UserError: another form, or no finite number.
+        """
+        name, equals, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not equals or not name.strip() or not math.isfinite(value):
+            raise UserError(f'--target needs the form FIGURE=VALUE, such as accuracy=0.8, got "{text}".')
+        return cls(name.strip(), value)
+
+    @property
+    def falls(self) -> bool:
+        """Whether a lower figure is a better one."""
+        return self.figure.endswith(("loss", "ece", "hd95"))
+
+    def __str__(self) -> str:
+        return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"
+
+    def reached(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+        """Rounds, bytes and seconds up to the first round that has the target; None where no round has it.
+
+        Args:
+            records: records of a run's rounds, in order.
+
+        Returns:
+            ``rounds``; ``bytes``, sent in both directions; ``seconds``.
+        """
+        for record in records:
+            value = record.get(self.figure)
+            if isinstance(value, (int, float)) and (value <= self.value if self.falls else value >= self.value):
+                size = record.get("bytes_up", 0) + record.get("bytes_down", 0)
+                return {"rounds": record["round"], "bytes": size, "seconds": record["seconds"]}
+        return None

@@ -1,0 +1,125 @@
+"""compare: methods over seeds and settings, and finished runs."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedkern import engine
+from fedkern.run import main
+
+TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
+        "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
+
+
+def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, capsys):
+    words = ["compare", "fedprox", "fedavg", *TINY, "--seeds", "2", "--method-option", "mu=0.5"]
+    played, real = [], engine.run
+
+    def interrupted(config, **more):
+        played.append((config.method, config.seed))
+        if len(played) == 3:
+            raise KeyboardInterrupt
+        return real(config, **more)
+
+    monkeypatch.setattr(engine, "run", interrupted)
+    assert main(words) == 130
+    assert played == [("fedprox", 0), ("fedavg", 0), ("fedprox", 1)]
+    said = capsys.readouterr().err.splitlines()[-1]
+    (folder,) = (tmp_path / "comparisons").iterdir()
+    assert said.startswith("interrupted; go on with: python -m fedkern.run compare fedprox fedavg --data digits")
+    assert said.endswith(f" --out comparisons/{folder.name}")
+    out, err = result(*said.partition("fedkern.run ")[2].split())
+    assert played[3:] == [("fedprox", 1), ("fedavg", 1)]
+    assert "1/4  fedprox, seed 0" in err
+    assert "finished before" in err
+    assert "±" in out
+    assert (folder / "comparison.md").read_text().startswith("# fedprox, fedavg on digits")
+    out, _ = result(*words, "--out", str(folder), "--json")
+    assert len(played) == 5
+    found = json.loads(out)
+    assert [row["seeds"] for row in found["table"]] == [2, 2]
+    assert r"\begin{tabular}" in (folder / "comparison.tex").read_text()
+
+
+def test_sigterm_inside_a_run_says_how_to_go_on(capsys, tmp_path):
+    def stop():
+        while not (tmp_path / "x/fedavg_seed=0/config.toml").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    words = ["compare", "fedavg", *TINY[:-1], "100000", "--eval-every", "100000", "--seeds", "1", "--out", "x"]
+    threading.Thread(target=stop, daemon=True).start()
+    assert main(words) == 143
+    assert capsys.readouterr().err.splitlines()[-1].startswith("terminated; go on with: ")
+
+
+def test_the_best_setting_by_validation_runs_with_every_seed(result, tmp_path):
+    sweep = ["--sweep", "lr=0.0001,0.2", "--select", "validation", "--seeds", "2"]
+    out, _ = result("compare", "fedavg", "fedprox", *TINY, *sweep, "--out", "x")
+    assert "was chosen by validation accuracy of seed 0" in out
+    names = sorted(path.name for path in (tmp_path / "x").iterdir() if path.is_dir())
+    assert len(names) == 6
+    assert "fedavg_lr=0.0001_seed=0" in names
+    assert "fedavg_lr=0.0001_seed=1" not in names or "fedavg_lr=0.2_seed=1" not in names
+
+
+def test_a_failed_run_is_told_and_the_others_finish(capsys, tmp_path):
+    words = ["compare", "fedavg", *TINY, "--seeds", "1", "--sweep", "lr=0.05,1e30", "--out", "x"]
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert "error: fedavg lr=1e+30, seed 0: Client" in err
+    assert "No run of fedavg lr=1e+30 succeeded." in out
+    assert "Failed: fedavg lr=1e+30" in (tmp_path / "x/comparison.md").read_text()
+
+
+def test_finished_runs_are_grouped_and_their_differences_told(result, fails):
+    for lr in ("0.05", "0.1"):
+        for seed in ("0", "1"):
+            result("fedavg", *TINY, "--lr", lr, "--seed", seed, "--quiet", "--out", f"r/{lr}-{seed}")
+    out, _ = result("compare", "r", "--out", "y", "--target", "accuracy=0.99")
+    assert "fedavg lr=0.05" in out
+    assert "| reached by 0 of 2 | – | – |" in Path("y/comparison.md").read_text()
+    assert "Besides the method, the groups differ in lr (0.05 for fedavg lr=0.05; 0.1 for fedavg lr=0.1)." in out
+    assert "given twice" in fails("compare", "r", "r/0.05-0")
+    assert 'no round tells the figure "foo"' in fails("compare", "r", "--target", "foo=1").lower()
+    assert "is for new runs" in fails("compare", "r", "--seeds", "2")
+    assert "is a folder and fedavg is a method" in fails("compare", "r", "fedavg")
+    copied = ["fedavg", *TINY, "--lr", "0.05", "--quiet", "--out", "copy"]
+    result(*copied)
+    assert "same method, settings and seed" in fails("compare", "copy", "r/0.05-0")
+    assert "other settings (lr: 0.05 -> 0.1)" in _moved(fails)
+
+
+def _moved(fails):
+    os.renames("copy", "z/fedavg_seed=0")
+    return fails("compare", "fedavg", *TINY, "--lr", "0.1", "--out", "z")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "Nothing to compare"),
+        (("fedprx",), 'Did you mean "fedprox"'),
+        (("fedavg", "fedavg"), "named twice"),
+        (("fedavg", "--method-option", "mu=1"), "None of the methods (fedavg)"),
+        (("fedavg", "--sweep", "mu=1,2"), "Neither the runs nor the methods"),
+        (("fedavg", "--sedes", "3"), 'Did you mean "--seeds"'),
+        (("fedavg", "--resume", "x"), "--resume is not for compare"),
+        (("fedavg", "--sweep", "lr=1,2", "--lr", "3"), "swept and given"),
+        (("fedavg", "--data", "cifar10", "--quiet"), "--data-root DIR"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(words, said, fails, tmp_path):
+    assert said in fails("compare", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_place_of_the_command(result, fails):
+    out, _ = result("compare", "--help")
+    assert "--sweep NAME=V,V" in out
+    assert fails("--quiet", "compare", "fedavg").startswith("error: Name compare first")

@@ -1,0 +1,71 @@
+"""fedkern.compare: comparisons from Python."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import fedkern
+from fedkern.engine import RunConfig
+
+TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
+        "workers": 1, "rounds": 1, "progress": False}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_methods_are_compared_over_seeds(tmp_path):
+    found = fedkern.compare(
+        ["fedprox", "fedavg"], seeds=2, data="digits", mu=0.5, out="x", target="confidence=0", **TINY
+    )
+    assert found.folder.name == "x"
+    assert [path.name for path in found.files] == [f"comparison.{end}" for end in ("csv", "md", "tex", "png")]
+    assert [row["group"] for row in found.table] == ["fedprox", "fedavg"]
+    first, second = found.table
+    single = fedkern.load("x/fedavg_seed=1").metrics["accuracy"]
+    values = [fedkern.load(f"x/fedavg_seed={seed}").metrics["accuracy"] for seed in (0, 1)]
+    assert values[1] == single
+    assert second["accuracy"] == pytest.approx(np.mean(values))
+    assert second["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
+    assert first["accuracy_difference"] is None
+    assert second["accuracy_low"] <= second["accuracy_difference"] <= second["accuracy_high"]
+    assert second["reached"] == 2
+    assert second["rounds_to_target"] == 1
+    assert RunConfig.load("x/fedprox_seed=0").options["mu"] == 0.5
+    rows = list(csv.DictReader((tmp_path / "x/comparison.csv").open()))
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("fedprox", "fedavg") for s in "01"]
+    assert "rests on 2 seeds" in " ".join(found.notes)
+
+    again = fedkern.compare(["x/fedavg_seed=0", "x/fedprox_seed=0"], out="y")
+    assert [row["accuracy_low"] for row in again.table] == [None, None]
+    assert "One seed (0)" in again.notes[0]
+
+
+def test_data_in_memory_and_one_folder_by_default():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (90, 12, 12), dtype=np.uint8), np.arange(90) % 2
+    clients = {name: (images[i::3], labels[i::3]) for i, name in enumerate(("a", "b", "c"))}
+    data = fedkern.FederatedData.from_arrays(clients, (images[:30], labels[:30]))
+    settings = {name: value for name, value in TINY.items() if name not in ("train_samples", "clients")}
+    found = fedkern.compare(["fedavg"], seeds=[4], data=data, **settings)
+    assert found.folder.parent.name == "comparisons"
+    assert (found.folder / "fedavg_seed=4/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "said"),
+    [
+        ([], {}, "Nothing to compare"),
+        (["fedprx"], {}, 'Did you mean "fedprox"'),
+        (["fedavg"], {"mu": 1}, "None of the methods"),
+        (["fedavg"], {"select": "test"}, "must be validation"),
+        (["fedavg"], {"select": "validation"}, "give --sweep"),
+    ],
+)
+def test_mistakes_leave_nothing(methods, more, said, tmp_path):
+    with pytest.raises(fedkern.UserError, match=said):
+        fedkern.compare(methods, data="digits", **TINY, **more)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,26 @@
+"""Curves of a comparison."""
+
+import numpy as np
+
+from fedkern.report.comparison_plot import curves, mean_curve
+
+
+def run(*values, every=1):
+    return [{"round": every * (i + 1), "accuracy": value} for i, value in enumerate(values)]
+
+
+def test_a_curve_has_the_rounds_that_all_runs_have():
+    rounds, values = mean_curve([run(0.1, 0.2, 0.3, 0.4), run(0.3, 0.5, every=2), [{"round": 1}]], "accuracy")
+    assert rounds.tolist() == [2, 4]
+    assert np.allclose(values, [[0.2, 0.4], [0.3, 0.5]])
+
+
+def test_runs_without_figures_have_no_picture(tmp_path):
+    assert not curves({"a": [[{"round": 1}]]}, ["accuracy"], tmp_path / "x.png", title="t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_groups_and_odd_names_are_drawn(tmp_path):
+    groups = {f"method ${i}_x": [run(0.1, 0.2), run(0.2, 0.4)] for i in range(30)}
+    assert curves({**groups, "one-shot": [run(0.5)]}, ["accuracy", "none"], tmp_path / "x.png", title="a $ b")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
