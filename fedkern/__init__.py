@@ -53,6 +53,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "listeners":  # a package, so that fedkern.listeners.WandB needs no import of its own
+        return import_module("fedkern.listeners")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

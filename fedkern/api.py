@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from fedkern import engine, plugins
 from fedkern.data import FederatedData
-from fedkern.engine import Listener, RunConfig
+from fedkern.engine import Listener, RunConfig, given_paths
 from fedkern.engine.config import check_run_folder
+from fedkern.engine.run import kept_data
+from fedkern.engine.store.run_folder import check_free, check_vacant
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS, registry
 
@@ -118,8 +121,8 @@ class Run:
         """Probabilities of the classes.
 
         Args:
-            images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size; or a sequence of image files,
-                which are read and resized as in the run's training.
+            images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size; or an image file or a
+                sequence of them, which are read and resized as in the run's training.
 
         Returns:
             fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.
@@ -135,7 +138,7 @@ class Run:
             images = torch.from_numpy(np.ascontiguousarray(images))
         if isinstance(images, Tensor):
             return predictor.probabilities(images)
-        paths = [Path(path) for path in images]
+        paths = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
         return predictor.probabilities(predictor.read(paths)[0])
 
     def evaluate(
@@ -157,24 +160,43 @@ class Run:
             self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted, model=self._model
         )
 
-    def resume(self, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto") -> Run:
+    def resume(
+        self,
+        *,
+        progress: bool = True,
+        listener: Listener | Sequence[Listener] | None = None,
+        pictures: bool = True,
+        workers: str | int = "auto",
+    ) -> Run:
         """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself."""
         config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers))
-        _play(config, self.out, self._data, self._model, progress, listener, resume=True, trusted=self._trusted)
+        _play(
+            config, self.out, self._data, self._model, progress, listener, pictures, resume=True, trusted=self._trusted
+        )
         return self
 
     def extend(
-        self, rounds: int, *, progress: bool = True, listener: Listener | None = None, workers: str | int = "auto"
+        self,
+        rounds: int,
+        *,
+        progress: bool = True,
+        listener: Listener | Sequence[Listener] | None = None,
+        pictures: bool = True,
+        workers: str | int = "auto",
     ) -> Run:
         """Goes on up to ``rounds`` communication rounds in all (:func:`fedkern.engine.extend`).  Returns the run."""
+        _listeners(listener)  # before anything is written
         self.config = engine.extend(self.out, rounds, trusted=self._trusted)
-        return self.resume(progress=progress, listener=listener, workers=workers)
+        return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers)
 
     def plot(self) -> list[Path]:
-        """Draws the run's pictures into its folder and returns their paths."""
+        """Draws the run's pictures into its folder, over older ones, and returns their paths."""
         from fedkern.report.pictures import write_pictures
 
-        return write_pictures(self.out, data=self._data, data_root=self.config.data_root, trusted=self._trusted)
+        data = None if self._data is None else kept_data(self.config, self._data)
+        network = None if self._model is None else self.model()
+        root = self.config.data_root
+        return write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
 
 
 def simulate(
@@ -184,7 +206,8 @@ def simulate(
     model: str | nn.Module | None = None,
     out: str | Path | None = None,
     progress: bool = True,
-    listener: Listener | None = None,
+    listener: Listener | Sequence[Listener] | None = None,
+    pictures: bool = True,
     **settings: Any,
 ) -> Run:
     """Runs a federated method in this process and its workers, and returns the finished run.
@@ -200,18 +223,24 @@ def simulate(
             initial ones.
         out: the run folder; default ``runs/<method>-<data>-<time>``.
         progress: show the run's progress on standard error.
-        listener: receives the run's events too.
+        listener: receives the run's events too (docs/listeners.md); one, or a list.
+        pictures: draw the pictures into the run folder at the end.  A picture that fails is a warning.
         **settings: settings of the run (fields of :class:`fedkern.engine.RunConfig`), options of the method, and
-            ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  A name that both
-            the run and the method have means the run's.
+            ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  Paths may be
+            texts or ``Path``.  A name that both the run and the method have means the run's.
 
     Raises:
         UserError: anything the caller can put right, such as an unknown name or a value out of range.
     """
+    from fedkern.report.pictures import LIST, PICTURES
+
     config, memory, module = requested(method, data, model, settings)
+    if pictures and out is not None:
+        check_vacant(Path(out))
+        check_free(Path(out), (*PICTURES.values(), LIST))
     folder = _reserved(config) if out is None else Path(out)
     try:
-        _play(config, folder, memory, module, progress, listener, resume=False)
+        _play(config, folder, memory, module, progress, listener, pictures, resume=False)
     finally:
         if out is None and not any(folder.iterdir()):
             folder.rmdir()
@@ -227,7 +256,7 @@ def requested(
         UserError: an unknown name or a value out of range.
     """
     settings = dict(given)
-    plugins.given(settings.get("plugins", ()))
+    plugins.given([os.fspath(plugin) for plugin in settings.get("plugins") or ()])
     if method not in METHODS:
         raise UserError(f'Unknown method "{method}".{nearest(method, METHODS)} Known methods: {", ".join(METHODS)}.')
     memory = data if isinstance(data, FederatedData) else None
@@ -239,9 +268,11 @@ def requested(
     for name in settings:
         if name not in fields:
             raise UserError(f'{method} and its runs have no setting "{name}".{nearest(name, {*fields, *own})}')
-    plain = {
-        name: str(value) if isinstance(value, Path) or name == "workers" else value for name, value in settings.items()
-    }
+    if "workers" in settings:
+        settings["workers"] = str(settings["workers"])
+    settings["data_options"] = given_paths.absolute(settings.get("data_options") or {})
+    settings["plugins"] = [os.fspath(plugin) for plugin in settings.get("plugins") or ()]
+    plain = given_paths.absolute(settings)
     if memory is not None:
         plain = {"clients": len(memory.clients), **plain, "data": memory.name}
         if memory.task == "segmentation" and model is None:
@@ -249,9 +280,9 @@ def requested(
     elif data is not None:
         plain["data"] = data
     if isinstance(model, str):
-        plain["model"] = model
+        plain["model"] = given_paths.absolute({"model": model})["model"]
     module = model if isinstance(model, nn.Module) else None
-    config = RunConfig.make(method, options=options, **cast(Any, plain))
+    config = RunConfig.make(method, options=given_paths.named_options(method, options), **cast(Any, plain))
     return config, memory, module
 
 
@@ -282,19 +313,50 @@ def _play(
     data: FederatedData | None,
     model: nn.Module | None,
     progress: bool,
-    listener: Listener | None,
+    listener: Listener | Sequence[Listener] | None,
+    pictures: bool,
     *,
     resume: bool,
     trusted: Collection[str] = (),
 ) -> None:
+    from fedkern.report.pictures import drawn, finished_pictures
     from fedkern.report.progress import display
 
+    given = _listeners(listener)
     shown = display(quiet=not progress, json=False)
-    both = shown if listener is None else engine.Listeners(shown, listener)
+    everybody = engine.Listeners(*given, shown)
     try:
-        engine.run(config, out=out, resume=resume, listener=both, data=data, model=model, trusted=trusted)
+        engine.run(config, out=out, resume=resume, listener=everybody, data=data, model=model, trusted=trusted)
     finally:
         shown.close()
+    if not pictures:
+        return
+    code = trusted if resume else [part for _, part in config.code()]
+    network = None if model is None else engine.read_model(out, code, model)[0]
+    shared = None if everybody.info is None else everybody.info.data
+    if shared is None and data is not None and not drawn(out):  # the run was finished before, without pictures
+        shared = kept_data(config, data)
+    undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code)[1]
+    if undrawn is not None:
+        again = f"draw them with fedkern.load({str(out)!r}).plot()"
+        shown.on_warning("no-pictures", f"The run is complete, but not its pictures ({undrawn}): {again}.")
+
+
+def _listeners(given: Listener | Sequence[Listener] | None) -> list[Listener]:
+    """The listeners of an argument ``listener``.
+
+    Raises:
+        UserError: something in it is no listener.
+    """
+    found = [] if given is None else [given] if isinstance(given, Listener) else given
+    for each in found if isinstance(found, (list, tuple)) else [found]:
+        if not isinstance(each, Listener):
+            hint = f": make one, {each.__name__}()" if isinstance(each, type) and issubclass(each, Listener) else ""
+            what = (
+                f"the class {each.__name__}" if isinstance(each, type) else f"an object of type {type(each).__name__}"
+            )
+            raise UserError(f"listener must be a fedkern.listeners.Listener or a list of them, not {what}{hint}.")
+    return [*found]
 
 
 def _reserved(config: RunConfig) -> Path:

@@ -13,11 +13,12 @@ from PIL import Image
 import fedkern
 from fedkern import plugins
 from fedkern.engine import Listener
+from fedkern.report import plots
 from fedkern.run import main
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/python.md").read_text(), re.DOTALL)
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
-        "local_steps": 2, "workers": 1, "progress": False}  # fmt: skip
+        "local_steps": 2, "workers": 1, "progress": False, "pictures": False}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,9 @@ def sites(count=40, size=12):
 
 def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
     run = fedkern.simulate("fedprox", rounds=2, mu=0.1, out="mine", **TINY)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "progress"]
+    words = [
+        f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name not in ("progress", "pictures")
+    ]
     assert main(["fedprox", *words, "--rounds=2", "--method-option", "mu=0.1", "--quiet", "--out", "theirs"]) == 0
     other = fedkern.load("theirs")
     assert run.config.to_dict() == other.config.to_dict()
@@ -122,14 +125,74 @@ def test_events_reach_a_listener():
             self.rounds += 1
 
     counting = Counting()
-    fedkern.simulate("fedavg", rounds=2, out="run", listener=counting, **TINY)
+    fedkern.simulate("fedavg", rounds=2, out="run", listener=[counting, Listener()], **TINY)
     assert counting.rounds == 2
+    fedkern.load("run").extend(3, progress=False, workers=1, listener=counting, pictures=False)
+    assert counting.rounds == 3
+
+
+def test_the_pictures_are_drawn_at_the_end(monkeypatch, capsys):
+    run = fedkern.simulate("fedavg", rounds=1, out="run", **{**TINY, "pictures": True})
+    assert (run.out / "accuracy.png").exists()
+    monkeypatch.setattr(plots, "accuracy_curves", lambda *_, **__: 1 / 0)
+    with pytest.raises(fedkern.UserError, match="already holds a run"):
+        fedkern.simulate("fedavg", rounds=1, out="run", **{**TINY, "pictures": True})
+    Path("other").mkdir()
+    Path("other/accuracy.png").touch()
+    with pytest.raises(fedkern.UserError, match=r"already holds accuracy\.png"):
+        fedkern.simulate("fedavg", rounds=1, out="other", **{**TINY, "pictures": True})
+
+    def full(*_, **__):
+        raise fedkern.UserError("The disk is full.")
+
+    monkeypatch.setattr(plots, "accuracy_curves", full)
+    run = fedkern.simulate("fedavg", rounds=1, out="last", **{**TINY, "pictures": True})
+    assert run.metrics["accuracy"] > 0
+    said = "The run is complete, but not its pictures (The disk is full): draw them with fedkern.load('last').plot()."
+    assert said in capsys.readouterr().err
+
+
+def test_pictures_of_a_module_and_data_in_memory():
+    clients, test = sites()
+    data = fedkern.FederatedData.from_arrays(clients, test)
+    mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    run = fedkern.simulate("fedavg", data=data, model=mine, rounds=1, threads=1, workers=1, out="run", progress=False)
+    assert (run.out / "accuracy.png").exists()
+    assert (run.out / "accuracy.png") in run.plot()
+    (run.out / "pictures.json").unlink()
+    run.resume(progress=False)
+    assert (run.out / "pictures.json").exists()
+
+
+def test_paths_are_texts_or_paths(tmp_path):
+    first = fedkern.simulate("fedavg", rounds=1, out=Path("first"), data_root=Path(), **TINY)
+    run = fedkern.simulate("fedavg", rounds=1, out="run", init=Path("first"), **TINY)
+    assert first.config.data_root == str(tmp_path)
+    assert run.config.init == str(tmp_path / "first")
+    assert len(run.config.init_sha256) == 64
+    with pytest.raises(fedkern.UserError, match=re.escape(str(tmp_path / "no.json"))):
+        fedkern.simulate("fedavg", rounds=1, out="other", data_options={"boxes": Path("no.json")}, **TINY)
+    with pytest.raises(fedkern.UserError, match=re.escape(str(tmp_path / "none"))):
+        fedkern.simulate("ensemble", out="other", teachers=Path("none"), **{**TINY, "local_steps": None})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Listener, r"not the class Listener: make one, Listener\(\)\.$"),
+        ([Listener(), 3], r"not an object of type int\.$"),
+    ],
+)
+def test_what_is_no_listener(given, said):
+    with pytest.raises(fedkern.UserError, match=said):
+        fedkern.simulate("fedavg", rounds=1, out="run", listener=given, **TINY)
+    assert not Path("run").exists()
 
 
 def test_predictions_of_files_and_pictures(tmp_path):
     run = fedkern.simulate("fedavg", rounds=1, out="run", **TINY)
     Image.fromarray(np.full((20, 20), 200, np.uint8)).save("a.png")
-    assert run.predict(["a.png"]).shape == (1, 10)
+    assert run.predict([Path("a.png")]).shape == run.predict("a.png").shape == (1, 10)
     assert (tmp_path / "run" / "accuracy.png") in [tmp_path / path for path in run.plot()]
 
 
@@ -141,8 +204,8 @@ def test_the_history_as_a_data_frame():
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_the_pages_code_runs(code):
-    quiet = code.replace("fedkern.simulate(", "fedkern.simulate(progress=False, method=")
-    exec(compile(quiet.replace("rounds=3)", "rounds=3, progress=False)"), "docs/python.md", "exec"), {})
+    quiet = code.replace("fedkern.simulate(", "fedkern.simulate(progress=False, pictures=False, method=")
+    exec(compile(quiet.replace("rounds=3)", "rounds=3, progress=False, pictures=False)"), "docs/python.md", "exec"), {})
 
 
 @pytest.mark.parametrize(
@@ -191,7 +254,8 @@ def test_layouts_and_dtypes_of_images():
 
 
 def test_importing_fedkern_loads_no_torch():
-    code = "import sys, fedkern; dir(fedkern); assert 'torch' not in sys.modules; fedkern.simulate"
+    looked = "import sys, fedkern; dir(fedkern); dir(fedkern.listeners)"
+    code = f"{looked}; assert 'torch' not in sys.modules; fedkern.simulate; fedkern.listeners.WandB"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     with pytest.raises(AttributeError, match="has no attribute 'simulat'"):

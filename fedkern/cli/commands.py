@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from fedkern import interrupts, plugins
 from fedkern.cli import comparing, downstream, finished_runs, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
-from fedkern.cli.request import Request, absolute, effective, named_options, trusted
+from fedkern.cli.request import Request, effective, trusted
 from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
-from fedkern.engine import Listeners, RunConfig, Terminated, membership_attack
+from fedkern.engine import Listener, Listeners, RunConfig, Terminated, membership_attack
 from fedkern.engine.config import ANYHOW
+from fedkern.engine.given_paths import absolute, named_options
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import check_free, check_vacant
@@ -126,15 +127,16 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern import engine
     from fedkern.report.names import say
+    from fedkern.report.pictures import finished_pictures
     from fedkern.report.progress import display
 
     if request.resume is None:  # the user named this code, in flags or in --config
         code = tuple(part for _, part in config.code())
     else:
         code = trusted(out, request.options, request.settings)
-    board = _board() if request.tensorboard else None
+    trackers = _trackers(request)
     shown = display(quiet=request.quiet, json=request.json)
-    tee = Listeners(shown) if board is None else Listeners(shown, board)
+    tee = Listeners(*trackers, shown)  # a tracker that asks something at its start does so before the progress bar
     try:
         summary = engine.run(
             config,
@@ -146,7 +148,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
             predictions=request.predictions,
         )
         data: Any = None if tee.info is None else tee.info.data
-        pictures, undrawn = _pictures(out, data, config.data_root, code)
+        pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
@@ -159,20 +161,31 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         shown.close()
-        if board is not None:
-            board.close()
     if data is not None and config.augment == data.augment:
         config = config.replace(augment=None)  # the data set's default, not the user's choice
     _close(request, config, out, summary, pictures)
     if undrawn is not None:
-        raise undrawn
+        again = f"draw them with {PROGRAM} --resume {quote(out)}"
+        raise UserError(f"The run is complete, but not its pictures ({undrawn}): {again}.")
     return 0
 
 
-def _board() -> Any:
-    from fedkern.report.tensorboard import TensorBoard
+def _trackers(request: Request) -> list[Listener]:
+    """The trackers that ``--tensorboard`` and ``--wandb`` name.
 
-    return TensorBoard()
+    Raises:
+        UserError: the package of a tracker is not installed.
+    """
+    found: list[Listener] = []
+    if request.tensorboard:
+        from fedkern.listeners import TensorBoard
+
+        found.append(TensorBoard())
+    if request.wandb is not None:
+        from fedkern.listeners import WandB
+
+        found.append(WandB(request.wandb, quiet=request.quiet or request.json))
+    return found
 
 
 def _stored(request: Request) -> RunConfig:
@@ -204,28 +217,6 @@ def _stored(request: Request) -> RunConfig:
             "resume it, or start a new run without --resume."
         )
     return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in ANYHOW})
-
-
-def _pictures(
-    out: Path, data: Any, data_root: str | None, trusted: Collection[str]
-) -> tuple[list[Path], UserError | None]:
-    """Draws the pictures, or finds the pictures of a run that was already finished.
-
-    Returns:
-        The pictures, and the error to raise after the summary if a picture cannot be drawn or written.
-    """
-    from fedkern.report.pictures import drawn, write_pictures
-
-    there = drawn(out) if data is None else []
-    if there:
-        return there, None
-    try:
-        return write_pictures(out, data=data, data_root=data_root, trusted=trusted), None
-    except UserError as error:
-        reason = str(error).rstrip(".")
-        return [], UserError(
-            f"The run is complete, but not its pictures ({reason}): draw them with {PROGRAM} --resume {quote(out)}."
-        )
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any], pictures: list[Path]) -> None:

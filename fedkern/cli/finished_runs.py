@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, key_values
-from fedkern.cli.request import Request, absolute, trusted
+from fedkern.cli.request import Request, trusted
 from fedkern.engine import RunConfig
+from fedkern.engine.given_paths import absolute
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 

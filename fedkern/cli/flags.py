@@ -69,7 +69,7 @@ METAVARS = {
     "seed": "S",
     "lr_steps": "E,...",
     "aggregator": "RULE",
-    "init": "FILE",
+    "init": "FILE|DIR",
 }
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
@@ -250,6 +250,9 @@ def _parser(method: str | None, data: str) -> Parser:
                 "--tensorboard", action="store_true", help="write every round's figures as TensorBoard event files too"
             )
             group.add_argument(
+                "--wandb", metavar="PROJECT", help="log every round's figures to a project of Weights & Biases"
+            )
+            group.add_argument(
                 "--profile",
                 action="store_true",
                 help="write a trace of one round, for chrome://tracing, to the run folder",
@@ -350,7 +353,7 @@ def parse(argv: Sequence[str]) -> Request:
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
         raise _unknown(word, parser, named)
     method = values.method
-    check_filled({name: getattr(values, name) for name in FOLDERS})
+    check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
     if values.help:
         text = _command_help(values.method) if values.method in COMMAND_FLAGS else parser.format_help()
         return Request("help", method=method, help=text)
@@ -384,6 +387,7 @@ def parse(argv: Sequence[str]) -> Request:
         resume=Path(values.resume) if values.resume else None,
         folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
+        wandb=values.wandb,
         profile=values.profile,
         predictions=values.predictions,
         measure=values.measure,
@@ -409,6 +413,7 @@ def _check(request: Request) -> None:
             or request.config
             or request.out
             or request.tensorboard
+            or request.wandb
             or request.profile
             or request.predictions
             or (request.measure and request.command != "doctor")

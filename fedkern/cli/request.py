@@ -7,19 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkern.data import COMMON_OPTIONS
 from fedkern.engine import RunConfig
 from fedkern.engine.config import FOUND, check_networks
+from fedkern.engine.given_paths import absolute, named_options
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import read_text
 from fedkern.methods import METHODS
-
-PATHS = {
-    **{knob.field: knob.path for knob in RunConfig.knobs() if knob.path is not None},
-    **{name: option.path for name, option in COMMON_OPTIONS.items() if option.path is not None},
-}
-"""Functions that make a path absolute, by the name of the setting or data option that holds the path."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,7 @@ class Request:
         resume: the run folder to continue.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
+        wandb: project of Weights & Biases to log to, if given.
         profile: whether a trace of one round is written.
         predictions: whether the final network's answers to the test images are written.
         measure: whether ``doctor`` measures the processor's peak.
@@ -55,6 +50,7 @@ class Request:
     resume: Path | None = None
     folder: Path | None = None
     tensorboard: bool = False
+    wandb: str | None = None
     profile: bool = False
     predictions: bool = False
     measure: bool = False
@@ -109,34 +105,6 @@ def effective(request: Request) -> RunConfig:
     )
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
     return config
-
-
-def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings with absolute paths, so that a run can be resumed and compared from any folder.
-
-    Raises:
-        UserError: a path begins with the home folder of an unknown user.
-    """
-    return {
-        name: PATHS[name](value) if name in PATHS and isinstance(value, str) and value else value
-        for name, value in settings.items()
-    }
-
-
-def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The given method options (without defaults) by published name, checked and with absolute paths.
-
-    Raises:
-        UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
-    """
-    kind = METHODS[method].Options
-    parsed = kind.parse(given, method=method)
-    words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
-    plain = {str(word).strip().replace("-", "_") for word in words}
-    named = [knob for knob in kind.knobs() if {knob.name, knob.field} & plain]
-    values = {knob.name: getattr(parsed, knob.field) for knob in named}
-    paths = {knob.name: knob.path for knob in named if knob.path is not None and values[knob.name]}
-    return {**values, **{name: make(str(values[name])) for name, make in paths.items()}}
 
 
 def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:

@@ -117,8 +117,8 @@ class RunConfig:
     )  # fmt: skip
     init: str | None = option(
         None,
-        "initial weights of the network, a .safetensors file with its names and shapes, such as a run's "
-        "model.safetensors",
+        "initial weights of the network: the folder of a finished run, or a .safetensors file with the network's names "
+        "and shapes",
         type=str,
         path=absolute,
     )

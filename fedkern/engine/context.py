@@ -115,7 +115,7 @@ class RunContext:
     ) -> nn.Module:
         """A freshly initialised network on the CPU, from the run's seed (always the same network) or another ``seed``.
 
-        With ``--init`` the run's own network has the weights of that file, whatever the seed.
+        With ``--init`` the run's own network has the weights of that file or run, whatever the seed.
 
         Raises:
             UserError: there is no network ``model``, it is for another task, or the file does not fit it.

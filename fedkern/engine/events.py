@@ -48,7 +48,31 @@ class RunInfo:
 
 
 class Listener:
-    """Base class of listeners (displays, tests); every method does nothing until overridden."""
+    """Base class of listeners (displays, trackers); every method does nothing until overridden.
+
+    An exception of a listener does not end the run: the listener is left out from then on, and a warning has its name
+    and the error.  A :class:`~fedkern.errors.UserError` of :meth:`restore` or :meth:`on_start` does end the run.
+
+    Attributes:
+        essential: whether an exception of this listener ends the run after all.
+    """
+
+    essential = False
+
+    def state(self) -> dict[str, Any]:
+        """Plain values to keep in the checkpoint, such as a tracker's run id; asked at every commit.
+
+        Returns:
+            A dict of texts, numbers, booleans, None, lists and such dicts.  An empty one is not kept.
+        """
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The run goes on from a checkpoint that keeps a state of a listener of this class; before :meth:`on_start`.
+
+        Args:
+            state: what :meth:`state` returned at that checkpoint.
+        """
 
     def on_start(self, run: RunInfo) -> None:
         """Data and model are ready."""
@@ -84,11 +108,20 @@ class Listener:
         """A named diagnostic; every name comes once."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The run is finished and everything is on disk."""
+        """The run is finished and everything is on disk.
+
+        :meth:`on_start` does not come before where the run was finished already.
+        """
+
+    def close(self) -> None:
+        """The last call: the run has ended, finished or not.  It may come twice."""
 
 
 class Listeners(Listener):
-    """Passes every event to several listeners.
+    """Several listeners as one.
+
+    Args:
+        listeners: each is looked after on its own: one that fails is left out, and each has a state of its own.
 
     Attributes:
         info: what the run announced; None before its start.
@@ -126,3 +159,7 @@ class Listeners(Listener):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         for each in self.listeners:
             each.on_end(summary)
+
+    def close(self) -> None:
+        for each in self.listeners:
+            each.close()

@@ -1,8 +1,9 @@
-"""Initial weights of a run's network from a file (``--init``)."""
+"""Initial weights of a run's network from a file or a finished run (``--init``)."""
 
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,41 +13,67 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedkern.engine.config import NAME as CONFIG
+from fedkern.engine.store.checkpoints import check_result, newest
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, standing
 
+MODEL = "model.safetensors"
+"""File with the network of a finished run."""
 
-def sha256(path: str) -> str:
-    """SHA-256 of the file.
+
+def _file(path: str) -> Path:
+    """The file of ``--init``: that file, or the network of the run in that folder.
 
     Raises:
-        UserError: the file is missing, or no regular file.
+        UserError: the folder holds no finished run, or its network is not as the run wrote it.
     """
-    if standing(Path(path)) == "a folder":
-        inside = Path(path) / "model.safetensors"
-        hint = f", such as {inside}" if inside.exists() else ""
-        raise UserError(f"--init {path} is a folder: name a .safetensors file{hint}.")
+    folder = Path(path)
+    if standing(folder) != "a folder":
+        return folder
+    entry = newest(folder)
+    begun = (folder / CONFIG).exists() and not (folder / MODEL).exists()
+    if begun or (entry is not None and not entry["info"].get("finished")):
+        way_out = f"finish it with --resume {shlex.quote(path)}"
+        raise UserError(f"--init {path} is the folder of a run that is not finished: {way_out}.")
+    if not (folder / MODEL).exists():
+        raise UserError(
+            f"--init {path} is a folder without {MODEL}: name the folder of a finished run, or a .safetensors file."
+        )
+    check_result(folder, MODEL)
+    return folder / MODEL
+
+
+def sha256(path: str) -> str:
+    """SHA-256 of the file, or of the network of the run in a folder.
+
+    Raises:
+        UserError: the file is missing, or no regular file; or the folder holds no finished run.
+    """
     try:
-        with open_regular(path) as file:
+        with open_regular(_file(path)) as file:
             return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"--init {path} cannot be read: {error.strerror or error}.") from None
 
 
 def read(path: str, expected: str | None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
+    """The tensors of a safetensors file, or of the network of a finished run, by name.
 
     Args:
-        path: the file.
+        path: the file, or the run folder.
         expected: SHA-256 that the file had when the run began; None: not compared.
 
     Raises:
-        UserError: the file is missing, damaged or another one, or holds values that are not finite.
+        UserError: the file is missing, damaged or another one, or holds values that are not finite; or the folder holds
+            no finished run.
     """
     if sha256(path) != expected and expected is not None:
-        raise UserError(f"--init {path} is not the file that the run began with: put that file back.")
+        whose = "does not hold the network" if Path(path).is_dir() else "is not the file"
+        what = "network" if Path(path).is_dir() else "file"
+        raise UserError(f"--init {path} {whose} that the run began with: put that {what} back.")
     try:
-        tensors = load_file(path)
+        tensors = load_file(_file(path))
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"--init {path} is no safetensors file, or damaged ({error}).") from None
     for name, tensor in tensors.items():
@@ -62,7 +89,7 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: s
     Args:
         module: the network.
         tensors: by name in the state dict.
-        path: the file they are from, for messages.
+        path: the file or folder they are from, for messages.
         network: the network's name, for messages.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedkern.engine import device_use, diagnostics, peak
+from fedkern.engine.audience import Audience
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
@@ -29,7 +30,7 @@ from fedkern.engine.evaluate import (
     test_sets,
     worst_client,
 )
-from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.events import RunInfo
 from fedkern.engine.exchange import Exchange, sample_clients
 from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.executors.serial import Serial
@@ -72,7 +73,7 @@ class Run:
         config: RunConfig,
         context: RunContext,
         out: Path,
-        listener: Listener,
+        listener: Audience,
         *,
         resume: bool,
         profile: bool = False,
@@ -579,6 +580,8 @@ class Run:
             "kernels": records.kernels(),
             "finished": finished,
         }
+        if states := self.listener.states():
+            info["listeners"] = states
         if finished:
             info["results"] = results(self.out)
         return dict(records.plain(info))
@@ -613,6 +616,7 @@ class Run:
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"], info.get("metrics_sha256"))
+        self.listener.restore_all(info.get("listeners", {}))
         for name, text in {**changes(info, self.config), **repairs(self.checkpoints, entry, self.out)}.items():
             self.context.warn(name, text)
 
@@ -746,6 +750,9 @@ class Run:
         return gradcam(network, self.sets, count)
 
     def _tell_warnings(self) -> None:
+        for name, text in self.listener.warnings.items():  # told already, to the listeners that are left
+            self.context.warn(name, text)
+            self._told.add(name)
         for name, text in self.context.warnings.items():
             if name not in self._told:
                 self._told.add(name)

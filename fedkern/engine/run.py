@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedkern.data.patients import limited
 from fedkern.engine import config as settings
 from fedkern.engine import own_model
 from fedkern.engine.allocator import keep_freed_memory
+from fedkern.engine.audience import Audience
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
@@ -62,7 +63,7 @@ def run(
             number of workers may differ.
         out: the run folder; unless ``resume`` it must hold nothing that a run writes.
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
-        listener: receives the run's events.
+        listener: receives the run's events; several go into :class:`fedkern.engine.Listeners`.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
         trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]`` or the name of a plugin; any
             other code that the run folder names is refused.
@@ -78,8 +79,21 @@ def run(
             leaves nothing at all.
         fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
-    out = Path(out)
-    listener = listener or Listener()
+    with closing(Audience(listener or Listener())) as audience:
+        return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model)
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    resume: bool,
+    listener: Audience,
+    data: Any,
+    trusted: Collection[str],
+    profile: bool,
+    predictions: bool,
+    model: nn.Module | None,
+) -> dict[str, Any]:
     if model is not None:
         config = own_model.of_module(config, model)
     if resume:
@@ -123,7 +137,7 @@ def run(
         context = RunContext(config, data, listener.on_notice)
         runner = Run(config, context, out, listener, resume=resume, profile=profile, predictions=predictions)
         runner.prepare()
-        with writing(out, fresh=not resume):
+        with writing(out, fresh=not resume), closing(listener):  # closed first: what a listener takes back is gone then
             plugins.remember(config.plugins)
             if not resume:
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())

@@ -31,6 +31,7 @@ PACKAGES = (
     "dp-accounting",
     "nibabel",
     "tensorboard",
+    "wandb",
 )
 
 

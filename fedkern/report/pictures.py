@@ -69,6 +69,33 @@ def write_pictures(
     return written
 
 
+def finished_pictures(
+    run_dir: Path,
+    *,
+    data: Any = None,
+    model: torch.nn.Module | None = None,
+    data_root: str | None = None,
+    trusted: Collection[str] = (),
+) -> tuple[list[Path], str | None]:
+    """The pictures at the end of a run: draws them, or finds those of a run that was finished before.
+
+    Args:
+        run_dir: the run folder.
+        data: the data that the run announced to its listeners; None: the run was finished before.
+        model, data_root, trusted: see :func:`write_pictures`.
+
+    Returns:
+        The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
+    """
+    there = drawn(run_dir) if data is None else []
+    if there:
+        return there, None
+    try:
+        return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted), None
+    except UserError as error:
+        return [], str(error).rstrip(".")
+
+
 def _check(run_dir: Path) -> None:
     """Raises UserError if the run's settings were changed, or the records are private and the run is not finished."""
     config, entry = RunConfig.load(run_dir, device="cpu"), newest(run_dir)

@@ -1,10 +1,11 @@
-"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal and in a notebook with ipywidgets, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -111,6 +112,8 @@ class _Clock:
 class Warnings(Listener):
     """Display of warnings alone, for ``--quiet`` and ``--json``."""
 
+    essential = True  # where nobody reads standard error any more, the command ends
+
     def __init__(self, console: Console) -> None:
         self.console = console
 
@@ -148,7 +151,7 @@ class Lines(Warnings):
 
 
 class Live(Lines):
-    """Display on a terminal: a bar that moves with every client, with round, accuracies, bytes and time left."""
+    """Display on a terminal or in a notebook: a bar that moves with every client; accuracies, bytes, time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -269,6 +272,6 @@ def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warni
     console = console or terminal(stderr=True)
     if quiet:
         return Warnings(console)
-    if console.is_terminal:
+    if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None):
         return Live(console)
     return Warnings(console) if json else Lines(console)

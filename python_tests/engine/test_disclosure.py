@@ -64,7 +64,7 @@ def play(config, data, out):
     seen, console = Everything(), Console(file=io.StringIO(), force_terminal=True, width=200)
     boards = []
     if find_spec("tensorboard") is not None:
-        from fedkern.report.tensorboard import TensorBoard
+        from fedkern.listeners.tensorboard import TensorBoard
 
         boards.append(TensorBoard())
     summary = run(config, out=out, data=data, listener=Both(seen, Live(console), *boards))

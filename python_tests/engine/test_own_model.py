@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import own_networks
@@ -13,7 +14,7 @@ from own_networks import Plain, Raw, Staged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedkern.engine import Listener, RunConfig, attack, read_model, run
+from fedkern.engine import Listener, RunConfig, attack, extend, read_model, run
 from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
 from fedkern.errors import UserError
@@ -387,6 +388,46 @@ def test_a_run_goes_on_from_another_runs_model(make_config, make_data, tmp_path)
     torch.testing.assert_close(first, second)
     (tmp_path / "first" / "model.safetensors").unlink()
     read_model(tmp_path / "second")
+
+
+def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path):
+    first, data = tmp_path / "first", make_data()
+    run(make_config(), out=first, data=data)
+    run(make_config(init=str(first / "model.safetensors"), rounds=3), out=tmp_path / "file", data=data)
+    config = make_config(init=str(first), rounds=3)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round", 1))
+    stored = RunConfig.load(tmp_path / "cut")
+    assert stored.init_sha256 == RunConfig.load(tmp_path / "file").init_sha256
+    content = (first / "model.safetensors").read_bytes()
+    (first / "model.safetensors").write_bytes((tmp_path / "file" / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="is not what the run wrote"):
+        run(stored, out=tmp_path / "cut", data=data, resume=True)
+    shutil.rmtree(first / "checkpoints")  # then only the other run knows
+    with pytest.raises(UserError, match="does not hold the network that the run began with: put that network back"):
+        run(stored, out=tmp_path / "cut", data=data, resume=True)
+    (first / "model.safetensors").write_bytes(content)
+    run(stored, out=tmp_path / "cut", data=data, resume=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "file")
+
+
+def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_path):
+    data = make_data()
+    with pytest.raises(Kill):
+        run(make_config(rounds=3), out=tmp_path / "cut", data=data, listener=KillAt("round", 1))
+    for init, config, said in (
+        ("cut", {}, r"is the folder of a run that is not finished: finish it with --resume"),
+        (".", {}, r"is a folder without model.safetensors: name the folder of a finished run, or a"),
+        ("done", {"model": "mlp"}, r"done is not for mlp: its \S+ has shape"),
+    ):
+        if init == "done":
+            run(make_config(), out=tmp_path / "done", data=data)
+        with pytest.raises(UserError, match=said):
+            run(make_config(init=str(tmp_path / init), **config), out=tmp_path / "run", data=data)
+        assert not (tmp_path / "run").exists()
+    extend(tmp_path / "done", 9)
+    with pytest.raises(UserError, match="not finished"):
+        run(make_config(init=str(tmp_path / "done")), out=tmp_path / "run", data=data)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from fedkern.engine import RunConfig, RunInfo
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.confusions import Confusions
 from fedkern.errors import UserError
+from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.report import (
     artifact_sheet,
     confusion_sheet,
@@ -31,7 +32,6 @@ from fedkern.report import (
     weights,
 )
 from fedkern.report.names import TICK, TITLE, label
-from fedkern.report.tensorboard import TensorBoard, scalars
 
 NAMES = {
     "formula": "US$ a_{$",

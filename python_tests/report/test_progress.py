@@ -107,6 +107,14 @@ def test_a_bar_on_a_terminal(json):
     assert listener.progress.tasks[0].fields["accuracy"] == "ID 90.0 %  OOD 80.0 %"
 
 
+@pytest.mark.parametrize(("widgets", "kind"), [(object(), progress.Live), (None, progress.Lines)])
+def test_a_notebook_shows_the_bar_where_it_has_widgets(widgets, kind, monkeypatch):
+    monkeypatch.setattr(progress, "find_spec", lambda name: widgets)
+    out = Console(file=io.StringIO(), force_jupyter=True)
+    assert not out.is_terminal
+    assert type(progress.display(quiet=False, json=False, console=out)) is kind
+
+
 def test_the_bar_moves_with_every_client_and_never_past_the_round():
     listener = progress.Live(console(True))
     listener.on_start(info(first_round=1))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine import Listener, RunInfo
+from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import UserError
+from fedkern.listeners.scalars import scalars
 
 FOLDER = "tensorboard"
-_NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
-_BOOKKEEPING = {"seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
-_NOT_OF_CLIENTS = {"samples", "seconds"}
 
 
 def check() -> Any:
@@ -24,7 +22,9 @@ def check() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs tensorboard: pip install 'fedkern[tensorboard]'.") from None
+        raise UserError(
+            "TensorBoard files (--tensorboard) need tensorboard: pip install 'fedkern[tensorboard]'."
+        ) from None
     return SummaryWriter
 
 
@@ -34,6 +34,9 @@ class TensorBoard(Listener):
     Metrics and losses keep their names, with the test set before a slash (``id/accuracy``).  Under ``clients/`` are the
     clients' figures, averaged over the clients of the round; under ``run/`` times and bytes; under ``final/`` the
     summary's figures.  A resumed run hides the figures that the interrupted run wrote after its last checkpoint.
+
+    Raises:
+        UserError: the package tensorboard is not installed.
     """
 
     def __init__(self) -> None:
@@ -74,30 +77,4 @@ class TensorBoard(Listener):
         """Writes pending figures; safe to call twice."""
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
-
-
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a round's record by TensorBoard tag."""
-    from fedkern.report.names import CELL, label
-    from fedkern.report.tables import split_metric
-
-    result: dict[str, float] = {}
-    for name, value in record.items():
-        if name in _NOT_FIGURES or isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        test_set, figure = split_metric(name)
-        tag = f"run/{name}" if name in _BOOKKEEPING else f"{test_set}/{figure}" if test_set else name
-        result[label(tag, CELL)] = float(value)
-    for name, mean in _means(list(record.get("clients", {}).values())).items():
-        result[label(f"clients/{name}", CELL)] = mean
-    return result
-
-
-def _means(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for info in clients:
-        for name, value in info.items():
-            if name not in _NOT_OF_CLIENTS and isinstance(value, (int, float)) and not isinstance(value, bool):
-                values.setdefault(name, []).append(float(value))
-    return {name: sum(each) / len(each) for name, each in values.items()}
+        self._writer = self._run = None

@@ -11,7 +11,7 @@ from interrupted import Kill, KillAt
 from fedkern.cli import commands, flags
 from fedkern.engine import read_metrics
 from fedkern.errors import UserError
-from fedkern.report.tensorboard import FOLDER, TensorBoard, scalars
+from fedkern.listeners.tensorboard import FOLDER, TensorBoard, scalars
 
 RECORD = {
     "round": 3, "rounds": 9, "name": "train", "seconds": 2.0, "bytes_up": 7, "evaluated": True, "loss": 0.5,

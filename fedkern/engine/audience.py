@@ -1,0 +1,135 @@
+"""The listeners of a run: an error of a listener does not end the run, and checkpoints keep the listeners' states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fedkern.engine.events import Listener, Listeners, RunInfo
+from fedkern.errors import UserError
+
+
+class Audience(Listener):
+    """Passes the events of a run to its listeners.
+
+    A listener that raises is left out from then on, and one warning has its name and the error.  Three errors pass:
+
+    * anything that is no ``Exception``, such as ``KeyboardInterrupt``;
+    * an error of an ``essential`` listener;
+    * a :class:`UserError` of ``restore`` or ``on_start``, when nothing of a run can be lost yet.
+
+    Args:
+        listener: one listener; the parts of a :class:`Listeners` are looked after one by one.
+
+    Attributes:
+        warnings: the warnings about listeners that were left out, by name.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._whole = listener if type(listener) is Listeners else None
+        self._present = [*_parts(listener)]
+        self._names: dict[int, str] = {}
+        for each in self._present:
+            self._names[id(each)] = _numbered(type(each).__name__, self._names.values())
+        self._states: dict[str, dict[str, Any]] = {}
+        self.warnings: dict[str, str] = {}
+
+    def _each(self, hook: str, call: Callable[[Listener], object], *, told: bool = False) -> None:
+        """Calls every listener.  ``told``: a UserError is for the user and ends the run."""
+        for each in [*self._present]:
+            if each not in self._present:  # a warning about another listener was too much for this one
+                continue
+            try:
+                call(each)
+            except Exception as error:
+                if each.essential or (told and isinstance(error, UserError)):
+                    raise
+                self._leave_out(each, hook, error)
+
+    def _leave_out(self, listener: Listener, hook: str, error: Exception) -> None:
+        self._present.remove(listener)
+        shown = self._names[id(listener)]
+        what = " ".join(str(error).split()).rstrip(".")
+        reason = what if isinstance(error, UserError) else f"{type(error).__name__}{f': {what}' if what else ''}"
+        name = f"listener-{shown}"
+        text = f"The listener {shown} failed in {hook} ({reason}): the run goes on without it."
+        self.warnings[name] = text
+        self.on_warning(name, text)
+        if hook != "close":
+            with suppress(Exception):  # the listener is broken, and its first error was told
+                listener.close()
+
+    def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Gives every listener its state of a checkpoint; states of absent listeners stay for a later resumption.
+
+        Args:
+            states: what :meth:`states` returned at the checkpoint.
+        """
+        self._states = dict(states)
+
+        def give(each: Listener) -> None:
+            name = self._names[id(each)]
+            if name in self._states:
+                each.restore(self._states[name])
+
+        self._each("restore", give, told=True)
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """The states of all listeners by name; the last one of a listener that was left out."""
+
+        def ask(each: Listener) -> None:
+            state = each.state()
+            if not isinstance(state, dict) or json.loads(json.dumps(state, allow_nan=False)) != state:
+                raise TypeError("a state must be a dict of texts, numbers, lists and such dicts, with texts as keys")
+            name = self._names[id(each)]
+            if state:
+                self._states[name] = json.loads(json.dumps(state))
+            else:
+                self._states.pop(name, None)
+
+        self._each("state", ask)
+        return dict(self._states)
+
+    def on_start(self, run: RunInfo) -> None:
+        if self._whole is not None:
+            self._whole.info = run
+        self._each("on_start", lambda each: each.on_start(run), told=True)
+
+    def on_notice(self, text: str) -> None:
+        self._each("on_notice", lambda each: each.on_notice(text))
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        self._each("on_round_start", lambda each: each.on_round_start(round, name, participants))
+
+    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+        self._each("on_client", lambda each: each.on_client(round, client, info))
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        self._each("on_round", lambda each: each.on_round(record))
+
+    def on_warning(self, name: str, text: str) -> None:
+        self._each("on_warning", lambda each: each.on_warning(name, text))
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self._each("on_end", lambda each: each.on_end(summary))
+
+    def close(self) -> None:
+        self._each("close", lambda each: each.close())
+
+
+def _parts(listener: Listener) -> Iterator[Listener]:
+    if type(listener) is not Listeners:
+        yield listener
+        return
+    for each in listener.listeners:
+        yield from _parts(each)
+
+
+def _numbered(name: str, names: Iterable[str]) -> str:
+    """``name``, with a number behind it where another listener of the same class came before."""
+    taken, found, number = set(names), name, 2
+    while found in taken:
+        found, number = f"{name}-{number}", number + 1
+    return found

@@ -1,0 +1,30 @@
+"""Listeners that hand the figures of a run to trackers, and the base class of one's own (docs/listeners.md)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedkern.engine.events import Listener, Listeners, RunInfo
+    from fedkern.listeners.tensorboard import TensorBoard
+    from fedkern.listeners.wandb import WandB
+
+__all__ = ["Listener", "Listeners", "RunInfo", "TensorBoard", "WandB"]
+
+_LAZY = {
+    **dict.fromkeys(("Listener", "Listeners", "RunInfo"), "fedkern.engine.events"),
+    "TensorBoard": "fedkern.listeners.tensorboard",
+    "WandB": "fedkern.listeners.wandb",
+}
+"""Names that are imported on first use, with their modules."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,40 @@
+"""The figures of a round's record as scalars for trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
+_BOOKKEEPING = {"seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
+_NOT_OF_CLIENTS = {"samples", "seconds"}
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a round's record by tag.
+
+    Metrics and losses keep their names, with the test set before a slash.  Times and bytes stand under ``run/``, means
+    over the clients of the round under ``clients/``.
+    """
+    from fedkern.report.names import CELL, label
+    from fedkern.report.tables import split_metric
+
+    result: dict[str, float] = {}
+    for name, value in record.items():
+        if name in _NOT_FIGURES or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        test_set, figure = split_metric(name)
+        tag = f"run/{name}" if name in _BOOKKEEPING else f"{test_set}/{figure}" if test_set else name
+        result[label(tag, CELL)] = float(value)
+    for name, mean in _means(list(record.get("clients", {}).values())).items():
+        result[label(f"clients/{name}", CELL)] = mean
+    return result
+
+
+def _means(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for info in clients:
+        for name, value in info.items():
+            if name not in _NOT_OF_CLIENTS and isinstance(value, (int, float)) and not isinstance(value, bool):
+                values.setdefault(name, []).append(float(value))
+    return {name: sum(each) / len(each) for name, each in values.items()}

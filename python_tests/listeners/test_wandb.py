@@ -1,0 +1,144 @@
+"""Runs logged to Weights & Biases: a stand-in with wandb's documented calls, and wandb offline where it is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+
+import pytest
+from interrupted import Kill, KillAt
+
+from fedkern.cli import commands, flags
+from fedkern.engine import read_metrics
+from fedkern.errors import UserError
+from fedkern.listeners import WandB
+from fedkern.listeners.scalars import scalars
+
+WORDS = [
+    "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--rounds", "4", "--local-epochs", "1",
+    "--width", "2", "--model", "cnn", "--grad-cam", "0", "--checkpoint-every", "2",
+]  # fmt: skip
+
+
+class StandIn(types.ModuleType):
+    """``init``, ``Error``, and runs with ``log``, ``summary`` and ``finish``, as wandb documents them."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.problem = [], None
+
+    def init(self, **given):
+        if self.problem is not None:
+            raise self.Error(self.problem)
+        self.runs.append(_Run(given))
+        return self.runs[-1]
+
+
+class _Run:
+    def __init__(self, given):
+        self.given, self.rows, self.summary, self.code = given, [], {}, None
+
+    def log(self, row, step):
+        self.rows.append((step, dict(row)))
+
+    def finish(self, exit_code):
+        self.code = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    made = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    return made
+
+
+def cut(monkeypatch, last, command, *words):
+    """A run that is killed once round ``last`` has been told to every listener."""
+    make = commands.Listeners
+    monkeypatch.setattr(commands, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
+    with pytest.raises(Kill):
+        commands.COMMANDS[command](flags.parse([*words, "--quiet"]))
+    monkeypatch.setattr(commands, "Listeners", make)
+
+
+def resume(out, *words):
+    assert commands.COMMANDS["resume"](flags.parse(["--resume", str(out), "--quiet", *words])) == 0
+
+
+def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    cut(monkeypatch, 3, "run", *WORDS, "--out", str(out), "--wandb", "team/demo")
+    resume(out, "--wandb", "team/demo")
+    first, second = wandb.runs
+    assert first.given["id"] == second.given["id"]
+    for each in wandb.runs:
+        assert (each.given["entity"], each.given["project"], each.given["resume"]) == ("team", "demo", "allow")
+        assert each.given["dir"] == str(out)
+        assert each.given["config"]["clients"] == 2
+        assert each.given["settings"] == {"console": "off", "silent": True}
+    assert [[step for step, _ in each.rows] for each in wandb.runs] == [[1, 2, 3], [4]]  # round 3 not twice
+    assert (first.code, second.code) == (1, 0)
+    records = read_metrics(out)
+    assert dict(first.rows)[2] == scalars(records[1])
+    assert second.summary["final/accuracy"] == records[-1]["accuracy"]
+    assert "wandb" not in (out / "config.toml").read_text()
+
+
+def test_runs_with_curves_of_their_own(wandb, tmp_path, monkeypatch):
+    """Resumed from before the first checkpoint, and resumed for another project."""
+    out = tmp_path / "run"
+    cut(monkeypatch, 1, "run", *WORDS, "--out", str(out), "--wandb", "demo")
+    cut(monkeypatch, 3, "resume", "--resume", str(out), "--wandb", "demo")
+    resume(out, "--wandb", "other")
+    assert len({each.given["id"] for each in wandb.runs}) == 3
+    assert [[step for step, _ in each.rows] for each in wandb.runs] == [[1], [1, 2, 3], [3, 4]]
+    assert [each.given["project"] for each in wandb.runs] == ["demo", "demo", "other"]
+
+
+def test_private_records_tell_it_what_they_tell_anybody(wandb, tmp_path):
+    out = tmp_path / "run"
+    assert (
+        commands.COMMANDS["run"](flags.parse([*WORDS, "--records=private", "--out", str(out), "--wandb=p", "--quiet"]))
+        == 0
+    )
+    (only,) = wandb.runs
+    assert [row for _, row in only.rows] == [scalars(record) for record in read_metrics(out)]
+    assert not [tag for _, row in only.rows for tag in row if tag.startswith("clients/")]
+    assert only.given["settings"]["x_disable_stats"]
+    assert only.given["settings"]["x_disable_meta"]
+
+
+def test_mistakes_are_said_and_leave_nothing(wandb, tmp_path, monkeypatch):
+    wandb.problem = "No API key configured. Use `wandb login` to log in."
+    said = "wandb cannot open the project p (No API key configured. Use `wandb login` to log in): put that right, set"
+    with pytest.raises(UserError, match=re.escape(said)):
+        commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
+    with pytest.raises(UserError, match="--wandb is given without a value"):
+        flags.parse([*WORDS, "--wandb", ""])
+    with pytest.raises(UserError, match="takes no other flags"):
+        flags.parse(["doctor", "--wandb", "p"])
+    with pytest.raises(UserError, match="name of a project"):
+        WandB("/")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'fedkern\[wandb\]'"):
+        commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.exhaustive
+def test_offline_for_real(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed (pip install 'fedkern[wandb]')")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "run"
+    cut(monkeypatch, 3, "run", *WORDS, "--out", str(out), "--wandb", "demo")
+    resume(out, "--wandb", "demo")
+    folders = sorted((out / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    known = json.loads((out / "wandb" / "fedkern.json").read_text())
+    assert known["round"] == 4
+    assert all(known["id"] in folder.name for folder in folders)
