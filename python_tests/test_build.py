@@ -97,6 +97,7 @@ def test_cuda_core_is_built_where_nvcc_is() -> None:
     assert module.source_hash() == loading.source_hash(ROOT / "csrc", "_cuda")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("level", backend.ISAS)
 def test_isa_is_forced_or_refused(level: str) -> None:
     available = backend.cpu_core().available_isas()

@@ -34,6 +34,7 @@ def test_every_operator_has_a_section() -> None:
     assert {*ops.__all__, "tree"} - others == titles
 
 
+@pytest.mark.exhaustive
 def test_tables_are_up_to_date() -> None:
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -79,7 +79,11 @@ def test_handlers_are_given_back_and_others_are_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "inter")]
+    ("number", "code", "word"),
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGINT, 130, "inter", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_burst_ends_a_command_once(number, code, word, tmp_path):
     words = ["fedavg", "--train-samples", "300", "--rounds", "500", "--width", "2", "--threads", "1", "--grad-cam", "0",

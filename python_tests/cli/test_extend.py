@@ -36,7 +36,7 @@ def check_equal(one, other):
     assert summaries[0]["bytes"] == summaries[1]["bytes"]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
 def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     more = ("--lr-decay", "0.9", "--sample-fraction", "0.67")
     start(method, 5, "long", *more)
@@ -68,6 +68,7 @@ def test_an_extension_that_was_interrupted_between_its_writes_is_finished(start,
     check_equal(tmp_path / "long", tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_a_schedule_over_all_rounds_is_told(result):
     command = [
         "fediod",

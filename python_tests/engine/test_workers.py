@@ -118,7 +118,9 @@ def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
 # -- what happens to workers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [0, 3], ids=["at once", "in the second round"])
+@pytest.mark.parametrize(
+    "count", [pytest.param(0, marks=pytest.mark.exhaustive), 3], ids=["at once", "in the second round"]
+)
 def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, processes):
     config = make_config("fedgid", rounds=3, buffers="local", options={"background_pool": "shared"})
     kills = At(count, lambda: os.kill(processes[1], signal.SIGKILL))
@@ -190,7 +192,7 @@ def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkey
     assert not living(processes)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_a_client_that_raises(workers, make_data, make_config, tmp_path, monkeypatch, processes):
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Raising)
     config = make_config(workers=workers, rounds=3)
