@@ -72,3 +72,11 @@ def _interruptible() -> None:
     """A shell starts background jobs with Ctrl-C ignored, and so would be the tests' own processes."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the benchmarks are ``exhaustive``: they say nothing of the package that is installed."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "benchmarks"):
+            item.add_marker(pytest.mark.exhaustive)

@@ -77,6 +77,7 @@ def test_a_failed_run_is_told_and_the_others_finish(capsys, tmp_path):
     assert "Failed: fedavg lr=1e+30" in (tmp_path / "x/comparison.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_finished_runs_are_grouped_and_their_differences_told(result, fails):
     for lr in ("0.05", "0.1"):
         for seed in ("0", "1"):

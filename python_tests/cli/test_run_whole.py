@@ -304,6 +304,7 @@ def test_what_else_runs_is_asked_of_the_system(text, cores, idle, tmp_path, monk
     assert not command_line._others_leave_cores()
 
 
+@pytest.mark.exhaustive
 def test_a_reader_that_leaves_gets_no_traceback():
     done = subprocess.run(
         ["bash", "-c", f"{shlex.quote(sys.executable)} -m fedkern.run doctor | true; echo ${{PIPESTATUS[0]}}"],

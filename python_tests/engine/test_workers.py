@@ -212,12 +212,14 @@ def _records(out):
     return read_metrics(out)
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_sent_back(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Unportable)
     with pytest.raises(RuntimeError, match="client 0 has something that cannot be pickled"):
         run(make_config(workers="2"), out=tmp_path / "run", data=make_data())
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Sending)
     serial, side_by_side = compared(make_config(), make_data(), tmp_path)
@@ -454,6 +456,7 @@ print(run(config, out=sys.argv[1])["diagnostics"]["no-workers"])
 """
 
 
+@pytest.mark.exhaustive
 def test_what_main_defines_stays_in_its_process(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     said = subprocess.run(

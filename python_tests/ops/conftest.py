@@ -65,14 +65,15 @@ def _is_triton(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves a few cases of each test to Triton's interpreter; ``pytest -m slow -k triton`` runs all of them.
 
-    The default run has the tests under ``triton/`` alone; the interpreter's cases of other tests, CUDA's kernels in the
+    The default run has ``triton/test_triton_operators.py`` alone; the interpreter's other cases, CUDA's kernels in the
     emulator, and the CPU kernels at other ISA levels than the best one are ``exhaustive``.
     """
     others = set(operator_cases.KERNELS[:-1])
     groups = defaultdict(list)
     for item in items:
         folder = item.path.parent.name
-        if folder == "cuda" or (folder != "triton" and _is_triton(item)):
+        every = folder == "triton" and item.path.name != "test_triton_operators.py"
+        if folder == "cuda" or every or (folder != "triton" and _is_triton(item)):
             item.add_marker(pytest.mark.exhaustive)
         if others and hasattr(item, "callspec") and others & _texts(item):
             item.add_marker(pytest.mark.exhaustive)

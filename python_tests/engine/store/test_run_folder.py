@@ -75,6 +75,8 @@ def test_a_run_that_came_to_something_stays(make_data, make_config, tmp_path):
     run(make_config(rounds=3), out=tmp_path / "whole", data=data)
 
     class Stop(KillAt):
+        essential = True
+
         def on_round(self, record):
             raise UserError("The third party has left.")
 

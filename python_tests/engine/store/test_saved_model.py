@@ -73,6 +73,7 @@ CASES = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_every_key_that_is_missing_or_of_another_kind_is_a_sentence(folder):
     for key, about in CASES:
         write(folder, about)
