@@ -269,8 +269,7 @@ class _Forest:
         ones = [self.rows[i][0] for i in self.floating]
         sizes = [int(np.prod(one.shape)) for one in ones]
         for i, one, piece in zip(self.floating, ones, vector.split(sizes), strict=True):
-            dtype = torch.from_numpy(one[:0].reshape(-1)).dtype if type(one) is np.ndarray else one.dtype
-            found[i] = piece.view(one.shape).to(dtype)
+            found[i] = piece.view(one.shape).to(_flat(one).dtype)
         return found
 
     def model(self, floating: Mapping[int, Any]) -> Any:

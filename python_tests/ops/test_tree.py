@@ -213,3 +213,12 @@ def test_wrong_arguments_are_said_even_without_floating_entries():
         tree.server_step({"a": torch.zeros(2)}, [{"a": torch.zeros(2)}], [1], "adm", state={})
     with pytest.raises(ValueError, match=r"global_\['a'\] must have shape \[2\], but has \[3\]"):
         tree.server_step({"a": torch.zeros(3)}, [{"a": torch.zeros(2)}], [1])
+
+
+def test_arrays_of_no_axes():
+    models = [{"scale": np.array(value, np.float32), "rest": np.full(3, value, np.float32)} for value in range(1, 6)]
+    assert tree.krum(models, 1, keep=5 - 1)["scale"].shape == ()
+    made = tree.server_step(models[0], models, [1.0] * 5).model
+    assert (made["scale"].shape, made["scale"].dtype, float(made["scale"])) == ((), np.float32, 3.0)
+    lists = [[each["scale"], each["rest"]] for each in models]
+    assert float(tree.weighted_mean(lists, [1.0] * 5)[0]) == 3.0
