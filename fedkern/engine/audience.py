@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedkern.engine.events import Listener, Listeners, RunInfo
 from fedkern.errors import UserError
 
 
-class Audience(Listener):
+class Audience(Listeners):
     """Passes the events of a run to its listeners.
 
     A listener that raises is left out from then on, and one warning has its name and the error.  Three errors pass:
@@ -28,8 +28,9 @@ class Audience(Listener):
     """
 
     def __init__(self, listener: Listener) -> None:
+        super().__init__(*_parts(listener))
         self._whole = listener if type(listener) is Listeners else None
-        self._present = [*_parts(listener)]
+        self._present = [*self.listeners]
         self._names: dict[int, str] = {}
         for each in self._present:
             self._names[id(each)] = _numbered(type(each).__name__, self._names.values())
@@ -95,28 +96,7 @@ class Audience(Listener):
     def on_start(self, run: RunInfo) -> None:
         if self._whole is not None:
             self._whole.info = run
-        self._each("on_start", lambda each: each.on_start(run), told=True)
-
-    def on_notice(self, text: str) -> None:
-        self._each("on_notice", lambda each: each.on_notice(text))
-
-    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        self._each("on_round_start", lambda each: each.on_round_start(round, name, participants))
-
-    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        self._each("on_client", lambda each: each.on_client(round, client, info))
-
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        self._each("on_round", lambda each: each.on_round(record))
-
-    def on_warning(self, name: str, text: str) -> None:
-        self._each("on_warning", lambda each: each.on_warning(name, text))
-
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        self._each("on_end", lambda each: each.on_end(summary))
-
-    def close(self) -> None:
-        self._each("close", lambda each: each.close())
+        super().on_start(run)
 
 
 def _parts(listener: Listener) -> Iterator[Listener]:

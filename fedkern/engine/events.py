@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,35 +131,37 @@ class Listeners(Listener):
         self.listeners = listeners
         self.info: RunInfo | None = None
 
+    def _each(self, hook: str, call: Callable[[Listener], object], *, told: bool = False) -> None:
+        """Passes an event to every listener.
+
+        Args:
+            hook: name of the event, and ``told``: whether a UserError in it is for the user; both for subclasses.
+            call: passes the event to one listener.
+        """
+        for each in self.listeners:
+            call(each)
+
     def on_start(self, run: RunInfo) -> None:
         self.info = run
-        for each in self.listeners:
-            each.on_start(run)
+        self._each("on_start", lambda each: each.on_start(run), told=True)
 
     def on_notice(self, text: str) -> None:
-        for each in self.listeners:
-            each.on_notice(text)
+        self._each("on_notice", lambda each: each.on_notice(text))
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        for each in self.listeners:
-            each.on_round_start(round, name, participants)
+        self._each("on_round_start", lambda each: each.on_round_start(round, name, participants))
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        for each in self.listeners:
-            each.on_client(round, client, info)
+        self._each("on_client", lambda each: each.on_client(round, client, info))
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        for each in self.listeners:
-            each.on_round(record)
+        self._each("on_round", lambda each: each.on_round(record))
 
     def on_warning(self, name: str, text: str) -> None:
-        for each in self.listeners:
-            each.on_warning(name, text)
+        self._each("on_warning", lambda each: each.on_warning(name, text))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        for each in self.listeners:
-            each.on_end(summary)
+        self._each("on_end", lambda each: each.on_end(summary))
 
     def close(self) -> None:
-        for each in self.listeners:
-            each.close()
+        self._each("close", lambda each: each.close())
