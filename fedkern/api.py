@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +14,11 @@ from torch import Tensor, nn
 from fedkern import engine, plugins
 from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig, given_paths
-from fedkern.engine.config import check_run_folder
 from fedkern.engine.run import kept_data
-from fedkern.engine.store.run_folder import check_free, check_vacant
+from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest
-from fedkern.methods import METHODS, registry
-
-RUNS = Path("runs")
-"""Folder of runs without ``out``."""
+from fedkern.extras import pandas
+from fedkern.methods import registry
 
 
 class History:
@@ -56,11 +51,7 @@ class History:
         Raises:
             UserError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise UserError("to_pandas needs pandas: pip install pandas.") from None
-        return pd.json_normalize(self.records)
+        return pandas().json_normalize(self.records)
 
 
 class Run:
@@ -79,7 +70,6 @@ class Run:
         model: nn.Module | None = None,
         trusted: Collection[str] = (),
     ) -> None:
-        check_run_folder(out)
         self.out = Path(out)
         self.config = RunConfig.load(out, trusted=trusted, device="cpu")
         self._data, self._model, self._trusted = data, model, tuple(trusted)
@@ -154,7 +144,7 @@ class Run:
         """
         from fedkern.downstream.evaluation import evaluate_run
 
-        own = self._data if data is None else data
+        own = kept_data(self.config, self._data) if data is None and self._data is not None else data
         root = None if data_root is None else str(data_root)
         return evaluate_run(
             self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted, model=self._model
@@ -238,7 +228,7 @@ def simulate(
     if pictures and out is not None:
         check_vacant(Path(out))
         check_free(Path(out), (*PICTURES.values(), LIST))
-    folder = _reserved(config) if out is None else Path(out)
+    folder = reserve(RUNS, run_name(config), "name a run folder with out=") if out is None else Path(out)
     try:
         _play(config, folder, memory, module, progress, listener, pictures, resume=False)
     finally:
@@ -257,10 +247,9 @@ def requested(
     """
     settings = dict(given)
     plugins.given([os.fspath(plugin) for plugin in settings.get("plugins") or ()])
-    if method not in METHODS:
-        raise UserError(f'Unknown method "{method}".{nearest(method, METHODS)} Known methods: {", ".join(METHODS)}.')
+    kind = registry.get(method)
     memory = data if isinstance(data, FederatedData) else None
-    own = {name for knob in registry.get(method).Options.knobs() for name in (knob.name, knob.field)}
+    own = {name for knob in kind.Options.knobs() for name in (knob.name, knob.field)}
     fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options", "plugins"}
     options = {**settings.pop("options", {})}
     for name in [name for name in settings if name in own and name not in fields]:
@@ -357,18 +346,3 @@ def _listeners(given: Listener | Sequence[Listener] | None) -> list[Listener]:
             )
             raise UserError(f"listener must be a fedkern.listeners.Listener or a list of them, not {what}{hint}.")
     return [*found]
-
-
-def _reserved(config: RunConfig) -> Path:
-    """A new empty folder in `RUNS`, made at once, so that no other run takes it."""
-    stem = f"{config.method}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}): name a run folder with out=.") from None
-        return folder
-    raise AssertionError

@@ -62,6 +62,12 @@ def test_a_run_without_a_folder_gets_one_of_its_own(tmp_path):
     assert {first.out.parent.name, second.out.parent.name} == {"runs"}
 
 
+def test_a_folder_of_runs_that_is_none_is_said(tmp_path):
+    (tmp_path / "runs").symlink_to("nowhere")
+    with pytest.raises(fedkern.UserError, match=r"cannot be made .*: name a run folder with out="):
+        fedkern.simulate("fedavg", rounds=1, **TINY)
+
+
 def test_arrays_of_named_clients_are_learnt(tmp_path):
     clients, test = sites()
     data = fedkern.FederatedData.from_arrays(clients, test, classes=["top", "bottom"])

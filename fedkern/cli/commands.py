@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +20,7 @@ from fedkern.engine.config import ANYHOW
 from fedkern.engine.given_paths import absolute, named_options
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
-from fedkern.engine.store.run_folder import check_free, check_vacant
+from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
 
 
@@ -73,27 +71,14 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         check_free(request.out, (*PICTURES.values(), LIST))
         yield request.out
         return
-    parent = Path("runs")
-    made = not parent.exists()
-    stem = f"{config.method}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
-    out = next(parent / name for name in names if _reserved(parent / name))
+    made = not RUNS.exists()
+    out = reserve(RUNS, run_name(config), "name another run folder with --out")
     try:
         yield out
     finally:
-        for folder in (out, parent) if made else (out,):
+        for folder in (out, RUNS) if made else (out,):
             with suppress(OSError):  # not empty: a run has begun there
                 folder.rmdir()
-
-
-def _reserved(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        if isinstance(error, FileExistsError) and folder.parent.is_dir():
-            return False
-        raise UserError(f"{folder} cannot be made ({error.strerror}): name another run folder with --out.") from None
-    return True
 
 
 def run(request: Request) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig, own_model
 from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.config import check_regular
+from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.tables import human_metric
@@ -233,21 +233,9 @@ def check_out(out: Path) -> None:
 
 
 def reserved() -> Path:
-    """A new empty folder in `COMPARISONS`, made at once, so that no other comparison takes it.
+    """A new empty folder in `COMPARISONS`.
 
     Raises:
         UserError: the folder cannot be made.
     """
-    stem = time.strftime("%Y%m%d-%H%M%S")
-    for number in itertools.count(1):
-        folder = COMPARISONS / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if COMPARISONS.is_dir():
-                continue
-            raise UserError(f"{COMPARISONS} is no folder: name another one with --out.") from None
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder with --out.") from None
-        return folder
-    raise AssertionError
+    return reserve(COMPARISONS, time.strftime("%Y%m%d-%H%M%S"), "name another folder with --out")

@@ -90,8 +90,7 @@ def check_methods(names: Sequence[str]) -> None:
     if not names:
         raise UserError("Nothing to compare: name methods, such as fedgid fedavg, or folders of runs.")
     for name in names:
-        if name not in METHODS:
-            raise UserError(f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {", ".join(METHODS)}.')
+        registry.get(name)
         if names.count(name) > 1:
             raise UserError(f"{name} is named twice: name every method once.")
 

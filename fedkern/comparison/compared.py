@@ -24,6 +24,7 @@ from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.engine import RunConfig
 from fedkern.errors import RunFailed, UserError
+from fedkern.extras import pandas
 from fedkern.files import expand
 from fedkern.methods import METHODS
 
@@ -68,11 +69,7 @@ class Comparison:
         Raises:
             UserError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise UserError("to_pandas needs pandas: pip install pandas.") from None
-        return pd.DataFrame(self.table)
+        return pandas().DataFrame(self.table)
 
 
 def play(

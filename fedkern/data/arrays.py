@@ -79,7 +79,7 @@ def _split(pair: Any, name: str) -> Split:
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected a pair (images, labels)") from None
     try:
-        return Split(_images(images, name), _labels(labels, name))
+        return Split(_images(images), _labels(labels))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -88,7 +88,7 @@ def _tensor(value: Any) -> Tensor:
     return value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def _images(value: Any, name: str) -> Tensor:
+def _images(value: Any) -> Tensor:
     """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1]."""
     images = _tensor(value)
     if images.dim() == 3:
@@ -108,7 +108,7 @@ def _images(value: Any, name: str) -> Tensor:
     return images.contiguous()
 
 
-def _labels(value: Any, name: str) -> Tensor:
+def _labels(value: Any) -> Tensor:
     labels = _tensor(value)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")

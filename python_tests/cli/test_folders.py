@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def finished(capsys, tmp_path):
 
 
 def test_two_runs_of_one_second_take_two_folders(monkeypatch, tmp_path):
-    monkeypatch.setattr(commands.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     asked = flags.parse(["fedavg"])
     config = request.effective(asked)
     with commands._folder(asked, config) as first, commands._folder(asked, config) as second:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,8 @@ from fedkern.engine.store import (
 )
 from fedkern.errors import UserError
 
+RUNS = Path("runs")
+"""Folder of the runs that are given none."""
 ATTACK = "attack.json"
 NAMES = (
     config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
@@ -41,6 +45,32 @@ def check_vacant(out: Path) -> None:
             f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out."
         )
     check_free(out, NAMES)
+
+
+def run_name(settings: config.RunConfig) -> str:
+    """Name of a new run's folder in `RUNS`: method, data set and time."""
+    return f"{settings.method}-{settings.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def reserve(parent: Path, stem: str, way_out: str) -> Path:
+    """A new empty folder in ``parent``, made at once, so that nobody else takes it: ``stem``, or ``stem-2`` and so on.
+
+    Args:
+        way_out: end of the error's sentence, such as "name another run folder with --out".
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    for number in itertools.count(1):
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and parent.is_dir():
+                continue
+            raise UserError(f"{folder} cannot be made ({error.strerror}): {way_out}.") from None
+        return folder
+    raise AssertionError
 
 
 def check_free(out: Path, names: tuple[str, ...]) -> None:
