@@ -9,10 +9,11 @@ from typing import Any
 
 from fedkern.engine import config as settings
 from fedkern.engine.config import RunConfig
-from fedkern.engine.store import atomic
+from fedkern.engine.store import atomic, toml
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
+from fedkern.inputs import read_text
 from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
 
@@ -66,10 +67,12 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
                 f"would have begun otherwise: start a new run with --rounds {rounds}."
             )
         longer = stored.replace(rounds=rounds)
+        # From the file, not from `stored`, whose device is this machine's.
+        table = RunConfig.table(read_text(out / settings.NAME, "utf-8-sig"))
+        text = toml.dumps({**table, "rounds": rounds})
         info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
         info.pop("results", None)
         checkpoints.amend(info)
-        text = RunConfig.load(out, trusted=trusted, device=entry["info"]["config"]["device"], rounds=rounds).to_toml()
         atomic.write_bytes(out / settings.NAME, text.encode())
     return longer
 
