@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
 from fedkern.cli.flags import PROGRAM, Parser, check_filled, first, key_values, whole_number
 from fedkern.cli.request import Request, absolute, trusted
 from fedkern.downstream.tasks import FEATURES, TASKS
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError
 
 FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
     # command: flag: (default, metavar, help)
@@ -35,28 +35,15 @@ FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
 }  # fmt: skip
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"{PROGRAM} {command}",
-        description=f"{TASKS[command]}; the figures are also written into the run folder.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        add_help=False,
-    )
+def _parser(command: str) -> Parser:
+    parser = command_parser(command, f"{TASKS[command]}; the figures are also written into the run folder.")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
     for name, (default, metavar, text) in FLAGS[command].items():
         shown = f"{text}; default {default}" if default else text
         parser.add_argument(f"--{name}", default=default, metavar=metavar, help=shown)
-    parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
-    parser.add_argument("--data-option", action="append", default=[], metavar="key=value",
-                        help="an option of that other data set, or labels=... of the run's; repeatable")  # fmt: skip
-    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
-                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
-                        help="code that registers the run's method, or that other data set; repeatable")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    add_data(parser, "an option of that other data set, or labels=... of the run's")
+    add_code(parser, data=True)
+    add_common(parser, "the figures")
     return parser
 
 
@@ -69,12 +56,8 @@ def parse(words: Sequence[str]) -> Request | None:
     command = first(words)
     if command not in TASKS:
         return None
-    parser, at = _parser(command), words.index(command)
-    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
-    if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
-        given = rest[0].partition("=")[0]
-        raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
+    parser = _parser(command)
+    found = read(parser, command, words)
     values = vars(found)
     check_filled({"data": found.data, "data_root": found.data_root})
     if values.pop("help"):

@@ -8,36 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedkern import plugins
+from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
 from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, key_values
 from fedkern.cli.request import Request, trusted
+from fedkern.downstream.export import FORMATS
 from fedkern.engine import RunConfig
 from fedkern.engine.given_paths import absolute
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 
-FORMATS = ("onnx", "torch-export", "state-dict")
 FILLED = ("out", "data", "data_root", "model", "workers", "rounds")
 NAMES = ("evaluate", "predict", "export", "extend")
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"{PROGRAM} {command}",
-        description=f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        add_help=False,
-    )
+def _parser(command: str) -> Parser:
+    parser = command_parser(command, f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
     if command == "predict":
         parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
         parser.add_argument("--out", metavar="FILE", help="CSV file to write; for segmentation a new folder of masks. "
                                                           "Default predictions.csv, masks")  # fmt: skip
     elif command == "evaluate":
-        parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
-        parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
-        parser.add_argument("--data-option", action="append", default=[], metavar="key=value",
-                            help="an option of that other data set; repeatable")  # fmt: skip
+        add_data(parser, "an option of that other data set")
     elif command == "extend":
         parser.add_argument("--rounds", metavar="R", help="communication rounds in all, those done included")
         parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
@@ -49,10 +42,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--out", metavar="FILE", help="file to write; default model.onnx, model.pt2 or model.pt in "
                                                           "the run folder")  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="the run's network again, where it names code that may run")
-    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
-                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    add_code(parser, data=command == "evaluate")
+    add_common(parser, "what was written")
     return parser
 
 
@@ -65,12 +56,8 @@ def parse(words: Sequence[str]) -> Request | None:
     command = first(words)
     if command not in NAMES:
         return None
-    parser, at = _parser(command), words.index(command)
-    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
-    if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
-        given = rest[0].partition("=")[0]
-        raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
+    parser = _parser(command)
+    found = read(parser, command, words)
     if found.help:
         return Request("help", help=parser.format_help())
     check_filled({name: value for name, value in vars(found).items() if name in FILLED})
@@ -88,6 +75,7 @@ def parse(words: Sequence[str]) -> Request | None:
             settings={"data": found.data, **absolute({"data_root": found.data_root}), **code},
             data_options=absolute(key_values(found.data_option, "data_option")),
             options=tuple(found.method_option),
+            plugins=tuple(found.plugin),
         )
     if command == "predict":
         if not found.paths:
@@ -106,6 +94,7 @@ def parse(words: Sequence[str]) -> Request | None:
         json=found.json,
         settings=code,
         options=tuple(found.method_option),
+        plugins=tuple(found.plugin),
         arguments=arguments,
     )
 
@@ -124,6 +113,7 @@ def _extension(found: argparse.Namespace) -> Request:
         quiet=found.quiet,
         json=found.json,
         options=tuple(found.method_option),
+        plugins=tuple(found.plugin),
         arguments={"rounds": knobs["rounds"].convert(found.rounds)},
     )
 
@@ -164,13 +154,14 @@ def extend(request: Request) -> int:
     from fedkern.report.progress import terminal
 
     folder = _folder(request)
+    plugins.check_given(request.plugins, RunConfig.load(folder, device="cpu").plugins, folder)
     config = engine.extend(folder, request.arguments["rounds"])
     spans = METHODS[config.method].spans
     if spans and not (request.quiet or request.json):
         say(terminal(), f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
     again = Request(
-        "resume", resume=folder, settings=request.settings, options=request.options, quiet=request.quiet,
-        json=request.json,
+        "resume", resume=folder, settings=request.settings, options=request.options, plugins=request.plugins,
+        quiet=request.quiet, json=request.json,
     )  # fmt: skip
     return run(again)
 

@@ -341,7 +341,7 @@ def parse(argv: Sequence[str]) -> Request:
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
     folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
-    apart = (*TASKS, "tune", "evaluate", "predict", "export", "extend", "compare")
+    apart = COMMANDS.keys() - COMMAND_FLAGS.keys()
     task = next((word for word in (values.method, *rest) if word in apart), None)
     if task is not None:  # with such a word first, another parser reads the command
         what, folder = {

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, whole_number
+from fedkern.cli.command_parser import add_common, command_parser, read
+from fedkern.cli.flags import COMMANDS, check_filled, first, whole_number
 from fedkern.cli.request import Request
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError
 from fedkern.files import absolute
 
 MOST_THREADS = 1024
@@ -24,20 +25,15 @@ def parse(words: Sequence[str]) -> Request | None:
     """
     if first(words) != "tune":
         return None
-    parser = Parser(prog=f"{PROGRAM} tune", description=f"{COMMANDS['tune']}.", allow_abbrev=False, add_help=False)
+    parser = command_parser("tune", f"{COMMANDS['tune']}.")
     parser.add_argument("--quick", action="store_true", help="a coarse table, in seconds instead of minutes")
     parser.add_argument(
         "--threads", metavar="N,...", help="numbers of CPU threads to measure; default 1 and PyTorch's own choice"
     )
     parser.add_argument("--out", metavar="FILE", help="where to write; default a file in the user's cache folder")
     parser.add_argument("--quiet", action="store_true", help="no display; only the file at the end")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-    found, rest = parser.parse_known_args([word for word in words if word != "tune"])
-    if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
-        given = rest[0].partition("=")[0]
-        raise UserError(f'{PROGRAM} tune does not take "{given}".{nearest(given, known)} See --help.')
+    add_common(parser, "what was written")
+    found = read(parser, "tune", words)
     check_filled({"out": found.out, "threads": found.threads})
     if found.help:
         return Request("help", help=parser.format_help())

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from fedkern.data import FederatedData, load
+from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.config import RunConfig
-from fedkern.engine.evaluate import CPU_BATCH, check_sets, evaluate
+from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
 from fedkern.engine.final_figures import final_figures
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.run import load_data
-from fedkern.engine.samples import BATCH, TestSet
+from fedkern.engine.run import kept_data, load_data
+from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import read_model
 from fedkern.errors import UserError
 from fedkern.methods import registry
+from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
-
-VALIDATION = "validation_"
 
 
 def evaluate_run(
@@ -57,7 +57,8 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        loaded = load_data(config.replace(data_root=data_root or config.data_root), masks=False)
+        config = config.replace(data_root=data_root or config.data_root)
+        loaded = kept_data(config, load_data(config, masks=False))
     else:
         loaded = load(data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {})
     _check_fits(loaded, about, Path(out))
@@ -72,17 +73,14 @@ def evaluate_run(
 
 
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, TestSet]:
-    splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
-    if len(data.validation):
-        splits[VALIDATION] = data.validation
     device = torch.device(config.device)
-    # The batch size of the run's own evaluations, on which figures without running statistics depend.
-    batch = CPU_BATCH if device.type == "cpu" and config.statistics else BATCH
     mean, std = tuple(about["mean"]), tuple(about["std"])
+    batch = batch_size(device, config.statistics)
     sets = {}
-    for prefix, split in splits.items():
+    for prefix, split in prefixed(data).items():
         tokens = None if split.texts is None else module.tokenize(split.texts).to(device)  # type: ignore[operator]
         sets[prefix] = TestSet(split, mean, std, device, False, batch, tokens=tokens)
+        sets[prefix].metrics = metrics_of(config.plugins)
     return sets
 
 
@@ -90,13 +88,7 @@ def _check_fits(data: FederatedData, about: Mapping[str, Any], out: Path) -> Non
     task = about.get("task", "classification")
     if data.task != task:
         raise UserError(f'The run in {out} is for {task}, and the data set "{data.name}" is for {data.task}.')
-    expected = (about["channels"], *about["image_size"])
-    if tuple(data.image_shape) != expected:
-        shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]
-        raise UserError(
-            f'The images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
-            f"{shown[1]}: match them with --data-option size=N or colour=grey, where the data set has these options."
-        )
+    check_shape(data, about, out)
     if task != "retrieval" and list(data.classes) != list(about["classes"]):
         raise UserError(
             f'The classes of "{data.name}" are {_named(data.classes)}, but the network in {out} tells '

@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedkern.data import DATASETS, Split, load, normalise
+from fedkern.data import Split, load, normalise
 from fedkern.data.transforms import central
 from fedkern.data.types import joined
+from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.config import RunConfig
 from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.store.saved_model import read_model
@@ -45,13 +46,7 @@ class Finished:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.networks: list[PairNetwork] = [member.to(self.device).eval() for member in members]
         self._mean, self._std = about["mean"], about["std"]
-        expected = (about["channels"], *about["image_size"])
-        if tuple(data.image_shape) != expected:
-            shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]
-            raise UserError(
-                f'the images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
-                f"{shown[1]}: {_way_out(data.name, tuple(data.image_shape), expected)}."
-            )
+        check_shape(data, about, out)
 
     @classmethod
     def open(
@@ -138,16 +133,3 @@ class Finished:
             return network.image_align.first(sequence) if kind == "token" else network.project_image(sequence)
 
         return torch.cat([of(images) for images in self.images(split)])
-
-
-def _way_out(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """Advice for images that are not ``expected``: the data set's options that match them, or another data set."""
-    options = DATASETS[name].options if name in DATASETS else {}
-    wanted = {}
-    if shape[1:] != expected[1:]:
-        wanted["size"] = str(expected[1]) if expected[1] == expected[2] else None
-    if shape[0] != expected[0]:
-        wanted["colour"] = {1: "grey", 3: "rgb"}.get(expected[0])
-    if any(option not in options or value is None for option, value in wanted.items()):
-        return "it has no option for such images; name a data set that has with --data"
-    return "match them with " + " ".join(f"--data-option {option}={value}" for option, value in wanted.items())

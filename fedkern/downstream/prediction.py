@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing
 from fedkern.methods.protocol import batch_slices
+
+Value = TypeVar("Value")
 
 BATCH = 250
 TASKS = ("classification", "segmentation")
@@ -117,10 +119,16 @@ class Predictor:
         return torch.cat(parts) if parts else torch.empty(empty)
 
     def files(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Path, Tensor, Tensor]]:
-        """Yields every file with its probabilities and its size (width, height) before resizing."""
+        """Yields every file with its answer and its size (width, height) before resizing.
+
+        The answer is fp32 ``[classes]``, probabilities; for segmentation uint8 ``[H, W]``, the class of every pixel.
+        """
         for rows in batch_slices(len(paths), BATCH):
             images, sizes = self.read(paths[rows], max_pixels)
-            yield from zip(paths[rows], self.probabilities(images), sizes, strict=True)
+            answers = self.probabilities(images)
+            if self.task == "segmentation":  # the probabilities of many images would fill the memory
+                answers = answers.argmax(1).to(torch.uint8)
+            yield from zip(paths[rows], answers, sizes, strict=True)
 
 
 def found_images(given: Sequence[Path]) -> list[Path]:
@@ -142,10 +150,14 @@ def found_images(given: Sequence[Path]) -> list[Path]:
         if not inside:
             raise UserError(f"The folder {path} holds no image file.")
         found += inside
-    for path in found:
-        if found.count(path) > 1:
-            raise UserError(f"The image {path} is named twice.")
+    if twice := repeated(found):
+        raise UserError(f"The image {twice} is named twice.")
     return found
+
+
+def repeated(values: Sequence[Value]) -> Value | None:
+    """The first value that comes more than once, or None."""
+    return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def write_table(out: Path, classes: Sequence[str], rows: Sequence[tuple[Path, Tensor]]) -> None:
@@ -171,22 +183,21 @@ def write_masks(folder: Path, rows: Sequence[tuple[Path, Tensor, Tensor]]) -> li
 
     Args:
         folder: is made; it must not exist.
-        rows: every file with its probabilities, fp32 ``[classes, H, W]``, and its size (width, height).
+        rows: every file with the class of every pixel, uint8 ``[H, W]``, and its size (width, height).
 
     Raises:
         UserError: two images have one name, or the folder cannot be written.
     """
     names = [f"{path.stem}.png" for path, _, _ in rows]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"Two images would give the mask {name}: predict them one folder at a time.")
+    if twice := repeated(names):
+        raise UserError(f"Two images would give the mask {twice}: predict them one folder at a time.")
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder with --out.") from None
     written = []
-    for name, (_, probabilities, size) in zip(names, rows, strict=True):
-        values = Image.fromarray(probabilities.argmax(0).numpy().astype(np.uint8))
+    for name, (_, answer, size) in zip(names, rows, strict=True):
+        values = Image.fromarray(answer.numpy())
         whole = values.resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
         buffer = io.BytesIO()
         whole.save(buffer, format="PNG")

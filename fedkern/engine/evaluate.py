@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedkern import models
-from fedkern.data.types import client_label
+from fedkern.data.types import FederatedData, Split, client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
@@ -32,14 +32,16 @@ CPU_BATCH = 64
 
 def test_sets(context: Any) -> dict[str, TestSet]:
     """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
-    data = context.data
-    splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
-    if len(data.validation):
-        splits["validation_"] = data.validation
-    sets = {prefix: _test_set(context, split) for prefix, split in splits.items()}
+    sets = {prefix: _test_set(context, split) for prefix, split in prefixed(context.data).items()}
     for each in sets.values():
         each.metrics = metrics_of(context.config.plugins)
     return sets
+
+
+def prefixed(data: FederatedData) -> dict[str, Split]:
+    """The test sets and the validation set, where there is one, by metric prefix."""
+    splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
+    return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
 def check_sets(data: Any) -> None:
@@ -88,12 +90,21 @@ def _alike(sets: dict[int, TestSet]) -> dict[int, TestSet]:
     return sets
 
 
-def _test_set(context: Any, split: Any) -> TestSet:
-    tokens = context.tokens(split)
+def batch_size(device: torch.device, statistics: bool) -> int:
+    """Images per evaluation batch.
+
+    Args:
+        device: of the network.
+        statistics: whether batch norm has running statistics.
+    """
     # Activations of a small batch stay in a CPU's cache: batches of 500 take up to a quarter longer, and half as long
     # again the first time.  Without running statistics the figures depend on the batch size, which then stays.
-    small = context.device.type == "cpu" and context.config.statistics
-    batch = CPU_BATCH if small else BATCH
+    return CPU_BATCH if device.type == "cpu" and statistics else BATCH
+
+
+def _test_set(context: Any, split: Any) -> TestSet:
+    tokens = context.tokens(split)
+    batch = batch_size(context.device, context.config.statistics)
     return TestSet(split, context.data.mean, context.data.std, context.device, context.cache, batch, tokens=tokens)
 
 

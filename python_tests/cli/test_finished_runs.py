@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.data.digits import open_digits
+from fedkern.engine import RunConfig
 from fedkern.engine.store.saved_model import read_model
 from fedkern.run import main
 
@@ -70,7 +72,7 @@ def test_evaluate_refuses_data_that_the_network_was_not_made_for(digits, fails):
     folder, _ = digits
     run = str(folder / "run")
     before = sorted((folder / "run").iterdir())
-    assert "match them with --data-option" in fails("evaluate", run, "--data", "colordigits")
+    assert "it has no option for such images" in fails("evaluate", run, "--data", "colordigits")
     assert "is for segmentation" in fails("evaluate", run, "--data", "segdigits")
     assert "keep theirs" in fails("evaluate", run, "--data-option", "size=8")
     assert sorted((folder / "run").iterdir()) == before
@@ -160,6 +162,39 @@ def test_an_exported_onnx_file_gives_the_same_logits(digits, result, tmp_path):
         (logits,) = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), module((images - mean) / std), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_plugin_given_again_may_be_executed(result, fails, tmp_path):
+    plugin = Marked(tmp_path / "plugin")
+    flag = ["--plugin", str(plugin.path)]
+    result("mine", "--data", "digits", *TINY, "--model", "mlp", "--out", "run", *flag)
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+    commands = (
+        ["evaluate", "run"],
+        ["predict", "run", str(image)],
+        ["export", "run"],
+        ["extend", "run", "--rounds", "3"],
+    )
+    for command in commands:
+        unload_all()
+        plugin.change()
+        assert f"--plugin {plugin.path}" in fails(*command)
+        unload_all()
+        result(*command, *flag)
+    (tmp_path / "other.py").write_text((EXAMPLES / "fedavgm.py").read_text())
+    assert "has no plugin" in fails("extend", "run", "--rounds", "4", *flag, "--plugin", "other.py")
+    assert RunConfig.load("run", trusted=[str(plugin.path)]).rounds == 3
+
+
+def test_evaluate_knows_the_held_out_client(result, tmp_path):
+    held = ["--held-out-client", "1", "--clients", "3"]
+    result("fedavg", "--data", "digits", *TINY, "--model", "mlp", *held, "--out", "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    metrics = json.loads(result("evaluate", "run", "--json")[0])["metrics"]
+    assert "held_out_accuracy" in metrics
+    assert {name: summary[name] for name in metrics} == metrics
 
 
 def test_mistakes_end_in_one_sentence_and_leave_nothing(digits, fails, tmp_path):

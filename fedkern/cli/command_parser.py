@@ -1,0 +1,74 @@
+"""Parsers of the commands that have flags of their own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fedkern.cli.flags import PROGRAM, Parser
+from fedkern.errors import UserError, nearest
+
+
+def command_parser(command: str, description: str) -> Parser:
+    """A parser without flags."""
+    return Parser(
+        prog=f"{PROGRAM} {command}",
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+
+
+def add_data(parser: Parser, options: str) -> None:
+    """Adds the flags of another data set than the run's own.
+
+    Args:
+        parser: gets the flags.
+        options: help of ``--data-option``.
+    """
+    parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
+    parser.add_argument(
+        "--data-option", action="append", default=[], metavar="key=value", help=f"{options}; repeatable"
+    )
+
+
+def add_code(parser: Parser, *, data: bool) -> None:
+    """Adds the flags that name the code of a stored run again.
+
+    Args:
+        parser: gets the flags.
+        data: whether the command reads another data set, which a plugin may have.
+    """
+    own = "code that registers the run's method or network"
+    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
+                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
+                        help=f"{own}{', or that other data set' if data else ''}; repeatable")  # fmt: skip
+
+
+def add_common(parser: Parser, printed: str) -> None:
+    """Adds ``--json`` and ``--help``.
+
+    Args:
+        parser: gets the flags.
+        printed: what ``--json`` prints.
+    """
+    parser.add_argument("--json", action="store_true", help=f"print {printed} as JSON")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+
+
+def read(parser: Parser, command: str, words: Sequence[str]) -> argparse.Namespace:
+    """Reads the words of a command, among them its own name.
+
+    Raises:
+        UserError: an unknown flag, or one without its value.
+    """
+    at = words.index(command)
+    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        given = rest[0].partition("=")[0]
+        raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
+    return found

@@ -1,0 +1,43 @@
+"""Whether a network that was trained on images of one shape can see those of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkern.data import DATASETS, FederatedData
+from fedkern.errors import UserError
+
+
+def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
+    """Checks that the images of a data set have the shape of those that a run saw.
+
+    Args:
+        data: the data set.
+        about: the facts that the run stored of its network.
+        out: the run folder, for the message.
+
+    Raises:
+        UserError: other channels, height or width.
+    """
+    expected = (about["channels"], *about["image_size"])
+    if tuple(data.image_shape) != expected:
+        shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]
+        raise UserError(
+            f'The images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
+            f"{shown[1]}: {_way_out(data.name, tuple(data.image_shape), expected)}."
+        )
+
+
+def _way_out(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Advice for images that are not ``expected``: the data set's options that match them, or another data set."""
+    options = DATASETS[name].options if name in DATASETS else {}
+    wanted = {}
+    if shape[1:] != expected[1:]:
+        wanted["size"] = str(expected[1]) if expected[1] == expected[2] else None
+    if shape[0] != expected[0]:
+        wanted["colour"] = {1: "grey", 3: "rgb"}.get(expected[0])
+    if any(option not in options or value is None for option, value in wanted.items()):
+        return "it has no option for such images; name a data set that has with --data"
+    return "match them with " + " ".join(f"--data-option {option}={value}" for option, value in wanted.items())
