@@ -49,6 +49,19 @@ def pytest_report_header() -> str:
     return f"FEDKERN_SEED={os.environ['FEDKERN_SEED']} (random calls of operators; set it to repeat a day's)"
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Takes back what a test registers."""
+    from fedkern import plugins
+
+    tables = list(plugins._tables().values())
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     """Seeds the global generator that tests draw their inputs from."""

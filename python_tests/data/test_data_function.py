@@ -56,12 +56,9 @@ def federated(clients=3, **changed):
 
 
 @pytest.fixture
-def registered():
+def registered(registries):
     """Registers functions for the length of a test."""
-    before = dict(DATASETS)
-    yield register_data
-    DATASETS.clear()
-    DATASETS.update(before)
+    return register_data
 
 
 def test_a_source_is_shared_out_like_fedkerns_own(registered):

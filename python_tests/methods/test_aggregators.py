@@ -17,12 +17,8 @@ PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}
 
 
 @pytest.fixture
-def rules():
-    """Takes back what a test registers."""
-    before = dict(AGGREGATORS)
-    yield register_aggregator
-    AGGREGATORS.clear()
-    AGGREGATORS.update(before)
+def rules(registries):
+    return register_aggregator
 
 
 def vectors(count=7, size=5):

@@ -9,16 +9,12 @@ from smallest import SETTINGS
 
 from fedkern.engine import RunConfig, read_metrics, read_summary, run
 from fedkern.errors import UserError
-from fedkern.methods import METRICS, register_metric
+from fedkern.methods import register_metric
 
 
 @pytest.fixture
-def metrics():
-    """Takes back what a test registers."""
-    before = dict(METRICS)
-    yield register_metric
-    METRICS.clear()
-    METRICS.update(before)
+def metrics(registries):
+    return register_metric
 
 
 def top2(logits, labels):
