@@ -53,6 +53,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_update_norm",
         "clip_update_norm",
         "aggregator",
+        "server_rule",
+        "server_lr",
+        "dropout_rate",
+        "straggler_rate",
+        "deadline",
+        "late_work",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": ("model", "width", "init", "image_encoder", "text_encoder"),
@@ -69,6 +75,7 @@ METAVARS = {
     "seed": "S",
     "lr_steps": "E,...",
     "aggregator": "RULE",
+    "server_rule": "RULE",
     "init": "FILE|DIR",
 }
 

@@ -26,6 +26,7 @@ from fedkern.inputs import read_text, special
 from fedkern.methods import registry
 from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.options import Knob, knobs, option
+from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.models import MODELS
 from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
@@ -173,6 +174,38 @@ class RunConfig:
         "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
         + ", ".join(AGGREGATORS),
     )
+    server_rule: str = option(
+        MEAN,
+        "averaging methods: server optimiser that steps towards the clients' average, as NAME or NAME:key=value,...: "
+        + ", ".join(SERVER_RULES),
+    )
+    server_lr: float | None = option(
+        None,
+        "averaging methods: learning rate of the server; open: 1 for mean and momentum, 0.1 for adam and adagrad, 0.01 "
+        "for yogi",
+        above=0,
+        type=float,
+    )
+    dropout_rate: float = option(
+        0.0,
+        "averaging methods: chance that a client of a round fails before it uploads",
+        low=0,
+        high=1,
+    )
+    straggler_rate: float = option(
+        0.0,
+        "averaging methods: chance that a client is slow in a round, at a speed drawn from (0, 1) of the others'",
+        low=0,
+        high=1,
+    )
+    deadline: float = option(
+        1.0, "end of a round for slow clients, in multiples of the time that the others need", low=1
+    )
+    late_work: str = option(
+        "count",
+        "what a slow client has done by the deadline: count the part, or drop the client from the round",
+        choices=("count", "drop"),
+    )
     teachers: str | None = option(
         None,
         "trained networks of the clients, which then do not train: a run folder, or a folder with "
@@ -249,6 +282,11 @@ class RunConfig:
                 "leave one of the two out."
             )
         kind = registry.get(self.method)
+        if self.buffers in ("local", "drop") and not kind.takes_buffers:
+            raise UserError(
+                f"--buffers {self.buffers} is not for {self.method}, which keeps every client's running statistics: "
+                "leave it out."
+            )
         if self.records is None:
             object.__setattr__(self, "records", "private" if kind.promises(parsed) else "all")
         if self.fix_statistics is not None and (kind.one_shot or kind.takes_teachers):
@@ -265,6 +303,24 @@ class RunConfig:
                 f"--aggregator is for methods that average the clients' parameters, which {self.method} with these "
                 "options does not do: leave it out."
             )
+        object.__setattr__(self, "server_rule", ServerRule(self.server_rule).text)
+        for name in ("server_rule", "server_lr"):
+            if getattr(self, name) not in (MEAN, None) and not kind(parsed).steps_once:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for methods whose server averages the clients' parameters once a "
+                    f"round, which {self.method} with these options does not do: leave it out."
+                )
+        for name in ("dropout_rate", "straggler_rate"):
+            if getattr(self, name) and (kind.one_shot or not kind(parsed).averages):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for methods that average the clients' parameters round by round, "
+                    f"which {self.method} with these options does not do: leave it out."
+                )
+        for name, plain in (("deadline", 1.0), ("late_work", "count")):
+            if getattr(self, name) != plain and not self.straggler_rate:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is about slow clients: give --straggler-rate too, or leave it out."
+                )
         bounds = [name for name in ("max_update_norm", "clip_update_norm") if getattr(self, name)]
         if bounds and not kind(parsed).averages:
             raise UserError(

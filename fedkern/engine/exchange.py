@@ -38,6 +38,19 @@ class Exchange:
         self.seconds, self.flops = 0.0, 0
         self._left_out = 0
 
+    def lose(self, outgoing: Any, absent: Mapping[int, str]) -> None:
+        """Books what is sent to clients that never answer.
+
+        Args:
+            outgoing: what ``send`` returned.
+            absent: the reasons, by client.
+        """
+        for k, why in absent.items():
+            message = message_for(outgoing, k, getattr(self.method, "selective", False))
+            if message is not None:
+                self._book(k, "down", message)
+            self.engine.lost(k, self.step.exchange, why)
+
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
         """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
 

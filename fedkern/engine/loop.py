@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedkern.engine import device_use, diagnostics, peak
+from fedkern.engine.absences import absent_clients
 from fedkern.engine.audience import Audience
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.config import RunConfig, clients_of_a_round
@@ -289,6 +290,8 @@ class Run:
         sent = self.ledger.total_up, self.ledger.total_down
         due = (self.done + 1) % self.config.eval_every == 0 or self.done + 1 == self._rounds
         exchanges = self._pooling.exchanges(entry, due)
+        absent = {} if entry.one_off else absent_clients(self.config, index, participants)
+        participants = [k for k in participants if k not in absent]
         for exchange_name, asker in exchanges:
             step = Step(index, entry.name, exchange_name)
             self._round["exchange"] = exchange_name
@@ -297,6 +300,8 @@ class Run:
             with self.context.drawing(self.server, step):
                 outgoing = asker.send(self.server, step)
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
+            exchange.lose(outgoing, absent)
+            absent = {}
             uploads = exchange.uploads(outgoing)
             with self.context.drawing(self.server, step):
                 asker.server_update(self.server, step, uploads)
@@ -513,6 +518,10 @@ class Run:
             return ""
         return f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
 
+    def lost(self, k: int, exchange: str, why: str) -> None:
+        """Notes a client that was sent a message and never answers in this round."""
+        self._note_dropped(k, {"exchange": exchange, "reason": why})
+
     def _leave_out(self, k: int, why: dict[str, Any]) -> None:
         state = self.executor.changed(k)
         self.executor.forget(k)
@@ -520,6 +529,9 @@ class Run:
         # in any case, and a round whose earlier exchanges are not written yet.
         if state is not None and (self._round["late"] or LEDGER in state):
             self.checkpoints.write_client(k, self.planned + 1, state)
+        self._note_dropped(k, why)
+
+    def _note_dropped(self, k: int, why: dict[str, Any]) -> None:
         self._round["dropped"].add(k)
         at = 0 if self._round["entry"].one_off else self.done + 1
         self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **self._named(k), **why}]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.data.cases import grouped_rows
 from fedkern.data.patients import numbered
+from fedkern.engine.absences import share_of_work
 from fedkern.engine.context import RunContext
 from fedkern.engine.local import Context, Schedule, train
 from fedkern.engine.network import Part, Trainable
@@ -24,6 +25,7 @@ from fedkern.errors import UserError
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Batch, Message, Objective, Step
 from fedkern.methods.protocol import batch_slices
+from fedkern.methods.server_rules import ServerRule
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
@@ -148,7 +150,7 @@ class Client(_Node):
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
         received = self._received(step, message, epochs, own, anchor)
         received.extras = extras or {}
-        schedule = self._schedule(step, epochs, limit)
+        schedule = self._until_the_deadline(step, self._schedule(step, epochs, limit), rows)
         network.fixed = self.statistics_fixed(step)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
@@ -160,6 +162,16 @@ class Client(_Node):
             whole = result if parts is None else {name: value.cpu() for name, value in network.read().items()}
             self.state["buffers_local"] = {name: value for name, value in whole.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
+
+    def _until_the_deadline(self, step: Step, schedule: Schedule, rows: np.ndarray | None) -> Schedule:
+        """The schedule, cut short where the client is slow in this round (``--straggler-rate``)."""
+        share = share_of_work(self._context.config, step.round, self.id) if step.round >= 0 else 1.0
+        if share == 1:
+            return schedule
+        self.report["work_done"] = share
+        epoch = len(batch_slices(self.samples if rows is None else len(rows), schedule.batch_size))
+        whole = schedule.epochs * epoch if schedule.limit is None else schedule.limit
+        return replace(schedule, limit=max(1, math.floor(share * whole)))
 
     def statistics_fixed(self, step: Step) -> bool:
         after = self._context.config.fix_statistics
@@ -325,6 +337,8 @@ class Server(_Node):
         self.traffic: Mapping[str, Mapping[str, int]] = {}
         rule = Rule(context.config.aggregator)
         self.aggregator = rule if rule.entry.function is not None else None
+        optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
+        self.optimiser = None if optimiser.plain else optimiser
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.server:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkern import ops, plugins
-from fedkern.errors import UserError, nearest
-from fedkern.methods.options import Knob, Value
+from fedkern.errors import UserError
+from fedkern.methods.options import Knob, with_options
 
 MEAN = "mean"
 VECTORS = ("parameters", "buffers")
@@ -103,24 +103,9 @@ class Rule:
     """
 
     def __init__(self, text: str) -> None:
-        name, colon, rest = text.strip().partition(":")
-        if name not in AGGREGATORS:
-            raise UserError(
-                f'--aggregator must be one of {", ".join(AGGREGATORS)}, not "{name}".{nearest(name, AGGREGATORS)}'
-            )
+        entries = {name: entry.options for name, entry in AGGREGATORS.items()}
+        name, self.options = with_options("--aggregator", text, entries)
         self.entry = AGGREGATORS[name]
-        known = {knob.name: knob for knob in self.entry.options}
-        self.options: dict[str, Value | None] = {key: knob.default for key, knob in known.items()}
-        seen = set()
-        for word in rest.split(",") if colon else ():
-            key, equals, value = (part.strip() for part in word.partition("="))
-            if key not in known or not equals:
-                has = f"It has {', '.join(known)}." if known else "It has no options."
-                raise UserError(f'--aggregator {name} has no option "{word}".{nearest(key, known)} {has}')
-            if key in seen:
-                raise UserError(f"--aggregator {name} has the option {key} twice.")
-            seen.add(key)
-            self.options[key] = known[key].convert(value)
 
     @property
     def text(self) -> str:

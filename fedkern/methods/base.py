@@ -93,6 +93,8 @@ class Method:
     pools_statistics: ClassVar[bool] = False
     """Whether ``server.state`` is a network as flat vectors, so that `fedkern.methods.common.pooling` can estimate the
     statistics of its batch norms."""
+    takes_buffers: ClassVar[bool] = True
+    """Whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
     follows_own_update: ClassVar[bool] = False
     """Whether a client's state follows from its whole update, so that the server must not scale the update down."""
     spans: ClassVar[str] = ""
@@ -120,6 +122,11 @@ class Method:
     def averages(self) -> bool:
         """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates."""
         return False
+
+    @property
+    def steps_once(self) -> bool:
+        """Whether the server takes one average of the whole network in a round, as a step of ``--server-rule`` is."""
+        return self.averages and not self.one_shot
 
     def architecture(self, client: ClientId) -> dict[str, Any]:
         """Arguments of ``Client.network`` for this client's network, trained or loaded; empty: the run's network."""
@@ -310,7 +317,8 @@ class LocalTraining(Objective, Method):
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
         """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``.
 
-        With ``--aggregator`` another rule takes the place of the mean.
+        With ``--aggregator`` another rule takes the place of the mean.  With ``--server-rule`` the parameters are those
+        after a step of a server optimiser from ``server.state["parameters"]`` towards them.
         """
         means: dict[str, Any] = {}
         rule = getattr(server, "aggregator", None)  # a server of somebody's own may know only the mean
@@ -331,6 +339,9 @@ class LocalTraining(Objective, Method):
                 del own
             del upload  # free this upload before the next one arrives
         result = {name: mean.mean() for name, mean in means.items()} if gathered is None else gathered.result()
+        optimiser = getattr(server, "optimiser", None)
+        if optimiser is not None and "parameters" in result:
+            result["parameters"] = optimiser.step(server.state, result["parameters"])
         return result if integers is None else {**result, "integers": integers}
 
     def model(self, server: Server) -> nn.Module:

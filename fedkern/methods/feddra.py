@@ -116,6 +116,10 @@ class FedDRA(Robust):
         return bool(self.options.stages == "two" and self.options.stage_schedule == "per_round")
 
     @property
+    def steps_once(self) -> bool:
+        return not self.paired
+
+    @property
     def averaged(self) -> bool:
         """Whether the first stage's average is used: not if the second stage of the round overwrites it unread."""
         return bool(not self.paired or self.options.anchors or self.options.joint_start == "average")

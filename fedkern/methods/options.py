@@ -152,6 +152,38 @@ def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
     return tuple(result)
 
 
+def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Knob]]) -> tuple[str, dict[str, Value | None]]:
+    """Reads a value of the form ``NAME`` or ``NAME:key=value,...``.
+
+    Args:
+        flag: the flag, for messages.
+        text: the value.
+        entries: the options of every name.
+
+    Returns:
+        The name, and the values of all its options.
+
+    Raises:
+        UserError: an unknown name or option, an option given twice, or a value of another type or out of range.
+    """
+    name, colon, rest = text.strip().partition(":")
+    if name not in entries:
+        raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{nearest(name, entries)}')
+    known = {knob.name: knob for knob in entries[name]}
+    values: dict[str, Value | None] = {key: knob.default for key, knob in known.items()}
+    seen = set()
+    for word in rest.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if key not in known or not equals:
+            has = f"It has {', '.join(known)}." if known else "It has no options."
+            raise UserError(f'{flag} {name} has no option "{word}".{nearest(key, known)} {has}')
+        if key in seen:
+            raise UserError(f"{flag} {name} has the option {key} twice.")
+        seen.add(key)
+        values[key] = known[key].convert(value)
+    return name, values
+
+
 def _convert(value: Any, kind: type) -> Value:
     if kind is bool:
         return value if isinstance(value, bool) else _WORDS.get(str(value).strip().lower()) or _false(value)

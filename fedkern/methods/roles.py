@@ -20,6 +20,7 @@ from fedkern.methods.protocol import (
     Samples,
     Step,
 )
+from fedkern.methods.server_rules import ServerRule
 from fedkern.methods.terms import Terms
 from fedkern.privacy import DPSGD, Unit
 
@@ -302,6 +303,7 @@ class Server(Node, Protocol):
         traffic: bytes of the communication rounds so far, ``{"up": ..., "down": ...}`` by name of the round, summed
             over clients and over rounds of that name.
         aggregator: rule that combines the clients' networks instead of their mean (``--aggregator``), or None.
+        optimiser: step towards the clients' average (``--server-rule``), or None where the server takes the average.
     """
 
     federation: Federation
@@ -311,6 +313,7 @@ class Server(Node, Protocol):
     round_cache: dict[Any, Any]
     report: dict[str, float]
     aggregator: Rule | None
+    optimiser: ServerRule | None
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         """A freshly initialised network, identical to that of :meth:`Client.network` without ``stream``."""

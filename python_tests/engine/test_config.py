@@ -161,3 +161,9 @@ def test_threads_and_device_are_resolved():
     config = RunConfig.make("fedavg")
     assert config.threads >= 1
     assert config.device in ("cpu", "cuda")
+
+
+def test_fusefl_keeps_every_clients_statistics():
+    assert RunConfig.make("fusefl", buffers="average").buffers == "average"
+    with pytest.raises(UserError, match="--buffers drop is not for fusefl, which keeps every client's running"):
+        RunConfig.make("fusefl", buffers="drop")

@@ -93,6 +93,7 @@ class FuseFL(Objective, Method):
         )
 
     one_shot = True
+    takes_buffers = False
 
     @property
     def needs(self) -> str:

@@ -1,0 +1,85 @@
+"""Rules by which a server steps from its network towards the clients' average (``--server-rule``)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.methods.options import Knob, with_options
+
+MEAN = "mean"
+_MOMENTS = {"first": ("momentum", "adam", "yogi", "adagrad"), "second": ("adam", "yogi", "adagrad")}
+
+
+def _knob(rule: str, name: str, default: float) -> Knob:
+    high = 1.0 if name.startswith("beta") else None
+    label = f'Option "{name}" of --server-rule {rule}'
+    return Knob(name=name, field=name, type=float, default=default, help=name, low=0, high=high, label=label)
+
+
+def _knobs(rule: str, **defaults: float) -> tuple[Knob, ...]:
+    return tuple(_knob(rule, name, default) for name, default in defaults.items())
+
+
+# As in arXiv 1909.06335 and 2003.00295, where beta1 of FedAvgM and FedAdagrad is not left at 0.
+SERVER_RULES: dict[str, tuple[Knob, ...]] = {
+    MEAN: (),
+    "momentum": _knobs("momentum", beta1=0.9),
+    "adam": _knobs("adam", beta1=0.9, beta2=0.99, tau=1e-3),
+    "yogi": _knobs("yogi", beta1=0.9, beta2=0.99, tau=1e-3),
+    "adagrad": _knobs("adagrad", beta1=0.0, tau=1e-3),
+}
+"""Options of every rule, by its name."""
+
+
+class ServerRule:
+    """A server optimiser (:func:`fedkern.ops.server_step`): FedAvgM, FedAdam, FedYogi or FedAdagrad.
+
+    Args:
+        text: the rule and its options, as ``NAME`` or ``NAME:key=value,...``.
+        learning_rate: the server's learning rate; None: 1 for the mean and momentum, 0.1, 0.01 and 0.1 for Adam, Yogi
+            and Adagrad.
+
+    Raises:
+        UserError: an unknown rule or option, an option given twice, or a value out of range.
+    """
+
+    def __init__(self, text: str, learning_rate: float | None = None) -> None:
+        self.name, self.options = with_options("--server-rule", text, SERVER_RULES)
+        self.learning_rate = learning_rate
+
+    @property
+    def text(self) -> str:
+        """The name with all options, the same for every text that names this rule."""
+        options = ",".join(f"{key}={value:g}" for key, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rule takes the average as it is."""
+        return self.name == MEAN and self.learning_rate in (None, 1.0)
+
+    def step(self, state: dict[str, Any], average: Tensor) -> Tensor:
+        """The new network.
+
+        Args:
+            state: the server's state, with ``parameters`` fp32 [P]; keeps the moments, ``server_first`` and
+                ``server_second``, fp32 [P], zeros at first.
+            average: the clients' average, fp32 [P].
+
+        Returns:
+            fp32 [P].
+        """
+        moments = {}
+        for which, rules in _MOMENTS.items():
+            if self.name in rules:
+                kept = state.get(f"server_{which}")
+                # A copy: a checkpoint of the round before may still be written from the former tensor.
+                moments[which] = torch.zeros_like(average) if kept is None else kept.clone()
+        given = cast(dict[str, Any], {**moments, **self.options, "learning_rate": self.learning_rate})
+        made = ops.server_step(state["parameters"], [average], [1.0], self.name, **given)
+        state.update({f"server_{which}": moment for which, moment in moments.items()})
+        return made.model
