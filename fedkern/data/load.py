@@ -121,10 +121,12 @@ def load(
     mean, std = source.mean, source.std
     if info.coloured:
         rows = held, public_rows, validation_rows, test_rows[""]
-        splits, public, validation, tests = _coloured(
+        splits, public, validation, tests, maps = _coloured(
             source, spec, *rows, statistics.counts, correlation, PALETTES[ink], seed
         )
         mean, std = ((value,) * 3 for value in _COLOURED_SCALE[name, ink])
+        if correlation:
+            statistics = dataclasses.replace(statistics, colours=maps, tied=correlation)
     else:
         splits = tuple(source.train.take(rows) for rows in held)
         public = _seen(source, source.train.take(public_rows))
@@ -223,14 +225,15 @@ def _coloured(
     correlation: float,
     palette: Palette,
     seed: int,
-) -> tuple[tuple[Split, ...], Split, Split, dict[str, Split]]:
+) -> tuple[tuple[Split, ...], Split, Split, dict[str, Split], npt.NDArray[np.uint8]]:
     """Paints the splits of a coloured data set.
 
     The clients' splits, the public split, the validation set and the test ``id`` get the clients' colours; the test
     ``ood`` gets uniformly random colours.
 
     Returns:
-        The clients' splits, the public split, the validation set and the tests.
+        The clients' splits, the public split, the validation set, the tests, and every client's colour of every class,
+        uint8 ``[clients, classes, 3]``.
     """
     classes = len(source.classes)
     maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(held))]
@@ -254,7 +257,8 @@ def _coloured(
         "ood": _painted(test, random_colours(len(test), palette, stream(seed, "colours/ood")), palette),
     }
     public = in_distribution(source.train.take(public_rows), "public")
-    return tuple(splits), public, in_distribution(source.validation.take(validation_rows), "validation"), tests
+    validation = in_distribution(source.validation.take(validation_rows), "validation")
+    return tuple(splits), public, validation, tests, np.stack(maps)
 
 
 def _painted(grey: Split, colours: npt.NDArray[np.uint8], palette: Palette) -> Split:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+SKEW = "skew: share of a client's samples that would need another class to give it the class shares of all clients"
+"""Explanation of `PartitionStatistics.skew`, for the places that show the figure."""
+
 
 @dataclass(frozen=True)
 class PartitionStatistics:
@@ -22,6 +25,9 @@ class PartitionStatistics:
             list them.
         held_out: name (or number before it was taken out) of the client that never trains, and how many samples it has;
             None where all clients train.
+        colours: uint8 ``[clients, classes, 3]``, the background colour that a client's images of a class mostly have;
+            None where backgrounds have no such colours.
+        tied: share of the images that have that colour; the others have random ones.
     """
 
     counts: npt.NDArray[np.int64]
@@ -30,6 +36,8 @@ class PartitionStatistics:
     names: tuple[str, ...] | None = None
     own_tests: tuple[int, ...] = ()
     held_out: tuple[str, int] | None = None
+    colours: npt.NDArray[np.uint8] | None = None
+    tied: float = 0.0
 
     @staticmethod
     def of(labels: Sequence[npt.NDArray[np.int64]], classes: tuple[str, ...], partition: str) -> PartitionStatistics:
@@ -58,6 +66,7 @@ class PartitionStatistics:
             names=None if self.names is None else tuple(self.names[k] for k in rest),
             own_tests=tuple(self.own_tests[k] for k in rest) if self.own_tests else (),
             held_out=(self.labels[client], samples),
+            colours=None if self.colours is None else self.colours[rest],
         )
 
     @property

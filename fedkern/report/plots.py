@@ -135,6 +135,8 @@ def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> 
 def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     """Draws how many training samples of each class every client holds.
 
+    Of a coloured data set a second panel has the background colour of every class of every client.
+
     Args:
         statistics: ``fedkern.data.statistics.PartitionStatistics``.
         path: the PNG.
@@ -148,8 +150,9 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     names = [label(name) for name in statistics.classes]
     room = max(len(name) for name in names) / 20 if classes <= 20 else 0.0  # for names at an angle
     beside = max(len(label(name)) for name in statistics.labels) / 14 if clients <= 20 and statistics.names else 0.0
-    figure = new_figure(max(width, 5.0) + room + beside, max(height, 3.0) + room)
-    axes = figure.subplots()
+    panels = 1 if statistics.colours is None else 2
+    figure = new_figure(max(width, 5.0) + room + beside, panels * (max(height, 3.0) + room))
+    axes, *below = figure.subplots(panels, 1, squeeze=False)[:, 0]
     top = max(int(counts.max(initial=0)), 1)
     image = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     if numbers:
@@ -157,18 +160,30 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
             for c in range(classes):
                 colour = "white" if counts[k, c] > 0.55 * top else "#222222" if counts[k, c] else "#aaaaaa"
                 axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
-    if classes <= 20:
-        long = max(len(name) for name in names) > 5
-        axes.set_xticks(range(classes), names, rotation=40 if long else 0, ha="right" if long else "center")
-    if clients <= 20:
-        axes.set_yticks(range(clients), [label(name) for name in statistics.labels])
-    axes.set_xlabel("class", fontsize=12)
-    axes.set_ylabel("client", fontsize=12)
-    axes.tick_params(labelsize=11, length=0 if numbers else 3)
+    for panel in below:
+        _colours(panel, statistics)
+    for panel in (axes, *below):
+        if classes <= 20:
+            long = max(len(name) for name in names) > 5
+            panel.set_xticks(range(classes), names, rotation=40 if long else 0, ha="right" if long else "center")
+        if clients <= 20:
+            panel.set_yticks(range(clients), [label(name) for name in statistics.labels])
+        panel.set_xlabel("class", fontsize=12)
+        panel.set_ylabel("client", fontsize=12)
+        panel.tick_params(labelsize=11, length=0 if numbers else 3)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
     axes.set_title(label(title, TITLE), fontsize=13, loc="left")
     bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=_whole())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     save(figure, path)
+
+
+def _colours(panel: Axes, statistics: Any) -> None:
+    """Draws the background colour of every class of every client; nothing where a client has no image of the class."""
+    held = (np.asarray(statistics.counts) > 0)[..., None]
+    opaque = np.concatenate([statistics.colours, np.full_like(statistics.colours[..., :1], 255)], axis=2)
+    panel.imshow(np.where(held, opaque, 0).astype(np.uint8), aspect="auto", interpolation="nearest")
+    of = "the images" if statistics.tied == 1 else f"{100 * statistics.tied:.0f} % of the images, others random"
+    panel.set_title(f"background colour of {of}", fontsize=13, loc="left")

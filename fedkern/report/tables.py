@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedkern.data.statistics import SKEW
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain
@@ -261,6 +262,8 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
     table = Table(
         title=plain(f"training samples per client and class ({statistics.partition})", "table.title"),
         title_justify="left",
+        caption=plain(SKEW, "table.caption"),
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )

@@ -43,6 +43,17 @@ def test_defaults(digits: FederatedData) -> None:
     assert digits.augment == "none"
 
 
+def test_the_statistics_have_the_colours_of_the_images(digits: FederatedData) -> None:
+    statistics = digits.statistics
+    assert statistics.colours is not None
+    assert statistics.colours.shape == (5, 10, 3)
+    assert statistics.tied == 0.7
+    for split, own in zip(digits.clients, statistics.colours, strict=True):
+        assert 0.6 < tied_share(split, own) < 0.8
+    rest = statistics.without(1, 240)
+    np.testing.assert_array_equal(rest.colours, statistics.colours[[0, 2, 3, 4]])
+
+
 @pytest.mark.parametrize("ink", PALETTES)
 def test_colourise_is_exact(ink: str) -> None:
     grey = torch.randint(0, 256, (40, 1, 14, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,36 @@ def test_any_partition_can_be_drawn(tmp_path, shape):
     names = tuple(f"class number {i}" for i in range(shape[1]))
     plots.partition_picture(PartitionStatistics(counts, names, "iid"), tmp_path / "p.png", title="t")
     assert opened(tmp_path / "p.png").std() > 10
+
+
+@pytest.mark.parametrize("clients", [2, 3, 30])
+def test_the_partition_of_a_coloured_set_shows_its_colours(tmp_path, monkeypatch, clients):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    statistics = load("colordigits", clients=clients, seed=0, train_samples=300).statistics
+    statistics = replace(statistics, counts=np.where(np.arange(10) == 4, 0, statistics.counts))
+    plots.partition_picture(statistics, tmp_path / "p.png", title="t")
+    (figure,) = drawn
+    _, colours, _ = figure.axes
+    assert colours.get_title(loc="left") == "background colour of 70 % of the images, others random"
+    shown = colours.images[0].get_array()
+    present = statistics.counts > 0
+    assert present.any(axis=0).sum() == 9
+    np.testing.assert_array_equal(shown[..., :3][present], statistics.colours[present])
+    np.testing.assert_array_equal(shown[..., 3], np.where(present, 255, 0))
+    assert [tick.get_text() for tick in colours.get_xticklabels()] == [str(digit) for digit in range(10)]
+
+
+def test_a_coloured_set_with_random_colours_alone_has_none_to_show(tmp_path):
+    assert load("colordigits", clients=2, train_samples=60, correlation=0).statistics.colours is None
+    assert opened_size(tmp_path, correlation=0)[1] < opened_size(tmp_path, correlation=1)[1]
+
+
+def opened_size(folder, correlation):
+    """Width and height of a partition's picture."""
+    statistics = load("colordigits", clients=2, train_samples=60, correlation=correlation).statistics
+    plots.partition_picture(statistics, folder / "p.png", title="t")
+    return opened(folder / "p.png").shape[1::-1]
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path, data):

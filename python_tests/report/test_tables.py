@@ -176,6 +176,16 @@ def test_partition_table_lists_a_few_clients_and_the_totals():
     assert "class0" not in text(tables.partition_table(wide))
 
 
+def test_the_partition_table_says_what_skew_is():
+    counts = np.array([[6, 0], [1, 5]])
+    statistics = PartitionStatistics(counts, ("a", "b"), "iid")
+    shown = " ".join(text(tables.partition_table(statistics)).split())
+    assert "share of a client's samples that would need another class to give it the class shares of all" in shown
+    overall = counts.sum(0) / counts.sum()
+    moved = [np.maximum(own - overall * own.sum(), 0).sum() / own.sum() for own in counts]
+    np.testing.assert_allclose(statistics.skew, moved)
+
+
 def test_names_are_shown_as_they_are():
     names = ("[red]", "x [/y]", ":dog:")
     shown = text(tables.partition_table(PartitionStatistics(np.eye(3, dtype=int), names, "iid [/b]")))
