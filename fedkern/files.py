@@ -114,17 +114,28 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def one_writer(lock: Path) -> Iterator[None]:
+def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Lock between processes: waits until no other process is inside with the same ``lock`` file.
 
     The file is created and never removed.  The system releases the lock when the process ends, however it ends.  On a
     file system without locks, nothing waits.
+
+    Args:
+        lock: the file.
+        waiting: called where another process is inside, before the wait.
 
     Raises:
         OSError: the lock file cannot be created.
     """
     with lock.open("a") as file:
         if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is not None:
+                    waiting()
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                pass  # a file system without locks
         yield

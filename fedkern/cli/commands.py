@@ -176,7 +176,7 @@ def _trackers(request: Request) -> list[Listener]:
 def _stored(request: Request) -> RunConfig:
     """The settings of the run to resume.
 
-    Flags may repeat stored settings.  Only --data-root, --device and --workers may differ from them.
+    Flags may repeat stored settings.  Only --data-root, --cache, --device and --workers may differ from them.
 
     Raises:
         UserError: the folder holds no run, or a run with settings other than the flags.

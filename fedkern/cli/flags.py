@@ -32,7 +32,7 @@ COMMANDS = {
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
 }
 
-FOLDERS = ("config", "out", "resume", "data_root", "teachers", "init")
+FOLDERS = ("config", "out", "resume", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 FOLDER_COMMANDS = ("attack",)
@@ -40,7 +40,7 @@ FOLDER_COMMANDS = ("attack",)
 
 # Headings of the flags in the help; a setting that is missing here stands under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
+    "data": ("data", "data_root", "cache", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": (
         "clients",
         "held_out_client",
@@ -66,6 +66,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 METAVARS = {
     "data_root": "DIR",
+    "cache": "DIR",
     "partition": "SPEC",
     "clients": "N",
     "rounds": "R",

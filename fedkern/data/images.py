@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,50 @@ def read_images(
 
     each(read, len(paths))
     return torch.from_numpy(images), torch.from_numpy(sizes)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files of a data set, and how they are decoded.
+
+    Attributes:
+        paths: the files, each once.
+        size, data, grey, pad, max_pixels: see `read_images`.
+    """
+
+    paths: Sequence[Path]
+    size: int
+    data: str
+    grey: bool = False
+    pad: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a decoded image."""
+        return self.size, self.size, 1 if self.grey else 3
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
+        paths = [self.paths[row] for row in rows.tolist()]
+        return read_images(paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """The ``read`` of a pool of image files (`fedkern.data.types.Pool`).
+
+    Attributes:
+        files: all files of the data set; the pools of a data set share this object.
+        places: int64 ``[n]``, the row in ``files`` of every image of the pool.
+    """
+
+    files: ImageFiles
+    places: Tensor
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes the pool's images at ``rows`` (int64 ``[m]``), see `read_images`."""
+        return self.files.read(self.places[rows])
 
 
 def read_masks(

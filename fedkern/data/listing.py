@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, check_distinct, read_images
+from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, ImageFiles, ImageReader, check_distinct
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -98,21 +98,16 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     drawn = not any(listing.splits)
     people = None if listing.patients is None else torch.from_numpy(units)
     grey = reading.colour == "grey"
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
+    places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
+    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_pixels)
 
     def pool(chosen: Tensor) -> Pool:
-        paths = [listing.paths[row] for row in chosen.tolist()]
         masks, texts = listing.masks, listing.texts
         return Pool(
             labels=torch.from_numpy(listing.labels)[chosen],
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
-            read=lambda wanted: read_images(
-                [paths[i] for i in wanted.tolist()],
-                reading.size,
-                data,
-                grey=grey,
-                pad=reading.pad,
-                max_pixels=reading.max_pixels,
-            ),
+            read=ImageReader(files, places[chosen]),
             groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda wanted: torch.from_numpy(masks[chosen[wanted].numpy()]).long(),
             texts=None if texts is None else tuple(texts[row] for row in chosen.tolist()),

@@ -19,6 +19,7 @@ from fedkern.data.cases import grouped_rows, share_cases, share_units, training_
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
+from fedkern.data.image_cache import on_disk, tell_unused
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
 from fedkern.data.registry import DATASETS, DETECTION_OPTIONS, DatasetInfo, lookup, read_options
@@ -53,6 +54,7 @@ def load(
     options: Mapping[str, object] | None = None,
     make_detector: Callable[[str, float, float], Detector] | None = None,
     notice: Callable[[str], None] | None = None,
+    cache: str | Path | None = None,
 ) -> FederatedData:
     """Loads a data set and shares it out among clients.
 
@@ -75,8 +77,11 @@ def load(
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
         make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
             for example `fedkern.models.detector.GroundingDino`.
-        notice: called with a progress message during a long detection, and with a sentence where the data name sites
-            that the partition does not use.
+        notice: called with a progress message during a long detection or decoding, and with a sentence where the data
+            name sites that the partition does not use.
+        cache: folder that keeps decoded image files, see `fedkern.data.image_cache.on_disk`.  Images of more than a
+            gigabyte are in a temporary file without it.  The images of the splits are then
+            :class:`~fedkern.data.image_rows.ImageRows`, which are read when they are needed.
 
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
@@ -89,10 +94,12 @@ def load(
         made = info.function.make(root, info, clients, partition, seed, own_options)
         if isinstance(made, FederatedData):
             _check_federated(made, common, train_samples, public_samples)
+            tell_unused(cache, notice)
             return _finished(_smaller(made, common), options or {}, common, make_detector, notice, seed)
         info, own_options = dataclasses.replace(info, open=lambda root: made), {}
     if info.make is not None:
         _check_made(name, common, public_samples)
+        tell_unused(cache, notice)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
         spec = asked or parse_partition(info.partition)
         clients = info.clients if clients is None else clients
@@ -120,6 +127,7 @@ def load(
     test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
     mean, std = source.mean, source.std
     if info.coloured:
+        tell_unused(cache, notice)
         rows = held, public_rows, validation_rows, test_rows[""]
         splits, public, validation, tests, maps = _coloured(
             source, spec, *rows, statistics.counts, correlation, PALETTES[ink], seed
@@ -128,6 +136,9 @@ def load(
         if correlation:
             statistics = dataclasses.replace(statistics, colours=maps, tied=correlation)
     else:
+        wanted = [(source.train, torch.cat([*held, public_rows])), (source.validation, validation_rows)]
+        wanted += [(pool, test_rows[key]) for key, pool in source.tests.items()]
+        source = on_disk(source, wanted, cache, notice)
         splits = tuple(source.train.take(rows) for rows in held)
         public = _seen(source, source.train.take(public_rows))
         validation = _seen(source, source.validation.take(validation_rows))

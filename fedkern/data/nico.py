@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedkern.data.found_files import need_root
@@ -23,9 +24,10 @@ from fedkern.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MAX_PIXELS,
+    ImageFiles,
+    ImageReader,
     check_distinct,
     list_images,
-    read_images,
     subfolders,
 )
 from fedkern.data.types import Pool, Source
@@ -98,8 +100,9 @@ def open_nico(
                 f'data set "nico": no context under {folder} has three images, so none can be held out for the '
                 "in-distribution test"
             )
+    files = ImageFiles(tuple(record.path for record in records), size, "nico", max_pixels=max_image_pixels)
     made = {
-        name: _pool([records[i] for i in sorted(rows)], groups[sorted(rows)], folder, size, max_image_pixels)
+        name: _pool(records, np.array(sorted(rows), dtype=np.int64), groups, folder, files)
         for name, rows in pools.items()
     }
     return Source(
@@ -137,12 +140,15 @@ def scan(folder: Path) -> tuple[tuple[str, ...], list[Record]]:
     return tuple(classes), records
 
 
-def _pool(records: list[Record], groups: np.ndarray, folder: Path, size: int, max_pixels: int) -> Pool:
+def _pool(
+    records: list[Record], rows: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], folder: Path, files: ImageFiles
+) -> Pool:
+    own = [records[row] for row in rows.tolist()]
     return Pool(
-        labels=torch.tensor([record.label for record in records], dtype=torch.int64),
-        ids=tuple(record.path.relative_to(folder).as_posix() for record in records),
-        read=lambda rows: read_images([records[i].path for i in rows.tolist()], size, "nico", max_pixels=max_pixels),
-        groups=torch.from_numpy(groups),
+        labels=torch.tensor([record.label for record in own], dtype=torch.int64),
+        ids=tuple(record.path.relative_to(folder).as_posix() for record in own),
+        read=ImageReader(files, torch.from_numpy(rows)),
+        groups=torch.from_numpy(groups[rows]),
     )
 
 

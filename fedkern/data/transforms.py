@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedkern.data.image_rows import ImageRows
 from fedkern.data.types import IGNORE, Split
 from fedkern.errors import UserError, nearest
 
@@ -102,6 +103,8 @@ def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | No
 
 def central(split: Split, sides: tuple[int, int]) -> Split:
     """The split with the central window of ``sides`` of every image; ``split`` itself if the window is the image."""
+    if isinstance(split.images, ImageRows) and tuple(split.images.shape[2:]) != tuple(sides):
+        return dataclasses.replace(split, images=split.images.windowed(sides))
     images = window(split.images, sides)
     return split if images is split.images else dataclasses.replace(split, images=images)
 

@@ -17,10 +17,10 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Split:
-    """Images held in memory, with their labels and, where known, object masks.
+    """Images with their labels and, where known, object masks.
 
     Attributes:
-        images: uint8 ``[n, C, H, W]``.
+        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.data.image_rows.ImageRows`.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
             (`IGNORE` where it is unknown).
         masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
@@ -141,7 +141,7 @@ class Pool:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
-        """Reads ``rows`` (int64 ``[m]``) into memory."""
+        """Reads ``rows`` (int64 ``[m]``)."""
         images, sizes = self.read(rows)
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
         chosen = rows.tolist()

@@ -38,8 +38,10 @@ PATIENT_IMAGES = 4
 """Default of ``--patient-images``: the most images of a patient that ``--privacy-unit patient`` uses."""
 MOST_WORKERS = 1024
 _SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
-ANYHOW = ("data_root", "workers")
+ANYHOW = ("data_root", "workers", "cache")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
+UNSTORED = ("cache",)
+"""Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""
 BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
 FOUND = ("model_sha256", "model_layout", "init_sha256")
@@ -61,6 +63,10 @@ class RunConfig:
     method: str = option("fedavg", "name of the method")
     data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
     data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
+    cache: str | None = option(
+        None, "folder that keeps the decoded images of a data set of image files, for later runs and runs beside this",
+        type=str, path=absolute,
+    )  # fmt: skip
     train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
     public_samples: int = option(
         0,
@@ -460,7 +466,7 @@ class RunConfig:
 
     @classmethod
     def _stored(cls) -> set[str]:
-        """Names of the settings that a run stores."""
+        """Names of the settings in a config file; a run stores all but those of `UNSTORED`."""
         return {f.name for f in dataclasses.fields(cls)} - {"left_open"}
 
     def replace(self, **settings: Any) -> Self:
@@ -468,8 +474,9 @@ class RunConfig:
         return dataclasses.replace(self, **{"left_open": self.left_open - set(settings), **settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; settings that are ``None`` are left out."""
-        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in self._stored()}
+        """Plain values; settings that are ``None``, and those of `UNSTORED`, are left out."""
+        names = self._stored() - set(UNSTORED)
+        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
         table["options"] = {name: value for name, value in self.options.items() if value is not None}
         table["data_options"] = dict(self.data_options)
         table["plugins"] = dict(self.plugins) or None
@@ -537,6 +544,7 @@ class RunConfig:
         table = cls.table(text, source=str(path))
         plugin_room.load_installed()
         plugin_room.restore(table.get("plugins", {}), folder, trusted)
+        table = {name: value for name, value in table.items() if name not in UNSTORED}
         return cls(**with_threads({**table, **replaced}))
 
     def settled(self) -> Self:
@@ -573,7 +581,7 @@ class RunConfig:
         * the method options of two different methods;
         * the data folder, which may have moved: a resumed run compares the data themselves;
         * the plugins: :func:`fedkern.plugins.restore` checks those of a stored run;
-        * the number of workers, which changes no bit;
+        * the number of workers and the cache of decoded images, which change no bit;
         * what was found in files that the settings name.
         """
         mine, theirs = _flat({**self.to_dict(), "plugins": {}}), _flat({**stored.to_dict(), "plugins": {}})

@@ -59,8 +59,8 @@ def run(
     :func:`~fedkern.engine.allocator.keep_freed_memory`).
 
     Args:
-        config: all settings.  A resumed run must have its stored settings; only the data folder, the device and the
-            number of workers may differ.
+        config: all settings.  A resumed run must have its stored settings; only the data folder, the cache of
+            decoded images, the device and the number of workers may differ.
         out: the run folder; unless ``resume`` it must hold nothing that a run writes.
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
         listener: receives the run's events; several go into :class:`fedkern.engine.Listeners`.
@@ -176,7 +176,7 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
     Args:
         config: every setting; a detector runs on its device.
         masks: False leaves out the boxes file or detector that finds the objects of the training images.
-        notice: called with the progress of a long detection.
+        notice: called with the progress of a long detection or decoding.
 
     Raises:
         UserError: see :func:`fedkern.data.load`.
@@ -203,6 +203,7 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
         options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
         make_detector=detector,
         notice=notice,
+        cache=config.cache,
     )
 
 

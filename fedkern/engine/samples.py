@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data import transforms
+from fedkern.data.image_rows import ImageRows
 from fedkern.methods.base import OUTSIDE, Batch, Step
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.methods.protocol import batch_slices
@@ -47,8 +48,11 @@ class Pixels:
         fill: Tensor | None = None,
         sides: tuple[int, int] | None = None,
     ) -> None:
+        # Images in a file stay there, unless their normalised values are kept in memory.
+        self._file = images if isinstance(images, ImageRows) and not cache else None
         # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
-        self._rows = images.permute(0, 2, 3, 1).contiguous().to(device)
+        self._rows = images[:0] if self._file is not None else images.permute(0, 2, 3, 1).contiguous().to(device)
+        self._count = len(images)
         self._mean, self._std, self._device = mean, std, device
         self._erased = None if erased is None else erased.to(device)
         self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
@@ -57,20 +61,29 @@ class Pixels:
         self._sides = sides or (int(images.shape[2]), int(images.shape[3]))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
     def _normalise(self, rows: Tensor, erased: Tensor | None) -> Tensor:
         out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
         return out if erased is None else torch.where(erased[..., None], self._fill, out)
+
+    def _read(self, indices: np.ndarray | None) -> Tensor:
+        """uint8 [B, H, W, C] on the device, of images in a file."""
+        assert self._file is not None
+        if indices is None:
+            return self._file.permute(0, 2, 3, 1).contiguous().to(self._device)
+        return self._file.nhwc(torch.from_numpy(np.ascontiguousarray(indices))).to(self._device)
 
     def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
         """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
         if self._cache and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
         rows, erased = self._rows, self._erased
+        if self._file is not None:
+            rows = self._read(indices)
         if indices is not None:
             index = torch.from_numpy(np.ascontiguousarray(indices)).to(self._device)
-            rows = rows.index_select(0, index)
+            rows = rows if self._file is not None else rows.index_select(0, index)
             erased = None if erased is None else erased[index]
         if rows.dtype == torch.uint8:
             rows = self._normalise(rows, erased)
@@ -189,21 +202,25 @@ class ClientData:
         Raises:
             ValueError: nothing is known about what is object and what is background.
         """
+        found = self._detected()
+        return {**found, "images": found["images"].masked_fill(found["masks"][:, None], 0)}
+
+    def _detected(self) -> dict[str, Tensor]:
+        """The images with a detected object, with their masks and labels."""
         split = self.split
         if split.masks is None:
             raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
         detected = split.masks.flatten(1).any(1)
-        masks = split.masks[detected]
         return {
-            "images": split.images[detected].masked_fill(masks[:, None], 0),
-            "masks": masks,
+            "images": split.images[detected],
+            "masks": split.masks[detected],
             "labels": split.labels[detected],
         }
 
     def backgrounds(self, fill: str) -> BackgroundBank:
         """The client's own bank, made once."""
         if fill not in self._banks:
-            self._banks[fill] = self.make_backgrounds(self.background_images(), fill)
+            self._banks[fill] = self.make_backgrounds(self._detected(), fill)
         return self._banks[fill]
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:

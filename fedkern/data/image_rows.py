@@ -1,0 +1,205 @@
+"""Images in a file that take the place of a tensor of images: rows are read when they are needed."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+RESIDENT_BYTES = 64 << 20
+"""Bytes read from a file before its pages are unmapped again; the system's page cache keeps them."""
+
+Shape = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]
+
+
+class ImageStore:
+    """uint8 images ``[N, H, W, C]`` in a file, mapped for reading.
+
+    The mapped pages belong to the system's page cache: all processes that map the file share them, and the system drops
+    them where memory is short.  The file may have no name any more: a process that unpickles a store opens the file
+    through the process that pickled it, which has to be alive.
+
+    Args:
+        descriptor: of the file, open for reading; the store closes it.
+        shape: of the images.
+
+    Raises:
+        OSError: the file cannot be mapped.
+        ValueError: the file is shorter than the images.
+    """
+
+    def __init__(self, descriptor: int, shape: Shape) -> None:
+        self._descriptor, self.shape = descriptor, shape
+        weakref.finalize(self, os.close, descriptor)
+        self._map = mmap.mmap(descriptor, math.prod(shape), access=mmap.ACCESS_READ)
+        self._images = np.frombuffer(self._map, dtype=np.uint8).reshape(shape)
+        self._read = 0
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """A copy of the images at ``rows``, uint8 ``[m, H, W, C]``."""
+        found = self._images[rows]
+        self._read += found.nbytes
+        if self._read > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            # Mapped pages count as memory of the process, although the system could drop them at any time.
+            self._read = 0
+            self._map.madvise(mmap.MADV_DONTNEED)
+        return found
+
+    def __reduce__(self) -> tuple[Callable[[str, Shape], ImageStore], tuple[str, Shape]]:
+        return _opened, (f"/proc/{os.getpid()}/fd/{self._descriptor}", self.shape)
+
+    def __deepcopy__(self, memo: object) -> ImageStore:
+        return self
+
+
+def _opened(path: str, shape: Shape) -> ImageStore:
+    return ImageStore(os.open(path, os.O_RDONLY), shape)
+
+
+_PROPERTIES = ("shape", "dtype", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "itemsize", "nbytes")
+_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex",
+            "is_inference", "is_signed", "__len__")  # fmt: skip
+_ABOUT = (
+    {getattr(Tensor, name).__get__ for name in _PROPERTIES}
+    | {getattr(Tensor, name) for name in _METHODS}
+    | {torch.numel, torch.is_floating_point, torch.is_complex}
+)
+"""Functions that ask about a tensor without reading a value."""
+_JOINING = (torch.cat, torch.concat, torch.concatenate)
+_ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage)
+
+
+class ImageRows(Tensor):
+    """Images uint8 ``[n, C, h, w]`` of an :class:`ImageStore`, made by :meth:`of`.
+
+    Shape, dtype and device are those of a tensor in memory.  Choosing images by the first axis, and concatenating
+    images of one store, read nothing.  Any other function reads the images and works on a contiguous copy in memory:
+    the result is that of the same tensor in memory.  Images cannot be written to.
+    """
+
+    _store: ImageStore
+    _chosen: Tensor
+    _box: Box
+
+    @classmethod
+    def of(cls, store: ImageStore, rows: Tensor, box: Box | None = None) -> ImageRows:
+        """The images at ``rows`` of a store.
+
+        Args:
+            store: holds the images.
+            rows: int64 ``[n]``.
+            box: top, left, height and width of the part of every image that is seen; None for whole images.
+        """
+        _, height, width, channels = store.shape
+        box = (0, 0, height, width) if box is None else box
+        # The tensor itself has no memory: code that bypassed the overrides below would fail, not read other values.
+        made = torch.empty(len(rows), channels, *box[2:], dtype=torch.uint8, device="meta").as_subclass(cls)
+        made._store, made._chosen, made._box = store, rows, box
+        return made
+
+    def plain(self) -> Tensor:
+        """The images in memory, uint8 ``[n, C, h, w]``, contiguous."""
+        found = self.nhwc().permute(0, 3, 1, 2)
+        # Of grey images contiguous() would keep the strides of one channel as they are, which choose other kernels.
+        return torch.empty(found.shape, dtype=torch.uint8).copy_(found)
+
+    def nhwc(self, index: Tensor | None = None) -> Tensor:
+        """The images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
+        rows = self._chosen if index is None else self._chosen[index]
+        found = self._store.gather(rows.numpy())
+        top, left, height, width = self._box
+        if found.shape[1:3] != (height, width):
+            found = np.ascontiguousarray(found[:, top : top + height, left : left + width])
+        return torch.from_numpy(found)
+
+    def windowed(self, sides: tuple[int, int]) -> ImageRows:
+        """The central window of height and width ``sides`` of every image; reads nothing.
+
+        Raises:
+            ValueError: a window that is larger than the images.
+        """
+        top, left, height, width = self._box
+        if sides[0] > height or sides[1] > width:
+            raise ValueError(f"sides: expected at most {height} x {width}, got {sides[0]} x {sides[1]}")
+        place = top + (height - sides[0]) // 2, left + (width - sides[1]) // 2
+        return ImageRows.of(self._store, self._chosen, (*place, *sides))
+
+    def __getitem__(self, key: Any) -> Tensor:
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        if first is None or first is Ellipsis or any(isinstance(part, (Tensor, np.ndarray, list)) for part in rest):
+            return self.plain()[key]
+        chosen = self._chosen[first]
+        if chosen.dim() == 0:
+            return ImageRows.of(self._store, chosen[None], self._box).plain()[(0, *rest)]
+        if chosen.dim() > 1:
+            return self.plain()[key]
+        picked = ImageRows.of(self._store, chosen, self._box)
+        return picked.plain()[(slice(None), *rest)] if rest else picked
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu")
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"ImageRows(shape={list(self.shape)})"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return ImageRows.of, (self._store, self._chosen, self._box)
+
+    def __deepcopy__(self, memo: object) -> ImageRows:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _ABOUT:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func in _JOINING and not kwargs and len(args) == 1 and (joined := _joined(args[0])) is not None:
+            return joined
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            raise TypeError(f"{name}: these images are in a file and cannot be changed; work on a clone() of them")
+        if func in _ADDRESSES:
+            raise TypeError(f"{name}: these images are in a file and have no address; work on a clone() of them")
+        return func(*_read(args), **_read(kwargs))
+
+
+def _joined(parts: Sequence[Tensor]) -> ImageRows | None:
+    """The concatenation of images of one store; None for other tensors."""
+    own = [part for part in parts if isinstance(part, ImageRows)]
+    if len(own) < len(parts) or any(part._store is not own[0]._store or part._box != own[0]._box for part in own):
+        return None
+    return ImageRows.of(own[0]._store, torch.cat([part._chosen for part in own]), own[0]._box)
+
+
+def _read(value: Any) -> Any:
+    """``value`` with all its ImageRows read into memory."""
+    if isinstance(value, ImageRows):
+        return value.plain()
+    if isinstance(value, dict):
+        return {key: _read(each) for key, each in value.items()}
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(_read(each) for each in value)
+    return value

@@ -1,0 +1,318 @@
+"""Decoded images in a cache folder or a temporary file: the same data, decoded once, and never a broken image."""
+
+import errno
+import os
+import shutil
+import threading
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import image_cache, images, load
+from fedkern.data.image_rows import ImageRows
+from fedkern.errors import UserError
+
+IMAGES, SIDE = 24, 16
+
+
+@pytest.fixture
+def root(tmp_path):
+    """24 images of random sizes and colours, in two classes."""
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        path = tmp_path / "root" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = rng.integers(5, 30, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that were decoded, in order."""
+    found = []
+    read = images.read_images
+
+    def counted(paths, *args, **options):
+        found.extend(paths)
+        return read(paths, *args, **options)
+
+    monkeypatch.setattr(images, "read_images", counted)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
+
+
+def opened(root, cache=None, name="folder", **settings):
+    options = {"size": SIDE, **settings.pop("options", {})}
+    return load(name, root=root, clients=2, partition="iid", options=options, cache=cache, **settings)
+
+
+def splits(data):
+    return [*data.clients, data.validation, *data.tests.values(), *([data.public] if data.public is not None else [])]
+
+
+def assert_same(found, expected):
+    for one, other in zip(splits(found), splits(expected), strict=True):
+        assert isinstance(one.images, ImageRows)
+        assert not isinstance(other.images, ImageRows)
+        for name in ("images", "labels", "sizes"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert (one.ids, one.texts) == (other.ids, other.texts)
+
+
+def names(folder):
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+def test_small_data_without_a_cache_stay_in_memory(root, tmp_path):
+    assert not any(isinstance(split.images, ImageRows) for split in splits(opened(root)))
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("colour", ["rgb", "grey"])
+def test_a_cache_gives_the_same_data_and_decodes_once(root, tmp_path, decoded, colour):
+    options = {"colour": colour}
+    expected = opened(root, options=options)
+    decoded.clear()
+    said = []
+    assert_same(opened(root, tmp_path / "cache", options=options, notice=said.append), expected)
+    assert sorted(decoded) == sorted(root.rglob("*.png"))
+    assert said == [f"decoding 24 images (0.0 MB) into {tmp_path / 'cache'}"]
+    assert names(tmp_path / "cache") == [".images", ".lock", ".sizes"]
+    for seed in (0, 1):
+        decoded.clear()
+        again = opened(root, tmp_path / "cache", options=options, seed=seed, notice=said.append)
+        assert decoded == []
+        assert_same(again, opened(root, options=options, seed=seed))
+    assert "24 decoded images are read from" in said[-1]
+
+
+def test_large_data_are_in_a_file_that_vanishes(root, tmp_path, monkeypatch):
+    expected = opened(root)
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", IMAGES * 3 * SIDE**2)
+    assert not isinstance(opened(root).clients[0].images, ImageRows)
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", IMAGES * 3 * SIDE**2 - 1)
+    said = []
+    data = opened(root, notice=said.append)
+    assert_same(data, expected)
+    assert list((tmp_path / "home" / "images").iterdir()) == []
+    assert said[0].endswith("with --cache DIR later runs need not decode them again")
+
+
+def test_only_the_wanted_images_are_decoded(root, tmp_path, decoded):
+    expected = opened(root, train_samples=4, public_samples=3, options={"test_samples": 2})
+    wanted = sorted(decoded)
+    assert len(wanted) < IMAGES
+    decoded.clear()
+    data = opened(root, tmp_path / "cache", train_samples=4, public_samples=3, options={"test_samples": 2})
+    assert_same(data, expected)
+    assert sorted(decoded) == wanted
+    decoded.clear()
+    whole = opened(root, tmp_path / "cache")
+    assert sorted([*decoded, *wanted]) == sorted(root.rglob("*.png"))
+    assert_same(whole, opened(root))
+
+
+def test_a_changed_image_is_decoded_again(root, tmp_path, decoded):
+    opened(root, tmp_path / "cache")
+    before = (root / "a" / "0.png").stat()
+    Image.new("RGB", (7, 7), (1, 2, 3)).save(root / "a" / "0.png")
+    os.utime(root / "a" / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    decoded.clear()
+    data = opened(root, tmp_path / "cache")
+    assert root / "a" / "0.png" in decoded
+    assert_same(data, opened(root))
+
+
+def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * 3 * SIDE**2)
+    read, times = images.read_images, []
+
+    def stopped(*args, **options):
+        times.append(1)
+        if len(times) == 3:
+            raise KeyboardInterrupt
+        return read(*args, **options)
+
+    monkeypatch.setattr(images, "read_images", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        opened(root, tmp_path / "cache")
+    assert len(decoded) == 10
+    data = opened(root, tmp_path / "cache")
+    assert sorted(decoded) == sorted(root.rglob("*.png"))
+    monkeypatch.setattr(images, "read_images", read)
+    assert_same(data, opened(root))
+
+
+def cut(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def uncommitted(path):
+    """As after a power cut before the sizes were written."""
+    content = path.with_suffix(".sizes").read_bytes()
+    path.with_suffix(".sizes").write_bytes(content[: image_cache.HEADER_BYTES].ljust(len(content), b"\0"))
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def other_header(path):
+    content = path.with_suffix(".sizes").read_bytes()
+    path.with_suffix(".sizes").write_bytes(b"x" + content[1:])
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES = {
+    "images cut": cut,
+    "sizes cut": lambda path: cut(path.with_suffix(".sizes")),
+    "no images": lambda path: path.unlink(),
+    "no sizes": lambda path: path.with_suffix(".sizes").unlink(),
+    "uncommitted": uncommitted,
+    "another header": other_header,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_broken_cache_is_made_anew(root, tmp_path, decoded, damage):
+    opened(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*.images")
+    damage(path)
+    decoded.clear()
+    data = opened(root, tmp_path / "cache")
+    assert len(decoded) == IMAGES
+    assert_same(data, opened(root))
+
+
+def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
+    data = opened(root, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("*.sizes"):
+        path.unlink()
+    opened(root, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert_same(data, opened(root))
+
+
+def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
+    entered, go = threading.Event(), threading.Event()
+    read = images.read_images
+
+    def slow(*args, **options):
+        entered.set()
+        assert go.wait(20)
+        return read(*args, **options)
+
+    monkeypatch.setattr(images, "read_images", slow)
+    found, said = [], []
+
+    def notice(text):
+        said.append(text)
+        if "waits" in text:
+            go.set()
+
+    workers = [
+        threading.Thread(target=lambda: found.append(opened(root, tmp_path / "cache", notice=notice))) for _ in range(2)
+    ]
+    workers[0].start()
+    assert entered.wait(20)
+    workers[1].start()
+    for worker in workers:
+        worker.join(30)
+    assert len(decoded) == IMAGES
+    assert sum("waits for it" in text for text in said) == 1
+    monkeypatch.setattr(images, "read_images", read)
+    assert len(found) == 2
+    for data in found:
+        assert_same(data, opened(root))
+
+
+def test_progress(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 10 * 3 * SIDE**2)
+    monkeypatch.setattr(image_cache, "NOTICE_SECONDS", 0.0)
+    said = []
+    opened(root, tmp_path / "cache", notice=said.append)
+    assert said[1:] == [f"decoding images: {done} of 24, about 1 min left" for done in (10, 20, 24)]
+
+
+def test_an_image_with_several_texts_is_decoded_once(tmp_path, decoded):
+    rows = ["image,text"]
+    for number in range(12):
+        Image.new("RGB", (30, 20), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows += [f"{number}.png,text {number}", f"{number}.png,words {number}"]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    options = {"crop": 8}
+    expected = opened(tmp_path / "table.csv", name="pairs", options=options)
+    decoded.clear()
+    data = opened(tmp_path / "table.csv", tmp_path / "cache", name="pairs", options=options)
+    assert len(decoded) == len(set(decoded)) == 12
+    assert data.image_shape == (3, 8, 8)
+    assert data.clients[0].images.shape[2:] == (16, 16)
+    assert_same(data, expected)
+
+
+# what a user can get wrong
+
+
+def test_an_image_that_cannot_be_read_leaves_no_images(root, tmp_path):
+    (root / "a" / "0.png").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"cannot read the image .*0\.png"):
+        opened(root, tmp_path / "cache")
+    assert names(tmp_path / "cache") == [".lock"]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_too_little_space(root, tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 1000))
+    with pytest.raises(UserError, match=r"take 0\.0 MB and .* has 0\.0 MB left: free some space.*--cache DIR"):
+        opened(root, tmp_path / "cache" if cache else None)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_disk_that_becomes_full(root, tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * 3 * SIDE**2)
+    write, times = image_cache._write, []
+
+    def full(*args):
+        times.append(1)
+        if len(times) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(image_cache, "_write", full)
+    with pytest.raises(UserError, match=r"do not fit on the disk of .*: free some space"):
+        opened(root, tmp_path / "cache" if cache else None)
+    folder = tmp_path / "cache" if cache else tmp_path / "home" / "images"
+    assert names(folder) == ([".lock"] if cache else [])
+
+
+def test_a_folder_that_cannot_be_written(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"cannot be written to .*file.*: name another folder with --cache DIR"):
+            opened(root, cache)
+
+
+def test_a_broken_pipe_of_the_display_is_no_trouble_of_the_disk(root, tmp_path):
+    def notice(text):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        opened(root, tmp_path / "cache", notice=notice)
+
+
+@pytest.mark.parametrize("name", ["digits", "colordigits", "captions"])
+def test_data_without_image_files_say_that_no_cache_is_used(tmp_path, name):
+    said = []
+    load(name, clients=2, train_samples=40, cache=tmp_path / "cache", notice=said.append)
+    assert [text for text in said if "--cache is not used" in text] == said != []
+    assert not (tmp_path / "cache").exists()

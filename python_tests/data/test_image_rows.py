@@ -1,0 +1,185 @@
+"""Images in a file that take the place of a tensor: the same values, and rows that are read when they are needed."""
+
+import copy
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.data import Split, normalise
+from fedkern.data import image_rows as module
+from fedkern.data.image_rows import ImageRows, ImageStore
+from fedkern.data.transforms import central
+from fedkern.data.types import joined
+
+COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
+
+
+def stored(path, channels=CHANNELS):
+    """A store of random images, and the tensor of them that a reader would make."""
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, HEIGHT, WIDTH, channels), dtype=np.uint8)
+    path.write_bytes(images.tobytes())
+    store = ImageStore(os.open(path, os.O_RDONLY), images.shape)
+    plain = np.empty((COUNT, channels, HEIGHT, WIDTH), dtype=np.uint8)
+    plain[:] = images.transpose(0, 3, 1, 2)
+    return store, torch.from_numpy(plain)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Images in a file, and the same images in memory."""
+    store, plain = stored(tmp_path / "images")
+    return ImageRows.of(store, torch.arange(COUNT)), plain
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many images every read took."""
+    counts = []
+    gather = ImageStore.gather
+
+    def counted(self, rows):
+        counts.append(len(rows))
+        return gather(self, rows)
+
+    monkeypatch.setattr(ImageStore, "gather", counted)
+    return counts
+
+
+def test_it_looks_like_a_tensor_and_reads_nothing_for_that(pair, read):
+    rows, plain = pair
+    assert isinstance(rows, torch.Tensor)
+    assert rows.shape == plain.shape
+    assert (rows.dtype, rows.device, rows.dim(), len(rows), rows.numel()) == (
+        plain.dtype, plain.device, plain.dim(), len(plain), plain.numel()
+    )  # fmt: skip
+    assert (rows.element_size(), rows.is_floating_point(), rows.is_cpu, rows.is_meta) == (1, False, True, False)
+    assert repr(rows) == "ImageRows(shape=[12, 3, 6, 8])"
+    assert read == []
+
+
+KEYS = [
+    torch.tensor([3, 0, 3]), torch.tensor([], dtype=torch.int64), torch.arange(COUNT) % 3 == 0, slice(2, 9, 3), 4, -1,
+    [1, 2], np.array([5, 1]), (slice(0, 4), 1), (3, 0), (slice(None), slice(None), slice(1, 4)),
+    (..., slice(2, 5)), (torch.tensor([0, 1]), torch.tensor([1, 2])), None, torch.tensor([[0, 1], [2, 3]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_choosing(pair, key):
+    rows, plain = pair
+    assert torch.equal(rows[key], plain[key])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_and_strides_are_those_of_a_tensor_in_memory(tmp_path, channels):
+    store, plain = stored(tmp_path / "images", channels)
+    rows = ImageRows.of(store, torch.arange(COUNT))
+    scale = [0.5] * channels, [0.2] * channels
+    for found, expected in (
+        (rows.plain(), plain),
+        (rows.contiguous(), plain),
+        (rows[2:5].permute(0, 2, 3, 1), plain[2:5].permute(0, 2, 3, 1)),
+        (normalise(rows[1:4], *scale), normalise(plain[1:4], *scale)),
+        (torch.where(rows > 100, rows, 0), torch.where(plain > 100, plain, 0)),
+        (torch.stack([rows, rows]), torch.stack([plain, plain])),
+        (torch.cat([rows, plain]), torch.cat([plain, plain])),
+        (torch.cat([rows, rows], 1), torch.cat([plain, plain], 1)),
+        (rows.float().mean(0), plain.float().mean(0)),
+    ):
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+    np.testing.assert_array_equal(rows.numpy(), plain.numpy())
+    np.testing.assert_array_equal(np.asarray(rows), plain.numpy())
+
+
+def test_splits_are_divided_joined_and_cut_without_reading(pair, read):
+    rows, plain = pair
+    labels = torch.arange(COUNT)
+    lazy, whole = Split(rows, labels), Split(plain, labels)
+    chosen = torch.tensor([7, 2, 11])
+    parts = [[split.subset(chosen), split.subset(torch.arange(3))] for split in (lazy, whole)]
+    made = [central(joined(part), (4, 5)) for part in parts]
+    again = [central(split, (3, 3)) for split in made]
+    assert central(made[0], (4, 5)) is made[0]
+    assert read == []
+    for found, expected in (made, again):
+        assert isinstance(found.images, ImageRows)
+        assert torch.equal(found.images, expected.images)
+    assert read == [6, 6]
+    with pytest.raises(ValueError, match="sides: expected at most 6 x 8, got 7 x 8"):
+        central(lazy, (7, 8))
+
+
+def test_one_image_at_a_time(pair, read):
+    rows, plain = pair
+    assert all(torch.equal(a, b) for a, b in zip(rows, plain, strict=True))
+    assert read == [1] * COUNT
+
+
+def test_images_of_two_files_are_joined_in_memory(tmp_path):
+    one, two = (stored(tmp_path / name)[0] for name in ("a", "b"))
+    both = torch.cat([ImageRows.of(store, torch.tensor([1])) for store in (one, two)])
+    assert type(both) is torch.Tensor
+    assert torch.equal(both[0], both[1])
+
+
+CHANGES = [
+    lambda rows: rows.add_(1),
+    lambda rows: rows.__setitem__(0, 1),
+    lambda rows: rows.fill_(0),
+    lambda rows: torch.relu_(rows),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nobody_changes_them(pair, change):
+    rows, plain = pair
+    with pytest.raises(TypeError, match="in a file and cannot be changed"):
+        change(rows)
+    assert torch.equal(rows, plain)
+    with pytest.raises(TypeError, match="have no address"):
+        rows.data_ptr()
+
+
+def test_pickled_while_the_file_has_no_name(tmp_path, read):
+    store, plain = stored(tmp_path / "images")
+    (tmp_path / "images").unlink()
+    rows = ImageRows.of(store, torch.tensor([4, 1]), (1, 2, 3, 4))
+    both = pickle.loads(pickle.dumps((rows, rows[:1])))
+    assert both[0]._store is both[1]._store is not store
+    assert copy.deepcopy(rows)._store is store
+    assert read == []
+    assert torch.equal(both[0], plain[torch.tensor([4, 1]), :, 1:4, 2:6])
+
+
+def test_a_file_that_is_too_short(tmp_path):
+    (tmp_path / "images").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="mmap length"):
+        ImageStore(os.open(tmp_path / "images", os.O_RDONLY), (2, 1, 3, 1))
+
+
+STATUS = Path("/proc/self/status")
+
+
+def resident():
+    """Bytes of mapped files that count as this process's memory."""
+    with STATUS.open() as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssFile:"))
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="needs Linux")
+def test_mapped_pages_are_given_back(tmp_path, monkeypatch):
+    shape = (64, 256, 256, 3)
+    monkeypatch.setattr(module, "RESIDENT_BYTES", 1 << 20)
+    with (tmp_path / "images").open("wb") as file:
+        file.truncate(64 * 256 * 256 * 3)
+    store = ImageStore(os.open(tmp_path / "images", os.O_RDONLY), shape)
+    before = resident()
+    for row in range(64):
+        store.gather(np.array([row]))
+    assert resident() - before < 4 << 20

@@ -1,0 +1,138 @@
+"""Runs whose images are in a file: the bits of a run in memory, and few images in memory at once."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from PIL import Image
+
+from fedkern.data import Split, image_cache, load
+from fedkern.data.image_rows import ImageRows, ImageStore
+from fedkern.engine import RunConfig, load_data, run
+from fedkern.engine import clients as clients_module
+from fedkern.engine.clients import data_fingerprint
+from fedkern.engine.config import NAME
+from fedkern.engine.executors.workers import Workers
+from fedkern.engine.samples import ClientData
+from fedkern.errors import UserError
+
+IMAGES, SIDE = 60, 8
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        path = tmp_path / "root" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 128, (9, 9), dtype=np.uint8) + 100 * np.uint8(number % 2)).save(path)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def on_disk(monkeypatch, tmp_path):
+    """Images are in a temporary file, and no normalised image is kept."""
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
+
+    def change(yes=True):
+        monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0 if yes else 1 << 30)
+        monkeypatch.setattr("fedkern.engine.context.CACHE_BYTES", 0 if yes else 1 << 30)
+
+    return change
+
+
+def settings(root, method="fedavg", **more):
+    plain = {"data": "folder", "data_root": str(root), "data_options": {"size": SIDE, **more.pop("data_options", {})}}
+    small = {"width": 2, "rounds": 2, "batch_size": 4, "clients": 3, "partition": "iid", "threads": 1}
+    return RunConfig.make(method, **plain, **{**small, **more})
+
+
+@pytest.mark.parametrize("colour", ["rgb", pytest.param("grey", marks=pytest.mark.exhaustive)])
+def test_the_bits_of_a_run_in_memory(root, on_disk, tmp_path, monkeypatch, colour):
+    config = settings(root, data_options={"colour": colour}, augment="crop-flip", client_test=0.2, public_samples=5)
+    monkeypatch.setattr("fedkern.engine.evaluate.CPU_BATCH", 4)
+    run(config, out=tmp_path / "memory")
+    on_disk()
+    largest = []
+    gather = ImageStore.gather
+
+    def seen(self, rows):
+        largest.append(len(rows))
+        return gather(self, rows)
+
+    monkeypatch.setattr(ImageStore, "gather", seen)
+    monkeypatch.setattr(clients_module, "PART_BYTES", 5 * SIDE**2)
+    run(config, out=tmp_path / "disk")
+    assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
+    assert max(largest) <= 5  # of a batch; a test set has 12 images, a client 10 to train on
+    run(config.replace(cache=str(tmp_path / "cache")), out=tmp_path / "cached")
+    assert outcome(tmp_path / "cached") == outcome(tmp_path / "memory")
+    assert (tmp_path / "cached" / NAME).read_text() == (tmp_path / "memory" / NAME).read_text()
+
+
+@pytest.mark.exhaustive
+def test_the_same_with_workers(root, on_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+    run(settings(root), out=tmp_path / "memory")
+    on_disk()
+    run(settings(root, workers="2"), out=tmp_path / "disk")
+    assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["first", "then"])
+def test_resumed_with_and_without_a_cache(root, on_disk, tmp_path, first):
+    config = settings(root)
+    run(config, out=tmp_path / "whole")
+    cached = config.replace(cache=str(tmp_path / "cache"))
+    on_disk()
+    with pytest.raises(Kill):
+        run(cached if first else config, out=tmp_path / "run", listener=KillAt("round", 1))
+    run(config if first else cached, out=tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_the_fingerprint_of_the_data(root, on_disk, monkeypatch):
+    plain = data_fingerprint(load_data(settings(root)))
+    on_disk()
+    monkeypatch.setattr(clients_module, "PART_BYTES", 3 * 3 * SIDE**2)
+    assert data_fingerprint(load_data(settings(root))) == plain
+
+
+def test_a_run_folder_does_not_say_where_images_are_written(root, tmp_path):
+    run(settings(root, rounds=1), out=tmp_path / "run")
+    path = tmp_path / "run" / NAME
+    path.write_text(f'cache = "{tmp_path / "elsewhere"}"\n' + path.read_text())
+    config = RunConfig.load(tmp_path / "run")
+    assert config.cache is None
+
+
+def test_backgrounds_of_images_on_disk(root, on_disk):
+    on_disk()
+    lazy = load("folder", root=root, clients=1, partition="iid", options={"size": SIDE}).clients[0]
+    assert isinstance(lazy.images, ImageRows)
+    masks = torch.rand(len(lazy), SIDE, SIDE) > 0.7
+    masks[3] = False
+    banks = []
+    for images in (lazy.images, lazy.images.plain()):
+        split = Split(images, lazy.labels, masks)
+        made = ClientData(split, (0.4,) * 3, (0.2,) * 3, torch.device("cpu"), "crop-flip", cache=False)
+        message = made.background_images()
+        assert int(message["images"][message["masks"][:, None].expand_as(message["images"])].max()) == 0
+        rows = np.array([5, 0, 5])
+        banks.append([
+            *message.values(),
+            *(made.backgrounds(fill).take(rows, np.random.default_rng(1)) for fill in ("mean", "zero")),
+            made.backgrounds("mean").take(None),
+        ])  # fmt: skip
+    for found, expected in zip(*banks, strict=True):
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+
+
+def test_a_cache_that_cannot_be_written_leaves_no_run(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="name another folder with --cache DIR"):
+        run(settings(root, cache=str(tmp_path / "file")), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
