@@ -18,7 +18,7 @@ from fedkern.engine.run import kept_data
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest
 from fedkern.extras import pandas
-from fedkern.methods import registry
+from fedkern.methods import Method, given_classes, registry
 
 
 class History:
@@ -69,10 +69,26 @@ class Run:
         data: FederatedData | None = None,
         model: nn.Module | None = None,
         trusted: Collection[str] = (),
+        method: Method | type[Method] | None = None,
     ) -> None:
         self.out = Path(out)
-        self.config = RunConfig.load(out, trusted=trusted, device="cpu")
+        self._kind: type[Method] | None = None
+        options: dict[str, Any] = {}
+        if method is not None:
+            self._kind, options = _class_of(method)
+        self.config = RunConfig.load(out, trusted=trusted, given=self._kind, device="cpu")
+        for name, value in given_paths.named_options(self.config.method, options).items():
+            if self.config.options.get(name) != value:
+                raise UserError(
+                    f"The run in {out} has {name}={self.config.options.get(name)}, not {name}={value}: give "
+                    f"method={registry.short(self.config.method)} without options, or start a new run."
+                )
         self._data, self._model, self._trusted = data, model, tuple(trusted)
+
+    def _give_method(self) -> None:
+        """Puts the run's own class in the place of one of its name that a notebook has defined since."""
+        if self._kind is not None:
+            given_classes.give_again(self._kind, self.config.method, self.config.method_sha256, self.out)
 
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
@@ -105,6 +121,7 @@ class Run:
         Raises:
             UserError: the run is not finished, or a file is damaged.
         """
+        self._give_method()
         return engine.read_model(self.out, self._trusted, self._model)[0]
 
     def predict(self, images: Any) -> Tensor:
@@ -123,6 +140,7 @@ class Run:
         """
         from fedkern.downstream.prediction import Predictor
 
+        self._give_method()
         predictor = Predictor.open(self.out, self._trusted, self._model)
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.ascontiguousarray(images))
@@ -144,6 +162,7 @@ class Run:
         """
         from fedkern.downstream.evaluation import evaluate_run
 
+        self._give_method()
         own = kept_data(self.config, self._data) if data is None and self._data is not None else data
         root = None if data_root is None else str(data_root)
         return evaluate_run(
@@ -159,6 +178,7 @@ class Run:
         workers: str | int = "auto",
     ) -> Run:
         """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself."""
+        self._give_method()
         config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers))
         _play(
             config, self.out, self._data, self._model, progress, listener, pictures, resume=True, trusted=self._trusted
@@ -176,6 +196,7 @@ class Run:
     ) -> Run:
         """Goes on up to ``rounds`` communication rounds in all (:func:`fedkern.engine.extend`).  Returns the run."""
         _listeners(listener)  # before anything is written
+        self._give_method()
         self.config = engine.extend(self.out, rounds, trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers)
 
@@ -183,6 +204,7 @@ class Run:
         """Draws the run's pictures into its folder, over older ones, and returns their paths."""
         from fedkern.report.pictures import write_pictures
 
+        self._give_method()
         data = None if self._data is None else kept_data(self.config, self._data)
         network = None if self._model is None else self.model()
         root = self.config.data_root
@@ -190,7 +212,7 @@ class Run:
 
 
 def simulate(
-    method: str,
+    method: str | Method | type[Method],
     *,
     data: str | FederatedData | None = None,
     model: str | nn.Module | None = None,
@@ -207,7 +229,8 @@ def simulate(
         run = fedkern.simulate("fedgid", data="digits", rounds=5, clients=4, alpha=0.5, out="runs/x")
 
     Args:
-        method: name of the method.
+        method: name of the method; or a class derived from :class:`fedkern.methods.Method`, or an object of one, whose
+            options are those it was made with.  A class needs no registered name.
         data: name of a data set, or federated data in memory.
         model: name of a network, its code (``FILE.py:NAME``), or a module, which is copied and whose weights are the
             initial ones.
@@ -234,11 +257,15 @@ def simulate(
     finally:
         if out is None and not any(folder.iterdir()):
             folder.rmdir()
-    return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins])
+    kind = None if isinstance(method, str) else type(method) if isinstance(method, Method) else method
+    return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
 
 
 def requested(
-    method: str, data: str | FederatedData | None, model: str | nn.Module | None, given: Mapping[str, Any]
+    method: str | Method | type[Method],
+    data: str | FederatedData | None,
+    model: str | nn.Module | None,
+    given: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None, nn.Module | None]:
     """The settings of a run with the arguments of :func:`simulate`, and its data and network where they are in memory.
 
@@ -247,16 +274,18 @@ def requested(
     """
     settings = dict(given)
     plugins.given([os.fspath(plugin) for plugin in settings.get("plugins") or ()])
-    kind = registry.get(method)
+    name, made_with = _named(method)
     memory = data if isinstance(data, FederatedData) else None
-    own = {name for knob in kind.Options.knobs() for name in (knob.name, knob.field)}
+    knobs = registry.get(name).Options.knobs()
+    own = {each for knob in knobs for each in (knob.name, knob.field)}
     fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options", "plugins"}
     options = {**settings.pop("options", {})}
-    for name in [name for name in settings if name in own and name not in fields]:
-        options[name] = settings.pop(name)
-    for name in settings:
-        if name not in fields:
-            raise UserError(f'{method} and its runs have no setting "{name}".{nearest(name, {*fields, *own})}')
+    for each in [each for each in settings if each in own and each not in fields]:
+        options[each] = settings.pop(each)
+    for each in settings:
+        if each not in fields:
+            hint = nearest(each, {*fields, *own})
+            raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     if "workers" in settings:
         settings["workers"] = str(settings["workers"])
     settings["data_options"] = given_paths.absolute(settings.get("data_options") or {})
@@ -271,13 +300,49 @@ def requested(
     if isinstance(model, str):
         plain["model"] = given_paths.absolute({"model": model})["model"]
     module = model if isinstance(model, nn.Module) else None
-    config = RunConfig.make(method, options=given_paths.named_options(method, options), **cast(Any, plain))
+    given_options = given_paths.named_options(name, options)
+    if twice := [each for each in given_options if each in made_with]:
+        raise UserError(
+            f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
+        )
+    given_options |= given_paths.named_options(name, made_with)
+    config = RunConfig.make(name, options=given_options, **cast(Any, plain))
     return config, memory, module
+
+
+def _named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
+    """The name of a run's method, and the options that an object of it was made with.
+
+    Raises:
+        UserError: there is no such method, or a run cannot make it from its options.
+    """
+    if isinstance(method, str):
+        registry.get(method)
+        return method, {}
+    kind, options = _class_of(method)
+    return given_classes.give(kind), options
+
+
+def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Any]]:
+    """The class of a method that the caller gives, and the options that an object of it was made with.
+
+    Raises:
+        UserError: it is neither a class of methods nor an object of one, or has values beside its options.
+    """
+    if isinstance(method, Method):
+        return type(method), dict(given_classes.options_of(method))
+    if isinstance(method, type) and issubclass(method, Method):
+        return method, {}
+    raise UserError(
+        "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one, not "
+        f"{method!r}."
+    )
 
 
 def load(
     out: str | Path,
     *,
+    method: Method | type[Method] | None = None,
     data: FederatedData | None = None,
     model: nn.Module | None = None,
     trusted: Collection[str] = (),
@@ -286,14 +351,16 @@ def load(
 
     Args:
         out: the run folder.
+        method: the run's method, where it was a class of a script: the class, or an object with the run's options.
+            The class must have the code that the run began with.
         data: the run's data, where they were in memory.
         model: the run's network, where it was a module of a script.
         trusted: code that the folder names and that may be imported, such as ``["python:MODULE:NAME"]``.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or ``method`` is not the run's.
     """
-    return Run(out, data=data, model=model, trusted=trusted)
+    return Run(out, data=data, model=model, trusted=trusted, method=method)
 
 
 def _play(

@@ -23,7 +23,7 @@ from fedkern.engine.store import toml
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder, check_text
 from fedkern.inputs import read_text, special
-from fedkern.methods import registry
+from fedkern.methods import given_classes, registry
 from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.methods.server_rules import SERVER_RULES, ServerRule
@@ -44,8 +44,8 @@ UNSTORED = ("cache",)
 """Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""
 BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
-FOUND = ("model_sha256", "model_layout", "init_sha256")
-"""What a run found in the files that its settings name, and compares itself when it is resumed."""
+FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256")
+"""What a run found in the files and code that its settings name, and compares itself when it is resumed."""
 
 
 def _encoder(name: str) -> str:
@@ -263,6 +263,7 @@ class RunConfig:
     model_sha256: str | None = None
     model_layout: str | None = None
     init_sha256: str | None = None
+    method_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
@@ -460,6 +461,8 @@ class RunConfig:
         )
         config = {**base, "method": method, "options": merged, "data_options": merged_data}
         config["plugins"] = {**loaded, **used}
+        if method in registry.GIVEN:
+            config["method_sha256"] = given_classes.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
         return cls(**config, left_open=frozenset(BY_DATA) - set(given))
@@ -523,17 +526,26 @@ class RunConfig:
         return plain
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, trusted: Collection[str] = (), **replaced: Any) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        trusted: Collection[str] = (),
+        given: Any = None,
+        **replaced: Any,
+    ) -> Self:
         """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
 
         Args:
             folder: the run folder.
             trusted: plugins that may be executed in any case (see :func:`fedkern.plugins.restore`).
+            given: the class of the run's method, where a script gave it (`fedkern.methods.given_classes`).
             **replaced: settings.
 
         Raises:
-            UserError: there is no such folder, it holds no run, its ``config.toml`` is damaged, or a plugin of the run
-                may not be executed or cannot be loaded.
+            UserError: there is no such folder, it holds no run, its ``config.toml`` is damaged, a plugin of the run may
+                not be executed or cannot be loaded, or the run's method is a class that nobody gives or that has other
+                code now.
         """
         check_run_folder(folder)
         path = Path(folder) / NAME
@@ -545,6 +557,10 @@ class RunConfig:
         plugin_room.load_installed()
         plugin_room.restore(table.get("plugins", {}), folder, trusted)
         table = {name: value for name, value in table.items() if name not in UNSTORED}
+        method, sha256 = str(table.get("method", cls.method)), table.get("method_sha256")
+        if given is not None:
+            given_classes.give_again(given, method, sha256, folder)
+        given_classes.check(method, sha256, folder)
         return cls(**with_threads({**table, **replaced}))
 
     def settled(self) -> Self:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedkern.data import COMMON_OPTIONS
 from fedkern.engine.config import RunConfig
-from fedkern.methods import METHODS
+from fedkern.methods import registry
 
 PATHS = {
     **{knob.field: knob.path for knob in RunConfig.knobs() if knob.path is not None},
@@ -41,7 +41,7 @@ def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict
     Raises:
         UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
     """
-    kind = METHODS[method].Options
+    kind = registry.get(method).Options
     given = as_texts(given) if isinstance(given, Mapping) else given
     parsed = kind.parse(given, method=method)
     words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]

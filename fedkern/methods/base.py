@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkern.errors import UserError
 from fedkern.methods.aggregators import Gathered
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.options import option
@@ -106,8 +107,26 @@ class Method:
     class Options(BaseOptions):
         """The method's options."""
 
-    def __init__(self, options: Any = None) -> None:
-        self.options: Any = self.Options() if options is None else options
+    def __init__(self, options: Any = None, **given: Any) -> None:
+        """Makes the method.
+
+        Args:
+            options: an object of ``Options``; None: the defaults.
+            **given: options by name instead, ``FedProx(mu=0.1)``.
+
+        Raises:
+            UserError: an unknown option, a value out of range, or ``options`` of another type.
+        """
+        name = type(self).__name__
+        if options is not None and not isinstance(options, BaseOptions):
+            raise UserError(
+                f"{name} takes options by name, {name}(NAME=VALUE), or an object {name}.Options(...), not {options!r}."
+            )
+        if options is not None and given:
+            raise UserError(f"{name} takes options by name or an object {name}.Options(...), not both: leave one out.")
+        if options is None:
+            options = self.Options.parse(given, method=name) if given else self.Options()
+        self.options: Any = options
 
     @property
     def needs(self) -> str:

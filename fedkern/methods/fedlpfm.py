@@ -119,8 +119,8 @@ class FedLPFM(LocalTraining):
             path=files.absolute,
         )
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
+    def __init__(self, options: Any = None, **given: Any) -> None:
+        super().__init__(options, **given)
         o = self.options
         if o.mixing == "convex" and o.lam > 1:
             raise UserError(

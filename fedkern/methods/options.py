@@ -210,6 +210,13 @@ def _false(value: Any) -> bool:
 class Options:
     """Base of every method's ``Options``: frozen, checked on construction, parsed from ``key=value``."""
 
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        made = super().__new__(cls)
+        # Only the call says which options the user gave; the others follow the data set's defaults.
+        positional = [field.name for field in dataclasses.fields(cls)][: len(args)]
+        object.__setattr__(made, "_given", frozenset((*positional, *values)))
+        return made
+
     def __post_init__(self) -> None:
         for knob in self.knobs():
             object.__setattr__(self, knob.field, knob.convert(getattr(self, knob.field)))
@@ -269,6 +276,11 @@ class Options:
         parsed = cls.parse(values)
         named = [knob for knob in cls.knobs() if knob.code is not None and {knob.name, knob.field} & set(values)]
         return [(knob.name, part) for knob in named if knob.code for part in knob.code(getattr(parsed, knob.field))]
+
+    def given(self) -> dict[str, Value]:
+        """The values that this object was constructed with, without defaults, by published name."""
+        named: frozenset[str] = getattr(self, "_given", frozenset())
+        return {knob.name: getattr(self, knob.field) for knob in self.knobs() if knob.field in named}
 
     def to_dict(self) -> dict[str, Value]:
         """All option values by published name."""

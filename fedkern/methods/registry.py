@@ -1,4 +1,4 @@
-"""Registry of methods by name."""
+"""Registry of methods by name, and of the classes without a registered name that a script gave to a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, type[Method]] = {}
 """Method classes by name; ``METHODS[name].description`` is the line that ``list`` shows."""
+
+CLASS = "class:"
+"""Beginning of the name of a method that a script gives as a class: ``class:MODULE:NAME``."""
+
+GIVEN: dict[str, type[Method]] = {}
+"""Classes that a script gave to a run of this process, by that name (`fedkern.methods.given_classes`)."""
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -34,13 +40,25 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def get(name: str) -> type[Method]:
-    """Returns the class registered as ``name``.
+    """Returns the class registered as ``name``, or given by a script.
 
     Raises:
         UserError: no method has this name; the message suggests the nearest one.
     """
+    if name in GIVEN:
+        return GIVEN[name]
+    if name.startswith(CLASS):
+        raise UserError(
+            f"The method {name} is a class of a script, which only Python can give: fedkern.simulate({short(name)}, "
+            f"...), or fedkern.load(DIR, method={short(name)}) to go on."
+        )
     if name not in METHODS:
         raise UserError(
             f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {", ".join(sorted(METHODS))}.'
         )
     return METHODS[name]
+
+
+def short(name: str) -> str:
+    """A method's name; that of a class without its module."""
+    return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name

@@ -21,6 +21,7 @@ from fedkern.engine.store import (
     saved_model,
 )
 from fedkern.errors import UserError
+from fedkern.methods import registry
 
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
@@ -49,7 +50,7 @@ def check_vacant(out: Path) -> None:
 
 def run_name(settings: config.RunConfig) -> str:
     """Name of a new run's folder in `RUNS`: method, data set and time."""
-    return f"{settings.method}-{settings.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{registry.short(settings.method)}-{settings.data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def reserve(parent: Path, stem: str, way_out: str) -> Path:

@@ -67,8 +67,8 @@ def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
 class OwnNetworks(Method):
     """Methods whose clients may have different architectures, given by the option ``models``."""
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
+    def __init__(self, options: Any = None, **given: Any) -> None:
+        super().__init__(options, **given)
         self.architectures = parse_models(self.options.models)
 
     def architecture(self, client: ClientId) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class FedIOD(Objective, OwnNetworks):
     takes_teachers = True
     spans = "the cosine schedules and the warm-up span all rounds"
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
+    def __init__(self, options: Any = None, **given: Any) -> None:
+        super().__init__(options, **given)
         self.settings = settle(self.options)
         self._teachers: dict[ClientId, nn.Module] = {}  # frozen: built once in a run
         self._banks: dict[tuple[ClientId, ...], TeacherStack] = {}

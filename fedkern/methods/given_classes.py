@@ -1,0 +1,198 @@
+"""Method classes that a script gives to a run as they are, without a registered name.
+
+A run stores such a class as ``class:MODULE:NAME``, with a fingerprint: the SHA-256 of the source of the class and of
+its bases outside fedkern.  A folder cannot hold the class, so whoever goes on with the run gives it again.  The module
+may be another one then: a script that was ``__main__`` is a module where another script imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.methods.base import Method
+from fedkern.methods.options import Options, Value
+from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
+
+_PLAIN = (bool, int, float, str)
+_MISSING = object()
+_FINGERPRINTS: dict[type[Method], str] = {}  # kept, as the file of a class may change while the process runs
+_FOREIGN = {"fedkern", *sys.stdlib_module_names} - {"__main__", "builtins"}  # code run by exec has "builtins"
+
+
+def name_of(kind: type[Method]) -> str:
+    """The registered name of a class, or ``class:MODULE:NAME``."""
+    if METHODS.get(kind.name) is kind:
+        return kind.name
+    return f"{CLASS}{kind.__module__}:{kind.__qualname__}"
+
+
+def give(kind: type[Method]) -> str:
+    """Makes a class known to the runs of this process, and returns its name; a registered class keeps its own.
+
+    Raises:
+        UserError: the class cannot be made from its options, as a run makes it.
+    """
+    name = name_of(kind)
+    if name.startswith(CLASS):
+        _check(kind)
+        GIVEN[name] = kind
+    return name
+
+
+def give_again(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
+    """Makes the class of a stored run known to this process.
+
+    Args:
+        kind: the class that the user gives.
+        name, sha256: name and fingerprint of the run's method.
+        folder: the run folder, for error messages.
+
+    Raises:
+        UserError: the run has another method, or the class has other code than when the run began.
+    """
+    if name.startswith(CLASS):
+        _check(kind)
+        _compare(kind, name, sha256, folder)
+        GIVEN[name] = kind
+    elif METHODS.get(name) is not kind:
+        raise UserError(
+            f"The run in {folder} is one of the method {name}, not of {short(name_of(kind))}: leave method out."
+        )
+
+
+def check(name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
+    """Checks that the method of a stored run is known, and has the code that the run began with.
+
+    Raises:
+        UserError: the method is a class that nobody has given in this process, or whose code has changed.
+    """
+    if not name.startswith(CLASS):
+        return
+    if name not in GIVEN:
+        module = name.removeprefix(CLASS).rpartition(":")[0]
+        raise UserError(
+            f"The method of the run in {folder} is {short(name)}, a class of the script or module {module}: go on with "
+            f"it in Python, fedkern.load({str(folder)!r}, method={short(name)})."
+        )
+    _compare(GIVEN[name], name, sha256, folder)
+
+
+def options_of(method: Method) -> dict[str, Value]:
+    """The options that an object was made with, without defaults, by published name.
+
+    Raises:
+        UserError: the object has values beside its options: a run makes its method anew, from the options alone.
+    """
+    kind = type(method)
+    options = getattr(method, "options", None)
+    if not isinstance(options, kind.Options):
+        raise UserError(
+            f"{kind.__name__} has no options of its own class: let its __init__ take options=None and call "
+            "super().__init__(options)."
+        )
+    fresh = _made(kind, options)
+    for name in dict.fromkeys([*vars(method), *vars(fresh)]):
+        mine, new = vars(method).get(name, _MISSING), vars(fresh).get(name, _MISSING)
+        if type(mine) is not type(new) or (isinstance(mine, _PLAIN) and mine != new):
+            raise UserError(
+                f"{kind.__name__} has {name} beside its options, and a run makes its method anew from the options "
+                f"alone: declare {name} in class Options."
+            )
+    return options.given()
+
+
+def fingerprint(kind: type[Method]) -> str:
+    """SHA-256 of the source of a class and of its bases outside fedkern.
+
+    Where Python has no source of a class (a notebook, an interactive interpreter), its bytecode is taken.  That of
+    another version of Python differs.
+    """
+    if kind in _FINGERPRINTS:
+        return _FINGERPRINTS[kind]
+    found = hashlib.sha256()
+    for each in kind.__mro__:
+        if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
+            found.update(_source(each).encode())
+    return _FINGERPRINTS.setdefault(kind, found.hexdigest())
+
+
+def _compare(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
+    now = fingerprint(kind)
+    if now == sha256:
+        return
+    if kind.__name__ != short(name):
+        raise UserError(f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class.")
+    raise UserError(
+        f"The code of the class {kind.__name__} is not that which the run in {folder} began with (sha256:"
+        f"{str(sha256)[:12]} then, sha256:{now[:12]} now): put the former code back, or start a new run."
+    )
+
+
+def _check(kind: type[Method]) -> None:
+    """Raises UserError where a class declares its options wrongly or cannot be made from them."""
+    name = kind.__name__
+    if not issubclass(kind.Options, Options):
+        base = kind.__mro__[1].__name__
+        raise UserError(f"{name}.Options must derive from the options of its base: class Options({base}.Options).")
+    bare = [each for each, value in vars(kind.Options).items() if isinstance(value, dataclasses.Field)]
+    if bare:
+        raise UserError(f"{name}.Options declares {bare[0]} without effect: put @dataclass(frozen=True) above it.")
+    _made(kind, kind.Options())
+
+
+def _made(kind: type[Method], options: Any) -> Method:
+    try:
+        return kind(options)
+    except UserError:
+        raise
+    except Exception as error:  # a user's __init__ may raise anything
+        raise UserError(
+            f"{kind.__name__} cannot be made from its options, as a run makes it ({type(error).__name__}: {error}): "
+            "let its __init__ take options=None, and declare what else it takes in class Options."
+        ) from None
+
+
+# -- source ------------------------------------------------------------------------------------------------------------
+
+
+def _source(kind: type) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(kind))
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return "\n".join([kind.__name__, *_compiled(kind)])
+
+
+def _compiled(kind: type) -> Iterator[str]:
+    """What the functions and plain attributes of a class do, without line numbers and docstrings of the class."""
+    if issubclass(kind, Options):
+        yield from (f"{knob.name} {knob.type.__name__} {knob.default!r} {knob.range}" for knob in kind.knobs())
+        return
+    for name, value in vars(kind).items():
+        function = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)
+        if isinstance(function, FunctionType):
+            yield name
+            yield repr(function.__defaults__)
+            yield from _instructions(function.__code__)
+        elif isinstance(value, type) and value.__qualname__ == f"{kind.__qualname__}.{name}":
+            yield from (name, *_compiled(value))
+        elif not name.startswith("__") and isinstance(value, (*_PLAIN, tuple)):
+            yield f"{name}={value!r}"
+
+
+def _instructions(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames, code.co_freevars))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
+        else:  # the order of a set depends on the process
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

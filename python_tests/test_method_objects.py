@@ -1,0 +1,269 @@
+"""Methods that a script gives to fedkern.simulate and fedkern.load as classes and objects."""
+
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fedkern
+from fedkern.api import requested
+from fedkern.methods import FedAvg, FedIOD, FedLPFM, FedProx, given_classes, option, registry
+from fedkern.run import main
+
+TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
+        "local_steps": 2, "workers": 1, "progress": False, "pictures": False}  # fmt: skip
+QUIET = {"progress": False, "pictures": False, "workers": 1}
+
+
+class Slow(FedAvg):
+    """FedAvg whose server goes only a share of the way."""
+
+    @dataclass(frozen=True)
+    class Options(FedAvg.Options):
+        share: float = option(1.0, "share of the way", above=0, high=1)
+
+    def server_update(self, server, step, uploads):
+        before = server.state["parameters"]
+        super().server_update(server, step, uploads)
+        server.state["parameters"] = torch.lerp(before, server.state["parameters"], self.options.share)
+
+
+class Half(FedAvg):
+    """Another class."""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    registry.GIVEN.clear()
+    yield
+    registry.GIVEN.clear()
+
+
+def memory():
+    """Two clients whose classes are told by the brighter half of an image."""
+    rng = np.random.default_rng(0)
+
+    def pair(n):
+        labels = rng.integers(0, 2, n)
+        images = rng.integers(0, 120, (n, 8, 8), dtype=np.uint8)
+        images[labels == 0, :4] += 120
+        return images, labels
+
+    return fedkern.FederatedData.from_arrays([pair(20), pair(20)], pair(20))
+
+
+def network():
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+
+
+def defined(text, name="Slow"):
+    """A class without a file of its own, as a notebook defines it."""
+    scope = {"FedAvg": FedAvg}
+    exec(f"class {name}(FedAvg):\n    def weight(self, server, upload):\n        return {text}\n", scope)
+    return scope[name]
+
+
+def test_options_are_given_by_name_or_as_an_object():
+    assert FedProx(mu=0.3).options == FedProx.Options(mu=0.3) == FedProx(FedProx.Options(mu=0.3)).options
+    assert FedProx().options == FedProx.Options()
+    assert FedLPFM(lam=0.4).options.lam == 0.4
+    assert FedIOD(mode="public").options.mode == "public"
+    assert FedProx.Options(mu=0.3).given() == {"mu": 0.3}
+    assert FedProx.Options("uniform").given() == {"weighting": "uniform"}
+    assert FedLPFM(lam=0.4).options.given() == {"lambda": 0.4}
+    assert pickle.loads(pickle.dumps(FedProx.Options(mu=0.3))).given() == {"mu": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: FedProx(mus=0.3), 'Unknown method option "mus" of FedProx. Did you mean "mu"?'),
+        (lambda: FedIOD(iteration=3), 'Did you mean "iterations"?'),
+        (lambda: FedProx(mu=-1), 'Method option "mu" must be at least 0, not -1.'),
+        (lambda: FedProx(0.3), "FedProx takes options by name, FedProx(NAME=VALUE), or an object FedProx.Options(...)"),
+        (lambda: FedProx(FedProx.Options(), mu=0.3), "not both: leave one out"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(make, sentence):
+    with pytest.raises(fedkern.UserError, match=re.escape(sentence)):
+        make()
+
+
+def test_an_object_means_its_name_and_the_options_it_was_made_with():
+    one = fedkern.simulate(FedProx(mu=0.1), rounds=1, out="one", **TINY)
+    two = fedkern.simulate("fedprox", mu=0.1, rounds=1, out="two", **TINY)
+    assert one.config.to_dict() == two.config.to_dict()
+    assert one.metrics == two.metrics
+    assert fedkern.load("one", method=FedProx(mu=0.1)).metrics == one.metrics
+
+    def options(method):
+        return requested(method, "digits", None, {})[0].options
+
+    assert options(FedLPFM) == options(FedLPFM()) == options("fedlpfm")
+    assert options(FedLPFM())["lambda"] == 0.9 != FedLPFM().options.lam  # the data set's default
+    assert options(FedLPFM(temperature=2.0)) == {**options("fedlpfm"), "temperature": 2.0}
+    assert options(FedLPFM(lam=FedLPFM().options.lam))["lambda"] == FedLPFM().options.lam
+
+
+def test_a_class_without_a_name_is_stored_and_given_again(capsys):
+    settings = {"data": memory(), "threads": 1, "grad_cam": 0, "lr": 0.1, **QUIET}
+    long = fedkern.simulate(Slow(share=0.5), model=network(), rounds=2, out="long", **settings)
+    run = fedkern.simulate(Slow(share=0.5), model=network(), rounds=1, out="run", **settings)
+    assert run.config.method == f"class:{__name__}:Slow"
+    assert run.config.options["share"] == 0.5
+    assert run.config.method_sha256 == given_classes.fingerprint(Slow)
+    registry.GIVEN.clear()  # as in another process
+    with pytest.raises(fedkern.UserError, match=re.escape("go on with it in Python, fedkern.load('run', method=Slow)")):
+        fedkern.load("run")
+    assert main(["--resume", "run"]) == 2
+    assert "method=Slow" in capsys.readouterr().err
+    again = fedkern.load("run", method=Slow, data=memory(), model=network())
+    assert again.metrics == run.metrics
+    assert again.evaluate()["accuracy"] == run.metrics["accuracy"]
+    assert again.predict(np.zeros((1, 1, 8, 8), np.uint8)).shape == (1, 2)
+    again.extend(2, **QUIET)
+    assert again.metrics == long.metrics
+    state = long.model().state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.model().state_dict().items())
+
+
+def test_the_folder_of_a_class_has_its_plain_name():
+    run = fedkern.simulate(Slow, rounds=1, **TINY)
+    assert run.out.name.startswith("Slow-digits-")
+    assert run.config.options["share"] == 1.0
+
+
+def test_what_differs_is_said():
+    first, second = defined("1.0"), defined("2.0")
+    run = fedkern.simulate(first, rounds=1, out="run", **TINY)
+    assert fedkern.load("run", method=defined("1.0")).metrics == run.metrics
+    with pytest.raises(fedkern.UserError, match=r"The code of the class Slow is not that .* put the former code back"):
+        fedkern.load("run", method=second)
+    with pytest.raises(fedkern.UserError, match="is Slow, not Half: give that class"):
+        fedkern.load("run", method=Half)
+    fedkern.simulate(second, rounds=1, out="other", **TINY)  # a cell of a notebook was changed and run again
+    assert run.extend(2, **QUIET).summary["rounds"] == 2
+    fedkern.simulate(FedProx(mu=0.1), rounds=1, out="prox", **TINY)
+    with pytest.raises(fedkern.UserError, match="one of the method fedprox, not of Slow: leave method out"):
+        fedkern.load("prox", method=Slow)
+    with pytest.raises(fedkern.UserError, match=r"has mu=0\.1, not mu=0\.5: give method=fedprox without options"):
+        fedkern.load("prox", method=FedProx(mu=0.5))
+
+
+class Beside(FedAvg):
+    """Takes something that is no option."""
+
+    def __init__(self, mu=0.1):
+        super().__init__()
+        self.mu = mu
+
+
+class Needing(FedAvg):
+    """Takes two things."""
+
+    def __init__(self, first, second):
+        super().__init__()
+
+
+class Bare(FedAvg):
+    """Has options that are no dataclass."""
+
+    class Options(FedAvg.Options):
+        share: float = option(1.0, "share of the way")
+
+
+class Foreign(FedAvg):
+    """Has options of its own kind."""
+
+    class Options:
+        share = 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "sentence"),
+    [
+        (3, {}, "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one"),
+        (dict, {}, "not <class 'dict'>"),
+        (Slow(share=0.5), {"share": 0.2}, "share is given twice, in Slow(...) and beside it"),
+        (Slow(share=0.5), {"options": {"share": 0.2}}, "share is given twice"),
+        (Slow, {"shares": 0.2}, 'Slow and its runs have no setting "shares". Did you mean "share"'),
+        (Slow, {"share": 2.0}, 'Method option "share" must be'),
+        (Beside(mu=0.5), {}, "Beside has mu beside its options"),
+        (Needing, {}, "Needing cannot be made from its options, as a run makes it (TypeError"),
+        (Bare, {}, "Bare.Options declares share without effect: put @dataclass(frozen=True)"),
+        (Foreign, {}, "Foreign.Options must derive from the options of its base: class Options(FedAvg.Options)"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(method, settings, sentence, tmp_path):
+    with pytest.raises(fedkern.UserError, match=re.escape(sentence)):
+        fedkern.simulate(method, rounds=1, **TINY, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import fedkern
+from fedkern.methods import FedAvg
+
+
+class Mine(FedAvg):
+    '''A method of a script.'''
+
+    def weight(self, server, upload):
+        return 1.0
+
+
+if __name__ == "__main__":
+    fedkern.simulate(Mine, data="digits", train_samples=120, clients=3, model="mlp", threads=1, grad_cam=0,
+                     local_steps=2, workers=2, rounds=2, pictures=False, out="run")
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_class_of_main_runs_serially_and_is_loaded_from_its_module(tmp_path, monkeypatch):
+    (tmp_path / "script_of_a_test.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script_of_a_test.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert said.count("Clients work one after another, as Mine, which is defined in __main__,") == 1
+    monkeypatch.syspath_prepend(tmp_path)
+    from script_of_a_test import Mine
+
+    run = fedkern.load("run", method=Mine)
+    assert run.config.method == "class:__main__:Mine"
+    assert "defined in __main__" in run.summary["diagnostics"]["no-workers"]
+    assert run.extend(3, **QUIET).summary["rounds"] == 3
+
+
+def test_the_fingerprint_is_that_of_the_source_of_a_class_and_its_bases(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = textwrap.dedent(
+        """
+        from fedkern.methods import FedAvg
+        class Base(FedAvg):
+            '''One.'''
+        class Derived(Base):
+            '''Two.'''
+        """
+    )
+
+    def fingerprints(text, name):
+        Path(name).with_suffix(".py").write_text(text)
+        module = __import__(name)
+        return given_classes.fingerprint(module.Base), given_classes.fingerprint(module.Derived)
+
+    before = fingerprints(text, "first_of_a_test")
+    assert fingerprints("import json\n" + text + "\nprint\n", "second_of_a_test") == before
+    other = fingerprints(text.replace("One", "Three"), "third_of_a_test")
+    assert other[0] != before[0]
+    assert other[1] != before[1]
+    assert given_classes.fingerprint(defined("1.0")) == given_classes.fingerprint(defined("1.0"))
+    assert given_classes.fingerprint(defined("upload.samples in {'a', 'b'}")) != given_classes.fingerprint(defined("1"))
