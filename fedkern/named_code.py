@@ -102,15 +102,16 @@ def home(what: Any) -> str:
 @contextmanager
 def neighbours(named: Named | None) -> Iterator[None]:
     """Lets code import the modules beside its file, as a script can."""
-    if named is None or not named.file:
+    folder = str(Path(named.file).parent) if named is not None and named.file else ""
+    if not folder or folder in sys.path:
         yield
         return
-    folder = str(Path(named.file).parent)
     sys.path.append(folder)
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        if folder in sys.path:  # the code may have removed it
+            sys.path.remove(folder)
 
 
 def _read(path: str) -> tuple[bytes, str]:

@@ -2,8 +2,8 @@
 
 A plugin is named by the user, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or by an installed package, as an
 entry point of the group ``fedkern.plugins``.  What a plugin registers is then known by name everywhere, like fedkern's
-own.  A run stores its plugins in ``config.toml``, each with an identity: the SHA-256 of a file, or the version, SHA-256
-and origin of a module.
+own.  A run stores its plugins in ``config.toml``, each with an identity: the SHA-256 of a file and of what it imports
+from its own folder (`fedkern.plugin_neighbours`), or the version, SHA-256 and origin of a module.
 
 A run folder may come from anyone.  :func:`restore` therefore executes a stored plugin only if its identity is unchanged
 and this user has started a run with it on this machine before (:func:`remember`), or if the user names it again.
@@ -29,6 +29,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from fedkern import named_code
+from fedkern import plugin_neighbours as neighbours
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, check_text, expand
 from fedkern.inputs import open_regular
@@ -61,10 +63,11 @@ class Plugin:
 
     Attributes:
         name: absolute path of the file, or name of the module.
-        identity: ``sha256:...`` of a file; version, SHA-256 and origin of a module.
+        identity: ``sha256:...`` of a file and of its neighbours; version, SHA-256 and origin of a module.
         source: content of the file; None for a module.
         given: whether the user named the plugin, rather than an entry point or a run folder.
         added: names that the plugin has registered, by kind (a key of `REGISTRIES`).
+        modules: names of modules in the folder of a file that its execution has loaded.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Plugin:
     source: bytes | None = field(default=None, repr=False)
     given: bool = True
     added: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
 
 _LOADED: dict[str, Plugin] = {}
@@ -100,12 +104,11 @@ def load(name: str) -> Plugin:
         plugin = known if known is not None else _execute(Plugin(name, _module_identity(name)))
     else:
         source = _content(path)
-        identity = _file_identity(source)
-        if known is not None and known.identity == identity:
+        if known is not None and _change(known.name, path, known.identity) is None:
             plugin = known
         else:
             unload(name)
-            plugin = _execute(Plugin(name, identity, source))
+            plugin = _execute(Plugin(name, neighbours.sha256(source), source))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
 
@@ -146,6 +149,10 @@ def unload(name: str) -> None:
         for each in names:
             tables[kind].pop(each, None)
     sys.modules.pop(_module_name(plugin), None)
+    # What it imports may have changed; another plugin of the folder may have loaded that first.
+    beside = [other for other in _LOADED.values() if Path(other.name).parent == Path(plugin.name).parent]
+    for name in [each for other in (plugin, *beside) for each in other.modules]:
+        sys.modules.pop(name, None)
 
 
 def loaded() -> tuple[Plugin, ...]:
@@ -173,10 +180,6 @@ def _content(path: Path) -> bytes:
         raise UserError(f"The plugin {path} cannot be read: {error.strerror or error}.") from None
 
 
-def _file_identity(source: bytes) -> str:
-    return f"sha256:{hashlib.sha256(source).hexdigest()}"
-
-
 def _module_identity(name: str) -> str:
     """Version, SHA-256 and origin of a module, found without importing the module or its packages.
 
@@ -194,7 +197,7 @@ def _module_identity(name: str) -> str:
     found = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
     parts = [" ".join(sorted(found)) or "no version"]
     if spec.origin is not None and Path(spec.origin).is_file():
-        parts += [_file_identity(Path(spec.origin).read_bytes()), spec.origin]
+        parts += [neighbours.sha256(Path(spec.origin).read_bytes()), spec.origin]
     return ", ".join(parts)
 
 
@@ -233,28 +236,61 @@ def _tables() -> dict[str, dict[str, Any]]:
 def _execute(plugin: Plugin) -> Plugin:
     """Runs a plugin's code and finds out what it registers; an exception leaves nothing registered.
 
+    Returns:
+        The plugin, with what it registers, the modules that it has loaded and, for a file, its identity.
+
     Raises:
         UserError: see :func:`load`.
     """
     tables, module = _tables(), _module_name(plugin)
     before = {kind: dict(table) for kind, table in tables.items()}
-    imported = module in sys.modules
+    modules = set(sys.modules)
     try:
         _run(plugin, module)
         added = _added(plugin, before, tables)
-        if not added and not imported:
+        if not added and module not in modules:
             raise UserError(
                 f'The plugin {plugin.name} registers nothing: put @fedkern.register("NAME") on a method, or another of '
                 "the decorators of docs/plugins.md on a function."
             )
+        return replace(_with_neighbours(plugin, modules), added=added)
     except BaseException:
         for kind, table in tables.items():
             table.clear()
             table.update(before[kind])
-        if not imported:
-            sys.modules.pop(module, None)
+        for name in [*_loaded_beside(plugin, modules), *([] if module in modules else [module])]:
+            sys.modules.pop(name, None)
         raise
-    return replace(plugin, added=added)
+
+
+def _with_neighbours(plugin: Plugin, before: Collection[str]) -> Plugin:
+    """A plugin that has been executed, with the modules of its folder that it has loaded and its identity.
+
+    Raises:
+        UserError: a module that it imports from its folder was loaded by another plugin, from another folder.
+    """
+    if plugin.source is None:
+        return plugin
+    file = Path(plugin.name)
+    named, own = neighbours.imported(file, plugin.source), _loaded_beside(plugin, before)
+    for other in _LOADED.values():
+        elsewhere = Path(other.name).parent
+        for name in other.modules if elsewhere != file.parent else ():
+            if name in named.values() and name in neighbours.loaded(elsewhere, [name]):
+                raise UserError(
+                    f"The plugin {plugin.name} imports {name}, and another {name} is loaded already, of the plugin "
+                    f"{other.name}: rename one of the two."
+                )
+    identity = neighbours.identity(file, plugin.source, [*named, *own.values()])
+    return replace(plugin, identity=identity, modules=tuple(own))
+
+
+def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
+    """The files, by module, that a plugin's execution has loaded from its folder; no other plugins."""
+    if plugin.source is None:
+        return {}
+    names = [name for name in [*sys.modules] if name not in before and not name.startswith("fedkern_")]
+    return neighbours.loaded(Path(plugin.name).parent, names)
 
 
 def _run(plugin: Plugin, name: str) -> None:
@@ -266,7 +302,9 @@ def _run(plugin: Plugin, name: str) -> None:
         module.__file__ = plugin.name
         sys.modules[name] = module  # dataclasses and pickle look there
         # The content that was hashed, not what the file holds by now.
-        exec(compile(plugin.source, plugin.name, "exec", dont_inherit=True), module.__dict__)
+        importlib.invalidate_caches()  # files beside the plugin may be new
+        with named_code.neighbours(named_code.Named("", file=plugin.name)):
+            exec(compile(plugin.source, plugin.name, "exec", dont_inherit=True), module.__dict__)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
     except (Exception, SystemExit) as error:
@@ -335,7 +373,9 @@ def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     result = {}
     for name, identity in wanted.items():
         plugin = load(name)
-        if identity and plugin.identity != identity:
+        own, settled = neighbours.parsed(plugin.identity), neighbours.parsed(identity)
+        fits = plugin.identity == identity or (settled and settled.items() <= own.items())
+        if identity and not fits:
             raise UserError(
                 f"The plugin {plugin.name} is not the one that the settings name ({_short(identity)} there, "
                 f"{_short(plugin.identity)} now): put it back, or take the identity out of the settings."
@@ -384,17 +424,17 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             continue
         try:
             full, path = _located(name)
-            present = _module_identity(name) if path is None else _file_identity(_content(path))
+            change = _change(name, path, identity)
         except UserError as error:
             raise UserError(
                 f"The run in {folder} needs a plugin that is not there: {str(error).rstrip('.')}; where it has moved, "
                 "give it again with --plugin."
             ) from None
-        if present != identity:
+        if change is not None:
+            what, then, present = change
             raise UserError(
-                f"The plugin {name} has changed since the run in {folder} began ({_short(identity)} then, "
-                f"{_short(present)} now): put back the former one, or give the plugin again to go on with the changed "
-                f"one, {again}."
+                f"{what} has changed since the run in {folder} began ({then} then, {present} now): put back the former "
+                f"one, or give the plugin again to go on with the changed one, {again}."
             )
         if full != name or not _remembered(name, identity):
             raise UserError(
@@ -402,7 +442,34 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
                 f"anyone: where you trust that code, give the plugin again, {again}."
             )
         load(name)
-        _LOADED[name] = replace(_LOADED[name], given=False)
+        # The stored identity, whose files are unchanged: what is loaded in other ways than by import may differ.
+        _LOADED[name] = replace(_LOADED[name], given=False, identity=identity)
+
+
+def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str] | None:
+    """What has changed of a plugin since it had an identity, found without executing anything.
+
+    Returns:
+        The subject of a sentence, and the identity then and now; None where nothing has changed.
+
+    Raises:
+        UserError: the plugin is not there.
+    """
+    if path is None:
+        now = _module_identity(name)
+        return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
+    source, stored = _content(path), neighbours.parsed(identity)
+    if not stored:
+        return f"The plugin {name}", _short(identity), _short(neighbours.sha256(source))
+    present = neighbours.present(path, source, stored)
+    for each in neighbours.changed(stored, present):
+        what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
+        return what, _short(stored[each]), _short(present[each]) or "gone"
+    for file in neighbours.imported(path, source):
+        if (each := file.relative_to(path.parent).as_posix()) not in stored:
+            found = neighbours.present(path, source, {each: ""})[each]
+            return f"{file}, which the plugin {name} imports,", "none", _short(found)
+    return None
 
 
 def _short(identity: str) -> str:
@@ -474,11 +541,16 @@ def receive(plugins: Iterable[Plugin]) -> None:
     """Loads plugins that another process has :func:`sent`.
 
     Raises:
-        UserError: see :func:`load`.
+        UserError: see :func:`load`; or a file that a plugin imports has changed meanwhile.
     """
     for plugin in plugins:
-        if plugin.name not in _LOADED:
-            _LOADED[plugin.name] = _execute(plugin)
+        if plugin.name in _LOADED:
+            continue
+        if plugin.source is not None:
+            stored, file = neighbours.parsed(plugin.identity), Path(plugin.name)
+            for each in neighbours.changed(stored, neighbours.present(file, plugin.source, stored)):
+                raise UserError(f"{file.parent / each}, which the plugin {file} imports, has changed meanwhile")
+        _LOADED[plugin.name] = replace(_execute(plugin), identity=plugin.identity)
 
 
 # -- options of registered functions -----------------------------------------------------------------------------------

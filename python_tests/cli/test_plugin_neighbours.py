@@ -1,0 +1,249 @@
+"""Files that a plugin imports from its own folder: no run folder executes them after they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+from interrupted import Kill, KillAt
+from plugin_files import plugged, unload_all  # noqa: F401
+
+import fedkern
+from fedkern import plugin_neighbours as neighbours
+from fedkern import plugins
+from fedkern.engine import RunConfig, run
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("plugged")
+
+SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, "width": 4, "grad_cam": 0,
+            "data": "digits", "partition": "iid", "data_options": {"test_samples": 20}}  # fmt: skip
+OWN = '''\
+from fedkern.methods import FedAvg, register
+import helpers_of_a_test
+
+@register("mine")
+class Mine(FedAvg):
+    """A method of a test."""
+    weights = helpers_of_a_test.WEIGHTS
+'''
+HELPERS = """\
+import pathlib
+with pathlib.Path({marker!r}).open("a") as file:
+    file.write("ran\\n")
+WEIGHTS = {weights}
+"""
+
+
+class Pair:
+    """A plugin and the module that it imports, which says how often it was executed."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.path, self.helpers, self.marker = folder / "own.py", folder / "helpers_of_a_test.py", folder / "ran"
+        self.path.write_text(OWN)
+        self.write(1)
+
+    def write(self, weights: int) -> None:
+        self.helpers.write_text(HELPERS.format(marker=str(self.marker), weights=weights))
+
+    @property
+    def runs(self) -> int:
+        return len(self.marker.read_text().splitlines()) if self.marker.exists() else 0
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return Pair(tmp_path / "plugin")
+
+
+@pytest.fixture
+def begun(pair, tmp_path):
+    """The folder of a run with the plugin, killed after its first round; the process has forgotten the plugin since."""
+    out = tmp_path / "run"
+    config = RunConfig.make("mine", plugins=[str(pair.path)], rounds=2, **SETTINGS)
+    with pytest.raises(Kill):
+        run(config, out=out, listener=KillAt("round", 1))
+    unload_all()
+    assert pair.runs == 1
+    return out
+
+
+def untouched(fails, begun, pair, *parts):
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    for words in (["--resume", str(begun)], ["attack", str(begun)]):
+        sentence = fails(*words)
+        for part in parts:
+            assert part in sentence
+    assert pair.runs == 1
+    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
+
+
+# -- what a folder executes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_an_unchanged_neighbour_goes_on(result, begun, pair):
+    stored = tomllib.loads((begun / "config.toml").read_text())["plugins"][str(pair.path)]
+    assert list(neighbours.parsed(stored)) == ["", "helpers_of_a_test.py"]
+    result("--resume", str(begun), "--quiet")
+    assert pair.runs == 2
+    assert "other-plugin" not in json.loads((begun / "summary.json").read_text())["diagnostics"]
+
+
+def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fails, result, begun, pair):
+    pair.write(20)
+    untouched(fails, begun, pair, f"{pair.helpers}, which the plugin {pair.path} imports, has changed since",
+              f"--plugin {pair.path}")  # fmt: skip
+    result("--resume", str(begun), "--plugin", str(pair.path), "--quiet")
+    assert pair.runs == 2
+    assert METHODS["mine"].weights == 20
+    assert str(pair.path) in json.loads((begun / "summary.json").read_text())["diagnostics"]["other-plugin"]
+
+
+def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
+    kept = pair.helpers.rename(pair.helpers.with_suffix(".txt"))
+    untouched(fails, begun, pair, "has changed since", "gone now")
+    kept.rename(pair.helpers)
+    package = pair.helpers.with_suffix("")
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit\n")
+    untouched(fails, begun, pair, f"{package / '__init__.py'}, which the plugin", "none then")
+
+
+def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
+    config = begun / "config.toml"
+    stored = neighbours.parsed(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
+    whole = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
+    assert whole in config.read_text()
+    for other, said in (
+        (stored[""], "has changed since"),
+        (f"{whole}; ../../other.py {stored['']}", "gone now"),
+        (f"{whole}; {pair.helpers} {stored['']}", "gone now"),
+        (f"helpers_of_a_test.py {stored['helpers_of_a_test.py']}", "has changed since"),
+    ):
+        text = config.read_text()
+        config.write_text(text.replace(whole, other))
+        untouched(fails, begun, pair, said)
+        config.write_text(text)
+
+
+def test_another_process_executes_no_other_neighbour(pair):
+    sent = plugins.sent(plugins.given([str(pair.path)]))
+    unload_all()
+    plugins.receive(sent)
+    assert [plugin.identity for plugin in plugins.loaded()] == [sent[0].identity]
+    unload_all()
+    pair.write(20)
+    with pytest.raises(UserError, match=r"helpers_of_a_test\.py, which the plugin .* imports, has changed meanwhile"):
+        plugins.receive(sent)
+    assert pair.runs == 2
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_neighbour_is_loaded_again(pair):
+    first = plugins.load(str(pair.path))
+    assert plugins.load(str(pair.path)).identity == first.identity
+    assert (pair.runs, METHODS["mine"].weights) == (1, 1)
+    pair.write(20)
+    assert plugins.load(str(pair.path)).identity != first.identity
+    assert (pair.runs, METHODS["mine"].weights) == (2, 20)
+    assert plugins.given({str(pair.path): plugins.load(str(pair.path)).identity})
+    with pytest.raises(UserError, match="is not the one that the settings name"):
+        plugins.given({str(pair.path): first.identity})
+    with pytest.raises(UserError, match="is not the one that the settings name"):
+        plugins.given({str(pair.path): "anything"})
+    unload_all()
+    assert "helpers_of_a_test" not in sys.modules
+    assert str(pair.path.parent) not in sys.path
+
+
+def test_a_plugin_that_fails_leaves_no_module(pair):
+    pair.path.write_text(OWN + "1 / 0\n")
+    with pytest.raises(UserError, match=r"\(line 8\): ZeroDivisionError"):
+        plugins.load(str(pair.path))
+    assert "helpers_of_a_test" not in sys.modules
+
+
+def test_plugins_of_two_folders_cannot_import_modules_of_one_name(pair, tmp_path):
+    plugins.load(str(pair.path))
+    other = Pair(tmp_path / "other")
+    other.path.write_text(OWN.replace('"mine"', '"yours"'))
+    with pytest.raises(UserError, match="imports helpers_of_a_test, and another helpers_of_a_test is loaded already"):
+        plugins.load(str(other.path))
+    assert "yours" not in METHODS
+    beside = pair.path.with_name("beside.py")
+    beside.write_text(OWN.replace('"mine"', '"beside"'))
+    assert neighbours.parsed(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
+    assert pair.runs == 1  # both share the module
+
+
+def test_neighbours_are_found_from_import_to_import(tmp_path):
+    files = {
+        "own.py": OWN + "import parts_of_a_test.deep\ndef later():\n    from late_of_a_test import x\n"
+        "import importlib\nimportlib.import_module('hidden_of_a_test')\n",
+        "helpers_of_a_test.py": "WEIGHTS = 3\n",
+        "late_of_a_test.py": "x = 1\n",
+        "hidden_of_a_test.py": "",
+        "unused.py": "",
+        "parts_of_a_test/__init__.py": "",
+        "parts_of_a_test/deep.py": "from . import sibling\nfrom .other import y\n",
+        "parts_of_a_test/sibling.py": "import json\n",
+        "parts_of_a_test/other.py": "y = 1\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    found = neighbours.parsed(plugins.load(str(tmp_path / "own.py")).identity)
+    own = {name for name in files if name not in ("own.py", "unused.py")}
+    assert found.keys() == {"", *own}
+    for name in own:
+        assert found[name] == f"sha256:{hashlib.sha256(files[name].encode()).hexdigest()}"
+
+
+def test_installed_code_in_the_folder_is_no_neighbour(tmp_path, monkeypatch):
+    root = Path(fedkern.__file__).resolve().parents[1]
+    assert neighbours.imported(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n") == {}
+    for place in ("env/lib/site-packages", "stdlib", "vendored"):
+        (tmp_path / place).mkdir(parents=True)
+        name = f"{Path(place).name.replace('-', '_')}_of_a_test"
+        module = types.ModuleType(name)
+        module.__file__ = str(tmp_path / place / f"{name}.py")
+        Path(module.__file__).write_text("")
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "stdlib"))
+    names = ["site_packages_of_a_test", "stdlib_of_a_test", "vendored_of_a_test", "sys", "no_module"]
+    assert neighbours.loaded(tmp_path, names) == {"vendored_of_a_test": tmp_path / "vendored/vendored_of_a_test.py"}
+
+
+def test_an_identity_is_read_as_it_is_written(tmp_path):
+    (tmp_path / "a file.py").write_text("a")
+    text = neighbours.identity(tmp_path / "own.py", b"own", [tmp_path / "a file.py"])
+    assert neighbours.parsed(text) == {"": neighbours.sha256(b"own"), "a file.py": neighbours.sha256(b"a")}
+    assert neighbours.parsed(text.partition("; ")[2]) == {}
+    for other in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
+        assert neighbours.parsed(other) == {}
+
+
+def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeypatch):
+    real = neighbours.identity
+    monkeypatch.setattr(neighbours, "identity", lambda *args: real(*args[:2], [pair.path.parent / "missing.py"]))
+    with pytest.raises(UserError, match=r"missing\.py, which a plugin imports, cannot be read"):
+        plugins.load(str(pair.path))
+    assert "mine" not in METHODS
+    assert plugins.loaded() == ()
+
+
+def test_a_stored_identity_without_its_plugin_is_not_there(fails, begun, pair):
+    pair.path.unlink()
+    untouched(fails, begun, pair, "needs a plugin that is not there")
