@@ -143,7 +143,7 @@ def _check_method(network: nn.Module, config: RunConfig, task: str, text: str) -
     fitting = sorted(
         name
         for name, other in registry.METHODS.items()
-        if task in other.tasks and LEVELS.index(other().needs) <= LEVELS.index(has)
+        if other.learns(task) and LEVELS.index(other().needs) <= LEVELS.index(has)
     )
     lacks = {
         "features": "a linear layer with a bias as its last step",

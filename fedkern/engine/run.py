@@ -237,10 +237,16 @@ def _effective(config: RunConfig, data: Any) -> RunConfig:
 
 
 def _check(config: RunConfig, data: Any) -> None:
-    tasks = registry.get(config.method).tasks
-    if data.task not in tasks:
+    kind = registry.get(config.method)
+    if data.task == "multilabel" and not kind.learns(data.task):
+        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.learns(data.task)))
         raise UserError(
-            f'{config.method} is for {" and ".join(tasks)}, but the data set "{config.data}" is for {data.task}.'
+            f'{config.method} learns a single class of every image, and the data set "{config.data}" has several '
+            f"labels an image: methods for several labels are {able}."
+        )
+    if not kind.learns(data.task):
+        raise UserError(
+            f'{config.method} is for {" and ".join(kind.tasks)}, but the data set "{config.data}" is for {data.task}.'
         )
     check_task(config.model, data.task, config.data, "with --model")
     if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):

@@ -87,7 +87,8 @@ class Method:
     one_shot: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
-    """Tasks that the method can learn: ``"classification"``, ``"segmentation"``, ``"retrieval"`` (image-text pairs)."""
+    """Tasks that the method can learn: ``"classification"``, ``"multilabel"`` (several labels an image),
+    ``"segmentation"``, ``"retrieval"`` (image-text pairs).  See :meth:`learns`."""
 
     selective: ClassVar[bool] = False
     """Whether ``send`` may leave out clients (a dict without them) or all clients (None)."""
@@ -127,6 +128,20 @@ class Method:
         if options is None:
             options = self.Options.parse(given, method=name) if given else self.Options()
         self.options: Any = options
+
+    @classmethod
+    def learns(cls, task: str) -> bool:
+        """Whether the method can learn a task: one of ``tasks``.
+
+        ``"multilabel"`` counts only where ``tasks`` is declared by the class that has the ``loss``, or by one derived
+        from it: a loss of a derived class may expect a single class of every image.
+        """
+        for kind in cls.__mro__:
+            if "tasks" in vars(kind) or task not in cls.tasks:
+                break
+            if "loss" in vars(kind) and task == "multilabel":
+                return False
+        return task in cls.tasks
 
     @property
     def needs(self) -> str:
@@ -250,6 +265,7 @@ class Method:
 
             - classification: ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1],
               and ``loss`` (mean cross-entropy in nats);
+            - multilabel: ``macro_auroc`` and the other figures of `fedkern.methods.common.multilabel_figures`;
             - retrieval: ``i2t_r1`` and the other figures of `fedkern.methods.common.supervised`;
             - segmentation: ``dice`` and the other figures of `fedkern.methods.common.segmentation_figures`.
         """

@@ -38,7 +38,7 @@ class Centralised(Objective, Method):
 
     pooled = True
     pools_statistics = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation", "retrieval")
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())

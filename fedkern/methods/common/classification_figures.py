@@ -53,7 +53,7 @@ def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
         own = labels == label
         positive, negative = int(own.sum()), int((~own).sum())
         if negative:
-            ranks = _mean_ranks(scores[:, label])
+            ranks = mean_ranks(scores[:, label])
             areas[label] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
     return areas
 
@@ -82,7 +82,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
     return float(torch.bincount(place, weights=distance, minlength=bins).abs().sum()) / len(labels)
 
 
-def _mean_ranks(values: Tensor) -> Tensor:
+def mean_ranks(values: Tensor) -> Tensor:
     """Ranks from 1, equal values sharing the mean of theirs, fp64 ``[n]``."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)

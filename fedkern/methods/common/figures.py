@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.methods.common.multilabel_figures import multilabel
 from fedkern.methods.common.registered_metrics import Answers
 from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.methods.common.supervised import pair_figures
 
-MAIN_FIGURES = ("accuracy", "dice", "i2t_r1")
+MAIN_FIGURES = ("accuracy", "dice", "i2t_r1", "macro_auroc")
 """Main figures, one per task; the metrics of every run include one of them."""
 
 
@@ -30,8 +31,8 @@ def is_main(name: str) -> bool:
 
 
 def figures(model: nn.Module, data: Any) -> dict[str, float]:
-    """Figures for ``data.task``: `classification` (the default), `segmentation` or retrieval (`pair_figures`)."""
-    of_task = {"retrieval": pair_figures, "segmentation": segmentation}
+    """Figures for ``data.task``: `classification` (the default), `multilabel`, `segmentation` or `pair_figures`."""
+    of_task = {"retrieval": pair_figures, "segmentation": segmentation, "multilabel": multilabel}
     return of_task.get(getattr(data, "task", ""), classification)(model, data)
 
 

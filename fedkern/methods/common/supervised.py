@@ -1,4 +1,4 @@
-"""Supervised losses (classification, segmentation, image-text pairs), and figures of a pair of encoders."""
+"""Supervised losses (classes, several labels, segmentation, image-text pairs), and figures of a pair of encoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from fedkern import ops
 from fedkern.data.types import IGNORE
@@ -24,7 +24,8 @@ LOSS_BATCH = 32
 def supervised_loss(model: Any, batch: Any) -> Tensor:
     """Supervised loss of a batch, a scalar: cross-entropy on labels, contrastive loss on image-text pairs.
 
-    The loss of a segmentation is the mean over the known pixels of the batch, and 0 without known pixels.  The
+    Where an image may have several labels (uint8 [B, L]), the loss is the mean binary cross-entropy of all labels.  The
+    loss of a segmentation is the mean over the known pixels of the batch, and 0 without known pixels.  The
     contrastive loss is the sum of both directions, image to text and text to image (docs/methods/feddra.md, section 5).
 
     Raises:
@@ -34,6 +35,8 @@ def supervised_loss(model: Any, batch: Any) -> Tensor:
         logits = model(batch.images)
         if batch.labels.dim() == 1:
             return cross_entropy(logits, batch.labels)
+        if batch.labels.dim() == 2:
+            return binary_cross_entropy_with_logits(logits, batch.labels.to(logits.dtype))
         return pixelwise_loss(logits, batch.labels, per_sample=batch.per_sample)
     if batch.per_sample:
         raise ValueError(

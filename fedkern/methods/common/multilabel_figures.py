@@ -1,0 +1,107 @@
+"""Figures of a network that gives every image several labels or none.
+
+AUROC and average precision are defined as in scikit-learn, and the tests compare both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from fedkern.methods.common.classification_figures import mean_ranks
+
+MAIN = "macro_auroc"
+"""Main figure: mean of the labels' areas under the ROC curve."""
+
+
+@torch.no_grad()
+def multilabel(model: nn.Module, data: Any) -> dict[str, float]:
+    """Figures of a network on a test set.
+
+    ``data.batches()`` yields (images fp32 [B, C, H, W], labels uint8 [B, L]).  ``data.keep(logits)``, where it exists
+    and is not None, receives the logits [n, L] on the CPU in order.
+
+    Returns:
+        ``loss`` (mean binary cross-entropy in nats) and the figures of :func:`label_figures`.
+    """
+    answers = [(model(images), labels) for images, labels in data.batches()]
+    if not answers:
+        raise ValueError("data: expected at least one sample, given none")
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
+    keep = getattr(data, "keep", None)
+    if keep is not None:
+        keep(logits)
+    loss = float(binary_cross_entropy_with_logits(logits.double(), labels.double()))
+    return {**label_figures(logits, labels), "loss": loss}
+
+
+def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Figures over all labels; one that is not defined for any label is left out.
+
+    Args:
+        logits: ``[n, L]``; a label is predicted where its logit is above 0, a probability above one half.
+        labels: 0 and 1, ``[n, L]``.
+
+    Returns:
+        - ``macro_auroc``: mean of :func:`areas` over the labels that have one;
+        - ``mean_average_precision``: mean of :func:`average_precisions` over the labels that occur;
+        - ``macro_f1``: mean F1 of the labels that occur or are predicted;
+        - ``exact_match``: share of the images all of whose labels are right (subset accuracy).
+    """
+    predicted, true = logits > 0, labels.bool()
+    both = (predicted & true).sum(0).double()
+    found = {
+        MAIN: float(areas(logits, labels).nanmean()),
+        "mean_average_precision": float(average_precisions(logits, labels).nanmean()),
+        "macro_f1": float((2 * both / (predicted.sum(0) + true.sum(0))).nanmean()),
+        "exact_match": float((predicted == true).all(1).double().mean()),
+    }
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def areas(scores: Tensor, labels: Tensor) -> Tensor:
+    """The area under the ROC curve of every label, fp64 ``[L]``; NaN where all images have the label, or none has.
+
+    Args:
+        scores: ``[n, L]``, larger where a label is more likely; ties count one half.
+        labels: 0 and 1, ``[n, L]``.
+    """
+    found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
+    for column in range(scores.shape[1]):
+        own = labels[:, column].bool()
+        positive, negative = int(own.sum()), int((~own).sum())
+        if positive and negative:
+            ranks = mean_ranks(scores[:, column])
+            found[column] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
+    return found
+
+
+def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
+    """The average precision of every label, fp64 ``[L]``; NaN where no image has the label.
+
+    It is the sum over thresholds of precision times the gain in recall; images with equal scores share a threshold.
+
+    Args:
+        scores: ``[n, L]``, larger where a label is more likely.
+        labels: 0 and 1, ``[n, L]``.
+    """
+    found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
+    for column in range(scores.shape[1]):
+        own = labels[:, column].double()
+        if not bool(own.any()):
+            continue
+        values, place = torch.unique(scores[:, column], return_inverse=True)
+        hits = torch.bincount(place, weights=own, minlength=len(values)).flip(0)  # from the highest score down
+        images = torch.bincount(place, minlength=len(values)).flip(0)
+        found[column] = float((hits * hits.cumsum(0) / images.cumsum(0)).sum() / own.sum())
+    return found
+
+
+def unvaried(logits: Tensor) -> bool:
+    """Whether every label is predicted for all images alike."""
+    predicted = logits > 0
+    return bool((predicted == predicted[:1]).all())

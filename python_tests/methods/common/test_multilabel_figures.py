@@ -1,0 +1,134 @@
+"""Figures of several labels an image, against their plain definitions and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedkern.methods import METHODS, FedAvg, FedGID, FedProx, Moon
+from fedkern.methods.common import multilabel_figures as of_labels
+from fedkern.methods.common.supervised import supervised_loss
+
+
+def drawn(n=40, count=5, steps=6, seed=0):
+    """Scores with ties and labels; the last label is one that no image has, the one before it all have."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-steps, steps, (n, count), generator=generator) / 3
+    labels = torch.randint(0, 2, (n, count), generator=generator, dtype=torch.uint8)
+    labels[:, -1], labels[:, -2] = 0, 1
+    return scores, labels
+
+
+def pairs_area(scores, own):
+    """Share of pairs of an image with the label and one without that are in the right order."""
+    pairs = list(product(scores[own].tolist(), scores[~own].tolist()))
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+
+
+def stepwise_precision(scores, own):
+    """Sum over thresholds, from the highest down, of precision times the gain in recall."""
+    total, before = 0.0, 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        chosen = scores >= threshold
+        recall = float((chosen & own).sum() / own.sum())
+        total += float((chosen & own).sum() / chosen.sum()) * (recall - before)
+        before = recall
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_areas_are_shares_of_pairs_in_order(seed):
+    scores, labels = drawn(seed=seed)
+    found = of_labels.areas(scores, labels)
+    assert found[-1:].isnan().all()
+    assert found[-2:].isnan().all()
+    for column in range(3):
+        assert float(found[column]) == pytest.approx(pairs_area(scores[:, column], labels[:, column].bool()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_is_a_sum_over_thresholds(seed):
+    scores, labels = drawn(seed=seed)
+    found = of_labels.average_precisions(scores, labels)
+    assert math.isnan(found[-1])
+    assert float(found[-2]) == pytest.approx(1.0)
+    for column in range(3):
+        expected = stepwise_precision(scores[:, column], labels[:, column].bool())
+        assert float(found[column]) == pytest.approx(expected)
+
+
+@pytest.mark.exhaustive  # importing sklearn.metrics takes seconds
+def test_figures_are_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, labels = (part[:, :3].numpy() for part in drawn(100))
+    found = of_labels.label_figures(torch.as_tensor(scores), torch.as_tensor(labels))
+    assert found["macro_auroc"] == pytest.approx(metrics.roc_auc_score(labels, scores, average="macro"))
+    assert found["mean_average_precision"] == pytest.approx(metrics.average_precision_score(labels, scores))
+    assert found["macro_f1"] == pytest.approx(metrics.f1_score(labels, scores > 0, average="macro"))
+    assert found["exact_match"] == pytest.approx(metrics.accuracy_score(labels, scores > 0))
+
+
+def test_figures_leave_out_labels_without_a_definition():
+    scores = torch.tensor([[1.0, -1.0, -2.0], [-1.0, -1.0, 1.0]])
+    labels = torch.tensor([[1, 0, 0], [0, 0, 0]], dtype=torch.uint8)
+    found = of_labels.label_figures(torch.as_tensor(scores), torch.as_tensor(labels))
+    assert found["macro_auroc"] == 1.0
+    assert found["mean_average_precision"] == 1.0
+    assert found["macro_f1"] == 0.5  # the second label neither occurs nor is predicted, the third is predicted wrongly
+    assert found["exact_match"] == 0.5
+    assert "macro_auroc" not in of_labels.label_figures(scores[:1], labels[:1])
+
+
+def test_a_network_is_asked_batch_by_batch():
+    scores, labels = drawn()
+    kept = []
+    data = SimpleNamespace(batches=lambda: zip(scores.split(7), labels.split(7), strict=True), keep=kept.append)
+    found = of_labels.multilabel(torch.nn.Identity(), data)
+    assert torch.equal(kept[0], scores)
+    p = scores.double().sigmoid()
+    loss = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()
+    assert found == {**of_labels.label_figures(scores, labels), "loss": pytest.approx(float(loss))}
+    with pytest.raises(ValueError, match="at least one sample"):
+        of_labels.multilabel(torch.nn.Identity(), SimpleNamespace(batches=lambda: iter(())))
+
+
+def test_unvaried_predictions():
+    assert of_labels.unvaried(torch.tensor([[1.0, -1.0], [2.0, -3.0]]))
+    assert not of_labels.unvaried(torch.tensor([[1.0, -1.0], [2.0, 3.0]]))
+
+
+def test_the_loss_is_the_mean_binary_cross_entropy():
+    scores, labels = drawn()
+    batch = SimpleNamespace(images=scores, labels=labels, tokens=None, per_sample=False)
+    p = scores.double().sigmoid()
+    expected = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()
+    assert float(supervised_loss(torch.nn.Identity(), batch)) == pytest.approx(float(expected))
+
+
+class OwnLoss(FedAvg):
+    """A loss of its own, which knows single classes."""
+
+    def loss(self, model, batch, received):
+        raise NotImplementedError
+
+
+class OwnTask(OwnLoss):
+    """The same, declared for several labels."""
+
+    tasks = ("multilabel",)
+
+
+def test_methods_that_can_learn_several_labels():
+    able = {name for name, kind in METHODS.items() if kind.learns("multilabel")}
+    assert able == {"centralised", "fedavg", "feddyn", "fedprox", "scaffold"}
+    assert FedProx.learns("segmentation")
+    assert not FedGID.learns("multilabel")
+    assert not Moon.learns("multilabel")
+    assert not OwnLoss.learns("multilabel")
+    assert OwnLoss.learns("classification")
+    assert OwnTask.learns("multilabel")
+    assert not OwnTask.learns("classification")
