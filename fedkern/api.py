@@ -132,7 +132,8 @@ class Run:
                 sequence of them, which are read and resized as in the run's training.
 
         Returns:
-            fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.
+            fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.  Of several labels an image, every one has a
+            probability of its own.
 
         Raises:
             UserError: the run is not finished or is for image-text pairs, or a file cannot be read.

@@ -178,14 +178,14 @@ def predict(request: Request) -> int:
     if segments:
         prediction.write_masks(out, rows)
     else:
-        prediction.write_table(out, predictor.classes, [row[:2] for row in rows])
+        several = predictor.task == "multilabel"
+        prediction.write_table(out, predictor.classes, [row[:2] for row in rows], several=several)
     if request.json:
         print(json.dumps({"images": len(rows), "classes": list(predictor.classes), "out": str(out)}, indent=2))
         return 0
     if not segments:
         for path, probabilities, _ in rows[:5]:
-            best = int(probabilities.argmax())
-            print(f"{path}  {predictor.classes[best]}  {float(probabilities[best]):.3f}")
+            print(f"{path}  {predictor.said(probabilities)}")
         if len(rows) > 5:
             print("...")
     count = f"{len(rows)} image{'s' if len(rows) > 1 else ''}"

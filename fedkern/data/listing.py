@@ -51,7 +51,7 @@ class Listing:
     Attributes:
         paths: the image files.
         ids: names of the images.
-        labels: int64 ``[n]``.
+        labels: int64 ``[n]``; or uint8 ``[n, L]``, 1 where the image has the label.
         splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
         clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
             are not trained on need none.
@@ -65,7 +65,7 @@ class Listing:
 
     paths: Sequence[Path]
     ids: tuple[str, ...]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
     splits: Sequence[str]
     clients: Sequence[str]
     masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | None = None
@@ -201,7 +201,10 @@ def _held_out(
     if count >= len(wholes):
         what = "images" if listing.patients is None else "patients"
         raise UserError(f'data set "{data}": {len(wholes)} {what} are too few to hold some out as {purpose} set')
-    order = interleaved(listing.labels[[own[0] for own in wholes]], f"split/{data}/{purpose}")
+    kinds = listing.labels[[own[0] for own in wholes]]
+    if kinds.ndim == 2:  # images with the same labels are of one kind
+        kinds = np.unique(kinds, axis=0, return_inverse=True)[1].reshape(-1)
+    order = interleaved(kinds.astype(np.int64, copy=False), f"split/{data}/{purpose}")
     held, kept = (
         np.array(sorted(row for i in part.tolist() for row in wholes[i]), dtype=np.int64)
         for part in fixed_rows(order, count)

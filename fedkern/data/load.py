@@ -117,6 +117,7 @@ def load(
         for text in _unused(source, spec):
             notice(text)
     _check_segmentation(name, source, spec, common)
+    _check_label_sets(name, source, spec, common)
     kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
     parts = _shares(source, spec, kept, clients, seed)
@@ -298,7 +299,8 @@ def _default_partition(name: str, info: DatasetInfo, source: Source) -> Partitio
                 "the test or validation set; name more images there, or the split of every image"
             )
         return parse_partition("attribute" if source.named_by else info.partition)
-    return parse_partition(info.partition)
+    # Shares of classes need a single class an image.
+    return parse_partition("iid" if source.train.labels.dim() == 2 else info.partition)
 
 
 def _unused(source: Source, spec: PartitionSpec) -> Iterator[str]:
@@ -382,13 +384,26 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
             raise UserError(f'option {option} is for classification, and data set "{name}" is for segmentation')
 
 
+def _check_label_sets(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
+    if source.train.labels.dim() != 2:
+        return
+    if spec.name not in ("iid", "attribute"):
+        raise UserError(
+            f'data set "{name}" has several labels an image and no single class, so "{spec.text}" cannot share it out; '
+            "take iid, or attribute with a column client"
+        )
+    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
+        if common[option]:
+            raise UserError(f'option {option} is for single classes, and data set "{name}" has several labels an image')
+
+
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
     """Positions in ``kept`` of every client's rows; patients, cases and images with several texts stay whole.
 
     Under ``attribute``, where the data set itself names the clients, every row goes to the client named for it.
     """
     pool, classes = source.train, len(source.classes)
-    labels = pool.labels[kept].numpy()
+    labels = pool.labels[kept].numpy() if pool.labels.dim() == 1 else np.zeros(len(kept), dtype=np.int64)
     groups = None if pool.groups is None else pool.groups[kept].numpy()
     # Where every image holds an object, no image counts as background, so the partition ignores that class.
     none = int(pool.targets is not None and labels.min(initial=1) > 0)

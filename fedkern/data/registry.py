@@ -208,7 +208,7 @@ _READING = {
 _HELD = {
     "path": "the image files", "image": "the image files", "mask": "the mask files", "label": "the labels",
     "text": "the texts", "report": "the reports", "view": "the views", "split": "the splits",
-    "patient": "the patients",
+    "patient": "the patients", "labels": "several labels an image, joined by |",
 }  # fmt: skip
 
 
@@ -288,9 +288,9 @@ DATASETS: dict[str, DatasetInfo] = {
         open_folder, 5, "dirichlet:0.5", (3, 64), options=_READING,
     ),
     "csv": DatasetInfo(
-        "your own images, listed in a CSV file with the columns path,label[,split][,client]",
+        "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
         open_csv, 5, "dirichlet:0.5", (3, 64),
-        options={**_READING, **_columns("path", "label", "split", "patient")},
+        options={**_READING, **_columns("path", "label", "labels", "split", "patient")},
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",

@@ -17,7 +17,7 @@ class PartitionStatistics:
     """Client x class counts of a partition.
 
     Attributes:
-        counts: int64 ``[clients, classes]``, number of training samples.
+        counts: int64 ``[clients, classes]``, number of training samples; of images with several labels, of every label.
         classes: class names, in label order.
         partition: specification of the partition, for example ``"dirichlet:0.5"``.
         names: name of every client, or None where the data name none.
@@ -28,6 +28,7 @@ class PartitionStatistics:
         colours: uint8 ``[clients, classes, 3]``, the background colour that a client's images of a class mostly have;
             None where backgrounds have no such colours.
         tied: share of the images that have that colour; the others have random ones.
+        samples: training samples of every client where a sample may have several labels or none; else None.
     """
 
     counts: npt.NDArray[np.int64]
@@ -38,10 +39,14 @@ class PartitionStatistics:
     held_out: tuple[str, int] | None = None
     colours: npt.NDArray[np.uint8] | None = None
     tied: float = 0.0
+    samples: tuple[int, ...] | None = None
 
     @staticmethod
     def of(labels: Sequence[npt.NDArray[np.int64]], classes: tuple[str, ...], partition: str) -> PartitionStatistics:
-        """Counts the ``labels`` (one int64 array per client)."""
+        """Counts ``labels``, an array per client: int64 ``[n]``; for several labels a sample 0 and 1, ``[n, L]``."""
+        if labels[0].ndim == 2:
+            counts = np.stack([one.sum(0, dtype=np.int64) for one in labels])
+            return PartitionStatistics(counts, classes, partition, samples=tuple(len(one) for one in labels))
         counts = np.stack([np.bincount(one, minlength=len(classes)) for one in labels]).astype(np.int64)
         return PartitionStatistics(counts, classes, partition)
 
@@ -54,8 +59,9 @@ class PartitionStatistics:
             labels: int64 array of every client.
             own_tests: samples of every client's own test set; None keeps what the table lists.
         """
-        counts = PartitionStatistics.of(labels, self.classes, self.partition).counts
-        return replace(self, counts=counts, own_tests=self.own_tests if own_tests is None else tuple(own_tests))
+        found = PartitionStatistics.of(labels, self.classes, self.partition)
+        own = self.own_tests if own_tests is None else tuple(own_tests)
+        return replace(self, counts=found.counts, samples=found.samples, own_tests=own)
 
     def without(self, client: int, samples: int) -> PartitionStatistics:
         """The same partition with one client held out, whose ``samples`` are a test set."""
@@ -67,17 +73,18 @@ class PartitionStatistics:
             own_tests=tuple(self.own_tests[k] for k in rest) if self.own_tests else (),
             held_out=(self.labels[client], samples),
             colours=None if self.colours is None else self.colours[rest],
+            samples=None if self.samples is None else tuple(self.samples[k] for k in rest),
         )
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Samples of every client, int64 ``[clients]``."""
-        return self.counts.sum(axis=1)
+        return self.counts.sum(axis=1) if self.samples is None else np.array(self.samples, dtype=np.int64)
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:
         """Class shares inside every client, float64 ``[clients, classes]`` (rows sum to 1)."""
-        shares: npt.NDArray[np.float64] = self.counts / np.maximum(self.sizes[:, None], 1)
+        shares: npt.NDArray[np.float64] = self.counts / np.maximum(self.counts.sum(axis=1)[:, None], 1)
         return shares
 
     @property
@@ -125,5 +132,5 @@ class PartitionStatistics:
             first = "held out" if self.names is not None else f"held out ({self.held_out[0]})"
             rows.append(row(first, self.held_out[0], "", self.held_out[1], "", nothing))
         untrained = sum(tests) + (self.held_out[1] if self.held_out is not None else 0)
-        rows.append(row("all", "", totals.sum(), untrained, f"{mean_skew:.2f}", list(totals)))
+        rows.append(row("all", "", self.sizes.sum(), untrained, f"{mean_skew:.2f}", list(totals)))
         return rows

@@ -11,8 +11,11 @@ from os.path import normpath
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fedkern.data.images import MAX_PIXELS
+from fedkern.data.label_sets import COLUMN as SETS
+from fedkern.data.label_sets import has_sets, label_sets
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
@@ -246,6 +249,9 @@ def open_csv(
 ) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
 
+    Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
+    then has several labels or none (task ``"multilabel"``).  Where both columns are there, ``label`` counts.
+
     ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
     holds a training image; these clients are the default partition, ``attribute``.  All images with the same
     ``patient_id`` (or another column of `PATIENT`) are held out together and go to one client, unless ``client``
@@ -265,23 +271,49 @@ def open_csv(
     path = find_table(root, "csv", ("path", "label"))
     if path is None:
         raise UserError(f'data set "csv": {root} holds no CSV file')
-    table = read_table(path, "csv", ("path", "label"), chosen)
+    if chosen.get("label") and chosen.get(SETS):
+        raise UserError(f'data set "csv": leave out one of the options label, one class an image, and {SETS}, several')
+    several = has_sets(_columns_of(path), chosen)
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
+    table = read_table(path, "csv", ("path",) if several else ("path", "label"), chosen)
     clients, named = table.clients()
-    names = table.column("label")
-    numbers = all(name.isdecimal() for name in names)
-    classes = sorted(set(names), key=(lambda name: (int(name), name)) if numbers else None)
-    if len(classes) < 2:
-        raise UserError(f'data set "csv": {path} has the single label "{classes[0]}", expected two or more')
-    label_of = {name: label for label, name in enumerate(classes)}
+    if several:
+        where = f"the column {table.chosen.get(SETS, SETS)} of {path}"
+        classes, labels = label_sets(table.column(SETS), where, "csv")
+    else:
+        classes, labels = _classes(table)
     listing = Listing(
         paths=table.files("path", "csv"),
         ids=table.names("path"),
-        labels=np.array([label_of[name] for name in names], dtype=np.int64),
+        labels=labels,
         splits=table.splits("csv"),
         clients=clients,
         patients=table.patients(),
         named_by=named,
     )
     return to_source(
-        "csv", listing, tuple(classes), Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels)
+        "csv", listing, classes, Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels)
     )
+
+
+def _columns_of(path: Path) -> list[str]:
+    """The column names of a CSV file; none where it cannot be read, which `read_table` says."""
+    try:
+        return _parsed(read_text(path, "utf-8-sig").lstrip("\r\n").partition("\n")[0], path, "csv")[0]
+    except (OSError, UnicodeDecodeError, csv.Error, UserError):
+        return []
+
+
+def _classes(table: Table) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """The classes of a CSV file, and the class of every row, int64 ``[n]``.
+
+    Raises:
+        UserError: the file has a single class.
+    """
+    names = table.column("label")
+    numbers = all(name.isdecimal() for name in names)
+    classes = sorted(set(names), key=(lambda name: (int(name), name)) if numbers else None)
+    if len(classes) < 2:
+        raise UserError(f'data set "csv": {table.path} has the single label "{classes[0]}", expected two or more')
+    label_of = {name: label for label, name in enumerate(classes)}
+    return tuple(classes), np.array([label_of[name] for name in names], dtype=np.int64)

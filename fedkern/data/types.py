@@ -22,7 +22,7 @@ class Split:
     Attributes:
         images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.data.image_rows.ImageRows`.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
-            (`IGNORE` where it is unknown).
+            (`IGNORE` where it is unknown); for several labels an image uint8 ``[n, L]``, 1 where it has the label.
         masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
             was detected in that image; the image stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), as a boxes file uses it.
@@ -49,7 +49,9 @@ class Split:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise ValueError(f"images: expected uint8 [n, C, H, W], got {_describe(self.images)}")
         n, _, height, width = self.images.shape
-        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) not in ((n,), (n, height, width)):
+        several = self.labels.dtype == torch.uint8 and self.labels.dim() == 2 and len(self.labels) == n
+        single = self.labels.dtype == torch.int64 and tuple(self.labels.shape) in ((n,), (n, height, width))
+        if not several and not single:
             raise ValueError(
                 f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, got "
                 f"{_describe(self.labels)}"
@@ -71,7 +73,12 @@ class Split:
 
     @property
     def image_labels(self) -> Tensor:
-        """int64 ``[n]``: the class of every image; for segmentation the object class with most pixels, else 0."""
+        """int64 ``[n]``: the class of every image; for segmentation the object class with most pixels, else 0.
+
+        Where an image may have several labels, the labels themselves, uint8 ``[n, L]``.
+        """
+        if self.labels.dim() == 2:
+            return self.labels
         if self.labels.dim() == 1 or len(self) == 0:
             return self.labels.reshape(len(self))
         top = int(self.labels.max())
@@ -118,7 +125,8 @@ class Pool:
     """Labelled images that may still be on disk; only requested rows are read.
 
     Attributes:
-        labels: int64 ``[n]``; for segmentation the largest object class of every image, which a partition may use.
+        labels: int64 ``[n]``; for segmentation the largest object class of every image, which a partition may use; for
+            several labels an image uint8 ``[n, L]``.
         ids: name of every image.
         read: maps int64 ``[m]`` rows to uint8 ``[m, C, H, W]`` images and, where they were resized, `Split.sizes`.
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
@@ -256,10 +264,12 @@ class FederatedData:
 
     @property
     def task(self) -> str:
-        """``"retrieval"`` (texts), ``"segmentation"`` (a class for every pixel) or else ``"classification"``."""
+        """``"retrieval"`` (texts), ``"segmentation"`` (a class for every pixel), ``"multilabel"`` (several labels an
+        image) or else ``"classification"``.
+        """
         if self.validation.texts is not None:
             return "retrieval"
-        return "segmentation" if self.validation.labels.dim() == 3 else "classification"
+        return {2: "multilabel", 3: "segmentation"}.get(self.validation.labels.dim(), "classification")
 
     @property
     def client_sizes(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from fedkern.methods.protocol import batch_slices
 Value = TypeVar("Value")
 
 BATCH = 250
-TASKS = ("classification", "segmentation")
+TASKS = ("classification", "multilabel", "segmentation")
 PARTS = ("tile", "crop")
 """Data options with which a network sees parts of images."""
 PREDICTED = "predicted"
@@ -39,7 +39,7 @@ class Predictor:
     Attributes:
         module: the network, in eval mode.
         classes: names of the classes, in the order of the logits.
-        task: ``"classification"`` or ``"segmentation"``.
+        task: ``"classification"``, ``"multilabel"`` or ``"segmentation"``.
         image_shape: channels, height and width of the images that the network sees.
         mean, std: per channel, of images in [0, 1].
     """
@@ -48,8 +48,8 @@ class Predictor:
         self.task: str = about.get("task", "classification")
         if self.task not in TASKS:
             raise UserError(
-                f"{where} holds a pair of encoders: predictions are for {' and '.join(TASKS)}; the commands retrieval "
-                "and zero-shot are for image-text data."
+                f"{where} holds a pair of encoders: predictions are for classification and segmentation; the commands "
+                "retrieval and zero-shot are for image-text data."
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = module.to(self.device).eval()
@@ -97,7 +97,7 @@ class Predictor:
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities of the classes.
+        """Probabilities of the classes; where an image may have several labels, of every label for itself.
 
         Args:
             images: uint8 ``[n, C, H, W]``.
@@ -114,9 +114,18 @@ class Predictor:
         parts = []
         for rows in batch_slices(len(images), BATCH):
             batch = normalise(images[rows].to(self.device), self.mean, self.std, channels_last=True)
-            parts.append(self.module(batch).float().softmax(1).cpu())
+            logits = self.module(batch).float()
+            parts.append((logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)).cpu())
         empty = (0, len(self.classes), *(self.image_shape[1:] if self.task == "segmentation" else ()))
         return torch.cat(parts) if parts else torch.empty(empty)
+
+    def said(self, probabilities: Tensor) -> str:
+        """The class of an image with its probability, or all labels above one half with theirs, in words."""
+        if self.task == "multilabel":
+            named = zip(self.classes, probabilities.tolist(), strict=True)
+            return ", ".join(f"{name} {value:.3f}" for name, value in named if value > 0.5) or "no label"
+        best = int(probabilities.argmax())
+        return f"{self.classes[best]}  {float(probabilities[best]):.3f}"
 
     def files(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Path, Tensor, Tensor]]:
         """Yields every file with its answer and its size (width, height) before resizing.
@@ -160,11 +169,14 @@ def repeated(values: Sequence[Value]) -> Value | None:
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
-def write_table(out: Path, classes: Sequence[str], rows: Sequence[tuple[Path, Tensor]]) -> None:
+def write_table(
+    out: Path, classes: Sequence[str], rows: Sequence[tuple[Path, Tensor]], *, several: bool = False
+) -> None:
     """Writes a CSV file with the columns ``path``, ``predicted`` and a probability for every class.
 
     Args:
         rows: every file with its probabilities, fp32 ``[classes]``.
+        several: an image may have several labels: ``predicted`` has those above one half, joined by ``|``.
 
     Raises:
         UserError: the file cannot be written.
@@ -174,7 +186,11 @@ def write_table(out: Path, classes: Sequence[str], rows: Sequence[tuple[Path, Te
     writer.writerow(["path", PREDICTED, *classes])
     for path, probabilities in rows:
         values = [f"{value:.6g}" for value in probabilities.tolist()]
-        writer.writerow([str(path), classes[int(probabilities.argmax())], *values])
+        if several:
+            found = "|".join(name for name, value in zip(classes, probabilities.tolist(), strict=True) if value > 0.5)
+        else:
+            found = classes[int(probabilities.argmax())]
+        writer.writerow([str(path), found, *values])
     atomic.write_bytes(out, text.getvalue().encode())
 
 

@@ -28,7 +28,7 @@ from fedkern.models.vocabulary import split_words
 
 
 def check_task(model: str, task: str, data: str, where: str) -> None:
-    """Checks that a network is for the task of the data: classes of images, or of pixels.
+    """Checks that a network is for the task of the data: classes or labels of images, or classes of pixels.
 
     Args:
         model: the network's name; a name that is not in ``fedkern.models.MODELS`` passes.
@@ -39,7 +39,8 @@ def check_task(model: str, task: str, data: str, where: str) -> None:
     Raises:
         UserError: the network is for another task; the message lists the networks that fit.
     """
-    fitting = [name for name, entry in models.MODELS.items() if entry.task in (task, "any")]
+    kind = "classification" if task == "multilabel" else task  # a logit for every label, as for every class
+    fitting = [name for name, entry in models.MODELS.items() if entry.task in (kind, "any")]
     if fitting and model in models.MODELS and model not in fitting:
         raise UserError(
             f'The network {model} is for {models.MODELS[model].task}, but the data set "{data}" is for {task}: choose '

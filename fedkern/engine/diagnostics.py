@@ -13,6 +13,8 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
 from fedkern.methods.common.figures import MAIN_FIGURES
+from fedkern.methods.common.multilabel_figures import MAIN as AREA
+from fedkern.methods.common.multilabel_figures import unvaried
 from fedkern.methods.common.segmentation_figures import constant_dice
 
 DRIFT_FACTOR = 5.0
@@ -75,6 +77,21 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
             return {
                 "collapsed-class": f"{len(missing)} of {len(present)} classes ({names}) are never predicted on {where}"
                 ": train longer, or lower the learning rate."
+            }
+    return {}
+
+
+def unvaried_labels(sets: Mapping[str, TestSet]) -> dict[str, str]:
+    """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
+    for prefix, data in sets.items():
+        kept = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
+        if data.task != "multilabel" or prefix == "validation_" or not kept or len(data) < 2:
+            continue
+        if all(unvaried(logits) for logits in kept):
+            where = f"the {prefix.rstrip('_')} test set" if prefix else "the test set"
+            return {
+                "unvaried-labels": f"Every label is predicted for all images of {where} or for none: train longer, or "
+                "change the learning rate."
             }
     return {}
 
@@ -156,6 +173,9 @@ def poor_metrics(
             found.setdefault(
                 "chance-level", f"{name} is {value:.3f}, so hardly anything but background is found: {retry}"
             )
+        if name.endswith(AREA) and value < near(0.5):
+            always = "scoring all images alike gives 0.500"
+            found.setdefault("chance-level", f"{name} is {value:.3f}, and {always}: {retry}")
         figure = "dice" if name.endswith("dice") else "accuracy" if name.endswith("accuracy") else ""
         if not figure:
             continue

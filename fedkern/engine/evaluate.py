@@ -23,7 +23,7 @@ from fedkern.models.precision import computing
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-CLIENT_FIGURES = ("accuracy", "dice")
+CLIENT_FIGURES = ("accuracy", "dice", "macro_auroc")
 RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
 
 CPU_BATCH = 64
@@ -152,11 +152,13 @@ def over_clients(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Tes
 def comparable(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> list[str]:
     """Names of the figures by which clients are compared: ``loss`` and the main figures.
 
-    Recall is one of them only where all clients have the same number of candidates.
+    Recall is one of them only where all clients have the same number of candidates.  A figure that a client lacks is
+    left out: an area under a ROC curve needs images with the label and images without.
     """
     even = len({len(data) for data in sets.values()}) == 1
     named = next(iter(each.values()), {})
-    return [name for name in named if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS)]
+    kept = [name for name in named if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS)]
+    return [name for name in kept if all(name in figures for figures in each.values())]
 
 
 def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> tuple[int, str] | None:

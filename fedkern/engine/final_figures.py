@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.engine.samples import TestSet
 from fedkern.methods.common import classification_figures as of_classes
+from fedkern.methods.common import multilabel_figures as of_labels
 
 MATRIX = 1000
 """Most classes of a confusion matrix that is kept: a larger one cannot be drawn."""
@@ -24,8 +25,9 @@ class FinalFigures:
 
     Attributes:
         metrics: figures by prefixed name, such as ``id_balanced_accuracy``.
-        per_class: test set, then figure (``recall``, ``auroc``, or ``dice`` of a segmentation), then class; None where
-            the figure is not defined, as for a class without samples.
+        per_class: test set, then figure, then class; None where the figure is not defined, as for a class without
+            samples.  Figures are ``recall`` and ``auroc``; ``dice`` of a segmentation; ``auroc`` and
+            ``average_precision`` where an image may have several labels.
         confusion: counts int64 [C, C] by test set, true class and predicted class; none of the validation set.
     """
 
@@ -50,6 +52,14 @@ def final_figures(sets: Mapping[str, TestSet], classes: Sequence[str]) -> FinalF
             found.per_class[name] = {"dice": _named(_mean(kept), names)}
             continue
         labels = data.labels.cpu()
+        if data.task == "multilabel":
+            found.per_class[name] = {
+                "auroc": _named(_mean([of_labels.areas(logits, labels) for logits in kept]), names),
+                "average_precision": _named(
+                    _mean([of_labels.average_precisions(logits, labels) for logits in kept]), names
+                ),
+            }
+            continue
         each = [_classified(logits, labels) for logits in kept]
         for figure in each[0][0]:
             if all(figure in one for one, _ in each):

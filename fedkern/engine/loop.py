@@ -660,6 +660,7 @@ class Run:
         warn = self.context.warn
         for texts in (
             diagnostics.collapsed_classes(self.sets, classes),
+            diagnostics.unvaried_labels(self.sets),
             diagnostics.outlying_drift(self.last_clients, self.context.data.client_label) if told.clients else {},
             diagnostics.poor_metrics(metrics, self.best, len(classes), constant),
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),

@@ -117,7 +117,7 @@ class Samples:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.there.device)
         labels = self.there[index]
-        if rng is None or labels.dim() == 1:
+        if rng is None or labels.dim() < 3:
             return self.pixels.take(indices, rng), labels
         return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
 
@@ -262,7 +262,8 @@ class TestSet:
         self.pixels = Pixels(split.images, mean, std, device, cache=cache)
         self.labels: Tensor = split.labels.to(device)
         segmented = self.labels.dim() == 3
-        self.task = "retrieval" if tokens is not None else "segmentation" if segmented else "classification"
+        of_labels = {2: "multilabel", 3: "segmentation"}.get(self.labels.dim(), "classification")
+        self.task = "retrieval" if tokens is not None else of_labels
         self.cases: Tensor | None = split.cases
         # A segmentation network has feature maps as large as its images, so its batches are smaller.
         self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch

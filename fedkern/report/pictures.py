@@ -53,7 +53,8 @@ def write_pictures(
     Returns:
         The files written: ``accuracy.png``, ``confusion.png`` of a classifier, ``partition.png``, ``weights.png`` if
         the method has client weights, a picture per name of the method's artifacts (such as ``generated.png``), and
-        ``gradcam.png`` if the network has stages.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
+        ``gradcam.png`` if the network has stages.  A run with several labels an image has neither ``confusion.png`` nor
+        ``gradcam.png``.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
         of accuracy, confusion and Grad-CAM.  A run with private records has neither ``confusion.png`` nor
         ``partition.png``, which hold exact counts; older ones are deleted.
 
@@ -151,6 +152,8 @@ def _draw(
         inputs = normalise(split.images, data.mean, data.std)
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
         return [*written, target]
+    if data.task == "multilabel":  # Grad-CAM shows what speaks for the single class of an image
+        return written
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     if not isinstance(model, StagedNetwork) or not model.maps or not config.statistics:
         return written

@@ -97,7 +97,8 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
     for axes, (gallery, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _curves(axes, {name: curves[name] for name in names})
-        called = {"dice": "Dice", "i2t_r1": "recall at 1, image to text"}.get(main, main)
+        names_of = {"dice": "Dice", "i2t_r1": "recall at 1, image to text", "macro_auroc": "AUROC, mean of the labels"}
+        called = names_of.get(main, main)
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""
         axes.set_ylabel(f"{called}{among} (%)", fontsize=12)
         axes.set_xlim(first - 0.5, last + 0.5)

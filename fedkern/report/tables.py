@@ -18,21 +18,26 @@ from fedkern.report.names import TICK, plain
 
 # Metrics that are fractions and read best in per cent.
 _FRACTIONS = (
-    "accuracy", "macro_f1", "recall", "ece", "confidence", "gradcam_in_object", "object_area", "dice", "iou",
+    "accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "recall", "ece", "confidence",
+    "gradcam_in_object", "object_area", "dice", "iou",
     "_r1", "_r5", "_r10",
 )  # fmt: skip
 _RECALLS = {f"{way}_r{k}": f"{text}, recall at {k}"
             for way, text in (("i2t", "image to text"), ("t2i", "text to image")) for k in (1, 5, 10)}  # fmt: skip
 _ORDER = (
-    "accuracy", "balanced_accuracy", "macro_f1", "auroc", *_RECALLS, "dice", "iou", "hd95", "confidence", "ece",
+    "accuracy", "balanced_accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "auroc",
+    *_RECALLS, "dice", "iou", "hd95", "confidence", "ece",
     "gradcam_in_object", "loss",
 )  # fmt: skip
-_OF_A_CLIENT = ("accuracy", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
+_OF_A_CLIENT = ("accuracy", "macro_auroc", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
 """Figures of a client in the closing table; evaluation.csv has all."""
 _NAMES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "macro_auroc": "AUROC, mean of the labels",
+    "mean_average_precision": "average precision, mean of the labels",
     "macro_f1": "F1, mean of the classes",
+    "exact_match": "images with all labels right",
     "auroc": "AUROC, one class against the rest, mean",
     "ece": "expected calibration error",
     "dice": "Dice, mean of the classes",
@@ -198,7 +203,7 @@ ALL, LOWEST = 6, 3
 
 
 def class_table(summary: Mapping[str, Any]) -> Group | None:
-    """Recall (or Dice) of the classes by test set; of many classes those with the lowest figures.
+    """Recall (Dice, or AUROC of labels) of the classes by test set; of many classes those with the lowest figures.
 
     A line below names classes without a figure, because a test set has no sample of them.  The figures of all classes
     are in summary.json.
@@ -210,7 +215,7 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
         None where the summary has no such figures.
     """
     tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
-    figure = next((name for name in ("recall", "dice") if any(name in table for table in tables.values())), None)
+    figure = next((name for name in ("recall", "dice", "auroc") if any(name in each for each in tables.values())), None)
     if figure is None:
         return None
     tables = {name: table[figure] for name, table in tables.items() if figure in table}
@@ -219,17 +224,21 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
     shown = names
     if len(names) > ALL:
         shown = sorted((each for each in names if known[each]), key=lambda each: min(known[each]))[:LOWEST]
-    called = "Dice" if figure == "dice" else figure
-    title = f"{called} of every class"
+    labels = figure == "auroc"
+    called = {"dice": "Dice", "auroc": "AUROC"}.get(figure, figure)
+    shown_as = "macro_auroc" if labels else figure
+    title = f"{called} of every {'label' if labels else 'class'}"
     if len(shown) < len(names):
-        title = f"lowest {called} among {len(names)} classes (all of them: per_class in summary.json)"
+        many = f"{len(names)} {'labels' if labels else 'classes'}"
+        title = f"lowest {called} among {many} (all of them: per_class in summary.json)"
     missing = []
     for name, table in tables.items():
         none = [f'"{printable_name(each, TICK)}"' for each in names if table.get(each) is None]
         if none:
             some = ", ".join(none[:LOWEST]) + (" ..." if len(none) > LOWEST else "")
             only = "" if len(tables) == 1 else f" ({set_title(name)})"
-            missing.append(f"means leave out {len(none)} of {len(names)} classes without samples{only}: {some}")
+            what = "labels that all images have, or none" if labels else "classes without samples"
+            missing.append(f"means leave out {len(none)} of {len(names)} {what}{only}: {some}")
     made = Table(box=box.SIMPLE_HEAD, show_header=len(tables) > 1, pad_edge=False)
     made.add_column("")
     for name in tables:
@@ -237,7 +246,8 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
     for each in shown:
         values = [table.get(each) for table in tables.values()]
         made.add_row(
-            plain(each, most=TICK), *("none" if value is None else human_metric(figure, value) for value in values)
+            plain(each, most=TICK),
+            *("none" if value is None else human_metric(shown_as, value) for value in values),
         )
     # The title is no part of the table, which would break it at the width of the columns.
     notes = [plain("; ".join(missing), most=MESSAGE)] if missing else []

@@ -143,7 +143,7 @@ def _number(x: Any) -> bool:
     return type(x) in (int, float) and abs(x) < 1e9  # not NaN either
 
 
-_TASKS = ("classification", "segmentation", "retrieval")
+_TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
 _ABOUT: dict[str, Callable[[Any], bool]] = {
     **_IMAGES, "model": _text, "width": _width, "classes": _list(_text), "method": _text, "rounds": _count,

@@ -1,0 +1,58 @@
+"""Several labels an image: cells of a CSV file with names joined by ``|`` become 0 and 1 for every label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.errors import UserError
+
+COLUMN = "labels"
+"""Column with the labels of an image; a column ``label`` with one class an image comes before it."""
+SEPARATOR = "|"
+
+
+def has_sets(names: Sequence[str], chosen: Mapping[str, str]) -> bool:
+    """Whether a CSV file with these columns names several labels an image.
+
+    Args:
+        names: the file's columns.
+        chosen: the columns that the user chose, by option.
+    """
+    if chosen.get("label"):
+        return False
+    return bool(chosen.get(COLUMN)) or (COLUMN in names and "label" not in names)
+
+
+def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+    """The labels of every row.
+
+    Args:
+        cells: the values of the column; an empty one has no label.
+        where: the column and its file in words, for messages.
+        data: the data set's name, for messages.
+
+    Returns:
+        The names of the labels, sorted, as numbers if all of them are numbers; and uint8 ``[n, L]``, 1 where the row
+        has the label.
+
+    Raises:
+        UserError: the rows name fewer than two labels.
+    """
+    split = [[name.strip() for name in cell.split(SEPARATOR)] for cell in cells]
+    found = {name for cell in split for name in cell if name}
+    numbers = all(name.isdecimal() for name in found)
+    names = sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
+    if len(names) < 2:
+        what = f'the single label "{names[0]}"' if names else "no label"
+        raise UserError(
+            f'data set "{data}": {where} names {what}, expected two or more, joined by '
+            f'"{SEPARATOR}"; a single class an image belongs into a column label'
+        )
+    place = {name: number for number, name in enumerate(names)}
+    sets = np.zeros((len(split), len(names)), dtype=np.uint8)
+    for row, cell in enumerate(split):
+        sets[row, [place[name] for name in cell if name]] = 1
+    return tuple(names), sets

@@ -1,0 +1,194 @@
+"""Runs on images with several labels, as a user starts them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fedkern
+from fedkern.data import load
+from fedkern.engine import RunConfig, diagnostics, read_model
+from fedkern.run import main
+
+TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",
+        "--data-option", "size=8", "--grad-cam", "0")  # fmt: skip
+NAMES = ("left", "right", "top")
+
+
+def cell(i):
+    return "|".join(name for k, name in enumerate(NAMES) if i >> k & 1)
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Images whose bright halves are their labels, of two sites; every eighth has no label."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = ["path,labels,site,label_of_another_kind"]
+    rng = np.random.default_rng(0)
+    for i in range(160):
+        pixels = rng.integers(0, 60, (8, 8, 3))
+        kind = i % 8
+        pixels[:, :4] += 65 * (kind & 1)
+        pixels[:, 4:] += 65 * (kind >> 1 & 1)
+        pixels[:4] += 65 * (kind >> 2 & 1)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png, {cell(kind)} ,{'AB'[i // 8 % 2]},{kind}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_column_becomes_zeros_and_ones(listed):
+    data = load("csv", root=listed, options={"size": 8})
+    assert (data.task, data.classes, data.client_names) == ("multilabel", NAMES, ("A", "B"))
+    for split in (*data.clients, data.validation, *data.tests.values()):
+        assert split.labels.dtype == torch.uint8
+        for name, row in zip(split.ids, split.labels.tolist(), strict=True):
+            kind = int(name.partition(".")[0]) % 8
+            assert row == [kind & 1, kind >> 1 & 1, kind >> 2 & 1]
+    statistics = data.statistics
+    assert statistics.sizes.tolist() == [len(split) for split in data.clients]
+    assert statistics.counts.tolist() == [split.labels.sum(0).tolist() for split in data.clients]
+    assert statistics.rows()[-1][2] == str(sum(len(split) for split in data.clients))
+    other = load("csv", root=listed, options={"size": 8, "label": "label_of_another_kind"})
+    assert (other.task, len(other.classes)) == ("classification", 8)
+
+
+def test_a_held_out_client_and_own_tests(listed):
+    from fedkern.data.holdout import hold_out
+
+    data = load("csv", root=listed, options={"size": 8})
+    kept = hold_out(data, held_out=0, share=0.25, seed=0)
+    assert kept.statistics.sizes.tolist() == [len(kept.clients[0])]
+    assert kept.statistics.counts.tolist() == [kept.clients[0].labels.sum(0).tolist()]
+    assert kept.client_tests[0].labels.shape[1] == 3
+
+
+def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
+    words = ("--rounds", "6", "--local-epochs", "4", "--lr", "0.1", "--client-test", "0.2", "--out", "run")
+    told, shown = result("fedprox", *TINY, *words)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    metrics = summary["metrics"]
+    assert metrics["macro_auroc"] > 0.95
+    assert metrics["exact_match"] > 0.5
+    assert "accuracy" not in metrics
+    assert "ece" not in metrics
+    assert "macro_auroc" in shown
+    flat = " ".join(told.split())
+    assert "AUROC, mean of the labels" in flat
+    assert "AUROC of every label" in flat
+    areas = summary["per_class"]["test"]["auroc"]
+    assert list(areas) == list(NAMES)
+    assert sum(areas.values()) / 3 == pytest.approx(metrics["macro_auroc"])
+    assert {"chance-level", "unvaried-labels"}.isdisjoint(summary["diagnostics"])
+    assert not (tmp_path / "run/confusion.json").exists()
+    assert not (tmp_path / "run/confusion.png").exists()
+    assert (tmp_path / "run/accuracy.png").exists()
+    assert (tmp_path / "run/partition.png").exists()
+    with (tmp_path / "run/evaluation.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "macro_auroc"]
+    assert [(row["client"], row["test_set"]) for row in rows] == [("", "test"), ("A", "own"), ("B", "own")]
+    assert summary["worst_client"]["metric"] == "macro_auroc"
+    assert RunConfig.load("run").partition == "attribute"
+    # What a finished run is good for.
+    result("evaluate", "run")
+    again = json.loads((tmp_path / "run/evaluate.json").read_text())["metrics"]
+    assert {name: again[name] for name in ("macro_auroc", "loss")} == pytest.approx(
+        {name: metrics[name] for name in ("macro_auroc", "loss")}
+    )
+    printed, _ = result("predict", "run", "set/7.png", "set/0.png")
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        one, other = csv.DictReader(file)
+    assert one["predicted"] == "|".join(name for name in NAMES if float(one[name]) > 0.5)
+    assert float(one["left"]) > float(other["left"])
+    assert printed.splitlines()[1].endswith("  no label") == (other["predicted"] == "")
+    run = fedkern.load("run")
+    found = run.predict("set/7.png")[0]
+    assert found.tolist() == pytest.approx([float(one[name]) for name in NAMES], abs=1e-5)
+    assert read_model("run")[1]["task"] == "multilabel"
+    result("export", "run", "--format", "state-dict")
+    assert json.loads((tmp_path / "run/model.pt.json").read_text())["task"] == "multilabel"
+    assert main(["attack", "run"]) == 2
+    run.extend(7, progress=False, pictures=False, workers=1)
+    assert run.summary["rounds"] == 7
+
+
+def test_warnings_about_a_network_that_tells_nothing():
+    def warned(area):
+        return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {})
+
+    assert "macro_auroc is 0.500, and scoring all images alike gives 0.500" in warned(0.5)["chance-level"]
+    assert warned(0.7) == {}
+    falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {})
+    assert "fell from 0.900 to 0.600" in falling["falling-macro_auroc"]
+    labels = torch.zeros(2, 2, dtype=torch.uint8)
+    alike, varied = torch.tensor([[1.0, -1.0], [2.0, -1.0]]), torch.tensor([[1.0, -1.0], [-2.0, -1.0]])
+
+    class Kept(SimpleNamespace):
+        def __len__(self):
+            return 2
+
+    def told(*kept, task="multilabel"):
+        found = Kept(task=task, labels=labels, kept=[(None, each) for each in kept])
+        return diagnostics.unvaried_labels({"id_": found, "validation_": found})
+
+    assert "for all images of the id test set or for none" in told(alike)["unvaried-labels"]
+    assert told(alike, varied) == told() == told(alike, task="classification") == {}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["feddyn", "scaffold", "centralised"])
+def test_other_methods_learn_it_too(listed, result, tmp_path, method):
+    result(method, *TINY, "--rounds", "2", "--local-epochs", "2", "--lr", "0.1", "--out", "run", "--quiet")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["macro_auroc"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fedgid"], 'fedgid learns a single class of every image, and the data set "csv" has several labels an image: '
+                     "methods for several labels are centralised, fedavg, feddyn, fedprox, scaffold."),
+        (["moon"], "moon learns a single class"),
+        (["fusefl"], "fusefl learns a single class"),
+        (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),
+        (["fedavg", "--partition", "stratified"], '"stratified" cannot share it out'),
+        (["fedavg", "--predictions"], "--predictions writes a class for every image"),
+        (["fedavg", "--data-option", "cue_clients=1"], "option cue_clients is for single classes"),
+        (["fedavg", "--data-option", "labels=lables"], 'names the column "lables"'),
+        (["fedavg", "--data-option", "labels=site", "--data-option", "label=site"], "leave out one of the options"),
+        (["fedavg", "--model", "unet"], "The network unet is for segmentation"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):
+    assert said in fails(words[0], *TINY, *words[1:], "--out", "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [(["a", "a|a", ""], 'names the single label "a"'), (["", "|", " "], "names no label, expected two or more")],
+)
+def test_too_few_labels(tmp_path, fails, cells, said):
+    (tmp_path / "set").mkdir()
+    for i, _ in enumerate(cells):
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / f"{i}.png")
+    lines = ["path,labels", *(f"{i}.png,{each}" for i, each in enumerate(cells))]
+    (tmp_path / "set" / "list.csv").write_text("\n".join(lines) + "\n")
+    assert said in fails("fedavg", *TINY, "--out", "run")
+
+
+def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    (tmp_path / "set").mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / f"{i}.png")
+    lines = ["path;labels", *(f"{i}.png;{'10|9' if i % 2 else '9'}" for i in range(20))]
+    (tmp_path / "set" / "list.csv").write_text("\n".join(lines) + "\n")
+    data = load("csv", root=tmp_path / "set", clients=2, options={"size": 8})
+    assert data.classes == ("9", "10")
+    assert data.statistics.partition == "iid"
