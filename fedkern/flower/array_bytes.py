@@ -1,0 +1,167 @@
+"""Arrays of Flower messages as tensors and back: bytes of ``.npy`` files, or one flat vector; no copy, no pickle.
+
+An array is any object with the attributes ``dtype``, ``shape``, ``stype`` and ``data`` of Flower's ``Array``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUMPY = "numpy.ndarray"
+"""Flower's own encoding: the bytes of a ``.npy`` file."""
+FLAT = "fedkern.flat"
+"""Name and encoding of a vector ``[P]`` of all floating entries, as raw little-endian bytes."""
+LISTING = "fedkern.layout"
+"""Name and encoding of the JSON that lists the entries of a flat record."""
+
+FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+"""Floating dtypes by name; bfloat16 exists in flat vectors alone."""
+
+_MAGIC = b"\x93NUMPY"
+_LONGEST_HEADER = 10_000  # of NumPy's own limit, above which a header's evaluation may take too long
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+class Misfit(Exception):
+    """A reply that does not fit.
+
+    Attributes:
+        reason: one word for the kind of fault: "keys", "shapes", "dtypes", "size", "finite", "norm", "variance",
+            "weight", "records" or "error".
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Header(NamedTuple):
+    """Form of an array.
+
+    Attributes:
+        dtype: the dtype's name, as in ``numpy.dtype.name``; "bfloat16" too.
+        shape: sizes.
+        order: "C" or "F", the order of the elements in memory.
+        begin: place of the first element in the bytes.
+        swapped: whether the bytes of an element are in the other order than this machine's.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    order: Literal["C", "F"] = "C"
+    begin: int = 0
+    swapped: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def header(array: Any, name: str) -> Header:
+    """The form of an array, checked against the length of its bytes.
+
+    Args:
+        array: an array in Flower's own encoding, or a flat vector.
+        name: how messages call the array.
+
+    Raises:
+        Misfit: the encoding, the header or the length is wrong.
+    """
+    data = array.data
+    if array.stype == FLAT:
+        if array.dtype not in FLOATS or len(array.shape) != 1 or array.shape[0] < 0:
+            raise Misfit("dtypes", f"has {name} as {array.dtype} {list(array.shape)} where a flat vector is expected")
+        found, size = Header(array.dtype, tuple(array.shape)), FLOATS[array.dtype].itemsize
+    elif array.stype == NUMPY:
+        start = 10 if data[6:7] == b"\x01" else 12
+        length = start + int.from_bytes(data[8:start], "little")
+        if data[:6] != _MAGIC or length > min(len(data), _LONGEST_HEADER):
+            raise Misfit("size", f"has {name} without the header of a .npy file")
+        try:
+            found, size = _parsed(data[:length])
+        except Exception as error:  # the header is a client's: NumPy may raise what it likes
+            kind = type(error).__name__
+            raise Misfit("dtypes", f"has {name} with a header that NumPy cannot read ({kind})") from None
+    else:
+        raise Misfit("dtypes", f"has {name} in the encoding {str(array.stype)[:80]!r}, which is not known")
+    if len(data) - found.begin != found.elements * size:
+        raise Misfit(
+            "size", f"has {name} of {len(data) - found.begin} bytes where {found.elements * size} belong to its shape"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=4096)  # the models of a round have the same headers
+def _parsed(data: bytes) -> tuple[Header, int]:
+    stream = io.BytesIO(data)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
+    if dtype.kind not in "fiub" or dtype.itemsize > 8 or any(size < 0 for size in shape):
+        raise TypeError(dtype)
+    return Header(dtype.name, tuple(shape), "F" if fortran else "C", len(data), not dtype.isnative), dtype.itemsize
+
+
+def tensor(array: Any, form: Header) -> Tensor:
+    """The elements of a floating array as a vector ``[n]`` that shares the array's memory; it may only be read.
+
+    Arrays in Fortran's order or in the other byte order are copied.
+    """
+    dtype, data, begin = FLOATS[form.dtype], array.data, form.begin
+    if form.order == "F" or form.swapped:
+        return torch.from_numpy(np.array(numbers(array, form), order="C").reshape(-1))
+    if not form.elements:
+        return torch.empty(0, dtype=dtype)
+    address = np.frombuffer(data, np.uint8).ctypes.data
+    if (address + begin) % dtype.itemsize:  # only a foreign writer's header has such a length
+        data, begin = data[begin:], 0
+        address = np.frombuffer(data, np.uint8).ctypes.data
+    # torch warns of bytes that nobody may write to.  These are only read.
+    memory: Any = (ctypes.c_char * len(data)).from_address(address)
+    memory.owner = data
+    return torch.frombuffer(memory, dtype=dtype, count=form.elements, offset=begin)
+
+
+def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
+    """The elements of an array in Flower's encoding, in their shape; not writable."""
+    dtype = np.dtype(form.dtype)
+    stored = dtype.newbyteorder() if form.swapped else dtype
+    if not form.elements:
+        return np.empty(form.shape, dtype)
+    made = np.frombuffer(array.data, stored, form.elements, form.begin).reshape(form.shape, order=form.order)
+    return np.asarray(made, dtype)
+
+
+def npy_bytes(vector: np.ndarray[Any, Any], shape: tuple[int, ...]) -> bytes:
+    """The bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape; one copy."""
+    flat: Any = vector.reshape(-1)
+    return b"".join((_npy_header(vector.dtype.str, shape), flat.view(np.uint8).data))
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def raw_bytes(vector: Tensor) -> bytes:
+    """The elements of a contiguous vector as raw bytes; one copy."""
+    return bytes(vector.view(torch.uint8).numpy().data) if vector.numel() else b""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a floating dtype, as in `FLOATS`.
+
+    Raises:
+        KeyError: another dtype.
+    """
+    return _NAMES[dtype]

@@ -1,0 +1,284 @@
+"""Layout of a model in messages: which entries it has, and where each lies in one flat vector.
+
+A record is any mapping from names to arrays (see `array_bytes`).  It is plain, an array for every entry, or flat: one
+vector of all floating entries, and an array for every other entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.errors import printable_name
+from fedkern.flower import array_bytes
+from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, Header, Misfit
+
+# Elements from which an entry is worth a call of its own: below, the call costs more than copying the entry.
+_LARGE = 8192
+# Largest fp64 number that a reply may hold: times any weight, it is finite.
+_LARGEST = 1e290
+# Elements that are compared with the global model at a time.
+_PIECE = 1 << 18
+_VARIANCES = ("running_var", "moving_variance")
+_STATISTICS = ("running_mean", "moving_mean", *_VARIANCES)
+_MOST_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of a model.
+
+    Attributes:
+        key: name.
+        shape: sizes.
+        dtype: name of the dtype, as in ``numpy.dtype.name``; "bfloat16" too.
+        begin, end: place in the flat vector; both 0 for an entry that is not floating.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def floating(self) -> bool:
+        """Whether the entry is part of the flat vector."""
+        return self.dtype in FLOATS
+
+    @property
+    def variance(self) -> bool:
+        """Whether the entry holds the running variances of a batch norm."""
+        return self.floating and self.key.endswith(_VARIANCES)
+
+    @property
+    def statistic(self) -> bool:
+        """Whether the entry holds running statistics of a batch norm: no parameter that an optimiser may move."""
+        return self.floating and self.key.endswith(_STATISTICS)
+
+
+class Layout:
+    """The entries of a model, in order.
+
+    Args:
+        forms: key, shape and name of the dtype of every entry.
+        flat: None for a plain model; for a flat one the name of the vector's dtype.
+
+    Attributes:
+        entries: the entries.
+        size: P, number of elements of all floating entries.
+        dtype: dtype of the flat vector: the widest of the floating entries (fp32 where there is none).
+        flat: as given.
+    """
+
+    def __init__(self, forms: Sequence[tuple[str, tuple[int, ...], str]], flat: str | None = None) -> None:
+        made, place, dtype = [], 0, None
+        for key, shape, name in forms:
+            count = Header(name, shape).elements if name in FLOATS else 0
+            made.append(Entry(key, shape, name, place if name in FLOATS else 0, place + count if name in FLOATS else 0))
+            if name in FLOATS:
+                place += count
+                dtype = FLOATS[name] if dtype is None else torch.promote_types(dtype, FLOATS[name])
+        self.entries = tuple(made)
+        self.size = place
+        self.dtype = dtype or torch.float32
+        self.flat = flat
+
+    @cached_property
+    def floating(self) -> tuple[Entry, ...]:
+        """The floating entries."""
+        return tuple(entry for entry in self.entries if entry.floating)
+
+    @cached_property
+    def whole(self) -> tuple[Entry, ...]:
+        """The entries of whole numbers and truth values."""
+        return tuple(entry for entry in self.entries if not entry.floating)
+
+    @cached_property
+    def segments(self) -> tuple[tuple[Entry, ...], ...]:
+        """The floating entries in runs of one dtype: a large entry alone, small neighbours together."""
+        runs: list[list[Entry]] = []
+        for entry in self.floating:
+            large = entry.end - entry.begin >= _LARGE
+            alike = bool(runs) and runs[-1][0].dtype == entry.dtype
+            if alike and not large and runs[-1][-1].end - runs[-1][0].begin < _LARGE:
+                runs[-1].append(entry)
+            else:
+                runs.append([entry])
+        return tuple(map(tuple, runs))
+
+    @cached_property
+    def listing(self) -> bytes:
+        """JSON of the entries, ``[[key, shape, dtype], ...]``."""
+        return json.dumps([[entry.key, list(entry.shape), entry.dtype] for entry in self.entries]).encode()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Layout:
+        """The layout of a record.
+
+        Raises:
+            Misfit: an array's bytes, or the list of a flat record's entries, cannot be read.
+        """
+        if FLAT not in record:
+            forms = {key: array_bytes.header(array, _name(key)) for key, array in record.items()}
+            return cls([(key, form.shape, form.dtype) for key, form in forms.items()])
+        found = cls(_listed(record), record[FLAT].dtype)
+        Model(record, found)  # checks the vector's length, and the other arrays
+        return found
+
+
+def _listed(record: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+    """The entries that a flat record lists."""
+    if LISTING not in record:
+        raise Misfit("keys", f"has {FLAT!r} but lacks {LISTING!r}")
+    try:
+        listed = json.loads(record[LISTING].data)
+        rows = [(str(key), tuple(map(int, shape)), str(dtype)) for key, shape, dtype in listed]
+        good = all(size >= 0 for _, shape, _ in rows for size in shape)
+    except (ValueError, TypeError, RecursionError):
+        good, rows = False, []
+    if not good or len({row[0] for row in rows}) != len(rows):
+        raise Misfit("keys", f"has a list of entries under {LISTING!r} that cannot be read")
+    return rows
+
+
+class Model:
+    """A record that fits a layout: its numbers, in the record's own memory.
+
+    Args:
+        record: the record, of which an array may have any floating dtype where the layout has one.
+        layout: the layout that the record must have.
+
+    Raises:
+        Misfit: keys, shapes, dtypes or lengths differ.
+    """
+
+    def __init__(self, record: Mapping[str, Any], layout: Layout) -> None:
+        self._layout = layout
+        self._vector: Tensor | None = None
+        self._parts: dict[str, Tensor] = {}
+        self.whole: dict[str, np.ndarray[Any, Any]] = {}
+        """The entries that are not floating, by key."""
+        held = set(record)
+        if FLAT in held:
+            held = self._read_flat(record, held)
+        else:
+            _check_keys(held, {entry.key for entry in layout.entries})
+        for entry in layout.entries:
+            if self._vector is not None and entry.floating:
+                continue
+            array, name = record[entry.key], _name(entry.key)
+            form = array_bytes.header(array, name)
+            if form.shape != entry.shape:
+                raise Misfit("shapes", f"has {name} of shape {list(form.shape)} where {list(entry.shape)} is expected")
+            if entry.floating and form.dtype in FLOATS:
+                self._parts[entry.key] = array_bytes.tensor(array, form)
+            elif form.dtype == entry.dtype:
+                self.whole[entry.key] = array_bytes.numbers(array, form)
+            else:
+                wanted = "a floating dtype" if entry.floating else entry.dtype
+                raise Misfit("dtypes", f"has {name} of {form.dtype} where {wanted} is expected")
+
+    def _read_flat(self, record: Mapping[str, Any], held: set[str]) -> set[str]:
+        layout = self._layout
+        if LISTING not in held or record[LISTING].data != layout.listing:
+            listed = {key: (shape, dtype in FLOATS, dtype) for key, shape, dtype in _listed(record)}
+            _check_keys(set(listed), {entry.key for entry in layout.entries})
+            if list(listed) != [entry.key for entry in layout.entries]:
+                raise Misfit("keys", "lists the entries of its flat vector in another order than the global model's")
+            for entry in layout.entries:
+                shape, floating, dtype = listed[entry.key]
+                name = _name(entry.key)
+                if shape != entry.shape:
+                    raise Misfit("shapes", f"has {name} of shape {list(shape)} where {list(entry.shape)} is expected")
+                if floating != entry.floating:
+                    raise Misfit("dtypes", f"has {name} of {dtype[:20]} where {entry.dtype} is expected")
+        _check_keys(held - {FLAT, LISTING}, {entry.key for entry in layout.whole})
+        form = array_bytes.header(record[FLAT], FLAT)
+        if record[FLAT].stype != FLAT:
+            raise Misfit("dtypes", f"has {FLAT!r} in another encoding than its own")
+        if form.shape != (layout.size,):
+            raise Misfit("size", f"has a flat vector of {form.elements} elements where {layout.size} are expected")
+        self._vector = array_bytes.tensor(record[FLAT], form)
+        return held
+
+    def entry(self, entry: Entry) -> Tensor:
+        """The numbers of a floating entry, ``[n]``."""
+        return self._parts[entry.key] if self._vector is None else self._vector[entry.begin : entry.end]
+
+    def segment(self, run: Sequence[Entry]) -> Tensor:
+        """The numbers of neighbouring floating entries, ``[n]``; several arrays are copied together."""
+        if self._vector is not None:
+            return self._vector[run[0].begin : run[-1].end]
+        return self._parts[run[0].key] if len(run) == 1 else torch.cat([self._parts[entry.key] for entry in run])
+
+    def segments(self) -> Iterator[Tensor]:
+        """All segments of the layout, in order."""
+        return (self.segment(run) for run in self._layout.segments)
+
+    def vector(self) -> Tensor:
+        """All floating entries, ``[P]`` in the layout's dtype; the record's own memory where it is such a vector."""
+        if self._vector is not None:
+            return self._vector.to(self._layout.dtype)
+        parts = [self._parts[entry.key] for entry in self._layout.floating]
+        return torch.cat(parts).to(self._layout.dtype) if parts else torch.empty(0, dtype=self._layout.dtype)
+
+    def check_numbers(self) -> None:
+        """Checks that all numbers are finite and running variances not negative.
+
+        Raises:
+            Misfit: they are not.
+        """
+        for run, part in zip(self._layout.segments, self.segments(), strict=True):
+            kind = FLOATS[self._layout.flat or run[0].dtype]
+            if not _all_good(part, kind):
+                bad = next(entry for entry in run if not _all_good(self.entry(entry), kind))
+                raise Misfit("finite", f"holds NaN, infinite or too large values in {_name(bad.key)}")
+        for entry in self._layout.floating:
+            if entry.variance and entry.end > entry.begin and float(self.entry(entry).min()) < 0:
+                raise Misfit("variance", f"has negative variances in {_name(entry.key)}")
+
+    def distance(self, start: Model) -> float:
+        """Euclidean distance to another model over all floating entries, computed in fp64."""
+        square = 0.0
+        for own, other in zip(self.segments(), start.segments(), strict=True):
+            for begin in range(0, len(own), _PIECE):
+                there = other[begin : begin + _PIECE].double()
+                gap = own[begin : begin + _PIECE].double() - there
+                square += float(torch.dot(gap, gap))
+        return square**0.5
+
+
+def _all_good(part: Tensor, kind: torch.dtype) -> bool:
+    """Whether all numbers are finite, also in the dtype ``kind`` of the new model, and far from overflowing a sum."""
+    if not part.numel():
+        return True
+    if part.dtype == torch.float64:
+        return float(part.abs().max()) <= min(torch.finfo(kind).max, _LARGEST)
+    if kind.itemsize == 2 and part.dtype != kind:
+        return bool(torch.isfinite(part.to(kind)).all())
+    # One pass that writes nothing, unless the sum overflows.
+    return bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all())
+
+
+def _check_keys(held: set[str], wanted: set[str]) -> None:
+    for key in sorted(wanted - held):
+        raise Misfit("keys", f"lacks {_name(key)}")
+    for key in sorted(held - wanted):
+        raise Misfit("keys", f"should not hold {_name(key)}")
+
+
+def _name(key: str) -> str:
+    return repr(printable_name(key, _MOST_SHOWN))
+
+
+def largest(rows: np.ndarray[Any, Any] | None, more: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The larger of two arrays, element by element, in their own dtype; ``rows`` None: a copy of ``more``."""
+    return more.copy() if rows is None else np.asarray(np.maximum(rows, more, dtype=more.dtype))
