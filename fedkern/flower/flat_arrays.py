@@ -1,0 +1,67 @@
+"""A model as one flat vector in a Flower message, for clients and servers that both use fedkern."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedkern.errors import UserError
+from fedkern.flower import adapter
+from fedkern.flower.array_bytes import FLOATS, Misfit
+from fedkern.flower.model_layout import Layout, Model
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapter.ArrayRecord:
+    """Writes a state dict as one vector of all floating entries; other entries stay arrays of their own.
+
+    Args:
+        state: tensors by name, of any device: what ``module.state_dict()`` returns.
+        dtype: float32, float64, float16 or bfloat16, to which the vector is rounded; None: the widest dtype of the
+            floating entries.
+
+    Returns:
+        A record that `fedkern.flower.strategies` and :func:`unpack` read.
+
+    Raises:
+        UserError: an entry is no tensor of real numbers, or ``dtype`` is another one.
+    """
+    known = tuple(FLOATS.values())
+    if dtype is not None and dtype not in known:
+        raise UserError(f"pack: dtype must be float32, float64, bfloat16 or float16, not {dtype}.")
+    for key, value in state.items():
+        real = isinstance(value, Tensor) and not value.is_complex()
+        if not real or (value.is_floating_point() and value.dtype not in known):
+            given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"pack: {key!r} must be a tensor of real numbers, not {given}.")
+    return adapter.to_flat(state, dtype)
+
+
+def unpack(record: adapter.ArrayRecord) -> OrderedDict[str, Tensor]:
+    """Reads a record as a state dict, flat or plain, with every entry in its own dtype.
+
+    Args:
+        record: what :func:`pack` returned, or any ``ArrayRecord``.
+
+    Returns:
+        Tensors by name, on the CPU, which share no memory with the record.
+
+    Raises:
+        UserError: the record's arrays cannot be read.
+    """
+    try:
+        layout = Layout.of(record)
+        model = Model(record, layout)
+    except Misfit as misfit:
+        raise UserError(f"unpack: the record {misfit}.") from None
+    made: OrderedDict[str, Tensor] = OrderedDict()
+    for entry in layout.entries:
+        if entry.floating:
+            made[entry.key] = model.entry(entry).to(FLOATS[entry.dtype], copy=True).reshape(entry.shape)
+        else:
+            made[entry.key] = torch.from_numpy(model.whole[entry.key].copy())
+    return made

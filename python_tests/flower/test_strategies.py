@@ -1,0 +1,625 @@
+"""Strategies against Flower's own, through a grid whose replies arrive in any order."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+
+from fake_grid import FakeGrid, arrays_of, client, content, numbers
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app.error import Error
+from flwr.serverapp import strategy as theirs
+from flwr.serverapp.strategy.multikrum import select_multikrum
+
+from fedkern import ops
+from fedkern.errors import UserError
+from fedkern.flower import adapter, strategies
+from fedkern.flower.array_bytes import FLAT
+from fedkern.flower.flat_arrays import pack, unpack
+
+pytestmark = pytest.mark.flower
+
+SHAPES = {"w": (90, 110), "b": (7,), "scale": (), "deep": (3, 4, 5)}
+EVERYBODY = {"fraction_evaluate": 0.0, "min_available_nodes": 2}
+
+
+@pytest.fixture(autouse=True)
+def _audible():
+    """Flower's logger does not propagate, so that caplog would hear nothing."""
+    logger = logging.getLogger("flwr")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+
+
+def model(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {key: (scale * rng.standard_normal(shape)).astype(np.float32) for key, shape in SHAPES.items()}
+
+
+def moved(start, seed, scale=0.1):
+    step = model(seed, scale)
+    return {key: (value + step[key]).astype(value.dtype) for key, value in start.items()}
+
+
+START = model(0)
+WEIGHTS = [3, 10, 1, 7, 22, 5]
+
+
+def learners(count=6):
+    """Nodes that move what they are sent by a step of their own."""
+
+    def learner(i):
+        return lambda message: content(
+            moved(numbers(message.content["arrays"]), 100 + i), WEIGHTS[i], loss=float(i), each=[1.0, float(i * i)]
+        )
+
+    return {1000 + 7 * i: learner(i) for i in range(count)}
+
+
+def run(strategy, clients=None, order=None, rounds=3, start=START, **named):
+    grid = FakeGrid(learners() if clients is None else clients, order)
+    arrays = arrays_of(start) if isinstance(start, dict) else start
+    return strategy.start(grid, arrays, rounds, timeout=5, **named), grid
+
+
+def close(one, other, rtol=1e-5, atol=1e-6):
+    one, other = numbers(one), numbers(other)
+    assert list(one) == list(other)
+    for key, value in one.items():
+        np.testing.assert_allclose(value, other[key], rtol=rtol, atol=atol, err_msg=key)
+        assert value.shape == other[key].shape
+
+
+def same(one, other):
+    assert list(one) == list(other)
+    assert all(one[key].data == other[key].data for key in one)
+
+
+# -- the same as Flower's ----------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "FedAvg": {},
+    "FedProx": {"proximal_mu": 0.1},
+    "FedAvgM": {"server_learning_rate": 0.7, "server_momentum": 0.9},
+    "FedAdam": {},
+    "FedYogi": {"eta": 0.05},
+    "FedAdagrad": {},
+    "FedMedian": {},
+    "FedTrimmedAvg": {"beta": 0.34},
+    "Krum": {"num_malicious_nodes": 1},
+    "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_arrays_and_metrics_are_those_of_flower(name):
+    settings = {**EVERYBODY, "min_train_nodes": 6, **PAIRS[name]}
+    ours, _ = run(getattr(strategies, name)(**settings))
+    own, _ = run(getattr(theirs, name)(**settings))
+    close(ours.arrays, own.arrays, rtol=1e-4, atol=1e-5)
+    assert all(value.dtype == np.float32 for value in numbers(ours.arrays).values())
+    for key, record in own.train_metrics_clientapp.items():
+        found = ours.train_metrics_clientapp[key]
+        assert list(found) == list(record)
+        for metric, value in record.items():
+            assert found[metric] == pytest.approx(value)
+
+
+def test_fedavgm_without_momentum_is_the_mean():
+    own, _ = run(strategies.FedAvgM(**EVERYBODY, min_train_nodes=6))
+    same(own.arrays, run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6))[0].arrays)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "GeometricMedian", "DPFedAvg"])
+def test_the_constructor_takes_what_flowers_takes(name):
+    found = inspect.signature(getattr(strategies, name)).parameters
+    wanted = inspect.signature(getattr(theirs, name, theirs.FedAvg)).parameters
+    assert list(found)[: len(wanted)] == list(wanted)
+    assert [found[key].default for key in wanted] == [parameter.default for parameter in wanted.values()]
+    assert set(found) - set(wanted) >= {"seed", "max_update_norm", "sums"}
+
+
+def test_positional_arguments_are_flowers():
+    made = strategies.MultiKrum(0.5, 0.25, 3, 4, 5, 1, 2, "n", seed=3, max_update_norm=2)
+    assert (made.fraction_train, made.min_available_nodes, made.num_malicious_nodes) == (0.5, 5, 1)
+    assert (made.num_nodes_to_select, made.weighted_by_key, made.seed, made.max_update_norm) == (2, "n", 3, 2.0)
+    assert isinstance(made, theirs.MultiKrum)
+    assert isinstance(strategies.Krum(), strategies.FedAvg)
+
+
+def test_fedprox_sends_mu():
+    seen = []
+
+    def note(message):
+        seen.append((message.content["config"]["proximal-mu"], message.content["config"]["server-round"]))
+        return content(START)
+
+    run(strategies.FedProx(**EVERYBODY, proximal_mu=0.3), {1: note, 2: note}, rounds=1)
+    assert seen == [(0.3, 1), (0.3, 1)]
+
+
+def test_the_geometric_median_ignores_weights_and_one_far_reply():
+    clients = {i: client(moved(START, i, 0.01), weight=1) for i in range(5)}
+    clients[9] = client(moved(START, 9, 1e3), weight=10**9)
+    found, _ = run(strategies.GeometricMedian(**EVERYBODY, min_train_nodes=6), clients, rounds=1)
+    close(found.arrays, arrays_of(START), atol=0.1)
+
+
+def test_krum_ranks_updates_that_are_small_beside_the_weights():
+    rng = np.random.default_rng(3)
+    start = {"w": (0.05 * rng.standard_normal(20_000)).astype(np.float32)}
+    replies = [{"w": start["w"] + (1e-5 * rng.standard_normal(20_000)).astype(np.float32)} for _ in range(8)]
+    wide = np.stack([reply["w"].astype(np.float64) for reply in replies])
+    squares = ((wide[:, None] - wide[None]) ** 2).sum(-1)
+    scores = [np.sort(row)[1:6].sum() for row in squares]  # 8 - 1 - 2 others
+    clients = {i: client(reply) for i, reply in enumerate(replies)}
+    settings = {**EVERYBODY, "min_train_nodes": 8, "num_malicious_nodes": 1}
+    found, _ = run(strategies.Krum(**settings), clients, rounds=1, start=start)
+    same(found.arrays, arrays_of(replies[int(np.argmin(scores))]))
+
+
+# -- any order of arrival, one reply at a time -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "GeometricMedian"])
+def test_the_order_of_arrival_does_not_change_a_bit(name):
+    settings = {**EVERYBODY, "min_train_nodes": 4, **PAIRS.get(name, {})}
+    orders = list(itertools.permutations(range(4)))[::5]
+    results = [run(getattr(strategies, name)(**settings), learners(4), order, rounds=2)[0] for order in orders]
+    for other in results[1:]:
+        same(results[0].arrays, other.arrays)
+        assert results[0].train_metrics_clientapp == other.train_metrics_clientapp
+
+
+@pytest.mark.parametrize("sums", ["fp64", "together"])
+def test_other_sums_are_close(sums):
+    exact, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6))
+    close(run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6, sums=sums))[0].arrays, exact.arrays, rtol=1e-6)
+
+
+def test_sums_of_replies_together_do_not_depend_on_the_order():
+    settings = {**EVERYBODY, "min_train_nodes": 4, "sums": "together"}
+    orders = list(itertools.permutations(range(4)))[::5]
+    results = [run(strategies.FedAdam(**settings), learners(4), order, rounds=2)[0] for order in orders]
+    for other in results[1:]:
+        same(results[0].arrays, other.arrays)
+
+
+def test_one_reply_is_held_at_a_time():
+    start = {"w": np.zeros(2_000_000, np.float32)}  # more than is asked for at once
+    clients = {i: client({"w": np.full(2_000_000, i, np.float32)}) for i in range(8)}
+    found, grid = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=8), clients, rounds=1, start=start)
+    assert np.all(numbers(found.arrays)["w"] == 3.5)
+    assert grid.most_alive == 1
+
+
+class Noted(strategies.FedAvg):
+    """An override as apps have it: it looks at all replies, and calls the original."""
+
+    def aggregate_train(self, server_round, replies):
+        self.nodes = [reply.metadata.src_node_id for reply in replies]
+        self.nodes += [reply.metadata.src_node_id for reply in replies]
+        return super().aggregate_train(server_round, replies)
+
+
+class Streamed(strategies.FedAvg):
+    """An override that only passes the replies on, and says so."""
+
+    @strategies.streaming
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        metrics["own"] = server_round
+        return arrays, metrics
+
+
+def test_an_override_gets_the_replies_as_a_list():
+    strategy = Noted(**EVERYBODY, min_train_nodes=6)
+    found, _ = run(strategy)
+    assert strategy.nodes == 2 * list(learners())
+    same(found.arrays, run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6))[0].arrays)
+
+
+def test_an_override_that_streams_gets_one_reply_at_a_time():
+    start = {"w": np.zeros(2_000_000, np.float32)}
+    clients = {i: client({"w": np.full(2_000_000, i, np.float32)}) for i in range(4)}
+    found, grid = run(Streamed(**EVERYBODY, min_train_nodes=4), clients, rounds=1, start=start)
+    assert found.train_metrics_clientapp[1]["own"] == 1
+    assert grid.most_alive == 1
+
+
+def test_other_overrides_are_called():
+    class Own(strategies.FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            config["rate"] = 0.5
+            assert grid.run == "the run"
+            return super().configure_train(server_round, arrays, config, grid)
+
+        def aggregate_evaluate(self, server_round, replies):
+            self.evaluated = [reply.metadata.src_node_id for reply in replies]
+            return super().aggregate_evaluate(server_round, replies)
+
+    def both(message):
+        assert message.metadata.message_type == "evaluate" or message.content["config"]["rate"] == 0.5
+        return content(START, 2, accuracy=0.5)
+
+    strategy = Own(min_available_nodes=2)
+    found, _ = run(strategy, {5: both, 3: both}, rounds=1)
+    assert sorted(strategy.evaluated) == [3, 5]
+    assert found.evaluate_metrics_clientapp[1]["accuracy"] == 0.5
+
+
+def test_messages_of_ones_own_are_taken_as_they_are():
+    class Own(strategies.FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            record = RecordDict({"arrays": arrays, "config": ConfigRecord({"mine": 1})})
+            return self._construct_messages(record, sorted(grid.get_node_ids()), "train.mine")
+
+    found, grid = run(Own(**EVERYBODY))
+    assert [kind for kind, _ in grid.sent] == ["train.mine"] * 3
+    close(found.arrays, run(theirs.FedAvg(**EVERYBODY, min_train_nodes=6))[0].arrays)
+
+
+def test_aggregate_train_takes_replies_without_a_run():
+    grid = FakeGrid({i: client(moved(START, i), i + 1) for i in range(3)})
+    messages = theirs.FedAvg(min_train_nodes=3).configure_train(1, arrays_of(START), ConfigRecord(), grid)
+    replies = grid.send_and_receive(messages)
+    found, _ = strategies.FedAvg().aggregate_train(1, replies)
+    close(found, theirs.FedAvg().aggregate_train(1, replies)[0])
+    assert strategies.FedAvg().aggregate_train(1, []) == (None, None)
+
+
+def test_metric_functions_of_ones_own_get_the_metrics():
+    def count(contents, key):
+        assert all(not content.array_records for content in contents)
+        return MetricRecord({"total": sum(next(iter(c.metric_records.values()))[key] for c in contents)})
+
+    found, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6, train_metrics_aggr_fn=count), rounds=1)
+    assert found.train_metrics_clientapp[1]["total"] == sum(WEIGHTS)
+
+
+def test_krums_metrics_are_those_of_the_chosen():
+    settings = {**EVERYBODY, "min_train_nodes": 6, "num_malicious_nodes": 1}
+    grid = FakeGrid(learners())
+    messages = theirs.Krum(**settings).configure_train(1, arrays_of(START), ConfigRecord(), grid)
+    replies = grid.send_and_receive(messages)
+    (chosen,) = select_multikrum([reply.content for reply in replies], 1, 1)
+    _, metrics = strategies.Krum(**settings).aggregate_train(1, replies)
+    assert metrics["loss"] == chosen["metrics"]["loss"]
+
+
+# -- replies that do not count -----------------------------------------------------------------------------------------
+
+
+def spoiled(key, value):
+    return {**START, key: value}
+
+
+BAD = {
+    "keys": client({key: value for key, value in START.items() if key != "b"}),
+    "shapes": client(spoiled("b", np.zeros(8, np.float32))),
+    "dtypes": client(spoiled("b", np.zeros(7, np.int64))),
+    "finite": client(spoiled("w", np.full(SHAPES["w"], np.nan, np.float32))),
+    "norm": client(moved(START, 5, 100.0)),
+    "weight": lambda message: RecordDict({"arrays": arrays_of(START), "metrics": MetricRecord({"loss": 1.0})}),
+    "records": lambda message: RecordDict({"metrics": MetricRecord({"num-examples": 1})}),
+    "error": lambda message: Error(code=0, reason="out of memory"),
+}
+
+
+def size(message):
+    made = content(START)
+    made["arrays"]["w"].data = made["arrays"]["w"].data[:-4]
+    return made
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedMedian", "MultiKrum"])
+@pytest.mark.parametrize("reason", [*BAD, "size"])
+def test_a_bad_reply_is_left_out_and_named(reason, name, caplog):
+    settings = {**EVERYBODY, "min_train_nodes": 2, "max_update_norm": 50.0}
+    good = {i: client(moved(START, i), 1, loss=0.5) for i in (1, 2, 4)}
+    wanted, _ = run(getattr(strategies, name)(**{**settings, "min_train_nodes": 3}), good, rounds=1)
+    strategy = getattr(strategies, name)(**{**settings, "min_train_nodes": 4})
+    with caplog.at_level(logging.WARNING):
+        found, _ = run(strategy, {**good, 3: BAD.get(reason, size)}, rounds=1)
+    same(found.arrays, wanted.arrays)
+    (left,) = strategy.left_out
+    assert (left.round, left.node, left.reason) == (1, 3, reason)
+    assert f"Round 1: the reply of node 3 {left.text}: left out." in caplog.text
+    metrics = found.train_metrics_clientapp[1]
+    assert metrics[f"left-out/{reason}"] == [3]
+    assert metrics["loss"] == 0.5
+    assert not any(metric.startswith("left-out") for metric in wanted.train_metrics_clientapp[1])
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), 2**60, [1, 2]])
+def test_a_weight_that_is_none_is_refused(weight):
+    strategy = strategies.FedAvg(**EVERYBODY, min_train_nodes=3)
+    run(strategy, {1: client(START), 2: client(START), 3: client(START, weight)}, rounds=1)
+    assert [left.reason for left in strategy.left_out] == ["weight"]
+
+
+def test_a_run_whose_replies_never_fit_ends_in_one_sentence():
+    clients = {i: client({"0": START["w"]}) for i in range(3)}
+    with pytest.raises(UserError, match=r"no reply of round 1 counts; that of node 0 lacks 'b': let the ClientApp"):
+        run(strategies.FedAvg(**EVERYBODY, min_train_nodes=3), clients)
+
+
+def test_replies_that_fitted_once_do_not_end_the_run():
+    def later(message):
+        return content(START if message.content["config"]["server-round"] == 1 else {"0": START["w"]})
+
+    strategy = strategies.FedAvg(**EVERYBODY)
+    found, _ = run(strategy, {1: later, 2: later}, rounds=2)
+    same(found.arrays, arrays_of(START))
+    assert len(strategy.left_out) == 2
+
+
+def test_a_round_of_failures_keeps_the_model():
+    strategy = strategies.FedAvg(**EVERYBODY)
+    found, _ = run(strategy, {1: BAD["error"], 2: BAD["error"]}, rounds=1)
+    assert not found.arrays
+    assert found.train_metrics_clientapp[1]["left-out/error"] == [1, 2]
+
+
+def test_weights_of_nought_keep_the_model():
+    for name, sums in (("FedAvg", "exact"), ("FedAvg", "together"), ("MultiKrum", "exact"), ("FedAdam", "fp64")):
+        strategy = getattr(strategies, name)(**EVERYBODY, sums=sums)
+        assert not run(strategy, {1: client(START, 0), 2: client(START, 0)}, rounds=1)[0].arrays
+
+
+def test_a_node_that_never_answers_does_not_hold_the_round():
+    strategy = strategies.FedAvg(**EVERYBODY, min_train_nodes=2)
+    grid = FakeGrid({1: client(moved(START, 1)), 2: lambda message: None})
+    found = strategy.start(grid, arrays_of(START), 1, timeout=0.2)
+    close(found.arrays, arrays_of(moved(START, 1)))
+
+
+def test_metrics_of_other_names_are_left_out_of_the_metrics():
+    clients = {1: client(START, loss=1.0), 2: client(START, loss=3.0), 3: client(START, accuracy=1.0)}
+    found, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=3), clients, rounds=1)
+    assert dict(found.train_metrics_clientapp[1]) == {"loss": 2.0}
+
+
+def test_arguments_out_of_range_are_named():
+    for name, value in (("seed", 1.5), ("max_update_norm", -1), ("max_update_norm", float("nan")), ("sums", "fast")):
+        with pytest.raises(UserError, match=f"FedAvg: {name} must be"):
+            strategies.FedAvg(**{name: value})
+    with pytest.raises(TypeError, match="fraction_fit"):
+        strategies.FedAvg(fraction_fit=0.5)
+    arrays = arrays_of(START)
+    arrays["w"].stype = "own"
+    with pytest.raises(UserError, match=r"'w' in the encoding 'own'"):
+        run(strategies.FedAvg(**EVERYBODY), start=arrays)
+
+
+@pytest.mark.parametrize("version", ["1.40.0", "1.43.1"])
+def test_another_flower_is_refused_by_name(version, monkeypatch):
+    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: version)
+    with pytest.raises(UserError, match=rf"works with flwr 1.41, but flwr {version} is installed: pip install"):
+        adapter._check_version()
+
+
+# -- buffers -----------------------------------------------------------------------------------------------------------
+
+
+def normed(seed, batches=3):
+    rng = np.random.default_rng(seed)
+    return {
+        "bn.weight": rng.standard_normal(6).astype(np.float32),
+        "bn.running_mean": rng.standard_normal(6).astype(np.float32),
+        "bn.running_var": rng.uniform(1e-3, 1e-2, 6).astype(np.float32),
+        "bn.num_batches_tracked": np.array(batches),
+        "mask": np.array([seed == 1, False]),
+    }
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "GeometricMedian"])
+def test_counters_stay_whole_and_variances_positive(name):
+    clients = {i: client(normed(i, 10 * i), 1) for i in range(1, 6)}
+    settings = {**EVERYBODY, "min_train_nodes": 5, **PAIRS.get(name, {})}
+    found, _ = run(getattr(strategies, name)(**settings), clients, start=normed(7), rounds=4)
+    made = numbers(found.arrays)
+    assert made["bn.num_batches_tracked"].dtype == np.int64
+    assert made["bn.num_batches_tracked"].shape == ()
+    assert int(made["bn.num_batches_tracked"]) in (10, 20, 30, 40, 50)
+    assert made["mask"].dtype == bool
+    assert (made["bn.running_var"] > 0).all()
+
+
+def test_an_optimiser_leaves_running_statistics_their_mean():
+    clients = {i: client(normed(i), 1) for i in (1, 2)}
+    mean, _ = run(strategies.FedAvg(**EVERYBODY), clients, start=normed(7), rounds=1)
+    found, _ = run(strategies.FedAdam(**EVERYBODY), clients, start=normed(7), rounds=1)
+    mean, found = numbers(mean.arrays), numbers(found.arrays)
+    for key in mean:
+        assert np.array_equal(mean[key], found[key]) == (key != "bn.weight"), key
+
+
+# -- the choice of nodes -----------------------------------------------------------------------------------------------
+
+
+def chosen(seed, nodes, rounds=4):
+    clients = {node: client(START) for node in nodes}
+    strategy = strategies.FedAvg(0.4, 0.2, 2, 2, 2, seed=seed)
+    grid = FakeGrid(clients)
+    strategy.start(grid, arrays_of(START), rounds, timeout=5)
+    return [nodes for _, nodes in grid.sent]
+
+
+def test_nodes_are_chosen_by_seed_and_round_alone():
+    nodes = list(range(50, 60))
+    found = chosen(1, nodes)
+    assert found == chosen(1, nodes[::-1])
+    assert found != chosen(2, nodes)
+    assert [len(set(own)) for own in found] == [4, 2] * 4
+    assert len({tuple(own) for own in found}) > 4
+
+
+def test_nodes_that_register_later_come_last():
+    class Node:
+        def __init__(self, node_id, registered_at):
+            self.node_id, self.registered_at = node_id, registered_at
+
+    class Grid(FakeGrid):
+        def get_nodes(self):
+            return [Node(5, "2026-01-02"), Node(9, "2026-01-01"), Node(1, "2026-01-03")]
+
+    assert adapter.nodes(Grid({})) == [9, 5, 1]
+
+
+def test_waits_for_nodes(monkeypatch):
+    clients = {1: client(START)}
+    monkeypatch.setattr("time.sleep", lambda seconds: clients.setdefault(len(clients) + 1, client(START)))
+    _, grid = run(strategies.FedAvg(fraction_evaluate=0.0, min_available_nodes=3), clients, rounds=1)
+    assert len(clients) >= 3
+    assert len(grid.sent) == 1
+
+
+# -- flat messages -----------------------------------------------------------------------------------------------------
+
+
+def state(model):
+    return {key: torch.from_numpy(np.array(value)) for key, value in model.items()}
+
+
+def test_pack_and_unpack_give_the_state_back():
+    own = state(normed(1))
+    for record in (pack(own), ArrayRecord(own)):
+        found = unpack(record)
+        assert list(found) == list(own)
+        for key, value in own.items():
+            assert torch.equal(found[key], value)
+            assert found[key].dtype == value.dtype
+    found = unpack(pack(own, torch.bfloat16))
+    assert torch.equal(found["bn.weight"], own["bn.weight"].bfloat16().float())
+    assert len(pack(own, torch.bfloat16)[FLAT].data) == 2 * 18
+
+
+def test_pack_and_unpack_name_what_is_wrong():
+    with pytest.raises(UserError, match=r"pack: 'w' must be a tensor of real numbers, not torch\.complex64"):
+        pack({"w": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(UserError, match="pack: dtype must be"):
+        pack({"w": torch.zeros(2)}, torch.int8)
+    record = pack({"w": torch.zeros(2)})
+    record[FLAT].data = b"\0"
+    with pytest.raises(UserError, match="unpack: the record has"):
+        unpack(record)
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian"])
+def test_flat_and_plain_replies_give_the_same_bits(name):
+    models = [normed(i) for i in range(3)]
+    plain = {i: client(own) for i, own in enumerate(models)}
+    mixed = {i: client(pack(state(own)) if i else arrays_of(own)) for i, own in enumerate(models)}
+    settings = {**EVERYBODY, "min_train_nodes": 3}
+    wanted, _ = run(getattr(strategies, name)(**settings), plain, start=normed(7), rounds=2)
+    found, _ = run(getattr(strategies, name)(**settings), mixed, start=normed(7), rounds=2)
+    same(found.arrays, wanted.arrays)
+    flat, _ = run(getattr(strategies, name)(**settings), mixed, start=pack(state(normed(7))), rounds=2)
+    assert FLAT in flat.arrays
+    for key, value in unpack(flat.arrays).items():
+        assert np.array_equal(value.numpy(), numbers(wanted.arrays)[key])
+
+
+def test_replies_in_bf16_are_averaged_in_fp64():
+    models = [state(model(i)) for i in range(5)]
+    clients = {i: client(pack(own, torch.bfloat16), i + 1) for i, own in enumerate(models)}
+    found, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=5), clients, rounds=1)
+    for key, value in numbers(found.arrays).items():
+        rounded = [own[key].bfloat16().double() for own in models]
+        wanted = sum((i + 1) * each for i, each in enumerate(rounded)) / 15
+        assert np.array_equal(value, wanted.float().numpy())
+
+
+# -- differential privacy ----------------------------------------------------------------------------------------------
+
+
+def private(**named):
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install 'fedkern[privacy]'")
+    return strategies.DPFedAvg(**EVERYBODY, **named)
+
+
+def test_updates_are_clipped_and_weigh_the_same():
+    steps = [0.001, 0.5, 3.0]
+    clients = {i: client(moved(START, i, step), 10**i) for i, step in enumerate(steps)}
+    strategy = private(noise_multiplier=0.0, clipping_norm=2.0, min_train_nodes=3)
+    found, _ = run(strategy, clients, rounds=1)
+    vector = np.concatenate([value.ravel() for value in START.values()]).astype(np.float64)
+    total = 0.0
+    for i, step in enumerate(steps):
+        other = np.concatenate([value.ravel() for value in moved(START, i, step).values()])
+        update = other - vector
+        total = total + update * min(1.0, 2.0 / np.linalg.norm(update))
+    made = np.concatenate([value.ravel() for value in numbers(found.arrays).values()])
+    np.testing.assert_allclose(made, vector + total / 3, rtol=1e-6, atol=1e-7)
+    assert found.train_metrics_clientapp[1]["epsilon-of-arrays"] == float("inf")
+
+
+def test_noise_has_the_promised_deviation_and_epsilon_is_that_of_the_releases():
+    from fedkern.privacy import Accountant
+
+    start = {"w": np.zeros(200_000, np.float32)}
+    clients = {i: client(start) for i in range(4)}
+    strategy = private(noise_multiplier=3.0, clipping_norm=0.5, min_train_nodes=4, noise_seed=1)
+    found, _ = run(strategy, clients, rounds=2, start=start)
+    deviation = 3.0 * 0.5 / 4 * np.sqrt(2)  # of two rounds
+    assert numbers(found.arrays)["w"].std() == pytest.approx(deviation, rel=0.01)
+    accountant = Accountant()
+    accountant.gaussian("arrays", 3.0 / 2, steps=2)
+    assert found.train_metrics_clientapp[2]["epsilon-of-arrays"] == accountant.epsilon(1e-5) == strategy.epsilon()
+    assert found.train_metrics_clientapp[1]["epsilon-of-arrays"] < strategy.epsilon()
+
+
+def test_noise_without_a_seed_is_new_in_every_run():
+    runs = [run(private(noise_multiplier=1.0, clipping_norm=1.0), learners(2), rounds=1)[0] for _ in range(2)]
+    assert not np.array_equal(numbers(runs[0].arrays)["w"], numbers(runs[1].arrays)["w"])
+
+
+def test_a_reply_left_out_counts_as_no_update():
+    clients = {1: client(moved(START, 1, 0.001)), 2: BAD["finite"]}
+    found, _ = run(private(noise_multiplier=0.0, clipping_norm=10.0, sums="fp64"), clients, rounds=1)
+    for key, value in numbers(found.arrays).items():
+        np.testing.assert_allclose(value, (START[key].astype(float) + moved(START, 1, 0.001)[key]) / 2, atol=1e-6)
+
+
+def test_private_counters_stay_and_variances_are_positive():
+    clients = {i: client(normed(i, 50)) for i in range(2)}
+    found, _ = run(private(noise_multiplier=5.0, clipping_norm=1.0), clients, start=normed(7, 3), rounds=2)
+    made = numbers(found.arrays)
+    assert made["bn.num_batches_tracked"] == 3
+    assert (made["bn.running_var"] >= 0.0099 * normed(7)["bn.running_var"]).all()
+
+
+def test_private_arguments_are_named():
+    for name, value in (("noise_multiplier", -1), ("clipping_norm", 0), ("delta", 1)):
+        settings = {"noise_multiplier": 1.0, "clipping_norm": 1.0, name: value}
+        with pytest.raises(UserError, match=f"DPFedAvg: {name} must be"):
+            strategies.DPFedAvg(**settings)
+    with pytest.raises(UserError, match="DPFedAvg: sums must be"):
+        private(noise_multiplier=1.0, clipping_norm=1.0, sums="together")
+    strategy = private(noise_multiplier=1.0, clipping_norm=1.0)
+    replies = FakeGrid({1: client(START), 2: client(START)}).send_and_receive(
+        theirs.FedAvg().configure_train(1, arrays_of(START), ConfigRecord(), FakeGrid({1: None, 2: None}))
+    )
+    with pytest.raises(UserError, match="call configure_train before aggregate_train"):
+        strategy.aggregate_train(1, replies)
+
+
+# -- operators behind the rules ----------------------------------------------------------------------------------------
+
+
+def test_multikrum_averages_what_it_chose_by_weight():
+    models = [moved(START, i, 0.01) for i in range(5)] + [moved(START, 9, 5.0)]
+    clients = {i: client(own, WEIGHTS[i]) for i, own in enumerate(models)}
+    settings = {**EVERYBODY, "min_train_nodes": 6, "num_malicious_nodes": 1, "num_nodes_to_select": 5}
+    found, _ = run(strategies.MultiKrum(**settings), clients, rounds=1)
+    wanted = ops.tree.weighted_mean(models[:5], WEIGHTS[:5])
+    close(found.arrays, arrays_of(wanted), rtol=1e-6)

@@ -1,0 +1,15 @@
+"""Where Flower is not installed, the import ends in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from fedkern.errors import UserError
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flwr") is not None, reason="flwr is installed")
+def test_the_import_says_what_to_install():
+    with pytest.raises(UserError, match=r"needs Flower, which is not installed: pip install 'fedkern\[flower\]'\."):
+        import fedkern.flower.strategies  # noqa: F401
