@@ -15,6 +15,7 @@ GROUPS = {
         "aggregate",
         "clip_and_noise",
         "clip_by_norm",
+        "flower",
         "geometric_median",
         "krum",
         "median",

@@ -1,0 +1,85 @@
+"""Strategies of fedkern.flower against Flower's own, on the same replies.
+
+    python -m pytest benchmarks/bench_flower.py --environment flower=DIR [--record]
+
+DIR is a virtual environment with flwr 1.41 and what fedkern's operators need.  Time is that from the first reply to the
+new arrays, with all replies in memory.  Memory is the highest rise over a round whose replies come one after another:
+Flower's grid collects them first.  See flower_replies.py, which that environment runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gate
+import harness
+import machines
+import pytest
+import sources
+from comparisons import Comparison
+
+HERE = Path(__file__).parent
+OURS, THEIRS = "fedkern", "Flower"
+# Rule, model, clients, bytes of a model, and the speed-up over Flower that the project promises.
+CASES = (
+    ("FedAvg", "ResNet-18", 10, 44_695_848, 5.0),
+    ("FedAvg", "CNN", 50, 4_005_416, None),
+    ("FedAvg", "LeNet", 200, 248_024, None),
+    ("FedAdam", "ResNet-18", 10, 44_695_848, None),
+    ("FedMedian", "CNN", 10, 4_005_416, None),
+    ("Krum", "CNN", 10, 4_005_416, None),
+)
+SECONDS = 600
+
+
+def asked(what: str, rule: str, model: str, clients: int, *words: str) -> Any:
+    """What flower_replies.py tells; skips the test where no environment was named."""
+    folder = harness.SETTINGS.environments.get("flower")
+    if folder is None:
+        pytest.skip("no --environment flower=DIR was given")
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [str(folder / "bin" / "python"), str(HERE / "flower_replies.py"), what, rule, model, str(clients), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command[1:])}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", pytrace=False)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2]}-{case[1]}")
+def test_a_round(request: pytest.FixtureRequest, case: tuple[str, str, int, int, float | None], threads: int) -> None:
+    rule, model, clients, size, promised = case
+    if harness.SETTINGS.short or threads > gate.usable_cpus():
+        pytest.skip("not in the short gate, and not with more threads than this process may use")
+    refusal = harness.SETTINGS.recorder.refusal("flower", "cpu") if harness.SETTINGS.recorder else ""
+    if refusal:
+        pytest.fail(refusal, pytrace=False)
+    name = f"{rule} of {clients} × {model}"
+    samples = asked("time", rule, model, clients, "--threads", str(threads), "--pairs", "11")
+    floor = harness.floor_here(("flower", name, "cpu", threads, False))
+    measured, ratios = harness.summarise(samples, OURS)
+    verdict = gate.judge(floor, ratios, measured["scatter"], OURS) if floor else gate.Verdict("pass")
+    peaks = {each: asked("memory", rule, model, clients, "--contestant", each) for each in samples}
+    models = ", ".join(f"{each} {rise / size:.1f}" for each, rise in peaks.items())
+    backend, core = machines.served_by("cpu")
+    row = Comparison(
+        group="flower", case=name, ours=OURS, threads=threads, loaded=False, **measured,
+        floors={} if promised is None else {THEIRS: promised}, model_bytes=(clients + 1) * size,
+        note=f"peak memory in models: {models}", test=request.node.nodeid.rpartition("benchmarks/")[2],
+        peak_bytes=peaks, beside=[each for each in samples if each not in (OURS, THEIRS)],
+        time=machines.now(), core=core, sources=sources.behind(backend, core, "flower"), backend=backend,
+    )  # fmt: skip
+    harness.conclude(row, verdict)
+
+
+def test_krum_ranks_small_updates() -> None:
+    """Updates of standard deviation 1e-5 beside weights of 0.05, 20 rounds of 10 clients."""
+    wrong = asked("ranking", "Krum", "LeNet", 10, "--pairs", "20")
+    print(f"Krum chose another client than fp64 in so many of 20 rounds: {wrong}")
+    assert wrong[OURS] == 0
+    assert wrong[THEIRS] > 0, "Flower ranks rightly here: the page's table of differences says otherwise"

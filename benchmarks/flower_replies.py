@@ -1,0 +1,226 @@
+"""A round's replies through Flower's strategies and fedkern's: run by the python of an environment that has both.
+
+    python flower_replies.py time RULE MODEL CLIENTS --threads T --pairs N
+    python flower_replies.py memory RULE MODEL CLIENTS --contestant NAME
+    python flower_replies.py ranking RULE MODEL CLIENTS --pairs N
+
+Writes one line of JSON.  "time" takes turns in one process, from the first reply to the new arrays, with all replies in
+memory.  "memory" makes each reply's bytes when it is fetched, as a grid does, and tells the highest rise of resident
+memory.  "ranking" counts the rounds in which Krum chooses another client than distances in fp64 between the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import numpy as np
+import peak_memory
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedkern.flower import strategies
+
+OURS, THEIRS = "fedkern", "Flower"
+SUMS = {OURS: "exact", "fedkern fp64": "fp64", "fedkern together": "together"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "FedAvg": {},
+    "FedAdam": {},
+    "FedMedian": {},
+    "Krum": {"num_malicious_nodes": 2},
+}
+
+
+def resnet18() -> dict[str, tuple[int, ...]]:
+    """Shapes of a ResNet-18 for 10 classes: 122 entries, 11.2 million numbers."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def block(name: str, into: int, out: int, size: int) -> None:
+        found[f"{name}.conv.weight"] = (out, into, size, size)
+        for entry in ("weight", "bias", "running_mean", "running_var"):
+            found[f"{name}.bn.{entry}"] = (out,)
+        found[f"{name}.bn.num_batches_tracked"] = ()
+
+    block("stem", 3, 64, 3)
+    width = 64
+    for stage, out in enumerate((64, 128, 256, 512)):
+        for i in range(2):
+            block(f"{stage}.{i}.0", width, out, 3)
+            block(f"{stage}.{i}.1", out, out, 3)
+            if width != out:
+                block(f"{stage}.{i}.shortcut", width, out, 1)
+            width = out
+    return found | {"head.weight": (10, 512), "head.bias": (10,)}
+
+
+MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
+    "ResNet-18": resnet18,
+    "CNN": lambda: {
+        "0.weight": (64, 3, 3, 3), "0.bias": (64,), "1.weight": (128, 64, 3, 3), "1.bias": (128,),
+        "2.weight": (256, 128, 3, 3), "2.bias": (256,), "3.weight": (256, 2450), "3.bias": (256,),
+        "4.weight": (10, 256), "4.bias": (10,),
+    },
+    "LeNet": lambda: {
+        "0.weight": (6, 3, 5, 5), "0.bias": (6,), "1.weight": (16, 6, 5, 5), "1.bias": (16,),
+        "2.weight": (120, 400), "2.bias": (120,), "3.weight": (84, 120), "3.bias": (84,),
+        "4.weight": (10, 84), "4.bias": (10,),
+    },
+}  # fmt: skip
+
+
+def model(name: str, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Numbers of a model; equal seeds, equal numbers."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for key, shape in MODELS[name]().items():
+        if key.endswith("tracked"):
+            made[key] = np.array(seed)
+        else:
+            numbers = rng.standard_normal(shape, dtype=np.float32)
+            made[key] = abs(numbers) if key.endswith("var") else numbers
+    return made
+
+
+def record(model: dict[str, np.ndarray[Any, Any]]) -> ArrayRecord:
+    """A model as Flower's arrays."""
+    return ArrayRecord({key: Array(np.asarray(value)) for key, value in model.items()})
+
+
+def fresh(arrays: ArrayRecord) -> ArrayRecord:
+    """The same arrays in new memory, as a grid makes them of what came."""
+    copied = {key: Array(one.dtype, one.shape, one.stype, bytes(memoryview(one.data))) for key, one in arrays.items()}
+    return ArrayRecord(copied)
+
+
+def reply(arrays: ArrayRecord, node: int) -> Message:
+    """A node's reply to a training message."""
+    asked = Message(RecordDict(), node, "train")
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 100 + 7 * node, "loss": 0.5})})
+    return Message(content, reply_to=asked)
+
+
+def strategy(name: str, rule: str, start: ArrayRecord, clients: int) -> Any:
+    """A contestant's strategy at the beginning of a round's answers."""
+    if name == THEIRS:
+        made = getattr(flower, rule)(**SETTINGS[rule])
+        if hasattr(made, "eta"):
+            made.current_arrays = {key: array.numpy() for key, array in start.items()}
+        return made
+    made = getattr(strategies, rule)(sums=SUMS[name], **SETTINGS[rule])
+    made.begin(start, range(clients))
+    return made
+
+
+def contestants(rule: str) -> list[str]:
+    """Who meets: rules that need all replies have no sums, and so no other kind of sums."""
+    return [*SUMS, THEIRS] if rule in ("FedAvg", "FedAdam") else [OURS, THEIRS]
+
+
+def handed(replies: list[Message], begin: list[float], clock: Callable[[], float]) -> Iterator[Message]:
+    """The replies, one after another; notes when the first is asked for."""
+    begin.append(clock())
+    while replies:
+        yield replies.pop(0)
+
+
+def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds of each contestant, in turns; the first turn is not counted."""
+    start, records = record(model(name, 0)), [record(model(name, node + 1)) for node in range(clients)]
+    names = contestants(rule)
+    # One thread is timed in its own processor time: the machine may be shared.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    found: dict[str, list[float]] = {each: [] for each in names}
+    for turn in range(pairs + 1):
+        for each in names[turn % len(names) :] + names[: turn % len(names)]:
+            # Flower's median takes the arrays out of the replies: everybody gets replies of his own.
+            replies = [reply(arrays.copy(), node) for node, arrays in enumerate(records)]
+            judged = strategy(each, rule, start, clients)
+            begin = [clock()] if each == THEIRS else []
+            arrays, _ = judged.aggregate_train(1, replies if each == THEIRS else handed(replies, begin, clock))
+            # Flower begins when the last reply is there; all of them are there here.
+            seconds = clock() - begin[0]
+            assert arrays is not None
+            del arrays, replies, judged
+            if turn:
+                found[each].append(seconds)
+    return found
+
+
+def peak(rule: str, name: str, clients: int, contestant: str) -> int:
+    """Highest rise of resident memory, from before the first reply."""
+    start, made = record(model(name, 0)), record(model(name, 1))
+
+    def fetched() -> Iterator[Message]:
+        for node in range(clients):
+            yield reply(fresh(made), node)
+
+    def run() -> None:
+        # Flower's grid collects the replies of a round before it gives them to the strategy.
+        replies: Iterable[Message] = list(fetched()) if contestant == THEIRS else fetched()
+        judged = strategy(contestant, rule, start, clients)
+        assert judged.aggregate_train(1, replies)[0] is not None
+
+    run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    found = peak_memory.peak_bytes(run, torch.device("cpu"))
+    if found is None:
+        raise SystemExit("the kernel does not tell the peak of resident memory")
+    return found
+
+
+def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
+    """Rounds in which Krum's choice is another than by distances in fp64: updates of 1e-5 beside weights of 0.05."""
+    wrong = {OURS: 0, THEIRS: 0}
+    for seed in range(rounds):
+        rng = np.random.default_rng(seed)
+        base = 0.05 * rng.standard_normal(size)
+        models = [(base + 1e-5 * rng.standard_normal(size)).astype(np.float32) for _ in range(clients)]
+        wide = np.stack(models).astype(np.float64) - base
+        squares = np.stack([((wide - row) ** 2).sum(1) for row in wide])
+        scores = [np.sort(row)[1 : clients - 3].sum() for row in squares]  # the clients - 2 - 2 closest others
+        wanted = models[int(np.argmin(scores))]
+        for each in wrong:
+            judged = strategy(each, "Krum", record({"w": base.astype(np.float32)}), clients)
+            arrays, _ = judged.aggregate_train(1, [reply(record({"w": own}), i) for i, own in enumerate(models)])
+            wrong[each] += not np.array_equal(arrays["w"].numpy(), wanted)
+    return wrong
+
+
+def main() -> None:
+    """Does what the command line asks for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("time", "memory", "ranking"))
+    parser.add_argument("rule", choices=SETTINGS)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("clients", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--contestant", default=OURS, choices=(*SUMS, THEIRS))
+    asked = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    torch.set_num_threads(asked.threads)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    if asked.what == "time":
+        told: Any = times(asked.rule, asked.model, asked.clients, asked.pairs)
+    elif asked.what == "memory":
+        told = peak(asked.rule, asked.model, asked.clients, asked.contestant)
+    else:
+        told = ranking(asked.clients, 100_000, asked.pairs)
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
