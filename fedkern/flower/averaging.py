@@ -254,14 +254,15 @@ class FedAvg(flower.FedAvg):
     # -- the nodes of a round ------------------------------------------------------------------------------------------
 
     def _chosen(self, grid: Grid, fraction: float, least: int, server_round: int, purpose: str) -> list[int]:
-        """Nodes of a round: as many as Flower takes, chosen by seed, purpose and round alone."""
-        there = adapter.nodes(grid)
-        count = max(int(len(there) * fraction), least)
-        needed = max(self.min_available_nodes, count)
-        while len(there) < needed:
+        """Nodes of a round, once enough are connected: a fraction of them, chosen by seed, purpose and round alone."""
+        while True:
+            there = adapter.nodes(grid)
+            count = max(int(len(there) * fraction), least)
+            needed = max(self.min_available_nodes, count)
+            if len(there) >= needed:
+                break
             adapter.log(adapter.INFO, "%s nodes are connected, %s are needed: waiting.", len(there), needed)
             time.sleep(1)
-            there = adapter.nodes(grid)
         draws = [
             float(stream(self.seed, f"flower {purpose} nodes", round=server_round, client=place).random())
             for place in range(len(there))
