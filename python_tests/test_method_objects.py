@@ -65,11 +65,15 @@ def network():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
 
 
-def defined(text, name="Slow"):
+def text(weight):
+    return f"class Slow(FedAvg):\n    def weight(self, server, upload):\n        return {weight}\n"
+
+
+def defined(weight):
     """A class without a file of its own, as a notebook defines it."""
     scope = {"FedAvg": FedAvg}
-    exec(f"class {name}(FedAvg):\n    def weight(self, server, upload):\n        return {text}\n", scope)
-    return scope[name]
+    exec(text(weight), scope)
+    return scope["Slow"]
 
 
 def test_options_are_given_by_name_or_as_an_object():
@@ -142,10 +146,15 @@ def test_the_folder_of_a_class_has_its_plain_name():
     assert run.config.options["share"] == 1.0
 
 
-def test_what_differs_is_said():
+def test_what_differs_is_said(monkeypatch):
     first, second = defined("1.0"), defined("2.0")
     run = fedkern.simulate(first, rounds=1, out="run", **TINY)
     assert fedkern.load("run", method=defined("1.0")).metrics == run.metrics
+    Path("moved_of_a_test.py").write_text("from fedkern.methods import FedAvg\n" + text("1.0"))
+    monkeypatch.syspath_prepend(".")
+    from moved_of_a_test import Slow as Moved
+
+    assert fedkern.load("run", method=Moved).metrics == run.metrics
     with pytest.raises(fedkern.UserError, match=r"The code of the class Slow is not that .* put the former code back"):
         fedkern.load("run", method=second)
     with pytest.raises(fedkern.UserError, match="is Slow, not Half: give that class"):

@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -118,16 +118,20 @@ def fingerprint(kind: type[Method]) -> str:
     """
     if kind in _FINGERPRINTS:
         return _FINGERPRINTS[kind]
+    return _FINGERPRINTS.setdefault(kind, _digest(kind, _source))
+
+
+def _digest(kind: type[Method], text: Callable[[type], str]) -> str:
     found = hashlib.sha256()
     for each in kind.__mro__:
         if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
-            found.update(_source(each).encode())
-    return _FINGERPRINTS.setdefault(kind, found.hexdigest())
+            found.update(text(each).encode())
+    return found.hexdigest()
 
 
 def _compare(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
     now = fingerprint(kind)
-    if now == sha256:
+    if sha256 in (now, _digest(kind, _bytecode)):  # a class of a notebook may have moved into a file
         return
     if kind.__name__ != short(name):
         raise UserError(f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class.")
@@ -168,7 +172,11 @@ def _source(kind: type) -> str:
     try:
         return textwrap.dedent(inspect.getsource(kind))
     except (OSError, TypeError, SyntaxError, IndexError):
-        return "\n".join([kind.__name__, *_compiled(kind)])
+        return _bytecode(kind)
+
+
+def _bytecode(kind: type) -> str:
+    return "\n".join([kind.__name__, *_compiled(kind)])
 
 
 def _compiled(kind: type) -> Iterator[str]:
