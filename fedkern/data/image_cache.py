@@ -36,7 +36,7 @@ from fedkern.inputs import open_regular
 
 MEMORY_BYTES = 1 << 30
 """Bytes of decoded images that are held in memory; more are written to a file, with or without a cache folder."""
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 """Bytes of images that are decoded at once."""
 COMMIT_SECONDS = 30.0
 """Longest time between two commits: what has been decoded since is lost where the process is killed."""
@@ -320,8 +320,8 @@ def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> Non
 def _check_space(folder: Path, count: int) -> None:
     """Raises UserError where the disk of ``folder`` has fewer than ``count`` bytes left."""
     with suppress(OSError):  # a file system that does not say: writing will tell
-        free = shutil.disk_usage(folder).free
-        if free < count:
+        total, _, free = shutil.disk_usage(folder)
+        if free < count and total:  # a file system without a size takes no files, and writing will tell
             raise UserError(
                 f"The decoded images take {_size(count)} and {folder} has {_size(free)} left: free some space, take a "
                 "smaller --data-option size, or name a folder on another disk with --cache DIR."
@@ -334,7 +334,5 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
             f"The decoded images do not fit on the disk of {folder}: free some space, take a smaller --data-option "
             "size, or name a folder on another disk with --cache DIR."
         )
-    return UserError(
-        f"Decoded images cannot be written to {folder} ({error.strerror or error}): name another folder with --cache "
-        "DIR."
-    )
+    reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+    return UserError(f"Decoded images cannot be written to {folder} ({reason}): name another folder with --cache DIR.")

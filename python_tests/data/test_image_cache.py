@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,7 +271,7 @@ def test_an_image_that_cannot_be_read_leaves_no_images(root, tmp_path):
 def test_too_little_space(root, tmp_path, monkeypatch, cache):
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2000, 1000, 1000))
     with pytest.raises(UserError, match=r"take 0\.0 MB and .* has 0\.0 MB left: free some space.*--cache DIR"):
         opened(root, tmp_path / "cache" if cache else None)
     assert not (tmp_path / "cache").exists()
@@ -297,8 +298,10 @@ def test_a_disk_that_becomes_full(root, tmp_path, monkeypatch, cache):
 
 def test_a_folder_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").write_text("")
-    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"cannot be written to .*file.*: name another folder with --cache DIR"):
+    with pytest.raises(UserError, match=r"cannot be written to .* \(it is a file\)"):
+        opened(root, tmp_path / "file")
+    for cache in (tmp_path / "file" / "below", Path("/proc/nothing")):
+        with pytest.raises(UserError, match=r"cannot be written to .*: name another folder with --cache DIR"):
             opened(root, cache)
 
 
