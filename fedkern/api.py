@@ -211,6 +211,19 @@ class Run:
         root = self.config.data_root
         return write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
 
+    def report(self) -> Path:
+        """Writes ``report.html``, one file of the run to read in a browser, over an older one, and returns its path.
+
+        Raises:
+            UserError: jinja2 or plotly is not installed (extra ``report``), or a file of the run is damaged.
+        """
+        from fedkern.report.run_page import write_report
+
+        data = None if self._data is None else kept_data(self.config, self._data)
+        network = None if self._model is None or engine.read_summary(self.out) is None else self.model()
+        root = self.config.data_root
+        return write_report(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
+
 
 def simulate(
     method: str | Method | type[Method],

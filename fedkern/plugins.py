@@ -40,7 +40,7 @@ GROUP = "fedkern.plugins"
 
 COMMANDS = (
     "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "help", "list", "predict", "probe",
-    "resume", "retrieval", "run", "tune", "zero-shot",
+    "report", "resume", "retrieval", "run", "tune", "zero-shot",
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 

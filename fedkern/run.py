@@ -131,14 +131,14 @@ def _dispatch(words: list[str]) -> int:
         return OK
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
     with _told("loading torch ..."):
-        from fedkern.cli import commands, comparing, downstream, extensions, finished_runs, flags, tuning
+        from fedkern.cli import commands, comparing, downstream, extensions, finished_runs, flags, reporting, tuning
         from fedkern.files import check_text
 
     for word in words:
         check_text(word, "the argument")
     extensions.load(words)
     apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words) or comparing.parse(words)
-    request = apart or flags.parse(words)
+    request = apart or reporting.parse(words) or flags.parse(words)
     if request.command == "help":
         print(request.help)
         return OK

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, plugins
-from fedkern.cli import comparing, downstream, finished_runs, tuning
+from fedkern.cli import comparing, downstream, finished_runs, reporting, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
@@ -61,6 +61,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be made, or holds files that a new run would overwrite.
     """
+    from fedkern.report.html_page import FILE as REPORT
     from fedkern.report.pictures import LIST, PICTURES
 
     if request.resume is not None:
@@ -68,7 +69,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         return
     if request.out is not None:
         check_vacant(request.out)
-        check_free(request.out, (*PICTURES.values(), LIST))
+        check_free(request.out, (*PICTURES.values(), LIST, *([REPORT] if request.report else [])))
         yield request.out
         return
     made = not RUNS.exists()
@@ -87,7 +88,11 @@ def run(request: Request) -> int:
     Returns:
         The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
+    from fedkern.report.html_page import check_installed
+
     check_backend()
+    if request.report:
+        check_installed()
     config = effective(request) if request.resume is None else _stored(request)
     with _folder(request, config) as out, _workers_ahead(config):
         return _run(request, config, out)
@@ -134,6 +139,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         )
         data: Any = None if tee.info is None else tee.info.data
         pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code)
+        report, unwritten = _report(config, out, data, code) if request.report else (None, None)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
@@ -148,11 +154,25 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         shown.close()
     if data is not None and config.augment == data.augment:
         config = config.replace(augment=None)  # the data set's default, not the user's choice
-    _close(request, config, out, summary, pictures)
+    _close(request, config, out, summary, pictures, report)
     if undrawn is not None:
         again = f"draw them with {PROGRAM} --resume {quote(out)}"
         raise UserError(f"The run is complete, but not its pictures ({undrawn}): {again}.")
+    if unwritten is not None:
+        again = f"write it with {PROGRAM} report {quote(out)}"
+        raise UserError(f"The run is complete, but not its report ({unwritten}): {again}.")
     return 0
+
+
+def _report(config: RunConfig, out: Path, data: Any, code: tuple[str, ...]) -> tuple[Path | None, str | None]:
+    """Writes the report of a finished run; returns its path, or why it cannot be written, without a full stop."""
+    from fedkern.report.run_page import write_report
+
+    try:
+        command = reporting.repeating(out)
+        return write_report(out, data=data, data_root=config.data_root, command=command, trusted=code), None
+    except UserError as error:
+        return None, str(error).rstrip(".")
 
 
 def _trackers(request: Request) -> list[Listener]:
@@ -204,7 +224,14 @@ def _stored(request: Request) -> RunConfig:
     return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in ANYHOW})
 
 
-def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any], pictures: list[Path]) -> None:
+def _close(
+    request: Request,
+    config: RunConfig,
+    out: Path,
+    summary: Mapping[str, Any],
+    pictures: list[Path],
+    report: Path | None,
+) -> None:
     if request.json:
         print(json.dumps(plain(summary), indent=2, allow_nan=False))
         return
@@ -231,6 +258,8 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         say(console, f"pictures:   {', '.join(path.name for path in pictures)}")
     if request.predictions and (out / PREDICTIONS).exists():
         say(console, f"answers:    {PREDICTIONS}")
+    if report is not None:
+        say(console, f"report:     {report}")
     baseline = _baseline(config.method)
     if config.method != baseline:
         from fedkern.methods import METHODS
@@ -347,6 +376,7 @@ COMMANDS = {
     **dict.fromkeys(TASKS, downstream.run),
     **finished_runs.COMMAND_TABLE,
     **comparing.COMMAND_TABLE,
+    **reporting.COMMAND_TABLE,
     "run": run,
     "resume": run,
     "attack": attack,

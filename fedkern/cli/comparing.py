@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="an option of the methods that have it; repeatable")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder of the runs and of comparison.csv, .md, .tex and .png; "
                                                      "default comparisons/<time>")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="write report.html of the comparison (extra [report])")
     parser.add_argument("--quiet", action="store_true", help="no display; only the folder at the end")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, and nothing else")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
@@ -86,7 +87,7 @@ def parse(words: Sequence[str]) -> Request | None:
     names, rest = rest[:count], rest[count:]
     folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
     out = Path(found.out) if found.out else None
-    shared: dict[str, Any] = {"target": found.target, "words": tuple(words)}
+    shared: dict[str, Any] = {"target": found.target, "words": tuple(words), "report": found.report}
     if names and len(folders) == len(names):
         refused = [f"--{name.replace('_', '-')}" for name in ("seeds", "sweep", "select", "method_option")
                  if getattr(found, name)]  # fmt: skip
@@ -153,8 +154,11 @@ def compare(request: Request) -> int:
     from fedkern.comparison.cell_runner import Runner
     from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unused_rounds
     from fedkern.comparison.seed_statistics import Target
+    from fedkern.report.html_page import check_installed
 
     given = request.arguments
+    if given["report"]:
+        check_installed()
     target = None if given["target"] is None else Target.read(given["target"])
     if "folders" in given:
         return _tell(request, compare_found(given["folders"], out=request.out, target=target), {})
@@ -225,7 +229,19 @@ def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
         print(printable(text), end="", file=sys.stderr)
     for text in found.failures:
         print(f"error: {text}", file=sys.stderr)
+    if request.arguments["report"]:
+        written = _report(found)
+        if not (request.json or request.quiet):
+            say(terminal(), f"report: {written}")
     return 1 if found.failures else 0
+
+
+def _report(found: Any) -> Path:
+    """Writes the report of a comparison, and returns its path."""
+    from fedkern.cli.reporting import first_commands
+    from fedkern.comparison.comparison_page import write_report
+
+    return write_report(found.folder, found.result, commands=first_commands(found.result))
 
 
 COMMAND_TABLE = {NAME: compare}

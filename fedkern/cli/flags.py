@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "a finished run's network as a file for other programs",
     "extend": "more rounds for a run",
     "compare": "several methods over seeds and settings, or finished runs",
+    "report": "one HTML file of a run or a comparison, to read in a browser",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
     "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
@@ -101,6 +102,7 @@ DESCRIPTION = f"""\
 {PROGRAM} export DIR                  {COMMANDS["export"]}
 {PROGRAM} extend DIR --rounds R       {COMMANDS["extend"]}
 {PROGRAM} compare METHOD METHOD...    {COMMANDS["compare"]}
+{PROGRAM} report DIR...                {COMMANDS["report"]}
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} tune                        {COMMANDS["tune"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
@@ -270,6 +272,11 @@ def _parser(method: str | None, data: str) -> Parser:
                 action="store_true",
                 help="write the final network's class and probabilities for every test image to predictions.csv",
             )
+            group.add_argument(
+                "--report",
+                action="store_true",
+                help="write report.html at the end, one file to read in a browser (extra [report])",
+            )
             group.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # doctor's
             group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
             group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
@@ -355,6 +362,7 @@ def parse(argv: Sequence[str]) -> Request:
         what, folder = {
             "tune": ("its flags", ""),
             "compare": ("its methods or folders and its flags", " METHOD METHOD"),
+            "report": ("its folders and its flags", " DIR"),
         }.get(task, ("its folder and its flags", " DIR"))
         raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
@@ -398,6 +406,7 @@ def parse(argv: Sequence[str]) -> Request:
         wandb=values.wandb,
         profile=values.profile,
         predictions=values.predictions,
+        report=values.report,
         measure=values.measure,
         quiet=values.quiet,
         json=values.json,
@@ -424,6 +433,7 @@ def _check(request: Request) -> None:
             or request.wandb
             or request.profile
             or request.predictions
+            or request.report
             or (request.measure and request.command != "doctor")
         ):
             also = ", --data-root, --model, --method-option and --plugin" if allowed else " and --plugin"

@@ -35,6 +35,7 @@ class Request:
         wandb: project of Weights & Biases to log to, if given.
         profile: whether a trace of one round is written.
         predictions: whether the final network's answers to the test images are written.
+        report: whether report.html is written at the end.
         measure: whether ``doctor`` measures the processor's peak.
         arguments: arguments of a downstream task or of ``tune``.
         plugins: names of plugins, which are loaded already.
@@ -53,6 +54,7 @@ class Request:
     wandb: str | None = None
     profile: bool = False
     predictions: bool = False
+    report: bool = False
     measure: bool = False
     quiet: bool = False
     json: bool = False

@@ -71,6 +71,16 @@ class Comparison:
         """
         return pandas().DataFrame(self.table)
 
+    def report(self) -> Path:
+        """Writes ``report.html``, one file of the comparison to read in a browser, and returns its path.
+
+        Raises:
+            UserError: jinja2 or plotly is not installed (extra ``report``), or the folder cannot be written.
+        """
+        from fedkern.comparison.comparison_page import write_report
+
+        return write_report(self.folder, self.result)
+
 
 def play(
     runner: Runner,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_
 from fedkern.engine.config import load_plugins
 from fedkern.engine.run import kept_data
 from fedkern.engine.store import atomic, confusions
+from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
@@ -143,7 +144,7 @@ def _draw(
     title = f"Clients of {name}, seed {config.seed}"
     if weights_picture(read_metrics(run_dir), target, title=title, by_samples=by_samples):
         written.append(target)
-    written += _shown(run_dir, name, data.classes)
+    written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes)
     model = read_model(run_dir, trusted)[0] if model is None else model
     if data.task == "segmentation":
         split = next(iter(data.tests.values()))
@@ -182,16 +183,21 @@ def drawn(run_dir: Path) -> list[Path]:
     return there if all(path.exists() for path in there) else []
 
 
-def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:
-    """Draws the artifacts that the method logged, one picture per name."""
+def artifact_path(folder: Path, name: str) -> Path:
+    """Where the picture of the artifacts of a name stands in a folder."""
+    return folder / f"{name if name not in PICTURES else name + '_shown'}.png"
+
+
+def draw_artifacts(entries: Iterable[Artifact], folder: Path, title: str, classes: Sequence[str]) -> list[Path]:
+    """Draws the artifacts that a method logged, one picture per name, into ``folder``, and returns the pictures."""
     from fedkern.report import artifact_sheet
 
-    entries: dict[str, list[Any]] = {}
-    for entry in read_shown(run_dir):
-        entries.setdefault(entry.name, []).append(entry)
+    by_name: dict[str, list[Artifact]] = {}
+    for entry in entries:
+        by_name.setdefault(entry.name, []).append(entry)
     written = []
-    for name, those in entries.items():
-        target = run_dir / f"{name if name not in PICTURES else name + '_shown'}.png"
+    for name, those in by_name.items():
+        target = artifact_path(folder, name)
         artifact_sheet.draw(those, target, title=f"{name.replace('_', ' ')}, {title}", classes=classes)
         written.append(target)
     return written

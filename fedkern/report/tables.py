@@ -92,6 +92,11 @@ def split_metric(name: str) -> tuple[str, str]:
     return "", name
 
 
+def figure_title(name: str) -> str:
+    """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``; unknown names stay."""
+    return _NAMES.get(name, name.replace("_", " "))
+
+
 def set_title(name: str) -> str:
     """A test set's name for people: ``"id"`` is ``"in distribution"``; a name without a longer one stays."""
     return _TEST_SETS.get(name, name)
@@ -162,9 +167,7 @@ def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
     for test_set in columns:
         table.add_column(_TEST_SETS.get(test_set, "test"), justify="right", style="bold")
     for figure, row in figures.items():
-        table.add_row(
-            plain(_NAMES.get(figure, figure.replace("_", " "))), *(row.get(test_set, "") for test_set in columns)
-        )
+        table.add_row(plain(figure_title(figure)), *(row.get(test_set, "") for test_set in columns))
     return table
 
 

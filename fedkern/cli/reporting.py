@@ -1,0 +1,133 @@
+"""The command ``report DIR...``: one HTML file for a run or a comparison."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, quote
+from fedkern.cli.repeat import command_line
+from fedkern.cli.request import Request, trusted
+from fedkern.engine import RunConfig
+from fedkern.engine.config import check_run_folder
+from fedkern.engine.given_paths import absolute
+from fedkern.errors import UserError, nearest
+from fedkern.files import expand
+
+if TYPE_CHECKING:
+    from fedkern.comparison.results import Result
+
+NAME = "report"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=f"{PROGRAM} {NAME}",
+        usage=f"{PROGRAM} {NAME} DIR [DIR ...] [flags]",
+        description=f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}. It needs pip install 'fedkern[report]'.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("folders", nargs="*", metavar="DIR",
+                        help="folder of a run, finished or not, or of a comparison; report.html is written into "
+                             "each")  # fmt: skip
+    parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
+    parser.add_argument("--model", metavar="NAME", help="the run's network again, where it names code that may run")
+    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
+                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
+                        help="a plugin of the run again; repeatable")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the files as JSON")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    return parser
+
+
+def parse(words: Sequence[str]) -> Request | None:
+    """Reads the command; None if the words are another command.
+
+    Raises:
+        UserError: an unknown flag, an invalid value, or no folder.
+    """
+    if first(words) != NAME:
+        return None
+    at, parser = words.index(NAME), _parser()
+    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        given = rest[0].partition("=")[0]
+        raise UserError(f'{PROGRAM} {NAME} does not take "{given}".{nearest(given, known)} See --help.')
+    if found.help:
+        return Request("help", help=parser.format_help())
+    check_filled({name: getattr(found, name) for name in ("data_root", "model")})
+    if not found.folders:
+        raise UserError(f"{PROGRAM} {NAME} needs the folder of a run or of a comparison.")
+    given_again = {} if found.model is None else {"model": found.model}
+    return Request(
+        NAME,
+        json=found.json,
+        settings={**absolute({"data_root": found.data_root}), **given_again},
+        options=tuple(found.method_option),
+        plugins=tuple(found.plugin),
+        arguments={"folders": [expand(folder) for folder in found.folders]},
+    )
+
+
+def report(request: Request) -> int:
+    """Writes the report of every folder, and prints the files."""
+    from fedkern.comparison import comparison_page
+    from fedkern.report import html_page, run_page
+
+    html_page.check_installed()
+    folders: dict[Path, Path] = {}
+    for folder in request.arguments["folders"]:
+        if not comparison_page.holds_runs(folder):
+            _check(folder)
+        html_page.check_target(folder)
+        folders.setdefault(folder.resolve(), folder)
+    root, written = request.settings["data_root"], []
+    for folder in folders.values():
+        if comparison_page.holds_runs(folder):
+            result = comparison_page.read(folder)
+            commands = first_commands(result)
+            written.append(comparison_page.write_report(folder, result, commands=commands, data_root=root))
+        else:
+            code = trusted(folder, request.options, request.settings)
+            written.append(run_page.write_report(folder, data_root=root, command=repeating(folder), trusted=code))
+        if not request.json:
+            print(written[-1], flush=True)
+    if request.json:
+        print(json.dumps({"files": [str(path) for path in written]}, indent=2))
+    return 0
+
+
+def _check(folder: Path) -> None:
+    """Raises UserError where a folder holds no run."""
+    if folder.is_dir() and not (folder / "config.toml").exists():
+        raise UserError(
+            f"{folder} holds neither a run nor a comparison: name a folder that has a config.toml or a comparison.csv."
+        )
+    check_run_folder(folder)
+
+
+def repeating(folder: Path) -> str:
+    """The command that repeats a run; empty where data or network were in the memory of a Python program."""
+    from fedkern.report.run_page import in_memory, stored_device
+
+    config = RunConfig.load(folder, device="cpu")
+    if in_memory(config):
+        return ""
+    device = stored_device(folder)
+    return command_line(config.method, config) + ("" if device == "cpu" else f" --device {quote(device)}")
+
+
+def first_commands(result: Result) -> dict[str, str]:
+    """The command that repeats the first run of every group of a comparison, by the group's name."""
+    firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
+    return {label: text for label, run in firsts.items() if (text := repeating(run))}
+
+
+COMMAND_TABLE = {NAME: report}

@@ -1,0 +1,342 @@
+"""The report of a comparison: its table, curves with bands, runs and settings, as a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedkern.comparison.cells import word
+from fedkern.comparison.found_runs import FoundRun, Group, grouped, read_run, read_runs
+from fedkern.comparison.results import CSV, MARKDOWN, Result
+from fedkern.comparison.seed_statistics import spread
+from fedkern.engine.config import NAME as SETTINGS
+from fedkern.engine.store.records import SUMMARY, versions
+from fedkern.errors import UserError, printable_name
+from fedkern.inputs import read_text
+from fedkern.report import html_page, run_page
+from fedkern.report.comparison_plot import mean_curve
+from fedkern.report.html_charts import Series, bars, curves, dots
+from fedkern.report.html_page import Page, Section, Table
+from fedkern.report.names import CELL
+from fedkern.report.tables import (
+    figure_title,
+    human_bytes,
+    human_metric,
+    human_time,
+    ordered,
+    set_title,
+    split_metric,
+)
+
+TOLD = 6
+"""Most differences that the headline tells of."""
+COLUMNS = 6
+"""Most groups whose settings stand side by side."""
+
+
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is that of a comparison: one with its files, or with folders of runs."""
+    if (folder / SETTINGS).exists():
+        return False
+    return (folder / CSV).is_file() or any(folder.glob(f"*/{SETTINGS}"))
+
+
+def read(folder: Path) -> Result:
+    """The comparison in a folder: the groups of ``comparison.csv``, or all finished runs in the folder.
+
+    Raises:
+        UserError: a run is missing, not finished or damaged, or ``comparison.csv`` is damaged.
+    """
+    if not (folder / CSV).exists():
+        return Result(grouped(read_runs([folder])))
+    labels: dict[Path, str] = {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(folder / CSV))))
+        named = [(str(row["group"]), Path(row["folder"])) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as error:
+        reason = f"it has no column {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{folder / CSV} is damaged ({reason}): compare the runs again.") from None
+    for label, path in named:
+        moved = folder / path.name
+        found = moved if (moved / SETTINGS).exists() else path
+        if not (found / SETTINGS).exists():
+            raise UserError(
+                f"The comparison in {folder} names the run in {path}, which is not there: put it back, or compare the "
+                "runs again."
+            )
+        labels[found] = label
+    if not labels:
+        raise UserError(f"{folder / CSV} names no run: compare the runs again.")
+    return Result(grouped([read_run(path) for path in labels], lambda run: labels[run.folder]))
+
+
+def write_report(
+    folder: Path, result: Result, *, commands: Mapping[str, str] | None = None, data_root: str | None = None
+) -> Path:
+    """Writes ``report.html`` of a comparison into its folder, and returns its path.
+
+    Args:
+        folder: the comparison's folder.
+        result: the comparison.
+        commands: the command that repeats a group's first run, by the group's name.
+        data_root: current folder of the data files.
+
+    Raises:
+        UserError: jinja2 or plotly is missing, or the folder cannot be written.
+    """
+    html_page.check_installed()
+    html_page.check_target(folder)
+    return html_page.write(page(folder, result, commands or {}, data_root), folder)
+
+
+def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: str | None = None) -> Page:
+    """The page of a comparison; see :func:`write_report`."""
+    groups = result.groups
+    runs = [run for group in groups for run in group.runs.values()]
+    first = run_page.read(runs[0].folder, data_root=data_root)
+    warned: dict[str, tuple[int, str]] = {}
+    for run in runs:
+        for name, text in dict(run.summary.get("diagnostics") or {}).items():
+            warned[name] = (warned.get(name, (0, ""))[0] + 1, str(text))
+    warnings = [
+        (name, f"in {count} of {len(runs)} runs, such as: {text}" if len(runs) > 1 else text)
+        for name, (count, text) in warned.items()
+    ]
+    about = [f"{len(groups)} group{'s' * (len(groups) != 1)}", f"{len(runs)} run{'s' * (len(runs) != 1)}"]
+    if unfinished := _unfinished(folder, runs):
+        about.append(f"{unfinished} not finished and left out")
+    clients = run_page.clients(first)
+    clients.title = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
+    return Page(
+        title=result.title(),
+        about=" · ".join(about),
+        headline=[*headline(result), *run_page.baseline(first)],
+        warnings=[*warnings, *(("failed run", text) for text in result.failures)],
+        tiles=_tiles(result),
+        sections=[
+            _table(folder, result), _curves(result), _finals(result), _cost(result), clients, _runs(result),
+            _settings(result, commands),
+        ],
+    )  # fmt: skip
+
+
+def headline(result: Result) -> list[str]:
+    """What a sceptic concludes from a comparison, sentence by sentence."""
+    if not result.figures:
+        return ["The runs tell no main figure, so nothing is compared."]
+    first, *others = result.table
+    if not others:
+        parts = [f"{_called(figure)} {_value(figure, first)}" for figure in result.figures]
+        return [f"One group, {first['group']}, with {'; '.join(parts)}: nothing is compared."]
+    told, sure, unsure = [], 0, 0
+    for figure in result.figures:
+        for row in others:
+            mean, low, high = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
+            if mean is None:
+                continue
+            called, both = _called(figure), f"{row['group']} and {first['group']}"
+            if low is None or high is None:
+                unsure += 1
+                told.append(f"{called}: {row['group']} is {100 * mean:+.1f} points from {first['group']}, without an "
+                            "interval.")  # fmt: skip
+                continue
+            interval = f"{100 * mean:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+            if low <= 0 <= high:
+                told.append(f"{called}: {both} cannot be told apart ({interval}).")
+            else:
+                sure += 1
+                way = "higher" if mean > 0 else "lower"
+                told.append(f"{called}: {row['group']} is {way} than {first['group']} ({interval}).")
+    seeds = min(row["seeds"] for row in result.table)
+    if not told:
+        return ["No two groups have a seed in common, so nothing is compared."]
+    if unsure == len(told):
+        opening = f"With {seeds} seed{'s' * (seeds != 1)} in the smallest group no difference can be told from chance."
+    elif sure == 0:
+        opening = f"No group differs from {first['group']} beyond what {seeds} seeds leave to chance."
+    else:
+        opening = f"{sure} of {len(told)} differences from {first['group']} are beyond chance ({seeds} seeds or more)."
+    more = [f"{len(told) - TOLD} more differences are in the table."] if len(told) > TOLD else []
+    return [opening, *told[:TOLD], *more]
+
+
+def _called(figure: str) -> str:
+    test_set, name = split_metric(figure)
+    called = f"{figure_title(name)}{f', {set_title(test_set)}' if test_set else ''}"
+    return called[:1].upper() + called[1:]
+
+
+def _value(figure: str, row: Mapping[str, Any]) -> str:
+    mean, deviation = row[figure], row[f"{figure}_std"]
+    if mean is None:
+        return "not told"
+    return human_metric(figure, mean) + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def _tiles(result: Result) -> list[tuple[str, str]]:
+    if not result.figures or len(result.groups) > COLUMNS:
+        return []
+    figure = result.figures[0]
+    return [(f"{row['group']}: {_called(figure).lower()}", _value(figure, row)) for row in result.table]
+
+
+def _table(folder: Path, result: Result) -> Section:
+    """The comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
+    section = Section("table", "Table")
+    header, rows, sentences = _markdown(folder) or (result.header(), result.text_rows(), result.sentences())
+    section.tables.append(Table(header, rows))
+    section.texts = list(sentences)
+    every = dict.fromkeys(name for group in result.groups for run in group.runs.values() for name in run.metrics)
+    names = [name for name in ordered(dict.fromkeys(every, 0.0)) if split_metric(name)[0] != "validation"]
+    body = []
+    for name in names:
+        cells = []
+        for group in result.groups:
+            values = list(group.values(name).values())
+            mean, deviation = spread(values) if values else (None, None)
+            cells.append("" if mean is None else _human(name, mean, deviation))
+        body.append([_called(name), *cells])
+    caption = "All final figures: mean ± standard deviation over the runs"
+    section.tables.append(Table(["figure", *(group.label for group in result.groups)], body, caption))
+    return section
+
+
+def _human(name: str, mean: float, deviation: float | None) -> str:
+    text = human_metric(name, mean)
+    return text if deviation is None else f"{text} ± {human_metric(name, deviation)}"
+
+
+def _markdown(folder: Path) -> tuple[list[str], list[list[str]], list[str]] | None:
+    """Header, rows and sentences of ``comparison.md``; None where the file does not have its usual form."""
+    try:
+        lines = read_text(folder / MARKDOWN).splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+    def plain(text: str) -> str:
+        return re.sub(r"\\(.)", r"\1", text)
+
+    table = [line for line in lines if line.startswith("| ")]
+    rows = [[plain(cell) for cell in line[2:-2].split(" | ")] for line in table]
+    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
+        return None
+    after = lines[lines.index(table[-1]) + 1 :]
+    return rows[0], rows[1:], [plain(line) for line in after if line.strip()]
+
+
+def _curves(result: Result) -> Section:
+    section = Section("curves", "Curves")
+    for number, figure in enumerate(result.figures):
+        series = []
+        many = False
+        for group in result.groups:
+            rounds, values = mean_curve([run.records for run in group.runs.values()], figure)
+            if not len(rounds):
+                continue
+            mean = 100 * values.mean(0)
+            band = 100 * values.std(0, ddof=1) if len(values) > 1 else np.zeros(0)
+            many = many or len(values) > 1
+            edges = (list(mean - band), list(mean + band)) if len(band) else ((), ())
+            series.append(Series(group.label, rounds.tolist(), mean.tolist(), *edges))
+        if series:
+            title = f"{_called(figure)}, over the rounds"
+            note = "Mean over the runs; the band is one standard deviation." if many else ""
+            axis = figure_title(split_metric(figure)[1])
+            section.charts.append(curves(f"curve-{number}", title, series, axis=axis, unit="%", note=note))
+    return section
+
+
+def _finals(result: Result) -> Section:
+    section = Section("finals", "Final figures of every run")
+    for number, figure in enumerate(result.figures):
+        groups = []
+        for group in result.groups:
+            values = list(group.values(figure).values())
+            if not values:
+                continue
+            mean, deviation = spread(values)
+            groups.append((group.label, [100 * value for value in values], 100 * mean,
+                           None if deviation is None else 100 * deviation))  # fmt: skip
+        if groups:
+            note = "A circle is a run; the filled mark is the mean, with a bar of one standard deviation."
+            section.charts.append(
+                dots(f"final-{number}", _called(figure), groups, axis=figure_title(split_metric(figure)[1]), note=note)
+            )
+    return section
+
+
+def _cost(result: Result) -> Section:
+    section = Section("cost", "Bytes and time")
+    labels, table = [group.label for group in result.groups], result.table
+    sent = Series("sent", y=[row["bytes"] for row in table])
+    title = "Sent in both directions, mean of the runs"
+    section.charts.append(bars("bytes", title, labels, [sent], axis="sent", unit="B"))
+    names = dict.fromkeys(
+        name for group in result.groups for run in group.runs.values() for name in run.summary.get("phases") or {}
+    )
+    series = [Series("whole run", y=[row["seconds"] for row in table])]
+    for name in names:
+        values = [
+            [(run.summary.get("phases") or {}).get(name, 0.0) for run in group.runs.values()] for group in result.groups
+        ]
+        series.append(Series(name, y=[sum(each) / len(each) for each in values]))
+    section.charts.append(bars("time", "Time, mean of the runs", labels, series, axis="time", unit="s"))
+    return section
+
+
+def _runs(result: Result) -> Section:
+    section = Section("runs", "Runs")
+    header = ["group", "seed", *(_called(figure) for figure in result.figures), "sent", "time", "warnings", "folder"]
+    rows = []
+    for group in result.groups:
+        for seed, run in group.runs.items():
+            figures = [human_metric(name, run.metrics[name]) if name in run.metrics else "" for name in result.figures]
+            told = ", ".join(str(name) for name in run.summary.get("diagnostics") or ())
+            rows.append(
+                [group.label, str(seed), *figures, human_bytes(run.summary["bytes"]["total"]),
+                 human_time(run.summary["seconds"]), told, run.folder.name]
+            )  # fmt: skip
+    section.tables.append(Table(header, rows))
+    return section
+
+
+def _settings(result: Result, commands: Mapping[str, str]) -> Section:
+    section = Section("settings", "Configuration and versions")
+    if commands:
+        section.texts.append("The commands that repeat the first run of every group:")
+        section.code = list(commands.values())
+    groups: Sequence[Group] = result.groups
+    tables = [next(iter(group.runs.values())).settings for group in groups]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    differ = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
+    same = [[name, word(tables[0][name])] for name in names if name not in differ]
+    if differ:
+        if len(groups) <= COLUMNS:
+            rows = [[name, *(word(table[name]) if name in table else "" for table in tables)] for name in differ]
+            header = ["setting", *(group.label for group in groups)]
+        else:
+            rows = [[name, ", ".join(dict.fromkeys(word(t[name]) for t in tables if name in t))] for name in differ]
+            header = ["setting", "values"]
+        section.tables.append(Table(header, rows, "Settings that differ", words=len(header)))
+    section.tables.append(Table(["setting", "value"], same, "Settings of all groups", words=2))
+    found: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for run in group.runs.values():
+            for name, version in (run.summary.get("versions") or {}).items():
+                found.setdefault(name, {})[str(version)] = None
+    built = [[name, ", ".join(each)] for name, each in found.items()]
+    built.append(["this report", f"fedkern {versions()['fedkern']}"])
+    section.tables.append(Table(["package", "version"], built, "Versions", words=2))
+    return section
+
+
+def _unfinished(folder: Path, runs: Sequence[FoundRun]) -> int:
+    known = {run.folder.resolve() for run in runs}
+    inside = [file.parent for file in folder.glob(f"*/{SETTINGS}")]
+    return sum(path.resolve() not in known and not (path / SUMMARY).exists() for path in inside)

@@ -1,0 +1,212 @@
+"""A report as one HTML file: its parts as plain data, and the file made of them.
+
+The file holds everything it shows: plotly.js (4.8 MB, from the Python package), pictures as data URIs, one style sheet
+and one script.  Its content security policy allows nothing else, so that the file loads nothing and runs no code that a
+name or a caption brings.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError
+
+FILE = "report.html"
+PACKAGES = ("jinja2", "plotly")
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        header: titles of the columns.
+        rows: cells; every row has as many as the header.
+        caption: what the table shows; may be empty.
+        words: number of columns, from the left, that hold words.  The others hold numbers and are set to the right.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    words: int = 1
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of plotly, with what stands for it where it cannot be seen.
+
+    Attributes:
+        name: identifier, unique on the page: lower-case letters, digits, hyphens.
+        title: what the chart shows.
+        text: the chart in a sentence or two, for readers who cannot see it.
+        data, layout: the figure of plotly.  ``meta`` of a trace says which colour of the page's palettes it has
+            (see `fedkern.report.html_charts`), as light and dark pages have different ones.
+        table: figures of the chart.
+        note: a sentence below the chart.
+    """
+
+    name: str
+    title: str
+    text: str
+    data: Sequence[Mapping[str, Any]]
+    layout: Mapping[str, Any]
+    table: Table
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture.
+
+    Attributes:
+        title: what the picture shows.
+        alt: the picture in a sentence, for readers who cannot see it.
+        source: data URI.
+    """
+
+    title: str
+    alt: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small picture with lines of text, such as an image and the captions found for it.
+
+    Attributes:
+        source: data URI of the picture.
+        alt: the picture in a sentence.
+        lines: texts, each with a mark: ``"right"``, ``"wrong"`` or ``""``.
+    """
+
+    source: str
+    alt: str
+    lines: Sequence[tuple[str, str]]
+
+
+@dataclass
+class Section:
+    """A section of a page; one without any content is left out."""
+
+    name: str
+    title: str
+    texts: list[str] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+
+    @property
+    def filled(self) -> bool:
+        """Whether the section holds anything."""
+        return bool(self.texts or self.charts or self.tables or self.pictures or self.examples or self.code)
+
+
+@dataclass
+class Page:
+    """A report.
+
+    Attributes:
+        title: title of the page.
+        about: a line below the title.
+        headline: what a sceptic concludes, sentence by sentence; the first one is the result.
+        warnings: name and text of every warning.
+        tiles: main figures, as pairs of name and value.
+        sections: the rest.
+    """
+
+    title: str
+    about: str
+    headline: list[str]
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    tiles: list[tuple[str, str]] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+
+
+def check_installed() -> None:
+    """Raises UserError where a package that makes reports is not installed; imports none of them."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"A report needs {' and '.join(missing)}: pip install 'fedkern[report]'.")
+
+
+def check_target(folder: Path) -> None:
+    """Raises UserError where the report cannot replace what stands at its place in ``folder``."""
+    path = folder / FILE
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where the report is to be written: move it away.")
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """A file's content as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def render(page: Page) -> str:
+    """The HTML text of a page.
+
+    Raises:
+        UserError: plotly or jinja2 is not installed.
+    """
+    check_installed()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    plotly, script, style = get_plotlyjs().strip(), _text("report.js"), _text("report.css")
+    sections = [section for section in page.sections if section.filled]
+    charts = {
+        chart.name: {"data": chart.data, "layout": chart.layout} for section in sections for chart in section.charts
+    }
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("report.html.j2").render(
+        page=page, sections=sections, charts=_script_json(charts), plotly=plotly, script=script, style=style,
+        policy=_policy((plotly, script), style),
+    )  # fmt: skip
+
+
+def write(page: Page, folder: Path) -> Path:
+    """Writes a page into ``folder``, completely or not at all, over an older report, and returns its path.
+
+    Raises:
+        UserError: a package is missing, or the folder cannot be written.
+    """
+    check_target(folder)
+    text = render(page)
+    path = folder / FILE
+    atomic.write_bytes(path, text.encode(errors="backslashreplace"))
+    return path
+
+
+def _text(name: str) -> str:
+    return (_TEMPLATES / name).read_text("utf-8").strip()
+
+
+def _script_json(value: Any) -> str:
+    """JSON for a script element, which no text inside it can end."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _policy(scripts: Sequence[str], style: str) -> str:
+    """The content security policy: these scripts alone, embedded pictures alone, nothing from anywhere.
+
+    plotly.js sets styles at run time, so styles of any origin inside the page are allowed.
+    """
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+    )
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"

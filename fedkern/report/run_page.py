@@ -1,0 +1,817 @@
+"""The report of a run: what its folder holds, as a page."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from fedkern.data import DATASETS, Split
+from fedkern.data.arrays import NAME as ARRAYS
+from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
+from fedkern.engine.config import NAME as SETTINGS
+from fedkern.engine.diagnostics import near
+from fedkern.engine.final_figures import set_name
+from fedkern.engine.own_model import INSTANCE
+from fedkern.engine.run import kept_data
+from fedkern.engine.store import confusions
+from fedkern.engine.store.artifacts import Artifact
+from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.confusions import Confusions
+from fedkern.engine.store.records import METRICS, versions
+from fedkern.engine.store.resuming import check_unedited
+from fedkern.errors import UserError, printable_name
+from fedkern.inputs import open_regular, read_text
+from fedkern.methods import METHODS
+from fedkern.methods.common.figures import MAIN_FIGURES, is_main
+from fedkern.report import html_page, pictures
+from fedkern.report.html_charts import Series, bars, curves, heat, shown
+from fedkern.report.html_page import Chart, Page, Picture, Section, Table
+from fedkern.report.names import CELL
+from fedkern.report.retrieval_examples import retrieval_examples
+from fedkern.report.tables import covering, figure_title, human_metric, human_time, ordered, set_title, split_metric
+
+NAMED = 12
+"""Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""
+LISTED = 100
+"""Most clients in the table."""
+_SETS = ("id", "ood", "", "minority", "unseen", "held_out", "validation")
+_LARGEST = 32 << 20
+"""Bytes of a picture from which on it is left out."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+_Points = tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is known of a run.
+
+    Attributes:
+        folder: the run folder.
+        config: every setting.
+        records: records of the rounds.
+        summary: contents of ``summary.json``; None where the run is not finished.
+        data: the run's ``FederatedData``; None where it cannot be had.
+        no_data: why there are no data, as a sentence; empty where there are.
+        confusion: confusion matrices, where the run has them.
+        warnings: texts of the run's warnings by name.
+        shown: the method's artifacts.
+        built: versions that the run was made with.
+    """
+
+    folder: Path
+    config: RunConfig
+    records: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any] | None
+    data: Any = field(repr=False)
+    no_data: str = ""
+    confusion: Confusions | None = None
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    shown: Sequence[Artifact] = ()
+    built: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def private(self) -> bool:
+        """Whether nothing may be told of single clients and of counts of samples."""
+        return self.config.records == "private"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The final figures that are numbers; those of the last evaluated round where the run is not finished."""
+        found = self.summary["metrics"] if self.summary is not None else self.last
+        return {name: found[name] for name in ordered(found) if math.isfinite(found[name])}
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last record with a main figure; empty where there is none."""
+        return next((each for each in reversed(self.records) if any(map(is_main, each))), {})
+
+    @property
+    def main(self) -> list[str]:
+        """Names of the main figures on the test sets."""
+        names = [name for name in self.metrics if is_main(name) and self.split(name)[0] != "validation"]
+        return [name for name in names if self.split(name)[1] in MAIN_FIGURES] or names[:1]
+
+    @property
+    def statistics(self) -> Any:
+        """The partition's statistics, or None where they are not known or must not be told."""
+        return None if self.data is None or self.private else self.data.statistics
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
+        own = () if self.data is None else self.data.tests
+        for test_set in sorted(own, key=len, reverse=True):
+            if test_set and name.startswith(f"{test_set}_"):
+                return test_set, name[len(test_set) + 1 :]
+        return split_metric(name)
+
+    def client(self, k: str) -> str:
+        """A client's name, or "client" with its number."""
+        names = (self.summary or {}).get("client_names")
+        if names is None and self.data is not None:
+            names = self.data.client_names
+        return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
+
+
+def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trusted: Collection[str] = ()) -> Contents:
+    """Reads a run folder, and the run's data where they can be had.
+
+    Args:
+        run_dir: the run folder.
+        data: the run's ``FederatedData`` without its holdout; None loads the data again.
+        data_root: current folder of the data files.
+        trusted: code that may be imported (see :func:`fedkern.engine.run`).
+
+    Raises:
+        UserError: there is no run, a file is damaged, or the settings were changed after the run began.
+    """
+    moved = {} if data_root is None else {"data_root": data_root}
+    config = RunConfig.load(run_dir, trusted=trusted, device="cpu", **moved)
+    entry = newest(run_dir)
+    if entry is not None:
+        check_unedited(config, entry, run_dir)
+    info = {} if entry is None else entry["info"]
+    summary = read_summary(run_dir)
+    no_data = ""
+    if data is None:
+        try:
+            data = kept_data(config, load_data(config, masks=False))
+        except UserError as error:
+            no_data = str(error)
+        else:
+            if len(data.statistics.counts) != config.trained_clients:
+                data, no_data = None, f"The data found now are of another number of clients than the run in {run_dir}."
+    found = summary or info
+    warned = found.get("diagnostics" if summary is not None else "warnings") or {}
+    private = config.records == "private"
+    return Contents(
+        run_dir, config, read_metrics(run_dir) if (run_dir / METRICS).exists() else [], summary, data, no_data,
+        confusion=None if private else confusions.read(run_dir),
+        warnings=warned if isinstance(warned, Mapping) else {str(name): "" for name in warned},
+        shown=read_shown(run_dir), built=found.get("versions") or {},
+    )  # fmt: skip
+
+
+def in_memory(config: RunConfig) -> bool:
+    """Whether data or network of a run were in the memory of a Python program, so that no command repeats the run."""
+    return config.data == ARRAYS or config.data not in DATASETS or config.model.startswith(INSTANCE)
+
+
+def stored_device(run_dir: Path) -> str:
+    """The device that a run was made with, which this machine may lack.
+
+    Raises:
+        UserError: ``config.toml`` cannot be read.
+    """
+    path = run_dir / SETTINGS
+    try:
+        text = read_text(path, "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return str(RunConfig.table(text, source=str(path)).get("device", "cpu"))
+
+
+def write_report(
+    run_dir: Path,
+    *,
+    data: Any = None,
+    model: nn.Module | None = None,
+    data_root: str | None = None,
+    command: str = "",
+    trusted: Collection[str] = (),
+) -> Path:
+    """Writes ``report.html`` of a run, finished or not, into its folder, and returns its path.
+
+    Pictures that a finished run lacks are drawn first, as :func:`fedkern.report.write_pictures` does.
+
+    Args:
+        run_dir, data, data_root, trusted: see :func:`read`.
+        model: the run's network, where it was a module of a script.
+        command: the command that repeats the run; may be empty.
+
+    Raises:
+        UserError: jinja2 or plotly is missing, a file of the run is damaged, or the folder cannot be written.
+    """
+    html_page.check_installed()
+    html_page.check_target(run_dir)
+    run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
+    undrawn = None
+    if run.summary is not None and not pictures.drawn(run_dir):
+        if run.data is None:
+            undrawn = run.no_data.rstrip(".")
+        else:
+            network = {} if model is None else {"model": model}
+            undrawn = pictures.finished_pictures(run_dir, data=run.data, trusted=trusted, **network)[1]
+    return html_page.write(page(run, command=command, undrawn=undrawn, model=model, trusted=trusted), run_dir)
+
+
+def page(
+    run: Contents,
+    *,
+    command: str = "",
+    undrawn: str | None = None,
+    model: nn.Module | None = None,
+    trusted: Collection[str] = (),
+) -> Page:
+    """The page of a run.
+
+    Args:
+        run: what is known of the run.
+        command: the command that repeats the run.
+        undrawn: why the run's pictures could not be drawn; None where they were.
+        model, trusted: see :func:`write_report`.
+    """
+    config = run.config
+    state = "finished" if run.summary is not None else "not finished"
+    count = config.trained_clients
+    network = (run.summary or {}).get("model") or config.model
+    about = " · ".join(
+        [f"seed {config.seed}", f"{count} client{'s' * (count != 1)}", f"{_rounds(run)} rounds", network, state]
+    )
+    return Page(
+        title=printable_name(f"{config.method} on {config.data}", CELL),
+        about=printable_name(about, CELL),
+        headline=headline(run),
+        warnings=[(name, text) for name, text in run.warnings.items()],
+        tiles=_tiles(run),
+        sections=[
+            _figures(run), _curves(run), clients(run), _weights(run), _cost(run), _confusion(run),
+            _pictures(run, undrawn), _retrieval(run, model, trusted), _settings(run, command),
+        ],
+    )  # fmt: skip
+
+
+# -- the headline ------------------------------------------------------------------------------------------------------
+
+
+def headline(run: Contents) -> list[str]:
+    """What a sceptic concludes from a run, sentence by sentence."""
+    told = []
+    if run.summary is None:
+        planned = "" if METHODS[run.config.method].one_shot else f" of {run.config.rounds}"
+        told.append(f"This run is not finished: {_rounds(run)}{planned} rounds are done, so no figure is its result.")
+        if run.main:
+            told.append(f"After round {run.last['round']} it has {_listed(_values(run, run.main))}.")
+    elif run.main:
+        rounds = _rounds(run)
+        told.append(
+            f"{printable_name(run.config.method, 60)} reaches {_listed(_values(run, run.main))} after {rounds} "
+            f"round{'s' * (rounds != 1)}."
+        )
+    else:
+        told.append("The run tells no main figure.")
+    told += baseline(run)
+    if run.summary is None:
+        told.append(f"Go on with: python -m fedkern.run --resume {shlex.quote(str(run.folder))}")
+        return told
+    told += _worst(run)
+    told += _chance(run)
+    dropped = sum(bool(record.get("dropped")) for record in run.records)
+    if dropped:
+        told.append(f"Clients were left out in {dropped} of {len(run.records)} rounds.")
+    if run.summary.get("privacy"):
+        text = covering(run.summary["privacy"])
+        told.append(f"{text[0].upper()}{text[1:]}.")
+    return told
+
+
+def _values(run: Contents, names: Iterable[str]) -> list[str]:
+    """Main figures with their test sets: ``"an accuracy of 68.2 % out of distribution"``."""
+    found: list[str] = []
+    for name in names:
+        test_set, figure = run.split(name)
+        called = {"accuracy": "an accuracy of ", "dice": "a Dice of ",
+                  "i2t_r1": "a recall at 1 (image to text) of "}.get(figure, f"{figure_title(figure)} ")  # fmt: skip
+        called = "" if found and called in found[0] else called
+        found.append(f"{called}{human_metric(name, run.metrics[name])} {_on(test_set)}")
+    return found
+
+
+def _on(test_set: str) -> str:
+    if test_set in ("id", "ood"):
+        return set_title(test_set)
+    return f"on the {set_title(test_set)} test set" if test_set else "on the test set"
+
+
+def constants(run: Contents) -> dict[str, float]:
+    """The main figures that predicting one class everywhere gives, or for pairs picking at random, by their names."""
+    found: dict[str, float] = {}
+    for name in run.main:
+        test_set, figure = run.split(name)
+        split = run.data.tests.get(test_set) if run.data is not None and not run.private else None
+        if figure == "accuracy":
+            counts = _class_counts(run, test_set, split)
+            if counts is not None and counts.sum():
+                found[name] = float(counts.max() / counts.sum())
+        elif figure == "dice" and split is not None:
+            from fedkern.methods.common.segmentation_figures import constant_dice
+
+            found[name] = constant_dice(split.labels, len(run.data.classes), split.cases)[0]
+        elif figure == "i2t_r1":
+            gallery = run.metrics.get(f"{test_set}_gallery" if test_set else "gallery")
+            if gallery:
+                found[name] = 1 / gallery
+    return found
+
+
+def _class_counts(run: Contents, test_set: str, split: Split | None) -> npt.NDArray[np.int64] | None:
+    """Number of test images by true class, from the confusion matrix or the data; None where neither is known."""
+    matrix = run.confusion.matrices.get(set_name(test_set)) if run.confusion is not None else None
+    if matrix is not None:
+        return np.asarray(matrix.sum(1))
+    return None if split is None or split.labels.dim() != 1 else np.bincount(split.labels.numpy())
+
+
+def baseline(run: Contents) -> list[str]:
+    """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell."""
+    found = constants(run)
+    if not found:
+        if run.summary is None or not run.main:
+            return []
+        why = "the records are private" if run.private else "the run folder does not tell how common each class is"
+        return [f"What predicting one class everywhere gives is not known: {why}."]
+    what = {
+        "accuracy": "Predicting the commonest class everywhere gives",
+        "dice": "Predicting one class for every pixel gives",
+    }.get(run.split(next(iter(found)))[1], "Picking at random gives")
+    values = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in found.items()]
+    poor = [name for name, value in found.items() if run.metrics[name] < near(value)]
+    verdict = ""
+    if poor:
+        where = "" if len(poor) == len(found) else " " + _listed([_on(run.split(name)[0]) for name in poor])
+        verdict = f" The network is hardly better{where}."
+    return [f"{what} {_listed(values)}.{verdict}"]
+
+
+def _worst(run: Contents) -> list[str]:
+    assert run.summary is not None
+    worst = run.summary.get("worst_client")
+    if worst is not None:
+        count = len(run.summary.get("client_metrics", {}))
+        name = printable_name(run.client(str(worst["client"])), 60)
+        value = human_metric(worst["metric"], worst["value"])
+        return [f"The worst of {count} clients is {name}, with {figure_title(worst['metric'])} {value}."]
+    if run.private:
+        return ["The records are private: nothing is told of single clients."]
+    if run.summary.get("client_metrics") or run.config.trained_clients < 2:
+        return []
+    return ["How the worst client fares is not known: the clients have no test sets of their own (--client-test)."]
+
+
+def _chance(run: Contents) -> list[str]:
+    """How sure the figures are: the test set's size, and the number of seeds."""
+    told = []
+    intervals = []
+    for name in run.main:
+        test_set, figure = run.split(name)
+        matrix = run.confusion.matrices.get(set_name(test_set)) if run.confusion is not None else None
+        split = run.data.tests.get(test_set) if run.data is not None else None
+        # A matrix over several networks counts every image several times.
+        if figure != "accuracy" or matrix is None or split is None or int(matrix.sum()) != len(split):
+            continue
+        from scipy.stats import binomtest
+
+        interval = binomtest(int(np.trace(matrix)), int(matrix.sum())).proportion_ci(0.95, "wilson")
+        intervals.append(f"{100 * interval.low:.1f} to {100 * interval.high:.1f} % {_on(test_set)} ({len(split):,})")
+    if intervals:
+        told.append(
+            f"The number of test images alone leaves {_listed(intervals)}: 95 % intervals, which take images as "
+            "independent."
+        )
+    told.append("This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells).")
+    return told
+
+
+def _tiles(run: Contents) -> list[tuple[str, str]]:
+    found = []
+    for name in run.main[:3]:
+        test_set, figure = run.split(name)
+        where = f", {set_title(test_set)}" if test_set else ""
+        found.append((f"{figure_title(figure)}{where}", human_metric(name, run.metrics[name])))
+    summary = run.summary
+    if summary is not None and summary.get("worst_client"):
+        worst = summary["worst_client"]
+        found.append((f"worst client, {figure_title(worst['metric'])}", human_metric(worst["metric"], worst["value"])))
+    sent, seconds = _sent(run), _seconds(run)
+    if sent is not None:
+        found.append(("sent, both directions", shown(sent, "B")))
+    if seconds is not None:
+        found.append(("time", human_time(seconds)))
+    return found
+
+
+# -- the sections ------------------------------------------------------------------------------------------------------
+
+
+def _figures(run: Contents) -> Section:
+    section = Section("figures", "Final figures")
+    if run.summary is None:
+        return section
+    rows: dict[str, dict[str, str]] = {}
+    by_class = {name: table for name, table in run.summary.get("per_class", {}).items() if name != "validation"}
+    for name, value in run.metrics.items():
+        test_set, figure = run.split(name)
+        if test_set == "validation" or (by_class and figure.startswith("dice_")):
+            continue
+        rows.setdefault(figure, {})[test_set] = human_metric(name, value)
+    present = dict.fromkeys(each for row in rows.values() for each in row)
+    sets = sorted(present, key=_place)
+    header = ["", *(set_title(each) if each else "test" for each in sets)]
+    body = [[figure_title(figure), *(row.get(each, "") for each in sets)] for figure, row in rows.items()]
+    section.tables.append(Table(header, body))
+    for kind, title in (("recall", "Recall of every class"), ("dice", "Dice of every class")):
+        tables = {name: table[kind] for name, table in by_class.items() if table.get(kind)}
+        if not tables:
+            continue
+        classes = list(dict.fromkeys(each for table in tables.values() for each in table))
+        series = [
+            Series(set_title(name), y=[_percent(table.get(each)) for each in classes]) for name, table in tables.items()
+        ]
+        missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
+        note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
+        axis = "Dice" if kind == "dice" else kind
+        section.charts.append(bars(f"class-{kind}", title, classes, series, axis=axis, unit="%", note=note))
+    return section
+
+
+def _curves(run: Contents) -> Section:
+    section = Section("curves", "Curves")
+    found: dict[str, dict[str, _Points]] = {}
+    galleries: dict[str, float] = {}
+    for record in run.records:
+        for name, value in record.items():
+            test_set, figure = run.split(name)
+            if figure == "gallery" and isinstance(value, (int, float)):
+                galleries[test_set] = float(value)
+            elif figure in MAIN_FIGURES and isinstance(value, (int, float)):
+                _add(found, figure, test_set, record["round"], 100 * value)
+            elif figure == "loss" and isinstance(value, (int, float)) and (test_set or _tested(record)):
+                _add(found, figure, test_set, record["round"], value)
+        if (loss := _training_loss(record)) is not None:
+            _add(found, "loss", "training", record["round"], loss)
+    for figure, by_set in found.items():
+        series = []
+        for test_set in sorted(by_set, key=_place):
+            among = f" (among {galleries[test_set]:,.0f})" if figure == "i2t_r1" and test_set in galleries else ""
+            called = f"{set_title(test_set) or 'test'}{among}"
+            series.append(Series(called, *by_set[test_set], soft=test_set == "validation"))
+        if figure == "loss":
+            section.charts.append(curves("loss", "Loss over the rounds", series, axis="loss"))
+        else:
+            called = figure_title(figure)
+            title = f"{called[0].upper()}{called[1:]} on every test set"
+            section.charts.insert(0, curves("main", title, series, axis=called, unit="%"))
+    return section
+
+
+def _add(found: dict[str, dict[str, _Points]], figure: str, name: str, at: int, value: float) -> None:
+    rounds, values = found.setdefault(figure, {}).setdefault(name, ([], []))
+    rounds.append(int(at))
+    values.append(float(value))
+
+
+def _tested(record: Mapping[str, Any]) -> bool:
+    """Whether ``loss`` of a record is that of the only test set, rather than the mean training loss."""
+    return any(figure in record for figure in MAIN_FIGURES)
+
+
+def _training_loss(record: Mapping[str, Any]) -> float | None:
+    losses = [info["loss"] for info in record.get("clients", {}).values() if isinstance(info.get("loss"), float)]
+    if losses:
+        return sum(losses) / len(losses)
+    loss = record.get("loss")
+    return float(loss) if isinstance(loss, (int, float)) and not _tested(record) else None
+
+
+def clients(run: Contents) -> Section:
+    """Who the clients are: sizes, label distribution, figures and losses of each."""
+    section = Section("clients", "Clients")
+    if run.private:
+        section.texts.append("The records are private: nothing is told of single clients.")
+        return section
+    statistics = run.statistics
+    if statistics is not None:
+        names = [run.client(str(k)) for k in range(len(statistics.counts))]
+        if len(statistics.classes) > 1:
+            skewed = int(np.argmax(statistics.skew))
+            text = (
+                f"{len(names)} clients with {int(statistics.sizes.min()):,} to {int(statistics.sizes.max()):,} "
+                f"training samples of {len(statistics.classes)} classes. The mean skew is "
+                f"{float(statistics.skew.mean()):.2f}; the most skewed is {names[skewed]} "
+                f"({float(statistics.skew[skewed]):.2f}). Skew is the total variation distance from all clients' "
+                "class shares: 0 is the same, 1 shares no class."
+            )
+            section.texts.append(text)
+            chart = heat(
+                "labels", f"Label distribution of every client ({statistics.partition})", 100 * statistics.shares,
+                names, list(statistics.classes), statistics.counts, row="client", column="class", text=text,
+            )  # fmt: skip
+            section.charts.append(chart)
+    elif run.no_data:
+        section.texts.append(f"The label distribution is not shown, as the data cannot be read: {run.no_data}")
+        if (picture := _picture(run.folder / pictures.PICTURES["partition"])) is not None:
+            alt = "How many training samples of each class every client holds."
+            section.pictures.append(Picture("Label distribution when the run ended", alt, picture))
+    section.tables += _client_table(run)
+    figures = (run.summary or {}).get("client_metrics") or {}
+    name = next((each for each in (*MAIN_FIGURES, "loss") if any(each in one for one in figures.values())), None)
+    if name is not None and len(figures) > 1:
+        own = run.summary is not None and run.summary.get("client_test_set") == "own"
+        where = "its own test set" if own else "its part of the test set"
+        percent = name != "loss"
+        y = [_percent(one.get(name)) if percent else one.get(name) for one in figures.values()]
+        labels = [run.client(k) for k in figures]
+        title = f"Final {figure_title(name)} of every client on {where}"
+        section.charts.append(
+            bars("client-final", title, labels, [Series(name, y=y)], axis=figure_title(name), unit="%" * percent)
+        )
+    for key, title, axis in (
+        ("loss", "Training loss of the clients", "training loss"),
+        ("drift", "Length of the clients' updates", "norm of the update"),
+    ):
+        section.charts += _of_clients(run, key, f"client-{key}", title, axis)
+    return section
+
+
+def _client_table(run: Contents) -> list[Table]:
+    """A row for every client: size, skew, figures, bytes."""
+    columns: dict[str, Callable[[str], str]] = {}
+    statistics, summary = run.statistics, run.summary or {}
+    known: dict[str, Mapping[str, Any]] = {}
+    for record in run.records:
+        known.update(record.get("clients", {}))
+    keys = [str(k) for k in range(run.config.trained_clients)]
+    if statistics is not None:
+        columns["training samples"] = lambda k: f"{int(statistics.sizes[int(k)]):,}"
+        if statistics.own_tests:
+            columns["own test samples"] = lambda k: f"{statistics.own_tests[int(k)]:,}"
+        if len(statistics.classes) > 1:
+            columns["skew"] = lambda k: f"{float(statistics.skew[int(k)]):.2f}"
+    elif any("samples" in info for info in known.values()):
+        columns["training samples"] = lambda k: shown(known.get(k, {}).get("samples"), "images")
+    metrics = summary.get("client_metrics") or {}
+    for name in (*MAIN_FIGURES, "loss"):
+        if any(name in one for one in metrics.values()):
+
+            def figure(k: str, name: str = name) -> str:
+                value = metrics.get(k, {}).get(name)
+                return "" if value is None else human_metric(name, value)
+
+            columns[figure_title(name)] = figure
+    sent = (summary.get("bytes") or {}).get("clients") or {}
+    if sent:
+        columns["sent up"] = lambda k: shown(sent.get(k, {}).get("up"), "B")
+        columns["sent down"] = lambda k: shown(sent.get(k, {}).get("down"), "B")
+    if not columns or not keys:
+        return []
+    rows = [[run.client(k), *(make(k) for make in columns.values())] for k in keys[:LISTED]]
+    if statistics is not None and statistics.held_out is not None:
+        name, count = statistics.held_out
+        rows.append([f"{name} (held out, {count:,} samples)", *("" for _ in columns)])
+    caption = "" if len(keys) <= LISTED else f"The first {LISTED} of {len(keys)} clients; evaluation.csv has all."
+    return [Table(["client", *columns], rows, caption)]
+
+
+def _of_clients(run: Contents, key: str, name: str, title: str, axis: str) -> list[Chart]:
+    """The curve of a figure for every client, or for many clients of the lowest, middle and highest one."""
+    found: dict[str, _Points] = {}
+    spread: dict[str, _Points] = {"highest": ([], []), "middle": ([], []), "lowest": ([], [])}
+    for record in run.records:
+        told = record.get("clients", {}).items()
+        known = {k: info[key] for k, info in told if isinstance(info.get(key), (int, float))}
+        for k, value in known.items():
+            rounds, values = found.setdefault(k, ([], []))
+            rounds.append(int(record["round"]))
+            values.append(float(value))
+        if known:
+            three = max(known.values()), float(np.median([*known.values()])), min(known.values())
+            for (rounds, values), value in zip(spread.values(), three, strict=True):
+                rounds.append(int(record["round"]))
+                values.append(float(value))
+    if not found:
+        return []
+    many = len(found) > NAMED
+    note = f"{len(found)} clients: the highest, the middle and the lowest value of each round." if many else ""
+    if many:
+        series = [Series(called, *points) for called, points in spread.items()]
+    else:
+        series = [Series(run.client(k), *found[k]) for k in sorted(found, key=int)]
+    return [curves(name, title, series, axis=axis, note=note)]
+
+
+def _weights(run: Contents) -> Section:
+    section = Section("weights", "Client weights")
+    section.charts = [
+        *_of_clients(run, "weight", "weight", "Weight of every client", "weight"),
+        *_of_clients(run, "own_loss", "own-loss", "Loss of every client on its held-out samples", "loss"),
+    ]
+    if not any(chart.name == "weight" for chart in section.charts):
+        section.charts = []
+    return section
+
+
+def _cost(run: Contents) -> Section:
+    section = Section("cost", "Bytes and time")
+    ways = {"bytes_up": "to the server (up)", "bytes_down": "to the clients (down)"}
+    series = []
+    for key, name in ways.items():
+        known = [(int(r["round"]), float(r[key])) for r in run.records if isinstance(r.get(key), (int, float))]
+        if known:
+            series.append(Series(name, [at for at, _ in known], [value for _, value in known]))
+    if series:
+        section.charts.append(curves("bytes", "Sent since the start", series, axis="sent", unit="B"))
+    phases = _phases(run)
+    if phases:
+        names = sorted(phases, key=lambda name: -phases[name])
+        chart = bars("phases", "Time by phase", names, [Series("time", y=[phases[name] for name in names])],
+                     axis="time", unit="s")  # fmt: skip
+        section.charts.append(chart)
+        by_round = []
+        for name in names:
+            known = [(int(r["round"]), r["phases"][name]) for r in run.records if name in r.get("phases", {})]
+            if known:
+                by_round.append(Series(name, [at for at, _ in known], [value for _, value in known]))
+        if by_round and len(run.records) > 1:
+            title = "Time of every round by phase"
+            section.charts.append(curves("phase-rounds", title, by_round, axis="time", unit="s"))
+    rows = []
+    if run.summary is not None:
+        sent = run.summary["bytes"]
+        rows = [["sent to the server (up)", shown(sent["up"], "B")],
+                ["sent to the clients (down)", shown(sent["down"], "B")]]  # fmt: skip
+        rows += [
+            [f"sent once, before training ({way})", shown(sent[f"one_off_{way}"], "B")]
+            for way in ("up", "down")
+            if sent.get(f"one_off_{way}")
+        ]
+    if (seconds := _seconds(run)) is not None:
+        rounds = max(_rounds(run), 1)
+        rows += [["time", human_time(seconds)], ["time per round", human_time(seconds / rounds)]]
+    if rows:
+        section.tables.append(Table(["", "whole run"], rows))
+    return section
+
+
+def _confusion(run: Contents) -> Section:
+    from fedkern.report.confusion_sheet import mistakes
+
+    section = Section("confusion", "Confusion matrix")
+    if run.confusion is None or len(run.confusion.classes) < 2:
+        return section
+    classes = list(run.confusion.classes)
+    for number, (name, matrix) in enumerate(run.confusion.matrices.items()):
+        if not matrix.sum():
+            continue
+        shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        right, count = int(np.trace(matrix)), int(matrix.sum())
+        wrong = mistakes(matrix, classes)
+        text = f"{100 * right / count:.1f} % of {count:,} images are right."
+        text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
+        title = f"Which class was taken for which, {set_title(name)}"
+        section.charts.append(
+            heat(f"confusion-{number}", title, shares, classes, classes, matrix, row="true class",
+                 column="predicted class", text=text, note=text)
+        )  # fmt: skip
+    return section
+
+
+def _pictures(run: Contents, undrawn: str | None) -> Section:
+    section = Section("pictures", "Pictures")
+    if undrawn is not None:
+        section.texts.append(f"The run's pictures could not be drawn: {undrawn}.")
+    fixed = {
+        "gradcam": ("Grad-CAM of the global network", "Test images, and where the network looks for its answer."),
+        "segmentation": ("Segmentation of the global network",
+                         "Test images with their true masks and the masks that the network finds."),
+    }  # fmt: skip
+    found = [(run.folder / pictures.PICTURES[name], *texts) for name, texts in fixed.items()]
+    names = list(dict.fromkeys(entry.name for entry in run.shown))
+    for name in names:
+        called = name.replace("_", " ")
+        images = next(entry for entry in run.shown if entry.name == name).value.dim() == 4
+        alt = f"Images that the method logged as {called}, a row for every round kept." if images else (
+            f"Tables that the method logged as {called}, as heat maps of several rounds."
+        )  # fmt: skip
+        title = f"{called[:1].upper()}{called[1:]}, as the method logged it"
+        found.append((pictures.artifact_path(run.folder, name), title, alt))
+    for path, title, alt in found:
+        if run.summary is None and path.stem in fixed:
+            continue
+        if run.summary is not None and (source := _picture(path)) is not None:
+            section.pictures.append(Picture(title, alt, source))
+    if run.summary is None and names:
+        section.pictures += _drawn_now(run, {path.name: (title, alt) for path, title, alt in found})
+    return section
+
+
+def _drawn_now(run: Contents, texts: Mapping[str, tuple[str, str]]) -> list[Picture]:
+    """The artifacts of a run that is not finished, whose folder has no pictures yet."""
+    classes = () if run.data is None else run.data.classes
+    with tempfile.TemporaryDirectory() as folder:
+        title = f"{run.config.method} on {run.config.data}"
+        drawn = pictures.draw_artifacts(run.shown, Path(folder), title, classes)
+        return [Picture(*texts[path.name], html_page.data_uri(path.read_bytes())) for path in drawn]
+
+
+def _retrieval(run: Contents, model: nn.Module | None, trusted: Collection[str]) -> Section:
+    section = Section("retrieval", "Retrieval examples")
+    if run.summary is None or run.data is None or run.data.task != "retrieval":
+        return section
+    try:
+        section.examples, text = retrieval_examples(run.folder, run.config, run.data, model=model, trusted=trusted)
+    except UserError as error:
+        text = f"No examples: {error}"
+    section.texts.append(text)
+    return section
+
+
+def _settings(run: Contents, command: str) -> Section:
+    section = Section("settings", "Configuration and versions")
+    config = run.config
+    if in_memory(config):
+        section.texts.append("Data or network of this run were in the memory of a Python program.")
+    elif command:
+        section.texts.append("The command that repeats this run:")
+        section.code.append(command)
+    else:
+        section.texts.append("The command that repeats this run:")
+        section.code.append(f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}")
+    rows: list[list[str]] = []
+    for name, value in {**config.to_dict(), "device": stored_device(run.folder)}.items():
+        if isinstance(value, Mapping):
+            rows += [[f"{name}.{key}", _word(one)] for key, one in value.items()]
+        else:
+            rows.append([name, _word(value)])
+    section.tables.append(Table(["setting", "value"], rows, "Every setting, as in config.toml", words=2))
+    built = {**run.built, "this report": f"fedkern {versions()['fedkern']}"}
+    section.tables.append(Table(["package", "version"], [[k, str(v)] for k, v in built.items()], "Versions", words=2))
+    return section
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _place(test_set: str) -> int:
+    """Place of a test set among others, known ones first."""
+    return _SETS.index(test_set) if test_set in _SETS else len(_SETS)
+
+
+def _rounds(run: Contents) -> int:
+    if run.summary is not None:
+        return int(run.summary["rounds"])
+    return int(run.records[-1]["round"]) if run.records else 0
+
+
+def _sent(run: Contents) -> float | None:
+    if run.summary is not None:
+        return float(run.summary["bytes"]["total"])
+    last = run.records[-1] if run.records else {}
+    return float(last["bytes_up"] + last["bytes_down"]) if "bytes_up" in last else None
+
+
+def _seconds(run: Contents) -> float | None:
+    if run.summary is not None:
+        return float(run.summary["seconds"])
+    return float(run.records[-1]["seconds"]) if run.records else None
+
+
+def _phases(run: Contents) -> dict[str, float]:
+    if run.summary is not None:
+        return {name: float(value) for name, value in (run.summary.get("phases") or {}).items()}
+    found: dict[str, float] = {}
+    for record in run.records:
+        for name, value in record.get("phases", {}).items():
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """``"a"``, ``"a and b"``, ``"a, b and c"``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else printable_name(str(value), 1000)
+
+
+def _picture(path: Path) -> str | None:
+    """A picture of the run folder as a data URI; None where there is none, or it is no PNG."""
+    try:
+        with open_regular(path) as file:
+            content = file.read(_LARGEST + 1)
+    except OSError:
+        return None
+    return html_page.data_uri(content) if content.startswith(_PNG) and len(content) <= _LARGEST else None

@@ -1,0 +1,121 @@
+"""report DIR... and --report."""
+
+import dataclasses
+import importlib.util
+import json
+import shlex
+
+import pytest
+from html_reader import Reader
+
+from fedkern.cli import flags, reporting
+from fedkern.cli.request import effective
+from fedkern.engine import RunConfig
+from fedkern.run import main
+
+pytest.importorskip("plotly", reason="needs plotly: pip install 'fedkern[report]'")
+pytest.importorskip("jinja2", reason="needs jinja2: pip install 'fedkern[report]'")
+
+TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
+        "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def no_plotly(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "plotly" else real(name, *a))
+
+
+def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
+    out, _ = result("fedprox", *TINY, "--seed", "3", "--method-option", "mu=0.5", "--out", "run", "--report")
+    assert "report:     run/report.html" in out
+    text = (tmp_path / "run/report.html").read_text()
+    (command,) = Reader(text).text("code")
+    again = dataclasses.replace(flags.parse(shlex.split(command)[3:]), out=None)
+    assert effective(again).settled().differences(RunConfig.load("run", device="cpu").settled()) == []
+    (tmp_path / "run/report.html").unlink()
+    out, _ = result("report", "run")
+    assert out == "run/report.html\n"
+    assert (tmp_path / "run/report.html").read_text() == text
+    out, _ = result("report", "run", "./run", "--json")
+    assert json.loads(out) == {"files": ["run/report.html"]}
+
+
+def test_a_report_of_a_comparison(result, tmp_path):
+    out, _ = result("compare", "fedavg", *TINY, "--seeds", "1", "--out", "x", "--report")
+    assert "report: x/report.html" in out
+    text = (tmp_path / "x/report.html").read_text()
+    out, _ = result("report", "x", "x/fedavg_seed=0")
+    assert out.splitlines() == ["x/report.html", "x/fedavg_seed=0/report.html"]
+    assert (tmp_path / "x/report.html").read_text() == text
+    assert "Final figures of every run" in Reader(text).text("h2")
+    (tmp_path / "x/comparison.csv").unlink()
+    (tmp_path / "x/comparison.md").unlink()
+    assert main(["report", "x"]) == 0
+
+
+def test_mistakes(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "report needs the folder of a run or of a comparison." in fails("report")
+    assert "The run folder nowhere does not exist" in fails("report", "nowhere")
+    assert "empty holds neither a run nor a comparison" in fails("report", "empty")
+    assert 'does not take "--outt".' in fails("report", "empty", "--outt", "x")
+    assert "--data-root is given without a value" in fails("report", "empty", "--data-root", "")
+    assert "Name report first, then its folders and its flags" in fails("--quiet", "report", "x")
+    assert "takes no other flags" in fails("list", "--report")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_help(result):
+    out, _ = result("report", "--help")
+    assert out.startswith("usage: python -m fedkern.run report DIR [DIR ...] [flags]")
+    out, _ = result("--help")
+    assert "python -m fedkern.run report DIR..." in out
+
+
+@pytest.mark.usefixtures("no_plotly")
+def test_missing_packages_are_told_before_a_run_starts(fails, tmp_path):
+    sentence = "error: A report needs plotly: pip install 'fedkern[report]'."
+    assert fails("fedavg", *TINY, "--report") == sentence
+    assert fails("fedavg", *TINY, "--report", "--out", "run") == sentence
+    assert fails("compare", "fedavg", *TINY, "--report") == sentence
+    assert fails("report", "run") == sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_run_does_not_write_over_a_report(fails, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.html").write_text("mine")
+    assert "already holds report.html" in fails("fedavg", *TINY, "--out", "run", "--report")
+    assert (tmp_path / "run/report.html").read_text() == "mine"
+
+
+def test_a_report_that_cannot_be_written_does_not_lose_the_run(capsys, monkeypatch, tmp_path):
+    from fedkern.errors import UserError
+    from fedkern.report import run_page
+
+    def full(*_, **__):
+        raise UserError("run/report.html cannot be written, the disk is full.")
+
+    monkeypatch.setattr(run_page, "write_report", full)
+    assert main(["fedavg", *TINY, "--out", "run", "--report", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "run\n"
+    assert err.splitlines()[-1] == (
+        "error: The run is complete, but not its report (run/report.html cannot be written, the disk is full): write "
+        "it with python -m fedkern.run report run."
+    )
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_run_with_data_in_memory_has_no_command(tmp_path):
+    import numpy as np
+
+    import fedkern
+
+    site = (np.zeros((8, 8, 8), dtype=np.uint8), np.arange(8) % 2)
+    data = fedkern.FederatedData.from_arrays([site, site], site)
+    run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=1, out="run", progress=False, pictures=False)
+    assert reporting.repeating(run.out) == ""
+    assert main(["report", "run"]) == 0
+    assert "memory of a Python program" in Reader((tmp_path / "run/report.html").read_text()).words

@@ -1,0 +1,99 @@
+"""The report of a comparison: its table, curves with bands, and what a sceptic concludes."""
+
+import pytest
+from html_reader import Reader
+
+import fedkern
+from fedkern.comparison import comparison_page
+from fedkern.comparison.results import Result
+from fedkern.errors import UserError
+
+graph_objects = pytest.importorskip("plotly.graph_objects", reason="needs plotly: pip install 'fedkern[report]'")
+pytest.importorskip("jinja2", reason="needs jinja2: pip install 'fedkern[report]'")
+
+TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
+        "local_steps": 2, "workers": 1, "rounds": 2, "progress": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared") / "x"
+    return fedkern.compare(["fedavg", "fedprox"], seeds=2, target="accuracy=0.05", out=folder, **TINY)
+
+
+def test_the_page_of_a_comparison(compared):
+    folder = compared.folder
+    assert comparison_page.holds_runs(folder)
+    result = comparison_page.read(folder)
+    assert [group.label for group in result.groups] == ["fedavg", "fedprox"]
+    path = comparison_page.write_report(folder, result, commands={"fedavg": "python -m fedkern.run fedavg"})
+    page = Reader(path.read_text())
+    assert page.unclosed == []
+    assert page.text("h1") == ["fedavg, fedprox on digits"]
+    for chart in page.charts.values():
+        graph_objects.Figure(chart)
+    rows = compared.result.text_rows()
+    assert all(cell in [*page.text("td"), *page.text("th")] for row in rows for cell in row if cell)
+    assert "rounds to target" in page.text("th")
+    assert all(text in page.text("p") for text in compared.notes)
+    low, high, mean, *_ = page.charts["curve-0"]["data"]
+    values = [[record["accuracy"] for record in run.records] for run in result.groups[0].runs.values()]
+    assert mean["y"] == pytest.approx([50 * (a + b) for a, b in zip(*values, strict=True)], rel=1e-5)
+    assert all(a <= b <= c for a, b, c in zip(low["y"], mean["y"], high["y"], strict=True))
+    assert {"final-0", "bytes", "time", "labels"} <= page.charts.keys()
+    assert page.text("code") == ["python -m fedkern.run fedavg"]
+    assert "fedprox_seed=1" in page.text("td")
+
+
+def fake(low, high, mean=0.01, seeds=3):
+    class Fake(Result):
+        def __init__(self):
+            self.figures = ["ood_accuracy"]
+
+        @property
+        def table(self):
+            one = {"group": "a", "seeds": seeds, "ood_accuracy": 0.5, "ood_accuracy_std": 0.01}
+            two = {"ood_accuracy_difference": mean, "ood_accuracy_low": low, "ood_accuracy_high": high}
+            return [one, {**one, "group": "b", **two}]
+
+    return Fake()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "opening", "told"),
+    [
+        (-0.01, 0.03, "No group differs from a beyond what 3 seeds leave to chance.", "cannot be told apart"),
+        (0.005, 0.015, "1 of 1 differences from a are beyond chance (3 seeds or more).", "b is higher than a"),
+        (
+            None,
+            None,
+            "With 3 seeds in the smallest group no difference can be told from chance.",
+            "without an interval",
+        ),
+    ],
+)
+def test_the_headline_says_what_chance_leaves(low, high, opening, told):
+    first, second = comparison_page.headline(fake(low, high))
+    assert first == opening
+    assert told in second
+    assert second.startswith("Accuracy, out of distribution: ")
+
+
+def test_a_single_group_is_not_compared():
+    alone = fake(None, None)
+    type(alone).table = [alone.table[0]]
+    assert comparison_page.headline(alone) == [
+        "One group, a, with Accuracy, out of distribution 50.0 % ± 1.0: nothing is compared."
+    ]
+
+
+def test_damaged_and_incomplete_comparisons(tmp_path):
+    (tmp_path / "comparison.csv").write_text("group,seed\na,0\n")
+    with pytest.raises(UserError, match="it has no column 'folder'"):
+        comparison_page.read(tmp_path)
+    (tmp_path / "comparison.csv").write_text("group,folder\na,/nowhere/run\n")
+    with pytest.raises(UserError, match="names the run in /nowhere/run, which is not there"):
+        comparison_page.read(tmp_path)
+    (tmp_path / "comparison.csv").write_text("group,folder\n")
+    with pytest.raises(UserError, match="names no run"):
+        comparison_page.read(tmp_path)

@@ -1,0 +1,183 @@
+"""Reports in a headless Chromium: no error, nothing loaded, charts that respond, light and dark, a phone's width.
+
+``FEDKERN_SCREENSHOTS=DIR`` keeps the screenshots, to be looked at.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from fedkern.run import main
+
+pytestmark = pytest.mark.browser
+
+WIDE, PHONE = 1280, 390
+GROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
+TEXTS = {"light": "rgb(26, 29, 33)", "dark": "rgb(232, 234, 237)"}
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--force-device-scale-factor=1")  # fmt: skip
+
+
+def found(*names: str) -> str | None:
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    for package in ("selenium", "plotly", "jinja2"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'fedkern[browser-test]'")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = found("chromium", "chromium-browser", "google-chrome"), found("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", f"--window-size={WIDE},900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, Path]:
+    """Reports of a short FedGID run, a comparison, image-text pairs and a run that is not finished."""
+    pytest.importorskip("plotly", reason="needs plotly: pip install 'fedkern[report]'")
+    folder = tmp_path_factory.mktemp("reports")
+    small = ["--train-samples", "300", "--clients", "4", "--threads", "1", "--workers", "1", "--quiet", "--report"]
+    gid = ["fedgid", *small, "--rounds", "4", "--client-test", "0.2", "--grad-cam", "0", "--out", str(folder / "run")]
+    compared = ["compare", "fedgid", "fedavg", *small, "--rounds", "3", "--seeds", "2", "--grad-cam", "0",
+                "--out", str(folder / "comparison")]  # fmt: skip
+    pairs = ["feddra", *small, "--rounds", "2", "--local-steps", "2", "--width", "4", "--method-option",
+             "alignment_steps=1", "--out", str(folder / "pairs")]  # fmt: skip
+    for words in (gid, compared, pairs):
+        assert main(words) == 0
+    begun = shutil.copytree(folder / "run", folder / "begun")
+    (begun / "summary.json").unlink()
+    assert main(["report", str(begun)]) == 0
+    return {name: folder / name / "report.html" for name in ("run", "comparison", "pairs", "begun")}
+
+
+def opened(browser, path: Path, *, width: int = WIDE, ground: str = "light") -> None:
+    """Opens a file at a width, and waits until its charts are drawn."""
+    phone = width < 600
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 844 if phone else 900, "deviceScaleFactor": 1, "mobile": phone},
+    )
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
+    emulate(browser, ground)
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(path.as_uri())
+    wait(browser, f"return document.documentElement.dataset.drawn === '{ground}'")
+
+
+def emulate(browser, ground: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": ground}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def wait(browser, script: str, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not browser.execute_script(script):
+        assert time.monotonic() < end, f"not so after {seconds} s: {script}"
+        time.sleep(0.05)
+
+
+def screenshot(browser, name: str) -> None:
+    folder = os.environ.get("FEDKERN_SCREENSHOTS")
+    if folder is None:
+        return
+    whole = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(whole["data"]))
+
+
+@pytest.mark.parametrize("ground", ["light", "dark"])
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+@pytest.mark.parametrize("name", ["run", "comparison", "pairs", "begun"])
+def test_a_report_opens_without_an_error_and_loads_nothing(browser, reports, name, width, ground):
+    opened(browser, reports[name], width=width, ground=ground)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
+    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith(("data:", reports[name].as_uri()))] == []
+    charts = browser.execute_script("return document.querySelectorAll('[data-chart]').length")
+    drawn = browser.execute_script("return document.querySelectorAll('[data-chart] .main-svg').length")
+    assert charts >= 4
+    assert drawn >= charts
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    wider = "return [...document.querySelectorAll('.chart')].filter((e) => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.execute_script(wider) == 0
+    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert colour == GROUNDS[ground]
+    tick = "return getComputedStyle(document.querySelector('.xtick text')).fill"
+    assert browser.execute_script(tick) == TEXTS[ground]
+    broken = "return [...document.images].filter((image) => !image.complete || !image.naturalWidth).length"
+    assert browser.execute_script(broken) == 0
+    screenshot(browser, f"{name}-{width}-{ground}")
+
+
+def test_charts_respond(browser, reports):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    opened(browser, reports["run"])
+    chart = browser.find_element(By.ID, "chart-main")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    point = chart.find_elements(By.CSS_SELECTOR, ".scatterlayer .point")[0]
+    ActionChains(browser).move_to_element(point).perform()
+    wait(browser, "return !!document.querySelector('#chart-main .hovertext')")
+    said = browser.execute_script("return document.querySelector('#chart-main .hoverlayer').textContent")
+    assert "%" in said
+    assert "round" in said
+    traces = "return document.querySelectorAll('#chart-main .scatterlayer .trace').length"
+    before = browser.execute_script(traces)
+    toggle = chart.find_elements(By.CSS_SELECTOR, ".legendtoggle")[0]
+    ActionChains(browser).move_to_element(toggle).click().perform()
+    wait(browser, f"{traces} === {before - 1}")
+
+
+def test_charts_follow_the_width_and_the_system_s_ground(browser, reports):
+    opened(browser, reports["run"])
+    width = "return document.querySelector('#chart-main .main-svg').getBoundingClientRect().width"
+    wide = browser.execute_script(width)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    wait(browser, f"{width} < 700")
+    assert wide > 900
+    line = "return getComputedStyle(document.querySelector('#chart-main .js-line')).stroke"
+    light = browser.execute_script(line)
+    emulate(browser, "dark")
+    wait(browser, "return document.documentElement.dataset.drawn === 'dark'")
+    assert browser.execute_script(line) != light
+    assert browser.get_log("browser") == []
+
+
+def test_figures_of_a_chart_open_and_a_name_runs_no_code(browser, reports, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    text = reports["run"].read_text()
+    page = tmp_path / "evil.html"
+    page.write_text(text.replace("<h1>", "<script>window.ran = 1</script><h1 onclick='window.ran = 1'>", 1))
+    opened(browser, page)
+    browser.find_element(By.TAG_NAME, "h1").click()
+    assert browser.execute_script("return window.ran === undefined")
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+    summary = browser.find_element(By.CSS_SELECTOR, "figure summary")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", summary)
+    summary.click()
+    assert browser.find_element(By.CSS_SELECTOR, "figure details[open] table").is_displayed()

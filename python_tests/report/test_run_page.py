@@ -1,0 +1,240 @@
+"""The report of a run: its headline, charts and pictures are those of the run folder."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from html_reader import Reader
+
+import fedkern
+from fedkern.engine import Listener, read_metrics
+from fedkern.engine.store import confusions
+from fedkern.errors import UserError
+from fedkern.report import pictures, run_page
+from fedkern.run import main
+
+graph_objects = pytest.importorskip("plotly.graph_objects", reason="needs plotly: pip install 'fedkern[report]'")
+pytest.importorskip("jinja2", reason="needs jinja2: pip install 'fedkern[report]'")
+
+TINY = ["--data", "digits", "--train-samples", "200", "--clients", "3", "--rounds", "2", "--model", "mlp",
+        "--threads", "1", "--workers", "1", "--grad-cam", "0", "--quiet"]  # fmt: skip
+
+
+def read(folder, **more):
+    path = run_page.write_report(folder, **more)
+    assert path == folder / "report.html"
+    return Reader(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["fedavg", *TINY, "--client-test", "0.2", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
+
+
+def test_the_headline_is_what_a_sceptic_concludes(finished):
+    page, summary = read(finished), json.loads((finished / "summary.json").read_text())
+    first, *others = page.text("p")[1:8]
+    accuracy = summary["metrics"]["accuracy"]
+    assert first == f"fedavg reaches an accuracy of {100 * accuracy:.1f} % on the test set after 2 rounds."
+    matrix = confusions.read(finished).matrices["test"]
+    baseline = f"Predicting the commonest class everywhere gives {100 * matrix.sum(1).max() / matrix.sum():.1f} %"
+    assert any(text.startswith(baseline) for text in others)
+    worst = summary["worst_client"]
+    said = f"The worst of 3 clients is client {worst['client']}, with accuracy {100 * worst['value']:.1f} %."
+    assert said in others
+    assert any("95 % intervals" in text for text in others)
+    assert any("This is one run" in text for text in others)
+    assert "finished" in page.text("p")[0]
+
+
+def test_the_headline_tells_of_poor_figures_and_warnings(finished):
+    run = run_page.read(finished)
+    poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1}}
+    page = run_page.page(dataclasses.replace(run, summary=poor, warnings={"chance-level": "accuracy is 0.100"}))
+    assert any(text.endswith("The network is hardly better.") for text in page.headline)
+    assert page.warnings == [("chance-level", "accuracy is 0.100")]
+    assert run.warnings == run.summary["diagnostics"]
+
+
+def test_charts_hold_the_figures_of_the_run(finished):
+    page, records = read(finished), read_metrics(finished)
+    for chart in page.charts.values():
+        graph_objects.Figure(chart)
+    assert {"main", "loss", "labels", "client-final", "client-loss", "client-drift", "bytes", "phases", "class-recall",
+            "confusion-0"} <= page.charts.keys()  # fmt: skip
+    main_ = {trace["name"]: trace for trace in page.charts["main"]["data"]}
+    assert main_["test"]["y"] == pytest.approx([100 * record["accuracy"] for record in records], rel=1e-5)
+    assert main_["validation"]["y"] == pytest.approx([100 * r["validation_accuracy"] for r in records], rel=1e-5)
+    loss = {trace["name"]: trace["y"] for trace in page.charts["loss"]["data"]}
+    of_clients = [np.mean([info["loss"] for info in record["clients"].values()]) for record in records]
+    assert loss["training"] == pytest.approx(of_clients, rel=1e-5)
+    assert loss["test"] == pytest.approx([record["loss"] for record in records], rel=1e-5)
+    by_client = {trace["name"]: trace["y"] for trace in page.charts["client-loss"]["data"]}
+    assert by_client["client 2"] == pytest.approx([r["clients"]["2"]["loss"] for r in records], rel=1e-5)
+    (matrix,) = page.charts["confusion-0"]["data"]
+    assert matrix["customdata"] == confusions.read(finished).matrices["test"].tolist()
+    counts = np.array(page.charts["labels"]["data"][0]["customdata"])
+    assert counts.sum(1).tolist() == [record["samples"] for record in records[0]["clients"].values()]
+    labels = [given for _, given, _ in page.elements if "data-chart" in given]
+    assert {given["data-chart"] for given in labels} == page.charts.keys()
+    assert all(len(given["aria-label"]) > 30 for given in labels)
+    assert len(page.text("summary")) == len(labels)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_folder_gives_the_same_file(finished):
+    first = run_page.write_report(finished).read_bytes()
+    assert run_page.write_report(finished).read_bytes() == first
+
+
+def test_settings_versions_and_command(finished):
+    page = read(finished, command="python -m fedkern.run fedavg --rounds 2")
+    assert page.text("code") == ["python -m fedkern.run fedavg --rounds 2"]
+    assert {"client_test", "0.2"} <= {*page.text("th"), *page.text("td")}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["versions"]["torch"] in page.text("td")
+
+
+def test_a_run_whose_data_are_gone_keeps_the_picture_of_the_partition(folder, monkeypatch):
+    def gone(*_, **__):
+        raise UserError("The folder /data does not exist.")
+
+    monkeypatch.setattr(run_page, "load_data", gone)
+    page = read(folder)
+    assert "labels" not in page.charts
+    assert "as the data cannot be read: The folder /data does not exist." in page.words
+    assert "Label distribution when the run ended" in page.text("figcaption")
+    assert [text for text in page.text("p") if text.startswith("Predicting the commonest class")]
+
+
+def test_only_pictures_of_the_folder_are_embedded(folder, tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"no picture")
+    (folder / "gradcam.png").write_bytes(b"GIF89a")
+    listed = json.loads((folder / "pictures.json").read_text())["pictures"]
+    (folder / "pictures.json").write_text(json.dumps({"pictures": [*listed, "../secret.png"]}))
+    assert not [place for place in read(folder).values("src") if not place.startswith("data:image/png;base64,iVBOR")]
+    assert read(folder).values("src") == []
+
+
+def test_missing_pictures_are_drawn(folder):
+    for name in ("pictures.json", "accuracy.png"):
+        (folder / name).unlink()
+    read(folder)
+    assert (folder / "accuracy.png").exists()
+    assert {"accuracy.png", "confusion.png", "partition.png"} <= {path.name for path in pictures.drawn(folder)}
+
+
+def test_changed_settings_and_folders_without_a_run(folder, tmp_path):
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("rounds = 2", "rounds = 3"))
+    with pytest.raises(UserError, match="was changed after the run began"):
+        run_page.write_report(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is not a run folder"):
+        run_page.write_report(tmp_path / "empty")
+    assert not (folder / "report.html").exists()
+    assert not (tmp_path / "empty" / "report.html").exists()
+
+
+class Stopped(Listener):
+    essential = True
+
+    def on_round(self, record):
+        if record["round"] == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"data": "digits", "train_samples": 280, "clients": 14, "model": "mlp", "threads": 1, "grad_cam": 0,
+                "local_steps": 1, "workers": 1}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        fedkern.simulate("fedavg", rounds=3, out="run", progress=False, listener=Stopped(), **settings)
+    run = fedkern.load("run")
+    page = Reader(run.report().read_text())
+    first, second = page.text("p")[1:3]
+    assert first == "This run is not finished: 1 of 3 rounds are done, so no figure is its result."
+    assert second.startswith("After round 1 it has an accuracy of ")
+    assert "Go on with: python -m fedkern.run --resume run" in page.text("p")
+    assert [trace["name"] for trace in page.charts["client-loss"]["data"]] == ["highest", "middle", "lowest"]
+    assert "confusion-0" not in page.charts
+    assert [path.name for path in run.out.glob("*.png")] == []
+
+
+def test_private_records_tell_nothing_of_clients(tmp_path):
+    folder = tmp_path / "run"
+    assert main(["fedavg", *TINY, "--records", "private", "--out", str(folder)]) == 0
+    page = read(folder)
+    assert page.charts.keys() <= {"main", "loss", "bytes", "phases", "phase-rounds", "class-recall"}
+    assert "The records are private: nothing is told of single clients." in page.words
+    assert "What predicting one class everywhere gives is not known: the records are private." in page.words
+    assert "training samples" not in page.words
+    assert page.text("figcaption")[-1] == "Grad-CAM of the global network"
+    assert len(page.values("src")) == 1
+
+
+def test_data_and_names_of_a_python_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+
+    def site(count):
+        labels = np.arange(count) % 2
+        bright = (100 * labels[:, None, None]).astype(np.uint8)
+        return rng.integers(0, 100, (count, 12, 12), dtype=np.uint8) + bright, labels
+
+    evil = "</script><script>alert(1)</script>"
+    clients = {"<b>north</b>": site(30), evil: site(20)}
+    data = fedkern.FederatedData.from_arrays(clients, {"": site(20), "far": site(10)}, classes=["<i>ill", "%{x}"])
+    run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=1, out="run", threads=1, progress=False)
+    page = Reader(run.report().read_text())
+    assert len(page.scripts) == 2
+    assert not page.text("b")
+    assert not page.text("i")
+    assert evil in page.text("th", scope="row")
+    assert page.charts["labels"]["data"][0]["x"] == ["&lt;i>ill", "%{x}"]
+    assert page.charts["labels"]["data"][0]["y"][0] == "&lt;b>north&lt;/b>"
+    assert "Data or network of this run were in the memory of a Python program." in page.words
+    assert {trace["name"] for trace in page.charts["main"]["data"]} >= {"test", "far"}
+    assert "the far test set" in page.words
+
+
+SMALL = {"--clients": "3", "--train-samples": "120", "--threads": "1", "--workers": "1", "--grad-cam": "0"}
+WHOLE = {
+    "fedgid": ["--rounds", "1", "--grad-cam", "4"],
+    "fedlpfm": ["--rounds", "1"],
+    "fusefl": ["--local-epochs", "1", "--method-option", "blocks=2"],
+    "fediod": ["--rounds", "1", "--method-option", "student_steps=2", "--method-option", "batch=8",
+               "--method-option", "teacher_epochs=1"],
+    "feddra": ["--rounds", "1", "--local-steps", "2", "--method-option", "alignment_steps=1", "--width", "4"],
+    "fedavg": ["--rounds", "1", "--data", "segdigits"],
+}  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", WHOLE)
+def test_every_method_has_a_report(method, tmp_path):
+    words = [word for pair in SMALL.items() for word in pair if pair[0] not in WHOLE[method]]
+    assert main([method, *words, *WHOLE[method], "--quiet", "--report", "--out", str(tmp_path / "run")]) == 0
+    page = Reader((tmp_path / "run" / "report.html").read_text())
+    assert page.unclosed == []
+    for chart in page.charts.values():
+        graph_objects.Figure(chart)
+    titles = page.text("h2")
+    assert {"Final figures", "Curves", "Clients", "Bytes and time", "Configuration and versions"} <= {*titles}
+    wanted = {"fedgid": "Pictures", "fediod": "Pictures", "fedavg": "Pictures", "feddra": "Retrieval examples"}
+    assert wanted.get(method, "Curves") in titles
+    if method == "feddra":
+        assert {"weight", "main"} <= page.charts.keys()
+        assert len([text for text in page.text("ul", **{"class": "examples"}) if "✓" in text]) == 1
+        assert "Picking at random gives" in page.words
