@@ -36,6 +36,8 @@ from fedkern.report.tables import (
 
 TOLD = 6
 """Most differences that the headline tells of."""
+FEW = 3
+"""Seeds from which on an interval says that groups differ."""
 COLUMNS = 6
 """Most groups whose settings stand side by side."""
 
@@ -141,27 +143,36 @@ def headline(result: Result) -> list[str]:
             if mean is None:
                 continue
             called, both = _called(figure), f"{row['group']} and {first['group']}"
+            far = f"{called}: {row['group']} is {100 * mean:+.1f} points from {first['group']}"
             if low is None or high is None:
                 unsure += 1
-                told.append(f"{called}: {row['group']} is {100 * mean:+.1f} points from {first['group']}, without an "
-                            "interval.")  # fmt: skip
+                told.append(f"{far}, without an interval.")
                 continue
-            interval = f"{100 * mean:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-            if low <= 0 <= high:
-                told.append(f"{called}: {both} cannot be told apart ({interval}).")
+            interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+            if min(row["seeds"], first["seeds"]) < FEW:
+                unsure += 1
+                told.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
+            elif low <= 0 <= high:
+                told.append(
+                    f"{called}: {both} cannot be told apart ({100 * mean:+.1f} points, 95 % interval {interval})."
+                )
             else:
                 sure += 1
                 way = "higher" if mean > 0 else "lower"
-                told.append(f"{called}: {row['group']} is {way} than {first['group']} ({interval}).")
+                told.append(
+                    f"{called}: {row['group']} is {way} than {first['group']} ({100 * mean:+.1f} points, 95 % interval "
+                    f"{interval})."
+                )
     seeds = min(row["seeds"] for row in result.table)
     if not told:
         return ["No two groups have a seed in common, so nothing is compared."]
     if unsure == len(told):
         opening = f"With {seeds} seed{'s' * (seeds != 1)} in the smallest group no difference can be told from chance."
     elif sure == 0:
-        opening = f"No group differs from {first['group']} beyond what {seeds} seeds leave to chance."
+        opening = f"No group can be told apart from {first['group']}: every 95 % interval holds 0."
     else:
-        opening = f"{sure} of {len(told)} differences from {first['group']} are beyond chance ({seeds} seeds or more)."
+        several = ", which is not corrected for their number" if len(told) > 1 else ""
+        opening = f"{sure} of {len(told)} differences from {first['group']} have a 95 % interval without 0{several}."
     more = [f"{len(told) - TOLD} more differences are in the table."] if len(told) > TOLD else []
     return [opening, *told[:TOLD], *more]
 
@@ -188,7 +199,7 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
 
 def _table(folder: Path, result: Result) -> Section:
     """The comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
-    section = Section("table", "Table")
+    section = Section("table", "Table", tables_first=True)
     header, rows, sentences = _markdown(folder) or (result.header(), result.text_rows(), result.sentences())
     section.tables.append(Table(header, rows))
     section.texts = list(sentences)

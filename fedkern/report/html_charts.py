@@ -106,7 +106,7 @@ def curves(name: str, title: str, series: Sequence[Series], *, axis: str, unit: 
             "text": [shown(one.y[i], unit) for i in at],
             "hovertemplate": "%{text}<br>round %{x}<extra>%{fullData.name}</extra>",
             "meta": meta,
-            "line": {"width": 2, "dash": "dash" if one.soft else DASHES[number // SLOTS % len(DASHES)]},
+            "line": {"width": 2, "dash": "dash" if one.soft else DASHES[number % len(DASHES)]},
             "marker": {"size": 7, "symbol": SYMBOLS[number % len(SYMBOLS)], "maxdisplayed": 12},
         }
         data.append(trace)
@@ -155,7 +155,14 @@ def bars(
             "customdata": [shown(one.y[i], unit) for i in order],
             "hovertemplate": "%{y}: %{customdata}<extra>%{fullData.name}</extra>",
             "meta": {"slot": number % SLOTS},
-            "marker": {"pattern": {"shape": PATTERNS[number % len(PATTERNS)], "size": 6, "solidity": 0.25}},
+            "marker": {
+                "pattern": {
+                    "shape": PATTERNS[number % len(PATTERNS)],
+                    "size": 6,
+                    "solidity": 0.25,
+                    "fillmode": "overlay",
+                }
+            },
         }
         for number, one in enumerate(series)
     ]

@@ -96,13 +96,14 @@ class Example:
 
 @dataclass
 class Section:
-    """A section of a page; one without any content is left out."""
+    """A section of a page; one without any content is left out.  Tables stand below the charts, or first."""
 
     name: str
     title: str
     texts: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    tables_first: bool = False
     pictures: list[Picture] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     code: list[str] = field(default_factory=list)

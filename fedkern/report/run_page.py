@@ -209,8 +209,7 @@ def write_report(
         if run.data is None:
             undrawn = run.no_data.rstrip(".")
         else:
-            network = {} if model is None else {"model": model}
-            undrawn = pictures.finished_pictures(run_dir, data=run.data, trusted=trusted, **network)[1]
+            undrawn = pictures.finished_pictures(run_dir, data=run.data, model=model, trusted=trusted)[1]
     return html_page.write(page(run, command=command, undrawn=undrawn, model=model, trusted=trusted), run_dir)
 
 
@@ -233,9 +232,16 @@ def page(
     config = run.config
     state = "finished" if run.summary is not None else "not finished"
     count = config.trained_clients
+    rounds = _rounds(run)
     network = (run.summary or {}).get("model") or config.model
     about = " · ".join(
-        [f"seed {config.seed}", f"{count} client{'s' * (count != 1)}", f"{_rounds(run)} rounds", network, state]
+        [
+            f"seed {config.seed}",
+            f"{count} client{'s' * (count != 1)}",
+            f"{rounds} round{'s' * (rounds != 1)}",
+            network,
+            state,
+        ]
     )
     return Page(
         title=printable_name(f"{config.method} on {config.data}", CELL),
@@ -413,14 +419,20 @@ def _tiles(run: Contents) -> list[tuple[str, str]]:
 
 
 def _figures(run: Contents) -> Section:
-    section = Section("figures", "Final figures")
+    section = Section("figures", "Final figures", tables_first=True)
     if run.summary is None:
         return section
+    over_clients: dict[str, dict[str, str]] = {}
+    over = ("mean", "worst")
     rows: dict[str, dict[str, str]] = {}
     by_class = {name: table for name, table in run.summary.get("per_class", {}).items() if name != "validation"}
     for name, value in run.metrics.items():
         test_set, figure = run.split(name)
         if test_set == "validation" or (by_class and figure.startswith("dice_")):
+            continue
+        which, _, rest = figure.partition("_client_")
+        if rest and which in over:
+            over_clients.setdefault(rest, {})[which] = human_metric(name, value)
             continue
         rows.setdefault(figure, {})[test_set] = human_metric(name, value)
     present = dict.fromkeys(each for row in rows.values() for each in row)
@@ -428,6 +440,9 @@ def _figures(run: Contents) -> Section:
     header = ["", *(set_title(each) if each else "test" for each in sets)]
     body = [[figure_title(figure), *(row.get(each, "") for each in sets)] for figure, row in rows.items()]
     section.tables.append(Table(header, body))
+    if over_clients:
+        body = [[figure_title(figure), *(row.get(each, "") for each in over)] for figure, row in over_clients.items()]
+        section.tables.append(Table(["over the clients' own test sets", *over], body))
     for kind, title in (("recall", "Recall of every class"), ("dice", "Dice of every class")):
         tables = {name: table[kind] for name, table in by_class.items() if table.get(kind)}
         if not tables:
@@ -502,9 +517,11 @@ def clients(run: Contents) -> Section:
     if statistics is not None:
         names = [run.client(str(k)) for k in range(len(statistics.counts))]
         if len(statistics.classes) > 1:
+            low, high = int(statistics.sizes.min()), int(statistics.sizes.max())
+            sizes = f"{low:,}" if low == high else f"{low:,} to {high:,}"
             skewed = int(np.argmax(statistics.skew))
             text = (
-                f"{len(names)} clients with {int(statistics.sizes.min()):,} to {int(statistics.sizes.max()):,} "
+                f"{len(names)} clients with {sizes} "
                 f"training samples of {len(statistics.classes)} classes. The mean skew is "
                 f"{float(statistics.skew.mean()):.2f}; the most skewed is {names[skewed]} "
                 f"({float(statistics.skew[skewed]):.2f}). Skew is the total variation distance from all clients' "
@@ -678,7 +695,7 @@ def _confusion(run: Contents) -> Section:
         text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
         title = f"Which class was taken for which, {set_title(name)}"
         section.charts.append(
-            heat(f"confusion-{number}", title, shares, classes, classes, matrix, row="true class",
+            heat(f"confusion-{number}", title, shares, classes, classes, matrix.tolist(), row="true class",
                  column="predicted class", text=text, note=text)
         )  # fmt: skip
     return section

@@ -62,8 +62,8 @@ def fake(low, high, mean=0.01, seeds=3):
 @pytest.mark.parametrize(
     ("low", "high", "opening", "told"),
     [
-        (-0.01, 0.03, "No group differs from a beyond what 3 seeds leave to chance.", "cannot be told apart"),
-        (0.005, 0.015, "1 of 1 differences from a are beyond chance (3 seeds or more).", "b is higher than a"),
+        (-0.01, 0.03, "No group can be told apart from a: every 95 % interval holds 0.", "cannot be told apart"),
+        (0.005, 0.015, "1 of 1 differences from a have a 95 % interval without 0.", "b is higher than a"),
         (
             None,
             None,
@@ -77,6 +77,12 @@ def test_the_headline_says_what_chance_leaves(low, high, opening, told):
     assert first == opening
     assert told in second
     assert second.startswith("Accuracy, out of distribution: ")
+
+
+def test_two_seeds_show_no_difference():
+    opening, told = comparison_page.headline(fake(0.005, 0.015, seeds=2))
+    assert opening == "With 2 seeds in the smallest group no difference can be told from chance."
+    assert told.endswith("(95 % interval +0.5 to +1.5, which two seeds can make narrow by accident).")
 
 
 def test_a_single_group_is_not_compared():
