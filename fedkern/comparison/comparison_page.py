@@ -118,7 +118,7 @@ def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: s
     return Page(
         title=result.title(),
         about=" · ".join(about),
-        headline=[*headline(result), *run_page.baseline(first)],
+        headline=[*headline(result), *run_page.baseline(first, judged=False)],
         warnings=[*warnings, *(("failed run", text) for text in result.failures)],
         tiles=_tiles(result),
         sections=[
@@ -171,7 +171,7 @@ def headline(result: Result) -> list[str]:
     elif sure == 0:
         opening = f"No group can be told apart from {first['group']}: every 95 % interval holds 0."
     else:
-        several = ", which is not corrected for their number" if len(told) > 1 else ""
+        several = " (not corrected for their number)" if len(told) > 1 else ""
         opening = f"{sure} of {len(told)} differences from {first['group']} have a 95 % interval without 0{several}."
     more = [f"{len(told) - TOLD} more differences are in the table."] if len(told) > TOLD else []
     return [opening, *told[:TOLD], *more]

@@ -337,8 +337,13 @@ def _class_counts(run: Contents, test_set: str, split: Split | None) -> npt.NDAr
     return None if split is None or split.labels.dim() != 1 else np.bincount(split.labels.numpy())
 
 
-def baseline(run: Contents) -> list[str]:
-    """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell."""
+def baseline(run: Contents, *, judged: bool = True) -> list[str]:
+    """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell.
+
+    Args:
+        run: the run.
+        judged: also say whether the run's network is hardly better.
+    """
     found = constants(run)
     if not found:
         if run.summary is None or not run.main:
@@ -352,7 +357,7 @@ def baseline(run: Contents) -> list[str]:
     values = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in found.items()]
     poor = [name for name, value in found.items() if run.metrics[name] < near(value)]
     verdict = ""
-    if poor:
+    if poor and judged:
         where = "" if len(poor) == len(found) else " " + _listed([_on(run.split(name)[0]) for name in poor])
         verdict = f" The network is hardly better{where}."
     return [f"{what} {_listed(values)}.{verdict}"]
@@ -387,7 +392,8 @@ def _chance(run: Contents) -> list[str]:
         from scipy.stats import binomtest
 
         interval = binomtest(int(np.trace(matrix)), int(matrix.sum())).proportion_ci(0.95, "wilson")
-        intervals.append(f"{100 * interval.low:.1f} to {100 * interval.high:.1f} % {_on(test_set)} ({len(split):,})")
+        low, high = 100 * interval.low, 100 * interval.high
+        intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} images)")
     if intervals:
         told.append(
             f"The number of test images alone leaves {_listed(intervals)}: 95 % intervals, which take images as "
