@@ -289,12 +289,17 @@ def _cost(result: Result) -> Section:
     title = "Sent in both directions, mean of the runs"
     section.charts.append(bars("bytes", title, labels, [sent], axis="sent", unit="B"))
     names = dict.fromkeys(
-        name for group in result.groups for run in group.runs.values() for name in run.summary.get("phases") or {}
+        name
+        for group in result.groups
+        for run in group.runs.values()
+        for name in run_page.merged(run.summary.get("phases") or {})
+        if "/" not in name
     )
     series = [Series("whole run", y=[row["seconds"] for row in table])]
     for name in names:
         values = [
-            [(run.summary.get("phases") or {}).get(name, 0.0) for run in group.runs.values()] for group in result.groups
+            [run_page.merged(run.summary.get("phases") or {}).get(name, 0.0) for run in group.runs.values()]
+            for group in result.groups
         ]
         series.append(Series(name, y=[sum(each) / len(each) for each in values]))
     section.charts.append(bars("time", "Time, mean of the runs", labels, series, axis="time", unit="s"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ from fedkern.inputs import open_regular, read_text
 from fedkern.methods import METHODS
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.report import html_page, pictures
-from fedkern.report.html_charts import Series, bars, curves, heat, shown
+from fedkern.report.html_charts import SLOTS, Series, bars, curves, heat, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.retrieval_examples import retrieval_examples
@@ -655,12 +656,13 @@ def _cost(run: Contents) -> Section:
     phases = _phases(run)
     if phases:
         names = sorted(phases, key=lambda name: -phases[name])
-        chart = bars("phases", "Time by phase", names, [Series("time", y=[phases[name] for name in names])],
-                     axis="time", unit="s")  # fmt: skip
-        section.charts.append(chart)
+        seconds_by = Series("time", y=[phases[name] for name in names])
+        note = "A name with a slash is a part of the phase before the slash." if any("/" in n for n in names) else ""
+        section.charts.append(bars("phases", "Time by phase", names, [seconds_by], axis="time", unit="s", note=note))
         by_round = []
-        for name in names:
-            known = [(int(r["round"]), r["phases"][name]) for r in run.records if name in r.get("phases", {})]
+        parts = [(int(record["round"]), merged(record.get("phases", {}))) for record in run.records]
+        for name in names[:SLOTS]:
+            known = [(at, each[name]) for at, each in parts if name in each]
             if known:
                 by_round.append(Series(name, [at for at, _ in known], [value for _, value in known]))
         if by_round and len(run.records) > 1:
@@ -807,13 +809,22 @@ def _seconds(run: Contents) -> float | None:
     return float(run.records[-1]["seconds"]) if run.records else None
 
 
+def merged(phases: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase, where the numbered parts of a phase (``train/images 3``) are one."""
+    found: dict[str, float] = {}
+    for name, value in phases.items():
+        plain = re.sub(r" \d+$", "", name)
+        found[plain] = found.get(plain, 0.0) + float(value)
+    return found
+
+
 def _phases(run: Contents) -> dict[str, float]:
     if run.summary is not None:
-        return {name: float(value) for name, value in (run.summary.get("phases") or {}).items()}
+        return merged(run.summary.get("phases") or {})
     found: dict[str, float] = {}
     for record in run.records:
-        for name, value in record.get("phases", {}).items():
-            found[name] = found.get(name, 0.0) + float(value)
+        for name, value in merged(record.get("phases", {})).items():
+            found[name] = found.get(name, 0.0) + value
     return found
 
 

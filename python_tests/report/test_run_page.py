@@ -98,6 +98,11 @@ def test_the_same_folder_gives_the_same_file(finished):
     assert run_page.write_report(finished).read_bytes() == first
 
 
+def test_numbered_parts_of_a_phase_are_one():
+    found = run_page.merged({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
+    assert found == {"train": 3.0, "train/images": 1.5, "evaluate": 1.0}
+
+
 def test_settings_versions_and_command(finished):
     page = read(finished, command="python -m fedkern.run fedavg --rounds 2")
     assert page.text("code") == ["python -m fedkern.run fedavg --rounds 2"]
