@@ -3,10 +3,13 @@
 import base64
 import hashlib
 import importlib.util
+import tomllib
+from pathlib import Path
 
 import pytest
 from html_reader import Reader
 
+import fedkern
 from fedkern.errors import UserError
 from fedkern.report import html_page
 from fedkern.report.html_charts import Series, curves
@@ -115,3 +118,13 @@ def test_missing_packages(monkeypatch, missing):
         html_page.check_installed()
     assert all(name in str(error.value) for name in missing)
     assert all(name not in str(error.value) for name in {"plotly", "jinja2"} - missing)
+
+
+def test_templates_are_part_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["fedkern"]
+    root = Path(fedkern.__file__).parent
+    packed = {path for pattern in patterns for path in root.glob(pattern)}
+    assert {path.name for path in packed if path.parent == root / "report" / "templates"} == {
+        "report.css", "report.html.j2", "report.js",
+    }  # fmt: skip
