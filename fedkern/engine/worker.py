@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
@@ -36,7 +37,7 @@ from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Noti
 from fedkern.engine.parties import Elsewhere
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
-from fedkern.ops._core import backend
+from fedkern.ops._core import backend, loading
 
 _PR_SET_PDEATHSIG = 1
 
@@ -111,6 +112,7 @@ def _end_with_parent() -> None:
 
 def _work(setup: Setup, end: socket.socket) -> None:
     """Runs a forked worker, from its beginning to its end."""
+    warnings.simplefilter("ignore", loading.Slower)  # the run's own process says it
     keep_freed_memory()
     with ExitStack() as forced:
         if setup.isa != "none":

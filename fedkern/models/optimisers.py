@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.private_torch import foreach_add, foreach_add_, fused_adam_, fused_adamw_
+
 EPSILON = 1e-8
 
 
@@ -68,7 +70,7 @@ class SGD(_Optimiser):
         if not parameters:
             return
         if self._decay:
-            gradients = list(torch._foreach_add(gradients, parameters, alpha=self._decay))
+            gradients = list(foreach_add(gradients, parameters, alpha=self._decay))
         if self._momentum:
             velocities = []
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -78,11 +80,9 @@ class SGD(_Optimiser):
                 else:
                     velocity = known["momentum_buffer"].mul_(self._momentum).add_(gradient)
                 velocities.append(velocity)
-            if self._nesterov:
-                gradients = list(torch._foreach_add(gradients, velocities, alpha=self._momentum))
-            else:
-                gradients = velocities
-        torch._foreach_add_(parameters, gradients, alpha=-self.lr)
+            ahead = self._nesterov
+            gradients = list(foreach_add(gradients, velocities, alpha=self._momentum)) if ahead else velocities
+        foreach_add_(parameters, gradients, alpha=-self.lr)
 
 
 class Adam(_Optimiser):
@@ -108,7 +108,7 @@ class Adam(_Optimiser):
     ) -> None:
         super().__init__(parameters, lr)
         self._betas, self._decay = betas, weight_decay
-        self._fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        self._fused = fused_adamw_ if decoupled else fused_adam_
 
     @torch.no_grad()
     def step(self) -> None:
@@ -126,7 +126,7 @@ class Adam(_Optimiser):
         steps, means, squares = (
             [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
         )
-        torch._foreach_add_(steps, 1)
+        foreach_add_(steps, 1)
         self._fused(
             parameters, gradients, means, squares, [], steps, lr=self.lr, beta1=self._betas[0], beta2=self._betas[1],
             weight_decay=self._decay, eps=EPSILON, amsgrad=False, maximize=False,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.private_torch import functorch_active
 
 # (owner, attribute, qualified name, tensor, is parameter)
 Entry = tuple[nn.Module, str, str, Tensor, bool]
@@ -108,7 +109,7 @@ class FlatParameters:
 
     def flatten(self) -> FlatParameters:
         """Flattens the module (again), with the values it has now, into new vectors; returns ``self``."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or functorch_active():
             raise RuntimeError(
                 "FlatParameters moves memory and cannot be used under torch.compile or a torch.func transform"
             )

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
 from fedkern.ops._aggregate import distances, mean, robust
 from fedkern.ops._aggregate import server_step as step
 from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.private_torch import flatten_dense
 
 __all__ = ["TreeStep", "krum", "median", "server_step", "trimmed_mean", "weighted_mean"]
 
@@ -342,7 +342,7 @@ def _small_tensors(
 ) -> list[Tensor]:
     if all(tensor.is_contiguous() for row in rows for tensor in row):
         shapes = [row[0].shape for row in rows]
-        result = operator([_flatten_dense_tensors(model) for model in zip(*rows, strict=True)])
+        result = operator([flatten_dense(model) for model in zip(*rows, strict=True)])
         pieces = result.split([shape.numel() for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
     vectors, strides = zip(*map(_vectors, rows), strict=True)

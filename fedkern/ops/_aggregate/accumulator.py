@@ -15,6 +15,7 @@ from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER
 from fedkern.ops._core import backend
 from fedkern.ops._core.checks import check_count, check_tensor, shown
+from fedkern.ops._core.private_torch import functorch_active
 
 # Exact weights are integers in units of the smallest positive double.
 _UNIT = 1 << 1074
@@ -87,7 +88,7 @@ class Accumulator:
             OverflowError: an exact accumulator is full (2^31 - 1 vectors).
             RuntimeError: called under torch.compile or a torch.func transform, or a forced backend cannot serve.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or functorch_active():
             raise RuntimeError(
                 "Accumulator keeps state and cannot be used under torch.compile or a torch.func transform"
             )

@@ -18,6 +18,7 @@ from fedkern.ops._contrast.reference import contrastive_reference
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select, serve
 from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._core.private_torch import may_be_transformed
 
 # the public function: checks and choice of path
 
@@ -72,7 +73,7 @@ def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | T
     """Calls the torch.library operator: outside of torch.func, the one that computes gradients in the forward pass."""
     value = temperature if learnt is None else 0.0
     needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
-    if torch._C._are_functorch_transforms_active() or not (torch.is_grad_enabled() and any(needs)):
+    if may_be_transformed() or not (torch.is_grad_enabled() and any(needs)):
         return CONTRASTIVE(x, y, learnt, value)[0]
     return CONTRASTIVE_TRAINING(x, y, learnt, value, *needs)[0]
 

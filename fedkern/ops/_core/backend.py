@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core import devices, dispatch
-from fedkern.ops._core.loading import REBUILD, Unavailable, interpreted, load_core, load_triton
+from fedkern.ops._core import devices, dispatch, private_torch
+from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, interpreted, load_core, load_triton, tell
 from fedkern.ops._core.memory import cache
+from fedkern.ops._core.private_torch import outlived as outlived
 from fedkern.ops._core.torchscript import refuse
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -35,15 +36,13 @@ FLOATS = frozenset(DTYPES)
 
 # Looked up once: on small tensors the checks around a kernel take longer than the kernel.
 _is_compiling = torch.compiler.is_compiling
-_jit_traces = torch._C._is_tracing
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-# True for a tensor that outlived its torch.func transform. Autograd and the dispatcher unwrap it; its pointer raises.
-outlived = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+_jit_traces = private_torch.is_tracing
+_functorch_active = private_torch.may_be_transformed
+_dispatch_modes = private_torch.dispatch_modes
+_function_modes = private_torch.function_modes
+_legacy_batched = private_torch.is_legacy_batched
 _grad_enabled = torch.is_grad_enabled
-_forward_ad = torch.autograd.forward_ad
+_forward_ad = private_torch.forward_ad
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,7 @@ _NEWEST = {"_cpu": "tensors_fit", "_cuda": "take_tensors"}
 
 def _show_tensors(core: Any, name: str) -> None:
     """Hands the core the table of functions through which it reads tensors (csrc/bindings/exchange.h)."""
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if table is None:
-        raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
+    table = private_torch.exchange_table()
     if not hasattr(core, _NEWEST[name]):
         raise Unavailable(f"fedkern.{name} was built from older sources than these Python files: {REBUILD}")
     core.take_tensors(table, Tensor, torch.nn.Parameter)
@@ -182,9 +179,10 @@ def cuda_core() -> ModuleType:
             too old.
     """
     core = load_core("_cuda")
-    if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    if private_torch.raw_stream is None:
         raise Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
     devices.check_cuda(core)
+    private_torch.check_stream()
     _show_tensors(core, "_cuda")
     return core
 
@@ -312,11 +310,10 @@ def tangents(values: Iterable[Any]) -> bool:
     """True where a tensor among ``values`` has a tangent of forward-mode AD."""
     if _forward_ad._current_level < 0 or _is_compiling():
         return False
-    functorch = torch._C._functorch
     for value in values:
         if isinstance(value, Tensor):
-            while functorch.is_batchedtensor(value):  # vmap has no batching rule for unpack_dual
-                value = functorch.get_unwrapped(value)
+            while private_torch.is_batched(value):  # vmap has no batching rule for unpack_dual
+                value = private_torch.unwrapped(value)
             if _forward_ad.unpack_dual(value).tangent is not None:
                 return True
     return False
@@ -392,6 +389,8 @@ def _describe(tensor: Tensor) -> str:
 
 def _load(operator: str, backend: str) -> Any:
     key = (operator, backend)
+    if private_torch.PROBLEM:
+        raise Unsuited(private_torch.PROBLEM)
     if key not in _loaded:
         _loaded[key] = _kernels[operator][backend].load()
     return _loaded[key]
@@ -407,6 +406,8 @@ def _candidates(device: str) -> tuple[str, ...]:
 def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     forced = forced_backend()
     serving, choice = forced, (None, frozenset[torch.dtype]())
+    if private_torch.REPLACED:
+        tell(private_torch.REPLACED)
     if forced is not None and forced != "reference":
         kernel = _kernels.get(operator, {}).get(forced)
         if kernel is None:
@@ -444,6 +445,9 @@ def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozens
             continue
         try:
             found.append((name, (_load(operator, name), kernel.dtypes)))
+        except Unsuited as error:
+            if device == "cpu" or private_torch.PROBLEM:
+                tell(f"plain PyTorch serves every operator, because {error}")
         except Unavailable:
             continue
     return found

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-
-# Takes several tensors; torch.autograd.graph.increment_version adds a check to each call.
-_increment_version = torch._C._increment_version
+from fedkern.ops._core.private_torch import increment_version
 
 # Longest text of a value in an error message: a number may have thousands of digits.
 _MOST_CHARACTERS = 80
@@ -101,7 +99,7 @@ def written(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and not tensor.is_inference():
             changed.append(tensor)
-    _increment_version(changed)
+    increment_version(changed)
 
 
 def check_tensor(tensor: Any, name: str, wanted: str = "a tensor") -> None:

@@ -11,8 +11,18 @@ import torch
 
 from fedkern.ops._core.loading import REBUILD, Unavailable
 
+# By major version of CUDA, the oldest driver for Linux that serves a runtime of that version, as NVIDIA's release notes
+# have it under "CUDA minor version compatibility".
+DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+
 # Lowest compute capability that Triton says it supports: 80 for 8.0.
 OLDEST_OF_TRITON = 80
+
+
+def driver_for(core: Any) -> str:
+    """Returns the NVIDIA driver that ``core`` (``fedkern._cuda``) needs, for example "525.60.13 or newer"."""
+    major = core.versions()[0] // 1000
+    return f"{DRIVERS[major]} or newer" if major in DRIVERS else f"one for CUDA {major}.0 or newer"
 
 
 def check_cuda(core: Any) -> None:
@@ -29,9 +39,10 @@ def check_cuda(core: Any) -> None:
     gpus = _gpus()
     for name, number in gpus:
         if driver // 1000 < runtime // 1000:
-            versions = f"CUDA {_version(runtime)} and the driver serves {_version(driver)}"
+            versions = f"CUDA {version(runtime)} and the driver serves {version(driver)}"
             raise Unavailable(
-                f"fedkern._cuda was built with {versions}: update the driver, or build with an nvcc no newer than it"
+                f"fedkern._cuda was built with {versions}: update the driver ({driver_for(core)}), or build with an "
+                "nvcc no newer than it"
             )
         if any(number // 10 == one // 10 and number >= one for one in built_for):
             continue
@@ -42,7 +53,7 @@ def check_cuda(core: Any) -> None:
         if driver < runtime:  # the driver translates PTX for such a GPU, of its own CUDA version at most
             raise Unavailable(
                 f"{name} is of sm_{number}, newer than fedkern._cuda, and to translate kernels of CUDA "
-                f"{_version(runtime)} the driver has to be newer than for CUDA {_version(driver)}"
+                f"{version(runtime)} the driver has to be newer than for CUDA {version(driver)}"
             )
 
 
@@ -76,5 +87,6 @@ def _gpus() -> list[tuple[str, int]]:
     return found
 
 
-def _version(number: int) -> str:
+def version(number: int) -> str:
+    """A version of CUDA as people write it: "13.0" for 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-_graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
+from fedkern.ops._core.private_torch import apply_of, graph_is_retained
 
 
 def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -17,7 +17,7 @@ def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
     The receiver of a gradient may change it in place, and another pass over a retained graph reads saved tensors
     again. Call this within a backward pass.
     """
-    if not _graph_is_retained():
+    if not graph_is_retained():
         return gradients
     return [x.clone() if x is not None and any(x is kept for kept in saved) else x for x in gradients]
 
@@ -34,4 +34,4 @@ class EagerFunction(torch.autograd.Function):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        cls.call = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        cls.call = apply_of(cls)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.memory import fresh
+from fedkern.ops._core.private_torch import raw_stream
 
 _threads = torch.get_num_threads
-# The stream's number, in a tenth of the time that it takes through torch.cuda's Python objects.
-_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class Launcher:
@@ -44,4 +43,4 @@ def _threads_of(tensor: Tensor) -> int:
 def _stream_of(tensor: Tensor) -> int:
     """torch's current stream on the tensor's device; 0 for a CPU tensor (of an emulated core)."""
     index = tensor.get_device()
-    return _raw_stream(index) if index >= 0 and _raw_stream is not None else 0
+    return raw_stream(index) if index >= 0 and raw_stream is not None else 0

@@ -6,14 +6,14 @@ functions call them under ``torch.compile``, functorch transforms and dispatch m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
+from fedkern.ops._core.private_torch import may_be_transformed, recording
 
 LIBRARY = torch.library.Library("fedkern", "DEF")
 
@@ -71,26 +71,10 @@ def register(
     def call(*arguments: Any) -> Any:
         if reference is not None and backend.forward_mode(name):
             return reference(*arguments)
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        transformed = not torch.compiler.is_compiling() and may_be_transformed()
         return function.apply(*arguments) if transformed else operator(*arguments)
 
     return call
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Lets autograd record a graph inside an operator's implementation.
-
-    The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
-    autograd back.  Without this context a backward operator that differentiates the reference would find no graph under
-    ``torch.compile``.
-    """
-    keys = torch._C.DispatchKey
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
 
 
 def differentiate_reference(

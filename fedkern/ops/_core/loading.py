@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
+import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +22,29 @@ REBUILD = "run pip install . again (pip install -e . for an editable install)"
 
 class Unavailable(Exception):
     """A backend cannot be used here; the message says why, in a clause that fits after ``because``."""
+
+
+class Unsuited(Unavailable):
+    """No compiled core can serve on this kind of machine, or with this torch.
+
+    A user has not chosen this and is told once (:func:`tell`).
+    """
+
+
+class Slower(UserWarning):
+    """fedkern works, but without what makes it fast."""
+
+
+@functools.cache
+def tell(sentence: str) -> None:
+    """Warns with ``sentence``, once in a process."""
+    warnings.warn(sentence, Slower, stacklevel=2)
+
+
+def elsewhere() -> str:
+    """The kind of this machine, where the compiled cores are not made for it; "" on Linux on x86-64."""
+    system, machine = platform.system(), platform.machine()
+    return "" if system == "Linux" and machine in {"x86_64", "AMD64"} else f"{system} on {machine}"
 
 
 def load_core(name: str) -> ModuleType:
@@ -36,6 +62,9 @@ def load_core(name: str) -> ModuleType:
     except ModuleNotFoundError:
         core = _installed_core(name)
         if core is None:
+            if kind := elsewhere():
+                made = "fedkern's compiled kernels are made for Linux on x86-64"
+                raise Unsuited(f"{made}, and this is {kind}") from None
             raise Unavailable(f"fedkern.{name} was not built") from None
         return core
     except ImportError as error:
@@ -73,7 +102,7 @@ def load_triton(module: str) -> ModuleType:
         )
     try:
         return importlib.import_module(f"fedkern.ops.{module}")
-    except ImportError as error:
+    except Exception as error:  # another Triton may lack what the kernels' decorators read
         raise Unavailable(f"fedkern.ops.{module} does not load ({error})") from error
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated_core import build
 
-from fedkern.ops._core import backend, devices, loading
+from fedkern.ops._core import backend, devices, loading, private_torch
 
 BUILT_FOR = [80, 90, 100]
 
@@ -84,10 +84,21 @@ def test_a_gpu_between_what_the_core_was_built_for_is_not_served(monkeypatch: py
 def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, (9, 0))
     assert "built with CUDA 13.0 and the driver serves 12.6: update" in why_not(fake_core(driver=12060))
+    assert "update the driver (580.65.06 or newer), or build with" in why_not(fake_core(driver=12060))
     assert why_not(fake_core(runtime=12090, driver=12060)) == ""  # drivers serve their own major version
     fake_gpus(monkeypatch, (12, 0))
     assert "newer than fedkern._cuda" in why_not(fake_core(runtime=12090, driver=12080))
     assert why_not(fake_core(runtime=12090, driver=13000)) == ""
+
+
+def test_the_driver_that_a_core_needs_is_its_major_versions() -> None:
+    assert (
+        devices.driver_for(fake_core(runtime=12080))
+        == devices.driver_for(fake_core(runtime=12090))
+        == ("525.60.13 or newer")
+    )
+    assert devices.driver_for(fake_core(runtime=13010)) == "580.65.06 or newer"
+    assert devices.driver_for(fake_core(runtime=14020)) == "one for CUDA 14.0 or newer"
 
 
 def test_gpus_that_torch_cannot_use_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +122,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
     for name in ("_chosen", "_large", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(private_torch, "raw_stream", lambda index: 0)
     monkeypatch.setattr(backend, "load_core", lambda name: fake_core())
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     kernel = backend.Kernel(lambda: "triton's", frozenset(backend.DTYPES), frozenset({"cuda"}))

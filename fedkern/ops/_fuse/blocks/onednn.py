@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern.ops._core.private_torch import onednn
 from fedkern.ops._fuse.blocks.layers import FusedConv
 
 # Map shapes for which weights are kept: full batches, the last batch, and pieces of both.
 SHAPES = 4
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_reorder_convolution_weight")
-    )
-
-
-_ONEDNN = _has_onednn()
 
 
 class Prepared:
@@ -36,7 +29,9 @@ class Prepared:
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         return Prepared, ()
 
-    def get(self, weight: Tensor, m: int | None, how: tuple[Any, ...], x: Tensor) -> Tensor:
+    def get(
+        self, reorder: Callable[..., Tensor], weight: Tensor, m: int | None, how: tuple[Any, ...], x: Tensor
+    ) -> Tensor:
         """``weight`` (branch ``m``'s; None: all branches') in the layout for convolving ``x`` with settings ``how``."""
         shape = (x.shape, torch.get_num_threads())
         held = self._held.get(shape)
@@ -46,7 +41,7 @@ class Prepared:
             held = self._held[shape] = {}
         found = held.get(m)
         if found is None:
-            found = held[m] = torch.ops.mkldnn._reorder_convolution_weight(weight, *how, list(x.shape))
+            found = held[m] = reorder(weight, *how, list(x.shape))
         return found
 
 
@@ -68,16 +63,17 @@ def convolve(
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_grad_enabled() and x.numel() > 0
     # Weights of another dtype or device go to conv2d, which raises a readable error, or autocast casts them.
     alike = weight.dtype is torch.float32 and weight.device.type == "cpu"
-    if _ONEDNN and plain and alike and weight.numel() > 0 and not isinstance(conv.padding, str):
+    fits = plain and alike and weight.numel() > 0 and not isinstance(conv.padding, str)
+    fused = onednn() if fits else None
+    if fused is not None:
         how: tuple[Any, ...] = (list(conv.padding), list(conv.stride), list(conv.dilation), groups)
-        fused = torch.ops.mkldnn._convolution_pointwise
         if other is None:
-            weight = prepared.get(weight, m, how, x)
-            return fused(x, weight, bias, *how, "relu" if relu else "none", [], "")
+            weight = prepared.get(fused.reorder, weight, m, how, x)
+            return fused.convolve(x, weight, bias, *how, "relu" if relu else "none", [], "")
         last = other.is_contiguous(memory_format=torch.channels_last) and other.dtype is torch.float32
         if last and other.shape == conv.result_shape(x, weight):
-            weight = prepared.get(weight, m, how, x)
-            return fused.binary(x, other, weight, bias, *how, "add", None, "relu" if relu else None, [], None)
+            weight = prepared.get(fused.reorder, weight, m, how, x)
+            return fused.convolve_and_add(x, other, weight, bias, *how, "add", None, "relu" if relu else None, [], None)
     y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
     if other is not None:
         y = y + other

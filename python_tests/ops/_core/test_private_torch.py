@@ -1,0 +1,331 @@
+"""torch's private names: each is tried, has a stand-in or leaves operators to references, and stands in one file."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedkern
+from fedkern import ops
+from fedkern.ops._core import backend, loading, private_torch
+
+PACKAGE = Path(fedkern.__file__).parent
+
+# What PROBLEM names, and what REPLACED names, with something that a changed torch might have there.
+NEEDED: dict[str, Any] = {
+    "_C._are_functorch_transforms_active": lambda: None,
+    "_C._len_torch_dispatch_stack": lambda: 0,
+    "_C._len_torch_function_stack": lambda: 0,
+    "_C._functorch.is_legacy_batchedtensor": lambda x: False,
+    "_C._functorch.is_batchedtensor": lambda x: False,
+    "_C._functorch.get_unwrapped": lambda x: x,
+    "_C._functorch.is_dead_tensor_wrapper": lambda x: False,
+    "_C._ForceDispatchKeyGuard": lambda included, excluded: torch.no_grad(),
+    "autograd.forward_ad": types.SimpleNamespace(_current_level=-1, dual_level=torch.no_grad, unpack_dual=None),
+}
+REPLACED: dict[str, Any] = {
+    "_C._is_tracing": lambda: 0,
+    "_C._autograd._get_current_graph_task_keep_graph": lambda: False,
+    "_C._increment_version": lambda tensors: None,
+    "_utils._flatten_dense_tensors": lambda tensors: tensors[0],
+    "_foreach_add": lambda tensors, others, alpha: list(tensors),
+    "_foreach_add_": lambda tensors, others, alpha=1: None,
+    "_fused_adam_": torch._fused_adamw_,
+    "_fused_adamw_": torch._fused_adam_,
+}
+
+
+def again() -> Any:
+    """The module once more, as a new process would import it."""
+    spec = importlib.util.spec_from_file_location("private_torch_again", private_torch.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def owner(name: str) -> tuple[Any, str]:
+    *path, last = name.split(".")
+    found: Any = torch
+    for part in path:
+        found = getattr(found, part)
+    return found, last
+
+
+def test_this_torch_is_as_expected() -> None:
+    assert private_torch.PROBLEM == private_torch.REPLACED == ""
+    assert private_torch.table_problem(private_torch.exchange_table()) == ""
+    if torch.backends.mkldnn.is_available():
+        assert private_torch.onednn() is not None
+
+
+def test_nothing_is_learnt_under_a_transform() -> None:
+    found = []
+    torch.func.vmap(lambda x: (found.append(again()), x)[1])(torch.ones(2))
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        found.append(again())
+    with torch.device("meta"), torch.inference_mode():
+        found.append(again())
+    for module in found:
+        assert module.PROBLEM == module.REPLACED == module.table_problem(module.exchange_table()) == ""
+
+
+@pytest.mark.parametrize("name", [*NEEDED, *REPLACED])
+def test_a_missing_name_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "autograd.forward_ad":
+        name += "._current_level"
+    monkeypatch.delattr(*owner(name))
+    module = again()
+    told = module.REPLACED if name in REPLACED else module.PROBLEM
+    assert f"torch {torch.__version__} has changed (" in told
+    assert f"torch.{name} is not there" in told or "torch.autograd.forward_ad raises AttributeError" in told
+    assert module.may_be_transformed() == bool(module.PROBLEM)
+
+
+@pytest.mark.parametrize("name", [*NEEDED, *REPLACED])
+def test_a_changed_name_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*owner(name), (NEEDED | REPLACED)[name])
+    module = again()
+    told = module.REPLACED if name in REPLACED else module.PROBLEM
+    assert re.search(rf"torch\.{re.escape(name)} (does something else now|raises \w+)", told)
+
+
+def test_apply_without_its_search_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_FunctionBase", object)
+    module = again()
+    assert "torch._C._FunctionBase.apply is not there" in module.REPLACED
+    assert module.apply_of(module._Doubled) == module._Doubled.apply
+
+
+def test_stand_ins_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in REPLACED:
+        monkeypatch.delattr(*owner(name))
+    module = again()
+    monkeypatch.undo()
+    rows, others = torch.randn(3, 5).unbind(), torch.randn(3, 5).unbind()
+    assert module.is_tracing() is False
+    assert module.graph_is_retained() is True
+    before = rows[0]._version
+    module.increment_version([rows[0]])
+    assert rows[0]._version == before + 1
+    assert torch.equal(module.flatten_dense(rows), private_torch.flatten_dense(rows))
+    for mine, theirs in (
+        (module.foreach_add(rows, others, alpha=3), private_torch.foreach_add(rows, others, alpha=3)),
+        (in_place(module.foreach_add_, rows, others), in_place(private_torch.foreach_add_, rows, others)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    for name in ("fused_adam_", "fused_adamw_"):
+        for a, b in zip(stepped(getattr(module, name)), stepped(getattr(private_torch, name)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def in_place(add: Callable[..., None], rows: Any, others: Any) -> list[torch.Tensor]:
+    rows = [row.clone() for row in rows]
+    add(rows, list(others), alpha=-0.5)
+    add(rows, 1)
+    return rows
+
+
+def stepped(adam: Callable[..., None]) -> tuple[torch.Tensor, ...]:
+    draws = torch.Generator().manual_seed(3)
+    x, m, v, count = torch.randn(40, generator=draws), torch.zeros(40), torch.zeros(40), torch.zeros(())
+    for _ in range(5):
+        count += 1
+        gradient = torch.randn(40, generator=draws)
+        adam([x], [gradient], [m], [v], [], [count], lr=0.01, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8,
+             amsgrad=False, maximize=False)  # fmt: skip
+    return x, m, v
+
+
+def test_onednn_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    if private_torch.onednn() is None:
+        pytest.skip("this torch has no oneDNN")
+    module = again()
+    loading.tell.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", lambda *given: given[0], raising=False)
+    with pytest.warns(loading.Slower, match=r"stand in for what torch .*mkldnn\._convolution_pointwise "):
+        assert module.onednn() is None
+
+
+def capsule(**changed: Any) -> object:
+    """torch's own exchange table with other entries, kept alive for the whole process."""
+    table = private_torch._Table.from_address(
+        private_torch._POINTER(private_torch.exchange_table(), b"dlpack_exchange_api")
+    )
+    copy = private_torch._Table.from_buffer_copy(table)
+    for name, value in changed.items():
+        setattr(copy, name, value)
+    _KEPT.append(copy)
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+        ("PyCapsule_New", ctypes.pythonapi)
+    )
+    return new(ctypes.addressof(copy), b"dlpack_exchange_api", None)
+
+
+_KEPT: list[Any] = []
+
+
+def reading(change: Callable[[Any], int]) -> int:
+    """Address of torch's own function that describes a tensor, followed by ``change`` of the description."""
+    table = private_torch._Table.from_address(
+        private_torch._POINTER(private_torch.exchange_table(), b"dlpack_exchange_api")
+    )
+    real = private_torch._READ(table.view)
+
+    def read(tensor: torch.Tensor, view: Any) -> int:
+        return real(tensor, view) or change(view.contents)
+
+    called = private_torch._READ(read)
+    _KEPT.append(called)
+    return ctypes.cast(called, ctypes.c_void_p).value or 0
+
+
+def shifted(view: Any) -> int:
+    view.data, view.byte_offset = view.data - 4, 4
+    return 0
+
+
+def turned(view: Any) -> int:
+    view.shape, view.strides = view.strides, view.shape
+    return 0
+
+
+def test_an_exchange_table_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert private_torch.table_problem(capsule()) == ""
+    assert private_torch.table_problem(capsule(major=2, minor=1)) == "the table is of DLPack 2.1, not 1"
+    assert private_torch.table_problem(capsule(view=None)) == "the table cannot describe tensors"
+    for change in (shifted, turned):
+        assert private_torch.table_problem(capsule(view=reading(change))) == "it describes a small tensor wrongly"
+    assert private_torch.table_problem(capsule(view=reading(lambda _: 1))) == "it fails on a tensor of the CPU"
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", capsule(major=2))
+    with pytest.raises(loading.Unsuited, match=r"otherwise than fedkern reads them: the table is of DLPack 2"):
+        private_torch.exchange_table()
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    with pytest.raises(loading.Unsuited, match=r"shows no tensors to C extensions, as 2\.11 and"):
+        private_torch.exchange_table()
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has chosen no kernel and told nothing yet."""
+    monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
+    for name in ("_chosen", "_large", "_loaded", "_ordinary"):
+        monkeypatch.setattr(backend, name, {})
+    loading.tell.cache_clear()
+
+
+def told(call: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught if issubclass(one.category, loading.Slower)]
+
+
+def several() -> None:
+    x = torch.randn(4, 5)
+    assert torch.equal(ops.kl_div(x, -x), ops.kl_div(x, -x))
+    ops.entropy(x)
+    ops.weighted_mean([x[0], x[1]], [1, 2])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_problem_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(several) == []
+    monkeypatch.setattr(backend, "_chosen", {})
+    monkeypatch.setattr(backend, "_ordinary", {})
+    monkeypatch.setattr(private_torch, "PROBLEM", "kernels need what torch 9.0 has changed (torch._C._x is not there)")
+    assert told(several) == [
+        "plain PyTorch serves every operator, because kernels need what torch 9.0 has changed "
+        "(torch._C._x is not there)"
+    ]
+    rows = [row for row in backend.status() if row.backend != "reference"]
+    assert all(not row.serves and "torch 9.0 has changed" in row.reason for row in rows)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_slower_calls_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private_torch, "REPLACED", "slower public calls stand in for something")
+    assert told(several) == ["slower public calls stand in for something"]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_other_machines_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere than on Linux on x86-64 there is no core, which is no choice of the user's."""
+    monkeypatch.setattr(loading.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(loading.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(loading, "_installed_core", lambda name: None)
+
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(loading.importlib, "import_module", absent)
+    assert told(several) == [
+        "plain PyTorch serves every operator, because fedkern's compiled kernels are made for Linux on x86-64, and "
+        "this is Darwin on arm64"
+    ]
+    monkeypatch.setattr(loading.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(loading.platform, "machine", lambda: "x86_64")
+    with pytest.raises(loading.Unavailable, match=r"^fedkern\._cpu was not built$"):
+        loading.load_core("_cpu")
+
+
+@pytest.mark.exhaustive
+def test_without_a_needed_name_everything_runs_its_reference() -> None:
+    """In a process of its own: gradients, vmap, torch.func, a state that is written in place, and one sentence."""
+    code = """
+import torch
+torch._C._functorch.is_dead_tensor_wrapper = lambda tensor: True
+from torch.nn import functional as F
+from fedkern import ops
+from fedkern.ops._core import backend
+
+x, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+expected = F.kl_div(F.log_softmax(x, 1), F.softmax(y, 1), reduction="batchmean")
+found = ops.kl_div(x, y)
+torch.testing.assert_close(found, expected)
+torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+mapped = torch.func.vmap(ops.entropy)(torch.stack([x, y]).detach())
+torch.testing.assert_close(mapped, torch.stack([ops.entropy(x), ops.entropy(y)]).detach())
+torch.func.grad(lambda z: ops.kl_div(z, y))(x.detach())
+total = ops.Accumulator(4)
+total.add(torch.ones(4))
+assert torch.equal(total.mean(), torch.ones(4))
+flat, step = torch.ones(4), torch.full((4,), 2.0)
+ops.sgd_step(flat, step, lr=0.5)
+assert torch.equal(flat, torch.zeros(4))
+ops.FlatParameters(torch.nn.Linear(2, 2))
+blocks = ops.FusedBlocks([torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU()) for _ in range(2)]).eval()
+assert blocks(torch.randn(2, 1, 6, 6)).shape == (2, 4, 4, 4)
+assert not any(row.serves for row in backend.status() if row.backend != "reference")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("plain PyTorch serves every operator, because kernels need what torch ") == 1, done.stderr
+    assert "(torch._C._functorch.is_dead_tensor_wrapper does something else now)" in done.stderr
+
+
+def test_private_names_stand_in_one_file() -> None:
+    private = re.compile(
+        r"\btorch(?:\.\w+)*\._(?!_)\w+|^from torch(?:\.\w+)*\._\w+[\w.]* import"
+        r"|^from torch[\w.]* import .*\b_(?!BatchNorm)\w"
+    )
+    found = [
+        f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "private_torch.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if private.search(line)
+    ]
+    assert not found, "\n".join(found)
