@@ -71,6 +71,19 @@ def processor() -> dict[str, Any]:
     return found
 
 
+def cuda_core() -> str:
+    """What fedkern's CUDA core was built for and the driver that it needs, or why there is none."""
+    from fedkern.ops._core import devices, loading
+
+    try:
+        core = loading.load_core("_cuda")
+        kinds = ", ".join(f"sm_{one}" for one in core.architectures())
+        built = f"built with CUDA {devices.version(core.versions()[0])} for {kinds} and newer"
+        return f"{built}; needs NVIDIA's driver {devices.driver_for(core)}"
+    except (loading.Unavailable, AttributeError) as error:  # AttributeError: an outdated core
+        return f"none: {error}"
+
+
 def lowerings() -> dict[str, Any]:
     """The table from which FusedBlocks chooses its lowering.
 
@@ -169,7 +182,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from fedkern.engine import peak
-    from fedkern.ops._core import loading
+    from fedkern.ops._core import loading, private_torch
 
     rows, forced, problem = operators()
     found, reason = gpus()
@@ -181,12 +194,14 @@ def collect() -> dict[str, Any]:
         "peak": None if fastest is None else dataclasses.asdict(fastest),
         "stale": loading.stale_cores(),
         "threads": threads(),
+        "torch": [line for line in (private_torch.PROBLEM, private_torch.REPLACED) if line],
         "cuda": {
             "torch": torch.version.cuda,
             "hip": torch.version.hip,
             "available": torch.cuda.is_available(),
             "gpus": found,
             "reason": reason,
+            "core": cuda_core(),
         },
         "forced_backend": forced,
         "problem": problem,
@@ -244,6 +259,9 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
             f"ROCm (HIP {cuda['hip']}), where no kernel was ever tried: the reference serves unless another is forced"
         )
     add("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
+    add("CUDA core", cuda["core"])
+    for line in report["torch"]:
+        add("this torch", line)
     if report["forced_backend"] or report["problem"]:
         add("forced backend", report["forced_backend"] or f"none: {report['problem']}")
     console.print(facts)

@@ -12,7 +12,7 @@ import torch
 from fuse_tables import made
 from rich.console import Console
 
-from fedkern.ops._core import backend, loading
+from fedkern.ops._core import backend, loading, private_torch
 from fedkern.ops._core.processor import Processor
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.ops._fuse.blocks.lowering_costs import write_table
@@ -123,6 +123,22 @@ def fake_nvml(**changes) -> types.SimpleNamespace:
     if changes.pop("no_utilisation", False):
         functions["nvmlDeviceGetUtilizationRates"] = unsupported
     return types.SimpleNamespace(**{**functions, **changes})
+
+
+def test_the_driver_that_the_cuda_core_needs_is_named(monkeypatch):
+    built = types.SimpleNamespace(architectures=lambda: [80, 90, 100], versions=lambda: (12080, 0))
+    monkeypatch.setattr(loading, "load_core", lambda name: built)
+    expected = "built with CUDA 12.8 for sm_80, sm_90, sm_100 and newer; needs NVIDIA's driver 525.60.13 or newer"
+    assert doctor.cuda_core() == expected
+    monkeypatch.undo()
+    assert doctor.cuda_core() in " ".join(shown().split())
+
+
+def test_a_torch_that_has_changed_is_named(monkeypatch):
+    monkeypatch.setattr(private_torch, "PROBLEM", "kernels need what torch 9.0 has changed (torch._C._x is not there)")
+    text = shown()
+    assert "this torch" in text
+    assert "cpu does not serve all operators: kernels need what torch 9.0 has changed" in " ".join(text.split())
 
 
 def test_a_gpu_is_shown(monkeypatch):
