@@ -375,11 +375,19 @@ def check_stream() -> None:
 
 
 class OneDNN(NamedTuple):
-    """oneDNN's convolutions with what follows them, and the layout of their weights."""
+    """oneDNN's convolutions with what follows them, and the layout of their weights.
+
+    Attributes:
+        reorder: gives weights the layout that ``convolve`` reads fastest.
+        convolve: a convolution and a ReLU.
+        convolve_and_add: a convolution, a sum and a ReLU.
+        narrow: whether ``convolve_and_add`` takes maps of one channel or one position; in torch 2.11 it does not.
+    """
 
     reorder: Callable[..., Tensor]
     convolve: Callable[..., Tensor]
     convolve_and_add: Any
+    narrow: bool = False
 
 
 @functools.cache
@@ -387,11 +395,14 @@ def onednn() -> OneDNN | None:
     """oneDNN's fused convolutions; None where this torch has none, or others than fedkern knows."""
     if not torch.backends.mkldnn.is_available():
         return None
-    convolve, wrong = "ops.mkldnn._convolution_pointwise", dict[str, str]()
-    found: OneDNN | None = _take(convolve, lambda _: _convolves(), None, wrong, _fused())
-    if wrong:
+    name, wrong = "ops.mkldnn._convolution_pointwise", dict[str, str]()
+    fused: OneDNN | None = _take(name, lambda _: _convolves(2), None, wrong, _fused())
+    if fused is None:
         tell(slower(wrong))
-    return found
+        return None
+    with contextlib.suppress(RuntimeError):
+        return fused._replace(narrow=_convolves(1))
+    return fused
 
 
 def _fused() -> OneDNN | None:
@@ -399,13 +410,14 @@ def _fused() -> OneDNN | None:
     return None if convolve is None else OneDNN(reorder, convolve, getattr(convolve, "binary", None))
 
 
-def _convolves() -> bool:
+def _convolves(channels: int) -> bool:
+    """Whether convolutions to so many channels are those of conv2d."""
     fused, how = _fused(), ([0, 0], [1, 1], [1, 1], 1)
     assert fused is not None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = torch.arange(-8.0, 8.0, device="cpu", dtype=torch.float32).view(1, 4, 2, 2)
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias = x.new_tensor([1, -2, 3, 0.5]).view(1, 4, 1, 1), x.new_tensor([3.0])
+        weight, bias = x.new_tensor([1, -2, 3, 0.5] * channels).view(channels, 4, 1, 1), x.new_tensor([3.0] * channels)
         expected, ready = F.conv2d(x, weight, bias), fused.reorder(weight, *how, list(x.shape))
         plain = fused.convolve(x, ready, bias, *how, "none", [], "")
         summed = fused.convolve_and_add(x, expected, ready, bias, *how, "add", None, "relu", [], None)

@@ -123,6 +123,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_chosen", "_large", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
     monkeypatch.setattr(private_torch, "raw_stream", lambda index: 0)
+    monkeypatch.setattr(private_torch, "check_stream", lambda: None)  # of the GPUs that fake_gpus makes up
     monkeypatch.setattr(backend, "load_core", lambda name: fake_core())
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     kernel = backend.Kernel(lambda: "triton's", frozenset(backend.DTYPES), frozenset({"cuda"}))

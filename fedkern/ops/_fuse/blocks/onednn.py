@@ -71,7 +71,8 @@ def convolve(
             weight = prepared.get(fused.reorder, weight, m, how, x)
             return fused.convolve(x, weight, bias, *how, "relu" if relu else "none", [], "")
         last = other.is_contiguous(memory_format=torch.channels_last) and other.dtype is torch.float32
-        if last and other.shape == conv.result_shape(x, weight):
+        takes = fused.narrow or (other.shape[1] > 1 and other.shape[2:].numel() > 1)
+        if last and takes and other.shape == conv.result_shape(x, weight):
             weight = prepared.get(fused.reorder, weight, m, how, x)
             return fused.convolve_and_add(x, other, weight, bias, *how, "add", None, "relu" if relu else None, [], None)
     y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
