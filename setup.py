@@ -1,13 +1,15 @@
 """Builds fedkern._cpu and fedkern._cuda by driving CMake and Ninja; everything else is in pyproject.toml."""
 
+import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -30,17 +32,24 @@ def switch(name: str) -> str:
 def core_wanted() -> bool:
     """Says whether the compiled core is to be built; without it no compiler is needed."""
     cpu, cuda = switch("FEDKERN_CPU"), switch("FEDKERN_CUDA")
-    if cpu == "1" or (cpu == "auto" and sys.platform == "linux"):
+    made_for = sys.platform == "linux" and platform.machine() == "x86_64"
+    if cpu == "1" or (cpu == "auto" and made_for):
         return True
     if cuda == "1":
         sys.exit("fedkern: FEDKERN_CUDA=1 needs the CPU core beside the CUDA core; set FEDKERN_CPU=1 too")
     if cpu == "auto":
-        print(
-            f"fedkern: warning: the compiled core is made for Linux, so it is left out on {sys.platform} and plain "
-            "PyTorch serves (FEDKERN_CPU=1 tries to build it)",
-            file=sys.stderr,
-        )
+        say_left_out(platform.machine() if sys.platform == "linux" else sys.platform)
     return False
+
+
+@functools.cache
+def say_left_out(kind: str) -> None:
+    """Warns, once, that the core is not made for this ``kind`` of machine."""
+    print(
+        f"fedkern: warning: the compiled core is made for Linux on x86-64, so it is left out on {kind} and plain "
+        "PyTorch serves (FEDKERN_CPU=1 tries to build it)",
+        file=sys.stderr,
+    )
 
 
 def missing_tools() -> list[str]:
@@ -117,8 +126,18 @@ class CMakeBuild(build_ext):
         return [str(path) for path in (folder / "fedkern").glob("_c*.so")]
 
 
+class Package(Distribution):
+    """Has extensions only where the core is built: without them a wheel fits every platform and Python."""
+
+    def has_ext_modules(self) -> bool:
+        return core_wanted()
+
+
 class FreshBuild(build):
     """Starts from an empty staging folder: setuptools would put files of an earlier build into the wheel."""
+
+    # Without extensions too: build_ext removes a core that an earlier build has left in place.
+    sub_commands = [(name, None if name == "build_ext" else when) for name, when in build.sub_commands]  # noqa: RUF012
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -126,4 +145,8 @@ class FreshBuild(build):
 
 
 # The extension names the core to setuptools, so that the wheel is tagged for this platform and Python.
-setup(ext_modules=[Extension("fedkern._cpu", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
+setup(
+    distclass=Package,
+    ext_modules=[Extension("fedkern._cpu", sources=[])],
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -31,7 +32,8 @@ def refused(call: Any) -> str:
     return str(caught.value.code)
 
 
-def test_the_core_is_wanted_on_linux_and_by_those_who_ask(script: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_the_core_is_wanted_on_linux_on_x86_and_by_those_who_ask(script: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(sys, "platform", "linux")
     assert script["core_wanted"]()
     monkeypatch.setenv("FEDKERN_CPU", "0")
@@ -41,6 +43,17 @@ def test_the_core_is_wanted_on_linux_and_by_those_who_ask(script: Any, monkeypat
     monkeypatch.delenv("FEDKERN_CPU")
     assert not script["core_wanted"]()
     assert "left out on darwin and plain PyTorch serves (FEDKERN_CPU=1" in capsys.readouterr().err
+    assert not script["core_wanted"]()
+    assert capsys.readouterr().err == "", "said once"
+    monkeypatch.setenv("FEDKERN_CPU", "1")
+    assert script["core_wanted"]()
+
+
+def test_other_processors_than_x86_have_no_core(script: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert not script["core_wanted"]()
+    assert "made for Linux on x86-64, so it is left out on aarch64 and plain" in capsys.readouterr().err
     monkeypatch.setenv("FEDKERN_CPU", "1")
     assert script["core_wanted"]()
 
