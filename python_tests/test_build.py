@@ -88,6 +88,16 @@ def test_importing_hashes_no_sources() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.exhaustive
+def test_the_cuda_core_is_loaded_for_cuda_tensors_alone() -> None:
+    core("_cuda")
+    result = run_python(
+        "import sys, torch; from fedkern import ops; ops.entropy(torch.zeros(2, 3))\n"
+        "sys.exit('fedkern._cuda' in sys.modules)"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_cuda_core_is_built_where_nvcc_is() -> None:
     if shutil.which("nvcc") is None or os.environ.get("FEDKERN_CUDA") == "0":
         pytest.skip("no nvcc on PATH, or FEDKERN_CUDA=0")

@@ -1,0 +1,164 @@
+"""A wheel as strangers install it: from an index, into an environment of its own, with no compiler on PATH."""
+
+from __future__ import annotations
+
+import email
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.exhaustive
+
+TRY = """
+import torch
+from fedkern import ops
+from fedkern.ops._core import backend
+x, y = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5)
+ops.kl_div(x, y).backward()
+assert x.grad.abs().sum() > 0
+print(*{row.backend for row in backend.status() if row.serves})
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """No setting of whoever runs the tests reaches pip, setup.py or the installed package."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "FEDKERN_", "CXX", "CMAKE"))}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **more}
+
+
+def run(*command: object, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def setup(folder: Path, *commands: object, **more: str) -> None:
+    """Runs setup.py in the checkout; all that it writes but compiled objects lies in ``folder``."""
+    pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
+    run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **more)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout with the CPU core alone; objects that an earlier build left are used."""
+    missing = [name for name in ("cmake", "ninja") if not shutil.which(name)]
+    missing += [] if any(map(shutil.which, ("c++", "g++", "clang++"))) else ["a C++ compiler"]
+    if missing:
+        pytest.skip(f"no wheel can be built without {' and '.join(missing)}")
+    pytest.importorskip("pybind11", "3")
+    folder = tmp_path_factory.mktemp("wheel")
+    steps = ("build", "--build-base", folder / "build", "bdist_wheel", "--bdist-dir", folder / "staged")
+    setup(folder, *steps, "--dist-dir", folder / "dist", FEDKERN_CPU="1", FEDKERN_CUDA="0")
+    (found,) = (folder / "dist").glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of this checkout."""
+    folder = tmp_path_factory.mktemp("sources")
+    setup(folder, "sdist", "--formats=gztar", "--dist-dir", folder)
+    (found,) = folder.glob("*.tar.gz")
+    return found
+
+
+def index(folder: Path, *files: Path) -> str:
+    """Makes an index with these files of fedkern and returns its address."""
+    page = folder / "simple" / "fedkern"
+    page.mkdir(parents=True)
+    lines = []
+    for file in files:
+        shutil.copy2(file, page)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        lines.append(f'<a href="{file.name}#sha256={digest}">{file.name}</a>')
+    (page / "index.html").write_text("<!DOCTYPE html><html><body>" + "\n".join(lines) + "</body></html>")
+    return page.parent.as_uri()
+
+
+def bare(folder: Path, *start: str) -> Path:
+    """Makes an environment without fedkern and returns its folder of programs.
+
+    Everything else that is installed here is seen through links: nothing is fetched.
+
+    Args:
+        folder: where the environment will lie.
+        start: lines of Python that run whenever its interpreter starts.
+    """
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    others = folder / "others"
+    others.mkdir()
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if path.suffix != ".pth" and not path.name.lower().startswith(("fedkern", "__editable__", "__pycache__")):
+            (others / path.name).symlink_to(path)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text("\n".join([str(others), *start]) + "\n")
+    return folder / "bin"
+
+
+def install(programs: Path, address: str, *options: str) -> None:
+    python = programs / "python"
+    command = (sys.executable, "-m", "pip", "--python", python, "install", "--index-url", address, *options, "fedkern")
+    run(*command, cwd=programs.parent, PATH=str(programs))
+
+
+def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.endswith(f"-{tag}-{tag}-linux_x86_64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        needs = email.message_from_bytes(archive.read(metadata))
+    assert [name for name in names if name.startswith("fedkern/_c") and name.endswith(".so")]
+    assert not [
+        name for name in names if name.split("/")[0] in ("csrc", "cmake", "build", "python_tests", "benchmarks")
+    ]
+    required = dict(
+        line.partition(">=")[::2] for line in needs.get_all("Requires-Dist") or () if "extra ==" not in line
+    )
+    assert required["torch"] == "2.11", "with no upper limit"
+    assert needs["Requires-Python"] == ">=3.11"
+
+
+def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
+    programs = bare(tmp_path / "environment")
+    install(programs, index(tmp_path, wheel))
+    path = str(programs)
+    assert not [name for name in ("c++", "g++", "clang++", "cmake", "ninja") if shutil.which(name, path=path)]
+    tried = run(programs / "python", "-c", TRY, cwd=tmp_path, PATH=path)
+    assert {"reference", "cpu"} <= set(tried.stdout.split())
+    assert tried.stderr == ""
+    where = run(programs / "python", "-c", "import fedkern; print(fedkern.__file__)", cwd=tmp_path, PATH=path)
+    assert Path(where.stdout.strip()).is_relative_to(tmp_path / "environment")
+    doctor = run(programs / "fedkern", "doctor", cwd=tmp_path, PATH=path)
+    assert "this machine can run portable" in " ".join(doctor.stdout.split())
+    small = ("--rounds", 1, "--train-samples", 60, "--clients", 2, "--local-epochs", 1, "--width", 4, "--workers", 1)
+    run(programs / "fedkern", "fedavg", *small, "--out", "run", "--quiet", cwd=tmp_path, PATH=path)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_elsewhere_the_source_distribution_installs_without_a_core(sources: Path, tmp_path: Path) -> None:
+    """On another processor, that is; the same interpreter is made to say that it runs on one."""
+    with tarfile.open(sources) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "csrc/CMakeLists.txt", "csrc/bindings/cpu.cpp", "cmake/Cuda.cmake"} <= held
+    programs = bare(tmp_path / "environment", "import platform; platform.machine = lambda: 'riscv64'")
+    install(programs, index(tmp_path, sources), "--no-build-isolation")
+    (installed,) = (tmp_path / "environment").glob("lib/python*/site-packages/fedkern-*.dist-info/WHEEL")
+    assert "Tag: py3-none-any" in installed.read_text()
+    tried = run(programs / "python", "-c", TRY, cwd=tmp_path, PATH=str(programs))
+    assert "cpu" not in tried.stdout.split()
+    assert (
+        tried.stderr.count("fedkern's compiled kernels are made for Linux on x86-64, and this is Linux on riscv64") == 1
+    )
+    run(programs / "fedkern", "doctor", cwd=tmp_path, PATH=str(programs))
