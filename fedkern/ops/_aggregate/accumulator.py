@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkern.ops._aggregate.checks import check_out, check_vector, check_weight, deliver, direct_target
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
-from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER
+from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER, exact_merge_reference
 from fedkern.ops._core import backend
 from fedkern.ops._core.checks import check_count, check_tensor, shown
 from fedkern.ops._core.private_torch import functorch_active
@@ -118,6 +118,42 @@ class Accumulator:
             kernel.exact_accumulate(self._digits, self._top, vector, weight)
         else:
             kernel.accumulate(self._sum, vector, weight)
+
+    def merge(self, other: Accumulator) -> None:
+        """Adds all that another exact accumulator was given, as if its vectors had been added here: the same bits.
+
+        So parts of a sum can be made in several places, in whatever order.  Only integers are added.
+
+        Args:
+            other: of the same size, on the same device, exact too; it stays as it is.
+
+        Raises:
+            TypeError, ValueError: other is no such accumulator, this one is not exact, or the sum of the weights
+                overflows.
+            OverflowError: both together have more vectors than an exact accumulator takes (2^31 - 1).
+        """
+        if not isinstance(other, Accumulator):
+            raise TypeError(f"other must be an Accumulator, not {type(other).__name__}")
+        if not (self.exact and other.exact):
+            raise ValueError("merge needs two exact accumulators: other sums depend on the order of their vectors")
+        if (self.size, self.device) != (other.size, other.device):
+            raise ValueError(
+                f"other must have size {self.size} on {self.device} like the accumulator, but has size {other.size} on "
+                f"{other.device}"
+            )
+        if self._count + other._count > _MOST_EXACT:
+            raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+        try:
+            total = (self._units + other._units) / _UNIT
+        except OverflowError:
+            raise ValueError("the sum of the weights overflows; scale the weights down") from None
+        exact_merge_reference(self._digits, self._top, other._digits, other._top)
+        self._count += other._count
+        self._units += other._units
+        self._weight = total
+        if other._dtype is not None:
+            own = self._dtype
+            self._dtype = other._dtype if own is None else torch.promote_types(own, other._dtype)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weighted mean so far, ``[P]``; more vectors may be added afterwards.

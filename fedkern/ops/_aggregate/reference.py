@@ -68,12 +68,7 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
         digit == INFINITE, merged, torch.where(before >= INFINITE, before, torch.maximum(before, digit))
     )
     finite = after < INFINITE
-    rise = torch.where(finite, after - before, 0)
-    high, middle, low = digits.clone()
-    zero = torch.zeros_like(high)
-    digits[0] = torch.where(rise == 0, high, zero)
-    digits[1] = torch.where(rise == 0, middle, torch.where(rise == 1, high, zero))
-    digits[2] = torch.where(rise == 0, low, torch.where(rise == 1, middle, torch.where(rise == 2, high, zero)))
+    digits.copy_(risen(digits, torch.where(finite, after - before, 0)))
     top.copy_(after)
     product = torch.where(finite, product, 0.0)
     rest = product * _power_of_two(-32 * after.clamp(max=HIGHEST))
@@ -82,6 +77,34 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
         whole = rest.trunc()
         row += whole.to(torch.int64)
         rest = (rest - whole) * 2.0**32
+
+
+def risen(digits: Tensor, rise: Tensor) -> Tensor:
+    """The digits ``int64 [3, P]`` at positions higher by ``rise [P]``, where the lowest of them are cut off."""
+    high, middle, low = digits
+    zero = torch.zeros_like(high)
+    return torch.stack(
+        (
+            torch.where(rise == 0, high, zero),
+            torch.where(rise == 0, middle, torch.where(rise == 1, high, zero)),
+            torch.where(rise == 0, low, torch.where(rise == 1, middle, torch.where(rise == 2, high, zero))),
+        )
+    )
+
+
+def exact_merge_reference(digits: Tensor, top: Tensor, more: Tensor, more_top: Tensor) -> None:
+    """Adds another sum, ``more`` at the positions ``more_top``, to the digits ``int64 [3, P]``; see aggregate.h."""
+    for piece in pieces(len(top)):
+        before, theirs = top[piece].to(torch.int64), more_top[piece].to(torch.int64)
+        after = torch.maximum(before, theirs)
+        finite = after < INFINITE
+        opposed = (torch.minimum(before, theirs) >= INFINITE) & (before != theirs)
+        own, added = (
+            risen(each[:, piece], torch.where(finite, after - position, 0))
+            for each, position in ((digits, before), (more, theirs))
+        )
+        digits[:, piece] = (own + added) * finite
+        top[piece] = torch.where(opposed, NOT_A_NUMBER, after).to(torch.int8)
 
 
 def exact_mean_reference(digits: Tensor, top: Tensor, total: float, out: Tensor) -> None:

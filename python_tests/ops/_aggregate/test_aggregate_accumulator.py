@@ -82,6 +82,73 @@ def test_exact_accumulator_has_the_same_digits_on_every_backend() -> None:
         torch.testing.assert_close(mean, states[0][1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_merged_accumulators_have_the_bits_of_one(name: str) -> None:
+    vectors, weights = wild(20, 500)
+    whole, parts = Accumulator(500, exact=True), [Accumulator(500, exact=True) for _ in range(4)]
+    with using(name):
+        for k, (vector, weight) in enumerate(zip(vectors, weights, strict=True)):
+            whole.add(vector, weight)
+            parts[k % 3].add(vector, weight)
+        wanted, mean = whole.state_dict(), whole.mean()
+        for order in itertools.permutations(range(4)):  # the last part has nothing
+            merged = Accumulator(500, exact=True)
+            for part in order:
+                merged.merge(parts[part])
+            found = merged.state_dict()
+            assert all(torch.equal(found[key], wanted[key]) for key in ("top", "units"))
+            finite = wanted["top"] < 32
+            assert torch.equal(found["digits"][:, finite], wanted["digits"][:, finite])
+            assert torch.equal(merged.mean().view(torch.int64), mean.view(torch.int64))
+            assert (merged.weight, merged.count) == (whole.weight, whole.count)
+            Accumulator(500, exact=True).load_state_dict(found)
+
+
+def test_a_merged_accumulator_goes_on() -> None:
+    torch.manual_seed(1)
+    vectors = [torch.randn(3000) * 10.0 ** (6 * k) for k in range(-3, 4)]
+    whole, one, two = (Accumulator(3000, exact=True) for _ in range(3))
+    for k, vector in enumerate(vectors):
+        whole.add(vector, k + 1)
+    for k in (5, 1):
+        one.add(vectors[k], k + 1)
+    for k in (0, 6, 3):
+        two.add(vectors[k], k + 1)
+    before = two.state_dict()
+    one.merge(two)
+    assert all(torch.equal(before[key], two.state_dict()[key]) for key in ("digits", "top", "units"))
+    for k in (4, 2):
+        one.add(vectors[k], k + 1)
+    assert torch.equal(one.mean(), whole.mean())
+    assert one.mean().dtype == torch.float32
+    twice = Accumulator(3000, exact=True)
+    twice.merge(whole)
+    twice.merge(twice)  # with itself
+    assert torch.equal(twice.mean(), whole.mean())
+    assert twice.count == 14
+
+
+def test_what_cannot_be_merged() -> None:
+    exact = Accumulator(4, exact=True)
+    exact.add(torch.ones(4))
+    for other, error, message in (
+        ([1.0], TypeError, "other must be an Accumulator, not list"),
+        (Accumulator(4), ValueError, "merge needs two exact accumulators"),
+        (Accumulator(5, exact=True), ValueError, "other must have size 4 on cpu like the accumulator, but has size 5"),
+        (Accumulator(4, exact=True, device="meta"), ValueError, "but has size 4 on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            exact.merge(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="merge needs two exact accumulators"):
+        Accumulator(4).merge(exact)
+    heavy = [Accumulator(4, exact=True) for _ in range(2)]
+    for each in heavy:
+        each.add(torch.ones(4), 1.7e308)
+    with pytest.raises(ValueError, match="the sum of the weights overflows"):
+        heavy[0].merge(heavy[1])
+    assert heavy[0].mean().tolist() == exact.mean().tolist() == [1, 1, 1, 1]
+
+
 def test_cancellation_is_exact() -> None:
     """1e30 - 1e30 + 1 is 1 in whatever order, where a plain fp64 sum gives 0 in most."""
     for order in itertools.permutations((1e15, -1e15, 1.0)):
