@@ -232,6 +232,11 @@ class RunConfig:
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
     grad_cam: int = option(200, "number of test images for the share of Grad-CAM inside the object; 0: none", low=0)
+    sums: str = option(
+        "ordered",
+        "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order",
+        choices=("ordered", "exact"),
+    )
     records: str | None = option(
         None,
         "what records, pictures and the terminal show: all, or private (nothing of single clients and nothing "

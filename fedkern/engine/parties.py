@@ -363,7 +363,7 @@ class Server(_Node):
         return network.module
 
     def accumulator(self, size: int) -> Any:
-        return ops.Accumulator(size)
+        return ops.Accumulator(size, exact=self._context.config.sums == "exact")
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
         if self.showing:

@@ -8,7 +8,7 @@ import torch
 
 from fedkern import models
 from fedkern.engine import Listener, RunConfig, load_data, read_metrics, read_model, run
-from fedkern.engine.parties import Client, RunContext
+from fedkern.engine.parties import Client, RunContext, Server
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Step, register
 
@@ -298,3 +298,20 @@ def test_a_missing_or_damaged_model_is_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is damaged"):
         read_model(tmp_path)
+
+
+@pytest.mark.parametrize("sums", ["ordered", "exact"])
+def test_sums_of_the_run(sums, make_data, make_config, tmp_path, monkeypatch):
+    made, accumulator = [], Server.accumulator
+
+    def seen(self, size):
+        made.append(accumulator(self, size))
+        return made[-1]
+
+    monkeypatch.setattr(Server, "accumulator", seen)
+    config = make_config("scaffold", sums=sums)
+    run(config, out=tmp_path / "run", data=make_data())
+    assert {found.exact for found in made} == {sums == "exact"}
+    other = config.replace(sums="ordered" if sums == "exact" else "exact")
+    with pytest.raises(UserError, match=f"sums: {sums} -> {other.sums}"):
+        run(other, out=tmp_path / "run", data=make_data(), resume=True)
