@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _wait_without_spinning()
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None):
-        return _guarded(words)
+        code = _guarded(words)
+        if (ranks := _ranks()) is not None and argv is None:
+            ranks.end_process(code)
+        return code
 
 
 def _guarded(words: list[str]) -> int:
@@ -70,7 +74,8 @@ def _guarded(words: list[str]) -> int:
     except KeyboardInterrupt as stop:
         ended()
         asked = isinstance(stop, Terminated)
-        print("terminated" if asked else "interrupted", file=sys.stderr)
+        if _first():
+            print("terminated" if asked else "interrupted", file=sys.stderr)
         return TERMINATED if asked else INTERRUPTED
     except MemoryError as error:
         why = f" ({error})" if str(error) else ""
@@ -131,7 +136,17 @@ def _dispatch(words: list[str]) -> int:
         return OK
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
     with _told("loading torch ..."):
-        from fedkern.cli import commands, comparing, downstream, extensions, finished_runs, flags, reporting, tuning
+        from fedkern.cli import (
+            commands,
+            comparing,
+            downstream,
+            extensions,
+            finished_runs,
+            flags,
+            reporting,
+            torchrun,
+            tuning,
+        )
         from fedkern.files import check_text
 
     for word in words:
@@ -139,16 +154,13 @@ def _dispatch(words: list[str]) -> int:
     extensions.load(words)
     apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words) or comparing.parse(words)
     request = apart or reporting.parse(words) or flags.parse(words)
-    if request.command == "help":
-        print(request.help)
-        return OK
-    return commands.COMMANDS[request.command](request)
+    return torchrun.play(request, words, commands.COMMANDS[request.command])
 
 
 @contextmanager
 def _told(text: str) -> Iterator[None]:
     """Shows ``text`` while the block runs, where somebody looks at a terminal."""
-    if "torch" in sys.modules or not sys.stderr.isatty():
+    if "torch" in sys.modules or not sys.stderr.isatty() or not _first():
         yield
         return
     print(text, end="\r", file=sys.stderr, flush=True)
@@ -161,9 +173,29 @@ def _told(text: str) -> Iterator[None]:
 def _say(text: str, code: int = USAGE) -> int:
     from fedkern.errors import printable
 
+    if _told_elsewhere():
+        return code
     text = printable(" ".join(text.split()))
     print(f"error: {text}" + ("" if text.endswith((".", "?", "!")) else "."), file=sys.stderr)
     return code
+
+
+def _first() -> bool:
+    """Whether this process is no rank of torchrun but the first, which alone says what all have to say."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def _ranks() -> ModuleType | None:
+    """The module of this process's fellow ranks, where torchrun has started it and it has come so far."""
+    return sys.modules.get("fedkern.engine.executors.team") if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _told_elsewhere() -> bool:
+    """Whether another rank tells this error: before ranks meet, all have it, and the first of a machine tells it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    ranks = _ranks()
+    return ranks is None or not ranks.met()
 
 
 if __name__ == "__main__":

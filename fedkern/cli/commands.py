@@ -101,10 +101,11 @@ def run(request: Request) -> int:
 @contextmanager
 def _workers_ahead(config: RunConfig) -> Iterator[None]:
     """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
-    from fedkern.engine.executors import nursery, sizing
+    from fedkern.engine.executors import nursery, sizing, team
 
     alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
     alone = alone or bool(plugins.loaded())  # a plugin may have computed already
+    alone = alone or team.present() is not None  # clients work on ranks
     idle = min(sizing.usable_cores(), config.threads) > 1 or config.workers != "auto"
     if interrupts.whole_process() and idle and not alone:
         nursery.fork_early()
@@ -372,6 +373,12 @@ def attack(request: Request) -> int:
     return 0
 
 
+def show_help(request: Request) -> int:
+    """Prints the help that was asked for."""
+    print(request.help)
+    return 0
+
+
 COMMANDS = {
     **dict.fromkeys(TASKS, downstream.run),
     **finished_runs.COMMAND_TABLE,
@@ -383,4 +390,5 @@ COMMANDS = {
     "list": list_all,
     "tune": tuning.tune,
     "doctor": doctor,
+    "help": show_help,
 }

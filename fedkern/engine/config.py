@@ -234,7 +234,8 @@ class RunConfig:
     grad_cam: int = option(200, "number of test images for the share of Grad-CAM inside the object; 0: none", low=0)
     sums: str = option(
         "ordered",
-        "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order",
+        "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order, so "
+        "that ranks of torchrun send sums instead of uploads",
         choices=("ordered", "exact"),
     )
     records: str | None = option(

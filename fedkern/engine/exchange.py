@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fedkern.engine.config import RunConfig
 from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.ranks import Ranks
+from fedkern.engine.executors.worker_messages import Reducing
 from fedkern.interrupts import check
 from fedkern.methods.base import Message, Method, Round, Step, Upload
-from fedkern.methods.uploads import why_refused
+from fedkern.methods.uploads import like, why_refused
 from fedkern.models.flops import Counting
 from fedkern.streams import stream
 
@@ -85,7 +87,11 @@ class Exchange:
             engine.released(k, answer.message)
             self._book(k, "up", answer.message)
             info: dict[str, Any] = {"samples": declared, **answer.report}
-            own, why = self._checked(k, message, answer.message, info)
+            if answer.checked is None:
+                own, why = self._checked(k, message, answer.message, info)
+            else:  # by the rank that keeps vectors of the upload
+                info.update(answer.checked)
+                own, why = answer.message, ""
             if why:
                 engine.refused(k, step.exchange, why)
                 self._left_out += 1
@@ -117,7 +123,21 @@ class Exchange:
                 each = (time.perf_counter() - start) / len(sent)
                 return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(sent))
         executor = self.engine.executor.here if self.entry.cohort or self.engine.tracing else self.engine.executor
+        if isinstance(executor, Ranks) and (reducing := self._reducing(sent)):
+            return executor.answers(self.asker, self.step, sent, reducing)
         return executor.answers(self.asker, self.step, sent)
+
+    def _reducing(self, sent: dict[int, Message]) -> dict[int, Reducing]:
+        """How every client's upload is checked and kept on its rank; empty where whole uploads travel."""
+        engine, config = self.engine, self.engine.config
+        needed = engine.releases is not None or config.max_update_norm or config.clip_update_norm
+        if self.asker != "method" or config.sums != "exact" or needed or engine.server.aggregator is not None:
+            return {}
+        names = reduced(self.method, self.step)
+        if not names:
+            return {}
+        declared = {k: self.method.expects(engine.server, self.step, k, message) for k, message in sent.items()}
+        return {k: Reducing(names, _without_tensors(each)) for k, each in declared.items()}
 
     def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:
         """Checks a client's upload against the method's declaration and the bounds on updates.
@@ -133,12 +153,7 @@ class Exchange:
             is refused, else ``""``.
         """
         declared = self.method.expects(self.engine.server, self.step, client, message)
-        given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
-        seen: Tensor | None = None
-        if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
-            info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
-            seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
-        why = why_refused(answer, declared, seen)
+        why = examined(message, answer, declared, info)
         if why or (declared and not answer):
             return None, why
         start, config = declared.get("parameters"), self.engine.config
@@ -150,6 +165,47 @@ class Exchange:
         if self.entry.booked:
             step = None if self.entry.one_off else self.step
             self.engine.ledger.book(client, direction, message, step=step)
+
+
+def examined(message: Message, answer: Any, declared: Any, info: dict[str, Any]) -> str:
+    """Checks a client's upload against the method's declaration.
+
+    Args:
+        message: the message that the client was sent.
+        answer: the upload.
+        declared: its declaration.
+        info: gets ``drift``, the norm of the update, where parameters were sent and came back.
+
+    Returns:
+        Why the upload is refused, else ``""``.
+    """
+    given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
+    seen: Tensor | None = None
+    if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
+        info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
+        seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
+    return why_refused(answer, declared, seen)
+
+
+def reduced(method: Method, step: Step) -> tuple[str, ...]:
+    """The vectors of an upload that the method's server only adds up (see `Method.reduce`).
+
+    Empty where a class has a ``server_update``, ``average`` or ``weight`` of its own and inherits ``reduce``: what it
+    does with uploads is not declared.
+    """
+    kinds = type(method).__mro__
+    at = {name: next((i for i, kind in enumerate(kinds) if name in vars(kind)), len(kinds)) for name in _SUMMING}
+    return method.reduce(step) if at["reduce"] == min(at.values()) else ()
+
+
+_SUMMING = ("reduce", "server_update", "average", "weight")
+
+
+def _without_tensors(declared: Any) -> Any:
+    """A declaration with the shapes and dtypes of its tensors in their place."""
+    if isinstance(declared, Mapping):
+        return {name: _without_tensors(value) for name, value in declared.items()}
+    return like(declared) if isinstance(declared, Tensor) else declared
 
 
 def is_alike(value: Tensor, tensor: Tensor) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.methods.base import Step
+from fedkern.methods.uploads import Kept
 
 NUMBER_BYTES = 8
 
 
 def message_bytes(message: Any) -> int:
     """Bytes of a message's contents: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
-    if isinstance(message, Tensor):
+    if isinstance(message, (Tensor, Kept)):
         return message.numel() * message.element_size()
     if isinstance(message, Mapping):
         return sum(message_bytes(value) for value in message.values())

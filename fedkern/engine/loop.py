@@ -33,7 +33,9 @@ from fedkern.engine.evaluate import (
 )
 from fedkern.engine.events import RunInfo
 from fedkern.engine.exchange import Exchange, sample_clients
+from fedkern.engine.executors import team
 from fedkern.engine.executors.base import Answer, Executor
+from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes, workers_for
 from fedkern.engine.executors.workers import Workers
@@ -221,11 +223,25 @@ class Run:
         here, config = self.executor.here, self.config
         left = islice(self.method.rounds(self.context.federation), self.planned, None)
         asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
+        if (ranks := team.present()) is not None:
+            return self._on_ranks(ranks, asks)
         count = workers_for(config, self.context, asks, self._parameters)
         if count < 2:
             return here
         expected = asks if config.workers == "auto" else None
         return Workers(self.context, here, self.askers, self.checkpoints.reader, count, asks=expected)
+
+    def _on_ranks(self, ranks: team.Team, asks: int) -> Executor:
+        """The executor of several ranks; this process alone, where others would have nothing to do."""
+        if self.config.workers not in ("auto", "1"):
+            why = "each rank of torchrun has its clients work one after another"
+            self.context.warn("no-workers", f"--workers {self.config.workers} changes nothing here, as {why}.")
+        here = self.executor.here
+        if not asks or clients_of_a_round(self.config) < 2:
+            return here
+        found = Ranks(self.context, here, self.askers, self.checkpoints.reader, ranks)
+        self.server.summing = found.accumulator
+        return found
 
     def _book_beforehand(self) -> None:
         """Books what travels before any round: raw data for a pooled method, and the words of a shared vocabulary."""
@@ -251,6 +267,7 @@ class Run:
         return self._elapsed + time.perf_counter() - self._started
 
     def _announce(self) -> None:
+        workers = 1 if isinstance(self.executor, Ranks) else self.executor.count
         self.listener.on_start(
             RunInfo(
                 config=self.config,
@@ -264,8 +281,8 @@ class Run:
                 private=not self.context.disclosure.clients,
                 guarantee=self.said,
                 model=self.context.model_name,
-                workers=self.executor.count,
-                worker_bytes=worker_bytes(self.context, self._parameters) if self.executor.count > 1 else 0,
+                workers=workers,
+                worker_bytes=worker_bytes(self.context, self._parameters) if workers > 1 else 0,
             )
         )
 
@@ -592,6 +609,8 @@ class Run:
             "kernels": records.kernels(),
             "finished": finished,
         }
+        if (place := team.place()) is not None:
+            info["torchrun"] = place.job  # by which a restart knows the run
         if states := self.listener.states():
             info["listeners"] = states
         if finished:

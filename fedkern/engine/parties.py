@@ -339,6 +339,7 @@ class Server(_Node):
         self.aggregator = rule if rule.entry.function is not None else None
         optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
         self.optimiser = None if optimiser.plain else optimiser
+        self.summing: Callable[[Any], Any] | None = None  # makes an accumulator add what has stayed on ranks
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.server:
@@ -363,7 +364,8 @@ class Server(_Node):
         return network.module
 
     def accumulator(self, size: int) -> Any:
-        return ops.Accumulator(size, exact=self._context.config.sums == "exact")
+        own = ops.Accumulator(size, exact=self._context.config.sums == "exact")
+        return own if self.summing is None else self.summing(own)
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
         if self.showing:

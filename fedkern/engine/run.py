@@ -118,7 +118,7 @@ def _run(
         check_vacant(out)
     keep_freed_memory()
     with (
-        cpu_threads(config.threads), in_order(), _reproducible(), computing(config.precision),
+        cpu_threads(config.threads), in_order(), reproducible(), computing(config.precision),
         available(config.model, model),
     ):  # fmt: skip
         if data is None:
@@ -286,7 +286,7 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
 
 
 @contextmanager
-def _reproducible() -> Iterator[None]:
+def reproducible() -> Iterator[None]:
     """cuDNN's deterministic algorithms, so that two runs give the same bits on a GPU too."""
     cudnn = torch.backends.cudnn
     before = (cudnn.deterministic, cudnn.benchmark)

@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -32,7 +32,7 @@ from fedkern import plugins
 from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker, portable
+from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker, portable
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, set_modes
 from fedkern.engine.parties import Elsewhere
 from fedkern.models import MODELS
@@ -42,10 +42,20 @@ from fedkern.ops._core import backend, loading
 _PR_SET_PDEATHSIG = 1
 
 
+class Connection(Protocol):
+    """What a worker needs of its connection to the run's process (see :class:`Channel`)."""
+
+    def send(self, packet: Packet) -> None: ...
+
+    def receive(self) -> tuple[Packet, list[int]]: ...
+
+    def forget(self) -> None: ...
+
+
 class Worker:
     """Clients of this process, and the connection to the run's process."""
 
-    def __init__(self, setup: Setup, channel: Channel) -> None:
+    def __init__(self, setup: Setup, channel: Connection) -> None:
         self._channel = channel
         set_modes(setup.modes)
         MODELS.update({entry.name: entry for entry in setup.entries})
@@ -60,14 +70,15 @@ class Worker:
         """Works until the other end of the connection is closed."""
         while True:
             packet, _ = self._channel.receive()
-            asked = self._unpacker.unpack(packet)
-            if isinstance(asked, Cleared):
-                self._unpacker.clear()
-            elif isinstance(asked, Forget):
-                self._forget(asked)
-            else:
-                self._send(self._done(asked))
-                del asked  # else its message would live until the next one has arrived
+            self._heed(self._unpacker.unpack(packet))  # no reference stays: a message would live until the next one
+
+    def _heed(self, asked: Any) -> None:
+        if isinstance(asked, Cleared):
+            self._unpacker.clear()
+        elif isinstance(asked, Forget):
+            self._forget(asked)
+        else:
+            self._send(self._done(asked))
 
     def _forget(self, asked: Forget) -> None:
         for k in asked.clients:

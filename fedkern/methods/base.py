@@ -224,6 +224,17 @@ class Method:
         """
         raise NotImplementedError
 
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        """Names of the vectors of an upload that ``server_update`` only hands to accumulators of the server.
+
+        With ``--sums exact`` these vectors stay on the rank of torchrun that made them.  The upload holds stand-ins
+        (`fedkern.methods.uploads.Kept`).  An accumulator's ``mean`` has the ranks add the vectors up and send one sum.
+
+        The names hold for the class that declares them: where a subclass has a ``server_update``, ``average`` or
+        ``weight`` of its own and no ``reduce``, whole uploads travel.
+        """
+        return ()
+
     def model(self, server: Server) -> nn.Module | None:
         """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
 
@@ -348,6 +359,9 @@ class LocalTraining(Objective, Method):
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         server.state.update(self.average(server, uploads))
+
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        return ("parameters", "buffers")
 
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
         """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``.

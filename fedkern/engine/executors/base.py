@@ -28,6 +28,7 @@ class Answer:
         warnings: diagnostics by name, from a client in a worker process; empty where this process has them already.
         seconds: duration of the client's own work.
         flops: floating-point operations of that work (see :class:`~fedkern.models.flops.Counting`).
+        checked: figures of the upload's check, where a rank that keeps vectors of the upload has checked it; else None.
     """
 
     client: ClientId
@@ -37,6 +38,7 @@ class Answer:
     warnings: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     flops: int = 0
+    checked: dict[str, Any] | None = None
 
 
 class Executor(Protocol):

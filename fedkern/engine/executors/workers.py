@@ -193,7 +193,7 @@ class Workers:
 
     def _start(self) -> None:
         try:
-            self._nursery = Nursery(_setup(self._context, self._askers))
+            self._nursery = Nursery(setup_of(self._context, self._askers))
         except NotPortable as error:
             self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
         except OSError as error:
@@ -317,7 +317,8 @@ def _kill(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def _setup(context: RunContext, askers: dict[str, Any]) -> Setup:
+def setup_of(context: RunContext, askers: dict[str, Any]) -> Setup:
+    """Everything that clients in another process need about the run."""
     return Setup(
         config=context.config,
         data=context.data,

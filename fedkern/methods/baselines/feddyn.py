@@ -86,6 +86,9 @@ class FedDyn(FedAvg):
             server.state["shift"] = server.state["shift"] + share * (average - before)
             server.state["parameters"] = average + server.state["shift"]
 
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        return super().reduce(step)  # server_update only counts the uploads
+
     def weight(self, server: Server, upload: Upload) -> float:
         return 1.0  # the algorithm's average is uniform; ``weighting`` scales the clients' regularisers instead
 

@@ -105,6 +105,9 @@ class Scaffold(FedAvg):
             (share * supervised_loss(network, batch)).backward()
         return total
 
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        return (*super().reduce(step), "control")
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         samples = server.federation.samples
         uniform = self.options.weighting == "uniform"

@@ -1,0 +1,92 @@
+"""Commands on the ranks of torchrun: ``torchrun ... -m fedkern.run METHOD ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fedkern.cli.request import Request
+from fedkern.engine import RunConfig
+from fedkern.engine.config import NAME
+from fedkern.engine.executors import team
+from fedkern.engine.executors.team import Place
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+
+RUNS = ("run", "resume", "extend")
+"""Commands that play a run.  Any other command is for rank 0 alone."""
+
+
+def play(request: Request, words: Sequence[str], command: Callable[[Request], int]) -> int:
+    """Does what the command line asks, on all ranks where torchrun has started this process; returns the exit code.
+
+    Args:
+        request: the parsed command line.
+        words: the command line.
+        command: the function of the request's command.
+
+    Raises:
+        UserError: the ranks do not fit together, or the run cannot go on.
+    """
+    place = team.place()
+    if place is None:
+        return command(request)
+    if request.command not in RUNS:
+        return command(request) if place.rank == 0 else 0
+    if place.size == 1:
+        return command(_again(request, place))
+    from fedkern.cli.commands import check_backend
+
+    check_backend()
+    _take_gpu(request, place)
+    with team.joined(place) as ranks:
+        ranks.meet(words)
+        if place.rank:
+            from fedkern.engine import rank
+
+            return rank.serve(ranks)
+        code = command(_again(request, place))
+        ranks.leave(code)
+        return code
+
+
+def _take_gpu(request: Request, place: Place) -> None:
+    """Gives this rank the GPU of its number on this machine, where there are GPUs.
+
+    Raises:
+        UserError: the machine has fewer GPUs than ranks.
+    """
+    import torch
+
+    if request.settings.get("device") == "cpu" or not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if count < place.here:
+        raise UserError(
+            f"This machine has {count} GPU{'s' * (count != 1)} for {place.here} ranks: give torchrun --nproc-per-node "
+            f"{count}, or fedkern --device cpu."
+        )
+    torch.cuda.set_device(place.local)
+
+
+def _again(request: Request, place: Place) -> Request:
+    """The request of this start of the ranks: after a restart, that goes on with the run which was begun before.
+
+    Raises:
+        UserError: the run has no folder that a restart would find.
+    """
+    if request.command == "run":
+        if request.out is None:
+            if not place.most_restarts:
+                return request
+            raise UserError("torchrun --max-restarts goes on in the run's folder: name the folder with --out.")
+        if place.most_restarts and (request.out / NAME).exists():
+            # A restart that another machine asked for is not counted on this one.
+            entry = Checkpoints(request.out).peek()
+            if place.restarts if entry is None else entry["info"].get("torchrun") == place.job:
+                return replace(request, command="resume", resume=request.out, out=None, config=None)
+    if request.command == "extend" and place.most_restarts and request.folder is not None:
+        stored = RunConfig.load(request.folder, device="cpu")
+        if stored.rounds == request.arguments["rounds"]:  # extended before the restart
+            return replace(request, command="resume", resume=request.folder, folder=None, arguments={})
+    return request

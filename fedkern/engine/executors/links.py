@@ -1,0 +1,284 @@
+"""Links between rank 0 and the other ranks of torchrun: packets over torch.distributed's gloo, whole and in order.
+
+Both ends are processes of one run, started by one torchrun: packets are pickles, as in torch.distributed's own object
+collectives, and nothing else is ever read from a link.
+
+A thread sends and a thread receives, because a signal reaches no thread that waits inside gloo.  The main thread waits
+in Python and can be interrupted at any time.  Both ends send a heartbeat where they have nothing else to send, so that
+a machine that has vanished is noticed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedkern.engine.executors.wire import Packet
+from fedkern.interrupts import check
+
+SILENCE = "FEDKERN_RANK_TIMEOUT"
+"""Environment variable: seconds of silence after which a rank counts as lost."""
+
+WINDOW = 2
+"""Packets of a rank that are on their way to rank 0 or wait there: uploads wait where they were made."""
+
+_PACKET, _BEAT, _MORE, _BYE = range(4)
+_TICK = 0.5  # seconds after which a waiting thread looks around
+
+
+def silence() -> float:
+    """Seconds of silence after which a rank counts as lost.
+
+    Raises:
+        ValueError: the environment variable is no positive number.
+    """
+    text = os.environ.get(SILENCE, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(text) from None
+    if not 1 <= seconds <= 1e6:
+        raise ValueError(text)
+    return seconds
+
+
+@dataclass
+class _Frame:
+    """What is sent at once: kind, pickle, and the memory files that the other end lacks, as uint8 tensors."""
+
+    kind: int
+    payload: bytes = b""
+    files: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Lost(Exception):
+    """The other end is gone without a word; the message says how, as a part of a sentence."""
+
+
+class Ended(Exception):
+    """The other end has said that it ends.
+
+    Attributes:
+        code: its exit code.
+        said: why it failed, as one sentence; empty where it did not.
+    """
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(said)
+        self.code, self.said = code, said
+
+
+class Link:
+    """One end of a connection between rank 0 and another rank (compare :class:`fedkern.engine.executors.wire.Channel`).
+
+    Args:
+        peer: the rank at the other end.
+        serving: whether this is the end of a rank other than 0.
+
+    Attributes:
+        over: how the connection ended; None while it stands.
+    """
+
+    def __init__(self, peer: int, *, serving: bool) -> None:
+        self.peer = peer
+        self.over: Lost | Ended | None = None
+        self._window = threading.Semaphore(WINDOW) if serving else None
+        self._outgoing: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[Packet | None] = queue.SimpleQueue()  # None: the connection is over
+        self._sent: set[int] = set()
+        self._leaving: _Frame | None = None
+        self._beat = min(15.0, silence() / 4)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send_all, self._receive_all)]
+        for thread in self._threads:
+            thread.start()
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def send(self, packet: Packet) -> None:
+        """Sends a packet, with the memory files that the other end does not have yet.  It does not wait.
+
+        A connection that is over takes packets and drops them: :meth:`get` tells.
+        """
+        new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
+        self._sent.update(new)
+        files = {number: _mapped(descriptor) for number, descriptor in new.items()}
+        self._outgoing.put(_Frame(_PACKET, packet.payload, files))
+
+    def say(self, value: Any) -> None:
+        """Sends an object that holds no tensors."""
+        self.send(Packet(pickle.dumps(value), {}))
+
+    def forget(self) -> None:
+        """Forgets which files the other end has; called when the other end drops them too."""
+        self._sent.clear()
+
+    def leave(self, code: int, said: str = "") -> None:
+        """Tells the other end, before anything that still waits to be sent, that this end ends.
+
+        Args:
+            code: exit code of this process.
+            said: why this end fails, as one sentence.
+        """
+        if self._leaving is None:
+            self._leaving = _Frame(_BYE, pickle.dumps((code, said)))
+            self._outgoing.put(_Frame(_BEAT))  # wakes the thread that sends
+
+    def left(self, seconds: float, *, heard: bool = False) -> None:
+        """Waits until the other end has been told, and with ``heard`` has ended or answered; at most ``seconds``."""
+        until = time.monotonic() + seconds
+        for thread in self._threads[: 1 + heard]:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _send_all(self) -> None:
+        try:
+            last = time.monotonic()
+            waiting: _Frame | None = None  # for the other end to take earlier ones
+            while True:
+                if self._leaving is not None:
+                    self._transmit(self._leaving)
+                    return
+                if waiting is None:
+                    waiting = self._next()
+                if waiting is not None and self._may(waiting):
+                    self._transmit(waiting)
+                    waiting, last = None, time.monotonic()
+                elif time.monotonic() - last >= self._beat:
+                    self._transmit(_Frame(_BEAT))
+                    last = time.monotonic()
+        except Exception as error:
+            self._end(Lost(how(error)))
+
+    def _next(self) -> _Frame | None:
+        try:
+            return self._outgoing.get(timeout=_TICK)
+        except queue.Empty:
+            return None
+
+    def _may(self, frame: _Frame) -> bool:
+        return frame.kind != _PACKET or self._window is None or self._window.acquire(timeout=_TICK)
+
+    def _transmit(self, frame: _Frame) -> None:
+        table = [[number, content.numel()] for number, content in frame.files.items()]
+        dist.send(torch.tensor([frame.kind, len(frame.payload), len(table)]), dst=self.peer)
+        if table:
+            dist.send(torch.tensor(table), dst=self.peer)
+        if frame.payload:
+            dist.send(torch.frombuffer(bytearray(frame.payload), dtype=torch.uint8), dst=self.peer)
+        for content in frame.files.values():
+            dist.send(content, dst=self.peer)
+
+    # -- receiving -------------------------------------------------------------------------------------------------
+
+    def get(self, seconds: float) -> Packet | None:
+        """The next packet; None where none comes within ``seconds``.
+
+        Raises:
+            Lost: the other end is gone.
+            Ended: the other end has said that it ends.
+        """
+        try:
+            packet = self._incoming.get(timeout=seconds) if seconds > 0 else self._incoming.get_nowait()
+        except queue.Empty:
+            return None
+        if packet is None:
+            self._incoming.put(None)  # for whoever asks again
+            assert self.over is not None
+            raise self.over
+        if self._window is None:
+            self._outgoing.put(_Frame(_MORE))
+        return packet
+
+    def receive(self) -> tuple[Packet, list[int]]:
+        """The next packet, however long it takes; the list is empty, where a `Channel` would give descriptors.
+
+        Raises:
+            Lost, Ended: see :meth:`get`.
+        """
+        while True:
+            check()
+            packet = self.get(_TICK)
+            if packet is not None:
+                return packet, []
+
+    def told(self) -> Any:
+        """Receives an object that the other end sent with :meth:`say`.
+
+        Raises:
+            Lost, Ended: see :meth:`get`.
+        """
+        return pickle.loads(self.receive()[0].payload)
+
+    def _receive_all(self) -> None:
+        try:
+            while True:
+                kind, size, count = self._numbers(3).tolist()
+                if kind == _MORE and self._window is not None:
+                    self._window.release()
+                if kind in (_BEAT, _MORE):
+                    continue
+                table = self._numbers(count, 2).tolist() if count else []
+                payload = self._bytes(size)
+                if kind == _BYE:
+                    self._end(Ended(*pickle.loads(payload)))
+                    return
+                self._incoming.put(Packet(payload, {number: self._file(length) for number, length in table}))
+        except Exception as error:
+            self._end(Lost(how(error)))
+
+    def _numbers(self, *shape: int) -> Tensor:
+        numbers = torch.empty(shape, dtype=torch.int64)
+        dist.recv(numbers, src=self.peer)
+        return numbers
+
+    def _bytes(self, size: int) -> bytes:
+        content = bytearray(size)
+        if size:
+            dist.recv(torch.frombuffer(content, dtype=torch.uint8), src=self.peer)
+        return bytes(content)
+
+    def _file(self, size: int) -> int:
+        """Receives a memory file; returns its descriptor."""
+        descriptor = os.memfd_create("fedkern", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, size)
+        dist.recv(torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8), src=self.peer)
+        return descriptor
+
+    def _end(self, how: Lost | Ended) -> None:
+        if self.over is None:
+            self.over = how
+            self._incoming.put(None)
+
+
+def _mapped(descriptor: int) -> Tensor:
+    """The content of a memory file, uint8 [bytes]; it stays when the descriptor is closed."""
+    size = os.fstat(descriptor).st_size
+    memory = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def how(error: Exception) -> str:
+    """What went wrong on a connection, as a part of a sentence."""
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        return f"it was silent for {silence():g} seconds"
+    if any(words in text for words in ("closed", "reset", "Broken pipe", "refused")):
+        return "its connection was closed"
+    return " ".join((text.splitlines() or [type(error).__name__])[0].split())
+
+
+def drained(links: Iterable[Link], seconds: float, *, heard: bool) -> None:
+    """Waits for all links as `Link.left` does for one, at most ``seconds`` in all."""
+    until = time.monotonic() + seconds
+    for link in links:
+        link.left(max(0.0, until - time.monotonic()), heard=heard)

@@ -1,0 +1,337 @@
+"""Ranks of one torchrun: which one this process is, how all meet, and how all end together."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from fedkern.engine.executors.links import SILENCE, Ended, Link, Lost, drained, how, silence
+from fedkern.engine.store import records
+from fedkern.errors import RunFailed, UserError
+from fedkern.interrupts import check
+from fedkern.ops import Accumulator
+from fedkern.ops._aggregate.reference import risen
+
+GO_ON = "go on from its last checkpoint with --resume, or have torchrun do so with --max-restarts"
+LEAVING = 10.0
+"""Seconds that an ending rank gives the others to hear of it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks.
+
+    Attributes:
+        rank, size: its rank, and the number of ranks.
+        local, here: its number on this machine, and the number of ranks on this machine.
+        restarts, most_restarts: how often torchrun has restarted the ranks, and how often it may.
+        job: name of the torchrun, the same after a restart.
+    """
+
+    rank: int
+    size: int
+    local: int
+    here: int
+    restarts: int
+    most_restarts: int
+    job: str
+
+
+def place() -> Place | None:
+    """The place of this process; None where torchrun has not started it."""
+    given = os.environ
+    if "TORCHELASTIC_RUN_ID" not in given:
+        return None
+    try:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size, local, here = (int(given[name]) for name in names)
+        restarts = int(given.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        most = int(given.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    except (KeyError, ValueError):
+        return None
+    return Place(rank, size, local, here, restarts, most, _job())
+
+
+def _job() -> str:
+    """The id that torchrun was given or has drawn; where it has none, torchrun's process on this machine."""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    if name not in ("", "none"):
+        return name
+    parent = os.getppid()
+    try:
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        began = ""
+    return f"{socket.gethostname()} {parent} {began}"
+
+
+class Team:
+    """The ranks, as this process sees them.
+
+    Attributes:
+        place: of this process.
+        links: by rank: on rank 0 to all others, on another rank to rank 0.
+        odd: on rank 0, what differs of the kernels of other ranks, by rank and name (see `records.kernels`).
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.links: dict[int, Link] = {}
+        self.odd: dict[int, dict[str, str]] = {}
+        self._group: Any = None
+        self._between_gpus: Any = None
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.size
+
+    def meet(self, words: Sequence[str]) -> None:
+        """Connects the ranks and compares what they were started with.
+
+        Args:
+            words: the command line.
+
+        Raises:
+            UserError: a rank was started with another command line, or has another version of fedkern or PyTorch.
+            RunFailed: the ranks cannot be connected.
+        """
+        global _met
+        try:
+            seconds = silence()
+        except ValueError as error:
+            raise UserError(f'{SILENCE} must be a number of seconds from 1 on, not "{error}".') from None
+        try:
+            patiently(lambda: self._connect(timedelta(seconds=seconds)))
+        except Exception as error:
+            why = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+            raise RunFailed(
+                f"The {self.size} ranks cannot be connected ({why}): see whether all machines reach "
+                f"{os.environ.get('MASTER_ADDR')}, and name their network in GLOO_SOCKET_IFNAME."
+            ) from None
+        _met = True
+        others = range(1, self.size) if self.rank == 0 else [0]
+        self.links = {other: Link(other, serving=self.rank != 0) for other in others}
+        versions = {name: records.versions()[name] for name in ("fedkern", "torch")}
+        if self.rank:
+            self.links[0].say((list(words), versions, records.kernels()))
+            return
+        own = records.kernels()
+        for rank, link in self.links.items():
+            theirs, their_versions, kernels = self._told(link)
+            if theirs != list(words):
+                raise UserError(
+                    f"Rank {rank} was started with other arguments than rank 0 ({' '.join(theirs)}): start torchrun "
+                    "with the same command on every machine."
+                )
+            if their_versions != versions:
+                raise UserError(
+                    f"Rank {rank} has {_listed(their_versions)}, and rank 0 {_listed(versions)}: install the same "
+                    "versions on every machine."
+                )
+            # Rank 0 sends the others its own backend and instruction set to compute with.
+            odd = {name: kernels[name] for name in ("lowerings", "torch") if kernels[name] != own[name]}
+            if odd:
+                self.odd[rank] = odd
+
+    def _connect(self, limit: timedelta) -> None:
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"fedkern/{_agreed(store, rank, size, limit.total_seconds())}", store)
+        # Messages are tensors in a machine's own memory, also where clients train on GPUs.
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        self._group = dist.new_group(backend="gloo", timeout=limit)  # its collectives never meet the links' packets
+
+    def _told(self, link: Link) -> Any:
+        while True:
+            self.check()
+            check()
+            try:
+                packet = link.get(0.5)
+            except (Lost, Ended):
+                self.check()
+                raise
+            if packet is not None:
+                return pickle.loads(packet.payload)
+
+    def check(self) -> None:
+        """Raises RunFailed on rank 0 where another rank has failed or is lost."""
+        for rank, link in self.links.items():
+            if isinstance(link.over, Ended):
+                raise RunFailed(f"Rank {rank} failed: {link.over.said}")
+            if isinstance(link.over, Lost):
+                raise RunFailed(f"Rank {rank} was lost, as {link.over}: {GO_ON}.")
+
+    def reduced(self, own: Accumulator, device: str) -> tuple[Tensor, Tensor]:
+        """Adds up the exact accumulators of all ranks, in a reduction of integers that every rank takes part in.
+
+        Args:
+            own: what this rank adds, an exact accumulator of the same size on every rank, in main memory.
+            device: the run's device; with "cuda" the integers travel between GPUs, over NCCL.
+
+        Returns:
+            On rank 0 the digits, int64 [3, P], and their positions, int8 [P], of the sum; elsewhere nothing of use.
+
+        Raises:
+            Lost: a rank is gone.
+        """
+        state = own.state_dict()
+        nccl = device == "cuda" and dist.is_nccl_available()
+        where = f"cuda:{self.place.local}" if nccl else "cpu"
+        found: list[Tensor] = []
+
+        def reduce() -> None:
+            if nccl and self._between_gpus is None:
+                self._between_gpus = dist.new_group(backend="nccl", timeout=timedelta(seconds=silence()))
+            group = self._between_gpus if nccl else self._group
+            before = state["top"].to(where)
+            top = before.clone()
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+            digits = risen(state["digits"].to(where), top.long() - before.long())
+            dist.reduce(digits, 0, dist.ReduceOp.SUM, group=group)
+            found.extend((digits.cpu(), top.cpu()))
+
+        try:
+            patiently(reduce)
+        except Exception as error:
+            raise Lost(how(error)) from None
+        digits, top = found
+        return digits, top
+
+    def leave(self, code: int, said: str = "") -> None:
+        """Tells the other ranks that this one ends (see `Link.leave`), and waits until they know.
+
+        Rank 0 also waits for their answer: a connection that closes too early may lose what it was told last.
+        """
+        for link in self.links.values():
+            link.leave(code, said)
+        drained(self.links.values(), LEAVING, heard=self.rank == 0)
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _agreed(store: Any, rank: int, size: int, seconds: float) -> str:
+    """A name for this start of the ranks that no earlier start has used.
+
+    torchrun's store outlives a restart, and not every machine counts the same restarts.  Without a name of its own, a
+    start would find the addresses of lost ranks in the store.  Rank 0 draws a name; a rank believes it once rank 0 has
+    answered a word that the rank has drawn itself.
+
+    Args:
+        store: where torchrun's ranks find each other.
+        rank, size: of this process, and the number of ranks.
+        seconds: how long to wait for the others.
+
+    Raises:
+        TimeoutError: not all ranks have come in time.
+    """
+    until, own, asked = time.monotonic() + seconds, uuid.uuid4().hex, ""
+    if rank == 0:
+        store.set("fedkern/name", own)
+    while time.monotonic() < until:
+        if rank == 0:
+            words = [f"fedkern/{own}/{other}" for other in range(1, size)]
+            if store.check(words):
+                store.set(f"fedkern/{own}/all", " ".join(store.get(word).decode() for word in words))
+                return own
+        elif store.check(["fedkern/name"]):
+            name = store.get("fedkern/name").decode()
+            if name != asked:
+                asked = name
+                store.set(f"fedkern/{name}/{rank}", own)
+            answer = f"fedkern/{name}/all"
+            if store.check([answer]) and own in store.get(answer).decode().split():
+                return name
+        time.sleep(0.02)
+    raise TimeoutError(f"not all ranks have come within {seconds:g} seconds")
+
+
+def patiently(work: Any) -> None:
+    """Does ``work`` in a thread, because a signal reaches no thread that waits inside torch.distributed."""
+    results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            results.put(error)
+        else:
+            results.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        check()
+        with suppress(queue.Empty):
+            error = results.get(timeout=0.2)
+            break
+    if error is not None:
+        raise error
+
+
+_present: Team | None = None
+_begun = _met = False
+
+
+def present() -> Team | None:
+    """The ranks that this process belongs to, where it is rank 0 of several."""
+    return _present if _present is not None and _present.rank == 0 else None
+
+
+def met() -> bool:
+    """Whether this process has met other ranks, so that an error of rank 0 ends all of them."""
+    return _met
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[Team]:
+    """Has this process belong to its ranks inside the block, whose end all other ranks learn on rank 0.
+
+    An exception is told to the other ranks as its exit code: rank 0 says it.
+    """
+    global _present, _begun
+    _present, _begun = Team(place), True
+    try:
+        yield _present
+    except UserError as error:
+        if not place.rank:
+            _present.leave(error.exit_code)
+        raise
+    except BaseException:
+        if not place.rank:
+            _present.leave(1)
+        raise
+    finally:
+        _present = None
+
+
+def end_process(code: int) -> None:
+    """Ends this process at once if it has met other ranks; else does nothing.
+
+    Threads that wait inside gloo would outlive the interpreter, which aborts then.
+    """
+    if not _begun:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,134 @@
+"""A rank of torchrun other than 0: it waits for the clients that rank 0 asks it to have at work.
+
+It loads no data and writes no file.  Rank 0 sends the settings, the data and the method, as a run's process sends them
+to its workers, and says what there is to say.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern import interrupts, plugins
+from fedkern.engine.allocator import keep_freed_memory
+from fedkern.engine.exchange import examined
+from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.links import Ended, Link, Lost
+from fedkern.engine.executors.team import GO_ON, LEAVING, Team
+from fedkern.engine.executors.wire import Unpacker
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Reducing, Setup, Sum, Task
+from fedkern.engine.run import reproducible
+from fedkern.engine.worker import Worker
+from fedkern.errors import RunFailed, UserError
+from fedkern.methods.uploads import Kept
+from fedkern.models.precision import computing
+from fedkern.ops import Accumulator
+from fedkern.ops._core import backend
+
+FAILED = 1
+
+
+def serve(team: Team) -> int:
+    """Works until rank 0 ends.
+
+    Returns:
+        The exit code of rank 0; 1 where this rank has failed and rank 0 says so; 130 after Ctrl-C, 143 after SIGTERM.
+
+    Raises:
+        RunFailed: rank 0 was lost.
+    """
+    link = team.links[0]
+    try:
+        _serve(team, link)
+    except Ended as end:
+        team.leave(end.code)
+        return end.code
+    except Lost as lost:
+        raise RunFailed(f"Rank {team.rank} lost rank 0, as {lost}: {GO_ON}.") from None
+    except KeyboardInterrupt as stop:
+        interrupts.ended()
+        with suppress(Ended, Lost):  # rank 0 has the same signal, and is not to take this rank for lost
+            _wait(link)
+        return 143 if isinstance(stop, interrupts.Terminated) else 130
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}."
+        team.leave(FAILED, said)
+        try:
+            _wait(link)
+        except Ended:  # rank 0 has heard it, and says it
+            return FAILED
+        except Lost:
+            pass
+        raise RunFailed(f"Rank {team.rank} failed: {said}") from None
+    return 0
+
+
+class RankWorker(Worker):
+    """A worker that can keep vectors of uploads, and add them up (see `Method.reduce`)."""
+
+    def __init__(self, setup: Setup, link: Link, team: Team) -> None:
+        super().__init__(setup, link)
+        self._team = team
+        self._kept: dict[tuple[int, str], Tensor] = {}  # by client and name, until the next exchange
+
+    def _heed(self, asked: Any) -> None:
+        if isinstance(asked, Sum):
+            total = Accumulator(asked.size, exact=True)
+            for client, name, weight in asked.terms:
+                total.add(self._kept[client, name], weight)
+            try:
+                self._team.reduced(total, self._context.config.device)
+            except Lost:
+                _wait(self._team.links[0])  # rank 0 says which rank was lost, or was lost itself
+                raise
+            return
+        if isinstance(asked, Cleared) or asked == Forget():
+            self._kept.clear()
+        super()._heed(asked)
+
+    def _done(self, task: Task) -> Done:
+        done = super()._done(task)
+        if task.reducing is not None and done.failed is None and done.answer.problem is None:
+            self._keep(task, task.reducing, done.answer)
+        return done
+
+    def _keep(self, task: Task, reducing: Reducing, answer: Answer) -> None:
+        """Checks an upload and keeps its vectors; an upload that does not fit travels whole, and rank 0 says why."""
+        found: dict[str, Any] = {}
+        if examined(task.message, answer.message, reducing.declared, found) or not answer.message:
+            return
+        stay = {name: answer.message[name] for name in reducing.names if name in answer.message}
+        for name, vector in stay.items():
+            self._kept[task.client, name] = vector.clone()  # the next client may train in the same memory
+        stand_ins = {name: Kept(task.client, name, vector.numel(), vector.dtype) for name, vector in stay.items()}
+        answer.message, answer.checked = {**answer.message, **stand_ins}, found
+
+
+def _serve(team: Team, link: Link) -> None:
+    plugins.receive(link.told())
+    setup: Setup = Unpacker().unpack(link.receive()[0])
+    if setup.config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
+    keep_freed_memory()
+    with ExitStack() as forced:
+        if setup.isa != "none":
+            forced.enter_context(backend.use_isa(setup.isa))
+        if setup.backend is not None:
+            forced.enter_context(backend.use_backend(setup.backend))
+        forced.enter_context(reproducible())
+        forced.enter_context(computing(setup.config.precision))
+        RankWorker(setup, link, team).serve()
+
+
+def _wait(link: Link) -> None:
+    """Waits until rank 0 ends, which raises Ended or Lost, or `LEAVING` seconds."""
+    until = time.monotonic() + LEAVING
+    while time.monotonic() < until:
+        link.get(0.5)

@@ -1,0 +1,428 @@
+"""Runs on the ranks of torchrun: the bits of one process, whatever happens to a rank."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from interrupted import outcome, without
+
+from fedkern import plugins
+from fedkern.engine.exchange import reduced
+from fedkern.engine.executors import team
+from fedkern.engine.executors.links import SILENCE, silence
+from fedkern.engine.executors.ranks import Spread
+from fedkern.methods import FedAvg, FedGID, FedProx, Scaffold
+from fedkern.methods.base import Step
+from fedkern.methods.uploads import Kept
+from fedkern.ops import Accumulator
+from fedkern.run import main
+
+SMALL = (
+    *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),
+    *("--batch-size", "8", "--threads", "1", "--client-threads", "1", "--quiet"),
+)
+TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+DYING = """
+import os, signal
+from fedkern import register
+from fedkern.methods import FedAvg
+
+@register("dying")
+class Dying(FedAvg):
+    "FedAvg whose rank FEDKERN_TEST_RANK dies once, in the third round."
+
+    def client_update(self, client, step, message):
+        given = os.environ.get
+        if step.round == 2 and given("RANK") == given("FEDKERN_TEST_RANK", "-") and given("FEDKERN_TEST_END"):
+            if given("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), int(given("FEDKERN_TEST_END")))
+        return super().client_update(client, step, message)
+"""
+RAISING = """
+from fedkern import register
+from fedkern.methods import FedAvg
+
+@register("raising")
+class Raising(FedAvg):
+    "FedAvg whose client 1 raises."
+
+    def client_update(self, client, step, message):
+        client.warn(f"seen-{client.id}", "as its turn comes")
+        if client.id == 1:
+            raise ZeroDivisionError("nothing to divide by")
+        return super().client_update(client, step, message)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _without_plugins():
+    """Later tests know fedkern's own methods alone."""
+    before = {plugin.name for plugin in plugins.loaded()}
+    yield
+    for plugin in plugins.loaded():
+        if plugin.name not in before:
+            plugins.unload(plugin.name)
+
+
+def launched(ranks, words, *, restarts=0, seconds=170, **environment):
+    """Starts torchrun on this machine and waits for it."""
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return subprocess.run(
+        [*launch, "--max-restarts", str(restarts), "-m", "fedkern.run", *words],
+        capture_output=True, text=True, timeout=seconds, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def started(*words, **environment):
+    """Starts a rank for every command line, as torchrun would, and returns the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(words)), "OMP_NUM_THREADS": "1",
+        "LOCAL_WORLD_SIZE": str(len(words)), "TORCHELASTIC_RUN_ID": "tests",
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "fedkern.run", *map(str, own)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, **given, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+        )
+        for rank, own in enumerate(words)
+    ]  # fmt: skip
+
+
+def ended(processes, seconds=100):
+    """Exit code, output and errors of every process."""
+    found = [(*process.communicate(timeout=seconds), process.returncode) for process in processes]
+    return [(code, out, err) for out, err, code in found]
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alone(words, out):
+    """The outcome of the run in one process."""
+    assert main([*words, "--workers", "1", "--out", str(out)]) == 0
+    return outcome(out)
+
+
+# -- the bits of one process ---------------------------------------------------------------------------------------
+
+
+def test_two_ranks(tmp_path):
+    words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "2", "--clients", "3", "--grad-cam", "0")
+    ranks = ended(started(*2 * [(*words, "--out", tmp_path / "ranks")]))
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert [out for _, out, _ in ranks] == [f"{tmp_path / 'ranks'}\n", ""]
+    assert outcome(tmp_path / "ranks") == alone(words, tmp_path / "serial")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fedavg", "--data", "digits"),
+        ("scaffold", "--data", "digits", "--sample-fraction", "0.6"),
+        ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared"),
+        ("fedlpfm", "--data", "digits"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_bits_of_one_process(words, ranks, tmp_path):
+    serial = alone((*words, *SMALL), tmp_path / "serial")
+    done = launched(ranks, (*words, *SMALL, "--out", str(tmp_path / "ranks")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'ranks'}\n"
+    assert outcome(tmp_path / "ranks") == serial
+
+
+@pytest.mark.exhaustive
+def test_workers_beside_ranks_are_told_once(tmp_path):
+    words = ("fedavg", "--data", "digits", *SMALL)
+    done = launched(2, (*words, "--workers", "3", "--out", str(tmp_path / "ranks")))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--workers 3 changes nothing here") == 1
+    assert without(outcome(tmp_path / "ranks"), "no-workers") == alone(words, tmp_path / "serial")
+
+
+@pytest.mark.exhaustive
+def test_warnings_come_in_client_order(tmp_path):
+    (tmp_path / "raising.py").write_text(RAISING)
+    words = ("raising", "--plugin", str(tmp_path / "raising.py"), "--data", "digits", *SMALL, "--on-error", "skip")
+    done = launched(2, (*words, "--out", str(tmp_path / "ranks")))
+    assert done.returncode == 0, done.stderr
+    found = outcome(tmp_path / "ranks")
+    assert found == alone(words, tmp_path / "serial")
+    names = [name for name in found[2]["diagnostics"] if name.startswith("seen-")]
+    assert names == [f"seen-{k}" for k in range(5)]
+
+
+# -- what happens to ranks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_a_round_and_no_bit(rank, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    words = ("dying", "--plugin", str(tmp_path / "dying.py"), "--data", "digits", *SMALL)
+    serial = alone(words, tmp_path / "serial")
+    given = {"FEDKERN_TEST_RANK": str(rank), "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
+    done = launched(2, (*words, "--out", str(tmp_path / "ranks")), restarts=1, **given)
+    assert done.returncode == 0, done.stderr
+    assert "SIGKILL" in done.stderr or "-9" in done.stderr
+    assert outcome(tmp_path / "ranks") == serial
+
+
+@pytest.mark.exhaustive
+def test_a_killed_rank_ends_all(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    words = ("dying", "--plugin", str(tmp_path / "dying.py"), "--data", "digits", *SMALL)
+    given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
+    first, second, third = ended(started(*3 * [(*words, "--out", tmp_path / "ranks")], **given))
+    assert second[0] == -signal.SIGKILL
+    assert (first[0], third[0]) == (1, 1)
+    assert first[2].count("error: ") == 1
+    assert "Rank 1 was lost, as its connection was closed: go on from its last checkpoint with --resume" in first[2]
+    assert third[2] == ""
+    assert main(["--resume", str(tmp_path / "ranks"), "--plugin", str(tmp_path / "dying.py"), "--quiet"]) == 0
+    assert outcome(tmp_path / "ranks") == alone(words, tmp_path / "serial")
+
+
+@pytest.mark.exhaustive
+def test_a_rank_that_hangs_is_lost(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    words = ("dying", "--plugin", str(tmp_path / "dying.py"), "--data", "digits", *SMALL)
+    given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGSTOP)), SILENCE: "4"}
+    processes = started(*2 * [(*words, "--out", tmp_path / "ranks")], **given)
+    first = ended(processes[:1])[0]
+    processes[1].kill()
+    ended(processes[1:])
+    assert first[0] == 1
+    assert "Rank 1 was lost, as it was silent for 4 seconds" in first[2]
+
+
+@pytest.mark.exhaustive
+def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
+    words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "60")
+    out = tmp_path / "ranks"
+    processes = started(*2 * [(*words, "--out", out)])
+    until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 2)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    first, second = ended(processes, 30)
+    assert (first[0], second[0]) == (130, 130)
+    assert first[2].strip().endswith(f"interrupted; continue with: python -m fedkern.run --resume {out}")
+    assert second[1:] == ("", "")
+    ranks = ended(started(*2 * [("--resume", out, "--quiet")]))
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert outcome(out) == alone(words, tmp_path / "serial")
+
+
+@pytest.mark.exhaustive
+def test_an_error_on_a_rank_is_one_sentence(tmp_path):
+    (tmp_path / "raising.py").write_text(RAISING)
+    words = ("raising", "--plugin", tmp_path / "raising.py", "--data", "digits", *SMALL, "--out", tmp_path / "ranks")
+    first, second = ended(started(words, words))
+    assert (first[0], second[0]) == (1, 1)
+    assert first[2].count("error: ") == 1
+    assert "error: Client 1 failed in round 1: ZeroDivisionError: nothing to divide by" in first[2]
+    assert second[1:] == ("", "")
+    assert not (tmp_path / "ranks").exists()
+
+
+@pytest.mark.exhaustive
+def test_an_error_before_the_run_is_one_sentence(tmp_path):
+    words = ("fedavg", "--data", "cifar10", "--data-root", tmp_path / "nothing", "--out", tmp_path / "ranks")
+    first, second = ended(started(words, words))
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].count("error: ") == 1
+    assert second[2] == ""
+    first, second = ended(started(("fedavg", "--ranks", "2"), ("fedavg", "--ranks", "2")))
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].startswith('error: Unknown flag "--ranks"')
+    assert second[2] == ""
+
+
+@pytest.mark.exhaustive
+def test_ranks_with_other_arguments(tmp_path):
+    words = ("fedavg", "--data", "digits", *SMALL, "--out", tmp_path / "ranks")
+    first, second = ended(started(words, (*words, "--seed", "1")))
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].startswith("error: Rank 1 was started with other arguments than rank 0 (fedavg --data digits")
+    assert second[2] == ""
+    assert not (tmp_path / "ranks").exists()
+
+
+@pytest.mark.exhaustive
+def test_other_commands_are_for_rank_0(tmp_path):
+    first, second = ended(started(("list", "--json"), ("list", "--json")))
+    assert "fedavg" in json.loads(first[1])["methods"]
+    assert second == (0, "", "")
+
+
+# -- what torchrun says ---------------------------------------------------------------------------------------------
+
+
+def test_torchruns_variables(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert team.place() is None
+    for name, value in zip(TORCHRUN, ("none", "3", "4", "1", "2"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "5")
+    found = team.place()
+    assert (found.rank, found.size, found.local, found.here) == (3, 4, 1, 2)
+    assert (found.restarts, found.most_restarts) == (2, 5)
+    assert str(os.getppid()) in found.job  # torchrun's own id says nothing
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
+    assert team.place().job == "job-7"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert team.place() is None
+
+
+def test_every_start_of_the_ranks_has_a_name_of_its_own():
+    """What an earlier start has left in torchrun's store is not taken for this start's."""
+    store, names = dist.HashStore(), []
+    for late in (2, 0, 1):
+        found = [""] * 3
+
+        def meet(rank, found=found):
+            found[rank] = team._agreed(store, rank, 3, 10.0)
+
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(3)]
+        for thread in [threads[k] for k in range(3) if k != late]:
+            thread.start()
+        time.sleep(0.1)
+        assert found == [""] * 3  # nobody believes that all are there
+        threads[late].start()
+        for thread in threads:
+            thread.join(10)
+        assert len({*found}) == 1
+        names += found[:1]
+    assert len({*names}) == 3
+    with pytest.raises(TimeoutError, match=r"not all ranks have come within 0\.1 seconds"):
+        team._agreed(store, 1, 3, 0.1)
+
+
+def test_the_time_of_silence(monkeypatch):
+    monkeypatch.delenv(SILENCE, raising=False)
+    assert silence() == 600
+    for text in ("0", "nan", "soon"):
+        monkeypatch.setenv(SILENCE, text)
+        with pytest.raises(ValueError, match=text):
+            silence()
+
+
+# -- sums on the ranks ---------------------------------------------------------------------------------------------
+
+SEEING = """
+from fedkern import register
+from fedkern.methods import Scaffold
+from fedkern.methods.uploads import Kept
+
+@register("seeing")
+class Seeing(Scaffold):
+    "SCAFFOLD that reports how many vectors of uploads its server did not see."
+
+    def reduce(self, step):
+        return super().reduce(step)
+
+    def server_update(self, server, step, uploads):
+        server.report["unseen"] = 0.0
+
+        def counted(upload):
+            server.report["unseen"] += sum(isinstance(value, Kept) for value in upload.message.values())
+            return upload
+
+        super().server_update(server, step, map(counted, uploads))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "feddyn"])
+def test_exact_sums_have_the_bits_of_one_process(method, ranks, tmp_path):
+    words = (method, "--data", "digits", *SMALL, "--sums", "exact", "--sample-fraction", "0.8")
+    serial = alone(words, tmp_path / "serial")
+    done = launched(ranks, (*words, "--out", str(tmp_path / "ranks")))
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "ranks") == serial
+
+
+@pytest.mark.exhaustive
+def test_vectors_stay_on_their_ranks(tmp_path):
+    (tmp_path / "seeing.py").write_text(SEEING)
+    words = ("seeing", "--plugin", str(tmp_path / "seeing.py"), "--data", "digits", *SMALL)
+    for name, more, unseen in (
+        ("exact", ("--sums", "exact"), 6.0),  # parameters, buffers and control of the two clients on rank 1
+        ("clipped", ("--sums", "exact", "--max-update-norm", "1e6"), 0.0),
+        ("ordered", (), 0.0),
+    ):
+        done = launched(2, (*words, *more, "--out", str(tmp_path / name)))
+        assert done.returncode == 0, done.stderr
+        model, metrics, summary = outcome(tmp_path / name)
+        assert summary["metrics"]["unseen"] == unseen
+        serial = alone((*words, *more), tmp_path / f"serial-{name}")
+        assert model == serial[0]
+        assert summary["bytes"] == serial[2]["bytes"]
+        assert [each["clients"] for each in metrics] == [each["clients"] for each in serial[1]]
+
+
+class Looking(FedAvg):
+    def server_update(self, server, step, uploads):
+        super().server_update(server, step, uploads)
+
+
+class Weighing(FedProx):
+    def weight(self, server, upload):
+        return float(upload.message["parameters"].norm())
+
+
+class Declaring(Looking):
+    def reduce(self, step):
+        return ("parameters",)
+
+
+def test_what_a_method_declares_holds_for_its_own_class():
+    step = Step(0, "", "update")
+    assert reduced(FedAvg(), step) == reduced(FedProx(), step) == ("parameters", "buffers")
+    assert reduced(Scaffold(), step) == ("parameters", "buffers", "control")
+    assert reduced(Looking(), step) == reduced(Weighing(), step) == reduced(FedGID(), step) == ()
+    assert reduced(Declaring(), step) == ("parameters",)
+
+
+def test_a_spread_accumulator_has_the_bits_of_one():
+    vectors = [torch.randn(50) * 10.0 ** (5 * k) for k in range(-2, 3)]
+    whole, asked = Accumulator(50, exact=True), []
+
+    def summed(size, terms):
+        asked.append(sorted(terms))
+        found = Accumulator(size, exact=True)
+        for k, each in terms.items():
+            for kept, weight in each:
+                assert kept.name == "parameters"
+                found.add(vectors[k], weight)
+        return found
+
+    spread = Spread(Accumulator(50, exact=True), summed)
+    for k, vector in enumerate(vectors):
+        whole.add(vector, k + 1)
+        spread.add(vector if k % 2 else Kept(k, "parameters", 50, torch.float32), k + 1)
+    assert torch.equal(spread.mean(), whole.mean())
+    assert torch.equal(spread.mean(), whole.mean())
+    assert asked == [[0, 2, 4]]
