@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkern.cli.command_parser import add_code, add_common, command_parser, read
 from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, trusted
 from fedkern.engine import RunConfig
 from fedkern.engine.config import check_run_folder
 from fedkern.engine.given_paths import absolute
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError
 from fedkern.files import expand
 
 if TYPE_CHECKING:
@@ -23,26 +23,17 @@ if TYPE_CHECKING:
 NAME = "report"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"{PROGRAM} {NAME}",
-        usage=f"{PROGRAM} {NAME} DIR [DIR ...] [flags]",
-        description=f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}. It needs pip install 'fedkern[report]'.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        add_help=False,
-    )
+def _parser() -> Parser:
+    about = f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}. It needs pip install 'fedkern[report]'."
+    parser = command_parser(NAME, about)
+    parser.usage = f"{PROGRAM} {NAME} DIR [DIR ...] [flags]"
     parser.add_argument("folders", nargs="*", metavar="DIR",
                         help="folder of a run, finished or not, or of a comparison; report.html is written into "
                              "each")  # fmt: skip
     parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
     parser.add_argument("--model", metavar="NAME", help="the run's network again, where it names code that may run")
-    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
-                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
-                        help="a plugin of the run again; repeatable")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the files as JSON")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    add_code(parser, data=False)
+    add_common(parser, "the files")
     return parser
 
 
@@ -54,12 +45,8 @@ def parse(words: Sequence[str]) -> Request | None:
     """
     if first(words) != NAME:
         return None
-    at, parser = words.index(NAME), _parser()
-    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
-    if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
-        given = rest[0].partition("=")[0]
-        raise UserError(f'{PROGRAM} {NAME} does not take "{given}".{nearest(given, known)} See --help.')
+    parser = _parser()
+    found = read(parser, NAME, words)
     if found.help:
         return Request("help", help=parser.format_help())
     check_filled({name: getattr(found, name) for name in ("data_root", "model")})

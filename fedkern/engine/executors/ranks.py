@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedkern import plugins
+from fedkern.data.image_rows import ImageRows
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.links import Ended, Link, Lost
@@ -28,7 +29,7 @@ from fedkern.engine.executors.team import GO_ON, Team
 from fedkern.engine.executors.wire import NotPortable, Packer, Unpacker
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Reducing, Sum, Task
 from fedkern.engine.executors.workers import setup_of
-from fedkern.errors import RunFailed
+from fedkern.errors import RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.methods.uploads import Kept
@@ -73,6 +74,11 @@ class Ranks:
         self._start(dict(askers))
 
     def _start(self, askers: dict[str, Any]) -> None:
+        if self._team.place.here < self._team.size and _in_a_file(self._context.data):
+            raise UserError(
+                "The decoded images are in a file on rank 0's machine, which ranks on other machines cannot read: use "
+                "ranks of one machine, or fewer or smaller images, which are kept in memory."
+            )
         try:
             packet = self._packer.pack(setup_of(self._context, askers))
         except NotPortable as error:
@@ -256,6 +262,11 @@ class Ranks:
     def close(self) -> None:
         """Drops what waits to be packed; the other ranks end with the command (see `team.joined`)."""
         self._packer.clear()
+
+
+def _in_a_file(data: Any) -> bool:
+    """Whether clients' or validation images are read from a file when they are needed."""
+    return any(isinstance(split.images, ImageRows) for split in (*data.clients, data.validation))
 
 
 class Spread:
