@@ -7,7 +7,8 @@ The files are sealed, so that no process can change what another process reads. 
 process that writes to a tensor writes to its own copy.  They have no name in the file system: the memory is freed when
 the last process that maps it ends, however it ends.
 
-Both ends are processes of one run: a packet is never read from a file or a network.  Nothing else in fedkern pickles.
+Both ends are processes of one run: a packet is never read from a file.  Between the ranks of torchrun
+:mod:`fedkern.engine.executors.links` sends packets over a network.  Nothing else in fedkern pickles.
 """
 
 from __future__ import annotations
