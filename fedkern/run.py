@@ -154,7 +154,7 @@ def _dispatch(words: list[str]) -> int:
     extensions.load(words)
     apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words) or comparing.parse(words)
     request = apart or reporting.parse(words) or flags.parse(words)
-    return torchrun.play(request, words, commands.COMMANDS[request.command])
+    return torchrun.play(request, words, commands.COMMANDS)
 
 
 @contextmanager

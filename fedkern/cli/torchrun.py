@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from fedkern.cli.request import Request
@@ -17,24 +17,28 @@ RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""
 
 
-def play(request: Request, words: Sequence[str], command: Callable[[Request], int]) -> int:
+def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable[[Request], int]]) -> int:
     """Does what the command line asks, on all ranks where torchrun has started this process; returns the exit code.
 
     Args:
         request: the parsed command line.
         words: the command line.
-        command: the function of the request's command.
+        commands: the function of every command.
 
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
+
+    def done(asked: Request) -> int:
+        return commands[asked.command](asked)
+
     place = team.place()
     if place is None:
-        return command(request)
+        return done(request)
     if request.command not in RUNS:
-        return command(request) if place.rank == 0 else 0
+        return done(request) if place.rank == 0 else 0
     if place.size == 1:
-        return command(_again(request, place))
+        return done(_again(request, place))
     from fedkern.cli.commands import check_backend
 
     check_backend()
@@ -45,7 +49,7 @@ def play(request: Request, words: Sequence[str], command: Callable[[Request], in
             from fedkern.engine import rank
 
             return rank.serve(ranks)
-        code = command(_again(request, place))
+        code = done(_again(request, place))
         ranks.leave(code)
         return code
 
