@@ -18,6 +18,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath
 
 from fedkern.errors import UserError
@@ -112,12 +113,36 @@ def imported(file: Path, source: bytes) -> dict[Path, str]:
     while todo:
         current, text = todo.pop()
         for name in _names(current, text, folder):
-            stem = folder.joinpath(*name.split("."))
-            for path in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+            for path in _files(folder.joinpath(*name.split("."))):
                 if path not in found and path != file and _counts(path, folder, foreign) and path.is_file():
                     found[path] = name
-                    todo.append((path, _read(path)))
+                    if path.suffix == ".py":
+                        todo.append((path, _read(path)))
     return found
+
+
+def in_the_place_of(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Files that Python may load instead of others, such as a package or an extension beside a module of its name.
+
+    Args:
+        folder: the plugin's folder.
+        names: relative paths of files.
+    """
+    for name in names:
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts:
+            continue
+        ending = next((each for each in sorted(all_suffixes(), key=len, reverse=True) if name.endswith(each)), "")
+        stem = folder / name.removesuffix(ending)
+        stem = stem.parent if stem.name == "__init__" else stem
+        yield from (each for each in _files(stem) if stem != folder and each.is_file())
+
+
+def _files(stem: Path) -> Iterator[Path]:
+    """The files that the import of a module may load, by its path without ending."""
+    for suffix in all_suffixes():
+        yield stem.with_name(f"{stem.name}{suffix}")
+        yield stem / f"__init__{suffix}"
 
 
 def _foreign(folder: Path) -> list[Path]:

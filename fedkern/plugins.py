@@ -108,6 +108,7 @@ def load(name: str) -> Plugin:
             plugin = known
         else:
             unload(name)
+            _forget_changed(path.parent)
             plugin = _execute(Plugin(name, neighbours.sha256(source), source))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
@@ -153,6 +154,18 @@ def unload(name: str) -> None:
     beside = [other for other in _LOADED.values() if Path(other.name).parent == Path(plugin.name).parent]
     for name in [each for other in (plugin, *beside) for each in other.modules]:
         sys.modules.pop(name, None)
+
+
+def _forget_changed(folder: Path) -> None:
+    """Has modules in a folder loaded anew that have changed since another plugin of the folder imported them."""
+    for plugin in _LOADED.values():
+        path = Path(plugin.name)
+        if plugin.modules and path.parent == folder:
+            with suppress(UserError):
+                if _change(plugin.name, path, plugin.identity) is None:
+                    continue
+            for name in plugin.modules:
+                sys.modules.pop(name, None)
 
 
 def loaded() -> tuple[Plugin, ...]:
@@ -465,7 +478,7 @@ def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str]
     for each in neighbours.changed(stored, present):
         what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
         return what, _short(stored[each]), _short(present[each]) or "gone"
-    for file in neighbours.imported(path, source):
+    for file in [*neighbours.imported(path, source), *neighbours.in_the_place_of(path.parent, stored)]:
         if (each := file.relative_to(path.parent).as_posix()) not in stored:
             found = neighbours.present(path, source, {each: ""})[each]
             return f"{file}, which the plugin {name} imports,", "none", _short(found)

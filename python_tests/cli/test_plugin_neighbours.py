@@ -247,3 +247,31 @@ def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeyp
 def test_a_stored_identity_without_its_plugin_is_not_there(fails, begun, pair):
     pair.path.unlink()
     untouched(fails, begun, pair, "needs a plugin that is not there")
+
+
+@pytest.mark.parametrize("name", ["helpers_of_a_test.abi3.so", "helpers_of_a_test/__init__.py"])
+def test_what_python_would_load_instead_of_a_neighbour_is_a_change(tmp_path, name):
+    pair = Pair(tmp_path / "p")
+    identity = plugins.load(str(pair.path)).identity
+    assert plugins._change(str(pair.path), pair.path, identity) is None
+    file = pair.path.parent / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    what, then, _ = plugins._change(str(pair.path), pair.path, identity)
+    assert str(file) in what
+    assert then == "none"
+
+
+def test_a_second_plugin_runs_what_its_identity_says(tmp_path):
+    pair = Pair(tmp_path / "p")
+    plugins.load(str(pair.path))
+    second = pair.path.with_name("second.py")
+    second.write_text(OWN.replace('"mine"', '"second"').replace("class Mine", "class Second"))
+    plugins.load(str(second))
+    assert pair.runs == 1  # unchanged, it is shared
+    third = pair.path.with_name("third.py")
+    third.write_text(OWN.replace('"mine"', '"third"').replace("class Mine", "class Third"))
+    pair.write(2)
+    found = plugins.load(str(third))
+    assert METHODS["third"].weights == 2
+    assert neighbours.sha256(pair.helpers.read_bytes()) in found.identity
