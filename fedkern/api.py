@@ -219,6 +219,7 @@ class Run:
         """
         from fedkern.report.run_page import write_report
 
+        self._give_method()
         data = None if self._data is None else kept_data(self.config, self._data)
         network = None if self._model is None or engine.read_summary(self.out) is None else self.model()
         root = self.config.data_root

@@ -12,7 +12,7 @@ from typing import Any
 from fedkern.engine import RunConfig
 from fedkern.engine.config import ANYHOW, FOUND
 from fedkern.errors import UserError, nearest
-from fedkern.methods import METHODS, registry
+from fedkern.methods import registry
 
 MOST_CELLS = 100_000
 _FIXED = {
@@ -112,7 +112,7 @@ def check_option(name: str, methods: Sequence[str]) -> None:
 
 def own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
-    one_shot = METHODS[method].one_shot
+    one_shot = registry.get(method).one_shot
     return {name: value for name, value in settings.items() if not (one_shot and name in OF_ROUNDS)}
 
 

@@ -26,7 +26,7 @@ from fedkern.engine import RunConfig
 from fedkern.errors import RunFailed, UserError
 from fedkern.extras import pandas
 from fedkern.files import expand
-from fedkern.methods import METHODS
+from fedkern.methods import METHODS, registry
 
 SELECT = ("validation",)
 
@@ -175,7 +175,7 @@ def _written(result: Result, out: Path) -> Comparison:
 def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
     """A sentence where one-shot methods are compared under settings of rounds, which they do not take."""
     names = [name for name in OF_ROUNDS if name in given]
-    one_shot = [method for method in methods if METHODS[method].one_shot]
+    one_shot = [method for method in methods if registry.get(method).one_shot]
     if not names or not one_shot:
         return []
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)

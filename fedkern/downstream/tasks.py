@@ -144,6 +144,8 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
 def _classes(run: Finished) -> tuple[str, ...]:
     if len(run.data.classes) < 2:
         raise UserError(f'data set "{run.data.name}" has a single label, and classification needs two or more.')
+    if run.data.task == "multilabel":
+        raise UserError(f'data set "{run.data.name}" has several labels an image, and these tasks tell one class.')
     if run.data.validation.labels.dim() != 1:
         raise UserError(f'data set "{run.data.name}" has a class for every pixel and none for an image.')
     return tuple(run.data.classes)

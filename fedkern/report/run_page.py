@@ -31,7 +31,7 @@ from fedkern.engine.store.records import METRICS, versions
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import open_regular, read_text
-from fedkern.methods import METHODS
+from fedkern.methods import registry
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.report import html_page, pictures
 from fedkern.report.html_charts import SLOTS, Series, bars, curves, heat, shown
@@ -141,7 +141,7 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
     if entry is not None:
         check_unedited(config, entry, run_dir)
     info = {} if entry is None else entry["info"]
-    summary = read_summary(run_dir)
+    summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended
     no_data = ""
     if data is None:
         try:
@@ -163,8 +163,9 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
 
 
 def in_memory(config: RunConfig) -> bool:
-    """Whether data or network of a run were in the memory of a Python program, so that no command repeats the run."""
-    return config.data == ARRAYS or config.data not in DATASETS or config.model.startswith(INSTANCE)
+    """Whether a run's data, network or method were in the memory of a Python program: no command repeats the run."""
+    code = config.model.startswith(INSTANCE) or config.method.startswith(registry.CLASS)
+    return code or config.data == ARRAYS or config.data not in DATASETS
 
 
 def stored_device(run_dir: Path) -> str:
@@ -264,7 +265,7 @@ def headline(run: Contents) -> list[str]:
     """What a sceptic concludes from a run, sentence by sentence."""
     told = []
     if run.summary is None:
-        planned = "" if METHODS[run.config.method].one_shot else f" of {run.config.rounds}"
+        planned = "" if registry.get(run.config.method).one_shot else f" of {run.config.rounds}"
         told.append(f"This run is not finished: {_rounds(run)}{planned} rounds are done, so no figure is its result.")
         if run.main:
             told.append(f"After round {run.last['round']} it has {_listed(_values(run, run.main))}.")
@@ -278,7 +279,9 @@ def headline(run: Contents) -> list[str]:
         told.append("The run tells no main figure.")
     told += baseline(run)
     if run.summary is None:
-        told.append(f"Go on with: python -m fedkern.run --resume {shlex.quote(str(run.folder))}")
+        python = f"fedkern.load({str(run.folder)!r}, ...).resume() in Python"
+        command = f"python -m fedkern.run --resume {shlex.quote(str(run.folder))}"
+        told.append(f"Go on with: {python if in_memory(run.config) else command}")
         return told
     told += _worst(run)
     told += _chance(run)
@@ -323,6 +326,8 @@ def constants(run: Contents) -> dict[str, float]:
             from fedkern.methods.common.segmentation_figures import constant_dice
 
             found[name] = constant_dice(split.labels, len(run.data.classes), split.cases)[0]
+        elif figure == "macro_auroc":
+            found[name] = 0.5
         elif figure == "i2t_r1":
             gallery = run.metrics.get(f"{test_set}_gallery" if test_set else "gallery")
             if gallery:
@@ -354,6 +359,7 @@ def baseline(run: Contents, *, judged: bool = True) -> list[str]:
     what = {
         "accuracy": "Predicting the commonest class everywhere gives",
         "dice": "Predicting one class for every pixel gives",
+        "macro_auroc": "Scoring all images alike gives",
     }.get(run.split(next(iter(found)))[1], "Picking at random gives")
     values = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in found.items()]
     poor = [name for name, value in found.items() if run.metrics[name] < near(value)]
@@ -450,8 +456,10 @@ def _figures(run: Contents) -> Section:
     if over_clients:
         body = [[figure_title(figure), *(row.get(each, "") for each in over)] for figure, row in over_clients.items()]
         section.tables.append(Table(["over the clients' own test sets", *over], body))
-    for kind, title in (("recall", "Recall of every class"), ("dice", "Dice of every class")):
-        tables = {name: table[kind] for name, table in by_class.items() if table.get(kind)}
+    kinds = {"recall": "Recall of every class", "dice": "Dice of every class", "auroc": "AUROC of every label"}
+    for kind, title in kinds.items():
+        shown = {name: table for name, table in by_class.items() if kind != "auroc" or not table.get("recall")}
+        tables = {name: table[kind] for name, table in shown.items() if table.get(kind)}
         if not tables:
             continue
         classes = list(dict.fromkeys(each for table in tables.values() for each in table))
@@ -460,7 +468,7 @@ def _figures(run: Contents) -> Section:
         ]
         missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
-        axis = "Dice" if kind == "dice" else kind
+        axis = {"dice": "Dice", "auroc": "AUROC"}.get(kind, kind)
         section.charts.append(bars(f"class-{kind}", title, classes, series, axis=axis, unit="%", note=note))
     return section
 
@@ -763,7 +771,7 @@ def _settings(run: Contents, command: str) -> Section:
     section = Section("settings", "Configuration and versions")
     config = run.config
     if in_memory(config):
-        section.texts.append("Data or network of this run were in the memory of a Python program.")
+        section.texts.append("Data, network or method of this run were in the memory of a Python program.")
     elif command:
         section.texts.append("The command that repeats this run:")
         section.code.append(command)

@@ -9,6 +9,7 @@ import pytest
 from html_reader import Reader
 
 import fedkern
+from fedkern import engine
 from fedkern.engine import Listener, read_metrics
 from fedkern.engine.store import confusions
 from fedkern.errors import UserError
@@ -209,7 +210,7 @@ def test_data_and_names_of_a_python_program(tmp_path, monkeypatch):
     assert evil in page.text("th", scope="row")
     assert page.charts["labels"]["data"][0]["x"] == ["&lt;i>ill", "%{x}"]
     assert page.charts["labels"]["data"][0]["y"][0] == "&lt;b>north&lt;/b>"
-    assert "Data or network of this run were in the memory of a Python program." in page.words
+    assert "Data, network or method of this run were in the memory of a Python program." in page.words
     assert {trace["name"] for trace in page.charts["main"]["data"]} >= {"test", "far"}
     assert "the far test set" in page.words
 
@@ -245,3 +246,11 @@ def test_every_method_has_a_report(method, tmp_path):
         assert {"weight", "main"} <= page.charts.keys()
         assert len([text for text in page.text("ul", **{"class": "examples"}) if "✓" in text]) == 1
         assert "Picking at random gives" in page.words
+
+
+def test_an_extended_run_is_not_finished_until_its_last_round(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fedkern.simulate("fedavg", data="digits", model="mlp", train_samples=100, clients=2, rounds=1, out="run",
+                           threads=1, workers=1, progress=False, pictures=False)  # fmt: skip
+    engine.extend("run", 3)
+    assert "This run is not finished: 1 of 3 rounds are done" in Reader(run.report().read_text()).words
