@@ -329,6 +329,11 @@ class RunConfig:
                     f"--{name.replace('_', '-')} is for methods that average the clients' parameters round by round, "
                     f"which {self.method} with these options does not do: leave it out."
                 )
+        if self.straggler_rate and kind.promises(parsed):
+            raise UserError(
+                f"--straggler-rate is not for {self.method} with differential privacy, whose epsilon counts all steps "
+                "of a client: leave one of the two out."
+            )
         for name, plain in (("deadline", 1.0), ("late_work", "count")):
             if getattr(self, name) != plain and not self.straggler_rate:
                 raise UserError(

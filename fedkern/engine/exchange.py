@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.engine.config import RunConfig
+from fedkern.engine.absences import absent_clients
+from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.executors.worker_messages import Reducing
@@ -28,6 +29,20 @@ def sample_clients(config: RunConfig, round: int) -> list[int]:
         return list(range(config.trained_clients))
     chosen = stream(config.seed, "sampling", round=round).choice(config.trained_clients, size=count, replace=False)
     return sorted(int(k) for k in chosen)
+
+
+def fewest_uploads(config: RunConfig, rounds: int) -> int:
+    """The smallest number of uploads of any round, as far as absences decide.
+
+    Args:
+        config: the run's settings.
+        rounds: communication rounds.
+    """
+    most = clients_of_a_round(config)
+    if not config.dropout_rate and (config.late_work != "drop" or not config.straggler_rate):
+        return most
+    drawn = ((each, sample_clients(config, each)) for each in range(rounds))
+    return min((len(them) - len(absent_clients(config, each, them)) for each, them in drawn), default=most)
 
 
 class Exchange:

@@ -32,7 +32,7 @@ from fedkern.engine.evaluate import (
     worst_client,
 )
 from fedkern.engine.events import RunInfo
-from fedkern.engine.exchange import Exchange, sample_clients
+from fedkern.engine.exchange import Exchange, fewest_uploads, sample_clients
 from fedkern.engine.executors import team
 from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.executors.ranks import Ranks
@@ -137,7 +137,6 @@ class Run:
             self._pooling.check(network.module)
         with self.context.drawing(self.server, BEFORE):
             self.method.start(self.server)
-        Rule(self.config.aggregator).check(clients_of_a_round(self.config))
         self.said = guarantee(self.method, self.server, self.config.records)
         if self.config.privacy_unit != "image" and self.said is None:
             raise UserError(
@@ -160,6 +159,9 @@ class Run:
         if not self._resume or self.checkpoints.peek() is None:  # a resumed run has loaded most of them already
             check_teachers(self.method, self.context)
         self._plan = [entry for entry in self.method.rounds(self.context.federation) if not entry.one_off]
+        rule = Rule(self.config.aggregator)
+        if rule.entry.function is not None:
+            rule.check(fewest_uploads(self.config, len(self._plan)))
         self.gallery = Gallery(self.out, len(self._plan))
 
     # -- the whole run ---------------------------------------------------------------------------------------------
@@ -561,8 +563,8 @@ class Run:
         entry: Round = self._round["entry"]
         if not (entry.one_off and isinstance(entry.participants, tuple)):
             raise UserError(
-                f"No client is left {when_of(entry, self.done)}, as all diverged or were refused: lower --lr, or set "
-                "--clip-norm."
+                f"No client is left {when_of(entry, self.done)}, as all diverged, were refused or dropped out: lower "
+                "--lr, set --clip-norm, or lower --dropout-rate where it is given."
             )
 
     def _check_finite(self, tensors: Mapping[str, Any], when: str) -> None:

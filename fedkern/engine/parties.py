@@ -215,6 +215,7 @@ class Client(_Node):
         data, schedule = self._context.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
         if first is not None:
             schedule = replace(schedule, first=first)
+        schedule = self._until_the_deadline(step, schedule, rows)
         try:
             figures = train(self, method, step, trainable, data, received, schedule, rows, after_epoch)
         finally:

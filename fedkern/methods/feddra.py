@@ -117,7 +117,7 @@ class FedDRA(Robust):
 
     @property
     def steps_once(self) -> bool:
-        return not self.paired
+        return bool(self.options.stages == "one")  # the first of two stages averages a part of the network
 
     @property
     def averaged(self) -> bool:

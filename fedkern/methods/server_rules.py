@@ -15,9 +15,11 @@ _MOMENTS = {"first": ("momentum", "adam", "yogi", "adagrad"), "second": ("adam",
 
 
 def _knob(rule: str, name: str, default: float) -> Knob:
-    high = 1.0 if name.startswith("beta") else None
+    low, high, above = (0.0, 1.0, None) if name.startswith("beta") else (None, None, 0.0)
     label = f'Option "{name}" of --server-rule {rule}'
-    return Knob(name=name, field=name, type=float, default=default, help=name, low=0, high=high, label=label)
+    return Knob(
+        name=name, field=name, type=float, default=default, help=name, low=low, high=high, above=above, label=label
+    )
 
 
 def _knobs(rule: str, **defaults: float) -> tuple[Knob, ...]:
@@ -54,7 +56,7 @@ class ServerRule:
     @property
     def text(self) -> str:
         """The name with all options, the same for every text that names this rule."""
-        options = ",".join(f"{key}={value:g}" for key, value in self.options.items())
+        options = ",".join(f"{key}={value!r}" for key, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
     @property

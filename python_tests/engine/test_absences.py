@@ -131,3 +131,23 @@ def test_the_same_clients_are_missing_after_an_interruption_and_on_workers(make_
         run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 2))
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_slow_client_of_fml_does_a_part_of_its_steps(make_data, make_config, tmp_path):
+    config = make_config("fml", clients=4, rounds=1, local_epochs=2, straggler_rate=1.0)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    told = read_metrics(tmp_path / "run")[0]["clients"]
+    assert {int(k): info["work_done"] for k, info in told.items()} == {k: share_of_work(config, 0, k) for k in range(4)}
+
+
+def test_a_rule_that_a_thinned_round_is_too_small_for_is_refused_at_once(make_data, make_config, tmp_path):
+    config = make_config("fedavg", clients=4, rounds=9, dropout_rate=0.5, aggregator="krum:byzantine=1,keep=1")
+    with pytest.raises(UserError, match=r"cannot combine [12] uploads"):
+        run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert not (tmp_path / "run").exists()
+
+
+def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
+    monkeypatch.setattr(METHODS["fedavg"], "promises", classmethod(lambda cls, options: True))
+    with pytest.raises(UserError, match="--straggler-rate is not for fedavg with differential privacy"):
+        RunConfig.make("fedavg", straggler_rate=0.1)

@@ -45,6 +45,7 @@ def test_a_rule_is_the_operator_over_rounds(rule):
 def test_the_text_of_a_rule():
     assert ServerRule("adam").text == "adam:beta1=0.9,beta2=0.99,tau=0.001"
     assert RunConfig.make("fedavg", server_rule="yogi:tau=0.01").server_rule == "yogi:beta1=0.9,beta2=0.99,tau=0.01"
+    assert ServerRule("adam:beta2=0.9999999").text == "adam:beta1=0.9,beta2=0.9999999,tau=0.001"
     assert ServerRule("mean", 1.0).plain
     assert not ServerRule("mean", 0.5).plain
 
@@ -55,6 +56,7 @@ def test_the_text_of_a_rule():
         ({"server_rule": "adm"}, '--server-rule must be one of mean, .*, not "adm".*Did you mean "adam"'),
         ({"server_rule": "adam:beta=1"}, 'has no option "beta=1".*It has beta1, beta2, tau'),
         ({"server_rule": "adam:beta1=2"}, r'"beta1" of --server-rule adam must be in \[0, 1\], not 2'),
+        ({"server_rule": "adam:tau=0"}, '"tau" of --server-rule adam must be above 0, not 0'),
         ({"server_lr": 0.0}, "--server-lr must be above 0"),
     ],
 )
@@ -64,16 +66,16 @@ def test_what_is_no_rule(settings, message):
 
 
 @pytest.mark.parametrize("settings", [{"server_rule": "adam"}, {"server_lr": 0.5}])
-@pytest.mark.parametrize("method", ["feddf", "oneshot-fedavg", "fediod", "local"])
+@pytest.mark.parametrize("method", ["feddf", "oneshot-fedavg", "fediod", "local", "feddyn"])
 def test_methods_whose_server_does_not_average_once_a_round_refuse_it(method, settings):
     with pytest.raises(UserError, match=f"averages the clients' parameters once a round, which {method}"):
         RunConfig.make(method, **settings)
 
 
-def test_stages_of_one_round_refuse_it():
-    paired = {"options": {"stages": "two", "stage_schedule": "per_round"}}
+@pytest.mark.parametrize("schedule", ["per_round", "sequential"])
+def test_stages_that_average_a_part_refuse_it(schedule):
     with pytest.raises(UserError, match="once a round, which feddra"):
-        RunConfig.make("feddra", server_rule="adam", **paired)
+        RunConfig.make("feddra", server_rule="adam", options={"stages": "two", "stage_schedule": schedule})
 
 
 def test_the_servers_rate_is_a_step_towards_the_average(make_data, make_config, tmp_path):

@@ -89,6 +89,10 @@ class FedDyn(FedAvg):
     def reduce(self, step: Step) -> tuple[str, ...]:
         return super().reduce(step)  # server_update only counts the uploads
 
+    @property
+    def steps_once(self) -> bool:
+        return False  # the clients' states follow from the average itself
+
     def weight(self, server: Server, upload: Upload) -> float:
         return 1.0  # the algorithm's average is uniform; ``weighting`` scales the clients' regularisers instead
 
