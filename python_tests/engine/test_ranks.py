@@ -183,7 +183,8 @@ def test_a_killed_rank_costs_a_round_and_no_bit(rank, tmp_path):
     given = {"FEDKERN_TEST_RANK": str(rank), "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
     done = launched(2, (*words, "--out", str(tmp_path / "ranks")), restarts=1, **given)
     assert done.returncode == 0, done.stderr
-    assert "SIGKILL" in done.stderr or "-9" in done.stderr
+    # Whoever notices the end first says so: torchrun, or the other rank, whose link to the killed one breaks.
+    assert any(words in done.stderr for words in ("SIGKILL", "-9", "was lost"))
     assert outcome(tmp_path / "ranks") == serial
 
 
