@@ -173,7 +173,9 @@ class Team:
                 return pickle.loads(packet.payload)
 
     def check(self) -> None:
-        """Raises RunFailed on rank 0 where another rank has failed or is lost."""
+        """Raises RunFailed on rank 0 where another rank has failed or is lost; after Ctrl-C its exception instead."""
+        if any(isinstance(link.over, (Ended, Lost)) for link in self.links.values()):
+            check()
         for rank, link in self.links.items():
             if isinstance(link.over, Ended):
                 raise RunFailed(f"Rank {rank} failed: {link.over.said}")

@@ -77,7 +77,7 @@ def test_nobody_left_is_an_error(make_data, make_config, tmp_path, monkeypatch):
             return upload
 
     monkeypatch.setitem(METHODS, "fusefl", Everybody)
-    with pytest.raises(UserError, match="No client is left in round 1, as all diverged or were refused"):
+    with pytest.raises(UserError, match="No client is left in round 1, as all diverged, were refused or dropped out"):
         run(config_of(make_config, on_nan="skip"), out=tmp_path / "blocks", data=make_data())
 
 
