@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 import traceback
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern import interrupts, plugins
-from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.exchange import examined
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.links import Ended, Link, Lost
@@ -23,12 +22,10 @@ from fedkern.engine.executors.team import GO_ON, LEAVING, Team
 from fedkern.engine.executors.wire import Unpacker
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Reducing, Setup, Sum, Task
 from fedkern.engine.run import reproducible
-from fedkern.engine.worker import Worker
+from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods.uploads import Kept
-from fedkern.models.precision import computing
 from fedkern.ops import Accumulator
-from fedkern.ops._core import backend
 
 FAILED = 1
 
@@ -116,14 +113,7 @@ def _serve(team: Team, link: Link) -> None:
     setup: Setup = Unpacker().unpack(link.receive()[0])
     if setup.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
-    keep_freed_memory()
-    with ExitStack() as forced:
-        if setup.isa != "none":
-            forced.enter_context(backend.use_isa(setup.isa))
-        if setup.backend is not None:
-            forced.enter_context(backend.use_backend(setup.backend))
-        forced.enter_context(reproducible())
-        forced.enter_context(computing(setup.config.precision))
+    with as_in_the_run(setup), reproducible():
         RankWorker(setup, link, team).serve()
 
 

@@ -23,7 +23,8 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -121,18 +122,25 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _work(setup: Setup, end: socket.socket) -> None:
-    """Runs a forked worker, from its beginning to its end."""
-    warnings.simplefilter("ignore", loading.Slower)  # the run's own process says it
+@contextmanager
+def as_in_the_run(setup: Setup) -> Iterator[None]:
+    """Computes with the kernels and the precision of the run's own process."""
     keep_freed_memory()
     with ExitStack() as forced:
         if setup.isa != "none":
             forced.enter_context(backend.use_isa(setup.isa))
         if setup.backend is not None:
             forced.enter_context(backend.use_backend(setup.backend))
+        forced.enter_context(computing(setup.config.precision))
+        yield
+
+
+def _work(setup: Setup, end: socket.socket) -> None:
+    """Runs a forked worker, from its beginning to its end."""
+    warnings.simplefilter("ignore", loading.Slower)  # the run's own process says it
+    with as_in_the_run(setup):
         if setup.config.client_threads > 1:
             backend.trust_fork()
-        forced.enter_context(computing(setup.config.precision))
         with suppress(EOFError, ConnectionError):
             Worker(setup, Channel(end)).serve()
 
