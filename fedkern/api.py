@@ -85,6 +85,10 @@ class Run:
                 )
         self._data, self._model, self._trusted = data, model, tuple(trusted)
 
+    def _kept_data(self) -> FederatedData | None:
+        """The run's data in memory without what it holds out; None where a data set's name says where they are."""
+        return None if self._data is None else kept_data(self.config, self._data)
+
     def _give_method(self) -> None:
         """Puts the run's own class in the place of one of its name that a notebook has defined since."""
         if self._kind is not None:
@@ -164,7 +168,7 @@ class Run:
         from fedkern.downstream.evaluation import evaluate_run
 
         self._give_method()
-        own = kept_data(self.config, self._data) if data is None and self._data is not None else data
+        own = self._kept_data() if data is None else data
         root = None if data_root is None else str(data_root)
         return evaluate_run(
             self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted, model=self._model
@@ -206,7 +210,7 @@ class Run:
         from fedkern.report.pictures import write_pictures
 
         self._give_method()
-        data = None if self._data is None else kept_data(self.config, self._data)
+        data = self._kept_data()
         network = None if self._model is None else self.model()
         root = self.config.data_root
         return write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
@@ -220,7 +224,7 @@ class Run:
         from fedkern.report.run_page import write_report
 
         self._give_method()
-        data = None if self._data is None else kept_data(self.config, self._data)
+        data = self._kept_data()
         network = None if self._model is None or engine.read_summary(self.out) is None else self.model()
         root = self.config.data_root
         return write_report(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
