@@ -311,23 +311,23 @@ class RunConfig:
                 f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
             )
         object.__setattr__(self, "aggregator", Rule(self.aggregator).text)
-        if self.aggregator != MEAN and not kind(parsed).averages:
-            raise UserError(
-                f"--aggregator is for methods that average the clients' parameters, which {self.method} with these "
-                "options does not do: leave it out."
-            )
         object.__setattr__(self, "server_rule", ServerRule(self.server_rule).text)
-        for name in ("server_rule", "server_lr"):
-            if getattr(self, name) not in (MEAN, None) and not kind(parsed).steps_once:
+        averaging = "that average the clients' parameters"
+        once = "whose server averages the clients' parameters once a round"
+        for names, able, what in (
+            (("aggregator", "max_update_norm", "clip_update_norm"), lambda method: method.averages, averaging),
+            (("server_rule", "server_lr"), lambda method: method.steps_once, once),
+            (
+                ("dropout_rate", "straggler_rate"),
+                lambda method: method.averages and not method.one_shot,
+                f"{averaging} round by round",
+            ),
+        ):
+            given = [name for name in names if getattr(self, name) not in (MEAN, None, 0)]
+            if given and not able(kind(parsed)):
                 raise UserError(
-                    f"--{name.replace('_', '-')} is for methods whose server averages the clients' parameters once a "
-                    f"round, which {self.method} with these options does not do: leave it out."
-                )
-        for name in ("dropout_rate", "straggler_rate"):
-            if getattr(self, name) and (kind.one_shot or not kind(parsed).averages):
-                raise UserError(
-                    f"--{name.replace('_', '-')} is for methods that average the clients' parameters round by round, "
-                    f"which {self.method} with these options does not do: leave it out."
+                    f"--{given[0].replace('_', '-')} is for methods {what}, which {self.method} with these options "
+                    "does not do: leave it out."
                 )
         if self.straggler_rate and kind.promises(parsed):
             raise UserError(
@@ -339,12 +339,6 @@ class RunConfig:
                 raise UserError(
                     f"--{name.replace('_', '-')} is about slow clients: give --straggler-rate too, or leave it out."
                 )
-        bounds = [name for name in ("max_update_norm", "clip_update_norm") if getattr(self, name)]
-        if bounds and not kind(parsed).averages:
-            raise UserError(
-                f"--{bounds[0].replace('_', '-')} is for methods that average the clients' parameters, which "
-                f"{self.method} with these options does not do: leave it out."
-            )
         if self.clip_update_norm and kind.follows_own_update:
             raise UserError(
                 f"--clip-update-norm is not for {self.method}, whose clients keep a gradient of their whole update: "
