@@ -150,9 +150,7 @@ def unload(name: str) -> None:
         for each in names:
             tables[kind].pop(each, None)
     sys.modules.pop(_module_name(plugin), None)
-    # What it imports may have changed; another plugin of the folder may have loaded that first.
-    beside = [other for other in _LOADED.values() if Path(other.name).parent == Path(plugin.name).parent]
-    for name in [each for other in (plugin, *beside) for each in other.modules]:
+    for name in plugin.modules:
         sys.modules.pop(name, None)
 
 
