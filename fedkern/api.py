@@ -280,6 +280,14 @@ def simulate(
     return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
 
 
+_ARGUMENTS = ("data", "model", "out", "progress", "listener", "pictures")
+_PYTHONS = {
+    "quiet": " Give progress=False.",
+    "tensorboard": " Give listener=fedkern.listeners.TensorBoard().",
+}
+"""Words of the command line that are arguments of another name in Python."""
+
+
 def requested(
     method: str | Method | type[Method],
     data: str | FederatedData | None,
@@ -303,7 +311,7 @@ def requested(
         options[each] = settings.pop(each)
     for each in settings:
         if each not in fields:
-            hint = nearest(each, {*fields, *own})
+            hint = _PYTHONS.get(each) or nearest(each, {*fields, *own, *_ARGUMENTS})
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     if "workers" in settings:
         settings["workers"] = str(settings["workers"])

@@ -73,7 +73,7 @@ METAVARS = {
     "rounds": "R",
     "local_epochs": "E",
     "local_steps": "S",
-    "held_out_client": "K",
+    "held_out_client": "NAME|K",
     "seed": "S",
     "lr_steps": "E,...",
     "aggregator": "RULE",

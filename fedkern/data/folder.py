@@ -50,9 +50,11 @@ def open_folder(
     own_classes = {site: subfolders(folder) for site, folder in training.items()}
     classes = sorted({name for names in own_classes.values() for name in names})
     if len(classes) < 2:
+        tables = sorted(base.glob("*.csv"))
+        table = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
         raise UserError(
             f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found {len(classes)} '
-            "class folders"
+            f"class folders{table}"
         )
     holders = Counter(name for names in own_classes.values() for name in names)
     if len(sites) > 1 and max(holders.values()) == 1:

@@ -10,7 +10,7 @@ import torch
 from fedkern.data.cases import drawn_rows, grouped_rows
 from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData, Split, joined
-from fedkern.errors import UserError
+from fedkern.errors import UserError, nearest
 from fedkern.streams import stream
 
 HELD_OUT = "held_out"
@@ -19,13 +19,13 @@ SHOWN = 20
 """Most clients that a message lists by name."""
 
 
-def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: int) -> FederatedData:
+def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, seed: int) -> FederatedData:
     """The federation without one client, and with an own test set for every other client.
 
     Args:
         data: all clients.
-        held_out: the client that never trains, or None.  All its samples become the test set ``"held_out"``, and the
-            numbers of the clients after it fall by one.
+        held_out: name or number of the client that never trains, or None.  All its samples become the test set
+            ``"held_out"``, and the numbers of the clients after it fall by one.
         share: share of every other client's samples, in [0, 1), that becomes its own test set and replaces a client
             test of the data set; 0 keeps the client tests of the data set.  A test set has at least two samples.  A
             patient, a case and an image with several texts count as one sample and are never divided.
@@ -38,15 +38,11 @@ def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: i
     numbers = list(range(len(data.clients)))
     tests, statistics = dict(data.tests), data.statistics
     if held_out is not None:
-        if held_out not in numbers or len(numbers) < 2:
-            named = [data.client_label(k) for k in numbers] if data.client_names is not None else []
-            every = ", ".join(named[:SHOWN]) + ", ..." * (len(named) > SHOWN) if named else f"0 to {len(numbers) - 1}"
-            last = every if len(numbers) > 1 else "and a single one cannot be"
-            raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
-        numbers.remove(held_out)
-        _check_unseen(data, held_out, numbers)
-        tests = _without(data, held_out)
-        statistics = statistics.without(held_out, len(tests[HELD_OUT]))
+        absent = _client(data, held_out)
+        numbers.remove(absent)
+        _check_unseen(data, absent, numbers)
+        tests = _without(data, absent)
+        statistics = statistics.without(absent, len(tests[HELD_OUT]))
     names = None if data.client_names is None else tuple(data.client_names[k] for k in numbers)
     kept = tuple(data.clients[k] for k in numbers)
     own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
@@ -69,6 +65,20 @@ def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: i
         statistics=statistics,
         test_clients=homes,
     )
+
+
+def _client(data: FederatedData, wanted: str | int) -> int:
+    """The number of the client that has this name or, where none has, this number."""
+    names, count = data.client_names, len(data.clients)
+    text = str(wanted)
+    if count > 1 and names is not None and text in names:
+        return names.index(text)
+    if count > 1 and text.isdecimal() and int(text) < count:
+        return int(text)
+    named = [data.client_label(k) for k in range(min(count, SHOWN))] if names is not None else []
+    every = ", ".join(named) + ", ..." * (count > SHOWN) if named else f"0 to {count - 1}"
+    last = every if count > 1 else "and a single one cannot be"
+    raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{nearest(text, names or ())}")
 
 
 def _without(data: FederatedData, held_out: int) -> dict[str, Split]:

@@ -85,8 +85,8 @@ class RunConfig:
     correlation: float | None = option(
         None, "how strongly the background colour tells the class", low=0, high=1, type=float
     )
-    held_out_client: int | None = option(
-        None, "client that never trains; its data become the test set held_out", low=0, type=int
+    held_out_client: str | None = option(
+        None, "name or number of a client that never trains; its data become the test set held_out", type=str
     )
     client_test: float = option(
         COMMON["client_test"], "share of every client's samples set aside as its own test set; 0 leaves the data set's",

@@ -115,6 +115,7 @@ class Run:
         self.executor: Executor = here
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # whether self.latest describes the present state
+        self._final_warnings: list[str] = []  # names of those about the final network
         self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
@@ -617,6 +618,7 @@ class Run:
             info["listeners"] = states
         if finished:
             info["results"] = results(self.out)
+            info["final_warnings"] = self._final_warnings
         return dict(records.plain(info))
 
     def _add_phases(self, seconds: dict[str, float]) -> None:
@@ -641,6 +643,7 @@ class Run:
         self.ledger = Ledger(self.config.trained_clients, **info["ledger"])
         self.observed = diagnostics.Observations(info["observed"])
         self.context.warnings = dict(info["warnings"])
+        self._final_warnings = list(info.get("final_warnings", ()))
         self._told = set(self.context.warnings)
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
         self.server.report = dict(info.get("report", {}))
@@ -689,6 +692,8 @@ class Run:
             self.method.diagnose(self.observed.summary()) if told.clients else {},
         ):
             for name, text in texts.items():
+                if name not in self.context.warnings:
+                    self._final_warnings.append(name)
                 warn(name, text)
         if told.clients and final.confusion:  # counts of images, which private records do not tell
             confusions.write(self.out, classes, final.confusion)

@@ -34,6 +34,7 @@ def check_equal(one, other):
     summaries = [json.loads((out_folder / "summary.json").read_text()) for out_folder in (one, other)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
     assert summaries[0]["bytes"] == summaries[1]["bytes"]
+    assert summaries[0]["diagnostics"] == summaries[1]["diagnostics"]
 
 
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
@@ -45,6 +46,16 @@ def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     assert out.strip().splitlines()[-1] == "short"
     check_equal(tmp_path / "long", tmp_path / "short")
     assert RunConfig.load("short", device="cpu").rounds == 5
+
+
+def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, result, tmp_path):
+    start("fedavg", 1, "run", "--lr", "0.001")
+    warned = json.loads((tmp_path / "run" / "summary.json").read_text())["diagnostics"]
+    assert "collapsed-class" in warned
+    result("extend", "run", "--rounds", "40", "--quiet")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["accuracy"] > 0.8
+    assert "collapsed-class" not in summary["diagnostics"]
 
 
 def test_an_extension_that_was_interrupted_between_its_writes_is_finished(start, monkeypatch, result, tmp_path):

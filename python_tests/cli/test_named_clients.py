@@ -86,7 +86,8 @@ def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
 
 def test_a_held_out_site_is_shown_as_held_out(listed, result, tmp_path):
     out = tmp_path / "run"
-    words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--held-out-client", "1", "--out", str(out))
+    words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY)
+    words = (*words, "--held-out-client", "Bonn", "--out", str(out))
     _, shown = result(*words)
     (record,) = records(out)
     trained = [record["clients"][str(k)]["samples"] for k in range(2)]
@@ -177,6 +178,7 @@ def test_another_partition_says_so_and_the_repeated_command_keeps_it(listed, res
         (("--data-option", "label=kind"), "it has path, label, hospital"),
         (("--client-column", "label", "--data-option", "client_column=path"), 'option "client_column" is given twice'),
         (("--held-out-client", "3"), "one of the clients, 0 (Aachen), 1 (Bonn), 2 (Celle), not 3."),
+        (("--held-out-client", "Bon"), 'not Bon. Did you mean "Bonn"?'),
         (("--client-test", "0.9", "--train-samples", "12"), "Client 0 (Aachen) has"),
     ],
 )

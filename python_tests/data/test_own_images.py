@@ -116,6 +116,9 @@ def test_names_that_are_not_utf8(tmp_path, name, words):
 def test_a_folder_without_classes(tmp_path):
     with pytest.raises(UserError, match="found 0 class folders"):
         opened("folder", tmp_path)
+    (tmp_path / "scans.csv").write_text("path,label\n")
+    with pytest.raises(UserError, match=r"found 0 class folders; for .* give --data csv --data-root .*scans.csv"):
+        opened("folder", tmp_path)
 
 
 # CSV files
