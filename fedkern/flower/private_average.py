@@ -17,13 +17,13 @@ from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.averaging import Combined, FedAvg, LeftOut, constructed_like
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import RunningMean
+from fedkern.privacy.client_level import ClientLevel, keep_variances
 from fedkern.streams import stream
 
 EPSILON = "epsilon-of-arrays"
 """Name of the metric: the epsilon of all arrays so far, which does not cover the clients' metrics."""
 
 _PIECE = 1 << 20
-_LEAST_VARIANCE = 0.1  # of its old value: what a variance may fall to in a round
 
 
 class _Updates(RunningMean):
@@ -82,18 +82,12 @@ class DPFedAvg(FedAvg):
         self.noise_multiplier, self.clipping_norm = float(noise_multiplier), float(clipping_norm)
         self.delta, self.noise_seed = float(delta), noise_seed
         self._asked: Counter[int] = Counter()
-        self._epsilon_of(1)  # a missing package shows here, not after the first round
+        self._level = ClientLevel(self.clipping_norm, self.noise_multiplier, self.delta)
+        self._level.epsilon(1)  # a missing package shows here, not after the first round
 
     def epsilon(self) -> float:
         """Epsilon at ``delta`` of the arrays of all rounds so far; 0 before the first."""
-        return self._epsilon_of(max(self._asked.values(), default=0))
-
-    def _epsilon_of(self, releases: int) -> float:
-        from fedkern.privacy.accounting import Accountant  # loads dp-accounting
-
-        accountant = Accountant()
-        accountant.gaussian("arrays", self.noise_multiplier / 2, steps=releases)
-        return accountant.epsilon(self.delta) if releases else 0.0
+        return self._level.epsilon(max(self._asked.values(), default=0))
 
     def _described(self) -> str:
         return (
@@ -122,8 +116,7 @@ class DPFedAvg(FedAvg):
         if node in gathered.nodes or node not in self._nodes:
             raise Misfit("twice", "is not the one reply to this round's message")
         gathered.nodes.add(node)
-        norm = model.distance(self._start)
-        gathered.add_update(model, self._start, min(1.0, self.clipping_norm / norm) if norm else 1.0)
+        gathered.add_update(model, self._start, self._level.factor(model.distance(self._start)))
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         assert self._start is not None
@@ -133,15 +126,14 @@ class DPFedAvg(FedAvg):
             return None
         old = self._start.vector()
         vector = found[0].mul_(len(gathered.nodes) / count).add_(old)
-        deviation = self.noise_multiplier * self.clipping_norm / count
+        deviation = self._level.deviation(count)
         if deviation:
             rng = self._noise(server_round)
             for part in vector.split(_PIECE):
                 part.add_(torch.from_numpy(rng.standard_normal(len(part))), alpha=deviation)
         for entry in self._layout.floating:
             if entry.variance:
-                own = vector[entry.begin : entry.end]
-                torch.maximum(own, old[entry.begin : entry.end].double() * _LEAST_VARIANCE, out=own)
+                keep_variances(vector[entry.begin : entry.end], old[entry.begin : entry.end])
         return Combined(vector.to(self._layout.dtype), self._start.whole)
 
     def _noise(self, server_round: int) -> np.random.Generator:

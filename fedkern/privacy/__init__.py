@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fedkern.privacy.accounting import Accountant, Figure, least_noise
 from fedkern.privacy.bounds import need_accounting
+from fedkern.privacy.client_level import ClientGuarantee, ClientLevel
 from fedkern.privacy.dpsgd import DPSGD
 from fedkern.privacy.guarantee import LEDGER, Guarantee
 from fedkern.privacy.membership import Attack, membership_attack
@@ -19,6 +20,8 @@ __all__ = [
     "UNITS",
     "Accountant",
     "Attack",
+    "ClientGuarantee",
+    "ClientLevel",
     "Figure",
     "Guarantee",
     "Unit",

@@ -49,15 +49,17 @@ class Accountant:
         """The channels in which something was released, in the order of their first releases."""
         return tuple(self._entries)
 
-    def gaussian(self, channel: str, noise: float, *, shards: int = 1, steps: int = 1) -> None:
+    def gaussian(self, channel: str, noise: float, *, shards: int = 1, drawn: int = 1, steps: int = 1) -> None:
         """Books ``steps`` releases of the Gaussian mechanism.
 
         Args:
             channel: the name under which the releases are reported.
             noise: standard deviation of the noise over the sensitivity.  The sensitivity is the largest Euclidean
                 change of the whole release when one record is replaced.  0 protects nothing.
-            shards: number of shards of the client's data, of which one serves the release.  The shard must be drawn at
-                random and in secret for each step.  No other release, then or later, may depend on the draw.
+            shards: number of shards of the data, of which ``drawn`` serve the release.  They must be drawn at random,
+                without replacement and in secret for each step.  No other release, then or later, may depend on the
+                draw.
+            drawn: how many shards are drawn, at most ``shards``.
             steps: number of such releases.
 
         Raises:
@@ -65,9 +67,10 @@ class Accountant:
         """
         if not noise >= 0 or math.isinf(noise):
             raise ValueError(f"noise must be a finite number of at least 0, not {noise}")
-        if shards < 1 or steps < 0:
-            raise ValueError(f"shards must be at least 1 and steps at least 0, not {shards} and {steps}")
-        self._book(channel, Entry(GAUSSIAN, float(noise), 1 / shards, steps))
+        if not 1 <= drawn <= shards or steps < 0:
+            given = f"{shards}, {drawn} and {steps}"
+            raise ValueError(f"shards and drawn must be at least 1, drawn <= shards, and steps at least 0, not {given}")
+        self._book(channel, Entry(GAUSSIAN, float(noise), drawn / shards, steps))
 
     def dp_sgd(self, channel: str, noise: float, *, rate: float, steps: int) -> None:
         """Books steps of DP-SGD: Poisson-sampled batches, per-sample gradients clipped, noise on their sum.

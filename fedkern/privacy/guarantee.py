@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from fedkern.privacy.unit import IMAGE, Unit
 
@@ -47,6 +47,11 @@ class Guarantee:
     advice: str = ""
     appraised: tuple[str, ...] = ()
 
+    public: ClassVar[str] = PUBLIC
+    """The files that a complete figure is about."""
+    part: ClassVar[str] = "a part of what the clients release"
+    """The same of a figure that leaves releases uncovered."""
+
     @property
     def complete(self) -> bool:
         """Whether everything that a client releases is covered."""
@@ -56,6 +61,11 @@ class Guarantee:
     def figure(self) -> str:
         """The figure's name, so that a partial figure is never taken for the whole."""
         return EPSILON if self.complete else PART
+
+    @property
+    def neighbour(self) -> str:
+        """For whom the figure holds, as a part of a sentence."""
+        return f"the largest of any client when one of its {self.unit} is replaced"
 
     def with_records(self) -> Guarantee:
         """The guarantee of a run that records figures of single clients, which no noise covers."""
@@ -69,17 +79,14 @@ class Guarantee:
         """One sentence: for whom, for which files and on what condition the figure holds, and what it covers."""
         finite = math.isfinite(epsilon)
         given = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
-        of = f"{PUBLIC} " if self.complete else "a part of what the clients release "
+        of = f"{self.public if self.complete else self.part} "
         holds = f", is of {of}while {listed(self.conditions)}; it" if finite else ","
         made = (f"so {self.follows}",) if self.complete and self.follows else ()
         covered = (*self.covers.values(), *made)
         covers = f"covers {listed(covered)}" if covered else "covers nothing"
         leaves = f", but not {listed(tuple(self.leaves.values()))}" if self.leaves else ""
         whole = "" if self.complete else ": the whole release has no epsilon"
-        return (
-            f"{given} at delta {self.delta:g}, the largest of any client when one of its {self.unit} is "
-            f"replaced{holds} {covers}{leaves}{whole}."
-        )
+        return f"{given} at delta {self.delta:g}, {self.neighbour}{holds} {covers}{leaves}{whole}."
 
     def warning(self) -> str:
         """The warning before a run whose guarantee is not :attr:`complete`."""

@@ -1,10 +1,11 @@
-"""Unit of privacy, in which neighbouring data sets differ: an image, or a patient with all of their images."""
+"""Unit of privacy, in which neighbouring data sets differ: an image, a patient with all images, or a client."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 UNITS = ("image", "patient")
+"""The units that ``--privacy-unit`` names."""
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Unit:
     """The unit of privacy: neighbouring data sets differ in one replaced unit.  A client's number of units is public.
 
     Attributes:
-        name: one of `UNITS`.
+        name: one of `UNITS`, or ``"client"``.
         images: the largest number of images of a unit; a patient may have fewer, and their number is not public.
     """
 
@@ -25,5 +26,12 @@ class Unit:
             return "images"
         return f"patients (each with at most {self.images} image{'s' * (self.images != 1)})"
 
+    @property
+    def change(self) -> str:
+        """What neighbouring data sets differ in, as a clause."""
+        whole = self.name == "client"
+        return "the whole data set of one is replaced" if whole else f"one of a client's {self} is replaced"
+
 
 IMAGE = Unit()
+CLIENT = Unit("client")

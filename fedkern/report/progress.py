@@ -53,7 +53,7 @@ def headline(run: RunInfo) -> list[str]:
     ]
     if run.guarantee is not None:
         unit = run.guarantee.unit
-        lines.append(f"differential privacy of every {unit.name}: one of a client's {unit} is replaced")
+        lines.append(f"differential privacy of every {unit.name}: {unit.change}")
         lines.append(covering(run.guarantee.to_dict()))
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")

@@ -127,18 +127,22 @@ def covering(private: Mapping[str, Any]) -> str:
     """One line on what the epsilon of a run covers, so that nobody takes a partial epsilon for that of the release.
 
     Args:
-        private: the entry ``privacy`` of summary.json; before the run, only its ``covers`` and ``leaves_uncovered``.
+        private: the entry ``privacy`` of summary.json; before the run, only its ``covers`` and ``leaves_uncovered``,
+            and the planned figure of a guarantee for whole clients.
     """
     covers, leaves = (", ".join(private.get(name, ())) or "nothing" for name in ("covers", "leaves_uncovered"))
     name = PART if private.get("leaves_uncovered") else EPSILON
     value = private.get(name, ...)  # missing before the run
     finite = isinstance(value, (int, float)) and math.isfinite(value)
     figure = f" {value:.3g} at delta {private['delta']:g}" if finite else ""
+    if finite and "rounds" in private:
+        figure += f" after {private['rounds']} round{'s' * (private['rounds'] != 1)}"
     if name == PART:
         return f"NO epsilon of the whole release: {name}{figure} covers {covers} alone, not {leaves}"
     if value is not ... and not finite:
         return "no finite epsilon: a release had no noise"
-    return f"{name}{figure} covers everything that clients release: {covers}"
+    who = "the server releases" if private.get("unit") == "client" else "clients release"
+    return f"{name}{figure} covers everything that {who}: {covers}"
 
 
 def figures_table(title: str, metrics: Mapping[str, float]) -> Table:

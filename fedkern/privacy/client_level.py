@@ -1,0 +1,115 @@
+"""Client-level (user-level) differential privacy: DP-FedAvg of McMahan et al. (ICLR 2018, arXiv 1710.06963).
+
+A trusted server releases the clients' mean update.  One round is one release of the Gaussian mechanism:
+
+    release = start + (sum over k of u_k min(1, C / |u_k|) + N(0, (Z C)^2 I)) / n
+
+u_k is the whole update of client k, n the number of clients asked, whoever answers; C is ``clip`` and Z is ``noise``.
+
+Neighbouring federations differ in one client's whole data set, which is *replaced* by any other.  The sum then changes
+by at most 2 C, so a round's noise is Z / 2 sensitivities.  The paper has a client added or removed, which changes the
+sum by C: its epsilon is about half of this one.
+
+If the n clients of a round are drawn in secret and independently of other rounds, uniformly and without replacement out
+of N, a release is one of a sampled Gaussian mechanism (Wang, Balle and Kasiviswanathan, AISTATS 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedkern.privacy.accounting import Accountant
+from fedkern.privacy.guarantee import Guarantee
+from fedkern.privacy.unit import CLIENT, Unit
+
+CHANNEL = "updates"
+LEAST_VARIANCE = 0.1
+"""Share of its old value that a running variance keeps at least in a round; noise could make it negative."""
+
+
+@dataclass(frozen=True)
+class ClientLevel:
+    """The mechanism of client-level differential privacy, and its accounting.
+
+    Attributes:
+        clip: C, the largest Euclidean norm of a client's update, above 0.
+        noise: Z, the standard deviation of the noise on the sum of the updates over C; 0: no noise.
+        delta: the delta at which epsilon is told, in (0, 1).
+    """
+
+    clip: float
+    noise: float
+    delta: float
+
+    def factor(self, norm: float) -> float:
+        """The factor in (0, 1] on an update of this norm."""
+        return min(1.0, self.clip / norm) if norm else 1.0
+
+    def deviation(self, asked: int) -> float:
+        """Standard deviation of the noise on every entry of the mean over ``asked`` clients."""
+        return self.noise * self.clip / asked
+
+    def epsilon(self, releases: int, *, drawn: int = 1, of: int = 1) -> float:
+        """Epsilon at :attr:`delta` of rounds together; 0 without rounds, infinite without noise.
+
+        Args:
+            releases: number of rounds; without a draw, of those for which the client was asked.
+            drawn, of: ``drawn`` clients out of ``of`` were drawn in every round, as the module's text demands.  The
+                smaller of the epsilons with and without this draw is returned, as both bounds hold.
+
+        Raises:
+            UserError: dp-accounting is not installed.
+        """
+        if not releases:
+            return 0.0
+        whole = Accountant()
+        whole.gaussian(CHANNEL, self.noise / 2, steps=releases)
+        found = whole.epsilon(self.delta)
+        if drawn < of and self.noise:
+            sampled = Accountant()
+            sampled.gaussian(CHANNEL, self.noise / 2, shards=of, drawn=drawn, steps=releases)
+            found = min(found, sampled.epsilon(self.delta))
+        return found
+
+
+def keep_variances(new: Tensor, old: Tensor) -> None:
+    """Raises running variances ``new`` fp ``[n]``, in place, to at least a tenth of ``old`` fp ``[n]``."""
+    torch.maximum(new, old.to(new.dtype) * LEAST_VARIANCE, out=new)
+
+
+@dataclass(frozen=True)
+class ClientGuarantee(Guarantee):
+    """The guarantee of a run with client-level differential privacy.
+
+    Attributes:
+        unit: a client.
+        planned: epsilon of all rounds of the run's plan.
+        rounds: their number.
+    """
+
+    unit: Unit = CLIENT
+    planned: float = math.inf
+    rounds: int = 0
+
+    public: ClassVar[str] = "what the server sends, model.safetensors, the records and the pictures"
+    part: ClassVar[str] = "a part of what is released"
+
+    @property
+    def neighbour(self) -> str:
+        """For whom the figure holds, as a part of a sentence."""
+        return "when the whole data set of one client is replaced"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The releases as for every guarantee, and the planned figure."""
+        return {
+            **super().to_dict(),
+            "unit": self.unit.name,
+            self.figure: self.planned,
+            "delta": self.delta,
+            "rounds": self.rounds,
+        }
