@@ -99,6 +99,9 @@ class Method:
     """Whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
     follows_own_update: ClassVar[bool] = False
     """Whether a client's state follows from its whole update, so that the server must not scale the update down."""
+    memoryless: ClassVar[bool] = False
+    """Whether clients keep no state from round to round.  Client-level differential privacy then counts that a round's
+    clients are drawn in secret; the engine checks that no state is written."""
     spans: ClassVar[str] = ""
     """What of the method follows a schedule over all rounds of a run; empty where nothing does."""
     takes_teachers: ClassVar[bool] = False

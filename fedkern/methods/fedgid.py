@@ -57,6 +57,8 @@ STAGES = ("map", "feature", "layer1", "layer2", "layer3", "layer4")
 class FedGID(LocalTraining):
     """Background intervention and global distillation against attribute skew (arXiv 2504.00850)."""
 
+    memoryless = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         """Options of FedGID (docs/methods/fedgid.md, section 5); the option ``lambda`` is the field ``lam``."""
@@ -283,6 +285,9 @@ class FedGID(LocalTraining):
             server.round_cache.pop("pool")
         else:
             super().server_update(server, step, uploads)
+
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        return super().reduce(step) if step.exchange not in ("collect", "distribute") else ()
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         changed = observed.get("intervention_changed")

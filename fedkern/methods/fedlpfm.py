@@ -208,6 +208,9 @@ class FedLPFM(LocalTraining):
         elif right := [upload.message["right"] for upload in uploads]:
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        return super().reduce(step) if step.exchange != TUNE else ()
+
     def _tune(self, client: Client) -> Message:
         """Tunes the teachers that the client may use; uploads their mean validation accuracy as ``right``, if any."""
         each_round = self.options.backbone == "random-each-round"

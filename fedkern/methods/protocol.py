@@ -56,11 +56,16 @@ OUTSIDE = Step(-1, "", "")
 
 @dataclass(frozen=True)
 class Upload:
-    """One client's upload to the server; ``samples`` is the client's number of training samples."""
+    """One client's upload to the server; ``samples`` is the client's number of training samples.
+
+    With client-level differential privacy a round has a single upload, the released mean of its clients: ``client_id``
+    is -1, ``samples`` is 1, and ``share`` is the share of all clients that were asked.  Else ``share`` is None.
+    """
 
     client_id: ClientId
     samples: int
     message: Message
+    share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedkern.engine.exchange import reduced
 from fedkern.engine.executors import team
 from fedkern.engine.executors.links import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
-from fedkern.methods import FedAvg, FedGID, FedProx, Scaffold
+from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
 from fedkern.methods.base import Step
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
@@ -403,7 +403,7 @@ def test_what_a_method_declares_holds_for_its_own_class():
     step = Step(0, "", "update")
     assert reduced(FedAvg(), step) == reduced(FedProx(), step) == ("parameters", "buffers")
     assert reduced(Scaffold(), step) == ("parameters", "buffers", "control")
-    assert reduced(Looking(), step) == reduced(Weighing(), step) == reduced(FedGID(), step) == ()
+    assert reduced(Looking(), step) == reduced(Weighing(), step) == reduced(AFL(), step) == ()
     assert reduced(Declaring(), step) == ("parameters",)
 
 

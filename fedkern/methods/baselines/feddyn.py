@@ -33,6 +33,7 @@ class FedDyn(FedAvg):
     """Regularises every client dynamically, so that local and global optima agree (arXiv 2111.04263)."""
 
     follows_own_update = True
+    memoryless = False
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):

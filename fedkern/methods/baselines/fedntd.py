@@ -27,6 +27,8 @@ from fedkern.methods.common.frozen import remembered
 class FedNTD(LocalTraining):
     """Distils the global model's view of the classes that are not a sample's own (arXiv 2106.03097)."""
 
+    memoryless = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         beta: float = option(1.0, "weight of the not-true distillation", low=0)

@@ -52,6 +52,8 @@ GRADIENT_BATCH, PIXELWISE_BATCH = 64, 16
 class Scaffold(FedAvg):
     """Corrects local steps by control variates against client drift; twice FedAvg's bytes (arXiv 1910.06378)."""
 
+    memoryless = False
+
     @dataclass(frozen=True)
     class Options(FedAvg.Options):
         control: str = option(
@@ -116,8 +118,9 @@ class Scaffold(FedAvg):
 
         def add_control(upload: Upload) -> Upload:
             nonlocal present
-            change.add(upload.message["control"], shares[upload.client_id])
-            present += shares[upload.client_id]
+            own = shares[upload.client_id] if upload.share is None else upload.share
+            change.add(upload.message["control"], own)
+            present += own
             return upload
 
         before = server.state["parameters"]

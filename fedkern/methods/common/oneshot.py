@@ -94,6 +94,9 @@ class OneShot(FedAvg):
         else:
             super().server_update(server, step, uploads)
 
+    def reduce(self, step: Step) -> tuple[str, ...]:
+        return super().reduce(step) if step.exchange != "statistics" else ()
+
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         o, head = self.options, self.head(server)
 
