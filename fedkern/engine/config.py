@@ -18,6 +18,7 @@ from fedkern import named_code
 from fedkern import plugins as plugin_room
 from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
+from fedkern.engine import client_level_settings
 from fedkern.engine.defaults import COMMON, default_data, defaults
 from fedkern.engine.store import toml
 from fedkern.errors import UserError, nearest
@@ -212,6 +213,33 @@ class RunConfig:
         "what a slow client has done by the deadline: count the part, or drop the client from the round",
         choices=("count", "drop"),
     )
+    dp_clip: float | None = option(
+        None,
+        "averaging methods: differential privacy of whole clients, with --dp-noise. Largest Euclidean norm of all that "
+        "a client changes in a round; a larger change is scaled down to it, and all clients weigh the same. Choose it "
+        "near the median change: a run on public data of the same kind with --dp-noise 0 tells every client's as "
+        "update_norm in metrics.jsonl",
+        above=0,
+        type=float,
+    )
+    dp_noise: float | None = option(
+        None,
+        "averaging methods: standard deviation of the Gaussian noise that the server adds to the sum of the clients' "
+        "changes, in multiples of --dp-clip; 0 only clips and promises nothing. More noise makes epsilon smaller; more "
+        "clients in a round make the noise on their mean smaller",
+        low=0,
+        type=float,
+    )
+    dp_delta: float | None = option(
+        None, "delta at which the epsilon of --dp-noise is told; open: 1e-5, or clients^-1.1 where that is smaller",
+        above=0, high=0.5, type=float,
+    )  # fmt: skip
+    dp_draws: str = option(
+        "secret",
+        "source of the noise of --dp-noise: 128 bits that the server draws and keeps, or the run's seed. With the seed "
+        "a run can be repeated, and epsilon holds only while the seed is secret",
+        choices=("secret", "seed"),
+    )
     teachers: str | None = option(
         None,
         "trained networks of the clients, which then do not train: a run folder, or a folder with "
@@ -241,7 +269,7 @@ class RunConfig:
     records: str | None = option(
         None,
         "what records, pictures and the terminal show: all, or private (nothing of single clients and nothing "
-        "outside epsilon). Open: private where a method option asks for differential privacy",
+        "outside epsilon). Open: private where a method option or --dp-noise asks for differential privacy",
         choices=("all", "private"),
         type=str,
     )
@@ -301,7 +329,8 @@ class RunConfig:
                 "leave it out."
             )
         if self.records is None:
-            object.__setattr__(self, "records", "private" if kind.promises(parsed) else "all")
+            promised = kind.promises(parsed) or bool(self.dp_noise)
+            object.__setattr__(self, "records", "private" if promised else "all")
         if self.fix_statistics is not None and (kind.one_shot or kind.takes_teachers):
             raise UserError(
                 f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."
@@ -315,7 +344,11 @@ class RunConfig:
         averaging = "that average the clients' parameters"
         once = "whose server averages the clients' parameters once a round"
         for names, able, what in (
-            (("aggregator", "max_update_norm", "clip_update_norm"), lambda method: method.averages, averaging),
+            (
+                ("aggregator", "max_update_norm", "clip_update_norm", "dp_clip", "dp_noise"),
+                lambda method: method.averages,
+                averaging,
+            ),
             (("server_rule", "server_lr"), lambda method: method.steps_once, once),
             (
                 ("dropout_rate", "straggler_rate"),
@@ -344,6 +377,7 @@ class RunConfig:
                 f"--clip-update-norm is not for {self.method}, whose clients keep a gradient of their whole update: "
                 "take --max-update-norm, which refuses an update that is too large."
             )
+        client_level_settings.check(self)
         if self.patient_images is not None and self.privacy_unit != "patient":
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
         if self.momentum >= 1:

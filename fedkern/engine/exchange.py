@@ -19,16 +19,23 @@ from fedkern.interrupts import check
 from fedkern.methods.base import Message, Method, Round, Step, Upload
 from fedkern.methods.uploads import like, why_refused
 from fedkern.models.flops import Counting
+from fedkern.privacy.dpsgd import stream_name
 from fedkern.streams import stream
 
 
-def sample_clients(config: RunConfig, round: int) -> list[int]:
-    """The clients of a round in ascending order, drawn from the round's own stream."""
+def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]:
+    """The clients of a round in ascending order, drawn from the round's own stream.
+
+    Args:
+        config: the run's settings.
+        round: communication round, from 0.
+        secret: mixed into the stream, so that nobody foresees the clients; empty: they follow from the seed.
+    """
     count = config.sampled_clients
     if count >= config.trained_clients:
         return list(range(config.trained_clients))
-    chosen = stream(config.seed, "sampling", round=round).choice(config.trained_clients, size=count, replace=False)
-    return sorted(int(k) for k in chosen)
+    draws = stream(config.seed, stream_name("sampling", secret), round=round)
+    return sorted(int(k) for k in draws.choice(config.trained_clients, size=count, replace=False))
 
 
 def fewest_uploads(config: RunConfig, rounds: int) -> int:
@@ -95,6 +102,8 @@ class Exchange:
             engine.heard(answer)
             if answer.problem is not None:
                 engine.dropped(answer.client, answer.problem)
+                if engine.silent:  # as many bytes as with an upload, or the ledger would tell that there was none
+                    self._book(k, "up", dict(self.method.expects(engine.server, step, k, message)))
                 self._left_out += 1
                 self.seconds += time.perf_counter() - start
                 continue
@@ -145,7 +154,8 @@ class Exchange:
     def _reducing(self, sent: dict[int, Message]) -> dict[int, Reducing]:
         """How every client's upload is checked and kept on its rank; empty where whole uploads travel."""
         engine, config = self.engine, self.engine.config
-        needed = engine.releases is not None or config.max_update_norm or config.clip_update_norm
+        needed = engine.private is not None or engine.releases is not None
+        needed = needed or config.max_update_norm or config.clip_update_norm
         if self.asker != "method" or config.sums != "exact" or needed or engine.server.aggregator is not None:
             return {}
         names = reduced(self.method, self.step)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedkern.engine import device_use, diagnostics, peak
 from fedkern.engine.absences import absent_clients
 from fedkern.engine.audience import Audience
+from fedkern.engine.client_privacy import RELEASED, ClientPrivacy
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
@@ -32,7 +33,7 @@ from fedkern.engine.evaluate import (
     worst_client,
 )
 from fedkern.engine.events import RunInfo
-from fedkern.engine.exchange import Exchange, fewest_uploads, sample_clients
+from fedkern.engine.exchange import Exchange, fewest_uploads, message_for, sample_clients
 from fedkern.engine.executors import team
 from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.executors.ranks import Ranks
@@ -46,7 +47,7 @@ from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import BEFORE, Client, Server
 from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.samples import TestSet
-from fedkern.engine.store import confusions, predictions, records
+from fedkern.engine.store import confusions, predictions, records, server_secret
 from fedkern.engine.store.artifacts import Artifact, Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.evaluation_file import ONLY, OWN, rows, write_evaluation
@@ -60,7 +61,7 @@ from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
-from fedkern.methods.base import Method, Round, Step
+from fedkern.methods.base import Message, Method, Round, Step, Upload
 from fedkern.methods.common.figures import is_main
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.uploads import all_finite
@@ -92,6 +93,7 @@ class Run:
         self._scribe = Scribe()
         self.checkpoints = Checkpoints(out, self._scribe)
         self.releases: Releases | None = None  # None without differential privacy
+        self.private: ClientPrivacy | None = None  # of whole clients
         self.metrics = records.Metrics(out)
         self.observed = diagnostics.Observations()
         self.server = Server(context)
@@ -138,7 +140,11 @@ class Run:
             self._pooling.check(network.module)
         with self.context.drawing(self.server, BEFORE):
             self.method.start(self.server)
-        self.said = guarantee(self.method, self.server, self.config.records)
+        if self.config.dp_clip is not None:
+            self.private = ClientPrivacy(self.config, self.method, self.server, self.context)
+            self.said = self.private.guarantee()
+        else:
+            self.said = guarantee(self.method, self.server, self.config.records)
         if self.config.privacy_unit != "image" and self.said is None:
             raise UserError(
                 f"--privacy-unit {self.config.privacy_unit} says what an epsilon protects, and this run of "
@@ -177,9 +183,11 @@ class Run:
         else:
             self._restore(entry, fingerprint_now)
         self.server.traffic = self.ledger.rounds
-        if self.method.guarantee(self.server) is not None:
+        if self.said is not None:
             self.releases = Releases(self.checkpoints.folder)
             self.releases.open(self.planned)
+            if self.private is not None and self.config.dp_draws == "secret":
+                self.private.secret = server_secret.of_a_run(self.checkpoints.folder, begun=entry is not None)
             self.checkpoints.write_at_once()  # a release may leave a client only after its privacy cost is on disk
         self.context.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.context), client_sets(self.context)
@@ -299,7 +307,7 @@ class Run:
         if isinstance(entry.participants, tuple):
             participants = list(entry.participants)
         else:
-            participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
+            participants = everyone if entry.participants == "all" else self._sample(index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
@@ -311,6 +319,7 @@ class Run:
         due = (self.done + 1) % self.config.eval_every == 0 or self.done + 1 == self._rounds
         exchanges = self._pooling.exchanges(entry, due)
         absent = {} if entry.one_off else absent_clients(self.config, index, participants)
+        asked = len(participants)
         participants = [k for k in participants if k not in absent]
         for exchange_name, asker in exchanges:
             step = Step(index, entry.name, exchange_name)
@@ -322,7 +331,9 @@ class Run:
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             exchange.lose(outgoing, absent)
             absent = {}
-            uploads = exchange.uploads(outgoing)
+            uploads: Iterator[Upload] = exchange.uploads(outgoing)
+            if self.private is not None and asker is self.method:
+                uploads = self._mean_of(self.private, uploads, outgoing, step, participants[0], asked)
             with self.context.drawing(self.server, step):
                 asker.server_update(self.server, step, uploads)
             for _ in uploads:  # every client works, even where server_update stops reading
@@ -356,6 +367,25 @@ class Run:
         self.done += 1
         self._record(entry, start, sent, phases, flops, travelled, due)
 
+    def _sample(self, index: int) -> list[int]:
+        return sample_clients(self.config, index) if self.private is None else self.private.participants(index)
+
+    def _mean_of(
+        self, private: ClientPrivacy, uploads: Iterator[Upload], outgoing: Any, step: Step, client: int, asked: int
+    ) -> Iterator[Upload]:
+        """The one upload that the server sees with client-level differential privacy."""
+        message = message_for(outgoing, client, self.method.selective) or {}
+
+        def note(k: int, figures: Mapping[str, float]) -> None:
+            self._round["clients"][str(k)].update(figures)
+
+        def book(released: Message) -> None:
+            if self.releases is not None:
+                self.releases.add(self.planned, step.exchange, RELEASED, released)
+
+        declared = self.method.expects(self.server, step, client, message)
+        return private.released(uploads, declared, step=step, number=self.planned, asked=asked, note=note, book=book)
+
     def _record(
         self,
         entry: Round,
@@ -379,6 +409,8 @@ class Run:
             "round_bytes_down": self.ledger.total_down - sent[1],
             "evaluated": due,
         }
+        if self.private is not None:
+            record.update(self.private.spent(self.done))
         if travelled:
             record["bytes"] = travelled
         if losses:
@@ -476,6 +508,11 @@ class Run:
 
     def _write_state(self, k: int) -> None:
         state = self.executor.changed(k)
+        if state and self.private is not None and self.private.amplified:
+            raise UserError(
+                f"Epsilon counts that the clients of a round are drawn in secret, as {self.config.method} is declared "
+                f"memoryless, but client {self.context.data.client_label(k)} keeps state: declare memoryless = False."
+            )
         if state is not None:
             self.checkpoints.write_client(k, self.planned + 1, state)
 
@@ -492,7 +529,7 @@ class Run:
 
     def released(self, client: int, message: Any) -> None:
         """Keeps the digest of a private run's message before the message leaves its client."""
-        if self.releases is not None:
+        if self.releases is not None and self.private is None:  # the server alone releases anything else
             self.releases.add(self.planned, self._round["exchange"], client, message)
 
     def dropped(self, k: int, problem: Diverged | ClientFailed) -> None:
@@ -519,18 +556,20 @@ class Run:
             if self.config.on_nan == "stop":
                 raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
         self._leave_out(k, why)
-        self.context.warn(name, f"{where}; {left}.")
+        if not self.silent:
+            self.context.warn(name, f"{where}; {left}.")
 
     def refused(self, client: int, exchange: str, why: str) -> None:
         """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
-        if not self.context.disclosure.server:
+        if self.silent or not self.context.disclosure.server:
             why = "is not as declared"
         shown, when = self.context.data.client_label(client), when_of(self._round["entry"], self.done, exchange)
         said = f"Client {shown}'s upload {when} {why}"
         if self.config.on_nan == "stop":
             raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._undeclared()}")
         self._leave_out(client, {"exchange": exchange, "reason": why})
-        self.context.warn(f"refused-upload-{client}", f"{said}; it was left out.")
+        if not self.silent:
+            self.context.warn(f"refused-upload-{client}", f"{said}; it was left out.")
 
     def _undeclared(self) -> str:
         """Hint for the author of a method that does not override ``Method.expects``; else empty."""
@@ -542,6 +581,11 @@ class Run:
         """Notes a client that was sent a message and never answers in this round."""
         self._note_dropped(k, {"exchange": exchange, "reason": why})
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is told of a client that is left out: no noise covers that its upload was no good."""
+        return self.private is not None and not self.context.disclosure.clients
+
     def _leave_out(self, k: int, why: dict[str, Any]) -> None:
         state = self.executor.changed(k)
         self.executor.forget(k)
@@ -549,7 +593,10 @@ class Run:
         # in any case, and a round whose earlier exchanges are not written yet.
         if state is not None and (self._round["late"] or LEDGER in state):
             self.checkpoints.write_client(k, self.planned + 1, state)
-        self._note_dropped(k, why)
+        if self.silent:
+            self._round["dropped"].add(k)
+        else:
+            self._note_dropped(k, why)
 
     def _note_dropped(self, k: int, why: dict[str, Any]) -> None:
         self._round["dropped"].add(k)
@@ -612,6 +659,8 @@ class Run:
             "kernels": records.kernels(),
             "finished": finished,
         }
+        if self.private is not None and self.said is not None:
+            info["planned"] = {"rounds": self._rounds, "epsilon": self.private.planned}
         if (place := team.place()) is not None:
             info["torchrun"] = place.job  # by which a restart knows the run
         if states := self.listener.states():
@@ -653,6 +702,13 @@ class Run:
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"], info.get("metrics_sha256"))
         self.listener.restore_all(info.get("listeners", {}))
+        if self.private is not None and info.get("planned", {}).get("rounds", self._rounds) != self._rounds:
+            before = info["planned"]
+            self.context.warn(
+                "larger-epsilon",
+                f"The run was planned for {before['rounds']} rounds with epsilon {before['epsilon']:.3g}: its "
+                f"{self._rounds} rounds have epsilon {self.private.planned:.3g}.",
+            )
         for name, text in {**changes(info, self.config), **repairs(self.checkpoints, entry, self.out)}.items():
             self.context.warn(name, text)
 
@@ -677,7 +733,10 @@ class Run:
         if told.appraised is None or told.appraised:
             found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
             metrics.update(told.oracle_metrics(found, ("", *self.sets)))
-        private = privacy_figures(self.said, self.checkpoints.client_state, self.config.trained_clients)
+        if self.private is not None:
+            private = self.private.report(self.done)
+        else:
+            private = privacy_figures(self.said, self.checkpoints.client_state, self.config.trained_clients)
         metrics.update({name: private[name] for name in (EPSILON, PART, "delta") if name in private})
         flat = self.context.is_flat(network)
         constant = diagnostics.constants(self.sets, classes) if told.clients else {}
@@ -714,7 +773,7 @@ class Run:
             "metrics": metrics,
             **self._own(own, own_sets),
             **({"per_class": final.per_class} if final.per_class else {}),
-            "bytes": self.ledger.summary(),
+            "bytes": self._bytes(),
             "seconds": self.seconds(),
             "phases": self.phases,
             **({"speed": self._speed()} if self.flops else {}),
@@ -759,6 +818,13 @@ class Run:
             k, figure = worst
             value = self.own_figures[k][figure]
             found["worst_client"] = {"client": k, **named(k), "metric": figure, "value": value}
+        return found
+
+    def _bytes(self) -> dict[str, Any]:
+        """The ledger's totals; not those of single clients where it is secret who took part in which round."""
+        found = self.ledger.summary()
+        if self.private is not None and self.private.amplified:
+            del found["clients"]
         return found
 
     def _write_predictions(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +92,14 @@ def test_what_the_guarantee_says():
         "records"
     )
     assert str(said.unit.change) == "the whole data set of one is replaced"
+
+
+def test_the_figures_of_the_page():
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    table = re.search(r"<!-- client-level epsilon -->(.*?)<!-- end -->", page, re.DOTALL)
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", table[1], re.MULTILINE)
+    assert len(rows) == 5
+    for clients, drawn, rounds, noise, epsilon in rows:
+        found = ClientLevel(1.0, float(noise), DELTA).epsilon(int(rounds), drawn=int(drawn), of=int(clients))
+        assert f"{found:.3g}" == epsilon

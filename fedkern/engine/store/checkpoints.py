@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.store import atomic, releases, state
+from fedkern.engine.store import atomic, releases, server_secret, state
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, read_json
@@ -248,7 +248,8 @@ class Checkpoints:
         if self.folder.is_dir():
             self.entries, self.clients = [], {}
             self._collect()
-            (self.folder / releases.NAME).unlink(missing_ok=True)
+            for name in (releases.NAME, server_secret.NAME):
+                (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
 

@@ -35,7 +35,7 @@ DIVERGED = "diverged"
 
 
 class Releases:
-    """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``.
+    """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``; the server is client -1.
 
     Args:
         folder: the folder of the checkpoints.
@@ -84,8 +84,9 @@ class Releases:
             except OSError as error:
                 raise atomic.unwritable(self._path, error) from None
         elif before != found:
+            who, what = ("the server", "the mean of a round") if client < 0 else (f"client {client}", "its answer")
             raise UserError(
-                f"This private run was interrupted after client {client} had released its answer, and what would be "
+                f"This private run was interrupted after {who} had released {what}, and what would be "
                 "released in its place now differs: both together would tell more than epsilon says. Resume it with "
                 "the processor or GPU, the PyTorch and the threads that it was interrupted with; where those are the "
                 "same, start it again (what it released so far then comes on top of the new run's epsilon)."

@@ -1,0 +1,292 @@
+"""Client-level differential privacy of a run (`fedkern.privacy.client_level`): who takes part, what is released.
+
+The server of a method sees no single upload.  In every round it gets one upload, the mean of the clients' clipped
+changes with noise on it, so that whatever it does with that upload costs no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import ops
+from fedkern.engine.client_level_settings import delta_of
+from fedkern.engine.config import RunConfig
+from fedkern.engine.context import RunContext
+from fedkern.engine.exchange import message_for, reduced, sample_clients
+from fedkern.engine.parties import Server
+from fedkern.errors import UserError
+from fedkern.methods.base import VECTORS, Declaration, Message, Method, Step, Upload
+from fedkern.methods.uploads import Values, like
+from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
+from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
+from fedkern.streams import stream
+
+RELEASED = -1
+"""Client id of the released mean: in its `Upload`, in its noise key and among the digests of releases."""
+
+
+class ClippedSum:
+    """Sum of what clients change, every client's whole change clipped to a norm.
+
+    Changes, norms and the sum are in fp64.
+
+    Args:
+        level: the mechanism.
+        start: fp32 ``[P_i]`` by name, the vectors from which the clients' are counted.
+        exact: whether the bits of the sum do not depend on the order of the clients.
+    """
+
+    def __init__(self, level: ClientLevel, start: Mapping[str, Tensor], exact: bool) -> None:
+        self._level, self._start = level, dict(start)
+        self._sum = ops.Accumulator(sum(vector.numel() for vector in start.values()), exact)
+
+    def add(self, message: Message) -> tuple[float, float]:
+        """Adds a client's vectors, fp32 ``[P_i]`` by name.
+
+        Returns:
+            The norm of the client's change, and the factor in (0, 1] that the change is added with.
+        """
+        change = torch.cat([message[name].double() - there.double() for name, there in self._start.items()])
+        norm = float(torch.linalg.vector_norm(change))
+        factor = self._level.factor(norm)
+        self._sum.add(change.mul_(factor))
+        return norm, factor
+
+    def release(self, asked: int, key: NoiseKey) -> Message:
+        """The vectors fp32 ``[P_i]`` by name: start plus the sum with noise over ``asked``, the number of clients."""
+        total = self._sum.mean().mul_(self._sum.count) if self._sum.count else torch.zeros(self._sum.size).double()
+        deviation = self._level.noise * self._level.clip
+        if deviation:
+            total += ops.clip_and_noise(torch.zeros(len(total)), 1.0, deviation, key.seed, key.offset)
+        parts = total.div_(asked).split([vector.numel() for vector in self._start.values()])
+        return {
+            name: (there.double() + part).to(there.dtype)
+            for (name, there), part in zip(self._start.items(), parts, strict=True)
+        }
+
+
+class ClientPrivacy:
+    """Client-level differential privacy of one run.
+
+    Args:
+        config: the settings, with ``dp_clip`` and ``dp_noise``.
+        method: the method.
+        server: the server, as the method's ``start`` has left it.
+        context: the run's data.
+
+    Attributes:
+        level: the mechanism.
+        amplified: whether the clients of a round are drawn in secret and keep no state; epsilon then counts the draw.
+        secret: 32 hexadecimal digits from which noise and draws follow; empty: they follow from the run's seed.
+
+    Raises:
+        UserError: the mechanism does not fit the method or the data, or dp-accounting is not installed.
+    """
+
+    def __init__(self, config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
+        assert config.dp_clip is not None
+        assert config.dp_noise is not None
+        self._config, self._method, self._server = config, method, server
+        self.level = ClientLevel(config.dp_clip, config.dp_noise, delta_of(config))
+        check(config, method, server, context)
+        self.secret = ""
+        plan = [entry.participants for entry in method.rounds(server.federation)]
+        sampled = config.sampled_clients < config.trained_clients and all(who == "sampled" for who in plan)
+        # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
+        hidden = config.records == "private" and not config.dropout_rate and config.late_work != "drop"
+        stateless = method.memoryless and config.buffers != "local"
+        self.amplified = bool(self.level.noise) and sampled and hidden and stateless
+        # Number of rounds, by rounds done, for which the client was asked that was asked most often.
+        self._most = list(range(len(plan) + 1))
+        if not self.amplified and config.sampled_clients < config.trained_clients:
+            asked: Counter[int] = Counter()
+            for number, who in enumerate(plan):
+                asked.update(range(config.trained_clients) if who == "all" else sample_clients(config, number))
+                self._most[number + 1] = max(asked.values())
+        self.planned = self.epsilon(len(plan)) if self.level.noise else math.inf
+
+    def participants(self, round: int) -> list[int]:
+        """The clients of a round that draws some, in ascending order."""
+        return sample_clients(self._config, round, self.secret if self.amplified else "")
+
+    # -- epsilon ---------------------------------------------------------------------------------------------------
+
+    def epsilon(self, rounds: int) -> float:
+        """Epsilon of the first ``rounds`` rounds."""
+        if self.amplified:
+            config = self._config
+            return self.level.epsilon(rounds, drawn=config.sampled_clients, of=config.trained_clients)
+        return self.level.epsilon(self._most[rounds])
+
+    def guarantee(self) -> ClientGuarantee | None:
+        """The run's guarantee; None without noise."""
+        if not self.level.noise:
+            return None
+        conditions = ["the server, which gets every client's update as it is, is trusted and keeps checkpoints/"]
+        if self.amplified:
+            conditions.append("who takes part in a round stays secret")
+        if self._config.dp_draws == "seed":
+            conditions.append("the run's seed stays secret")
+        said = ClientGuarantee(
+            self.level.delta,
+            {"networks": "the networks of all rounds and all that is computed from them"},
+            conditions=tuple(conditions),
+            planned=self.planned,
+            rounds=len(self._most) - 1,
+        )
+        found = said if self._config.records == "private" else said.with_records()
+        assert isinstance(found, ClientGuarantee)
+        return found
+
+    def spent(self, rounds: int) -> dict[str, float]:
+        """The figure of the first ``rounds`` rounds by its name, for a record; empty without noise."""
+        said = self.guarantee()
+        return {} if said is None else {said.figure: self.epsilon(rounds)}
+
+    def report(self, rounds: int) -> dict[str, Any]:
+        """The ``privacy`` entry of summary.json after ``rounds`` rounds; empty without noise.
+
+        Its entries are ``epsilon`` (or ``epsilon_covered``), ``delta``, ``unit``, ``rounds``, ``covers`` and
+        ``leaves_uncovered`` as for every guarantee, ``clip`` and ``noise``, ``drawn`` and ``of`` where epsilon counts
+        the draw of so many clients, and ``statement``.
+        """
+        said = self.guarantee()
+        if said is None:
+            return {}
+        found = self.epsilon(rounds)
+        draw = {"drawn": self._config.sampled_clients, "of": self._config.trained_clients} if self.amplified else {}
+        return {
+            **said.to_dict(),
+            said.figure: found,
+            "rounds": rounds,
+            "clip": self.level.clip,
+            "noise": self.level.noise,
+            **draw,
+            "statement": said.statement(found),
+        }
+
+    # -- a round ---------------------------------------------------------------------------------------------------
+
+    def released(
+        self,
+        uploads: Iterable[Upload],
+        declared: Declaration,
+        *,
+        step: Step,
+        number: int,
+        asked: int,
+        note: Callable[[int, Mapping[str, float]], None],
+        book: Callable[[Message], None],
+    ) -> Iterator[Upload]:
+        """Yields one upload, the released mean of all ``uploads``.
+
+        Args:
+            uploads: the clients' uploads, which fit ``declared``.
+            declared: the declaration of an upload.
+            step: the exchange.
+            number: number of the round in the plan, for the noise's key.
+            asked: number of clients that the server asked, whoever answers.
+            note: gets every client's id, and ``update_norm`` and, where it is below 1, ``clipped``: the norm of the
+                client's change and the factor on it.
+            book: gets the message before it is yielded.
+        """
+        state = self._server.state
+        start = self._start(declared, step)
+        total = ClippedSum(self.level, start, self._config.sums == "exact")
+        for upload in uploads:
+            norm, factor = total.add(upload.message)
+            note(upload.client_id, {"update_norm": norm, **({"clipped": factor} if factor < 1 else {})})
+            del upload  # free this upload before the next one arrives
+        message = total.release(asked, self._key(number, step))
+        if "buffers" in message and self.level.noise:
+            own = message["buffers"][self._variances]
+            keep_variances(own, start["buffers"][self._variances])
+            message["buffers"][self._variances] = own
+        if "integers" in declared:  # numbers of batches, which no noise covers, stay as they are
+            message["integers"] = state["integers"]
+        book(message)
+        yield Upload(RELEASED, 1, message, share=asked / self._server.federation.clients)
+
+    def _start(self, declared: Declaration, step: Step) -> dict[str, Tensor]:
+        """What clients' vectors are counted from: the global network's, zero for vectors that are changes already."""
+        names = [name for name in reduced(self._method, step) if name in declared]
+        state = self._server.state
+        return {name: state[name] if name in VECTORS else torch.zeros(_size(declared[name])) for name in names}
+
+    def _key(self, number: int, step: Step) -> NoiseKey:
+        own = self.secret
+        material = bytes.fromhex(own) if own else stream(self._config.seed, "privacy").bytes(SECRET_BYTES)
+        return noise_key(material, RELEASED, f"{CHANNEL}/{step.exchange}", number)
+
+    @cached_property
+    def _variances(self) -> Tensor:
+        """Where the running variances of batch norm are in ``buffers``, bool ``[Q]``."""
+        return variances(self._server.build())
+
+
+def variances(network: nn.Module) -> Tensor:
+    """Where the running variances are among a network's floating buffers, bool ``[Q]``."""
+    named = [(name, buffer) for name, buffer in network.named_buffers() if buffer.is_floating_point()]
+    return torch.cat([torch.full((buffer.numel(),), name.endswith("running_var")) for name, buffer in named])
+
+
+def check(config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
+    """Checks that the server of a method only adds vectors up, once a round, which noise on their sum covers.
+
+    Raises:
+        UserError: it does more with uploads, clients keep what clipping would spoil, or other things travel.
+    """
+    name = config.method
+    if method.follows_own_update:
+        raise UserError(
+            f"--dp-clip is not for {name}, whose clients keep a gradient of their whole update, which the server "
+            "scales down: leave it out."
+        )
+    if method.guarantee(server) is not None:
+        raise UserError(f"--dp-clip is not for {name}, which has differential privacy of its own: leave it out.")
+    for entry in method.rounds(server.federation):
+        more = entry.exchanges[0] if entry.one_off else next(iter(entry.exchanges[1:]), None)
+        if more is not None:
+            raise UserError(
+                f'--dp-clip is not for {name} with these options, whose clients upload more ("{more}") than a change '
+                "of the network: leave it out, or choose other options."
+            )
+        step = Step(0, entry.name, entry.exchanges[0])
+        summed = reduced(method, step)
+        if "parameters" not in summed or entry.cohort or isinstance(entry.participants, tuple):
+            raise UserError(
+                f"--dp-clip is not for {name} with these options, whose server does more with uploads than adding them "
+                "up: leave it out."
+            )
+    message = message_for(method.send(server, step), 0, method.selective) or {}
+    for key, due in method.expects(server, step, 0, message).items():
+        fits = key in summed and (key not in VECTORS or _size(due) == server.state[key].numel())
+        if not fits and key != "integers":
+            raise UserError(
+                f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server does '
+                "not only add up: leave it out, or choose other options."
+            )
+    if config.buffers == "pool":
+        raise UserError(
+            "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "
+            "average, local or drop."
+        )
+    if config.dp_noise and context.words() is not None:
+        raise UserError(
+            f"--dp-noise does not cover the vocabulary that --text-encoder {config.text_encoder} learns from the "
+            "clients' texts: take a text encoder of transformers, or leave --dp-noise out."
+        )
+
+
+def _size(due: Any) -> int:
+    """Number of elements of a declared vector ``[P]``; -1 for anything else."""
+    declared = like(due) if isinstance(due, Tensor) else due
+    shape = declared.shape if isinstance(declared, Values) else ()
+    return shape[0] if len(shape) == 1 and isinstance(shape[0], int) else -1

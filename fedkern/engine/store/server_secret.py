@@ -1,0 +1,54 @@
+"""The server's secret bits, from which the noise of client-level differential privacy follows.
+
+They are on the disk before anything is released, so that a resumed run repeats its noise.  They stand in the folder of
+the checkpoints, which is not published.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from pathlib import Path
+
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError
+from fedkern.inputs import read_text
+from fedkern.privacy.keys import SECRET_BYTES
+
+NAME = "server-secret.txt"
+_DIGITS = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n")
+
+
+def draw(folder: Path) -> str:
+    """Draws the secret of a new run and writes it to the folder of its checkpoints; 32 hexadecimal digits."""
+    made = secrets.token_hex(SECRET_BYTES)
+    atomic.write_bytes(folder / NAME, f"{made}\n".encode())
+    return made
+
+
+def read(folder: Path) -> str:
+    """The secret that :func:`draw` has written.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / NAME
+    try:
+        text = read_text(path, "ascii")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not _DIGITS.fullmatch(text):
+        raise UserError(
+            f"{path} is missing or damaged, so that this private run cannot repeat its noise: put the file back, or "
+            "start the run again in a new folder."
+        )
+    return text.strip()
+
+
+def of_a_run(folder: Path, *, begun: bool) -> str:
+    """The secret of a run whose checkpoints are in ``folder``, drawn where the run has not ``begun``.
+
+    Raises:
+        UserError: see :func:`read`.
+    """
+    return read(folder) if begun or (folder / NAME).exists() else draw(folder)

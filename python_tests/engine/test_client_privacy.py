@@ -1,0 +1,568 @@
+"""``--dp-clip`` and ``--dp-noise``: clipping, noise, epsilon and secrecy of runs, and every refused combination."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from smallest import SETTINGS
+
+from fedkern.engine import Listener, RunConfig, extend, read_metrics, read_summary, run
+from fedkern.engine.absences import absent_clients
+from fedkern.engine.client_privacy import ClippedSum, variances
+from fedkern.engine.exchange import sample_clients
+from fedkern.engine.local import Diverged
+from fedkern.engine.store import server_secret
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg
+from fedkern.models import build
+from fedkern.privacy import ClientLevel
+from fedkern.privacy.keys import noise_key
+from fedkern.report.progress import headline
+
+SIZES = (20, 13, 9, 15)
+SECRET = bytes(range(16))
+ONLY_CLIP = {"dp_clip": 0.05, "dp_noise": 0.0}
+NOISED = {"dp_clip": 0.5, "dp_noise": 2.0, "dp_draws": "seed"}
+
+
+def needs_accounting():
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+
+
+def shipped(name):
+    return METHODS[name].__module__.startswith("fedkern.")
+
+
+# -- the sum -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_changes_are_clipped_as_one_vector_and_added(exact):
+    rng = np.random.default_rng(0)
+    start = {"parameters": rng.standard_normal(40), "buffers": rng.standard_normal(3)}
+    start = {name: value.astype(np.float32) for name, value in start.items()}
+    total = ClippedSum(ClientLevel(2.0, 0.0, 1e-5), {k: torch.from_numpy(v) for k, v in start.items()}, exact)
+    wanted = np.zeros(43)
+    for scale in (0.01, 0.3, 5.0, 1e4):
+        own = {name: (v + scale * rng.standard_normal(v.shape)).astype(np.float32) for name, v in start.items()}
+        change = np.concatenate([own[name].astype(np.float64) - start[name] for name in start])
+        length = np.sqrt((change**2).sum())
+        norm, factor = total.add({name: torch.from_numpy(value) for name, value in own.items()})
+        assert norm == pytest.approx(length, rel=1e-12)
+        assert factor == pytest.approx(min(1.0, 2.0 / length), rel=1e-12)
+        wanted += change * min(1.0, 2.0 / length)
+    made = total.release(8, noise_key(SECRET, -1, "updates", 0))
+    found = np.concatenate([made[name].numpy() for name in start])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.concatenate([*start.values()]) + wanted / 8, rtol=2e-7, atol=1e-7)
+
+
+def test_the_noise_has_the_promised_deviation_and_comes_from_its_key():
+    level, size = ClientLevel(0.5, 3.0, 1e-5), 200_000
+    drawn = []
+    for number in (0, 0, 1):
+        total = ClippedSum(level, {"parameters": torch.zeros(size)}, exact=False)
+        for _ in range(3):
+            total.add({"parameters": torch.zeros(size)})
+        drawn.append(total.release(4, noise_key(SECRET, -1, "updates", number))["parameters"].double())
+    first, again, other = drawn
+    assert torch.equal(first, again)
+    wanted = 3.0 * 0.5 / 4
+    assert wanted == level.deviation(4)
+    for noise in (first, other):  # the numbers are fixed by the key; five standard errors of each estimate
+        assert float(noise.std()) == pytest.approx(wanted, rel=5 / (2 * size) ** 0.5)
+        assert abs(float(noise.mean())) < 5 * wanted / size**0.5
+    assert abs(float((first * other).mean())) < 5 * wanted**2 / size**0.5
+
+
+def test_variances_are_found_where_the_flat_vector_has_them():
+    from fedkern import ops
+
+    network = build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
+    found = variances(network)
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():
+            if buffer.is_floating_point():
+                buffer.fill_(float(name.endswith("running_var")))
+    assert 0 < int(found.sum()) < len(found)
+    assert torch.equal(ops.FlatParameters(network).buffers, found.float())
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def watched(monkeypatch, name):
+    """A method of this name that notes every round's start, its clients' uploads and what its server got."""
+    kind, seen = METHODS[name], []
+
+    class Seeing(kind):
+        memoryless = kind.memoryless
+
+        def send(self, server, step):
+            kept = {key: value.clone() for key, value in server.state.items() if isinstance(value, torch.Tensor)}
+            seen.append({"start": kept, "uploads": {}})
+            return super().send(server, step)
+
+        def client_update(self, client, step, message):
+            made = super().client_update(client, step, message)
+            seen[-1]["uploads"][client.id] = {key: value.clone() for key, value in made.items()}
+            return made
+
+        def server_update(self, server, step, uploads):
+            got = list(uploads)
+            seen[-1]["got"] = got
+            super().server_update(server, step, iter(got))
+            seen[-1]["end"] = dict(server.state)
+
+        def reduce(self, step):
+            return super().reduce(step)
+
+    Seeing.__doc__ = kind.__doc__
+    Seeing.name = kind.name
+    monkeypatch.setitem(METHODS, name, Seeing)
+    return seen
+
+
+def test_a_round_is_the_plain_formula_over_the_clients_asked(make_data, make_config, tmp_path, monkeypatch):
+    seen = watched(monkeypatch, "fedavg")
+    config = make_config("fedavg", clients=4, rounds=3, dropout_rate=0.3, workers="1", **ONLY_CLIP)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    rounds = seen[-3:]  # before the run the method is asked what it would send
+    missing = [absent_clients(config, number, range(4)) for number in range(3)]
+    assert any(missing)
+    records = read_metrics(tmp_path / "run")
+    for each, absent, record in zip(rounds, missing, records, strict=True):
+        assert set(each["uploads"]) == set(range(4)) - set(absent)
+        names = ("parameters", "buffers")
+        start = torch.cat([each["start"][name] for name in names]).double()
+        total = torch.zeros_like(start)
+        for k, upload in each["uploads"].items():
+            change = torch.cat([upload[name] for name in names]).double() - start
+            norm = float(change.square().sum().sqrt())
+            total += change * min(1.0, 0.05 / norm)
+            assert record["clients"][str(k)]["update_norm"] == pytest.approx(norm, rel=1e-9)
+            assert record["clients"][str(k)].get("clipped", 1.0) == pytest.approx(min(1.0, 0.05 / norm), rel=1e-9)
+        end = torch.cat([each["end"][name] for name in names]).double()
+        torch.testing.assert_close(end, start + total / 4, rtol=2e-7, atol=1e-8)
+        assert torch.equal(each["end"]["integers"], each["start"]["integers"])
+        (only,) = each["got"]
+        assert (only.client_id, only.samples, only.share) == (-1, 1, 1.0)
+    assert "privacy" not in read_summary(tmp_path / "run")  # without noise nothing is promised
+
+
+def test_scaffold_clips_network_and_control_variate_together(make_data, make_config, tmp_path, monkeypatch):
+    seen = watched(monkeypatch, "scaffold")
+    config = make_config("scaffold", clients=4, rounds=2, sample_fraction=0.5, workers="1", **ONLY_CLIP)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    for each in seen[-2:]:
+        begun = each["start"]
+        start = {**{name: begun[name].double() for name in ("parameters", "buffers")}, "control": 0.0}
+        total = {name: torch.zeros_like(begun[name]).double() for name in start}
+        assert len(each["uploads"]) == 2
+        for upload in each["uploads"].values():
+            change = {name: upload[name].double() - start[name] for name in start}
+            norm = float(sum(part.square().sum() for part in change.values()).sqrt())
+            for name, part in change.items():
+                total[name] += part * min(1.0, 0.05 / norm)
+        for name in ("parameters", "buffers"):
+            wanted = start[name] + total[name] / 2
+            torch.testing.assert_close(each["end"][name].double(), wanted, rtol=2e-7, atol=1e-8)
+        wanted = begun["control"].double() + total["control"] / 4  # two of four clients, so half of their mean
+        torch.testing.assert_close(each["end"]["control"].double(), wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkeypatch):
+    needs_accounting()
+    seen = watched(monkeypatch, "fedavg")
+    config = make_config("fedavg", rounds=1, workers="1", **{**NOISED, "dp_clip": 1e-3, "dp_noise": 1e-9})
+    run(config, out=tmp_path / "run", data=make_data((60, 6, 6)))
+    each = seen[-1]
+    start = each["start"]["parameters"].double()
+    got = each["got"][0].message["parameters"].double() - start
+    vectors = [upload["parameters"].double() - start for upload in each["uploads"].values()]
+    assert all(float(vector.norm()) > 1e-3 for vector in vectors)
+    along = [float(got @ vector / vector.norm()) for vector in vectors]
+    assert float(got.norm()) <= 1e-3
+    assert min(along) > 0.15e-3  # a mean by samples would be nearly the large client's alone
+
+
+def test_heavy_noise_leaves_variances_positive_and_counts_alone(make_data, make_config, tmp_path, monkeypatch):
+    needs_accounting()
+    seen = watched(monkeypatch, "fedavg")
+    config = make_config("fedavg", rounds=2, dp_clip=1.0, dp_noise=50.0, workers="1")
+    run(config, out=tmp_path / "run", data=make_data())
+    mask = variances(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2))
+    for each in seen[-2:]:
+        before, after = each["start"]["buffers"][mask], each["end"]["buffers"][mask]
+        assert bool((after >= 0.0999 * before).all())
+        assert bool((after < 0.1001 * before).any())
+        assert torch.equal(each["end"]["integers"], each["start"]["integers"])
+
+
+RUNS = {"fedavg", "fedprox", "fedntd", "fedgid", "fedlpfm", "fml", "moon", "scaffold", "oneshot-fedavg"}
+AVERAGES = "--dp-clip is for methods that average the clients' parameters, which .* does not do: leave it out"
+MORE = 'whose clients upload more \\("{}"\\) than a change'
+REFUSED = {
+    "afl": MORE.format("losses"),
+    "ccvr": "whose server does more with uploads than adding them up",
+    "centralised": AVERAGES,
+    "coboosting": AVERAGES,
+    "dense": AVERAGES,
+    "ensemble": AVERAGES,
+    "feddf": AVERAGES,
+    "feddra": MORE.format("losses"),
+    "feddyn": "whose clients keep a gradient of their whole update",
+    "fediod": AVERAGES,
+    "fedproto": AVERAGES,
+    "fusefl": AVERAGES,
+    "local": AVERAGES,
+}
+
+
+@pytest.mark.parametrize("name", sorted(filter(shipped, METHODS)))
+def test_every_method_runs_or_is_refused(name, make_data, make_pairs, make_public, make_config, tmp_path):
+    needs_accounting()
+    assert {*RUNS, *REFUSED} >= set(filter(shipped, METHODS))
+    given = {**({"rounds": None} if METHODS[name].one_shot else {"rounds": 1}), "grad_cam": 0, **SETTINGS.get(name, {})}
+    if name in RUNS:
+        given.pop("options", None)  # those of fedgid share images
+    pairs = "classification" not in METHODS[name].tasks
+    data = make_pairs() if pairs else make_public(make_data(two_tests=False), samples=12)
+
+    def play():
+        return run(make_config(name, **{**given, **NOISED}), out=tmp_path / "run", data=data)
+
+    if name in RUNS:
+        private = play()["privacy"]
+        assert private["unit"] == "client"
+        assert private["rounds"] == 1
+        assert 0 < private["epsilon"] < 20
+        return
+    with pytest.raises(UserError, match=REFUSED[name]):
+        play()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("fedavg", {"dp_clip": 1.0}, "--dp-clip needs --dp-noise: give both"),
+        ("fedavg", {"dp_noise": 1.0}, "--dp-noise needs --dp-clip: give both"),
+        ("fedavg", {"dp_delta": 1e-6}, "--dp-delta is about the noise of --dp-noise"),
+        ("fedavg", {"dp_draws": "seed"}, "--dp-draws is about the noise of --dp-noise"),
+        ("fedavg", {**NOISED, "dp_clip": 0.0}, "--dp-clip must be above 0"),
+        ("fedavg", {**NOISED, "dp_noise": -1.0}, "--dp-noise must be at least 0"),
+        ("fedavg", {**NOISED, "dp_noise": float("nan")}, "--dp-noise must be"),
+        ("fedavg", {**NOISED, "dp_delta": 0.7}, "--dp-delta must be above 0 and at most 0.5"),
+        ("fedavg", {**NOISED, "aggregator": "median"}, "--aggregator median is not for --dp-clip"),
+        ("fedavg", {**NOISED, "aggregator": "krum"}, "--aggregator krum.* is not for --dp-clip"),
+        ("fedavg", {**NOISED, "clip_update_norm": 1.0}, "--clip-update-norm clips what --dp-clip clips already"),
+        ("fedavg", {**NOISED, "fix_statistics": 1}, "--fix-statistics keeps .* leave one of the two out"),
+        ("fedavg", {**NOISED, "privacy_unit": "patient"}, "--privacy-unit patient is for methods that protect"),
+        ("fedproto", {**NOISED, "options": {"networks": "personal"}}, "--dp-clip is for methods that average"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(method, settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.make(method, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("fedgid", {"options": {"background_pool": "shared"}}, MORE.format("collect")),
+        ("fedproto", {"options": {"networks": "averaged"}}, "whose server does more with uploads than adding them up"),
+        ("oneshot-fedavg", {"rounds": None, "options": {"calibrate": True}}, "whose server does more with uploads"),
+        ("fedavg", {"buffers": "pool"}, "--buffers pool"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(method, settings, message, make_data, make_config, tmp_path):
+    needs_accounting()
+    with pytest.raises(UserError, match=message):
+        run(make_config(method, **{**settings, **NOISED}), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_config, tmp_path):
+    needs_accounting()
+    config = make_config("fedavg", **{**NOISED, "buffers": "average", "width": 4})
+    with pytest.raises(UserError, match="does not cover the vocabulary that --text-encoder"):
+        run(config, out=tmp_path / "run", data=make_pairs())
+    config = make_config("fedavg", **{**NOISED, "buffers": "pool", "width": 4})
+    with pytest.raises(UserError, match="--buffers pool has clients upload sums over their samples"):
+        run(config, out=tmp_path / "run", data=make_pairs())
+
+
+def test_a_method_whose_server_weighs_clients_is_refused(make_data, make_config, tmp_path, monkeypatch):
+    needs_accounting()
+
+    class Weighing(FedAvg):
+        """FedAvg that weighs clients by their number."""
+
+        def weight(self, server, upload):
+            return 1.0 + upload.client_id
+
+    monkeypatch.setitem(METHODS, "fedavg", Weighing)
+    with pytest.raises(UserError, match="whose server does more with uploads than adding them up"):
+        run(make_config("fedavg", **NOISED), out=tmp_path / "run", data=make_data())
+
+
+# -- the same bits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def constant(monkeypatch):
+    """The secret that a run draws."""
+    monkeypatch.setattr(server_secret.secrets, "token_hex", lambda count: "5a" * count)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("fedavg", {"sample_fraction": 0.5, "dp_draws": "secret", "server_rule": "momentum", "sums": "exact"}),
+        ("scaffold", {"dropout_rate": 0.3, "checkpoint_every": 2}),
+    ],
+)
+def test_workers_and_an_interruption_change_no_bit(method, settings, constant, make_data, make_config, tmp_path):
+    needs_accounting()
+    given = {"rounds": 4, "clients": 4, **NOISED, **settings}
+    run(make_config(method, **given), out=tmp_path / "whole", data=make_data(SIZES))
+    config = make_config(method, workers="2", **given)
+    for attempt in itertools.count():
+        try:
+            kills = KillAt("round", 2) if attempt == 0 else Listener()
+            run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=attempt > 0, listener=kills)
+            break
+        except Kill:
+            pass
+    assert attempt == 1
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_path):
+    needs_accounting()
+    config = make_config("fedavg", rounds=2, **{**NOISED, "dp_draws": "secret"})
+    models = []
+    for name in ("one", "other"):
+        run(config, out=tmp_path / name, data=make_data())
+        models.append((tmp_path / name / "model.safetensors").read_bytes())
+        secret = server_secret.read(tmp_path / name / "checkpoints")
+        for path in (path for path in (tmp_path / name).rglob("*") if path.is_file()):
+            if path.name != server_secret.NAME:
+                assert secret.encode() not in path.read_bytes(), path
+                assert bytes.fromhex(secret) not in path.read_bytes(), path
+    assert models[0] != models[1]
+
+
+def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_config, tmp_path):
+    """Round 2 was released after the last checkpoint, and with another secret its noise would be other noise."""
+    needs_accounting()
+    config = make_config("fedavg", rounds=4, checkpoint_every=3, **{**NOISED, "dp_draws": "secret"})
+    out = tmp_path / "run"
+    with pytest.raises(Kill):
+        run(config, out=out, data=make_data(), listener=KillAt("round", 1))
+    (out / "checkpoints" / server_secret.NAME).write_text("00" * 16 + "\n")
+    with pytest.raises(UserError, match="interrupted after the server had released the mean of a round"):
+        run(config, out=out, data=make_data(), resume=True)
+
+
+def test_more_rounds_cost_more_and_say_so(make_data, make_config, tmp_path):
+    needs_accounting()
+    config, out = make_config("fedavg", rounds=2, **NOISED), tmp_path / "run"
+    before = run(config, out=out, data=make_data())
+    config = extend(out, 5)
+    after = run(config, out=out, data=make_data(), resume=True)
+    assert after["privacy"]["epsilon"] > before["privacy"]["epsilon"]
+    assert after["privacy"]["rounds"] == 5
+    said = f"planned for 2 rounds with epsilon {before['privacy']['epsilon']:.3g}: its 5 rounds have epsilon"
+    assert said in after["diagnostics"]["larger-epsilon"]
+    run(make_config("fedavg", rounds=5, **NOISED), out=tmp_path / "whole", data=make_data())
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+# -- epsilon, and what is told -----------------------------------------------------------------------------------------
+
+
+class Started(Listener):
+    def __init__(self):
+        self.info, self.drawn = None, []
+
+    def on_start(self, run):
+        self.info = run
+
+    def on_round_start(self, round, name, participants):
+        self.drawn.append(list(participants))
+
+
+def test_epsilon_is_told_as_planned_so_far_and_spent(make_data, make_config, tmp_path):
+    needs_accounting()
+    heard = Started()
+    config = make_config("fedavg", rounds=3, **NOISED)
+    summary = run(config, out=tmp_path / "run", data=make_data(), listener=heard)
+    level = ClientLevel(0.5, 2.0, 1e-5)
+    assert [record["epsilon"] for record in read_metrics(tmp_path / "run")] == [level.epsilon(r) for r in (1, 2, 3)]
+    private = summary["privacy"]
+    assert private["epsilon"] == summary["metrics"]["epsilon"] == level.epsilon(3)
+    assert (private["delta"], private["clip"], private["noise"], private["unit"]) == (1e-5, 0.5, 2.0, "client")
+    assert private["leaves_uncovered"] == []
+    assert "when the whole data set of one client is replaced" in private["statement"]
+    assert "the run's seed stays secret" in private["statement"]
+    told = "\n".join(headline(heard.info))
+    assert f"epsilon {level.epsilon(3):.3g} at delta 1e-05 after 3 rounds covers everything that the server" in told
+    assert "differential privacy of every client: the whole data set of one is replaced" in told
+
+
+@pytest.mark.parametrize(("clients", "given", "delta"), [(3, None, 1e-5), (3, 1e-3, 1e-3), (100_000, None, 10**-5.5)])
+def test_delta(clients, given, delta):
+    from fedkern.engine.client_level_settings import delta_of
+
+    config = RunConfig.make("fedavg", clients=clients, **NOISED, **({} if given is None else {"dp_delta": given}))
+    assert delta_of(config) == pytest.approx(delta)
+
+
+def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tmp_path):
+    needs_accounting()
+    config = make_config("fedavg", rounds=6, clients=4, sample_fraction=0.25, **{**NOISED, "dp_draws": "secret"})
+    heard = Started()
+    summary = run(config, out=tmp_path / "run", data=make_data(SIZES), listener=heard)
+    level = ClientLevel(0.5, 2.0, 1e-5)
+    assert summary["privacy"]["epsilon"] == level.epsilon(6, drawn=1, of=4)
+    assert (summary["privacy"]["drawn"], summary["privacy"]["of"]) == (1, 4)
+    assert "who takes part in a round stays secret" in summary["privacy"]["statement"]
+    assert "clients" not in summary["bytes"]
+    records = read_metrics(tmp_path / "run")
+    assert not any("clients" in record or "dropped" in record or "loss" in record for record in records)
+    assert len({record["round_bytes_up"] for record in records}) == 1
+    by_seed = [sample_clients(config, number) for number in range(200)]
+    own = [sample_clients(config, number, "5a" * 16) for number in range(200)]
+    assert sum(one == other for one, other in zip(by_seed, own, strict=True)) < 100
+    secret = server_secret.read(tmp_path / "run" / "checkpoints")
+    assert heard.drawn == [sample_clients(config, number, secret) for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("moon", {}),
+        ("fedavg", {"buffers": "local"}),
+        pytest.param("fedavg", {"dropout_rate": 0.2}, marks=pytest.mark.exhaustive),
+        pytest.param("fedavg", {"straggler_rate": 0.2, "late_work": "drop"}, marks=pytest.mark.exhaustive),
+        ("fedavg", {"records": "all"}),
+    ],
+)
+def test_a_draw_that_is_told_or_remembered_does_not_count(method, settings, make_data, make_config, tmp_path):
+    needs_accounting()
+    config = make_config(method, rounds=6, clients=4, sample_fraction=0.5, **{**NOISED, **settings})
+    summary = run(config, out=tmp_path / "run", data=make_data(SIZES))
+    asked = [k for number in range(6) for k in sample_clients(config, number)]
+    most = max(asked.count(k) for k in range(4))
+    assert 3 <= most < 6
+    name = "epsilon_covered" if "records" in settings else "epsilon"
+    assert summary["privacy"][name] == summary["metrics"][name] == ClientLevel(0.5, 2.0, 1e-5).epsilon(most)
+    assert "drawn" not in summary["privacy"]
+    assert (summary["privacy"]["leaves_uncovered"] == ["records"]) == ("records" in settings)
+
+
+def test_clients_that_remember_although_their_method_says_they_do_not(make_data, make_config, tmp_path, monkeypatch):
+    needs_accounting()
+
+    class Remembering(FedAvg):
+        """FedAvg whose clients count their rounds."""
+
+        def client_update(self, client, step, message):
+            client.state["rounds"] = client.state.get("rounds", 0) + 1
+            return super().client_update(client, step, message)
+
+    monkeypatch.setitem(METHODS, "fedavg", Remembering)
+    config = make_config("fedavg", clients=4, sample_fraction=0.5, **NOISED)
+    with pytest.raises(UserError, match=r"declared memoryless, but client \d keeps state: declare memoryless = False"):
+        run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_path, monkeypatch):
+    needs_accounting()
+
+    class Ailing(FedAvg):
+        """FedAvg one of whose clients diverges, and another of which sends nonsense."""
+
+        def client_update(self, client, step, message):
+            made = super().client_update(client, step, message)
+            if client.id == 0:
+                raise Diverged(0, step.round, 3, "the loss is not finite")
+            return {**made, "parameters": made["parameters"] * float("nan")} if client.id == 1 else made
+
+    seen = {}
+    for name, kind in (("well", FedAvg), ("ailing", Ailing)):
+        monkeypatch.setitem(METHODS, "fedavg", kind)
+        summary = run(make_config("fedavg", rounds=2, on_nan="skip", **NOISED), out=tmp_path / name, data=make_data())
+        timeless = ("seconds", "round_seconds", "phases", "device")
+        records = [{k: v for k, v in each.items() if k not in timeless} for each in read_metrics(tmp_path / name)]
+        seen[name] = (
+            [sorted(record) for record in records],
+            [record["bytes_up"] for record in records],
+            sorted(summary["diagnostics"]),
+            summary["bytes"],
+        )
+        assert not any("client" in key for key in summary["diagnostics"])
+    assert seen["ailing"] == seen["well"]
+
+
+def test_a_large_update_is_refused_before_it_is_clipped(make_data, make_config, tmp_path):
+    needs_accounting()
+    config = make_config("fedavg", rounds=1, max_update_norm=1e-6, **NOISED)
+    with pytest.raises(UserError, match="upload in round 1 is not as declared; leave such uploads out"):
+        run(config, out=tmp_path / "run", data=make_data())
+
+
+def test_a_run_without_dp_accounting_ends_in_a_sentence(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
+    with pytest.raises(UserError, match=r"Privacy accounting needs dp-accounting: pip install 'fedkern\[privacy\]'"):
+        run(make_config("fedavg", **NOISED), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_first_round_leaves_nothing(make_data, make_config, tmp_path, monkeypatch):
+    needs_accounting()
+
+    class Failing(FedAvg):
+        """FedAvg whose clients diverge."""
+
+        def client_update(self, client, step, message):
+            raise Diverged(client.id, step.round, 3, "the loss is not finite")
+
+    monkeypatch.setitem(METHODS, "fedavg", Failing)
+    with pytest.raises(UserError, match="diverged in round 1"):
+        run(make_config("fedavg", **{**NOISED, "dp_draws": "secret"}), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_takes_the_settings(tmp_path):
+    needs_accounting()
+    import fedkern
+
+    tiny = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "local_steps": 2,
+            "workers": 1, "progress": False, "pictures": False, "out": tmp_path / "run"}  # fmt: skip
+    made = fedkern.simulate("fedavg", rounds=2, dp_clip=0.5, dp_noise=4.0, **tiny)
+    assert made.history["epsilon"] == [ClientLevel(0.5, 4.0, 1e-5).epsilon(rounds) for rounds in (1, 2)]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["records"] == "private"
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.peek()["info"]["planned"] == {"rounds": 2, "epsilon": made.metrics["epsilon"]}
+
+
+@pytest.mark.exhaustive
+def test_modest_noise_still_learns(tmp_path):
+    needs_accounting()
+    config = RunConfig.make(
+        "fedavg", data="digits", model="mlp", width=16, clients=40, partition="iid", rounds=15, local_epochs=2,
+        lr=0.1, dp_clip=1.0, dp_noise=0.3, dp_draws="seed", threads=1, workers="1", eval_every=15, grad_cam=0,
+    )  # fmt: skip
+    summary = run(config, out=tmp_path / "run")
+    plain = run(dataclasses.replace(config, dp_clip=None, dp_noise=None, dp_draws="secret"), out=tmp_path / "plain")
+    assert summary["metrics"]["accuracy"] > 0.5  # a constant answer is right about one image in ten
+    assert summary["metrics"]["accuracy"] < plain["metrics"]["accuracy"]
