@@ -21,6 +21,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.models import build
 from fedkern.privacy import ClientLevel
+from fedkern.privacy.audit import audit
 from fedkern.privacy.keys import noise_key
 from fedkern.report.progress import headline
 
@@ -78,6 +79,25 @@ def test_the_noise_has_the_promised_deviation_and_comes_from_its_key():
         assert float(noise.std()) == pytest.approx(wanted, rel=5 / (2 * size) ** 0.5)
         assert abs(float(noise.mean())) < 5 * wanted / size**0.5
     assert abs(float((first * other).mean())) < 5 * wanted**2 / size**0.5
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("noise", "low", "high"), [(2.0, 0.85, 1.0), (1.0, 1.7, 2.0)])
+def test_an_audit_finds_what_is_claimed(noise, low, high):
+    """One client's long change points one way, in the neighbour the opposite way: a release is 2 / noise-GDP."""
+    level, start = ClientLevel(0.5, noise, 1e-5), {"parameters": torch.zeros(2)}
+    others = [{"parameters": torch.tensor([0.1, 3.0])}, {"parameters": torch.tensor([-9.0, 0.0])}]
+    scores = []
+    for turn, canary in enumerate((-7.0, 7.0)):
+        own = []
+        for number in range(6000):
+            total = ClippedSum(level, start, exact=False)
+            for message in (*others, {"parameters": torch.tensor([canary, 0.0])}):
+                total.add(message)
+            made = total.release(3, noise_key(SECRET, -1, "updates", 6000 * turn + number))
+            own.append(float(made["parameters"][0]))
+        scores.append(torch.tensor(own))
+    assert low < audit(*scores).lower <= high == 2 / noise
 
 
 def test_variances_are_found_where_the_flat_vector_has_them():
@@ -449,7 +469,7 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
     ("method", "settings"),
     [
         ("moon", {}),
-        ("fedavg", {"buffers": "local"}),
+        pytest.param("fedavg", {"buffers": "local"}, marks=pytest.mark.exhaustive),
         pytest.param("fedavg", {"dropout_rate": 0.2}, marks=pytest.mark.exhaustive),
         pytest.param("fedavg", {"straggler_rate": 0.2, "late_work": "drop"}, marks=pytest.mark.exhaustive),
         ("fedavg", {"records": "all"}),
