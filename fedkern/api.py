@@ -152,7 +152,7 @@ class Run:
         if isinstance(images, Tensor):
             return predictor.probabilities(images)
         paths = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
-        return predictor.probabilities(predictor.read(paths)[0])
+        return predictor.probabilities_of(paths)
 
     def evaluate(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fedkern.files import expand
 
 FILLED = ("out", "data", "data_root", "model", "workers", "rounds")
 NAMES = ("evaluate", "predict", "export", "extend")
+SHOWN = 5
+"""Predictions that are printed."""
 
 
 def _parser(command: str) -> Parser:
@@ -169,26 +171,36 @@ def extend(request: Request) -> int:
 def predict(request: Request) -> int:
     """Predicts the classes of images and writes a table, or for segmentation masks; prints a few rows."""
     from fedkern.downstream import prediction
+    from fedkern.report.progress import advancing
 
     predictor = prediction.Predictor.open(_folder(request), _code(request))
     segments = predictor.task == "segmentation"
     out = request.out or Path("masks" if segments else "predictions.csv")
     _check_free(out, "predict")
-    rows = list(predictor.files(prediction.found_images(request.arguments["paths"])))
-    if segments:
-        prediction.write_masks(out, rows)
-    else:
-        several = predictor.task == "multilabel"
-        prediction.write_table(out, predictor.classes, [row[:2] for row in rows], several=several)
+    paths = prediction.found_images(request.arguments["paths"])
+    first: list[tuple[Path, Any]] = []
+    with advancing(len(paths), "predicting", "images", json=request.json) as step:
+
+        def rows() -> Iterator[tuple[Path, Any, Any]]:
+            for row in predictor.files(paths):
+                if len(first) < SHOWN and not segments:
+                    first.append(row[:2])
+                yield row
+                step()
+
+        if segments:
+            prediction.write_masks(out, paths, rows())
+        else:
+            several = predictor.task == "multilabel"
+            prediction.write_table(out, predictor.classes, (row[:2] for row in rows()), several=several)
     if request.json:
-        print(json.dumps({"images": len(rows), "classes": list(predictor.classes), "out": str(out)}, indent=2))
+        print(json.dumps({"images": len(paths), "classes": list(predictor.classes), "out": str(out)}, indent=2))
         return 0
-    if not segments:
-        for path, probabilities, _ in rows[:5]:
-            print(f"{path}  {predictor.said(probabilities)}")
-        if len(rows) > 5:
-            print("...")
-    count = f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
+    for path, probabilities in first:
+        print(f"{path}  {predictor.said(probabilities)}")
+    if first and len(paths) > SHOWN:
+        print("...")
+    count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
     print(f"{count}: {out}")
     return 0
 

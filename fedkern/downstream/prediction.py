@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
+import os
+import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fedkern import files
 from fedkern.data.images import MAX_PIXELS, list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.engine.config import RunConfig
@@ -26,6 +28,9 @@ from fedkern.methods.protocol import batch_slices
 Value = TypeVar("Value")
 
 BATCH = 250
+"""Most images that a network sees at once; a batch may have one image more (see ``batch_slices``)."""
+PIXELS = 1 << 20
+"""Pixels per batch of larger images, so that feature maps take the same memory whatever the images' size."""
 TASKS = ("classification", "multilabel", "segmentation")
 PARTS = ("tile", "crop")
 """Data options with which a network sees parts of images."""
@@ -42,6 +47,7 @@ class Predictor:
         task: ``"classification"``, ``"multilabel"`` or ``"segmentation"``.
         image_shape: channels, height and width of the images that the network sees.
         mean, std: per channel, of images in [0, 1].
+        batch: images that the network sees at once.
     """
 
     def __init__(self, module: nn.Module, about: Mapping[str, Any], where: Path | str = "The run") -> None:
@@ -57,6 +63,7 @@ class Predictor:
         height, width = about["image_size"]
         self.image_shape: tuple[int, int, int] = (about["channels"], height, width)
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
+        self.batch = min(BATCH, max(1, PIXELS // (height * width)))
 
     @classmethod
     def open(cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None) -> Self:
@@ -72,14 +79,18 @@ class Predictor:
                 images.
         """
         module, about = read_model(out, trusted, model)
-        options = RunConfig.load(out, trusted=trusted, device="cpu").data_options
+        config = RunConfig.load(out, trusted=trusted, device="cpu")
+        options = config.data_options
         for name in PARTS:
             if options.get(name):
                 raise UserError(
                     f"The network in {out} saw parts of images (data option {name}={options[name]}): predictions are "
                     "for networks that see whole images."
                 )
-        return cls(module, about, where=out)
+        made = cls(module, about, where=out)
+        if not config.statistics:  # batch norm then normalises by the batch, so that answers depend on its size
+            made.batch = BATCH
+        return made
 
     def read(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> tuple[Tensor, Tensor]:
         """Decodes image files as the run's training did: whole, resized, in the network's colours.
@@ -111,13 +122,14 @@ class Predictor:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             sides = ", ".join(str(side) for side in self.image_shape)
             raise ValueError(f"images must be uint8 [n, {sides}], but are {images.dtype} {list(images.shape)}")
+        if not len(images):
+            return torch.empty(0, len(self.classes), *(self.image_shape[1:] if self.task == "segmentation" else ()))
         parts = []
-        for rows in batch_slices(len(images), BATCH):
+        for rows in batch_slices(len(images), self.batch):
             batch = normalise(images[rows].to(self.device), self.mean, self.std, channels_last=True)
             logits = self.module(batch).float()
             parts.append((logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)).cpu())
-        empty = (0, len(self.classes), *(self.image_shape[1:] if self.task == "segmentation" else ()))
-        return torch.cat(parts) if parts else torch.empty(empty)
+        return torch.cat(parts)
 
     def said(self, probabilities: Tensor) -> str:
         """The class of an image with its probability, or all labels above one half with theirs, in words."""
@@ -127,15 +139,24 @@ class Predictor:
         best = int(probabilities.argmax())
         return f"{self.classes[best]}  {float(probabilities[best]):.3f}"
 
+    def probabilities_of(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Tensor:
+        """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time.
+
+        Raises:
+            UserError: see :meth:`read`.
+        """
+        slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
+        return torch.cat([self.probabilities(self.read(paths[rows], max_pixels)[0]) for rows in slices])
+
     def files(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Path, Tensor, Tensor]]:
-        """Yields every file with its answer and its size (width, height) before resizing.
+        """Yields every file with its answer and its size (width, height) before resizing, decoding a batch at a time.
 
         The answer is fp32 ``[classes]``, probabilities; for segmentation uint8 ``[H, W]``, the class of every pixel.
         """
-        for rows in batch_slices(len(paths), BATCH):
+        for rows in batch_slices(len(paths), self.batch):
             images, sizes = self.read(paths[rows], max_pixels)
             answers = self.probabilities(images)
-            if self.task == "segmentation":  # the probabilities of many images would fill the memory
+            if self.task == "segmentation":
                 answers = answers.argmax(1).to(torch.uint8)
             yield from zip(paths[rows], answers, sizes, strict=True)
 
@@ -170,53 +191,84 @@ def repeated(values: Sequence[Value]) -> Value | None:
 
 
 def write_table(
-    out: Path, classes: Sequence[str], rows: Sequence[tuple[Path, Tensor]], *, several: bool = False
+    out: Path, classes: Sequence[str], rows: Iterable[tuple[Path, Tensor]], *, several: bool = False
 ) -> None:
     """Writes a CSV file with the columns ``path``, ``predicted`` and a probability for every class.
+
+    Rows are written as they come, into a file beside ``out`` that takes its place at the end.
 
     Args:
         rows: every file with its probabilities, fp32 ``[classes]``.
         several: an image may have several labels: ``predicted`` has those above one half, joined by ``|``.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or that of ``rows``; nothing is then left behind.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", PREDICTED, *classes])
-    for path, probabilities in rows:
-        values = [f"{value:.6g}" for value in probabilities.tolist()]
-        if several:
-            found = "|".join(name for name, value in zip(classes, probabilities.tolist(), strict=True) if value > 0.5)
-        else:
-            found = classes[int(probabilities.argmax())]
-        writer.writerow([str(path), found, *values])
-    atomic.write_bytes(out, text.getvalue().encode())
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", PREDICTED, *classes])
+            for path, probabilities in rows:
+                values = probabilities.tolist()
+                if several:
+                    found = "|".join(name for name, value in zip(classes, values, strict=True) if value > 0.5)
+                else:
+                    found = classes[int(probabilities.argmax())]
+                writer.writerow([str(path), found, *(f"{value:.6g}" for value in values)])
+
+    try:
+        files.replace(out, fill, _part(out))
+    except BrokenPipeError:  # of a progress line
+        raise
+    except OSError as error:
+        raise atomic.unwritable(out, error) from None
 
 
-def write_masks(folder: Path, rows: Sequence[tuple[Path, Tensor, Tensor]]) -> list[Path]:
+def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, Tensor, Tensor]]) -> None:
     """Writes the predicted class of every pixel as a grey PNG of the image's own size, named as the image.
+
+    Masks are written as they come, into a folder beside ``folder`` that takes its place at the end.
 
     Args:
         folder: is made; it must not exist.
-        rows: every file with the class of every pixel, uint8 ``[H, W]``, and its size (width, height).
+        paths: the images.
+        rows: every image with the class of every pixel, uint8 ``[H, W]``, and its size (width, height), in the order
+            of ``paths``.
 
     Raises:
-        UserError: two images have one name, or the folder cannot be written.
+        UserError: two images have one name, the folder cannot be written, or that of ``rows``; nothing is then left
+            behind.
     """
-    names = [f"{path.stem}.png" for path, _, _ in rows]
+    names = [f"{path.stem}.png" for path in paths]
     if twice := repeated(names):
         raise UserError(f"Two images would give the mask {twice}: predict them one folder at a time.")
+    part = _part(folder)
     try:
-        folder.mkdir(parents=True)
+        part.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{part} is there: an earlier prediction was killed or another one runs; remove it once nothing writes to "
+            "it, or name another folder with --out."
+        ) from None
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder with --out.") from None
-    written = []
-    for name, (_, answer, size) in zip(names, rows, strict=True):
-        values = Image.fromarray(answer.numpy())
-        whole = values.resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
-        buffer = io.BytesIO()
-        whole.save(buffer, format="PNG")
-        atomic.write_bytes(folder / name, buffer.getvalue())
-        written.append(folder / name)
-    return written
+    try:
+        for name, (_, answer, size) in zip(names, rows, strict=True):
+            whole = Image.fromarray(answer.numpy()).resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
+            with (part / name).open("wb") as file:
+                whole.save(file, format="PNG")
+                file.flush()
+                os.fsync(file.fileno())
+        part.rename(folder)
+        files.sync_folder(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise atomic.unwritable(folder, error) from None
+        raise
+
+
+def _part(out: Path) -> Path:
+    """Where a result is written until it is complete."""
+    return out.with_name(out.name + atomic.TEMPORARY)

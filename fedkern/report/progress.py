@@ -19,6 +19,8 @@ from fedkern.report.names import label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table, split_metric
 
 PIPE_WIDTH = 120
+NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.02
+"""Least time, and least share of the task, between two lines of `advancing`."""
 UNSHOWN = (
     "Records are private: class counts, losses and accuracies of single clients are neither shown nor written, nor is "
     "partition.png; --records all tells them, outside of epsilon."
@@ -253,6 +255,44 @@ def counting(total: int, *, quiet: bool, json: bool) -> Iterator[Callable[[str],
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda text: progress.update(task, advance=1, description=text)
+
+
+@contextmanager
+def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Callable[[], None]]:
+    """Shows on standard error how far a long task has come; yields a function to call after every part.
+
+    On a terminal it shows a bar, elsewhere a line now and then, and none for a task of seconds: ``predicting: 2,000 of
+    100,000 images, 20 min 05 s left``.
+
+    Args:
+        total: number of parts.
+        doing, things: words for the task and for its parts.
+        json: show nothing, unless a person watches a terminal.
+    """
+    console = terminal(stderr=True)
+    if json and not console.is_terminal:
+        yield lambda: None
+        return
+    if not console.is_terminal:
+        done, shown, clock = 0, 0, _Clock()
+        told = clock.start
+
+        def line() -> None:
+            nonlocal done, shown, told
+            done += 1
+            left = clock.remaining(done, total)
+            due = time.monotonic() - told >= NOTICE_SECONDS and done - shown >= NOTICE_SHARE * total
+            if due and done < total:
+                told, shown = time.monotonic(), done
+                say(console, f"{doing}: {done:,} of {total:,} {things}, {human_time(left)} left")
+
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn(doing, markup=False), BarColumn(bar_width=30),
+               TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.update(task, advance=1)
 
 
 def terminal(*, stderr: bool = False) -> Console:

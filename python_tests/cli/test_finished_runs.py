@@ -10,8 +10,10 @@ from PIL import Image
 from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.data.digits import open_digits
+from fedkern.downstream import prediction
 from fedkern.engine import RunConfig
 from fedkern.engine.store.saved_model import read_model
+from fedkern.report import progress
 from fedkern.run import main
 
 TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]
@@ -103,6 +105,24 @@ def test_files_are_predicted_in_the_order_given(digits, result, tmp_path):
     text, _ = result("predict", str(folder / "run"), *map(str, images), "--out", "mine.csv", "--json")
     assert json.loads(text)["images"] == 3
     assert [row["path"] for row in table(tmp_path / "mine.csv")] == [str(image) for image in images]
+
+
+def test_many_predictions_tell_how_far_they_have_come(digits, result, tmp_path, monkeypatch):
+    folder, _ = digits
+    command = ["predict", str(folder / "run"), str(folder / "images")]
+    expected, said = result(*command)
+    assert said == ""
+    monkeypatch.setattr(progress, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "NOTICE_SHARE", 0.5)
+    monkeypatch.setattr(prediction, "BATCH", 8)
+    again, said = result(*command, "--out", "again.csv")
+    assert said.startswith("predicting: 15 of 30 images, ")
+    assert len(said.splitlines()) == 1
+    assert again.splitlines()[:-1] == expected.splitlines()[:-1]
+    assert len(expected.splitlines()) == 7  # five images, an ellipsis and the file
+    for one, other in zip(table(tmp_path / "again.csv"), table(tmp_path / "predictions.csv"), strict=True):
+        assert (one["path"], one["predicted"]) == (other["path"], other["predicted"])
+    assert result(*command, "--out", "quiet.csv", "--json")[1] == ""
 
 
 def test_segmentation_gives_masks_of_the_images_own_size(result, tmp_path):
@@ -208,7 +228,7 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(digits, fails, tmp_path)
     assert "absent.png" in fails("predict", run, "absent.png")
     assert "holds no image file" in fails("predict", run, "empty")
     assert "is named twice" in fails("predict", run, image, image)
-    assert "broken.png" in fails("predict", run, "broken.png")
+    assert "broken.png" in fails("predict", run, image, "broken.png")
     assert "make it, or name another --out" in fails("predict", run, image, "--out", "nowhere/a.csv")
     assert 'not "onx". Did you mean' in fails("export", run, "--format", "onx")
     assert "does not take" in fails("export", run, "--formt", "onnx")

@@ -141,3 +141,30 @@ def test_only_warnings_are_left(quiet, json):
 
 def test_a_resumed_run_says_so():
     assert progress.headline(info(first_round=2))[-1] == "resumed after round 2 of 3"
+
+
+@pytest.mark.parametrize("json", [True, False])
+def test_a_long_task_tells_how_far_it_has_come(monkeypatch, capsys, json):
+    def play(total):
+        with progress.advancing(total, "predicting", "images", json=json) as step:
+            for _ in range(total):
+                step()
+        return capsys.readouterr().err.splitlines()
+
+    assert play(2000) == []  # done within the time between two lines
+    monkeypatch.setattr(progress, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "NOTICE_SHARE", 0.25)
+    lines = play(2000)
+    assert [line.rpartition(", ")[0] for line in lines] == (
+        [] if json else [f"predicting: {done} of 2,000 images" for done in ("500", "1,000", "1,500")]
+    )
+    assert all(line.endswith(" left") for line in lines)
+
+
+def test_a_long_task_has_a_bar_on_a_terminal(monkeypatch):
+    out = console(True)
+    monkeypatch.setattr(progress, "terminal", lambda stderr: out)
+    with progress.advancing(3, "predicting", "images", json=True) as step:
+        for _ in range(3):
+            step()
+    assert "3/3" in out.file.getvalue()

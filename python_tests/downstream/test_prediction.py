@@ -1,0 +1,165 @@
+"""Predictions of many images: a batch in memory at a time, and nothing half-written."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fedkern.downstream import prediction
+from fedkern.downstream.prediction import BATCH, Predictor, found_images, write_masks, write_table
+from fedkern.errors import UserError
+
+SIDE = 8
+CLASSES = ("dark", "bright", "other")
+
+
+class Brightness(nn.Module):
+    """Logits from the mean of an image, or of every pixel."""
+
+    def __init__(self, pixelwise: bool) -> None:
+        super().__init__()
+        self.pixelwise = pixelwise
+        self.seen: list[int] = []
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        value = images.mean(1, keepdim=True) if self.pixelwise else images.mean((1, 2, 3))[:, None]
+        return torch.cat([-value, value, torch.full_like(value, -3.0)], 1)
+
+
+def predictor(task: str, side: int = SIDE) -> Predictor:
+    about = {"task": task, "classes": CLASSES, "image_size": (side, side), "channels": 1, "mean": (0.5,), "std": (0.2,)}
+    return Predictor(Brightness(task == "segmentation"), about)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Eleven grey images of different brightness and size."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        pixels = rng.integers(0, 60, (10 + i, 12), dtype=np.uint8) + np.uint8(i * 17)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return found_images([folder])
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(8, BATCH), (64, BATCH), (224, 20), (2048, 1)])
+def test_batches_of_large_images_are_smaller(side, at_once):
+    assert predictor("classification", side).batch == at_once
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_answers_do_not_depend_on_the_batches(paths, task):
+    whole = predictor(task)
+    expected = list(whole.files(paths))
+    assert whole.module.seen == [11]
+    parted = predictor(task)
+    parted.batch = 4
+    found = list(parted.files(paths))
+    assert parted.module.seen == [4, 4, 3]
+    assert [path for path, _, _ in found] == paths
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[1], other[1])
+        assert torch.equal(one[2], other[2])
+    assert torch.equal(parted.probabilities_of(paths), whole.probabilities_of(paths))
+    assert whole.probabilities_of([]).shape == (0, 3, *((SIDE, SIDE) if task == "segmentation" else ()))
+
+
+def test_masks_are_written_as_they_come(paths, tmp_path, monkeypatch):
+    there = []
+    read = prediction.read_images
+
+    def seen(*args, **options):
+        there.append(len(list((tmp_path / "masks.part").iterdir())))
+        return read(*args, **options)
+
+    monkeypatch.setattr(prediction, "read_images", seen)
+    own = predictor("segmentation")
+    own.batch = 4
+    write_masks(tmp_path / "masks", paths, own.files(paths))
+    assert there == [0, 4, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "masks"]
+    monkeypatch.setattr(prediction, "read_images", read)
+    for path in paths:
+        with Image.open(path) as image, Image.open(tmp_path / "masks" / path.name) as mask:
+            assert mask.size == image.size
+            assert mask.mode == "L"
+            expected = own.probabilities_of([path]).argmax(1)[0].to(torch.uint8).numpy()
+            again = Image.fromarray(expected).resize(image.size, Image.Resampling.NEAREST)
+            assert np.array_equal(np.asarray(mask), np.asarray(again))
+
+
+def test_rows_are_written_as_they_come(paths, tmp_path):
+    own = predictor("classification")
+    lengths = []
+
+    def rows():
+        for number, (path, answer, _) in enumerate([*own.files(paths)] * 200):
+            if number == 2000:  # a file's buffer holds fewer rows
+                lengths.append((tmp_path / "table.csv.part").stat().st_size)
+                assert not (tmp_path / "table.csv").exists()
+            yield path, answer
+
+    write_table(tmp_path / "table.csv", CLASSES, rows())
+    assert lengths[0] > 0
+    assert not (tmp_path / "table.csv.part").exists()
+    with (tmp_path / "table.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2200
+    assert [row["path"] for row in table[:11]] == [str(path) for path in paths]
+    assert [row["predicted"] for row in (table[0], table[10])] == ["dark", "bright"]
+    assert float(table[3]["dark"]) == pytest.approx(float(own.probabilities_of(paths)[3, 0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("stop", [UserError, KeyboardInterrupt, BrokenPipeError])
+def test_a_prediction_that_ends_early_leaves_nothing(paths, tmp_path, task, stop):
+    own = predictor(task)
+    before = sorted(tmp_path.rglob("*"))
+
+    def rows():
+        for number, row in enumerate(own.files(paths)):
+            if number == 7:
+                raise stop("here")
+            yield row
+
+    def write():
+        if task == "segmentation":
+            write_masks(tmp_path / "found", paths, rows())
+        else:
+            write_table(tmp_path / "found", CLASSES, (row[:2] for row in rows()))
+
+    with pytest.raises(stop, match="here"):
+        write()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_broken_image_behind_the_first_batch_leaves_nothing(paths, tmp_path):
+    paths[9].write_bytes(b"no image")
+    before = sorted(tmp_path.rglob("*"))
+    own = predictor("segmentation")
+    own.batch = 4
+    with pytest.raises(UserError, match="cannot read the image"):
+        write_masks(tmp_path / "masks", paths, own.files(paths))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_masks_of_another_process_are_left_alone(paths, tmp_path):
+    (tmp_path / "masks.part").mkdir()
+    (tmp_path / "masks.part" / "00.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"masks\.part is there: .* remove it"):
+        write_masks(tmp_path / "masks", paths, iter(()))
+    assert (tmp_path / "masks.part" / "00.png").read_bytes() == b"mine"
+
+
+def test_two_images_of_one_name(paths, tmp_path):
+    with pytest.raises(UserError, match=r"Two images would give the mask 00\.png"):
+        write_masks(tmp_path / "masks", [*paths, Path("elsewhere/00.jpg")], iter(()))
+    assert not (tmp_path / "masks.part").exists()
