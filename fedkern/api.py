@@ -160,6 +160,7 @@ class Run:
         *,
         data_root: str | Path | None = None,
         data_options: Mapping[str, object] | None = None,
+        cache: str | Path | None = None,
     ) -> dict[str, float]:
         """The network's figures on the run's test sets, or on those of other ``data``.
 
@@ -171,8 +172,9 @@ class Run:
         own = self._kept_data() if data is None else data
         root = None if data_root is None else str(data_root)
         return evaluate_run(
-            self.out, data=own, data_root=root, data_options=data_options, trusted=self._trusted, model=self._model
-        )
+            self.out, data=own, data_root=root, data_options=data_options, cache=cache, trusted=self._trusted,
+            model=self._model,
+        )  # fmt: skip
 
     def resume(
         self,
@@ -181,10 +183,15 @@ class Run:
         listener: Listener | Sequence[Listener] | None = None,
         pictures: bool = True,
         workers: str | int = "auto",
+        cache: str | Path | None = None,
     ) -> Run:
-        """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself."""
+        """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself.
+
+        Display, listeners, pictures, workers and the cache of decoded images are those of :func:`simulate`.
+        """
         self._give_method()
-        config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers))
+        folder = given_paths.absolute({"cache": cache})["cache"]
+        config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers), cache=folder)
         _play(
             config, self.out, self._data, self._model, progress, listener, pictures, resume=True, trusted=self._trusted
         )
@@ -198,12 +205,13 @@ class Run:
         listener: Listener | Sequence[Listener] | None = None,
         pictures: bool = True,
         workers: str | int = "auto",
+        cache: str | Path | None = None,
     ) -> Run:
         """Goes on up to ``rounds`` communication rounds in all (:func:`fedkern.engine.extend`).  Returns the run."""
         _listeners(listener)  # before anything is written
         self._give_method()
         self.config = engine.extend(self.out, rounds, trusted=self._trusted)
-        return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers)
+        return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
     def plot(self) -> list[Path]:
         """Draws the run's pictures into its folder, over older ones, and returns their paths."""

@@ -29,6 +29,8 @@ def add_data(parser: Parser, options: str) -> None:
     """
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
     parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
+    parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images; by default the run's "
+                                                      "own data are read from that of the run")  # fmt: skip
     parser.add_argument(
         "--data-option", action="append", default=[], metavar="key=value", help=f"{options}; repeatable"
     )

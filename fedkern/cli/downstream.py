@@ -59,12 +59,12 @@ def parse(words: Sequence[str]) -> Request | None:
     parser = _parser(command)
     found = read(parser, command, words)
     values = vars(found)
-    check_filled({"data": found.data, "data_root": found.data_root})
+    check_filled({"data": found.data, "data_root": found.data_root, "cache": found.cache})
     if values.pop("help"):
         return Request("help", help=parser.format_help())
     if not values["folder"]:
         raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
-    where = absolute({"data_root": values.pop("data_root")})
+    where = absolute({"data_root": values.pop("data_root"), "cache": values.pop("cache")})
     options = absolute(key_values(values.pop("data_option"), "data_option"))
     return Request(
         command,
@@ -111,12 +111,16 @@ def run(request: Request) -> int:
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
     from fedkern.engine.allocator import keep_freed_memory
     from fedkern.engine.store import atomic
+    from fedkern.report.progress import display
 
     check_backend()
     keep_freed_memory()
     assert request.folder is not None
     code = trusted(request.folder, request.options)
-    finished = Finished.open(request.folder, data_options=request.data_options, trusted=code, **request.settings)
+    told = display(quiet=False, json=request.json).on_notice
+    finished = Finished.open(
+        request.folder, data_options=request.data_options, trusted=code, progress=told, **request.settings
+    )
     task: Any = {"retrieval": retrieve, "zero-shot": zero_shot, "probe": probe, "decode": decode}[request.command]
     result = {
         "command": request.command,

@@ -18,7 +18,7 @@ from fedkern.engine.given_paths import absolute
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 
-FILLED = ("out", "data", "data_root", "model", "workers", "rounds")
+FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds")
 NAMES = ("evaluate", "predict", "export", "extend")
 SHOWN = 5
 """Predictions that are printed."""
@@ -36,6 +36,7 @@ def _parser(command: str) -> Parser:
     elif command == "extend":
         parser.add_argument("--rounds", metavar="R", help="communication rounds in all, those done included")
         parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
+        parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images")
         parser.add_argument("--workers", metavar="N", help="processes in which clients work side by side")
         parser.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
     else:
@@ -74,7 +75,11 @@ def parse(words: Sequence[str]) -> Request | None:
             command,
             folder=Path(found.folder),
             json=found.json,
-            settings={"data": found.data, **absolute({"data_root": found.data_root}), **code},
+            settings={
+                "data": found.data,
+                **absolute({"data_root": found.data_root, "cache": found.cache}),
+                **code,
+            },
             data_options=absolute(key_values(found.data_option, "data_option")),
             options=tuple(found.method_option),
             plugins=tuple(found.plugin),
@@ -106,7 +111,9 @@ def _extension(found: argparse.Namespace) -> Request:
         raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
     knobs = {knob.field: knob for knob in RunConfig.knobs()}
     given = {
-        name: getattr(found, name) for name in ("data_root", "workers", "model") if getattr(found, name) is not None
+        name: getattr(found, name)
+        for name in ("data_root", "cache", "workers", "model")
+        if getattr(found, name) is not None
     }
     return Request(
         "extend",
@@ -127,14 +134,15 @@ def evaluate(request: Request) -> int:
     from fedkern.engine.allocator import keep_freed_memory
     from fedkern.engine.store import atomic
     from fedkern.engine.store.records import plain
-    from fedkern.report.progress import terminal
+    from fedkern.report.progress import display, terminal
     from fedkern.report.tables import figures_table
 
     check_backend()
     keep_freed_memory()
     folder, data = _folder(request), request.settings["data"]
-    where = {name: request.settings[name] for name in ("data", "data_root")}
-    metrics = evaluate_run(folder, data_options=request.data_options, trusted=_code(request), **where)
+    where = {name: request.settings[name] for name in ("data", "data_root", "cache")}
+    told = display(quiet=False, json=request.json).on_notice
+    metrics = evaluate_run(folder, data_options=request.data_options, trusted=_code(request), progress=told, **where)
     config = RunConfig.load(folder, device="cpu")
     result = {"method": config.method, "data": data or config.data, "metrics": plain(metrics)}
     text = json.dumps(result, indent=2, allow_nan=False)

@@ -54,6 +54,7 @@ def load(
     options: Mapping[str, object] | None = None,
     make_detector: Callable[[str, float, float], Detector] | None = None,
     notice: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None,
     cache: str | Path | None = None,
 ) -> FederatedData:
     """Loads a data set and shares it out among clients.
@@ -79,6 +80,7 @@ def load(
             for example `fedkern.models.detector.GroundingDino`.
         notice: called with a progress message during a long detection or decoding, and with a sentence where the data
             name sites that the partition does not use.
+        progress: called with the former messages instead of ``notice``.
         cache: folder that keeps decoded image files, see `fedkern.data.image_cache.on_disk`.  Images of more than a
             gigabyte are in a temporary file without it.  The images of the splits are then
             :class:`~fedkern.data.image_rows.ImageRows`, which are read when they are needed.
@@ -87,6 +89,7 @@ def load(
         UserError: anything wrong with the name, the files, the partition or a value.
     """
     info = lookup(name)
+    progress = progress or notice
     own_options, common = read_options(name, options or {})
     asked = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
@@ -94,12 +97,12 @@ def load(
         made = info.function.make(root, info, clients, partition, seed, own_options)
         if isinstance(made, FederatedData):
             _check_federated(made, common, train_samples, public_samples)
-            tell_unused(cache, notice)
-            return _finished(_smaller(made, common), options or {}, common, make_detector, notice, seed)
+            tell_unused(cache, progress)
+            return _finished(_smaller(made, common), options or {}, common, make_detector, progress, seed)
         info, own_options = dataclasses.replace(info, open=lambda root: made), {}
     if info.make is not None:
         _check_made(name, common, public_samples)
-        tell_unused(cache, notice)
+        tell_unused(cache, progress)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
         spec = asked or parse_partition(info.partition)
         clients = info.clients if clients is None else clients
@@ -128,7 +131,7 @@ def load(
     test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
     mean, std = source.mean, source.std
     if info.coloured:
-        tell_unused(cache, notice)
+        tell_unused(cache, progress)
         rows = held, public_rows, validation_rows, test_rows[""]
         splits, public, validation, tests, maps = _coloured(
             source, spec, *rows, statistics.counts, correlation, PALETTES[ink], seed
@@ -139,7 +142,7 @@ def load(
     else:
         wanted = [(source.train, torch.cat([*held, public_rows])), (source.validation, validation_rows)]
         wanted += [(pool, test_rows[key]) for key, pool in source.tests.items()]
-        source = on_disk(source, wanted, cache, notice)
+        source = on_disk(source, wanted, cache, progress)
         splits = tuple(source.train.take(rows) for rows in held)
         public = _seen(source, source.train.take(public_rows))
         validation = _seen(source, source.validation.take(validation_rows))
@@ -167,7 +170,7 @@ def load(
         client_names=names,
         test_clients=None if homes is None else homes[test_rows[""]],
     )
-    return _finished(data, options or {}, common, make_detector, notice, seed)
+    return _finished(data, options or {}, common, make_detector, progress, seed)
 
 
 def _finished(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
 from fedkern.engine.final_figures import final_figures
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.run import kept_data, load_data
+from fedkern.engine.run import finished_data
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import read_model
 from fedkern.errors import UserError
+from fedkern.files import absolute
 from fedkern.methods import registry
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
@@ -30,8 +31,10 @@ def evaluate_run(
     data: str | FederatedData | None = None,
     data_root: str | None = None,
     data_options: Mapping[str, object] | None = None,
+    cache: str | Path | None = None,
     trusted: Collection[str] = (),
     model: nn.Module | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Evaluates the network of a finished run.
 
@@ -41,15 +44,22 @@ def evaluate_run(
             validation set are looked at.
         data_root: folder of the data's files; for the run's own data the folder where they are now.
         data_options: options of the other data set.
+        cache: folder that keeps decoded images (:func:`fedkern.data.load`).  None: for the run's own data the folder
+            that the run used, if it is there.
         trusted: what may be imported, see :func:`fedkern.engine.run`.
         model: the run's network, where a script made it.
+        progress: called with the progress of a long decoding.
 
     Returns:
         The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...
 
     Raises:
-        UserError: the folder has no finished run, or the data have other classes, another image size or another task.
+        UserError: the folder has no finished run, the data have other classes, another image size or another task, or
+            there is a cache for data in memory.
     """
+    if cache is not None and isinstance(data, FederatedData):
+        raise UserError("cache is for image files, and these data are in memory: leave it out.")
+    folder = None if cache is None else absolute(str(cache))
     module, about = read_model(out, trusted, model)
     config = RunConfig.load(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, FederatedData):
@@ -58,9 +68,12 @@ def evaluate_run(
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
         config = config.replace(data_root=data_root or config.data_root)
-        loaded = kept_data(config, load_data(config, masks=False))
+        loaded = finished_data(config, out, cache=folder, progress=progress)
     else:
-        loaded = load(data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {})
+        loaded = load(
+            data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {},
+            cache=folder, progress=progress,
+        )  # fmt: skip
     _check_fits(loaded, about, Path(out))
     check_sets(loaded)
     kind = registry.get(config.method)

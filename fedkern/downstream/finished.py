@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from fedkern.data.transforms import central
 from fedkern.data.types import joined
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.config import RunConfig
-from fedkern.engine.run import kept_data, load_data
+from fedkern.engine.run import finished_data
 from fedkern.engine.store.saved_model import read_model
 from fedkern.errors import UserError
 from fedkern.methods.protocol import batch_slices
@@ -56,7 +56,9 @@ class Finished:
         data: str | None = None,
         data_root: str | None = None,
         data_options: Mapping[str, object] | None = None,
+        cache: str | None = None,
         trusted: Collection[str] = (),
+        progress: Callable[[str], None] | None = None,
     ) -> Self:
         """Reads a run folder, and the run's own data or another data set.
 
@@ -66,7 +68,9 @@ class Finished:
             data_root: folder of the data's files; for the run's own data the folder where they are now.
             data_options: options of the other data set.  For the run's own data only ``labels``, which moves no sample
                 to another client or split.
+            cache: folder that keeps decoded images; None: for the run's own data the folder that the run used.
             trusted: what may be imported, see :func:`fedkern.engine.run`.
+            progress: called with the progress of a long decoding.
 
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
@@ -75,8 +79,9 @@ class Finished:
         module, about = read_model(out, trusted)
         if data is not None:
             loaded = load(
-                data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {}
-            )
+                data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {},
+                cache=cache, progress=progress,
+            )  # fmt: skip
             return cls(Path(out), config, module, about, loaded)
         given = dict(data_options or {})
         if set(given) - {"labels"}:
@@ -85,7 +90,7 @@ class Finished:
                 "change."
             )
         config = config.replace(data_options={**config.data_options, **given}, data_root=data_root or config.data_root)
-        return cls(Path(out), config, module, about, kept_data(config, load_data(config, masks=False)))
+        return cls(Path(out), config, module, about, finished_data(config, out, cache=cache, progress=progress))
 
     @property
     def sets(self) -> dict[str, Split]:

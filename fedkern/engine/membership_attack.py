@@ -20,6 +20,7 @@ from fedkern.engine.store import atomic, checkpoints
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
 from fedkern.engine.store.saved_model import read_model
+from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Method
@@ -74,7 +75,7 @@ def attack(
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
-    config = RunConfig.load(out, trusted=trusted, device="cpu", **moved)
+    config = RunConfig.load(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
     network, _ = read_model(out, trusted, model)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):

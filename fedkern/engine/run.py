@@ -23,7 +23,7 @@ from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.store import atomic, records, saved_model
+from fedkern.engine.store import atomic, records, saved_model, used_cache
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
@@ -139,6 +139,8 @@ def _run(
         runner.prepare()
         with writing(out, fresh=not resume), closing(listener):  # closed first: what a listener takes back is gone then
             plugins.remember(config.plugins)
+            if config.cache is not None or not resume:
+                used_cache.remember(out, config.cache)
             if not resume:
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
             return runner.go()
@@ -170,13 +172,19 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
         return None
 
 
-def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], None] | None = None) -> FederatedData:
+def load_data(
+    config: RunConfig,
+    *,
+    masks: bool = True,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> FederatedData:
     """The federated data that the settings name.
 
     Args:
         config: every setting; a detector runs on its device.
         masks: False leaves out the boxes file or detector that finds the objects of the training images.
-        notice: called with the progress of a long detection or decoding.
+        notice, progress: see :func:`fedkern.data.load`.
 
     Raises:
         UserError: see :func:`fedkern.data.load`.
@@ -203,6 +211,7 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
         options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
         make_detector=detector,
         notice=notice,
+        progress=progress,
         cache=config.cache,
     )
 
@@ -229,6 +238,28 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     """
     kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
+
+
+def finished_data(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    cache: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> FederatedData:
+    """The training data of a run in a folder, without masks of objects that would have to be found.
+
+    Args:
+        config: the run's settings.
+        out: the run folder.
+        cache: folder that keeps decoded images; None: the folder that the run used, if it is there.
+        progress: called with the progress of a long decoding.
+
+    Raises:
+        UserError: see :func:`load_data` and :func:`kept_data`.
+    """
+    config = config.replace(cache=cache or used_cache.remembered(out))
+    return kept_data(config, load_data(config, masks=False, progress=progress))
 
 
 def _effective(config: RunConfig, data: Any) -> RunConfig:

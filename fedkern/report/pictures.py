@@ -17,6 +17,7 @@ from fedkern.engine.store import atomic, confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import check_unedited
+from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
 from fedkern.inputs import read_json
 
@@ -118,7 +119,8 @@ def _draw(
     from fedkern.report import confusion_sheet, gradcam, plots, segmentation_sheet
     from fedkern.report.weights import weights_picture
 
-    config = RunConfig.load(run_dir, device="cpu", **({} if data_root is None else {"data_root": data_root}))
+    moved = {} if data_root is None else {"data_root": data_root}
+    config = RunConfig.load(run_dir, device="cpu", cache=remembered(run_dir), **moved)
     data = kept_data(config, load_data(config, masks=False)) if data is None else data
     name = f"{config.method} on {config.data}"
     written = []

@@ -29,6 +29,7 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, versions
 from fedkern.engine.store.resuming import check_unedited
+from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
@@ -136,7 +137,7 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
     """
     moved = {} if data_root is None else {"data_root": data_root}
-    config = RunConfig.load(run_dir, trusted=trusted, device="cpu", **moved)
+    config = RunConfig.load(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **moved)
     entry = newest(run_dir)
     if entry is not None:
         check_unedited(config, entry, run_dir)

@@ -1,0 +1,193 @@
+"""Commands on finished runs with a cache of decoded images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fedkern
+from fedkern import engine
+from fedkern.data import image_cache, images
+from fedkern.data.image_rows import ImageStore
+from fedkern.engine.store.used_cache import remembered
+from fedkern.errors import UserError
+
+IMAGES, SIDE = 60, 8
+SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threads": 1, "workers": "1", "model": "mlp",
+         "grad_cam": 0}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """Sixty images of two classes, and a cache folder of the user."""
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        path = tmp_path / "root" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 128, (9, 9), dtype=np.uint8) + 100 * np.uint8(number % 2)).save(path)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that were decoded."""
+    found = []
+    read = images.read_images
+
+    def counted(paths, *args, **options):
+        found.extend(paths)
+        return read(paths, *args, **options)
+
+    monkeypatch.setattr(images, "read_images", counted)
+    return found
+
+
+def played(cache=None, **data):
+    """A run in the folder ``run``, without pictures."""
+    folder = {"data": "folder", "data_root": str(Path("root").absolute()), "data_options": {"size": SIDE}}
+    where = None if cache is None else str(Path(cache).absolute())
+    engine.run(engine.RunConfig.make("fedavg", cache=where, **(data or folder), **SMALL), out="run")
+
+
+def figures(result, *words):
+    text, _ = result("evaluate", "run", *words, "--json")
+    return json.loads(text)["metrics"]
+
+
+def summary(tmp_path):
+    return json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+
+
+def test_evaluate_uses_the_cache_of_the_run(result, decoded, tmp_path, monkeypatch):
+    played("decoded")
+    assert len(decoded) == IMAGES
+    decoded.clear()
+    largest = []
+    gather = ImageStore.gather
+
+    def seen(self, rows):
+        largest.append(len(rows))
+        return gather(self, rows)
+
+    monkeypatch.setattr(ImageStore, "gather", seen)
+    monkeypatch.setattr("fedkern.engine.evaluate.CPU_BATCH", 4)
+    found = figures(result)
+    assert found["accuracy"] == summary(tmp_path)["accuracy"]
+    assert found["loss"] == pytest.approx(summary(tmp_path)["loss"])
+    assert decoded == []
+    assert largest
+    assert max(largest) <= 5
+    _, said = result("evaluate", "run")
+    assert f"{IMAGES} decoded images are read from {tmp_path / 'decoded'}" in said
+    # Nothing of it stands in the run folder, which may go to other people.
+    shutil.copytree("run", "copy")
+    assert remembered("copy") is None
+    assert not any(str(tmp_path / "decoded") in path.read_text() for path in (tmp_path / "run").glob("*.toml"))
+
+
+def test_a_cache_that_is_gone_is_not_made_again(result, decoded, tmp_path):
+    played("decoded")
+    shutil.rmtree("decoded")
+    decoded.clear()
+    assert figures(result)["accuracy"] == summary(tmp_path)["accuracy"]
+    assert len(decoded) == IMAGES
+    assert not (tmp_path / "decoded").exists()
+
+
+def test_a_new_run_in_the_place_of_another_has_its_own_cache(tmp_path):
+    played("decoded")
+    assert remembered("run") == remembered(tmp_path / "run") == str(tmp_path / "decoded")
+    shutil.rmtree("run")
+    played()
+    assert remembered("run") is None
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "other"])
+def test_evaluate_fills_a_cache(result, decoded, tmp_path, own):
+    played()
+    more = [] if own else ["--data", "folder", "--data-root", "root", "--data-option", f"size={SIDE}"]
+    expected = figures(result, *more)
+    decoded.clear()
+    for count in (IMAGES, 0):
+        assert figures(result, *more, "--cache", "mine") == expected
+        assert len(decoded) == count
+        decoded.clear()
+    assert sorted(path.suffix for path in (tmp_path / "mine").iterdir()) == [".images", ".lock", ".sizes"]
+    assert "60 decoded images are read from" in result("evaluate", "run", *more, "--cache", "mine")[1]
+    assert remembered("run") is None  # a note is made by a run alone
+
+
+def test_large_data_of_evaluate_are_in_a_file(result, tmp_path, monkeypatch):
+    played()
+    expected = figures(result)
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
+    assert figures(result) == expected
+    assert "decoding 60 images (0.0 MB) into a temporary file" in result("evaluate", "run")[1]
+
+
+def test_extend_takes_a_cache(result, decoded, tmp_path):
+    played("decoded")
+    decoded.clear()
+    result("extend", "run", "--rounds", "2", "--cache", "decoded", "--quiet")
+    assert decoded == []
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 2
+
+
+def test_from_python(result, decoded, tmp_path):
+    settings = {"data_root": "root", "data_options": {"size": SIDE}, "progress": False, "pictures": False, **SMALL}
+    run = fedkern.simulate("fedavg", data="folder", cache=tmp_path / "own", out="run", **settings)
+    decoded.clear()
+    expected = run.evaluate()
+    assert run.evaluate(cache=tmp_path / "own") == expected
+    run.extend(2, cache="own", progress=False, pictures=False, workers=1)
+    assert decoded == []
+    assert run.evaluate(cache="other").keys() == expected.keys()
+    assert len(decoded) == IMAGES
+    pictures = np.zeros((4, SIDE, SIDE, 3), dtype=np.uint8), np.array([0, 1, 0, 1])
+    memory = fedkern.FederatedData.from_arrays([pictures], test=pictures, classes=["a", "b"])
+    with pytest.raises(UserError, match="these data are in memory: leave it out"):
+        run.evaluate(memory, cache="other")
+
+
+@pytest.mark.exhaustive
+def test_tasks_on_image_text_runs_take_a_cache(result, decoded, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pairs").mkdir()
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "pairs" / f"{number}.png")
+        (tmp_path / "pairs" / f"{number}.txt").write_text(f"picture of the number {number}")
+    command = ["fedavg", "--data", "pairs", "--data-root", "pairs", "--data-option", "size=16", "--partition", "iid",
+               "--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--width", "8",
+               "--threads", "1", "--workers", "1", "--quiet", "--out", "run"]  # fmt: skip
+    result(*command, "--cache", "decoded")
+    decoded.clear()
+    expected, said = result("retrieval", "run")
+    assert decoded == []
+    assert "decoded images are read from" in said
+    assert result("retrieval", "run", "--cache", "mine")[0] == expected
+    assert len(decoded) == 40
+    assert "decoding 40 images" in result("retrieval", "run", "--cache", "other")[1]
+    assert result("retrieval", "run", "--cache", "third", "--json")[1] == ""
+
+
+def test_mistakes_are_one_sentence(result, fails, tmp_path):
+    played()
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert "name another folder with --cache DIR" in fails("evaluate", "run", "--cache", "file")
+    assert "--cache" in fails("evaluate", "run", "--cache", "")
+    assert "--cache" in fails("extend", "run", "--rounds", "2", "--cache", "")
+    assert "--cache" in fails("retrieval", "run", "--cache", "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_without_image_files_say_that_the_cache_is_not_used(result, tmp_path):
+    played(data="digits", train_samples=100)
+    assert "--cache is not used" in result("evaluate", "run", "--cache", "mine")[1]
+    assert not (tmp_path / "mine").exists()
