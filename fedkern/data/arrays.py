@@ -54,10 +54,7 @@ def from_arrays(
                 f"{name or 'test'}: images must have shape {list(shape)} and labels {first.labels.dim()} axes like the "
                 f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}"
             )
-    most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
-    names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
-    if len(names) < max(2, most):
-        raise ValueError(f"classes must name at least {max(2, most)} classes, but has {len(names)}")
+    names = _label_names(every, classes) if first.labels.dim() == 2 else _class_names(every, classes)
     channels = int(shape[0])
     return FederatedData(
         name=NAME,
@@ -71,6 +68,34 @@ def from_arrays(
         statistics=PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute"),
         client_names=tuple(named) if isinstance(clients, Mapping) else None,
     )
+
+
+def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:
+    most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
+    names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
+    if len(names) < max(2, most):
+        raise ValueError(f"classes must name at least {max(2, most)} classes, but has {len(names)}")
+    return names
+
+
+def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of the labels where an image may have several, one for every column."""
+    count = next(iter(every.values())).labels.shape[1]
+    if count < 2:
+        raise ValueError(
+            f"labels of several labels an image must have two or more columns, but have {count}: give labels [n] for a "
+            "single class an image"
+        )
+    for name, split in every.items():
+        if split.labels.shape[1] != count:
+            raise ValueError(
+                f"{name or 'test'}: labels must have {count} columns like the first client's, but have "
+                f"{split.labels.shape[1]}"
+            )
+    names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
+    if len(names) != count:
+        raise ValueError(f"classes must name the {count} labels, a name for every column, but has {len(names)}")
+    return names
 
 
 def _split(pair: Any, name: str) -> Split:
@@ -109,13 +134,23 @@ def _images(value: Any) -> Tensor:
 
 
 def _labels(value: Any) -> Tensor:
+    """int64 ``[n]`` or ``[n, H, W]``; of 0 and 1 for several labels an image uint8 ``[n, L]``."""
     labels = _tensor(value)
+    if labels.dim() == 2 and not labels.is_complex():
+        if not bool(((labels == 0) | (labels == 1)).all()):
+            raise ValueError(
+                f"labels of shape {list(labels.shape)} are several labels an image and must be 0 or 1, but some are "
+                "neither; give a single class an image as whole numbers [n]"
+            )
+        return labels.to(torch.uint8)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
     return labels.to(torch.int64)
 
 
 def _counted(split: Split) -> Any:
-    """The class of every image; for segmentation the largest class of its pixels."""
+    """The class of every image; for segmentation the largest class of its pixels; all of several labels."""
+    if split.labels.dim() == 2:
+        return split.labels.numpy()
     labels = split.labels if split.labels.dim() == 1 else split.labels.flatten(1).amax(1)
     return labels.clamp(min=0).numpy()

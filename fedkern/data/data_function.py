@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fedkern import plugins
 from fedkern.data.partition import PartitionSpec, parse_partition
@@ -15,7 +16,7 @@ from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetI
 from fedkern.data.types import FederatedData, Pool, Source, Split
 from fedkern.errors import UserError
 
-TASKS = ("classification", "segmentation", "retrieval")
+TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 PARAMETERS = ("root", "clients", "partition", "seed")
 """Parameters of a registered function that are no options of the data set."""
 
@@ -23,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register_data(
-    name: str, *, clients: int = 10, partition: str = "dirichlet:0.5", task: str = "classification"
+    name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification"
 ) -> Callable[[F], F]:
     """Decorates a function that makes a data set, so that ``--data NAME`` knows it.
 
@@ -39,14 +40,16 @@ def register_data(
     Args:
         name: the data set's name; the docstring's first line is what ``list`` says of it.
         clients: default number of clients.
-        partition: default partition.
-        task: ``"classification"``, ``"segmentation"`` or ``"retrieval"``.
+        partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
+        task: ``"classification"``, ``"multilabel"`` (labels uint8 ``[n, L]``, 1 where an image has the label),
+            ``"segmentation"`` or ``"retrieval"``.
 
     Raises:
         ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
         TypeError: there is no docstring, or a parameter cannot be an option.
     """
-    parse_partition(partition)
+    shares = partition or ("iid" if task == "multilabel" else "dirichlet:0.5")
+    parse_partition(shares)
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
     if clients < 1:
@@ -63,7 +66,7 @@ def register_data(
             description=lines[0].strip(),
             open=None,
             clients=clients,
-            partition=partition,
+            partition=shares,
             needs_root="root" in made.takes,
             options=made.options,
             task=task,
@@ -148,7 +151,8 @@ class DataFunction:
 
     def _check_source(self, source: Source) -> None:
         pool = source.train
-        task = "retrieval" if pool.texts is not None else "classification" if pool.targets is None else "segmentation"
+        labelled = "multilabel" if pool.labels.dim() == 2 else "classification"
+        task = "retrieval" if pool.texts is not None else labelled if pool.targets is None else "segmentation"
         self._check_task(task)
         if not len(pool):
             raise self._wrong("returns no training sample")
@@ -183,8 +187,14 @@ class DataFunction:
             raise self._wrong(f"returns data for {task}, but is registered for {self._task}")
 
     def _check_labels(self, part: Pool | Split, where: str, classes: int) -> None:
-        if part.labels.dtype != torch.int64:
-            raise self._wrong(f"returns labels of {part.labels.dtype} in {where or 'the test set'}, expected int64")
+        several = self._task == "multilabel"
+        expected = torch.uint8 if several else torch.int64
+        if part.labels.dtype != expected:
+            kind = str(expected).removeprefix("torch.")
+            raise self._wrong(f"returns labels of {part.labels.dtype} in {where or 'the test set'}, expected {kind}")
+        if several:
+            self._check_sets(part.labels, where, classes)
+            return
         most = int(part.labels.max()) if part.labels.numel() else -1
         least = int(part.labels.min()) if part.labels.numel() and self._task == "classification" else 0
         if most >= classes or least < 0:
@@ -192,6 +202,15 @@ class DataFunction:
                 f"returns the label {most if most >= classes else least} in {where or 'the test set'}, where the "
                 f"classes are 0 to {classes - 1}"
             )
+
+    def _check_sets(self, labels: Tensor, where: str, classes: int) -> None:
+        if labels.dim() != 2 or labels.shape[1] != classes or classes < 2:
+            raise self._wrong(
+                f"returns labels {list(labels.shape)} in {where or 'the test set'}, expected a column for each of the "
+                f"{classes} labels, of which there are at least two"
+            )
+        if labels.numel() and int(labels.max()) > 1:
+            raise self._wrong(f"returns the label {int(labels.max())} in {where or 'the test set'}, expected 0 and 1")
 
     def _wrong(self, what: str) -> UserError:
         return UserError(f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} {what}')

@@ -53,8 +53,8 @@ class Split:
         single = self.labels.dtype == torch.int64 and tuple(self.labels.shape) in ((n,), (n, height, width))
         if not several and not single:
             raise ValueError(
-                f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, got "
-                f"{_describe(self.labels)}"
+                f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, or uint8 [{n}, L] for "
+                f"several labels, got {_describe(self.labels)}"
             )
         if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
@@ -293,10 +293,11 @@ class FederatedData:
         Args:
             clients: pairs (images, labels) by client name, or in client order.  Images are NumPy arrays or tensors,
                 uint8 or floats in [0, 1], ``[n, C, H, W]``, ``[n, H, W, C]`` or ``[n, H, W]``.  Labels are whole
-                numbers, ``[n]``, or for segmentation ``[n, H, W]``.
+                numbers, ``[n]``, or for segmentation ``[n, H, W]``; for several labels an image 0 and 1 of any dtype,
+                ``[n, L]`` with L of at least 2.
             test: a pair, or pairs by name of the test set.
             validation: a pair for choosing settings.
-            classes: names of the classes; default: their numbers.
+            classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
             augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
 

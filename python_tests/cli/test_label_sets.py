@@ -143,7 +143,7 @@ def test_warnings_about_a_network_that_tells_nothing():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", ["feddyn", "scaffold", "centralised"])
+@pytest.mark.parametrize("method", ["afl", "feddyn", "scaffold", "centralised"])
 def test_other_methods_learn_it_too(listed, result, tmp_path, method):
     result(method, *TINY, "--rounds", "2", "--local-epochs", "2", "--lr", "0.1", "--out", "run", "--quiet")
     assert json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["macro_auroc"] > 0.6
@@ -153,7 +153,7 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
     ("words", "said"),
     [
         (["fedgid"], 'fedgid learns a single class of every image, and the data set "csv" has several labels an image: '
-                     "methods for several labels are centralised, fedavg, feddyn, fedprox, scaffold."),
+                     "methods for several labels are afl, centralised, fedavg, feddyn, fedprox, scaffold."),
         (["moon"], "moon learns a single class"),
         (["fusefl"], "fusefl learns a single class"),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),

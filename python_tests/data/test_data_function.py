@@ -173,6 +173,65 @@ def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message):
     assert "\n" not in str(told.value)
 
 
+def label_sets(count, classes=2):
+    return torch.stack([torch.arange(count) // (k + 1) % 2 for k in range(classes)], 1).to(torch.uint8)
+
+
+def several(count=N, classes=2, **changed):
+    """A source of images with several labels."""
+    images, labels = torch.zeros(count, 1, 8, 8, dtype=torch.uint8), label_sets(count, classes)
+    parts = {name: memory_pool(images, labels, name) for name in ("train", "validation", "test")}
+    all_parts = {"train": parts["train"], "validation": parts["validation"], "tests": {"": parts["test"]}}
+    return source(**{**all_parts, **changed})
+
+
+def test_several_labels_an_image(registered):
+    @registered("own", clients=4, task="multilabel")
+    def own():
+        """A source."""
+        return several()
+
+    data = load("own")
+    assert (data.task, data.statistics.partition, data.client_sizes) == ("multilabel", "iid", (10, 10, 10, 10))
+    assert data.tests[""].labels.tolist() == label_sets(N).tolist()
+    with pytest.raises(UserError, match="has several labels an image and no single class"):
+        load("own", partition="dirichlet:0.5")
+
+    @registered("mine", task="multilabel")
+    def mine():
+        """Arrays."""
+        own = torch.zeros(6, 8, 8, dtype=torch.uint8), label_sets(6)
+        return FederatedData.from_arrays({"north": own, "south": own}, own, classes=("a", "b"))
+
+    data = load("mine")
+    assert (data.task, data.client_names, data.classes) == ("multilabel", ("north", "south"), ("a", "b"))
+    with pytest.raises(UserError, match="option cue_clients is for classification"):
+        load("mine", options={"cue_clients": 1})
+
+
+WRONG_SETS = {
+    "task": (source, "returns data for classification, but is registered for multilabel"),
+    "names": (lambda: several(classes=3), r"labels \[40, 3\] in train, expected a column for each of the 2 labels"),
+    "value": (lambda: several(validation=memory_pool(torch.zeros(3, 1, 8, 8).byte(), 2 * label_sets(3), "x")),
+              "returns the label 2 in validation, expected 0 and 1"),
+    "dtype": (lambda: several(validation=memory_pool(torch.zeros(3, 1, 8, 8).byte(), label_sets(3).long(), "x")),
+              "returns labels of torch.int64 in validation, expected uint8"),
+    "single": (lambda: several(validation=memory_pool(torch.zeros(3, 1, 8, 8).byte(), label_sets(3)[:, 0], "x")),
+               r"returns labels \[3\] in validation, expected a column"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG_SETS.values(), ids=WRONG_SETS)
+def test_wrong_sets_of_labels_are_one_sentence(registered, make, message):
+    @registered("own", task="multilabel")
+    def own():
+        """Something."""
+        return make()
+
+    with pytest.raises(UserError, match=message):
+        load("own")
+
+
 def test_registering_wrongly(registered):
     def plain():
         """A source."""

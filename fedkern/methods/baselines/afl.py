@@ -24,7 +24,7 @@ from fedkern.methods.common.supervised import supervised_loss
 class AFL(Robust):
     """Weighs clients for the worst of all their mixtures: agnostic federated learning (arXiv 1902.00146)."""
 
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "retrieval")
 
     @dataclass(frozen=True)
     class Options(Robust.Options):

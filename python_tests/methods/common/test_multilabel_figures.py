@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedkern.methods import METHODS, FedAvg, FedGID, FedProx, Moon
+from fedkern.methods import METHODS, FedAvg, FedDRA, FedGID, FedProx, Moon
 from fedkern.methods.common import multilabel_figures as of_labels
 from fedkern.methods.common.supervised import supervised_loss
 
@@ -124,7 +124,8 @@ class OwnTask(OwnLoss):
 
 def test_methods_that_can_learn_several_labels():
     able = {name for name, kind in METHODS.items() if kind.learns("multilabel")}
-    assert able == {"centralised", "fedavg", "feddyn", "fedprox", "scaffold"}
+    assert able == {"afl", "centralised", "fedavg", "feddyn", "fedprox", "scaffold"}
+    assert not FedDRA.learns("multilabel")
     assert FedProx.learns("segmentation")
     assert not FedGID.learns("multilabel")
     assert not Moon.learns("multilabel")

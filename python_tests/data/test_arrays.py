@@ -1,0 +1,88 @@
+"""Arrays in memory with several labels an image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fedkern
+from fedkern.data import FederatedData
+from fedkern.engine import read_summary
+
+NAMES = ("left", "right", "top")
+SMALL = {"model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, "progress": False, "pictures": False}
+
+
+def pair(count, seed=0, dtype=np.int64):
+    """Images whose bright halves are their labels, and the labels ``[count, 3]``."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, (count, 3))
+    pixels = rng.integers(0, 60, (count, 8, 8))
+    pixels[:, :, :4] += 65 * labels[:, 0, None, None]
+    pixels[:, :, 4:] += 65 * labels[:, 1, None, None]
+    pixels[:, :4] += 65 * labels[:, 2, None, None]
+    return pixels.astype(np.uint8), labels.astype(dtype)
+
+
+def sites(**given):
+    clients = {"north": pair(60, 1), "south": pair(40, 2)}
+    return FederatedData.from_arrays(clients, pair(40, 3), classes=NAMES, **given)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.float32])
+def test_columns_are_labels(dtype):
+    data = FederatedData.from_arrays([pair(5, dtype=dtype)], {"id": pair(4, 1, dtype)}, validation=pair(3, 2, dtype))
+    assert data.task == "multilabel"
+    assert data.classes == ("0", "1", "2")
+    for split, seed in ((data.clients[0], 0), (data.tests["id"], 1), (data.validation, 2)):
+        assert split.labels.dtype == torch.uint8
+        assert split.labels.tolist() == pair(len(split), seed)[1].tolist()
+    assert data.statistics.counts.tolist() == [pair(5)[1].sum(0).tolist()]
+    assert data.statistics.sizes.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 2], [1, 0]])]}, r"client 0: labels of shape \[2, 2\] are"),
+        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 0.5], [1, 0]])]}, "must be 0 or 1, but some are neither"),
+        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, np.nan], [1, 0]])]}, "must be 0 or 1, but some are neither"),
+        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 1]] * 3)]}, r"or uint8 \[2, L\] for several labels"),
+        ({"test": (np.zeros((2, 4, 4), np.uint8), [[0, 1, 1]] * 2)}, "test: labels must have 2 columns .* but have 3"),
+        ({"test": (np.zeros((2, 4, 4), np.uint8), [0, 1])}, "labels 2 axes like the first client's"),
+        ({"classes": ["a", "b", "c"]}, "classes must name the 2 labels, a name for every column, but has 3"),
+    ],
+)
+def test_labels_that_do_not_fit_are_said(change, sentence):
+    own = np.zeros((2, 4, 4), np.uint8), [[0, 1], [1, 0]]
+    with pytest.raises(ValueError, match=sentence):
+        FederatedData.from_arrays(**{"clients": [own], "test": own, **change})
+
+
+def test_a_single_column_is_a_class():
+    own = np.zeros((2, 4, 4), np.uint8), [[0], [1]]
+    with pytest.raises(ValueError, match=r"two or more columns, but have 1: give labels \[n\] for a single class"):
+        FederatedData.from_arrays([own], own)
+
+
+@pytest.mark.parametrize("method", ["afl", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
+def test_a_run_learns_every_label(tmp_path, method):
+    run = fedkern.simulate(method, data=sites(), rounds=8, local_epochs=4, lr=0.1, out=tmp_path / "run", **SMALL)
+    assert run.metrics["macro_auroc"] > 0.9
+    assert list(read_summary(tmp_path / "run")["per_class"]["test"]["auroc"]) == list(NAMES)
+    assert run.summary["client_names"] == ["north", "south"]
+    assert run.evaluate()["macro_auroc"] == pytest.approx(run.metrics["macro_auroc"])
+    found = run.predict(pair(40, 3)[0][:, None])
+    assert float(((found > 0.5).numpy() == pair(40, 3)[1]).all(1).mean()) == pytest.approx(run.metrics["exact_match"])
+    again = fedkern.load(tmp_path / "run", data=sites())
+    assert again.extend(9, progress=False, pictures=False, workers=1).summary["rounds"] == 9
+
+
+@pytest.mark.parametrize("method", ["fedgid", "fediod", "ensemble", "moon"])
+def test_methods_for_single_classes_say_so(tmp_path, method):
+    with pytest.raises(
+        fedkern.UserError, match=f"{method} learns a single class of every image, and .* several labels"
+    ):
+        fedkern.simulate(method, data=sites(), out=tmp_path / "run", **{**SMALL, "model": "cnn"})
+    assert not (tmp_path / "run").exists()
