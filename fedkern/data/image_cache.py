@@ -1,9 +1,10 @@
-"""Decoded images in a file on disk, for data sets that do not fit in memory and for later runs.
+"""Decoded images and masks in files on disk, for data sets that do not fit in memory and for later runs.
 
 A cache folder has three files for every list of image files and way to decode them: ``NAME.images`` holds the decoded
 images, uint8 ``[N, H, W, C]``, ``NAME.sizes`` the width and height of every image before it was resized, and
 ``NAME.lock`` keeps two writing processes apart.  An image whose width is 0 has not been decoded yet.  Sizes are written
 after their images have reached the disk, so that no interruption leaves an image that counts as decoded and is not.
+Masks have such files too: there an image is a mask, with one channel, and its size is that of the decoded mask.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.image_rows import ImageRows, ImageStore
-from fedkern.data.images import ImageFiles, ImageReader, unreadable
+from fedkern.data.images import ImageFiles, ImageReader, MaskFiles, unreadable
 from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand, one_writer
@@ -46,6 +47,7 @@ MAGIC = b"fedkern decoded images 1\n"
 """First line of a sizes file; its number changes with what `fedkern.data.images.read_images` makes of a file."""
 HEADER_BYTES = 128
 
+Files = ImageFiles | MaskFiles
 Notice = Callable[[str], None] | None
 Rows = npt.NDArray[np.int64]
 
@@ -92,6 +94,25 @@ def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | 
     )
 
 
+def masks_on_disk(files: MaskFiles, cache: str | Path | None, notice: Notice) -> ImageStore | None:
+    """All masks in a file, where they are many or there is a cache folder.
+
+    Args:
+        files: the masks; those that are not yet in the file are decoded first.
+        cache: folder that keeps the decoded masks; None: masks whose classes would take more than `MEMORY_BYTES` in
+            memory, at eight bytes a pixel, go to a temporary file.
+        notice: called with progress messages.
+
+    Returns:
+        The decoded masks, uint8 ``[N, H, W, 1]``; None where they stay in memory.
+
+    Raises:
+        UserError: a mask that cannot be decoded, a folder that cannot be written, or too little free space.
+    """
+    found = _stored(files, np.arange(len(files)), cache, notice, in_memory=8)
+    return None if found is None else found[0]
+
+
 def tell_unused(cache: str | Path | None, notice: Notice) -> None:
     """Says that there is a cache folder which this data set does not use."""
     if cache is not None and notice is not None:
@@ -99,15 +120,19 @@ def tell_unused(cache: str | Path | None, notice: Notice) -> None:
 
 
 def _stored(
-    files: ImageFiles, needed: Rows, cache: str | Path | None, notice: Notice
+    files: Files, needed: Rows, cache: str | Path | None, notice: Notice, in_memory: int = 1
 ) -> tuple[ImageStore, Tensor] | None:
-    """The images of a file, of which those at ``needed`` are decoded, and their sizes; None: they fit in memory."""
+    """The images of a file, of which those at ``needed`` are decoded, and their sizes; None: they fit in memory.
+
+    A byte of an image takes ``in_memory`` bytes there.
+    """
     if cache is not None:
         return _Cache(files, expand(cache), notice).fetch(needed)
-    return _temporary(files, needed, notice) if len(needed) * _bytes(files) > MEMORY_BYTES else None
+    fit = len(needed) * _bytes(files) * in_memory <= MEMORY_BYTES
+    return None if fit else _temporary(files, needed, notice)
 
 
-def _bytes(files: ImageFiles) -> int:
+def _bytes(files: Files) -> int:
     """Bytes of a decoded image."""
     height, width, channels = files.shape
     return height * width * channels
@@ -117,7 +142,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
+def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
     """The images in a file without a name, which vanishes with the processes that have it open, however they end."""
     try:
         folder = cache_folder("images")
@@ -125,7 +150,7 @@ def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageSt
     except (OSError, UserError):
         folder = Path(tempfile.gettempdir())
     _check_space(folder, len(needed) * _bytes(files))
-    shape = (len(files.paths), *files.shape)
+    shape = (len(files), *files.shape)
     sizes = np.zeros((shape[0], 2), dtype=np.int64)
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -143,20 +168,20 @@ def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageSt
 class _Cache:
     """The decoded images of some files in a cache folder."""
 
-    def __init__(self, files: ImageFiles, folder: Path, notice: Notice) -> None:
+    def __init__(self, files: Files, folder: Path, notice: Notice) -> None:
         self._files, self._folder, self._notice = files, folder, notice
         self._name = f"{'x'.join(map(str, files.shape))}-{_fingerprint(files)}"
         self._images, self._sizes, self._lock = (
             folder / f"{self._name}.{ending}" for ending in ("images", "sizes", "lock")
         )
-        self._shape = (len(files.paths), *files.shape)
+        self._shape = (len(files), *files.shape)
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
         """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `read_images`."""
         whole = self._opened(needed)
         if whole is not None:
             if self._notice is not None:
-                self._notice(f"{len(needed):,} decoded images are read from {self._images}")
+                self._notice(f"{len(needed):,} decoded {self._files.things} are read from {self._images}")
             return whole
         sizes = self._read_sizes()
         missing = len(needed) if sizes is None else int((sizes[needed, 0] == 0).sum())
@@ -177,7 +202,9 @@ class _Cache:
 
     def _wait(self) -> None:
         if self._notice is not None:
-            self._notice(f"another run decodes the same images into {self._folder}: this run waits for it")
+            self._notice(
+                f"another run decodes the same {self._files.things} into {self._folder}: this run waits for it"
+            )
 
     def _opened(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
         """The images and their sizes; None unless all images at ``needed`` are decoded."""
@@ -265,26 +292,26 @@ class _Cache:
             commit()
 
 
-def _fingerprint(files: ImageFiles) -> str:
+def _fingerprint(files: Files) -> str:
     """Hash of everything that decides the decoded images: the files, how they are decoded, and Pillow's version.
 
     A file counts as another one when its path, its length or one of its times (of its content, of its state) changes.
     """
     total = hashlib.blake2b(digest_size=12)
-    how = (files.size, files.data, files.grey, files.pad, files.max_pixels, PIL.__version__)
+    how = (*files.how, PIL.__version__)
     total.update(f"{how}\n".encode())
-    for path in files.paths:
+    for path in files.sources:
         try:
             found = path.stat()
         except OSError as error:
-            raise unreadable(files.data, "image", path, error) from error
+            raise unreadable(files.data, files.thing, path, error) from error
         about = (str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         total.update(f"{about}\n".encode())
     return total.hexdigest()
 
 
 def _decoded(
-    files: ImageFiles, rows: Rows, file: IO[bytes], where: str, notice: Notice
+    files: Files, rows: Rows, file: IO[bytes], where: str, notice: Notice
 ) -> Iterator[tuple[Rows, npt.NDArray[np.int64]]]:
     """Decodes the images at ``rows`` (sorted) and writes them to ``file``.
 
@@ -295,7 +322,7 @@ def _decoded(
     began = told = time.monotonic()
     shown = 0
     if notice is not None:
-        notice(f"decoding {len(rows):,} images ({_size(len(rows) * _bytes(files))}) into {where}")
+        notice(f"decoding {len(rows):,} {files.things} ({_size(len(rows) * _bytes(files))}) into {where}")
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
         images, sizes = files.read(torch.from_numpy(some))
@@ -307,7 +334,7 @@ def _decoded(
         if notice is not None and now - told >= NOTICE_SECONDS and done - shown >= NOTICE_SHARE * len(rows):
             told, shown = now, done
             left = (now - began) / done * (len(rows) - done)
-            notice(f"decoding images: {done:,} of {len(rows):,}, about {max(1, round(left / 60))} min left")
+            notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(left / 60))} min left")
 
 
 def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> None:

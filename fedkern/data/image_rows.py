@@ -1,4 +1,4 @@
-"""Images in a file that take the place of a tensor of images: rows are read when they are needed."""
+"""Images and masks in a file that take the place of a tensor: rows are read when they are needed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 RESIDENT_BYTES = 64 << 20
 """Bytes read from a file before its pages are unmapped again; the system's page cache keeps them."""
+PART_BYTES = 16 << 20
+"""Bytes of rows in memory that are looked at at once, where all rows are looked at."""
 
 Shape = tuple[int, int, int, int]
 Box = tuple[int, int, int, int]
@@ -78,16 +80,84 @@ _JOINING = (torch.cat, torch.concat, torch.concatenate)
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage)
 
 
-class ImageRows(Tensor):
-    """Images uint8 ``[n, C, h, w]`` of an :class:`ImageStore`, made by :meth:`of`.
+class FileRows(Tensor):
+    """Rows of an :class:`ImageStore` that take the place of a tensor: `ImageRows` and `PixelClasses`.
 
-    Shape, dtype and device are those of a tensor in memory.  Choosing images by the first axis, and concatenating
-    images of one store, read nothing.  Any other function reads the images and works on a contiguous copy in memory:
-    the result is that of the same tensor in memory.  Images cannot be written to.
+    Shape, dtype and device are those of a tensor in memory.  Choosing rows by the first axis, and concatenating rows of
+    one store, read nothing.  Any other function reads the rows and works on a contiguous copy in memory: the result is
+    that of the same tensor in memory.  Rows cannot be written to.
     """
 
     _store: ImageStore
     _chosen: Tensor
+
+    def plain(self) -> Tensor:
+        """The rows in memory, contiguous."""
+        raise NotImplementedError
+
+    def picked(self, chosen: Tensor) -> FileRows:
+        """The same kind of rows at ``chosen``, int64 ``[m]`` rows of the store."""
+        raise NotImplementedError
+
+    def like(self, other: FileRows) -> bool:
+        """Whether both show rows of one store in the same way."""
+        return type(self) is type(other) and self._store is other._store
+
+    def __getitem__(self, key: Any) -> Tensor:
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        if first is None or first is Ellipsis or any(isinstance(part, (Tensor, np.ndarray, list)) for part in rest):
+            return self.plain()[key]
+        if isinstance(first, Tensor) and first.dtype == torch.bool and first.dim() > 1:  # chooses pixels, not rows
+            return self.plain()[key]
+        chosen = self._chosen[first]
+        if chosen.dim() == 0:
+            return self.picked(chosen[None]).plain()[(0, *rest)]
+        if chosen.dim() > 1:
+            return self.plain()[key]
+        picked = self.picked(chosen)
+        return picked.plain()[(slice(None), *rest)] if rest else picked
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu")
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={list(self.shape)})"
+
+    def __deepcopy__(self, memo: object) -> FileRows:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _ABOUT:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func in _JOINING and not kwargs and len(args) == 1 and (joined := _joined(args[0])) is not None:
+            return joined
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            raise TypeError(f"{name}: these images are in a file and cannot be changed; work on a clone() of them")
+        if func in _ADDRESSES:
+            raise TypeError(f"{name}: these images are in a file and have no address; work on a clone() of them")
+        return func(*_read(args), **_read(kwargs))
+
+
+class ImageRows(FileRows):
+    """Images uint8 ``[n, C, h, w]`` of an :class:`ImageStore`, made by :meth:`of`."""
+
     _box: Box
 
     @classmethod
@@ -112,6 +182,14 @@ class ImageRows(Tensor):
         # Of grey images contiguous() would keep the strides of one channel as they are, which choose other kernels.
         return torch.empty(found.shape, dtype=torch.uint8).copy_(found)
 
+    def picked(self, chosen: Tensor) -> ImageRows:
+        """The images at ``chosen``, int64 ``[m]`` rows of the store."""
+        return ImageRows.of(self._store, chosen, self._box)
+
+    def like(self, other: FileRows) -> bool:
+        """Whether both show the same part of the images of one store."""
+        return super().like(other) and isinstance(other, ImageRows) and self._box == other._box
+
     def nhwc(self, index: Tensor | None = None) -> Tensor:
         """The images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
         rows = self._chosen if index is None else self._chosen[index]
@@ -133,70 +211,75 @@ class ImageRows(Tensor):
         place = top + (height - sides[0]) // 2, left + (width - sides[1]) // 2
         return ImageRows.of(self._store, self._chosen, (*place, *sides))
 
-    def __getitem__(self, key: Any) -> Tensor:
-        first, *rest = key if isinstance(key, tuple) else (key,)
-        if first is None or first is Ellipsis or any(isinstance(part, (Tensor, np.ndarray, list)) for part in rest):
-            return self.plain()[key]
-        chosen = self._chosen[first]
-        if chosen.dim() == 0:
-            return ImageRows.of(self._store, chosen[None], self._box).plain()[(0, *rest)]
-        if chosen.dim() > 1:
-            return self.plain()[key]
-        picked = ImageRows.of(self._store, chosen, self._box)
-        return picked.plain()[(slice(None), *rest)] if rest else picked
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[row] for row in range(len(self)))
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cpu")
-
-    @property
-    def is_cpu(self) -> bool:  # type: ignore[override]
-        return True
-
-    @property
-    def is_meta(self) -> bool:  # type: ignore[override]
-        return False
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"ImageRows(shape={list(self.shape)})"
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return ImageRows.of, (self._store, self._chosen, self._box)
 
-    def __deepcopy__(self, memo: object) -> ImageRows:
-        return self
+
+class PixelClasses(FileRows):
+    """The class of every pixel, int64 ``[n, H, W]``, from masks in an :class:`ImageStore`, made by :meth:`of`."""
+
+    _meaning: Tensor
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _ABOUT:
-            return super().__torch_function__(func, types, args, kwargs)
-        if func in _JOINING and not kwargs and len(args) == 1 and (joined := _joined(args[0])) is not None:
-            return joined
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            raise TypeError(f"{name}: these images are in a file and cannot be changed; work on a clone() of them")
-        if func in _ADDRESSES:
-            raise TypeError(f"{name}: these images are in a file and have no address; work on a clone() of them")
-        return func(*_read(args), **_read(kwargs))
+    def of(cls, store: ImageStore, rows: Tensor, meaning: Tensor) -> PixelClasses:
+        """The classes of the pixels of the masks at ``rows`` of a store.
+
+        Args:
+            store: holds the masks, uint8 ``[N, H, W, 1]``.
+            rows: int64 ``[n]``.
+            meaning: the class of every value of a mask, int64 ``[256]``.
+        """
+        made = torch.empty(len(rows), *store.shape[1:3], dtype=torch.int64, device="meta").as_subclass(cls)
+        made._store, made._chosen, made._meaning = store, rows, meaning
+        return made
+
+    def plain(self) -> Tensor:
+        """The classes in memory, int64 ``[n, H, W]``, contiguous."""
+        return torch.from_numpy(self._meaning.numpy()[self._store.gather(self._chosen.numpy())[..., 0]])
+
+    def picked(self, chosen: Tensor) -> PixelClasses:
+        """The classes of the masks at ``chosen``, int64 ``[m]`` rows of the store."""
+        return PixelClasses.of(self._store, chosen, self._meaning)
+
+    def like(self, other: FileRows) -> bool:
+        """Whether both are masks of one store whose values mean the same."""
+        return super().like(other) and isinstance(other, PixelClasses) and torch.equal(self._meaning, other._meaning)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return PixelClasses.of, (self._store, self._chosen, self._meaning)
 
 
-def _joined(parts: Sequence[Tensor]) -> ImageRows | None:
-    """The concatenation of images of one store; None for other tensors."""
-    own = [part for part in parts if isinstance(part, ImageRows)]
-    if len(own) < len(parts) or any(part._store is not own[0]._store or part._box != own[0]._box for part in own):
+def loaded(tensor: Tensor) -> Tensor:
+    """The tensor with its rows in memory; the tensor itself where it is no :class:`FileRows`."""
+    return tensor.plain() if isinstance(tensor, FileRows) else tensor
+
+
+def in_parts(tensor: Tensor, size: int = PART_BYTES) -> Iterator[Tensor]:
+    """The rows of a tensor in memory and in their order, at least one part.
+
+    Args:
+        tensor: of one or more axes; a tensor that is in memory is one part.
+        size: bytes of a part of rows in a file.
+    """
+    if not isinstance(tensor, FileRows):
+        yield tensor
+        return
+    count = max(1, size // max(1, math.prod(tensor.shape[1:]) * tensor.element_size()))
+    for start in range(0, max(1, len(tensor)), count):
+        yield loaded(tensor[start : start + count])
+
+
+def _joined(parts: Sequence[Tensor]) -> FileRows | None:
+    """The concatenation of rows of one store; None for other tensors."""
+    own = [part for part in parts if isinstance(part, FileRows)]
+    if not own or len(own) < len(parts) or not all(own[0].like(part) for part in own):
         return None
-    return ImageRows.of(own[0]._store, torch.cat([part._chosen for part in own]), own[0]._box)
+    return own[0].picked(torch.cat([part._chosen for part in own]))
 
 
 def _read(value: Any) -> Any:
-    """``value`` with all its ImageRows read into memory."""
-    if isinstance(value, ImageRows):
+    """``value`` with all its rows of files read into memory."""
+    if isinstance(value, FileRows):
         return value.plain()
     if isinstance(value, dict):
         return {key: _read(each) for key, each in value.items()}

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -196,15 +198,77 @@ class ImageFiles:
     pad: bool = False
     max_pixels: int = MAX_PIXELS
 
+    things: ClassVar[str] = "images"
+    thing: ClassVar[str] = "image"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of a decoded image."""
         return self.size, self.size, 1 if self.grey else 3
 
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """Everything but the files that decides the decoded images."""
+        return self.size, self.data, self.grey, self.pad, self.max_pixels
+
+    @property
+    def sources(self) -> Iterator[Path]:
+        """The files that decide the decoded images."""
+        return iter(self.paths)
+
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
         paths = [self.paths[row] for row in rows.tolist()]
         return read_images(paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """Mask files of a data set, and how they are decoded.
+
+    Attributes:
+        images, masks, size, data, max_pixels: see `read_masks`.
+    """
+
+    images: Sequence[Path]
+    masks: Sequence[Path]
+    size: int
+    data: str
+    max_pixels: int = MAX_PIXELS
+    things: ClassVar[str] = "masks"
+    thing: ClassVar[str] = "mask or its image"
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a decoded mask."""
+        return self.size, self.size, 1
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """Everything but the files that decides the decoded masks."""
+        return "masks", self.size, self.data, self.max_pixels
+
+    @property
+    def sources(self) -> Iterator[Path]:
+        """The files that decide the decoded masks; of an image its size and orientation do."""
+        return chain(self.masks, self.images)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes the masks at ``rows`` (int64 ``[n]``), see `read_masks`.
+
+        Returns:
+            uint8 ``[n, 1, size, size]``, and int64 ``[n, 2]``, width and height of the decoded masks.
+        """
+        chosen = rows.tolist()
+        files = [self.images[row] for row in chosen], [self.masks[row] for row in chosen]
+        values = read_masks(*files, self.size, self.data, self.max_pixels)
+        return torch.from_numpy(values)[:, None], torch.full((len(chosen), 2), self.size)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Listing:
         splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
         clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
             are not trained on need none.
-        masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation.
+        masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation; or
+            `fedkern.data.image_rows.PixelClasses` where they are in a file.
         texts: the text of every image; an image with several texts has an entry for each, under one name in ``ids``.
         patients: the patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one
             side.
@@ -68,7 +69,7 @@ class Listing:
     labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
     splits: Sequence[str]
     clients: Sequence[str]
-    masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | None = None
+    masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor | None = None
     texts: Sequence[str] | None = None
     patients: Sequence[str] | None = None
     named_by: str = ""
@@ -109,7 +110,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
             read=ImageReader(files, places[chosen]),
             groups=None if groups is None else groups[chosen],
-            targets=None if masks is None else lambda wanted: torch.from_numpy(masks[chosen[wanted].numpy()]).long(),
+            targets=None if masks is None else lambda wanted: _targets(masks, chosen[wanted]),
             texts=None if texts is None else tuple(texts[row] for row in chosen.tolist()),
             patients=None if people is None else people[chosen],
         )
@@ -130,6 +131,11 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
     )
+
+
+def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:
+    """The class of every pixel of the images at ``rows``, int64 ``[m, H, W]``."""
+    return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
 
 
 def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:

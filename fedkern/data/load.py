@@ -111,7 +111,8 @@ def load(
     boxed = info.coloured and own_options.pop("mask") == "box"
     ink = own_options.pop("ink") if info.coloured else ""
     assert info.open is not None
-    source = info.open(root, **own_options)
+    keeping = {"cache": cache, "notice": progress} if info.keeps else {}
+    source = info.open(root, **own_options, **keeping)
     spec = _default_partition(name, info, source) if asked is None else asked
     if clients is None:
         clients = source.groups if spec.name == "attribute" and source.groups is not None else info.clients

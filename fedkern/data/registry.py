@@ -107,6 +107,7 @@ class DatasetInfo:
             test_samples=, validation_samples=, **options)``; None for a set with ``open``.
         task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
         function: the registered function of a user's own set, or None.
+        keeps: whether ``open`` decodes files by itself, and takes ``cache`` and ``notice`` (see `fedkern.data.load`).
     """
 
     description: str
@@ -121,6 +122,7 @@ class DatasetInfo:
     prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
     task: str = "classification"
     function: DataFunction | None = None
+    keeps: bool = False
 
     @property
     def coloured(self) -> bool:
@@ -302,7 +304,7 @@ DATASETS: dict[str, DatasetInfo] = {
             "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
             **_columns("image", "mask", "split", "patient"),
         },
-        task="segmentation",
+        task="segmentation", keeps=True,
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from fedkern.data.images import MAX_PIXELS, list_images, read_masks
+from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
+from fedkern.data.image_rows import ImageStore, PixelClasses
+from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import Splits, check_images, find_sites, named_by, trees
 from fedkern.data.table import check_unchosen, find_table, read_table
@@ -31,9 +35,14 @@ def open_segmentation(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
+    *,
+    cache: str | Path | None = None,
+    notice: Callable[[str], None] | None = None,
     **chosen: str,
 ) -> Source:
     """Reads images and their masks; masks are decoded at once, images when a split needs them.
+
+    Masks are in memory, or in a file (`fedkern.data.image_cache.masks_on_disk`) unless images are cut into tiles.
 
     CSV file: the columns are ``image``, ``mask`` and optionally ``split``, ``client`` and ``patient_id``.  All images
     of a patient are held out together and go to one client.
@@ -54,6 +63,8 @@ def open_segmentation(
         ignore: value of mask pixels whose class is unknown (often 255), -1 for none.
         test_share, validation_share: share of the images held out where there is no such split.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        cache: folder that keeps decoded masks.
+        notice: called with the progress of a long decoding.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
     Raises:
@@ -75,18 +86,32 @@ def open_segmentation(
         ids, patients, named = tuple(one.relative_to(base).as_posix() for one in images), None, named_by(base, sites)
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
-    values = read_masks(images, masks, size, "segmentation", max_image_pixels)
-    unknown = values == ignore
-    values[unknown] = 0
-    classes = _classes(values, masks, names)
-    for row in np.flatnonzero(unknown.all((1, 2))):
+    files = MaskFiles(images, masks, size, "segmentation", max_image_pixels)
+    store = None if tile else masks_on_disk(files, cache, notice)
+    everything = torch.arange(len(files))
+    if store is None:
+        values = files.read(everything)[0][:, 0].numpy()
+        counts = _counts([values])
+    else:
+        counts = _counts(_stored(store))
+    unknown = counts[:, ignore].copy() if ignore >= 0 else np.zeros(len(counts), dtype=np.int32)
+    if ignore >= 0:  # unknown pixels count as background
+        counts[:, ignore] = 0
+        counts[:, 0] += unknown
+    classes, meaning = _classes(counts, masks, names)
+    for row in np.flatnonzero(unknown == size * size):
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
-    held = values.astype(np.int16)
-    held[unknown] = IGNORE
+    if ignore >= 0:
+        meaning[ignore] = IGNORE
+    held: npt.NDArray[np.int16] | PixelClasses
+    if store is None:
+        held = meaning.astype(np.int16)[values]
+    else:
+        held = PixelClasses.of(store, everything, torch.from_numpy(meaning))
     listing = Listing(
         images,
         ids,
-        _largest(values, len(classes)),
+        _largest(counts, len(classes)),
         splits,
         clients,
         held,
@@ -143,24 +168,42 @@ def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Path], list[Path]
     return images, masks, belongs, clients
 
 
-def _classes(values: npt.NDArray[np.uint8], masks: list[Path], names: str) -> tuple[str, ...]:
-    """The class names; turns 0 and 255 into 0 and 1, in place."""
-    present = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
+def _stored(store: ImageStore) -> Iterator[npt.NDArray[np.uint8]]:
+    """All masks of a store in their order, some at a time."""
+    count, height, width, _ = store.shape
+    at_once = max(1, CHUNK_BYTES // (height * width))
+    for start in range(0, count, at_once):
+        yield store.gather(np.arange(start, min(start + at_once, count)))
+
+
+def _counts(parts: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int32]:
+    """How many pixels of every mask have every value, int32 ``[n, 256]``."""
+    found = [np.bincount(mask.reshape(-1), minlength=256).astype(np.int32) for part in parts for mask in part]
+    return np.stack(found)
+
+
+def _classes(
+    counts: npt.NDArray[np.int32], masks: Sequence[Path], names: str
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """The class names, and the class of every value, int64 ``[256]``; moves the counts of 255 to 1 beside 0 alone."""
+    meaning = np.arange(256)
+    present = np.flatnonzero(counts.any(0))
     if 255 in present and set(present.tolist()) <= {0, 255}:
-        values[values == 255] = 1
+        meaning[255] = 1
+        counts[:, 1], counts[:, 255] = counts[:, 255], 0
         present = np.minimum(present, 1)
     given = [name.strip() for name in names.split("|")] if names else []
     if len(set(given)) != len(given) or (given and (len(given) < 2 or "" in given)):
         raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
     count = len(given) or max(2, int(present.max()) + 1)
     if present.max() >= count or (not given and 255 in present):
-        row = int(np.flatnonzero((values == present.max()).reshape(len(values), -1).any(1))[0])
+        row = int(np.flatnonzero(counts[:, present.max()])[0])
         limit = f"0 to {count - 1}" if given else "class numbers from 0, or 0 and 255 alone"
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds {present.max()}, expected {limit}')
-    return tuple(given or (str(number) for number in range(count)))
+    return tuple(given or (str(number) for number in range(count))), meaning
 
 
-def _largest(values: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.int64]:
+def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:
     """The object class with most pixels of every image; the background only where an image has no object."""
-    counts = np.stack([(values == label).sum((1, 2)) for label in range(classes)], 1)
-    return np.where(counts[:, 1:].any(1), counts[:, 1:].argmax(1) + 1, 0).astype(np.int64)
+    objects = counts[:, 1:classes]
+    return np.where(objects.any(1), objects.argmax(1) + 1, 0).astype(np.int64)

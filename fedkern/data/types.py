@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.data.image_rows import in_parts
 from fedkern.data.statistics import PartitionStatistics
 
 IGNORE = -100
@@ -22,7 +23,8 @@ class Split:
     Attributes:
         images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.data.image_rows.ImageRows`.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
-            (`IGNORE` where it is unknown); for several labels an image uint8 ``[n, L]``, 1 where it has the label.
+            (`IGNORE` where it is unknown), a `fedkern.data.image_rows.PixelClasses` where masks are in a file; for
+            several labels an image uint8 ``[n, L]``, 1 where it has the label.
         masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
             was detected in that image; the image stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), as a boxes file uses it.
@@ -81,9 +83,7 @@ class Split:
             return self.labels
         if self.labels.dim() == 1 or len(self) == 0:
             return self.labels.reshape(len(self))
-        top = int(self.labels.max())
-        counts = torch.stack([(self.labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
-        return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
+        return torch.cat([_largest_classes(part) for part in in_parts(self.labels)])
 
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
@@ -97,6 +97,13 @@ class Split:
             None if self.cases is None else self.cases[indices],
             None if self.patients is None else self.patients[indices],
         )
+
+
+def _largest_classes(labels: Tensor) -> Tensor:
+    """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
+    top = int(labels.max())
+    counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
+    return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
 
 
 def joined(splits: Sequence[Split]) -> Split:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
-from fedkern.data.image_rows import ImageRows
+from fedkern.data.image_rows import in_parts
 from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -71,18 +68,8 @@ def data_fingerprint(data: Any) -> int:
     public = () if data.public is None else (data.public,)
     for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
         for tensor in (split.images, split.labels, split.masks):
-            for part in () if tensor is None else _parts(tensor):
+            for part in () if tensor is None else in_parts(tensor, PART_BYTES):
                 value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
         if split.texts is not None:
             value = zlib.crc32("\0".join(split.texts).encode(), value)
     return value
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The rows of a tensor in their order, some at a time where they are images in a file."""
-    if not isinstance(tensor, ImageRows):
-        yield tensor
-        return
-    count = max(1, PART_BYTES // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, len(tensor), count):
-        yield tensor[start : start + count]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedkern.data.image_rows import in_parts
 from fedkern.engine.config import RunConfig
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
@@ -69,7 +70,7 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
-        present = {label for label in torch.unique(data.labels).tolist() if label >= 0}
+        present = {label for part in in_parts(data.labels) for label in torch.unique(part).tolist() if label >= 0}
         missing = sorted(present - set(torch.unique(data.predictions).tolist()))
         if missing:
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -132,11 +133,11 @@ def constants(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, 
     """
     found = {}
     for prefix, data in sets.items():
-        labels = data.labels.cpu()
         if data.task == "segmentation":
-            value, best = constant_dice(labels, len(classes), data.cases)
+            value, best = constant_dice(data.labels, len(classes), data.cases)
             found[prefix] = Constant({"dice": value}, classes[best] if value else "")
         elif data.task == "classification":
+            labels = data.labels.cpu()
             counts = torch.bincount(labels, minlength=len(classes))
             top, present = int(counts.max()), int((counts > 0).sum())
             if present > 1:

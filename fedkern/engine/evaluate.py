@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedkern import models
+from fedkern.data.image_rows import in_parts
 from fedkern.data.types import FederatedData, Split, client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
@@ -54,10 +55,10 @@ def check_sets(data: Any) -> None:
     sets = {f"The test set{f' {name}' if name else ''}": split for name, split in data.tests.items()}
     sets["The validation set"] = data.validation
     for what, split in sets.items():
-        if len(split) and not bool((split.labels >= 0).any()):
+        if len(split) and not _any_known(split):
             raise UserError(f"{what} has no pixel whose class is known: give it other images, or more of them.")
     for k, split in enumerate(data.client_tests):
-        if not bool((split.labels >= 0).any()):
+        if not _any_known(split):
             raise UserError(
                 f"Client {client_label(data.client_names, k)}'s own test set has no pixel whose class is known: use a "
                 "larger --client-test, or 0."
@@ -79,8 +80,13 @@ def site_sets(context: Any) -> dict[int, TestSet]:
         return {}
     homes, test = data.test_clients, data.tests[""]
     parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(data.client_names))}
-    fit = {k: split for k, split in parts.items() if len(split) > 1 and bool((split.labels >= 0).any())}
+    fit = {k: split for k, split in parts.items() if len(split) > 1 and _any_known(split)}
     return _alike({k: _test_set(context, split) for k, split in fit.items()})
+
+
+def _any_known(split: Split) -> bool:
+    """Whether the class of an image or of a pixel is known."""
+    return any(bool((part >= 0).any()) for part in in_parts(split.labels))
 
 
 def _alike(sets: dict[int, TestSet]) -> dict[int, TestSet]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split, normalise
+from fedkern.data.image_rows import in_parts
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
@@ -128,7 +129,10 @@ def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor,
         The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
     """
     splits = (*members, others)
-    known = [split.labels.dim() == 1 or (split.labels >= 0).flatten(1).any(1) for split in splits]
+    known = [
+        split.labels.dim() == 1 or torch.cat([(part >= 0).flatten(1).any(1) for part in in_parts(split.labels)])
+        for split in splits
+    ]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
         own = [n if rows is True else n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
         if len(own) == len(splits):

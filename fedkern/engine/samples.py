@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data import transforms
-from fedkern.data.image_rows import ImageRows
+from fedkern.data.image_rows import FileRows, ImageRows, loaded
 from fedkern.methods.base import OUTSIDE, Batch, Step
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.methods.protocol import batch_slices
@@ -93,6 +93,11 @@ class Pixels:
         return images if rng is None else transforms.augment(images, self.augment, rng)
 
 
+def placed(labels: Tensor, device: torch.device) -> Tensor:
+    """Labels on the device; classes of pixels that are in a file stay there."""
+    return labels if isinstance(labels, FileRows) else labels.to(device)
+
+
 def take_tokens(tokens: Any, rows: np.ndarray) -> Any:
     """The tokens of the texts at ``rows`` (int64); None where there are no texts."""
     return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows)).to(tokens.ids.device))
@@ -105,7 +110,8 @@ class Samples:
         self.pixels = pixels
         self.labels = labels
         self.tokens = tokens
-        self.there = labels.to(device)
+        self.there = placed(labels, device)
+        self._device = device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,7 +122,7 @@ class Samples:
     def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.there.device)
-        labels = self.there[index]
+        labels = loaded(self.there[index]).to(self._device)
         if rng is None or labels.dim() < 3:
             return self.pixels.take(indices, rng), labels
         return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
@@ -260,7 +266,8 @@ class TestSet:
         self.tokens = tokens
         self.loss_batch = LOSS_BATCH
         self.pixels = Pixels(split.images, mean, std, device, cache=cache)
-        self.labels: Tensor = split.labels.to(device)
+        self.labels: Tensor = placed(split.labels, device)
+        self._device = device
         segmented = self.labels.dim() == 3
         of_labels = {2: "multilabel", 3: "segmentation"}.get(self.labels.dim(), "classification")
         self.task = "retrieval" if tokens is not None else of_labels
@@ -279,7 +286,7 @@ class TestSet:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and their labels in order, in batches of more than one image (see ``batch_slices``)."""
         for part in batch_slices(len(self), self.batch):
-            yield self.pixels.take(np.arange(part.start, part.stop)), self.labels[part]
+            yield self.pixels.take(np.arange(part.start, part.stop)), loaded(self.labels[part]).to(self._device)
 
     def captioned(self) -> Iterator[tuple[Tensor, Any]]:
         """The images and the tokens of their texts, in batches of more than one pair (where there are two pairs)."""

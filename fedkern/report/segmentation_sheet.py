@@ -12,6 +12,7 @@ import torch
 from matplotlib import colormaps
 from torch import Tensor, nn
 
+from fedkern.data.image_rows import in_parts
 from fedkern.report.gradcam import choose
 from fedkern.report.names import label
 from fedkern.report.sheet import Sheet, rgb
@@ -51,7 +52,7 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
 
 def examples(labels: Tensor, count: int) -> Tensor:
     """Rows to show of labels int64 ``[n, H, W]``: classes in turn; the class of an image is its highest label."""
-    return choose(labels.flatten(1).amax(1), count)
+    return choose(torch.cat([part.flatten(1).amax(1) for part in in_parts(labels)]), count)
 
 
 def over(

@@ -11,7 +11,7 @@ import torch
 
 from fedkern.data import Split, normalise
 from fedkern.data import image_rows as module
-from fedkern.data.image_rows import ImageRows, ImageStore
+from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, loaded
 from fedkern.data.transforms import central
 from fedkern.data.types import joined
 
@@ -183,3 +183,81 @@ def test_mapped_pages_are_given_back(tmp_path, monkeypatch):
     for row in range(64):
         store.gather(np.array([row]))
     assert resident() - before < 4 << 20
+
+
+MEANING = torch.arange(256)
+MEANING[255], MEANING[7] = 1, -100
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Classes of pixels in a file, and the same classes in memory."""
+    masks = np.random.default_rng(1).choice(np.array([0, 3, 7, 255], dtype=np.uint8), (COUNT, HEIGHT, WIDTH, 1))
+    (tmp_path / "masks").write_bytes(masks.tobytes())
+    store = ImageStore(os.open(tmp_path / "masks", os.O_RDONLY), masks.shape)
+    plain = torch.from_numpy(masks[..., 0]).long()
+    plain[plain == 255], plain[plain == 7] = 1, -100
+    return PixelClasses.of(store, torch.arange(COUNT), MEANING), plain
+
+
+def test_classes_of_pixels_look_like_a_tensor_and_are_read_when_needed(classes, read):
+    rows, plain = classes
+    assert (rows.shape, rows.dtype, rows.device, rows.dim(), len(rows)) == (
+        plain.shape, plain.dtype, plain.device, plain.dim(), len(plain)
+    )  # fmt: skip
+    assert (rows.element_size(), rows.numel(), rows.is_cpu) == (8, plain.numel(), True)
+    lazy = Split(torch.zeros(COUNT, 1, HEIGHT, WIDTH, dtype=torch.uint8), rows)
+    whole = Split(lazy.images, plain)
+    chosen = torch.tensor([7, 2, 11])
+    found, expected = (joined([split.subset(chosen), split.subset(torch.arange(3))]) for split in (lazy, whole))
+    assert read == []
+    assert isinstance(found.labels, PixelClasses)
+    assert torch.equal(found.labels, expected.labels)
+    assert loaded(found.labels).stride() == expected.labels.stride()
+    assert read == [6, 6]
+    both = pickle.loads(pickle.dumps((rows, rows[:1])))
+    assert torch.equal(both[0], plain)
+    assert both[0]._store is both[1]._store
+    with pytest.raises(TypeError, match="in a file and cannot be changed"):
+        rows.fill_(0)
+
+
+@pytest.mark.parametrize("key", [*KEYS, "pixels"], ids=str)
+def test_choosing_classes(classes, key):
+    rows, plain = classes
+    if isinstance(key, tuple) and len(key) == 3:
+        key = key[:2]
+    if isinstance(key, str):
+        key = plain >= 0
+    assert torch.equal(rows[key], plain[key])
+    assert torch.equal(rows >= 0, plain >= 0)
+
+
+def test_masks_of_other_meanings_are_joined_in_memory(classes):
+    rows, plain = classes
+    other = PixelClasses.of(rows._store, torch.arange(2), torch.arange(256))
+    both = torch.cat([rows[:2], other])
+    assert type(both) is torch.Tensor
+    assert torch.equal(both[:2], plain[:2])
+    assert isinstance(torch.cat([rows[:2], rows[3:]]), PixelClasses)
+
+
+def test_the_largest_class_of_every_image_is_found_in_parts(classes, read, monkeypatch):
+    rows, plain = classes
+    monkeypatch.setattr("fedkern.data.types.in_parts", lambda tensor: in_parts(tensor, 3 * HEIGHT * WIDTH * 8))
+    images = torch.zeros(COUNT, 1, HEIGHT, WIDTH, dtype=torch.uint8)
+    assert torch.equal(Split(images, rows).image_labels, Split(images, plain).image_labels)
+    assert read == [3, 3, 3, 3]
+
+
+def test_parts(classes, pair):
+    rows, plain = classes
+    parts = list(in_parts(rows, 5 * HEIGHT * WIDTH * 8))
+    assert [len(part) for part in parts] == [5, 5, 2]
+    assert all(type(part) is torch.Tensor for part in parts)
+    assert torch.equal(torch.cat(parts), plain)
+    assert [len(part) for part in in_parts(rows, 1)] == [1] * COUNT
+    assert [part.shape for part in in_parts(rows[:0])] == [(0, HEIGHT, WIDTH)]
+    assert [part is plain for part in in_parts(plain, 1)] == [True]
+    assert torch.equal(torch.cat(list(in_parts(pair[0], 100))), pair[1])
+    assert loaded(plain) is plain

@@ -8,8 +8,8 @@ import torch
 from interrupted import Kill, KillAt, outcome
 from PIL import Image
 
-from fedkern.data import Split, image_cache, load
-from fedkern.data.image_rows import ImageRows, ImageStore
+from fedkern.data import Split, image_cache, image_rows, load
+from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.engine import RunConfig, load_data, run
 from fedkern.engine import clients as clients_module
 from fedkern.engine.clients import data_fingerprint
@@ -19,6 +19,8 @@ from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 
 IMAGES, SIDE = 60, 8
+WIDE = 16
+"""Side of images with masks: a U-Net needs that many pixels."""
 
 
 @pytest.fixture
@@ -72,6 +74,49 @@ def test_the_bits_of_a_run_in_memory(root, on_disk, tmp_path, monkeypatch, colou
     assert (tmp_path / "cached" / NAME).read_text() == (tmp_path / "memory" / NAME).read_text()
 
 
+def masks(root):
+    """Masks beside the images: a bright square on some, and unknown pixels."""
+    rng = np.random.default_rng(1)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for number in range(IMAGES):
+        mask = np.zeros((9, 9), dtype=np.uint8)
+        mask[2:6, 2 : 4 + number % 4] = 1 + number % 2
+        mask[8, number % 9] = 255
+        pixels = rng.integers(0, 60, (9, 9), dtype=np.uint8) + 90 * (mask % 255)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{number}.png")
+
+
+@pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
+def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, method):
+    masks(tmp_path / "pairs")
+    config = RunConfig.make(
+        method, data="segmentation", data_root=str(tmp_path / "pairs"), data_options={"size": WIDE, "ignore": 255},
+        width=2, rounds=2, batch_size=4, clients=3, partition="iid", threads=1, augment="crop-flip", client_test=0.2,
+    )  # fmt: skip
+    monkeypatch.setattr("fedkern.engine.samples.SEGMENTED_PIXELS", 4 * WIDE**2)
+    run(config, out=tmp_path / "memory")
+    on_disk()
+    monkeypatch.setattr(image_rows, "PART_BYTES", 8 * 4 * WIDE**2)
+    monkeypatch.setattr(image_rows.in_parts, "__defaults__", (8 * 4 * WIDE**2,))
+    monkeypatch.setattr(clients_module, "PART_BYTES", 8 * 4 * WIDE**2)
+    largest = []
+    plain = PixelClasses.plain
+
+    def seen(self):
+        largest.append(len(self))
+        return plain(self)
+
+    monkeypatch.setattr(PixelClasses, "plain", seen)
+    run(config, out=tmp_path / "disk")
+    assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
+    assert largest
+    assert max(largest) <= 5  # of a batch; a test set has 12 images, a client 11 to train on
+    run(config.replace(cache=str(tmp_path / "cache"), workers="1"), out=tmp_path / "cached")
+    assert outcome(tmp_path / "cached") == outcome(tmp_path / "memory")
+
+
 @pytest.mark.exhaustive
 def test_the_same_with_workers(root, on_disk, tmp_path, monkeypatch):
     monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
@@ -79,6 +124,17 @@ def test_the_same_with_workers(root, on_disk, tmp_path, monkeypatch):
     on_disk()
     run(settings(root, workers="2"), out=tmp_path / "disk")
     assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
+    masks(tmp_path / "pairs")
+    pairs = {
+        "data": "segmentation",
+        "data_root": str(tmp_path / "pairs"),
+        "data_options": {"ignore": 255, "size": WIDE},
+    }
+    small = {"width": 2, "rounds": 2, "batch_size": 4, "clients": 3, "partition": "iid", "threads": 1}
+    run(RunConfig.make("fedavg", **pairs, **small, workers="2"), out=tmp_path / "two")
+    on_disk(False)
+    run(RunConfig.make("fedavg", **pairs, **small, workers="1"), out=tmp_path / "one")
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
 @pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["first", "then"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedkern import plugins
-from fedkern.data.image_rows import ImageRows
+from fedkern.data.image_rows import FileRows
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.links import Ended, Link, Lost
@@ -265,8 +265,9 @@ class Ranks:
 
 
 def _in_a_file(data: Any) -> bool:
-    """Whether clients' or validation images are read from a file when they are needed."""
-    return any(isinstance(split.images, ImageRows) for split in (*data.clients, data.validation))
+    """Whether clients' or validation images or masks are read from a file when they are needed."""
+    splits = (*data.clients, data.validation)
+    return any(isinstance(part, FileRows) for split in splits for part in (split.images, split.labels))
 
 
 class Spread:

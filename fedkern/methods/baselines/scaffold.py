@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.data.image_rows import in_parts
 from fedkern.errors import UserError
 from fedkern.methods.base import (
     VECTORS,
@@ -101,7 +102,8 @@ class Scaffold(FedAvg):
         if client.statistics_fixed(step):
             fix_statistics(network)
         total = flat.gradients()
-        known = (client.labels >= 0).sum().clamp_min(1)  # samples; in a segmentation, pixels
+        # Samples; in a segmentation, pixels.
+        known = torch.stack([(part >= 0).sum() for part in in_parts(client.labels)]).sum().clamp_min(1)
         for batch in client.batches(GRADIENT_BATCH if client.labels.dim() == 1 else PIXELWISE_BATCH):
             share = float((batch.labels >= 0).sum() / known)
             (share * supervised_loss(network, batch)).backward()

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.data.image_rows import in_parts
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -128,7 +130,7 @@ def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None) -> 
         classes: C.
         cases: int64 [n], the case of every image; None: every image is a case.
     """
-    counts = overlaps(labels, labels, classes)
+    counts = torch.cat([overlaps(part, part, classes) for part in in_parts(labels)])
     counts[:, 1] = counts[:, 2].sum(1, keepdim=True)  # all known pixels are predicted as the class
     found = dice(counts if cases is None else _together(counts, cases))[1:]
     present = int((~found.isnan()).sum())

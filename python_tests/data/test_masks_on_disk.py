@@ -1,0 +1,164 @@
+"""Masks of a segmentation in a cache folder or a temporary file: the same classes, decoded once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import image_cache, images, load
+from fedkern.data.image_rows import PixelClasses
+from fedkern.errors import UserError
+
+IMAGES, SIDE = 24, 8
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
+
+
+def written(root, values, sites=("",)):
+    """Images of random sizes with masks of random pixels out of ``values``."""
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        base = root / sites[number % len(sites)]
+        height, width = rng.integers(8, 20, 2)
+        for name in ("images", "masks"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)).save(base / "images" / f"{number}.png")
+        mask = rng.choice(np.array(values, dtype=np.uint8), (height, width), p=shares(len(values)))
+        Image.fromarray(mask).save(base / "masks" / f"{number}.png")
+    return root
+
+
+def shares(count):
+    return np.arange(count, 0, -1) / (count * (count + 1) / 2)
+
+
+def opened(root, cache=None, **settings):
+    options = {"size": SIDE, "colour": "grey", **settings.pop("options", {})}
+    if "partition" not in settings:
+        settings |= {"partition": "iid", "clients": 2}
+    return load("segmentation", root=root, options=options, cache=cache, **settings)
+
+
+def splits(data):
+    return [*data.clients, data.validation, *data.tests.values(), *data.client_tests]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The masks that were decoded."""
+    found = []
+    read = images.read_masks
+
+    def counted(pictures, masks, *rest):
+        found.extend(masks)
+        return read(pictures, masks, *rest)
+
+    monkeypatch.setattr(images, "read_masks", counted)
+    return found
+
+
+CASES = {
+    "two classes": ((0, 255), {}),
+    "numbers": ((0, 1, 2, 3), {}),
+    "numbers with a partition by classes": ((0, 1, 2, 3), {"partition": "dirichlet:1:min=1", "clients": 2}),
+    "ignored 255": ((0, 1, 2, 255), {"options": {"ignore": "255"}}),
+    "ignored 255 of two": ((0, 255), {"options": {"ignore": "255", "names": "ground|cell"}}),
+    "ignored background": ((1, 2, 0), {"options": {"ignore": "0"}}),
+    "ignored in the middle": ((0, 3, 2), {"options": {"ignore": "3", "names": "a|b|c|d"}}),
+}
+
+
+@pytest.mark.parametrize(("values", "settings"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("folder", [True, False], ids=["cache", "temporary"])
+def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, settings, folder):
+    root = written(tmp_path / "root", values)
+    expected = opened(root, **{**settings, "options": dict(settings.get("options", {}))})
+    assert not any(isinstance(split.labels, PixelClasses) for split in splits(expected))
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * SIDE**2)
+    if not folder:
+        monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
+    decoded.clear()
+    for count in (IMAGES, 0 if folder else IMAGES):
+        options = dict(settings.get("options", {}))
+        found = opened(root, tmp_path / "cache" if folder else None, **{**settings, "options": options})
+        assert len(decoded) == count
+        decoded.clear()
+        assert found.classes == expected.classes
+        assert np.array_equal(found.statistics.counts, expected.statistics.counts)
+        for one, other in zip(splits(found), splits(expected), strict=True):
+            assert isinstance(one.labels, PixelClasses)
+            assert torch.equal(one.labels, other.labels)
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.image_labels, other.image_labels)
+            assert one.ids == other.ids
+
+
+def test_masks_have_files_beside_the_images(tmp_path):
+    root = written(tmp_path / "root", (0, 1, 2))
+    said = []
+    opened(root, tmp_path / "cache", notice=said.append)
+    files = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert [name.rpartition(".")[2] for name in files] == ["images", "lock", "sizes"] * 2
+    assert said[0] == f"decoding 24 masks (0.0 MB) into {tmp_path / 'cache'}"
+    assert said[1].startswith("decoding 24 images")
+    opened(root, tmp_path / "cache", notice=said.append)
+    assert said[2].startswith("24 decoded masks are read from")
+    assert said[3].startswith("24 decoded images are read from")
+
+
+def test_a_changed_image_or_mask_is_looked_at_again(tmp_path, decoded):
+    root = written(tmp_path / "root", (0, 1))
+    opened(root, tmp_path / "cache")
+    Image.new("L", (9, 9), 3).save(root / "images" / "4.png")
+    with pytest.raises(UserError, match=r"masks/4\.png has .* pixels, its image .*4\.png 9x9"):
+        opened(root, tmp_path / "cache")
+    Image.new("L", (9, 9), 2).save(root / "masks" / "4.png")
+    decoded.clear()
+    data = opened(root, tmp_path / "cache")
+    assert len(decoded) == IMAGES
+    assert data.classes == ("0", "1", "2")
+
+
+def test_small_masks_and_tiles_stay_in_memory(tmp_path, monkeypatch):
+    root = written(tmp_path / "root", (0, 1))
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2)
+    assert not isinstance(opened(root).clients[0].labels, PixelClasses)
+    monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2 - 1)
+    assert isinstance(opened(root).clients[0].labels, PixelClasses)
+    tiles = opened(root, tmp_path / "cache", options={"tile": 4})
+    assert not isinstance(tiles.clients[0].labels, PixelClasses)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sites_and_own_tests(tmp_path):
+    for split in ("train", "test"):
+        written(tmp_path / "root", (0, 1, 2), (f"north/{split}", f"south/{split}"))
+    expected, found = (
+        opened(tmp_path / "root", partition=None),
+        opened(tmp_path / "root", tmp_path / "c", partition=None),
+    )
+    assert found.client_names == ("north", "south")
+    assert [len(split) for split in found.client_tests] == [12, 12]
+    for one, other in zip(splits(found), splits(expected), strict=True):
+        assert isinstance(one.labels, PixelClasses)
+        assert torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["cache", "memory"])
+@pytest.mark.parametrize(
+    ("values", "options", "said"),
+    [
+        ((0, 1, 255), {}, r"holds 255, expected class numbers from 0, or"),
+        ((0, 1, 5), {"names": "a|b"}, "holds 5, expected 0 to 1"),
+        ((4,), {"ignore": "4"}, "holds nothing but 4, which is ignored"),
+    ],
+)
+def test_wrong_classes_are_one_sentence(tmp_path, folder, values, options, said):
+    root = written(tmp_path / "root", values)
+    with pytest.raises(UserError, match=said):
+        opened(root, tmp_path / "cache" if folder else None, options=options)
