@@ -309,7 +309,7 @@ def requested(
     """
     settings = dict(given)
     plugins.given([os.fspath(plugin) for plugin in settings.get("plugins") or ()])
-    name, made_with = _named(method)
+    name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
     knobs = registry.get(name).Options.knobs()
     own = {each for knob in knobs for each in (knob.name, knob.field)}
@@ -345,7 +345,7 @@ def requested(
     return config, memory, module
 
 
-def _named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
+def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
     """The name of a run's method, and the options that an object of it was made with.
 
     Raises:

@@ -33,7 +33,7 @@ class Variant:
     Attributes:
         method: name of the method.
         settings: swept fields of :class:`~fedkern.engine.RunConfig`, by name.
-        options: swept method options, by name.
+        options: swept method options, and those that an object of the method was made with, by name.
     """
 
     method: str
@@ -42,8 +42,8 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Name of the variant for people: ``fedgid alpha=0.3``."""
-        return " ".join([self.method, *(f"{name}={word(value)}" for name, value in self.swept.items())])
+        """Name of the variant for people: ``fedgid alpha=0.3``; of a class without a registered name its own."""
+        return " ".join([registry.short(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())])
 
     @property
     def swept(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def check_methods(names: Sequence[str]) -> None:
     for name in names:
         registry.get(name)
         if names.count(name) > 1:
-            raise UserError(f"{name} is named twice: name every method once.")
+            raise UserError(f"{registry.short(name)} is named twice: name every method once.")
 
 
 def option_names(method: str) -> set[str]:
@@ -104,8 +104,9 @@ def check_option(name: str, methods: Sequence[str]) -> None:
     """Raises UserError for a method option that none of the methods has."""
     known = {each for method in methods for each in option_names(method)}
     if name not in known:
+        shown = ", ".join(map(registry.short, methods))
         raise UserError(
-            f'None of the methods ({", ".join(methods)}) has an option "{name}".{nearest(name, known)} '
+            f'None of the methods ({shown}) has an option "{name}".{nearest(name, known)} '
             "METHOD --help lists a method's options."
         )
 

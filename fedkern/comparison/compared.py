@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from fedkern.comparison.cells import (
 from fedkern.comparison.found_runs import FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
-from fedkern.engine import RunConfig
+from fedkern.engine import RunConfig, given_paths
 from fedkern.errors import RunFailed, UserError
 from fedkern.extras import pandas
 from fedkern.files import expand
-from fedkern.methods import METHODS, registry
+from fedkern.methods import METHODS, Method, registry
 
 SELECT = ("validation",)
 
@@ -124,8 +124,8 @@ def play(
     finished.sort(key=lambda cell: (order[cell.variant.label], cell.seed))
     labels = {runner.folder(cell): cell.variant.label for cell in finished}
     groups = grouped([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
-    present = {*labels.values(), *(cell.variant.method for cell in finished)}
-    wanted = [*(cell.variant.label for cell in planned), *by_method]
+    present = {*labels.values(), *(registry.short(cell.variant.method) for cell in finished)}
+    wanted = [*(cell.variant.label for cell in planned), *map(registry.short, by_method)]
     if missing := [name for name in dict.fromkeys(wanted) if name not in present]:
         told.append(f"No run of {', '.join(missing)} succeeded.")
     return _written(Result(groups, target, told, failures), runner.out)
@@ -175,7 +175,7 @@ def _written(result: Result, out: Path) -> Comparison:
 def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
     """A sentence where one-shot methods are compared under settings of rounds, which they do not take."""
     names = [name for name in OF_ROUNDS if name in given]
-    one_shot = [method for method in methods if registry.get(method).one_shot]
+    one_shot = [registry.short(method) for method in methods if registry.get(method).one_shot]
     if not names or not one_shot:
         return []
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
@@ -183,7 +183,7 @@ def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
 
 
 def compare(
-    methods: Sequence[str] | Sequence[Path],
+    methods: Sequence[str | Method | type[Method]] | Sequence[str | Path],
     *,
     seeds: int | Sequence[int] = 3,
     sweep: Mapping[str, Sequence[Any]] | None = None,
@@ -201,7 +201,8 @@ def compare(
         found.table[1]["accuracy_difference"]
 
     Args:
-        methods: names of methods; or folders of finished runs.
+        methods: names of methods, classes derived from :class:`fedkern.methods.Method` and objects of them, as in
+            :func:`fedkern.simulate`; or folders of finished runs.  Objects of one class are settings of one method.
         seeds: the number of seeds, or a list of seeds.
         sweep: values by the name of a setting or of a method option.
         select: ``"validation"``: only the best setting of every method by its validation figure runs with all seeds.
@@ -217,22 +218,26 @@ def compare(
     from fedkern import api, plugins
     from fedkern.comparison.boards import board
 
-    names = [str(name) for name in ([methods] if isinstance(methods, (str, Path)) else methods)]
+    listed = [methods] if isinstance(methods, (str, Path, Method, type)) else list(methods)
+    entries: list[Any] = [str(each) if isinstance(each, Path) else each for each in listed]
     goal = None if target is None else Target.read(target)
     folder = None if out is None else expand(out)
-    if names and not any(name in METHODS for name in names) and all(Path(name).is_dir() for name in names):
+    folders = [each for each in entries if isinstance(each, str) and each not in METHODS and Path(each).is_dir()]
+    if folders and len(folders) == len(entries):
         if settings or sweep or select:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
-        return compare_found(names, out=folder, target=goal)
+        return compare_found(folders, out=folder, target=goal)
     plugins.given(settings.get("plugins", ()))
-    check_methods(names)
+    given = [api.named(each) for each in entries]
+    names = _distinct_names(given)
     check_select(select, sweep)
     options = dict(settings.pop("options", {}))
     fields = {knob.field for knob in RunConfig.knobs()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
     for name in options:
         check_option(name, names)
-    by_method = variants(names, sweep or {}, {*settings, *options})
+    swept = variants(names, sweep or {}, {*settings, *options})
+    by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
     data, model = settings.pop("data", None), settings.pop("model", None)
 
     def make(variant: Variant, seed: int) -> RunConfig:
@@ -252,6 +257,50 @@ def compare(
         return play(runner, by_method, played, select=select, target=goal, notes=notes)
 
     return in_folder(folder, begin)
+
+
+def _distinct_names(given: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The methods' names, each once.
+
+    Args:
+        given: name of every method, and the options that an object of it was made with.
+
+    Raises:
+        UserError: no method, one that is given twice with the same options, or two classes of one name.
+    """
+    plain = [name for name, options in given if not options]
+    check_methods(plain if len(plain) == len(given) else list(dict.fromkeys(name for name, _ in given)))
+    for entry in given:
+        if given.count(entry) > 1:
+            raise UserError(f"{registry.short(entry[0])} is given twice with the same options: leave one out.")
+    names = list(dict.fromkeys(name for name, _ in given))
+    shown = [registry.short(name) for name in names]
+    for name, short in zip(names, shown, strict=True):
+        if shown.count(short) > 1:
+            raise UserError(
+                f"Two methods are called {short}, one of them {name}: give one of the classes another name."
+            )
+    return names
+
+
+def _of_objects(
+    name: str, given: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
+) -> list[Variant]:
+    """The variants of a method: of every object that is given, with all points of the sweep.
+
+    Raises:
+        UserError: an option that an object was made with is swept, or given beside the methods.
+    """
+    beside = given_paths.named_options(name, {key: options[key] for key in option_names(name) & options.keys()})
+    taken = {*beside, *(key for variant in swept for key in variant.options)}
+    found = []
+    for made_with in (own for other, own in given if other == name):
+        if twice := [key for key in made_with if key in taken]:
+            raise UserError(
+                f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
+            )
+        found += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
+    return found
 
 
 def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:

@@ -14,6 +14,7 @@ from fedkern.engine.config import NAME as SETTINGS
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
+from fedkern.methods.registry import short
 from fedkern.report.tables import ordered, split_metric
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
@@ -124,7 +125,7 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
         key = (run.config.method, run.settings)
         if key not in tables:
             tables.append(key)
-            groups.append(Group(label(run) if label else run.config.method, run.config.method))
+            groups.append(Group(label(run) if label else short(run.config.method), run.config.method))
         group = groups[tables.index(key)]
         seed = run.config.seed
         if seed in group.runs:
@@ -140,7 +141,7 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
             own = [other for name, other in tables if name == method]
             differing = [name for name in _names(own) if len({str(other.get(name)) for other in own}) > 1]
             words = [f"{name.removeprefix('options.')}={word(table.get(name, 'unset'))}" for name in differing]
-            group.label = " ".join([method, *words])
+            group.label = " ".join([short(method), *words])
     return groups
 
 

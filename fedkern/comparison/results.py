@@ -15,6 +15,7 @@ from fedkern.comparison.found_runs import Group, differing_settings, main_figure
 from fedkern.comparison.seed_statistics import Target, paired, spread
 from fedkern.engine.store import atomic
 from fedkern.errors import UserError, nearest, printable_name
+from fedkern.methods.registry import short
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, set_title, split_metric
 
@@ -69,7 +70,7 @@ class Result:
         first = self.groups[0]
         rows = []
         for group in self.groups:
-            row: dict[str, Any] = {"group": group.label, "method": group.method, "seeds": len(group.runs)}
+            row: dict[str, Any] = {"group": group.label, "method": short(group.method), "seeds": len(group.runs)}
             for figure in self.figures:
                 values = group.values(figure)
                 row[figure], row[f"{figure}_std"] = spread(list(values.values())) if values else (None, None)
@@ -96,7 +97,7 @@ class Result:
         rows = []
         for group in self.groups:
             for seed, run in group.runs.items():
-                row = {"group": group.label, "method": group.method, "seed": seed, **run.metrics}
+                row = {"group": group.label, "method": short(group.method), "seed": seed, **run.metrics}
                 row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
                 if self.target is not None:
                     took = self.target.reached(run.records) or {}
@@ -161,7 +162,8 @@ class Result:
     def title(self) -> str:
         """Title of the comparison."""
         data = list(dict.fromkeys(run.config.data for group in self.groups for run in group.runs.values()))
-        return printable_name(f"{', '.join(dict.fromkeys(g.method for g in self.groups))} on {', '.join(data)}", CELL)
+        methods = dict.fromkeys(short(group.method) for group in self.groups)
+        return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL)
 
     def write(self, folder: Path) -> list[Path]:
         """Writes the table's files and the picture, each completely or not at all, and returns their paths.

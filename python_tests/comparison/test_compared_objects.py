@@ -1,0 +1,105 @@
+"""fedkern.compare with classes of methods and objects of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedkern
+from fedkern.engine import RunConfig
+from fedkern.methods import FedAvg, FedProx, option, registry
+
+TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
+        "local_steps": 2, "workers": 1, "rounds": 1, "progress": False}  # fmt: skip
+
+
+class Slow(FedAvg):
+    """FedAvg whose server goes only a share of the way."""
+
+    @dataclass(frozen=True)
+    class Options(FedAvg.Options):
+        share: float = option(1.0, "share of the way", above=0, high=1)
+
+    def server_update(self, server, step, uploads):
+        before = server.state["parameters"]
+        super().server_update(server, step, uploads)
+        server.state["parameters"] = torch.lerp(before, server.state["parameters"], self.options.share)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    registry.GIVEN.clear()
+    yield
+    registry.GIVEN.clear()
+
+
+def test_objects_are_compared_with_names():
+    found = fedkern.compare([Slow(share=0.5), "fedavg", FedProx(mu=0.25)], seeds=[1], out="x", **TINY)
+    assert [row["group"] for row in found.table] == ["Slow share=0.5", "fedavg", "fedprox mu=0.25"]
+    assert [row["method"] for row in found.table] == ["Slow", "fedavg", "fedprox"]
+    assert found.result.title().startswith("Slow, fedavg, fedprox on digits")
+    assert sorted(path.name for path in Path("x").glob("*_seed=1")) == [
+        "Slow_share=0.5_seed=1", "fedavg_seed=1", "fedprox_mu=0.25_seed=1"
+    ]  # fmt: skip
+    single = {name: value for name, value in TINY.items() if name != "progress"}
+    alone = fedkern.simulate(Slow(share=0.5), seed=1, out="alone", progress=False, pictures=False, **single)
+    config = RunConfig.load("x/Slow_share=0.5_seed=1")
+    assert config.to_dict() == alone.config.to_dict()
+    assert json.loads(Path("x/Slow_share=0.5_seed=1/summary.json").read_text())["metrics"] == alone.metrics
+    # The same call goes on: nothing is run twice, and another setting has folders of its own.
+    before = Path("x/Slow_share=0.5_seed=1/summary.json").stat().st_mtime_ns
+    again = fedkern.compare([Slow(share=0.5), Slow(share=0.25)], seeds=[1], out="x", **TINY)
+    assert [row["group"] for row in again.table] == ["Slow share=0.5", "Slow share=0.25"]
+    assert Path("x/Slow_share=0.5_seed=1/summary.json").stat().st_mtime_ns == before
+    assert RunConfig.load("x/Slow_share=0.25_seed=1").options["share"] == 0.25
+
+
+def test_a_class_and_a_sweep_with_a_choice():
+    found = fedkern.compare(Slow, seeds=[3], sweep={"share": [0.5, 1.0]}, select="validation", out="x", **TINY)
+    assert len(found.table) == 1
+    assert found.table[0]["group"] in ("Slow share=0.5", "Slow share=1")
+    assert any(note.startswith("Slow: share=") for note in found.notes)
+    both = fedkern.compare([Slow(share=0.5), "fedavg"], seeds=[3], sweep={"lr": [0.1]}, out="y", **TINY)
+    assert [row["group"] for row in both.table] == ["Slow lr=0.1 share=0.5", "fedavg lr=0.1"]
+    runs = fedkern.compare(["y/Slow_lr=0.1_share=0.5_seed=3", "y/fedavg_lr=0.1_seed=3"], out="z", progress=False)
+    assert [row["group"] for row in runs.table] == ["Slow", "fedavg"]
+
+
+class Other:
+    class Slow(FedAvg):
+        """Another class of the same name."""
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "said"),
+    [
+        ([Slow(share=0.5), "fedavg"], {"share": 0.25}, "share is given twice, in Slow(...) and beside it"),
+        ([Slow(share=0.5)], {"sweep": {"share": [0.25]}}, "share is given twice, in Slow(...) and beside it"),
+        ([Slow(share=0.5), Slow(share=0.5)], {}, "Slow is given twice with the same options"),
+        ([Slow, Slow()], {}, "Slow is named twice"),
+        (["fedprox", FedProx()], {}, "fedprox is named twice"),
+        ([Slow, Other.Slow], {}, "Two methods are called Slow"),
+        ([Slow, 3], {}, "method must be the name of a method, a class derived from fedkern.methods.Method or"),
+        ([Slow], {"mu": 0.5}, 'None of the methods (Slow) has an option "mu"'),
+        ([], {}, "Nothing to compare"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, methods, more, said):
+    with pytest.raises(fedkern.UserError, match=re.escape(said)):
+        fedkern.compare(methods, seeds=1, out="x", **{**TINY, **more})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_class_does_not_go_on(monkeypatch):
+    fedkern.compare([Slow(share=0.5)], seeds=1, out="x", **TINY)
+    Path("x/Slow_share=0.5_seed=0/summary.json").unlink()
+    path = Path("x/Slow_share=0.5_seed=0/config.toml")
+    path.write_text(re.sub('method_sha256 = "[0-9a-f]+"', f'method_sha256 = "{"0" * 64}"', path.read_text()))
+    with pytest.raises(fedkern.UserError, match="The code of the class Slow is not that which the run"):
+        fedkern.compare([Slow(share=0.5)], seeds=1, out="x", **TINY)
