@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "aggregate_error_free.h"
 #include "aggregate_exact.h"
 #include "aggregate_lanes.h"
 #include "aggregate_store.h"
@@ -28,13 +29,6 @@ bool exact_products(const double* weights, std::int64_t count) {
     if (!inside || bits & ((std::uint64_t{1} << digits) - 1)) return false;
   }
   return true;
-}
-
-// Keeps the compiler from loading a step's last lines first, which prefetchers do not take for an ascending stream.
-FEDKERN_INLINE void keep_order() {
-#if defined(__GNUC__)
-  asm volatile("" ::: "memory");
-#endif
 }
 
 // Where the sums of a group of clients begin and end: at zero or at `sum`, in `sum` or (out not null) as means in `out`.
@@ -170,9 +164,15 @@ void exact_add_any(const ExactAdd& a) {
 void exact_mean_any(const ExactMean& a) {
   with_type(a.out_dtype, [&](auto out) { exact_mean<decltype(out)>(a); });
 }
+void error_free_sum_any(const ErrorFreeSum& a) {
+  with_type(a.dtype, [&](auto in) {
+    with_type(a.out_dtype, [&](auto out) { error_free_sum<decltype(in), decltype(out)>(a); });
+  });
+}
 
 }  // namespace
 
-const AggregateTable aggregate_table = {weighted_mean_any, accumulator_add_any, accumulator_mean_any, exact_add_any, exact_mean_any};
+const AggregateTable aggregate_table = {weighted_mean_any, accumulator_add_any, accumulator_mean_any, exact_add_any, exact_mean_any,
+                                        error_free_sum_any};
 
 }  // namespace fedkern::FEDKERN_ISA
