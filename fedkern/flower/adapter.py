@@ -183,26 +183,41 @@ def nodes(grid: Grid) -> list[int]:
     return [node for _, node in sorted(found)]
 
 
-def record(layout: Layout, vector: Tensor, whole: Mapping[str, np.ndarray[Any, Any]]) -> ArrayRecord:
+def record(
+    layout: Layout, vector: Tensor | Mapping[str, bytes], whole: Mapping[str, np.ndarray[Any, Any]]
+) -> ArrayRecord:
     """A model as Flower's arrays.
 
     Args:
         layout: the model's layout, plain or flat.
-        vector: ``[P]``, the floating entries.
+        vector: ``[P]``, the floating entries; or the bytes of their arrays, by key.
         whole: the other entries by key.
     """
+    floats = _bytes_of(layout, vector) if isinstance(vector, Tensor) else vector
     made = ArrayRecord()
     if layout.flat:
-        made[FLAT] = Array(layout.flat, (layout.size,), FLAT, array_bytes.raw_bytes(vector.to(FLOATS[layout.flat])))
+        made[FLAT] = Array(layout.flat, (layout.size,), FLAT, floats[FLAT])
         listing = layout.listing
         made[LISTING] = Array("uint8", (len(listing),), LISTING, listing)
     for entry in layout.entries:
         if entry.floating and layout.flat:
             continue
-        part = vector[entry.begin : entry.end]
-        numbers = part.to(FLOATS[entry.dtype]).numpy() if entry.floating else whole[entry.key]
-        data = array_bytes.npy_bytes(np.ascontiguousarray(numbers), entry.shape)
+        if entry.floating:
+            data = floats[entry.key]
+        else:
+            data = array_bytes.npy_bytes(np.ascontiguousarray(whole[entry.key]), entry.shape)
         made[entry.key] = Array(entry.dtype, entry.shape, array_bytes.NUMPY, data)
+    return made
+
+
+def _bytes_of(layout: Layout, vector: Tensor) -> dict[str, bytes]:
+    """The bytes of the arrays of all floating entries, by key."""
+    if layout.flat:
+        return {FLAT: array_bytes.raw_bytes(vector.to(FLOATS[layout.flat]))}
+    made = {}
+    for entry in layout.floating:
+        numbers = vector[entry.begin : entry.end].to(FLOATS[entry.dtype]).numpy()
+        made[entry.key] = array_bytes.npy_bytes(numbers, entry.shape)
     return made
 
 

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import io
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +29,11 @@ FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.f
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 10_000  # of NumPy's own limit, above which a header's evaluation may take too long
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
+# Not the attributes of ctypes.pythonapi, whose types others may set.
+_new_bytes: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+_start_of: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
 
 
 class Misfit(Exception):
@@ -115,19 +121,33 @@ def tensor(array: Any, form: Header) -> Tensor:
 
     Arrays in Fortran's order or in the other byte order are copied.
     """
-    dtype, data, begin = FLOATS[form.dtype], array.data, form.begin
+    dtype, data, begin, count = FLOATS[form.dtype], array.data, form.begin, form.elements
     if form.order == "F" or form.swapped:
         return torch.from_numpy(np.array(numbers(array, form), order="C").reshape(-1))
-    if not form.elements:
+    if not count:
         return torch.empty(0, dtype=dtype)
-    address = np.frombuffer(data, np.uint8).ctypes.data
+    address = _address(data)
     if (address + begin) % dtype.itemsize:  # only a foreign writer's header has such a length
         data, begin = data[begin:], 0
-        address = np.frombuffer(data, np.uint8).ctypes.data
-    # torch warns of bytes that nobody may write to.  These are only read.
-    memory: Any = (ctypes.c_char * len(data)).from_address(address)
-    memory.owner = data
-    return torch.frombuffer(memory, dtype=dtype, count=form.elements, offset=begin)
+        address = _address(data)
+    return _shared(data, address, dtype, count, begin)
+
+
+def joined(arrays: Sequence[tuple[Any, Header]]) -> Tensor:
+    """:func:`tensor` of one floating array; the elements of several one after another, copied."""
+    if len(arrays) == 1:
+        return tensor(*arrays[0])
+    dtype = arrays[0][1].dtype
+    if any(form.dtype != dtype or form.order == "F" or form.swapped for _, form in arrays):
+        return torch.cat([tensor(*each) for each in arrays])
+    data = bytearray().join([memoryview(array.data)[form.begin :] for array, form in arrays])
+    return torch.frombuffer(data, dtype=FLOATS[dtype]) if data else torch.empty(0, dtype=FLOATS[dtype])
+
+
+def _address(data: Any) -> int:
+    """Where the bytes of an object with a buffer lie."""
+    found: int = _start_of(data) if type(data) is bytes else np.frombuffer(data, np.uint8).ctypes.data
+    return found
 
 
 def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
@@ -143,14 +163,37 @@ def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
 def npy_bytes(vector: np.ndarray[Any, Any], shape: tuple[int, ...]) -> bytes:
     """The bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape; one copy."""
     flat: Any = vector.reshape(-1)
-    return b"".join((_npy_header(vector.dtype.str, shape), flat.view(np.uint8).data))
+    return b"".join((npy_header(vector.dtype.str, shape), flat.view(np.uint8).data))
 
 
 @functools.lru_cache(maxsize=4096)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The beginning of a ``.npy`` file, for a dtype as in ``numpy.dtype.str``."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
     return stream.getvalue()
+
+
+def writable(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
+    """New bytes that begin with ``head``, and the ``count`` elements behind it as a vector that shares their memory.
+
+    The elements hold nothing yet.  They may be written to only until somebody else sees the bytes: CPython allows that
+    for bytes that PyBytes_FromStringAndSize made without a string.
+    """
+    if not count:
+        return bytes(head), torch.empty(0, dtype=dtype)
+    data: bytes = _new_bytes(None, len(head) + count * dtype.itemsize)
+    address = _address(data)
+    ctypes.memmove(address, head, len(head))
+    return data, _shared(data, address, dtype, count, len(head))
+
+
+def _shared(data: Any, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
+    """A vector in the memory of ``data``, which lies at ``address`` and lives as long as the vector."""
+    # torch warns of bytes that nobody may write to.
+    memory: Any = (ctypes.c_char * len(data)).from_address(address)
+    memory.owner = data
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin)
 
 
 def raw_bytes(vector: Tensor) -> bytes:

@@ -8,20 +8,20 @@ import inspect
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern import ops
 from fedkern.errors import UserError, printable
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
 from fedkern.flower.array_bytes import Misfit
+from fedkern.flower.exact_mean import ExactMean, NewModel
 from fedkern.flower.model_layout import Layout, Model
-from fedkern.flower.model_sums import AllModels, RunningMean, Whole
+from fedkern.flower.model_sums import RunningMean, Whole
 from fedkern.streams import stream
 
 C = TypeVar("C", bound=type)
@@ -30,6 +30,8 @@ LEFT_OUT = "left-out/"
 """Beginning of the names of metrics that list nodes whose replies did not count, by reason."""
 
 _HEAVIEST = 2**53
+# Replies that are held until they are added together: larger models are added one by one.
+_HELD_BYTES = 64 << 20
 
 # Reasons that speak of the app rather than of a client: where no reply ever fits, the app must be changed.
 _OF_THE_APP = frozenset(["keys", "shapes", "dtypes", "size", "records", "weight"])
@@ -56,12 +58,12 @@ class Combined(NamedTuple):
     """The models of a round, combined.
 
     Attributes:
-        vector: ``[P]``, the floating entries.
+        vector: ``[P]``, the floating entries; or the bytes of their arrays (see `adapter.record`).
         whole: the other entries.
         nodes: nodes whose replies were combined; None for all.
     """
 
-    vector: Tensor
+    vector: Tensor | Mapping[str, bytes]
     whole: Whole
     nodes: frozenset[int] | None = None
 
@@ -94,9 +96,9 @@ def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
 
 _OWN = {"seed": 0, "max_update_norm": 0.0, "sums": "exact"}
 _SUMS = {
-    "exact": "running mean, one reply at a time, exact sums",
+    "exact": "running mean, exact sums",
     "fp64": "running mean, one reply at a time, sums in fp64 in the order of arrival",
-    "together": "mean of all replies together, in the order of their nodes (memory: replies × model)",
+    "together": "mean of all replies together, exact sums (memory: replies × model)",
 }
 
 
@@ -113,9 +115,8 @@ class FedAvg(flower.FedAvg):
         max_update_norm: largest Euclidean norm of a reply's model minus the model sent, over all floating entries; 0:
             no limit.
         sums: "exact": replies are added as they arrive, and the new model's bits do not depend on their order.
-            "fp64": the same in a third of the memory and of the time; the last bit of some numbers may depend on the
-            order.  "together": replies are kept, and averaged in the order of their nodes once the last is there, which
-            is the fastest; bits do not depend on the order of arrival.
+            "together": all replies are kept, and averaged once the last is there, which is the fastest; the same bits.
+            "fp64": as "exact", but with rounded sums; the last bit of some numbers may depend on the order.
 
     Attributes:
         left_out: the replies that did not count, of all rounds.
@@ -147,6 +148,7 @@ class FedAvg(flower.FedAvg):
         self._layout: Layout | None = None
         self._nodes: list[int] = []
         self._ever_fitted = False
+        self._room: float = _HELD_BYTES
         for name in ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"):
             if getattr(self, name) is adapter.aggregate_metricrecords:
                 setattr(self, name, mean_of_metrics)
@@ -217,6 +219,8 @@ class FedAvg(flower.FedAvg):
         Raises:
             UserError: no reply so far has had the form of the arrays sent.
         """
+        # Replies in a list are in memory, whatever is done here.
+        self._room = math.inf if isinstance(replies, (list, tuple)) else _HELD_BYTES
         if self._sent is None:
             replies = sorted(replies, key=_node)
             self._layout = _layout_of_first(replies)
@@ -231,12 +235,16 @@ class FedAvg(flower.FedAvg):
             except Misfit as misfit:
                 left.append(LeftOut(server_round, _node(reply), misfit.reason, printable(str(misfit))))
             del reply  # otherwise it would be held while the next one is fetched
+        if isinstance(gathered, ExactMean):
+            self._close(gathered, server_round, contents, left)
         self._tell(server_round, contents, left)
         combined = self._combine(gathered, server_round) if contents else None
         del gathered
         arrays = None
         if combined is not None:
-            vector = self._step(combined.vector, server_round)
+            vector = combined.vector
+            if isinstance(vector, Tensor):
+                vector = self._step(vector, server_round)
             arrays = adapter.record(self._layout, vector, combined.whole)
         counted = [
             content
@@ -322,7 +330,11 @@ class FedAvg(flower.FedAvg):
             )
         assert self._layout is not None
         model = Model(arrays, self._layout)
-        model.check_numbers()
+        if isinstance(gathered, ExactMean) and weight and not self.max_update_norm:
+            model.check_finite(but_for_sums=True)
+            model.check_variances()
+        else:
+            model.check_numbers()
         if self.max_update_norm and self._start is not None:
             norm = model.distance(self._start)
             if norm > self.max_update_norm:
@@ -371,21 +383,32 @@ class FedAvg(flower.FedAvg):
 
     def _gather(self, layout: Layout) -> Any:
         """An empty collection of a round's models."""
-        return AllModels(layout) if self.sums == "together" else RunningMean(layout, self.sums == "exact")
+        if self.sums == "fp64":
+            return RunningMean(layout, exact=False)
+        return ExactMean(layout, len(self._nodes), math.inf if self.sums == "together" else self._room)
+
+    def _close(
+        self, gathered: ExactMean, server_round: int, contents: dict[int, list[RecordDict]], left: list[LeftOut]
+    ) -> None:
+        """Averages the models, which may show that replies do not count: moves these from ``contents`` to ``left``."""
+        gathered.close(NewModel(gathered.layout, as_arrays=type(self)._step is FedAvg._step))
+        for node, nth, misfit in sorted(gathered.refused, key=lambda refused: refused[:2], reverse=True):
+            del contents[node][nth]
+            if not contents[node]:
+                del contents[node]
+            left.append(LeftOut(server_round, node, misfit.reason, printable(str(misfit))))
 
     def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
         gathered.add(model, weight, node)
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         """The models combined; None where their weights are all 0."""
-        if isinstance(gathered, AllModels):
-            gathered.sort()
-            weights = gathered.weights
-            if not any(weights):
+        if isinstance(gathered, ExactMean):
+            averaged = gathered.result()
+            if averaged is None:
                 return None
-            counted = [i for i, weight in enumerate(weights) if weight]
-            vector = gathered.by_coordinate(lambda rows: ops.weighted_mean(rows, weights))
-            return Combined(vector, gathered.whole(counted))
+            made, whole = averaged
+            return Combined(made.data if made.vector is None else made.vector, whole)
         found = gathered.result()
         return None if found is None else Combined(*found)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedkern.errors import printable_name
 from fedkern.flower import array_bytes
-from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, Header, Misfit
+from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, Header, Misfit
 
 # Elements from which an entry is worth a call of its own: below, the call costs more than copying the entry.
 _LARGE = 8192
@@ -90,6 +90,7 @@ class Layout:
         self.size = place
         self.dtype = dtype or torch.float32
         self.flat = flat
+        self._known: dict[str, tuple[bytes, int, Header]] = {}
 
     @cached_property
     def floating(self) -> tuple[Entry, ...]:
@@ -100,6 +101,11 @@ class Layout:
     def whole(self) -> tuple[Entry, ...]:
         """The entries of whole numbers and truth values."""
         return tuple(entry for entry in self.entries if not entry.floating)
+
+    @cached_property
+    def variances(self) -> tuple[Entry, ...]:
+        """The running variances of batch norms that have any."""
+        return tuple(entry for entry in self.floating if entry.variance and entry.end > entry.begin)
 
     @cached_property
     def segments(self) -> tuple[tuple[Entry, ...], ...]:
@@ -118,6 +124,18 @@ class Layout:
     def listing(self) -> bytes:
         """JSON of the entries, ``[[key, shape, dtype], ...]``."""
         return json.dumps([[entry.key, list(entry.shape), entry.dtype] for entry in self.entries]).encode()
+
+    def form(self, key: str, array: Any) -> Header:
+        """`array_bytes.header` of an entry's array; the arrays of a round mostly begin with the same bytes."""
+        data = array.data
+        known = self._known.get(key)
+        plain = array.stype == NUMPY and type(data) is bytes
+        if plain and known is not None and len(data) == known[1] and data.startswith(known[0]):
+            return known[2]
+        form = array_bytes.header(array, _name(key))
+        if plain:
+            self._known[key] = (data[: form.begin], len(data), form)
+        return form
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Layout:
@@ -163,7 +181,10 @@ class Model:
     def __init__(self, record: Mapping[str, Any], layout: Layout) -> None:
         self._layout = layout
         self._vector: Tensor | None = None
-        self._parts: dict[str, Tensor] = {}
+        self._arrays: dict[str, tuple[Any, Header]] = {}
+        self._dtypes: set[tuple[str, str]] = set()  # of the entries, as they came and as the layout has them
+        self.nbytes = 0
+        """Bytes of the floating entries."""
         self.whole: dict[str, np.ndarray[Any, Any]] = {}
         """The entries that are not floating, by key."""
         held = set(record)
@@ -174,17 +195,20 @@ class Model:
         for entry in layout.entries:
             if self._vector is not None and entry.floating:
                 continue
-            array, name = record[entry.key], _name(entry.key)
-            form = array_bytes.header(array, name)
+            array = record[entry.key]
+            form = layout.form(entry.key, array)
             if form.shape != entry.shape:
+                name = _name(entry.key)
                 raise Misfit("shapes", f"has {name} of shape {list(form.shape)} where {list(entry.shape)} is expected")
             if entry.floating and form.dtype in FLOATS:
-                self._parts[entry.key] = array_bytes.tensor(array, form)
+                self._arrays[entry.key] = array, form
+                self._dtypes.add((form.dtype, entry.dtype))
+                self.nbytes += len(array.data) - form.begin
             elif form.dtype == entry.dtype:
                 self.whole[entry.key] = array_bytes.numbers(array, form)
             else:
                 wanted = "a floating dtype" if entry.floating else entry.dtype
-                raise Misfit("dtypes", f"has {name} of {form.dtype} where {wanted} is expected")
+                raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {wanted} is expected")
 
     def _read_flat(self, record: Mapping[str, Any], held: set[str]) -> set[str]:
         layout = self._layout
@@ -207,17 +231,21 @@ class Model:
         if form.shape != (layout.size,):
             raise Misfit("size", f"has a flat vector of {form.elements} elements where {layout.size} are expected")
         self._vector = array_bytes.tensor(record[FLAT], form)
+        self._dtypes = {(form.dtype, entry.dtype) for entry in layout.floating}
+        self.nbytes = self._vector.nbytes
         return held
 
     def entry(self, entry: Entry) -> Tensor:
         """The numbers of a floating entry, ``[n]``."""
-        return self._parts[entry.key] if self._vector is None else self._vector[entry.begin : entry.end]
+        if self._vector is not None:
+            return self._vector[entry.begin : entry.end]
+        return array_bytes.tensor(*self._arrays[entry.key])
 
     def segment(self, run: Sequence[Entry]) -> Tensor:
         """The numbers of neighbouring floating entries, ``[n]``; several arrays are copied together."""
         if self._vector is not None:
             return self._vector[run[0].begin : run[-1].end]
-        return self._parts[run[0].key] if len(run) == 1 else torch.cat([self._parts[entry.key] for entry in run])
+        return array_bytes.joined([self._arrays[entry.key] for entry in run])
 
     def segments(self) -> Iterator[Tensor]:
         """All segments of the layout, in order."""
@@ -227,7 +255,7 @@ class Model:
         """All floating entries, ``[P]`` in the layout's dtype; the record's own memory where it is such a vector."""
         if self._vector is not None:
             return self._vector.to(self._layout.dtype)
-        parts = [self._parts[entry.key] for entry in self._layout.floating]
+        parts = list(self.segments())
         return torch.cat(parts).to(self._layout.dtype) if parts else torch.empty(0, dtype=self._layout.dtype)
 
     def check_numbers(self) -> None:
@@ -236,13 +264,41 @@ class Model:
         Raises:
             Misfit: they are not.
         """
-        for run, part in zip(self._layout.segments, self.segments(), strict=True):
-            kind = FLOATS[self._layout.flat or run[0].dtype]
-            if not _all_good(part, kind):
+        self.check_finite()
+        self.check_variances()
+
+    def check_finite(self, but_for_sums: bool = False) -> None:
+        """Checks that all numbers are finite, also in the dtype of the new model.
+
+        Args:
+            but_for_sums: checks nothing where a sum in fp64 shows whether the numbers are good.
+
+        Raises:
+            Misfit: they are not.
+        """
+        flat = self._layout.flat
+        if but_for_sums and all(_shows_in_sums(FLOATS[own], FLOATS[flat or wanted]) for own, wanted in self._dtypes):
+            return
+        for run in self._layout.segments:
+            kind = FLOATS[flat or run[0].dtype]
+            if not _all_good(self.segment(run), kind):
                 bad = next(entry for entry in run if not _all_good(self.entry(entry), kind))
                 raise Misfit("finite", f"holds NaN, infinite or too large values in {_name(bad.key)}")
-        for entry in self._layout.floating:
-            if entry.variance and entry.end > entry.begin and float(self.entry(entry).min()) < 0:
+
+    def check_variances(self) -> None:
+        """Checks that running variances are not negative.
+
+        Raises:
+            Misfit: they are, or numbers are not finite.
+        """
+        found = self._layout.variances
+        if self._vector is None and found:
+            least = float(array_bytes.joined([self._arrays[entry.key] for entry in found]).min())
+            if not least < 0:
+                return
+        for entry in found:
+            if float(self.entry(entry).min()) < 0:
+                self.check_finite()
                 raise Misfit("variance", f"has negative variances in {_name(entry.key)}")
 
     def distance(self, start: Model) -> float:
@@ -266,6 +322,11 @@ def _all_good(part: Tensor, kind: torch.dtype) -> bool:
         return bool(torch.isfinite(part.to(kind)).all())
     # One pass that writes nothing, unless the sum overflows.
     return bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all())
+
+
+def _shows_in_sums(dtype: torch.dtype, kind: torch.dtype) -> bool:
+    """Whether numbers that are no good make a sum in fp64 infinite or NaN."""
+    return dtype != torch.float64 and (kind.itemsize > 2 or dtype == kind)
 
 
 def _check_keys(held: set[str], wanted: set[str]) -> None:

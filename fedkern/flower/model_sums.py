@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,23 +12,42 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.flower.model_layout import Layout, Model, largest
+from fedkern.ops._aggregate.error_free import ErrorFreeSum
 
 Whole = dict[str, np.ndarray[Any, Any]]
+
+
+class _Exact:
+    """:class:`fedkern.ops.Accumulator` of finite vectors, with exact sums."""
+
+    def __init__(self, size: int) -> None:
+        self._sum = ErrorFreeSum(size)
+        self._weights: list[float] = []
+
+    def add(self, vector: Tensor, weight: float = 1.0) -> None:
+        refused = self._sum.add([vector], [weight])
+        assert not refused, "models are checked before they are added"
+        self._weights.append(weight)
+
+    def mean(self, out: Tensor) -> None:
+        self._sum.mean(out, math.fsum(self._weights))
 
 
 class RunningMean:
     """Weighted mean of models that arrive one after another, and the largest value of every other entry.
 
-    Memory: with ``exact`` 25 bytes, else 8 bytes for each of P elements, however many models are added.
+    Memory: 8 bytes for each of P elements, and up to 16 with ``exact``, however many models are added.
 
     Args:
         layout: the models' layout.
-        exact: whether the bits do not depend on the order of arrival (see :class:`fedkern.ops.Accumulator`).
+        exact: whether the bits do not depend on the order of arrival (see
+            :class:`~fedkern.ops._aggregate.error_free.ErrorFreeSum`).
     """
 
     def __init__(self, layout: Layout, exact: bool) -> None:
         self._layout = layout
-        self._sums = [ops.Accumulator(run[-1].end - run[0].begin, exact) for run in layout.segments]
+        kind = _Exact if exact else ops.Accumulator
+        self._sums = [kind(run[-1].end - run[0].begin) for run in layout.segments]
         self._whole: Whole = {}
         self._some = False
 

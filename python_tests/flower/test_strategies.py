@@ -185,6 +185,39 @@ def test_other_sums_are_close(sums):
     close(run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6, sums=sums))[0].arrays, exact.arrays, rtol=1e-6)
 
 
+def test_exact_sums_have_the_same_bits_however_many_replies_are_held(monkeypatch):
+    settings = {**EVERYBODY, "min_train_nodes": 6}
+    results = [run(strategies.FedAvg(**settings, sums="together"))[0], run(Noted(**settings))[0]]
+    for held in (0, 100_000, 1 << 30):
+        monkeypatch.setattr("fedkern.flower.averaging._HELD_BYTES", held)
+        results.append(run(strategies.FedAvg(**settings))[0])
+    for other in results[1:]:
+        same(results[0].arrays, other.arrays)
+
+
+@pytest.mark.parametrize("held", [0, 100_000, 1 << 30])
+@pytest.mark.parametrize("kind", [strategies.FedAvg, strategies.FedAdam])
+def test_replies_that_show_in_the_sums_are_left_out(monkeypatch, held, kind):
+    monkeypatch.setattr("fedkern.flower.averaging._HELD_BYTES", held)
+    good = {i: client(moved(START, i), i, loss=0.5) for i in (1, 2, 4, 8)}
+    wanted, _ = run(kind(**EVERYBODY, min_train_nodes=4), good, rounds=2)
+    bad = {
+        3: client(spoiled("b", np.full(7, np.inf, np.float32))),
+        9: client(spoiled("w", np.full((90, 110), np.nan, np.float32))),
+    }
+    strategy = kind(**EVERYBODY, min_train_nodes=6)
+    found, _ = run(strategy, {**good, **bad}, rounds=2)
+    same(found.arrays, wanted.arrays)
+    assert [(left.round, left.node, left.reason) for left in strategy.left_out] == [
+        (1, 3, "finite"), (1, 9, "finite"), (2, 3, "finite"), (2, 9, "finite"),
+    ]  # fmt: skip
+    assert found.train_metrics_clientapp[2]["left-out/finite"] == [3, 9]
+    assert found.train_metrics_clientapp[2]["loss"] == 0.5
+    alone = kind(**EVERYBODY, min_train_nodes=2)
+    assert not run(alone, bad, rounds=1)[0].arrays
+    assert [left.node for left in alone.left_out] == [3, 9]
+
+
 def test_sums_of_replies_together_do_not_depend_on_the_order():
     settings = {**EVERYBODY, "min_train_nodes": 4, "sums": "together"}
     orders = list(itertools.permutations(range(4)))[::5]
