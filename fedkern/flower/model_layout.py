@@ -22,8 +22,8 @@ from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, Header, Mis
 
 # Elements from which an entry is worth a call of its own: below, the call costs more than copying the entry.
 _LARGE = 8192
-# Largest fp64 number that a reply may hold: times any weight, it is finite.
-_LARGEST = 1e290
+# Largest fp64 number that a reply may hold: sums over any number of replies, with any weights, are finite.
+_LARGEST = 1e280
 # Elements that are compared with the global model at a time.
 _PIECE = 1 << 18
 _VARIANCES = ("running_var", "moving_variance")

@@ -107,3 +107,22 @@ def test_bytes_that_do_not_fit_are_refused_by_name(case):
     with pytest.raises(Misfit, match="'w'") as caught:
         array_bytes.header(sent, "'w'")
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        [np.arange(4, dtype=np.float32), np.float32(7).reshape(()), np.zeros((0, 2), np.float32)],
+        [np.arange(4, dtype=np.float32), np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))],
+        [np.arange(4, dtype=">f4"), np.arange(3, dtype=np.float32)],
+        [np.arange(4, dtype=np.float32), np.arange(3.0)],
+        [np.zeros((0, 3), np.float16), np.zeros(0, np.float16)],
+        [np.arange(5.0)],
+    ],
+    ids=["same", "Fortran", "swapped", "mixed", "empty", "one"],
+)
+def test_joins_arrays(arrays):
+    sent = [saved(array) for array in arrays]
+    found = array_bytes.joined([(each, array_bytes.header(each, "'w'")) for each in sent])
+    assert np.array_equal(found.numpy(), np.concatenate([array.reshape(-1) for array in arrays]))
+    assert found.dtype == array_bytes.FLOATS[np.result_type(*arrays).name]

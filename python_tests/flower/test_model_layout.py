@@ -157,3 +157,18 @@ def test_the_largest_keeps_the_dtype():
     assert largest(np.array(True), np.array(False)).dtype == bool
     own = np.array(3)
     assert largest(None, own) is not own
+
+
+def test_forms_of_a_round_are_read_once_and_others_anew():
+    layout = Layout.of(record(MODEL))
+    first, again = Model(record(MODEL), layout), Model(record(MODEL), layout)
+    assert torch.equal(first.vector(), again.vector())
+    assert first.nbytes == again.nbytes == 4 * layout.size
+    cut = record(MODEL)
+    cut["head"] = cut["head"]._replace(data=cut["head"].data[:-4])
+    with pytest.raises(Misfit, match="20 bytes where 24 belong"):
+        Model(cut, layout)
+    turned = {**MODEL, "head": np.asfortranarray(MODEL["head"])}
+    assert torch.equal(Model(record(turned), layout).vector(), first.vector())
+    with pytest.raises(Misfit, match=r"of shape \[3, 2\] where \[2, 3\] is expected"):
+        Model(record({**MODEL, "head": MODEL["head"].T.copy()}), layout)

@@ -54,8 +54,8 @@ class ErrorFreeSum:
         """Adds ``weights[m] * vectors[m]`` for all m, in one pass where they have one dtype.
 
         Args:
-            vectors: ``[P]`` each, on the CPU; fp32, bf16, fp16 or fp64.  Sums of finite products must be finite: those of
-                fp32 numbers and weights up to 2^53 are.
+            vectors: ``[P]`` each, on the CPU; fp32, bf16, fp16 or fp64.  Sums of finite products must be finite, as
+                those of fp32 numbers and weights up to 2^53 are.
             weights: finite; below 0 to take out a vector that was added.
 
         Returns:
