@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, plugins
-from fedkern.cli import comparing, downstream, finished_runs, reporting, tuning
+from fedkern.cli import comparing, downstream, finished_runs, flower_project, reporting, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
@@ -83,13 +83,15 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
 
 
 def run(request: Request) -> int:
-    """Starts or resumes a run, draws its pictures and prints its result.
+    """Starts or resumes a run, draws its pictures and prints its result; with ``--flower`` writes a project instead.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
     from fedkern.report.html_page import check_installed
 
+    if request.flower is not None:
+        return flower_project.write(request)
     check_backend()
     if request.report:
         check_installed()

@@ -33,7 +33,7 @@ COMMANDS = {
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
 }
 
-FOLDERS = ("config", "out", "resume", "data_root", "cache", "teachers", "init")
+FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 FOLDER_COMMANDS = ("attack",)
@@ -261,6 +261,11 @@ def _parser(method: str | None, data: str) -> Parser:
             group.add_argument("--out", metavar="DIR", help="run folder; default runs/<method>-<data>-<time>")
             group.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
             group.add_argument(
+                "--flower",
+                metavar="DIR",
+                help="write a project of the Flower framework that plays this run on nodes (docs/flower-app.md)",
+            )
+            group.add_argument(
                 "--tensorboard", action="store_true", help="write every round's figures as TensorBoard event files too"
             )
             group.add_argument(
@@ -405,6 +410,7 @@ def parse(argv: Sequence[str]) -> Request:
         config=Path(values.config) if values.config else None,
         out=Path(values.out) if values.out else None,
         resume=Path(values.resume) if values.resume else None,
+        flower=Path(values.flower) if values.flower else None,
         folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
         wandb=values.wandb,
@@ -431,6 +437,7 @@ def _check(request: Request) -> None:
             or request.data_options
             or (request.plugins and request.command not in ("list", *FOLDER_COMMANDS))
             or request.resume
+            or request.flower
             or request.config
             or request.out
             or request.tensorboard
@@ -445,6 +452,12 @@ def _check(request: Request) -> None:
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
     elif request.measure:
         raise UserError(f"--measure is a flag of {PROGRAM} doctor: leave it out.")
+    elif request.flower is not None and (
+        request.resume or request.tensorboard or request.wandb or request.profile or request.quiet or request.json
+    ):
+        raise UserError(
+            "--flower writes a project and runs nothing: leave out --resume, displays, trackers and --profile."
+        )
     elif request.command == "resume":
         if request.config or (request.out and request.out.resolve() != (request.resume or Path()).resolve()):
             raise UserError("--resume continues with the stored settings: leave out --config and --out.")

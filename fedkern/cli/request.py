@@ -30,6 +30,7 @@ class Request:
         config: the ``--config`` file.
         out: the run folder, if given; for ``tune``, the file to write.
         resume: the run folder to continue.
+        flower: folder of the Flower project to write instead of a run.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
         wandb: project of Weights & Biases to log to, if given.
@@ -49,6 +50,7 @@ class Request:
     config: Path | None = None
     out: Path | None = None
     resume: Path | None = None
+    flower: Path | None = None
     folder: Path | None = None
     tensorboard: bool = False
     wandb: str | None = None
@@ -63,7 +65,7 @@ class Request:
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("config", "out", "resume", "folder"):
+        for name in ("config", "out", "resume", "flower", "folder"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, expand(path))
 
@@ -73,8 +75,44 @@ def one_shot(method: str | None) -> bool:
     return method in METHODS and METHODS[method].one_shot
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the ``--config`` file and the flags say about a new run, without defaults.
+
+    Attributes:
+        method: name of the method.
+        settings: fields of RunConfig.
+        options: options of the method.
+        data_options: options of the data set.
+        plugins: identities of plugins by name.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+    data_options: Mapping[str, Any]
+    plugins: Mapping[str, str]
+
+    def config(self) -> RunConfig:
+        """The settings of the run: these, and defaults."""
+        return RunConfig.make(
+            self.method, options=self.options, data_options=self.data_options, plugins=self.plugins, **self.settings
+        )
+
+
 def effective(request: Request) -> RunConfig:
     """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
+
+    Raises:
+        UserError: the file is missing or not TOML, or a setting is unknown or out of range.
+    """
+    config = given(request).config()
+    check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
+    return config
+
+
+def given(request: Request) -> Given:
+    """What a new run is given: the ``--config`` file, then the flags.
 
     Raises:
         UserError: the file is missing or not TOML, or a setting is unknown or out of range.
@@ -102,11 +140,7 @@ def effective(request: Request) -> RunConfig:
     data_options = {**table.pop("data_options", {}), **request.data_options}
     plugins = {**table.pop("plugins", {}), **dict.fromkeys(request.plugins, "")}
     settings = {**table, **request.settings}
-    config = RunConfig.make(
-        method, options=options, data_options=absolute(data_options), plugins=plugins, **absolute(settings)
-    )
-    check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
-    return config
+    return Given(method, absolute(settings), options, absolute(data_options), plugins)
 
 
 def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:

@@ -100,8 +100,13 @@ class Exchange:
             self._book(k, "down", message)
             self.flops += answer.flops
             engine.heard(answer)
-            if answer.problem is not None:
-                engine.dropped(answer.client, answer.problem)
+            if answer.absent or answer.refused or answer.problem is not None:
+                if answer.absent:
+                    engine.missed(k, step.exchange, answer.absent)
+                elif answer.problem is not None:
+                    engine.dropped(k, answer.problem)
+                else:
+                    engine.refused(k, step.exchange, answer.refused)
                 if engine.silent:  # as many bytes as with an upload, or the ledger would tell that there was none
                     self._book(k, "up", dict(self.method.expects(engine.server, step, k, message)))
                 self._left_out += 1
@@ -133,7 +138,8 @@ class Exchange:
 
     def _answers(self, sent: dict[int, Message]) -> Iterator[Answer]:
         """The clients' answers; the clients of a cohort are asked at once."""
-        if self.entry.cohort and sent and isinstance(self.method, Method):
+        apart = self.engine.executor.apart
+        if self.entry.cohort and not apart and sent and isinstance(self.method, Method):
             start = time.perf_counter()
             executor = self.engine.executor.here
             clients = {k: executor.client(k) for k in self.participants}
@@ -146,7 +152,8 @@ class Exchange:
                 found = dict(answers)
                 each = (time.perf_counter() - start) / len(sent)
                 return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(sent))
-        executor = self.engine.executor.here if self.entry.cohort or self.engine.tracing else self.engine.executor
+        together = (self.entry.cohort or self.engine.tracing) and not apart
+        executor = self.engine.executor.here if together else self.engine.executor
         if isinstance(executor, Ranks) and (reducing := self._reducing(sent)):
             return executor.answers(self.asker, self.step, sent, reducing)
         return executor.answers(self.asker, self.step, sent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -82,8 +82,10 @@ class Run:
         resume: bool,
         profile: bool = False,
         predictions: bool = False,
+        elsewhere: Callable[[Run], Executor] | None = None,
     ) -> None:
         self.config, self.context, self.out, self.listener, self._resume = config, context, out, listener, resume
+        self._elsewhere = elsewhere
         kind = registry.get(config.method)
         if kind.pooled:
             context.pool()
@@ -231,6 +233,8 @@ class Run:
 
     def _executor(self) -> Executor:
         """Chooses the executor; the rest of the plan says how often clients will be asked."""
+        if self._elsewhere is not None:
+            return self._elsewhere(self)
         here, config = self.executor.here, self.config
         left = islice(self.method.rounds(self.context.federation), self.planned, None)
         asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
@@ -265,6 +269,11 @@ class Run:
                 self.ledger.book(k, "down", words[1])
 
     @property
+    def last_exchange(self) -> bool:
+        """Whether the present exchange is the last of its round."""
+        return self._last_exchange
+
+    @property
     def _rounds(self) -> int:
         return len(self._plan)
 
@@ -278,7 +287,8 @@ class Run:
         return self._elapsed + time.perf_counter() - self._started
 
     def _announce(self) -> None:
-        workers = 1 if isinstance(self.executor, Ranks) else self.executor.count
+        alike = isinstance(self.executor, Ranks) or self.executor.apart
+        workers = 1 if alike else self.executor.count
         self.listener.on_start(
             RunInfo(
                 config=self.config,
@@ -577,6 +587,13 @@ class Run:
             return ""
         return f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
 
+    def missed(self, k: int, exchange: str, why: str) -> None:
+        """Leaves out a client, which works elsewhere and of whom nothing came, from the rest of the round."""
+        self._leave_out(k, {"exchange": exchange, "reason": why})
+        when = when_of(self._round["entry"], self.done, exchange)
+        shown = self.context.data.client_label(k)
+        self.context.warn(f"missing-client-{k}", f"Client {shown} was left out {when}, as {why}.")
+
     def lost(self, k: int, exchange: str, why: str) -> None:
         """Notes a client that was sent a message and never answers in this round."""
         self._note_dropped(k, {"exchange": exchange, "reason": why})
@@ -730,7 +747,7 @@ class Run:
         # The method's own figures come first, and stay where one has the name of a figure of ours.
         of_tests = {**self.latest, **final.metrics, **self.latest, **self._gradcam(network)}
         metrics = {**of_tests, **self._told_report()}
-        if told.appraised is None or told.appraised:
+        if self._elsewhere is None and (told.appraised is None or told.appraised):
             found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
             metrics.update(told.oracle_metrics(found, ("", *self.sets)))
         if self.private is not None:

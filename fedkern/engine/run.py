@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,13 +22,14 @@ from fedkern.engine.audience import Audience
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
+from fedkern.engine.executors.base import Executor
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.store import atomic, records, saved_model, used_cache
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
-from fedkern.engine.store.run_folder import check_vacant, writing
+from fedkern.engine.store.run_folder import NODES, check_vacant, writing
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
@@ -47,6 +49,7 @@ def run(
     profile: bool = False,
     predictions: bool = False,
     model: nn.Module | None = None,
+    elsewhere: Callable[[Run], Executor] | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -73,6 +76,9 @@ def run(
             one.  All clients of that round work in this process.
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
             A finished run without this file is evaluated once more.
+        elsewhere: makes the executor of clients that keep their data and states to themselves (see
+            :attr:`~fedkern.engine.executors.base.Executor.apart`); None: clients work on this machine, or on the ranks
+            of torchrun.
 
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
@@ -80,7 +86,7 @@ def run(
         fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
     with closing(Audience(listener or Listener())) as audience:
-        return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model)
+        return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model, elsewhere)
 
 
 def _run(
@@ -93,6 +99,7 @@ def _run(
     profile: bool,
     predictions: bool,
     model: nn.Module | None,
+    elsewhere: Callable[[Run], Executor] | None,
 ) -> dict[str, Any]:
     if model is not None:
         config = own_model.of_module(config, model)
@@ -111,6 +118,7 @@ def _run(
             listener.on_end(finished)
             return finished
         if entry is not None:
+            _check_place(out, elsewhere is not None)
             check_kernels(entry["info"], config.device, out)
         stored.check_code(out, trusted)
         own_model.check_given(stored, model, out)
@@ -135,7 +143,16 @@ def _run(
         if ignored := fuse_choice.untold():
             listener.on_notice(ignored)
         context = RunContext(config, data, listener.on_notice)
-        runner = Run(config, context, out, listener, resume=resume, profile=profile, predictions=predictions)
+        runner = Run(
+            config,
+            context,
+            out,
+            listener,
+            resume=resume,
+            profile=profile,
+            predictions=predictions,
+            elsewhere=elsewhere,
+        )
         runner.prepare()
         with writing(out, fresh=not resume), closing(listener):  # closed first: what a listener takes back is gone then
             plugins.remember(config.plugins)
@@ -144,6 +161,36 @@ def _run(
             if not resume:
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
             return runner.go()
+
+
+def _check_place(out: Path, elsewhere: bool) -> None:
+    """Raises UserError where the states of a run's clients are not where the run would look for them."""
+    there = (out / NODES).exists()
+    if there and not elsewhere:
+        raise UserError(
+            f"The states of the clients of {out} are on nodes of Flower: go on with flwr run and the run-config "
+            f"'out=\"{out}\" resume=true'."
+        )
+    if elsewhere and not there:
+        raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
+
+
+def on_node(config: RunConfig, notice: Callable[[str], None] | None = None) -> RunContext:
+    """What all clients of a run share, as :func:`run` makes it, for a client that works elsewhere.
+
+    Args:
+        config: the run's settings.
+        notice: called with the progress of something long.
+
+    Raises:
+        UserError: the data, or the files that the settings name, are not on this machine.
+    """
+    data = load_data(config, notice=notice)
+    config = _effective(decided(config, data), data)
+    data = kept_data(config, data)
+    _check(config, data)
+    config, _ = own_model.settled(config, data, None, Path())
+    return RunContext(config, data, notice)
 
 
 def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:

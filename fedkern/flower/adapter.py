@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from logging import INFO, WARNING
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedkern.errors import UserError
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING
 from fedkern.flower.model_layout import Layout
+from fedkern.flower.portable import Malformed, Parcel, Raw
 
 VERSIONS = ("1.41",)
 """Versions of flwr that this file is written for."""
@@ -41,32 +43,45 @@ from flwr.app import (  # noqa: E402
     Array,
     ArrayRecord,
     ConfigRecord,
+    Context,
     Message,
     MessageType,
     MetricRecord,
     RecordDict,
 )
+from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.common.logger import log  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp import strategy as flower  # noqa: E402
 from flwr.serverapp.strategy import Result  # noqa: E402
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords  # noqa: E402
 
 __all__ = [
+    "ERROR",
     "INFO",
+    "QUERY",
+    "TRAIN",
     "WARNING",
     "Array",
     "ArrayRecord",
+    "Arrived",
+    "ClientApp",
     "ConfigRecord",
+    "Context",
     "Grid",
     "Message",
     "MessageType",
     "MetricRecord",
+    "Post",
     "RecordDict",
     "Result",
+    "ServerApp",
     "aggregate_metricrecords",
     "flower",
     "log",
+    "opened",
+    "replied",
 ]
 
 _GROUP_BYTES = 4 << 20
@@ -246,3 +261,121 @@ def to_flat(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> ArrayReco
     parts = [state[entry.key].detach().cpu().reshape(-1).to(FLOATS[layout.flat]) for entry in layout.floating]
     vector = torch.cat(parts) if parts else torch.empty(0, dtype=FLOATS[layout.flat])
     return record(layout, vector, {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.whole})
+
+
+# -- whole runs over Flower ------------------------------------------------------------------------------------------
+
+TRAIN, QUERY = MessageType.TRAIN, MessageType.QUERY
+_HEADER, _TEXT, _ARRAYS = "fedkern.header", "fedkern.message", "fedkern.arrays"
+_RAW = "fedkern.tensor"
+"""Encoding of an array: its elements as raw little-endian bytes."""
+_LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+
+
+@dataclass
+class Arrived:
+    """A node's reply.
+
+    Attributes:
+        reply_to: name of the message that it answers.
+        parcel: its content; None where there is an ``error`` or the content is ``malformed``.
+        error: why the node has not answered.
+        lost: whether node or message are gone, rather than that the node's app has failed.
+        malformed: why the content cannot be read, as the end of a sentence.
+    """
+
+    reply_to: str
+    parcel: Parcel | None = None
+    error: str = ""
+    lost: bool = False
+    malformed: str = ""
+
+
+class Post:
+    """Messages to nodes, and their replies.
+
+    Args:
+        grid: the grid of the ServerApp.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._last: tuple[Parcel, ConfigRecord, ArrayRecord] | None = None  # of a parcel that several nodes get
+
+    def nodes(self) -> list[int]:
+        """The connected nodes (see :func:`nodes`)."""
+        return nodes(self._grid)
+
+    def send(self, node: int, kind: str, header: str, parcel: Parcel, ttl: float | None) -> str | None:
+        """Sends a message.
+
+        Args:
+            node: to whom.
+            kind: `TRAIN` or `QUERY`.
+            header: text beside the parcel.
+            parcel: the content.
+            ttl: seconds after which message and reply are worthless; None: Flower's own, 12 hours.
+
+        Returns:
+            The message's name; None where Flower has not taken the message.
+        """
+        if self._last is None or self._last[0] is not parcel:
+            self._last = (parcel, *_in_records(parcel))
+        _, text, arrays = self._last
+        content = RecordDict({_HEADER: ConfigRecord({"header": header}), _TEXT: text, _ARRAYS: arrays})
+        named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
+        return named[0] if named and named[0] else None
+
+    def arrived(self, names: Sequence[str]) -> list[Arrived]:
+        """The replies that have come to some messages; each is handed on once."""
+        if not names:
+            return []
+        found: list[Arrived] = []
+        for reply in self._grid.pull_messages(list(names)):
+            to = reply.metadata.reply_to_message_id
+            if reply.has_error():
+                error = reply.error
+                text = str(error.reason or f"error {error.code}")
+                found.append(Arrived(to, error=text, lost=error.code in _LOST))
+                continue
+            try:
+                found.append(Arrived(to, opened(reply)[1]))
+            except Malformed as why:
+                found.append(Arrived(to, malformed=str(why)))
+        return found
+
+
+def opened(message: Message) -> tuple[str, Parcel]:
+    """The header and the parcel of a message or a reply.
+
+    Raises:
+        Malformed: its records are not as :meth:`Post.send` and :func:`replied` make them.
+    """
+    content = message.content
+    header, text, arrays = (content.get(name) for name in (_HEADER, _TEXT, _ARRAYS))
+    whole = isinstance(header, ConfigRecord) and isinstance(text, ConfigRecord) and isinstance(arrays, ArrayRecord)
+    if not whole or len(content) != 3 or set(header) != {"header"} or set(text) != {"text"}:
+        raise Malformed("has other records than a message of fedkern")
+    told, tree = header["header"], text["text"]
+    if not isinstance(told, str) or not isinstance(tree, str):
+        raise Malformed("has other records than a message of fedkern")
+    tensors = {}
+    for name, array in arrays.items():
+        if array.stype != _RAW or not isinstance(array.dtype, str) or not isinstance(array.data, bytes):
+            raise Malformed(f"has an array, {name[:80]!r}, in an encoding that is not known")
+        tensors[name] = Raw(array.dtype, tuple(array.shape), array.data)
+    return told, Parcel(tree, tensors)
+
+
+def replied(message: Message, parcel: Parcel) -> Message:
+    """The reply to a message."""
+    text, arrays = _in_records(parcel)
+    content = RecordDict({_HEADER: ConfigRecord({"header": ""}), _TEXT: text, _ARRAYS: arrays})
+    return Message(content, reply_to=message)
+
+
+def _in_records(parcel: Parcel) -> tuple[ConfigRecord, ArrayRecord]:
+    arrays = ArrayRecord()
+    for name, raw in parcel.tensors.items():
+        arrays[name] = Array(raw.dtype, raw.shape, _RAW, raw.data)
+    return ConfigRecord({"text": parcel.text}), arrays

@@ -29,6 +29,8 @@ class Answer:
         seconds: duration of the client's own work.
         flops: floating-point operations of that work (see :class:`~fedkern.models.flops.Counting`).
         checked: figures of the upload's check, where a rank that keeps vectors of the upload has checked it; else None.
+        refused: why what came cannot be read as an answer, as the end of a sentence about the upload; empty: it can.
+        absent: why nothing came, as the end of a sentence about the client; empty: something came.
     """
 
     client: ClientId
@@ -39,6 +41,8 @@ class Answer:
     seconds: float = 0.0
     flops: int = 0
     checked: dict[str, Any] | None = None
+    refused: str = ""
+    absent: str = ""
 
 
 class Executor(Protocol):
@@ -49,6 +53,9 @@ class Executor(Protocol):
 
     count: int
     """Number of processes in which clients work side by side."""
+
+    apart: bool
+    """Whether clients keep their data and states to themselves: no client ever works in this process."""
 
     @property
     def here(self) -> Any:

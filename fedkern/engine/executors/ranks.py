@@ -50,6 +50,8 @@ class Ranks:
         team: the ranks.
     """
 
+    apart = False
+
     def __init__(
         self, context: RunContext, here: Serial, askers: Mapping[str, Any], states: States, team: Team
     ) -> None:

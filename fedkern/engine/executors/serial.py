@@ -27,6 +27,7 @@ class Serial:
     """
 
     count = 1
+    apart = False
 
     def __init__(self, context: RunContext, askers: Mapping[str, Any], states: States, threads: int) -> None:
         self._context, self._askers, self._states, self._threads = context, askers, states, threads

@@ -66,6 +66,8 @@ class Workers:
         patient: whether to wait for the workers instead of beginning without them.
     """
 
+    apart = False
+
     def __init__(
         self,
         context: RunContext,

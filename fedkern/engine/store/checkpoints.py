@@ -138,6 +138,12 @@ class Checkpoints:
         name = self.clients.get(client)
         return dict if name is None else lambda: self._load(name)
 
+    def oldest(self, client: int) -> int | None:
+        """Rounds of the plan that were done when the oldest kept state of a client was written; None without one."""
+        named = [entry["clients"][str(client)] for entry in self.entries if str(client) in entry["clients"]]
+        named += [self.clients[client]] if client in self.clients else []
+        return min((int(name[-len("000000.safetensors") :][:6]) for name in named), default=None)
+
     def _load(self, name: str) -> dict[str, Any]:
         if (waiting := self._waiting.get(name)) is not None:
             return dict(waiting.state())

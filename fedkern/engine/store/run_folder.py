@@ -26,9 +26,11 @@ from fedkern.methods import registry
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
 ATTACK = "attack.json"
+NODES = "flower.json"
+"""File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
     config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
-    ATTACK, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
+    ATTACK, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

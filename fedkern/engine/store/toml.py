@@ -20,6 +20,16 @@ def dumps(table: Mapping[str, Any]) -> str:
     return "\n\n".join(parts).rstrip() + "\n"
 
 
+def line(key: str, value: Any) -> str:
+    """A line ``key = value`` of TOML."""
+    return f"{_key(key)} = {_value(value)}"
+
+
+def quoted(text: str) -> str:
+    """A text as a string of TOML."""
+    return _string(text)
+
+
 def _key(key: str) -> str:
     return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else _string(key)
 

@@ -1,0 +1,54 @@
+"""``--flower DIR``: writes a Flower project of a run instead of playing the run."""
+
+from __future__ import annotations
+
+from fedkern.cli.request import Given, Request, given
+from fedkern.engine.config import check_networks
+from fedkern.engine.run import decided, kept_data, load_data
+from fedkern.errors import UserError
+from fedkern.flower.project import Project
+from fedkern.methods import registry
+
+
+def write(request: Request) -> int:
+    """Writes the project that a command line describes, and prints its files.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        UserError: a setting is wrong, the method needs all data in one place, the data are not on this machine and
+            nobody says how many clients there are, or the folder is not empty.
+    """
+    assert request.flower is not None
+    asked = given(request)
+    config = asked.config()
+    check_networks(request.settings, config.data)
+    if registry.get(asked.method).pooled:
+        raise UserError(f"{asked.method} needs the data of all clients in one place, which Flower keeps apart.")
+    project = Project(
+        method=asked.method,
+        settings=asked.settings,
+        options=asked.options,
+        data_options=asked.data_options,
+        plugins=[*config.plugins],
+        out=None if request.out is None else request.out.absolute(),
+        report=request.report,
+        predictions=request.predictions,
+        clients=_clients(asked),
+    )
+    files = project.write(request.flower)
+    print(f"Flower project: {request.flower}")
+    print(f"files:          {', '.join(path.name for path in files)}")
+    print("commands:       README.md")
+    return 0
+
+
+def _clients(asked: Given) -> list[str]:
+    """The clients: the given number, or those that the data name."""
+    config = asked.config()
+    if "clients" not in config.left_open:
+        return [str(k) for k in range(config.trained_clients)]
+    data = load_data(config, masks=False)
+    data = kept_data(decided(config, data), data)
+    return [str(data.client_label(k)) for k in range(len(data.clients))]

@@ -1,0 +1,382 @@
+"""A client on its own node: answers the server's messages from its own data, with its state on its own disk.
+
+A node makes settings, data and method by itself, as the process of a run does; only messages of the method travel.
+Each message names the state that the client's round begins with.  Where this process has not seen the round's earlier
+messages (Flower starts a process for every message), the client begins with that state and answers the earlier
+messages once more, from its disk.  The bits are those of a client that stays in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.engine.allocator import keep_freed_memory
+from fedkern.engine.config import RunConfig
+from fedkern.engine.disclosure import Disclosure
+from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.local import Diverged
+from fedkern.engine.network import cpu_threads
+from fedkern.engine.parties import BEFORE, Client, Server
+from fedkern.engine.privacy_report import guarantee
+from fedkern.engine.run import on_node, reproducible
+from fedkern.engine.store.releases import DIVERGED, Releases
+from fedkern.errors import ClientFailed, UserError
+from fedkern.flower.node_folder import NodeFolder, Version
+from fedkern.flower.portable import Malformed, Parcel, pack, unpack
+from fedkern.methods import registry
+from fedkern.methods.base import Step
+from fedkern.methods.common.pooling import Pooling
+from fedkern.models import available
+from fedkern.models.precision import computing
+from fedkern.privacy import LEDGER
+
+PROTOCOL = 1
+"""Version of the messages; both ends must have the same."""
+ASKERS = ("method", "pooling")
+_NAME = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What a server's message says beside the message of the method.
+
+    Attributes:
+        run: name of the run, 32 hexadecimal digits.
+        attempt: name of the server's process; a resumed run has another one.
+        client: the client's id.
+        asker: name of the object whose ``client_update`` is called.
+        step: the exchange.
+        version: round of the plan, from 1, and number of the client's message in the round, from 0.
+        begin: name of the state that the round begins with; None: the client has none yet.
+        oldest: oldest round of the plan whose states the server's checkpoints name.
+        last: whether no other message of the round will come.
+        threads, client_threads: CPU threads of the run, on which bits depend.
+    """
+
+    run: str
+    attempt: str
+    client: int
+    asker: str
+    step: Step
+    version: Version
+    begin: Version | None
+    oldest: int
+    last: bool
+    threads: int
+    client_threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which :meth:`read` reads."""
+        return {
+            "protocol": PROTOCOL,
+            **{name: value for name, value in vars(self).items() if name not in ("step", "version", "begin")},
+            "step": [self.step.round, self.step.name, self.step.exchange],
+            "version": list(self.version),
+            "begin": None if self.begin is None else list(self.begin),
+        }
+
+    @classmethod
+    def read(cls, given: Any) -> Letter:
+        """Checks plain values and makes a letter of them.
+
+        Raises:
+            Malformed: they are not what :meth:`to_dict` makes.
+        """
+        if not isinstance(given, dict) or given.get("protocol") != PROTOCOL:
+            other = given.get("protocol") if isinstance(given, dict) else None
+            raise Malformed(f"has the form {other!r} where this version of fedkern reads {PROTOCOL}")
+        table = {name: value for name, value in given.items() if name != "protocol"}
+        kinds = {name: str(kind) for name, kind in cls.__annotations__.items()}
+        if table.keys() != kinds.keys():
+            raise Malformed("lacks entries of its header, or has others")
+        for name, kind in kinds.items():
+            if kind in ("str", "int", "bool") and type(table[name]).__name__ != kind:
+                raise Malformed(f"has {name} of the wrong type")
+        if table["client"] < 0 or table["oldest"] < 0 or not 1 <= table["threads"] <= 1024:
+            raise Malformed("has a number out of range")
+        if not 1 <= table["client_threads"] <= 1024:
+            raise Malformed("has a number out of range")
+        if not all(_NAME.fullmatch(table[name]) for name in ("run", "attempt")):
+            raise Malformed("names no run")
+        if table["asker"] not in ASKERS:
+            raise Malformed("asks for nothing that a client does")
+        step = table["step"]
+        if not (isinstance(step, list) and [type(part) for part in step] == [int, str, str]):
+            raise Malformed("names no exchange")
+        begin = None if table["begin"] is None else _version(table["begin"])
+        return cls(**{**table, "step": Step(*step), "version": _version(table["version"]), "begin": begin})
+
+
+def _version(given: Any) -> Version:
+    whole = isinstance(given, list) and [type(part) for part in given] == [int, int]
+    if not whole or not 0 < given[0] < 10**6 or not 0 <= given[1] < 10**6:
+        raise Malformed("names no round")
+    return Version(*given)
+
+
+@dataclass
+class _Place:
+    """How far a client has come in this process."""
+
+    attempt: str
+    version: Version  # of the last message
+
+
+@dataclass
+class NodeClients:
+    """The clients of a run that work in this process: usually one, several in Flower's simulation.
+
+    Args:
+        config: the run's settings, with the folder of this node's data.
+        base: folder of the clients' states of all runs on this node.
+        notice: called with the progress of something long.
+    """
+
+    config: RunConfig
+    base: Path
+    notice: Callable[[str], None] | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _serial: Serial | None = None
+    _places: dict[int, _Place] = field(default_factory=dict)
+    _known: set[int] = field(default_factory=set)  # clients whose data fit the method
+
+    def answer(self, letter: Letter, parcel: Parcel) -> Parcel:
+        """A client's answer to a message of the server.
+
+        Returns:
+            The packed reply (see :func:`read_reply`).
+
+        Raises:
+            UserError: data, settings or an earlier state are not as they must be on this node.
+            Malformed: the message is none of fedkern's.
+        """
+        message = unpack(parcel)
+        if not isinstance(message, dict):
+            raise Malformed("holds no message")
+        if self._serial is None:
+            try:
+                self._serial = self._prepared(letter)
+            except BaseException:
+                self._stack.close()
+                raise
+        self._admit(letter.client)
+        folder = NodeFolder(self.base, letter.run, letter.client)
+        with folder.alone(), cpu_threads(letter.client_threads):
+            self._go_to(letter, folder)
+            if not letter.last:
+                folder.keep_message(letter.version, letter.to_dict(), parcel)
+            reply = self._ask(letter, message, folder)
+            if letter.last:
+                folder.drop_messages(letter.version.plan + 1)
+        return reply
+
+    def close(self) -> None:
+        """Leaves the precision and the networks that the settings name."""
+        self._stack.close()
+
+    # -- once in a process -----------------------------------------------------------------------------------------
+
+    def _prepared(self, letter: Letter) -> Serial:
+        """Makes data and method, as `fedkern.engine.loop.Run` does before its first round."""
+        keep_freed_memory()
+        config = self.config.replace(threads=letter.threads, client_threads=letter.client_threads)
+        enter = self._stack.enter_context
+        enter(cpu_threads(config.threads))
+        enter(reproducible())
+        enter(computing(config.precision))
+        enter(available(config.model, None))
+        context = self._context = on_node(config, self.notice)
+        kind = registry.get(config.method)
+        self._method = method = kind(kind.Options.parse(context.config.options, method=config.method))
+        server = Server(context)
+        with context.drawing(server, BEFORE):
+            method.start(server)  # a method may note in itself what its clients need
+        self._said = guarantee(method, server, config.records)
+        context.disclosure = Disclosure.of(context.config.records, self._said)
+        pooling = Pooling(method, on=config.buffers == "pool")
+        askers = {"method": method, "pooling": pooling}
+        return Serial(context, askers, lambda _: dict, context.config.client_threads)
+
+    def _admit(self, k: int) -> None:
+        """Checks a client that has not worked in this process yet."""
+        if k in self._known:
+            return
+        clients = self._context.federation.clients
+        if k >= clients:
+            raise UserError(
+                f"This node is client {k}, and the run has {clients} clients, numbered from 0: start it with another "
+                "partition-id."
+            )
+        self._method.check(Client(self._context, k, {}))
+        self._known.add(k)
+
+    # -- one message -----------------------------------------------------------------------------------------------
+
+    def _go_to(self, letter: Letter, folder: NodeFolder) -> None:
+        """Brings the client to where it was before this message of the round."""
+        assert self._serial is not None  # answer
+        at = self._places.get(letter.client)
+        plan, number = letter.version
+        before = Version(plan, number - 1)
+        here = letter.client in self._serial.working()
+        if number and here and at is not None and at.attempt == letter.attempt and at.version == before:
+            return
+        self._places.pop(letter.client, None)
+        self._serial.forget(letter.client)
+        folder.drop_messages(plan)
+        earlier = [folder.message(Version(plan, each)) for each in range(number)]
+        if any(header.get("attempt") != letter.attempt for header, _ in earlier):
+            raise UserError("The earlier messages of this round are those of another process of the server.")
+        self._serial.take(letter.client, folder.read_state(letter.begin))
+        for header, parcel in earlier:
+            played = Letter.read(header)
+            self._serial.ask(played.client, played.asker, played.step, unpack(parcel))
+
+    def _ask(self, letter: Letter, message: dict[str, Any], folder: NodeFolder) -> Parcel:
+        assert self._serial is not None  # answer
+        context, k = self._context, letter.client
+        context.warnings.clear()
+        answer = self._serial.ask(k, letter.asker, letter.step, message)
+        self._places[k] = _Place(letter.attempt, letter.version)
+        state = self._serial.changed(k)
+        if state is not None:
+            folder.write_state(letter.version, state, letter.oldest)
+        ledger = None if state is None or self._said is None else state.get(LEDGER)
+        try:
+            reply = self._reply(letter, answer, state is not None, ledger)
+        except TypeError as error:
+            answer = Answer(k, problem=ClientFailed(k, f"its upload cannot travel: {error}"))
+            reply = self._reply(letter, answer, state is not None, ledger)
+        if self._said is not None:
+            self._released(letter, answer, folder)
+        return reply
+
+    def _reply(self, letter: Letter, answer: Answer, changed: bool, ledger: Any) -> Parcel:
+        told = self._context.disclosure.clients
+        return pack(
+            {
+                "client": letter.client,
+                "version": list(letter.version),
+                "message": answer.message,
+                "problem": _problem(answer, told),
+                "report": {name: _number(value) for name, value in answer.report.items()} if told else {},
+                "warnings": dict(self._context.warnings) if told else {},
+                "seconds": answer.seconds if told else 0.0,
+                "flops": answer.flops if told else 0,
+                "changed": changed,
+                "ledger": ledger,
+            }
+        )
+
+    def _released(self, letter: Letter, answer: Answer, folder: NodeFolder) -> None:
+        """Keeps the digest of a private run's message before the message leaves its client."""
+        releases = Releases(folder.path)
+        releases.open(letter.oldest)
+        releases.add(
+            letter.version.plan,
+            f"{letter.step.exchange} {letter.asker}",
+            letter.client,
+            answer.message if answer.problem is None else DIVERGED,
+        )
+        releases.forget(letter.oldest)
+
+
+def failed(letter: Letter, what: str, traceback: str) -> Parcel:
+    """The reply of a client that could not begin to answer."""
+    problem = {"kind": "failed", "what": what, "traceback": traceback}
+    empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "seconds": 0.0, "flops": 0, "ledger": None}
+    head = {"client": letter.client, "version": list(letter.version), "changed": False}
+    return pack({**head, **empty, "problem": problem})
+
+
+def _number(value: Any) -> Any:
+    """A reported figure as a plain number."""
+    return value.item() if isinstance(value, Tensor) else float(value) if hasattr(value, "dtype") else value
+
+
+def _problem(answer: Answer, told: bool) -> dict[str, Any] | None:
+    problem = answer.problem
+    if problem is None:
+        return None
+    if isinstance(problem, Diverged):
+        told_batch, what = (problem.batch, problem.what) if told else (0, "")
+        return {"kind": "diverged", "round": problem.round, "batch": told_batch, "what": what}
+    return {"kind": "failed", "what": problem.what if told else "", "traceback": problem.traceback if told else ""}
+
+
+# -- the server's end of a reply -------------------------------------------------------------------------------------
+
+_REPLY = {"client": int, "version": list, "report": dict, "warnings": dict, "seconds": float, "flops": int,
+          "changed": bool}  # fmt: skip
+_OURS = ("samples", "drift", "clipped", "seconds")
+"""Entries of a client's record that the engine writes."""
+
+
+@dataclass
+class Reply:
+    """A client's reply as the server has read it: the answer, whether the client's state changed, and its ledger."""
+
+    answer: Answer
+    changed: bool
+    ledger: Any
+
+
+def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
+    """Unpacks a reply and checks everything but the upload itself, which the engine checks.
+
+    Args:
+        parcel: what came.
+        client: who was asked.
+        version: by which message.
+
+    Raises:
+        Malformed: the reply is none of fedkern's, or answers another message.
+    """
+    found = unpack(parcel)
+    if not isinstance(found, dict) or found.keys() != {*_REPLY, "message", "problem", "ledger"}:
+        raise Malformed("is no answer of a fedkern client")
+    if any(type(found[name]) is not kind for name, kind in _REPLY.items()):
+        raise Malformed("is no answer of a fedkern client")
+    if found["client"] != client or found["version"] != list(version):
+        raise Malformed("answers another message")
+    report: Mapping[Any, Any] = found["report"]
+    if not all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in report.items()):
+        raise Malformed("has a report that is none")
+    if not all(isinstance(text, str) for pair in found["warnings"].items() for text in pair):
+        raise Malformed("has warnings that are none")
+    if not 0 <= found["seconds"] < math.inf or found["flops"] < 0:
+        raise Malformed("has a report that is none")
+    answer = Answer(
+        client,
+        found["message"],
+        problem=_read_problem(found["problem"], client),
+        report={name: value for name, value in report.items() if name not in _OURS},
+        warnings=dict(found["warnings"]),
+        seconds=found["seconds"],
+        flops=found["flops"],
+    )
+    return Reply(answer, found["changed"], found["ledger"])
+
+
+def _read_problem(given: Any, client: int) -> Diverged | ClientFailed | None:
+    if given is None:
+        return None
+    forms: dict[str, dict[str, type]] = {
+        "diverged": {"kind": str, "round": int, "batch": int, "what": str},
+        "failed": {"kind": str, "what": str, "traceback": str},
+    }
+    form = forms.get(str(given.get("kind"))) if isinstance(given, dict) else None
+    if form is None or given.keys() != form.keys() or any(type(given[name]) is not kind for name, kind in form.items()):
+        raise Malformed("has a problem that is none")
+    if given["kind"] == "diverged":
+        return Diverged(client, given["round"], given["batch"], given["what"])
+    return ClientFailed(client, given["what"] or "its part of the method raised an exception", given["traceback"])

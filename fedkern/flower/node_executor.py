@@ -1,0 +1,326 @@
+"""Executor of Flower: every client works on its own node, with the bits of the serial executor.
+
+The messages of an exchange are sent at once; answers are handed on in client order, whatever order they arrive in.  A
+client's state stays on its node.  In its place the server's checkpoint has the name of the state, so that a resumed
+server tells every node which state the round begins with (see `fedkern.flower.node_folder`).
+
+A client whose node is not connected, or that has not answered by the deadline, is left out of the round.  What comes
+from a node is checked: a reply that is none, or that is larger than the declared upload, is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.loop import Run
+from fedkern.engine.store import atomic
+from fedkern.engine.store.run_folder import NODES
+from fedkern.errors import ClientFailed, UserError, printable_name
+from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
+from fedkern.flower.node_client import PROTOCOL, Letter, read_reply
+from fedkern.flower.node_folder import Version
+from fedkern.flower.portable import Malformed, Parcel, pack, unpack
+from fedkern.inputs import read_json
+from fedkern.interrupts import check
+from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.uploads import Maybe, Number, Values
+from fedkern.privacy import LEDGER, Accountant
+
+STATE = "flower"
+"""Entry of a checkpoint's client state that has the name of the state on the node."""
+LARGEST_REPLY = 2 << 30
+"""Most bytes of a reply's tensors where the method declares no sizes."""
+SLACK = 1 << 16
+"""Bytes that a reply may have beyond the declared upload."""
+ACQUAINTED = 60.0
+"""Seconds that a new node has to say which client it is, during the rounds."""
+_FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
+_AT_ONCE = 16  # replies asked for at once
+
+
+class Nodes:
+    """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.base.Executor`).
+
+    Args:
+        run: the run.
+        post: the connection to the nodes.
+        deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
+        wait: seconds to wait for the nodes of all clients.
+
+    Raises:
+        UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
+    """
+
+    apart = True
+
+    def __init__(self, run: Run, post: Post, *, deadline: float, wait: float) -> None:
+        self.here: Serial = run.executor.here
+        self._run, self._post, self._deadline = run, post, deadline
+        self.count = run.context.federation.clients
+        self._attempt = uuid.uuid4().hex
+        self._asked: dict[int, float] = {}  # when a node was asked which client it is
+        self._waiting: dict[str, int] = {}  # nodes that have not said yet, by message
+        self._client_of: dict[int, ClientId] = {}
+        self._home: dict[ClientId, int] = {}  # connected nodes
+        # State of this round:
+        self._begin: dict[ClientId, Version | None] = {}
+        self._sent: dict[ClientId, int] = {}  # messages of the round
+        self._changed: dict[ClientId, dict[str, Any]] = {}
+        self._meet(wait)
+        self._name = self._named()
+
+    def _named(self) -> str:
+        """The run's name on the nodes, the same in every process of the server."""
+        path = self._run.out / NODES
+        if path.exists():
+            try:
+                return str(read_json(path)["run"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}): put it back, or start the run again.") from None
+        name = uuid.uuid4().hex
+        atomic.write_bytes(path, (json.dumps({"run": name}) + "\n").encode())
+        return name
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    def _meet(self, wait: float) -> None:
+        """Waits for the nodes of all clients; goes on without some of them after ``wait`` seconds."""
+        end, pause = time.monotonic() + wait, _FIRST_PAUSE
+        everyone = range(self.count)
+        while True:
+            check()
+            self._get_acquainted()
+            missing = [k for k in everyone if k not in self._home]
+            if not missing or time.monotonic() >= end:
+                break
+            pause = min(1.5 * pause, _LAST_PAUSE)
+            time.sleep(pause)
+        if not self._home:
+            raise UserError(
+                f"No node of a client is connected after {wait:g} seconds: start a SuperNode for every client, with "
+                f"--node-config 'partition-id=K num-partitions={self.count}' for client K."
+            )
+        if missing:
+            who = ", ".join(self._label(k) for k in missing)
+            text = f"Clients without a node when the run began: {who}; rounds go on without them until they connect."
+            self._run.context.warn("clients-without-node", text)
+
+    def _label(self, k: ClientId) -> str:
+        return str(self._run.context.data.client_label(k))
+
+    def _get_acquainted(self) -> None:
+        """Asks nodes that are new which client they are, and forgets those that have left."""
+        present = self._post.nodes()
+        for node in [node for node in self._asked if node not in present]:
+            del self._asked[node]
+            self._client_of.pop(node, None)
+            self._waiting = {name: other for name, other in self._waiting.items() if other != node}
+        for node in present:
+            if node not in self._asked:
+                self._asked[node] = time.monotonic()
+                name = self._post.send(node, QUERY, json.dumps({"protocol": PROTOCOL}), pack({}), ACQUAINTED * 10)
+                if name is not None:
+                    self._waiting[name] = node
+        for arrived in self._post.arrived(list(self._waiting)):
+            if arrived.reply_to not in self._waiting:
+                continue
+            node = self._waiting.pop(arrived.reply_to)
+            found = self._introduced(node, arrived)
+            if found is not None:
+                self._client_of[node] = found
+        self._home = {}
+        for node in present:
+            if node in self._client_of:
+                first = self._home.setdefault(self._client_of[node], node)
+                if first != node:
+                    which = self._label(self._client_of[node])
+                    text = f"Several nodes say that they are client {which}; one of them works."
+                    self._run.context.warn("nodes-of-one-client", text)
+
+    def _introduced(self, node: int, arrived: Arrived) -> ClientId | None:
+        """The client that a node says it is; None where the node is not one of this run's."""
+        try:
+            if arrived.parcel is None:
+                raise Malformed(arrived.malformed or f"failed: {arrived.error}")
+            found = unpack(arrived.parcel)
+            k = found.get("client") if isinstance(found, dict) else None
+            if type(k) is not int:
+                raise Malformed("does not say which client it is")
+            if not 0 <= k < self.count:
+                raise Malformed(f"says that it is client {k}, and the run has {self.count} clients, numbered from 0")
+            return k
+        except Malformed as why:
+            text = printable_name(str(why), 400)
+            self._run.context.warn(f"foreign-node-{node}", f"Node {node} {text}; it takes no part.")
+            return None
+
+    def _find(self, clients: list[ClientId]) -> None:
+        """Brings the table of nodes up to date; waits a little for a node that has come back."""
+        self._get_acquainted()
+        while self._waiting and any(k not in self._home for k in clients):
+            check()
+            if all(time.monotonic() - self._asked[node] > ACQUAINTED for node in self._waiting.values()):
+                return
+            time.sleep(_FIRST_PAUSE)
+            self._get_acquainted()
+
+    # -- the executor ----------------------------------------------------------------------------------------------
+
+    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+        self._find(list(messages))
+        end = time.monotonic() + self._deadline if self._deadline else None
+        found: dict[ClientId, Answer] = {}
+        versions: dict[ClientId, Version] = {}
+        waiting: dict[str, ClientId] = {}
+        packed: dict[int, Parcel] = {}
+        for k, message in messages.items():
+            versions[k], letter = self._letter(k, asker, step)
+            if id(message) not in packed:
+                packed[id(message)] = self._packed(message)
+            node = self._home.get(k)
+            if node is None:
+                found[k] = Answer(k, absent="no node of it is connected")
+                continue
+            name = self._post.send(
+                node, TRAIN, json.dumps(letter.to_dict()), packed[id(message)], self._deadline or None
+            )
+            if name is None:
+                found[k] = Answer(k, absent="its message could not be sent")
+            else:
+                waiting[name] = k
+        packed.clear()
+        pause = _FIRST_PAUSE
+        for k in messages:
+            while k not in found:
+                check()
+                late = end is not None and time.monotonic() >= end
+                heard = self._heard(k, waiting)
+                for name, arrived in heard:
+                    client = waiting.pop(name)
+                    found[client] = self._answer(client, arrived, asker, step, messages[client], versions[client])
+                if k in found:
+                    break
+                if late:
+                    found[k] = Answer(k, absent=f"it had not answered after {self._deadline:g} seconds")
+                    break
+                pause = _FIRST_PAUSE if heard else min(1.5 * pause, _LAST_PAUSE)
+                time.sleep(pause if end is None else min(pause, max(0.0, end - time.monotonic())))
+            yield found.pop(k)
+
+    def _packed(self, message: Message) -> Parcel:
+        try:
+            return pack(message)
+        except TypeError as error:
+            method = self._run.config.method
+            raise UserError(
+                f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
+            ) from None
+
+    def _letter(self, k: ClientId, asker: str, step: Step) -> tuple[Version, Letter]:
+        run = self._run
+        if k not in self._begin:
+            name = run.checkpoints.reader(k)().get(STATE)
+            self._begin[k] = None if name is None else Version(*name)
+        version = Version(run.planned + 1, self._sent.get(k, 0))
+        self._sent[k] = version.number + 1
+        oldest = run.checkpoints.oldest(k)
+        letter = Letter(
+            run=self._name,
+            attempt=self._attempt,
+            client=k,
+            asker=asker,
+            step=step,
+            version=version,
+            begin=self._begin[k],
+            oldest=version.plan if oldest is None else oldest,
+            last=run.last_exchange,
+            threads=run.config.threads,
+            client_threads=run.config.client_threads,
+        )
+        return version, letter
+
+    def _heard(self, first: ClientId, waiting: Mapping[str, ClientId]) -> list[tuple[str, Arrived]]:
+        """Replies that have come: of the next client in order, then of some of the others."""
+        names = sorted(waiting, key=lambda name: waiting[name] != first)
+        found = [(each.reply_to, each) for each in self._post.arrived(names[:_AT_ONCE])]
+        return [(name, each) for name, each in found if name in waiting]
+
+    def _answer(
+        self, k: ClientId, arrived: Arrived, asker: str, step: Step, message: Message, version: Version
+    ) -> Answer:
+        if arrived.lost:
+            return Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})")
+        if arrived.error:
+            return Answer(k, problem=ClientFailed(k, arrived.error))
+        try:
+            if arrived.parcel is None:
+                raise Malformed(arrived.malformed)
+            self._check_size(arrived.parcel, asker, step, k, message)
+            reply = read_reply(arrived.parcel, k, version)
+            ledger = self._checked(reply.ledger)
+        except Malformed as why:
+            return Answer(k, refused=printable_name(str(why), 400))
+        if reply.changed:
+            self._changed[k] = {STATE: list(version), **({} if ledger is None else {LEDGER: ledger})}
+        return reply.answer
+
+    def _check_size(self, parcel: Parcel, asker: str, step: Step, k: ClientId, message: Message) -> None:
+        declared = self._run.askers[asker].expects(self._run.server, step, k, message)
+        most = _bytes(declared)
+        most = LARGEST_REPLY if most is None else most + SLACK
+        if parcel.size > most:
+            raise Malformed(f"has {parcel.size:,} bytes where {most:,} are the most")
+
+    def _checked(self, ledger: Any) -> Any:
+        """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
+        if ledger is None or self._run.said is None:
+            return None
+        try:
+            return Accountant(ledger).state
+        except (TypeError, ValueError, AttributeError):
+            raise Malformed("has a privacy ledger that is none") from None
+
+    def changed(self, client: ClientId) -> dict[str, Any] | None:
+        return self._changed.pop(client, None)
+
+    def working(self) -> list[ClientId]:
+        return sorted(self._sent)
+
+    def forget(self, client: ClientId) -> None:
+        for table in (self._begin, self._sent, self._changed):
+            table.pop(client, None)
+
+    def end_round(self) -> None:
+        for table in (self._begin, self._sent, self._changed):
+            table.clear()
+        self.here.end_round()
+
+    def close(self) -> None:
+        """Does nothing: nodes are Flower's."""
+
+
+def _bytes(declared: Any) -> int | None:
+    """Most bytes of the tensors of an upload; None where the declaration leaves sizes open."""
+    if isinstance(declared, Maybe):
+        return _bytes(declared.of)
+    if isinstance(declared, Number):
+        return 0
+    if isinstance(declared, Tensor):
+        return declared.numel() * declared.element_size()
+    if isinstance(declared, Values):
+        total = declared.dtype.itemsize
+        for size in declared.shape:
+            if not isinstance(size, int):
+                return None
+            total *= size
+        return total
+    sizes = [_bytes(entry) for entry in declared.values()]
+    return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)

@@ -1,0 +1,132 @@
+"""Folder of one client on its node's disk: the states of its last rounds, and the messages of the present round.
+
+A state is written before the answer that goes with it is sent, under the round of the plan and the number of the
+message within the round.  The server says which state a round begins with: it keeps, in its own checkpoints, the name
+of the last state whose answer it took.  So the node knows nothing of a server that was lost and resumed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedkern.engine.store import atomic, state
+from fedkern.errors import UserError
+from fedkern.files import one_writer
+from fedkern.flower.portable import Parcel, Raw
+
+_STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
+_MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.safetensors")
+
+
+class Version(NamedTuple):
+    """Name of a state: round of the plan, from 1, and number of the message in this round, from 0."""
+
+    plan: int
+    number: int
+
+
+class NodeFolder:
+    """The folder of a client.
+
+    Args:
+        base: folder of all runs on this node.
+        run: the run's name.
+        client: the client's id.
+    """
+
+    def __init__(self, base: Path, run: str, client: int) -> None:
+        self.path = base / run / f"client-{client:05d}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise atomic.unwritable(self.path, error) from None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process works for this client."""
+        with one_writer(self.path / "lock"):
+            yield
+
+    # -- states ----------------------------------------------------------------------------------------------------
+
+    def read_state(self, version: Version | None) -> dict[str, Any]:
+        """The state of that name; empty for None.
+
+        Raises:
+            UserError: the state is missing or damaged.
+        """
+        if version is None:
+            return {}
+        try:
+            return state.load(self._state(version))
+        except ValueError as error:
+            raise UserError(
+                f"The client's state cannot be read ({error}): put the folder back, or start the run again."
+            ) from None
+
+    def write_state(self, version: Version, content: dict[str, Any], oldest: int) -> None:
+        """Writes a state, and deletes those that no checkpoint of the server can name.
+
+        Args:
+            version: the state's name.
+            content: the state.
+            oldest: oldest round of the plan whose states are still needed.
+        """
+        state.save(self._state(version), content)
+        names = [Version(*found) for found in self._numbered(_STATE)]
+        before = max((each for each in names if each.plan == version.plan and each < version), default=None)
+        for each in names:
+            of_this_round = each.plan == version.plan and each not in (version, before)
+            if each.plan < oldest or of_this_round:
+                self._state(each).unlink(missing_ok=True)
+
+    def _state(self, version: Version) -> Path:
+        return self.path / f"state-{version.plan:06d}-{version.number:06d}.safetensors"
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def keep_message(self, version: Version, header: dict[str, Any], parcel: Parcel) -> None:
+        """Keeps a message, in case the client's next one of this round meets another process."""
+        flat = {name: torch.frombuffer(bytearray(raw.data), dtype=torch.uint8) for name, raw in _filled(parcel)}
+        forms = {name: [raw.dtype, list(raw.shape)] for name, raw in parcel.tensors.items()}
+        state.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
+
+    def message(self, version: Version) -> tuple[dict[str, Any], Parcel]:
+        """A kept message.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            kept = state.load(self._message(version))
+            data = kept["data"]
+            tensors = {
+                name: Raw(dtype, tuple(shape), data[name].numpy().tobytes() if name in data else b"")
+                for name, (dtype, shape) in kept["forms"].items()
+            }
+            return kept["header"], Parcel(kept["text"], tensors)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
+
+    def drop_messages(self, plan: int) -> None:
+        """Deletes the kept messages of rounds before ``plan``."""
+        for found in self._numbered(_MESSAGE):
+            if found[0] < plan:
+                self._message(Version(*found)).unlink(missing_ok=True)
+
+    def _message(self, version: Version) -> Path:
+        return self.path / f"message-{version.plan:06d}-{version.number:06d}.safetensors"
+
+    def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+        matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())
+        return [(int(match[1]), int(match[2])) for match in matches if match is not None]
+
+
+def _filled(parcel: Parcel) -> Iterator[tuple[str, Raw]]:
+    return ((name, raw) for name, raw in parcel.tensors.items() if raw.data)

@@ -1,0 +1,252 @@
+"""A Flower project that plays a fedkern run: pyproject.toml with the run-config, a README, and code that the run needs.
+
+Nothing here imports flwr: a project can be written where Flower is not installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkern import named_code
+from fedkern.data import COMMON_OPTIONS, lookup
+from fedkern.engine.config import RunConfig
+from fedkern.engine.defaults import default_data, defaults
+from fedkern.engine.store import atomic, toml
+from fedkern.errors import UserError, printable_name
+from fedkern.flower.run_settings import (
+    DATA_OPTION,
+    ELSEWHERE,
+    FLOWER,
+    METHOD_OPTION,
+    SWITCHES,
+    setting_key,
+)
+from fedkern.methods import registry
+
+REQUIRED = "flwr>=1.41,<1.42"
+GOES_ON = {"on_nan": "skip", "on_error": "skip"}
+"""Settings of a project where nobody gives them: on nodes, one client's mistake is not to end the run."""
+_WIDE = 60
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a project is made of: what the user gave, without defaults (compare `fedkern.cli.request.Given`).
+
+    Attributes:
+        method: name of the method.
+        settings: fields of RunConfig.
+        options: options of the method.
+        data_options: options of the data set.
+        plugins: names of plugins: absolute paths of files, or modules.
+        out: the run folder; None: a new one for every run.
+        report, predictions: whether the run writes them.
+        clients: names of the clients, or their numbers.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+    data_options: Mapping[str, Any]
+    plugins: Sequence[str]
+    out: Path | None
+    report: bool
+    predictions: bool
+    clients: Sequence[str]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes the project, and returns its files.
+
+        Raises:
+            UserError: the folder is not empty or cannot be written, or two files of code have one name.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder: name a new one with --flower.")
+        code = self._code()
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise atomic.unwritable(folder, error) from None
+        try:
+            for path in code.values():
+                shutil.copyfile(path, folder / path.name)
+            atomic.write_bytes(folder / "pyproject.toml", self.pyproject(folder.absolute().name).encode())
+            atomic.write_bytes(folder / "README.md", self.readme(folder).encode())
+        except BaseException as error:
+            for path in folder.iterdir():
+                path.unlink()
+            if made:
+                folder.rmdir()
+            if isinstance(error, OSError):
+                raise atomic.unwritable(folder, error) from None
+            raise
+        return sorted(folder.iterdir())
+
+    def _code(self) -> dict[str, Path]:
+        """Files of code that the project takes along, by the name that the settings have for them."""
+        found = {name: Path(name) for name in self.plugins if Path(name).is_absolute()}
+        model = named_code.parse(str(self.settings.get("model") or ""))
+        if model is not None and model.file:
+            found[model.file] = Path(model.file)
+        by_name: dict[str, Path] = {}
+        for path in found.values():
+            if not path.is_file():
+                raise UserError(f"{path} cannot be copied into the project, as it is no file.")
+            if by_name.setdefault(path.name, path) != path:
+                raise UserError(
+                    f"{by_name[path.name]} and {path} have one name, and a project is one folder: rename one."
+                )
+        return found
+
+    # -- pyproject.toml --------------------------------------------------------------------------------------------
+
+    def pyproject(self, name: str) -> str:
+        """Text of pyproject.toml for a project of that name."""
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fedkern-run"
+        return f"""\
+# A run of fedkern over Flower; README.md has the commands.
+
+[project]
+name = {toml.quoted(plain)}
+version = "1.0.0"
+description = {toml.quoted(f"fedkern: {self.method}")}
+license = "Apache-2.0"
+dependencies = ["fedkern[flower]", "{REQUIRED}"]
+
+[tool.flwr.app]
+publisher = "fedkern"
+
+[tool.flwr.app.components]
+serverapp = "fedkern.flower.server_app:app"
+clientapp = "fedkern.flower.client_app:app"
+
+# The settings of the run: an empty text leaves one open.  One run's own: flwr run --run-config 'rounds=3 lr=0.05'
+[tool.flwr.app.config]
+{self._table(self._settings())}
+[tool.flwr.app.config.{METHOD_OPTION.rstrip(".")}]
+{self._table(self._options())}
+[tool.flwr.app.config.{DATA_OPTION.rstrip(".")}]
+{self._table(self._data_options())}
+[tool.flwr.app.config.flower]
+{self._table({key.partition(".")[2]: told for key, told in FLOWER.items()})}"""
+
+    def _settings(self) -> dict[str, tuple[Any, str]]:
+        usual = defaults(self.method, self._data)
+        given = {**GOES_ON, **self.settings}
+        rows: dict[str, tuple[Any, str]] = {"method": (self.method, "")}
+        for knob in RunConfig.knobs():
+            if knob.field == "method" or knob.field in ELSEWHERE:
+                continue
+            value = given.get(knob.field)
+            default = usual.get(knob.field, knob.default)
+            said = "" if value is not None or default is None else f"default {default}"
+            rows[setting_key(knob.field)] = (self._portable(knob.field, value), said)
+        named = (Path(name).name if Path(name).is_absolute() else name for name in self.plugins)
+        rows["plugins"] = (",".join(named), "")
+        rows["out"] = ("" if self.out is None else str(self.out), "the run folder; resume = true goes on with it")
+        for name, told in SWITCHES.items():
+            rows[name] = (bool(getattr(self, name, False)), told)
+        return rows
+
+    def _portable(self, field: str, value: Any) -> Any:
+        """The value of a setting as it stands in the project, where its code has no folder."""
+        if value is None:
+            return ""
+        named = named_code.parse(str(value)) if field == "model" else None
+        return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
+
+    def _options(self) -> dict[str, tuple[Any, str]]:
+        knobs = registry.get(self.method).Options.knobs()
+        return {
+            knob.name: ("" if self.options.get(knob.name) is None else self.options[knob.name], "") for knob in knobs
+        }
+
+    @property
+    def _data(self) -> str:
+        return str(self.settings.get("data") or default_data(self.method))
+
+    def _data_options(self) -> dict[str, tuple[Any, str]]:
+        names = dict.fromkeys([*self.data_options, *COMMON_OPTIONS, *lookup(self._data).options])
+        return {name: (self.data_options.get(name, ""), "") for name in names}
+
+    @staticmethod
+    def _table(rows: Mapping[str, tuple[Any, str]]) -> str:
+        lines = []
+        for key, (value, told) in rows.items():
+            line = toml.line(key, value)
+            lines.append(f"{line}  # {' '.join(told.split())}" if told and len(line) < _WIDE else line)
+        return "".join(f"{line}\n" for line in lines)
+
+    # -- README.md ---------------------------------------------------------------------------------------------------
+
+    def readme(self, folder: Path) -> str:
+        """Text of README.md."""
+        count = len(self.clients)
+        nodes = "\n".join(
+            f"| {printable_name(str(name), 60).replace('|', '/')} | `--node-config 'partition-id={k} "
+            f"num-partitions={count}'` |"
+            for k, name in enumerate(self.clients)
+        )
+        return f"""\
+# {self.method} over Flower
+
+Written by `python -m fedkern.run {self.method} --flower {folder.name}`. All machines need fedkern with its extra:
+`pip install 'fedkern[flower]'`.
+
+## On one machine
+
+Flower's simulation needs `pip install 'flwr[simulation]>=1.41,<1.42'`. In this folder:
+
+```
+flwr run . local --stream --federation-config 'num-supernodes={count}'
+```
+
+## On machines of their own
+
+The SuperLink, with certificates and SuperNode authentication as Flower's documentation has them:
+
+```
+flower-superlink --insecure
+```
+
+A SuperNode for every client, each on the machine that has its data:
+
+```
+flower-supernode --insecure --superlink HOST:8000 --node-config 'partition-id=0 num-partitions={count}'
+```
+
+| client | node |
+|---|---|
+{nodes}
+
+`data-root="DIR"` in `--node-config` names the folder of the data on that machine, `state-dir="DIR"` the folder of the
+client's state. Then the run, from this folder, with the SuperLink's address in Flower's `config.toml`:
+
+```
+flwr run . NAME --stream
+```
+
+## Settings
+
+The settings are the run-config in `pyproject.toml`: the flags of fedkern without dashes in front. A single run has its
+own with `--run-config`:
+
+```
+flwr run . local --stream --run-config 'rounds=3 lr=0.05'
+```
+
+A run whose server was stopped goes on with the same bits:
+
+```
+flwr run . local --stream --run-config 'out="DIR" resume=true'
+```
+
+Files that settings name by a path (data, initial weights, teachers) must be on every machine under that path. Code of
+`--model` and `--plugin` is in this folder, and Flower sends it to the nodes.
+"""

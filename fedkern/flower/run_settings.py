@@ -1,0 +1,148 @@
+"""The settings of a run as the flat run-config of a Flower project, and back.
+
+| key | holds |
+|---|---|
+| `rounds`, `local-epochs`, ... | a setting, named as its flag; an empty text leaves it open |
+| `method-option.NAME`, `data-option.NAME` | an option of the method or of the data set |
+| `plugins` | files of the project, or modules, separated by commas |
+| `out`, `resume`, `report`, `predictions` | as the flags of the command line |
+| `flower.deadline`, `flower.wait`, `flower.state` | what `FLOWER` says |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkern import named_code, plugins
+from fedkern.engine.config import RunConfig
+from fedkern.engine.given_paths import absolute, named_options
+from fedkern.errors import UserError, nearest
+
+METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
+SWITCHES = {
+    "resume": "whether the run in out goes on from its last checkpoint",
+    "report": "whether report.html is written at the end",
+    "predictions": "whether the answers to the test images are written to predictions.csv",
+}
+FLOWER: dict[str, tuple[float | str, str]] = {
+    "flower.deadline": (3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own"),
+    "flower.wait": (600.0, "seconds to wait for the nodes of all clients before the first round"),
+    "flower.state": ("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
+}
+"""Settings of a run over Flower, with their defaults."""
+ELSEWHERE = ("workers",)
+"""Settings that say nothing about a run over Flower."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run-config says.
+
+    Attributes:
+        config: the run's settings.
+        out: the run folder; None: a new one in ``runs``.
+        resume, report, predictions: see `SWITCHES`.
+        deadline, wait, state: see `FLOWER`.
+    """
+
+    config: RunConfig
+    out: Path | None
+    resume: bool
+    report: bool
+    predictions: bool
+    deadline: float
+    wait: float
+    state: str
+
+
+def setting_key(field: str) -> str:
+    """Key of a field of RunConfig: ``local_epochs`` -> ``local-epochs``."""
+    return field.replace("_", "-")
+
+
+def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSettings:
+    """Reads a run-config, and loads the plugins that it names.
+
+    Args:
+        run_config: Flower's flat run-config.
+        data_root: folder of the data on this machine, instead of that of the run-config.
+
+    Raises:
+        UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
+    """
+    given = {key: _word(value) for key, value in run_config.items() if _word(value) != ""}
+    fields = {setting_key(knob.field): knob.field for knob in RunConfig.knobs() if knob.field not in ELSEWHERE}
+    known = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
+    for key in given:
+        if key not in known and not key.startswith((METHOD_OPTION, DATA_OPTION)):
+            raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, known)}')
+    named = [_located(name.strip()) for name in given.get("plugins", "").split(",") if name.strip()]
+    plugins.load_installed()
+    loaded = plugins.given(named)
+    settings: dict[str, Any] = {fields[key]: word for key, word in given.items() if key in fields}
+    method = settings.pop("method", "fedavg")
+    if "model" in settings:
+        settings["model"] = _located_code(settings["model"])
+    if data_root:
+        settings["data_root"] = data_root
+    words = [f"{key.removeprefix(METHOD_OPTION)}={word}" for key, word in _under(given, METHOD_OPTION)]
+    data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(given, DATA_OPTION)}
+    config = RunConfig.make(
+        method,
+        options=named_options(method, words),
+        data_options=absolute(data_options),
+        plugins=loaded,
+        **absolute(settings),
+    )
+    return RunSettings(
+        config=config,
+        out=Path(given["out"]).expanduser() if "out" in given else None,
+        deadline=_seconds(given, "flower.deadline"),
+        wait=_seconds(given, "flower.wait"),
+        state=given.get("flower.state", str(FLOWER["flower.state"][0])),
+        **{name: _switch(given, name) for name in SWITCHES},
+    )
+
+
+def _under(given: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
+    return ((key, word) for key, word in given.items() if key.startswith(prefix))
+
+
+def _word(value: Any) -> str:
+    """A value of TOML as the command line would have it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+
+
+def _switch(given: Mapping[str, str], key: str) -> bool:
+    word = given.get(key, "false").lower()
+    if word not in ("true", "false"):
+        raise UserError(f'{key} must be true or false in the run-config, not "{word}".')
+    return word == "true"
+
+
+def _seconds(given: Mapping[str, str], key: str) -> float:
+    try:
+        value = float(given.get(key, FLOWER[key][0]))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e9:
+        raise UserError(f'{key} must be a number of seconds in the run-config, not "{given[key]}".')
+    return value
+
+
+def _located(name: str) -> str:
+    """The path of a file of the project, which Flower puts on ``sys.path``; another name is returned as it is."""
+    path = Path(name)
+    if path.is_absolute() or not name.endswith(".py"):
+        return name
+    found = next((each for folder in sys.path if (each := Path(folder) / name).is_file()), None)
+    return name if found is None else str(found.absolute())
+
+
+def _located_code(text: str) -> str:
+    file, _, name = text.rpartition(":")
+    return f"{_located(file)}:{name}" if file.endswith(".py") and named_code.parse(text) is not None else text

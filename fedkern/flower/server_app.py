@@ -1,0 +1,127 @@
+"""The ServerApp of a whole fedkern run over Flower: ``fedkern.flower.server_app:app`` in a project's pyproject.toml.
+
+It plays the run as the command line does, with the same run folder, checkpoints and figures; only the clients are on
+their nodes (`fedkern.flower.node_executor`).  Like the command line it may import everything below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedkern import engine
+from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.store.run_folder import RUNS, reserve, run_name
+from fedkern.errors import ClientFailed, RunFailed, UserError
+from fedkern.flower import run_settings
+from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, ServerApp, log
+from fedkern.flower.node_executor import Nodes
+from fedkern.methods import registry
+from fedkern.methods.common.figures import is_main
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Plays the run that the run-config describes."""
+    play(grid, context.run_config)
+
+
+def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Plays a run and returns its summary.
+
+    Args:
+        grid: Flower's grid.
+        run_config: the flat run-config (`fedkern.flower.run_settings`).
+
+    Raises:
+        UserError: anything that the user can put right.
+        RunFailed: the run was stopped, or failed without a result to keep.
+    """
+    settings = run_settings.read(run_config)
+    config, out, made = settings.config, settings.out, False
+    if registry.get(config.method).pooled:
+        raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
+    if out is None:
+        if settings.resume:
+            raise UserError('resume=true goes on with a run: name its folder, out="DIR", in the run-config.')
+        out, made = reserve(RUNS, run_name(config), 'name another run folder, out="DIR", in the run-config'), True
+    out = out.absolute()
+    log(INFO, "run folder: %s", out)
+    again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
+    code = tuple(part for _, part in config.code())
+    post, told = Post(grid), Told()
+    try:
+        summary = engine.run(
+            config,
+            out=out,
+            resume=settings.resume,
+            listener=told,
+            trusted=(*code, *config.plugins),
+            predictions=settings.predictions,
+            elsewhere=lambda run: Nodes(run, post, deadline=settings.deadline, wait=settings.wait),
+        )
+    except ClientFailed as error:
+        log(ERROR, "%s\n%s", error, error.traceback)
+        raise
+    except KeyboardInterrupt:
+        raise RunFailed(f"The run was stopped; go on with {again}.") from None
+    finally:
+        if made:
+            with suppress(OSError):  # not empty: the run has begun
+                out.rmdir()
+    draw(out, told.data, config.data_root, code, settings.report)
+    return summary
+
+
+def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], report: bool) -> None:
+    """Draws the pictures of a finished run, and writes its report; the run is complete without them."""
+    from fedkern.report.pictures import finished_pictures
+    from fedkern.report.run_page import write_report
+
+    _, undrawn = finished_pictures(out, data=data, data_root=data_root, trusted=code)
+    if undrawn is not None:
+        log(WARNING, "The run is complete, but not its pictures (%s).", undrawn)
+    if report:
+        try:
+            write_report(out, data=data, data_root=data_root, trusted=code)
+        except UserError as error:
+            log(WARNING, "The run is complete, but not its report: %s", error)
+
+
+class Told(Listener):
+    """Writes what happens in a run to Flower's log, a line each.
+
+    Attributes:
+        data: the run's data; None before the start.
+    """
+
+    data: Any = None
+
+    def on_start(self, run: RunInfo) -> None:
+        self.data = run.data
+        log(
+            INFO,
+            "%s on %s: %s clients, %s rounds",
+            run.config.method,
+            run.config.data,
+            len(run.samples),
+            len(run.rounds),
+        )
+
+    def on_notice(self, text: str) -> None:
+        log(INFO, "%s", text)
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        figures = [f"{name} {value:.4f}" for name, value in record.items() if name == "loss" or is_main(name)]
+        seconds = f"{record['round_seconds']:.1f} s"
+        log(INFO, "round %s of %s: %s", record["round"], record["rounds"], ", ".join([*figures, seconds]))
+
+    def on_warning(self, name: str, text: str) -> None:
+        log(WARNING, "%s", text)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        log(INFO, "the run is complete")

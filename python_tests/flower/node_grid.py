@@ -1,0 +1,141 @@
+"""Flower without a network for whole runs: every message goes through Flower's serialisation to a node made anew.
+
+A node keeps nothing but what is on its disk, as where Flower starts a process for every message.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedkern.flower import client_app
+from fedkern.flower.adapter import TRAIN
+
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+Fault = Callable[[Message, Context], Message | None]
+
+
+def travelled(message: Message) -> tuple[Message, int]:
+    """The message as it arrives elsewhere, and the bytes of all its parts."""
+    contents = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+    size = sum(map(len, contents.values()))
+    name = message.object_id
+    arrived = inflate_object_from_contents(name, contents)
+    assert isinstance(arrived, Message)
+    arrived.metadata.__dict__["_message_id"] = name
+    return arrived, size
+
+
+class NodeGrid(Grid):
+    """Implements Flower's Grid: node ``100 + k`` is client k.
+
+    Args:
+        run_config: of the run.
+        clients: ids of the clients whose nodes are connected.
+        faults: what happens instead of the app, by client and number of its message in the run, from 0.
+        lives: whether nodes stay in memory between messages, as in Flower's simulation.
+
+    Attributes:
+        connected: clients whose nodes are connected now.
+        asked: clients of the messages of training, in the order in which they were sent.
+        size: bytes sent and received.
+    """
+
+    def __init__(
+        self,
+        run_config: dict[str, Any],
+        clients: Iterable[int],
+        faults: dict[tuple[int, int], Fault] | None = None,
+        *,
+        lives: bool = False,
+    ) -> None:
+        self.run_config, self.connected, self.faults, self.lives = run_config, list(clients), faults or {}, lives
+        self.asked: list[int] = []
+        self.size = 0
+        self._count = len(self.connected)
+        self._numbers = itertools.count()
+        self._waiting: dict[str, Message] = {}
+
+    def set_run(self, run):
+        raise NotImplementedError
+
+    @property
+    def run(self):
+        return "the run"
+
+    def create_message(self, *args, **named):
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [100 + k for k in reversed(self.connected)]
+
+    def get_nodes(self) -> Iterable[Any]:
+        return [SimpleNamespace(node_id=node, registered_at="") for node in self.get_node_ids()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            arrived, size = travelled(message)
+            self.size += size
+            name = f"message-{next(self._numbers)}"
+            arrived.metadata.__dict__["_message_id"] = name
+            self._waiting[name] = arrived
+            ids.append(name)
+            if arrived.metadata.message_type == TRAIN:
+                self.asked.append(arrived.metadata.dst_node_id - 100)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies, the last first: in another order than they are used."""
+        found = []
+        for name in sorted(message_ids, key=lambda name: -int(name.rpartition("-")[2])):
+            if name not in self._waiting:
+                continue
+            reply = self._replied(self._waiting.pop(name))
+            if reply is not None:
+                arrived, size = travelled(reply)
+                self.size += size
+                found.append(arrived)
+        return found
+
+    def _replied(self, message: Message) -> Message | None:
+        k = message.metadata.dst_node_id - 100
+        node_config = {"partition-id": k, "num-partitions": self._count}
+        context = Context(1, 100 + k, node_config, RecordDict(), dict(self.run_config))
+        fault = None
+        if message.metadata.message_type == TRAIN:
+            number = sum(client == k for client in self.asked) - 1
+            fault = self.faults.get((k, number))
+        if not self.lives:
+            client_app.forget()
+        try:
+            return (fault or client_app.app)(message, context)
+        except Exception as error:  # as Flower does (supernode/runtime/run_clientapp.py)
+            reason = str(type(error)) + ":<'" + str(error) + "'>"
+            return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+        finally:
+            if not self.lives:
+                client_app.forget()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+def silent(message: Message, context: Context) -> None:
+    """A node that never answers."""
+
+
+def lost(message: Message, context: Context) -> Message:
+    """A node of which Flower says that it is gone."""
+    return Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Error: Node Unavailable"), reply_to=message)

@@ -1,0 +1,409 @@
+"""Whole runs over Flower against the same runs in one process, through nodes of which only the disk survives."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+
+from flwr.app import Message
+from interrupted import outcome
+from node_grid import NodeGrid, lost, silent
+
+from fedkern.engine import run
+from fedkern.engine.store.records import read_metrics
+from fedkern.errors import RunFailed, UserError
+from fedkern.flower import client_app, node_client, run_settings, server_app
+from fedkern.flower.adapter import opened, replied
+from fedkern.flower.portable import Malformed, Parcel, pack, unpack
+
+pytestmark = pytest.mark.flower
+
+TINY = {
+    "data": "digits", "clients": 3, "train-samples": 60, "width": 2, "rounds": 2, "local-epochs": 1, "batch-size": 8,
+    "grad-cam": 0, "threads": 1, "client-threads": 1, "on-nan": "skip", "on-error": "skip", "device": "cpu",
+    "flower.wait": 0.0, "flower.deadline": 0.2,
+}  # fmt: skip
+METHODS = {
+    "fedavg": {},
+    "scaffold": {"method-option.control": "I"},
+    "fedgid": {"method-option.background_pool": "shared"},
+    "fusefl": {"rounds": "", "local-epochs": 4, "method-option.blocks": 3, "method-option.frozen_bn": "code"},
+    "fedlpfm": {"public-samples": 20},
+    "fediod": {
+        "local-epochs": 2, "method-option.nz": 4, "method-option.ngf": 2, "method-option.ndf": 2,
+        "method-option.batch": 8, "method-option.student_steps": 2, "method-option.iterations": 2,
+        "method-option.absent": 0.3, "method-option.batched": False,
+    },
+    "feddra": {
+        "data": "captions", "train-samples": 80, "width": 4, "local-epochs": "", "local-steps": 2, "clients": "",
+        "method-option.alignment_steps": 1,
+    },
+}  # fmt: skip
+DEFAULT = ("fedavg", "scaffold")
+EVERY = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.exhaustive) for name in METHODS]
+OF_SIMULATIONS = {"fediod", "fusefl"}
+"""Methods whose summary has figures of all clients' data, which nodes do not give."""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """States lie in the test's folder; Flower's log is heard; nothing of a node is left."""
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(server_app, "draw", lambda *_: None)  # pictures take longer than the run
+    logger = logging.getLogger("flwr")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+    client_app.forget()
+
+
+def settings(method, **more):
+    return {**TINY, "method": method, **METHODS[method], **more}
+
+
+def in_one_process(run_config, out):
+    config = run_settings.read({key: v for key, v in run_config.items() if key not in ("out", "resume")}).config
+    run(config, out=out)
+    return outcome(out)
+
+
+def over_flower(run_config, out, clients=range(3), faults=None, **more):
+    """Plays a run; returns the grid."""
+    grid = NodeGrid({**run_config, "out": str(out)}, clients, faults, **more)
+    server_app.play(grid, grid.run_config)
+    return grid
+
+
+def same(found, expected, method):
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+    if method not in OF_SIMULATIONS:
+        assert found[2] == expected[2]
+    assert found[2]["metrics"].items() <= expected[2]["metrics"].items()
+
+
+def dropped(out):
+    return [entry for record in read_metrics(out) for entry in record.get("dropped", [])]
+
+
+# -- the bits of one process ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method(method, tmp_path):
+    run_config = settings(method)
+    expected = in_one_process(run_config, tmp_path / "here")
+    found = expected[2]["clients"]
+    grid = over_flower(run_config, tmp_path / "flower", range(found))
+    same(outcome(tmp_path / "flower"), expected, method)
+    assert set(grid.asked) == set(range(found))
+    kept = list((tmp_path / "cache" / "flower").glob("*/client-*"))
+    assert len(kept) == found
+
+
+@pytest.mark.parametrize("method", [pytest.param("fediod", marks=pytest.mark.exhaustive), "scaffold"])
+def test_nodes_that_stay_in_memory(method, tmp_path):
+    run_config = settings(method)
+    expected = in_one_process(run_config, tmp_path / "here")
+    over_flower(run_config, tmp_path / "flower", lives=True)
+    same(outcome(tmp_path / "flower"), expected, method)
+
+
+@pytest.mark.exhaustive
+def test_private_training(tmp_path):
+    pytest.importorskip("dp_accounting")
+    options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True}
+    run_config = settings("fediod", **{"method-option.absent": 0.0, **options})
+    expected = in_one_process(run_config, tmp_path / "here")
+    over_flower(run_config, tmp_path / "flower")
+    same(outcome(tmp_path / "flower"), expected, "fediod")
+    assert outcome(tmp_path / "flower")[2]["privacy"] == expected[2]["privacy"]
+
+
+def test_states_of_the_last_rounds_are_kept(tmp_path):
+    over_flower(settings("scaffold", rounds=6), tmp_path / "run")
+    (folder,) = (tmp_path / "cache" / "flower").glob("*/client-00001")
+    rounds = {int(path.name[6:12]) for path in folder.glob("state-*")}
+    assert (
+        {5, 6} <= rounds <= {3, 4, 5, 6}
+    )  # the server may have written two checkpoints less than it has played rounds
+    assert not list(folder.glob("message-*"))
+
+
+@pytest.mark.exhaustive
+def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
+    """A project's code is found where Flower puts the project on sys.path."""
+    from test_project import FLAGS, MODEL, PLUGIN, run_config
+
+    from fedkern import plugins
+    from fedkern.run import main
+
+    (tmp_path / "halved.py").write_text(
+        PLUGIN.replace("return message", "return super().client_update(client, step, message)")
+    )
+    (tmp_path / "net.py").write_text(MODEL)
+    code = ("--plugin", str(tmp_path / "halved.py"), "--model", f"{tmp_path / 'net.py'}:Net")
+    words = ("halved", *FLAGS, *code, "--train-samples", "60", "--threads", "1", "--client-threads", "1")
+    try:
+        assert main([*words, "--out", str(tmp_path / "here"), "--quiet"]) == 0
+        assert main([*words, "--flower", str(tmp_path / "project")]) == 0
+        plugins.unload(str(tmp_path / "halved.py"))
+        monkeypatch.syspath_prepend(str(tmp_path / "project"))
+        found = {**run_config(tmp_path / "project"), "flower.wait": 0.0}
+        over_flower(found, tmp_path / "run", range(4))
+    finally:
+        for folder in (tmp_path, tmp_path / "project"):
+            plugins.unload(str(folder / "halved.py"))
+    here, there = outcome(tmp_path / "here"), outcome(tmp_path / "run")
+    assert (there[0], there[1]) == (here[0], here[1])
+
+
+@pytest.mark.exhaustive
+def test_pictures_and_a_report(tmp_path, monkeypatch):
+    pytest.importorskip("plotly")
+    monkeypatch.undo()
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
+    over_flower(settings("fedavg", report=True, predictions=True), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"report.html", "predictions.csv", "flower.json", "model.safetensors"} <= names
+    assert any(name.endswith(".png") for name in names)
+
+
+# -- the server is killed, and resumed ------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9 of the server."""
+
+
+def killing(message, context):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [("scaffold", 2), pytest.param("fediod", 6, marks=pytest.mark.exhaustive),
+     pytest.param("fedgid", 2, marks=pytest.mark.exhaustive),
+     pytest.param("scaffold", 0, marks=pytest.mark.exhaustive)],
+)  # fmt: skip
+def test_a_killed_server_goes_on_with_the_same_bits(method, at, tmp_path):
+    run_config = settings(method, rounds=3)
+    expected = in_one_process(run_config, tmp_path / "here")
+    with pytest.raises(Killed):
+        over_flower(run_config, tmp_path / "run", faults={(1, at): killing})
+    over_flower({**run_config, "resume": True}, tmp_path / "run")
+    same(outcome(tmp_path / "run"), expected, method)
+
+
+def test_a_run_goes_on_where_its_states_are(tmp_path):
+    run_config = settings("fedavg")
+    with pytest.raises(Killed):
+        over_flower(run_config, tmp_path / "run", faults={(1, 1): killing})
+    config = run_settings.read(run_config).config
+    with pytest.raises(UserError, match=r"are on nodes of Flower: go on with flwr run"):
+        run(config, out=tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"resume=true goes on with a run: name its folder"):
+        server_app.play(NodeGrid({}, ()), {**run_config, "resume": True})
+    with pytest.raises(UserError, match="already holds a run"):
+        over_flower(run_config, tmp_path / "run")
+    (tmp_path / "run" / "flower.json").unlink()
+    with pytest.raises(UserError, match="was not begun over Flower"):
+        over_flower({**run_config, "resume": True}, tmp_path / "run")
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def changed_reply(change):
+    """A node whose reply is changed on the way."""
+
+    def fault(message, context):
+        reply = client_app.app(message, context)
+        _, parcel = opened(reply)
+        return replied(message, change(parcel))
+
+    return fault
+
+
+def with_upload(change):
+    def changed(parcel):
+        found = unpack(parcel)
+        return pack({**found, "message": change(found["message"])})
+
+    return changed_reply(changed)
+
+
+def scaled(by):
+    return with_upload(lambda upload: {**upload, "parameters": upload["parameters"] * by})
+
+
+REFUSED = {
+    "NaN": (scaled(float("nan")), "holds NaN or infinite values in parameters"),
+    "shape": (with_upload(lambda upload: {"parameters": torch.zeros(3)}), "has parameters of shape [3]"),
+    "oversized": (
+        with_upload(lambda upload: {**upload, "more": torch.zeros(1 << 20)}), "bytes where",
+    ),
+    "text": (changed_reply(lambda parcel: Parcel("{", parcel.tensors)), "has a text that is not JSON"),
+    "array": (
+        changed_reply(lambda parcel: Parcel(parcel.text, {n: t._replace(data=b"") for n, t in parcel.tensors.items()})),
+        "bytes where",
+    ),
+    "another": (changed_reply(lambda parcel: pack({**unpack(parcel), "client": 2})), "answers another message"),
+}  # fmt: skip
+DEFAULT_REFUSED = ("NaN", "text")
+
+
+@pytest.mark.parametrize(
+    "what", [each if each in DEFAULT_REFUSED else pytest.param(each, marks=pytest.mark.exhaustive) for each in REFUSED]
+)
+def test_a_bad_reply_is_refused_and_the_run_goes_on(what, tmp_path, caplog):
+    fault, why = REFUSED[what]
+    over_flower(settings("scaffold"), tmp_path / "run", faults={(1, 0): fault})
+    (entry,) = dropped(tmp_path / "run")
+    assert entry["client"] == 1
+    assert entry["round"] == 1
+    assert why in entry["reason"]
+    told = outcome(tmp_path / "run")[2]["diagnostics"]["refused-upload-1"]
+    assert "Client 1's upload in round 1" in told
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [(silent, "it had not answered after 0.2 seconds"),
+     pytest.param(lost, "its node was lost", marks=pytest.mark.exhaustive)],
+    ids=["silent", "lost"],
+)  # fmt: skip
+def test_a_node_that_never_answers(fault, why, tmp_path):
+    """The rounds after it are those of a run in which the client dropped out of this round."""
+    over_flower(settings("scaffold", rounds=3), tmp_path / "run", faults={(1, 1): fault})
+    (entry,) = dropped(tmp_path / "run")
+    assert (entry["round"], entry["client"]) == (2, 1)
+    assert entry["reason"].startswith(why)
+    assert why in outcome(tmp_path / "run")[2]["diagnostics"]["missing-client-1"]
+    assert [len(record["clients"]) for record in read_metrics(tmp_path / "run")] == [3, 2, 3]
+
+
+@pytest.mark.exhaustive
+def test_a_node_that_is_late_keeps_its_state(tmp_path):
+    """The server drops a late answer, and the client goes on from the state before it."""
+
+    def late(message, context):
+        client_app.app(message, context)
+
+    runs = {}
+    for name, fault in (("silent", silent), ("late", late)):
+        over_flower(settings("scaffold", rounds=3), tmp_path / name, faults={(1, 1): fault})
+        runs[name] = outcome(tmp_path / name)
+    assert runs["late"] == runs["silent"]
+
+
+def test_nodes_that_are_not_there(tmp_path):
+    grid = NodeGrid(settings("fedavg", out=str(tmp_path / "run")), range(3))
+    grid.connected = [0, 2]
+    server_app.play(grid, grid.run_config)
+    assert [entry["client"] for entry in dropped(tmp_path / "run")] == [1, 1]
+    assert "clients-without-node" in outcome(tmp_path / "run")[2]["diagnostics"]
+    with pytest.raises(UserError, match="No node of a client is connected after 0 seconds"):
+        over_flower(settings("fedavg"), tmp_path / "nobody", ())
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_a_failing_client(tmp_path, monkeypatch, caplog):
+    """Stops the run or is left out, as --on-error says; the server shows the client's traceback."""
+
+    def raising(self, client, step, message):
+        if client.id == 1:
+            raise ZeroDivisionError("nothing to divide by")
+        return message
+
+    monkeypatch.setattr("fedkern.methods.baselines.fedavg.FedAvg.client_update", raising)
+    over_flower(settings("fedavg"), tmp_path / "skip")
+    assert {entry["reason"] for entry in dropped(tmp_path / "skip")} == {"ZeroDivisionError: nothing to divide by"}
+    with pytest.raises(RunFailed, match="Client 1 failed in round 1: ZeroDivisionError"):
+        over_flower(settings("fedavg", **{"on-error": "stop"}), tmp_path / "stop")
+    assert "Traceback (most recent call last)" in caplog.text
+
+
+def test_data_that_are_not_on_the_node(tmp_path):
+    def without_data(message, context):
+        context.node_config["data-root"] = str(tmp_path / "nowhere")
+        context.run_config["data"] = "cifar10"
+        return client_app.app(message, context)
+
+    over_flower(settings("fedavg"), tmp_path / "run", faults={(2, 0): without_data})
+    (entry,) = dropped(tmp_path / "run")
+    assert "nowhere" in entry["reason"]
+
+
+def test_a_pooled_method_is_refused(tmp_path):
+    with pytest.raises(UserError, match="centralised needs the data of all clients in one place"):
+        over_flower({**TINY, "method": "centralised"}, tmp_path / "run")
+
+
+def test_messages_to_the_wrong_client(tmp_path):
+    """A node answers for its own client alone, and takes no message of another form."""
+
+    def elsewhere(message, context):
+        context.node_config["partition-id"] = 0
+        return client_app.app(message, context)
+
+    over_flower(settings("fedavg"), tmp_path / "run", faults={(1, 0): elsewhere})
+    (entry,) = dropped(tmp_path / "run")
+    assert "is for client 1, and this node is client 0" in entry["reason"]
+
+
+def test_the_bytes_on_the_wire(tmp_path):
+    """Above a megabyte, Flower's messages hold little beside the tensors that the ledger counts."""
+    grid = over_flower(settings("fedavg", rounds=1, width=64), tmp_path / "run")
+    counted = outcome(tmp_path / "run")[2]["bytes"]
+    total = counted["up"] + counted["down"]
+    assert total > 1e6
+    assert grid.size <= 1.05 * total
+
+
+# -- what a letter must be --------------------------------------------------------------------------------------------
+
+
+def letter(**changed):
+    found = {
+        "protocol": 1, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
+        "step": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
+        "threads": 1, "client_threads": 1,
+    }  # fmt: skip
+    return {**found, **changed}
+
+
+def test_letters_are_read_back():
+    read = node_client.Letter.read(letter(begin=[3, 2]))
+    assert read.to_dict() == letter(begin=[3, 2])
+    assert read.begin == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"protocol": 2}, {"run": "../../etc"}, {"attempt": ""}, {"client": -1}, {"client": "1"}, {"client": True},
+     {"asker": "__class__"}, {"step": [0, "train"]}, {"version": [0, 0]}, {"version": [1, -1]}, {"begin": [1]},
+     {"threads": 0}, {"more": 1}, {"last": 1}],
+    ids=str,
+)  # fmt: skip
+def test_letters_that_are_refused(changed):
+    with pytest.raises(Malformed, match=r"has|names no|lacks|asks for"):
+        node_client.Letter.read(letter(**changed))
+
+
+def test_a_message_is_no_reply(tmp_path):
+    with pytest.raises(ValueError, match="is no answer of a fedkern client"):
+        node_client.read_reply(pack({"parameters": torch.zeros(2)}), 0, node_client.Version(1, 0))
+
+
+def test_flower_messages_of_other_apps():
+    from flwr.app import ConfigRecord, RecordDict
+
+    other = Message(RecordDict({"config": ConfigRecord({"lr": 0.1})}), 1, "train")
+    with pytest.raises(ValueError, match="has other records than a message of fedkern"):
+        opened(other)

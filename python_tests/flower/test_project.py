@@ -1,0 +1,182 @@
+"""Flower projects that the command line writes: the same settings, and the code that they need."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedkern import plugins
+from fedkern.engine import RunConfig
+from fedkern.errors import UserError
+from fedkern.flower import run_settings
+from fedkern.run import main
+
+FLAGS = ("--data", "digits", "--clients", "4", "--rounds", "3", "--lr", "0.05", "--partition", "dirichlet:0.5")
+PLUGIN = """
+import fedkern
+from fedkern.methods import FedAvg
+
+@fedkern.register("halved")
+class Halved(FedAvg):
+    "FedAvg whose clients do nothing."
+
+    def client_update(self, client, step, message):
+        return message
+"""
+MODEL = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, classes, channels):
+        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, classes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _without_plugins(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {plugin.name for plugin in plugins.loaded()}
+    yield
+    for plugin in plugins.loaded():
+        if plugin.name not in before:
+            plugins.unload(plugin.name)
+
+
+def flat(table, above=""):
+    """A table as Flower flattens it."""
+    found = {}
+    for key, value in table.items():
+        found.update(flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
+    return found
+
+
+def run_config(folder):
+    return flat(tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
+
+
+def test_the_settings_are_those_of_the_flags(tmp_path, capsys):
+    folder = tmp_path / "project"
+    words = ("fedgid", *FLAGS, "--threads", "1", "--method-option", "background_pool=shared", "--boxes", "all.json")
+    assert main([*words, "--out", str(tmp_path / "run"), "--flower", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"Flower project: {folder}",
+        "files:          README.md, pyproject.toml",
+        "commands:       README.md",
+    ]
+    read = run_settings.read(run_config(folder))
+    boxes = str(Path("all.json").absolute())
+    expected = RunConfig.make(
+        "fedgid", options=["background_pool=shared"], data_options={"boxes": boxes}, data="digits", clients=4, rounds=3,
+        lr=0.05, partition="dirichlet:0.5", threads=1, on_nan="skip", on_error="skip",
+    )  # fmt: skip
+    assert read.config == expected
+    assert read.config.left_open == expected.left_open
+    assert (read.out, read.resume, read.report) == (tmp_path / "run", False, False)
+    assert (read.deadline, read.wait, read.state) == (3600, 600, "")
+    assert "partition-id=3 num-partitions=4" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["fusefl", "fedlpfm", pytest.param("feddra", marks=pytest.mark.exhaustive)])
+def test_settings_that_are_left_open_stay_open(method, tmp_path):
+    assert main([method, "--flower", str(tmp_path / "project"), "--on-nan", "stop"]) == 0
+    read = run_settings.read(run_config(tmp_path / "project"))
+    assert read.config == RunConfig.make(method, on_nan="stop", on_error="skip")
+    assert read.config.left_open == {"partition", "clients", "client_test"}
+
+
+def test_every_setting_can_be_overridden(tmp_path):
+    """Flower refuses keys that the project does not have."""
+    assert main(["fedprox", "--flower", str(tmp_path / "project")]) == 0
+    found = run_config(tmp_path / "project")
+    settings = {run_settings.setting_key(knob.field) for knob in RunConfig.knobs()} - {*run_settings.ELSEWHERE}
+    assert settings <= set(found)
+    assert {"method-option.mu", "method-option.weighting", "out", "resume", "plugins", "flower.deadline"} <= set(found)
+    changed = run_settings.read({**found, "lr": 0.25, "method-option.mu": 0.5, "rounds": 7, "resume": True, "out": "x"})
+    assert (changed.config.lr, changed.config.options["mu"], changed.config.rounds) == (0.25, 0.5, 7)
+    assert changed.resume
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [("round", 3, r'unknown key "round".*"rounds"'), ("rounds", "many", "--rounds must be an integer"),
+     ("resume", "perhaps", "resume must be true or false"), ("flower.wait", -1.0, "flower.wait must be a number of"),
+     ("method-option.nu", 1, '"nu"'), ("plugins", "nowhere.py", "nowhere.py")],
+)  # fmt: skip
+def test_a_wrong_run_config_is_named(key, value, why):
+    with pytest.raises(UserError, match=why):
+        run_settings.read({"method": "fedprox", key: value})
+
+
+def test_code_comes_along(tmp_path, capsys):
+    (tmp_path / "halved.py").write_text(PLUGIN)
+    (tmp_path / "net.py").write_text(MODEL)
+    folder = tmp_path / "project"
+    code = ("--plugin", str(tmp_path / "halved.py"), "--model", f"{tmp_path / 'net.py'}:Net")
+    assert main(["halved", *FLAGS, *code, "--flower", str(folder)]) == 0
+    assert "README.md, halved.py, net.py, pyproject.toml" in capsys.readouterr().out
+    found = run_config(folder)
+    assert (found["plugins"], found["model"]) == ("halved.py", "net.py:Net")
+    assert str(tmp_path) not in (folder / "pyproject.toml").read_text()
+    plugins.unload(str(tmp_path / "halved.py"))
+    sys.path.insert(0, str(folder))
+    config = run_settings.read(found).config
+    assert config.model == f"{folder / 'net.py'}:Net"
+    assert [*config.plugins] == [str(folder / "halved.py")]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [(("--resume", "runs/x"), "writes a project and runs nothing"), (("--tensorboard",), "writes a project and runs"),
+     (("--json",), "writes a project and runs nothing")],
+)  # fmt: skip
+def test_flags_that_do_not_fit(words, why, tmp_path, capsys):
+    assert main(["fedavg", *words, "--flower", str(tmp_path / "project")]) == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "project").exists()
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["fedavg", "--flower", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path} exists and is not an empty folder: name a new one with --flower.\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_pooled_method_has_no_nodes(tmp_path, capsys):
+    assert main(["centralised", "--flower", str(tmp_path / "project")]) == 2
+    assert "needs the data of all clients in one place" in capsys.readouterr().err
+
+
+def test_two_files_of_one_name(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "code.py").write_text(PLUGIN)
+    (tmp_path / "b" / "code.py").write_text(MODEL)
+    code = ("--plugin", str(tmp_path / "a" / "code.py"), "--model", f"{tmp_path / 'b' / 'code.py'}:Net")
+    assert main(["halved", *FLAGS, *code, "--flower", str(tmp_path / "project")]) == 2
+    assert "have one name" in capsys.readouterr().err
+    assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.flower
+def test_flower_takes_the_project(tmp_path):
+    if importlib.util.find_spec("flwr") is None:
+        pytest.skip("flwr is not installed: pip install 'fedkern[flower]'")
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.cli.config_utils import load_and_validate
+    from flwr.common.config import get_fused_config_from_dir
+
+    folder = tmp_path / "A Project"
+    assert main(["fedgid", *FLAGS, "--flower", str(folder)]) == 0
+    found, warnings = load_and_validate(folder / "pyproject.toml")
+    assert not warnings
+    assert found["project"]["name"] == "a-project"
+    assert build_fab_from_disk(folder)
+    assert get_fused_config_from_dir(folder, {"rounds": 9})["rounds"] == 9
