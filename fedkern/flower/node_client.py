@@ -317,8 +317,6 @@ def _problem(answer: Answer, told: bool) -> dict[str, Any] | None:
 
 _REPLY = {"client": int, "version": list, "report": dict, "warnings": dict, "seconds": float, "flops": int,
           "changed": bool}  # fmt: skip
-_OURS = ("samples", "drift", "clipped", "seconds")
-"""Entries of a client's record that the engine writes."""
 
 
 @dataclass
@@ -359,7 +357,7 @@ def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
         client,
         found["message"],
         problem=_read_problem(found["problem"], client),
-        report={name: value for name, value in report.items() if name not in _OURS},
+        report=dict(report),
         warnings=dict(found["warnings"]),
         seconds=found["seconds"],
         flops=found["flops"],

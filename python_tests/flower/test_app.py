@@ -30,9 +30,9 @@ TINY = {
 METHODS = {
     "fedavg": {},
     "scaffold": {"method-option.control": "I"},
-    "fedgid": {"method-option.background_pool": "shared"},
+    "fedgid": {"data": "", "method-option.background_pool": "shared"},
     "fusefl": {"rounds": "", "local-epochs": 4, "method-option.blocks": 3, "method-option.frozen_bn": "code"},
-    "fedlpfm": {"public-samples": 20},
+    "fedlpfm": {"public-samples": 20, "partition": "iid"},
     "fediod": {
         "local-epochs": 2, "method-option.nz": 4, "method-option.ngf": 2, "method-option.ndf": 2,
         "method-option.batch": 8, "method-option.student_steps": 2, "method-option.iterations": 2,
@@ -90,6 +90,14 @@ def dropped(out):
     return [entry for record in read_metrics(out) for entry in record.get("dropped", [])]
 
 
+class Killed(BaseException):
+    """Stands for kill -9 of the server."""
+
+
+def killing(message, context):
+    raise Killed
+
+
 # -- the bits of one process ---------------------------------------------------------------------------------------
 
 
@@ -114,14 +122,20 @@ def test_nodes_that_stay_in_memory(method, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_private_training(tmp_path):
+def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
+    """The noise is the clients' secret, so that no two runs are equal; a resumed run releases the same again."""
     pytest.importorskip("dp_accounting")
-    options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True}
-    run_config = settings("fediod", **{"method-option.absent": 0.0, **options})
+    options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True, "method-option.absent": 0.0}
+    run_config = settings("fediod", model="resnet8-gn", **options)
     expected = in_one_process(run_config, tmp_path / "here")
-    over_flower(run_config, tmp_path / "flower")
-    same(outcome(tmp_path / "flower"), expected, "fediod")
-    assert outcome(tmp_path / "flower")[2]["privacy"] == expected[2]["privacy"]
+    with pytest.raises(Killed):
+        over_flower(run_config, tmp_path / "run", faults={(1, 10): killing})
+    over_flower({**run_config, "resume": True}, tmp_path / "run")
+    found = outcome(tmp_path / "run")
+    assert found[2]["privacy"] == expected[2]["privacy"]
+    assert [record.keys() for record in found[1]] == [record.keys() for record in expected[1]]
+    assert not dropped(tmp_path / "run")
+    assert all(path.stat().st_size for path in (tmp_path / "cache" / "flower").glob("*/client-*/releases.jsonl"))
 
 
 def test_states_of_the_last_rounds_are_kept(tmp_path):
@@ -159,7 +173,8 @@ def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
         for folder in (tmp_path, tmp_path / "project"):
             plugins.unload(str(folder / "halved.py"))
     here, there = outcome(tmp_path / "here"), outcome(tmp_path / "run")
-    assert (there[0], there[1]) == (here[0], here[1])
+    assert there[1] == here[1]
+    assert there[0][-100:] == here[0][-100:]  # the weights; the head of the file names the network by its path
 
 
 @pytest.mark.exhaustive
@@ -174,14 +189,6 @@ def test_pictures_and_a_report(tmp_path, monkeypatch):
 
 
 # -- the server is killed, and resumed ------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for kill -9 of the server."""
-
-
-def killing(message, context):
-    raise Killed
 
 
 @pytest.mark.parametrize(
