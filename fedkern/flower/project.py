@@ -28,7 +28,6 @@ from fedkern.flower.run_settings import (
 )
 from fedkern.methods import registry
 
-REQUIRED = "flwr>=1.41,<1.42"
 GOES_ON = {"on_nan": "skip", "on_error": "skip"}
 """Settings of a project where nobody gives them: on nodes, one client's mistake is not to end the run."""
 _WIDE = 60
@@ -117,7 +116,8 @@ name = {toml.quoted(plain)}
 version = "1.0.0"
 description = {toml.quoted(f"fedkern: {self.method}")}
 license = "Apache-2.0"
-dependencies = ["fedkern[flower]", "{REQUIRED}"]
+# fedkern and flwr must be installed on every machine: Flower would install what is named here anew for every run.
+dependencies = []
 
 [tool.flwr.app]
 publisher = "fedkern"
