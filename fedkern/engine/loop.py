@@ -128,14 +128,17 @@ class Run:
         self.said: Guarantee | None = None  # which of the run's releases the epsilon covers
         self._round: dict[str, Any] = {}
 
-    def prepare(self) -> None:
+    def prepare(self, *, known: bool = True) -> None:
         """Checks everything that can fail because of the user's input, before anything is written.
+
+        Args:
+            known: whether the clients' samples are in this process.
 
         Raises:
             UserError: data, network or settings do not fit the method.
         """
         check_sets(self.context.data)
-        for k in range(self.context.federation.clients):
+        for k in range(self.context.federation.clients) if known else ():
             self.method.check(Client(self.context, k, {}))
         if self.context.data.task == "retrieval":
             network = self.context.network("server")  # raises where an encoder's folder cannot be read

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +17,8 @@ from fedkern import plugins
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
+from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.types import Split
 from fedkern.engine import config as settings
 from fedkern.engine import own_model
 from fedkern.engine.allocator import keep_freed_memory
@@ -78,7 +82,7 @@ def run(
             A finished run without this file is evaluated once more.
         elsewhere: makes the executor of clients that keep their data and states to themselves (see
             :attr:`~fedkern.engine.executors.base.Executor.apart`); None: clients work on this machine, or on the ranks
-            of torchrun.
+            of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
 
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
@@ -129,6 +133,7 @@ def _run(
         cpu_threads(config.threads), in_order(), reproducible(), computing(config.precision),
         available(config.model, model),
     ):  # fmt: skip
+        known = data is None or elsewhere is None
         if data is None:
             data = load_data(config, notice=listener.on_notice)
             config = decided(config, data)
@@ -153,7 +158,7 @@ def _run(
             predictions=predictions,
             elsewhere=elsewhere,
         )
-        runner.prepare()
+        runner.prepare(known=known)
         with writing(out, fresh=not resume), closing(listener):  # closed first: what a listener takes back is gone then
             plugins.remember(config.plugins)
             if config.cache is not None or not resume:
@@ -175,22 +180,57 @@ def _check_place(out: Path, elsewhere: bool) -> None:
         raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
 
 
-def on_node(config: RunConfig, notice: Callable[[str], None] | None = None) -> RunContext:
+def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
     """What all clients of a run share, as :func:`run` makes it, for a client that works elsewhere.
 
     Args:
         config: the run's settings.
         notice: called with the progress of something long.
+        alone: the client whose data this machine has, and no others'; None: this machine has the data of all clients.
 
     Raises:
         UserError: the data, or the files that the settings name, are not on this machine.
     """
-    data = load_data(config, notice=notice)
-    config = _effective(decided(config, data), data)
-    data = kept_data(config, data)
-    _check(config, data)
+    if alone is None:
+        data = load_data(config, notice=notice)
+        config = _effective(decided(config, data), data)
+        data = kept_data(config, data)
+    else:
+        data = data_of_one(config, notice=notice)
+        (own,) = data.clients
+        none = own.subset(torch.zeros(0, dtype=torch.int64))
+        data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
+        config = _effective(config, data)
+    _check(config, data, alone)
     config, _ = own_model.settled(config, data, None, Path())
     return RunContext(config, data, notice)
+
+
+def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None) -> FederatedData:
+    """The data in this machine's folder, with all training samples as those of one client."""
+    data = load_data(config.replace(clients=1, partition="iid"), notice=notice)
+    return replace(data, client_names=None, client_tests=(), test_clients=None)
+
+
+def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
+    """Federated data whose clients' samples are elsewhere: of each client only the number of samples is known.
+
+    Args:
+        data: gives everything but the clients, test sets included.
+        samples: number of training samples of every client.
+    """
+    count = len(data.classes)
+    several = data.task == "multilabel"
+
+    def stand_in(n: int) -> Split:
+        shape = {"multilabel": (n, count), "segmentation": (n, 1, 1)}.get(data.task, (n,))
+        labels = torch.zeros(shape, dtype=torch.uint8 if several else torch.int64)
+        return Split(torch.zeros((n, data.image_shape[0], 1, 1), dtype=torch.uint8), labels)
+
+    statistics = PartitionStatistics(
+        np.zeros((len(samples), count), dtype=np.int64), data.classes, "own data", samples=tuple(samples)
+    )
+    return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
 
 
 def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
@@ -314,7 +354,7 @@ def _effective(config: RunConfig, data: Any) -> RunConfig:
     return config.replace(clients=len(data.clients), augment=config.augment or data.augment).settled()
 
 
-def _check(config: RunConfig, data: Any) -> None:
+def _check(config: RunConfig, data: Any, alone: int | None = None) -> None:
     kind = registry.get(config.method)
     if data.task == "multilabel" and not kind.learns(data.task):
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.learns(data.task)))
@@ -339,7 +379,7 @@ def _check(config: RunConfig, data: Any) -> None:
         raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
     _check_pairs(config, data)
     for k, split in enumerate(data.clients):
-        if len(split) == 0:
+        if len(split) == 0 and alone in (None, k):
             raise UserError(
                 f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
                 f'--partition than "{config.partition}".'

@@ -15,11 +15,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fedkern.engine.run import data_of_one
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
 from fedkern.flower import run_settings
 from fedkern.flower.adapter import INFO, ClientApp, Context, Message, log, opened, replied
 from fedkern.flower.node_client import Letter, NodeClients, failed
+from fedkern.flower.own_data import form_of
 from fedkern.flower.portable import Malformed, pack
 from fedkern.inputs import parse_json
 
@@ -32,8 +34,15 @@ _here: tuple[Any, NodeClients] | None = None  # of the last message of this proc
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Says which client this node is."""
-    return replied(message, pack({"client": own_client(context)}))
+    """Says which client this node is and, where its folder holds its own data alone, what data they are."""
+    header, _ = opened(message)
+    asked = parse_json(header)
+    found: dict[str, Any] = {"client": own_client(context)}
+    if isinstance(asked, dict) and asked.get("data") is True:
+        settings = run_settings.read(context.run_config, _data_root(context))
+        data = data_of_one(settings.config, lambda text: log(INFO, text))
+        found["data"] = {"samples": len(data.clients[0]), **form_of(data)}
+    return replied(message, pack(found))
 
 
 @app.train()
@@ -74,16 +83,22 @@ def _clients(letter: Letter, context: Context) -> NodeClients:
     global _here
     run = context.run_config
     node = {name: value for name, value in context.node_config.items() if name != "partition-id"}
-    made_of = (letter.run, letter.attempt, letter.threads, letter.client_threads, dict(run), node)
+    whose = own_client(context) if run.get("flower.own-data") else None
+    made_of = (letter.run, letter.attempt, letter.threads, letter.client_threads, dict(run), node, whose)
     if _here is not None and _here[0] == made_of:
         return _here[1]
     forget()
-    settings = run_settings.read(run, str(node.get("data-root") or "") or None)
+    settings = run_settings.read(run, _data_root(context))
     given = str(node.get("state-dir") or settings.state)
     base = expand(given) if given else cache_folder(STATES)
-    clients = NodeClients(settings.config, Path(base), lambda text: log(INFO, text))
+    clients = NodeClients(settings.config, Path(base), lambda text: log(INFO, text), settings.own_data)
     _here = made_of, clients
     return clients
+
+
+def _data_root(context: Context) -> str | None:
+    given = context.node_config.get("data-root")
+    return str(given) if given else None
 
 
 def forget() -> None:

@@ -139,11 +139,13 @@ class NodeClients:
         config: the run's settings, with the folder of this node's data.
         base: folder of the clients' states of all runs on this node.
         notice: called with the progress of something long.
+        own_data: whether this node's folder holds the data of its client alone.
     """
 
     config: RunConfig
     base: Path
     notice: Callable[[str], None] | None = None
+    own_data: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
     _serial: Serial | None = None
     _places: dict[int, _Place] = field(default_factory=dict)
@@ -194,7 +196,7 @@ class NodeClients:
         enter(reproducible())
         enter(computing(config.precision))
         enter(available(config.model, None))
-        context = self._context = on_node(config, self.notice)
+        context = self._context = on_node(config, self.notice, letter.client if self.own_data else None)
         kind = registry.get(config.method)
         self._method = method = kind(kind.Options.parse(context.config.options, method=config.method))
         server = Server(context)

@@ -24,10 +24,11 @@ from fedkern.engine.loop import Run
 from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, UserError, printable_name
-from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
-from fedkern.flower.node_client import PROTOCOL, Letter, read_reply
+from fedkern.flower.adapter import TRAIN, Arrived, Post
+from fedkern.flower.node_client import Letter, read_reply
 from fedkern.flower.node_folder import Version
-from fedkern.flower.portable import Malformed, Parcel, pack, unpack
+from fedkern.flower.node_roll import Roll
+from fedkern.flower.portable import Malformed, Parcel, pack
 from fedkern.inputs import read_json
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
@@ -40,8 +41,6 @@ LARGEST_REPLY = 2 << 30
 """Most bytes of a reply's tensors where the method declares no sizes."""
 SLACK = 1 << 16
 """Bytes that a reply may have beyond the declared upload."""
-ACQUAINTED = 60.0
-"""Seconds that a new node has to say which client it is, during the rounds."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
 _AT_ONCE = 16  # replies asked for at once
 
@@ -52,8 +51,8 @@ class Nodes:
     Args:
         run: the run.
         post: the connection to the nodes.
+        roll: which node is which client.
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
-        wait: seconds to wait for the nodes of all clients.
 
     Raises:
         UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
@@ -61,20 +60,16 @@ class Nodes:
 
     apart = True
 
-    def __init__(self, run: Run, post: Post, *, deadline: float, wait: float) -> None:
+    def __init__(self, run: Run, post: Post, roll: Roll, *, deadline: float) -> None:
         self.here: Serial = run.executor.here
-        self._run, self._post, self._deadline = run, post, deadline
-        self.count = run.context.federation.clients
+        self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
+        self.count = roll.count = run.context.federation.clients
         self._attempt = uuid.uuid4().hex
-        self._asked: dict[int, float] = {}  # when a node was asked which client it is
-        self._waiting: dict[str, int] = {}  # nodes that have not said yet, by message
-        self._client_of: dict[int, ClientId] = {}
-        self._home: dict[ClientId, int] = {}  # connected nodes
         # State of this round:
         self._begin: dict[ClientId, Version | None] = {}
         self._sent: dict[ClientId, int] = {}  # messages of the round
         self._changed: dict[ClientId, dict[str, Any]] = {}
-        self._meet(wait)
+        roll.meet(run.context.warn)
         self._name = self._named()
 
     def _named(self) -> str:
@@ -89,93 +84,10 @@ class Nodes:
         atomic.write_bytes(path, (json.dumps({"run": name}) + "\n").encode())
         return name
 
-    # -- nodes -----------------------------------------------------------------------------------------------------
-
-    def _meet(self, wait: float) -> None:
-        """Waits for the nodes of all clients; goes on without some of them after ``wait`` seconds."""
-        end, pause = time.monotonic() + wait, _FIRST_PAUSE
-        everyone = range(self.count)
-        while True:
-            check()
-            self._get_acquainted()
-            missing = [k for k in everyone if k not in self._home]
-            if not missing or time.monotonic() >= end:
-                break
-            pause = min(1.5 * pause, _LAST_PAUSE)
-            time.sleep(pause)
-        if not self._home:
-            raise UserError(
-                f"No node of a client is connected after {wait:g} seconds: start a SuperNode for every client, with "
-                f"--node-config 'partition-id=K num-partitions={self.count}' for client K."
-            )
-        if missing:
-            who = ", ".join(self._label(k) for k in missing)
-            text = f"Clients without a node when the run began: {who}; rounds go on without them until they connect."
-            self._run.context.warn("clients-without-node", text)
-
-    def _label(self, k: ClientId) -> str:
-        return str(self._run.context.data.client_label(k))
-
-    def _get_acquainted(self) -> None:
-        """Asks nodes that are new which client they are, and forgets those that have left."""
-        present = self._post.nodes()
-        for node in [node for node in self._asked if node not in present]:
-            del self._asked[node]
-            self._client_of.pop(node, None)
-            self._waiting = {name: other for name, other in self._waiting.items() if other != node}
-        for node in present:
-            if node not in self._asked:
-                self._asked[node] = time.monotonic()
-                name = self._post.send(node, QUERY, json.dumps({"protocol": PROTOCOL}), pack({}), ACQUAINTED * 10)
-                if name is not None:
-                    self._waiting[name] = node
-        for arrived in self._post.arrived(list(self._waiting)):
-            if arrived.reply_to not in self._waiting:
-                continue
-            node = self._waiting.pop(arrived.reply_to)
-            found = self._introduced(node, arrived)
-            if found is not None:
-                self._client_of[node] = found
-        self._home = {}
-        for node in present:
-            if node in self._client_of:
-                first = self._home.setdefault(self._client_of[node], node)
-                if first != node:
-                    which = self._label(self._client_of[node])
-                    text = f"Several nodes say that they are client {which}; one of them works."
-                    self._run.context.warn("nodes-of-one-client", text)
-
-    def _introduced(self, node: int, arrived: Arrived) -> ClientId | None:
-        """The client that a node says it is; None where the node is not one of this run's."""
-        try:
-            if arrived.parcel is None:
-                raise Malformed(arrived.malformed or f"failed: {arrived.error}")
-            found = unpack(arrived.parcel)
-            k = found.get("client") if isinstance(found, dict) else None
-            if type(k) is not int:
-                raise Malformed("does not say which client it is")
-            if not 0 <= k < self.count:
-                raise Malformed(f"says that it is client {k}, and the run has {self.count} clients, numbered from 0")
-            return k
-        except Malformed as why:
-            text = printable_name(str(why), 400)
-            self._run.context.warn(f"foreign-node-{node}", f"Node {node} {text}; it takes no part.")
-            return None
-
-    def _find(self, clients: list[ClientId]) -> None:
-        """Brings the table of nodes up to date; waits a little for a node that has come back."""
-        self._get_acquainted()
-        while self._waiting and any(k not in self._home for k in clients):
-            check()
-            if all(time.monotonic() - self._asked[node] > ACQUAINTED for node in self._waiting.values()):
-                return
-            time.sleep(_FIRST_PAUSE)
-            self._get_acquainted()
-
     # -- the executor ----------------------------------------------------------------------------------------------
 
     def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
-        self._find(list(messages))
+        self._roll.find(messages)
         end = time.monotonic() + self._deadline if self._deadline else None
         found: dict[ClientId, Answer] = {}
         versions: dict[ClientId, Version] = {}
@@ -185,7 +97,7 @@ class Nodes:
             versions[k], letter = self._letter(k, asker, step)
             if id(message) not in packed:
                 packed[id(message)] = self._packed(message)
-            node = self._home.get(k)
+            node = self._roll.home.get(k)
             if node is None:
                 found[k] = Answer(k, absent="no node of it is connected")
                 continue

@@ -226,7 +226,8 @@ flower-supernode --insecure --superlink HOST:8000 --node-config 'partition-id=0 
 {nodes}
 
 `data-root="DIR"` in `--node-config` names the folder of the data on that machine, `state-dir="DIR"` the folder of the
-client's state. Then the run, from this folder, with the SuperLink's address in Flower's `config.toml`:
+client's state. A folder holds the whole data set or, with the run-config `flower.own-data=true`, the data of its client
+alone. Then the run, from this folder, with the SuperLink's address in Flower's `config.toml`:
 
 ```
 flwr run . NAME --stream

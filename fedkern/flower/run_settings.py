@@ -6,7 +6,7 @@
 | `method-option.NAME`, `data-option.NAME` | an option of the method or of the data set |
 | `plugins` | files of the project, or modules, separated by commas |
 | `out`, `resume`, `report`, `predictions` | as the flags of the command line |
-| `flower.deadline`, `flower.wait`, `flower.state` | what `FLOWER` says |
+| `flower.deadline`, `flower.wait`, ... | what `FLOWER` says |
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import named_code, plugins
+from fedkern.data import lookup
 from fedkern.engine.config import RunConfig
 from fedkern.engine.given_paths import absolute, named_options
 from fedkern.errors import UserError, nearest
@@ -28,9 +29,10 @@ SWITCHES = {
     "report": "whether report.html is written at the end",
     "predictions": "whether the answers to the test images are written to predictions.csv",
 }
-FLOWER: dict[str, tuple[float | str, str]] = {
+FLOWER: dict[str, tuple[float | str | bool, str]] = {
     "flower.deadline": (3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own"),
     "flower.wait": (600.0, "seconds to wait for the nodes of all clients before the first round"),
+    "flower.own-data": (False, "whether the data folder of a node holds the data of its client alone"),
     "flower.state": ("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
 }
 """Settings of a run over Flower, with their defaults."""
@@ -46,7 +48,7 @@ class RunSettings:
         config: the run's settings.
         out: the run folder; None: a new one in ``runs``.
         resume, report, predictions: see `SWITCHES`.
-        deadline, wait, state: see `FLOWER`.
+        deadline, wait, own_data, state: see `FLOWER`.
     """
 
     config: RunConfig
@@ -56,6 +58,7 @@ class RunSettings:
     predictions: bool
     deadline: float
     wait: float
+    own_data: bool
     state: str
 
 
@@ -98,14 +101,34 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         plugins=loaded,
         **absolute(settings),
     )
+    own_data = _switch(given, "flower.own-data")
+    if own_data:
+        _check_own_data(config)
     return RunSettings(
         config=config,
+        own_data=own_data,
         out=Path(given["out"]).expanduser() if "out" in given else None,
         deadline=_seconds(given, "flower.deadline"),
         wait=_seconds(given, "flower.wait"),
         state=given.get("flower.state", str(FLOWER["flower.state"][0])),
         **{name: _switch(given, name) for name in SWITCHES},
     )
+
+
+def _check_own_data(config: RunConfig) -> None:
+    """Raises UserError for settings that need the data of several clients in one place."""
+    if "clients" in config.left_open:
+        raise UserError("flower.own-data needs the number of clients, which no folder tells: give clients=N.")
+    if config.held_out_client is not None or config.client_test or config.privacy_unit != "image":
+        raise UserError(
+            "held-out-client, client-test and privacy-unit patient need the data of all clients in one place: leave "
+            "them out with flower.own-data."
+        )
+    if config.public_samples or lookup(config.data).task == "retrieval":
+        raise UserError(
+            "Public samples and image-text data are drawn from the data of all clients, which flower.own-data keeps "
+            "apart: use a data folder with all data on every node."
+        )
 
 
 def _under(given: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:

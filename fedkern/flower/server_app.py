@@ -18,6 +18,8 @@ from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.flower import run_settings
 from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, ServerApp, log
 from fedkern.flower.node_executor import Nodes
+from fedkern.flower.node_roll import Roll
+from fedkern.flower.own_data import declared
 from fedkern.methods import registry
 from fedkern.methods.common.figures import is_main
 
@@ -54,15 +56,17 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
     post, told = Post(grid), Told()
+    roll = Roll(post, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = engine.run(
             config,
+            data=declared(config, roll) if settings.own_data else None,
             out=out,
             resume=settings.resume,
             listener=told,
             trusted=(*code, *config.plugins),
             predictions=settings.predictions,
-            elsewhere=lambda run: Nodes(run, post, deadline=settings.deadline, wait=settings.wait),
+            elsewhere=lambda run: Nodes(run, post, roll, deadline=settings.deadline),
         )
     except ClientFailed as error:
         log(ERROR, "%s\n%s", error, error.traceback)

@@ -45,6 +45,7 @@ class NodeGrid(Grid):
         clients: ids of the clients whose nodes are connected.
         faults: what happens instead of the app, by client and number of its message in the run, from 0.
         lives: whether nodes stay in memory between messages, as in Flower's simulation.
+        nodes: further entries of the nodes' configurations, by client.
 
     Attributes:
         connected: clients whose nodes are connected now.
@@ -59,8 +60,10 @@ class NodeGrid(Grid):
         faults: dict[tuple[int, int], Fault] | None = None,
         *,
         lives: bool = False,
+        nodes: dict[int, dict[str, Any]] | None = None,
     ) -> None:
         self.run_config, self.connected, self.faults, self.lives = run_config, list(clients), faults or {}, lives
+        self.nodes = nodes or {}
         self.asked: list[int] = []
         self.size = 0
         self._count = len(self.connected)
@@ -111,7 +114,7 @@ class NodeGrid(Grid):
 
     def _replied(self, message: Message) -> Message | None:
         k = message.metadata.dst_node_id - 100
-        node_config = {"partition-id": k, "num-partitions": self._count}
+        node_config = {"partition-id": k, "num-partitions": self._count, **self.nodes.get(k, {})}
         context = Context(1, 100 + k, node_config, RecordDict(), dict(self.run_config))
         fault = None
         if message.metadata.message_type == TRAIN:

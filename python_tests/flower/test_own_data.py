@@ -1,0 +1,122 @@
+"""Runs whose nodes have the data of one client each, in a folder of their own."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+
+from interrupted import outcome
+from node_grid import NodeGrid
+
+from fedkern.engine import run
+from fedkern.engine.run import data_of_one
+from fedkern.errors import UserError
+from fedkern.flower import client_app, run_settings, server_app
+
+pytestmark = pytest.mark.flower
+
+SIZES = {"server": 2, 0: 6, 1: 4, 2: 9}
+RUN = {
+    "method": "scaffold", "data": "folder", "clients": 3, "data-option.size": 16, "width": 2, "rounds": 2,
+    "local-epochs": 1, "batch-size": 4, "grad-cam": 0, "threads": 1, "client-threads": 1, "device": "cpu",
+    "on-nan": "skip", "on-error": "skip", "flower.wait": 0.0, "flower.own-data": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(server_app, "draw", lambda *_: None)  # pictures take longer than the run
+    logger = logging.getLogger("flwr")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+    client_app.forget()
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder of images for the server and for every client, with another number of images in each."""
+    rng = np.random.default_rng(0)
+    for name, count in SIZES.items():
+        for part, number in (("train", count), ("test", 4 if name == "server" else 1)):
+            for shade, kind in enumerate(("cat", "dog")):
+                folder = tmp_path / str(name) / part / kind
+                folder.mkdir(parents=True)
+                for i in range(number):
+                    pixels = (rng.integers(0, 128, (16, 16, 3)) + 100 * shade).astype(np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def over_flower(folders, nodes=(0, 1, 2), **changed):
+    run_config = {**RUN, "data-root": str(folders / "server"), "out": str(folders / "run"), **changed}
+    own = {k: {"data-root": str(folders / str(k))} for k in nodes}
+    server_app.play(NodeGrid(run_config, nodes, nodes=own), run_config)
+
+
+def test_the_bits_of_the_same_clients_in_one_process(folders):
+    over_flower(folders)
+    config = run_settings.read({**RUN, "data-root": str(folders / "server")}).config
+    clients = [data_of_one(config.replace(data_root=str(folders / str(k)))).clients[0] for k in range(3)]
+    assert len({len(split) for split in clients}) == 3
+    data = replace(data_of_one(config), clients=tuple(clients))
+    run(config, data=data, out=folders / "here")
+    found, expected = outcome(folders / "run"), outcome(folders / "here")
+    assert found[:2] == expected[:2]
+    assert found[2]["metrics"] == expected[2]["metrics"]
+
+
+@pytest.mark.exhaustive
+def test_a_stopped_run_goes_on(folders, monkeypatch):
+    over_flower(folders)
+    expected = outcome(folders / "run")
+    (folders / "run").rename(folders / "whole")
+    from fedkern.engine.loop import Run
+
+    commit = Run._commit
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_commit", lambda self, data: (commit(self, data), _stop())[0])
+        with pytest.raises(KeyError):
+            over_flower(folders)
+    over_flower(folders, resume=True)
+    assert outcome(folders / "run") == expected
+
+
+def _stop():
+    raise KeyError
+
+
+def test_data_that_do_not_fit_together(folders):
+    (folders / "1" / "train" / "dog").rename(folders / "1" / "train" / "fox")
+    (folders / "1" / "test" / "dog").rename(folders / "1" / "test" / "fox")
+    with pytest.raises(
+        UserError, match=r"Client 1's data have other classes than the server's \(\['cat', 'fox'\], and"
+    ):
+        over_flower(folders)
+    assert not (folders / "run").exists()
+
+
+def test_all_nodes_must_be_there(folders, caplog):
+    with pytest.raises(UserError, match="Clients without a node: 2; where nodes have their own data, all must be"):
+        over_flower(folders, nodes=(0, 1))
+    (folders / "2").rename(folders / "elsewhere")
+    with pytest.raises(UserError, match="Clients without a node: 2"):
+        over_flower(folders)
+    assert str(folders / "2") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [({"clients": ""}, "needs the number of clients"), ({"client-test": 0.2}, "need the data of all clients"),
+     ({"public-samples": 5}, "Public samples and image-text data"), ({"flower.own-data": "maybe"}, "true or false")],
+)  # fmt: skip
+def test_settings_that_need_all_data(changed, why):
+    with pytest.raises(UserError, match=why):
+        run_settings.read({**RUN, **changed})
