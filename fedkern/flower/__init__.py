@@ -1,1 +1,4 @@
-"""Faster aggregation for Flower apps: `fedkern.flower.strategies`, and flat messages for clients (`flat_arrays`)."""
+"""Flower: faster aggregation for its apps (`strategies`, `flat_arrays`), and whole runs of fedkern on its nodes.
+
+`server_app` and `client_app` are the two apps of such a run; ``--flower DIR`` writes their project (`project`).
+"""

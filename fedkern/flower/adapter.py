@@ -296,10 +296,14 @@ class Post:
 
     Args:
         grid: the grid of the ServerApp.
+
+    Attributes:
+        sent, received: bytes of the tensors so far.
     """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self.sent = self.received = 0
         self._last: tuple[Parcel, ConfigRecord, ArrayRecord] | None = None  # of a parcel that several nodes get
 
     def nodes(self) -> list[int]:
@@ -323,6 +327,7 @@ class Post:
             self._last = (parcel, *_in_records(parcel))
         _, text, arrays = self._last
         content = RecordDict({_HEADER: ConfigRecord({"header": header}), _TEXT: text, _ARRAYS: arrays})
+        self.sent += parcel.size
         named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
         return named[0] if named and named[0] else None
 
@@ -339,7 +344,9 @@ class Post:
                 found.append(Arrived(to, error=text, lost=error.code in _LOST))
                 continue
             try:
-                found.append(Arrived(to, opened(reply)[1]))
+                parcel = opened(reply)[1]
+                self.received += parcel.size
+                found.append(Arrived(to, parcel))
             except Malformed as why:
                 found.append(Arrived(to, malformed=str(why)))
         return found

@@ -91,7 +91,13 @@ def _clients(letter: Letter, context: Context) -> NodeClients:
     settings = run_settings.read(run, _data_root(context))
     given = str(node.get("state-dir") or settings.state)
     base = expand(given) if given else cache_folder(STATES)
-    clients = NodeClients(settings.config, Path(base), lambda text: log(INFO, text), settings.own_data)
+    clients = NodeClients(
+        settings.config,
+        Path(base),
+        lambda text: log(INFO, text),
+        own_data=settings.own_data,
+        half=settings.transport == "bf16",
+    )
     _here = made_of, clients
     return clients
 

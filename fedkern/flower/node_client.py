@@ -140,12 +140,14 @@ class NodeClients:
         base: folder of the clients' states of all runs on this node.
         notice: called with the progress of something long.
         own_data: whether this node's folder holds the data of its client alone.
+        half: whether replies travel as bf16 (:func:`~fedkern.flower.portable.pack`).
     """
 
     config: RunConfig
     base: Path
     notice: Callable[[str], None] | None = None
     own_data: bool = False
+    half: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
     _serial: Serial | None = None
     _places: dict[int, _Place] = field(default_factory=dict)
@@ -276,7 +278,8 @@ class NodeClients:
                 "flops": answer.flops if told else 0,
                 "changed": changed,
                 "ledger": ledger,
-            }
+            },
+            half=self.half,
         )
 
     def _released(self, letter: Letter, answer: Answer, folder: NodeFolder) -> None:

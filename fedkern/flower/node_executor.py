@@ -53,6 +53,7 @@ class Nodes:
         post: the connection to the nodes.
         roll: which node is which client.
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
+        half: whether messages travel as bf16 (:func:`~fedkern.flower.portable.pack`).
 
     Raises:
         UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
@@ -60,11 +61,11 @@ class Nodes:
 
     apart = True
 
-    def __init__(self, run: Run, post: Post, roll: Roll, *, deadline: float) -> None:
+    def __init__(self, run: Run, post: Post, roll: Roll, *, deadline: float, half: bool) -> None:
         self.here: Serial = run.executor.here
         self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
         self.count = roll.count = run.context.federation.clients
-        self._attempt = uuid.uuid4().hex
+        self._attempt, self._half = uuid.uuid4().hex, half
         # State of this round:
         self._begin: dict[ClientId, Version | None] = {}
         self._sent: dict[ClientId, int] = {}  # messages of the round
@@ -129,7 +130,7 @@ class Nodes:
 
     def _packed(self, message: Message) -> Parcel:
         try:
-            return pack(message)
+            return pack(message, half=self._half)
         except TypeError as error:
             method = self._run.config.method
             raise UserError(

@@ -34,6 +34,8 @@ DTYPES = {
 
 LONGEST_TEXT = 64 << 20
 """Most characters of the JSON text of a message."""
+LEAST_HALVED = 1024
+"""Elements from which on an fp32 tensor may travel as bf16: small ones hold single figures, and weigh nothing."""
 DEEPEST = 64
 """Most dicts and lists that stand in one another."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -70,21 +72,28 @@ class Parcel(NamedTuple):
         return sum(len(raw.data) for raw in self.tensors.values())
 
 
-def pack(value: Any) -> Parcel:
+def pack(value: Any, *, half: bool = False) -> Parcel:
     """Packs tensors (of `DTYPES`), NumPy arrays, numbers, texts, None, and lists, tuples and dicts of these.
 
     A tensor that stands in several places travels once.
+
+    Args:
+        value: what is packed.
+        half: whether fp32 tensors of at least `LEAST_HALVED` elements travel as bf16, rounded to nearest; they arrive
+            as fp32 again.
 
     Raises:
         TypeError: ``value`` holds something else; the message says where.
     """
     tensors: dict[str, Raw] = {}
     known: dict[int, tuple[Any, dict[str, Any]]] = {}
-    text = json.dumps(_packed(value, "message", tensors, known), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_packed(value, "message", tensors, known, half), allow_nan=False, separators=(",", ":"))
     return Parcel(text, tensors)
 
 
-def _packed(value: Any, where: str, tensors: dict[str, Raw], known: dict[int, tuple[Any, dict[str, Any]]]) -> Any:
+def _packed(
+    value: Any, where: str, tensors: dict[str, Raw], known: dict[int, tuple[Any, dict[str, Any]]], half: bool
+) -> Any:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (int, np.integer)):
@@ -95,22 +104,22 @@ def _packed(value: Any, where: str, tensors: dict[str, Raw], known: dict[int, tu
     if isinstance(value, (Tensor, np.ndarray)):
         if id(value) not in known:
             name = f"t{len(tensors)}"
-            known[id(value)] = value, _tensor(value, name, where, tensors)
+            known[id(value)] = value, _tensor(value, name, where, tensors, half)
         return known[id(value)][1]
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_packed(entry, f"{where}[{i}]", tensors, known) for i, entry in enumerate(value)]}
+        return {kind: [_packed(entry, f"{where}[{i}]", tensors, known, half) for i, entry in enumerate(value)]}
     if isinstance(value, Mapping):
         entries = []
         for key, entry in value.items():
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise TypeError(f"{where} has a key of type {type(key).__name__}, which must be a text or an integer")
-            entries.append([key, _packed(entry, f"{where}[{key!r}]", tensors, known)])
+            entries.append([key, _packed(entry, f"{where}[{key!r}]", tensors, known, half)])
         return {"dict": entries}
     raise TypeError(f"{where} is of type {type(value).__name__}, which cannot travel: send tensors, numbers and texts")
 
 
-def _tensor(value: Any, name: str, where: str, tensors: dict[str, Raw]) -> dict[str, Any]:
+def _tensor(value: Any, name: str, where: str, tensors: dict[str, Raw], half: bool) -> dict[str, Any]:
     array = isinstance(value, np.ndarray)
     found = torch.from_numpy(np.ascontiguousarray(value)) if array else value.detach()
     if found.layout is not torch.strided or found.is_quantized or found.is_meta or found.dtype not in _NAMES:
@@ -118,8 +127,12 @@ def _tensor(value: Any, name: str, where: str, tensors: dict[str, Raw]) -> dict[
     plain = found.resolve_conj().resolve_neg().cpu()
     plain = torch.empty_like(plain).copy_(plain) if _gaps(tuple(plain.shape), plain.stride()) else plain
     flat = plain.as_strided((plain.numel(),), (1,)) if plain.numel() else plain.reshape(-1)
-    tensors[name] = Raw(_NAMES[found.dtype], tuple(plain.shape), raw_bytes(flat))
-    return {"array" if array else "tensor": [name, list(plain.stride())]}
+    halved = half and not array and found.dtype == torch.float32 and plain.numel() >= LEAST_HALVED
+    if halved:
+        flat = flat.bfloat16()
+    tensors[name] = Raw(_NAMES[flat.dtype], tuple(plain.shape), raw_bytes(flat))
+    kind = "array" if array else "halved" if halved else "tensor"
+    return {kind: [name, list(plain.stride())]}
 
 
 def _gaps(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -161,9 +174,9 @@ def _unpacked(tree: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], de
     if not isinstance(tree, dict) or len(tree) != 1:
         raise Malformed("has a text that describes no message")
     ((kind, value),) = tree.items()
-    if kind in ("tensor", "array"):
-        found = _made(value, tensors, made)
-        return found if kind == "tensor" else found.numpy()
+    if kind in ("tensor", "array", "halved"):
+        found = _made(value, tensors, made, kind == "halved")
+        return found.numpy() if kind == "array" else found
     if kind == "float" and value in ("nan", "inf", "-inf"):
         return float(value)
     if kind in ("list", "tuple") and isinstance(value, list):
@@ -179,14 +192,17 @@ def _unpacked(tree: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], de
     raise Malformed("has a text that describes no message")
 
 
-def _made(value: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor]) -> Tensor:
+def _made(value: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], halved: bool) -> Tensor:
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], list)):
         raise Malformed("has a tensor that is none")
     name, stride = value
     if name not in tensors:
         raise Malformed(f"names an array, {name[:80]!r}, that did not come with it")
     if name not in made:
-        made[name] = _strided(name, tensors[name], stride)
+        found = _strided(name, tensors[name], stride)
+        if halved and found.dtype != torch.bfloat16:
+            raise Malformed(f"has {name} of {found.dtype} where bf16 is said to come")
+        made[name] = found.float() if halved else found
     return made[name]
 
 

@@ -33,6 +33,7 @@ FLOWER: dict[str, tuple[float | str | bool, str]] = {
     "flower.deadline": (3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own"),
     "flower.wait": (600.0, "seconds to wait for the nodes of all clients before the first round"),
     "flower.own-data": (False, "whether the data folder of a node holds the data of its client alone"),
+    "flower.transport": ("fp32", "how fp32 tensors travel: fp32, or bf16 for half the bytes, which rounds them"),
     "flower.state": ("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
 }
 """Settings of a run over Flower, with their defaults."""
@@ -48,7 +49,7 @@ class RunSettings:
         config: the run's settings.
         out: the run folder; None: a new one in ``runs``.
         resume, report, predictions: see `SWITCHES`.
-        deadline, wait, own_data, state: see `FLOWER`.
+        deadline, wait, own_data, transport, state: see `FLOWER`.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class RunSettings:
     deadline: float
     wait: float
     own_data: bool
+    transport: str
     state: str
 
 
@@ -107,6 +109,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     return RunSettings(
         config=config,
         own_data=own_data,
+        transport=_transport(given),
         out=Path(given["out"]).expanduser() if "out" in given else None,
         deadline=_seconds(given, "flower.deadline"),
         wait=_seconds(given, "flower.wait"),
@@ -155,6 +158,13 @@ def _seconds(given: Mapping[str, str], key: str) -> float:
     if not 0 <= value <= 1e9:
         raise UserError(f'{key} must be a number of seconds in the run-config, not "{given[key]}".')
     return value
+
+
+def _transport(given: Mapping[str, str]) -> str:
+    word = given.get("flower.transport", "fp32")
+    if word not in ("fp32", "bf16"):
+        raise UserError(f'flower.transport must be fp32 or bf16 in the run-config, not "{word}".')
+    return word
 
 
 def _located(name: str) -> str:

@@ -66,7 +66,7 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
             listener=told,
             trusted=(*code, *config.plugins),
             predictions=settings.predictions,
-            elsewhere=lambda run: Nodes(run, post, roll, deadline=settings.deadline),
+            elsewhere=lambda run: Nodes(run, post, roll, deadline=settings.deadline, half=settings.transport == "bf16"),
         )
     except ClientFailed as error:
         log(ERROR, "%s\n%s", error, error.traceback)
@@ -77,6 +77,7 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
         if made:
             with suppress(OSError):  # not empty: the run has begun
                 out.rmdir()
+    log(INFO, "tensors on the wire: %.3g MB to nodes, %.3g MB from nodes", post.sent / 1e6, post.received / 1e6)
     draw(out, told.data, config.data_root, code, settings.report)
     return summary
 

@@ -12,8 +12,10 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[
 from flwr.app import Message
 from interrupted import outcome
 from node_grid import NodeGrid, lost, silent
+from safetensors.torch import load_file
 
 from fedkern.engine import run
+from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError
 from fedkern.flower import client_app, node_client, run_settings, server_app
@@ -217,6 +219,8 @@ def test_a_run_goes_on_where_its_states_are(tmp_path):
         server_app.play(NodeGrid({}, ()), {**run_config, "resume": True})
     with pytest.raises(UserError, match="already holds a run"):
         over_flower(run_config, tmp_path / "run")
+    with pytest.raises(UserError, match="are on nodes of Flower, where no run is extended"):
+        extend(tmp_path / "run", 5)
     (tmp_path / "run" / "flower.json").unlink()
     with pytest.raises(UserError, match="was not begun over Flower"):
         over_flower({**run_config, "resume": True}, tmp_path / "run")
@@ -371,6 +375,30 @@ def test_the_bytes_on_the_wire(tmp_path):
     total = counted["up"] + counted["down"]
     assert total > 1e6
     assert grid.size <= 1.05 * total
+
+
+@pytest.mark.exhaustive
+def test_half_the_bytes(tmp_path):
+    """bf16 on the wire, fp32 in the sums; a killed server goes on with the same bits here too."""
+    run_config = settings("fedavg", width=8, **{"flower.transport": "bf16"})
+    grid = over_flower(run_config, tmp_path / "half")
+    whole = over_flower({**run_config, "flower.transport": "fp32"}, tmp_path / "whole")
+    assert grid.size < 0.62 * whole.size
+    half, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
+    assert any(not torch.equal(half[name], exact[name]) for name in exact)
+    assert all(torch.allclose(half[name].float(), exact[name].float(), rtol=0.05, atol=0.05) for name in exact)
+    with pytest.raises(Killed):
+        over_flower(run_config, tmp_path / "run", faults={(1, 1): killing})
+    over_flower({**run_config, "resume": True}, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "half")
+
+
+@pytest.mark.exhaustive
+def test_clients_computed_together_in_one_process_are_alone_on_nodes(tmp_path):
+    run_config = settings("fediod")
+    expected = in_one_process(run_config, tmp_path / "here")
+    over_flower({**run_config, "method-option.batched": True}, tmp_path / "flower")
+    same(outcome(tmp_path / "flower"), expected, "fediod")
 
 
 # -- what a letter must be --------------------------------------------------------------------------------------------

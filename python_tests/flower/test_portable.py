@@ -66,6 +66,19 @@ def test_a_tensor_in_two_places_travels_once():
     assert found["a"] is found["b"][0]
 
 
+def test_large_fp32_tensors_may_travel_as_bf16():
+    large, small, whole = torch.randn(40, 30), torch.randn(30), torch.arange(2000)
+    parcel = pack({"large": large.T, "small": small, "whole": whole, "again": large.T}, half=True)
+    found = unpack(parcel)
+    assert torch.equal(found["large"], large.T.bfloat16().float())
+    assert found["large"].stride() == large.T.stride()
+    assert torch.equal(found["small"], small)
+    assert torch.equal(found["whole"], whole)
+    assert len(parcel.tensors["t0"].data) == 2 * large.numel()
+    with pytest.raises(Malformed, match="where bf16 is said to come"):
+        unpack(Parcel(json.dumps({"halved": ["t0", [1]]}), {"t0": GOOD}))
+
+
 def test_arrays_stay_arrays():
     array = np.arange(12).reshape(3, 4)[:, ::2]
     found = unpack(pack({"x": array}))["x"]

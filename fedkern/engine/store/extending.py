@@ -12,6 +12,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic, toml
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import check_unedited
+from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import UserError
 from fedkern.inputs import read_text
 from fedkern.methods import registry
@@ -34,14 +35,19 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         The run's new settings, which are also written to ``config.toml``.
 
     Raises:
-        UserError: there is no run with a checkpoint, the method plans its own rounds, the run promises differential
-            privacy for its rounds, ``rounds`` is not larger than before, or the rounds that were played would have been
-            others in such a run.
+        UserError: there is no run with a checkpoint, its clients are on nodes of Flower, the method plans its own
+            rounds, the run promises differential privacy for its rounds, ``rounds`` is not larger than before, or the
+            rounds that were played would have been others in such a run.
     """
     out = Path(out)
     stored = RunConfig.load(out, trusted=trusted, device="cpu")
     kind = registry.get(stored.method)
     options = kind.Options.parse(stored.options, method=stored.method)
+    if (out / NODES).exists():
+        raise UserError(
+            f"The states of the clients of {out} are on nodes of Flower, where no run is extended: start a new run "
+            f"with rounds={rounds}."
+        )
     if kind.one_shot:
         raise UserError(f"{stored.method} is a one-shot method, whose plan has the rounds it needs: nothing to extend.")
     with atomic.FolderLock(out):
