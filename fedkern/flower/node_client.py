@@ -234,8 +234,9 @@ class NodeClients:
         here = letter.client in self._serial.working()
         if number and here and at is not None and at.attempt == letter.attempt and at.version == before:
             return
-        self._places.pop(letter.client, None)
-        self._serial.forget(letter.client)
+        for k in [letter.client, *(k for k, place in self._places.items() if place.version.plan < plan)]:
+            self._places.pop(k, None)
+            self._serial.forget(k)  # its round is over, or begins again
         folder.drop_messages(plan)
         earlier = [folder.message(Version(plan, each)) for each in range(number)]
         if any(header.get("attempt") != letter.attempt for header, _ in earlier):
