@@ -88,7 +88,7 @@ class Nodes:
     # -- the executor ----------------------------------------------------------------------------------------------
 
     def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
-        self._roll.find(messages)
+        self._roll.find()
         end = time.monotonic() + self._deadline if self._deadline else None
         found: dict[ClientId, Answer] = {}
         versions: dict[ClientId, Version] = {}

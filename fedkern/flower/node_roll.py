@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from fedkern.errors import UserError, printable_name
@@ -16,7 +16,7 @@ from fedkern.methods.base import ClientId
 
 ACQUAINTED = 60.0
 """Seconds that a new node has to say which client it is, during the rounds."""
-_FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
+_FIRST_PAUSE, _PAUSE, _LAST_PAUSE = 0.01, 0.1, 0.5
 
 Warn = Callable[[str, str], None]
 
@@ -31,7 +31,7 @@ class Roll:
 
     Attributes:
         count: number of clients; set before :meth:`meet`.
-        home: connected nodes by client.
+        home: connected nodes by client; of several nodes of one client, the one that connected last.
         facts: what a node says of its data, by client, where nodes are asked about them.
     """
 
@@ -74,15 +74,12 @@ class Roll:
             text = f"Clients without a node when the run began: {who}; rounds go on without them until they connect."
             warn("clients-without-node", text)
 
-    def find(self, clients: Iterable[ClientId]) -> None:
-        """Brings the table of nodes up to date; waits a little for a node that has come back."""
-        wanted = list(clients)
+    def find(self) -> None:
+        """Brings the table of nodes up to date; waits a little for new nodes to say which client they are."""
         self._get_acquainted()
-        while self._waiting and any(k not in self.home for k in wanted):
+        while any(time.monotonic() - self._asked[node] <= ACQUAINTED for node in self._waiting.values()):
             check()
-            if all(time.monotonic() - self._asked[node] > ACQUAINTED for node in self._waiting.values()):
-                return
-            time.sleep(_FIRST_PAUSE)
+            time.sleep(_PAUSE)
             self._get_acquainted()
 
     def _get_acquainted(self) -> None:
@@ -108,10 +105,12 @@ class Roll:
         self.home = {}
         for node in present:
             if node in self._client_of:
-                first = self.home.setdefault(self._client_of[node], node)
-                if first != node:
-                    text = f"Several nodes say that they are client {self._client_of[node]}; one of them works."
+                k = self._client_of[node]
+                if k in self.home:
+                    # Of a SuperNode that was killed and has come back, the SuperLink lists the old one for a while.
+                    text = f"Several nodes say that they are client {k}; the one that connected last works."
                     self._warn("nodes-of-one-client", text)
+                self.home[k] = node
 
     def _introduced(self, node: int, arrived: Arrived) -> ClientId | None:
         """The client that a node says it is; None where the node is not one of this run's."""

@@ -123,6 +123,8 @@ class Told(Listener):
     def on_round(self, record: Mapping[str, Any]) -> None:
         figures = [f"{name} {value:.4f}" for name, value in record.items() if name == "loss" or is_main(name)]
         seconds = f"{record['round_seconds']:.1f} s"
+        if left := sorted({entry["client"] for entry in record.get("dropped", [])}):
+            seconds += f", without client{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
         log(INFO, "round %s of %s: %s", record["round"], record["rounds"], ", ".join([*figures, seconds]))
 
     def on_warning(self, name: str, text: str) -> None:

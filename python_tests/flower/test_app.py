@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -314,15 +315,34 @@ def test_a_node_that_is_late_keeps_its_state(tmp_path):
     assert runs["late"] == runs["silent"]
 
 
-def test_nodes_that_are_not_there(tmp_path):
+def test_nodes_that_are_not_there(tmp_path, caplog):
     grid = NodeGrid(settings("fedavg", out=str(tmp_path / "run")), range(3))
     grid.connected = [0, 2]
     server_app.play(grid, grid.run_config)
     assert [entry["client"] for entry in dropped(tmp_path / "run")] == [1, 1]
     assert "clients-without-node" in outcome(tmp_path / "run")[2]["diagnostics"]
+    assert all(re.search(rf"round {n} of 2: .* s, without client 1\n", caplog.text) for n in (1, 2))
     with pytest.raises(UserError, match="No node of a client is connected after 0 seconds"):
         over_flower(settings("fedavg"), tmp_path / "nobody", ())
     assert not (tmp_path / "nobody").exists()
+
+
+def test_a_node_that_comes_back_as_another(tmp_path):
+    """Of two nodes of one client the later one works, with the client's state; the SuperLink lists the lost one on."""
+    run_config = settings("scaffold", rounds=3, out=str(tmp_path / "run"))
+    expected = in_one_process(run_config, tmp_path / "here")
+
+    def returning(message, context):
+        grid.connected.append(3)
+        return client_app.app(message, context)
+
+    faults = {(1, 0): returning, (2, 1): silent, (2, 2): silent}
+    grid = NodeGrid(run_config, range(3), faults, nodes={3: {"partition-id": 2}})
+    server_app.play(grid, run_config)
+    found = outcome(tmp_path / "run")
+    assert grid.asked == [0, 1, 2, 0, 1, 3, 0, 1, 3]
+    assert found[:2] == expected[:2]
+    assert "the one that connected last works" in found[2]["diagnostics"]["nodes-of-one-client"]
 
 
 def test_a_failing_client(tmp_path, monkeypatch, caplog):
