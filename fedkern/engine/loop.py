@@ -595,7 +595,8 @@ class Run:
         self._leave_out(k, {"exchange": exchange, "reason": why})
         when = when_of(self._round["entry"], self.done, exchange)
         shown = self.context.data.client_label(k)
-        self.context.warn(f"missing-client-{k}", f"Client {shown} was left out {when}, as {why}.")
+        if not self.silent:
+            self.context.warn(f"missing-client-{k}", f"Client {shown} was left out {when}, as {why}.")
 
     def lost(self, k: int, exchange: str, why: str) -> None:
         """Notes a client that was sent a message and never answers in this round."""
