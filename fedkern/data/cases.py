@@ -6,6 +6,7 @@ A unit is such a group; :func:`grouped_rows` numbers the units.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,26 @@ def rows_of_units(units: Rows) -> list[Rows]:
     return np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
 
 
+def rows_by_owner(owners: Rows, count: int) -> list[Rows]:
+    """Rows of every owner in ascending order.
+
+    Args:
+        owners: int64 ``[n]``, the owner of every row; a row whose number is below 0 or not below ``count`` has none.
+        count: number of owners.
+    """
+    order = np.argsort(owners, kind="stable").astype(np.int64)
+    cuts = np.searchsorted(owners[order], np.arange(count + 1))
+    return [order[begin:end] for begin, end in pairwise(cuts.tolist())]
+
+
+def _owners(parts: Sequence[Rows], count: int) -> Rows:
+    """The client of every unit, int64 ``[count]``, from the units of every client; -1 where no client has the unit."""
+    owners = np.full(count, -1, dtype=np.int64)
+    for k, part in enumerate(parts):
+        owners[part] = k
+    return owners
+
+
 def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
     """Rows 0 to ``count`` - 1 in random order, one array per unit; ``units`` comes from :func:`grouped_rows`."""
     order = rng.permutation(count if units is None else int(units.max()) + 1)
@@ -58,7 +79,8 @@ def share_units(units: Rows, share: Callable[[Rows], list[Rows]]) -> list[Rows]:
         A sorted array of rows for every client.
     """
     first = np.unique(units, return_index=True)[1].astype(np.int64)
-    return [np.flatnonzero(np.isin(units, part)) for part in share(first)]
+    parts = share(first)
+    return rows_by_owner(_owners(parts, len(first))[units], len(parts))
 
 
 def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:
@@ -78,7 +100,8 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Ro
     counts = np.zeros((len(first), int(labels.max(initial=0)) + 1), dtype=np.int64)
     np.add.at(counts, (position, labels), 1)
     counts[:, 0] = counts[:, 1:].sum(1) == 0
-    return [np.flatnonzero(np.isin(position, part)) for part in share(counts.argmax(1), first)]
+    parts = share(counts.argmax(1), first)
+    return rows_by_owner(_owners(parts, len(first))[position], len(parts))
 
 
 def training_cases(name: str, cases: Rows, count: int | None, public: int, seed: int) -> tuple[Rows, Rows]:

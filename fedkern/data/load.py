@@ -417,8 +417,9 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
         return share_out(spec, labels - none, clients, seed, class_count=classes - none, groups=own)
 
     named = spec.name == "attribute" and groups is not None
+    there = set(groups.tolist()) if named and groups is not None else set()
     for k, site in enumerate(source.sites if named else ()):
-        if groups is not None and k not in groups:
+        if k not in there:
             raise UserError(f"the client {site} would have no training sample; take more --train-samples")
     patients = None if pool.patients is None or named else pool.patients[kept]
     if pool.cases is None:

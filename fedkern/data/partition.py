@@ -5,6 +5,7 @@ Every partitioner returns one sorted int64 array of row numbers per client; the 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedkern.data.cases import rows_by_owner
 from fedkern.errors import UserError, nearest
 from fedkern.streams import stream
 
@@ -150,7 +152,7 @@ def partition(
     rng = stream(seed, "partition")
     class_count = (int(labels.max()) + 1) if class_count is None else class_count
     if spec.name == "attribute" and groups is not None:
-        parts = [np.flatnonzero(groups == k) for k in range(clients)]
+        parts = rows_by_owner(groups, clients)
     elif spec.name in ("iid", "attribute"):
         parts = np.array_split(rng.permutation(n), clients)
     elif spec.name == "stratified":
@@ -286,11 +288,18 @@ def _dirichlet_counts(
 
 def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator) -> list[Rows]:
     """Moves random samples from the largest clients to those below ``minimum``."""
-    for k in np.argsort([len(part) for part in parts], kind="stable"):
+    # The largest client, of equals the one with the lowest number.  An entry whose client has changed since is stale.
+    heap = [(-len(part), k) for k, part in enumerate(parts)]
+    heapq.heapify(heap)
+    for k in np.argsort([len(part) for part in parts], kind="stable").tolist():
         while len(parts[k]) < minimum:
-            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
+            while -heap[0][0] != len(parts[heap[0][1]]):
+                heapq.heappop(heap)
+            largest = heap[0][1]
             give = min(minimum - len(parts[k]), max(1, (len(parts[largest]) - minimum) // 2))
             donor = rng.permutation(parts[largest])
             parts[k] = np.concatenate([parts[k], donor[:give]])
             parts[largest] = donor[give:]
+            for changed in (k, largest):
+                heapq.heappush(heap, (-len(parts[changed]), changed))
     return parts

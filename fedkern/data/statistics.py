@@ -99,6 +99,17 @@ class PartitionStatistics:
         """Every client by its name, or by its number where it has none."""
         return list(self.names) if self.names is not None else [str(k) for k in range(len(self.counts))]
 
+    def spread(self, most: int) -> npt.NDArray[np.int64]:
+        """Clients that stand for all in a picture, int64: all in their order, or ``most`` of them by size.
+
+        Of more clients those evenly spaced in the order of their samples, the largest first and the smallest last.
+        """
+        count = len(self.counts)
+        if count <= most:
+            return np.arange(count)
+        places = np.linspace(0, count - 1, most).round().astype(np.int64)
+        return np.argsort(-self.sizes, kind="stable")[places]
+
     @property
     def untrained(self) -> bool:
         """Whether the table has the column ``own test``: samples of clients that no client trains on."""

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkern.data import PARTITIONERS, PartitionStatistics, parse_partition, partition, partition_like
+from fedkern.data.cases import rows_by_owner, share_cases, share_units
+from fedkern.data.partition import _fill
 from fedkern.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=3_000)
@@ -231,3 +233,75 @@ def test_statistics_table() -> None:
     assert rows[-1][3:] == ["3", "3", "3"]
     short = statistics.rows(limit=1)
     assert [row[0] for row in short] == ["0", "... 2 more", "all"]
+
+
+def filled_one_by_one(parts: list[np.ndarray], minimum: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """What ``dirichlet:...:fill`` does, with a look at every client for each gift."""
+    parts = list(parts)
+    for k in np.argsort([len(part) for part in parts], kind="stable"):
+        while len(parts[k]) < minimum:
+            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
+            give = min(minimum - len(parts[k]), max(1, (len(parts[largest]) - minimum) // 2))
+            donor = rng.permutation(parts[largest])
+            parts[k], parts[largest] = np.concatenate([parts[k], donor[:give]]), donor[give:]
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_gifts_come_from_the_largest_client(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, (3, 40)[seed % 2], size=60)
+    minimum = int(min(sizes.mean(), 1 + seed % 7))
+    parts = np.split(rng.permutation(int(sizes.sum())), np.cumsum(sizes)[:-1])
+    expected = filled_one_by_one(parts, minimum, np.random.default_rng(seed))
+    found = _fill(list(parts), minimum, np.random.default_rng(seed))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Looks(list):
+    """Counts how often a list is looked at."""
+
+    count = 0
+
+    def __getitem__(self, at: object) -> object:
+        Looks.count += 1
+        return super().__getitem__(at)
+
+
+def test_filling_looks_at_few_clients_for_each_gift() -> None:
+    sizes = np.random.default_rng(0).integers(0, 5, size=3_000)
+    parts = Looks(np.split(np.arange(int(sizes.sum())), np.cumsum(sizes)[:-1]))
+    gifts = int((sizes == 0).sum())
+    _fill(parts, 1, np.random.default_rng(0))
+    assert gifts > 500
+    assert Looks.count < 20 * gifts + 10 * len(sizes)
+
+
+def test_rows_of_owners() -> None:
+    owners = np.random.default_rng(0).integers(-2, 9, size=200)
+    found = rows_by_owner(owners, 7)
+    assert len(found) == 7
+    for k, rows in enumerate(found):
+        np.testing.assert_array_equal(rows, np.flatnonzero(owners == k))
+    assert [len(rows) for rows in rows_by_owner(np.zeros(0, dtype=np.int64), 3)] == [0, 0, 0]
+
+
+def test_units_and_cases_are_shared_out_by_owner() -> None:
+    rng = np.random.default_rng(0)
+    units = np.concatenate([np.arange(40), rng.integers(0, 40, size=160)])
+    given = [np.sort(part) for part in np.split(rng.permutation(40)[:35], [3, 3, 20])]  # an empty client; five are left
+    for found in (share_units(units, lambda first: given), share_cases(units, units % 3, lambda classes, first: given)):
+        for rows, part in zip(found, given, strict=True):
+            np.testing.assert_array_equal(rows, np.flatnonzero(np.isin(units, part)))
+
+
+def test_clients_that_stand_for_all() -> None:
+    counts = np.random.default_rng(0).integers(0, 9, size=(500, 3))
+    statistics = PartitionStatistics(counts, ("a", "b", "c"), "iid")
+    shown = statistics.spread(50)
+    sizes = statistics.sizes[shown]
+    assert len(set(shown.tolist())) == 50
+    assert (np.diff(sizes) <= 0).all()
+    assert (sizes[0], sizes[-1]) == (statistics.sizes.max(), statistics.sizes.min())
+    np.testing.assert_array_equal(statistics.spread(500), np.arange(500))
