@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -33,6 +34,9 @@ _STYLES = {
     "held_out": (ORANGE, "-", "v", "held-out client"),
     "validation": (GREY, "--", "", "validation"),
 }
+
+DRAWN = 200
+"""Most clients in the picture of a partition; rows of more could not be told apart."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -136,15 +140,18 @@ def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> 
 def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     """Draws how many training samples of each class every client holds.
 
-    Of a coloured data set a second panel has the background colour of every class of every client.
+    Of more than `DRAWN` clients as many are drawn, evenly spaced by size (`PartitionStatistics.spread`).  Of a coloured
+    data set a second panel has the background colour of every class of every client.
 
     Args:
         statistics: ``fedkern.data.statistics.PartitionStatistics``.
         path: the PNG.
         title: title of the picture.
     """
-    counts = np.asarray(statistics.counts)
+    shown = statistics.spread(DRAWN)
+    counts = np.asarray(statistics.counts)[shown]
     clients, classes = counts.shape
+    every = len(statistics.counts)
     numbers = clients <= 20 and classes <= 20
     width = min(3.2 + 0.55 * classes, 14.0) if numbers else min(4.0 + 0.12 * classes, 14.0)
     height = min(1.9 + 0.42 * clients, 12.0) if numbers else min(2.5 + 0.06 * clients, 12.0)
@@ -162,7 +169,7 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
                 colour = "white" if counts[k, c] > 0.55 * top else "#222222" if counts[k, c] else "#aaaaaa"
                 axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
     for panel in below:
-        _colours(panel, statistics)
+        _colours(panel, statistics, shown)
     for panel in (axes, *below):
         if classes <= 20:
             long = max(len(name) for name in names) > 5
@@ -170,7 +177,11 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
         if clients <= 20:
             panel.set_yticks(range(clients), [label(name) for name in statistics.labels])
         panel.set_xlabel("class", fontsize=12)
-        panel.set_ylabel("client", fontsize=12)
+        if clients < every:
+            panel.set_yticks([])
+            panel.set_ylabel(f"{clients} of {every:,} clients, largest first", fontsize=12)
+        else:
+            panel.set_ylabel("client", fontsize=12)
         panel.tick_params(labelsize=11, length=0 if numbers else 3)
         for spine in panel.spines.values():
             spine.set_visible(False)
@@ -181,10 +192,11 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     save(figure, path)
 
 
-def _colours(panel: Axes, statistics: Any) -> None:
+def _colours(panel: Axes, statistics: Any, shown: npt.NDArray[np.int64]) -> None:
     """Draws the background colour of every class of every client; nothing where a client has no image of the class."""
-    held = (np.asarray(statistics.counts) > 0)[..., None]
-    opaque = np.concatenate([statistics.colours, np.full_like(statistics.colours[..., :1], 255)], axis=2)
+    held = (np.asarray(statistics.counts)[shown] > 0)[..., None]
+    colours = statistics.colours[shown]
+    opaque = np.concatenate([colours, np.full_like(colours[..., :1], 255)], axis=2)
     panel.imshow(np.where(held, opaque, 0).astype(np.uint8), aspect="auto", interpolation="nearest")
     of = "the images" if statistics.tied == 1 else f"{100 * statistics.tied:.0f} % of the images, others random"
     panel.set_title(f"background colour of {of}", fontsize=13, loc="left")

@@ -44,7 +44,7 @@ from fedkern.report.tables import covering, figure_title, human_metric, human_ti
 NAMED = 12
 """Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""
 LISTED = 100
-"""Most clients in the table."""
+"""Most clients in the table and in the chart of their labels."""
 _SETS = ("id", "ood", "", "minority", "unseen", "held_out", "validation")
 _LARGEST = 32 << 20
 """Bytes of a picture from which on it is left out."""
@@ -531,22 +531,26 @@ def clients(run: Contents) -> Section:
         return section
     statistics = run.statistics
     if statistics is not None:
-        names = [run.client(str(k)) for k in range(len(statistics.counts))]
+        count = len(statistics.counts)
         if len(statistics.classes) > 1:
             low, high = int(statistics.sizes.min()), int(statistics.sizes.max())
             sizes = f"{low:,}" if low == high else f"{low:,} to {high:,}"
             skewed = int(np.argmax(statistics.skew))
             text = (
-                f"{len(names)} clients with {sizes} "
+                f"{count:,} clients with {sizes} "
                 f"training samples of {len(statistics.classes)} classes. The mean skew is "
-                f"{float(statistics.skew.mean()):.2f}; the most skewed is {names[skewed]} "
+                f"{float(statistics.skew.mean()):.2f}; the most skewed is {run.client(str(skewed))} "
                 f"({float(statistics.skew[skewed]):.2f}). Skew is the total variation distance from all clients' "
                 "class shares: 0 is the same, 1 shares no class."
             )
             section.texts.append(text)
+            listed = statistics.spread(LISTED)
+            which = "every client" if len(listed) == count else f"{len(listed)} of {count:,} clients"
+            note = "" if len(listed) == count else "Clients evenly spaced by number of samples, the largest first."
             chart = heat(
-                "labels", f"Label distribution of every client ({statistics.partition})", 100 * statistics.shares,
-                names, list(statistics.classes), statistics.counts, row="client", column="class", text=text,
+                "labels", f"Label distribution of {which} ({statistics.partition})", 100 * statistics.shares[listed],
+                [run.client(str(k)) for k in listed], list(statistics.classes), statistics.counts[listed],
+                row="client", column="class", text=text, note=note,
             )  # fmt: skip
             section.charts.append(chart)
     elif run.no_data:

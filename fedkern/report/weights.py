@@ -14,6 +14,8 @@ from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, sa
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#F0E442", "#000000")
 NAMED = len(COLOURS)
 """Most clients that each get a colour; with more clients, only the one with the largest final weight gets one."""
+FAINT = 200
+"""Most clients without a colour that are drawn, evenly spaced by number."""
 PANELS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
 
 
@@ -46,10 +48,14 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     names = {client: str(info.get("name", f"client {client}")) for client, info in took_part}
     heaviest = max(clients, key=lambda client: shown["weight"][client][1][-1])
     centres = _shares(records) if by_samples else {}
+    drawn = clients
+    if len(clients) > NAMED + FAINT:
+        drawn = sorted({heaviest, *(clients[i * len(clients) // FAINT] for i in range(FAINT))}, key=int)
+        title = f"{title}: {len(drawn)} of {len(clients):,}"
     figure = new_figure(7.2, 2.4 + 2.2 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, panel) in zip(panels, shown.items(), strict=True):
-        for i, client in enumerate(clients):
+        for i, client in enumerate(drawn):
             if client not in panel:
                 continue
             named = len(clients) <= NAMED or client == heaviest

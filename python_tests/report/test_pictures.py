@@ -207,6 +207,21 @@ def test_any_partition_can_be_drawn(tmp_path, shape):
     assert opened(tmp_path / "p.png").std() > 10
 
 
+def test_the_partition_of_many_clients_is_that_of_some(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    counts = np.random.default_rng(0).integers(0, 9, size=(10_000, 4))
+    colours = np.zeros((10_000, 4, 3), dtype=np.uint8)
+    statistics = PartitionStatistics(counts, tuple("abcd"), "iid", colours=colours, tied=1.0)
+    plots.partition_picture(statistics, tmp_path / "p.png", title="t")
+    panels = drawn[0].axes[:2]
+    assert [panel.images[0].get_array().shape[0] for panel in panels] == [plots.DRAWN] * 2
+    assert {panel.get_ylabel() for panel in panels} == {"200 of 10,000 clients, largest first"}
+    sizes = panels[0].images[0].get_array().sum(axis=1)
+    assert (np.diff(sizes) <= 0).all()
+    assert [sizes[0], sizes[-1]] == [counts.sum(axis=1).max(), counts.sum(axis=1).min()]
+
+
 @pytest.mark.parametrize("clients", [2, 3, 30])
 def test_the_partition_of_a_coloured_set_shows_its_colours(tmp_path, monkeypatch, clients):
     drawn = []

@@ -178,6 +178,18 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
     assert [path.name for path in run.out.glob("*.png")] == []
 
 
+def test_of_many_clients_some_are_charted(finished):
+    run = run_page.read(finished)
+    counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
+    statistics = dataclasses.replace(run.data.statistics, counts=counts, own_tests=())
+    section = run_page.clients(dataclasses.replace(run, data=dataclasses.replace(run.data, statistics=statistics)))
+    chart = next(chart for chart in section.charts if chart.name == "labels")
+    assert len(chart.data[0]["y"]) == len(chart.data[0]["z"]) == run_page.LISTED
+    assert chart.title.startswith("Label distribution of 100 of 10,000 clients")
+    assert chart.data[0]["y"][0] == f"client {int(np.argsort(-counts.sum(1), kind='stable')[0])}"
+    assert section.texts[0].startswith("10,000 clients with")
+
+
 def test_private_records_tell_nothing_of_clients(tmp_path):
     folder = tmp_path / "run"
     assert main(["fedavg", *TINY, "--records", "private", "--out", str(folder)]) == 0

@@ -7,7 +7,8 @@ from PIL import Image
 
 from fedkern.engine import RunConfig, read_metrics, run
 from fedkern.report.pictures import write_pictures
-from fedkern.report.weights import weights_picture
+from fedkern.report.plots import ORANGE
+from fedkern.report.weights import FAINT, weights_picture
 
 
 def records(clients, rounds=3):
@@ -73,3 +74,14 @@ def test_clients_are_called_by_their_names(tmp_path, monkeypatch):
         record["clients"]["1"]["name"] = "Bonn"
     assert weights_picture(found, tmp_path / "weights.png", title="t")
     assert called[:2] == ["client 0", "Bonn"]
+
+
+def test_many_clients_are_drawn_in_part(tmp_path, monkeypatch):
+    drawn, titles = [], []
+    plot, title = Axes.plot, Axes.set_title
+    monkeypatch.setattr(Axes, "plot", lambda self, *xy, **s: drawn.append(s["color"]) or plot(self, *xy, **s))
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **s: titles.append(text) or title(self, text, **s))
+    assert weights_picture(list(records(1000)), tmp_path / "weights.png", title="t")
+    assert FAINT <= len(drawn) / 2 <= FAINT + 1
+    assert drawn.count(ORANGE) == 2  # the heaviest, in both panels
+    assert titles[0] == f"t: {len(drawn) // 2} of 1,000"
