@@ -26,6 +26,9 @@ from fedkern.models.precision import frozen
 from fedkern.models.registry import added
 from fedkern.models.vocabulary import split_words
 
+PREPARED = 1000
+"""Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""
+
 
 def check_task(model: str, task: str, data: str, where: str) -> None:
     """Checks that a network is for the task of the data: classes or labels of images, or classes of pixels.
@@ -73,6 +76,7 @@ class RunContext:
         self.disclosure = Disclosure(clients=config.records != "private")
         self._networks: dict[str, Network] = {}
         self._clients: dict[int, ClientData] = {}
+        self._prepared = max(PREPARED, 10 * config.sampled_clients)
         self._frozen_key: tuple[Any, ...] = ()
         self._frozen: Any = None
         self._initial_buffers: Message | None = None
@@ -266,6 +270,8 @@ class RunContext:
             made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, tokens, sides)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
+            elif len(self._clients) >= self._prepared:
+                del self._clients[next(iter(self._clients))]
             self._clients[client] = made
         return self._clients[client]
 

@@ -91,8 +91,9 @@ def _any_known(split: Split) -> bool:
 
 def _alike(sets: dict[int, TestSet]) -> dict[int, TestSet]:
     """The sets, with contrastive losses over batches of the same size in all, so that clients can be compared."""
+    smallest = min(map(len, sets.values()), default=LOSS_BATCH)
     for data in sets.values():
-        data.loss_batch = min(LOSS_BATCH, *(len(other) for other in sets.values()))
+        data.loss_batch = min(LOSS_BATCH, smallest)
     return sets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,8 +69,9 @@ class Exchange:
             outgoing: what ``send`` returned.
             absent: the reasons, by client.
         """
+        messages = messages_for(outgoing, absent, getattr(self.method, "selective", False))
         for k, why in absent.items():
-            message = message_for(outgoing, k, getattr(self.method, "selective", False))
+            message = messages[k]
             if message is not None:
                 self._book(k, "down", message)
             self.engine.lost(k, self.step.exchange, why)
@@ -86,8 +87,7 @@ class Exchange:
                 left.
         """
         engine, step = self.engine, self.step
-        selective = getattr(self.method, "selective", False)
-        messages = {k: message_for(outgoing, k, selective) for k in self.participants}
+        messages = messages_for(outgoing, self.participants, getattr(self.method, "selective", False))
         sent: dict[int, Message] = {k: message for k, message in messages.items() if message is not None}
         answers = self._answers(sent)
         while True:
@@ -269,21 +269,29 @@ def bounded(answer: Message, start: Tensor, config: RunConfig, info: dict[str, A
     return {**answer, "parameters": (start + update * (clip / norm)).to(answer["parameters"])}, ""
 
 
-def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
-    """The client's message out of what ``send`` returned: one message for all clients, or a dict by client id.
+def messages_for(outgoing: Any, clients: Iterable[int], selective: bool = False) -> dict[int, Message | None]:
+    """The clients' messages out of what ``send`` returned: one message for all clients, or a dict by client id.
 
     Args:
         outgoing: what ``send`` returned.
-        client: the client's id.
-        selective: whether ``send`` may leave the client out, or return None for all clients.  The result is then None.
+        clients: ids of the clients.
+        selective: whether ``send`` may leave clients out, or return None for all clients.  The message of such a client
+            is None.
 
     Raises:
         ValueError: a client has no message, and the method is not ``selective``.
     """
-    if outgoing is None and selective:
-        return None
-    if outgoing and all(isinstance(key, int) for key in outgoing):
-        if client not in outgoing and not selective:
-            raise ValueError(f"send: expected a message for client {client}, which takes part; given none")
-        return outgoing.get(client)
-    return outgoing
+    # Looked at once for all clients: a message for every client of a large federation is a long dict.
+    if not outgoing or not all(isinstance(key, int) for key in outgoing):
+        return dict.fromkeys(clients, outgoing)
+    found: dict[int, Message | None] = {}
+    for k in clients:
+        if k not in outgoing and not selective:
+            raise ValueError(f"send: expected a message for client {k}, which takes part; given none")
+        found[k] = outgoing.get(k)
+    return found
+
+
+def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
+    """One client's message out of what ``send`` returned (see :func:`messages_for`)."""
+    return messages_for(outgoing, [client], selective)[client]

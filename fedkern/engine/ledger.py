@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from fedkern.methods.base import Step
 from fedkern.methods.uploads import Kept
 
 NUMBER_BYTES = 8
+_COLUMNS = ("up", "down", "one_off_up", "one_off_down")
 
 
 def message_bytes(message: Any) -> int:
@@ -42,11 +43,36 @@ class Ledger:
     one_off_down: list[int] = field(default_factory=list)
     exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
     rounds: dict[str, dict[str, int]] = field(default_factory=dict)
+    # Kept beside the lists, so that a round's bookkeeping does not run over clients that are absent.
+    _totals: dict[str, int] = field(init=False, repr=False, compare=False)
+    _changed: set[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("up", "down", "one_off_up", "one_off_down"):
+        for name in _COLUMNS:
             if not getattr(self, name):
                 setattr(self, name, [0] * self.clients)
+        self._totals = {name: sum(getattr(self, name)) for name in _COLUMNS}
+        self._changed = {k for k in range(self.clients) if any(self._row(k))}
+
+    @classmethod
+    def of_rows(cls, clients: int, rows: Mapping[int, Sequence[int]], totals: Mapping[str, Any]) -> Ledger:
+        """The ledger that :meth:`changed_rows` and :meth:`sums` described.
+
+        Args:
+            clients: number of clients.
+            rows: the last row of every client that has one.
+            totals: what :meth:`sums` returned.
+        """
+        columns = {name: [0] * clients for name in _COLUMNS}
+        for k, row in ((k, row) for k, row in rows.items() if k < clients):
+            for name, value in zip(_COLUMNS, row, strict=True):
+                columns[name][k] = value
+        made = cls(clients, **columns, exchanges=totals["exchanges"], rounds=totals["rounds"])
+        made._changed.clear()
+        return made
+
+    def _row(self, client: int) -> list[int]:
+        return [getattr(self, name)[client] for name in _COLUMNS]
 
     def book(self, client: int, direction: str, message: Any, *, step: Step | None = None) -> int:
         """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes.
@@ -55,7 +81,10 @@ class Ledger:
             step: the communication round and the exchange; None for a one-off exchange.
         """
         size = message_bytes(message)
-        getattr(self, direction if step is not None else f"one_off_{direction}")[client] += size
+        column = direction if step is not None else f"one_off_{direction}"
+        getattr(self, column)[client] += size
+        self._totals[column] += size
+        self._changed.add(client)
         if step is not None:
             self.exchanges.setdefault(step.exchange, {"up": 0, "down": 0})[direction] += size
             self.rounds.setdefault(step.name, {"up": 0, "down": 0})[direction] += size
@@ -63,11 +92,21 @@ class Ledger:
 
     @property
     def total_up(self) -> int:
-        return sum(self.up)
+        return self._totals["up"]
 
     @property
     def total_down(self) -> int:
-        return sum(self.down)
+        return self._totals["down"]
+
+    def changed_rows(self) -> dict[int, list[int]]:
+        """``up``, ``down``, ``one_off_up`` and ``one_off_down`` of every client booked since the last call."""
+        rows = {k: self._row(k) for k in sorted(self._changed)}
+        self._changed.clear()
+        return rows
+
+    def sums(self) -> dict[str, Any]:
+        """What the ledger holds beside the clients' rows."""
+        return {"exchanges": self.exchanges, "rounds": self.rounds}
 
     def summary(self) -> dict[str, Any]:
         """Totals: ``up`` and ``down`` of the rounds, ``one_off_up``, ``one_off_down``, and the ``total`` of these four.
@@ -75,31 +114,12 @@ class Ledger:
         ``clients`` holds the same four per client.  ``exchanges``, where there are several names of exchanges, holds
         ``up`` and ``down`` of each.
         """
-        one_off_up, one_off_down = sum(self.one_off_up), sum(self.one_off_down)
         return {
-            "up": self.total_up,
-            "down": self.total_down,
-            "one_off_up": one_off_up,
-            "one_off_down": one_off_down,
-            "total": self.total_up + self.total_down + one_off_up + one_off_down,
+            **self._totals,
+            "total": sum(self._totals.values()),
             **({"exchanges": self.exchanges} if len(self.exchanges) > 1 else {}),
-            "clients": {
-                str(k): {
-                    "up": self.up[k],
-                    "down": self.down[k],
-                    "one_off_up": self.one_off_up[k],
-                    "one_off_down": self.one_off_down[k],
-                }
-                for k in range(self.clients)
-            },
+            "clients": {str(k): dict(zip(_COLUMNS, self._row(k), strict=True)) for k in range(self.clients)},
         }
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "up": self.up,
-            "down": self.down,
-            "one_off_up": self.one_off_up,
-            "one_off_down": self.one_off_down,
-            "exchanges": self.exchanges,
-            "rounds": self.rounds,
-        }
+        return {name: getattr(self, name) for name in _COLUMNS} | self.sums()

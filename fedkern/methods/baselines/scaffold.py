@@ -115,12 +115,13 @@ class Scaffold(FedAvg):
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         samples = server.federation.samples
         uniform = self.options.weighting == "uniform"
-        shares = [1 / len(samples) if uniform else n / sum(samples) for n in samples]
+        total = sum(samples)
         change, present = server.accumulator(server.state["control"].numel()), 0.0
 
         def add_control(upload: Upload) -> Upload:
             nonlocal present
-            own = shares[upload.client_id] if upload.share is None else upload.share
+            share = 1 / len(samples) if uniform else samples[upload.client_id] / total
+            own = share if upload.share is None else upload.share
             change.add(upload.message["control"], own)
             present += own
             return upload

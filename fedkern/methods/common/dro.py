@@ -144,7 +144,7 @@ class Robust(LocalTraining):
     def assign(self, server: Server) -> dict[ClientId, Message]:
         """Messages of the training exchange: a client's weight, and the model unless the client already holds it."""
         vectors = vectors_of(server.state)
-        known: list[int] = server.state["current"]
+        known = set(server.state["current"])
         return {k: own if k in known else {**vectors, **own} for k, own in self.shares(server).items()}
 
     def shares(self, server: Server) -> dict[ClientId, Message]:
@@ -171,9 +171,10 @@ class Robust(LocalTraining):
     def learn(self, server: Server, uploads: Iterable[Upload]) -> None:
         """Updates the weights with one ascent step on the reported losses, and reports figures of both."""
         losses = np.full(server.federation.clients, np.nan)
-        server.state["current"] = []
+        current: list[int] = []
+        server.state["current"] = current
         for upload in uploads:
-            server.state["current"] = [*server.state["current"], upload.client_id]
+            current.append(upload.client_id)
             losses[upload.client_id] = upload.message["loss"]
         known = losses[~np.isnan(losses)]
         if not len(known):

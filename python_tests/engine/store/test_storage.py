@@ -177,6 +177,23 @@ def test_ledger_counts_tensors_numbers_and_texts():
     assert Ledger(2, **ledger.to_dict()).summary() == summary
 
 
+def test_ledger_tells_what_has_changed():
+    ledger, rows = Ledger(1000), {}
+    for number in range(1, 30):
+        step = Step(number, "train", "update")
+        ledger.book(number % 7, "up", 1.0, step=step)
+        ledger.book(900, "down", "abc")
+        changed = ledger.changed_rows()
+        assert list(changed) == [number % 7, 900]
+        rows |= changed
+    assert (ledger.total_up, ledger.total_down) == (29 * 8, 0)
+    again = Ledger.of_rows(1000, rows, ledger.sums())
+    assert again == ledger
+    assert again.summary() == ledger.summary()
+    assert again.changed_rows() == {}
+    assert list(Ledger(1000, **ledger.to_dict()).changed_rows()) == [0, 1, 2, 3, 4, 5, 6, 900]
+
+
 def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit):
     first = Checkpoints(tmp_path)
     assert first.open() is None
