@@ -79,8 +79,8 @@ def check_text(text: str, what: str) -> None:
         ) from None
 
 
-def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None:
-    """Lets ``fill`` write ``temporary``, flushes it to the disk and renames it to ``path``.
+def replace(path: Path, fill: Callable[[Path], object], temporary: Path, *, durable: bool = True) -> None:
+    """Lets ``fill`` write ``temporary``, flushes it to the disk if ``durable``, and renames it to ``path``.
 
     The file gets the mode that the user's umask allows, even if the library that writes the file makes it private.
 
@@ -92,14 +92,16 @@ def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None
         mode = temporary.stat().st_mode
         fill(temporary)
         temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -98,6 +98,14 @@ class Teachers:
         except UserError as error:
             raise UserError(f"--teachers: {error}") from None
 
+    @cached_property
+    def _files(self) -> tuple[dict[int, str], dict[str, int]]:
+        """The files of the clients' states in that checkpoint, and the CRC-32 of all of its files."""
+        try:
+            return Checkpoints(self.root).files_of(self._entry) if self._entry is not None else ({}, {})
+        except UserError as error:
+            raise UserError(f"--teachers: {error}") from None
+
     def _load_of_run(self, client: int, module: nn.Module) -> None:
         self._asked_run = True
         vectors = self._of_run(client)
@@ -131,14 +139,14 @@ class Teachers:
         entry = self._entry
         if entry is None:
             return None
-        own = entry["clients"].get(str(client))
-        kept = None if own is None else self._part(entry, own, "teacher")
-        return self._part(entry, entry["server"], "members", client) if kept is None else kept
+        own = self._files[0].get(client)
+        kept = None if own is None else self._part(own, "teacher")
+        return self._part(entry["server"], "members", client) if kept is None else kept
 
-    def _part(self, entry: Mapping[str, Any], name: str, *keys: str | int) -> Any:
+    def _part(self, name: str, *keys: str | int) -> Any:
         path = self.root / FOLDER / name
         # All members of an ensemble are in one file, whose checksum is computed only once.
-        if name not in self._sound and checksum(path) != entry["files"].get(name):
+        if name not in self._sound and checksum(path) != self._files[1].get(name):
             raise UserError(f"--teachers: {path} is missing or damaged: bring the networks of another run.")
         self._sound.add(name)
         try:

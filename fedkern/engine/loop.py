@@ -93,7 +93,7 @@ class Run:
         self._pooling = Pooling(self.method, on=config.buffers == "pool")
         self.ledger = Ledger(config.trained_clients)
         self._scribe = Scribe()
-        self.checkpoints = Checkpoints(out, self._scribe)
+        self.checkpoints = Checkpoints(out, self._scribe, config.trained_clients)
         self.releases: Releases | None = None  # None without differential privacy
         self.private: ClientPrivacy | None = None  # of whole clients
         self.metrics = records.Metrics(out)
@@ -316,11 +316,12 @@ class Run:
         start = time.perf_counter()
         device_use.begin(self.context.device)
         index = -1 - number if entry.one_off else self.done
-        everyone = list(range(self.context.federation.clients))
         if isinstance(entry.participants, tuple):
             participants = list(entry.participants)
+        elif entry.participants == "all":
+            participants = list(range(self.context.federation.clients))
         else:
-            participants = everyone if entry.participants == "all" else self._sample(index)
+            participants = self._sample(index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
@@ -652,7 +653,12 @@ class Run:
         info = self._info(data)
         self.gallery.write()
         self.checkpoints.commit(
-            round=self.done, plan=self.planned, server=self.server.state, info=info, before=self.metrics.sync
+            round=self.done,
+            plan=self.planned,
+            server=self.server.state,
+            info=info,
+            before=self.metrics.sync,
+            booked=self.ledger.changed_rows(),
         )
         if self.releases is not None:
             self.releases.forget(self.checkpoints.entries[0]["plan"])
@@ -660,7 +666,7 @@ class Run:
 
     def _info(self, data: int, finished: bool = False) -> dict[str, Any]:
         info = {
-            "ledger": self.ledger.to_dict(),
+            "ledger": self.ledger.sums() if self.checkpoints.tabled else self.ledger.to_dict(),
             "seconds": self.seconds(),
             "metrics_bytes": self.metrics.size,
             "metrics_sha256": self.metrics.digest,
@@ -710,7 +716,7 @@ class Run:
         self.server.state = self.checkpoints.server_state()
         self.done, self.planned = entry["round"], entry["plan"]
         self.gallery.restore(self.done, info.get("shown_sha256"))
-        self.ledger = Ledger(self.config.trained_clients, **info["ledger"])
+        self.ledger = self._ledger(entry)
         self.observed = diagnostics.Observations(info["observed"])
         self.context.warnings = dict(info["warnings"])
         self._final_warnings = list(info.get("final_warnings", ()))
@@ -732,6 +738,13 @@ class Run:
             )
         for name, text in {**changes(info, self.config), **repairs(self.checkpoints, entry, self.out)}.items():
             self.context.warn(name, text)
+
+    def _ledger(self, entry: Mapping[str, Any]) -> Ledger:
+        """The ledger of a checkpoint."""
+        clients, stored = self.config.trained_clients, entry["info"]["ledger"]
+        if "table" in entry:
+            return Ledger.of_rows(clients, self.checkpoints.booked(), stored)
+        return Ledger(clients, **stored)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

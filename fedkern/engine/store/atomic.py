@@ -24,14 +24,16 @@ LOCK = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write(path: Path, fill: Callable[[Path], object]) -> None:
+def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
     """Lets ``fill`` write a temporary file beside ``path``, flushes it to the disk and renames it to ``path``.
+
+    Without ``durable`` nothing is flushed: the file is complete or absent unless the machine itself stops.
 
     Raises:
         Unwritable: the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
     try:
-        files.replace(path, fill, path.with_name(path.name + TEMPORARY))
+        files.replace(path, fill, path.with_name(path.name + TEMPORARY), durable=durable)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from None
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from fedkern import files
 from fedkern.engine.store import atomic, releases, server_secret, state
+from fedkern.engine.store.client_table import INLINE, ClientTable, Row, read_rows
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, read_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMATS = (1, 2)
+"""Format of a manifest that names the state of every client, and of one whose clients are in a table."""
 KEEP = 2
-_PARTS = {"round": int, "plan": int, "files": dict, "server": str, "clients": dict, "info": dict}
-_OURS = re.compile(r"(server-\d{6}|client-\d{5}-\d{6})\.safetensors(\.part)?|manifest\.json\.part")
+_PARTS = {"round": int, "plan": int, "files": dict, "server": str, "info": dict}
+_OURS = re.compile(
+    r"(server-\d{6,}|client-\d{5,}-\d{6,})\.safetensors(\.part)?|clients-\d{6,}\.jsonl(\.part)?|manifest\.json\.part"
+)
+_TOLD = 3  # damaged files that a message names
 
 
 class Checkpoints:
@@ -37,18 +44,23 @@ class Checkpoints:
     * ``info``: numbers that the engine continues with.
     * ``sum``: CRC-32 of all these; entries of the first versions have none.
 
+    A run of more than `INLINE` clients has ``table`` instead of ``clients``: the place of a :class:`ClientTable`, which
+    names the clients' files with their CRC-32.  ``files`` are then those that are new in this checkpoint.  A commit
+    writes and deletes no more than what has changed, however many clients are absent.
+
     Files carry the round of the plan in their name and are never rewritten.  A file that no kept entry names is deleted
     after the next commit.  Client states stay on disk and are read when their client takes part.
 
     Args:
         out: the run folder.
         scribe: writes files in the background; without it they are written at once.
+        clients: number of clients of a run that commits.
 
     Attributes:
         skipped: names of the damaged parts of checkpoints that are newer than the opened one.
     """
 
-    def __init__(self, out: Path, scribe: Scribe | None = None) -> None:
+    def __init__(self, out: Path, scribe: Scribe | None = None, clients: int = 0) -> None:
         self.folder, self._scribe = out / FOLDER, scribe
         self.entries: list[dict[str, Any]] = []
         self.clients: dict[int, str] = {}
@@ -56,6 +68,19 @@ class Checkpoints:
         self._sums: dict[str, int] = {}
         self._waiting: dict[str, state.Packed] = {}  # to be written
         self._last: Future[None] | None = None  # the last commit
+        self._loose: list[Path] = []  # written, and not yet flushed to the disk
+        self._table = ClientTable(self.folder) if clients > INLINE else None
+        # With a table:
+        self._touched: set[int] = set()  # clients with another file than in the last commit
+        self._unchecked: dict[str, int] = {}  # CRC-32 of files that another process wrote and nobody has read
+        self._server: str | None = None  # the server's file of the last commit
+        self._left: dict[str, None] = {}  # files written before, which the next commit does not need
+        self._due: list[list[str]] = []  # files that no kept entry needs once so many entries are newer
+
+    @property
+    def tabled(self) -> bool:
+        """Whether the clients are in a table, so that a commit takes the ledger's changed rows."""
+        return self._table is not None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -81,9 +106,17 @@ class Checkpoints:
         if not entries:
             raise UserError(f"All checkpoints in {self.folder} are damaged: the run cannot be resumed, start it again.")
         self.entries = entries
-        self.clients = {int(k): name for k, name in entries[-1]["clients"].items()}
-        self._sums = {name: value for entry in entries for name, value in entry["files"].items()}
-        self._collect()
+        self.clients, self._sums = self.files_of(entries[-1])
+        if "table" in entries[-1]:
+            self._table = self._table or ClientTable(self.folder)
+            self._table.open(entries[-1]["table"])
+            self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
+        elif self._table is not None:  # begun by a version without tables
+            self._touched = set(self.clients)
+        needed = [self._needed(entry) for entry in entries]
+        self._server = entries[-1]["server"]
+        self._due = [sorted(before - needed[-1]) for before in needed[:-1]]
+        self._collect(set().union(*needed))
         return entries[-1]
 
     def peek(self) -> dict[str, Any] | None:
@@ -105,14 +138,46 @@ class Checkpoints:
             raise UserError(f"The checkpoint cannot be read: {self.folder / name} is missing or damaged.")
         return self._load(name)
 
+    def files_of(self, entry: Mapping[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
+        """The file of every client's state by client, and the CRC-32 of every file of an entry by name.
+
+        Raises:
+            UserError: the table of the clients is missing or damaged.
+        """
+        if "table" not in entry:
+            return {int(k): name for k, name in entry["clients"].items()}, dict(entry["files"])
+        try:
+            rows = read_rows(self.folder, entry["table"])
+        except ValueError as error:
+            raise UserError(f"The checkpoint cannot be read: {error}.") from None
+        named = {k: row.file for k, row in rows.items() if row.file is not None}
+        sums = {row.file: row.sum for row in rows.values() if row.file is not None and row.sum is not None}
+        return named, {**sums, **entry["files"]}
+
+    def _needed(self, entry: Mapping[str, Any]) -> set[str]:
+        """Names of all files of an entry, as far as they are known."""
+        if "table" not in entry:
+            return set(entry["files"])
+        try:
+            sums = self.files_of(entry)[1]
+        except UserError:  # an older entry, which cannot be resumed from
+            sums = entry["files"]
+        return {*sums, str(entry["table"].get("file"))}
+
+    def booked(self) -> dict[int, Sequence[int]]:
+        """The ledger's row of every client that has one, where clients are in a table."""
+        rows = {} if self._table is None else self._table.rows
+        return {k: row.booked for k, row in rows.items() if row.booked}
+
     def _read_manifest(self) -> list[dict[str, Any]] | None:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
         try:
             manifest = read_json(path)
-            if manifest["format"] != FORMAT:
-                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
+            if manifest["format"] not in FORMATS:
+                known = " and ".join(map(str, FORMATS))
+                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {known}.")
             entries = list(manifest["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
@@ -123,7 +188,21 @@ class Checkpoints:
         return sound
 
     def _damaged(self, entry: dict[str, Any]) -> list[str]:
-        return [name for name, value in entry["files"].items() if checksum(self.folder / name) != value]
+        """Names of files that are missing or damaged.
+
+        With a table, the files that are new in the entry are read, and the others only looked for: an older entry needs
+        them too, so nothing is won by reading them before their clients work.
+        """
+        bad = [name for name, value in entry["files"].items() if checksum(self.folder / name) != value]
+        if "table" not in entry:
+            return bad
+        try:
+            rows = read_rows(self.folder, entry["table"])
+        except ValueError:
+            return [*bad, str(entry["table"].get("file", "the table of clients"))]
+        there = {path.name for path in self.folder.iterdir()}
+        bad += sorted({row.file for row in rows.values() if row.file is not None} - there - set(entry["files"]))
+        return bad if len(bad) <= _TOLD else [*bad[:_TOLD], f"{len(bad) - _TOLD:,} more"]
 
     def server_state(self) -> dict[str, Any]:
         """The server's state of the newest entry."""
@@ -147,6 +226,10 @@ class Checkpoints:
     def _load(self, name: str) -> dict[str, Any]:
         if (waiting := self._waiting.get(name)) is not None:
             return dict(waiting.state())
+        known = self._unchecked.pop(name, None)
+        if known is not None and checksum(self.folder / name) != known:
+            path = self.folder / name
+            raise UserError(f"{path} is missing or damaged: put the file back, or start the run again.")
         try:
             return state.load(self.folder / name)
         except ValueError as error:
@@ -176,10 +259,21 @@ class Checkpoints:
 
     def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
         """Writes a client's new state, which becomes part of the checkpoint with the next commit."""
+        before = self.clients.get(client)
         if content:
             self.clients[client] = self._write(f"client-{client:05d}-{plan:06d}.safetensors", content)
         else:
             self.clients.pop(client, None)
+        if self._table is not None:
+            self._touched.add(client)
+            self._leave(before, self.clients.get(client))
+
+    def _leave(self, before: str | None, now: str | None) -> None:
+        """Notes that the next commit needs the file ``now`` in the place of ``before``."""
+        if before is not None:
+            self._left[before] = None
+        if now is not None:
+            self._left.pop(now, None)
 
     def commit(
         self,
@@ -189,6 +283,7 @@ class Checkpoints:
         server: dict[str, Any],
         info: dict[str, Any],
         before: Callable[[], object] = lambda: None,
+        booked: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Writes the server's state and makes it, with all client states, the newest checkpoint.
 
@@ -196,20 +291,86 @@ class Checkpoints:
             round, plan, info: of the entry.
             server: the server's state.
             before: called first; makes durable the other files that the entry refers to.
+            booked: the rows of the byte ledger that have changed since the last commit, by client, for the table.
         """
         if self._scribe is not None and self._last is not None:
             self._scribe.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
         name = self._write(f"server-{plan:06d}.safetensors", server)
-        clients = {str(k): file for k, file in sorted(self.clients.items())}
+        left = self._leaving(name)
+        add = self._adder(plan, booked or {}, left) if self._table is not None else None
+        clients = {} if add is not None else {str(k): file for k, file in sorted(self.clients.items())}
 
         def enter() -> None:
             before()
-            files = {file: self._sums[file] for file in [name, *clients.values()]}
-            entry = {"round": round, "plan": plan, "files": files, "server": name, "clients": clients, "info": info}
+            self._flush()
+            entry: dict[str, Any]
+            if add is None:
+                sums = {file: self._sums[file] for file in [name, *clients.values()]}
+                entry = {"round": round, "plan": plan, "files": sums, "server": name, "clients": clients, "info": info}
+            else:
+                fresh, place = add()
+                sums = {name: self._sums[name], **fresh}
+                entry = {"round": round, "plan": plan, "files": sums, "server": name, "table": place, "info": info}
             self._write_manifest([*self.entries, entry][-KEEP:])
-            self._collect(clients.values())
+            if add is None:
+                self._collect(clients.values())
+            else:
+                self._drop(left)
 
         self._last = self._do(enter)
+
+    def _adder(
+        self, plan: int, booked: Mapping[int, Sequence[int]], left: list[str]
+    ) -> Callable[[], tuple[dict[str, int], dict[str, Any]]]:
+        """A function that adds to the table what has changed since the last commit.
+
+        It returns the CRC-32 of the new files by name, and the table's place.  A table's file that it replaces goes to
+        ``left``.
+        """
+        named = {k: self.clients.get(k) for k in {*self._touched, *booked}}
+        self._touched.clear()
+
+        def add() -> tuple[dict[str, int], dict[str, Any]]:
+            assert self._table is not None
+            rows = {}
+            for k, file in named.items():
+                old = self._table.rows.get(k, Row())
+                total = None if file is None else self._sums.get(file, old.sum)
+                rows[k] = Row(file, total, tuple(booked.get(k, old.booked)))
+            fresh = {file: self._sums[file] for file in named.values() if file is not None and file in self._sums}
+            before = self._table.file
+            place = self._table.add(plan, rows)
+            if before is not None and before != place["file"]:
+                left.append(before)
+            return fresh, place
+
+        return add
+
+    def _leaving(self, server: str) -> list[str]:
+        """The files that a commit whose server state is in ``server`` does not need, and the one before may need."""
+        self._leave(self._server, server)
+        self._server, left, self._left = server, list(self._left), {}
+        return left
+
+    def _flush(self) -> None:
+        """Flushes files and their names to the disk that were written in the background."""
+        loose, self._loose = self._loose, []
+        for path in loose:
+            try:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise atomic.unwritable(path, error) from None
+        if loose:
+            files.sync_folder(self.folder)
+
+    def _drop(self, left: list[str]) -> None:
+        """Deletes what no kept entry needs any more, after a commit that no longer needs the files ``left``."""
+        self._sums.clear()  # those of clients are in the table now
+        self._due.append(left)
+        while len(self._due) >= KEEP:
+            for name in self._due.pop(0):
+                (self.folder / name).unlink(missing_ok=True)
 
     def amend(self, info: dict[str, Any]) -> None:
         """Replaces ``info`` of the newest checkpoint, at once; the checkpoint's files stay."""
@@ -219,16 +380,20 @@ class Checkpoints:
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
         entries = [{**entry, "sum": _sum(entry)} for entry in entries]
-        text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
+        text = json.dumps({"format": FORMATS[any("table" in entry for entry in entries)], "entries": entries}, indent=1)
         atomic.write_bytes(self.folder / MANIFEST, text.encode())
         self.entries = entries
 
     def _write(self, name: str, content: dict[str, Any]) -> str:
-        path, packed = self.folder / name, state.Packed(content)
+        # In the background the disk is waited for once, before the commit, and not for every file.
+        path, at_once = self.folder / name, self._scribe is None
+        packed = state.Packed(content, durable=at_once)
         self._waiting[name] = packed
 
         def write() -> None:
             packed.save(path)
+            if not at_once:
+                self._loose.append(path)
             crc = checksum(path)
             if crc is None:
                 raise UserError(f"{path} vanished while it was written.")
@@ -289,6 +454,8 @@ def _sum(entry: dict[str, Any]) -> int:
 def _sound(entry: Any) -> bool:
     """Whether an entry of a manifest is undamaged."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in _PARTS.items()):
+        return False
+    if not isinstance(entry.get("table", entry.get("clients")), dict):
         return False
     return "sum" not in entry or entry["sum"] == _sum(entry)
 

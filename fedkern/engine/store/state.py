@@ -38,6 +38,10 @@ def save(path: Path, state: dict[Any, Any]) -> None:
 class Packed:
     """A copy of a state, which can be written while the state itself changes.
 
+    Args:
+        state: see :func:`save`.
+        durable: whether the file is on the disk when it is written; else the caller flushes file and folder.
+
     Attributes:
         size: bytes of its tensors.
 
@@ -45,7 +49,8 @@ class Packed:
         TypeError: see :func:`save`.
     """
 
-    def __init__(self, state: dict[Any, Any]) -> None:
+    def __init__(self, state: dict[Any, Any], *, durable: bool = True) -> None:
+        self._durable = durable
         self._tensors: dict[str, Tensor] = {}
         self._tree = json.dumps(_pack(state, self._tensors, "state"), allow_nan=False)
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
@@ -56,7 +61,11 @@ class Packed:
 
     def save(self, path: Path) -> None:
         """Writes the copy (see :func:`save`)."""
-        atomic.write(path, lambda temporary: save_file(self._tensors, temporary, metadata={TREE: self._tree}))
+        atomic.write(
+            path,
+            lambda temporary: save_file(self._tensors, temporary, metadata={TREE: self._tree}),
+            durable=self._durable,
+        )
 
 
 def load(path: Path) -> dict[Any, Any]:

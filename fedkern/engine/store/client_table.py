@@ -1,0 +1,166 @@
+"""Table of many clients in the checkpoints: a file that grows by the clients of a round, not by all clients.
+
+A manifest with all clients would be written anew at every commit, however few clients a round has.  The table is a file
+of JSON lines instead.  Its first line holds the row of every client that has one, and every commit adds a line with the
+rows that have changed.  The manifest says how many bytes of the file belong to a checkpoint.
+
+A table that has grown to twice its first line is begun anew in another file.  On average a commit therefore writes a
+few times the rows that have changed, and the file is at most a few times as long as the rows of all clients.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine.store import atomic
+from fedkern.inputs import open_regular, parse_json
+
+INLINE = 256
+"""Most clients of a run whose rows stand in the manifest itself."""
+SLACK = 1 << 16
+"""Bytes of changes that a table may hold whatever the length of its first line."""
+TABLE = re.compile(r"clients-\d{6,}\.jsonl")
+STATE = re.compile(r"client-\d{5,}-\d{6,}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a checkpoint knows of a client.
+
+    Attributes:
+        file: name of the file with the client's state; None where the client has no state.
+        sum: CRC-32 of that file.
+        booked: the client's row of the byte ledger (`fedkern.engine.ledger.Ledger.changed_rows`).
+    """
+
+    file: str | None = None
+    sum: int | None = None
+    booked: tuple[int, ...] = ()
+
+
+class ClientTable:
+    """The table of a run.
+
+    Args:
+        folder: the folder of the checkpoints.
+
+    Attributes:
+        rows: the present row of every client that has one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.rows: dict[int, Row] = {}
+        self._place: dict[str, Any] | None = None
+        self._first = 0  # bytes of the file's first line
+
+    @property
+    def file(self) -> str | None:
+        """Name of the table's file; None where there is none yet."""
+        return None if self._place is None else str(self._place["file"])
+
+    def open(self, place: Mapping[str, Any]) -> None:
+        """Takes the table as it was at a checkpoint; what was added after it is dropped.
+
+        Args:
+            place: what :meth:`add` returned.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        content = _content(self._folder, place)
+        self.rows, self._place = _rows(content, place), dict(place)
+        self._first = content.find(b"\n") + 1
+
+    def add(self, plan: int, rows: Mapping[int, Row]) -> dict[str, Any]:
+        """Adds rows that have changed; they are on the disk when the call returns.
+
+        Args:
+            plan: rounds of the plan done, for the name of a new file.
+            rows: the new rows by client.
+
+        Returns:
+            ``file``, the name of the file; ``bytes`` of it that belong to the table; ``sum``, their CRC-32.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self.rows.update(rows)
+        line = _line(rows)
+        place = self._place
+        if place is None or place["bytes"] + len(line) > 2 * self._first + SLACK:
+            line = _line(self.rows)
+            place = {"file": f"clients-{plan:06d}.jsonl", "bytes": 0, "sum": 0}
+            atomic.write_bytes(self._folder / place["file"], line)
+            self._first = len(line)
+        else:
+            path = self._folder / place["file"]
+            try:
+                with path.open("r+b") as file:
+                    file.truncate(place["bytes"])  # an interrupted commit may have left a line
+                    file.seek(place["bytes"])
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise atomic.unwritable(path, error) from None
+        self._place = {**place, "bytes": place["bytes"] + len(line), "sum": zlib.crc32(line, place["sum"])}
+        return dict(self._place)
+
+
+def read_rows(folder: Path, place: Any) -> dict[int, Row]:
+    """The rows of the table at a checkpoint, read without changing the folder.
+
+    Args:
+        folder: the folder of the checkpoints.
+        place: the checkpoint's entry ``table``.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    return _rows(_content(folder, place), place)
+
+
+def _content(folder: Path, place: Any) -> bytes:
+    try:
+        name, size, total = str(place["file"]), int(place["bytes"]), int(place["sum"])
+        if not TABLE.fullmatch(name):
+            raise ValueError("it is no table of clients")
+        with open_regular(folder / name) as file:
+            content = file.read(size) if 0 < size <= os.fstat(file.fileno()).st_size else b""
+        if not content or zlib.crc32(content) != total:
+            raise ValueError("it is not what the run wrote")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _named(place)} is missing or damaged: {error}") from None
+    return content
+
+
+def _named(place: Any) -> str:
+    return str(place.get("file", "clients.jsonl")) if isinstance(place, Mapping) else "clients.jsonl"
+
+
+def _rows(content: bytes, place: Mapping[str, Any]) -> dict[int, Row]:
+    rows: dict[int, Row] = {}
+    try:
+        for line in content.splitlines():
+            for client, (file, total, booked) in parse_json(line.decode()).items():
+                if file is not None and not (STATE.fullmatch(file) and type(total) is int):
+                    raise ValueError(f"{file} is no file of a client's state")
+                if len(booked) not in (0, 4):
+                    raise ValueError(f"client {client} has no row of the byte ledger")
+                rows[int(client)] = Row(file, total, tuple(int(value) for value in booked))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place['file']} is damaged: {error}") from None
+    return rows
+
+
+def _line(rows: Mapping[int, Row]) -> bytes:
+    table = {str(k): [row.file, row.sum, list(row.booked)] for k, row in sorted(rows.items())}
+    return (json.dumps(table) + "\n").encode()

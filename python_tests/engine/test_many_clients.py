@@ -1,0 +1,463 @@
+"""Runs with many clients of which few work in a round: what a round costs does not depend on those that are absent."""
+
+import gc
+import json
+import os
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome, without
+
+from fedkern import files
+from fedkern.data import FederatedData
+from fedkern.engine import Listener, RunConfig, context, exchange, run
+from fedkern.engine.evaluate import _alike
+from fedkern.engine.loop import Run
+from fedkern.engine.store import checkpoints as module
+from fedkern.engine.store import client_table
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.client_table import ClientTable
+from fedkern.engine.store.scribe import Scribe
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+
+WORKING = 5
+STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}
+
+
+@pytest.fixture
+def make_many(make_data):
+    """Clients of one or two samples each."""
+
+    def make(clients):
+        return make_data(sizes=tuple(1 + k % 2 for k in range(clients)), masked=False)
+
+    return make
+
+
+@pytest.fixture
+def small(make_config):
+    def make(clients, method="fedavg", **settings):
+        plain = {"clients": clients, "sample_fraction": WORKING / clients, **STATEFUL}
+        return make_config(method, **{**plain, **settings})
+
+    return make
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Names and bytes of everything that is written completely or not at all, and of what tables are lengthened by."""
+    found = []
+    rename, add = files.replace, ClientTable.add
+
+    def replaced(path, fill, temporary, **settings):
+        rename(path, fill, temporary, **settings)
+        found.append((path.name, path.stat().st_size))
+
+    def added(self, plan, rows):
+        before = self._place
+        place = add(self, plan, rows)
+        if before is not None and before["file"] == place["file"]:
+            found.append((place["file"], place["bytes"] - before["bytes"]))
+        return place
+
+    monkeypatch.setattr(files, "replace", replaced)
+    monkeypatch.setattr(ClientTable, "add", added)
+    return found
+
+
+def played(config, data, out, written):
+    written.clear()
+    run(config, out=out, data=data)
+    return [(name, size) for name, size in written if name.startswith(("client", "server", "manifest"))]
+
+
+def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small, tmp_path, written):
+    rounds, totals = 24, {}
+    for clients in (300, 900):
+        found = played(small(clients, rounds=rounds), make_many(clients), tmp_path / str(clients), written)
+        states = [name for name, _ in found if name.startswith("client-")]
+        assert len(states) == rounds * WORKING
+        others = len(found) - len(states)
+        assert others <= 3 * rounds + 1  # server, manifest and table, and the manifest of the end
+        totals[clients] = sum(size for _, size in found)
+        largest = max(size for name, size in found if name == "manifest.json")
+        assert largest < 40_000
+    assert totals[900] < 1.03 * totals[300]
+
+
+@pytest.mark.parametrize("slack", [0, 1 << 16])
+def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_table, "SLACK", slack)  # without any, tables are begun anew all the time
+    run(small(300, rounds=30), out=tmp_path, data=make_many(300))
+    checkpoints = Checkpoints(tmp_path)
+    entry = checkpoints.peek()
+    named, _ = checkpoints.files_of(entry)
+    there = {path.name for path in checkpoints.folder.iterdir()}
+    states = {name for name in there if name.startswith("client-")}
+    assert set(named.values()) <= states
+    assert len(states) <= len(named) + WORKING  # those of the checkpoint before, of clients that have worked again
+    assert len(there - states) <= 2 + 1 + 2  # two servers, the manifest, a table or two
+    assert entry["table"]["file"] in there
+    assert "clients" not in entry
+    assert len(entry["files"]) == WORKING + 1
+    assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == 2
+
+
+class Watch(Listener):
+    """Descriptors of the process, and the lengths of what the run holds, after some of its rounds."""
+
+    def __init__(self, marks, running):
+        self.marks, self.running, self.descriptors, self.lengths = marks, running, [], []
+
+    def on_round(self, record):
+        if record["round"] in self.marks:
+            self.descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
+            self.lengths.append(lengths(self.running[0]))
+
+
+def lengths(run):
+    """The length of every list, dict, set and deque that a run's own objects hold, by attribute."""
+    found, seen, todo = {}, set(), deque([("run", run)])
+    while todo:
+        where, value = todo.popleft()
+        if id(value) in seen or isinstance(value, (torch.Tensor, FederatedData, str)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, dict, set, deque)):
+            found[where] = len(value)
+        elif type(value).__module__.startswith("fedkern.engine"):
+            todo += [(f"{where}.{name}", each) for name, each in getattr(value, "__dict__", {}).items()]
+    return found
+
+
+ROWS_OF_CLIENTS = {
+    "run.checkpoints._table.rows",  # a row per client that ever worked
+    "run.checkpoints.clients",
+    "run.context._clients",  # up to PREPARED
+}
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path, monkeypatch):
+    running = []
+    go = Run.go
+
+    def noted(self):
+        running.append(self)
+        return go(self)
+
+    monkeypatch.setattr(Run, "go", noted)
+    watch = Watch((10, 20, 30), running)
+    run(small(500, rounds=31, workers=workers), out=tmp_path, data=make_many(500), listener=watch)
+    first, *_, last = watch.lengths
+    assert "run.checkpoints._due" in first
+    grown = {name for name, length in last.items() if length > first.get(name, 0) + 3 * WORKING}
+    assert grown <= ROWS_OF_CLIENTS
+    assert {"run.checkpoints._table.rows"} <= grown  # the test would see it
+    assert watch.descriptors[-1] <= watch.descriptors[0] + 3  # a file may be on its way to the disk
+
+
+def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkeypatch):
+    """Where a round has few of many clients; the bits are those of images that are all kept."""
+    data, config = make_many(40), small(40, rounds=25, sample_fraction=1 / 40)
+    running, kept = [], []
+    go = Run.go
+    monkeypatch.setattr(Run, "go", lambda self: (running.append(self), go(self))[1])
+
+    class Prepared(Listener):
+        def on_round(self, record):
+            kept.append(len(running[-1].context._clients))
+
+    run(config, out=tmp_path / "all", data=data, listener=Prepared())
+    assert max(kept) > 12
+    kept.clear()
+    monkeypatch.setattr(context, "PREPARED", 2)
+    run(config, out=tmp_path / "few", data=data, listener=Prepared())
+    assert max(kept) == 10  # the clients of ten rounds
+    assert outcome(tmp_path / "few") == outcome(tmp_path / "all")
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
+def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
+    data, config = make_many(300), small(300, rounds=6)
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt(*at))
+    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_around_every_file(when, make_many, small, tmp_path, monkeypatch):
+    data, config = make_many(300), small(300, rounds=3, checkpoint_every=2)
+    run(config, out=tmp_path / "whole", data=data)
+    for count in range(12):
+        real, seen, cut = Path.replace, [], tmp_path / f"cut{count}"
+
+        def replace(self, target, real=real, seen=seen, count=count):
+            if len(seen) == count and when == "before":
+                raise Kill
+            result = real(self, target)
+            seen.append(str(target))
+            if len(seen) == count + 1 and when == "after":
+                raise Kill
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            with pytest.raises(Kill):
+                run(config, out=cut, data=data)
+        again = (cut / "config.toml").exists()
+        run(RunConfig.load(cut) if again else config, out=cut, resume=again, data=data)
+        assert outcome(cut) == outcome(tmp_path / "whole")
+
+
+@pytest.fixture
+def cut(make_many, small, tmp_path):
+    """A run of 300 clients and six rounds that was killed in the last."""
+    out = tmp_path / "cut"
+    with pytest.raises(Kill):
+        run(small(300, rounds=6), out=out, data=make_many(300), listener=KillAt("round-start", 5))
+    return out
+
+
+def go_on(out, data):
+    return run(RunConfig.load(out), out=out, resume=True, data=data)
+
+
+def test_states_of_absent_clients_are_read_when_they_work(cut, monkeypatch):
+    read = []
+    checksum = module.checksum
+    monkeypatch.setattr(module, "checksum", lambda path: (read.append(path.name), checksum(path))[1])
+    checkpoints = Checkpoints(cut)
+    entry = checkpoints.open()
+    assert sorted(read) == sorted(entry["files"])
+    assert len(checkpoints.clients) > WORKING
+    absent = next(k for k, name in checkpoints.clients.items() if name not in entry["files"])
+    read.clear()
+    for _ in range(2):
+        assert checkpoints.client_state(absent)["buffers_local"]
+    assert read == [checkpoints.clients[absent]]  # a file of another process is checked once
+
+
+def test_a_damaged_state_is_named_when_its_client_works(cut):
+    checkpoints = Checkpoints(cut)
+    entry = checkpoints.open()
+    absent, name = next((k, name) for k, name in checkpoints.clients.items() if name not in entry["files"])
+    path = checkpoints.folder / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=rf"{name} is missing or damaged: put the file back, or start the run again"):
+        checkpoints.client_state(absent)
+
+
+def test_a_lost_state_is_named_before_the_run_goes_on(cut, make_many):
+    checkpoints = Checkpoints(cut)
+    entry = checkpoints.open()
+    for name in checkpoints.clients.values():
+        if name not in entry["files"]:
+            (checkpoints.folder / name).unlink()
+    with pytest.raises(UserError, match=r"All checkpoints in .* are damaged"):
+        go_on(cut, make_many(300))
+
+
+def test_a_cut_table_falls_back_to_the_checkpoint_before(cut, make_many, small, tmp_path):
+    run(small(300, rounds=6), out=tmp_path / "whole", data=make_many(300))
+    newest = Checkpoints(cut).peek()
+    path = cut / "checkpoints" / newest["table"]["file"]
+    path.write_bytes(path.read_bytes()[:-5])
+    go_on(cut, make_many(300))
+    found = outcome(cut)
+    assert path.name in found[2]["diagnostics"]["damaged-checkpoint"]
+    assert without(found, "damaged-checkpoint") == outcome(tmp_path / "whole")
+
+
+def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many, small, tmp_path):
+    run(small(300, rounds=6), out=tmp_path / "whole", data=make_many(300))
+    path = cut / "checkpoints" / Checkpoints(cut).peek()["table"]["file"]
+    with path.open("a") as file:
+        file.write('{"0": ["client-00000-0000')
+    go_on(cut, make_many(300))
+    assert outcome(cut) == outcome(tmp_path / "whole")
+
+
+def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, tmp_path, monkeypatch):
+    data, config = make_many(300), small(300, rounds=6)
+    run(config, out=tmp_path / "whole", data=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "INLINE", 1000)
+        with pytest.raises(Kill):
+            run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 3))
+    assert "table" not in Checkpoints(tmp_path / "cut").peek()
+    go_on(tmp_path / "cut", data)
+    entry = Checkpoints(tmp_path / "cut").peek()
+    assert "clients" not in entry
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_bytes_of_every_client_survive(make_many, small, tmp_path):
+    """The ledger's rows come from the table, those of clients without a state too."""
+    data, config = make_many(300), small(300, rounds=6, buffers="average")
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 4))
+    go_on(tmp_path / "cut", data)
+    sent = [json.loads((tmp_path / name / "summary.json").read_text())["bytes"] for name in ("whole", "cut")]
+    assert sent[0] == sent[1]
+    assert sum(each["up"] > 0 for each in sent[0]["clients"].values()) > WORKING
+
+
+def test_a_finished_run_is_extended(make_many, small, tmp_path):
+    from fedkern.engine.store.extending import extend
+
+    data = make_many(300)
+    run(small(300, rounds=4), out=tmp_path / "longer", data=data)
+    run(extend(tmp_path / "longer", 6), out=tmp_path / "longer", resume=True, data=data)
+    run(small(300, rounds=6), out=tmp_path / "whole", data=data)
+    model, _, summary = outcome(tmp_path / "longer")
+    assert (model, summary["bytes"]) == (outcome(tmp_path / "whole")[0], outcome(tmp_path / "whole")[2]["bytes"])
+
+
+@pytest.mark.parametrize("slack", [0, 1 << 16])
+def test_what_is_written_beside_the_rounds_is_what_is_written_at_once(slack, commit, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_table, "SLACK", slack)
+    folders = []
+    for name, beside in (("once", None), ("beside", Scribe())):
+        checkpoints = Checkpoints(tmp_path / name, beside, clients=300)
+        checkpoints.open(fresh=True)
+        for number in range(1, 9):
+            checkpoints.write_client(280, number, {"x": torch.ones(1)} if number % 2 else {})
+            commit(checkpoints, number, (number % 3, 290))
+        checkpoints.settle()
+        if beside is not None:
+            beside.close()
+        folders.append({path.name: path.read_bytes() for path in checkpoints.folder.iterdir()})
+        again = Checkpoints(tmp_path / name)
+        assert again.open()["round"] == 8
+        assert {k: float(again.client_state(k)["x"][0]) for k in (0, 1, 2, 290)} == {0: 6, 1: 7, 2: 8, 290: 8}
+        assert again.client_state(280) == {}
+    assert folders[0] == folders[1]
+
+
+# -- work over all clients ---------------------------------------------------------------------------------------------
+
+
+class Counted(dict):
+    looks = 0
+
+    def __iter__(self):
+        self.looks += 1
+        return super().__iter__()
+
+
+def test_messages_of_all_clients_are_looked_through_once():
+    outgoing = Counted({k: {"n": k} for k in range(100)})
+    found = exchange.messages_for(outgoing, range(0, 100, 2))
+    assert found == {k: {"n": k} for k in range(0, 100, 2)}
+    assert outgoing.looks == 1
+    assert exchange.messages_for({"x": 1}, [3, 4]) == {3: {"x": 1}, 4: {"x": 1}}
+    assert exchange.messages_for(None, [3], selective=True) == {3: None}
+    assert exchange.message_for(outgoing, 7) == {"n": 7}
+    assert exchange.messages_for({1: {}}, [1, 3], selective=True) == {1: {}, 3: None}
+    with pytest.raises(ValueError, match="a message for client 3"):
+        exchange.messages_for({1: {}}, [1, 3])
+
+
+class Samples(tuple):
+    looks = 0
+
+    def __iter__(self):
+        type(self).looks += 1
+        return super().__iter__()
+
+
+def test_scaffold_adds_the_samples_up_once_a_round(make_many, small, tmp_path, monkeypatch):
+    update = METHODS["scaffold"].server_update
+    looks = []
+
+    def counted(self, server, step, uploads):
+        samples = Samples(server.federation.samples)
+        monkeypatch.setattr(server, "federation", replace(server.federation, samples=samples))
+        Samples.looks = 0
+        update(self, server, step, uploads)
+        looks.append(Samples.looks)
+
+    monkeypatch.setattr(METHODS["scaffold"], "server_update", counted)
+    run(small(300, "scaffold", rounds=2, buffers="average"), out=tmp_path, data=make_many(300))
+    assert max(looks) <= 2
+
+
+def test_own_test_sets_are_measured_once():
+    class Set:
+        looks = 0
+
+        def __len__(self):
+            Set.looks += 1
+            return 2
+
+    sets = _alike({k: Set() for k in range(200)})
+    assert {data.loss_batch for data in sets.values()} == {2}
+    assert Set.looks == 200
+    assert _alike({}) == {}
+
+
+# -- the real size -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["scaffold", "feddyn", "moon"])
+def test_ten_thousand_clients(method, make_many, small, tmp_path):
+    data = make_many(10_000)
+    config = small(10_000, method, rounds=3, sample_fraction=0.01, buffers="average", eval_every=3)
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 2))
+    go_on(tmp_path / "cut", data)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    states = list((tmp_path / "whole" / "checkpoints").glob("client-*"))
+    assert 200 < len(states) <= 300
+    assert (tmp_path / "whole" / "checkpoints" / "manifest.json").stat().st_size < 500_000
+
+
+@pytest.mark.slow
+def test_a_thousand_rounds(make_many, small, tmp_path):
+    """Memory, descriptors, files and the time of a round are those of round 300 in round 1,000."""
+
+    class Meter(Listener):
+        essential = True
+
+        def __init__(self):
+            self.used, self.rows = [], {}
+
+        def on_round(self, record):
+            self.used.append(time.process_time())
+            if record["round"] % 100 == 0:
+                gc.collect()
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                self.rows[record["round"]] = (
+                    pages * os.sysconf("SC_PAGE_SIZE"),
+                    len(list(Path("/proc/self/fd").iterdir())),
+                    len(list((tmp_path / "checkpoints").iterdir())),
+                )
+
+    meter = Meter()
+    config = small(10_000, "scaffold", rounds=1000, sample_fraction=0.01, buffers="average", eval_every=100)
+    run(config, out=tmp_path, data=make_many(10_000), listener=meter)
+    early, late = meter.rows[300], meter.rows[1000]
+    assert late[0] < 1.05 * early[0]
+    assert abs(late[1] - early[1]) <= 3  # a file may be on its way to the disk
+    assert late[2] <= 10_000 + 2 * 100 + 10
+    rounds = np.diff(meter.used)
+    # What else the processor does makes rounds longer: the fastest tenth of a hundred rounds tells.
+    assert np.quantile(rounds[899:], 0.1) < 1.4 * np.quantile(rounds[200:300], 0.1)
