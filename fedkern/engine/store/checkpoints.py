@@ -219,8 +219,10 @@ class Checkpoints:
 
     def oldest(self, client: int) -> int | None:
         """Rounds of the plan that were done when the oldest kept state of a client was written; None without one."""
-        named = [entry["clients"][str(client)] for entry in self.entries if str(client) in entry["clients"]]
-        named += [self.clients[client]] if client in self.clients else []
+        named = [self.clients[client]] if client in self.clients else []
+        named += [entry["clients"][str(client)] for entry in self.entries if str(client) in entry.get("clients", ())]
+        start = f"client-{client:05d}-"  # with a table, the files that older entries need
+        named += [name for names in (*self._due, self._left) for name in names if name.startswith(start)]
         return min((int(name[-len("000000.safetensors") :][:6]) for name in named), default=None)
 
     def _load(self, name: str) -> dict[str, Any]:
