@@ -171,6 +171,8 @@ class Arrivals:
         self._end = None if timeout is None else time.monotonic() + timeout
         ids = list(grid.push_messages(messages))
         self._pending = [name for name in ids if name]
+        asked = [message.metadata.dst_node_id for message in messages]
+        self._asked = dict(zip(ids, asked, strict=False))
         if len(self._pending) < len(messages):
             log(WARNING, "%s of %s messages could not be sent.", len(messages) - len(self._pending), len(messages))
 
@@ -183,6 +185,7 @@ class Arrivals:
             for begin in range(0, len(self._pending), self._group):
                 found = list(self._grid.pull_messages(self._pending[begin : begin + self._group]))
                 answered.update(reply.metadata.reply_to_message_id for reply in found)
+                self._name_nodes(found)
                 while found:
                     yield found.pop(0)  # not kept in a name, which would outlive the caller's use of the reply
             self._pending = [name for name in self._pending if name not in answered]
@@ -190,6 +193,13 @@ class Arrivals:
                 return
             pause = min(_FIRST_PAUSE if answered else 1.5 * pause, longest)
             time.sleep(pause)
+
+    def _name_nodes(self, replies: Sequence[Message]) -> None:
+        """Gives errors that the SuperLink reports for unreachable nodes the numbers of these nodes, not its own."""
+        for reply in replies:
+            node = self._asked.get(reply.metadata.reply_to_message_id)
+            if node is not None and reply.has_error():
+                reply.metadata.__dict__["_src_node_id"] = node
 
 
 def nodes(grid: Grid) -> list[int]:

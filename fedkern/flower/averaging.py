@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.errors import UserError, printable
+from fedkern.errors import RunFailed, UserError, printable
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
 from fedkern.flower.array_bytes import Misfit
@@ -35,6 +35,8 @@ _HELD_BYTES = 64 << 20
 
 # Reasons that speak of the app rather than of a client: where no reply ever fits, the app must be changed.
 _OF_THE_APP = frozenset(["keys", "shapes", "dtypes", "size", "records", "weight"])
+# Reasons that say nothing of a reply's form.
+_OF_NOBODY = frozenset(["absent", "error"])
 
 
 class LeftOut(NamedTuple):
@@ -43,8 +45,8 @@ class LeftOut(NamedTuple):
     Attributes:
         round: the round, from 1.
         node: the node's id.
-        reason: one word: "error" (of the client), "records", "weight", "keys", "shapes", "dtypes", "size", "finite",
-            "variance", "norm" or "twice".
+        reason: one word: "absent" (no reply before the deadline), "error" (of the client or the SuperLink), "records",
+            "weight", "keys", "shapes", "dtypes", "size", "finite", "variance", "norm" or "twice".
         text: the reason, as the end of a sentence that begins with the reply.
     """
 
@@ -169,11 +171,20 @@ class FedAvg(flower.FedAvg):
 
         Raises:
             UserError: the arrays do not hold real numbers, or no reply of the first round has their form.
+            RunFailed: no reply of any round has counted.
         """
-        return super().start(
+        before = len(self.left_out)
+        result: Result = super().start(
             adapter.StreamedGrid(grid, self), initial_arrays, num_rounds, timeout, train_config, evaluate_config,
             evaluate_fn,
         )  # fmt: skip
+        if len(self.left_out) > before and not self._ever_fitted:
+            fault = self.left_out[before]
+            raise RunFailed(
+                f"{type(self).__name__}: no reply of this run has counted, so that the model is as it was; in round "
+                f"{fault.round} the reply of node {fault.node} {fault.text}"
+            )
+        return result
 
     def summary(self) -> None:
         """Logs the settings."""
@@ -229,7 +240,9 @@ class FedAvg(flower.FedAvg):
         gathered = self._gather(self._layout)
         contents: dict[int, list[RecordDict]] = {}
         left: list[LeftOut] = []
+        absent = set(self._nodes) if self._sent is not None else set()
         for reply in replies:
+            absent.discard(_node(reply))
             try:
                 self._take(reply, gathered, contents)
             except Misfit as misfit:
@@ -237,6 +250,7 @@ class FedAvg(flower.FedAvg):
             del reply  # otherwise it would be held while the next one is fetched
         if isinstance(gathered, ExactMean):
             self._close(gathered, server_round, contents, left)
+        left += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
         self._tell(server_round, contents, left)
         combined = self._combine(gathered, server_round) if contents else None
         del gathered
@@ -356,7 +370,7 @@ class FedAvg(flower.FedAvg):
             adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
         self._ever_fitted |= bool(contents)
         ours = [fault for fault in left if fault.reason in _OF_THE_APP]
-        if ours and not self._ever_fitted and len(ours) == sum(fault.reason != "error" for fault in left):
+        if ours and not self._ever_fitted and len(ours) == sum(fault.reason not in _OF_NOBODY for fault in left):
             raise UserError(
                 f"{type(self).__name__}: no reply of round {server_round} counts; that of node {ours[0].node} "
                 f"{ours[0].text}: let the ClientApp reply with one ArrayRecord like the one sent, and one MetricRecord "

@@ -19,7 +19,7 @@ from flwr.serverapp import strategy as theirs
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
 from fedkern import ops
-from fedkern.errors import UserError
+from fedkern.errors import RunFailed, UserError
 from fedkern.flower import adapter, strategies
 from fedkern.flower.array_bytes import FLAT
 from fedkern.flower.flat_arrays import pack, unpack
@@ -397,9 +397,21 @@ def test_replies_that_fitted_once_do_not_end_the_run():
 
 def test_a_round_of_failures_keeps_the_model():
     strategy = strategies.FedAvg(**EVERYBODY)
-    found, _ = run(strategy, {1: BAD["error"], 2: BAD["error"]}, rounds=1)
-    assert not found.arrays
+
+    def late(reply):
+        return lambda message: BAD["error"](message) if message.content["config"]["server-round"] == 1 else reply
+
+    made = moved(START, 1)
+    found, _ = run(strategy, {1: late(content(made)), 2: late(content(made))}, rounds=2)
+    close(found.arrays, arrays_of(made))
     assert found.train_metrics_clientapp[1]["left-out/error"] == [1, 2]
+    assert "left-out/error" not in found.train_metrics_clientapp[2]
+
+
+def test_a_run_of_failures_fails_and_names_the_first():
+    strategy = strategies.FedAvg(**EVERYBODY)
+    with pytest.raises(RunFailed, match=r"FedAvg: no reply of this run has counted, .* in round 1 the reply of node 1"):
+        run(strategy, {1: BAD["error"], 2: BAD["error"]}, rounds=2)
 
 
 def test_weights_of_nought_keep_the_model():
@@ -413,6 +425,24 @@ def test_a_node_that_never_answers_does_not_hold_the_round():
     grid = FakeGrid({1: client(moved(START, 1)), 2: lambda message: None})
     found = strategy.start(grid, arrays_of(START), 1, timeout=0.2)
     close(found.arrays, arrays_of(moved(START, 1)))
+    assert found.train_metrics_clientapp[1]["left-out/absent"] == [2]
+    assert strategy.left_out == [(1, 2, "absent", "has not come in time")]
+
+
+def test_an_error_of_the_superlink_has_the_number_of_the_node_it_is_about():
+    def unreachable(message):
+        return Error(5, "Node unavailable")
+
+    class Unreachable(FakeGrid):
+        def pull_messages(self, message_ids):
+            for reply in super().pull_messages(message_ids):
+                if reply.has_error():
+                    reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink, which answers in the node's place
+                yield reply
+
+    strategy = strategies.FedAvg(**EVERYBODY)
+    strategy.start(Unreachable({4: client(moved(START, 1)), 9: unreachable}), arrays_of(START), 1, timeout=5)
+    assert [(fault.node, fault.reason) for fault in strategy.left_out] == [(9, "error")]
 
 
 def test_metrics_of_other_names_are_left_out_of_the_metrics():
