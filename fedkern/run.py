@@ -143,6 +143,7 @@ def _dispatch(words: list[str]) -> int:
             extensions,
             finished_runs,
             flags,
+            flower_runs,
             reporting,
             torchrun,
             tuning,
@@ -153,7 +154,8 @@ def _dispatch(words: list[str]) -> int:
         check_text(word, "the argument")
     extensions.load(words)
     apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words) or comparing.parse(words)
-    request = apart or reporting.parse(words) or flags.parse(words)
+    apart = apart or reporting.parse(words) or flower_runs.parse(words)
+    request = apart or flags.parse(words)
     return torchrun.play(request, words, commands.COMMANDS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, plugins
-from fedkern.cli import comparing, downstream, finished_runs, flower_project, reporting, tuning
+from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, reporting, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
@@ -386,6 +386,7 @@ COMMANDS = {
     **finished_runs.COMMAND_TABLE,
     **comparing.COMMAND_TABLE,
     **reporting.COMMAND_TABLE,
+    **flower_runs.COMMAND_TABLE,
     "run": run,
     "resume": run,
     "attack": attack,

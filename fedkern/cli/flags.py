@@ -28,6 +28,7 @@ COMMANDS = {
     "extend": "more rounds for a run",
     "compare": "several methods over seeds and settings, or finished runs",
     "report": "one HTML file of a run or a comparison, to read in a browser",
+    "flower": "a Flower project, run to its end on a SuperLink or in a simulation",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
     "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
@@ -107,6 +108,7 @@ DESCRIPTION = f"""\
 {PROGRAM} extend DIR --rounds R       {COMMANDS["extend"]}
 {PROGRAM} compare METHOD METHOD...    {COMMANDS["compare"]}
 {PROGRAM} report DIR...                {COMMANDS["report"]}
+{PROGRAM} flower PROJECT_DIR          {COMMANDS["flower"]}
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} tune                        {COMMANDS["tune"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
