@@ -1,0 +1,38 @@
+"""A mod for the ClientApps of Flower: the server learns an exception's traceback, not only its last line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class ClientAppFailed(Exception):
+    """An exception of a ClientApp whose message is the traceback of the original one."""
+
+
+def with_traceback(message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
+    """Runs the ClientApp; an exception's traceback goes to the server as the error's reason.
+
+    Flower sends the exception's type and message, and the traceback stays in the SuperNode's log.  A traceback shows
+    paths, source lines and the exception's message, which may hold data: a site that keeps these to itself leaves the
+    mod out.
+
+    Args:
+        message: Flower's message.
+        context: Flower's context.
+        call_next: the ClientApp, or the next mod.
+
+    Returns:
+        The reply of ``call_next``.
+
+    Raises:
+        ClientAppFailed: the ClientApp raised an exception, which is its cause.
+
+    Example:
+        ``app = ClientApp(mods=[with_traceback])``
+    """
+    try:
+        return call_next(message, context)
+    except Exception as error:
+        raise ClientAppFailed(traceback.format_exc()) from error
