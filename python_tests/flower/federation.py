@@ -1,0 +1,335 @@
+"""A real SuperLink and real SuperNodes for a test: processes on free ports, with all their files in one folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import fedkern
+from fedkern.flower.local_superlink import end_all, free_port, processes_of
+from fedkern.flower.superlink_runs import Connection, Submitted, own_connection
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parents[1] / "examples/flower_deployment/deploy.py"
+TRIES = 5
+TAKEN = "address already in use"
+
+
+@dataclass
+class Node:
+    """A SuperNode.
+
+    Attributes:
+        number: its place in the federation.
+        id: Flower's number of the node.
+        process: the process.
+        log: its output, with that of its ClientApps.
+    """
+
+    number: int
+    id: int
+    process: subprocess.Popen = field(repr=False)
+    log: Path = field(repr=False)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+class Refused(Exception):
+    """A SuperNode that has ended in place of connecting; the message is its log."""
+
+
+class Federation:
+    """A SuperLink and its SuperNodes, which end with the block.
+
+    Args:
+        folder: an existing folder for everything that they write; the SuperLink's working folder, so that what a
+            ServerApp writes into its own lies there.
+        secure: whether there is TLS, and SuperNodes must be registered.
+    """
+
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        self.folder, self.secure = folder.resolve(), secure
+        self._nodes: dict[int, Node] = {}
+        self.keys: dict[int, Path] = {}
+        self._configs: dict[int, dict] = {}
+        self.certificates: dict[str, Path] = {}
+        self._started: list[subprocess.Popen] = []
+
+    def __enter__(self) -> Federation:
+        try:
+            commands(self.folder / "bin")
+            if self.secure:
+                self.certificates = deployment().certificates(self._made("certificates"))
+            self.superlink, self.superlink_log, self.port = self._superlink()
+            home = self._made("home")
+            authority = self.certificates.get("authority")
+            self.connection: Connection = own_connection(
+                home, f"127.0.0.1:{self.port}", certificates=authority, insecure=not self.secure
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._started):
+            process.terminate()
+        limit = time.monotonic() + 8
+        for process in reversed(self._started):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, limit - time.monotonic()))
+        end_all(self.folder)
+        for process in self._started:
+            process.wait()
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    def processes(self) -> list[int]:
+        """All processes of this federation."""
+        return processes_of(self.folder)
+
+    def named(self, program: str) -> list[int]:
+        """The processes of one of Flower's commands."""
+        found = []
+        for pid in self.processes():
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                found += [pid] if any(word.endswith(b"/" + program.encode()) for word in words[:3]) else []
+        return found
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Of Flower's processes: everything of their own, nothing sent, this interpreter with this fedkern."""
+        return surroundings(self.folder / "bin") | {"FLWR_HOME": str(home)}
+
+    def _made(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _started_process(self, name: str, command: list[str], home: Path, log: Path) -> subprocess.Popen:
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [str(self.folder / "bin" / name), *command], cwd=self.folder, env=self.environment(home),
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    def _superlink(self):
+        for attempt in range(TRIES):
+            port, home, log = free_port(), self._made("superlink"), self.folder / f"superlink-{attempt}.log"
+            words = ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+            if self.secure:
+                files = {"certfile": "certificate", "keyfile": "key", "ca-certfile": "authority"}
+                for flag, name in files.items():
+                    words += [f"--ssl-{flag}", str(self.certificates[name])]
+                words.append("--enable-supernode-auth")
+            else:
+                words.append("--insecure")
+            process = self._started_process("flower-superlink", words, home, log)
+            if wait_for(process, log, r"Uvicorn running on"):
+                return process, log, port
+            self._end(process)
+            if TAKEN not in log.read_text(errors="replace"):
+                break
+        raise AssertionError(f"the SuperLink has not started:\n{log.read_text(errors='replace')}")
+
+    def register(self, number: int) -> Path:
+        """Makes a node's key and registers it; the private key."""
+        private, public = deployment().node_key(self._made("keys") / f"node-{number}")
+        done = self.flwr("supernode", "register", str(public), self.connection.name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.keys[number] = private
+        return private
+
+    def start_node(self, number: int, *, key: Path | None = None, **config: object) -> Node:
+        """Starts a SuperNode and waits until it is connected.
+
+        Args:
+            number: its place; a number that has been started before takes the place of that SuperNode.
+            key: another private key than that of :meth:`register`.
+            **config: its ``node_config``, beside ``partition-id``; underscores stand for hyphens.
+
+        Raises:
+            Refused: it has ended in place of connecting.
+        """
+        config = {"partition_id": number, **self._configs.get(number, {}), **config}
+        self._configs[number] = config
+        listed = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
+        home = self._made(f"node-{number}")
+        for attempt in range(TRIES):
+            log = self.folder / f"node-{number}-{len(self._started)}.log"
+            words = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config", listed]
+            if self.secure:
+                words += ["--root-certificates", str(self.certificates["authority"])]
+                if (private := key or self.keys.get(number)) is not None:
+                    words += ["--auth-supernode-private-key", str(private)]
+            else:
+                words.append("--insecure")
+            process = self._started_process("flower-supernode", words, home, log)
+            found = wait_for(process, log, r"SuperNode ID: (\d+)")
+            if found:
+                node = self._nodes[number] = Node(number, int(found[1]), process, log)
+                return node
+            self._end(process)
+            if TAKEN not in log.read_text(errors="replace") or attempt == TRIES - 1:
+                raise Refused(log.read_text(errors="replace"))
+        raise AssertionError
+
+    def start_nodes(self, *configs: dict) -> list[Node]:
+        """Starts SuperNodes 0, 1, ... side by side, registered where they must be.
+
+        Args:
+            *configs: the ``node_config`` of each; see :meth:`start_node`.
+        """
+        if self.secure:
+            for number in range(len(configs)):
+                self.register(number)
+        with ThreadPoolExecutor(len(configs)) as pool:
+            return list(pool.map(lambda number: self.start_node(number, **configs[number]), range(len(configs))))
+
+    def running(self) -> list[Node]:
+        """The SuperNodes, by place; a killed one is among them."""
+        return [self._nodes[number] for number in sorted(self._nodes)]
+
+    def node(self, id: int) -> Node:
+        """The SuperNode with this number of Flower's."""
+        return next(node for node in self._nodes.values() if node.id == id)
+
+    def kill(self, node: Node) -> None:
+        """Ends a SuperNode and all its processes at once, as a power cut does."""
+        with suppress(ProcessLookupError):
+            os.killpg(node.process.pid, signal.SIGKILL)
+        node.process.wait()
+
+    def back(self, node: Node, patience: float = 120) -> Node:
+        """Starts a killed SuperNode again, as a supervisor does, until the SuperLink takes it.
+
+        The SuperLink refuses a registered node's key as long as it takes the node for connected, up to a minute.
+        """
+        limit = time.monotonic() + patience
+        while True:
+            try:
+                return self.start_node(node.number)
+            except Refused:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(2)
+
+    def _end(self, process: subprocess.Popen) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def flwr(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess:
+        """Runs Flower's command."""
+        return subprocess.run(
+            [str(self.folder / "bin/flwr"), *words], cwd=self.folder, env=self.environment(self.connection.home),
+            capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def submit(self, project: Path, **run_config: object) -> Submitted:
+        """Submits a project; underscores in the names of its settings stand for hyphens."""
+        listed = [f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in run_config.items()]
+        return Submitted.start(self.connection, project, run_config=listed)
+
+    def run(self, project: Path, *, patience: float = 300, **run_config: object):
+        """Submits a project and waits for the end of its run."""
+        return ended(self.submit(project, **run_config), patience)
+
+
+def ended(submitted: Submitted, patience: float = 300):
+    """Waits for the end of a run; gives its outcome, with its log."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(submitted.follow, lambda line: None).result(patience)
+    except TimeoutError:
+        raise AssertionError(f"run {submitted.run} has not ended: {submitted.state()}\n{submitted.log}") from None
+    finally:
+        pool.shutdown(wait=False)
+
+
+def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float = 90) -> re.Match | None:
+    """Waits for words in a log; None where the process ends before, or nothing comes."""
+    limit = time.monotonic() + patience
+    while time.monotonic() < limit:
+        found = re.search(pattern, log.read_text(errors="replace"))
+        if found or process.poll() is not None:
+            return found
+        time.sleep(0.1)
+    return None
+
+
+def deployment() -> ModuleType:
+    """The script of examples/flower_deployment as a module, which makes certificates and keys."""
+    spec = importlib.util.spec_from_file_location("flower_deployment", SCRIPT)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def surroundings(programs: Path) -> dict[str, str]:
+    """The environment of Flower's processes: this interpreter with this fedkern, and nothing sent.
+
+    Args:
+        programs: the folder of :func:`commands`.
+    """
+    flwr = importlib.util.find_spec("flwr").submodule_search_locations[0]
+    places = [str(Path(fedkern.__file__).parents[1]), str(Path(flwr).parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, places)),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    }
+
+
+def commands(folder: Path) -> None:
+    """Writes Flower's commands for this interpreter: those on PATH may belong to another environment."""
+    folder.mkdir(parents=True)
+    for entry in importlib.metadata.distribution("flwr").entry_points:
+        if entry.group == "console_scripts":
+            path = folder / entry.name
+            path.write_text(
+                f"#!{sys.executable}\nimport sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n"
+            )
+            path.chmod(0o755)
+
+
+def write_project(folder: Path, files: dict[str, str], **config: object) -> Path:
+    """Writes a Flower project with ``server_app.py`` and ``client_app.py``.
+
+    Args:
+        folder: a new folder.
+        files: content of the modules, by file name.
+        **config: ``[tool.flwr.app.config]``; underscores stand for hyphens.
+    """
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    listed = "\n".join(f"{name.replace('_', '-')} = {json.dumps(value)}" for name, value in config.items())
+    (folder / "pyproject.toml").write_text(
+        '[project]\nname = "project"\nversion = "1.0.0"\ndescription = "An app of a test"\nlicense = "Apache-2.0"\n\n'
+        '[tool.flwr.app]\npublisher = "fedkern"\n\n[tool.flwr.app.components]\nserverapp = "server_app:app"\n'
+        f'clientapp = "client_app:app"\n\n[tool.flwr.app.config]\n{listed}\n'
+    )
+    return folder

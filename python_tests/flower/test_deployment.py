@@ -1,0 +1,165 @@
+"""Flower apps with fedkern's strategies on a real SuperLink and real SuperNodes, and what may go wrong there."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+
+from fake_grid import FakeGrid
+from federation import Federation, Refused, deployment, ended, write_project
+from flwr.app import Context, RecordDict
+from test_quickstart import HERE, SERVER, module, played
+
+pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
+
+QUICKSTART = HERE / "quickstart"
+
+
+def quickstart(folder: Path, rounds: int = 1) -> Path:
+    """The app of docs/flower.md as a Flower project."""
+    files = {name: (QUICKSTART / name).read_text() for name in ("task.py", "client_app.py")}
+    return write_project(folder, {**files, "server_app.py": shortened(rounds)})
+
+
+def shortened(rounds: int) -> str:
+    """The page's ServerApp with fewer rounds: every message starts a process."""
+    assert SERVER.count("num_rounds=3") == 1
+    return SERVER.replace("num_rounds=3", f"num_rounds={rounds}")
+
+
+def faulty(folder: Path, nodes: int, **config) -> Path:
+    """The app with nodes that misbehave as their node_config says."""
+    names = {
+        "task.py": "task.py",
+        "honest_client_app.py": "client_app.py",
+        "client_app.py": "faulty_client_app.py",
+        "server_app.py": "strict_server_app.py",
+    }
+    files = {name: (QUICKSTART / source).read_text() for name, source in names.items()}
+    return write_project(folder, files, **{"nodes": nodes, "rounds": 1, "deadline": 120.0, **config})
+
+
+def left_out(federation: Federation) -> list[tuple[int, int, str]]:
+    """Round, place of the SuperNode and reason of every reply that did not count."""
+    found = json.loads((federation.folder / "left_out.json").read_text())
+    return [(round, federation.node(node).number, reason) for round, node, reason, _ in found]
+
+
+def model(federation: Federation) -> dict[str, torch.Tensor]:
+    return torch.load(federation.folder / "final_model.pt", weights_only=True)
+
+
+def by_the_honest(folder: Path, monkeypatch) -> dict[str, torch.Tensor]:
+    """The network after one round of SuperNode 0 alone, in this process."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    module("task", QUICKSTART / "task.py", monkeypatch)
+    client_app = module("honest_client_app", QUICKSTART / "client_app.py", monkeypatch).app
+    server_app = module("server_app", QUICKSTART / "strict_server_app.py", monkeypatch).app
+    node = Context(1, 10, {"partition-id": 0}, RecordDict(), {})
+    grid = FakeGrid({10: lambda message: client_app(message, node).content})
+    server_app(grid, Context(1, 0, {}, RecordDict(), {"nodes": 1, "rounds": 1, "deadline": 5.0}))
+    return torch.load(folder / "final_model.pt", weights_only=True)
+
+
+def assert_equal(one, other):
+    assert list(one) == list(other)
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def test_a_superlink_gives_the_bits_of_one_process_and_leaves_no_process(tmp_path, monkeypatch):
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation") as federation:
+        federation.start_nodes({}, {}, {})
+        outcome = federation.run(quickstart(tmp_path / "project", rounds=2))
+        assert outcome.completed, outcome.log
+        assert len(federation.processes()) >= 8  # SuperLink and three SuperNodes, each with its SuperExec
+        found = model(federation)
+    assert federation.processes() == []
+    assert "Round 2: 3 replies count, 0 do not." in outcome.log
+    assert_equal(found, played(shortened(2), tmp_path / "alone", monkeypatch))
+
+
+def test_faulty_replies_are_named_and_the_others_count(tmp_path, monkeypatch):
+    faults = ["", "nan", "shape", "oversized", "malformed", "missing", "raises"]
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation") as federation:
+        federation.start_nodes(*({"fault": fault} for fault in faults))
+        project = faulty(tmp_path / "project", len(faults))
+        outcome = federation.run(project)
+        assert outcome.completed, outcome.log
+        reasons = {number: reason for _, number, reason in left_out(federation)}
+        assert reasons == {1: "finite", 2: "shapes", 3: "size", 4: "size", 5: "keys", 6: "error"}
+        for number in reasons:
+            node = next(node for node in federation.running() if node.number == number)
+            assert f"Round 1: the reply of node {node.id} " in outcome.log
+        assert "in a_broken_pipeline" in outcome.log  # the client's traceback
+        assert "ZeroDivisionError: division by zero at this site" in outcome.log
+        found = model(federation)
+    assert_equal(found, by_the_honest(tmp_path / "alone", monkeypatch))
+
+
+def test_an_app_that_always_fails_is_a_failed_run(tmp_path):
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation") as federation:
+        federation.start_nodes({"fault": "raises"})
+        outcome = federation.run(faulty(tmp_path / "project", 1))
+    assert outcome.status == "finished:failed"
+    assert "no reply of this run has counted" in outcome.details
+    assert "in a_broken_pipeline" in outcome.log
+
+
+def test_a_node_that_never_answers_costs_the_deadline_and_is_named(tmp_path):
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation") as federation:
+        federation.start_nodes({}, {"hangs_in_round": 1, "marker": str(tmp_path / "hangs")})
+        begin = time.monotonic()
+        outcome = federation.run(faulty(tmp_path / "project", 2, rounds=2, deadline=20.0))
+        assert outcome.completed, outcome.log
+        assert time.monotonic() - begin < 100
+        assert (tmp_path / "hangs").exists()
+        assert left_out(federation) == [(1, 1, "absent"), (2, 1, "absent")]
+        assert "has not come in time: left out." in outcome.log
+    assert federation.processes() == []
+
+
+@pytest.mark.slow
+def test_a_supernode_killed_in_a_round_is_back_in_the_next(tmp_path):
+    """With authentication the node keeps its number; Flower takes a silent node for connected for a minute."""
+    (tmp_path / "federation").mkdir()
+    marker = tmp_path / "hangs"
+    with Federation(tmp_path / "federation", secure=True) as federation:
+        _, killed = federation.start_nodes({}, {"hangs_in_round": 1, "marker": str(marker)})
+        run = federation.submit(faulty(tmp_path / "project", 2, rounds=2, deadline=100.0))
+        limit = time.monotonic() + 90
+        while not marker.exists():
+            assert time.monotonic() < limit, run.state()
+            time.sleep(0.2)
+        federation.kill(killed)
+        again = federation.back(killed)
+        assert again.id == killed.id
+        outcome = ended(run)
+        assert outcome.completed, outcome.log
+        # "absent" where the SuperNode was back before the server looked: its message is lost all the same.
+        assert left_out(federation) in ([(1, 1, "error")], [(1, 1, "absent")])
+        assert "Round 2: 2 replies count, 0 do not." in outcome.log
+
+
+def test_a_supernode_that_is_not_registered_is_refused(tmp_path):
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation", secure=True) as federation:
+        with pytest.raises(Refused, match="Failed to initialize the connection to the SuperLink"):
+            federation.start_node(0)  # no key
+        stranger, _ = deployment().node_key(tmp_path / "stranger")
+        with pytest.raises(Refused, match="Failed to initialize the connection to the SuperLink"):
+            federation.start_node(1, key=stranger)
+        federation.start_nodes({}, {}, {})  # registered ones connect, over TLS
+        outcome = federation.run(quickstart(tmp_path / "project"))
+        assert outcome.completed, outcome.log
