@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import atomic, records, state
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.client_table import INLINE
 from fedkern.errors import UserError
 from fedkern.methods.base import Step
 
@@ -290,3 +291,17 @@ def test_a_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic.Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     atomic.write_bytes(tmp_path / "x", b"content")
     assert order == ["fsync", "rename", "fsync"]  # file, name, folder
+
+
+@pytest.mark.parametrize("clients", [8, INLINE + 1])
+def test_the_oldest_state_that_a_checkpoint_names(clients, tmp_path):
+    checkpoints = Checkpoints(tmp_path, clients=clients)
+    checkpoints.open(fresh=True)
+    found = []
+    for plan in range(1, 6):
+        if plan in (1, 2, 4):
+            checkpoints.write_client(7, plan, {"x": plan})
+        checkpoints.commit(round=plan, plan=plan, server={}, info={})
+        found.append(checkpoints.oldest(7))
+    assert found == [1, 1, 2, 2, 4]
+    assert checkpoints.oldest(6) is None
