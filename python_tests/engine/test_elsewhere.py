@@ -58,6 +58,19 @@ def test_an_answer_that_cannot_be_read_stops_the_run_unless_told_otherwise(make_
         run(make_config("scaffold"), out=tmp_path, data=make_data(), elsewhere=elsewhere(**fault))
 
 
+def test_nothing_is_told_of_who_is_missing_where_nothing_may_be_told(make_data, make_config, tmp_path):
+    pytest.importorskip("dp_accounting")
+    private = {"rounds": 2, "on_nan": "skip", "records": "private", "dp_clip": 1.0, "dp_noise": 1.0}
+    config = make_config("fedavg", **private)
+    faults = {"r1_0": {"absent": "it had not answered after 5 seconds"}, "r0_1": {"refused": "has a text"}}
+    run(config, out=tmp_path / "all", data=make_data(), elsewhere=elsewhere())
+    run(config, out=tmp_path / "some", data=make_data(), elsewhere=elsewhere(**faults))
+    found = [outcome(tmp_path / name)[2] for name in ("all", "some")]
+    assert not any(name.startswith(("missing", "refused")) for name in found[1]["diagnostics"])
+    assert found[0]["bytes"] == found[1]["bytes"]
+    assert not any("dropped" in record for record in read_metrics(tmp_path / "some"))
+
+
 def test_nobody_answers(make_data, make_config, tmp_path):
     faults = {f"r0_{k}": {"absent": "no node of it is connected"} for k in range(len(make_data().clients))}
     with pytest.raises(UserError, match="No client is left in round 1"):
