@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fedkern.files import one_writer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -84,9 +86,10 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     command = ["setup.py", "-q", "egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder)]
     kept = {name: value for name, value in os.environ.items() if name not in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX")}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=300
-    )
+    with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
+        return subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=300
+        )
 
 
 def test_a_build_without_compiler(tmp_path: Path) -> None:

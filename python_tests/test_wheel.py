@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedkern.files import one_writer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.exhaustive
@@ -46,7 +48,8 @@ def run(*command: object, cwd: Path, **more: str) -> subprocess.CompletedProcess
 def setup(folder: Path, *commands: object, **more: str) -> None:
     """Runs setup.py in the checkout; all that it writes but compiled objects lies in ``folder``."""
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
-    run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **more)
+    with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
+        run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **more)
 
 
 @pytest.fixture(scope="module")
