@@ -39,8 +39,8 @@ GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
 
 COMMANDS = (
-    "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "help", "list", "predict", "probe",
-    "report", "resume", "retrieval", "run", "tune", "zero-shot",
+    "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "flower", "help", "list", "predict",
+    "probe", "report", "resume", "retrieval", "run", "tune", "zero-shot",
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 
