@@ -212,7 +212,7 @@ def checked(before: Path) -> Path:
         SystemExit: it does not.
     """
     before = before.resolve()
-    asked = "import fedkern; from fedkern.ops._core.backend import cpu_core; cpu_core(); print(fedkern.__file__)"
+    asked = "import torch, fedkern._cpu; print(fedkern.__file__)"  # its own path: before moves, modules had other names
     with tempfile.TemporaryDirectory() as folder:
         found = subprocess.run(
             [sys.executable, "-c", asked], cwd=folder, env=environment("before", before), check=False,

@@ -896,6 +896,74 @@ def _speed() -> Page:
     )  # fmt: skip
 
 
+# -- Flower ------------------------------------------------------------------------------------------------------------
+
+FLOWER, MESSAGES = "flower-amd-epyc", "flower_messages_amd-epyc"
+TOGETHER = "fedkern together"
+
+
+@cache
+def flower_means() -> Mapping[str, Comparison]:
+    """The rows of one thread by case."""
+    found = next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
+    return {row.case: row for row in found.rows if row.threads == 1}
+
+
+def in_models(row: Comparison) -> dict[str, str]:
+    """The highest memory of every contestant, in models."""
+    return dict(part.rsplit(" ", 1) for part in row.note.removeprefix("peak memory in models: ").split(", "))
+
+
+def over_flower() -> Lines:
+    """The table of strategies."""
+    rows = []
+    for case, row in flower_means().items():
+        models, together = in_models(row), TOGETHER in row.seconds
+        rows.append([
+            case, our_time(row), f"{row.speedup['Flower']:.2f}×",
+            f"{row.speedup['Flower'] / row.speedup[TOGETHER]:.2f}×" if together else "",
+            models[row.ours], models[TOGETHER] if together else "", models["Flower"],
+        ])  # fmt: skip
+    header = [
+        "strategy", "time", "times as fast as Flower", 'with `sums="together"`', "memory, models", "together",
+        "Flower",
+    ]  # fmt: skip
+    return table(header, rows).split("\n")
+
+
+def messages(method: str) -> tuple[str, ...]:
+    """Seconds in process, with a resident and without, of a round or an iteration."""
+    found = load(MESSAGES, comparisons.RESULTS)["seconds"][method]
+    return tuple(f"{median(values):.2g}" for values in found.values())
+
+
+def message_seconds() -> Lines:
+    rows = [["a round of FedAvg", "1", *messages("fedavg")], ["an iteration of FedIOD", "3", *messages("fediod")]]
+    header = ["", "messages to a client", "in process, s", "on SuperNodes, s", "with `flower.resident=0`, s"]
+    return table(header, rows).split("\n")
+
+
+def _flower() -> Page:
+    row = flower_means()["FedAvg of 10 × ResNet-18"]
+    models, gain = in_models(row), row.speedup["Flower"]
+    return Page(
+        "docs/flower.md",
+        {"strategies": over_flower},
+        (
+            said("is {} times as fast as Flower's and holds {} models where Flower holds {}; together it is {} times",
+                 f"{gain:.2f}", models[row.ours], models["Flower"], f"{gain / row.speedup[TOGETHER]:.2f}"),
+            said("as fast and holds {}", models[TOGETHER]),
+        ),
+        (r"ResNet-18", r"five times with at most three models", r"1e-5 beside weights of 0\.05", r"Flower 1\.41",
+         r"fp64", r"20 bytes"),
+        part="Speed",
+    )  # fmt: skip
+
+
+def _flower_app() -> Page:
+    return Page("docs/flower-app.md", {"messages": message_seconds}, (), (), part="What a message costs")
+
+
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
@@ -943,4 +1011,14 @@ def _readme() -> Page:
     )  # fmt: skip
 
 
-PAGES: tuple[Page, ...] = (_readme(), _speed(), _fedgid(), _fusefl(), _fedlpfm(), _fediod(), _feddra())
+PAGES: tuple[Page, ...] = (
+    _readme(),
+    _speed(),
+    _fedgid(),
+    _fusefl(),
+    _fedlpfm(),
+    _fediod(),
+    _feddra(),
+    _flower(),
+    _flower_app(),
+)

@@ -9,11 +9,12 @@ import weakref
 from fedkern.engine import Listener
 from fedkern.engine.store.records import read_metrics
 
-TIMES = ("seconds", "round_seconds", "phases", "speed", "device")
+TIMES = ("seconds", "round_seconds", "phases", "speed", "device", "wire")
+"""What no two runs have alike: times, and the bytes around the messages, of which a resumed run has more."""
 
 
 def outcome(out):
-    """Everything that must be the same bit for bit: the model, the metrics and the summary but for the times."""
+    """Everything that must be the same bit for bit: the model, the metrics and the summary but for TIMES."""
     metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
     summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
     return (out / "model.safetensors").read_bytes(), metrics, summary

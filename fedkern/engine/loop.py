@@ -92,6 +92,7 @@ class Run:
         self.method = kind(kind.Options.parse(config.options, method=config.method))
         self._pooling = Pooling(self.method, on=config.buffers == "pool")
         self.ledger = Ledger(config.trained_clients)
+        self.wire: dict[str, int] = {}  # bytes that left and reached this machine; empty where nothing travels
         self._scribe = Scribe()
         self.checkpoints = Checkpoints(out, self._scribe, config.trained_clients)
         self.releases: Releases | None = None  # None without differential privacy
@@ -688,6 +689,8 @@ class Run:
         }
         if self.private is not None and self.said is not None:
             info["planned"] = {"rounds": self._rounds, "epsilon": self.private.planned}
+        if self.wire:
+            info["wire"] = self.wire
         if (place := team.place()) is not None:
             info["torchrun"] = place.job  # by which a restart knows the run
         if states := self.listener.states():
@@ -717,6 +720,7 @@ class Run:
         self.done, self.planned = entry["round"], entry["plan"]
         self.gallery.restore(self.done, info.get("shown_sha256"))
         self.ledger = self._ledger(entry)
+        self.wire = dict(info.get("wire", {}))
         self.observed = diagnostics.Observations(info["observed"])
         self.context.warnings = dict(info["warnings"])
         self._final_warnings = list(info.get("final_warnings", ()))
@@ -808,6 +812,7 @@ class Run:
             **self._own(own, own_sets),
             **({"per_class": final.per_class} if final.per_class else {}),
             "bytes": self._bytes(),
+            **({"wire": self.wire} if self.wire else {}),
             "seconds": self.seconds(),
             "phases": self.phases,
             **({"speed": self._speed()} if self.flops else {}),

@@ -6,21 +6,23 @@ Written for flwr 1.41 and its message API.
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedkern.errors import UserError
-from fedkern.flower import array_bytes
-from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING
-from fedkern.flower.model_layout import Layout
-from fedkern.flower.portable import Malformed, Parcel, Raw
+from fedkern.flower.parcel import Malformed, Parcel, Raw
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from fedkern.flower.model_layout import Layout
 
 VERSIONS = ("1.41",)
 """Versions of flwr that this file is written for."""
@@ -218,7 +220,12 @@ def record(
         vector: ``[P]``, the floating entries; or the bytes of their arrays, by key.
         whole: the other entries by key.
     """
-    floats = _bytes_of(layout, vector) if isinstance(vector, Tensor) else vector
+    import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
+
+    from fedkern.flower import array_bytes
+    from fedkern.flower.array_bytes import FLAT, LISTING
+
+    floats = vector if isinstance(vector, Mapping) else _bytes_of(layout, vector)
     made = ArrayRecord()
     if layout.flat:
         made[FLAT] = Array(layout.flat, (layout.size,), FLAT, floats[FLAT])
@@ -237,6 +244,9 @@ def record(
 
 def _bytes_of(layout: Layout, vector: Tensor) -> dict[str, bytes]:
     """The bytes of the arrays of all floating entries, by key."""
+    from fedkern.flower import array_bytes
+    from fedkern.flower.array_bytes import FLAT, FLOATS
+
     if layout.flat:
         return {FLAT: array_bytes.raw_bytes(vector.to(FLOATS[layout.flat]))}
     made = {}
@@ -262,6 +272,12 @@ def without_arrays(content: RecordDict) -> RecordDict:
 
 def to_flat(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> ArrayRecord:
     """See :func:`fedkern.flower.flat_arrays.pack`."""
+    import torch
+
+    from fedkern.flower import array_bytes
+    from fedkern.flower.array_bytes import FLOATS
+    from fedkern.flower.model_layout import Layout
+
     forms = []
     for key, value in state.items():
         name = array_bytes.dtype_name(value.dtype) if value.is_floating_point() else value.cpu().numpy().dtype.name
@@ -308,7 +324,7 @@ class Post:
         grid: the grid of the ServerApp.
 
     Attributes:
-        sent, received: bytes of the tensors so far.
+        sent, received: bytes of tensors and texts so far, without what Flower itself puts around them.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -337,7 +353,7 @@ class Post:
             self._last = (parcel, *_in_records(parcel))
         _, text, arrays = self._last
         content = RecordDict({_HEADER: ConfigRecord({"header": header}), _TEXT: text, _ARRAYS: arrays})
-        self.sent += parcel.size
+        self.sent += parcel.size + len(parcel.text) + len(header)
         named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
         return named[0] if named and named[0] else None
 
@@ -355,11 +371,20 @@ class Post:
                 continue
             try:
                 parcel = opened(reply)[1]
-                self.received += parcel.size
+                self.received += parcel.size + len(parcel.text)
                 found.append(Arrived(to, parcel))
             except Malformed as why:
                 found.append(Arrived(to, malformed=str(why)))
         return found
+
+
+def for_one_message() -> bool:
+    """Whether Flower has started this process for a single message, with packages that outlive the process.
+
+    A SuperNode does; the processes of a simulation stay.  With dependencies that are installed at run time Flower
+    deletes the packages when the process ends.
+    """
+    return Path(sys.argv[0]).stem == "flwr-clientapp" and "--allow-runtime-dependency-installation" not in sys.argv
 
 
 def opened(message: Message) -> tuple[str, Parcel]:

@@ -2,8 +2,8 @@
 
 A node makes settings, data and method by itself, as the process of a run does; only messages of the method travel.
 Each message names the state that the client's round begins with.  Where this process has not seen the round's earlier
-messages (Flower starts a process for every message), the client begins with that state and answers the earlier
-messages once more, from its disk.  The bits are those of a client that stays in memory.
+messages (`fedkern.flower.resident` says when it has), the client begins with that state and answers them once more,
+from its disk.  The bits are those of a client that stays in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from fedkern.engine.run import on_node, reproducible
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.errors import ClientFailed, UserError
 from fedkern.flower.node_folder import NodeFolder, Version
-from fedkern.flower.portable import Malformed, Parcel, pack, unpack
+from fedkern.flower.parcel import Malformed, Parcel
+from fedkern.flower.portable import pack, unpack
 from fedkern.methods import registry
 from fedkern.methods.base import Step
 from fedkern.methods.common.pooling import Pooling
@@ -138,7 +139,7 @@ class NodeClients:
     Args:
         config: the run's settings, with the folder of this node's data.
         base: folder of the clients' states of all runs on this node.
-        notice: called with the progress of something long.
+        notice: called with the progress of something long; may be set anew between messages.
         own_data: whether this node's folder holds the data of its client alone.
         half: whether replies travel as bf16 (:func:`~fedkern.flower.portable.pack`).
     """
@@ -198,7 +199,7 @@ class NodeClients:
         enter(reproducible())
         enter(computing(config.precision))
         enter(available(config.model, None))
-        context = self._context = on_node(config, self.notice, letter.client if self.own_data else None)
+        context = self._context = on_node(config, self._tell, letter.client if self.own_data else None)
         kind = registry.get(config.method)
         self._method = method = kind(kind.Options.parse(context.config.options, method=config.method))
         server = Server(context)
@@ -222,6 +223,10 @@ class NodeClients:
             )
         self._method.check(Client(self._context, k, {}))
         self._known.add(k)
+
+    def _tell(self, text: str) -> None:
+        if self.notice is not None:
+            self.notice(text)
 
     # -- one message -----------------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ from fedkern.flower.adapter import TRAIN, Arrived, Post
 from fedkern.flower.node_client import Letter, read_reply
 from fedkern.flower.node_folder import Version
 from fedkern.flower.node_roll import Roll
-from fedkern.flower.portable import Malformed, Parcel, pack
+from fedkern.flower.parcel import Malformed, Parcel
+from fedkern.flower.portable import pack
 from fedkern.inputs import read_json
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
@@ -66,6 +67,7 @@ class Nodes:
         self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
         self.count = roll.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
+        self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         # State of this round:
         self._begin: dict[ClientId, Version | None] = {}
         self._sent: dict[ClientId, int] = {}  # messages of the round
@@ -214,7 +216,15 @@ class Nodes:
     def end_round(self) -> None:
         for table in (self._begin, self._sent, self._changed):
             table.clear()
+        self._book_wire()
         self.here.end_round()
+
+    def _book_wire(self) -> None:
+        if not self._run.context.disclosure.clients:
+            return  # lengths of texts depend on what a client does not tell
+        for direction, total in (("up", self._post.received), ("down", self._post.sent)):
+            self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
+            self._booked[direction] = total
 
     def close(self) -> None:
         """Does nothing: nodes are Flower's."""

@@ -18,7 +18,7 @@ import torch
 from fedkern.engine.store import atomic, state
 from fedkern.errors import UserError
 from fedkern.files import one_writer
-from fedkern.flower.portable import Parcel, Raw
+from fedkern.flower.parcel import Parcel, Raw
 
 _STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
 _MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.safetensors")

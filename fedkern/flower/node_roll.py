@@ -10,7 +10,8 @@ from typing import Any
 from fedkern.errors import UserError, printable_name
 from fedkern.flower.adapter import QUERY, Arrived, Post
 from fedkern.flower.node_client import PROTOCOL
-from fedkern.flower.portable import Malformed, pack, unpack
+from fedkern.flower.parcel import Malformed
+from fedkern.flower.portable import pack, unpack
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId
 

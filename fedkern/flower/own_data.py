@@ -6,15 +6,16 @@ used.  Of a client's data it learns the number of samples.
 
 from __future__ import annotations
 
-from logging import WARNING
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from fedkern.data.types import FederatedData
 from fedkern.engine.config import RunConfig
 from fedkern.engine.run import data_of_one, declared_data
 from fedkern.errors import UserError, printable_name
-from fedkern.flower.adapter import log
-from fedkern.flower.node_roll import Roll
+
+if TYPE_CHECKING:
+    from fedkern.flower.node_roll import Roll
 
 
 def form_of(data: FederatedData) -> dict[str, Any]:
@@ -29,15 +30,20 @@ def form_of(data: FederatedData) -> dict[str, Any]:
     }
 
 
-def declared(config: RunConfig, roll: Roll) -> FederatedData:
+def declared(config: RunConfig, roll: Roll, warn: Callable[[str, str], None]) -> FederatedData:
     """The federation as the server sees it: its own test sets, and the number of samples of every node.
+
+    Args:
+        config: the run's settings.
+        roll: the nodes.
+        warn: takes warnings, a name and a sentence.
 
     Raises:
         UserError: a node is missing, or has data of another form.
     """
     data = data_of_one(config)
     roll.count = config.clients
-    roll.meet(lambda name, text: log(WARNING, "%s", text))
+    roll.meet(warn)
     if missing := [k for k in range(config.clients) if k not in roll.home]:
         raise UserError(
             f"Clients without a node: {', '.join(map(str, missing))}; where nodes have their own data, all must be "

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern.flower.array_bytes import raw_bytes
+from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.inputs import parse_json
 
 DTYPES = {
@@ -40,36 +41,6 @@ DEEPEST = 64
 """Most dicts and lists that stand in one another."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (str, bool, type(None))
-
-
-class Malformed(ValueError):
-    """What arrived is no message of fedkern's; the text says why, as the end of a sentence."""
-
-
-class Raw(NamedTuple):
-    """A tensor as it travels.
-
-    Attributes:
-        dtype: a key of `DTYPES`.
-        shape: sizes.
-        data: the elements in the order of memory, in this machine's byte order (little-endian).
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
-
-
-class Parcel(NamedTuple):
-    """A packed value: JSON text, and the tensors that it names."""
-
-    text: str
-    tensors: dict[str, Raw]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(len(raw.data) for raw in self.tensors.values())
 
 
 def pack(value: Any, *, half: bool = False) -> Parcel:

@@ -22,6 +22,7 @@ from fedkern.data import lookup
 from fedkern.engine.config import RunConfig
 from fedkern.engine.given_paths import absolute, named_options
 from fedkern.errors import UserError, nearest
+from fedkern.flower.resident import STAYS
 
 METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
 SWITCHES = {
@@ -34,6 +35,7 @@ FLOWER: dict[str, tuple[float | str | bool, str]] = {
     "flower.wait": (600.0, "seconds to wait for the nodes of all clients before the first round"),
     "flower.own-data": (False, "whether the data folder of a node holds the data of its client alone"),
     "flower.transport": ("fp32", "how fp32 tensors travel: fp32, or bf16 for half the bytes, which rounds them"),
+    "flower.resident": (STAYS, "seconds that a client's process stays on its SuperNode after a message; 0: it ends"),
     "flower.state": ("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
 }
 """Settings of a run over Flower, with their defaults."""
@@ -49,7 +51,7 @@ class RunSettings:
         config: the run's settings.
         out: the run folder; None: a new one in ``runs``.
         resume, report, predictions: see `SWITCHES`.
-        deadline, wait, own_data, transport, state: see `FLOWER`.
+        deadline, wait, own_data, transport, resident, state: see `FLOWER`.
     """
 
     config: RunConfig
@@ -61,6 +63,7 @@ class RunSettings:
     wait: float
     own_data: bool
     transport: str
+    resident: float
     state: str
 
 
@@ -113,6 +116,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         out=Path(given["out"]).expanduser() if "out" in given else None,
         deadline=_seconds(given, "flower.deadline"),
         wait=_seconds(given, "flower.wait"),
+        resident=_seconds(given, "flower.resident"),
         state=given.get("flower.state", str(FLOWER["flower.state"][0])),
         **{name: _switch(given, name) for name in SWITCHES},
     )

@@ -60,7 +60,7 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         summary = engine.run(
             config,
-            data=declared(config, roll) if settings.own_data else None,
+            data=declared(config, roll, _warn) if settings.own_data else None,
             out=out,
             resume=settings.resume,
             listener=told,
@@ -77,9 +77,14 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
         if made:
             with suppress(OSError):  # not empty: the run has begun
                 out.rmdir()
-    log(INFO, "tensors on the wire: %.3g MB to nodes, %.3g MB from nodes", post.sent / 1e6, post.received / 1e6)
+    if wire := summary.get("wire"):
+        log(INFO, "on the wire: %.3g MB to nodes, %.3g MB from nodes", wire["down"] / 1e6, wire["up"] / 1e6)
     draw(out, told.data, config.data_root, code, settings.report)
     return summary
+
+
+def _warn(name: str, text: str) -> None:
+    log(WARNING, "%s", text)
 
 
 def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], report: bool) -> None:

@@ -160,7 +160,7 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
 
 def test_every_recorded_operator_has_its_kernels() -> None:
     names = set(read_results(RESULTS))
-    assert names > set(sources.FAMILIES) - {"flower"}  # not recorded yet: it needs an environment with flwr
+    assert names > set(sources.FAMILIES)
     steps = {"feddra_step", "fediod_step", "fedlpfm_step", "fusefl_level", "overhead", "rounds"}
     assert names - set(sources.FAMILIES) <= steps, "add it to sources.GROUPS"
 

@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedkern.flower import client_app
+from fedkern.flower import client_app, node_process
 from fedkern.flower.adapter import TRAIN
 
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -121,7 +121,7 @@ class NodeGrid(Grid):
             number = sum(client == k for client in self.asked) - 1
             fault = self.faults.get((k, number))
         if not self.lives:
-            client_app.forget()
+            node_process.forget()
         try:
             return (fault or client_app.app)(message, context)
         except Exception as error:  # as Flower does (supernode/runtime/run_clientapp.py)
@@ -129,7 +129,7 @@ class NodeGrid(Grid):
             return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
         finally:
             if not self.lives:
-                client_app.forget()
+                node_process.forget()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError

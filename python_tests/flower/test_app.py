@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 
@@ -19,9 +20,10 @@ from fedkern.engine import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError
-from fedkern.flower import client_app, node_client, run_settings, server_app
+from fedkern.flower import client_app, node_client, node_process, run_settings, server_app
 from fedkern.flower.adapter import opened, replied
-from fedkern.flower.portable import Malformed, Parcel, pack, unpack
+from fedkern.flower.parcel import Malformed, Parcel
+from fedkern.flower.portable import pack, unpack
 
 pytestmark = pytest.mark.flower
 
@@ -61,7 +63,7 @@ def _here(tmp_path, monkeypatch):
     before, logger.propagate = logger.propagate, True
     yield
     logger.propagate = before
-    client_app.forget()
+    node_process.forget()
 
 
 def settings(method, **more):
@@ -136,6 +138,7 @@ def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
     over_flower({**run_config, "resume": True}, tmp_path / "run")
     found = outcome(tmp_path / "run")
     assert found[2]["privacy"] == expected[2]["privacy"]
+    assert "wire" not in json.loads((tmp_path / "run/summary.json").read_text())
     assert [record.keys() for record in found[1]] == [record.keys() for record in expected[1]]
     assert not dropped(tmp_path / "run")
     assert all(path.stat().st_size for path in (tmp_path / "cache" / "flower").glob("*/client-*/releases.jsonl"))
@@ -395,10 +398,13 @@ def test_messages_to_the_wrong_client(tmp_path):
 def test_the_bytes_on_the_wire(tmp_path):
     """Above a megabyte, Flower's messages hold little beside the tensors that the ledger counts."""
     grid = over_flower(settings("fedavg", rounds=1, width=64), tmp_path / "run")
-    counted = outcome(tmp_path / "run")[2]["bytes"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    counted, wire = summary["bytes"], summary["wire"]
     total = counted["up"] + counted["down"]
     assert total > 1e6
     assert grid.size <= 1.05 * total
+    assert all(counted[direction] < wire[direction] < 1.05 * counted[direction] for direction in ("up", "down"))
+    assert sum(wire.values()) < grid.size
 
 
 @pytest.mark.exhaustive
@@ -415,6 +421,9 @@ def test_half_the_bytes(tmp_path):
         over_flower(run_config, tmp_path / "run", faults={(1, 1): killing})
     over_flower({**run_config, "resume": True}, tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "half")
+    resumed, alone = (json.loads((tmp_path / name / "summary.json").read_text())["wire"] for name in ("run", "half"))
+    for direction in ("up", "down"):  # the rounds before the kill count; nodes were asked twice who they are
+        assert alone[direction] < resumed[direction] < alone[direction] + 1000
 
 
 @pytest.mark.exhaustive

@@ -41,11 +41,45 @@ def a_broken_loss():
 '''
 
 
+MORTAL = '''
+import os
+import signal
+from pathlib import Path
+
+from torch.nn.functional import cross_entropy
+
+from fedkern.methods import LocalTraining, register
+
+
+@register("mortal")
+class Mortal(LocalTraining):
+    """A method that ends the process of client 1 once, as the system does where memory is short."""
+
+    def loss(self, model, batch, received):
+        home = Path(os.environ["FLWR_HOME"])
+        if home.name == "node-1" and not (home / "ended").exists():
+            (home / "ended").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cross_entropy(model(batch.images), batch.labels)
+'''
+
+
 def project(folder: Path, method: str, *words: str) -> Path:
     """A project of a run whose folder is ``folder / "run"``."""
     made = folder / "project"
     assert main([method, *SMALL, *words, "--out", str(folder / "run"), "--flower", str(made)]) == 0
     return made
+
+
+def plugin_project(folder: Path, method: str, code: str, *words: str) -> Path:
+    """A project of a plugin's method, made by another process: in this one the plugin would stay registered."""
+    (folder / f"{method}.py").write_text(code)
+    given = ["--plugin", str(folder / f"{method}.py"), *words, "--out", str(folder / "run")]
+    subprocess.run(
+        [sys.executable, "-m", "fedkern.run", method, *SMALL, *given, "--flower", str(folder / "project")],
+        check=True, env=surroundings(folder / "bin"), cwd=folder,
+    )  # fmt: skip
+    return folder / "project"
 
 
 def in_one_process(folder: Path, method: str, *words: str) -> bytes:
@@ -128,13 +162,7 @@ def test_faulty_answers_are_refused_by_name_and_the_run_goes_on(tmp_path):
 
 
 def test_a_client_that_fails_ends_the_run_with_its_traceback(tmp_path):
-    (tmp_path / "broken.py").write_text(BROKEN)
-    words = ["--plugin", str(tmp_path / "broken.py"), "--clients", "2", "--rounds", "1", "--on-error", "stop"]
-    made = tmp_path / "project"
-    subprocess.run(  # not in this process, where the plugin would stay registered
-        [sys.executable, "-m", "fedkern.run", "broken", *SMALL, *words, "--flower", str(made)],
-        check=True, env=surroundings(tmp_path / "bin"), cwd=tmp_path,
-    )  # fmt: skip
+    made = plugin_project(tmp_path, "broken", BROKEN, "--clients", "2", "--rounds", "1", "--on-error", "stop")
     (tmp_path / "federation").mkdir()
     with Federation(tmp_path / "federation") as federation:
         federation.start_nodes(*configs(federation, 2))
@@ -148,6 +176,20 @@ def test_a_client_that_fails_ends_the_run_with_its_traceback(tmp_path):
     assert "in a_broken_loss" in done.stderr
     assert "ZeroDivisionError: division by zero at this site" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: Run ")
+
+
+def test_a_client_whose_process_is_killed_is_left_out_and_back_in_the_next_round(tmp_path):
+    made = plugin_project(tmp_path, "mortal", MORTAL, "--clients", "2", "--rounds", "2")
+    (tmp_path / "federation").mkdir()
+    with Federation(tmp_path / "federation") as federation:
+        federation.start_nodes(*configs(federation, 2))
+        outcome = federation.run(made)
+        assert outcome.completed, outcome.log
+    assert federation.processes() == []
+    first, second = dropped(tmp_path).values()
+    assert list(first) == [1]
+    assert "The process of this client ended before it had answered" in first[1]
+    assert second == {}
 
 
 def test_a_node_that_does_not_answer_costs_the_deadline_and_is_back_in_the_next_round(tmp_path):

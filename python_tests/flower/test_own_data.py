@@ -17,7 +17,7 @@ from node_grid import NodeGrid
 from fedkern.engine import run
 from fedkern.engine.run import data_of_one
 from fedkern.errors import UserError
-from fedkern.flower import client_app, run_settings, server_app
+from fedkern.flower import node_process, run_settings, server_app
 
 pytestmark = pytest.mark.flower
 
@@ -37,7 +37,7 @@ def _here(tmp_path, monkeypatch):
     before, logger.propagate = logger.propagate, True
     yield
     logger.propagate = before
-    client_app.forget()
+    node_process.forget()
 
 
 @pytest.fixture

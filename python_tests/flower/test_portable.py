@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.flower.portable import DTYPES, Malformed, Parcel, Raw, pack, unpack
+from fedkern.flower.parcel import Malformed, Parcel, Raw
+from fedkern.flower.portable import DTYPES, pack, unpack
 
 
 def test_values_come_back():

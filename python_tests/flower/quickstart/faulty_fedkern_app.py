@@ -4,7 +4,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedkern.flower import adapter, client_app
-from fedkern.flower.portable import Parcel, Raw, pack, unpack
+from fedkern.flower.parcel import Parcel, Raw
+from fedkern.flower.portable import pack, unpack
 
 app = ClientApp()
 

@@ -1,0 +1,38 @@
+"""The entries of a node's ``--node-config`` that fedkern reads (see `fedkern.flower.client_app`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.errors import UserError
+
+
+def own_client(node_config: Mapping[str, Any]) -> int:
+    """The client that the node is.
+
+    Raises:
+        UserError: the node's configuration does not say it.
+    """
+    given, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
+    if type(given) is not int or given < 0 or (of is not None and (type(of) is not int or given >= of)):
+        raise UserError(
+            f"partition-id must be a number from 0 to num-partitions - 1, not {given!r}: start the node with "
+            "--node-config 'partition-id=K num-partitions=N'."
+        )
+    return given
+
+
+def data_root(node_config: Mapping[str, Any]) -> str | None:
+    """Folder of the data on this machine; None: that of the run-config."""
+    return _text(node_config, "data-root")
+
+
+def state_dir(node_config: Mapping[str, Any]) -> str | None:
+    """Folder of the client's states on this machine; None: that of the run-config."""
+    return _text(node_config, "state-dir")
+
+
+def _text(node_config: Mapping[str, Any], name: str) -> str | None:
+    given = node_config.get(name)
+    return str(given) if given else None

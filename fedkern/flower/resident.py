@@ -1,0 +1,253 @@
+"""A process that stays on a node and answers a client's messages, where Flower starts one process for each.
+
+Such a process would import torch, load the data, begin with the state on the disk and play the round's earlier messages
+again, for every message.  The first one starts a process that stays (*the resident*); it and all later ones hand their
+message on to the resident, and its answer back, without importing torch.  The bits are the same.
+
+A resident serves one run and one SuperNode.  It ends when no message has come for a while, and with the process that
+started its first message.  Both ends talk over an abstract Unix socket, so that nothing is left on the disk, and check
+that the other one belongs to the same user.  Linux has these sockets; elsewhere there is no resident.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedkern.errors import UserError
+from fedkern.flower.parcel import Malformed, Parcel, Raw
+from fedkern.inputs import parse_json
+
+STAYS = 600.0
+"""Seconds that a resident waits for the next message, where the run-config does not say."""
+_TRIES = 3
+_MAIN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedkern.flower.resident import live; "
+    "live(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))"
+)
+_LENGTH = struct.Struct(">Q")
+_BACKLOG = 16
+_CREDENTIALS = struct.Struct("3i")  # process, user and group
+
+Notice = Callable[[str], None]
+
+
+class Lost(Exception):
+    """The resident has ended while it worked; the text says so in a sentence."""
+
+
+class _Gone(Exception):
+    """The resident has ended before it took the message."""
+
+
+def ask(
+    header: str,
+    parcel: Parcel,
+    run_config: Mapping[str, Any],
+    node: Mapping[str, Any],
+    notice: Notice,
+    stays: float = STAYS,
+) -> Parcel | None:
+    """The answer of the resident (see `fedkern.flower.node_process.answer`), which is started where there is none.
+
+    Args:
+        header, parcel, run_config, node, notice: as for `fedkern.flower.node_process.answer`.
+        stays: seconds after a message at which the resident ends, if it is started now.
+
+    Returns:
+        The answer; None where no resident can be had.
+
+    Raises:
+        Malformed, UserError: as `fedkern.flower.node_process.answer`.
+        Lost: the resident has ended while it worked.
+    """
+    if not (sys.platform == "linux" and hasattr(os, "pidfd_open")):
+        return None
+    name = _name(header, node)
+    request = {"header": header, "run_config": dict(run_config), "node": dict(node)}
+    for _ in range(_TRIES):
+        try:
+            link = _connected(name, stays)
+        except OSError:
+            return None
+        if link is None:
+            return None
+        with link, link.makefile("rb") as replies:
+            try:
+                return _asked(link, replies, request, parcel, notice)
+            except _Gone:
+                continue
+    return None
+
+
+def _name(header: str, node: Mapping[str, Any]) -> bytes:
+    """The socket's name: another one for every run, configuration of the node, code, and SuperNode."""
+    told = parse_json(header)
+    run = told.get("run") if isinstance(told, dict) else None
+    parent = os.getppid()
+    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    space = str(Path("/proc/self/ns/pid").readlink())  # containers may share sockets, and number processes alike
+    made_of = [str(run), dict(node), sys.path, sys.executable, parent, started, space, os.geteuid()]
+    return b"\0fedkern-" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest().encode()
+
+
+def _connected(name: bytes, stays: float) -> socket.socket | None:
+    """A connection to the resident; None where the name is somebody else's."""
+    while True:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            link.connect(name)
+        except ConnectionRefusedError:
+            link.close()
+            _start(name, stays)
+            continue
+        except BaseException:
+            link.close()
+            raise
+        if _user(link) != os.geteuid():
+            link.close()
+            return None
+        return link
+
+
+def _start(name: bytes, stays: float) -> None:
+    """Starts a resident, unless another process does so just now."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        try:
+            door.bind(name)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return
+            raise
+        door.listen(_BACKLOG)
+        parent = os.pidfd_open(os.getppid())
+        try:
+            words = [json.dumps(sys.path), str(door.fileno()), str(parent), repr(stays)]
+            subprocess.Popen(
+                [sys.executable, "-c", _MAIN, *words], stdin=subprocess.DEVNULL, pass_fds=(door.fileno(), parent)
+            )
+        finally:
+            os.close(parent)
+
+
+def _asked(
+    link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], parcel: Parcel, notice: Notice
+) -> Parcel:
+    try:
+        _send(link, request, parcel)
+        _receive(replies)  # that it has begun
+    except (EOFError, OSError) as error:
+        raise _Gone from error
+    while True:
+        try:
+            found, answer = _receive(replies)
+        except (EOFError, OSError):
+            raise Lost(
+                "The process of this client ended before it had answered: the machine's log says why; it may have had "
+                "too little memory."
+            ) from None
+        if "notice" in found:
+            notice(found["notice"])
+        elif "malformed" in found:
+            raise Malformed(found["malformed"])
+        elif "refused" in found:
+            raise UserError(found["refused"])
+        else:
+            return answer
+
+
+# -- the resident ------------------------------------------------------------------------------------------------------
+
+
+def live(door: int, parent: int, stays: float) -> None:
+    """Answers messages until none has come for a while.
+
+    Args:
+        door: descriptor of the listening socket.
+        parent: descriptor of the process with which this one ends.
+        stays: seconds to wait for a message.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the SuperNode decides, and this process follows it
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from fedkern.flower import node_process
+
+    with socket.socket(fileno=door) as listening:
+        listening.settimeout(stays)
+        while True:
+            try:
+                link, _ = listening.accept()
+            except TimeoutError:
+                return
+            with link, suppress(EOFError, OSError):  # whoever asked is gone
+                link.settimeout(None)
+                if _user(link) == os.geteuid():
+                    with link.makefile("rb") as requests:
+                        _serve(link, requests, node_process.answer)
+
+
+def _end_with(process: int) -> None:
+    select.select([process], [], [])
+    os._exit(0)  # whatever the main thread is computing: nobody waits for it
+
+
+def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel]) -> None:
+    request, parcel = _receive(requests)
+    _send(link, {"begun": True})
+
+    def notice(text: str) -> None:
+        with suppress(OSError):
+            _send(link, {"notice": text})
+
+    try:
+        found = answer(request["header"], parcel, request["run_config"], request["node"], notice)
+    except Malformed as why:
+        _send(link, {"malformed": str(why)})
+    except UserError as error:
+        _send(link, {"refused": str(error)})
+    else:
+        _send(link, {}, found)
+
+
+# -- what both ends send -----------------------------------------------------------------------------------------------
+
+
+def _user(link: socket.socket) -> int:
+    """The user whose process is at the other end."""
+    found = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(found)[1])
+
+
+def _send(link: socket.socket, told: Mapping[str, Any], parcel: Parcel | None = None) -> None:
+    """Sends plain values and a parcel: a length, that much JSON, and the arrays' bytes."""
+    parcel = parcel or Parcel("", {})
+    forms = [[name, raw.dtype, list(raw.shape), len(raw.data)] for name, raw in parcel.tensors.items()]
+    head = json.dumps({"told": told, "text": parcel.text, "tensors": forms}).encode()
+    link.sendall(_LENGTH.pack(len(head)) + head)
+    for raw in parcel.tensors.values():
+        link.sendall(raw.data)
+
+
+def _receive(stream: BinaryIO) -> tuple[dict[str, Any], Parcel]:
+    head = json.loads(_exactly(stream, *_LENGTH.unpack(_exactly(stream, _LENGTH.size))))
+    tensors = {name: Raw(dtype, tuple(shape), _exactly(stream, size)) for name, dtype, shape, size in head["tensors"]}
+    return head["told"], Parcel(head["text"], tensors)
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    found = stream.read(size)
+    if len(found) < size:
+        raise EOFError
+    return found

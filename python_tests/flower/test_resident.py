@@ -1,0 +1,245 @@
+"""The process that stays on a node: its answers, how long it lives, and what becomes of lost ones.  Needs no Flower."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedkern.errors import UserError
+from fedkern.flower import node_process, resident
+from fedkern.flower.parcel import Malformed, Parcel, Raw
+from fedkern.flower.portable import pack, unpack
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="residents need Linux")
+
+RUN = {
+    "method": "fedavg", "data": "digits", "clients": 2, "train-samples": 40, "width": 2, "rounds": 2, "local-steps": 2,
+    "batch-size": 8, "grad-cam": 0, "threads": 1, "client-threads": 1, "device": "cpu",
+}  # fmt: skip
+ASKING = """
+import json, sys
+from pathlib import Path
+from fedkern.flower import resident
+from fedkern.flower.parcel import Parcel, Raw
+header, text, forms, run, node, stays = json.loads(Path(sys.argv[1]).read_text())
+tensors = {name: Raw(dtype, tuple(shape), bytes.fromhex(data)) for name, dtype, shape, data in forms}
+found = resident.ask(header, Parcel(text, tensors), run, node, print, stays)
+assert "torch" not in sys.modules
+print(found.text)
+"""
+
+
+def node(tmp_path, client=1):
+    return {"partition-id": client, "num-partitions": 2, "state-dir": str(tmp_path / "states")}
+
+
+def header(client=1, round=0, run="0" * 32):
+    found = {
+        "protocol": 1, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
+        "step": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
+        "threads": 1, "client_threads": 1,
+    }  # fmt: skip
+    return json.dumps(found)
+
+
+@pytest.fixture(scope="module")
+def message(tmp_path_factory):
+    """What a server sends in the first round."""
+    from fedkern.engine.config import RunConfig
+    from fedkern.engine.parties import BEFORE, Server
+    from fedkern.engine.run import on_node
+    from fedkern.methods import registry
+    from fedkern.methods.base import Step
+
+    kind = registry.get("fedavg")
+    settings = {name.replace("-", "_"): value for name, value in RUN.items() if name != "method"}
+    context = on_node(RunConfig.make("fedavg", **settings))
+    method, server = kind(kind.Options.parse(context.config.options, method="fedavg")), Server(context)
+    with context.drawing(server, BEFORE):
+        method.start(server)
+    return pack(method.send(server, Step(0, "train", "update")))
+
+
+def residents(of: str = "parent", number: int = 0) -> list[int]:
+    """The residents that have not ended: children of this process, or those of a process group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            whose = int(group) == number if of == "group" else int(parent) == os.getpid()
+            if whose and state != "Z" and b"resident import live" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def none_left(patience: float = 20) -> bool:
+    limit = time.monotonic() + patience
+    while residents() and time.monotonic() < limit:
+        time.sleep(0.05)
+    return not residents()
+
+
+@pytest.fixture(autouse=True)
+def _ended():
+    yield
+    node_process.forget()
+    for pid in residents():
+        os.kill(pid, signal.SIGKILL)
+    assert none_left()
+
+
+def told(parcel):
+    """An answer without its duration."""
+    found = unpack(parcel)
+    plain = {name: value for name, value in found.items() if name not in ("seconds", "message")}
+    return plain, pack(found["message"])
+
+
+def test_a_resident_gives_the_bits_of_this_process_and_stays(message, tmp_path):
+    here = node_process.answer(header(), message, RUN, node(tmp_path / "here"), print)
+    assert told(here)[0]["problem"] is None
+    there = resident.ask(header(), message, RUN, node(tmp_path), print, 60)
+    assert told(there) == told(here)
+    (first,) = residents()
+    again = resident.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
+    assert told(again)[0]["problem"] is None
+    assert residents() == [first]
+
+
+@pytest.mark.exhaustive
+def test_residents_belong_to_one_run_and_one_configuration(message, tmp_path):
+    resident.ask(header(), message, RUN, node(tmp_path), print, 60)
+    resident.ask(header(run="1" * 32), message, RUN, node(tmp_path), print, 60)
+    resident.ask(header(client=0), message, RUN, node(tmp_path, 0), print, 60)
+    assert len(residents()) == 3
+
+
+@pytest.mark.exhaustive
+def test_a_resident_ends_when_no_message_comes_and_the_next_starts_another(message, tmp_path):
+    first = resident.ask(header(), message, RUN, node(tmp_path), print, 0.2)
+    assert none_left()
+    again = resident.ask(header(), message, RUN, node(tmp_path), print, 0.2)
+    assert told(again) == told(first)
+
+
+@pytest.mark.exhaustive
+def test_a_killed_resident_is_replaced(message, tmp_path):
+    first = resident.ask(header(), message, RUN, node(tmp_path), print, 60)
+    os.kill(*residents(), signal.SIGKILL)
+    assert none_left()
+    assert told(resident.ask(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
+
+
+def test_what_a_node_refuses_is_refused_by_the_resident(message, tmp_path):
+    with pytest.raises(Malformed, match="is for client 0, and this node is client 1"):
+        resident.ask(header(client=0), message, RUN, node(tmp_path), print, 60)
+    with pytest.raises(UserError, match="partition-id must be a number"):
+        resident.ask(header(), message, RUN, {**node(tmp_path), "partition-id": 9}, print, 60)
+    found = resident.ask(header(), message, {**RUN, "no-such-key": 1}, node(tmp_path), print, 60)
+    assert 'unknown key "no-such-key"' in unpack(found)["problem"]["what"]
+
+
+def test_a_resident_ends_with_the_process_that_starts_messages(message, tmp_path):
+    """As on a SuperNode: one process starts a short one for a message, and is killed later."""
+    forms = [[name, raw.dtype, raw.shape, raw.data.hex()] for name, raw in message.tensors.items()]
+    told_of = tmp_path / "message.json"
+    told_of.write_text(json.dumps([header(), message.text, forms, RUN, node(tmp_path), 60]))
+    script = (
+        "import subprocess, sys, time\n"
+        "subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)\n"
+        "print('answered', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script, ASKING, str(told_of)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            lines = list(iter(process.stdout.readline, "answered\n"))
+            assert '"problem",null' in re.sub(r"\s", "", lines[-1])
+            assert len(residents("group", process.pid)) == 1
+        finally:
+            process.kill()
+    limit = time.monotonic() + 20
+    while residents("group", process.pid) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not residents("group", process.pid)
+
+
+# -- the two ends, without a process -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("rb") as replies, theirs.makefile("rb") as requests:
+        yield ours, replies, theirs, requests
+
+
+PARCEL = Parcel('{"list":[]}', {"a": Raw("float32", (2, 1), bytes(range(8))), "empty": Raw("bool", (0,), b"")})
+
+
+def test_messages_come_as_they_were_sent(ends):
+    ours, replies, theirs, requests = ends
+    resident._send(ours, {"header": "é"}, PARCEL)
+    assert resident._receive(requests) == ({"header": "é"}, PARCEL)
+    resident._send(theirs, {"begun": True})
+    assert resident._receive(replies) == ({"begun": True}, Parcel("", {}))
+
+
+def test_notices_reach_whoever_asks(ends):
+    ours, replies, theirs, _ = ends
+    heard = []
+    for text in ("decoding", "decoded"):
+        resident._send(theirs, {"begun": True} if not heard else {"notice": text})
+        heard.append(text)
+    resident._send(theirs, {}, PARCEL)
+    said = []
+    assert resident._asked(ours, replies, {}, PARCEL, said.append) == PARCEL
+    assert said == ["decoded"]
+
+
+@pytest.mark.parametrize(("begun", "error"), [(False, resident._Gone), (True, resident.Lost)])
+def test_a_resident_that_is_lost(ends, begun, error):
+    """Before it has taken the message another one may answer; afterwards only the server can ask again."""
+    ours, replies, theirs, _ = ends
+    if begun:
+        resident._send(theirs, {"begun": True})
+    theirs.sendall(b"\0")  # a part of a frame
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises(error):
+        resident._asked(ours, replies, {"header": ""}, PARCEL, print)
+
+
+def test_nobody_waits_for_an_answer(ends):
+    """A resident whose asker is killed ends the work in peace, and hears the next one."""
+    ours, replies, theirs, requests = ends
+    resident._send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
+
+    def answer(header, parcel, run_config, node, notice):
+        replies.close()
+        ours.close()
+        notice("half of it is done")
+        return parcel
+
+    with pytest.raises(BrokenPipeError):
+        resident._serve(theirs, requests, answer)
+
+
+def test_no_resident_of_somebody_else(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "_user", lambda link: os.geteuid() + 1)
+    assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+
+
+def test_no_resident_without_linux(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert residents() == []
