@@ -83,7 +83,8 @@ endif()
 
 if(FEDKERN_CUDA_ENABLED)
   set(CMAKE_CUDA_COMPILER ${FEDKERN_NVCC})
-  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  # CMake's own variable of the environment, with which pip can ask for one architecture.
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND "$ENV{CUDAARCHS}" STREQUAL "")
     # Replaced below, once the compiler's version is known; CMake insists on a value before it looks.
     set(CMAKE_CUDA_ARCHITECTURES 80)
     set(FEDKERN_DEFAULT_ARCHITECTURES ON)

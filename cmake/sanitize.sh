@@ -4,12 +4,15 @@
 #   cmake/sanitize.sh
 #   cmake/sanitize.sh python_tests/ops/_blend/test_blend.py -k sizes
 #   cmake/sanitize.sh cuda          where a GPU is: the CUDA tests under compute-sanitizer, with the core in use
+#   SANITIZER=racecheck cmake/sanitize.sh cuda python_tests/ops/cuda/test_cuda_blend.py     another of its tools
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 if [ "${1:-}" = cuda ]; then
-  exec compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
-    "$python" -m pytest -q -p no:cacheprovider -m gpu python_tests/ops "${@:2}"
+  shift
+  [ $# -gt 0 ] || set -- python_tests/ops
+  exec compute-sanitizer --tool "${SANITIZER:-memcheck}" --target-processes all --error-exitcode 1 \
+    "$python" -m pytest -q -p no:cacheprovider -m "gpu and not slow" "$@"
 fi
 folder=build/sanitize
 site="$PWD/$folder/site"

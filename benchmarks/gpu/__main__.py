@@ -1,0 +1,106 @@
+"""The command line of `all.sh`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.playing import FAILED, RECORD, Playing
+from benchmarks.gpu.stages import ROOT, Stage, plan
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 where all has passed, 1 where something failed or is left, 2 for what it cannot take."""
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu/all.sh", description=__doc__)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages, or first words of them; all by default")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of logs and results, %(default)s")
+    parser.add_argument("--minutes", type=float, help="time after which no more is begun, and what goes on is ended")
+    parser.add_argument("--data-root", help="folder of CIFAR-10 and MNIST, for runs at published scale")
+    parser.add_argument(
+        "--packed",
+        type=Path,
+        metavar="FILE",
+        help="also write everything into this .tar.gz; where the folder is new, begin with what the file has",
+    )
+    parser.add_argument("--again", action="store_true", help="play what has passed too")
+    parser.add_argument("--list", action="store_true", help="print the stages and what became of them")
+    given = parser.parse_args(words)
+    out = given.out.resolve()
+    gpu = _gpu()
+    if gpu is None and not given.list:
+        parser.error("there is no NVIDIA GPU here (nvidia-smi lists none): run it on a machine that has one")
+    every = plan(gpu["capability"] if gpu else "9.0", out, given.data_root)
+    chosen = [stage for stage in every if not given.stages or any(_meant(stage, word) for word in given.stages)]
+    unknown = [word for word in given.stages if not any(_meant(stage, word) for stage in every)]
+    if unknown:
+        parser.error(f"there is no stage {unknown[0]!r}: --list names them")
+    if given.packed is not None and given.packed.exists() and not (out / RECORD).exists():
+        with tarfile.open(given.packed) as packed:
+            packed.extractall(out, filter="data")
+    if given.list:
+        known = Playing(out, {}, "").done if (out / RECORD).exists() else {}
+        for stage in chosen:
+            print(f"{stage.name}: {known.get(stage.name, {}).get('outcome', 'not played')}")
+        return 0
+    playing = Playing(out, gpu or {}, _code(), None if given.minutes is None else 60 * given.minutes)
+    try:
+        left = playing.play(chosen, again=given.again)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        return 130
+    finally:
+        if given.packed is not None:
+            _pack(out, given.packed)
+    failed = [stage.name for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == FAILED]
+    if failed:
+        print(f"failed: {', '.join(failed)} (logs in {out / 'logs'})")
+    if left:
+        print(f"{len(left)} stages are left, from {left[0].name!r} on: the same command goes on")
+    return int(bool(failed or left))
+
+
+def _meant(stage: Stage, word: str) -> bool:
+    return stage.name == word or stage.name.startswith(f"{word} ")
+
+
+def _gpu() -> dict[str, Any] | None:
+    """The first GPU; None where there is none."""
+    names = ("name", "compute_cap", "driver_version", "memory.total")
+    try:
+        asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if not found:
+        return None
+    name, capability, driver, memory = (word.strip() for word in found[0].split(","))
+    return {"gpu": name, "capability": capability, "driver": driver, "memory": memory, "python": sys.version.split()[0]}
+
+
+def _code() -> str:
+    """A name of the code: a digest of all files that stages run, committed or not."""
+    total = hashlib.sha256()
+    for folder in ("csrc", "cmake", "fedkern", "benchmarks", "python_tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".txt", ".cmake"}:
+                total.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _pack(out: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    with tarfile.open(partial, "w:gz") as packed:
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and path.resolve() not in (target.resolve(), partial.resolve()):
+                packed.add(path, path.relative_to(out))
+    partial.replace(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Plays stages one after another within the time given, and writes down after each what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.stages import ROOT, Stage
+
+RECORD = "stages.json"
+PATIENCE = 45.0
+"""Seconds between the request to end and the kill: a run writes its checkpoint in them."""
+LEAST = 30.0
+"""Seconds of the time given with which a stage is still begun."""
+PASSED, FAILED, CUT = "passed", "failed", "cut short"
+
+
+@dataclass
+class Playing:
+    """The state of all stages, in a folder.
+
+    Args:
+        out: the folder; made where it is missing.
+        facts: of the machine and the versions, written beside the results.
+        code: name of the code that is tested; what other code has passed is played again.
+        seconds: time given; None: no limit.
+    """
+
+    out: Path
+    facts: Mapping[str, Any]
+    code: str
+    seconds: float | None = None
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._end = None if self.seconds is None else time.monotonic() + self.seconds
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        path = self.out / RECORD
+        if path.exists():
+            self.done = json.loads(path.read_text())["stages"]
+
+    def play(self, stages: Sequence[Stage], *, again: bool = False) -> list[Stage]:
+        """Plays what has not passed yet; returns the stages for which no time was left.
+
+        Args:
+            stages: in their order.
+            again: whether to play what has passed too.
+        """
+        for i, stage in enumerate(stages):
+            if not again and self._passed(stage):
+                continue
+            left = None if self._end is None else self._end - time.monotonic() - PATIENCE
+            if left is not None and left < LEAST:
+                return list(stages[i:])
+            limit = stage.seconds if left is None else min(stage.seconds, left)
+            self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
+        return []
+
+    def _passed(self, stage: Stage) -> bool:
+        if stage.ready:
+            return not subprocess.run(stage.ready, cwd=ROOT, capture_output=True, check=False).returncode
+        known = self.done.get(stage.name, {})
+        return known.get("outcome") == PASSED and known.get("code") == self.code
+
+    def _run(self, stage: Stage, limit: float, *, cut: bool) -> dict[str, Any]:
+        log = self.out / "logs" / f"{stage.name.replace(' ', '-')}.log"
+        begun = time.monotonic()
+        print(f"{stage.name} ...", flush=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _end(process)
+        outcome = PASSED if code == 0 else FAILED if code is not None or not (cut or stage.goes_on) else CUT
+        last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+        return {
+            "outcome": outcome,
+            "exit": code,
+            "seconds": round(time.monotonic() - begun, 1),
+            "last": last[-400:],
+            "command": list(stage.command),
+            "environment": dict(stage.environment),
+            "code": self.code,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def _note(self, stage: Stage, found: dict[str, Any]) -> None:
+        self.done[stage.name] = found
+        partial = self.out / f"{RECORD}.partial"
+        partial.write_text(json.dumps({"machine": dict(self.facts), "stages": self.done}, indent=1) + "\n")
+        partial.replace(self.out / RECORD)
+        print(f"{stage.name}: {found['outcome']} in {found['seconds']:.0f} s; {found['last']}", flush=True)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Ends a process and all that it has started: asks first, as Ctrl-C does, so that runs keep what they have."""
+    for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def wait(process: subprocess.Popen[Any]) -> int:
+    """A process's exit code; a Ctrl-C meant for both is left to it."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue

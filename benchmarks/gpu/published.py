@@ -1,0 +1,51 @@
+"""A run at published scale, begun or gone on with; says at its end, or when its time is over, what it has reached.
+
+python -m benchmarks.gpu.published METHOD FLAG ... --out DIR
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.playing import wait
+from fedkern.engine.config import NAME
+
+PAPERS = {"fusefl": "85.92 %", "fediod": "82.78 %"}
+"""Accuracies in the papers; FedGID's are of another colouring."""
+FIGURES = ("accuracy", "ood_accuracy", "id_accuracy")
+
+
+def main(words: Sequence[str]) -> int:
+    """Plays the run; returns its exit code."""
+    out = Path(words[words.index("--out") + 1])
+    asked = ["--resume", str(out)] if (out / NAME).exists() else list(words)
+    code = wait(subprocess.Popen([sys.executable, "-m", "fedkern.run", *asked]))
+    print(reached(words[0], out))
+    return code
+
+
+def reached(method: str, out: Path) -> str:
+    """One line on how far a run has come."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    if not records:
+        return f"{method}: no round is done"
+    told = [f"{method}: {records[-1]['round']} rounds"]
+    told += [f"{name} {100 * best:.2f} %" for name in FIGURES if (best := _latest(records, name)) is not None]
+    if method in PAPERS:
+        told.append(f"in the paper {PAPERS[method]}")
+    return ", ".join(told)
+
+
+def _latest(records: Sequence[dict[str, Any]], name: str) -> float | None:
+    return next((record[name] for record in reversed(records) if name in record), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""The stages of `all.sh`: what each runs, in which order, and how long it may take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton", "python_tests/ops/_blend/test_blend.py")
+"""Where tests marked ``gpu`` are."""
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+BACKENDS = ("cuda", "triton")
+NOT_OPERATORS = {"bench_flower", "bench_methods", "bench_rounds"}
+"""Benchmarks of whole runs; Flower's has no part of a GPU."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: as the command line takes it.
+        command: words, run in the repository's root.
+        seconds: the longest that it may take.
+        environment: variables beside those of this process.
+        ready: words of a command that succeeds where there is nothing to do, whatever was done before; empty: none.
+        goes_on: whether a stage that is cut short goes on where it was, so that an end of its time is no failure.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ready: tuple[str, ...] = ()
+    goes_on: bool = False
+
+
+def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
+    """All stages in their order.
+
+    Args:
+        capability: the GPU's compute capability, for example "9.0".
+        out: folder of results.
+        data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
+    """
+    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out)]
+    return found + ([] if data_root is None else published(out, data_root))
+
+
+def build(capability: str) -> Stage:
+    """The package in place, its CUDA core for this GPU alone; again on every machine that lacks it."""
+    architecture = capability.replace(".", "")
+    words = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
+    return Stage(
+        "build",
+        (sys.executable, *words),
+        600,
+        {"FEDKERN_CPU": "1", "FEDKERN_CUDA": "1", "CUDAARCHS": f"{architecture}-real"},
+        ready=(sys.executable, "-m", "benchmarks.gpu.built", architecture),
+    )
+
+
+def doctor() -> Stage:
+    return Stage("doctor", (sys.executable, "-m", "fedkern.run", "doctor", "--measure"), 120)
+
+
+def tests() -> list[Stage]:
+    """The tests on the GPU, a stage for every file: what fails in one family does not hide the others."""
+    words = (sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "--maxfail=20")
+    return [Stage(f"test {path.stem.removeprefix('test_')}", (*words, _named(path)), 300) for path in tested()]
+
+
+def tested() -> list[Path]:
+    """The files that have tests marked ``gpu``."""
+    found = [path for each in TESTED for path in _files(ROOT / each)]
+    conftest = ROOT / TESTED[0] / "conftest.py"  # gives every test of its folder a device, the GPU among them
+    return [path for path in found if path.parent == conftest.parent or "mark.gpu" in path.read_text()]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("test_*.py")) if path.is_dir() else [path]
+
+
+def _named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def sanitizers() -> list[Stage]:
+    """The CUDA tests under NVIDIA's checkers."""
+    files = _files(ROOT / TESTED[0])
+    return [
+        Stage(
+            f"{tool} {path.stem.removeprefix('test_cuda_')}",
+            ("bash", "cmake/sanitize.sh", "cuda", _named(path), "--maxfail=20"),
+            300,
+            {"SANITIZER": tool, "PYTHON": sys.executable},
+        )
+        for tool in SANITIZERS
+        for path in files
+    ]
+
+
+def operators(out: Path) -> list[Stage]:
+    """The operators' benchmarks, with each backend forced: both are recorded, for the table of sizes to choose by."""
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in NOT_OPERATORS)
+    return [
+        Stage(
+            f"{name.removeprefix('bench_')} {backend}",
+            (sys.executable, "-m", "pytest", "-q", f"benchmarks/{name}.py", "--device", "cuda", "--record", "--results",
+             str(out / "results")),
+            400,
+            {"FEDKERN_BACKEND": backend},
+        )
+        for name in names
+        for backend in BACKENDS
+    ]  # fmt: skip
+
+
+FUSEFL = (
+    "--data cifar10 --model resnet18 --clients 5 --partition dirichlet:0.5 --local-epochs 200 --batch-size 128 "
+    "--lr 0.01 --momentum 0.9 --weight-decay 0 --method-option width=64 --method-option final_fuse=sum --method-option "
+    "adaptor_init=random --method-option frozen_bn=code --method-option ccvr_compat=true"
+)
+FEDIOD = (
+    "--data cifar10 --model resnet8-t --clients 20 --partition dirichlet:1.0:plain --rounds 500 --local-epochs 500 "
+    "--batch-size 256 --lr 0.0025 --method-option teacher_lr_end=0.001 --momentum 0.9 --weight-decay 0.0003 "
+    "--method-option preset=code --eval-every 5"
+)
+FEDGID = "--data colormnist --correlation 0.5 --clients 10 --rounds 100 --local-epochs 1 --eval-every 5"
+PUBLISHED = {"fusefl": (FUSEFL, 900), "fediod": (FEDIOD, 1200), "fedgid": (FEDGID, 900)}
+"""Settings of the methods' papers by method, and seconds after which a stage stops; its run goes on the next time."""
+
+
+def published(out: Path, data_root: str) -> list[Stage]:
+    """Runs at published scale; FedIOD's teachers come first, and their ensemble bounds its student."""
+    return [
+        Stage(
+            f"published {method}",
+            (sys.executable, "-m", "benchmarks.gpu.published", method, *words.split(), "--data-root", data_root,
+             "--device", "cuda", "--out", str(out / "published" / method)),
+            seconds,
+            goes_on=True,
+        )
+        for method, (words, seconds) in PUBLISHED.items()
+    ]  # fmt: skip
