@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ from fedkern.inputs import parse_json
 STAYS = 600.0
 """Seconds that a resident waits for the next message, where the run-config does not say."""
 _TRIES = 3
+_LOOKS, _PAUSE = 100, 0.02
 _MAIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedkern.flower.resident import live; "
     "live(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))"
@@ -72,6 +74,7 @@ def ask(
 
     Raises:
         Malformed, UserError: as `fedkern.flower.node_process.answer`.
+        RuntimeError: another exception of it.
         Lost: the resident has ended while it worked.
     """
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")):
@@ -105,14 +108,15 @@ def _name(header: str, node: Mapping[str, Any]) -> bytes:
 
 
 def _connected(name: bytes, stays: float) -> socket.socket | None:
-    """A connection to the resident; None where the name is somebody else's."""
-    while True:
+    """A connection to the resident; None where the name is somebody else's, or nobody answers to it."""
+    for _ in range(_LOOKS):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             link.connect(name)
         except ConnectionRefusedError:
             link.close()
-            _start(name, stays)
+            if not _start(name, stays):
+                time.sleep(_PAUSE)  # whoever has the name may be about to listen
             continue
         except BaseException:
             link.close()
@@ -121,16 +125,17 @@ def _connected(name: bytes, stays: float) -> socket.socket | None:
             link.close()
             return None
         return link
+    return None
 
 
-def _start(name: bytes, stays: float) -> None:
-    """Starts a resident, unless another process does so just now."""
+def _start(name: bytes, stays: float) -> bool:
+    """Starts a resident; False where another process has taken the name."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
         try:
             door.bind(name)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return
+                return False
             raise
         door.listen(_BACKLOG)
         parent = os.pidfd_open(os.getppid())
@@ -141,6 +146,7 @@ def _start(name: bytes, stays: float) -> None:
             )
         finally:
             os.close(parent)
+    return True
 
 
 def _asked(
@@ -165,6 +171,8 @@ def _asked(
             raise Malformed(found["malformed"])
         elif "refused" in found:
             raise UserError(found["refused"])
+        elif "failed" in found:
+            raise RuntimeError(found["failed"])
         else:
             return answer
 
@@ -217,6 +225,8 @@ def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel
         _send(link, {"malformed": str(why)})
     except UserError as error:
         _send(link, {"refused": str(error)})
+    except Exception as error:  # of a message that no server of fedkern sends
+        _send(link, {"failed": f"{type(error).__name__}: {error}"})
     else:
         _send(link, {}, found)
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -219,6 +220,20 @@ def test_a_resident_that_is_lost(ends, begun, error):
         resident._asked(ours, replies, {"header": ""}, PARCEL, print)
 
 
+@pytest.mark.parametrize("error", [Malformed("is none"), UserError("no data"), RuntimeError("KeyError: 'step'")])
+def test_what_a_resident_raises_is_raised_where_it_was_asked(ends, error):
+    ours, replies, theirs, requests = ends
+
+    def answer(*_):
+        raise KeyError("step") if isinstance(error, RuntimeError) else error
+
+    served = threading.Thread(target=resident._serve, args=(theirs, requests, answer))
+    served.start()
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        resident._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
+    served.join()
+
+
 def test_nobody_waits_for_an_answer(ends):
     """A resident whose asker is killed ends the work in peace, and hears the next one."""
     ours, replies, theirs, requests = ends
@@ -237,6 +252,13 @@ def test_nobody_waits_for_an_answer(ends):
 def test_no_resident_of_somebody_else(message, tmp_path, monkeypatch):
     monkeypatch.setattr(resident, "_user", lambda link: os.geteuid() + 1)
     assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+
+
+def test_a_name_that_somebody_has_and_does_not_listen_to(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "_PAUSE", 0.0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as taken:
+        taken.bind(resident._name(header(), node(tmp_path)))
+        assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
 def test_no_resident_without_linux(message, tmp_path, monkeypatch):
