@@ -79,12 +79,11 @@ def ask(
     """
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")):
         return None
-    name = _name(header, node)
     request = {"header": header, "run_config": dict(run_config), "node": dict(node)}
     for _ in range(_TRIES):
         try:
-            link = _connected(name, stays)
-        except OSError:
+            link = _connected(_name(header, node), stays)
+        except OSError:  # a system that hides processes, or forbids what a resident needs
             return None
         if link is None:
             return None

@@ -261,6 +261,15 @@ def test_a_name_that_somebody_has_and_does_not_listen_to(message, tmp_path, monk
         assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
+def test_no_resident_where_the_system_forbids_it(message, tmp_path, monkeypatch):
+    def forbidden(process):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "pidfd_open", forbidden)
+    assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert residents() == []
+
+
 def test_no_resident_without_linux(message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
