@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import comparisons, machines
+from fedkern.engine.store.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples/flower_deployment/deploy.py"
@@ -56,8 +57,7 @@ def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS)
 
 def seconds_of(method: str, run: Path) -> float:
     """Seconds of a round of a finished run, or of an iteration of FedIOD, without evaluation."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    spent = [record["phases"]["train"] + record["phases"]["aggregate"] for record in records]
+    spent = [record["phases"]["train"] + record["phases"]["aggregate"] for record in read_metrics(run)]
     return spent[-1] / ITERATIONS if method == "fediod" else statistics.median(spent[1:])
 
 

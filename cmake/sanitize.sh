@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 if [ "${1:-}" = cuda ]; then
   shift
-  [ $# -gt 0 ] || set -- python_tests/ops
+  case "${1:-}" in -* | "") set -- python_tests/ops "$@" ;; esac
   exec compute-sanitizer --tool "${SANITIZER:-memcheck}" --target-processes all --error-exitcode 1 \
-    "$python" -m pytest -q -p no:cacheprovider -m "gpu and not slow" "$@"
+    "$python" -m pytest -q -p no:cacheprovider -m gpu "$@"
 fi
 folder=build/sanitize
 site="$PWD/$folder/site"

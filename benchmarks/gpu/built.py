@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import sources
-from fedkern.ops._core.loading import Unavailable, load_core
+from fedkern.ops._core.loading import Unavailable, load_core, stale_cores
 
 
 def main(architecture: str) -> int:
@@ -17,8 +16,7 @@ def main(architecture: str) -> int:
         core = load_core("_cuda")
     except Unavailable:
         return 1
-    fresh = core.source_hash() == sources.hashes(sources.CSRC)["_cuda"]
-    return int(not (fresh and int(architecture) in core.architectures()))
+    return int(core.__name__ in stale_cores() or int(architecture) not in core.architectures())
 
 
 if __name__ == "__main__":

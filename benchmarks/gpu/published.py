@@ -5,7 +5,6 @@ python -m benchmarks.gpu.published METHOD FLAG ... --out DIR
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.playing import wait
 from fedkern.engine.config import NAME
+from fedkern.engine.store.records import METRICS, read_metrics
 
 PAPERS = {"fusefl": "85.92 %", "fediod": "82.78 %"}
 """Accuracies in the papers; FedGID's are of another colouring."""
@@ -31,9 +31,7 @@ def main(words: Sequence[str]) -> int:
 
 def reached(method: str, out: Path) -> str:
     """One line on how far a run has come."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    records = read_metrics(out) if (out / METRICS).exists() else []
     if not records:
         return f"{method}: no round is done"
     told = [f"{method}: {records[-1]['round']} rounds"]

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton", "python_tests/ops/_blend/test_blend.py")
 """Where tests marked ``gpu`` are."""
+CHOSEN = ("-m", "gpu and not slow", "--maxfail=20")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = ("cuda", "triton")
 NOT_OPERATORS = {"bench_flower", "bench_methods", "bench_rounds"}
@@ -68,7 +69,7 @@ def doctor() -> Stage:
 
 def tests() -> list[Stage]:
     """The tests on the GPU, a stage for every file: what fails in one family does not hide the others."""
-    words = (sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "--maxfail=20")
+    words = (sys.executable, "-m", "pytest", "-q", *CHOSEN)
     return [Stage(f"test {path.stem.removeprefix('test_')}", (*words, _named(path)), 300) for path in tested()]
 
 
@@ -93,7 +94,7 @@ def sanitizers() -> list[Stage]:
     return [
         Stage(
             f"{tool} {path.stem.removeprefix('test_cuda_')}",
-            ("bash", "cmake/sanitize.sh", "cuda", _named(path), "--maxfail=20"),
+            ("bash", "cmake/sanitize.sh", "cuda", _named(path), *CHOSEN),
             300,
             {"SANITIZER": tool, "PYTHON": sys.executable},
         )

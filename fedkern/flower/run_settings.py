@@ -51,7 +51,7 @@ class RunSettings:
         config: the run's settings.
         out: the run folder; None: a new one in ``runs``.
         resume, report, predictions: see `SWITCHES`.
-        deadline, wait, own_data, transport, resident, state: see `FLOWER`.
+        deadline, wait, own_data, transport, state: see `FLOWER`.
     """
 
     config: RunConfig
@@ -63,7 +63,6 @@ class RunSettings:
     wait: float
     own_data: bool
     transport: str
-    resident: float
     state: str
 
 
@@ -109,6 +108,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     own_data = _switch(given, "flower.own-data")
     if own_data:
         _check_own_data(config)
+    _seconds(given, "flower.resident")  # only checked: the ClientApp reads it, before it imports all this
     return RunSettings(
         config=config,
         own_data=own_data,
@@ -116,7 +116,6 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         out=Path(given["out"]).expanduser() if "out" in given else None,
         deadline=_seconds(given, "flower.deadline"),
         wait=_seconds(given, "flower.wait"),
-        resident=_seconds(given, "flower.resident"),
         state=given.get("flower.state", str(FLOWER["flower.state"][0])),
         **{name: _switch(given, name) for name in SWITCHES},
     )
