@@ -15,6 +15,7 @@ from torch.nn import functional
 from fedkern.data.image_rows import ImageRows
 from fedkern.data.types import IGNORE, Split
 from fedkern.errors import UserError, nearest
+from fedkern.transfer import send
 
 PADDING = 4
 ROTATION = 15.0
@@ -37,8 +38,8 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, ch
     channels = images.shape[1]
     if len(mean) != channels or len(std) != channels:
         raise ValueError(f"mean, std: expected {channels} numbers each, got {len(mean)} and {len(std)}")
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    scale = send(torch.tensor([1 / (255 * s) for s in std]), images.device).view(1, -1, 1, 1)
+    shift = send(torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]), images.device).view(1, -1, 1, 1)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     return torch.mul(images, scale).add_(shift)
@@ -68,7 +69,7 @@ def crop(
         coins = torch.from_numpy(rng.random(batch) < 0.5)
         columns = torch.where(coins[:, None], columns.flip(1), columns)
     padded = images.new_empty((batch, height + 2 * padding, width + 2 * padding, channels))
-    padded[:] = torch.as_tensor(fill, dtype=images.dtype, device=images.device)
+    padded[:] = send(torch.as_tensor(fill, dtype=images.dtype), images.device)
     padded[:, padding : padding + height, padding : padding + width] = images.permute(0, 2, 3, 1)
     # One gather of whole pixels does crop and flip.
     return _gather(padded, rows[:, :, None], columns[:, None, :]).contiguous(memory_format=_format(images))
@@ -128,8 +129,8 @@ def rotate(
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros(batch)
     ratio = height / width  # grid coordinates run from -1 to 1 on both axes, so their units differ where H != W
     turn = torch.stack([torch.stack([cos, -sin * ratio, zero], 1), torch.stack([sin / ratio, cos, zero], 1)], 1)
-    grid = functional.affine_grid(turn.to(images.device), list(images.shape), align_corners=False)
-    base = torch.as_tensor(fill, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    grid = functional.affine_grid(send(turn, images.device), list(images.shape), align_corners=False)
+    base = send(torch.as_tensor(fill, dtype=torch.float32), images.device).view(-1, 1, 1)
     values = images.float() if not images.is_floating_point() else images
     values = values - base.to(values.dtype)
     smooth = channels - nearest
@@ -281,7 +282,7 @@ def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         ``[B, C, h, w]``, channels-last.
     """
     index = torch.arange(len(pixels))[:, None, None], rows, columns
-    return pixels[tuple(part.to(pixels.device) for part in index)].permute(0, 3, 1, 2)
+    return pixels[tuple(send(part, pixels.device) for part in index)].permute(0, 3, 1, 2)
 
 
 def _format(images: Tensor) -> torch.memory_format:

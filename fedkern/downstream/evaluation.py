@@ -91,7 +91,7 @@ def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], conf
     batch = batch_size(device, config.statistics)
     sets = {}
     for prefix, split in prefixed(data).items():
-        tokens = None if split.texts is None else module.tokenize(split.texts).to(device)  # type: ignore[operator]
+        tokens = None if split.texts is None else module.tokenize(split.texts)  # type: ignore[operator]
         sets[prefix] = TestSet(split, mean, std, device, False, batch, tokens=tokens)
         sets[prefix].metrics = metrics_of(config.plugins)
     return sets

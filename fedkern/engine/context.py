@@ -206,12 +206,12 @@ class RunContext:
         return [{"words": list(c), "counts": list(c.values())} for c in counts], {"words": self.pair["vocabulary"]}
 
     def tokens(self, split: Any) -> Any:
-        """The tokens of a split's texts, on the run's device; None where there are no texts."""
+        """The tokens of a split's texts, on the CPU; None where there are no texts."""
         if getattr(split, "texts", None) is None:
             return None
         if self._tokeniser is None:
             self._tokeniser = self.network("server").module.tokenize
-        return self._tokeniser(split.texts).to(self.device)
+        return self._tokeniser(split.texts)
 
     def place(self, module: nn.Module) -> nn.Module:
         """Moves a module to the run's device."""

@@ -16,6 +16,7 @@ from fedkern.data.image_rows import FileRows, ImageRows, loaded
 from fedkern.methods.base import OUTSIDE, Batch, Step
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.methods.protocol import batch_slices
+from fedkern.transfer import send
 
 BATCH = 500
 """Images per batch where a network does not train."""
@@ -71,8 +72,8 @@ class Pixels:
         """uint8 [B, H, W, C] on the device, of images in a file."""
         assert self._file is not None
         if indices is None:
-            return self._file.permute(0, 2, 3, 1).contiguous().to(self._device)
-        return self._file.nhwc(torch.from_numpy(np.ascontiguousarray(indices))).to(self._device)
+            return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
+        return send(self._file.nhwc(torch.from_numpy(np.ascontiguousarray(indices))), self._device)
 
     def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
         """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
@@ -82,7 +83,7 @@ class Pixels:
         if self._file is not None:
             rows = self._read(indices)
         if indices is not None:
-            index = torch.from_numpy(np.ascontiguousarray(indices)).to(self._device)
+            index = send(torch.from_numpy(np.ascontiguousarray(indices)), self._device)
             rows = rows if self._file is not None else rows.index_select(0, index)
             erased = None if erased is None else erased[index]
         if rows.dtype == torch.uint8:
@@ -98,9 +99,12 @@ def placed(labels: Tensor, device: torch.device) -> Tensor:
     return labels if isinstance(labels, FileRows) else labels.to(device)
 
 
-def take_tokens(tokens: Any, rows: np.ndarray) -> Any:
-    """The tokens of the texts at ``rows`` (int64); None where there are no texts."""
-    return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows)).to(tokens.ids.device))
+def take_tokens(tokens: Any, rows: np.ndarray, device: torch.device) -> Any:
+    """The tokens, on the device, of the texts at ``rows`` (int64); None where there are no texts.
+
+    All tokens stay on the CPU: the length of a batch's longest text is read from them, which nobody then waits for.
+    """
+    return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows))).to(device)
 
 
 class Samples:
@@ -121,8 +125,8 @@ class Samples:
 
     def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
-        index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.there.device)
-        labels = loaded(self.there[index]).to(self._device)
+        index = send(torch.from_numpy(np.ascontiguousarray(indices)), self.there.device)
+        labels = send(loaded(self.there[index]), self._device)
         if rng is None or labels.dim() < 3:
             return self.pixels.take(indices, rng), labels
         return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
@@ -137,7 +141,11 @@ class Samples:
             rows = np.arange(part.start, part.stop)
             images, labels = self.pairs(rows, rng if augments else None)
             yield Batch(
-                images=images, labels=labels, indices=rows, augmented=augments, tokens=take_tokens(self.tokens, rows)
+                images=images,
+                labels=labels,
+                indices=rows,
+                augmented=augments,
+                tokens=take_tokens(self.tokens, rows, self._device),
             )
 
 
@@ -199,7 +207,7 @@ class ClientData:
             step=step,
             epoch=epoch,
             augmented=rng is not None,
-            tokens=take_tokens(self.tokens, indices),
+            tokens=take_tokens(self.tokens, indices, self.device),
         )
 
     def background_images(self) -> dict[str, Tensor]:
@@ -286,12 +294,12 @@ class TestSet:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and their labels in order, in batches of more than one image (see ``batch_slices``)."""
         for part in batch_slices(len(self), self.batch):
-            yield self.pixels.take(np.arange(part.start, part.stop)), loaded(self.labels[part]).to(self._device)
+            yield self.pixels.take(np.arange(part.start, part.stop)), send(loaded(self.labels[part]), self._device)
 
     def captioned(self) -> Iterator[tuple[Tensor, Any]]:
         """The images and the tokens of their texts, in batches of more than one pair (where there are two pairs)."""
         for rows in np.array_split(np.arange(len(self)), -(-len(self) // self.batch)):
-            yield self.pixels.take(rows), take_tokens(self.tokens, rows)
+            yield self.pixels.take(rows), take_tokens(self.tokens, rows, self._device)
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images with their masks bool [B, H, W]."""

@@ -47,6 +47,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.common.frozen import remembered
 from fedkern.models import resolve_stage
+from fedkern.transfer import send
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank
 CACHE_BYTES = 256 << 20  # larger maps of a bank are not cached but computed per batch
@@ -133,7 +134,7 @@ class FedGID(LocalTraining):
         if bank.augmented:
             drawn["images"] = bank.take(index, rng)
         if o.alpha_sampling != "constant":
-            drawn["alpha"] = torch.from_numpy(self._draw_alpha(rng, len(index))).to(batch.images.device)
+            drawn["alpha"] = send(torch.from_numpy(self._draw_alpha(rng, len(index))), batch.images.device)
         return drawn
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -197,7 +198,7 @@ class FedGID(LocalTraining):
                     maps = torch.cat([first, *rest])
                 received.round_cache["bank"] = maps if maps is not None else ()
             if isinstance(maps, Tensor):
-                return maps, torch.from_numpy(index).to(maps.device)
+                return maps, send(torch.from_numpy(index), maps.device)
         return received.model.stages(bank.take(index), upto=stage), None
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:

@@ -52,6 +52,7 @@ from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, content
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
+from fedkern.transfer import send
 
 _ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
 TUNE = "tune"
@@ -240,7 +241,7 @@ class FedLPFM(LocalTraining):
         if self.options.teacher_view == "same":
             return {"teacher": self._mixture(torch.stack([self._live(client, i, batch) for i in self._chosen(client)]))}
         known: Tensor = client.round_cache["teacher"]
-        return {"teacher": known.index_select(known.dim() - 2, torch.from_numpy(batch.indices).to(known.device))}
+        return {"teacher": known.index_select(known.dim() - 2, send(torch.from_numpy(batch.indices), known.device))}
 
     def backbones(self, client: Client, step: Step) -> list[int]:
         """Positions of the teachers that a client uses in this round."""

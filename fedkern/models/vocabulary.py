@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fedkern.transfer import send
+
 PAD, UNKNOWN, CLS = 0, 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]")
 INSIDE = "##"  # prefix of a piece that continues a word (Devlin et al., arXiv 1810.04805)
@@ -40,8 +42,9 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[rows, :length], mask[:, :length])
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens on ``device``."""
-        return Tokens(self.ids.to(device), self.mask.to(device))
+        """The same tokens on ``device``, without waiting for it (see :func:`fedkern.transfer.send`)."""
+        device = torch.device(device)
+        return Tokens(send(self.ids, device), send(self.mask, device))
 
 
 def split_words(text: str) -> list[str]:

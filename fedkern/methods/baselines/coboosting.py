@@ -26,6 +26,7 @@ from fedkern.methods.baselines.dense import DENSE
 from fedkern.methods.common.oneshot_distill import Pool
 from fedkern.methods.common.oneshot_synthesis import Synthesis
 from fedkern.models.ensemble import Ensemble
+from fedkern.transfer import send
 
 ADVERSARIAL_TEMPERATURE = 3.0
 DIVERSITY_TEMPERATURE = 4.0
@@ -81,7 +82,7 @@ class CoBoosting(DENSE):
         images, said = pool.take(index)
         if self.options.perturbation == 0:
             return images, said
-        coefficients = torch.rand(len(images), said.shape[2], generator=draw).mul_(2).sub_(1).to(images.device)
+        coefficients = send(torch.rand(len(images), said.shape[2], generator=draw).mul_(2).sub_(1), images.device)
         x = images.requires_grad_()
         outputs = softmax(teachers.mix(teachers.logits(x)) / DIVERSITY_TEMPERATURE, 1)
         (gradient,) = torch.autograd.grad((coefficients * outputs).sum(), x)

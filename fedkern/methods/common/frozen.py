@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.methods.base import Batch, Received
 from fedkern.models import precision
+from fedkern.transfer import send
 
 
 @torch.no_grad()
@@ -30,12 +31,12 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
     rows = torch.from_numpy(batch.indices)
     kept = received.round_cache.get(name)
     if kept is not None and batch.epoch > 0:
-        return kept[rows.to(kept.device)]
+        return kept[send(rows, kept.device)]
     fresh = compute()
     if received.epochs > 1 and not batch.augmented and batch.epoch == 0:
         if kept is None:
             kept = received.round_cache[name] = fresh.new_empty(received.samples, *fresh.shape[1:])
-        kept[rows.to(kept.device)] = fresh
+        kept[send(rows, kept.device)] = fresh
     return fresh
 
 

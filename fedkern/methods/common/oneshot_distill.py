@@ -37,6 +37,7 @@ from fedkern.methods.common.oneshot_members import (
 from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
+from fedkern.transfer import send
 
 
 class Distilled(OwnNetworks, OneShot):
@@ -243,12 +244,12 @@ class Pool:
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
-        index = index.to(self._rows.device)
+        index = send(index, self._rows.device)
         return self._rows.index_select(0, index).permute(0, 3, 1, 2), self._said.index_select(1, index)
 
     def answers(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The members' logits [K, B, C] of the images at ``index``, and the images' target classes [B]."""
-        index = index.to(self._rows.device)
+        index = send(index, self._rows.device)
         return self._said.index_select(1, index), self._labels.index_select(0, index)
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:

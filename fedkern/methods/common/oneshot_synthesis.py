@@ -16,6 +16,7 @@ from fedkern.errors import UserError
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 from fedkern.models.precision import full
+from fedkern.transfer import send
 
 
 class _Moments(torch.autograd.Function):
@@ -166,8 +167,8 @@ def synthesise(
     if how.restart:
         generator.reset(draw)
     generator.train()
-    z = torch.randn(how.size, generator.nz, generator=draw).to(device).requires_grad_()
-    labels = torch.randint(classes, (how.size,), generator=draw).to(device)
+    z = send(torch.randn(how.size, generator.nz, generator=draw), device).requires_grad_()
+    labels = send(torch.randint(classes, (how.size,), generator=draw), device)
     optimiser = torch.optim.Adam([*generator.parameters(), z], how.lr, betas=(0.5, 0.999))
     adversarial = how.adversarial if student is not None else 0.0
     best: Tensor | None = None

@@ -15,6 +15,7 @@ from fedkern.methods.fediod.losses import against, confidence
 from fedkern.methods.protocol import batch_slices
 from fedkern.models.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.optimisers import Adam
+from fedkern.transfer import send
 
 START = Step(-1, "", "update")
 
@@ -141,8 +142,7 @@ class Discriminators:
         module.requires_grad_(True)
         with torch.enable_grad():
             both = against(module(fake), False, o.bce).mean(1) + against(module(stack), True, o.bce).mean(1)
-            active = torch.zeros(len(self._clients), device=both.device)
-            active[list(real)] = 0.5
+            active = send(torch.tensor([0.5 if k in real else 0.0 for k in range(len(self._clients))]), both.device)
             losses = both * active
             named = dict(module.named_parameters())
             gradients = torch.autograd.grad(losses.sum(), list(named.values()))

@@ -19,6 +19,7 @@ from fedkern.methods.fediod.privacy_options import tells_scores
 from fedkern.methods.protocol import batch_slices
 from fedkern.models.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
+from fedkern.transfer import send
 
 ALIKE = 0.01
 """Least mean standard deviation of a pixel over a batch of generated images, normalised; real images have about 1.
@@ -88,6 +89,7 @@ class Ensemble:
         ids: the clients' ids.
         logits: ``[K, B, C, *positions]``.
         pi: client weights ``[K]``, which sum to 1.
+        shares: the same numbers, which nobody has to wait for.
         weights: the teachers' weights in the mixture, ``[K, 1 or B, C]``.
         mask: classes that each client knows ``[K, C]``, or None.
     """
@@ -95,6 +97,7 @@ class Ensemble:
     ids: list[int]
     logits: Tensor
     pi: Tensor
+    shares: list[float]
     weights: Tensor
     mask: Tensor | None
 
@@ -161,7 +164,7 @@ class Workshop:
 
     def generate(self, draw: torch.Generator) -> Tensor:
         """Images for the discriminators and the generator, as they are sent; their graph stays in ``x``."""
-        z = torch.randn(self.options.batch, self.options.nz, generator=draw).to(self.server.device)
+        z = send(torch.randn(self.options.batch, self.options.nz, generator=draw), self.server.device)
         with torch.enable_grad():
             x = self.generator(z)
         self.running.add(image_spread=x.detach().std(0).mean())
@@ -180,14 +183,14 @@ class Workshop:
         """The student's images of an iteration, for all steps one after another, as they are sent."""
         o = self.options
         made = self.maker
-        zs = [torch.randn(o.batch, o.nz, generator=draw).to(self.server.device) for _ in range(o.student_steps)]
+        zs = [send(torch.randn(o.batch, o.nz, generator=draw), self.server.device) for _ in range(o.student_steps)]
         return self._sent(torch.cat([made(z) for z in zs]))
 
     def _sent(self, images: Tensor) -> Tensor:
         if self.options.pixels == "float32":
             return images
         mean, std = (
-            torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.server.mean, self.server.std)
+            send(torch.tensor(v), images.device).view(1, -1, 1, 1) for v in (self.server.mean, self.server.std)
         )
         return ((images * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -205,13 +208,14 @@ class Workshop:
         """Stacks the clients' answers of an exchange."""
         device, state, ids = self.server.device, self.server.state, sorted(answers)
         logits = torch.stack([answers[k]["logits"].to(device) for k in ids])
-        samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids], device=device)
-        disclosed = torch.stack([state["classes"][k].float() for k in ids]).to(device)
+        samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids])
+        pi = samples / samples.sum()
+        disclosed = send(torch.stack([state["classes"][k].float() for k in ids]), device)
         scores = None
         if tells_scores(self.options):
             scores = torch.stack([answers[k]["scores"].to(device) for k in ids])
         mask = None if self.options.class_weights == "uniform" else disclosed > 0
-        return Ensemble(ids, logits, samples / samples.sum(), importance(disclosed, scores), mask)
+        return Ensemble(ids, logits, send(pi, device), pi.tolist(), importance(disclosed, scores), mask)
 
     def criticise(self, sent: Tensor, answers: Mapping[int, Message]) -> dict[int, Message]:
         """Computes the generator's losses on the clients' answers, and the messages that ask for gradients.
@@ -236,9 +240,8 @@ class Workshop:
         self.running.add(**terms)
         messages: dict[int, Message] = {}
         batch = len(x)
-        shares = ensemble.pi.tolist()
         for i, k in enumerate(ensemble.ids):
-            messages[k] = {"share": shares[i]}
+            messages[k] = {"share": ensemble.shares[i]}
             if gradient is not None:
                 messages[k]["logits"] = gradient[i] * batch
         return messages

@@ -14,6 +14,7 @@ from fedkern.methods.base import Batch
 from fedkern.models.allocate import uninitialised
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
+from fedkern.transfer import send
 
 CACHE_BYTES = 1 << 30  # a client's frozen features beyond this size are not cached
 
@@ -65,7 +66,7 @@ class LocalPart(nn.Module):
                 return frozen.joined(batch.images)
         indices = torch.from_numpy(batch.indices)
         if self._rows is not None and bool(self._known[indices].all()):
-            kept = self._rows.index_select(0, indices.to(self._rows.device))
+            kept = self._rows.index_select(0, send(indices, self._rows.device))
             return kept.movedim(-1, 1) if kept.dim() == 4 else kept
         with torch.no_grad():
             joined = frozen.joined(batch.images)
@@ -73,7 +74,7 @@ class LocalPart(nn.Module):
             if self._rows is None and self._samples * rows[0].numel() * rows.element_size() <= CACHE_BYTES:
                 self._rows = rows.new_empty((self._samples, *rows.shape[1:]))
             if self._rows is not None:
-                self._rows[indices.to(rows.device)] = rows
+                self._rows[send(indices, rows.device)] = rows
                 self._known[indices] = True
         return joined
 

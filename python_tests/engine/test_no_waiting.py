@@ -1,0 +1,89 @@
+"""A training step on a GPU does not make the host wait, looked at on a GPU that is only pretended."""
+
+import dataclasses
+from contextlib import suppress
+
+import pytest
+import torch
+from pretended_gpu import META, pretend
+from smallest import SETTINGS
+
+from fedkern.engine import RunConfig, run
+from fedkern.methods import METHODS, FedAvg
+from fedkern.transfer import send
+
+STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
+NETWORK = {"data": "digits", "model": "resnet8", "width": 2}
+OWN = {
+    "fedgid": {"options": {"alpha_sampling": "beta"}},
+    "ensemble": {"options": {"models": "cnn:2,resnet8:2", "calibrate": False}},
+    "fusefl": {"local_epochs": 4, "augment": "none", "options": {"blocks": 2, "calibrate": False}},
+    "fedlpfm": {"train_samples": 60, "public_samples": 20, "partition": "iid"},
+    "feddra": {"data": "captions", "partition": "iid", "local_steps": 4, "train_samples": 200, "model": None},
+}
+ONE_SHOT = {"fusefl", "oneshot-fedavg", "ensemble"}
+QUICK = ("fedavg", "fedgid")
+ELSEWHERE = {"fediod", "local", "centralised", "ccvr", "coboosting", "dense", "feddf"}
+"""Methods whose own step is not a client's, or that train as FedAvg does and answer with tensors of the device."""
+LATER = tuple(sorted(set(METHODS) - set(QUICK) - ELSEWHERE))
+
+
+def settings(name):
+    given = {**NETWORK, **STEADY, **SETTINGS.get(name, {}), **OWN.get(name, {})}
+    if name in ONE_SHOT:
+        del given["rounds"]
+    return {key: value for key, value in given.items() if value is not None}
+
+
+# What is kept of the run cannot be written into a network that has no values: torch says so.
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LATER)])
+def test_no_step_waits_for_the_device(name, make_data, monkeypatch, tmp_path):
+    given = settings(name)
+    waits = pretend(monkeypatch)
+    config = RunConfig.make(name, device="cpu", grad_cam=0, **given)
+    data = None if "train_samples" in given else dataclasses.replace(make_data(), augment=given["augment"])
+    with waits:
+        run(config, data=data, out=tmp_path / "run")
+    assert waits.steps > 3
+    assert not waits.found
+
+
+class Reading(FedAvg):
+    def loss(self, model, batch, received):
+        found = super().loss(model, batch, received)
+        (found[0] if isinstance(found, tuple) else found).item()
+        return found
+
+
+class Copying(FedAvg):
+    def loss(self, model, batch, received):
+        torch.ones(3).to(batch.images.device)
+        return super().loss(model, batch, received)
+
+
+class Choosing(FedAvg):
+    def loss(self, model, batch, received):
+        with suppress(NotImplementedError):  # a tensor without values has no answer
+            batch.labels[batch.labels > 0]
+        return super().loss(model, batch, received)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [(Reading, "a value that is read"), (Copying, "a copy of [3] to meta"), (Choosing, "depends on values")],
+)
+def test_steps_that_wait_are_noticed(kind, what, make_data, monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "fedavg", kind)
+    waits = pretend(monkeypatch)
+    with waits:
+        run(RunConfig.make("fedavg", device="cpu", grad_cam=0, **settings("fedavg")), data=make_data(), out=tmp_path)
+    assert any(what in found for found in waits.found)
+
+
+def test_what_is_sent_is_what_was_given():
+    values = torch.arange(6).reshape(2, 3)
+    assert send(values, torch.device("cpu")) is values
+    sent = send(values, META)
+    assert (sent.device, sent.shape, sent.dtype) == (META, values.shape, values.dtype)
+    assert send(sent, META) is sent

@@ -1,0 +1,126 @@
+"""A GPU that is only pretended: clients train on the meta device, which computes nothing, and waits are noted.
+
+Meta tensors have shapes but no values, and a device of their own, so what would stop the host on a GPU stands out:
+reading a value, asking for a number of elements that depends on values, a copy from one device to the other that is not
+queued, and tensors of different devices in one operator.  The first three would only cost time, the last would fail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from fedkern.engine import local, network, parties
+from fedkern.ops import flat
+
+META = torch.device("meta")
+COUNTED = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
+"""Operators whose result's shape or value the host has to know."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes in ``found`` what would stop the host in all training steps but the first one of every exchange.
+
+    The first step prepares what the others share: caches, frozen copies, banks.
+
+    Attributes:
+        found: occurrences by what it was and where.
+        steps: number of steps that were looked at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.steps = 0
+        self.inside = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        name = func.overloadpacket.__name__
+        if name == "_to_copy" and kwargs.get("device") is not None:
+            target = torch.device(kwargs["device"]).type
+            if target != given[0].device.type and not kwargs.get("non_blocking"):
+                self._note(f"a copy of {list(given[0].shape)} to {target}")
+            if given[0].is_meta and target == "cpu":
+                return torch.zeros_like(given[0], device="cpu", dtype=kwargs.get("dtype") or given[0].dtype)
+        elif name == "copy_" and given[0].is_meta != given[1].is_meta:
+            if not (len(args) > 2 and args[2]):
+                self._note(f"a copy of {list(given[0].shape)} from {given[1].device}")
+            if given[1].is_meta:
+                return given[0].zero_()
+        elif any(x.is_meta for x in given):
+            if name == "_local_scalar_dense":
+                self._note("a value that is read")
+                return 1.0 if given[0].is_floating_point() else True if given[0].dtype == torch.bool else 1
+            masks = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
+            if name in COUNTED or masks:
+                self._note(f"{name}, whose result depends on values")
+            if any(not x.is_meta and (x.dim() or name.startswith("index")) for x in given):
+                self._note(f"{name} of tensors on both devices")
+        return func(*args, **kwargs)
+
+    def _note(self, what: str) -> None:
+        if self.inside:
+            frames = [f for f in traceback.extract_stack() if "/fedkern/" in f.filename or "worker" in f.filename]
+            where = frames[-1] if frames else traceback.extract_stack()[0]
+            self.found[f"{what} ({Path(where.filename).name}: {where.name})"] += 1
+
+
+def pretend(monkeypatch) -> Waits:
+    """Puts all clients on the meta device; the server, and what it gets from them (zeros), stay on the CPU."""
+    waits = Waits()
+    made: dict[int, tuple[parties.RunContext, parties.RunContext]] = {}
+    numbers = itertools.count(1)
+    own_init, own_train, own_check = parties.Client.__init__, local.train, local.check
+    own_pointer = Tensor.data_ptr
+    step = 0
+
+    def init(self, context, *rest):
+        if id(context) not in made:
+            twin = parties.RunContext(context.config, context.data)
+            twin.device, twin.teachers = META, context.teachers
+            made[id(context)] = twin, context
+        own_init(self, made[id(context)][0], *rest)
+
+    def train(*given, **more):
+        nonlocal step
+        step = 0
+        try:
+            return own_train(*given, **more)
+        finally:
+            waits.inside = False
+
+    def check():  # called at the beginning of every step
+        nonlocal step
+        step += 1
+        waits.inside = step > 1
+        waits.steps += waits.inside
+        own_check()
+
+    def digest(client, step, rows, names, done, totals, seen):  # reads an epoch's figures: a wait by design
+        waits.inside = False
+        for name in {"loss", *(name for own in names for name in own)}:
+            totals[name], seen[name] = 1.0, 1
+        return done + len(rows)
+
+    monkeypatch.setattr(parties.Client, "__init__", init)
+    monkeypatch.setattr(parties, "train", train)
+    monkeypatch.setattr(local, "check", check)
+    monkeypatch.setattr(local, "_digest", digest)
+    for kind in (network.Network, network.Part, network.Trainable):
+        monkeypatch.setattr(kind, "finite", lambda self: True)
+    # FlatParameters takes no tensors without values, and tells tensors apart by their addresses, of which these have
+    # none.
+    monkeypatch.setattr(flat, "_check_tensors", lambda found: None)
+    monkeypatch.setattr(flat, "_check_values", lambda vector, name: None)
+    monkeypatch.setattr(flat.Slot, "in_place", lambda self: True)
+    monkeypatch.setattr(Tensor, "data_ptr", lambda self: next(numbers) << 40 if self.is_meta else own_pointer(self))
+    return waits
