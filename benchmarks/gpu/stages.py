@@ -46,7 +46,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         out: folder of results.
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
-    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out)]
+    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), *traces(out)]
     return found + ([] if data_root is None else published(out, data_root))
 
 
@@ -116,6 +116,30 @@ def operators(out: Path) -> list[Stage]:
         )
         for name in names
         for backend in BACKENDS
+    ]  # fmt: skip
+
+
+TRACED = {
+    "fedgid": "--rounds 2",
+    "fediod": "--rounds 2 --local-epochs 2",
+    "feddra": "--rounds 2",
+    "fusefl": "--local-epochs 4",
+    "fedlpfm": "--rounds 2",
+    "resnet18": "--model resnet18 --width 64 --clients 10 --rounds 2 --precision bf16",
+}
+"""Flags of short runs of which a round is looked at; ``resnet18`` is FedAvg's."""
+
+
+def traces(out: Path) -> list[Stage]:
+    """A round of every method under PyTorch's profiler: the host's waits, and the GPU's idle time."""
+    return [
+        Stage(
+            f"trace {name}",
+            (sys.executable, "-m", "benchmarks.gpu.trace", "fedavg" if name == "resnet18" else name, *words.split(),
+             "--grad-cam", "0", "--quiet", "--workers", "1", "--device", "cuda", "--out", str(out / "traces" / name)),
+            200,
+        )
+        for name, words in TRACED.items()
     ]  # fmt: skip
 
 

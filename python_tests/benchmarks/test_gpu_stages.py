@@ -102,6 +102,13 @@ def test_the_plan():
     assert not any("published" in stage.name for stage in stages.plan("9.0", Path("/out"), None))
 
 
+@pytest.mark.parametrize("stage", stages.traces(Path("/out")), ids=lambda stage: stage.name)
+def test_traced_runs_are_runs(stage, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    request = parse([*stage.command[3:], "--profile"])
+    assert effective(request).device == "cuda"
+
+
 @pytest.mark.parametrize("method", stages.PUBLISHED)
 def test_published_settings_are_settings(method):
     words = [method, *stages.PUBLISHED[method][0].split(), "--data-root", "DIR"]

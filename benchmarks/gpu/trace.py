@@ -1,0 +1,162 @@
+"""Whether the GPU is ever idle because the host waits: one round under PyTorch's profiler, as figures and a picture.
+
+python -m benchmarks.gpu.trace METHOD [FLAG ...] --out DIR
+
+The flags are those of ``python -m fedkern.run``.  DIR gets the run (``run``), ``trace.json`` (the figures) and
+``trace.png`` (some milliseconds out of the middle: what the host and the GPU do side by side).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.playing import wait
+from fedkern.engine.tracing import FILE
+
+HOST, RUNTIME = "cpu_op", {"cuda_runtime", "cuda_driver"}
+DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+WAITING = ("Synchronize", "cudaMemcpy")
+"""What names of the CUDA runtime's calls hold that return when the GPU has done something."""
+QUEUED = "Async"
+WINDOW = 8e3  # microseconds of the picture
+Event = Mapping[str, Any]
+
+
+def read(path: Path) -> list[Event]:
+    """The events of a trace that lasted, in the order in which they began."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    lasted = [one for one in events if one.get("ph") == "X" and one.get("cat") in {HOST, *RUNTIME, *DEVICE}]
+    return sorted(lasted, key=lambda one: one["ts"])
+
+
+def waits(events: Iterable[Event]) -> list[Event]:
+    """The calls of the CUDA runtime in which the host waits for the GPU."""
+    return [
+        one
+        for one in events
+        if one["cat"] in RUNTIME and any(word in one["name"] for word in WAITING) and QUEUED not in one["name"]
+    ]
+
+
+def covered(events: Iterable[Event], begin: float, end: float) -> float:
+    """Microseconds of [begin, end] in which at least one of the events, in the order of their beginnings, went on."""
+    total, reached = 0.0, begin
+    for one in events:
+        start, stop = max(one["ts"], reached), min(one["ts"] + one["dur"], end)
+        if stop > start:
+            total += stop - start
+            reached = stop
+    return total
+
+
+def around(events: Sequence[Event], chosen: Iterable[Event]) -> list[str]:
+    """For each of the chosen events the innermost operator of PyTorch that it belongs to, in the trace's order."""
+    wanted = {id(one) for one in chosen}
+    open_here: dict[Any, list[Event]] = {}  # by thread, the outermost operator first
+    found = []
+    for one in events:
+        stack = open_here.setdefault(one.get("tid"), [])
+        if id(one) in wanted:
+            while stack and stack[-1]["ts"] + stack[-1]["dur"] < one["ts"] + one["dur"]:
+                stack.pop()
+            found.append(stack[-1]["name"] if stack else "no operator")
+        elif one["cat"] == HOST:
+            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= one["ts"]:
+                stack.pop()
+            stack.append(one)
+    return found
+
+
+def figures(events: Sequence[Event]) -> dict[str, Any]:
+    """What a trace says.
+
+    Returns:
+        ``seconds`` from the first to the last event; ``busy``, the share of them in which the GPU did something, or
+        None without a GPU; ``kernels``, how many were launched; and ``waits``, by the operator in which the host
+        waited: how often, and seconds in all, the longest first.
+
+    Raises:
+        ValueError: the trace has no events.
+    """
+    if not events:
+        raise ValueError("the trace is empty")
+    begin, end = events[0]["ts"], max(one["ts"] + one["dur"] for one in events)
+    device = [one for one in events if one["cat"] in DEVICE]
+    found: dict[str, list[float]] = {}
+    waited = waits(events)
+    for one, operator in zip(waited, around(events, waited), strict=True):
+        own = found.setdefault(operator, [0, 0.0])
+        own[0] += 1
+        own[1] += one["dur"] / 1e6
+    return {
+        "seconds": (end - begin) / 1e6,
+        "busy": covered(device, begin, end) / (end - begin) if device else None,
+        "kernels": sum(one["cat"] == "kernel" for one in events),
+        "waits": dict(sorted(found.items(), key=lambda item: -item[1][1])),
+    }
+
+
+def draw(events: Sequence[Event], path: Path, title: str) -> None:
+    """Draws the middle of a trace: a row for the host's operators, one for its waits, and one for every GPU stream."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    begin, end = events[0]["ts"], events[-1]["ts"]
+    first = max(begin, (begin + end - WINDOW) / 2)
+    shown = [one for one in events if one["ts"] < first + WINDOW and one["ts"] + one["dur"] > first]
+    waited = {id(one) for one in waits(shown)}
+    rows: dict[str, list[Event]] = {"host": [one for one in shown if one["cat"] == HOST]}
+    rows["host waits"] = [one for one in shown if id(one) in waited]
+    for one in shown:
+        if one["cat"] in DEVICE:
+            rows.setdefault(f"GPU, stream {one.get('args', {}).get('stream', one.get('tid'))}", []).append(one)
+    names = sorted({one["name"] for own in rows.values() for one in own})
+    colours = {name: colormaps["tab20"](number % 20) for number, name in enumerate(names)}
+    figure = Figure(figsize=(12, 1.2 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for number, own in enumerate(rows.values()):
+        axes.broken_barh(
+            [((one["ts"] - first) / 1e3, max(one["dur"], 1) / 1e3) for one in own],
+            (number - 0.4, 0.8),
+            facecolors=[colours[one["name"]] for one in own],
+        )
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlim(0, WINDOW / 1e3)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("milliseconds; every colour is an operator or a kernel")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(words: Sequence[str]) -> int:
+    """Plays the run and writes what its trace says; returns the run's exit code."""
+    place = words.index("--out")
+    out, method = Path(words[place + 1]), words[0]
+    run = out / "run"
+    shutil.rmtree(run, ignore_errors=True)  # what an end of time has left of an earlier one
+    asked = [*words[:place], *words[place + 2 :]]
+    code = wait(subprocess.Popen([sys.executable, "-m", "fedkern.run", *asked, "--profile", "--out", str(run)]))
+    if code:
+        return code
+    events = read(run / FILE)
+    found = {"method": method, "flags": asked[1:], **figures(events)}
+    (out / "trace.json").write_text(json.dumps(found, indent=1) + "\n")
+    busy = "no GPU" if found["busy"] is None else f"GPU busy {100 * found['busy']:.0f} %"
+    count, seconds = (
+        (sum(column) for column in zip(*found["waits"].values(), strict=True)) if found["waits"] else (0, 0)
+    )
+    told = f"{method}: {found['seconds']:.2f} s under the profiler, {busy}, {count:.0f} waits of {seconds:.2f} s in all"
+    draw(events, out / "trace.png", told)
+    print(told)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
