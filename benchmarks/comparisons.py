@@ -54,6 +54,8 @@ class Comparison:
         first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by contestant.
         accuracy: of whole runs, what came out, by contestant.
         tolerance: by how much these accuracies may differ.
+        operators: on a GPU, what our call asked the choice of a backend for, by the operator's registered name: bytes
+            of the first tensor (of several calls the largest), by which CUDA or Triton serves; empty in older rows.
     """
 
     group: str
@@ -86,6 +88,7 @@ class Comparison:
     first_seconds: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     tolerance: float | None = None
+    operators: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str, int, bool]:

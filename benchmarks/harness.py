@@ -32,6 +32,8 @@ import torch
 from comparisons import COPY, Comparison, Recorder, machine_difference
 from contestants import Absent
 
+from fedkern.ops._core import backend
+
 MAX_SECONDS = 20.0  # of a measurement, after which it ends once it has LEAST_PAIRS pairs
 SHORT_SECONDS = 1.0  # the same in the short gate
 LEAST_PAIRS = 15
@@ -136,10 +138,11 @@ def compare(
                 if verdict.outcome != "fail" or not left:
                     break
             _leave_record(benchmark, runs[ours], where)
+            used_operators = operators_of(runs[ours]) if where.type == "cuda" else {}
             peak = {} if SETTINGS.short else {name: peak_memory.peak_bytes(run, where) for name, run in runs.items()}
     finally:
         torch.set_num_threads(before)
-    backend, core = machines.served_by(where.type)
+    served_by, core = machines.served_by(where.type)
     comparison = Comparison(
         group=group,
         case=case,
@@ -158,8 +161,9 @@ def compare(
         beside=[name for name in contestants if name in beside],
         time=machines.now(),
         core=core,
-        sources=sources.behind(backend, core, group),
-        backend=backend,
+        sources=sources.behind(served_by, core, group),
+        backend=served_by,
+        operators=used_operators,
     )
     benchmark.group = group
     benchmark.extra_info.update(comparison.record())
@@ -231,6 +235,13 @@ def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any
         "scatter": {name: timing.scatter(values) for name, values in samples.items()},
     }
     return measured, ratios
+
+
+def operators_of(run: Callable[[], Any]) -> dict[str, int]:
+    """What one call asks the choice of a backend for: by operator the bytes of the first tensor, the largest."""
+    with backend.observed() as operators:
+        run()
+    return dict(operators)
 
 
 def floor_here(key: tuple[str, str, str, int, bool]) -> gate.Floor | None:

@@ -84,6 +84,8 @@ _checks: dict[str, str] = {}
 # the CPU), 2 (on one GPU). Filled when a launcher is first chosen.
 _ordinary: dict[str, tuple[Callable[..., int], list[Any]]] = {}
 _forced: str | None = None
+# Within observed(): bytes of the first tensor by operator; None elsewhere.
+_observed: dict[str, int] | None = None
 
 
 def register(operator: str, backend: str, kernel: Kernel) -> None:
@@ -218,6 +220,23 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+        _forget()
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[dict[str, int]]:
+    """Yields what :func:`select` is asked within a ``with`` block, of all threads: an operator's largest size in bytes.
+
+    The size is that of the call's first tensor, which dispatch.py compares.  No choice is remembered in the block, so
+    that every call comes to :func:`select` and from there to :func:`_choose`; elsewhere a call costs what it did.
+    """
+    global _observed
+    before, _observed = _observed, {}
+    _forget()
+    try:
+        yield _observed
+    finally:
+        _observed = before
         _forget()
 
 
@@ -363,6 +382,9 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
         implementation, dtypes = _chosen[operator, device]
     except KeyError:
         implementation, dtypes = _choose(operator, device)
+        if _observed is not None:
+            size = tensors[0].numel() * tensors[0].element_size()
+            _observed[operator] = max(size, _observed.get(operator, 0))
     if implementation is None:
         return None
     for tensor in tensors:
@@ -429,6 +451,8 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
             threshold = dispatch.threshold(operator, found[1][0], torch.cuda.get_device_capability())
             if threshold is not None:
                 _large[operator] = (threshold, found[1][1][0])
+    if _observed is not None:
+        return choice
     _chosen[operator, device] = choice
     if serving in ("cpu", "cuda") and operator in _checks and operator not in _large:
         with contextlib.suppress(Unavailable):
