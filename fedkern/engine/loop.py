@@ -684,7 +684,7 @@ class Run:
             "config": self.config.to_dict(),
             "data": data,
             "versions": records.versions(),
-            "kernels": records.kernels(),
+            "kernels": records.kernels(self.config.device),
             "finished": finished,
         }
         if self.private is not None and self.said is not None:

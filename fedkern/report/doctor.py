@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -82,6 +83,31 @@ def cuda_core() -> str:
         return f"{built}; needs NVIDIA's driver {devices.driver_for(core)}"
     except (loading.Unavailable, AttributeError) as error:  # AttributeError: an outdated core
         return f"none: {error}"
+
+
+def crossovers() -> dict[str, Any] | None:
+    """Where the sizes come from that choose between CUDA and Triton; None without a GPU.
+
+    Keys are ``measured_on`` (None: they are estimates), ``measured``, ``estimated`` (operators whose sizes are
+    estimates) and ``ignored`` (why the table is not used).
+    """
+    import torch
+
+    from fedkern.ops._core import crossovers, dispatch
+
+    if not torch.cuda.is_available():
+        return None
+    entries, problem = crossovers.shipped()
+    entry = None
+    if entries:
+        with contextlib.suppress(RuntimeError):  # a GPU that fails; why its backends do not serve is told with them
+            entry = crossovers.serving(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    return {
+        "measured_on": None if entry is None else entry.gpu,
+        "measured": None if entry is None else entry.time,
+        "estimated": [name for name in dispatch.CROSSOVER if entry is None or name not in entry.thresholds],
+        "ignored": problem or None,
+    }
 
 
 def lowerings() -> dict[str, Any]:
@@ -202,6 +228,7 @@ def collect() -> dict[str, Any]:
             "gpus": found,
             "reason": reason,
             "core": cuda_core(),
+            "crossovers": crossovers(),
         },
         "forced_backend": forced,
         "problem": problem,
@@ -260,6 +287,8 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
         )
     add("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
     add("CUDA core", cuda["core"])
+    for line in _crossovers(cuda["crossovers"]):
+        add("CUDA or Triton", line)
     for line in report["torch"]:
         add("this torch", line)
     if report["forced_backend"] or report["problem"]:
@@ -300,6 +329,18 @@ def _lowerings(found: dict[str, Any]) -> list[str]:
         counts = ", ".join(map(str, found["threads"][0]))
         lines = [f"table {found['table']}, {whose}, measured on {found['measured_on'][0]} with {counts} "
                  f"thread{'s' * (counts != '1')}, {found['measured'][0]}: {found['file']}"]  # fmt: skip
+    return [*lines, found["ignored"]] if found["ignored"] else lines
+
+
+def _crossovers(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    if found["measured_on"] is None:
+        lines = ["by sizes that are estimates: none was measured on a GPU of this kind"]
+    else:
+        lines = [f"by sizes measured on {found['measured_on']}, {found['measured']}"]
+        if found["estimated"]:
+            lines.append(f"by sizes that are estimates: {', '.join(found['estimated'])}")
     return [*lines, found["ignored"]] if found["ignored"] else lines
 
 

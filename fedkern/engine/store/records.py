@@ -18,7 +18,7 @@ import fedkern
 from fedkern.engine.store import atomic, checkpoints
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
-from fedkern.ops._core import backend
+from fedkern.ops._core import backend, crossovers
 from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
 
@@ -196,17 +196,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def kernels() -> dict[str, str]:
-    """The kernels that, beside the versions, determine the bits of a run.
+def kernels(device: str = "cpu") -> dict[str, str]:
+    """The kernels that, beside the versions, determine the bits of a run on ``device``.
 
     * ``backend``: the forced backend, or "auto".
     * ``isa``: ISA level of the CPU core, or "none" where there is no core.
     * ``lowerings``: hash of the table by which FusedBlocks chooses its implementation.
     * ``torch``: PyTorch's own ISA level.
+    * ``crossovers``, on a GPU where no backend is forced: hash of the sizes that choose between CUDA and Triton, or
+      "estimated".
     """
-    return {
+    found = {
         "backend": backend.forced_backend() or "auto",
         "isa": fuse_choice.active_isa(),
         "lowerings": fuse_choice.serving().digest,
         "torch": torch.backends.cpu.get_cpu_capability(),
     }
+    if device == "cuda" and backend.forced_backend() is None:
+        entry = crossovers.serving(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        found["crossovers"] = "estimated" if entry is None else entry.digest
+    return found

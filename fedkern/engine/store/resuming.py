@@ -66,7 +66,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
     Raises:
         UserError: the kernels differ, and this machine could have the same ones; the message says how.
     """
-    now = records.kernels()
+    now = records.kernels(device)
     stored = info.get("kernels", now)
     if device != info["config"]["device"]:
         return
@@ -125,7 +125,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             f"The run goes on with {', '.join(other)} as it is now, not as the run was started with: its bits may "
             "differ from an uninterrupted one."
         )
-    now = records.kernels()
+    now = records.kernels(config.device)
     stored = info.get("kernels", now)
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
     if differ:

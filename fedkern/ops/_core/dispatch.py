@@ -1,9 +1,12 @@
-"""Choice between CUDA and Triton for a call on a GPU: one table by operator, device and size.
+"""Choice between CUDA and Triton for a call on a GPU: one size by operator and GPU.
 
-Where both are available, the CUDA core serves, unless :data:`CROSSOVER` names a size (bytes of the call's first tensor)
-from which Triton serves.  On the CPU there is nothing to choose: the CPU core serves, or the reference.
+Where both are available, the CUDA core serves, unless a threshold (bytes of the call's first tensor) says from which
+size Triton serves.  On the CPU there is nothing to choose: the CPU core serves, or the reference.
 
-**No threshold here has been measured on a GPU yet.**  The thresholds follow from these estimates:
+Thresholds that were measured are in crossovers.json, see crossovers.py.  The entry of this GPU's name counts, else the
+latest of a GPU of the same major compute capability.  Where no entry names the operator, :data:`CROSSOVER` holds.
+
+**No threshold in :data:`CROSSOVER` has been measured on a GPU.**  They follow from these estimates:
 
 * Launch: it costs the host about 3 to 5 µs through the compiled core (one call through pybind11 and ``<<<>>>``) and 10
   to 20 µs through Triton, whose launcher looks at every argument in Python to find its specialisation.  The GPU runs
@@ -19,11 +22,12 @@ from which Triton serves.  On the CPU there is nothing to choose: the CPU core s
   them.  So Triton takes the large sizes.
 * Ensembles: CUDA at every size, since Triton reads the teachers once more, for the sums of exponentials.
 
-To replace the estimates by measurements on a GPU, run ``python -m pytest benchmarks --record --device cuda`` with
-``FEDKERN_BACKEND`` set to each backend; each has its own files.
+Measurements take the estimates' place by the stages of the operators and ``thresholds`` of ``benchmarks/gpu/all.sh``.
 """
 
 from __future__ import annotations
+
+from fedkern.ops._core import crossovers
 
 # By major compute capability: bytes of the first tensor from which Triton's launch hides behind its kernel. They are
 # half of the traffic of 20 µs. The slowest supported device (sm_80) has 2 TB/s, the fastest (sm_100) 8 TB/s.
@@ -47,16 +51,27 @@ CROSSOVER: dict[str, dict[int, int] | None] = {
 }
 
 
-def threshold(operator: str, other: str, capability: tuple[int, int]) -> int | None:
+def threshold(operator: str, other: str, capability: tuple[int, int], gpu: str) -> int | None:
     """Bytes of a call's first tensor from which ``other`` serves ``operator`` instead of the CUDA core, or None.
 
     Args:
         operator: name registered with :func:`fedkern.ops._core.backend.register`.
-        other: the second backend that can serve; the table knows only "triton".
+        other: the second backend that can serve; the tables know only "triton".
         capability: the device's compute capability, (9, 0) for an H200.
+        gpu: the device's name, as torch tells it.
     """
+    if other != "triton":
+        return None
+    entry = crossovers.serving(gpu, capability)
+    if entry is not None and operator in entry.thresholds:
+        return entry.thresholds[operator]
+    return estimate(operator, capability)
+
+
+def estimate(operator: str, capability: tuple[int, int]) -> int | None:
+    """The threshold of :data:`CROSSOVER`."""
     sizes = CROSSOVER.get(operator)
-    if sizes is None or other != "triton":
+    if sizes is None:
         return None
     # A device newer than the table counts as the newest one in it.
     return sizes[max((major for major in sizes if major <= capability[0]), default=min(sizes))]

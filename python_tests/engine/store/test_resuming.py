@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fuse_tables import made
 from interrupted import Kill, KillAt, outcome, without
 
 from fedkern.engine import Listener, RunConfig, attack, read_model, run
+from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
@@ -317,3 +322,19 @@ def test_folders_of_the_first_versions_go_on(cut, make_data):
     summary = go_on(cut, make_data())
     assert summary["rounds"] == 3
     assert not {"other-kernels", "damaged-checkpoint", "damaged-results"} & set(summary["diagnostics"])
+
+
+def test_other_sizes_between_cuda_and_triton_are_told_on_a_gpu_alone(monkeypatch):
+    on_a_cpu = records.kernels()
+    now = {**on_a_cpu, "crossovers": "new"}
+    monkeypatch.setattr(records, "kernels", lambda device: now if device == "cuda" else on_a_cpu)
+
+    def told(stored: dict[str, str], device: str) -> dict[str, str]:
+        info = {"versions": {"torch": torch.__version__}, "config": {"device": device}, "kernels": stored}
+        check_kernels(info, device, Path("run"))
+        return changes(info, SimpleNamespace(device=device, plugins={}))
+
+    assert told(now, "cuda") == {}
+    assert told(on_a_cpu, "cuda") == {}  # a run from before they were recorded
+    assert "crossovers old and now new" in told({**now, "crossovers": "old"}, "cuda")["other-kernels"]
+    assert told(on_a_cpu, "cpu") == {}

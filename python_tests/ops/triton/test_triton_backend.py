@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from operator_cases import BACKENDS
 
-from fedkern.ops._core import backend, dispatch
+from fedkern.ops._core import backend, crossovers, dispatch
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 
@@ -59,22 +60,25 @@ def test_the_interpreter_is_only_for_those_who_ask() -> None:
     assert "interpreted" in row.reason
 
 
-def test_sizes_choose_between_cuda_and_triton() -> None:
+def test_estimated_sizes_choose_between_cuda_and_triton() -> None:
     sizes = dispatch.LAUNCH_HIDDEN
-    assert dispatch.threshold("kl_div", "triton", (9, 0)) == sizes[9]
-    assert dispatch.threshold("kl_div", "triton", (8, 6)) == sizes[8]
-    assert dispatch.threshold("kl_div", "triton", (12, 0)) == sizes[10]
-    assert dispatch.threshold("kl_div", "triton", (7, 5)) == sizes[8]
-    assert dispatch.threshold("blend", "triton", (9, 0)) is None
-    assert dispatch.threshold("unheard of", "triton", (9, 0)) is None
+    assert dispatch.estimate("kl_div", (9, 0)) == sizes[9]
+    assert dispatch.estimate("kl_div", (8, 6)) == sizes[8]
+    assert dispatch.estimate("kl_div", (12, 0)) == sizes[10]
+    assert dispatch.estimate("kl_div", (7, 5)) == sizes[8]
+    assert dispatch.estimate("blend", (9, 0)) is None
+    assert dispatch.estimate("unheard of", (9, 0)) is None
     assert set(dispatch.CROSSOVER) == set(backend._kernels)
 
 
-def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With two stand-ins for what only a GPU can load."""
     small, large, dtypes = object(), object(), frozenset({torch.float32})
     monkeypatch.setattr(backend, "_available", lambda *_: [("cuda", (small, dtypes)), ("triton", (large, dtypes))])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(crossovers, "FILE", tmp_path / "none.json")
+    crossovers.write_entries([], crossovers.FILE)
     monkeypatch.setattr(backend, "_chosen", {})
     monkeypatch.setattr(backend, "_large", {})
     monkeypatch.setattr(backend, "_ordinary", {})
