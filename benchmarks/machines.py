@@ -50,6 +50,7 @@ def machine(device: str) -> dict[str, Any]:
         info["isa"] = f"no core: {error}"
     if device == "cuda":
         info["gpu"] = torch.cuda.get_device_name()
+        info["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         info["cuda"] = torch.version.cuda
     forced = _forced()
     if forced:

@@ -46,7 +46,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         out: folder of results.
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
-    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), *traces(out)]
+    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), thresholds(out), *traces(out)]
     return found + ([] if data_root is None else published(out, data_root))
 
 
@@ -141,6 +141,12 @@ def traces(out: Path) -> list[Stage]:
         )
         for name, words in TRACED.items()
     ]  # fmt: skip
+
+
+def thresholds(out: Path) -> Stage:
+    """The sizes that choose between CUDA and Triton, from the operators' times."""
+    words = ("-m", "benchmarks.gpu.thresholds", "--results", str(out / "results"))
+    return Stage("thresholds", (sys.executable, *words), 60)
 
 
 FUSEFL = (
