@@ -53,27 +53,9 @@ def test_events_without_a_length_and_of_other_kinds_are_left_out(tmp_path):
 @pytest.mark.exhaustive
 def test_a_run_on_the_cpu_waits_for_no_gpu(tmp_path, capsys):
     words = [
-        "fedavg",
-        "--data",
-        "digits",
-        "--train-samples",
-        "60",
-        "--clients",
-        "2",
-        "--width",
-        "2",
-        "--rounds",
-        "2",
-        "--local-steps",
-        "1",
-        "--grad-cam",
-        "0",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-        "--quiet",
-    ]
+        "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--width", "2", "--rounds", "2",
+        "--local-steps", "1", "--grad-cam", "0", "--device", "cpu", "--workers", "1", "--quiet",
+    ]  # fmt: skip
     for _ in range(2):  # a second time over what the first has left
         assert trace.main([*words, "--out", str(tmp_path)]) == 0
     assert "no GPU, 0 waits" in capsys.readouterr().out
