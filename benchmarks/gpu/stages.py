@@ -13,6 +13,7 @@ TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton", "python_tests/ops/
 CHOSEN = ("-m", "gpu and not slow", "--maxfail=20")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = ("cuda", "triton")
+METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
 NOT_OPERATORS = {"bench_flower", "bench_methods", "bench_rounds"}
 """Benchmarks of whole runs; Flower's has no part of a GPU."""
 
@@ -46,7 +47,8 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         out: folder of results.
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
-    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), thresholds(out), *traces(out)]
+    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), thresholds(out)]
+    found += [*traces(out), *repeats()]
     return found + ([] if data_root is None else published(out, data_root))
 
 
@@ -147,6 +149,12 @@ def thresholds(out: Path) -> Stage:
     """The sizes that choose between CUDA and Triton, from the operators' times."""
     words = ("-m", "benchmarks.gpu.thresholds", "--results", str(out / "results"))
     return Stage("thresholds", (sys.executable, *words), 60)
+
+
+def repeats() -> list[Stage]:
+    """Every method twice with one seed: both runs must end with the same bits."""
+    words = (sys.executable, "-m", "benchmarks.gpu.repeats")
+    return [Stage(f"repeats {method}", (*words, method, "--device", "cuda"), 300) for method in METHODS]
 
 
 FUSEFL = (

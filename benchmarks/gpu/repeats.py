@@ -1,0 +1,101 @@
+"""Runs a method twice with one seed and compares the final models, bit by bit, and the metrics of every round.
+
+python -m benchmarks.gpu.repeats METHOD [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import bench_methods, processes
+from fedkern.engine.store.records import read_metrics
+
+MODEL = "model.safetensors"
+MEASURED = ("phases", "device")
+"""Fields of a round that hold times and the GPU's load; so do all whose names end in "seconds"."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit code: 0 where both runs are alike, 1 where they differ or one fails."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.repeats", description=__doc__.split("\n")[0])
+    parser.add_argument("method", choices=bench_methods.METHODS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    given = parser.parse_args(words)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device; give --device cpu")
+    case = next(one for one in bench_methods.CASES if (one.method, one.setting) == (given.method, "default"))
+    with tempfile.TemporaryDirectory(prefix="repeats-") as made:
+        folders = [Path(made) / name for name in ("first", "second")]
+        try:
+            runs = [play(case, given.device, folder) for folder in folders]
+        except processes.Failed as failure:
+            print(failure)
+            return 1
+        found = differences(*runs)
+    if found:
+        print(f"{case.method}: two runs on {given.device} with one seed differ: {'; '.join(found)}")
+        return 1
+    print(f"{case.method}: two runs on {given.device} with one seed have the same model and metrics")
+    return 0
+
+
+def play(case: bench_methods.Case, device: str, folder: Path) -> Path:
+    """Runs a case with seed 0 in a new folder; returns the run folder.
+
+    Raises:
+        processes.Failed: the run failed.
+    """
+    working = folder / "empty"  # python -m looks for modules in the working folder first
+    working.mkdir(parents=True)
+    if case.boxes:
+        bench_methods.write_boxes(folder / "boxes.json")
+    words = [*bench_methods.run_words(case, folder, None, 0, 0), "--device", device]
+    environment = bench_methods.environment(bench_methods.OURS, None)
+    processes.run([sys.executable, "-m", "fedkern.run", *words], environment, working)
+    return folder / "run"
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """What two run folders do not share, though deterministic runs must; one entry for the model, one for metrics."""
+    found = []
+    one, other = (load_file(folder / MODEL) for folder in (first, second))
+    if (first / MODEL).read_bytes() != (second / MODEL).read_bytes():
+        names = [name for name in one if name not in other or not _same_bits(one[name], other[name])]
+        names += [name for name in other if name not in one]
+        found.append(f"{len(names)} of the model's {len(one)} tensors, {names[0]} first" if names else f"{MODEL}")
+    rounds = [[repeatable(record) for record in read_metrics(folder)] for folder in (first, second)]
+    if len(rounds[0]) != len(rounds[1]):
+        found.append(f"{len(rounds[0])} and {len(rounds[1])} rounds")
+    for own, again in zip(*rounds, strict=False):
+        if own != again:
+            names = sorted(name for name in own.keys() | again.keys() if own.get(name) != again.get(name))
+            found.append(f"metrics from round {own['round']} on: {', '.join(names)}")
+            break
+    return found
+
+
+def repeatable(record: Any) -> Any:
+    """A round's record without what is measured, in tables within it too."""
+    if not isinstance(record, dict):
+        return record
+    kept = {name: value for name, value in record.items() if name not in MEASURED and not name.endswith("seconds")}
+    return {name: repeatable(value) for name, value in kept.items()}
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal in dtype, shape and memory, so that a NaN equals itself and 0 is not -0."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
