@@ -6,6 +6,7 @@ python -m benchmarks.gpu.repeats METHOD [--device cuda]
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; give --device cpu")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is compared ends too
     case = next(one for one in bench_methods.CASES if (one.method, one.setting) == (given.method, "default"))
     with tempfile.TemporaryDirectory(prefix="repeats-") as made:
         folders = [Path(made) / name for name in ("first", "second")]
