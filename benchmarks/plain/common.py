@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,24 @@ def arguments(description: str, **extra: Any) -> argparse.ArgumentParser:
     add("--eval-every", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=0, help="0: PyTorch's own choice")
+    add("--device", type=device, default=torch.device("cpu"), help="cpu or cuda")
     add("--out", type=Path, help="JSON file for the figures of every round")
     for name, default in extra.items():
         add(f"--{name.replace('_', '-')}", type=type(default), default=default)
     return parser
+
+
+def device(word: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither cpu nor cuda, or torch sees no GPU.
+    """
+    if word not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, given {word!r}")
+    if word == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here: leave --device out, or give cpu")
+    return torch.device(word)
 
 
 class Images(Dataset[tuple[Any, ...]]):
@@ -138,14 +152,25 @@ def build_model(args: argparse.Namespace, source: Any, model: str | None = None,
     return models.build(
         model or args.model, classes=len(source.classes), channels=channels, image_size=min(sides), seed=args.seed,
         width=width if model else args.width if width is None else width,
+    ).to(args.device)  # fmt: skip
+
+
+def loader(dataset: Images, batch_size: int, device: torch.device) -> DataLoader[Any]:
+    """Shuffled batches; a last batch of a single sample, which batch norm could not normalise, is left out."""
+    return DataLoader(
+        dataset, batch_size=batch_size, shuffle=True, drop_last=len(dataset) > 1 and len(dataset) % batch_size == 1,
+        pin_memory=device.type == "cuda",
     )  # fmt: skip
 
 
-def loader(dataset: Images, batch_size: int) -> DataLoader[Any]:
-    """Shuffled batches; a last batch of a single sample, which batch norm could not normalise, is left out."""
-    return DataLoader(
-        dataset, batch_size=batch_size, shuffle=True, drop_last=len(dataset) > 1 and len(dataset) % batch_size == 1
-    )
+def on(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+    """The batches of a loader, on the device."""
+    for batch in batches:
+        yield [column.to(device, non_blocking=True) for column in batch]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def optimizer(parameters: Iterable[nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -178,9 +203,9 @@ def train(
     """A client's local epochs: ``loss_of(model, *batch)``, and ``after_backward`` between gradients and step."""
     model.train()
     step = optimizer(model.parameters(), args)
-    batches = loader(dataset, args.batch_size)
+    batches = loader(dataset, args.batch_size, args.device)
     for _ in range(args.local_epochs):
-        for batch in batches:
+        for batch in on(batches, args.device):
             step.zero_grad()
             loss = loss_of(model, *batch)
             loss.backward()
@@ -201,7 +226,7 @@ def evaluate(model: nn.Module, tests: Mapping[str, Images]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, dataset in tests.items():
         correct, loss, confidence = 0, 0.0, 0.0
-        for images, labels in DataLoader(dataset, batch_size=EVALUATION_BATCH):
+        for images, labels in on(DataLoader(dataset, batch_size=EVALUATION_BATCH), device_of(model)):
             logits = model(images)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ TEST_LOSS_BATCH = 32
 
 def contrastive(x: Tensor, y: Tensor) -> Tensor:
     similarities = x @ y.T / TEMPERATURE
-    target = torch.arange(len(x))
+    target = torch.arange(len(x), device=x.device)
     return F.cross_entropy(similarities, target) + F.cross_entropy(similarities.T, target)
 
 
@@ -68,12 +68,18 @@ def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
     return Tokens(ids[:, :length], mask[:, :length])
 
 
-def steps(dataset: common.Images, batch_size: int, count: int) -> Iterator[tuple[Tensor, Tokens]]:
+def on(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:
+    """The batches of a loader, on the device; how long the texts are is read before."""
+    for images, ids, mask in batches:
+        yield images.to(device, non_blocking=True), trimmed(ids, mask).to(device)
+
+
+def steps(dataset: common.Images, batch_size: int, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:
     """So many batches, epoch after epoch."""
-    batches = common.loader(dataset, batch_size)
+    batches = common.loader(dataset, batch_size, device)
     while count > 0:
-        for images, ids, mask in batches:
-            yield images, trimmed(ids, mask)
+        for images, tokens in on(batches, device):
+            yield images, tokens
             count -= 1
             if count == 0:
                 return
@@ -87,7 +93,8 @@ def train_client(
         for name in FROZEN_FIRST:
             model.get_submodule(name).requires_grad_(False).eval()
     optimizer = common.optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], args)
-    for images, tokens in steps(dataset, args.batch_size, args.alignment_steps if align_only else args.local_steps):
+    count = args.alignment_steps if align_only else args.local_steps
+    for images, tokens in steps(dataset, args.batch_size, count, args.device):
         optimizer.zero_grad()
         loss_of(model, images, tokens, globally=globally, args=args).backward()
         optimizer.step()
@@ -114,12 +121,14 @@ def pool_statistics(model: Any, datasets: Sequence[common.Images], weights: Sequ
 
 def image_inputs(model: Any, data: common.Images) -> Tensor:
     batches = DataLoader(data, batch_size=128)
-    return torch.cat([model.image_align.first(model.encode_image(images)) for images, *_ in batches])
+    return torch.cat(
+        [model.image_align.first(model.encode_image(images)) for images, _ in on(batches, common.device_of(model))]
+    )
 
 
 def text_inputs(model: Any, data: common.Images) -> Tensor:
-    batches = (trimmed(ids, mask) for _, ids, mask in DataLoader(data, batch_size=128))
-    return torch.cat([model.text_align.first(model.encode_text(tokens), tokens.mask) for tokens in batches])
+    batches = on(DataLoader(data, batch_size=128), common.device_of(model))
+    return torch.cat([model.text_align.first(model.encode_text(tokens), tokens.mask) for _, tokens in batches])
 
 
 @torch.no_grad()
@@ -127,7 +136,7 @@ def held_out_loss(model: Any, data: common.Images, batch_size: int) -> float:
     """The mean contrastive loss over whole batches."""
     model.eval()
     batches = DataLoader(data, batch_size=batch_size, drop_last=True)
-    losses = [float(contrastive(*model(images, trimmed(ids, mask)))) for images, ids, mask in batches]
+    losses = [float(contrastive(*model(images, tokens))) for images, tokens in on(batches, common.device_of(model))]
     return sum(losses) / len(losses)
 
 
@@ -158,10 +167,10 @@ def evaluate(model: Any, data: common.Images, texts: Sequence[str]) -> dict[str,
     """Recall in both directions, equal texts standing for each other, and the contrastive loss."""
     model.eval()
     batches = DataLoader(data, batch_size=common.EVALUATION_BATCH)
-    made = [model(images, trimmed(ids, mask)) for images, ids, mask in batches]
+    made = [model(images, tokens) for images, tokens in on(batches, common.device_of(model))]
     x, y = torch.cat([one[0] for one in made]), torch.cat([one[1] for one in made])
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    texts_of = torch.tensor([number[text] for text in texts])
+    texts_of = torch.tensor([number[text] for text in texts], device=x.device)
     belongs = texts_of[:, None] == texts_of
     figures: dict[str, float] = {}
     for name, scores in (("i2t", x @ y.T), ("t2i", y @ x.T)):
@@ -169,7 +178,7 @@ def evaluate(model: Any, data: common.Images, texts: Sequence[str]) -> dict[str,
         ahead = (scores > best).sum(1)
         figures.update({f"{name}_r{k}": float((ahead < k).float().mean()) for k in (1, 5, 10)})
     size = min(TEST_LOSS_BATCH, len(x))
-    rows = torch.arange(len(x) // size * size).view(size, -1).T
+    rows = torch.arange(len(x) // size * size, device=x.device).view(size, -1).T
     figures["loss"] = float(torch.stack([contrastive(x[row], y[row]) for row in rows]).mean())
     return figures
 
@@ -183,7 +192,7 @@ def main() -> None:
     model = models.build_pair(
         channels=channels, image_size=sides, mean=source.mean, std=source.std, vocabulary=vocabulary.tokens,
         width=args.width, seed=args.seed,
-    )  # fmt: skip
+    ).to(args.device)  # fmt: skip
     augment = args.augment or source.augment
     training, held = [], []
     for split in source.clients:

@@ -88,6 +88,7 @@ def main() -> None:
                 backgrounds = bank[torch.randint(len(bank), (len(images),))]
                 if augment == "crop-flip":
                     backgrounds = torch.stack([common.crop_and_flip(image) for image in backgrounds])
+                backgrounds = backgrounds.to(args.device, non_blocking=True)
                 return loss_of(net, images, labels, globally=globally, backgrounds=backgrounds, args=args)
 
             local = copy.deepcopy(model)

@@ -79,9 +79,9 @@ def class_weights(labels: Sequence[Tensor], classes: int) -> Tensor:
     return torch.where(total > 0, counts / total.clamp_min(1), 1 / len(counts))
 
 
-def real_batches(dataset: common.Images, size: int) -> Iterator[Tensor]:
+def real_batches(dataset: common.Images, size: int, device: torch.device) -> Iterator[Tensor]:
     """A round's real images: once through the client's samples, the last batch filled up."""
-    for images, *_ in DataLoader(dataset, batch_size=size, shuffle=True):
+    for images, *_ in common.on(DataLoader(dataset, batch_size=size, shuffle=True), device):
         if len(images) < size:
             rows = torch.arange(size) % len(images)
             yield images[rows]
@@ -112,12 +112,12 @@ def main() -> None:
     generator = Generator(
         nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1), mean=source.mean,
         std=source.std, pixel_mean=source.mean, generator=torch.Generator().manual_seed(args.seed),
-    )  # fmt: skip
+    ).to(args.device)  # fmt: skip
     critics = [
         PatchDiscriminators(
             [torch.Generator().manual_seed(args.seed * len(clients) + k)], channels=channels, ndf=args.ndf,
             layers=args.critic_layers or whole_image(height, width),
-        )
+        ).to(args.device)
         for k in range(len(clients))
     ]  # fmt: skip
     of_generator = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, betas=BETAS)
@@ -126,7 +126,7 @@ def main() -> None:
         student.parameters(), lr=args.student_lr, momentum=args.student_momentum, weight_decay=args.student_decay
     )
     shares = [size / sum(federation.sizes) for size in federation.sizes]
-    weights = class_weights([dataset.columns[0] for dataset in clients], len(source.classes))
+    weights = class_weights([dataset.columns[0] for dataset in clients], len(source.classes)).to(args.device)
     iterations = args.iterations or math.ceil(max(federation.sizes) / args.batch)
     total = args.rounds * iterations
     first = int(args.warmup * total)
@@ -134,12 +134,12 @@ def main() -> None:
 
     def update(round: int) -> None:
         nonlocal iteration
-        real = [real_batches(dataset, args.batch) for dataset in clients]
+        real = [real_batches(dataset, args.batch, args.device) for dataset in clients]
         generator.train()
         student.train()
         for _ in range(iterations):
             progress = iteration / total
-            images = generator(torch.randn(args.batch, args.nz))
+            images = generator(torch.randn(args.batch, args.nz, device=args.device))
             for critic, optimizer, batches in zip(critics, of_critics, real, strict=True):
                 own = next(batches, None)
                 if own is None:
@@ -161,7 +161,7 @@ def main() -> None:
                 of_student.param_groups[0]["lr"] = lr
                 for _ in range(args.student_steps):
                     with torch.no_grad():
-                        images = generator(torch.randn(args.batch, args.nz))
+                        images = generator(torch.randn(args.batch, args.nz, device=args.device))
                         target = ensemble([teacher(images) for teacher in teachers], weights)
                     of_student.zero_grad()
                     student_loss(student(images), target).backward()

@@ -54,7 +54,7 @@ def pretrain(model: nn.Module, public: common.Images, epochs: int) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(batches))
     model.train()
     for _ in range(epochs):
-        for images, labels in batches:
+        for images, labels in common.on(batches, common.device_of(model)):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -65,7 +65,8 @@ def pretrain(model: nn.Module, public: common.Images, epochs: int) -> None:
 @torch.no_grad()
 def with_logits(dataset: common.Images, teacher: nn.Module) -> common.Images:
     """The same samples, each with what the teacher says of its image as it is stored."""
-    logits = torch.cat([teacher(images) for images in dataset.images.split(256)])
+    device = common.device_of(teacher)
+    logits = torch.cat([teacher(images.to(device)).cpu() for images in dataset.images.split(256)])
     return common.Images(dataset.images, *dataset.columns, logits, augment=dataset.augment)
 
 

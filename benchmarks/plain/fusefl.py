@@ -95,8 +95,9 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, fused: Fused | 
 @torch.no_grad()
 def class_statistics(fused: Fused, dataset: common.Images, classes: int) -> list[tuple[int, Tensor, Tensor]]:
     """Count, mean [d] and scatter [d, d] of the features of every class, fp64."""
-    labels = dataset.columns[0]
-    features = torch.cat([fused.features(images) for images in dataset.images.split(500)]).double()
+    device = common.device_of(fused)
+    labels = dataset.columns[0].to(device)
+    features = torch.cat([fused.features(images.to(device)) for images in dataset.images.split(500)]).double()
     result = []
     for c in range(classes):
         own = features[labels == c]
@@ -123,7 +124,7 @@ def shrunk(covariance: Tensor, count: int) -> Tensor:
     spread = (count + 1 - 2 / d) * (squared - trace.square() / d)
     wanted = (1 - 2 / d) * squared + trace.square()
     rho = 1.0 if count == 1 or wanted >= spread else float(wanted / spread)
-    return (1 - rho) * covariance + rho * trace / d * torch.eye(d, dtype=covariance.dtype)
+    return (1 - rho) * covariance + rho * trace / d * torch.eye(d, dtype=covariance.dtype, device=covariance.device)
 
 
 def calibrate(head: nn.Linear, statistics: Sequence[tuple[int, Tensor, Tensor]], args: Any) -> nn.Linear:
@@ -133,15 +134,17 @@ def calibrate(head: nn.Linear, statistics: Sequence[tuple[int, Tensor, Tensor]],
     roots = {}
     for c, (count, _, covariance) in enumerate(statistics):
         if count:
-            raised = shrunk(covariance, count) + JITTER * torch.eye(len(covariance), dtype=torch.float64)
+            raised = shrunk(covariance, count) + JITTER * torch.eye(
+                len(covariance), dtype=torch.float64, device=args.device
+            )
             roots[c] = torch.linalg.cholesky(raised).float()
     for _ in range(args.calibration_epochs):
         drawn = [
-            statistics[c][1].float() + torch.randn(args.virtual_features, len(root)) @ root.T
+            statistics[c][1].float() + torch.randn(args.virtual_features, len(root), device=args.device) @ root.T
             for c, root in roots.items()
         ]
-        labels = torch.tensor(list(roots)).repeat_interleave(args.virtual_features)
-        order = torch.randperm(len(labels))
+        labels = torch.tensor(list(roots), device=args.device).repeat_interleave(args.virtual_features)
+        order = torch.randperm(len(labels), device=args.device)
         features = torch.cat(drawn)[order]
         for x, y in zip(features.split(CALIBRATION_BATCH), labels[order].split(CALIBRATION_BATCH), strict=True):
             optimizer.zero_grad()
@@ -170,7 +173,7 @@ def main() -> None:
         fused = common.frozen(Fused(levels)) if levels else None
         branches = []
         for network, dataset in zip(networks, federation.clients, strict=True):
-            adaptor = averaging_adaptor(count, interfaces[level - 2][0]) if levels else None
+            adaptor = averaging_adaptor(count, interfaces[level - 2][0]).to(args.device) if levels else None
             local = Local(adaptor, list(network.blocks)[level - 1 :], network.head)
             common.train(local, dataset, level_args, lambda net, *batch, f=fused: loss_of(net, *batch, fused=f))
             branches.append(Branch(copy.deepcopy(adaptor), copy.deepcopy(network.blocks[level - 1])))
