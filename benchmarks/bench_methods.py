@@ -1,6 +1,7 @@
 """What a user waits for: whole runs of fedkern beside its own past and beside the methods in plain PyTorch.
 
     python -m benchmarks.bench_methods --before DIR --data-root FOLDER     # measures, writes results/methods_<cpu>.*
+    python -m benchmarks.bench_methods --device cuda                       # the same on a GPU, methods_<gpu>.*
     python -m benchmarks.bench_methods --gate                              # compares with what is recorded, exit code 1
 
 Contestants, every one a command of its own, so that imports and start-up count:
@@ -29,14 +30,16 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import comparisons, gate, machines, processes
+from benchmarks import comparisons, gate, gpu_use, machines, processes
 from benchmarks.studies import study
 from fedkern.engine import RunConfig
 
@@ -108,7 +111,7 @@ CASES = (
 PLAIN_SETTINGS = (
     "data", "data_root", "clients", "partition", "correlation", "train_samples", "public_samples", "augment", "model",
     "width", "rounds", "local_epochs", "local_steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
-    "eval_every",
+    "eval_every", "device",
 )  # fmt: skip
 """Settings that the plain methods have flags for."""
 PLAIN_ASSUMES = {
@@ -121,19 +124,19 @@ PLAIN_LACKS = ("lr_steps", "held_out_client", "fix_statistics", "teachers", "pat
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def config(case: Case, folder: Path, data_root: str | None) -> RunConfig:
+def config(case: Case, folder: Path, data_root: str | None, device: str = "cpu") -> RunConfig:
     """Every effective setting of the case."""
     return RunConfig.make(
         case.method,
-        **_settings(case, data_root),
+        **_settings(case, data_root, device),
         options=_options(case, folder),
         data_options=_data_options(case, folder),
     )
 
 
-def _settings(case: Case, data_root: str | None) -> dict[str, Any]:
+def _settings(case: Case, data_root: str | None, device: str) -> dict[str, Any]:
     root = {"data_root": data_root} if case.needs_files else {}
-    return {**COMMON, **case.settings, **root}
+    return {**COMMON, **case.settings, **root, "device": device}
 
 
 def _options(case: Case, folder: Path) -> dict[str, Any]:
@@ -151,9 +154,11 @@ def write_boxes(path: Path, count: int = 50_000) -> None:
     path.write_text(json.dumps({"units": "fraction", "boxes": boxes}))
 
 
-def run_words(case: Case, folder: Path, data_root: str | None, seed: int, threads: int) -> list[str]:
+def run_words(
+    case: Case, folder: Path, data_root: str | None, seed: int, threads: int, device: str = "cpu"
+) -> list[str]:
     """The words behind ``python -m fedkern.run``."""
-    settings = {**_settings(case, data_root), "seed": seed, "out": folder / "run"}
+    settings = {**_settings(case, data_root, device), "seed": seed, "out": folder / "run"}
     if threads:
         settings["threads"] = threads
     options = [f"{name}={value}" for name, value in _data_options(case, folder).items()]
@@ -243,6 +248,7 @@ class Row:
     Attributes:
         seconds, cpu_seconds, peak_bytes: of the whole command.
         round_seconds: mean over the run's recorded rounds.
+        gpu_utilisation, gpu_bytes: of runs on a GPU, the mean in per cent, and the most memory beyond that before.
         figure: the run's main figure, named ``main``.
         missing: contestants that did not run, and why.
         differs: settings of ``before``'s run that are not ours, as "name: theirs, ours".
@@ -257,6 +263,8 @@ class Row:
     peak_bytes: dict[str, list[int]] = field(default_factory=dict)
     round_seconds: dict[str, list[float]] = field(default_factory=dict)
     figure: dict[str, list[float]] = field(default_factory=dict)
+    gpu_utilisation: dict[str, list[float]] = field(default_factory=dict)
+    gpu_bytes: dict[str, list[int]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
 
@@ -314,6 +322,7 @@ def measure(
     before: Path | None,
     data_root: str | None,
     threads: int = 0,
+    device: str = "cpu",
 ) -> Row:
     """Runs a case's contestants in turn; the one that begins changes from repeat to repeat."""
     row = Row(case.method, case.setting, settings={**case.settings, **case.options})
@@ -325,26 +334,35 @@ def measure(
             folders = {name: Path(made) / name for name in there}
             for name in there[turn:] + there[:turn]:
                 folders[name].mkdir()
-                _measure(row, case, name, folders[name], repeat, before, data_root, threads)
+                _measure(row, case, name, folders[name], repeat, before, data_root, threads, device)
             if {"before", OURS} <= folders.keys():
                 row.differs = other_settings(folders["before"], folders[OURS])
     return row
 
 
 def _measure(
-    row: Row, case: Case, name: str, folder: Path, seed: int, before: Path | None, data_root: str | None, threads: int
+    row: Row,
+    case: Case,
+    name: str,
+    folder: Path,
+    seed: int,
+    before: Path | None,
+    data_root: str | None,
+    threads: int,
+    device: str,
 ) -> None:
     if case.boxes:
         write_boxes(folder / "boxes.json")
     if name == "plain":
         words = [f"benchmarks.plain.{case.method}"]
-        words += plain_words(config(case, folder, data_root), folder, seed, threads)
+        words += plain_words(config(case, folder, data_root, device), folder, seed, threads)
     else:
-        words = ["fedkern.run", *run_words(case, folder, data_root, seed, threads)]
+        words = ["fedkern.run", *run_words(case, folder, data_root, seed, threads, device)]
         words += ["--precision", "bf16"] if name == "bf16" else []
     working = folder / "empty"  # python -m looks for modules in the working folder first
     working.mkdir()
-    cost = processes.run([sys.executable, "-m", *words], environment(name, before), working)
+    with gpu_use.watched() if device == "cuda" else nullcontext() as use:
+        cost = processes.run([sys.executable, "-m", *words], environment(name, before), working)
     rounds = read_rounds(name, folder)
     row.main, figure = main_figure(rounds)
     for table, value in (
@@ -352,6 +370,9 @@ def _measure(
         (row.round_seconds, mean(one["round_seconds"] for one in rounds)), (row.figure, figure),
     ):  # fmt: skip
         table.setdefault(name, []).append(value)
+    if use is not None:
+        row.gpu_utilisation.setdefault(name, []).append(use.mean)
+        row.gpu_bytes.setdefault(name, []).append(use.taken)
     print(
         f"{case.name}, {name}, seed {seed}: {cost.seconds:.2f} s, {row.round_seconds[name][-1]:.2f} s a round, "
         f"{cost.cpu_seconds:.2f} s of processor, {cost.peak_bytes / 1e6:.0f} MB, {row.main} {figure:.3f}",
@@ -493,15 +514,23 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
         mine = [row for row in rows if row.setting == setting]
         if mine:
             lines += ["", f"## {title}", "", *_speed_table(mine), "", *_cost_table(mine), "", *_figure_table(mine)]
-    lines += ["", "## Promised", "", "| of whole commands | promised | reached |", "|---|---:|---:|"]
+            if any(row.gpu_utilisation for row in mine):
+                lines += ["", *_gpu_table(mine)]
+    lines += [] if machine.get("gpu") else _promises(rows)
+    notes = [f"* {row.name}: {name} is missing: {why}" for row in rows for name, why in row.missing.items()]
+    notes += [f"* {row.name}: before's settings differ ({'; '.join(row.differs)})" for row in rows if row.differs]
+    return "\n".join([*lines, *([""] if notes else []), *notes, ""])
+
+
+def _promises(rows: Sequence[Row]) -> list[str]:
+    """What is promised of runs on processors."""
+    lines = ["", "## Promised", "", "| of whole commands | promised | reached |", "|---|---:|---:|"]
     for target in targets(rows, computes_bf16()):
         reached = (
             "–" if target.reached is None else f"{target.reached:.2f}×" if target.kept else f"**{target.reached:.2f}×**"
         )
         lines.append(f"| {target.what} | {target.wanted:g}× | {reached} |")
-    notes = [f"* {row.name}: {name} is missing: {why}" for row in rows for name, why in row.missing.items()]
-    notes += [f"* {row.name}: before's settings differ ({'; '.join(row.differs)})" for row in rows if row.differs]
-    return "\n".join([*lines, *([""] if notes else []), *notes, ""])
+    return lines
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -534,6 +563,21 @@ def _cost_table(rows: Sequence[Row]) -> list[str]:
         cells = [
             f"{median(row.cpu_seconds[name]):.1f}, {median(row.peak_bytes[name]) / 1e6:.0f}"
             if name in row.cpu_seconds
+            else "–"
+            for name in names
+        ]
+        lines.append(f"| {row.method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _gpu_table(rows: Sequence[Row]) -> list[str]:
+    names = _names(rows)
+    lines = ["Utilisation of the GPU over a whole command, as the driver says, and the most memory taken:", ""]
+    lines += [f"| run | {' | '.join(f'{name}, %, MB' for name in names)} |", "|---|" + "---:|" * len(names)]
+    for row in rows:
+        cells = [
+            f"{median(row.gpu_utilisation[name]):.0f}, {median(row.gpu_bytes[name]) / 1e6:.0f}"
+            if name in row.gpu_utilisation
             else "–"
             for name in names
         ]
@@ -610,10 +654,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, every one with a seed of its own")
     parser.add_argument("--threads", type=int, default=0, help="threads of every contestant; 0: each its own default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all contestants compute")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
     parser.add_argument("--gate", action="store_true", help="compare with the recorded runs instead")
     given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here: leave --device out")
+    if given.gate and given.device != "cpu":
+        parser.error("--gate is of runs on the processor: leave --device out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the command that is measured ends too
     cases = [case for case in CASES if case.method in given.methods and case.setting in given.settings]
     left_out = [case.name for case in cases if case.needs_files and not given.data_root]
@@ -621,7 +670,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left_out:
         print(f"left out without --data-root: {', '.join(left_out)}")
     data_root = str(Path(given.data_root).resolve()) if given.data_root else None
-    machine = machines.machine("cpu")
+    machine = machines.machine(given.device)
     if given.gate:
         recorded = {row.name: row for row in read(results_path(machine, given.results), machine)}
         verdicts = {case.name: gated(case, recorded[case.name], data_root) for case in cases if case.name in recorded}
@@ -634,8 +683,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for case in cases:
         rows.append(
-            measure(case, given.contestants, given.repeats, before=before, data_root=data_root, threads=given.threads)
-        )
+            measure(
+                case, given.contestants, given.repeats, before=before, data_root=data_root, threads=given.threads,
+                device=given.device,
+            )
+        )  # fmt: skip
         if not given.dry:  # a session that is killed loses the case that it was at
             write(rows, machine, before=_revision(before), threads=given.threads, folder=given.results)
     content = {"machine": machine, "before": _revision(before), "threads": given.threads}

@@ -48,7 +48,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
     found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), thresholds(out)]
-    found += [*traces(out), *repeats()]
+    found += [*traces(out), *repeats(), *methods(out, data_root)]
     return found + ([] if data_root is None else published(out, data_root))
 
 
@@ -149,6 +149,24 @@ def thresholds(out: Path) -> Stage:
     """The sizes that choose between CUDA and Triton, from the operators' times."""
     words = ("-m", "benchmarks.gpu.thresholds", "--results", str(out / "results"))
     return Stage("thresholds", (sys.executable, *words), 60)
+
+
+def methods(out: Path, data_root: str | None) -> list[Stage]:
+    """Every method's whole run beside the same method in plain PyTorch; the larger setting needs CIFAR-10's files."""
+    words = (sys.executable, "-m", "benchmarks.bench_methods", "--device", "cuda", "--repeats", "2", "--contestants",
+             "plain", "fedkern", "bf16", "reference", "--results", str(out / "results"))  # fmt: skip
+    found = []
+    for setting, more in (("default", ()), ("large", ("--data-root", data_root))):
+        if None not in more:
+            found += [
+                Stage(
+                    f"methods {method} {setting}",
+                    (*words, "--methods", method, "--settings", setting, *map(str, more)),
+                    590,
+                )
+                for method in METHODS
+            ]
+    return found
 
 
 def repeats() -> list[Stage]:

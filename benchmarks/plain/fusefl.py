@@ -93,9 +93,10 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, fused: Fused | 
 
 
 @torch.no_grad()
-def class_statistics(fused: Fused, dataset: common.Images, classes: int) -> list[tuple[int, Tensor, Tensor]]:
+def class_statistics(
+    fused: Fused, dataset: common.Images, classes: int, device: torch.device
+) -> list[tuple[int, Tensor, Tensor]]:
     """Count, mean [d] and scatter [d, d] of the features of every class, fp64."""
-    device = common.device_of(fused)
     labels = dataset.columns[0].to(device)
     features = torch.cat([fused.features(images.to(device)) for images in dataset.images.split(500)]).double()
     result = []
@@ -191,7 +192,7 @@ def main() -> None:
     plain = [common.Images(data.images, *data.columns) for data in federation.clients]
     uncalibrated = model
     model = copy.deepcopy(model)
-    statistics = pooled([class_statistics(model, data, classes) for data in plain])
+    statistics = pooled([class_statistics(model, data, classes, args.device) for data in plain])
     model.head = calibrate(head, statistics, args)
     figures = common.evaluate(model, federation.tests)
     before = common.evaluate(uncalibrated, federation.tests)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ import torch
 
 from benchmarks import bench_methods, gate, processes
 from benchmarks.bench_methods import CASES, Case, Row
+from benchmarks.gpu_use import Use
 from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
+from benchmarks.plain.fedavg import main as plain_main
 from fedkern import models
 from fedkern.cli import flags, request
 from fedkern.data import load
@@ -24,6 +27,7 @@ from fedkern.methods.fediod.losses import distillation, importance, teacher_term
 from fedkern.models.vocabulary import Tokens
 
 STEP = Step(0, "train", "update")
+CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -165,7 +169,7 @@ def test_fusefl_pools_statistics_exactly():
     whole = SimpleNamespace(features=lambda rows: rows)
     parts = [common.Images(features[rows], labels[rows]) for rows in (slice(0, 7), slice(7, 40))]
     for c, (count, mean, covariance) in enumerate(
-        fusefl.pooled([fusefl.class_statistics(whole, part, 2) for part in parts])
+        fusefl.pooled([fusefl.class_statistics(whole, part, 2, CPU) for part in parts])
     ):
         own = features[labels == c]
         assert count == len(own)
@@ -354,6 +358,42 @@ def test_other_defaults_of_the_other_checkout_are_told(tmp_path):
         text = f'lr = {lr}\n{more}\n[options]\nmu = 1\nteacher_cache = "{name}"\nboxes = "{name}"\n'
         (tmp_path / name / "run" / "config.toml").write_text(text)
     assert bench_methods.other_settings(tmp_path / "old", tmp_path / "new") == ["lr: 0.1, 0.2"]
+
+
+def test_on_a_gpu_all_contestants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(command, environment, folder):
+        asked.append(command[command.index("--device") + 1])
+        (folder.parent / "run").mkdir()
+        (folder.parent / "run" / "metrics.jsonl").write_text(json.dumps({"round_seconds": 1.0, "accuracy": 0.5}))
+        (folder.parent / "records.json").write_text(json.dumps({"rounds": [{"round_seconds": 1.0, "accuracy": 0.5}]}))
+        return processes.Cost(2.0, 1.0, 100, 1)
+
+    monkeypatch.setattr(processes, "run", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_methods.gpu_use, "watched", lambda: nullcontext(Use([30.0, 50.0], 7_000_000)))
+    case = Case("fedavg", "default", {"rounds": 1})
+    found = bench_methods.measure(case, ("plain", "fedkern", "bf16"), 2, before=None, data_root=None, device="cuda")
+    assert asked == ["cuda"] * 6
+    assert found.gpu_utilisation == {key: [40.0, 40.0] for key in ("plain", "fedkern", "bf16")}
+    machine = {"cpu": "A chip", "gpu": "A GPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
+    path = bench_methods.write([found], machine, before="", threads=0, folder=tmp_path)
+    assert path.name == "methods_a-gpu.json"
+    page = path.with_suffix(".md").read_text()
+    assert "| fedavg | 40, 7 | 40, 7 | 40, 7 |" in page
+    assert "Promised" not in page
+    assert bench_methods.read(path, machine) == [found]
+
+
+@pytest.mark.parametrize("command", [bench_methods.main, plain_main])
+def test_a_gpu_that_is_not_here_is_one_sentence(command, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["fedavg", "--device", "cuda"])
+    with pytest.raises(SystemExit) as ended:
+        command(*([["--device", "cuda"]] if command is bench_methods.main else []))
+    assert ended.value.code == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatch):

@@ -1,0 +1,66 @@
+"""How busy a GPU is, and what memory it gives away, while something runs: the driver's figures, through NVML."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import mean
+
+SAMPLE_SECONDS = 0.1
+
+
+@dataclass
+class Use:
+    """What was seen of a GPU.
+
+    Attributes:
+        utilisation: per cent of the time in which a kernel ran, one value per sample, of all programs on this GPU.
+        taken: the most bytes that were taken beyond those at the beginning.
+    """
+
+    utilisation: list[float] = field(default_factory=list)
+    taken: int = 0
+
+    @property
+    def mean(self) -> float:
+        """The mean utilisation, in per cent."""
+        return mean(self.utilisation) if self.utilisation else 0.0
+
+
+@contextlib.contextmanager
+def watched(index: int = 0, every: float = SAMPLE_SECONDS) -> Iterator[Use]:
+    """Looks at a GPU ten times a second while what is inside goes on, and once at its end.
+
+    Args:
+        index: the GPU's number, as the driver counts.
+
+    Raises:
+        pynvml.NVMLError: there is no driver, or it tells nothing of this GPU.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        gpu, use, over = pynvml.nvmlDeviceGetHandleByIndex(index), Use(), threading.Event()
+        before = pynvml.nvmlDeviceGetMemoryInfo(gpu).used
+
+        def look() -> None:
+            use.utilisation.append(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+            use.taken = max(use.taken, pynvml.nvmlDeviceGetMemoryInfo(gpu).used - before)
+
+        def go_on() -> None:
+            while not over.wait(every):
+                look()
+
+        thread = threading.Thread(target=go_on, daemon=True)
+        thread.start()
+        try:
+            yield use
+        finally:
+            over.set()
+            thread.join()
+            look()
+    finally:
+        pynvml.nvmlShutdown()
