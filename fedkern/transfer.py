@@ -20,6 +20,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # its allocator keeps the memory until the copy is done
-    return tensor.to(device, non_blocking=True)
+    # Tensor.pin_memory() refuses an expanded tensor. The allocator keeps page-locked memory until the copy is done.
+    staged = torch.empty_like(tensor, pin_memory=device.type == "cuda").copy_(tensor)
+    return staged.to(device, non_blocking=True)

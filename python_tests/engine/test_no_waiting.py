@@ -87,3 +87,7 @@ def test_what_is_sent_is_what_was_given():
     sent = send(values, META)
     assert (sent.device, sent.shape, sent.dtype) == (META, values.shape, values.dtype)
     assert send(sent, META) is sent
+    wide = send(values[None].expand(4, 2, 3), META)
+    assert (wide.shape, wide.is_contiguous()) == ((4, 2, 3), True)
+    maps = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert send(maps, META).is_contiguous(memory_format=torch.channels_last)
