@@ -17,6 +17,9 @@ contestant together, is looked at in a play before, which is not timed.
 With one thread serial programs meet: fedkern's serial engine, the lean loop, frameworks that train in one process.
 With two, each takes two cores in its own way: two torch threads in one process, or two processes of one thread.
 
+With ``--device cuda`` all of them train on the GPU, where one thread launches the kernels; of the frameworks Flower
+alone, two clients side by side.
+
 ``--rounds small`` is a trial of everything at a small size; ``--gate --rounds full`` holds the floors.  Without
 ``--rounds`` the tests are skipped: they take hours.
 """
@@ -51,7 +54,8 @@ SMALL = tuple(
     Setting(*network, clients, rounds=rounds, repeats=3) for network in NETWORKS for clients, rounds in ROUNDS.items()
 )
 LARGE = (Setting("resnet8", 16, 10), Setting("resnet18", 64, 5, rounds=2, repeats=3))
-SETTINGS = (*SMALL, *LARGE)
+ON_A_GPU = (Setting("resnet18", 64, 10, rounds=5, repeats=3),)
+SETTINGS = (*SMALL, *LARGE, *ON_A_GPU)
 LIMIT = {"small": 300.0, "full": 3600.0}
 LEAN = "lean loop"
 # By name: the adapter, and whether it trains in processes; the others train in one.
@@ -62,6 +66,7 @@ FRAMEWORKS = {
     "pfl": ("pfl", False),
     "FedLab": ("fedlab", False),
 }
+SIDE_BY_SIDE = 2  # Flower's clients on a GPU
 SIGMAS = 3.0  # by which accuracies may differ
 
 
@@ -70,15 +75,15 @@ def trial(one: Setting) -> Setting:
     return replace(one, clients=min(one.clients, 4), samples=40, rounds=2, repeats=2)
 
 
-def contestants(threads: int) -> tuple[str, dict[str, Contestant | Absent]]:
-    """Who meets on so many threads, and which of them is judged."""
+def contestants(threads: int, device: str = "cpu") -> tuple[str, dict[str, Contestant | Absent]]:
+    """Who meets on so many threads, or on a GPU, and which of them is judged."""
     here = Path(sys.executable)
     found: dict[str, Contestant | Absent] = {}
     able = ours.takes_workers()
 
     def fedkern(name: str, workers: str | None) -> None:
         words = (workers,) if workers is not None else ()
-        found[name] = Contestant(name, "ours", here, threads, words=words)
+        found[name] = Contestant(name, "ours", here, threads, words=words, device=device)
 
     fedkern("fedkern serial", "1" if able else None)
     judged = "fedkern serial"
@@ -89,16 +94,18 @@ def contestants(threads: int) -> tuple[str, dict[str, Contestant | Absent]]:
                 judged = name
             else:
                 found[name] = Absent("this fedkern has no --workers")
-    found[LEAN] = Contestant(LEAN, "lean", here, threads)
+    found[LEAN] = Contestant(LEAN, "lean", here, threads, device=device)
     for name, (adapter, processes) in FRAMEWORKS.items():
         folder = harness.SETTINGS.environments.get(adapter)
-        if processes and threads == 1:
+        if processes and threads == 1 and (device == "cpu" or name != "Flower"):
             continue
-        if folder is None:
+        if device != "cpu" and name != "Flower":
+            found[name] = Absent("its adapter trains on the CPU")
+        elif folder is None:
             found[name] = Absent(f"no --environment {adapter}=DIR was given")
         else:
-            one, many = (1, threads) if processes else (threads, 1)
-            found[name] = Contestant(name, adapter, folder / "bin" / "python", one, many)
+            one, many = (1, threads if device == "cpu" else SIDE_BY_SIDE) if processes else (threads, 1)
+            found[name] = Contestant(name, adapter, folder / "bin" / "python", one, many, device=device)
     return judged, found
 
 
@@ -159,14 +166,19 @@ def later(played: Played) -> float:
 def test_rounds(request: pytest.FixtureRequest, one: Setting, threads: int) -> None:
     if not harness.SETTINGS.rounds:
         pytest.skip("whole runs, for hours: asked for by --rounds full")
+    device = harness.SETTINGS.device
+    if device == "cpu" and one in ON_A_GPU:
+        pytest.skip("a setting of --device cuda")
+    if device != "cpu" and threads > 1:
+        pytest.skip("on a GPU one thread launches the kernels")
     if threads > gate.usable_cpus():
         pytest.skip(f"{threads} threads, but this process may use {gate.usable_cpus()}")
-    refusal = harness.SETTINGS.recorder.refusal("rounds", "cpu") if harness.SETTINGS.recorder else ""
+    refusal = harness.SETTINGS.recorder.refusal("rounds", device) if harness.SETTINGS.recorder else ""
     if refusal:
         pytest.fail(refusal, pytrace=False)
     one = trial(one) if harness.SETTINGS.rounds == "small" else one
-    judged, all_of_them = contestants(threads)
-    floor = harness.floor_here(("rounds", one.case, "cpu", threads, False))
+    judged, all_of_them = contestants(threads, device)
+    floor = harness.floor_here(("rounds", one.case, device, threads, False))
     missing = {name: who.reason for name, who in all_of_them.items() if isinstance(who, Absent)}
     playing = {name: who for name, who in all_of_them.items() if isinstance(who, Contestant)}
     with tempfile.TemporaryDirectory(prefix="task-") as folder:
@@ -200,7 +212,7 @@ def _row(
     missing: dict[str, str],
 ) -> Comparison:
     """What was measured, as a row of the house's tables."""
-    backend, core = machines.served_by("cpu")
+    backend, core = machines.served_by(harness.SETTINGS.device)
     accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
     said = [f"{name}: {text}" for name, plays in timed.items() for text in plays[-1].said.values()]
     data = "synthetic images" if harness.SETTINGS.data_root is None else "CIFAR-10"
@@ -212,6 +224,7 @@ def _row(
         loaded=False,
         **measured,
         floors=promises(one, threads, judged),
+        device=harness.SETTINGS.device,
         note="; ".join([f"{data}, batches of {one.batch_size}, {one.epochs} epoch a round", *said]),
         test=node.rpartition("benchmarks/")[2],
         peak_bytes={name: watched[name].peak or 0 for name in timed if watched[name].peak},

@@ -93,8 +93,9 @@ def _within_a_minute() -> None:
         pytest.skip(f"the short gate has taken its {SHORT_GATE_SECONDS} seconds")
 
 
-# Steps of methods say themselves what lies where: data, generators and their random numbers are the CPU's.
-OWN_DEVICES = {"bench_feddra_step", "bench_fediod_step", "bench_fedlpfm_step", "bench_fusefl_level"}
+# Steps of methods and whole rounds say themselves what lies where: data, generators and their random numbers are the
+# CPU's.
+OWN_DEVICES = {"bench_feddra_step", "bench_fediod_step", "bench_fedlpfm_step", "bench_fusefl_level", "bench_rounds"}
 
 
 @pytest.fixture(autouse=True)

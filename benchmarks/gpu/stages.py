@@ -48,7 +48,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
     found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), thresholds(out)]
-    found += [*traces(out), *repeats(), *methods(out, data_root)]
+    found += [*traces(out), *repeats(), *methods(out, data_root), *rounds(out)]
     return found + ([] if data_root is None else published(out, data_root))
 
 
@@ -167,6 +167,23 @@ def methods(out: Path, data_root: str | None) -> list[Stage]:
                 for method in METHODS
             ]
     return found
+
+
+ROUNDS = ("lenet-10", "cnn-10", "cnn-50", "resnet8-10", "resnet18-10")
+"""Networks and clients of bench_rounds.py that are played."""
+
+
+def rounds(out: Path) -> list[Stage]:
+    """Rounds of the engine beside the lean loop; a first play of each looks at memory."""
+    return [
+        Stage(
+            f"rounds {name}",
+            (sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_rounds.py::test_rounds[{name}-1]", "--rounds",
+             "full", "--device", "cuda", "--record", "--results", str(out / "results")),
+            590,
+        )
+        for name in ROUNDS
+    ]  # fmt: skip
 
 
 def repeats() -> list[Stage]:

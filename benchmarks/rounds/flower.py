@@ -75,7 +75,8 @@ def main() -> None:
         num_supernodes=task.clients,
         backend_config={
             "init_args": {"num_cpus": contested.workers, "include_dashboard": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            # A worker that asks for no GPU is shown none.
+            "client_resources": {"num_cpus": 1, "num_gpus": float(task.device.type == "cuda") / contested.workers},
         },
     )
 

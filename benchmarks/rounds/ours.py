@@ -76,7 +76,7 @@ def settings(task: Task, threads: int, workers: str | None) -> engine.RunConfig:
         eval_every=task.rounds,
         grad_cam=0,
         seed=task.seed,
-        device="cpu",
+        device=task.device.type,
         threads=threads,
         **told,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .task import Task
+from .task import DEVICE, Task
 
 ROOT = Path(__file__).parents[2]
 PROC = Path("/proc")
@@ -35,6 +35,7 @@ class Contestant:
         threads: torch's threads of a process that trains.
         workers: processes that train at once.
         words: further arguments of the adapter.
+        device: "cpu" or "cuda".
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contestant:
     threads: int = 1
     workers: int = 1
     words: tuple[str, ...] = ()
+    device: str = "cpu"
 
 
 class Failed(Exception):
@@ -89,6 +91,7 @@ def play(who: Contestant, task: Task, *, watch: bool = False, limit: float = 360
             "OMP_NUM_THREADS": str(who.threads),
             "OMP_WAIT_POLICY": "PASSIVE",
             MARK: word.partition("=")[2],
+            DEVICE: who.device,
         }
         log = out / "log"
         start = time.monotonic()

@@ -1,12 +1,14 @@
 """What all contestants share: one folder of data, batches and first weights; networks; a client's training.
 
 ``python -m benchmarks.rounds.ADAPTER FOLDER OUT THREADS WORKERS`` runs one contestant on the task in ``FOLDER`` (see
-setting.py) and writes ``OUT/marks.json`` and ``OUT/final.pt``.  Torch and NumPy are all this file needs.
+setting.py) and writes ``OUT/marks.json`` and ``OUT/final.pt``.  Where the environment's
+:data:`DEVICE` is "cuda", networks and data are on the GPU.  Torch and NumPy are all this file needs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import OrderedDict
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CLASSES = 10
+DEVICE = "FEDKERN_ROUNDS_DEVICE"
 
 
 class LeNet(nn.Module):
@@ -125,7 +128,8 @@ class Task:
         images: fp32 ``[clients, samples, C, H, W]``, normalised, channels-last, mapped from the folder.
         labels: int64 ``[clients, samples]``.
         orders: int64 ``[rounds, clients, epochs, samples]``, the order of a client's samples in an epoch.
-        initial: the first global state dict.
+        initial: the first global state dict, on the CPU.
+        device: where networks, images, labels and orders are.
     """
 
     folder: Path
@@ -143,18 +147,25 @@ class Task:
     labels: Tensor
     orders: Tensor
     initial: dict[str, Tensor]
+    device: torch.device
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
-        """Reads what setting.py wrote; the images are mapped, so that the processes of a contestant share them."""
+        """Reads what setting.py wrote.
+
+        On the CPU the images are mapped, so that the processes of a contestant share them.  A GPU gets all of them at
+        once, as every contestant has its data in memory.
+        """
+        device = torch.device(os.environ.get(DEVICE, "cpu"))
         folder = Path(folder)
         # Mapped copy-on-write: torch wants memory that it may write to.
         stored = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
         return cls(
             folder=folder,
-            images=stored.permute(0, 1, 4, 2, 3),
-            labels=torch.from_numpy(np.load(folder / "labels.npy")),
-            orders=torch.from_numpy(np.load(folder / "orders.npy")),
+            images=stored.to(device).permute(0, 1, 4, 2, 3),
+            labels=torch.from_numpy(np.load(folder / "labels.npy")).to(device),
+            orders=torch.from_numpy(np.load(folder / "orders.npy")).to(device),
+            device=device,
             initial=torch.load(folder / "initial.pt", weights_only=True),
             **json.loads((folder / "task.json").read_text()),
         )
@@ -163,7 +174,7 @@ class Task:
         """The network with the first weights; some frameworks can only send contiguous ones."""
         module = NETWORKS[self.model](self.width)
         module.load_state_dict(self.initial)
-        return module.to(memory_format=layout)  # type: ignore[call-overload]
+        return module.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def batches(self, client: int, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of the client's batches in a round, counted from 0."""
@@ -193,8 +204,8 @@ class Task:
         module = self.network()
         module.load_state_dict(state)
         module.train()
-        images = torch.from_numpy(np.load(self.folder / "test_images.npy")).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(np.load(self.folder / "test_labels.npy"))
+        images = torch.from_numpy(np.load(self.folder / "test_images.npy")).to(self.device).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(np.load(self.folder / "test_labels.npy")).to(self.device)
         with torch.no_grad():
             right = [
                 (module(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)
@@ -220,6 +231,8 @@ class Contest:
 
     def begin(self) -> None:
         """The server begins a round.  The monotonic clock is the machine's, so that the parent can read it."""
+        if self.task.device.type == "cuda":
+            torch.cuda.synchronize()  # what the round before has queued belongs to it
         self.marks.append(time.monotonic())
 
     def finish(self, state: Mapping[str, Any], **said: str) -> None:
@@ -230,7 +243,7 @@ class Contest:
         """
         if len(self.marks) != self.task.rounds:
             raise RuntimeError(f"{len(self.marks)} rounds began, expected {self.task.rounds}")
-        tensors = {name: torch.as_tensor(value).detach().clone() for name, value in state.items()}
+        tensors = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in state.items()}
         torch.save({name: tensors[name] for name in self.task.initial if name in tensors}, self.out / "final.pt")
         (self.out / "marks.json").write_text(json.dumps({"marks": self.marks, "said": said}))
 

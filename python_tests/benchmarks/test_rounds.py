@@ -18,6 +18,7 @@ from rounds.plays import Contestant, Failed, family, play, resident
 from rounds.setting import Setting
 from rounds.task import NETWORKS, Task
 
+from benchmarks.gpu.stages import ROUNDS
 from fedkern import models
 
 
@@ -105,6 +106,38 @@ def test_a_framework_without_an_environment_is_absent_with_the_reason(
     assert found["Flower"] == Absent("no --environment flower=DIR was given")
     assert isinstance(found["fluke"], Contestant)
     assert found["fluke"].python == tmp_path / "bin" / "python"
+
+
+def test_on_a_gpu_contestants_are_told_so_and_frameworks_without_an_adapter_are_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_rounds.harness.SETTINGS, "environments", {"flower": tmp_path, "fluke": tmp_path})
+    judged, found = bench_rounds.contestants(1, "cuda")
+    assert judged == "fedkern serial"
+    playing = {name: who for name, who in found.items() if isinstance(who, Contestant)}
+    assert set(playing) == {"fedkern serial", "lean loop", "Flower"}
+    assert {who.device for who in playing.values()} == {"cuda"}
+    assert (playing["Flower"].threads, playing["Flower"].workers) == (1, 2)
+    assert found["fluke"].reason == "its adapter trains on the CPU"
+    assert "Flower" not in bench_rounds.contestants(1)[1]
+
+
+def test_the_stages_rounds_are_settings() -> None:
+    known = {f"{one.model}-{one.clients}" for one in bench_rounds.SETTINGS}
+    assert len(known) == len(bench_rounds.SETTINGS)
+    assert known.issuperset(ROUNDS)
+    assert "resnet18-10" in ROUNDS
+
+
+def test_a_contestant_learns_where_to_train(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = _program(tmp_path, "echo $FEDKERN_ROUNDS_DEVICE >&2; exit 3")
+    with pytest.raises(Failed, match="cuda"):
+        play(Contestant("one", "any", program, device="cuda"), task)
+    monkeypatch.setenv("FEDKERN_ROUNDS_DEVICE", "meta")
+    there = Task.load(task.folder)
+    assert {x.device.type for x in (there.images, there.labels, there.orders, *there.network().parameters())} == {
+        "meta"
+    }
 
 
 def test_workers_are_contestants_where_the_settings_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
