@@ -330,7 +330,7 @@ def check_refused(name: str, argument: str, what: str) -> None:
     arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in public.arguments.items()}
     right = arguments[argument]
     if right is None:
-        right = torch.empty(6)  # out
+        right = torch.zeros(6)  # out; what memory happened to hold could be NaN, which equals nothing
     arguments[argument] = KINDS[public.kinds[argument]][what](right)
     states = {key: (x, x.clone()) for key, x in arguments.items() if isinstance(x, Tensor) and key in public.arguments}
     with warnings.catch_warnings():
