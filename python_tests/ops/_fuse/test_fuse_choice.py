@@ -55,12 +55,13 @@ def ways(table: Table, monkeypatch: pytest.MonkeyPatch, *, direct: bool = True) 
 
 
 @pytest.mark.parametrize(
-    ("family", "model", "name"),
-    [*((25, model, "amd-zen4.json") for model in (16, 17, 31, 97, 160)), (26, 2, "amd-zen5.json"),
-     (26, 17, "amd-zen5.json"), (26, 68, "amd-zen5.json")],
+    ("vendor", "family", "model", "name"),
+    [*(("AuthenticAMD", 25, model, "amd-zen4.json") for model in (16, 17, 31, 97, 160)),
+     *(("AuthenticAMD", 26, model, "amd-zen5.json") for model in (2, 17, 68)),
+     *(("GenuineIntel", 6, model, "intel-xeon-amx.json") for model in (143, 167, 173, 174, 207))],
 )  # fmt: skip
-def test_a_processor_is_served_by_the_table_of_its_kind(family, model, name, tmp_path, monkeypatch) -> None:
-    runs_on(tmp_path, monkeypatch, "AuthenticAMD", family, model)
+def test_a_processor_is_served_by_the_table_of_its_kind(vendor, family, model, name, tmp_path, monkeypatch) -> None:
+    runs_on(tmp_path, monkeypatch, vendor, family, model)
     found = serving()
     assert (found.kind, found.path.name) == ("shipped", name)
     assert found.tables[0].covers(processors.processor())
@@ -69,7 +70,7 @@ def test_a_processor_is_served_by_the_table_of_its_kind(family, model, name, tmp
 
 @pytest.mark.parametrize(
     ("vendor", "family", "model"),
-    [("GenuineIntel", 6, 143), ("GenuineIntel", 25, 17), ("AuthenticAMD", 25, 33), ("AuthenticAMD", 26, 36)],
+    [("GenuineIntel", 6, 151), ("GenuineIntel", 25, 17), ("AuthenticAMD", 25, 33), ("AuthenticAMD", 26, 36)],
 )
 def test_on_an_unknown_processor_branches_are_computed_apart(vendor, family, model, tmp_path, monkeypatch) -> None:
     """Unless every table sees another way farther ahead than processors were seen to differ."""
