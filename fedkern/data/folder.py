@@ -13,7 +13,8 @@ import numpy as np
 from fedkern.data.found_files import need_root
 from fedkern.data.images import MAX_PIXELS, list_images, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
-from fedkern.data.site_folders import check_images, find_sites, holds_classes, holds_images, named_by, trees
+from fedkern.data.site_folders import check_images, find_sites, holds_classes, holds_images, listed, trees
+from fedkern.data.spelling import unified
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 
@@ -47,7 +48,10 @@ def open_folder(
     sites = find_sites(base, "folder", plain=holds_images, whole=holds_classes, mixed=False)
     parts = trees(base, sites)
     training = {site: folder for site, split, folder in parts if split in ("", "train")}
-    own_classes = {site: subfolders(folder) for site, folder in training.items()}
+    folders = [name for _, _, folder in parts for name in subfolders(folder)]
+    spelled, told = unified(folders, f"The layout of {base}")
+    one = dict(zip(folders, spelled, strict=True))
+    own_classes = {site: {one[name] for name in subfolders(folder)} for site, folder in training.items()}
     classes = sorted({name for names in own_classes.values() for name in names})
     if len(classes) < 2:
         tables = sorted(base.glob("*.csv"))
@@ -69,14 +73,14 @@ def open_folder(
     clients: list[str] = []
     for site, split, folder in parts:
         for own in subfolders(folder):
-            if own not in classes:
+            if one[own] not in classes:
                 where = "no site has for training" if site else f"{training[site]} does not have"
                 raise UserError(f'data set "folder": {folder / own} is a class that {where}')
             found = list_images(folder / own)
             if not found and split in ("", "train") and not site:
                 raise UserError(f'data set "folder": the class folder {folder / own} holds no image')
             paths += found
-            labels += [classes.index(own)] * len(found)
+            labels += [classes.index(one[own])] * len(found)
             belongs += [split] * len(found)
             clients += [site] * len(found)
     check_images(base, "folder", sites, Counter(zip(clients, belongs, strict=True)))
@@ -86,15 +90,14 @@ def open_folder(
             raise UserError(
                 f'data set "folder": no site has a training image of the class {name}; leave its folders out'
             )
+    rest = listed(base, sites, belongs, clients)
+    rest["notices"] += told
     ids = tuple(path.relative_to(base).as_posix() for path in paths)
     listing = Listing(
         paths,
         ids,
         np.array(labels, dtype=np.int64),
-        belongs,
-        clients,
-        named_by=named_by(base, sites),
-        own_tests="test" in belongs and "" not in sites,
+        **rest,
     )
     return to_source(
         "folder",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedkern.data.spelling import classes_of, filled
 from fedkern.errors import UserError
 
 COLUMN = "labels"
@@ -26,7 +27,7 @@ def has_sets(names: Sequence[str], chosen: Mapping[str, str]) -> bool:
     return bool(chosen.get(COLUMN)) or (COLUMN in names and "label" not in names)
 
 
-def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
     """The labels of every row.
 
     Args:
@@ -35,24 +36,20 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
         data: the data set's name, for messages.
 
     Returns:
-        The names of the labels, sorted, as numbers if all of them are numbers; and uint8 ``[n, L]``, 1 where the row
-        has the label.
+        The names of the labels, sorted, as numbers if all of them are numbers; uint8 ``[n, L]``, 1 where the row has
+        the label; and sentences on labels that are written in several ways.
 
     Raises:
         UserError: the rows name fewer than two labels.
     """
-    split = [[name.strip() for name in cell.split(SEPARATOR)] for cell in cells]
-    found = {name for cell in split for name in cell if name}
-    numbers = all(name.isdecimal() for name in found)
-    names = sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
+    split = [[name for part in cell.split(SEPARATOR) if (name := filled(part))] for cell in cells]
+    names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:])
     if len(names) < 2:
         what = f'the single label "{names[0]}"' if names else "no label"
         raise UserError(
             f'data set "{data}": {where} names {what}, expected two or more, joined by '
             f'"{SEPARATOR}"; a single class an image belongs into a column label'
         )
-    place = {name: number for number, name in enumerate(names)}
     sets = np.zeros((len(split), len(names)), dtype=np.uint8)
-    for row, cell in enumerate(split):
-        sets[row, [place[name] for name in cell if name]] = 1
-    return tuple(names), sets
+    sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
+    return names, sets, told

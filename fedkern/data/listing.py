@@ -62,6 +62,8 @@ class Listing:
             side.
         named_by: the column or the layout that names the clients, in words, see `Source.named_by`.
         own_tests: whether every test image belongs to the own test set of its client.
+        lines: the line of every image in its table, for messages; empty without a table.
+        notices: sentences for the user, see `Source.notices`.
     """
 
     paths: Sequence[Path]
@@ -74,6 +76,8 @@ class Listing:
     patients: Sequence[str] | None = None
     named_by: str = ""
     own_tests: bool = False
+    lines: Sequence[int] = ()
+    notices: Sequence[str] = ()
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
@@ -130,6 +134,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
+        notices=tuple(listing.notices),
     )
 
 

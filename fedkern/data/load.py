@@ -113,6 +113,9 @@ def load(
     assert info.open is not None
     keeping = {"cache": cache, "notice": progress} if info.keeps else {}
     source = info.open(root, **own_options, **keeping)
+    if notice is not None:
+        for text in source.notices:
+            notice(text)
     spec = _default_partition(name, info, source) if asked is None else asked
     if clients is None:
         clients = source.groups if spec.name == "attribute" and source.groups is not None else info.clients

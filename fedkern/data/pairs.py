@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from fedkern.data.images import MAX_PIXELS, list_images, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
@@ -15,10 +13,11 @@ from fedkern.data.site_folders import (
     find_sites,
     holds_classes,
     holds_images,
-    named_by,
+    listed,
     split_folders,
     trees,
 )
+from fedkern.data.spelling import classes_of
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
@@ -65,32 +64,27 @@ def open_pairs(
     """
     columns = ("image", "text")
     path = find_table(root, "pairs", columns)
-    sites: dict[str, Splits] = {"": {}}
     if path is not None:
         table = read_table(path, "pairs", columns, chosen)
-        images, names, texts = table.files("image", "pairs"), table.names("image"), table.column("text")
-        labelled, splits, patients = table.column("label"), table.splits("pairs"), table.patients()
-        clients, named = table.clients()
+        images, names, texts = table.files("image", "pairs"), table.names_of("image"), table.column("text")
+        classes, labels = table.classes([label or ANY for label in table.column("label")])
+        rest = table.listed("pairs")
     else:
         check_unchosen("pairs", chosen, root)
         base = expand(str(root))
         sites = _sites(base)
         images, labelled, splits, clients = _found(base, sites)
-        names, patients = tuple(one.relative_to(base).as_posix() for one in images), None
-        named = named_by(base, sites)
+        names = tuple(one.relative_to(base).as_posix() for one in images)
         texts = [_read(image) for image in images]
-    labels = [label or ANY for label in labelled]
-    classes = tuple(sorted(set(labels)))
+        classes, labels, told = classes_of([label or ANY for label in labelled], f"The layout of {base}")
+        rest = listed(base, sites, splits, clients)
+        rest["notices"] += told
     listing = Listing(
         paths=images,
         ids=names,
-        labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
-        splits=splits,
-        clients=clients,
+        labels=labels,
         texts=[" ".join(text.split()[:longest]) for text in texts],
-        patients=patients,
-        named_by=named,
-        own_tests="" not in sites and "test" in splits,
+        **rest,
     )
     return to_source(
         "pairs",

@@ -22,7 +22,7 @@ from fedkern.data.reports import open_reports
 from fedkern.data.segdigits import open_segdigits
 from fedkern.data.segmentation import open_segmentation
 from fedkern.data.svhn import open_svhn
-from fedkern.data.table import open_csv
+from fedkern.data.table import AUTO, open_csv
 from fedkern.data.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
 from fedkern.errors import UserError, nearest
@@ -217,10 +217,14 @@ _HELD = {
 def _columns(*options: str) -> dict[str, DataOption]:
     """Options that name the columns of a CSV file, see `fedkern.data.table.read_table`."""
     named = {name: DataOption("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
+    patient = DataOption(
+        AUTO, f"CSV column with {_HELD['patient']}, auto: found by its name, empty: no column names patients"
+    )
     return named | {
+        "patient": patient,
         "client_column": DataOption(
             "", "CSV column that names every row's client; by default client, site or hospital where there is one"
-        )
+        ),
     }
 
 
@@ -292,7 +296,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
         open_csv, 5, "dirichlet:0.5", (3, 64),
-        options={**_READING, **_columns("path", "label", "labels", "split", "patient")},
+        options={**_READING, **_columns("path", "label", "labels", "split")},
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
@@ -302,7 +306,7 @@ DATASETS: dict[str, DatasetInfo] = {
             "names": DataOption("", "classes separated by |, background first (default: numbers)"),
             "tile": DataOption(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
             "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
-            **_columns("image", "mask", "split", "patient"),
+            **_columns("image", "mask", "split"),
         },
         task="segmentation", keeps=True,
     ),
@@ -313,7 +317,7 @@ DATASETS: dict[str, DatasetInfo] = {
             **_READING,
             "crop": _CROP,
             "longest": DataOption(112, "words kept of a text", low=1),
-            **_columns("image", "text", "label", "split", "patient"),
+            **_columns("image", "text", "label", "split"),
         },
     ),
     "reports": DatasetInfo(
@@ -329,7 +333,7 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
             "longest": DataOption(112, "tokens kept of a report", low=1),
             "shortest": DataOption(3, "rows with fewer tokens are left out", low=1),
-            **_columns("image", "report", "label", "view", "split", "patient"),
+            **_columns("image", "report", "label", "view", "split"),
         },
     ),
     "brats": DatasetInfo(

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fedkern.data.images import MAX_PIXELS
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.table import Table, find_table, read_table
@@ -110,17 +108,13 @@ def open_reports(
         )
     table = table.only(rows)
     labels = _labels(table)
-    classes = tuple(sorted(set(labels)))
-    clients, named = table.clients()
+    classes, numbers = table.classes(labels)
     listing = Listing(
         paths=table.files(image, "reports"),
-        ids=table.names(image),
-        labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
-        splits=table.splits("reports"),
-        clients=clients,
+        ids=table.names_of(image),
+        labels=numbers,
         texts=[texts[row] for row in rows],
-        patients=table.patients(),
-        named_by=named,
+        **table.listed("reports"),
     )
     return to_source(
         "reports",

@@ -14,7 +14,7 @@ from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images
 from fedkern.data.listing import Listing, Reading, to_source
-from fedkern.data.site_folders import Splits, check_images, find_sites, named_by, trees
+from fedkern.data.site_folders import Splits, check_images, find_sites, listed, trees
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import in_tiles
 from fedkern.data.types import IGNORE, Source
@@ -72,18 +72,17 @@ def open_segmentation(
     """
     columns = ("image", "mask")
     path = find_table(root, "segmentation", columns)
-    sites: dict[str, Splits] = {"": {}}
     if path is not None:
         table = read_table(path, "segmentation", columns, chosen)
         images, masks = (table.files(column, "segmentation") for column in columns)
-        ids, splits, patients = table.names("image"), table.splits("segmentation"), table.patients()
-        clients, named = table.clients()
+        ids, rest = table.names_of("image"), table.listed("segmentation")
     else:
         check_unchosen("segmentation", chosen, root)
         base = expand(str(root))
         sites = find_sites(base, "segmentation", plain=_is_part, whole=_has_pair, mixed=True)
         images, masks, splits, clients = _pairs(base, sites)
-        ids, patients, named = tuple(one.relative_to(base).as_posix() for one in images), None, named_by(base, sites)
+        ids = tuple(one.relative_to(base).as_posix() for one in images)
+        rest = listed(base, sites, splits, clients)
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
     files = MaskFiles(images, masks, size, "segmentation", max_image_pixels)
@@ -112,12 +111,8 @@ def open_segmentation(
         images,
         ids,
         _largest(counts, len(classes)),
-        splits,
-        clients,
-        held,
-        patients=patients,
-        named_by=named,
-        own_tests="" not in sites and "test" in splits,
+        masks=held,
+        **rest,
     )
     source = to_source(
         "segmentation",

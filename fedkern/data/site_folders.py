@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedkern.data.images import SUFFIXES, subfolders
 from fedkern.data.listing import SPLITS
+from fedkern.data.spelling import unified
 from fedkern.errors import UserError
 
 Splits = dict[str, str]
@@ -125,6 +127,24 @@ def check_images(base: Path, data: str, sites: dict[str, Splits], counts: dict[t
 def named_by(base: Path, sites: dict[str, Splits]) -> str:
     """The layout that names the clients, in words, see `fedkern.data.types.Source.named_by`; "" without sites."""
     return "" if "" in sites else f"the layout of {base}"
+
+
+def listed(base: Path, sites: dict[str, Splits], splits: Sequence[str], clients: Sequence[str]) -> dict[str, Any]:
+    """What the layout says of every image beside its label: attributes of a `fedkern.data.listing.Listing`.
+
+    Args:
+        base: the data root.
+        sites: from `find_sites`.
+        splits, clients: split and site folder of every image.
+    """
+    clients, told = unified(clients, f"The layout of {base}")
+    return {
+        "splits": splits,
+        "clients": clients,
+        "named_by": named_by(base, sites),
+        "own_tests": "" not in sites and "test" in splits,
+        "notices": told,
+    }
 
 
 def _splits(folder: Path, data: str, whole: Callable[[Path], bool]) -> Splits | None:

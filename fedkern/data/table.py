@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from os.path import normpath
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +20,7 @@ from fedkern.data.images import MAX_PIXELS
 from fedkern.data.label_sets import COLUMN as SETS
 from fedkern.data.label_sets import has_sets, label_sets
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
+from fedkern.data.spelling import MISSING, classes_of, filled, unified
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
@@ -33,7 +37,10 @@ _READ_AS = {"patient": PATIENT[0], CLIENT_COLUMN: CLIENT[0]}
 """Under which name a chosen column is read, where that is not the option's own name."""
 SHOWN = 200
 """Most characters of a value in a message: a text in the place of a file name may be a whole report."""
-_QUOTED = re.compile(r'"[^"]*"')
+AUTO = "auto"
+"""Value of the option ``patient`` that finds the column by its name; an empty value reads no column as patients."""
+LOOKED_AT = 50
+"""Most rows that tell the separator."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +49,44 @@ class Table:
 
     Attributes:
         path: the file.
+        names: the columns, those included that the user chose.
         rows: the stripped values of every row by column name.
         lines: line number of every row in the file.
         chosen: the columns that the user chose, by option, see `read_table`.
+        nameless: whether no column names patients, whatever the columns are called.
+        notices: sentences for the user on values that are not read as they are written; methods add theirs.
     """
 
     path: Path
+    names: Sequence[str]
     rows: Sequence[dict[str, str]]
     lines: Sequence[int]
     chosen: Mapping[str, str] = field(default_factory=dict)
+    nameless: bool = False
+    notices: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> list[str]:
         """The values of a column, ``""`` in every row if the column is missing."""
         return [row.get(name, "") for row in self.rows]
 
+    def require(self, column: str, data: str) -> None:
+        """Raises UserError where the table has no such column, or a row has no value there."""
+        if column not in self.names:
+            raise UserError(
+                f'data set "{data}": {self.path} has no column "{column}"; beside it the columns split, client and '
+                f"patient_id are read; name the column to take for it with --data-option {column}=COLUMN."
+                f"{nearest(column, self.names)}"
+            )
+        for row, line in zip(self.rows, self.lines, strict=True):
+            if not row.get(column):
+                raise UserError(
+                    f'data set "{data}": {self.path}, line {line}, has no {self.chosen.get(column, column)} (NA, NULL, '
+                    "None and nan count as empty)"
+                )
+
     def only(self, rows: Sequence[int]) -> Table:
         """The table reduced to ``rows``."""
-        return Table(self.path, [self.rows[row] for row in rows], [self.lines[row] for row in rows], self.chosen)
+        return replace(self, rows=[self.rows[row] for row in rows], lines=[self.lines[row] for row in rows])
 
     def files(self, name: str, data: str) -> list[Path]:
         """Paths of the files in a column; relative names are relative to the CSV file's folder.
@@ -71,27 +99,48 @@ class Table:
         for path, value, line in zip(paths, values, self.lines, strict=True):
             if what := standing(path):
                 shown = path if len(value) <= SHOWN else self.path.parent / f"{' '.join(value[:SHOWN].split())}..."
-                raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is {what}')
+                slashes = value.replace("\\", "/")
+                hint = f"; names of folders end with / and not with \\: write {slashes}" if slashes != value else ""
+                raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is {what}{hint}')
         return paths
 
-    def names(self, name: str) -> tuple[str, ...]:
+    def names_of(self, name: str) -> tuple[str, ...]:
         """Names of the column's files in the data set, normalised: ``./a.png`` and ``a.png`` are one image."""
         return tuple(normpath(value) for value in self.column(name))
 
-    def patients(self) -> list[str] | None:
-        """Patient of every row, from the first column of `PATIENT` with a value; None without such a column."""
-        column = next((name for name in PATIENT if any(self.column(name))), None)
-        return None if column is None else self.column(column)
+    def called(self, option: str, column: str) -> str:
+        """Words for a column that was read for an option."""
+        return f'column "{self.chosen.get(option, column)}" of {self.path.name}'
 
-    def clients(self) -> tuple[list[str], str]:
-        """Client of every row, ``""`` where none is named, and the words for its column in messages.
+    def classes(self, labels: Sequence[str], option: str = "label") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+        """The classes of ``labels``, which stand in the column of an option, and every row's class, int64 ``[n]``."""
+        classes, numbers, told = classes_of(labels, f"The {self.called(option, option)}")
+        self.notices.extend(told)
+        return classes, numbers
 
-        The column is the chosen one, or the first of `CLIENT` with a value; without such a column the words are empty.
+    def listed(self, data: str) -> dict[str, Any]:
+        """What the table says of every row beside its image and label: attributes of a `Listing`.
+
+        Raises:
+            UserError: see `splits`.
         """
-        column = next((name for name in CLIENT if any(self.column(name))), None)
-        if column is None:
-            return [""] * len(self.rows), ""
-        return self.column(column), f'the column "{self.chosen.get(CLIENT_COLUMN, column)}" of {self.path.name}'
+        named = {}
+        for option, names in (("patient", () if self.nameless else PATIENT), (CLIENT_COLUMN, CLIENT)):
+            column = next((name for name in names if any(self.column(name))), None)
+            if column is not None:
+                words = self.called(option, column)
+                values, told = unified(self.column(column), f"The {words}")
+                named[option] = values, f"the {words}"
+                self.notices.extend(told)
+        clients, named_by = named.get(CLIENT_COLUMN, ([""] * len(self.rows), ""))
+        return {
+            "splits": self.splits(data),
+            "clients": clients,
+            "patients": named["patient"][0] if "patient" in named else None,
+            "named_by": named_by,
+            "lines": self.lines,
+            "notices": self.notices,
+        }
 
     def splits(self, data: str) -> list[str]:
         """The column ``split`` as train, validation or test; ``""`` everywhere if it is missing or empty.
@@ -99,7 +148,7 @@ class Table:
         Raises:
             UserError: a value that is none of train, validation (val), test.
         """
-        values = [value.lower() for value in self.column("split")]
+        values = [unicodedata.normalize("NFKC", value).strip().lower() for value in self.column("split")]
         if not any(values):
             return values
         for value, line in zip(values, self.lines, strict=True):
@@ -127,7 +176,8 @@ def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> 
         return path
     if not path.is_dir():
         raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
-    found = sorted(one for one in path.iterdir() if one.suffix.lower() == ".csv" and one.is_file())
+    tables = (one for one in path.iterdir() if one.suffix.lower() == ".csv" and not one.name.startswith("."))
+    found = sorted(one for one in tables if one.is_file())
     if len(found) > 1:
         names = ", ".join(one.name for one in found[:4])
         raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
@@ -137,7 +187,7 @@ def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> 
 def check_unchosen(data: str, chosen: Mapping[str, str], root: str | Path | None) -> None:
     """Raises UserError where the user chose a column, though the data are no CSV file."""
     for option, column in chosen.items():
-        if column:
+        if column and column != AUTO:
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}" of a CSV file, and {root} holds '
                 "none; leave it out, or name the file with --data-root"
@@ -153,7 +203,7 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
         columns: the required columns, filled in every row.
         chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
             ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
-            Empty names choose nothing.
+            Empty names choose nothing; an empty ``patient``, which is `AUTO` by default, reads no column as patients.
 
     Raises:
         UserError: the file is unreadable or has no row, a required or chosen column is missing or a column occurs
@@ -165,22 +215,18 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
     try:
-        names, rows, lines = _parsed(text, path, data)
+        names, rows, lines, notices = _parsed(text, path, data)
     except csv.Error as error:
         raise UserError(f'data set "{data}": {path} is not a CSV file: {error}') from None
-    given = {option: column.strip().lower() for option, column in (chosen or {}).items() if column}
-    table = Table(path, _in_place(rows, names, given, path, data), lines, given)
+    options = {"patient": AUTO, **(chosen or {})}
+    given = {option: column.strip().lower() for option, column in options.items() if column}
+    if given.get("patient") == AUTO:
+        del given["patient"]
+    rows = _in_place(rows, names, given, path, data)
+    known = (*names, *(_READ_AS.get(option, option) for option in given))
+    table = Table(path, known, rows, lines, given, nameless=not options["patient"], notices=notices)
     for column in columns:
-        if column not in names and column not in given:
-            hint = nearest(column, names)
-            raise UserError(
-                f'data set "{data}": {path} has no column "{column}", expected {", ".join(columns)} and optionally '
-                f"split, client and patient_id; name the column to take for it with --data-option {column}=COLUMN."
-                f"{hint}"
-            )
-        for row, line in zip(table.rows, lines, strict=True):
-            if not row.get(column):
-                raise UserError(f'data set "{data}": {path}, line {line}, has no {given.get(column, column)}')
+        table.require(column, data)
     if not rows:
         raise UserError(f'data set "{data}": {path} lists no image')
     return table
@@ -208,34 +254,48 @@ def _in_place(
     return [{**row, **{name: row.get(column, "") for name, column in taken.items()}} for row in rows]
 
 
-def _cell(value: str) -> str:
-    """A stripped cell; ``nan``, as pandas writes a missing value, becomes empty."""
-    value = value.strip()
-    return "" if value in ("nan", "NaN") else value
-
-
-def _parsed(text: str, path: Path, data: str) -> tuple[list[str], list[dict[str, str]], list[int]]:
-    """The column names in lower case, the rows and their line numbers."""
-    header = _QUOTED.sub("", text.lstrip("\r\n").partition("\n")[0])
-    separator = max(SEPARATORS, key=header.count)
+def _parsed(text: str, path: Path, data: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
+    """The column names in lower case, the rows, their line numbers, and a sentence where cells count as empty."""
+    separator = _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    filled = ([_cell(value) for value in values] for values in reader if values)
-    names = [name.lower() for name in next(filled, [])]
+    lists = (values for values in reader if values)
+    names = [name.strip().lower() for name in next(lists, [])]
     for name in names:
         if name and names.count(name) > 1:
             raise UserError(f'data set "{data}": {path} has {names.count(name)} columns "{name}", expected one')
     rows: list[dict[str, str]] = []
     lines: list[int] = []
-    for values in filled:
-        if any(values[len(names) :]):
+    missing: Counter[str] = Counter()
+    for values in lists:
+        missing.update(value for cell in values if (value := cell.strip()) in MISSING)
+        cells = [filled(value) for value in values]
+        if any(cells[len(names) :]):
             raise UserError(
-                f'data set "{data}": {path}, line {reader.line_num}, has {len(values)} values for {len(names)} '
+                f'data set "{data}": {path}, line {reader.line_num}, has {len(cells)} values for {len(names)} '
                 f"columns; quote texts that hold {SEPARATORS[separator]}"
             )
-        values += [""] * (len(names) - len(values))
-        rows.append({name: value for name, value in zip(names, values, strict=False) if name})
+        cells += [""] * (len(names) - len(cells))
+        rows.append({name: value for name, value in zip(names, cells, strict=False) if name})
         lines.append(reader.line_num)
-    return names, rows, lines
+    told = []
+    if missing:
+        listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
+        told.append(f"Cells of {path.name} that count as empty: {listed}.")
+    return names, rows, lines, told
+
+
+def _separator(text: str) -> str:
+    """The separator by which most of the first rows have as many values as there are columns, and that makes most."""
+
+    def fit(separator: str) -> tuple[bool, float, int]:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        header, *rest = ([len(values) for values in islice(filter(None, rows), LOOKED_AT)]) or [0]
+        return header > 1, sum(count == header for count in rest), header
+
+    try:
+        return max(SEPARATORS, key=fit)
+    except csv.Error:
+        return ","
 
 
 def open_csv(
@@ -255,7 +315,8 @@ def open_csv(
     ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
     holds a training image; these clients are the default partition, ``attribute``.  All images with the same
     ``patient_id`` (or another column of `PATIENT`) are held out together and go to one client, unless ``client``
-    decides otherwise.  Classes are sorted, as numbers if all of them are numbers.
+    decides otherwise.  Classes are sorted, as numbers if all of them are numbers.  Cells such as ``NA`` count as empty
+    (`fedkern.data.spelling.MISSING`), and equal numbers as one value.
 
     Args:
         root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
@@ -273,47 +334,23 @@ def open_csv(
         raise UserError(f'data set "csv": {root} holds no CSV file')
     if chosen.get("label") and chosen.get(SETS):
         raise UserError(f'data set "csv": leave out one of the options label, one class an image, and {SETS}, several')
-    several = has_sets(_columns_of(path), chosen)
     labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
-    table = read_table(path, "csv", ("path",) if several else ("path", "label"), chosen)
-    clients, named = table.clients()
-    if several:
+    table = read_table(path, "csv", ("path",), chosen)
+    if has_sets(table.names, chosen):
         where = f"the column {table.chosen.get(SETS, SETS)} of {path}"
-        classes, labels = label_sets(table.column(SETS), where, "csv")
+        classes, labels, told = label_sets(table.column(SETS), where, "csv")
+        table.notices.extend(told)
     else:
-        classes, labels = _classes(table)
+        table.require("label", "csv")
+        classes, labels = table.classes(table.column("label"))
+        if len(classes) < 2:
+            raise UserError(f'data set "csv": {path} has the single label "{classes[0]}", expected two or more')
     listing = Listing(
         paths=table.files("path", "csv"),
-        ids=table.names("path"),
+        ids=table.names_of("path"),
         labels=labels,
-        splits=table.splits("csv"),
-        clients=clients,
-        patients=table.patients(),
-        named_by=named,
+        **table.listed("csv"),
     )
     return to_source(
         "csv", listing, classes, Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels)
     )
-
-
-def _columns_of(path: Path) -> list[str]:
-    """The column names of a CSV file; none where it cannot be read, which `read_table` says."""
-    try:
-        return _parsed(read_text(path, "utf-8-sig").lstrip("\r\n").partition("\n")[0], path, "csv")[0]
-    except (OSError, UnicodeDecodeError, csv.Error, UserError):
-        return []
-
-
-def _classes(table: Table) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """The classes of a CSV file, and the class of every row, int64 ``[n]``.
-
-    Raises:
-        UserError: the file has a single class.
-    """
-    names = table.column("label")
-    numbers = all(name.isdecimal() for name in names)
-    classes = sorted(set(names), key=(lambda name: (int(name), name)) if numbers else None)
-    if len(classes) < 2:
-        raise UserError(f'data set "csv": {table.path} has the single label "{classes[0]}", expected two or more')
-    label_of = {name: label for label, name in enumerate(classes)}
-    return tuple(classes), np.array([label_of[name] for name in names], dtype=np.int64)

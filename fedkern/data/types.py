@@ -195,6 +195,7 @@ class Source:
         unnamed: training images for which ``named_by`` names no site; with some, no image has a group.
         lost: sites without a training image, because all of their images were drawn into held-out sets.
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
+        notices: sentences for the user on what was read otherwise than it is written, or left out.
     """
 
     classes: tuple[str, ...]
@@ -211,6 +212,7 @@ class Source:
     unnamed: int = 0
     lost: tuple[str, ...] = ()
     own_tests: bool = False
+    notices: tuple[str, ...] = ()
 
 
 def client_label(names: Sequence[str] | None, client: int) -> str:

@@ -1,0 +1,100 @@
+"""Values of a table or names of folders that are written in several ways: missing values, numbers, Unicode, case."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Hashable, Iterable, Sequence
+from decimal import Decimal
+
+import numpy as np
+import numpy.typing as npt
+
+MISSING = frozenset({
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+})  # fmt: skip
+"""What pandas reads as a missing value, beside an empty cell."""
+SHOWN = 3
+"""Most values that a sentence lists."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+
+
+def filled(value: str) -> str:
+    """A cell without the spaces around it, ``""`` where it says that the value is missing."""
+    value = value.strip()
+    return "" if value in MISSING else value
+
+
+def number(value: str) -> Decimal | None:
+    """The number that a text is, exactly; None for any other text."""
+    return Decimal(value) if _NUMBER.fullmatch(value) else None
+
+
+def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
+    """The values with one spelling for each: equal numbers, and texts with equal Unicode normal forms, are one value.
+
+    The spelling is the shortest one that occurs.
+
+    Args:
+        values: any texts, ``""`` where there is none.
+        where: the column, or whatever holds the values, in words.
+
+    Returns:
+        The values, and sentences on those that were written in several ways and on those that stay apart although they
+        differ in nothing but case and spaces.
+    """
+    spellings: dict[Hashable, list[str]] = {}
+    for value in dict.fromkeys(values):
+        spellings.setdefault(_key(value), []).append(value)
+    one = {key: min(same, key=lambda text: (len(text), text)) for key, same in spellings.items()}
+    told = []
+    several = [sorted(same) for same in spellings.values() if len(same) > 1]
+    if several:
+        told.append(f"{where} writes one value in several ways, which count as one: {_examples(several)}.")
+    alike: dict[str, list[str]] = {}
+    for text in one.values():
+        alike.setdefault(_folded(text), []).append(text)
+    apart = [sorted(each) for each in alike.values() if len(each) > 1]
+    if apart:
+        told.append(
+            f"{where} has values that differ only in case or spaces and do not count as one: {_examples(apart)}."
+        )
+    return [one[_key(value)] for value in values], told
+
+
+def numbered(names: Iterable[str]) -> tuple[str, ...]:
+    """Distinct names in order: by value if all of them are numbers, else as texts."""
+    found = set(names)
+    numbers = {name: value for name in found if (value := number(name)) is not None}
+    return tuple(sorted(found, key=numbers.__getitem__ if len(numbers) == len(found) else None))
+
+
+def classes_of(labels: Sequence[str], where: str) -> tuple[tuple[str, ...], npt.NDArray[np.int64], list[str]]:
+    """The classes of a column of labels, see :func:`numbered`; every row's class, int64 ``[n]``; and sentences."""
+    labels, told = unified(labels, where)
+    classes = numbered(labels)
+    place = {name: label for label, name in enumerate(classes)}
+    return classes, np.array([place[name] for name in labels], dtype=np.int64), told
+
+
+def _key(value: str) -> Hashable:
+    found = number(value)
+    return unicodedata.normalize("NFC", value) if found is None else found
+
+
+def _folded(value: str) -> str:
+    """The text without what readers do not see: case, spaces, characters without width, compatible forms."""
+    plain = unicodedata.normalize("NFKC", value).casefold()
+    return "".join(each for each in plain if not each.isspace() and unicodedata.category(each)[0] != "C")
+
+
+def _examples(groups: Sequence[Sequence[str]]) -> str:
+    # Two Unicode forms of a text look alike on screen; ascii() tells them apart.
+    shown = [", ".join(_quoted(text, each) for text in each[:SHOWN]) for each in groups[:SHOWN]]
+    return "; ".join(shown) + (f" and {len(groups) - SHOWN} more" if len(groups) > SHOWN else "")
+
+
+def _quoted(text: str, among: Sequence[str]) -> str:
+    same = {unicodedata.normalize("NFKC", "".join(other.split())) for other in among}
+    return f'"{text}"' if len(same) == len(among) else ascii(text)

@@ -1,0 +1,141 @@
+"""Values that are written in several ways, and cells that say that a value is missing."""
+
+import unicodedata
+
+import pytest
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.data.spelling import MISSING, unified
+from fedkern.errors import UserError
+
+ACCENT = "café", unicodedata.normalize("NFD", "café")
+TABLES = {
+    "csv": ("path,label", "{i}.png,{label}"),
+    "pairs": ("image,text,label", "{i}.png,a caption,{label}"),
+    "reports": ("image,report,label", "{i}.png,a report with words,{label}"),
+}
+
+
+def picture(path, i):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (i, 7, 255 - i)).save(path)
+
+
+def read(name, root, lines, said=None, **settings):
+    """A data set of pictures 0.png, 1.png ... that a table lists, one a line."""
+    for i in range(len(lines) - 1):
+        picture(root / f"{i}.png", i)
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return load(name, root=root, options={"size": 8}, notice=(said if said is None else said.append), **settings)
+
+
+def labelled(name, root, labels, said=None):
+    header, line = TABLES[name]
+    return read(
+        name, root, [header, *(line.format(i=i, label=label) for i, label in enumerate(labels))], said, partition="iid"
+    )
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    ("spellings", "classes", "told"),
+    [
+        (("0", "1", "0.0", "1.0"), ("0", "1"), '"0", "0.0"'),
+        (("00", "01", "0", "1", "+1", "1."), ("0", "1"), '"+1", "01", "1"'),
+        (("00", "01"), ("00", "01"), ""),
+        (("1.0", "2.0", "10.0"), ("1.0", "2.0", "10.0"), ""),
+        (("-1", "2", "10"), ("-1", "2", "10"), ""),
+        (("0", "1.000000000000000000e+00", "1"), ("0", "1"), '"1"'),
+        ((*ACCENT, "tea"), ("café", "tea"), r"'cafe\u0301'"),
+        (("1_0", "10", "x"), ("10", "1_0", "x"), ""),
+        (("Cat", "cat", "dog"), ("Cat", "cat", "dog"), 'do not count as one: "Cat", "cat"'),
+        (("no  finding", "no finding", "x"), ("no  finding", "no finding", "x"), "do not count as one"),
+    ],
+)
+def test_one_label_in_several_spellings(tmp_path, name, spellings, classes, told):
+    said = []
+    data = labelled(name, tmp_path, spellings * 8, said)
+    assert data.classes == classes
+    rows = [int(image.removesuffix(".png")) for split in data.clients for image in split.ids]
+    labels = [int(label) for split in data.clients for label in split.labels]
+    plain = [unicodedata.normalize("NFC", text) for text in spellings]
+    names = unified(plain, "")[0]
+    assert [classes[label] for label in labels] == [names[row % len(names)] for row in rows]
+    assert (told in said[0] and "label" in said[0]) if told else said == []
+
+
+def test_labels_of_a_set_in_several_spellings(tmp_path):
+    said = []
+    cells = ["1|2", "01.0", "", "2.0|NA", "10|1"] * 8
+    lines = ["path,labels", *(f"{i}.png,{cell}" for i, cell in enumerate(cells))]
+    data = read("csv", tmp_path, lines, said, partition="iid")
+    assert data.classes == ("1", "2", "10")
+    row = {name: label.tolist() for split in data.clients for name, label in zip(split.ids, split.labels, strict=True)}
+    expected = [[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 0, 1]]
+    assert all(label == expected[int(name.removesuffix(".png")) % 5] for name, label in row.items())
+    assert "count as one" in said[-1]
+
+
+def test_class_folders_in_several_spellings(tmp_path):
+    for k, (site, classes) in enumerate({"A": ("0", "1"), "B": ("00", "01"), "C": ("0.0", "1.0")}.items()):
+        for j, name in enumerate(classes):
+            for i in range(6):
+                picture(tmp_path / site / name / f"{i}.png", 40 * k + 20 * j + i)
+    said = []
+    data = load("folder", root=tmp_path, options={"size": 8}, notice=said.append)
+    assert data.classes == ("0", "1")
+    assert [split.labels.unique().tolist() for split in data.clients] == [[0, 1]] * 3
+    assert 'count as one: "0", "0.0", "00"' in said[0]
+
+
+def test_clients_patients_and_splits_in_several_spellings(tmp_path):
+    said = []
+    sites = [*ACCENT, "Bonn", "bonn "]
+    lines = ["path,label,site,patient_id,split"]
+    splits = "Train", " TRAIN", "\uff54\uff52\uff41\uff49\uff4e", "test"
+    lines += [f"{i}.png,{i // 4 % 2},{sites[i % 4]},{'' if i % 2 else '0'}{i // 2},{splits[i // 8]}" for i in range(32)]
+    data = read("csv", tmp_path, lines, said)
+    assert data.client_names == ("Bonn", "bonn", "café")
+    assert len(data.tests[""]) == 8
+    assert all(split.patients.unique().numel() * 2 >= len(split) for split in data.clients)
+    assert [text.split('"')[1] for text in said] == ["patient_id", "site", "site"]
+    assert said[2].endswith('do not count as one: "Bonn", "bonn".')
+
+
+# Missing values
+
+
+@pytest.mark.parametrize("name", [*TABLES, "segmentation"])
+@pytest.mark.parametrize("value", sorted(MISSING)[::4])
+def test_missing_values_count_as_empty_in_every_column(tmp_path, name, value):
+    header, line = TABLES.get(name, ("image,mask", "{i}.png,{i}.png"))
+    lines = [f"{header},client,patient_id,split,age"]
+    lines += [f"{line.format(i=i, label=i % 2)},{value},{value if i % 3 else i},{value}, {value} " for i in range(30)]
+    if name == "segmentation":
+        for i in range(30):
+            mask = Image.new("L", (8, 8))
+            mask.paste(1, (1, 1, 4, 4))
+            mask.save(tmp_path / f"m{i}.png")
+        lines = [each.replace(".png,", ".png,m", 1) for each in lines]
+        lines[0] = lines[0].replace(",mmask", ",mask")
+    said = []
+    data = read(name, tmp_path, lines, said, partition="iid")
+    assert data.client_names is None
+    assert said == [f"Cells of list.csv that count as empty: {value} (110)."]
+    patients = [number for split in data.clients for number in split.patients.tolist()]
+    assert len(set(patients)) == len(patients)  # an image of nobody named stands alone
+
+
+@pytest.mark.parametrize("name", ["csv", "pairs"])
+def test_a_required_cell_that_counts_as_empty(tmp_path, name):
+    column = "label" if name == "csv" else "text"
+    with pytest.raises(UserError, match=rf"line 3, has no {column} \(NA, NULL, None and nan count as empty\)"):
+        read(name, tmp_path, [f"{'path' if name == 'csv' else 'image'},{column}", "0.png,a", "1.png,NA", "2.png,b"])
+
+
+def test_a_class_that_is_missing_is_no_class(tmp_path):
+    said = []
+    data = labelled("pairs", tmp_path, ["cat", "NA", "N/A"] * 8, said)
+    assert data.classes == ("any", "cat")
+    assert said == ["Cells of list.csv that count as empty: NA (8), N/A (8)."]
