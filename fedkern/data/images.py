@@ -95,7 +95,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     Inside the block ``max_pixels`` replaces Pillow's own limit, which is global to the process and only warns.
 
     Raises:
-        UserError: the image has more pixels than ``max_pixels``.
+        UserError: the image has more pixels than ``max_pixels``, or the file holds several pictures.
         Exception: Pillow raises many kinds for a damaged file.
     """
     with open_regular(path) as file, _own_limit(), Image.open(file, formats=FORMATS) as image:
@@ -103,6 +103,12 @@ def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
             raise UserError(
                 f"the image {path} has {image.width}x{image.height} pixels, more than {max_pixels:,}: make it smaller "
                 f"or, where it is to be trusted, give --max-image-pixels {image.width * image.height}."
+            )
+        # The further pictures of a photograph in the format MPO are its depth, its brightness or a preview.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise UserError(
+                f"the file {path} holds several pictures, one after the other, expected one: save the picture that "
+                "counts as a file of its own."
             )
         yield image
 
