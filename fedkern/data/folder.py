@@ -26,6 +26,7 @@ def open_folder(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
+    bits: int = 0,
 ) -> Source:
     """Reads a tree of class folders; images are decoded when a split needs them.
 
@@ -39,6 +40,7 @@ def open_folder(
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: share of the images held out where there is no such folder.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
 
     Raises:
         UserError: no such tree, fewer than two classes, a class without images, a test class unknown in training, or
@@ -103,5 +105,5 @@ def open_folder(
         "folder",
         listing,
         tuple(classes),
-        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels),
+        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
     )

@@ -43,7 +43,7 @@ COMMIT_SECONDS = 30.0
 """Longest time between two commits: what has been decoded since is lost where the process is killed."""
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.05
 """Least time between two progress lines, and least share of the images."""
-MAGIC = b"fedkern decoded images 1\n"
+MAGIC = b"fedkern decoded images 2\n"
 """First line of a sizes file; its number changes with what `fedkern.data.images.read_images` makes of a file."""
 HEADER_BYTES = 128
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,11 @@ FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"
 MAX_PIXELS = 50_000_000
 """Most pixels of an image, or voxels of a volume, unless the data option max_image_pixels sets another limit."""
 BITS = 8, 12, 16
-"""Possible bit depths of a grey value that is stored in more than eight bits; medical exports put 12 bits into 16."""
+"""Bit depths that `grey_bits` tells apart; medical exports put 12 bits into 16."""
+LOOKED_AT = 128
+"""Most files, evenly spread over a data set, whose grey values tell the bit depth of all."""
+PHOTOMETRIC = 262
+"""TIFF's tag of what the values mean: 0 where the value 0 is white (DICOM's MONOCHROME1)."""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
 TURNS = {
     **dict(zip((2, 3, 4), MIRRORS, strict=True)),
@@ -139,14 +143,15 @@ def read_images(
     grey: bool = False,
     pad: bool = False,
     max_pixels: int = MAX_PIXELS,
+    bits: int = BITS[-1],
 ) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
-    Images look as in a viewer: turned or mirrored as their EXIF orientation says, and on a white page where they have
-    an alpha channel or a transparent colour.
+    Images look as in a viewer: turned or mirrored as their EXIF orientation says, on a white page where they have an
+    alpha channel or a transparent colour, and negative where a TIFF says that 0 is white.
 
-    Grey values of more than eight bits are scaled to 0-255 from the smallest of the ranges `BITS` that holds the
-    image's largest value; fractions are taken as 0 to 1.
+    Grey values of files with more than eight bits are scaled from 0 to 2**bits - 1, whatever a file holds; fractions
+    from 0 to 1.
 
     Args:
         paths: the files.
@@ -155,12 +160,14 @@ def read_images(
         grey: one channel instead of three.
         pad: keep the proportions of an image that is not square, with black bars on both sides.
         max_pixels: most pixels of an image, as its file announces them.
+        bits: bits of a grey value in files with more than eight, from :func:`grey_bits`; 0: there are no such files.
 
     Returns:
         uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
 
     Raises:
-        UserError: an image that cannot be decoded, is too large, or has grey values outside all known ranges.
+        UserError: an image that cannot be decoded, is too large, is one of several in its file, or has grey values
+            outside the range.
     """
     mode = "L" if grey else "RGB"
     images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
@@ -172,7 +179,7 @@ def read_images(
                 sizes[row] = upright_size(image)
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
-                whole = _on_white(_eight_bits(upright(image), paths[row], data)).convert(mode)
+                whole = _on_white(_eight_bits(image, paths[row], data, bits)).convert(mode)
                 small = (
                     ImageOps.pad(whole, (size, size), Image.Resampling.BICUBIC)
                     if pad
@@ -194,7 +201,7 @@ class ImageFiles:
 
     Attributes:
         paths: the files, each once.
-        size, data, grey, pad, max_pixels: see `read_images`.
+        size, data, grey, pad, max_pixels, bits: see `read_images`.
     """
 
     paths: Sequence[Path]
@@ -203,6 +210,7 @@ class ImageFiles:
     grey: bool = False
     pad: bool = False
     max_pixels: int = MAX_PIXELS
+    bits: int = BITS[-1]
 
     things: ClassVar[str] = "images"
     thing: ClassVar[str] = "image"
@@ -218,7 +226,7 @@ class ImageFiles:
     @property
     def how(self) -> tuple[Any, ...]:
         """Everything but the files that decides the decoded images."""
-        return self.size, self.data, self.grey, self.pad, self.max_pixels
+        return self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits
 
     @property
     def sources(self) -> Iterator[Path]:
@@ -228,7 +236,9 @@ class ImageFiles:
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
         paths = [self.paths[row] for row in rows.tolist()]
-        return read_images(paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels)
+        return read_images(
+            paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels, bits=self.bits
+        )
 
 
 @dataclass(frozen=True)
@@ -312,8 +322,8 @@ def read_masks(
         uint8 ``[n, size, size]``, the values as stored.
 
     Raises:
-        UserError: a mask that cannot be decoded, is too large, or has several channels, a value above 255 or another
-            size than its image.
+        UserError: a mask that cannot be decoded, is too large, is one of several in its file, or has several channels,
+            a value above 255 or another size than its image.
     """
     out = np.empty((len(masks), size, size), dtype=np.uint8)
 
@@ -332,6 +342,11 @@ def read_masks(
                     raise UserError(
                         f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
                         f"{images[row]} {width}x{height}{seen}"
+                    )
+                if _negative(mask):
+                    raise UserError(
+                        f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
+                        "viewer shows; save it with 0 as black"
                     )
                 values = np.asarray(turned.resize((size, size), Image.Resampling.NEAREST))
         except (UserError, MemoryError):
@@ -383,20 +398,60 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
 
 
-def _eight_bits(image: Image.Image, path: Path, data: str) -> Image.Image:
-    """The image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
+def _deep(image: Image.Image) -> bool:
+    """Whether the image has one channel of whole numbers beyond eight bits."""
+    return image.mode.startswith("I")
+
+
+def _negative(image: Image.Image) -> bool:
+    """Whether 0 is white and the decoded values are the stored ones: Pillow inverts greys of up to eight bits alone."""
+    return image.format == "TIFF" and image.mode not in ("1", "L") and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+
+
+def grey_bits(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> int:
+    """Bits of a grey value in those files of a data set that have more than eight; 0 where none has.
+
+    It is the smallest of `BITS` that holds every value of `LOOKED_AT` files, the same for all images.
+    """
+    chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
+    tops = np.full(len(chosen), -1, dtype=np.int64)
+
+    def look(row: int) -> None:
+        # A file that cannot be read is named where it is decoded, if it is needed at all.
+        with suppress(Exception), open_image(chosen[row], max_pixels) as image:
+            if _deep(image):
+                values = np.asarray(image)
+                tops[row] = values.max() if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
+
+    each(look, len(chosen))
+    top = int(tops.max(initial=-1))
+    return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
+
+
+def _eight_bits(image: Image.Image, path: Path, data: str, bits: int) -> Image.Image:
+    """The upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
+    turned = upright(image)
+    if image.mode != "F" and not _deep(image):
+        return turned
+    values = np.asarray(turned)
     low, high = float(values.min()), float(values.max())
-    tops = [1] if image.mode == "F" else [2**bits - 1 for bits in BITS]
-    top = next((top for top in tops if low >= 0 and high <= top), None)
-    if top is None:
-        expected = "fractions from 0 to 1" if image.mode == "F" else "whole numbers from 0 to 65535"
+    top = 1 if image.mode == "F" else 2**bits - 1
+    if image.mode != "F" and not bits:
+        raise UserError(
+            f'data set "{data}": the image {path} has grey values of more than eight bits, unlike the images that '
+            "decide how values are scaled; save it with 8 bits, or train with --data-option bits=12 or bits=16"
+        )
+    if not (low >= 0 and high <= top):
+        expected = "fractions from 0 to 1" if image.mode == "F" else f"whole numbers from 0 to {top}"
+        more = (
+            f", or give --data-option bits={BITS[-1]}" if high > top >= 2 and low >= 0 and high < 2 ** BITS[-1] else ""
+        )
         raise UserError(
             f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
-            "choose the range that shows what matters and save it with 8 or 16 bits"
+            f"choose the range that shows what matters and save it with 8 or 16 bits{more}"
         )
+    if _negative(image):
+        values = top - values
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 

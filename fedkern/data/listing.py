@@ -11,7 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, ImageFiles, ImageReader, check_distinct
+from fedkern.data.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_PIXELS,
+    ImageFiles,
+    ImageReader,
+    check_distinct,
+    grey_bits,
+)
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -19,6 +27,8 @@ from fedkern.streams import stream
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the channels
+
+_SCALED = "Greys of more than 8 bits: 0 to {} become 0 to 255 in every image; --data-option bits=N takes another range."
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Reading:
         pad: keep the proportions of images that are not square.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
         max_pixels: most pixels of an image, as its file announces them.
+        bits: bits of a grey value in files with more than eight; 0: `fedkern.data.images.grey_bits` tells.
     """
 
     size: int
@@ -42,6 +53,7 @@ class Reading:
     pad: bool = False
     crop: int = 0
     max_pixels: int = MAX_PIXELS
+    bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,8 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     grey = reading.colour == "grey"
     numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
     places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
-    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_pixels)
+    bits = reading.bits or grey_bits(tuple(numbers), reading.max_pixels)
+    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_pixels, bits)
 
     def pool(chosen: Tensor) -> Pool:
         masks, texts = listing.masks, listing.texts
@@ -134,7 +147,8 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
-        notices=tuple(listing.notices),
+        notices=(*listing.notices, *([_SCALED.format(f"{2**bits - 1:,}")] if bits else [])),
+        grey_bits=bits,
     )
 
 

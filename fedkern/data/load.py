@@ -173,6 +173,7 @@ def load(
         client_tests=own,
         client_names=names,
         test_clients=None if homes is None else homes[test_rows[""]],
+        **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
     )
     return _finished(data, options or {}, common, make_detector, progress, seed)
 

@@ -36,6 +36,7 @@ def open_pairs(
     validation_share: float = 0.1,
     crop: int = 0,
     max_image_pixels: int = MAX_PIXELS,
+    bits: int = 0,
     **chosen: str,
 ) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
@@ -57,6 +58,7 @@ def open_pairs(
         crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
             images.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
     Raises:
@@ -90,7 +92,9 @@ def open_pairs(
         "pairs",
         listing,
         classes,
-        Reading(size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels),
+        Reading(
+            size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels, bits=bits
+        ),
     )
 
 

@@ -199,6 +199,9 @@ _PIXELS = {
 # Options of the readers for a user's own files.
 _READING = {
     **_PIXELS,
+    "bits": DataOption(
+        0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
+    ),
     "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
     "test_share": DataOption(0.2, "share held out as test set where there is none", low=0.01, high=0.9),

@@ -45,6 +45,7 @@ def open_reports(
     validation_share: float = 0.1,
     crop: int = 0,
     max_image_pixels: int = MAX_PIXELS,
+    bits: int = 0,
     **chosen: str,
 ) -> Source:
     """Reads a CSV file of radiographs and reports.
@@ -76,6 +77,7 @@ def open_reports(
         crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
             images.  The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         **chosen: columns of the file, see `fedkern.data.table.read_table`; a chosen ``report`` replaces ``impression``
             and ``findings`` too.
 
@@ -120,7 +122,9 @@ def open_reports(
         "reports",
         listing,
         classes,
-        Reading(size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels),
+        Reading(
+            size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels, bits=bits
+        ),
     )
 
 

@@ -35,6 +35,7 @@ def open_segmentation(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
+    bits: int = 0,
     *,
     cache: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
@@ -63,6 +64,7 @@ def open_segmentation(
         ignore: value of mask pixels whose class is unknown (often 255), -1 for none.
         test_share, validation_share: share of the images held out where there is no such split.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         cache: folder that keeps decoded masks.
         notice: called with the progress of a long decoding.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
@@ -118,7 +120,7 @@ def open_segmentation(
         "segmentation",
         listing,
         classes,
-        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels),
+        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
     )
     return in_tiles(source, tile) if tile else source
 

@@ -305,6 +305,7 @@ def open_csv(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
+    bits: int = 0,
     **chosen: str,
 ) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
@@ -324,6 +325,7 @@ def open_csv(
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: share of the images held out where no row belongs to such a split.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         **chosen: columns of the file, see `read_table`.
 
     Raises:
@@ -352,5 +354,8 @@ def open_csv(
         **table.listed("csv"),
     )
     return to_source(
-        "csv", listing, classes, Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels)
+        "csv",
+        listing,
+        classes,
+        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
     )

@@ -196,6 +196,7 @@ class Source:
         lost: sites without a training image, because all of their images were drawn into held-out sets.
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
         notices: sentences for the user on what was read otherwise than it is written, or left out.
+        grey_bits: as in `FederatedData`; None where the reader does not say.
     """
 
     classes: tuple[str, ...]
@@ -213,6 +214,7 @@ class Source:
     lost: tuple[str, ...] = ()
     own_tests: bool = False
     notices: tuple[str, ...] = ()
+    grey_bits: int | None = None
 
 
 def client_label(names: Sequence[str] | None, client: int) -> str:
@@ -242,6 +244,7 @@ class FederatedData:
             client is then shown by its number.
         test_clients: int64 ``[n]``, the client whose site every image of the test set ``""`` comes from, -1 where the
             data do not say; None where no site is known, or where sites have own test sets.
+        grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
     """
 
     name: str
@@ -259,6 +262,7 @@ class FederatedData:
     client_tests: tuple[Split, ...] = ()
     client_names: tuple[str, ...] | None = None
     test_clients: Tensor | None = None
+    grey_bits: int = 16
 
     def client_label(self, client: int) -> str:
         """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedkern.data import FederatedData, load
+from fedkern.data.registry import lookup
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
@@ -70,8 +71,10 @@ def evaluate_run(
         config = config.replace(data_root=data_root or config.data_root)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     else:
+        scaled = {"bits": about.get("grey_bits", 0)} if "bits" in lookup(data).options else {}  # as in the training
+        options = {**scaled, **(data_options or {})}
         loaded = load(
-            data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {},
+            data, root=data_root, clients=1, partition="iid", seed=config.seed, options=options,
             cache=folder, progress=progress,
         )  # fmt: skip
     _check_fits(loaded, about, Path(out))

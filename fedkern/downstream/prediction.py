@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedkern import files
-from fedkern.data.images import MAX_PIXELS, list_images, read_images
+from fedkern.data.images import BITS, MAX_PIXELS, list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic
@@ -47,6 +47,7 @@ class Predictor:
         task: ``"classification"``, ``"multilabel"`` or ``"segmentation"``.
         image_shape: channels, height and width of the images that the network sees.
         mean, std: per channel, of images in [0, 1].
+        grey_bits: as in `fedkern.data.FederatedData`.
         batch: images that the network sees at once.
     """
 
@@ -63,6 +64,7 @@ class Predictor:
         height, width = about["image_size"]
         self.image_shape: tuple[int, int, int] = (about["channels"], height, width)
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
+        self.grey_bits: int = about.get("grey_bits", BITS[-1])
         self.batch = min(BATCH, max(1, PIXELS // (height * width)))
 
     @classmethod
@@ -104,7 +106,7 @@ class Predictor:
         channels, height, width = self.image_shape
         if height != width:
             raise UserError(f"The network sees images of {height}x{width} pixels, and image files are read as squares.")
-        return read_images(paths, height, "predict", grey=channels == 1, max_pixels=max_pixels)
+        return read_images(paths, height, "predict", grey=channels == 1, max_pixels=max_pixels, bits=self.grey_bits)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

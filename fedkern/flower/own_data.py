@@ -27,6 +27,7 @@ def form_of(data: FederatedData) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "augment": data.augment,
+        "bits": data.grey_bits,
     }
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fedkern
 from fedkern.data import load
+from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 
 RAMP = np.linspace(0, 1, 16 * 16).reshape(16, 16)
@@ -97,3 +99,125 @@ def test_values_without_a_known_range_are_refused(tmp_path, image, words):
     with pytest.raises(UserError, match=words) as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def write_flat(root, top, marker=None):
+    """Twelve images that hold one value, in every layout; one has a brighter corner where there is a ``marker``."""
+    lines = write_all(root, "png", 0, np.uint16)
+    for i in range(12):
+        values = np.full((16, 16), top, np.uint16)
+        if i == 5 and marker is not None:
+            values[0, 0] = marker
+        Image.fromarray(values).save(root / f"{i}.png")
+    (root / "table.csv").write_text("\n".join(lines))
+    for label in "ab":
+        (root / "classes" / label).mkdir(parents=True)
+        for i in range(12):
+            if "ab"[i % 2] == label:
+                (root / "classes" / label / f"{i}.png").write_bytes((root / f"{i}.png").read_bytes())
+    for part in ("images", "masks"):
+        (root / "cells" / part).mkdir(parents=True)
+    for i in range(12):
+        (root / "cells" / "images" / f"{i}.png").write_bytes((root / f"{i}.png").read_bytes())
+        Image.fromarray(np.eye(16, dtype=np.uint8) * (i > 0)).save(root / "cells" / "masks" / f"{i}.png")
+
+
+SOURCES = {
+    "pairs": "table.csv",
+    "reports": "table.csv",
+    "csv": "table.csv",
+    "folder": "classes",
+    "segmentation": "cells",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("marker", "options", "expected"),
+    [
+        (None, {}, 3000 / 4095),
+        (65535, {}, 3000 / 65535),
+        (4095, {}, 3000 / 4095),
+        (None, {"bits": 16}, 3000 / 65535),
+        (8000, {"bits": 13}, 3000 / 8191),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_value_has_one_brightness_in_a_data_set(tmp_path, name, marker, options, expected, cached):
+    write_flat(tmp_path, 3000, marker)
+    told = []
+    data = load(
+        name, root=tmp_path / SOURCES[name], clients=2, partition="iid", notice=told.append, progress=lambda text: None,
+        options={"size": 16, "colour": "grey", **options}, cache=tmp_path / "cache" if cached else None,
+    )  # fmt: skip
+    splits = [*data.clients, data.validation, *data.tests.values()]
+    assert {int(split.images[:, 0, 8, 8].clone()[i]) for split in splits for i in range(len(split))} == {
+        round(255 * expected)
+    }
+    top = 2**data.grey_bits - 1
+    assert any(f"0 to {top:,} become 0 to 255" in text for text in told)
+
+
+def test_a_value_beyond_the_bits_is_refused_with_the_way_out(tmp_path):
+    write_flat(tmp_path, 3000, 5000)
+    with pytest.raises(UserError, match=r"5\.png holds grey values from 3000 to 5000, expected .* 0 to 4095;.*bits=16"):
+        opened(tmp_path / "table.csv", "csv", bits=12)
+
+
+def test_nothing_is_said_of_eight_bits(tmp_path):
+    write_all(tmp_path, "png", 255, np.uint8)
+    told = []
+    assert load("pairs", root=tmp_path, clients=2, partition="iid", notice=told.append).grey_bits == 0
+    assert not told
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "F"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("colour", ["grey", "rgb"])
+def test_a_negative_looks_as_in_a_viewer(tmp_path, mode, compression, colour):
+    """In half of the files 0 is white, as in radiographs of the kind MONOCHROME1."""
+    whole = np.rint(RAMP * {"L": 255, "I;16": 4095}.get(mode, 1))
+    stored = {"1": RAMP > 0.5, "L": whole.astype(np.uint8), "I;16": whole.astype(np.uint16), "F": np.float32(RAMP)}[
+        mode
+    ]
+    seen = 255 * (RAMP > 0.5) if mode == "1" else 255 * RAMP
+    for i in range(12):
+        values = stored
+        if i % 2 and mode in ("I;16", "F"):  # Pillow writes these as they are, and inverts the others
+            values = ((4095 if mode == "I;16" else 1) - stored).astype(stored.dtype)
+        Image.fromarray(values).save(tmp_path / f"{i}.tif", tiffinfo={262: i % 2 == 0}, compression=compression)
+        (tmp_path / f"{i}.txt").write_text("words")
+    for i in range(12):
+        with Image.open(tmp_path / f"{i}.tif") as image:
+            assert (image.mode, image.tag_v2[262]) == (mode, i % 2 == 0)
+    data = opened(tmp_path, colour=colour)
+    for split in (*data.clients, data.validation, *data.tests.values()):
+        for image in split.images:
+            for channel in image:
+                assert np.abs(channel.numpy() - seen).max() <= 1
+
+
+def test_a_run_scales_all_later_images_as_in_its_training(tmp_path):
+    """Predictions, and the figures on other data, whose own values would tell another depth."""
+    write_all(tmp_path, "png", 4095, np.uint16)
+    for i in range(12):
+        values = np.rint(RAMP * 4095 if i % 2 else RAMP[::-1] * 4095).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("path,label\n" + "\n".join(f"{i}.png,{'ab'[i % 2]}" for i in range(12)))
+    run = fedkern.simulate(
+        "fedavg", data="csv", data_root=tmp_path / "t.csv", clients=2, rounds=1, model="mlp", out=tmp_path / "run",
+        partition="iid", progress=False, pictures=False,
+        data_options={"size": 16, "colour": "grey"},
+    )  # fmt: skip
+    Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "dark.png")
+    predictor = Predictor.open(tmp_path / "run")
+    assert int(predictor.read([tmp_path / "dark.png"])[0].max()) == round(200 / 4095 * 255)
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(12):
+        Image.fromarray(np.rint((RAMP if i % 2 else RAMP[::-1]) * 255).astype(np.uint16)).save(other / f"{i}.png")
+    (other / "t.csv").write_text((tmp_path / "t.csv").read_text())
+    figures = run.evaluate(data="csv", data_root=other / "t.csv", data_options={"size": 16, "colour": "grey"})
+    given = {"size": 16, "colour": "grey", "bits": 12}
+    assert figures == run.evaluate(data="csv", data_root=other / "t.csv", data_options=given)
+    assert figures != run.evaluate(data="csv", data_root=other / "t.csv", data_options={**given, "bits": 8})

@@ -65,6 +65,7 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         "image_size": [height, width],
         "mean": list(data.mean),
         "std": list(data.std),
+        "grey_bits": data.grey_bits,
         "method": config.method,
         "rounds": rounds,
     }
@@ -153,6 +154,7 @@ _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
     "task": lambda x: x in _TASKS,  # missing in files of the first versions
     "statistics": lambda x: x == "batch",
     "samples": _list(_count),
+    "grey_bits": lambda x: _count(x) and x <= 16,
     "pair": lambda x: isinstance(x, dict),
 }
 _PAIR: dict[str, Callable[[Any], bool]] = {
