@@ -313,17 +313,18 @@ def read_masks(
 
     Args:
         images: the image of every mask; both must have the same size.
-        masks: images of one channel (grey, palette or black-and-white) that hold class numbers.
+        masks: images of one channel (grey, palette or black-and-white) that hold class numbers.  Of a palette of greys
+            the grey counts, of one with colours the position in it.
         size: side in pixels.
         data: the data set's name, for messages.
         max_pixels: most pixels of a mask or an image, as its file announces them.
 
     Returns:
-        uint8 ``[n, size, size]``, the values as stored.
+        uint8 ``[n, size, size]``, the class numbers or greys.
 
     Raises:
         UserError: a mask that cannot be decoded, is too large, is one of several in its file, or has several channels,
-            a value above 255 or another size than its image.
+            a value above 255, another size than its image, or a palette that can be read in two ways.
     """
     out = np.empty((len(masks), size, size), dtype=np.uint8)
 
@@ -348,6 +349,8 @@ def read_masks(
                         f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
                         "viewer shows; save it with 0 as black"
                     )
+                if mask.mode == "P":
+                    turned = _without_palette(turned, path, data)
                 values = np.asarray(turned.resize((size, size), Image.Resampling.NEAREST))
         except (UserError, MemoryError):
             raise
@@ -361,6 +364,33 @@ def read_masks(
 
     each(read, len(masks))
     return out
+
+
+def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
+    """A palette mask as class numbers or greys, mode L.
+
+    A palette of greys stores what a viewer shows, in any order, so the grey counts.  A palette with colours paints
+    class numbers, so the position counts.
+
+    Raises:
+        UserError: the palette leaves both open, or shows two values alike.
+    """
+    palette = np.array(mask.getpalette("RGB"), dtype=np.int64).reshape(-1, 3)
+    indices = np.asarray(mask)
+    used = np.unique(indices)
+    grey = (palette == palette[:, :1]).all(1)
+    reason, values = None, indices
+    if used[-1] >= len(palette) or len(np.unique(palette[used], axis=0)) < len(used):
+        reason = "its palette does not give every value a colour of its own"
+    elif grey.all():
+        values = palette[indices, 0].astype(np.uint8)
+        if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+            reason = "its palette has a transparent grey"
+    elif grey[used].all() and (np.diff(palette[used, 0]) < 0).any():
+        reason = "its palette has colours and it shows greys alone, in another order than its values"
+    if reason is not None:
+        raise UserError(f'data set "{data}": {reason}, in the mask {path}; save it as a grey image of class numbers')
+    return Image.fromarray(values)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

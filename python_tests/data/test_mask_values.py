@@ -1,0 +1,95 @@
+"""What a mask file shows and the class numbers that are read from it: palettes, negatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.data.images import read_masks
+from fedkern.errors import UserError
+
+SHOWN = (np.indices((8, 8)).sum(0) % 3 == 0).astype(np.uint8)
+"""1 where the masks show an object."""
+VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, 0, 128, 128, 128, 128, 128]
+
+
+def written(path, indices, palette, **options):
+    """An image of the mode P with ``palette``, the file's own size of it."""
+    image = Image.frombytes("P", indices.shape[::-1], np.ascontiguousarray(indices, dtype=np.uint8).tobytes())
+    image.putpalette(palette)
+    image.save(path, **options)
+
+
+def values(path):
+    Image.new("L", (8, 8)).save(path.with_name("image.png"))
+    return read_masks([path.with_name("image.png")], [path], 8, "segmentation")[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
+@pytest.mark.parametrize(
+    ("indices", "palette", "expected"),
+    [
+        (SHOWN, [0, 0, 0, 255, 255, 255], SHOWN * 255),
+        (1 - SHOWN, [255, 255, 255, 0, 0, 0], SHOWN * 255),
+        (SHOWN * 0, [255, 255, 255], SHOWN * 0 + 255),
+        (SHOWN * 0, [0, 0, 0], SHOWN * 0),
+        (1 - SHOWN, [1, 1, 1, 0, 0, 0], SHOWN),
+        (2 - 2 * SHOWN, [2, 2, 2, 1, 1, 1, 0, 0, 0], 2 * SHOWN),
+        (SHOWN * 2, VOC, SHOWN * 2),
+        (SHOWN * 7, VOC, SHOWN * 7),  # black and grey of a palette with colours
+        (SHOWN, [255, 255, 255, 255, 0, 0], SHOWN),
+        (SHOWN * 0, VOC, SHOWN * 0),
+    ],
+)
+def test_greys_of_a_palette_count_as_shown_and_colours_by_position(tmp_path, suffix, indices, palette, expected):
+    path = tmp_path / f"mask.{suffix}"
+    written(path, indices, palette, **({"optimize": False} if suffix == "gif" else {}))
+    assert np.array_equal(values(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("indices", "palette", "options", "words"),
+    [
+        (1 - SHOWN, [255, 255, 255, 0, 0, 0, 255, 0, 0], {}, "shows greys alone, in another order than its values"),
+        (SHOWN, [9, 9, 9, 9, 9, 9], {}, "does not give every value a colour of its own"),
+        (SHOWN, [9, 0, 0, 9, 0, 0], {}, "does not give every value a colour of its own"),
+        (SHOWN, [0, 0, 0, 255, 255, 255], {"transparency": 1}, "has a transparent grey"),
+    ],
+)
+def test_a_palette_that_can_be_read_in_two_ways_is_refused(tmp_path, indices, palette, options, words):
+    path = tmp_path / "mask.png"
+    written(path, indices, palette, **options)
+    with pytest.raises(UserError, match=f"{words}, in the mask .*mask.png; save it as a grey image") as caught:
+        values(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, bool])
+def test_a_negative_mask_is_read_as_shown(tmp_path, kind):
+    path = tmp_path / "mask.tif"
+    Image.fromarray((SHOWN * 255).astype(kind)).save(path, tiffinfo={262: 0})
+    assert np.array_equal(values(path) > 0, SHOWN)
+
+
+def test_a_negative_mask_of_16_bits_is_refused(tmp_path):
+    path = tmp_path / "mask.tif"
+    Image.fromarray(SHOWN.astype(np.uint16)).save(path, tiffinfo={262: 0})
+    with pytest.raises(UserError, match=r"mask\.tif says that 0 is white"):
+        values(path)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_white_first_masks_have_the_objects_that_they_show(tmp_path, cached, suffix):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(12):
+        Image.fromarray(SHOWN * 200).save(tmp_path / "images" / f"{i}.png")
+        written(tmp_path / "masks" / f"{i}.{suffix}", 1 - SHOWN, [255, 255, 255, 0, 0, 0])
+    data = load(
+        "segmentation", root=tmp_path, clients=2, options={"size": 8}, cache=tmp_path / "cache" if cached else None
+    )
+    for split in (*data.clients, data.validation, *data.tests.values()):
+        assert (split.labels == 0).clone().logical_not().to(int).tolist() == [SHOWN.tolist()] * len(split)
