@@ -79,7 +79,7 @@ def convolve(
         other = other.contiguous()
         channels = out.shape[1] // branches if other_shared else out.shape[1]
         if other.shape[1:] != (channels, *out.shape[2:]) or other.dtype is not torch.float32:
-            late, other = other, None  # broadcast over positions, or from autocast: rare, so left to torch
+            late, other = other, None  # broadcast over positions: rare, so left to torch
     kernel = (*conv.kernel, conv.stride[0], conv.dilation[0], *conv.padding)
     plain_relu = relu and late is None
     core.fuse_conv(

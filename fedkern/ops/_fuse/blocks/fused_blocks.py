@@ -31,6 +31,11 @@ class FusedBlocks(nn.Module):
     be anything that torch.fx can trace into Conv2d, Linear (over the last axis), BatchNorm, GroupNorm, activations,
     pooling, Flatten, Identity and sums: residual blocks, VGG stages, stems, sequences of these.
 
+    What a trace cannot see is refused: hooks, pruning, weight norms, replaced methods (``train()`` too), tensors that
+    no layer reads, tied parameters, values read again after an operation in place, code that depends on the training
+    mode.  A fused module never writes to its input, and gives the blocks' dtypes under autocast, where nothing is
+    folded.
+
     Args:
         blocks: M >= 1 modules of the same structure, shapes, dtypes, devices, training modes (per layer) and
             ``requires_grad`` (per parameter), which the fused module takes over.  Their parameters and buffers are
@@ -63,7 +68,7 @@ class FusedBlocks(nn.Module):
     The parameters can be trained later even if the module was built under ``torch.inference_mode()``.
 
     Raises:
-        TypeError: a block holds an unsupported layer or operation; the message names it.  (forward) ``x`` is no tensor.
+        TypeError: a block holds what FusedBlocks does not support; the message names it.  (forward) ``x`` is no tensor.
         ValueError: no blocks, or blocks of different structure, shapes, training modes or ``requires_grad``.
         ValueError: (forward) ``x`` has another number of axes or channels than the blocks read, or is too small.
         RuntimeError: (forward) ``x`` has another dtype or device than the weights (the blocks' own error), or batch
@@ -136,7 +141,9 @@ class FusedBlocks(nn.Module):
         if direct is None:
             direct = self._surveyed[sizes] = survey(self._steps, self._layers, self.count, x.shape, self.shared)
         training = self.training and not self._modeless
-        folded = self.fold and not training and not (torch.is_grad_enabled() and self._recorded(x))
+        # Autocast decides on every layer's dtype by itself, so that layers stay apart.
+        folded = self.fold and not training and not torch.is_autocast_enabled(x.device.type)
+        folded = folded and not (torch.is_grad_enabled() and self._recorded(x))
         direct = direct and folded and self.lowering in (None, "direct") and self._folded.by_sample
         core = core_for(x) if direct else None
         way: str = self.lowering or self._choose(x, folded, core is not None)

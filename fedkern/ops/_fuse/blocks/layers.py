@@ -163,7 +163,8 @@ class FusedLinear(FusedLayer):
         rows = x.unflatten(1, (self.branches, -1)).movedim(1, 0)
         each = torch.bmm(rows.flatten(1, -2), weight.unflatten(0, (self.branches, -1)).transpose(1, 2))
         if self.bias is not None:
-            each = each + self.bias.unflatten(0, (self.branches, 1, -1))
+            # Under autocast the product has 16 bits, and the bias 32.
+            each = each + self.bias.unflatten(0, (self.branches, 1, -1)).to(each.dtype)
         return each.unflatten(1, rows.shape[1:-1]).movedim(0, 1).flatten(1, 2)
 
     def run_one(self, x: Tensor, m: int) -> Tensor:

@@ -287,8 +287,7 @@ class FoldedBlocks:
             else:
                 result = x.new_empty(shape)
             other, other_one = given[1] if len(given) > 1 else (None, False)
-            # float(): autocast may have changed the dtype.
-            conv.convolve(core, held, y.float().contiguous(), one, other, other_one, fold.relu, result)
+            conv.convolve(core, held, y.contiguous(), one, other, other_one, fold.relu, result)
             values[fold.value] = (result, False)
         if self.folds[-1].step.kind != "conv":
             y, one = values[last]
@@ -355,10 +354,11 @@ def run_step(step: Step, layer: Any, given: Sequence[tuple[Tensor, bool]], branc
     if step.kind == "add":
         other, one = given[1]
         if shared == one:
-            return x + other, shared
-        if shared:
-            x, other = other, x
-        return (x.unflatten(1, (branches, -1)) + other.unsqueeze(1)).flatten(1, 2), False
+            total = x + other
+        else:
+            wide, single = (other, x) if shared else (x, other)
+            total, shared = (wide.unflatten(1, (branches, -1)) + single.unsqueeze(1)).flatten(1, 2), False
+        return total.to(x.dtype) if step.in_place else total, shared
     return run_same(step, layer, x), shared
 
 
@@ -367,7 +367,8 @@ def run_step_of(step: Step, layer: Any, given: Sequence[Tensor], m: int) -> Tens
     if step.kind in ("conv", "linear", "norm"):
         return layer.run_one(given[0], m)
     if step.kind == "add":
-        return given[0] + given[1]
+        total = given[0] + given[1]
+        return total.to(given[0].dtype) if step.in_place else total
     return run_same(step, layer, given[0])
 
 

@@ -61,7 +61,7 @@ def convolve(
     Where oneDNN can, all three are one oneDNN primitive, whose weights ``prepared`` keeps.
     """
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_grad_enabled() and x.numel() > 0
-    # Weights of another dtype or device go to conv2d, which raises a readable error, or autocast casts them.
+    # Weights of another dtype or device go to conv2d, which raises a readable error.
     alike = weight.dtype is torch.float32 and weight.device.type == "cpu"
     fits = plain and alike and weight.numel() > 0 and not isinstance(conv.padding, str)
     fused = onednn() if fits else None
