@@ -27,14 +27,12 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     V difference;  // Q - P
   };
 
-  // u = log Q - log P is looked at where P is `present`; elsewhere Q alone counts.
-  static FEDKERN_INLINE Term term(V p, V q, V u, Mask<T> present) {
-    u = select(present, u, V::set(2));
+  // u = log Q - log P is looked at where P is not 0; elsewhere Q alone counts.
+  static FEDKERN_INLINE Term term(V p, V q, V u) {
+    u = select(p > V::set(0), u, V::set(2));
     const Mask<T> small = abs(u) < V::set(small_exponent<T>);
     const V remainder = u * u * exp_remainder(u), difference = q - p;
-    // P may underflow where Q is exactly 0: the loss is infinite all the same.
-    const V floor = select(present, max(V::set(static_cast<T>(1e-37)), p), V::set(0));
-    return {select(small, p * remainder, fma(V::set(0) - floor, u, difference)),
+    return {select(small, p * remainder, fma(V::set(0) - p, u, difference)),
             select(small, p * (u + remainder), difference)};
   }
 
@@ -132,7 +130,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       for (int i = 0; i < N; ++i) {
         const V value = from[i][v], u = l[v] - log_of[i](value, v), p = power[i][v] * inverse[i];
         if constexpr (Near) {
-          const Term t = term(p, m[v], u, value > V::set(kNone<T>));
+          const Term t = term(p, m[v], u);
           sum[i] = sum[i] + t.value;
           drift[i] = drift[i] + t.difference;
         } else {  // far apart nothing cancels

@@ -64,16 +64,15 @@ class Losses : public Block<T, LanesAreRows> {
     const V x = load(pair.p, part, line, c), y = load(pair.q, part, line, c);
     const V p = V::load(exponential(pair.p, line, c)) * s.inverse_p;
     const V q = V::load(exponential(pair.q, line, c)) * s.inverse_q;
-    // A class masked in P contributes Q alone; its u may be NaN, so a number that takes the direct form stands for it.
-    const Mask<T> present = x > V::set(-kInfinity<T>);
+    // A class without probability in P contributes Q alone; its u may be NaN or past all bounds, so a number that takes
+    // the direct form stands for it.
+    const Mask<T> present = p > V::set(0);
     const V over = ((y - s.offset_q) - (x - s.offset_p)) - s.shift;
     const V u = select(present, fma(over, inverse_, V::set(0) - s.log_ratio), V::set(2));
     const Mask<T> small = abs(u) < V::set(small_exponent<T>);
     const V remainder = u * u * exp_remainder(u);
-    // P may underflow where Q is exactly 0: the loss is infinite all the same.
-    const V floor = select(present, max(V::set(static_cast<T>(1e-37)), p), V::set(0));
     const V difference = q - p;
-    return {p, u, select(small, p * remainder, fma(V::set(0) - floor, u, difference)),
+    return {p, u, select(small, p * remainder, fma(V::set(0) - p, u, difference)),
             select(small, p * (u + remainder), difference)};
   }
 

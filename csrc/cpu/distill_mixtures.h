@@ -90,9 +90,7 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
   }
 
   FEDKERN_INLINE Term pair(std::int64_t k, std::int64_t v) const {
-    const V value = x(k)[v];
-    return term(e(k)[v] * stat(kInverse, k), student_probability(v), log_ratio(k, v),
-                value > V::set(kNone<T>));
+    return term(e(k)[v] * stat(kInverse, k), student_probability(v), log_ratio(k, v));
   }
 
   // --- the mean of the divergences

@@ -171,38 +171,19 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile);
       if (!found) find_mixture<W>();
-      const Mask<T> inside = this->inside_last();
       const Line m = single(kMixture), u = single(kU), out = single(kOut);
       V sum = V::set(0), rest = V::set(0);
-      Mask<T> vanished = V::set(0) > V::set(0);
       for (std::int64_t v = 0; v < vectors_; ++v) {
-        const V q = student_probability(v), mixture = m[v];
-        const Mask<T> present = mixture > V::set(0);
-        const Term t = term(mixture * inverse, q, u[v] + log_normaliser_, present);
+        const Term t = term(m[v] * inverse, student_probability(v), u[v] + log_normaliser_);
         sum = sum + t.value;
         rest = rest + t.difference;
-        const Mask<T> forbids = (!present) & (x(K_)[v] == V::set(kNone<T>));
-        vanished = vanished | (v + 1 < vectors_ ? forbids : forbids & inside);
         out.set(v, t.difference * factor_[0]);
       }
-      loss = loss + total(sum) + (vanished.any() ? forbidden() : V::set(0));
+      loss = loss + total(sum);
       drift = drift + total(rest);
       if (call_.student_grad.present) store(call_.student_grad, 0, out);
     }
     return corrected(loss, drift);
-  }
-
-  // Infinite where the student masks a class that some teacher does not, even if its probability underflows.
-  V forbidden() {
-    this->keep_lines();
-    const V none = V::set(kNone<T>), zero = V::set(0);
-    V result = zero;
-    for (std::int64_t k = 0; k < K_; ++k)
-      for (std::int64_t v = 0; v < vectors_; ++v) {
-        const V w = call_.by_class ? share(k)[v] : stat(kShare, k);
-        result = result + select((x(K_)[v] == none) & (x(k)[v] > none) & (w > zero), zero - none, zero);
-      }
-    return total(result);
   }
 
   // Gradients of teachers and weights. With g = -(u + KL) / normaliser, dKL / d mixture:

@@ -131,15 +131,13 @@ struct Term {
     x -= pair.offset_p, y -= pair.offset_q;
     p = exponential((x - pair.top_p) * inverse) * pair.inverse_p;
     const C q = exponential((y - pair.top_q) * inverse) * pair.inverse_q;
-    // A class masked in P contributes Q alone; its u may be NaN, so a number that takes the direct form stands for it.
-    const bool present = x > -infinity<C>();
-    u = present ? fma((y - x) - (pair.top_q - pair.top_p), inverse, -pair.log_ratio) : C(2);
+    // A class without probability in P contributes Q alone; its u may be NaN or past all bounds, so a number that takes
+    // the direct form stands for it.
+    u = p > C(0) ? fma((y - x) - (pair.top_q - pair.top_p), inverse, -pair.log_ratio) : C(2);
     const bool small = fabs(u) < small_exponent<C>();
     const C remainder = u * u * exp_remainder(u);
-    // P may underflow where Q is exactly 0: the loss is infinite all the same.
-    const C floor = present ? (p > C(1e-37) ? p : C(1e-37)) : C(0);
     difference = q - p;
-    value = small ? p * remainder : fma(-floor, u, difference);
+    value = small ? p * remainder : fma(-p, u, difference);
     difference = small ? p * (u + remainder) : difference;
   }
 

@@ -7,17 +7,17 @@
 
 namespace fedkern::cuda {
 
-// KL's terms where u = log Q - log P is known; elsewhere than where P is `present` Q alone counts.
+// KL's terms where u = log Q - log P is known; where P is 0 Q alone counts.
 template <typename C>
 struct MixtureTerm {
   C value, difference;
 
-  __device__ __forceinline__ MixtureTerm(C p, C q, C u, bool present) {
-    u = present ? u : C(2);
+  __device__ __forceinline__ MixtureTerm(C p, C q, C u) {
+    u = p > C(0) ? u : C(2);
     const bool small = fabs(u) < small_exponent<C>();
-    const C remainder = u * u * exp_remainder(u), floor = present ? (p > C(1e-37) ? p : C(1e-37)) : C(0);
+    const C remainder = u * u * exp_remainder(u);
     difference = q - p;
-    value = small ? p * remainder : fma(-floor, u, difference);
+    value = small ? p * remainder : fma(-p, u, difference);
     difference = small ? p * (u + remainder) : difference;
   }
 };
@@ -40,27 +40,20 @@ static __device__ __noinline__ double weight_sum(const EnsembleCall& a, std::int
   return sum;
 }
 
-// The teachers' mixture at a class, over e^lift.
+// The teachers' mixture at a class, over e^lift: the sum of share times p.
 template <typename C>
-struct Mixture {
-  C value;     // sum of share times p
-  bool alive;  // some teacher that counts does not mask the class
-};
-
-template <typename C>
-__device__ __noinline__ Mixture<C> mixture(const EnsembleCall& a, std::int64_t teachers, std::int64_t weights, const double* slot, std::int64_t step,
+__device__ __noinline__ C mixture(const EnsembleCall& a, std::int64_t teachers, std::int64_t weights, const double* slot, std::int64_t step,
                                            std::int64_t c, double sum, C lift) {
   const int K = static_cast<int>(a.count);
   const C inverse_t = static_cast<C>(a.kind == EnsembleKind::probs ? 1 / a.temperature : 1.0);
-  Mixture<C> m{C(0), false};
+  C m = 0;
 #pragma unroll 2
   for (int k = 0; k < K; ++k) {
     const auto number = [&](int name) { return static_cast<C>(slot[(static_cast<std::int64_t>(name) * K + k) * step]); };
     const C x = load_value<C>(a.teachers.data, a.teachers.dtype, teachers + k * a.teachers.stack_stride + c * a.teachers.class_stride);
     const C w = !a.by_class ? number(kShare) : static_cast<C>(sum == 0 ? 1.0 / K : weight_of(a, weights, k, c) / sum);
     const C p = exponential((x - number(kMaximum)) * inverse_t - lift) * number(kInverse);
-    m.value += w == C(0) ? C(0) : w * p;
-    m.alive = m.alive || (w > C(0) && x > -infinity<C>());
+    m += w == C(0) ? C(0) : w * p;
   }
   return m;
 }

@@ -70,12 +70,12 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
   __device__ __forceinline__ C power(int k, C x) const { return exponential((x - number(kMaximum, k)) * inverse_t_) * number(kInverse, k); }
   __device__ __forceinline__ C log_power(int k, C x) const { return (x - number(kMaximum, k)) * inverse_t_ - number(kLogSum, k); }
 
-  __device__ __forceinline__ Mixture<C> mix(std::int64_t c, double sum) const {
+  __device__ __forceinline__ C mix(std::int64_t c, double sum) const {
     return mixture<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum, lift_);
   }
   __device__ double mass() const {
     double sum = 0;
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) sum += static_cast<double>(mix(c, sum_at(c)).value);
+    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) sum += static_cast<double>(mix(c, sum_at(c)));
     return G::sum(sum);
   }
   // lift_: the logarithm of the largest p that counts; 0 where none does.
@@ -104,22 +104,20 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
     double first = 0, drift = 0;
     if (!probs_) clear_dots();
     each_chunk([&](std::int64_t c, bool mine) {
-      const Mixture<C> m = mix(c, sum_at(c));
+      const C m = mix(c, sum_at(c));
       if (!probs_) {
-        const C log_m = log_of(m.value);
-        if (mine) first -= static_cast<double>(m.value * log_m);
+        const C log_m = log_of(m);
+        if (mine) first -= static_cast<double>(m * log_m);
         for (int k = 0; k < K_; ++k) {
           const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x);
           C value = p > C(0) ? p * (number(kMaximum, k) - x + number(kLogSum, k)) : p;
-          if (js_) value = skipped(k) ? C(0) : MixtureTerm<C>(p, m.value, log_m - log_power(k, x), x > -infinity<C>()).value;
+          if (js_) value = skipped(k) ? C(0) : MixtureTerm<C>(p, m, log_m - log_power(k, x)).value;
           add_dot(k, mine ? static_cast<double>(value) : 0.0);
         }
       } else if (mine) {
         const C x = student(c), q = exponential((x - student_.maximum) * inverse_t_) * student_inverse_;
-        const MixtureTerm<C> term(m.value * normaliser_, q, log_ratio(x, m.value), m.value > C(0));
-        first += static_cast<double>(term.value), drift += static_cast<double>(term.difference);
-        // Infinite where the student masks what some teacher does not, even if that underflows.
-        if (m.alive && !(m.value > C(0)) && x == -infinity<C>()) first += static_cast<double>(infinity<C>());
+        const MixtureTerm<C> term(m * normaliser_, q, log_ratio(x, m));
+        first += static_cast<double>(term), drift += static_cast<double>(term.difference);
         if (a_.student_grad.present) to_student(c, term.difference * static_cast<C>(factors_[0]));
       }
     });
@@ -160,7 +158,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
     }
     each_chunk([&](std::int64_t c, bool mine) {
       const double sum = sum_at(c);
-      const C center = toward_mixture(c, mix(c, sum).value);
+      const C center = toward_mixture(c, mix(c, sum));
       for (int k = 0; k < K_; ++k) {
         const C inner = skipped(k) ? C(0) : weighted(k, c, sum, center), p = inner == C(0) ? C(0) : lifted(k, teacher(k, c));
         add_dot(k, mine && p != C(0) ? static_cast<double>(p * inner) : 0.0);
@@ -192,7 +190,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
   __device__ __forceinline__ void write_gradients() const {
     for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
       const double sum = sum_at(c);
-      const C m = mix(c, sum).value, center = toward_mixture(c, m);
+      const C m = mix(c, sum), center = toward_mixture(c, m);
       for (int k = 0; k < K_; ++k) {
         const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x), outer = a_.by_class ? C(1) : number(kShare, k);
         if (a_.teachers_grad.present) {

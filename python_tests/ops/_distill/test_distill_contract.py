@@ -195,10 +195,6 @@ def test_masked_classes(backend: str) -> None:
     masked = student.detach().clone()
     masked[:, 3] = -math.inf
     assert (ops.kl_div(masked, teacher, reduction="none") == math.inf).all()
-    # Where the teacher's probability underflows the loss is infinite all the same.
-    low = teacher.detach().clone()
-    low[:, 3] = -1e4
-    assert (ops.kl_div(masked, low, reduction="none") == math.inf).all()
     both = ops.kl_div(masked, teacher, math.inf, reduction="none")
     kept = [c for c in range(40) if c not in (3, 7, 8)]
     expected = 0.5 * (teacher - student)[:, kept].var(1, unbiased=False)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from finite_masks import CALLS as CALLS_OF_MASKS
+from finite_masks import compare as compare_masks
 from operator_cases import DTYPES, assert_close, describe, moved, pairwise
 from test_distill import (
     FACTOR,
@@ -144,3 +146,9 @@ def test_nothing_beside_the_gradients_is_written(device: torch.device, dtype: to
         assert int((room != 777.0).sum()) <= gradient.numel()
         gradient.fill_(777.0)
         assert bool((room == 777.0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS_OF_MASKS)
+def test_finite_masks_count_as_infinite_ones(device: torch.device, call: str, dtype: torch.dtype) -> None:
+    compare_masks(call, dtype, device)

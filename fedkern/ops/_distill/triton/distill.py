@@ -136,11 +136,11 @@ class TritonDistill(Recomputes, Mixtures):
                     count, plan.inner, plan.classes, plan.tiles, *strides, MEAN=mean, **meta,
                 )  # fmt: skip
                 return
-            terms, tiny = SERIES[compute]
+            terms = SERIES[compute]
             launch(
                 divergence_kernel, plan.groups * plan.splits, device, *tensors, *parts, values,
                 double_bits(settings.temperature), count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span,
-                rows, *strides, TERMS=terms, TINY=tiny, REVERSE=settings.reverse, MEAN=mean, WHOLE=plan.whole,
+                rows, *strides, TERMS=terms, REVERSE=settings.reverse, MEAN=mean, WHOLE=plan.whole,
                 SPLITS=power_of_two(plan.splits), **meta,
             )  # fmt: skip
 

@@ -159,12 +159,12 @@ def _ensemble(
     log_probs = settings.log_probs and settings.temperature == 1
     known = log_probs or settings.mix == LOGITS
     tops, logs = _members(call.teachers, call.steps[1], plan, settings.temperature, compute, known)
-    terms, tiny = SERIES[compute]
+    terms = SERIES[compute]
     launch(
         mixture_kernel, plan.groups, student.device, call.student, call.teachers, call.weights, call.mask, call.grad,
         tops, logs, *call.gradients, call.losses, call.total, double_bits(settings.temperature), call.count_rows,
         len(teachers), plan.inner, plan.classes, plan.tiles, row_count(student), *call.strides,
-        TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=call.by_class,
+        TERMS=terms, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=call.by_class,
         MEAN=call.mean, **meta_of(plan, compute, stack=True),
     )  # fmt: skip
     call.close()
@@ -211,7 +211,7 @@ def _stack(
     )
     t_steps, s_steps, w_steps, g_steps, m_steps, b_steps = steps
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
-    terms, tiny = SERIES[compute]
+    terms = SERIES[compute]
     totals = [totals_of(result, reduction, plan) for result in results]
     bound = math.log(len(logits)) if student is None and not consensus else math.inf
     launch(
@@ -220,7 +220,7 @@ def _stack(
         rows if reduction == BATCHMEAN else 1, double_bits(bound), len(logits), plan.inner, plan.classes, plan.tiles,
         rows, *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, m_steps.outer, m_steps.row,
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
-        0 if to_weights is None else to_weights.stride(0), TERMS=terms, TINY=tiny,
+        0 if to_weights is None else to_weights.stride(0), TERMS=terms,
         CONSENSUS=consensus, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
         **meta_of(plan, compute, stack=True),
     )  # fmt: skip

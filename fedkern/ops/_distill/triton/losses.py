@@ -20,7 +20,7 @@ from fedkern.ops._distill.triton.rows import (
 
 
 @triton.jit
-def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr, TINY: tl.constexpr):
+def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr):
     """KL(p || q) for the logits x of p and y of q, class by class: ``p (e^u - 1 - u)``, ``u = log q - log p``.
 
     No term is negative, and nothing cancels between nearly equal rows: u comes from the logits' difference.  An error e
@@ -31,7 +31,7 @@ def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr, TINY: tl
     """
     log_p = (x - x_top[:, None]) * scale - x_log[:, None]
     log_q = (y - y_top[:, None]) * scale - y_log[:, None]
-    return pair_of(log_p, log_q, over(y, y_top, y_log, x, x_top, x_log, scale), TERMS, TINY)
+    return pair_of(log_p, log_q, over(y, y_top, y_log, x, x_top, x_log, scale), TERMS)
 
 
 @triton.jit
@@ -50,16 +50,15 @@ def over(y, y_top, y_log, x, x_top, x_log, scale):
 
 
 @triton.jit
-def pair_of(log_p, log_q, u, TERMS: tl.constexpr, TINY: tl.constexpr):
+def pair_of(log_p, log_q, u, TERMS: tl.constexpr):
     """:func:`_pair` of log-probabilities and their difference ``u``."""
-    masked = log_p == float("-inf")
     p, q = tl.exp(log_p), tl.exp(log_q)
+    masked = p == 0  # q alone counts, whatever u is
     u = tl.where(masked, 0.0, u)
     near = tl.abs(u) < 0.5
     v = tl.where(near, u, 0.0)
     rest = expm1_less(v, TERMS)
-    # A p that underflows is not 0 but TINY: where q is 0, the loss must be infinite.
-    far = q - p - tl.where(near, 0.0, tl.maximum(p, TINY) * u)
+    far = q - p - tl.where(near, 0.0, p * u)
     terms = tl.where(masked, q, tl.where(near, p * rest, far))
     by_y = tl.where(near & ~masked, p * (rest + v), q - p)
     return terms, by_y, u, p
@@ -79,7 +78,7 @@ def divergence_kernel(
     temperature, count, inner, classes, tiles, splits, span, all_rows,
     teacher_outer, teacher_row, teacher_column, student_outer, student_row, student_column,
     other_outer, other_row, other_column, weight_outer, weight_row, grad_outer, grad_row,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, REVERSE: tl.constexpr, MEAN: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, REVERSE: tl.constexpr, MEAN: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Losses of rows, or gradients, or both; outputs that are None are not computed.
@@ -151,17 +150,17 @@ def divergence_kernel(
                 x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
                 y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
             if REVERSE:
-                terms, _, _, _ = _pair(y, y_top, y_log, x, x_top, x_log, scale, TERMS, TINY)
+                terms, _, _, _ = _pair(y, y_top, y_log, x, x_top, x_log, scale, TERMS)
             else:
-                terms, _, _, _ = _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS, TINY)
+                terms, _, _, _ = _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS)
             one += tl.sum(tl.where((column < last)[None, :], terms, 0.0), axis=1)
             if other is not None:
                 if not WHOLE:
                     z = load_tile(other, at_other, other_column, column, mask, classes, COMPUTE)
                 if REVERSE:
-                    terms, _, _, _ = _pair(z, z_top, z_log, x, x_top, x_log, scale, TERMS, TINY)
+                    terms, _, _, _ = _pair(z, z_top, z_log, x, x_top, x_log, scale, TERMS)
                 else:
-                    terms, _, _, _ = _pair(x, x_top, x_log, z, z_top, z_log, scale, TERMS, TINY)
+                    terms, _, _, _ = _pair(x, x_top, x_log, z, z_top, z_log, scale, TERMS)
                 two += tl.sum(tl.where((column < last)[None, :], terms, 0.0), axis=1)
         loss = t * t * (one + two)
         if raw is not None:
@@ -184,10 +183,10 @@ def divergence_kernel(
                 x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
                 y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
             if REVERSE:
-                _, by_teacher, u, p = _pair(y, y_top, y_log, x, x_top, x_log, scale, TERMS, TINY)
+                _, by_teacher, u, p = _pair(y, y_top, y_log, x, x_top, x_log, scale, TERMS)
                 by_student = _by_p(p, u, one)
             else:
-                _, by_student, u, p = _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS, TINY)
+                _, by_student, u, p = _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS)
                 by_teacher = _by_p(p, u, one)
             if to_student is not None:
                 place = at_student[:, None] + (column * student_column)[None, :]
@@ -197,10 +196,10 @@ def divergence_kernel(
                 if not WHOLE:
                     z = load_tile(other, at_other, other_column, column, mask, classes, COMPUTE)
                 if REVERSE:
-                    _, more, u, p = _pair(z, z_top, z_log, x, x_top, x_log, scale, TERMS, TINY)
+                    _, more, u, p = _pair(z, z_top, z_log, x, x_top, x_log, scale, TERMS)
                     by_other = _by_p(p, u, two)
                 else:
-                    _, by_other, u, p = _pair(x, x_top, x_log, z, z_top, z_log, scale, TERMS, TINY)
+                    _, by_other, u, p = _pair(x, x_top, x_log, z, z_top, z_log, scale, TERMS)
                     more = _by_p(p, u, two)
                 by_teacher += more
                 if to_other is not None:

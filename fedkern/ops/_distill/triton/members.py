@@ -50,16 +50,16 @@ def _other(
 @triton.jit
 def _against(
     x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log, a, a_top, a_log, near, log_ratio,
-    COMPUTE: tl.constexpr, LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, RELATIVE: tl.constexpr,
+    COMPUTE: tl.constexpr, LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
     """:func:`_pair` of teacher k's logits and the tile of :func:`_other`, and the teacher's log-probabilities."""
     top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
     log_p = (x - top[:, None]) * scale - log_total[:, None]
     if RELATIVE:
         u = tl.where(near, log_ratio - over(x, top, log_total, a, a_top, a_log, scale), other - log_p)
-        terms, by_other, u, p = pair_of(log_p, other, u, TERMS, TINY)
+        terms, by_other, u, p = pair_of(log_p, other, u, TERMS)
     else:
-        terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, scale, TERMS, TINY)
+        terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, scale, TERMS)
     return terms, by_other, u, p, log_p
 
 
@@ -71,7 +71,7 @@ def stack_kernel(
     student_outer, student_row, student_column, teacher_outer, teacher_row, teacher_column,
     weight_outer, weight_row, grad_outer, grad_row, more_outer, more_row, by_outer, by_row,
     teacher_stride, weight_stride, by_stride,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, CONSENSUS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, CONSENSUS: tl.constexpr, LOG_PROBS: tl.constexpr,
     MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``sum_k w_k KL(p_k || q)`` with q the student's softmax or, without a student, the mixture of the p_k (js_div).
@@ -127,7 +127,7 @@ def stack_kernel(
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 terms, _, _, p, log_p = _against(
                     x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
-                    log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, RELATIVE,
                 )  # fmt: skip
                 if CONSENSUS:
                     terms = -p * tl.where(log_p == float("-inf"), 0.0, log_p)
@@ -186,7 +186,7 @@ def stack_kernel(
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 _, by_other, _, _, _ = _against(
                     x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
-                    log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, RELATIVE,
                 )  # fmt: skip
                 sum_ += tl.where(share == 0, 0.0, share * by_other)
             place = at_student[:, None] + (column * student_column)[None, :]
@@ -212,7 +212,7 @@ def stack_kernel(
                     )
                     terms, _, u, p, log_p = _against(
                         x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
-                        log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                        log_ratio, COMPUTE, LOG_PROBS, TERMS, RELATIVE,
                     )  # fmt: skip
                     surprise = tl.where(p == 0, 0.0, -log_p)
                     mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)

@@ -138,13 +138,12 @@ def _mix(
 
 
 @triton.jit
-def _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS: tl.constexpr,
-                TINY: tl.constexpr):  # fmt: skip
+def _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS: tl.constexpr):  # fmt: skip
     """:func:`_pair` of the mixture and the student; ``log_ratio`` minus ``gap`` is normalised."""
     log_p = (mixed - p_top[:, None]) - p_log[:, None]
     log_q = (y - q_top[:, None]) * scale - q_log[:, None]
     u = tl.where(near, gap[:, None] - log_ratio, log_q - log_p)
-    return pair_of(log_p, log_q, u, TERMS, TINY)
+    return pair_of(log_p, log_q, u, TERMS)
 
 
 @triton.jit(do_not_specialize=["temperature", "count_rows"])
@@ -155,7 +154,7 @@ def mixture_kernel(
     student_outer, student_row, student_column, teacher_outer, teacher_row, teacher_column,
     weight_outer, weight_row, weight_column, grad_outer, grad_row, by_outer, by_row, by_column,
     teacher_stride, weight_stride, mask_stride, mask_column, by_stride,
-    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """KL(mixture || student), or its gradients; ``to_weights`` takes the weights', per class (BY_CLASS) or per row."""
@@ -206,7 +205,7 @@ def mixture_kernel(
             mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column,
             mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS, True,
         )  # fmt: skip
-        terms, _, _, _ = _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY)
+        terms, _, _, _ = _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS)
         value += tl.sum(tl.where((column < classes)[None, :], terms, 0.0), axis=1)
     if losses is not None:
         tl.store(losses + row, narrow(t * t * value, losses), mask=valid)
@@ -224,9 +223,7 @@ def mixture_kernel(
                     column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
                     weight_column, mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS, True,
                 )  # fmt: skip
-                _, by_y, _, _ = _divergence(
-                    mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY
-                )
+                _, by_y, _, _ = _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS)
                 place = at_student[:, None] + (column * student_column)[None, :]
                 by_y = (t * factor)[:, None] * by_y
                 tl.store(to_student + place, narrow(by_y, to_student), mask=mask)
@@ -248,7 +245,7 @@ def mixture_kernel(
                             True,
                         )  # fmt: skip
                         _, _, u, p = _divergence(
-                            mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY
+                            mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS
                         )
                         by_mixed = (t * t * factor)[:, None] * tl.where(mask, _by_p(p, u, value), 0.0)
                         raw = _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride,
@@ -262,7 +259,7 @@ def mixture_kernel(
                             by_mixed = by_mixed * scale
                             by_share = tl.where(counts, x * by_mixed, 0.0)
                             own = tl.where(counts, share * by_mixed, 0.0)
-                            back = tl.where(mixed == float("-inf"), 0.0, mixed * t * by_mixed)
+                            back = tl.where(by_mixed == 0, 0.0, mixed * t * by_mixed)
                         else:
                             top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
                             log_p = (x - top[:, None]) * scale - log_total[:, None]

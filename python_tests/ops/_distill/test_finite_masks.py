@@ -1,0 +1,33 @@
+"""Classes masked with a large finite number: a class of probability 0 adds the other row's probability alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from finite_masks import CALLS, compare
+from operator_cases import DTYPES
+
+from fedkern import ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS)
+def test_finite_masks_count_as_infinite_ones(backend: str, call: str, dtype: torch.dtype) -> None:
+    compare(call, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, -1e30, -1e9, -1e4])
+def test_a_mask_of_the_student_may_be_infinite_where_the_teachers_is_finite(backend: str, number: float) -> None:
+    student, teacher = torch.zeros(1, 8), torch.zeros(1, 8)
+    student[0, 2:] = -math.inf
+    teacher[0, 1:] = number
+    for loss in (
+        ops.kl_div(student, teacher),
+        ops.ensemble_kl(student, teacher.expand(3, 1, 8)),
+        ops.ensemble_kl(student, teacher.expand(3, 1, 8), mix="logits"),
+        ops.ensemble_kl(student, teacher.expand(3, 1, 8), mode="mean_of_kl"),
+        ops.dual_kl(student, student, teacher) / 2,
+    ):
+        torch.testing.assert_close(loss, torch.tensor(math.log(2)))
