@@ -21,6 +21,7 @@ from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE
 from fedkern.ops._distill.kernels import DistillKernel, Ensemble, ensemble_settings
 from fedkern.ops._distill.library import reference_gradients
+from fedkern.ops._distill.reference import is_flat
 from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, NONE, PROBS, REDUCTIONS
 
 # the public function: checks and choice of path
@@ -55,7 +56,8 @@ def ensemble_kl(
             be ``[K, C]``. Normalised over the teachers for every sample and class to W; 1/K where weights and mask
             leave no teacher. A teacher of weight 0 has no effect, whatever it holds, and its weight gets no gradient.
         temperature: T > 0. ``math.inf`` is the exact limit: half the variance of mixed − student logits, over the
-            classes that are finite in the student and in every teacher of positive weight there.
+            classes that are finite in the student and in every teacher of positive weight there. Above 64 every
+            backend takes the reference, in float64.
         mix: ``"probs"`` or ``"logits"``.
         mode: ``"kl_of_mean"`` or ``"mean_of_kl"``. ``"mean_of_kl"`` requires ``mix="probs"``, weights per teacher
             (``[K]``, ``[K, B]``, ``[K, B, 1]``) and no ``class_mask``.
@@ -71,8 +73,9 @@ def ensemble_kl(
         (float64 where one of the two is float64) and rounded once. Autocast has no effect.
 
     Gradients go to those of student, teachers and weights that require one, each in its own dtype. A class whose
-    teacher logit is ``-inf`` contributes nothing and gets no gradient. A class that is ``-inf`` only in the student
-    makes the loss ``+inf``.
+    teacher probability is 0 (a logit of ``-inf``, or so low that the exponential underflows) contributes nothing and
+    gets no gradient. A class that is ``-inf`` in the student and has a probability in the mixture makes the loss
+    ``+inf``.
 
     Raises:
         TypeError: an argument has another type or dtype.
@@ -104,10 +107,11 @@ def ensemble_kl(
         raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
     log_probs = bool(log_probs)
 
-    if not usual:
+    flat = is_flat(temperature)
+    if not usual or flat:
         if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
             return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
-        kernel = select("ensemble_kl", *tensors)
+        kernel = None if flat else select("ensemble_kl", *tensors)
     if short and (kernel is None or not kernel.short_weights):
         weights = spread_weights(weights, teachers)
     if kernel is None:

@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from fedkern.ops._distill.reference import compute_dtype, divergence_terms, half_variance, reduce_rows, result_dtype
+from fedkern.ops._distill.reference import (
+    compute_dtype,
+    divergence_terms,
+    flat_divergence,
+    flat_log_softmax,
+    half_variance,
+    is_flat,
+    reduce_rows,
+    result_dtype,
+    scaled_divergence,
+)
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
 
 # Shapes below: teachers ``[K, B, C, *positions]``, weights ``[K, B, 1 or C, *positions]``, mask ``[K, C]``.
@@ -69,7 +79,7 @@ def ensemble_reference(
 ) -> Tensor:
     """The specification of :func:`fedkern.ops.ensemble_kl`."""
     dtype = result_dtype(student, None, teachers)
-    compute = compute_dtype(dtype)
+    compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     student, teachers = student.to(compute), teachers.to(compute)
     share = normalised_weights(weights, class_mask, teachers)
     teachers = _skipped(teachers, share)
@@ -78,14 +88,31 @@ def ensemble_reference(
 
 
 def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:
+    if mix == LOGITS:
+        return scaled_divergence(mixed_logits(teachers, share), student, temperature)
+    if is_flat(temperature):
+        if mix == MEAN:
+            return _weighted_sum(share, torch.stack([scaled_divergence(x, student, temperature) for x in teachers]))
+        mixture = _flat_log_mixture(teachers, share, temperature)
+        return flat_divergence(*flat_log_softmax(mixture, temperature, 1), student, temperature)
     square = temperature**2
     log_q = (student / temperature).log_softmax(1)
-    if mix == LOGITS:
-        return square * divergence_terms((mixed_logits(teachers, share) / temperature).log_softmax(1), log_q).sum(1)
     log_p = teachers if log_probs and temperature == 1 else (teachers / temperature).log_softmax(2)
     if mix == PROBS:
         return square * divergence_terms(log_mixture(log_p, share).log_softmax(1), log_q).sum(1)
     return square * _weighted_sum(share, divergence_terms(log_p, log_q.unsqueeze(0)).sum(2))
+
+
+def _flat_log_mixture(teachers: Tensor, share: Tensor, temperature: float) -> Tensor:
+    """T log Σ share · p over the teachers, up to a constant of the row; ``-inf`` as in :func:`log_mixture`."""
+    over, count = flat_log_softmax(teachers, temperature, 2)
+    over = over - temperature * (count / count.amax(0)).log()
+    counts = (share > 0) & (over > -math.inf)
+    peak = torch.where(counts, over, -math.inf).amax(0).detach()
+    empty = peak == -math.inf
+    below = torch.where(counts, over - torch.where(empty, 0, peak), 0) / temperature
+    rest = (share * torch.where(counts, torch.expm1(below), -1)).sum(0)
+    return torch.where(empty, -math.inf, peak + temperature * torch.log1p(torch.where(empty, 0, rest)))
 
 
 def _limit(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:

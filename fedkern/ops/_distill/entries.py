@@ -21,7 +21,7 @@ from fedkern.ops._distill.library import (
     unfold_rows,
     unfold_stack,
 )
-from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, result_dtype
+from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, is_flat, result_dtype
 
 
 def _given(*tensors: Any) -> list[Tensor]:
@@ -31,13 +31,15 @@ def _given(*tensors: Any) -> list[Tensor]:
 # --- kl_div, dual_kl: divergence(student, other, teacher, weight, temperature, reverse, reduction)
 
 
-def _kernel_of_divergence(tensors: Optionals) -> DistillKernel | None:
+def _kernel_of_divergence(tensors: Optionals, temperature: float) -> DistillKernel | None:
+    if is_flat(temperature):
+        return None
     return select("kl_div" if tensors[1] is None else "dual_kl", *_given(*tensors))
 
 
 def _run_divergence(tensors: Optionals, settings: Sequence[Any]) -> Any:
     student, other, teacher, weight = tensors
-    kernel = _kernel_of_divergence(tensors)
+    kernel = _kernel_of_divergence(tensors, settings[0])
     if kernel is None:
         return divergence_reference(*tensors, *settings)
     return kernel.divergence_forward(student, other, teacher, weight, divergence_settings(*settings))
@@ -46,7 +48,7 @@ def _run_divergence(tensors: Optionals, settings: Sequence[Any]) -> Any:
 def _run_divergence_backward(
     grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    kernel = _kernel_of_divergence(tensors)
+    kernel = _kernel_of_divergence(tensors, settings[0])
     if kernel is None:
         return reference_gradients(divergence_reference, grads, tensors, settings, needs)
     student, other, teacher, weight = tensors
@@ -127,8 +129,12 @@ ENTROPY = define(
 # --- ensemble_kl(student, teachers, weights, class_mask, temperature, mix, log_probs, reduction)
 
 
+def _kernel_of_ensemble(tensors: Optionals, temperature: float) -> Any:
+    return None if is_flat(temperature) else select("ensemble_kl", *_given(*tensors[:3]))
+
+
 def _run_ensemble(tensors: Optionals, settings: Sequence[Any]) -> Any:
-    kernel = select("ensemble_kl", *_given(*tensors[:3]))
+    kernel = _kernel_of_ensemble(tensors, settings[0])
     if kernel is None:
         return ensemble_reference(*tensors, *settings)
     return kernel.ensemble_forward(*tensors, ensemble_settings(*settings))
@@ -137,7 +143,7 @@ def _run_ensemble(tensors: Optionals, settings: Sequence[Any]) -> Any:
 def _run_ensemble_backward(
     grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    kernel = select("ensemble_kl", *_given(*tensors[:3]))
+    kernel = _kernel_of_ensemble(tensors, settings[0])
     if kernel is None:
         return reference_gradients(ensemble_reference, grads, tensors, settings, needs)
     return kernel.ensemble_backward(grads[0], *tensors, ensemble_settings(*settings), needs)

@@ -17,7 +17,7 @@ from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
 from fedkern.ops._distill.entries import DIVERGENCE
 from fedkern.ops._distill.kernels import DistillKernel, Divergence, divergence_settings
-from fedkern.ops._distill.reference import compute_dtype, divergence_reference, result_dtype
+from fedkern.ops._distill.reference import compute_dtype, divergence_reference, is_flat, result_dtype
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
 
 # the public functions: checks and choice of path
@@ -37,7 +37,7 @@ def kl_div(
         student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
         teacher: logits of the same shape; its dtype may differ.
         temperature: T > 0, in the units of the logits. ``math.inf`` is the exact limit: half the variance over classes
-            of ``teacher - student``.
+            of ``teacher - student``. Above 64 every backend takes the reference, in float64, which keeps all digits.
         weight: ``[B]`` or ``[B, *positions]``, floating or bool; multiplies each row's loss. A row of weight 0
             contributes exactly zero to the loss and to every gradient, whatever it holds.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
@@ -48,9 +48,10 @@ def kl_div(
         computed in float32 (float64 where an input is float64) and rounded once. Autocast has no effect.
 
     Gradients go to those of student, teacher and weight that require one, each in its own dtype. A class whose teacher
-    logit is ``-inf`` contributes nothing to the teacher's side and gets no gradient there. A class that is ``-inf``
-    only in the student makes the loss ``+inf``. With ``temperature=math.inf`` classes that are ``-inf`` in either are
-    left out.
+    probability is 0 (a logit of ``-inf``, or so low that the exponential underflows, as that of a class masked with a
+    large finite number) contributes nothing to the teacher's side and gets no gradient there. A class that is ``-inf``
+    in the student and has a teacher probability makes the loss ``+inf``. With ``temperature=math.inf`` classes
+    that are ``-inf`` in either are left out.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -113,10 +114,11 @@ def _dispatch(
         tensors = (*tensors, weight)
         if not eager(weight) or weight.is_neg():
             kernel = None
-    if kernel is None:
+    flat = is_flat(temperature)
+    if kernel is None or flat:
         if not eager(*tensors):
             return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
-        kernel = select(operator, *tensors)
+        kernel = None if flat else select(operator, *tensors)
     if kernel is None:
         return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
     settings = divergence_settings(temperature, reverse, code)

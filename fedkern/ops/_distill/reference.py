@@ -40,7 +40,7 @@ def divergence_reference(
     reduction: int,
 ) -> Tensor:
     dtype = result_dtype(student, other, teacher)
-    compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     teacher = mask_rows(teacher, weight).to(compute)
     rows = torch.zeros(row_shape(teacher), dtype=compute, device=teacher.device)
     for logits in (student, other):
@@ -51,13 +51,16 @@ def divergence_reference(
             rows = rows + half_variance(teacher, logits)
         else:
             p, q = (logits, teacher) if reverse else (teacher, logits)
-            rows = rows + temperature**2 * _divergence(p / temperature, q / temperature)
+            rows = rows + scaled_divergence(p, q, temperature)
     return reduce_rows(rows, weight if weight is None else weight.to(compute), reduction).to(dtype)
 
 
-def _divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(softmax(p_logits) ‖ softmax(q_logits)) over axis 1."""
-    return divergence_terms(p_logits.log_softmax(1), q_logits.log_softmax(1)).sum(1)
+def scaled_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
+    """T² KL(softmax(p_logits / T) ‖ softmax(q_logits / T)) over axis 1, for a finite T."""
+    if is_flat(temperature):
+        return flat_divergence(*flat_log_softmax(p_logits, temperature, 1), q_logits, temperature)
+    log_p, log_q = ((x / temperature).log_softmax(1) for x in (p_logits, q_logits))
+    return temperature**2 * divergence_terms(log_p, log_q).sum(1)
 
 
 def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -73,6 +76,46 @@ def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     near = p * (torch.expm1(v) - v).clamp_min(0)
     far = q - p - torch.where(masked | small, 0, p * u)
     return torch.where(small & ~masked, near, far)
+
+
+# Above this temperature every distribution is nearly flat: log Q - log P falls as 1/T, below what the logarithms of
+# float32 sums resolve. All backends then take the reference, in float64 and in numbers that do not fall with T.
+FLAT = 64.0
+
+
+def is_flat(temperature: float) -> bool:
+    return FLAT < temperature < math.inf
+
+
+def flat_log_softmax(x: Tensor, temperature: float, axis: int) -> tuple[Tensor, Tensor]:
+    """T (log softmax(x / T) + log n) over the n classes that are not masked, of the order of x; and n."""
+    masked = x == -math.inf
+    count = (~masked).sum(axis, keepdim=True, dtype=x.dtype)
+    below = torch.where(masked, 0, x - x.amax(axis, keepdim=True).detach())
+    mean = torch.expm1(below / temperature).sum(axis, keepdim=True) / count
+    return torch.where(masked, -math.inf, below - temperature * torch.log1p(mean)), count
+
+
+def flat_divergence(over_p: Tensor, count_p: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
+    """T² KL(P ‖ softmax(q_logits / T)) over axis 1, P as :func:`flat_log_softmax` gives it; terms as above."""
+    over_q, count_q = flat_log_softmax(q_logits, temperature, 1)
+    p, q = (over_p / temperature).exp() / count_p, (over_q / temperature).exp() / count_q
+    masked = p == 0
+    scaled = over_q - torch.where(masked, 0, over_p) + temperature * (count_p / count_q).log()
+    scaled = torch.where(masked, 0, scaled)  # T u
+    u = scaled / temperature
+    small = u.abs() < 1
+    near = p * torch.where(small, scaled, 0).square() * _exp_remainder(torch.where(small, u, 0))
+    far = temperature * (temperature * (q - p) - torch.where(masked | small, 0, p * scaled))
+    return torch.where(small & ~masked, near, far).sum(1)
+
+
+def _exp_remainder(u: Tensor) -> Tensor:
+    """(eᵘ − 1 − u) / u² for float64."""
+    tiny = u.abs() < 1e-2
+    v, w = torch.where(tiny, u, 0), torch.where(tiny, 1, u)
+    series = 1 / 2 + v * (1 / 6 + v * (1 / 24 + v * (1 / 120 + v * (1 / 720 + v / 5040))))
+    return torch.where(tiny, series, (torch.expm1(w) - w) / w.square())
 
 
 def half_variance(teacher: Tensor, student: Tensor) -> Tensor:
