@@ -6,8 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
-WORD, MESSAGE = 1000, 4000
-"""Most characters shown of a word and of a whole message: a name from a file can have any length."""
+WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
+"""Most characters shown of a word, a message and a traceback: a name from a file can have any length."""
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ class ClientFailed(RunFailed):
     def __init__(self, client: int, what: str, traceback: str = "", when: str = "", label: str = "") -> None:
         way = "mend the method, or leave such clients out with --on-error skip"
         super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {what}; {way}.")
-        self.client, self.what, self.traceback = client, printable(what), traceback
+        self.client, self.what, self.traceback = client, printable(what), printable(traceback, TRACEBACK)
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
         return ClientFailed, (self.client, self.what, self.traceback)
@@ -51,14 +51,14 @@ class ClientFailed(RunFailed):
         return ClientFailed(self.client, self.what, self.traceback, when, label)
 
 
-def printable(text: str) -> str:
+def printable(text: str, most: int = MESSAGE) -> str:
     """Makes a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
 
-    Line ends and tabs are kept.
+    Line ends and tabs are kept.  A text of more than ``most`` characters is a long message.
     """
     if len(text) > WORD:
         text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), text)
-        text = _cut(text, MESSAGE)
+        text = _cut(text, most)
     return _escaped(text, "\n\t")
 
 

@@ -375,6 +375,8 @@ class Post:
                 found.append(Arrived(to, parcel))
             except Malformed as why:
                 found.append(Arrived(to, malformed=str(why)))
+            except Exception as error:  # a node's reply may hold anything, and ends no run
+                found.append(Arrived(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
         return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from fedkern.engine.parties import BEFORE, Client, Server
 from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.run import on_node, reproducible
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.errors import ClientFailed, UserError
+from fedkern.errors import ClientFailed, UserError, printable
 from fedkern.flower.node_folder import NodeFolder, Version
 from fedkern.flower.parcel import Malformed, Parcel
 from fedkern.flower.portable import pack, unpack
@@ -43,6 +43,10 @@ from fedkern.privacy import LEDGER
 PROTOCOL = 1
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
+MOST_NAMES, LONGEST_NAME = 256, 200
+"""Most figures of a report and warnings of a reply, and most characters of the name of one."""
+LARGEST_FIGURE = 1e100
+"""Largest finite figure of a report: the server adds figures up."""
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -357,23 +361,31 @@ def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
         raise Malformed("is no answer of a fedkern client")
     if found["client"] != client or found["version"] != list(version):
         raise Malformed("answers another message")
-    report: Mapping[Any, Any] = found["report"]
-    if not all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in report.items()):
+    report, warnings = found["report"], found["warnings"]
+    if not _named(report) or not all(isinstance(value, (int, float)) for value in report.values()):
         raise Malformed("has a report that is none")
-    if not all(isinstance(text, str) for pair in found["warnings"].items() for text in pair):
+    if not all(abs(value) <= LARGEST_FIGURE or not math.isfinite(value) for value in report.values()):
+        raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
+    if not _named(warnings) or not all(isinstance(text, str) for text in warnings.values()):
         raise Malformed("has warnings that are none")
-    if not 0 <= found["seconds"] < math.inf or found["flops"] < 0:
+    if not 0 <= found["seconds"] <= LARGEST_FIGURE or found["flops"] < 0:
         raise Malformed("has a report that is none")
     answer = Answer(
         client,
         found["message"],
         problem=_read_problem(found["problem"], client),
-        report=dict(report),
-        warnings=dict(found["warnings"]),
+        report=report,
+        warnings={name: printable(text) for name, text in warnings.items()},
         seconds=found["seconds"],
         flops=found["flops"],
     )
     return Reply(answer, found["changed"], found["ledger"])
+
+
+def _named(table: dict[Any, Any]) -> bool:
+    """Whether a reply's table has few entries, with names that a record may show."""
+    names = all(isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable() for name in table)
+    return len(table) <= MOST_NAMES and names
 
 
 def _read_problem(given: Any, client: int) -> Diverged | ClientFailed | None:
@@ -387,5 +399,5 @@ def _read_problem(given: Any, client: int) -> Diverged | ClientFailed | None:
     if form is None or given.keys() != form.keys() or any(type(given[name]) is not kind for name, kind in form.items()):
         raise Malformed("has a problem that is none")
     if given["kind"] == "diverged":
-        return Diverged(client, given["round"], given["batch"], given["what"])
+        return Diverged(client, given["round"], given["batch"], printable(given["what"]))
     return ClientFailed(client, given["what"] or "its part of the method raised an exception", given["traceback"])

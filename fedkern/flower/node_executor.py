@@ -25,7 +25,7 @@ from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, UserError, printable_name
 from fedkern.flower.adapter import TRAIN, Arrived, Post
-from fedkern.flower.node_client import Letter, read_reply
+from fedkern.flower.node_client import MOST_NAMES, Letter, read_reply
 from fedkern.flower.node_folder import Version
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.parcel import Malformed, Parcel
@@ -40,6 +40,8 @@ STATE = "flower"
 """Entry of a checkpoint's client state that has the name of the state on the node."""
 LARGEST_REPLY = 2 << 30
 """Most bytes of a reply's tensors where the method declares no sizes."""
+MOST_ENTRIES = 1024
+"""Most entries of a client's privacy ledger: equal releases share one, and every entry is accounted for."""
 SLACK = 1 << 16
 """Bytes that a reply may have beyond the declared upload."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
@@ -68,6 +70,7 @@ class Nodes:
         self.count = roll.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
+        self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
         # State of this round:
         self._begin: dict[ClientId, Version | None] = {}
         self._sent: dict[ClientId, int] = {}  # messages of the round
@@ -181,8 +184,14 @@ class Nodes:
             self._check_size(arrived.parcel, asker, step, k, message)
             reply = read_reply(arrived.parcel, k, version)
             ledger = self._checked(reply.ledger)
+            names = self._names.setdefault(k, set())
+            names.update(reply.answer.report, reply.answer.warnings)
+            if len(names) > MOST_NAMES:  # records and checkpoints keep each
+                raise Malformed(f"brings names of figures and warnings beyond the {MOST_NAMES} of a client")
         except Malformed as why:
             return Answer(k, refused=printable_name(str(why), 400))
+        except Exception as error:  # a node's reply may hold anything, and ends no run
+            return Answer(k, refused=printable_name(f"cannot be read ({type(error).__name__}: {error})", 400))
         if reply.changed:
             self._changed[k] = {STATE: list(version), **({} if ledger is None else {LEDGER: ledger})}
         return reply.answer
@@ -199,9 +208,12 @@ class Nodes:
         if ledger is None or self._run.said is None:
             return None
         try:
-            return Accountant(ledger).state
-        except (TypeError, ValueError, AttributeError):
+            state = Accountant(ledger).state
+        except (TypeError, ValueError, AttributeError, OverflowError):
             raise Malformed("has a privacy ledger that is none") from None
+        if sum(len(entries) for entries in state.values()) > MOST_ENTRIES:
+            raise Malformed(f"has a privacy ledger of more than {MOST_ENTRIES} entries")
+        return state
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         return self._changed.pop(client, None)

@@ -17,6 +17,8 @@ from fedkern.methods.base import ClientId
 
 ACQUAINTED = 60.0
 """Seconds that a new node has to say which client it is, during the rounds."""
+MOST_FACTS = 32
+"""Most entries of what a node says of its data."""
 _FIRST_PAUSE, _PAUSE, _LAST_PAUSE = 0.01, 0.1, 0.5
 
 Warn = Callable[[str, str], None]
@@ -128,13 +130,17 @@ class Roll:
                 self.facts[k] = _facts(found.get("data"))
             return k
         except Malformed as why:
-            text = printable_name(str(why), 400)
-            self._warn(f"foreign-node-{node}", f"Node {node} {text}; it takes no part.")
-            return None
+            problem = str(why)
+        except Exception as error:  # a node may answer anything, and ends no run
+            problem = f"gives an answer that cannot be read ({type(error).__name__}: {error})"
+        self._warn(f"foreign-node-{node}", f"Node {node} {printable_name(problem, 400)}; it takes no part.")
+        return None
 
 
 def _facts(given: Any) -> dict[str, Any]:
     samples = given.get("samples") if isinstance(given, dict) else None
     if type(samples) is not int or not 0 < samples < 1 << 40:
         raise Malformed("does not say how many samples it has")
+    if not all(isinstance(value, (str, int, float, list)) for value in given.values()) or len(given) > MOST_FACTS:
+        raise Malformed("does not say what form its data have")
     return dict(given)

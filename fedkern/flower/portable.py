@@ -33,8 +33,10 @@ DTYPES = {
 }
 """Element types that travel, by name."""
 
-LONGEST_TEXT = 64 << 20
+LONGEST_TEXT = 4 << 20
 """Most characters of the JSON text of a message."""
+LARGEST_WHOLE = 1 << 64
+"""Whole numbers of a message are smaller, and so are their negatives."""
 LEAST_HALVED = 1024
 """Elements from which on an fp32 tensor may travel as bf16: small ones hold single figures, and weigh nothing."""
 DEEPEST = 64
@@ -68,6 +70,8 @@ def _packed(
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (int, np.integer)):
+        if abs(int(value)) >= LARGEST_WHOLE:
+            raise TypeError(f"{where} is a whole number of more than 64 bits, which cannot travel")
         return int(value)
     if isinstance(value, (float, np.floating)):
         number = float(value)
@@ -140,7 +144,13 @@ def unpack(parcel: Parcel) -> Any:
 def _unpacked(tree: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], depth: int) -> Any:
     if depth > DEEPEST:
         raise Malformed("has dicts and lists that stand too deep in one another")
-    if isinstance(tree, (*_PLAIN, int, float)):
+    if isinstance(tree, _PLAIN):
+        return tree
+    if isinstance(tree, int):
+        if abs(tree) >= LARGEST_WHOLE:
+            raise Malformed("has a whole number of more than 64 bits")
+        return tree
+    if isinstance(tree, float) and math.isfinite(tree):
         return tree
     if not isinstance(tree, dict) or len(tree) != 1:
         raise Malformed("has a text that describes no message")
@@ -182,6 +192,8 @@ def _strided(name: str, raw: Raw, stride: list[Any]) -> Tensor:
     if dtype is None:
         raise Malformed(f"has {name} of the type {raw.dtype[:80]!r}, which is not known")
     if any(type(size) is not int or not 0 <= size < 1 << 48 for size in shape) or len(shape) > 16:
+        raise Malformed(f"has {name} in a shape that no tensor has")
+    if math.prod(size for size in shape if size) >= 1 << 48:  # PyTorch computes strides of empty tensors too
         raise Malformed(f"has {name} in a shape that no tensor has")
     if len(raw.data) != math.prod(shape) * dtype.itemsize:
         raise Malformed(f"has {name} of {len(raw.data)} bytes where {math.prod(shape) * dtype.itemsize} belong to it")

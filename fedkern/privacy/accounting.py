@@ -15,6 +15,7 @@ from typing import Any
 from fedkern.errors import UserError
 from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, replaced
 
+_MOST_STEPS = 1 << 53
 _EXACT = 1e-3  # relative width at which the search for noise ends
 
 
@@ -32,12 +33,20 @@ class Accountant:
 
     Args:
         state: an earlier value of :attr:`state`, for example from ``client.state``; None or empty: no releases yet.
+
+    Raises:
+        ValueError: ``state`` holds an entry that no release books.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._entries: dict[str, list[Entry]] = {}
         for channel, rows in (state or {}).items():
             self._entries[channel] = [Entry(str(k), float(z), float(q), int(n)) for k, z, q, n in rows]
+        for e in (e for rows in self._entries.values() for e in rows):
+            if e.kind not in (GAUSSIAN, DP_SGD) or not (
+                e.noise >= 0 and 0 < e.rate <= 1 and 0 <= e.steps < _MOST_STEPS
+            ):
+                raise ValueError(f"state: no release books the entry {e}")
 
     @property
     def state(self) -> dict[str, Any]:

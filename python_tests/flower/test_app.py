@@ -20,9 +20,9 @@ from fedkern.engine import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError
-from fedkern.flower import client_app, node_client, node_process, run_settings, server_app
+from fedkern.flower import client_app, node_client, node_executor, node_process, run_settings, server_app
 from fedkern.flower.adapter import opened, replied
-from fedkern.flower.parcel import Malformed, Parcel
+from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
 
 pytestmark = pytest.mark.flower
@@ -286,6 +286,102 @@ def test_a_bad_reply_is_refused_and_the_run_goes_on(what, tmp_path, caplog):
     told = outcome(tmp_path / "run")[2]["diagnostics"]["refused-upload-1"]
     assert "Client 1's upload in round 1" in told
     assert told in caplog.text
+
+
+def replied_with(**changed):
+    """A node whose reply has other entries; a callable makes an entry of the true one."""
+
+    def change(parcel):
+        found = unpack(parcel)
+        return pack({**found, **{k: v(found[k]) if callable(v) else v for k, v in changed.items()}})
+
+    return changed_reply(change)
+
+
+def in_text(old, new):
+    return changed_reply(lambda parcel: parcel._replace(text=re.sub(old, new, parcel.text, count=1)))
+
+
+def with_tensor(shape):
+    """A node whose upload has an empty array of that shape beside it."""
+
+    def change(parcel):
+        more = {"tensor": ["more", [0] * len(shape)]}
+        text = json.dumps({"dict": [*json.loads(parcel.text)["dict"], ["more", more]]})
+        return Parcel(text, {**parcel.tensors, "more": Raw("float32", shape, b"")})
+
+    return changed_reply(change)
+
+
+DIGITS = "9" * 4000
+UNREADABLE = {
+    "digits in the flops": in_text(r'\["flops",\d+\]', f'["flops",{DIGITS}]'),
+    "digits in a figure": in_text(r'\["report",\{"dict":\[', f'["report",{{"dict":[["x",{DIGITS}],'),
+    "digits in the seconds": in_text(r'\["seconds",[^\]]*\]', f'["seconds",{DIGITS}]'),
+    "more digits than Python reads": in_text(r'\["flops",\d+\]', f'["flops",{DIGITS * 2}]'),
+    "infinity as JSON": in_text(r'\["seconds",[^\]]*\]', '["seconds",Infinity]'),
+    "a figure near the largest": replied_with(report={"x": 1.7e308}),
+    "a figure of text": replied_with(report={"x": "1"}),
+    "many figures": replied_with(report={f"x{i}": 0.0 for i in range(300)}),
+    "a figure with a long name": replied_with(report={"x" * 10_000: 0.0}),
+    "a figure with an escape code": replied_with(report={"\x1b[2J": 0.0}),
+    "many warnings": replied_with(warnings={f"x{i}": "no" for i in range(300)}),
+    "a warning with a long name": replied_with(warnings={"x" * 1000: "no"}),
+    "a shape that overflows": with_tensor((1 << 40, 1 << 40, 0)),
+    "a deep text": changed_reply(lambda parcel: Parcel("[" * 1_000_000, parcel.tensors)),
+    "a long text": changed_reply(lambda parcel: Parcel(json.dumps("x" * (5 << 20)), parcel.tensors)),
+    "a ledger of text": replied_with(ledger={"d": [["gaussian", "x", 1.0, 1]]}),
+    "a problem of another kind": replied_with(problem={"kind": "exit"}),
+    "a client that is none": replied_with(client=None),
+}  # fmt: skip
+
+
+DEFAULT_UNREADABLE = ("digits in the flops", "a shape that overflows", "many warnings")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [each if each in DEFAULT_UNREADABLE else pytest.param(each, marks=pytest.mark.exhaustive) for each in UNREADABLE],
+)
+def test_whatever_a_reply_holds_it_is_left_out_and_the_run_goes_on(what, tmp_path):
+    told = [] if "ledger" in what else [1]  # without a guarantee nobody reads a ledger
+    over_flower(settings("scaffold", rounds=1), tmp_path / "run", faults={(1, 0): UNREADABLE[what]})
+    assert [entry["client"] for entry in dropped(tmp_path / "run")] == told
+    assert "accuracy" in json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+
+
+def test_an_exception_while_a_reply_is_read_leaves_it_out(tmp_path, monkeypatch):
+    read = node_executor.read_reply
+
+    def failing(parcel, client, version):
+        if client == 1:
+            raise MemoryError("no room")
+        return read(parcel, client, version)
+
+    monkeypatch.setattr(node_executor, "read_reply", failing)
+    over_flower(settings("fedavg", rounds=1), tmp_path / "run")
+    (entry,) = dropped(tmp_path / "run")
+    assert "cannot be read (MemoryError: no room)" in entry["reason"]
+
+
+def test_texts_of_a_node_are_cut_and_hold_no_control_characters(tmp_path, caplog):
+    text = "\x1b[31m" + "word " * 300_000
+    problem = {"kind": "failed", "what": text, "traceback": text}
+    faults = {(1, 0): replied_with(warnings={"loud": text}), (2, 0): replied_with(problem=problem, message=None)}
+    over_flower(settings("fedavg", rounds=1), tmp_path / "run", faults=faults)
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    assert "loud" in summary
+    assert len(summary) < 50_000
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size < 50_000
+    assert "\x1b" not in caplog.text
+    assert max(map(len, caplog.messages)) < 40_000
+
+
+def test_names_of_all_replies_are_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_executor, "MOST_NAMES", 20)
+    faults = {(1, i): replied_with(warnings={f"w{i}-{j}": "no" for j in range(10)}) for i in range(3)}
+    over_flower(settings("fedavg", rounds=3), tmp_path / "run", faults=faults)
+    assert [entry["round"] for entry in dropped(tmp_path / "run")] == [2, 3]
 
 
 @pytest.mark.parametrize(

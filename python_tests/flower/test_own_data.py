@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
@@ -120,3 +121,21 @@ def test_all_nodes_must_be_there(folders, caplog):
 def test_settings_that_need_all_data(changed, why):
     with pytest.raises(UserError, match=why):
         run_settings.read({**RUN, **changed})
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"samples": 5, "classes": torch.zeros(2)}, {"samples": 0}, {"samples": 1 << 50}, {"samples": "many"}, {}, None, [],
+     {"samples": 5, "classes": {"cat": 0}}, {"samples": 5, **{str(i): i for i in range(100)}}],
+    ids=str,
+)  # fmt: skip
+def test_whatever_a_node_says_of_its_data_is_read(folders, facts, monkeypatch, caplog):
+    true = node_process.facts
+
+    def of_node(run_config, node, notice):
+        return facts if node["partition-id"] == 1 else true(run_config, node, notice)
+
+    monkeypatch.setattr(node_process, "facts", of_node)
+    with pytest.raises(UserError, match="Clients without a node: 1; where nodes have their own data"):
+        over_flower(folders)
+    assert "Node 101 does not say" in caplog.text

@@ -134,3 +134,18 @@ def test_depth_and_length_are_bounded(monkeypatch):
     monkeypatch.setattr("fedkern.flower.portable.LONGEST_TEXT", 10)
     with pytest.raises(Malformed, match="10 is the most"):
         unpack(pack("a text of more than ten characters"))
+
+
+@pytest.mark.parametrize("number", [1 << 64, -(1 << 64), int("9" * 400)])
+def test_whole_numbers_have_64_bits(number):
+    with pytest.raises(TypeError, match="whole number of more than 64 bits"):
+        pack({"n": number})
+    with pytest.raises(Malformed, match="whole number of more than 64 bits"):
+        unpack(Parcel(json.dumps(number), {}))
+    assert unpack(pack((1 << 64) - 1)) == (1 << 64) - 1
+
+
+@pytest.mark.parametrize("text", ["Infinity", "NaN", "1e999"])
+def test_no_number_that_json_does_not_have(text):
+    with pytest.raises(Malformed, match="describes no message"):
+        unpack(Parcel(text, {}))

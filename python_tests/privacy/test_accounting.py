@@ -233,3 +233,14 @@ def test_arguments():
         with pytest.raises(ValueError, match=r"not"):
             wrong()
     assert accountant.channels == ()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [["laplace", 1.0, 1.0, 1], ["gaussian", -1.0, 1.0, 1], ["gaussian", math.nan, 1.0, 1], ["gaussian", 1.0, 0.0, 1],
+     ["dp-sgd", 1.0, 2.0, 1], ["dp-sgd", 1.0, 0.5, -1], ["gaussian", 1.0, 1.0, 1 << 60]],
+    ids=str,
+)  # fmt: skip
+def test_a_ledger_holds_what_a_release_books(entry):
+    with pytest.raises(ValueError, match="no release books the entry"):
+        Accountant({"d": [entry]})
