@@ -211,7 +211,7 @@ def main(folder: Path) -> int:
     project, home, port = folder / "project", folder / "home", free_port()
     superlink = f"{HOST}:{port}"
     run(sys.executable, "-m", "fedkern.run", METHOD, *SETTINGS, "--data-root", str(data["server"]),
-        "--out", str(folder / "run"), "--flower", str(project))  # fmt: skip
+        "--out", str(folder / "run"), "--flower", str(project), "--own-data")  # fmt: skip
     with Processes(folder) as processes:
         processes.start(
             "superlink",
@@ -236,8 +236,7 @@ def main(folder: Path) -> int:
                  "--auth-supernode-private-key", str(private), "--port", str(free_port()), "--node-config", config],
                 "SuperNode ID",
             )  # fmt: skip
-        run(sys.executable, "-m", "fedkern.run", "flower", str(project), "--superlink", "hospitals",
-            "--run-config", "flower.own-data=true", home=home)  # fmt: skip
+        run(sys.executable, "-m", "fedkern.run", "flower", str(project), "--superlink", "hospitals", home=home)
     summary = json.loads((folder / "run" / "summary.json").read_text())
     print(f"accuracy of {METHOD} over {len(SITES)} sites: {summary['metrics']['accuracy']:.3f}")
     return 0

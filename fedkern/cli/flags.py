@@ -268,6 +268,9 @@ def _parser(method: str | None, data: str) -> Parser:
                 help="write a project of the Flower framework that plays this run on nodes (docs/flower-app.md)",
             )
             group.add_argument(
+                "--own-data", action="store_true", help="with --flower: a node's folder holds its client's data alone"
+            )
+            group.add_argument(
                 "--tensorboard", action="store_true", help="write every round's figures as TensorBoard event files too"
             )
             group.add_argument(
@@ -413,6 +416,7 @@ def parse(argv: Sequence[str]) -> Request:
         out=Path(values.out) if values.out else None,
         resume=Path(values.resume) if values.resume else None,
         flower=Path(values.flower) if values.flower else None,
+        own_data=values.own_data,
         folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
         wandb=values.wandb,
@@ -440,6 +444,7 @@ def _check(request: Request) -> None:
             or (request.plugins and request.command not in ("list", *FOLDER_COMMANDS))
             or request.resume
             or request.flower
+            or request.own_data
             or request.config
             or request.out
             or request.tensorboard
@@ -454,6 +459,8 @@ def _check(request: Request) -> None:
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
     elif request.measure:
         raise UserError(f"--measure is a flag of {PROGRAM} doctor: leave it out.")
+    elif request.own_data and request.flower is None:
+        raise UserError("--own-data is for nodes of Flower: give --flower DIR too.")
     elif request.flower is not None and (
         request.resume or request.tensorboard or request.wandb or request.profile or request.quiet or request.json
     ):

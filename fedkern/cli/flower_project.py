@@ -7,6 +7,7 @@ from fedkern.engine.config import check_networks
 from fedkern.engine.run import decided, kept_data, load_data
 from fedkern.errors import UserError
 from fedkern.flower.project import Project
+from fedkern.flower.run_settings import check_own_data
 from fedkern.methods import registry
 
 
@@ -26,6 +27,8 @@ def write(request: Request) -> int:
     check_networks(request.settings, config.data)
     if registry.get(asked.method).pooled:
         raise UserError(f"{asked.method} needs the data of all clients in one place, which Flower keeps apart.")
+    if request.own_data:
+        check_own_data(config)
     project = Project(
         method=asked.method,
         settings=asked.settings,
@@ -33,6 +36,7 @@ def write(request: Request) -> int:
         data_options=asked.data_options,
         plugins=[*config.plugins],
         out=None if request.out is None else request.out.absolute(),
+        own_data=request.own_data,
         report=request.report,
         predictions=request.predictions,
         clients=_clients(asked),

@@ -31,6 +31,7 @@ class Request:
         out: the run folder, if given; for ``tune``, the file to write.
         resume: the run folder to continue.
         flower: folder of the Flower project to write instead of a run.
+        own_data: whether each node of that project has the data of its client alone.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
         wandb: project of Weights & Biases to log to, if given.
@@ -51,6 +52,7 @@ class Request:
     out: Path | None = None
     resume: Path | None = None
     flower: Path | None = None
+    own_data: bool = False
     folder: Path | None = None
     tensorboard: bool = False
     wandb: str | None = None

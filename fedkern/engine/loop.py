@@ -633,9 +633,12 @@ class Run:
         """
         entry: Round = self._round["entry"]
         if not (entry.one_off and isinstance(entry.participants, tuple)):
+            last: dict[str, Any] = self.dropped_since[-1] if self.dropped_since else {}
+            label = self.context.data.client_label(last["client"]) if "reason" in last else ""
+            why = f" (client {label}: {last['reason']})" if label else ""
             raise UserError(
-                f"No client is left {when_of(entry, self.done)}, as all diverged, were refused or dropped out: lower "
-                "--lr, set --clip-norm, or lower --dropout-rate where it is given."
+                f"No client is left {when_of(entry, self.done)}, as all diverged, were refused or dropped out{why}: "
+                "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
             )
 
     def _check_finite(self, tensors: Mapping[str, Any], when: str) -> None:

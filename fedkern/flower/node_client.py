@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.engine.allocator import keep_freed_memory
+from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.config import RunConfig
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
@@ -40,7 +41,7 @@ from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
@@ -65,6 +66,7 @@ class Letter:
         oldest: oldest round of the plan whose states the server's checkpoints name.
         last: whether no other message of the round will come.
         threads, client_threads: CPU threads of the run, on which bits depend.
+        data: fingerprint of the server's data, which the node's must have too; None: the node has data of its own.
     """
 
     run: str
@@ -78,6 +80,7 @@ class Letter:
     last: bool
     threads: int
     client_threads: int
+    data: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which :meth:`read` reads."""
@@ -112,6 +115,8 @@ class Letter:
             raise Malformed("has a number out of range")
         if not all(_NAME.fullmatch(table[name]) for name in ("run", "attempt")):
             raise Malformed("names no run")
+        if table["data"] is not None and (type(table["data"]) is not int or not 0 <= table["data"] < 1 << 32):
+            raise Malformed("has no fingerprint of data")
         if table["asker"] not in ASKERS:
             raise Malformed("asks for nothing that a client does")
         step = table["step"]
@@ -204,6 +209,11 @@ class NodeClients:
         enter(computing(config.precision))
         enter(available(config.model, None))
         context = self._context = on_node(config, self._tell, letter.client if self.own_data else None)
+        if letter.data is not None and data_fingerprint(context.data) != letter.data:
+            raise UserError(
+                "The data on this node are other than the server's: give all machines the same files or, where the "
+                "folder of a node holds the data of its client alone, set flower.own-data=true."
+            )
         kind = registry.get(config.method)
         self._method = method = kind(kind.Options.parse(context.config.options, method=config.method))
         server = Server(context)

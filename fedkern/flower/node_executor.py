@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.loop import Run
@@ -57,6 +58,7 @@ class Nodes:
         roll: which node is which client.
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
         half: whether messages travel as bf16 (:func:`~fedkern.flower.portable.pack`).
+        own_data: whether nodes have data of their own, which the server does not know.
 
     Raises:
         UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
@@ -64,11 +66,12 @@ class Nodes:
 
     apart = True
 
-    def __init__(self, run: Run, post: Post, roll: Roll, *, deadline: float, half: bool) -> None:
+    def __init__(self, run: Run, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
         self.here: Serial = run.executor.here
         self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
         self.count = roll.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
+        self._data = None if own_data else data_fingerprint(run.context.data)
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
         # State of this round:
@@ -162,6 +165,7 @@ class Nodes:
             last=run.last_exchange,
             threads=run.config.threads,
             client_threads=run.config.client_threads,
+            data=self._data,
         )
         return version, letter
 

@@ -44,6 +44,7 @@ class Project:
         data_options: options of the data set.
         plugins: names of plugins: absolute paths of files, or modules.
         out: the run folder; None: a new one for every run.
+        own_data: whether each node has the data of its client alone.
         report, predictions: whether the run writes them.
         clients: names of the clients, or their numbers.
     """
@@ -54,6 +55,7 @@ class Project:
     data_options: Mapping[str, Any]
     plugins: Sequence[str]
     out: Path | None
+    own_data: bool
     report: bool
     predictions: bool
     clients: Sequence[str]
@@ -134,7 +136,7 @@ clientapp = "fedkern.flower.client_app:app"
 [tool.flwr.app.config.{DATA_OPTION.rstrip(".")}]
 {self._table(self._data_options())}
 [tool.flwr.app.config.flower]
-{self._table({key.partition(".")[2]: told for key, told in FLOWER.items()})}"""
+{self._table(self._flower())}"""
 
     def _settings(self) -> dict[str, tuple[Any, str]]:
         usual = defaults(self.method, self._data)
@@ -175,6 +177,10 @@ clientapp = "fedkern.flower.client_app:app"
         names = dict.fromkeys([*self.data_options, *COMMON_OPTIONS, *lookup(self._data).options])
         return {name: (self.data_options.get(name, ""), "") for name in names}
 
+    def _flower(self) -> dict[str, tuple[Any, str]]:
+        rows = {key.partition(".")[2]: row for key, row in FLOWER.items()}
+        return {**rows, "own-data": (self.own_data, rows["own-data"][1])}
+
     @staticmethod
     def _table(rows: Mapping[str, tuple[Any, str]]) -> str:
         lines = []
@@ -193,6 +199,9 @@ clientapp = "fedkern.flower.client_app:app"
             f"num-partitions={count}'` |"
             for k, name in enumerate(self.clients)
         )
+        data = "A folder holds the data of its client alone (`flower.own-data` in the settings)."
+        if not self.own_data:
+            data = "All folders hold the same data set, that of the server (`--own-data` writes a project for others)."
         return f"""\
 # {self.method} over Flower
 
@@ -226,8 +235,7 @@ flower-supernode --insecure --superlink HOST:8000 --node-config 'partition-id=0 
 {nodes}
 
 `data-root="DIR"` in `--node-config` names the folder of the data on that machine, `state-dir="DIR"` the folder of the
-client's state. A folder holds the whole data set or, with the run-config `flower.own-data=true`, the data of its client
-alone. Then the run, from this folder, with the SuperLink's address in Flower's `config.toml`:
+client's state. {data} Then the run, from this folder, with the SuperLink's address in Flower's `config.toml`:
 
 ```
 flwr run . NAME --stream

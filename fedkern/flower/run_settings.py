@@ -107,7 +107,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     )
     own_data = _switch(given, "flower.own-data")
     if own_data:
-        _check_own_data(config)
+        check_own_data(config)
     _seconds(given, "flower.resident")  # only checked: the ClientApp reads it, before it imports all this
     return RunSettings(
         config=config,
@@ -121,7 +121,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     )
 
 
-def _check_own_data(config: RunConfig) -> None:
+def check_own_data(config: RunConfig) -> None:
     """Raises UserError for settings that need the data of several clients in one place."""
     if "clients" in config.left_open:
         raise UserError("flower.own-data needs the number of clients, which no folder tells: give clients=N.")

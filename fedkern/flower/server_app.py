@@ -66,7 +66,14 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
             listener=told,
             trusted=(*code, *config.plugins),
             predictions=settings.predictions,
-            elsewhere=lambda run: Nodes(run, post, roll, deadline=settings.deadline, half=settings.transport == "bf16"),
+            elsewhere=lambda run: Nodes(
+                run,
+                post,
+                roll,
+                deadline=settings.deadline,
+                half=settings.transport == "bf16",
+                own_data=settings.own_data,
+            ),
         )
     except ClientFailed as error:
         log(ERROR, "%s\n%s", error, error.traceback)

@@ -535,9 +535,9 @@ def test_clients_computed_together_in_one_process_are_alone_on_nodes(tmp_path):
 
 def letter(**changed):
     found = {
-        "protocol": 1, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
+        "protocol": 2, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
         "step": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
-        "threads": 1, "client_threads": 1,
+        "threads": 1, "client_threads": 1, "data": None,
     }  # fmt: skip
     return {**found, **changed}
 
@@ -550,7 +550,8 @@ def test_letters_are_read_back():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"protocol": 2}, {"run": "../../etc"}, {"attempt": ""}, {"client": -1}, {"client": "1"}, {"client": True},
+    [{"protocol": 1}, {"data": -1}, {"data": "0"}, {"data": 1 << 32},
+     {"run": "../../etc"}, {"attempt": ""}, {"client": -1}, {"client": "1"}, {"client": True},
      {"asker": "__class__"}, {"step": [0, "train"]}, {"version": [0, 0]}, {"version": [1, -1]}, {"begin": [1]},
      {"threads": 0}, {"more": 1}, {"last": 1}],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,12 +18,13 @@ from node_grid import NodeGrid
 
 from fedkern.engine import run
 from fedkern.engine.run import data_of_one
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower import node_process, run_settings, server_app
 
 pytestmark = pytest.mark.flower
 
-SIZES = {"server": 2, 0: 6, 1: 4, 2: 9}
+SIZES = {"server": 6, 0: 6, 1: 4, 2: 9}
 RUN = {
     "method": "scaffold", "data": "folder", "clients": 3, "data-option.size": 16, "width": 2, "rounds": 2,
     "local-epochs": 1, "batch-size": 4, "grad-cam": 0, "threads": 1, "client-threads": 1, "device": "cpu",
@@ -102,6 +104,35 @@ def test_data_that_do_not_fit_together(folders):
     ):
         over_flower(folders)
     assert not (folders / "run").exists()
+
+
+def test_a_node_has_the_server_s_data_where_nobody_says_that_it_has_its_own(folders):
+    """``flower.own-data`` forgotten: every site would train on a part of its own images."""
+    with pytest.raises(UserError, match=r"data on this node are other than the server's.*set flower\.own-data=true"):
+        over_flower(folders, **{"flower.own-data": False, "partition": "iid"})
+
+
+@pytest.mark.parametrize("change", ["pixel", "label", "missing"])
+def test_a_node_whose_data_differ_a_little_is_left_out(folders, change):
+    for k in range(3):
+        shutil.rmtree(folders / str(k))
+        shutil.copytree(folders / "server", folders / str(k))
+    image = folders / "1" / "train" / "cat" / "0.png"
+    if change == "pixel":
+        pixels = np.array(Image.open(image))
+        pixels[0, 0, 0] ^= 1
+        Image.fromarray(pixels).save(image)
+    elif change == "label":
+        other = folders / "1" / "train" / "dog" / "0.png"
+        first, second = image.read_bytes(), other.read_bytes()
+        image.write_bytes(second)
+        other.write_bytes(first)
+    else:
+        (folders / "1" / "test" / "cat" / "0.png").unlink()
+    over_flower(folders, **{"flower.own-data": False, "partition": "iid", "client-test": 0.0})
+    left_out = [entry for record in read_metrics(folders / "run") for entry in record.get("dropped", [])]
+    assert [entry["client"] for entry in left_out] == [1, 1]
+    assert all("other than the server's" in entry["reason"] for entry in left_out)
 
 
 def test_all_nodes_must_be_there(folders, caplog):

@@ -180,3 +180,28 @@ def test_flower_takes_the_project(tmp_path):
     assert found["project"]["name"] == "a-project"
     assert build_fab_from_disk(folder)
     assert get_fused_config_from_dir(folder, {"rounds": 9})["rounds"] == 9
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_nodes_with_data_of_their_own(method, tmp_path):
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    assert main([method, *FLAGS, "--flower", str(shared)]) == 0
+    assert main([method, *FLAGS, "--own-data", "--flower", str(own)]) == 0
+    assert [run_settings.read(run_config(folder)).own_data for folder in (shared, own)] == [False, True]
+    assert "the data of its client alone" in (own / "README.md").read_text()
+    assert "--own-data" in (shared / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [(["--own-data"], "--own-data is for nodes of Flower: give --flower DIR too."),
+     (["--own-data", "--flower", "PROJECT", "--client-test", "0.2"], "need the data of all clients in one place"),
+     (["--own-data", "--flower", "PROJECT", "--public-samples", "9"], "which flower.own-data keeps apart")],
+    ids=["alone", "client-test", "public"],
+)  # fmt: skip
+def test_own_data_that_cannot_be(words, why, tmp_path, capsys):
+    project = tmp_path / "project"
+    assert main(["fedavg", *FLAGS, *(str(project) if word == "PROJECT" else word for word in words)]) == 2
+    assert why in capsys.readouterr().err
+    assert not project.exists()
+    assert not Path("runs").exists()

@@ -46,9 +46,9 @@ def node(tmp_path, client=1):
 
 def header(client=1, round=0, run="0" * 32):
     found = {
-        "protocol": 1, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
+        "protocol": 2, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
         "step": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
-        "threads": 1, "client_threads": 1,
+        "threads": 1, "client_threads": 1, "data": None,
     }  # fmt: skip
     return json.dumps(found)
 
