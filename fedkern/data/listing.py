@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedkern.data.images import (
     check_distinct,
     grey_bits,
 )
+from fedkern.data.spelling import SHOWN
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -96,13 +98,14 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     """Makes the pools of a listed data set.
 
     Raises:
-        UserError: an empty training or test set, too few images to hold some out, an image with two patients, two
-            splits or two names, or a window larger than the images.
+        UserError: an empty training or test set, too few images to hold some out, an image with two labels, clients,
+            patients, splits or names, a patient in two splits, or a window larger than the images.
     """
     check_distinct(data, listing.paths, listing.ids)
     if reading.crop > reading.size:
         raise UserError(f'data set "{data}": crop is {reading.crop}, more than size, {reading.size}')
-    units = _units(data, listing)
+    _check_single(data, listing, classes)
+    units = _units(listing)
     rows = _rows(data, listing, reading, units)
     named = [listing.clients[row] for row in rows["train"].tolist()]
     names = sorted(set(named))
@@ -132,6 +135,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             patients=None if people is None else people[chosen],
         )
 
+    scaled = [_SCALED.format(f"{2**bits - 1:,}")] if bits else []
     return Source(
         classes=classes,
         train=pool(rows["train"]),
@@ -147,7 +151,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
-        notices=(*listing.notices, *([_SCALED.format(f"{2**bits - 1:,}")] if bits else [])),
+        notices=(*listing.notices, *scaled, *_repeated(listing)),
         grey_bits=bits,
     )
 
@@ -167,20 +171,64 @@ def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
     return [int(row) for row in np.argsort(position, kind="stable")]
 
 
-def _units(data: str, listing: Listing) -> npt.NDArray[np.int64]:
+def _repeated(listing: Listing) -> list[str]:
+    """A sentence where images of one text or none stand in several rows."""
+    counts = Counter(zip(listing.ids, listing.texts or listing.ids, strict=True))
+    again = [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]
+    if not again:
+        return []
+    more = f" and {len(again) - SHOWN} more" if len(again) > SHOWN else ""
+    return [f"Images that are listed more than once count as often: {', '.join(again[:SHOWN])}{more}."]
+
+
+def check_one(
+    data: str, keys: Sequence[str], values: Sequence[str], what: str, lines: Sequence[int], advice: str = "name one"
+) -> None:
+    """Raises UserError where two rows of one key have different values; empty keys and values say nothing.
+
+    Args:
+        data: the data set's name, for the message.
+        keys, values: of every row.
+        what: words for a key and its values, such as ``"the image {} has two labels"``.
+        lines: the line of every row, or nothing.
+        advice: how the message ends.
+    """
+    first: dict[str, int] = {}
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if key and value and values[other := first.setdefault(key, row)] != value:
+            both = (f"{values[k]} (line {lines[k]})" if lines else values[k] for k in (other, row))
+            raise UserError(f'data set "{data}": {what.format(key)}, {" and ".join(both)}; {advice}')
+
+
+def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
+    """Raises UserError where one image is trained on as two, or a patient stands in two splits."""
+    labels = [
+        "|".join(name for name, has in zip(classes, row, strict=True) if has) or "none" if listing.labels.ndim == 2
+        else classes[row]
+        for row in listing.labels.tolist()
+    ]  # fmt: skip
+    for what, values in (
+        ("is in two splits", listing.splits),
+        ("belongs to two patients", listing.patients or ()),
+        ("has two labels", labels),
+        ("belongs to two clients", listing.clients),
+    ):
+        if values:
+            check_one(data, listing.ids, values, f"the image {{}} {what}", listing.lines)
+    if listing.patients is not None:
+        check_one(
+            data, listing.patients, listing.splits, "the patient {} has images in two splits", listing.lines,
+            "keep a patient's images in one, or, where the column names no patients, give --data-option patient=",
+        )  # fmt: skip
+
+
+def _units(listing: Listing) -> npt.NDArray[np.int64]:
     """Unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
 
     A unit is a patient or, where no patient is named, an image with all its texts.
-
-    Raises:
-        UserError: an image belongs to two patients.
     """
     owners: dict[str, str] = {}
     for name, patient in zip(listing.ids, listing.patients or (), strict=False):
-        if owners.get(name) and patient and owners[name] != patient:
-            raise UserError(
-                f'data set "{data}": the image {name} belongs to two patients, {owners[name]} and {patient}; name one'
-            )
         owners[name] = patient or owners.get(name, "")
     numbers: dict[tuple[bool, str], int] = {}
     keys = ((True, owners[name]) if owners.get(name) else (False, name) for name in listing.ids)
@@ -191,12 +239,6 @@ def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.i
     """The rows of every split, sorted; rows that are held out keep the class shares."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
-    homes: dict[str, str] = {}
-    for name, split in zip(listing.ids, listing.splits, strict=True):
-        if homes.setdefault(name, split) != split:
-            raise UserError(
-                f'data set "{data}": the image {name} is in two splits, {homes[name]} and {split}; name one'
-            )
     if not any(listing.splits):
         everything = np.arange(len(splits))
         rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")

@@ -13,7 +13,7 @@ import torch
 from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images
-from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Splits, check_images, find_sites, listed, trees
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import in_tiles
@@ -78,6 +78,7 @@ def open_segmentation(
         table = read_table(path, "segmentation", columns, chosen)
         images, masks = (table.files(column, "segmentation") for column in columns)
         ids, rest = table.names_of("image"), table.listed("segmentation")
+        check_one("segmentation", ids, table.names_of("mask"), "the image {} has two masks", table.lines)
     else:
         check_unchosen("segmentation", chosen, root)
         base = expand(str(root))

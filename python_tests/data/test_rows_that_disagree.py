@@ -1,0 +1,107 @@
+"""One image or one patient in two places: two labels, masks, clients, patients or splits are refused."""
+
+import pytest
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.errors import UserError
+
+HEADERS = {
+    "csv": "path,label",
+    "pairs": "image,text,label",
+    "reports": "image,report,label",
+    "segmentation": "image,mask",
+}
+
+
+def read(name, root, change=lambda i, row: None, again=(), said=None, rows=24, **options):
+    """A table of ``rows`` images, two of each patient, where ``change`` edits a row and ``again`` are rows more."""
+    own = HEADERS[name].split(",")
+    lines = [",".join([*own, "client", "patient_id", "split"])]
+    for i in [*range(rows), *again]:
+        Image.new("L", (8, 8), i).save(root / f"{i}.png")
+        mask = Image.new("L", (8, 8))
+        mask.paste(1, (0, 0, 4, 4 + i % 4))
+        mask.save(root / f"m{i}.png")
+        row = {"label": "ab"[i // 2 % 2], "text": f"text {i}", "report": f"a report of {i}", "mask": f"m{i}.png"}
+        row |= {own[0]: f"{i}.png", "client": "AB"[i % 2], "patient_id": f"p{i // 2}", "split": ""}
+        row["split"] = ("train", "train", "test", "val")[i // 2 % 4]
+        if len(lines) > rows or i not in again:
+            change(len(lines), row)
+        lines.append(",".join(row[column] for column in lines[0].split(",")))
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return load(name, root=root, options={"size": 8, "colour": "grey", **options}, notice=said)
+
+
+def edited(**values):
+    """A change of the row that stands in line 6, that of image 4.png and patient p2, and of those that are added."""
+
+    def change(line, row):
+        if line == 5 or line > 24:
+            row.update(values)
+
+    return change
+
+
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("val", "test"), ("test", "train"), ("train", "val")])
+def test_a_patient_in_two_splits(tmp_path, name, split, other):
+    def change(line, row):
+        if row["patient_id"] == "p2":
+            row["split"] = split if line == 5 else other
+
+    words = {"val": "validation"}
+    with pytest.raises(
+        UserError,
+        match=rf"the patient p2 has images in two splits, {words.get(split, split)} \(line 6\) and "
+        rf"{words.get(other, other)} \(line 7\); .* give --data-option patient=$",
+    ):
+        read(name, tmp_path, change)
+    data = read(name, tmp_path, change, patient="")
+    assert all(part.patients is None for part in (*data.clients, *data.tests.values()))
+
+
+def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
+    change = edited(split="test", client="x")
+    with pytest.raises(UserError, match="the patient x has images in two splits"):
+        read("csv", tmp_path, lambda line, row: (change(line, row), row.update(client="x")), patient="client")
+    assert read("csv", tmp_path, change, patient="split").tests  # every split is a patient
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("csv", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
+        ("pairs", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
+        ("reports", {"label": "c", "report": "other words here"}, r"4\.png has two labels, a \(line 6\) and c"),
+        ("segmentation", {"mask": "m5.png"}, r"4\.png has two masks, m4.png \(line 6\) and m5.png \(line 26\)"),
+        *(
+            (name, {"client": "B"}, r"4\.png belongs to two clients, A \(line 6\) and B \(line 26\)")
+            for name in HEADERS
+        ),
+        *((name, {"patient_id": "p9"}, r"4\.png belongs to two patients, p2 \(line 6\) and p9") for name in HEADERS),
+        *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in HEADERS),
+    ],
+)
+def test_an_image_in_two_places(tmp_path, name, values, words):
+    change = edited(**values)
+    with pytest.raises(UserError, match=f"the image {words}.*; name one$"):
+        read(name, tmp_path, lambda line, row: change(line, row) if line > 24 else None, again=[4])
+
+
+def test_an_image_with_two_sets_of_labels(tmp_path):
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    cells = ["a|b", "", "b"] * 4
+    lines = ["path,labels", *(f"{i}.png,{cell}" for i, cell in enumerate(cells)), "./0.png,"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"the image 0\.png has two labels, a\|b \(line 2\) and none \(line 14\)"):
+        load("csv", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_row_that_stands_twice_is_told(tmp_path, name):
+    said = []
+    data = read(name, tmp_path, again=[0, 8, 0], said=said.append)
+    assert said == ["Images that are listed more than once count as often: 0.png (3 times), 8.png (2 times)."]
+    assert sum(map(len, data.clients)) == 12 + 3
