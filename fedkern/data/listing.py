@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
-        notices=(*listing.notices, *scaled, *_repeated(listing)),
+        notices=(*listing.notices, *scaled, *_repeated(listing), *_siteless(listing, rows)),
         grey_bits=bits,
     )
 
@@ -236,7 +237,7 @@ def _units(listing: Listing) -> npt.NDArray[np.int64]:
 
 
 def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """The rows of every split, sorted; rows that are held out keep the class shares."""
+    """The rows of every split, sorted; rows that are held out keep the shares of sites and classes."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
     if not any(listing.splits):
@@ -252,6 +253,50 @@ def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.i
     return {name: torch.from_numpy(found.astype(np.int64)) for name, found in rows.items()}
 
 
+def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, rng: np.random.Generator) -> list[int]:
+    """Positions of the units that are held out: of every site its share, at least one where there are two.
+
+    Among the classes of a site, the class is taken that lacks most of its share of the whole set; a class with a single
+    unit stays in training where it can.
+
+    Args:
+        kinds: int64 ``[m]``, the class of every unit.
+        homes: the site of every unit.
+        share: share of a site's units.
+        rng: orders the units.
+    """
+    total = np.bincount(kinds)
+    due = np.where(total > 1, np.maximum(share * total, 1), 0)
+    got = np.zeros(len(total))
+    units: dict[str, dict[int, list[int]]] = {}
+    for unit in rng.permutation(len(kinds)).tolist():
+        units.setdefault(homes[unit], {}).setdefault(int(kinds[unit]), []).append(unit)
+    held: list[int] = []
+    for site in sorted(units):
+        own = units[site]
+        size = sum(map(len, own.values()))
+        room = {kind: math.ceil(share * len(waiting)) for kind, waiting in own.items()}
+        for _ in range(min(max(1, round(share * size)), size - 1)):
+            able = [kind for kind, left in room.items() if left]
+            kind = min(able, key=lambda kind: (got[kind] / due[kind] if due[kind] else math.inf, total[kind], kind))
+            held.append(own[kind].pop())
+            room[kind] -= 1
+            got[kind] += 1
+    return held
+
+
+def _siteless(listing: Listing, rows: dict[str, Tensor]) -> list[str]:
+    """Sentences on sites of training images that have none in a set that is held out, where its images name sites."""
+    sites = {name: {listing.clients[row] for row in chosen.tolist()} - {""} for name, chosen in rows.items()}
+    told = []
+    for name in ("test", "validation"):
+        absent = sorted(sites["train"] - sites[name])
+        if absent and sites[name]:
+            more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+            told.append(f"The {name} set has no image of {', '.join(absent[:SHOWN])}{more}.")
+    return told
+
+
 def _held_out(
     data: str,
     rows: npt.NDArray[np.int64],
@@ -264,14 +309,23 @@ def _held_out(
     for row in rows.tolist():
         by_unit.setdefault(int(units[row]), []).append(row)
     wholes = list(by_unit.values())
-    count = max(1, round(share * len(wholes)))
-    if count >= len(wholes):
+    labels = listing.labels[[own[0] for own in wholes]]
+    if labels.ndim == 2:  # images with the same labels are of one kind
+        labels = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
+    kinds = labels.astype(np.int64, copy=False)
+    homes = [listing.clients[own[0]] for own in wholes]  # several sites, and not one image of each
+    if 1 < Counter(homes).most_common(1)[0][1] < len(homes):
+        if listing.labels.ndim == 2:  # sets of labels that a single image has are of one kind too
+            kinds = np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1)
+        order = _by_site(kinds, homes, share, stream(0, f"split/{data}/{purpose}"))
+        count = len(order)
+        order += sorted(set(range(len(wholes))) - set(order))
+    else:
+        order = interleaved(kinds, f"split/{data}/{purpose}")
+        count = max(1, round(share * len(wholes)))
+    if not 0 < count < len(wholes):
         what = "images" if listing.patients is None else "patients"
         raise UserError(f'data set "{data}": {len(wholes)} {what} are too few to hold some out as {purpose} set')
-    kinds = listing.labels[[own[0] for own in wholes]]
-    if kinds.ndim == 2:  # images with the same labels are of one kind
-        kinds = np.unique(kinds, axis=0, return_inverse=True)[1].reshape(-1)
-    order = interleaved(kinds.astype(np.int64, copy=False), f"split/{data}/{purpose}")
     held, kept = (
         np.array(sorted(row for i in part.tolist() for row in wholes[i]), dtype=np.int64)
         for part in fixed_rows(order, count)

@@ -132,7 +132,10 @@ def load(
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text)
     names = source.sites if spec.name == "attribute" and source.sites else None
     validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
-    test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
+    test_rows = {
+        key: _first_rows(pool, common["test_samples"], f"test/{key}", _homes(source, pool))
+        for key, pool in source.tests.items()
+    }
     mean, std = source.mean, source.std
     if info.coloured:
         tell_unused(cache, progress)
@@ -464,12 +467,25 @@ def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: 
 
 def _validation_rows(source: Source, trained: int, wanted: int) -> Tensor:
     share = trained / max(len(source.train), 1)
-    return _first_rows(source.validation, wanted or max(1, round(share * len(source.validation))), "validation")
+    count = wanted or max(1, round(share * len(source.validation)))
+    return _first_rows(source.validation, count, "validation", _homes(source, source.validation))
 
 
-def _first_rows(pool: Pool | Split, count: int, purpose: str) -> Tensor:
-    """A fixed random choice of ``count`` rows of a pool (0: all rows), sorted."""
+def _homes(source: Source, pool: Pool) -> npt.NDArray[np.int64] | None:
+    """The site of every row of a pool; None where the data name no sites."""
+    return pool.groups.numpy() if source.sites and pool.groups is not None else None
+
+
+def _first_rows(pool: Pool | Split, count: int, purpose: str, homes: npt.NDArray[np.int64] | None = None) -> Tensor:
+    """A fixed random choice of ``count`` rows of a pool (0: all rows), sorted; one of every site if they suffice."""
     if count == 0 or count >= len(pool):
         return torch.arange(len(pool))
     order = stream(0, f"subset/{purpose}").permutation(len(pool))
+    if homes is not None:
+        place = np.empty(len(pool))
+        for site in np.unique(homes):
+            own = order[homes[order] == site]
+            place[own] = (np.arange(len(own)) + 0.5) / len(own)
+            place[own[0]] = -1
+        order = order[np.argsort(place[order], kind="stable")]
     return torch.from_numpy(np.sort(order[:count]).astype(np.int64))

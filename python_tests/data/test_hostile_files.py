@@ -502,7 +502,7 @@ def test_one_image_in_two_splits(tmp_path):
     table.write_text("path,label,split\n" + "\n".join([*rows, "a/0.png,a,train"]))
     opened("csv", table)  # a row that is there twice stays in its split
     table.write_text("path,label,split\n" + "\n".join([*rows, "./a/0.png,a,test"]))
-    with pytest.raises(UserError, match=r"a/0\.png is in two splits, train and test"):
+    with pytest.raises(UserError, match=r"a/0\.png is in two splits, train \(line 2\) and test \(line 14\)"):
         opened("csv", table)
 
 

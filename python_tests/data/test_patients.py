@@ -122,7 +122,9 @@ def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
 def test_an_image_of_two_patients(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text() + "\n3.png,3.png,m3.png,more,more words here,x,17")
-    with pytest.raises(UserError, match=r"the image 3\.png belongs to two patients, 3 and 17; name one"):
+    with pytest.raises(
+        UserError, match=r"the image 3\.png belongs to two patients, 3 \(line 5\) and 17 \(line 152\); name one"
+    ):
         opened("pairs", path)
 
 

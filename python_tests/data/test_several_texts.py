@@ -1,5 +1,7 @@
 """Images with several captions: nothing that is held out shows an image that somebody trains on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
+from fedkern.data.types import joined
 from fedkern.engine import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
@@ -81,8 +84,10 @@ def test_the_public_images_are_nobodys(tmp_path):
 
 
 def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
-    path = write(tmp_path, client=lambda i, j: "C" if i % 2 == 0 and j == 1 else "AB"[i % 2])
+    path = write(tmp_path, client=lambda i, j: "ABC"[i % 3])
     data = opened(path, partition="attribute")
+    shared = joined([data.clients[0], data.clients[2].subset(torch.arange(2))])
+    data = replace(data, clients=(shared, *data.clients[1:]))
     with pytest.raises(
         UserError, match=r"Client 2 \(C\) cannot be held out: \d+ of its images \(\d+\.png\) belong to client 0 \(A\)"
     ):
@@ -114,7 +119,7 @@ def test_losses_are_taken_on_images_that_are_not_trained_on(tmp_path, loss_share
 
 
 def test_too_few_images_are_named(tmp_path):
-    data = opened(write(tmp_path, images=6, texts=20), clients=4)
+    data = opened(write(tmp_path, images=6, texts=20, client=lambda i, j: ""), clients=4)
     method, clients = robust(data)
     with pytest.raises(UserError, match="Client 0 has 20 samples of 1 images or patients, too few to keep some"):
         method.check(clients[0])

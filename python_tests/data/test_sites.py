@@ -1,6 +1,7 @@
 """Sites that users' files name: a column of a CSV file or a folder for every site makes the clients."""
 
 import re
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -133,16 +134,115 @@ def test_a_single_site_is_no_partition(tmp_path):
 
 
 def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
-    root = table(tmp_path)
-    path = root / "list.csv"
+    """Both patients of a site are patients of others too, who are held out."""
+    line = "{i}.png,{label},{site},{i}"
+    root = table(tmp_path, "path,label,site,patient", line=line)
     whole = opened("csv", root)
-    name = whole.tests[""].ids[0]
-    path.write_text(re.sub(rf"(?m)^({re.escape(name)},\w),\w+$", r"\1,Zell", path.read_text()))
+    path, held = root / "list.csv", [name.removesuffix(".png") for name in whole.tests[""].ids[:2]]
+    for i, patient in enumerate(held):
+        picture(root / f"z{i}.png", i)
+        path.write_text(path.read_text() + f"z{i}.png,c,Zell,{patient}\n")
     with pytest.raises(UserError, match=r"all images of Zell in the column .* were drawn into the test or validation"):
         opened("csv", root)
     said = []
     assert opened("csv", root, partition="attribute", notice=said.append).client_names == SITES
-    assert "names Zell too, which has no training image left and is no client" in said[0]
+    assert "names Zell too, which has no training image left and is no client" in said[-1]
+
+
+# Sets that are drawn
+
+
+def by_site(root, name, counts, patients=1, header=True):
+    """A data set of sites with so many images each; images of a patient follow each other."""
+    root.mkdir(parents=True, exist_ok=True)
+    columns = {"csv": "path,label", "pairs": "image,text,label", "reports": "image,report,label"}
+    columns["segmentation"] = "image,mask"
+    lines, number = [f"{columns[name]},site,patient"], 0
+    for site, count in counts.items():
+        for i in range(count):
+            picture(root / f"{site}{i}.png", number % 256)
+            mask = Image.new("L", (9, 8))
+            mask.paste(1, (1, 1, 4, 4))
+            mask.save(root / f"m{site}{i}.png")
+            row = {"path": f"{site}{i}.png", "label": "ab"[i % 2], "text": f"text {i}", "report": f"some report {i}"}
+            row |= {"image": row["path"], "mask": f"m{site}{i}.png", "site": site, "patient": f"{site}{i // patients}"}
+            lines.append(",".join(row[column] for column in lines[0].split(",")))
+            number += 1
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def shares(split):
+    """How many images of a split every site has."""
+    return dict(sorted(Counter(name[0] for name in split.ids).items()))
+
+
+@pytest.mark.parametrize("name", ["csv", "pairs", "reports", "segmentation"])
+def test_the_sets_are_drawn_of_every_site(tmp_path, name):
+    said = []
+    data = opened(name, by_site(tmp_path, name, {"A": 10, "B": 10, "C": 40}), notice=said.append)
+    assert shares(data.tests[""]) == {"A": 2, "B": 2, "C": 8}
+    assert shares(data.validation) == {"A": 1, "B": 1, "C": 3}
+    assert said == []
+    iid = opened(name, tmp_path, partition="iid", clients=2)
+    assert iid.tests[""].ids == data.tests[""].ids
+
+
+def test_folders_of_sites_are_drawn_of_every_site(tmp_path):
+    for k, site in enumerate(SITES):
+        for label in "ab":
+            for i in range(5):
+                picture(tmp_path / site / label / f"{i}.png", 40 * k + 20 * (label == "a") + i)
+    data = opened("folder", tmp_path)
+    assert shares(data.tests[""]) == {"A": 2, "B": 2, "C": 2}
+    assert shares(data.validation) == {"A": 1, "B": 1, "C": 1}
+    assert data.tests[""].labels.bincount().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("counts", "test", "validation", "told"),
+    [
+        ({"A": 3, "B": 3}, {"A": 1, "B": 1}, {"A": 1, "B": 1}, []),
+        ({"A": 2, "B": 3}, {"A": 1, "B": 1}, {"B": 1}, ["The validation set has no image of A."]),
+        (
+            {"A": 1, "B": 1, "C": 30},
+            {"C": 6},
+            {"C": 2},
+            ["The test set has no image of A, B.", "The validation set has no image of A, B."],
+        ),
+    ],
+)
+def test_small_sites(tmp_path, counts, test, validation, told):
+    said = []
+    data = opened("csv", by_site(tmp_path, "csv", counts), partition="attribute", notice=said.append)
+    assert (shares(data.tests[""]), shares(data.validation), said) == (test, validation, told)
+    assert list(shares(data.clients[0])) == ["A"]
+
+
+def test_patients_of_every_site_are_held_out_whole(tmp_path):
+    data = opened("csv", by_site(tmp_path, "csv", {"A": 12, "B": 12, "C": 60}, patients=3))
+    assert shares(data.tests[""]) == {"A": 3, "B": 3, "C": 12}
+    held = set(data.tests[""].patients.tolist())
+    assert not held & {patient for split in (*data.clients, data.validation) for patient in split.patients.tolist()}
+
+
+def test_a_rare_class_is_in_what_is_held_out(tmp_path):
+    """Two of 60 images show the class c, at sites whose other classes are common."""
+    root = by_site(tmp_path, "csv", {"A": 20, "B": 20, "C": 20})
+    path = root / "list.csv"
+    path.write_text(path.read_text().replace("A3.png,b", "A3.png,c").replace("C5.png,b", "C5.png,c"))
+    data = opened("csv", root)
+    assert data.classes == ("a", "b", "c")
+    assert int((data.tests[""].labels == 2).sum()) == 1
+    assert sum(int((split.labels == 2).sum()) for split in data.clients) == 1
+
+
+@pytest.mark.parametrize("count", [3, 4, 6])
+def test_fewer_test_images_still_show_every_site(tmp_path, count):
+    root = by_site(tmp_path, "csv", {"A": 5, "B": 5, "C": 60})
+    data = opened("csv", root, test_samples=count, validation_samples=3)
+    assert list(shares(data.tests[""])) == list(shares(data.validation)) == ["A", "B", "C"]
+    assert len(data.tests[""]) == count
 
 
 # Columns by other names
@@ -169,7 +269,7 @@ def test_columns_by_other_names(tmp_path, name, header, line, options):
 
 
 def test_patients_and_splits_in_columns_by_other_names(tmp_path):
-    line = "{i}.png,{label},{split},{site}"
+    line = "{i}.png,{label},{split},{split} {site}"
     data = opened("csv", table(tmp_path, "path,label,set,person", line=line), split="set", patient="person", clients=2,
                   partition="iid")  # fmt: skip
     assert {int(name.removesuffix(".png")) for name in data.tests[""].ids} == set(range(24, 30))
