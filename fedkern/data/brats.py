@@ -8,7 +8,7 @@ anterior, superior), so that slices are axial however the volume was stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
 """Classes of BraTS and the voxel values that its releases store for each."""
 
 HEADER = 540  # bytes of a NIfTI-2 header, the longer of the two
+SHIFT = 0.1  # of a voxel: what rounding the two forms of an affine in a header may come to
 PERCENTILES = 0.5, 99.5  # of a volume's non-zero voxels; intensities outside are clipped
 MEAN, STD = 0.3, 0.25  # low, because brain and bright tissue fill a small part of a slice
 
@@ -43,6 +44,27 @@ class Case:
     site: str
     volumes: tuple[Path, ...]
     mask: Path
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Voxels of a file: their count along every axis, right, anterior, superior, and where they lie in space."""
+
+    path: Path
+    shape: tuple[int, ...]
+    affine: npt.NDArray[np.float64]
+
+    def check(self, other: Grid) -> None:
+        """Raises UserError where the voxels of another file of the case are not these."""
+        if other.shape != self.shape:
+            raise UserError(f'data set "brats": {other.path} has another shape than {self.path}')
+        corners = np.stack([*np.meshgrid(*((0, side - 1) for side in self.shape), indexing="ij"), np.ones((2, 2, 2))])
+        apart = np.linalg.norm(np.tensordot((other.affine - self.affine)[:3], corners, 1), axis=0).max()
+        if not apart <= SHIFT * np.linalg.norm(self.affine[:3, :3], axis=0).min():  # nor where it is not finite
+            raise UserError(
+                f'data set "brats": the affine of {other.path} puts its voxels up to {apart:.3g} mm away from those of '
+                f"{self.path}; resample one to the other, or mend the header that is wrong"
+            )
 
 
 def open_brats(
@@ -79,7 +101,7 @@ def open_brats(
 
     Raises:
         UserError: nibabel is missing; there is no case or no slice; a folder or volume is found twice; or a file is
-            missing, damaged or of another shape.
+            missing, damaged, of another shape or at another place in space.
     """
     _nibabel()
     base = need_root(root, "brats", "CASE/CASE_flair.nii.gz")
@@ -88,21 +110,23 @@ def open_brats(
         raise UserError(f'data set "brats": modalities must be different names between commas, not "{modalities}"')
     cases = find_cases(base, channels, target)
     values = read_labels(labels)
-    found: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(cases)
+    found: dict[int, npt.NDArray[np.uint8]] = {}
+    grids: dict[int, Grid] = {}
 
     def read(i: int) -> None:
-        found[i] = classes_of(cases[i].mask, list(values.values()), max_image_pixels)
+        found[i], grids[i] = classes_of(cases[i].mask, list(values.values()), max_image_pixels)
 
     each(read, len(cases))
     rows = [
-        (i, z) for i, case in enumerate(cases) for z in kept_slices(case, found[i], slices, every, max_image_pixels)
+        (i, z)
+        for i, case in enumerate(cases)
+        for z in kept_slices(case, found[i], grids[i], slices, every, max_image_pixels)
     ]
     if not rows:
         raise UserError(f'data set "brats": no slice under {base} holds any class; take slices=all or other labels')
     where = np.array(rows, dtype=np.int64)
     targets = torch.stack([square(torch.from_numpy(found[i][z].copy()), size, smooth=False) for i, z in rows])
-    shapes = [own.shape for own in found]
-    pools = _pools(cases, shapes, where, targets, (test_share, validation_share), max_image_pixels)
+    pools = _pools(cases, grids, where, targets, (test_share, validation_share), max_image_pixels)
     sites = sorted({case.site for case in cases})
     return Source(
         classes=("background", *values),
@@ -191,7 +215,12 @@ def read_labels(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def volume(path: Path, max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.float32]:
-    """A volume's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top.
+    """The values of :func:`read_volume`."""
+    return read_volume(path, max_voxels)[0]
+
+
+def read_volume(path: Path, max_voxels: int = MAX_PIXELS) -> tuple[npt.NDArray[np.float32], Grid]:
+    """A volume's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top; and its grid.
 
     Raises:
         UserError: the file cannot be read, does not have three dimensions, has more than ``max_voxels`` voxels or none,
@@ -231,7 +260,7 @@ def volume(path: Path, max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.float32]:
         raise UserError(f'data set "brats": the volume {path} has {values.ndim} dimensions, expected three')
     if not np.isfinite(values).all():
         raise UserError(f'data set "brats": the volume {path} holds values that are no finite numbers')
-    return np.ascontiguousarray(values.transpose(2, 1, 0)[:, ::-1])
+    return np.ascontiguousarray(values.transpose(2, 1, 0)[:, ::-1]), Grid(path, values.shape, image.affine)
 
 
 def _kind(nib: Any, head: bytes) -> Any:
@@ -239,27 +268,29 @@ def _kind(nib: Any, head: bytes) -> Any:
     return nib.Nifti2Image if HEADER in (int.from_bytes(head[:4], o) for o in ("little", "big")) else nib.Nifti1Image
 
 
-def classes_of(path: Path, values: Sequence[tuple[int, ...]], max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """The class of every voxel of a mask file, uint8 ``[Z, Y, X]``."""
-    stored = volume(path, max_voxels)
+def classes_of(
+    path: Path, values: Sequence[tuple[int, ...]], max_voxels: int = MAX_PIXELS
+) -> tuple[npt.NDArray[np.uint8], Grid]:
+    """The class of every voxel of a mask file, uint8 ``[Z, Y, X]``, and the file's grid."""
+    stored, grid = read_volume(path, max_voxels)
     if (stored != np.rint(stored)).any() or stored.min() < 0:
         raise UserError(f'data set "brats": the mask {path} holds values that are no class numbers')
     made = np.zeros(stored.shape, dtype=np.uint8)
     for number, own in enumerate(values, 1):
         made[np.isin(stored, own) if own else stored > 0] = number
-    return made
+    return made, grid
 
 
 def kept_slices(
-    case: Case, classes: npt.NDArray[np.uint8], slices: str, every: int, max_voxels: int = MAX_PIXELS
+    case: Case, classes: npt.NDArray[np.uint8], grid: Grid, slices: str, every: int, max_voxels: int = MAX_PIXELS
 ) -> list[int]:
-    """The slices of a case that become images."""
+    """The slices of a case that become images; ``grid`` is that of the mask."""
     if slices == "all":
         there = np.ones(len(classes), dtype=bool)
     elif slices == "tissue":
-        there = np.asarray((volume(case.volumes[0], max_voxels) != 0).any((1, 2)))
-        if len(there) != len(classes):
-            raise _unequal(case.volumes[0], case.mask)
+        values, own = read_volume(case.volumes[0], max_voxels)
+        grid.check(own)
+        there = np.asarray((values != 0).any((1, 2)))
     else:
         there = np.asarray(classes.any((1, 2)))
     return [int(z) for z in np.flatnonzero(there)[::every]]
@@ -293,7 +324,7 @@ def square(image: Tensor, size: int, *, smooth: bool) -> Tensor:
 
 def _pools(
     cases: Sequence[Case],
-    shapes: Sequence[tuple[int, ...]],
+    grids: Mapping[int, Grid],
     where: npt.NDArray[np.int64],
     targets: Tensor,
     shares: tuple[float, float],
@@ -309,7 +340,7 @@ def _pools(
         own = where[rows.numpy()]
 
         def read(wanted: Tensor) -> tuple[Tensor, None]:
-            return _slices(cases, shapes, own[wanted.numpy()], targets.shape[-1], max_voxels), None
+            return _slices(cases, grids, own[wanted.numpy()], targets.shape[-1], max_voxels), None
 
         def classes(wanted: Tensor) -> Tensor:
             return targets[rows[wanted]].long()
@@ -357,7 +388,7 @@ def _held_out(
 
 def _slices(
     cases: Sequence[Case],
-    shapes: Sequence[tuple[int, ...]],
+    grids: Mapping[int, Grid],
     wanted: npt.NDArray[np.int64],
     size: int,
     max_voxels: int,
@@ -371,18 +402,13 @@ def _slices(
         rows = np.flatnonzero(wanted[:, 0] == present[number])
         planes = wanted[rows, 1]
         for channel, path in enumerate(case.volumes):
-            values = volume(path, max_voxels)
-            if values.shape != shapes[present[number]]:
-                raise _unequal(path, case.mask)
+            values, grid = read_volume(path, max_voxels)
+            grids[int(present[number])].check(grid)
             own = torch.from_numpy(to_bytes(values)[planes])
             images[torch.from_numpy(rows), channel] = square(own, size, smooth=True)
 
     each(read, len(present))
     return images
-
-
-def _unequal(path: Path, mask: Path) -> UserError:
-    return UserError(f'data set "brats": the volume {path} has another shape than its mask {mask}')
 
 
 def _nibabel() -> Any:

@@ -1,6 +1,7 @@
 """NIfTI volumes: slices, classes, intensities, whole cases; every mistake is one sentence."""
 
 import gzip
+import re
 import struct
 
 import numpy as np
@@ -223,3 +224,51 @@ def test_without_nibabel(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
     with pytest.raises(UserError, match=r'pip install "fedkern\[medical\]"'):
         opened(tmp_path)
+
+
+def moved(shift=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)):
+    affine = np.diag([*scale, 1.0])
+    affine[:3, 3] = shift
+    return affine
+
+
+@pytest.mark.parametrize("name", ["t1", "flair", "seg"])
+@pytest.mark.parametrize("slices", ["object", "tissue", "all"])
+@pytest.mark.parametrize(
+    "affine",
+    [
+        moved(scale=(-1, -1, 1)),
+        moved((0, 0, 5)),
+        moved((0.5, 0, 0)),
+        moved(scale=(1, 1, 2)),
+        moved(scale=(1.05, 1, 1)),
+        np.array([[0.995, -0.0998, 0, 0], [0.0998, 0.995, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),  # turned by 5.7 degrees
+    ],
+    ids=["mirrored", "origin", "half a voxel", "thicker slices", "wider voxels", "turned"],
+)
+def test_a_file_at_another_place_than_its_mask_is_refused(tmp_path, name, slices, affine):
+    write_cases(tmp_path)
+    path = tmp_path / "case3" / f"case3_{name}.nii.gz"
+    save(path, np.asarray(nibabel.load(path).dataobj), affine)
+    other = "case3_(t1|flair)" if name == "seg" else "case3_seg"
+    with pytest.raises(UserError, match=r"the affine of .* mm away from those of .*; resample") as caught:
+        opened(tmp_path, slices=slices)
+    assert re.search(other, str(caught.value))
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rounded_affines_and_other_axes_are_one_place(tmp_path):
+    """A mask that is stored along other axes, as its affine says, and one whose affine is rounded."""
+    place = moved((-88.123456, 40.2, 17.7), (0.9765625, 0.9765625, 3.0))
+    write_cases(tmp_path, affine=place)
+    expected = opened(tmp_path)
+    path = tmp_path / "case3" / "case3_seg.nii.gz"
+    stored = np.asarray(nibabel.load(path).dataobj)
+    turned = place @ np.array([[-1, 0, 0, SHAPE[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    save(path, stored[::-1], turned)
+    rounded = tmp_path / "case4" / "case4_seg.nii.gz"
+    save(rounded, np.asarray(nibabel.load(rounded).dataobj), place + 1e-3)
+    for one, other in zip(every_split(opened(tmp_path)), every_split(expected), strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, other.images)
