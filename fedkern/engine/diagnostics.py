@@ -11,6 +11,7 @@ import torch
 
 from fedkern.data.image_rows import in_parts
 from fedkern.engine.config import RunConfig
+from fedkern.engine.evaluate import undefined
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
 from fedkern.methods.common.figures import MAIN_FIGURES
@@ -217,6 +218,33 @@ def missing_metrics(config: RunConfig, sets: Mapping[str, Any], found: Mapping[s
         "missing-metric": f"{named} not computed: metrics of plugins are for classification by one network, and "
         f"{config.method} on {config.data} has other figures."
     }
+
+
+def undefined_figures(
+    sets: Mapping[str, TestSet], own: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
+) -> dict[str, str]:
+    """Warnings about main figures that are not defined on a test set or for a client.
+
+    Args:
+        sets: the test sets by the prefix of their figures' names.
+        own: the clients' figures, None where one is not defined (`fedkern.engine.evaluate.with_undefined`).
+        label: names a client.
+    """
+    reasons = {"dice": "no mask with an object", "macro_auroc": "no label that some images have and others lack"}
+    texts: dict[str, str] = {}
+    for prefix, data in sets.items():
+        if figure := undefined(data):
+            name = prefix.removesuffix("_") or "test"
+            texts[f"no-{prefix}{figure}"] = f'The set "{name}" has {reasons[figure]}, and so no {figure}.'
+    lacking = [k for k, figures in own.items() if None in figures.values()]
+    if lacking:
+        figure = next(name for name, value in own[lacking[0]].items() if value is None)
+        some = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        texts[f"no-client-{figure}"] = (
+            f"{len(lacking)} of {len(own)} clients ({some}) have {reasons[figure]} in their test sets, and so no "
+            f"{figure}: its mean and the worst client are of the others."
+        )
+    return texts
 
 
 def missing_statistics(config: RunConfig, missing: bool) -> dict[str, str]:

@@ -30,6 +30,7 @@ from fedkern.engine.evaluate import (
     over_clients,
     site_sets,
     test_sets,
+    with_undefined,
     worst_client,
 )
 from fedkern.engine.events import RunInfo
@@ -767,6 +768,7 @@ class Run:
             own = ONLY
             self._evaluate_clients(network, own_sets)
         told, classes = self.context.disclosure, self.context.data.classes
+        own_figures = with_undefined(self.own_figures, own_sets)
         final = final_figures(self.sets, classes)
         # The method's own figures come first, and stay where one has the name of a figure of ours.
         of_tests = {**self.latest, **final.metrics, **self.latest, **self._gradcam(network)}
@@ -789,6 +791,7 @@ class Run:
             diagnostics.poor_metrics(metrics, self.best, len(classes), constant),
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),
             diagnostics.missing_metrics(self.config, self.sets, self.latest),
+            diagnostics.undefined_figures(self.sets, own_figures, self.context.data.client_label),
             self.method.diagnose(self.observed.summary()) if told.clients else {},
         ):
             for name, text in texts.items():
@@ -801,7 +804,7 @@ class Run:
             self._write_predictions()
         self._tell_warnings()
         names = self.context.data.client_names
-        write_evaluation(self.out, rows(of_tests, [*self.sets], self.own_figures, names, own))
+        write_evaluation(self.out, rows(of_tests, [*self.sets], own_figures, names, own))
         write_model(self.out, network, about_network(self.context, self.config, self.done, flat))
         summary: dict[str, Any] = {
             "method": self.config.method,
@@ -848,13 +851,14 @@ class Run:
         if not self.own_figures:
             return {}
         names, worst = self.context.data.client_names, worst_client(self.own_figures, sets)
+        own = with_undefined(self.own_figures, sets)
 
         def named(k: int) -> dict[str, Any]:
             return {} if names is None else {"name": names[k]}
 
         found: dict[str, Any] = {
             "client_test_set": test_set,
-            "client_metrics": {str(k): {**named(k), **figures} for k, figures in self.own_figures.items()},
+            "client_metrics": {str(k): {**named(k), **figures} for k, figures in own.items()},
         }
         if worst is not None:
             k, figure = worst

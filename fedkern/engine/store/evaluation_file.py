@@ -15,13 +15,13 @@ ONLY, OWN = "test", "own"
 """Names in the column ``test_set``: the test set of a run with a single one, and a client's own test set."""
 _OF_CLIENTS = ("mean_client_", "worst_client_")
 
-Row = tuple[str, str, str, float]
+Row = tuple[str, str, str, float | None]
 
 
 def rows(
     metrics: Mapping[str, float],
     prefixes: Sequence[str],
-    own: Mapping[int, Mapping[str, float]],
+    own: Mapping[int, Mapping[str, float | None]],
     names: Sequence[str] | None = None,
     test_set: str = OWN,
 ) -> Iterator[Row]:
@@ -30,7 +30,8 @@ def rows(
     Args:
         metrics: figures by name, with the prefix of their test set; figures over clients are left out.
         prefixes: prefixes of the test sets (``""``, ``"id_"``); figures with the prefix ``validation_`` are left out.
-        own: figures by client; empty where there are none, or nothing of them may be told.
+        own: figures by client, None where one is not defined; empty where there are none, or nothing of them may be
+            told.
         names: the clients' names, or None: their numbers.
         test_set: what ``own`` was computed on: `OWN`, or `ONLY` for every client's part of the run's test set.
     """
@@ -39,13 +40,15 @@ def rows(
         prefix = next(prefix for prefix in known if name.startswith(prefix))
         if not name.startswith(("validation_", *_OF_CLIENTS)):
             yield "", prefix.removesuffix("_") or ONLY, name.removeprefix(prefix), value
-    for k, figures in own.items():
-        for name, value in figures.items():
-            yield str(k) if names is None else names[k], test_set, name, value
+    for k, own_figures in own.items():
+        client = str(k) if names is None else names[k]
+        yield from ((client, test_set, name, value) for name, value in own_figures.items())
 
 
 def write_evaluation(out: Path, found: Iterator[Row]) -> None:
     """Writes evaluation.csv, completely or not at all: a header, then one row per figure; floats in full precision.
+
+    The value of a figure that is not defined is empty.
 
     Raises:
         UserError: the folder cannot be written.
@@ -53,5 +56,7 @@ def write_evaluation(out: Path, found: Iterator[Row]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows((client, test_set, name, repr(float(value))) for client, test_set, name, value in found)
+    writer.writerows(
+        (client, test_set, name, "" if value is None else repr(float(value))) for client, test_set, name, value in found
+    )
     atomic.write_bytes(out / EVALUATION, text.getvalue().encode())

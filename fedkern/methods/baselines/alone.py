@@ -108,8 +108,8 @@ def _averaged(figures: list[dict[str, float]], main: str) -> dict[str, float]:
     """Means of the figures over clients, and the lowest and highest value of the main figure."""
     shared = [name for name in figures[0] if all(name in each for each in figures)]
     mean = {name: sum(each[name] for each in figures) / len(figures) for name in shared}
-    ends = [each[main] for each in figures]
-    return {**mean, f"lowest_{main}": min(ends), f"highest_{main}": max(ends)}
+    ends = [each[main] for each in figures if main in each]
+    return {**mean, **({f"lowest_{main}": min(ends), f"highest_{main}": max(ends)} if ends else {})}
 
 
 @torch.no_grad()

@@ -33,10 +33,11 @@ def recalls(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
-    """Mean F1 of the classes that are true or predicted somewhere (``f1_score(average="macro", zero_division=0)``)."""
+    """Mean F1 of the classes that have samples (``f1_score(average="macro", labels=numpy.unique(labels))``)."""
     right = torch.bincount(labels[labels == predicted], minlength=classes).double()
-    either = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
-    return float((2 * right / either).nanmean())
+    true = torch.bincount(labels, minlength=classes)
+    either = true + torch.bincount(predicted, minlength=classes)
+    return float((2 * right / either)[true > 0].mean())
 
 
 def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:

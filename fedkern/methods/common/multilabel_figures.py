@@ -49,15 +49,15 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     Returns:
         - ``macro_auroc``: mean of :func:`areas` over the labels that have one;
         - ``mean_average_precision``: mean of :func:`average_precisions` over the labels that occur;
-        - ``macro_f1``: mean F1 of the labels that occur or are predicted;
+        - ``macro_f1``: mean F1 of the labels that occur;
         - ``exact_match``: share of the images all of whose labels are right (subset accuracy).
     """
     predicted, true = logits > 0, labels.bool()
-    both = (predicted & true).sum(0).double()
+    f1 = 2 * (predicted & true).sum(0).double() / (predicted.sum(0) + true.sum(0))
     found = {
         MAIN: float(areas(logits, labels).nanmean()),
         "mean_average_precision": float(average_precisions(logits, labels).nanmean()),
-        "macro_f1": float((2 * both / (predicted.sum(0) + true.sum(0))).nanmean()),
+        "macro_f1": float(f1[true.any(0)].mean()),  # NaN without a label that occurs
         "exact_match": float((predicted == true).all(1).double().mean()),
     }
     return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -3,13 +3,16 @@
 Class 0 is the background and is excluded from all means.  Unknown pixels (`fedkern.data.IGNORE`, any negative label)
 are ignored everywhere.
 
-Dice follows MONAI's ``DiceMetric`` with its defaults.  2 |P ∩ T| / (|P| + |T|) is computed for every case and every
-class that the case's truth T contains; a class that T lacks has no Dice, whatever is predicted.  The mean is taken over
+Dice follows MONAI's ``DiceMetric`` with its defaults, healthy cases excepted.  2 |P ∩ T| / (|P| + |T|) is computed for
+every case and every class that the case's truth T contains; a class that T lacks has no Dice there.  In a case without
+any object, every class that is predicted has Dice 0, as in nnU-Net, so that false alarms count.  The mean is taken over
 cases, then over classes.  A case is an image, or all slices of a volume or tiles of a picture
 (`fedkern.data.Split.cases`).
 
 The intersection over union is that of PASCAL VOC: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, then the
-mean over classes.  Predictions in images without the class count too.
+mean over classes.
+
+A class that the truth of a whole test set lacks has no figure, and no mean counts it.
 
 The Hausdorff distance is the 95th percentile of the distances from one mask's outline to the other's, in pixels, the
 larger of both directions.  If a class is not found at all, the distance is the image's diagonal, as BraTS counts a
@@ -47,7 +50,7 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
         class, ``dice_1`` and so on by class number.  A class that no truth contains has no figure.  If no truth
-        contains any foreground class, ``dice`` is 0 and ``hd95`` is left out.
+        contains any foreground class, there is neither ``dice`` nor ``iou`` nor ``hd95``.
 
     Raises:
         ValueError: no pixel has a label.
@@ -79,12 +82,9 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         keep(every)
     by_class = every[1:]
     both, said, true = per_image.sum(0).double().unbind(0)
-    union = (said + true - both)[1:]
-    figures = {
-        "dice": _mean(by_class),
-        "iou": _mean(torch.where(union > 0, both[1:] / union, math.nan)),
-        "loss": loss / known,
-    }
+    union = torch.where(true > 0, said + true - both, math.nan)[1:]
+    means = {"dice": float(by_class.nanmean()), "iou": float((both[1:] / union).nanmean())}
+    figures = {**{name: mean for name, mean in means.items() if not math.isnan(mean)}, "loss": loss / known}
     if distances:
         figures["hd95"] = float(np.mean(distances))
     if len(by_class) > 1:
@@ -115,11 +115,15 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 def dice(counts: Tensor) -> Tensor:
     """Mean over cases of 2 |P ∩ T| / (|P| + |T|) for every class, fp64 [C]; NaN for a class that no truth contains.
 
+    A case counts for the classes of its truth; without any object, for the classes that are predicted.
+
     Args:
         counts: int64 [n, 3, C], as from :func:`overlaps`.
     """
     both, said, true = counts.double().unbind(1)
-    return torch.where(true > 0, 2 * both / (said + true), math.nan).nanmean(0)
+    healthy = true[:, 1:].sum(1, keepdim=True) == 0
+    counted = (true.sum(0) > 0) & ((true > 0) | (healthy & (said > 0)))
+    return torch.where(counted, 2 * both / (said + true), math.nan).nanmean(0)
 
 
 def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None) -> tuple[float, int]:
@@ -185,9 +189,3 @@ def _together(counts: Tensor, cases: Tensor) -> Tensor:
     """Sums the images' counts [n, 3, C] by case."""
     names, case = torch.unique(cases.cpu(), return_inverse=True)
     return counts.new_zeros(len(names), *counts.shape[1:]).index_add_(0, case, counts)
-
-
-def _mean(values: Tensor) -> float:
-    """Mean of the values that are not NaN; 0 if all are NaN."""
-    mean = float(values.nanmean())
-    return 0.0 if math.isnan(mean) else mean

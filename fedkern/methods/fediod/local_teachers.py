@@ -67,8 +67,8 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main_figure(figures: dict[str, float]) -> float:
-    """The figure that networks are compared by: ``accuracy``, or ``dice`` for segmentation."""
-    return next(figures[name] for name in MAIN_FIGURES if name in figures)
+    """The figure that networks are compared by: ``accuracy``, or ``dice`` for segmentation; else minus the loss."""
+    return next((figures[name] for name in MAIN_FIGURES if name in figures), -figures["loss"])
 
 
 def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:

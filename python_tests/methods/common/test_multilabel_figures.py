@@ -78,7 +78,7 @@ def test_figures_leave_out_labels_without_a_definition():
     found = of_labels.label_figures(torch.as_tensor(scores), torch.as_tensor(labels))
     assert found["macro_auroc"] == 1.0
     assert found["mean_average_precision"] == 1.0
-    assert found["macro_f1"] == 0.5  # the second label neither occurs nor is predicted, the third is predicted wrongly
+    assert found["macro_f1"] == 1.0  # the second label and the third, which is predicted wrongly, do not occur
     assert found["exact_match"] == 0.5
     assert "macro_auroc" not in of_labels.label_figures(scores[:1], labels[:1])
 

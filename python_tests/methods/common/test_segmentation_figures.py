@@ -53,25 +53,33 @@ def masks(seed=0, n=5, classes=3, side=7):
 
 
 def slow_dice(predicted, truth, classes, cases):
-    """One case and class after another, as MONAI's DiceMetric does by default."""
+    """One case and class after another: those of the truth, and in a healthy case those that are predicted."""
     rows = []
     for case in cases.unique():
         p, t = predicted[cases == case], truth[cases == case]
+        healthy = not (t > 0).any()
         known = t >= 0
         row = []
         for c in range(1, classes):
             a, b = (p == c) & known, t == c
-            row.append(2 * float((a & b).sum()) / float(a.sum() + b.sum()) if b.any() else math.nan)
+            row.append(
+                2 * float((a & b).sum()) / float(a.sum() + b.sum()) if b.any() or (healthy and a.any()) else math.nan
+            )
         rows.append(row)
     return np.nanmean(np.array(rows), 0)
 
 
 @pytest.mark.parametrize("cases", [None, [0, 0, 1, 1, 1]])
 @pytest.mark.parametrize("size", [2, 5])
-def test_dice_is_the_mean_of_cases_then_of_classes(cases, size):
+@pytest.mark.parametrize("healthy", [[], [1], [0, 4], [0, 1]])
+def test_dice_is_the_mean_of_cases_then_of_classes(cases, size, healthy):
     predicted, truth = masks(0), masks(1)
     truth[truth == 2] *= torch.arange(5).remainder(2)[:, None, None].expand_as(truth)[truth == 2]  # class 2 in some
     truth[0, :2] = IGNORE
+    for row in healthy:
+        truth[row].clamp_(max=0)
+        if row == healthy[-1]:  # one of them is seen as healthy, in part
+            predicted[row].clamp_(max=1)
     cases = None if cases is None else torch.tensor(cases)
     found = Told(predicted, truth, cases=cases, size=size).figures()
     expected = slow_dice(predicted, truth, 3, torch.arange(5) if cases is None else cases)
@@ -95,17 +103,35 @@ def test_perfect_empty_and_missed():
     assert torch.equal(told.recorded.long(), truth)
     missed = Told(torch.zeros_like(truth), truth, classes=2).figures()
     assert (missed["dice"], missed["iou"], missed["hd95"]) == (0, 0, 10)  # the diagonal
-    # Found where there is nothing: not defined for Dice, an error of the intersection over union.
+    # Found where there is nothing: a case of Dice 0, beside one of Dice 1 and one without.
     false = truth.clone()
     false[1, 0, 0] = 1
     extra = Told(false, truth, classes=2).figures()
-    assert extra["dice"] == 1
+    assert extra["dice"] == 0.5
     assert extra["iou"] == 0.9
-    nothing = Told(truth, torch.zeros_like(truth), classes=2).figures()
-    assert nothing["dice"] == 0
-    assert "hd95" not in nothing
+    for predicted in (truth, torch.zeros_like(truth)):
+        nothing = Told(predicted, torch.zeros_like(truth), classes=2).figures()
+        assert set(nothing) == {"loss"}
     with pytest.raises(ValueError, match="at least one labelled pixel"):
         Told(truth, torch.full_like(truth, IGNORE)).figures()
+
+
+@pytest.mark.parametrize("cases", [None, [0, 0, 1, 1, 1]])
+@pytest.mark.parametrize(
+    "predicted", [masks(seed=4), torch.full((5, 7, 7), 2), torch.zeros(5, 7, 7, dtype=torch.int64)]
+)
+def test_a_class_that_a_set_lacks_is_in_no_mean(cases, predicted):
+    """Whatever is predicted: the figures are those of the other classes."""
+    truth = masks(seed=5).clamp(max=1)
+    cases = None if cases is None else torch.tensor(cases)
+    told, kept = Told(predicted, truth, cases=cases), []
+    told.keep = kept.append
+    found = told.figures()
+    assert torch.isnan(kept[0]).tolist() == [False, False, True]
+    assert "dice_2" not in found
+    assert found["dice"] == found["dice_1"]
+    both, either = ((predicted == 1) & (truth == 1)).sum(), ((predicted == 1) | (truth == 1)).sum()
+    assert found["iou"] == pytest.approx(float(both) / float(either))
 
 
 def test_unknown_pixels_count_nowhere():
