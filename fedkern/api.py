@@ -272,12 +272,12 @@ def simulate(
     Raises:
         UserError: anything the caller can put right, such as an unknown name or a value out of range.
     """
-    from fedkern.report.pictures import LIST, PICTURES
+    from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
     config, memory, module = requested(method, data, model, settings)
     if pictures and out is not None:
         check_vacant(Path(out))
-        check_free(Path(out), (*PICTURES.values(), LIST))
+        check_free(Path(out), (*PICTURES.values(), PICTURE_LIST))
     folder = reserve(RUNS, run_name(config), "name a run folder with out=") if out is None else Path(out)
     try:
         _play(config, folder, memory, module, progress, listener, pictures, resume=False)

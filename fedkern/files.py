@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from fedkern.errors import UserError
 
@@ -13,6 +18,9 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system: two writers are not kept apart there
     fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
+_LINK = "it is a link, through which nothing is written"
 
 
 def expand(path: str | Path) -> Path:
@@ -79,16 +87,19 @@ def check_text(text: str, what: str) -> None:
         ) from None
 
 
-def replace(path: Path, fill: Callable[[Path], object], temporary: Path, *, durable: bool = True) -> None:
-    """Lets ``fill`` write ``temporary``, flushes it to the disk if ``durable``, and renames it to ``path``.
+def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Lets ``fill`` write a new file beside ``path``, flushes it if ``durable``, and renames it to ``path``.
 
     The file gets the mode that the user's umask allows, even if the library that writes the file makes it private.
+    A link at ``path`` is replaced; what it leads to stays as it is.
 
     Raises:
         OSError, or any exception that ``fill`` raises: ``path`` is then unchanged.
     """
+    name = os.fsencode(path.name)[: 255 - len("..00000000.part")].decode(errors="ignore")
+    temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.part")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
-        temporary.touch()
         mode = temporary.stat().st_mode
         fill(temporary)
         temporary.chmod(mode)
@@ -102,6 +113,51 @@ def replace(path: Path, fill: Callable[[Path], object], temporary: Path, *, dura
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def drop_temporaries(folder: Path, ours: Callable[[str], object]) -> None:
+    """Deletes what interrupted calls of :func:`replace` left in ``folder`` of files whose names are ``ours``."""
+    for path in [*folder.iterdir()]:
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and ours(match[1]):
+            path.unlink(missing_ok=True)
+
+
+def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
+    """Opens a file that is changed in place, never through a link: a run folder may come from anyone.
+
+    Args:
+        path: the file.
+        mode: ``"ab"``, which makes a missing file, or ``"r+b"``.
+        make: whether ``"r+b"`` makes a missing file too.
+
+    Raises:
+        OSError: the file is a link, has a second name (a hard link), is not a regular file, or cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        if os.path.islink(name):  # noqa: PTH114 (O_NOFOLLOW alone has a misleading message)
+            raise OSError(errno.ELOOP, _LINK, name)
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | (os.O_CREAT if make else 0)
+        descriptor = os.open(name, flags, 0o666)
+        there = os.fstat(descriptor)
+        if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
+            os.close(descriptor)
+            raise OSError(errno.EMLINK, _LINK if there.st_nlink > 1 else "it is no regular file", name)
+        return descriptor
+
+    return cast(BinaryIO, open(path, mode, opener=opener))
+
+
+def make_folder(path: Path, *, fresh: bool = False) -> None:
+    """Makes a folder of a run with its parents; with ``fresh`` it must not exist.
+
+    Raises:
+        OSError: the folder cannot be made, or is a link, through which nothing is written.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, _LINK, str(path))
+    path.mkdir(parents=True, exist_ok=not fresh)
 
 
 def sync_folder(folder: Path) -> None:
@@ -129,7 +185,7 @@ def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Itera
     Raises:
         OSError: the lock file cannot be created.
     """
-    with lock.open("a") as file:
+    with open_to_change(lock, "ab") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

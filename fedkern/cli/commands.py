@@ -62,14 +62,14 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         UserError: the folder cannot be made, or holds files that a new run would overwrite.
     """
     from fedkern.report.html_page import FILE as REPORT
-    from fedkern.report.pictures import LIST, PICTURES
+    from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
     if request.resume is not None:
         yield request.resume
         return
     if request.out is not None:
         check_vacant(request.out)
-        check_free(request.out, (*PICTURES.values(), LIST, *([REPORT] if request.report else [])))
+        check_free(request.out, (*PICTURES.values(), PICTURE_LIST, *([REPORT] if request.report else [])))
         yield request.out
         return
     made = not RUNS.exists()

@@ -165,7 +165,11 @@ def extend(request: Request) -> int:
 
     folder = _folder(request)
     plugins.check_given(request.plugins, RunConfig.load(folder, device="cpu").plugins, folder)
+    before = {path.name for path in folder.iterdir()}
     config = engine.extend(folder, request.arguments["rounds"])
+    for name in sorted({path.name for path in folder.iterdir()} - before):
+        if not (request.quiet or request.json):
+            say(terminal(), f"results of the former network: {folder / name}")
     spans = METHODS[config.method].spans
     if spans and not (request.quiet or request.json):
         say(terminal(), f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")

@@ -248,7 +248,7 @@ def _keep(out: Path | None, outcome: Outcome) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), path.with_name(f".{path.name}.new"))
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 COMMAND_TABLE = {NAME: flower}

@@ -120,7 +120,7 @@ class Detections:
             with one_writer(self.folder / ".lock"):
                 # Read again first: another run may have added images meanwhile.
                 content = {"detector": self.identity, "boxes": {**self._read(), **new}}
-                replace(self.path, fill, self.path.with_name(f".{self.path.name}.partial"))
+                replace(self.path, fill)
         except OSError as error:
             raise UserError(
                 f"cannot write the detection cache {self.path}: {error.strerror or error}; name another folder with "

@@ -259,9 +259,7 @@ class _Cache:
         with self._images.open("xb") as file:
             file.truncate(self._shape[0] * _bytes(self._files))
         content = self._header() + sizes.tobytes()
-        replace_file(
-            self._sizes, lambda path: path.write_bytes(content), self._sizes.with_name(f".{self._sizes.name}.partial")
-        )
+        replace_file(self._sizes, lambda path: path.write_bytes(content))
 
     def _remove(self) -> None:
         for path in (self._sizes, self._images):

@@ -220,7 +220,7 @@ def write_table(
                 writer.writerow([str(path), found, *(f"{value:.6g}" for value in values)])
 
     try:
-        files.replace(out, fill, _part(out))
+        files.replace(out, fill)
     except BrokenPipeError:  # of a progress line
         raise
     except OSError as error:
@@ -245,7 +245,7 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, 
     names = [f"{path.stem}.png" for path in paths]
     if twice := repeated(names):
         raise UserError(f"Two images would give the mask {twice}: predict them one folder at a time.")
-    part = _part(folder)
+    part = folder.with_name(f"{folder.name}.part")
     try:
         part.mkdir(parents=True)
     except FileExistsError:
@@ -269,8 +269,3 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, 
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise atomic.unwritable(folder, error) from None
         raise
-
-
-def _part(out: Path) -> Path:
-    """Where a result is written until it is complete."""
-    return out.with_name(out.name + atomic.TEMPORARY)

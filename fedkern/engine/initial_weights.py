@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedkern.engine.config import NAME as CONFIG
-from fedkern.engine.store.checkpoints import check_result, newest
+from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, standing
 
@@ -40,7 +40,7 @@ def _file(path: str) -> Path:
         raise UserError(
             f"--init {path} is a folder without {MODEL}: name the folder of a finished run, or a .safetensors file."
         )
-    check_result(folder, MODEL)
+    check_results(folder, MODEL)
     return folder / MODEL
 
 

@@ -99,6 +99,7 @@ class Run:
         self.releases: Releases | None = None  # None without differential privacy
         self.private: ClientPrivacy | None = None  # of whole clients
         self.metrics = records.Metrics(out)
+        self.alone: Callable[[], object] = lambda: None  # raises where another process has taken over the folder
         self.observed = diagnostics.Observations()
         self.server = Server(context)
         self.done = 0  # communication rounds
@@ -182,7 +183,7 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         fingerprint_now = data_fingerprint(self.context.data)
-        entry = self.checkpoints.open(fresh=not self._resume)
+        entry = self.checkpoints.open(fresh=not self._resume, begun=self._resume and self.metrics.path.exists())
         if entry is None:
             self.metrics.truncate(0)
             self._book_beforehand()
@@ -214,6 +215,7 @@ class Run:
             if number < self.planned:
                 continue
             check()
+            self.alone()
             play = self._trace if self._traces(entry_round) else self._play
             play(entry_round, number)
             self.planned = number + 1
@@ -655,6 +657,7 @@ class Run:
 
     def _commit(self, data: int) -> None:
         begun = time.perf_counter()
+        self.alone()
         info = self._info(data)
         self.gallery.write()
         self.checkpoints.commit(
@@ -735,7 +738,7 @@ class Run:
         self.flops = dict(info.get("flops", {}))
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
-        self.metrics.truncate(info["metrics_bytes"], info.get("metrics_sha256"))
+        self.metrics.truncate(info["metrics_bytes"], info["metrics_sha256"])
         self.listener.restore_all(info.get("listeners", {}))
         if self.private is not None and info.get("planned", {}).get("rounds", self._rounds) != self._rounds:
             before = info["planned"]
@@ -798,6 +801,7 @@ class Run:
                 if name not in self.context.warnings:
                     self._final_warnings.append(name)
                 warn(name, text)
+        self.alone()
         if told.clients and final.confusion:  # counts of images, which private records do not tell
             confusions.write(self.out, classes, final.confusion)
         if self._predictions:

@@ -156,10 +156,8 @@ def place(out: Path | str) -> Path:
 def write(out: Path | str, result: dict[str, Any]) -> None:
     """Writes what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
     text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out)
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise atomic.unwritable(path.parent, error) from None
+    if path.parent != Path(out):
+        atomic.make_folder(path.parent)
     atomic.write_bytes(path, (text + "\n").encode())
 
 

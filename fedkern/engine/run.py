@@ -159,7 +159,10 @@ def _run(
             elsewhere=elsewhere,
         )
         runner.prepare(known=known)
-        with writing(out, fresh=not resume), closing(listener):  # closed first: what a listener takes back is gone then
+        with (
+            writing(out, fresh=not resume) as runner.alone,
+            closing(listener),
+        ):  # closed first: what a listener takes back is gone then
             plugins.remember(config.plugins)
             if config.cache is not None or not resume:
                 used_cache.remember(out, config.cache)
@@ -250,13 +253,10 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
     """
     if entry is None or not entry["info"]["finished"]:
         return None
-    records.Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"].get("metrics_sha256"))
+    records.Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"]["metrics_sha256"])
     if saved_model.damaged(out, entry):
         return None
-    try:
-        return records.read_summary(out)
-    except UserError:  # the first versions stored no checksum of summary.json, so its damage shows only here
-        return None
+    return records.read_summary(out)
 
 
 def load_data(

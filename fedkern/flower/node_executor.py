@@ -11,6 +11,7 @@ from a node is checked: a reply that is none, or that is larger than the declare
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,10 @@ class Nodes:
         path = self._run.out / NODES
         if path.exists():
             try:
-                return str(read_json(path)["run"])
+                name = read_json(path)["run"]
+                if not re.fullmatch("[0-9a-f]{32}", name):
+                    raise ValueError("it names no run")
+                return str(name)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}): put it back, or start the run again.") from None
         name = uuid.uuid4().hex

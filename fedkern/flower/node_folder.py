@@ -42,10 +42,7 @@ class NodeFolder:
 
     def __init__(self, base: Path, run: str, client: int) -> None:
         self.path = base / run / f"client-{client:05d}"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise atomic.unwritable(self.path, error) from None
+        atomic.make_folder(self.path)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

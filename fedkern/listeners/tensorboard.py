@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.listeners.scalars import scalars
 
@@ -51,6 +52,7 @@ class TensorBoard(Listener):
         # Opened with the first figure, so that a run that fails before it leaves no folder.
         if self._writer is None:
             folder = Path(run.out) / FOLDER
+            atomic.make_folder(folder)
             try:
                 # Hides earlier figures of the rounds to come, also those of a run without a checkpoint.
                 self._writer = self._make(str(folder), purge_step=run.first_round + 1)

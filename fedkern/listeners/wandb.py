@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.inputs import read_json
 from fedkern.listeners.scalars import scalars
@@ -74,6 +75,8 @@ class WandB(Listener):
         resumed, self._id = self._id, self._id or uuid.uuid4().hex[:8]
         self._folder = Path(run.out) / FOLDER
         self._made = not self._folder.exists()
+        if not self._made:
+            atomic.make_folder(self._folder)  # raises where the folder is a link
         self._logged = _last(self._folder / LOGGED, self._id) if resumed else 0
         # wandb must not take over the terminal, on which the progress is displayed.
         settings: dict[str, Any] = {"console": "off", "silent": self._quiet}
@@ -104,8 +107,8 @@ class WandB(Listener):
             return
         self._run.log(scalars(record), step=number)
         self._logged = number
-        self._folder.mkdir(exist_ok=True)
-        (self._folder / LOGGED).write_text(json.dumps({"id": self._id, "round": number}))
+        atomic.make_folder(self._folder)
+        atomic.write_bytes(self._folder / LOGGED, json.dumps({"id": self._id, "round": number}).encode())
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if self._run is not None:  # None: the run had finished before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -226,11 +225,7 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.one_writer(path.parent / ".lock"):
             whole = dict(tensors())
-            files.replace(
-                path,
-                lambda temporary: save_file(whole, temporary, metadata=metadata),
-                path.with_name(f".{path.name}-{os.getpid()}"),
-            )
+            files.replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         if required:
             raise UserError(

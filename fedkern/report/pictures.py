@@ -16,10 +16,11 @@ from fedkern.engine.run import kept_data
 from fedkern.engine.store import atomic, confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.extending import PICTURE_LIST
+from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
-from fedkern.inputs import read_json
 
 EXAMPLES = 8
 PICTURES = {
@@ -31,8 +32,6 @@ PICTURES = {
     "weights": "weights.png",
     "segmentation": "segmentation.png",
 }
-LIST = "pictures.json"
-"""File with the names of the pictures drawn, which depend on the run's task, network and method."""
 
 
 def write_pictures(
@@ -67,8 +66,8 @@ def write_pictures(
     load_plugins(run_dir, trusted)
     _check(run_dir)
     written = _draw(run_dir, data, model, data_root, trusted)
-    listed = json.dumps({"pictures": [path.name for path in written]})
-    atomic.write_bytes(run_dir / LIST, (listed + "\n").encode())
+    names = json.dumps({"pictures": [path.name for path in written]})
+    atomic.write_bytes(run_dir / PICTURE_LIST, (names + "\n").encode())
     return written
 
 
@@ -177,11 +176,7 @@ def _draw(
 
 def drawn(run_dir: Path) -> list[Path]:
     """The pictures that were drawn into a run folder, if all of them are still there; else none."""
-    try:
-        names = read_json(run_dir / LIST)["pictures"]
-        there = [run_dir / str(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    there = [run_dir / name for name in listed(run_dir)]
     return there if all(path.exists() for path in there) else []
 
 

@@ -156,7 +156,7 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
     warned = found.get("diagnostics" if summary is not None else "warnings") or {}
     private = config.records == "private"
     return Contents(
-        run_dir, config, read_metrics(run_dir) if (run_dir / METRICS).exists() else [], summary, data, no_data,
+        run_dir, config, read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else [], summary, data, no_data,
         confusion=None if private else confusions.read(run_dir),
         warnings=warned if isinstance(warned, Mapping) else {str(name): "" for name in warned},
         shown=read_shown(run_dir), built=found.get("versions") or {},

@@ -117,3 +117,36 @@ def test_runs_whose_plan_or_privacy_fixes_the_rounds_are_refused(result, fails):
     tiny = [word for word in TINY if word not in ("--local-steps", "2")]
     result("oneshot-fedavg", *tiny, "--local-epochs", "1", "--out", "once")
     assert "is a one-shot method" in fails("extend", "once", "--rounds", "3")
+
+
+MADE = {
+    "summary.json", "model.safetensors", "evaluation.csv", "confusion.json", "predictions.csv", "attack.json",
+    "report.html", "evaluate.json", "probe.json", "model.pt2", "model.pt2.json", "pictures.json", "accuracy.png",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("records", ["all", "private"])
+def test_what_was_made_of_the_former_network_is_moved_aside(records, start, result, tmp_path):
+    run = tmp_path / "run"
+    start("fedavg", 1, "run", "--records", records, *(["--predictions"] if records == "all" else []))
+    for command in (["evaluate"], ["report"], ["attack"], ["export", "--format", "torch-export"]):
+        result(command[0], "run", *command[1:])
+    (run / "probe.json").write_text("{}")
+    (run / "picture.png").write_bytes(b"mine")
+    (run / "notes.json").write_bytes(b"mine")
+    made = {path.name for path in run.iterdir() if path.name in MADE}
+    assert made | ({"attack.json", "confusion.json", "predictions.csv"} if records == "private" else set()) == MADE
+    before = {name: (run / name).read_bytes() for name in made}
+    out, err = result("extend", "run", "--rounds", "2")
+    assert f"results of the former network: {run.name}/round-0001" in " ".join((out + err).split())
+    assert {name: (run / "round-0001" / name).read_bytes() for name in made} == before
+    assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert (
+        not made
+        & {"evaluate.json", "probe.json", "model.pt2", "model.pt2.json", "attack.json"}
+        & {path.name for path in run.iterdir()}
+    )
+    assert (run / "picture.png").read_bytes() == (run / "notes.json").read_bytes() == b"mine"
+    if records == "private":
+        assert (run / "round-0001" / "checkpoints" / "attack.json").exists()
+        assert not (run / "checkpoints" / "attack.json").exists()

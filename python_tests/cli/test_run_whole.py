@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -142,7 +143,8 @@ def test_a_run_goes_on_from_another_folder_and_with_moved_data(result, fails, mo
     words = [word for word in TINY if word not in ("--train-samples", "60")]
     out, _ = result("fedgid", "--data", "colormnist", "--data-root", "files", *words, "--out", "run")
     assert f"--data-root {tmp_path / 'files'}" in out  # the command for comparison works anywhere
-    (tmp_path / "run" / "checkpoints" / "manifest.json").unlink()  # as if killed before the first checkpoint
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if killed before the first record
+    (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "files").rename(tmp_path / "moved")
     below = tmp_path / "below"
     below.mkdir()

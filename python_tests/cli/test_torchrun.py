@@ -1,7 +1,5 @@
 """Commands on the ranks of torchrun: which run a restart of the ranks goes on with."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from fedkern.cli import torchrun
 from fedkern.cli.request import Request
 from fedkern.engine import RunConfig
 from fedkern.engine.executors.team import Place
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 
 
@@ -26,10 +25,9 @@ def test_a_restart_resumes_the_run_that_was_its_own(tmp_path):
     assert torchrun._again(request, place(most_restarts=2)) is request  # the first start: the run is another's
     again = torchrun._again(request, place(restarts=1, most_restarts=2))
     assert (again.command, again.resume, again.out) == ("resume", out, None)
-    manifest = out / "checkpoints" / "manifest.json"
-    manifest.parent.mkdir()
-    entry = {"round": 1, "plan": 1, "files": {}, "server": "", "clients": {}, "info": {"torchrun": "ours"}}
-    manifest.write_text(json.dumps({"format": 1, "entries": [entry]}))
+    checkpoints = Checkpoints(out)
+    checkpoints.open()
+    checkpoints.commit(round=1, plan=1, server={}, info={"torchrun": "ours"})
     assert torchrun._again(request, place(restarts=1, most_restarts=2)).command == "resume"
     assert torchrun._again(request, place(most_restarts=2)).command == "resume"  # restarted for another machine
     assert torchrun._again(request, place()) is request

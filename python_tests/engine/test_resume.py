@@ -14,8 +14,8 @@ from interrupted import Kill, KillAt, lose, outcome, without
 from smallest import SETTINGS
 
 from fedkern.engine import Listener, RunConfig, Terminated, read_model, run
-from fedkern.engine.store import atomic
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
 
@@ -255,7 +255,7 @@ def test_thread_count_is_stored_restored_and_given_back(make_data, make_config, 
 
 
 def test_a_second_process_is_refused(make_data, make_config, tmp_path):
-    with atomic.FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
         run(make_config(), out=tmp_path, data=make_data())
     run(make_config(), out=tmp_path, data=make_data())
 

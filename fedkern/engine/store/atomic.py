@@ -1,31 +1,22 @@
-"""Files that are either complete or absent, and the lock of a run folder."""
+"""Files and folders of a run: written completely or not at all, and never through a link."""
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from fedkern import files
 from fedkern.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: runs work there, but no lock keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
-
-TEMPORARY = ".part"
-LOCK = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Lets ``fill`` write a temporary file beside ``path``, flushes it to the disk and renames it to ``path``.
+    """Lets ``fill`` write a new file beside ``path``, flushes it to the disk and renames it to ``path``.
 
     Without ``durable`` nothing is flushed: the file is complete or absent unless the machine itself stops.
 
@@ -33,8 +24,32 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
         Unwritable: the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
     try:
-        files.replace(path, fill, path.with_name(path.name + TEMPORARY), durable=durable)
+        files.replace(path, fill, durable=durable)
     except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from None
+
+
+def change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
+    """Opens a file to change it in place (see :func:`fedkern.files.open_to_change`).
+
+    Raises:
+        Unwritable: the file is a link or cannot be opened.
+    """
+    try:
+        return files.open_to_change(path, mode, make=make)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def make_folder(path: Path, *, fresh: bool = False) -> None:
+    """Makes a folder inside a run folder with its parents; with ``fresh`` it must not exist.
+
+    Raises:
+        Unwritable: the folder is a link, or cannot be made.
+    """
+    try:
+        files.make_folder(path, fresh=fresh)
+    except OSError as error:
         raise unwritable(path, error) from None
 
 
@@ -63,45 +78,3 @@ def unwritable(path: Path, error: Exception) -> Unwritable:
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):
         return Unwritable(f"{path} cannot be written, the disk is full", full=True)
     return Unwritable(f"{path} cannot be written ({reason})", full=False)
-
-
-class FolderLock:
-    """Lock that keeps a second process out of a run folder; the system drops it when the process ends, however."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> FolderLock:
-        try:
-            file = self.path.open("a+")
-        except OSError as error:
-            raise unwritable(self.path, error) from None
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            raise UserError(
-                f"{self.path.parent} is in use by process {owner}: wait for it, or choose another --out."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
-        except OSError as error:
-            with suppress(OSError):
-                file.close()  # closing tries to write once more
-            raise unwritable(self.path, error) from None
-        self._file = file
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None

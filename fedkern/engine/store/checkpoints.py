@@ -14,20 +14,17 @@ from typing import Any
 
 from fedkern import files
 from fedkern.engine.store import atomic, releases, server_secret, state
-from fedkern.engine.store.client_table import INLINE, ClientTable, Row, read_rows
+from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
-from fedkern.inputs import open_regular, read_json
+from fedkern.inputs import open_regular, read_json, standing
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMATS = (1, 2)
-"""Format of a manifest that names the state of every client, and of one whose clients are in a table."""
+FORMAT = 3
 KEEP = 2
-_PARTS = {"round": int, "plan": int, "files": dict, "server": str, "info": dict}
-_OURS = re.compile(
-    r"(server-\d{6,}|client-\d{5,}-\d{6,})\.safetensors(\.part)?|clients-\d{6,}\.jsonl(\.part)?|manifest\.json\.part"
-)
+_SERVER = re.compile(r"server-\d{6,}\.safetensors")
+_DIGITS = re.compile(r"[0-9]+")
 _TOLD = 3  # damaged files that a message names
 
 
@@ -42,7 +39,7 @@ class Checkpoints:
     * ``server``: file of the server's state.
     * ``clients``: file of every client's state, by client id.
     * ``info``: numbers that the engine continues with.
-    * ``sum``: CRC-32 of all these; entries of the first versions have none.
+    * ``sum``: CRC-32 of all these.
 
     A run of more than `INLINE` clients has ``table`` instead of ``clients``: the place of a :class:`ClientTable`, which
     names the clients' files with their CRC-32.  ``files`` are then those that are new in this checkpoint.  A commit
@@ -84,21 +81,30 @@ class Checkpoints:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def open(self, *, fresh: bool = False) -> dict[str, Any] | None:
+    def open(self, *, fresh: bool = False, begun: bool = False) -> dict[str, Any] | None:
         """Returns the newest intact entry, or None where nothing was committed yet; forgets everything after it.
+
+        The manifest of a new run is written at once, so that a missing one is noticed.
 
         Args:
             fresh: the run is new, so the folder must not exist yet.
+            begun: the run has written records, so there must be a manifest.
 
         Raises:
-            UserError: the manifest or all of its checkpoints are damaged, or the folder cannot be made.
+            UserError: the manifest is missing, it or all of its checkpoints are damaged, or the folder is a link or
+                cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=not fresh)
-        except OSError as error:
-            raise atomic.unwritable(self.folder, error) from None
+        atomic.make_folder(self.folder, fresh=fresh)
+        files.drop_temporaries(self.folder, _ours)
         entries = self._read_manifest()
         if entries is None:
+            if begun or any(self.folder.iterdir()):
+                raise UserError(
+                    f"{self.folder / MANIFEST} is missing, though the run has begun: put the file back, or start the "
+                    "run again with another --out."
+                )
+            self._write_manifest([])
+        if not entries:
             self._collect()
             return None
         while entries and (damaged := self._damaged(entries[-1])):
@@ -111,8 +117,6 @@ class Checkpoints:
             self._table = self._table or ClientTable(self.folder)
             self._table.open(entries[-1]["table"])
             self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
-        elif self._table is not None:  # begun by a version without tables
-            self._touched = set(self.clients)
         needed = [self._needed(entry) for entry in entries]
         self._server = entries[-1]["server"]
         self._due = [sorted(before - needed[-1]) for before in needed[:-1]]
@@ -162,7 +166,7 @@ class Checkpoints:
             sums = self.files_of(entry)[1]
         except UserError:  # an older entry, which cannot be resumed from
             sums = entry["files"]
-        return {*sums, str(entry["table"].get("file"))}
+        return {*sums, str(entry["table"]["file"])}
 
     def booked(self) -> dict[int, Sequence[int]]:
         """The ledger's row of every client that has one, where clients are in a table."""
@@ -175,9 +179,8 @@ class Checkpoints:
             return None
         try:
             manifest = read_json(path)
-            if manifest["format"] not in FORMATS:
-                known = " and ".join(map(str, FORMATS))
-                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {known}.")
+            if manifest["format"] != FORMAT:
+                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
             entries = list(manifest["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
@@ -199,7 +202,7 @@ class Checkpoints:
         try:
             rows = read_rows(self.folder, entry["table"])
         except ValueError:
-            return [*bad, str(entry["table"].get("file", "the table of clients"))]
+            return [*bad, str(entry["table"]["file"])]
         there = {path.name for path in self.folder.iterdir()}
         bad += sorted({row.file for row in rows.values() if row.file is not None} - there - set(entry["files"]))
         return bad if len(bad) <= _TOLD else [*bad[:_TOLD], f"{len(bad) - _TOLD:,} more"]
@@ -381,8 +384,8 @@ class Checkpoints:
         self._write_manifest(entries)
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
-        entries = [{**entry, "sum": _sum(entry)} for entry in entries]
-        text = json.dumps({"format": FORMATS[any("table" in entry for entry in entries)], "entries": entries}, indent=1)
+        entries = [{**entry, "sum": entry_sum(entry)} for entry in entries]
+        text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
         atomic.write_bytes(self.folder / MANIFEST, text.encode())
         self.entries = entries
 
@@ -411,9 +414,10 @@ class Checkpoints:
         wanted = {MANIFEST, *clients}
         for entry in self.entries:
             wanted.update(entry["files"])
-        for path in self.folder.iterdir():
-            if path.name not in wanted and _OURS.fullmatch(path.name):  # other files are left alone
-                path.unlink(missing_ok=True)
+        there = [path.name for path in self.folder.iterdir()]
+        for name in there:
+            if name not in wanted and (_of_state(name) or TABLE.fullmatch(name)):  # other files are left alone
+                (self.folder / name).unlink(missing_ok=True)
         self._sums = {name: value for name, value in self._sums.items() if name in wanted}
 
     def discard(self) -> None:
@@ -421,7 +425,7 @@ class Checkpoints:
         if self.folder.is_dir():
             self.entries, self.clients = [], {}
             self._collect()
-            for name in (releases.NAME, server_secret.NAME):
+            for name in (MANIFEST, releases.NAME, server_secret.NAME):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
@@ -434,14 +438,22 @@ def newest(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def check_result(out: Path, name: str) -> None:
-    """Raises UserError where the file ``name`` of a finished run does not match the checksum in its checkpoint."""
+def check_results(out: Path, needed: str) -> None:
+    """Compares what a finished run wrote at its end with the checksums in its checkpoint.
+
+    Raises:
+        UserError: one of these files was changed, or the file ``needed`` is missing.
+    """
     entry = newest(out)
     if entry is None or not entry["info"].get("finished"):
         return
-    written = entry["info"].get("results")  # the first versions stored no checksums
-    if isinstance(written, dict) and name in written and written[name] != checksum(out / name):
-        raise UserError(f"{out / name} is not what the run wrote: {again(out)}.")
+    for name, value in entry["info"]["results"].items():
+        if checksum(out / name) == value:
+            continue
+        if standing(out / name) != "missing":
+            raise UserError(f"{out / name} is not what the run wrote: {again(out)}.")
+        if name == needed:
+            raise UserError(f"{out / name} is missing: --resume {shlex.quote(str(out))} makes it again.")
 
 
 def again(out: Path | str) -> str:
@@ -449,17 +461,44 @@ def again(out: Path | str) -> str:
     return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
-def _sum(entry: dict[str, Any]) -> int:
+def entry_sum(entry: dict[str, Any]) -> int:
+    """CRC-32 of an entry of a manifest without its ``sum``."""
     return zlib.crc32(json.dumps({k: v for k, v in entry.items() if k != "sum"}, sort_keys=True).encode())
 
 
+def _of_state(name: Any) -> bool:
+    """Whether a name is that of a file with a state: no other name of a manifest is ever joined to the folder."""
+    return isinstance(name, str) and bool(_SERVER.fullmatch(name) or STATE.fullmatch(name))
+
+
+def _sound_results(sums: Any) -> bool:
+    return isinstance(sums, dict) and all(Path(name).name == name for name in sums)
+
+
+def _ours(name: str) -> bool:
+    """Whether a run writes a file with this name into the folder."""
+    return _of_state(name) or bool(TABLE.fullmatch(name)) or name in (MANIFEST, releases.NAME, server_secret.NAME)
+
+
 def _sound(entry: Any) -> bool:
-    """Whether an entry of a manifest is undamaged."""
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in _PARTS.items()):
+    """Whether an entry of a manifest is undamaged and names no files but those that a run writes."""
+    if not isinstance(entry, dict) or entry.get("sum") != entry_sum(entry):
         return False
-    if not isinstance(entry.get("table", entry.get("clients")), dict):
-        return False
-    return "sum" not in entry or entry["sum"] == _sum(entry)
+    info, sums = entry.get("info"), entry.get("files")
+    clients, table = entry.get("clients", {}), entry.get("table", {})
+    return (
+        all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("round", "plan"))
+        and isinstance(info, dict)
+        and _sound_results(info.get("results", {}))
+        and isinstance(sums, dict)
+        and all(_of_state(name) and type(value) is int for name, value in sums.items())
+        and entry.get("server") in sums
+        and ("table" in entry) != ("clients" in entry)
+        and isinstance(clients, dict)
+        and all(_DIGITS.fullmatch(k) and name in sums for k, name in clients.items())
+        and isinstance(table, dict)
+        and ("table" not in entry or sound_place(table))
+    )
 
 
 def checksum(path: Path) -> int | None:

@@ -103,7 +103,7 @@ class ClientTable:
         else:
             path = self._folder / place["file"]
             try:
-                with path.open("r+b") as file:
+                with atomic.change(path, "r+b") as file:
                     file.truncate(place["bytes"])  # an interrupted commit may have left a line
                     file.seek(place["bytes"])
                     file.write(line)
@@ -115,7 +115,7 @@ class ClientTable:
         return dict(self._place)
 
 
-def read_rows(folder: Path, place: Any) -> dict[int, Row]:
+def read_rows(folder: Path, place: Mapping[str, Any]) -> dict[int, Row]:
     """The rows of the table at a checkpoint, read without changing the folder.
 
     Args:
@@ -128,22 +128,24 @@ def read_rows(folder: Path, place: Any) -> dict[int, Row]:
     return _rows(_content(folder, place), place)
 
 
-def _content(folder: Path, place: Any) -> bytes:
+def sound_place(place: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's entry ``table`` names a table's file, with its length and sum."""
+    name, size, total = (place.get(key) for key in ("file", "bytes", "sum"))
+    return isinstance(name, str) and bool(TABLE.fullmatch(name)) and type(size) is int and type(total) is int
+
+
+def _content(folder: Path, place: Mapping[str, Any]) -> bytes:
+    if not sound_place(place):
+        raise ValueError(f"{folder / 'clients.jsonl'} is missing or damaged: it is no table of clients")
+    name, size, total = place["file"], place["bytes"], place["sum"]
     try:
-        name, size, total = str(place["file"]), int(place["bytes"]), int(place["sum"])
-        if not TABLE.fullmatch(name):
-            raise ValueError("it is no table of clients")
         with open_regular(folder / name) as file:
             content = file.read(size) if 0 < size <= os.fstat(file.fileno()).st_size else b""
         if not content or zlib.crc32(content) != total:
             raise ValueError("it is not what the run wrote")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _named(place)} is missing or damaged: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / name} is missing or damaged: {error}") from None
     return content
-
-
-def _named(place: Any) -> str:
-    return str(place.get("file", "clients.jsonl")) if isinstance(place, Mapping) else "clients.jsonl"
 
 
 def _rows(content: bytes, place: Mapping[str, Any]) -> dict[int, Row]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedkern.engine.store import atomic
+from fedkern.engine.store.checkpoints import check_results
 from fedkern.errors import UserError
 from fedkern.inputs import read_json, standing
 
@@ -40,12 +41,13 @@ def write(out: Path, classes: Sequence[str], matrices: Mapping[str, Tensor]) -> 
 
 
 def read(out: Path) -> Confusions | None:
-    """The matrices of a run folder; None where there is no such file, as in runs of earlier versions.
+    """The matrices of a run folder; None where the run wrote none.
 
     Raises:
-        UserError: the file cannot be read, or does not hold such matrices.
+        UserError: the file cannot be read, is not what the run wrote, or does not hold such matrices.
     """
     path = out / FILE
+    check_results(out, FILE)
     if standing(path) == "missing":
         return None
     try:

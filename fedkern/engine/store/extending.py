@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -10,13 +11,26 @@ from typing import Any
 from fedkern.engine import config as settings
 from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic, toml
-from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.checkpoints import FOLDER, Checkpoints
+from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.engine.store.resuming import check_unedited
-from fedkern.engine.store.run_folder import NODES
+from fedkern.engine.store.run_folder import ATTACK, NODES
+from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
-from fedkern.inputs import read_text
+from fedkern.inputs import read_json, read_text, standing
 from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
+
+PICTURE_LIST = "pictures.json"
+"""File with the names of the pictures drawn, which depend on the run's task, network and method."""
+_PICTURE = re.compile(r"[a-z0-9_]+\.png")
+OF_A_NETWORK = (
+    *RESULTS, ATTACK, "model.onnx", "model.onnx.json", "model.pt2", "model.pt2.json", "model.pt", "model.pt.json",
+    "report.html", PICTURE_LIST,
+    *(f"{command}{more}.json" for command in ("evaluate", "retrieval", "zero-shot", "probe", "decode")
+      for more in ("", "-*")),
+)  # fmt: skip
+"""Files in a run folder that tell of the run's last network, as patterns: the run's, and those of commands on it."""
 
 
 def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> RunConfig:
@@ -32,7 +46,8 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         trusted: plugins that may be executed in any case.
 
     Returns:
-        The run's new settings, which are also written to ``config.toml``.
+        The run's new settings, which are also written to ``config.toml``.  What was made of the former network is moved
+        to a folder ``round-NNNN`` of the run folder.
 
     Raises:
         UserError: there is no run with a checkpoint, its clients are on nodes of Flower, the method plans its own
@@ -50,7 +65,7 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         )
     if kind.one_shot:
         raise UserError(f"{stored.method} is a one-shot method, whose plan has the rounds it needs: nothing to extend.")
-    with atomic.FolderLock(out):
+    with FolderLock(out):
         checkpoints = Checkpoints(out)
         entry = checkpoints.peek() and checkpoints.open()
         if not entry:
@@ -81,8 +96,42 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         ended = info.pop("final_warnings", ())  # about a network that is not the final one any more
         info["warnings"] = {name: text for name, text in info["warnings"].items() if name not in ended}
         checkpoints.amend(info)
+        set_aside(out, entry["round"])
         atomic.write_bytes(out / settings.NAME, text.encode())
     return longer
+
+
+def pictures(out: Path) -> list[str]:
+    """Names of the pictures that were drawn into a run folder, as its list says; empty without a list."""
+    try:
+        return [name for name in read_json(out / PICTURE_LIST)["pictures"] if _PICTURE.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def aside(out: Path, round: int) -> Path:
+    """Folder of a run for what was made of its network after ``round`` rounds, once the run has more."""
+    return out / f"round-{round:04d}"
+
+
+def set_aside(out: Path, round: int) -> None:
+    """Moves what the run and the commands on it have made of the network after ``round`` rounds to :func:`aside`.
+
+    Raises:
+        UserError: the folder is a link, or cannot be made.
+    """
+    names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
+    names += pictures(out)
+    for name in [*names, f"{FOLDER}/{ATTACK}"]:
+        if standing(out / name):
+            continue
+        target = aside(out, round) / name
+        atomic.make_folder(aside(out, round))
+        atomic.make_folder(target.parent)
+        try:
+            (out / name).replace(target)
+        except OSError as error:
+            raise atomic.unwritable(target, error) from None
 
 
 def _plan(method: Any, config: RunConfig, rounds: int, done: int) -> list[Round]:

@@ -50,12 +50,12 @@ class Metrics:
         """SHA-256 of the file so far, in hexadecimal."""
         return self._sum.hexdigest()
 
-    def check(self, size: int, digest: str | None = None) -> None:
+    def check(self, size: int, digest: str) -> None:
         """Compares the first ``size`` bytes of the file with what a checkpoint says of them.
 
         Args:
             size: bytes that the file had at the checkpoint.
-            digest: SHA-256 of these bytes; None where the checkpoint does not say.
+            digest: SHA-256 of these bytes.
 
         Raises:
             UserError: the file is missing, shorter than ``size``, different, or cannot be read.
@@ -74,7 +74,7 @@ class Metrics:
                         self._sum.update(file.read(min(1 << 20, size - start)))
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from None
-        if digest is not None and self.digest != digest:
+        if self.digest != digest:
             raise UserError(
                 f"{self.path} is not what the run wrote, though it is as long: put the file back, or start the run "
                 "again with another --out."
@@ -86,9 +86,10 @@ class Metrics:
         Raises:
             UserError: as for :meth:`check`, or the file cannot be written.
         """
-        self.check(size, digest)
+        if digest is not None:
+            self.check(size, digest)
         try:
-            with self.path.open("ab") as file:
+            with atomic.change(self.path, "ab") as file:
                 file.truncate(size)
         except OSError as error:
             raise atomic.unwritable(self.path, error) from None
@@ -98,7 +99,7 @@ class Metrics:
         """Adds one line."""
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         try:
-            with self.path.open("ab") as file:
+            with atomic.change(self.path, "ab") as file:
                 file.write(line)
         except OSError as error:
             raise atomic.unwritable(self.path, error) from None
@@ -126,9 +127,10 @@ def read_metrics(out: Path | str) -> list[dict[str, Any]]:
     out = Path(out)
     path = out / METRICS
     entry = checkpoints.newest(out)
-    size, digest = (entry["info"].get(name) for name in ("metrics_bytes", "metrics_sha256")) if entry else (None, None)
-    if isinstance(size, int) and isinstance(digest, str) and path.exists():
-        Metrics(out).check(size, digest)
+    if entry is not None:
+        Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"]["metrics_sha256"])
+        if entry["info"]["finished"] and path.stat().st_size != entry["info"]["metrics_bytes"]:
+            raise UserError(f"{path} has lines that the run did not write: put the file back.")
     try:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -160,9 +162,9 @@ def read_summary(out: Path | str) -> dict[str, Any] | None:
     """
     out = Path(out)
     path = out / SUMMARY
+    checkpoints.check_results(out, SUMMARY)
     if standing(path) == "missing":
         return None
-    checkpoints.check_result(out, SUMMARY)
     try:
         summary = read_json(path)
         if not isinstance(summary, dict):

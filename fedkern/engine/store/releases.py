@@ -77,8 +77,8 @@ class Releases:
         if before is None:
             line = json.dumps([*key, found]) + "\n"
             try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line)
+                with atomic.change(self._path, "ab") as file:
+                    file.write(line.encode())
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedkern import files
 from fedkern.engine import config, tracing
 from fedkern.engine.store import (
     artifacts,
@@ -16,6 +17,7 @@ from fedkern.engine.store import (
     checkpoints,
     confusions,
     evaluation_file,
+    folder_lock,
     predictions,
     records,
     saved_model,
@@ -87,7 +89,7 @@ def check_free(out: Path, names: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def writing(out: Path, *, fresh: bool) -> Iterator[None]:
+def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
     """Makes the run folder where it is missing, and locks it: inside, only this process writes to the folder.
 
     If a new run fails before its first record and its first checkpoint, the files that it wrote and the folders that it
@@ -96,6 +98,9 @@ def writing(out: Path, *, fresh: bool) -> Iterator[None]:
     Args:
         out: the run folder.
         fresh: the run is new, so the folder must be vacant.
+
+    Yields:
+        A function that raises UserError where another process has taken over the folder.
 
     Raises:
         UserError: the folder is not vacant, another process writes to it, or it cannot be written.
@@ -107,13 +112,12 @@ def writing(out: Path, *, fresh: bool) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise atomic.unwritable(out, error) from None
-        with atomic.FolderLock(out):
+        with folder_lock.FolderLock(out) as lock:
             if fresh:
                 check_vacant(out)
-            for name in NAMES:
-                (out / (name + atomic.TEMPORARY)).unlink(missing_ok=True)
+            files.drop_temporaries(out, NAMES.__contains__)
             try:
-                yield
+                yield lock.check
             except Exception:
                 begun = begun or _came_to_something(out)
                 if not begun:
@@ -131,15 +135,14 @@ def writing(out: Path, *, fresh: bool) -> Iterator[None]:
 
 def _came_to_something(out: Path) -> bool:
     metrics = out / records.METRICS
-    committed = (out / checkpoints.FOLDER / checkpoints.MANIFEST).exists()
-    return committed or (metrics.exists() and metrics.stat().st_size > 0)
+    return checkpoints.newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _take_back(out: Path) -> None:
     """Deletes what a new run wrote.  Nothing of another run is lost, as the folder was vacant before."""
     with suppress(OSError):
         checkpoints.Checkpoints(out).discard()
-        for name in (*NAMES, atomic.LOCK):
+        for name in (*NAMES, folder_lock.NAME):
             if name != checkpoints.FOLDER:
                 (out / name).unlink(missing_ok=True)
 

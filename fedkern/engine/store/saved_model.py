@@ -20,7 +20,10 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
 from fedkern.engine.parties import Server
 from fedkern.engine.store import atomic
-from fedkern.engine.store.checkpoints import Checkpoints, again, check_result, checksum
+from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum
+from fedkern.engine.store.confusions import FILE as CONFUSION
+from fedkern.engine.store.evaluation_file import EVALUATION
+from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json
@@ -97,9 +100,13 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+RESULTS = (MODEL, SUMMARY, EVALUATION, CONFUSION, PREDICTIONS)
+"""Files that a run writes at its end, the last two not in every run."""
+
+
 def results(out: Path) -> dict[str, int | None]:
-    """CRC-32 of the files that a run writes at its end, by file name."""
-    return {name: checksum(out / name) for name in (MODEL, SUMMARY)}
+    """CRC-32 of the files that a run wrote at its end, by file name."""
+    return {name: checksum(out / name) for name in RESULTS if (out / name).exists()}
 
 
 def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
@@ -107,12 +114,10 @@ def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
 
     Args:
         out: the run folder.
-        entry: the run's last checkpoint; in the first versions it has no checksums of these files.
+        entry: the run's last checkpoint.
     """
-    stored = entry["info"].get("results")
-    if stored is None:
-        return [] if readable(out) else [MODEL]
-    return [name for name, value in stored.items() if checksum(out / name) != value]
+    stored = entry["info"]["results"]
+    return [name for name in RESULTS if name in stored and checksum(out / name) != stored[name]]
 
 
 def _list(kind: Callable[[Any], bool], length: int | None = None, least: int = 1) -> Callable[[Any], bool]:
@@ -254,7 +259,7 @@ def read_model(
             network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
-    check_result(Path(out), MODEL)
+    check_results(Path(out), MODEL)
     if about.get("statistics") == "batch":
         _forget_statistics(network)
     try:

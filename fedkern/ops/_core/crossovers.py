@@ -101,7 +101,7 @@ def write_entries(entries: Sequence[Entry], path: Path) -> None:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in times.items())
         each.append(f'{json.dumps(head)[:-1]}, "times": {{\n{lines}\n }}}}')
     text = f'{{"format": {FORMAT}, "entries": [' + ",".join(f"\n {one}" for one in each) + "]}\n"
-    files.replace(path, lambda temporary: temporary.write_text(text), path.with_name(f".{path.name}.part"))
+    files.replace(path, lambda temporary: temporary.write_text(text))
 
 
 def read_entries(path: Path) -> tuple[Entry, ...]:

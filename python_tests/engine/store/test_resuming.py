@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fuse_tables import made
-from interrupted import Kill, KillAt, outcome, without
+from interrupted import Kill, KillAt, forge, outcome, without
 
 from fedkern.engine import Listener, RunConfig, attack, read_model, run
 from fedkern.engine.store import records
@@ -64,12 +64,7 @@ def test_the_data_may_have_moved(cut, make_data):
 def moved_to_a_gpu(out):
     """The folder as if its run had been made on a GPU."""
     edit(out, 'device = "cpu"', 'device = "cuda"')
-    manifest = out / "checkpoints" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    for entry in content["entries"]:
-        entry["info"]["config"]["device"] = "cuda"
-        del entry["sum"]  # as the first versions wrote them
-    manifest.write_text(json.dumps(content))
+    forge(out, lambda entry: entry["info"]["config"].update(device="cuda"))
 
 
 def test_a_run_goes_on_on_another_device_with_a_warning(cut, make_data, monkeypatch):
@@ -253,12 +248,7 @@ def test_another_isa_is_told_where_it_can_be_had(make_data, make_config, tmp_pat
 
 
 def test_an_isa_that_this_machine_lacks_is_a_warning(cut, make_data):
-    manifest = cut / "checkpoints" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    for entry in content["entries"]:
-        entry["info"]["kernels"]["isa"] = "avx1024"
-        del entry["sum"]  # as the first versions wrote them
-    manifest.write_text(json.dumps(content))
+    forge(cut, lambda entry: entry["info"]["kernels"].update(isa="avx1024"))
     told = go_on(cut, make_data())["diagnostics"]["other-kernels"]
     assert "isa avx1024 and now " in told
 
@@ -309,19 +299,6 @@ def test_an_ignored_table_is_noticed_at_the_start(make_data, make_config, tmp_pa
     run(make_config(rounds=1), out=tmp_path / "run", data=make_data(), listener=listener)
     assert [text for text in told if "is ignored, it is no table of this processor's lowerings" in text] == told
     assert told
-
-
-def test_folders_of_the_first_versions_go_on(cut, make_data):
-    manifest = cut / "checkpoints" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    for entry in content["entries"]:
-        for name in ("kernels", "metrics_sha256", "shown_sha256"):
-            del entry["info"][name]
-        del entry["sum"]
-    manifest.write_text(json.dumps(content))
-    summary = go_on(cut, make_data())
-    assert summary["rounds"] == 3
-    assert not {"other-kernels", "damaged-checkpoint", "damaged-results"} & set(summary["diagnostics"])
 
 
 def test_other_sizes_between_cuda_and_triton_are_told_on_a_gpu_alone(monkeypatch):

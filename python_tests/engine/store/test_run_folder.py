@@ -1,13 +1,13 @@
 """What a new run does to the folder it is given, and what it leaves there where it comes to nothing."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine import RunConfig, run
-from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
 
@@ -38,8 +38,8 @@ def test_a_new_run_leaves_the_files_of_others_alone(make_data, make_config, tmp_
     with pytest.raises(Kill):
         run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("round", 0))
     (tmp_path / "checkpoints" / "mine.safetensors").write_text("mine")
-    (tmp_path / "checkpoints" / "server-000009.safetensors.part").write_text("a file that was not finished")
-    (tmp_path / "summary.json.part").write_text("a file that was not finished")
+    for name in ("checkpoints/{}server-000009.safetensors{}", "checkpoints/{}releases.jsonl{}", "{}summary.json{}"):
+        (tmp_path / name.format(".", ".01234567.part")).write_text("a file that was not finished")
     run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=make_data())
     for name in (*FOREIGN, "checkpoints/mine.safetensors"):
         assert (tmp_path / name).read_text() == "mine"
@@ -99,7 +99,7 @@ def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data,
     """A run that is on record goes on with --resume; one that is not starts again, and has left nothing behind."""
     out = tmp_path / "run"
     data, config = make_data(), make_config(rounds=1)
-    real = Path.open, Path.replace
+    real = os.open, Path.replace
 
     def refuse(path):
         if path.name == name:
@@ -109,20 +109,20 @@ def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data,
         refuse(target)
         return real[1](self, target)
 
-    def open_(self, *words, **more):
-        if words == ("a+",):
-            refuse(self)
-        return real[0](self, *words, **more)
+    def open_(path, *words, **more):
+        if str(path).endswith(".lock"):
+            refuse(Path(path))
+        return real[0](path, *words, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
-        patch.setattr(Path, "open", open_)
+        patch.setattr(os, "open", open_)
         with pytest.raises(UserError) as caught:
             run(config, out=out, data=data)
     sentence = str(caught.value)
     full = number == errno.ENOSPC
     assert f"{name} cannot be written" in sentence
-    if name in (".lock", "config.toml"):
+    if name in (".lock", "config.toml", "manifest.json"):
         assert sentence.endswith("free some space, then start again." if full else "choose another folder with --out.")
         assert not out.exists()
         run(config, out=out, data=data)
@@ -130,12 +130,3 @@ def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data,
         assert sentence.endswith(f"then go on with --resume {out}.")
         assert ("free some space" in sentence) == full
         run(RunConfig.load(out), out=out, resume=True, data=data)
-
-
-def test_a_lock_that_cannot_be_filled_is_one_sentence(tmp_path, monkeypatch):
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(atomic.os, "getpid", full)
-    with pytest.raises(atomic.Unwritable, match=r"\.lock cannot be written, the disk is full: free some space"):
-        atomic.FolderLock(tmp_path).__enter__()

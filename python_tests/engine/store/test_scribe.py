@@ -1,5 +1,6 @@
 """Files written beside the rounds: in order, nothing after a failure, and read before they are on the disk."""
 
+import json
 import threading
 import time
 
@@ -122,10 +123,12 @@ def test_the_entry_comes_after_what_it_speaks_of(tmp_path, scribe):
     checkpoints, seen = Checkpoints(tmp_path, scribe), []
     checkpoints.open()
     manifest = checkpoints.folder / "manifest.json"
-    checkpoints.commit(round=1, plan=1, server={}, info={}, before=lambda: seen.append(manifest.exists()))
+    checkpoints.commit(
+        round=1, plan=1, server={}, info={}, before=lambda: seen.append(json.loads(manifest.read_text())["entries"])
+    )
     checkpoints.settle()
-    assert seen == [False]
-    assert manifest.exists()
+    assert seen == [[]]
+    assert len(json.loads(manifest.read_text())["entries"]) == 1
 
 
 def test_never_more_than_one_commit_behind(tmp_path, scribe, monkeypatch, commit):

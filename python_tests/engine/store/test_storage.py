@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,13 +155,6 @@ def test_writes_are_complete_or_absent(tmp_path):
         atomic.write_bytes(tmp_path / "missing" / "x", b"")
 
 
-def test_lock_is_exclusive_and_released(tmp_path):
-    with atomic.FolderLock(tmp_path), pytest.raises(UserError, match="in use by process"):
-        atomic.FolderLock(tmp_path).__enter__()
-    with atomic.FolderLock(tmp_path):
-        pass
-
-
 def test_ledger_counts_tensors_numbers_and_texts():
     message = {
         "a": torch.zeros(5),
@@ -286,9 +281,9 @@ def test_the_way_out_fits_what_went_wrong(error, advice, tmp_path):
 
 def test_a_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     order = []
-    fsync, replace = atomic.os.fsync, atomic.Path.replace
-    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
-    monkeypatch.setattr(atomic.Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     atomic.write_bytes(tmp_path / "x", b"content")
     assert order == ["fsync", "rename", "fsync"]  # file, name, folder
 

@@ -170,7 +170,7 @@ def write_table(table: Table, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    files.replace(path, lambda temporary: temporary.write_text(table.text()), path.with_name(f".{path.name}.part"))
+    files.replace(path, lambda temporary: temporary.write_text(table.text()))
 
 
 def read_table(path: Path) -> Table:

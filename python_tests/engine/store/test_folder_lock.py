@@ -1,0 +1,146 @@
+"""The lock of a run folder: one process at a time, also where the file system knows no locks."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fedkern.engine import RunConfig, run
+from fedkern.engine.store import atomic, folder_lock
+from fedkern.engine.store.folder_lock import FolderLock
+from fedkern.errors import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fedkern.engine.store import folder_lock
+folder_lock.fcntl = None
+folder_lock.BEAT = 0.05
+with folder_lock.FolderLock(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def refusing(number):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+LOCKS = {
+    "no such call": refusing(errno.ENOSYS),
+    "not here": refusing(errno.ENOTSUP),
+    "no lock daemon": refusing(errno.ENOLCK),
+    "another machine's": lambda file, operation: None,  # locks that the other machine does not see
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, value in {"BEAT": 0.05, "WATCH": 0.5, "SETTLE": 0.1}.items():
+        monkeypatch.setattr(folder_lock, name, value)
+
+
+def of_another_machine(path):
+    path.write_bytes(b"1\nelsewhere\nanother boot\n0123456789abcdef\n000000000007\n")
+
+
+def test_exclusive_and_released(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        FolderLock(tmp_path).__enter__()
+    with FolderLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_exclusive_without_locks_between_machines(lock, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", LOCKS[lock])
+    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        FolderLock(tmp_path).__enter__()
+    with FolderLock(tmp_path):
+        pass
+
+
+def test_a_second_process_neither_waits_for_nor_disturbs_the_first(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", LOCKS["not here"])
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match=f"in use by process {first.pid} on .*: wait for it, or"):
+            run(make_config(), out=tmp_path, data=make_data())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        first.kill()
+        first.wait()
+    run(make_config(rounds=1), out=tmp_path, data=make_data())  # what a killed process left holds nobody up
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_a_lock_file_that_nobody_changes_is_taken_over(tmp_path):
+    of_another_machine(tmp_path / ".lock")
+    with FolderLock(tmp_path) as lock:
+        lock.check()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config, tmp_path):
+    from fedkern.engine import Listener
+
+    class TakenOver(Listener):
+        def on_round(self, record):
+            if record["round"] == 2:
+                of_another_machine(tmp_path / ".lock")
+
+    if resumed:
+        with pytest.raises(UserError, match="cut short"):
+            run(make_config(rounds=4), out=tmp_path, data=make_data(), listener=cut_short(1))
+    config = RunConfig.load(tmp_path) if resumed else make_config(rounds=4)
+    with pytest.raises(UserError, match=r"Process 1 on elsewhere has taken over .*: this one stops here"):
+        run(config, out=tmp_path, data=make_data(), listener=TakenOver(), resume=resumed)
+    assert b"elsewhere" in (tmp_path / ".lock").read_bytes()  # still the other one's
+    manifest = (tmp_path / "checkpoints" / "manifest.json").read_text()
+    assert '"round": 1' in manifest
+    assert '"round": 2' not in manifest
+
+
+def cut_short(round):
+    from fedkern.engine import Listener
+
+    class Stop(Listener):
+        essential = True
+
+        def on_round_start(self, number, name, participants):
+            if number == round + 1:
+                raise UserError("cut short")
+
+    return Stop()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe"])
+def test_a_lock_file_that_is_something_else(kind, tmp_path):
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    folder.mkdir()
+    if kind != "dangling link":
+        victim.write_text("mine")
+    if "link" in kind:
+        (os.link if kind == "hard link" else os.symlink)(victim, folder / ".lock")
+    else:
+        os.mkfifo(folder / ".lock")
+    with pytest.raises(UserError, match=r"\.lock cannot be written \(it is (a link|no regular file)"):
+        FolderLock(folder).__enter__()
+    assert victim.exists() == (kind != "dangling link")
+    assert kind == "dangling link" or victim.read_text() == "mine"
+
+
+def test_a_lock_that_cannot_be_filled_is_one_sentence(tmp_path, monkeypatch):
+    def full(*words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder_lock.os, "pwrite", full)
+    with pytest.raises(atomic.Unwritable, match=r"\.lock cannot be written, the disk is full: free some space"):
+        FolderLock(tmp_path).__enter__()

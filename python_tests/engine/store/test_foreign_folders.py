@@ -1,0 +1,163 @@
+"""A run folder from elsewhere: nothing outside it is deleted or written, whatever its files name or lead to."""
+
+import json
+import os
+import zlib
+
+import pytest
+from interrupted import Kill, KillAt, forge
+
+from fedkern.engine import RunConfig, extend, run
+from fedkern.errors import UserError
+
+NAMES = ("../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x")
+
+
+@pytest.fixture
+def victim(tmp_path):
+    path = tmp_path / "victim"
+    path.write_text("years of work")
+    return path
+
+
+@pytest.fixture(params=["clients in the manifest", "clients in a table"])
+def folder(request, make_data, make_config, tmp_path, monkeypatch):
+    """A run that was killed in its third round."""
+    if request.param == "clients in a table":
+        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+    with pytest.raises(Kill):
+        run(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), listener=KillAt("round", 2))
+    return tmp_path / "run"
+
+
+def go_on(folder, way, data):
+    try:
+        config = extend(folder, 6) if way == "extend" else RunConfig.load(folder)
+        run(config, out=folder, resume=True, data=data)
+    except UserError:
+        return False
+    return True
+
+
+def in_files(entry, name):
+    entry["files"][name] = 1
+
+
+def as_server(entry, name):
+    entry["files"][name] = entry["files"].pop(entry["server"])
+    entry["server"] = name
+
+
+def as_client(entry, name):
+    if "clients" in entry:
+        entry["clients"]["0"] = name
+        entry["files"][name] = 1
+    else:
+        entry["table"]["file"] = name
+
+
+@pytest.mark.parametrize("way", ["resume", "extend"])
+@pytest.mark.parametrize("put", [in_files, as_server, as_client])
+@pytest.mark.parametrize("which", ["older", "every"])
+def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    manifest = folder / "checkpoints" / "manifest.json"
+    text = manifest.read_text()
+    for name in NAMES:
+        name = name.replace("ABSOLUTE", str(victim))
+        manifest.write_text(text)
+        forge(folder, lambda entry, name=name: put(entry, name) if which == "every" or entry["round"] == 1 else None)
+        went_on = go_on(folder, way, make_data())
+        assert victim.read_text() == "years of work"
+        assert not went_on or which == "older"
+        assert (folder / "config.toml").exists()
+        if went_on:
+            break  # the entry with the name has gone
+        assert {path: path.read_bytes() for path in before if path.name != ".lock"} == {
+            path: content for path, content in before.items() if path.name != ".lock"
+        }
+
+
+def test_names_in_the_table_of_clients(make_data, make_config, tmp_path, victim, monkeypatch):
+    monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+    folder = tmp_path / "run"
+    with pytest.raises(Kill):
+        run(make_config("scaffold", rounds=4), out=folder, data=make_data(), listener=KillAt("round", 2))
+
+    def change(entry):
+        path = folder / "checkpoints" / entry["table"]["file"]
+        line = (json.dumps({"0": ["../../victim", 3, []]}) + "\n").encode()
+        path.write_bytes(line)
+        entry["table"].update(bytes=len(line), sum=zlib.crc32(line))
+
+    forge(folder, change)
+
+    assert not go_on(folder, "resume", make_data())
+    assert victim.read_text() == "years of work"
+
+
+KINDS = ("link", "hard link", "dangling link")
+CHANGED = (".lock", "metrics.jsonl", "checkpoints/releases.jsonl")
+REPLACED = ("summary.json", "model.safetensors", "evaluation.csv", "confusion.json", "shown.safetensors", "config.toml")
+
+
+def lead(path, victim, kind):
+    """Puts a link to the victim in the place of a file, whose content the victim gets where the file is read."""
+    if path.exists():
+        victim.write_bytes(path.read_bytes())
+        path.unlink()
+    if kind == "dangling link":
+        victim.unlink()
+        path.symlink_to(victim)
+    elif kind == "link":
+        path.symlink_to(victim)
+    else:
+        os.link(victim, path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*CHANGED, *REPLACED])
+@pytest.mark.parametrize("way", ["resume", "extend"])
+def test_links_are_not_written_through(way, name, kind, make_data, make_config, tmp_path, victim):
+    folder = tmp_path / "run"
+    private = {"dp_clip": 1.0, "dp_noise": 1.0} if "releases" in name else {}
+    config = make_config(rounds=4, **private)
+    with pytest.raises(Kill):
+        run(config, out=folder, data=make_data(), listener=KillAt("round", 2))
+    lead(folder / name, victim, kind)
+    content = victim.read_bytes() if victim.exists() else None
+    there = sorted(path.name for path in tmp_path.iterdir())
+    went_on = go_on(folder, way, make_data())
+    assert (victim.read_bytes() if victim.exists() else None) == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    if name in (".lock", "metrics.jsonl"):
+        assert not went_on
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("way", ["resume", "extend"])
+def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with pytest.raises(Kill):
+        run(make_config(rounds=4), out=folder, data=make_data(), listener=KillAt("round", 2))
+    (folder / "checkpoints").rename(elsewhere)
+    (folder / "checkpoints").symlink_to(tmp_path / "nowhere" if dangling else elsewhere)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    assert not go_on(folder, way, make_data())
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "dp"])
+@pytest.mark.parametrize("lost", ["manifest", "checkpoints"])
+def test_a_run_whose_manifest_is_gone_does_not_begin_anew(lost, method, make_data, make_config, tmp_path):
+    config = make_config(rounds=4, dp_clip=1.0, dp_noise=1.0) if method == "dp" else make_config(method, rounds=4)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 2))
+    for path in (tmp_path / "checkpoints").iterdir():
+        if lost == "checkpoints" or path.name == "manifest.json":
+            path.unlink()
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"manifest\.json is missing, though the run has begun: put the file back"):
+        run(RunConfig.load(tmp_path), out=tmp_path, data=make_data(), resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
