@@ -43,16 +43,17 @@ class Slot(NamedTuple):
     stride: tuple[int, ...]
     offset: int  # in elements, within its group's vector
 
-    def current(self) -> Tensor | None:
-        return (self.owner._parameters if self.is_parameter else self.owner._buffers).get(self.key)
 
-    def in_place(self) -> bool:
-        tensor = self.current()
-        if tensor is None or tensor.dtype != self.vector.dtype or tensor.stride() != self.stride:
-            return False
-        # Relative to the vector, whose storage may be freed and reallocated; a tensor without elements has no place.
-        place = self.vector.data_ptr() + self.offset * self.vector.element_size()
-        return not tensor.numel() or (tensor.device == self.vector.device and tensor.data_ptr() == place)
+class Expected(NamedTuple):
+    """Where a tensor of a flat module must be found; integers (``place`` None) may be replaced by others."""
+
+    owner: nn.Module
+    key: str
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    place: int | None  # in bytes, from the start of its vector
 
 
 class FlatParameters:
@@ -72,10 +73,16 @@ class FlatParameters:
 
     Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
-    Operations that replace a module's tensors unflatten the module: ``copy.deepcopy`` of the module alone,
-    ``.to(dtype)``, ``.to(device)``, ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``.
-    :attr:`is_flat` tells whether the module is flat, :meth:`check` raises if it is not, and :meth:`flatten` flattens it
-    again.  ``copy.deepcopy`` of the FlatParameters copies the module with it and flattens the copy.
+    Operations that replace a module's tensors or layers unflatten the module: ``.to(dtype)``, ``.to(device)``,
+    ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``, ``p.data = ...``.  From then on
+    every attribute and method here that reads or writes values raises RuntimeError, until :meth:`flatten` has
+    flattened the module again; :attr:`is_flat` and :meth:`check` tell.  Vectors read before are the module's no longer.
+    Under torch.compile nothing is checked.  ``copy.deepcopy`` of the module alone gives an ordinary module,
+    ``copy.deepcopy`` of the FlatParameters copies the module with it and flattens the copy.
+
+    Steps on :attr:`parameters` (``sgd_step``, ``adamw_step``) treat all elements alike: a parameter that is frozen, or
+    that the loss does not use, has gradient 0 and is decayed, where ``torch.optim`` skips it.  With weight decay,
+    flatten ``nn.ParameterList(p for p in module.parameters() if p.requires_grad)`` instead of the module.
 
     Writing to the vectors with torch operations changes the module at once, but autograd cannot see the change.  Call
     :meth:`mark_changed` afterwards, or write through :meth:`load`: then a backward pass whose saved tensors were
@@ -89,17 +96,16 @@ class FlatParameters:
 
     Attributes:
         module: the module.
-        groups: the vectors of each floating dtype.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``, or holds a tensor subclass or a tensor that is not strided.
         ValueError: a tensor is uninitialised (lazy), on the meta device or another device, or two tensors overlap in
             memory without being the same.
-        RuntimeError: called under ``torch.compile`` or a ``torch.func`` transform.
+        RuntimeError: called under ``torch.compile`` or a ``torch.func`` transform, or (all attributes and methods that
+            read or write values) the module is no longer flat.
     """
 
     module: nn.Module
-    groups: dict[torch.dtype, FlatGroup]
 
     def __init__(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
@@ -118,14 +124,25 @@ class FlatParameters:
         floating = [entry for entry in found if entry[3].is_floating_point() or entry[3].is_complex()]
         self._integers = [entry for entry in found if not (entry[3].is_floating_point() or entry[3].is_complex())]
         self._slots: dict[torch.dtype, list[Slot]] = {}
-        self.groups = {}
+        self._groups: dict[torch.dtype, FlatGroup] = {}
         self._gradient: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
         for dtype in dict.fromkeys(entry[3].dtype for entry in floating):
             entries = [entry for entry in floating if entry[3].dtype == dtype]
-            self.groups[dtype], self._slots[dtype] = _flatten_group(sorted(entries, key=lambda entry: not entry[4]))
+            # Ordinary tensors: autograd could not save those of inference mode.
+            with torch.inference_mode(False):
+                group = _flatten_group(sorted(entries, key=lambda entry: not entry[4]))
+            self._groups[dtype], self._slots[dtype] = group
+        places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
+        self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in found]
         return self
 
     # The vectors that clients and server exchange.
+
+    @property
+    def groups(self) -> dict[torch.dtype, FlatGroup]:
+        """The vectors of each floating dtype."""
+        self.check()
+        return self._groups
 
     @property
     def vector(self) -> Tensor:
@@ -149,6 +166,7 @@ class FlatParameters:
     @property
     def integers(self) -> Tensor:
         """All integer and boolean parameters and buffers (``num_batches_tracked``) as one int64 vector; a copy."""
+        self.check()
         tensors = [self._live(entry).detach().reshape(-1).to(torch.int64) for entry in self._integers]
         return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
@@ -174,7 +192,9 @@ class FlatParameters:
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
+            RuntimeError: the module is no longer flat.
         """
+        self.check()
         tensors = [self._live(entry) for entry in self._integers]
         total = sum(tensor.numel() for tensor in tensors)
         if not isinstance(vector, Tensor) or vector.is_floating_point() or vector.is_complex():
@@ -202,15 +222,16 @@ class FlatParameters:
                 ((a, b) for a, b in zip(mine, theirs, strict=False) if a != b), (f"{len(mine)} tensors", len(theirs))
             )
             raise ValueError(f"other must be a module of the same layout: here {a}, there {b}")
-        self.check()
-        for dtype, group in self.groups.items():
-            group.vector.copy_(other.groups[dtype].vector)
+        with torch.no_grad():
+            for dtype, group in self._groups.items():
+                group.vector.copy_(other._groups[dtype].vector)
         self.mark_changed()
         self.load_integers(other.integers)
         return self
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
         """Returns (name, dtype, shape, strides, offset) of every tensor: what client and server must agree on."""
+        self.check()
         return [
             (slot.name, dtype, tuple(slot.tensor.shape), slot.stride, slot.offset)
             for dtype, slots in self._slots.items()
@@ -252,22 +273,24 @@ class FlatParameters:
 
         Raises:
             TypeError, ValueError: ``dtype`` is none of the module's.
+            ValueError: two parameters share memory (``a.data = b.data``), where each has a gradient of its own.
             RuntimeError: the module is no longer flat.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, not {type(dtype).__name__}")
-        self.check()
         if dtype is None:
             self._only()
-            dtype = next(iter(self.groups), None)
+            dtype = next(iter(self._groups), None)
         if dtype is None:
             return torch.empty(0)
         if dtype not in self.groups:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, self.groups))}, not {dtype}")
+            raise ValueError(f"dtype must be one of {', '.join(map(str, self._groups))}, not {dtype}")
         slots = [slot for slot in self._slots[dtype] if slot.is_parameter]
         if dtype not in self._gradient:
-            flat = torch.zeros_like(self.groups[dtype].parameters)
-            self._gradient[dtype] = flat, [_view_of(flat, slot) for slot in slots]
+            _check_apart(slots)
+            with torch.inference_mode(False):
+                flat = torch.zeros_like(self._groups[dtype].parameters)
+                self._gradient[dtype] = flat, [_view_of(flat, slot) for slot in slots]
         flat, views = self._gradient[dtype]
         with torch.no_grad():
             for slot, view in zip(slots, views, strict=True):
@@ -294,14 +317,15 @@ class FlatParameters:
         name = self._stray()
         if name is not None:
             raise RuntimeError(
-                f"the module is no longer flat: {name!r} was replaced (.to(...) and "
-                "load_state_dict(assign=True) do that); call flatten() to flatten it again with the values it has now"
+                f"the module is no longer flat: {name!r} was replaced, added or removed (.to(...), p.data = ... and "
+                "load_state_dict(assign=True) replace); call flatten() to flatten it again with the values it has now"
             )
 
     def mark_changed(self) -> None:
         """Tells autograd that the vectors were written to directly."""
+        self.check()
         tensors = [slot.tensor for slots in self._slots.values() for slot in slots]
-        tensors += [tensor for group in self.groups.values() for tensor in group]
+        tensors += [tensor for group in self._groups.values() for tensor in group]
         torch.autograd.graph.increment_version(tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameters:
@@ -320,20 +344,21 @@ class FlatParameters:
     def __repr__(self) -> str:
         parts = [
             f"{str(dtype).removeprefix('torch.')}: {len(group.parameters)} parameters + {len(group.buffers)} buffers"
-            for dtype, group in self.groups.items()
+            for dtype, group in self._groups.items()
         ]
         return f"FlatParameters({type(self.module).__name__}, {', '.join(parts) or 'empty'})"
 
     def _only(self) -> FlatGroup:
-        if len(self.groups) > 1:
+        self.check()
+        if len(self._groups) > 1:
             raise ValueError(
                 f"{type(self.module).__name__} has parameters or buffers of several dtypes "
-                f"({', '.join(str(dtype) for dtype in self.groups)}); use groups[dtype]"
+                f"({', '.join(str(dtype) for dtype in self._groups)}); use groups[dtype]"
             )
-        if not self.groups:
+        if not self._groups:
             empty = torch.empty(0)
             return FlatGroup(empty, empty, empty)
-        return next(iter(self.groups.values()))
+        return next(iter(self._groups.values()))
 
     def _load(self, vector: Tensor, target: Tensor, name: str) -> None:
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
@@ -342,7 +367,6 @@ class FlatParameters:
         _check_values(vector, name)
         if vector.shape != target.shape:
             raise ValueError(f"{name} must have shape {list(target.shape)}, not {list(vector.shape)}")
-        self.check()
         with torch.no_grad():
             target.copy_(vector)
         self.mark_changed()
@@ -353,11 +377,24 @@ class FlatParameters:
         return tensor if current is None else current
 
     def _stray(self) -> str | None:
-        for slots in self._slots.values():
-            for slot in slots:
-                if not slot.in_place():
-                    return slot.name
-        return None
+        """Name of the first tensor that is not where :meth:`flatten` put it, or None."""
+        if torch.compiler.is_compiling():  # which knows no addresses
+            return None
+        # Relative to the vectors, whose storage may be freed and reallocated.
+        starts = {dtype: group.vector.data_ptr() for dtype, group in self._groups.items()}
+        expected = iter(self._expected)
+        for owner, key, name, tensor, _ in _tensors_of(self.module):
+            then = next(expected, None)
+            if then is None or owner is not then.owner or key != then.key or tensor.dtype is not then.dtype:
+                return name
+            if then.place is not None and not (
+                tensor is then.tensor
+                and tensor.data_ptr() == starts[then.dtype] + then.place
+                and tensor.stride() == then.stride
+            ):
+                return name
+        then = next(expected, None)
+        return None if then is None else then.name
 
 
 def _check_values(vector: Tensor, name: str) -> None:
@@ -365,6 +402,23 @@ def _check_values(vector: Tensor, name: str) -> None:
     check_dense(vector, name)
     if vector.is_meta:
         raise ValueError(f"{name} must have values, and a tensor on the meta device has none")
+
+
+def _expected(entry: Entry, slot: Slot | None) -> Expected:
+    owner, key, name, tensor, _ = entry
+    place = None if slot is None else slot.offset * tensor.element_size() if tensor.numel() else None
+    return Expected(owner, key, name, tensor, tensor.dtype, tensor.stride(), place)
+
+
+def _check_apart(slots: list[Slot]) -> None:
+    """Raises ValueError if two parameters lie at the same place."""
+    names: dict[int, str] = {}
+    for slot in slots:
+        if slot.tensor.numel() and names.setdefault(slot.offset, slot.name) != slot.name:
+            raise ValueError(
+                f"{slot.name!r} shares memory with {names[slot.offset]!r} without being the same parameter, so that "
+                "one vector cannot hold both gradients; assign the parameter itself to tie them"
+            )
 
 
 # -- the place of each tensor in its vector --------------------------------------------------------------------------

@@ -376,3 +376,88 @@ def test_wrong_vectors() -> None:
     module = net()
     with pytest.raises(RuntimeError, match="cannot be used under"):
         torch.func.vmap(lambda x: (FlatParameters(module), x)[1])(torch.ones(2))
+
+
+READS = {
+    "vector": lambda f: f.vector,
+    "parameters": lambda f: f.parameters,
+    "buffers": lambda f: f.buffers,
+    "groups": lambda f: f.groups,
+    "integers": lambda f: f.integers,
+    "load": lambda f: f.load(torch.zeros(3)),
+    "load_parameters": lambda f: f.load_parameters(torch.zeros(3)),
+    "load_buffers": lambda f: f.load_buffers(torch.zeros(3)),
+    "load_integers": lambda f: f.load_integers(torch.zeros(4, dtype=torch.int64)),
+    "copy_": lambda f: f.copy_(f),
+    "copy_ of another": lambda f: FlatParameters(net()).copy_(f),
+    "layout": lambda f: f.layout(),
+    "views": lambda f: f.views(torch.zeros(3)),
+    "gradients": lambda f: f.gradients(),
+    "gradients of a dtype": lambda f: f.gradients(torch.float32),
+    "mark_changed": lambda f: f.mark_changed(),
+}
+
+
+def _other(module: Net) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict(_other(m), assign=True),
+        lambda m: m.half().float(),
+        lambda m: m.norm.double(),
+        lambda m: setattr(m.conv.weight, "data", m.conv.weight.data + 1),
+        lambda m: setattr(m.conv, "weight", nn.Parameter(m.conv.weight.data)),  # another parameter in the same memory
+        lambda m: setattr(m.norm, "running_mean", m.norm.running_mean + 1),
+        lambda m: setattr(m, "norm", nn.BatchNorm2d(8)),
+        lambda m: setattr(m, "more", nn.Linear(2, 2)),
+        lambda m: m.register_buffer("other", torch.ones(2)),
+        lambda m: delattr(m, "scale"),
+        lambda m: setattr(m.conv, "bias", nn.Parameter(torch.zeros(8))),
+        lambda m: setattr(m.decode, "weight", nn.Parameter(torch.zeros(5, 8))),  # tied no longer
+    ],
+)
+def test_nothing_stale_is_read_or_written(change: object) -> None:
+    module = net()
+    flat = FlatParameters(module)
+    flat.gradients()
+    change(module)  # type: ignore[operator]
+    for name, read in READS.items():
+        with pytest.raises(RuntimeError, match="the module is no longer flat: '"):
+            pytest.fail(f"{name} gave {read(flat)}")
+    assert repr(flat)
+    assert flat.flatten().is_flat
+    assert len(flat.integers) == sum(b.numel() for b in module.buffers() if not b.is_floating_point())
+
+
+@pytest.mark.parametrize("made", ["module", "vectors", "gradients"])
+def test_inference_mode_leaves_the_module_trainable(made: str) -> None:
+    with torch.inference_mode(made == "module"):
+        module = net()
+    with torch.inference_mode(made != "gradients"):
+        flat = FlatParameters(module)
+    with torch.inference_mode():
+        gradients = flat.gradients()
+        flat.load(flat.vector * 2)
+    assert not any(tensor.is_inference() for tensor in (flat.vector, gradients))
+    if made == "module":  # its parameters are inference tensors, as they were
+        return
+    train(module)
+    assert flat.gradients() is gradients
+    assert gradients.any()
+
+
+def test_parameters_that_share_memory_have_no_gradient_vector() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight.data = module[0].weight.data
+    flat = FlatParameters(module)
+    with pytest.raises(
+        ValueError, match=r"'1\.weight' shares memory with '0\.weight' without being the same parameter"
+    ):
+        flat.gradients()
+    module[1].weight = module[0].weight
+    flat.flatten()
+    module(torch.randn(2, 3)).sum().backward()
+    assert torch.equal(flat.gradients()[:9].view(3, 3), module[0].weight.grad)
