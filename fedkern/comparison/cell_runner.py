@@ -19,6 +19,7 @@ from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig, own_model
 from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.config import check_regular
+from fedkern.engine.grounds import difference
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.methods.common.figures import MAIN_FIGURES
@@ -29,6 +30,10 @@ COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
 _OPEN = ("threads", "client_threads")
 """Settings whose default depends on the machine: where nobody gave them, a stored run keeps its own."""
+
+
+class OtherGrounds(UserError):
+    """A comparison that would go on with other data or code than its runs so far."""
 
 
 class Board(Listener):
@@ -62,6 +67,7 @@ class Runner:
         data, model: as in :func:`fedkern.engine.run`.
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
+        begun: run folders so far, with their settings.
     """
 
     out: Path
@@ -72,6 +78,7 @@ class Runner:
     model: nn.Module | None = None
     failures: dict[str, str] = field(default_factory=dict)
     tracebacks: dict[str, str] = field(default_factory=dict)
+    begun: list[tuple[Path, RunConfig]] = field(default_factory=list)
 
     def plan(self, chosen: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
         """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
@@ -84,6 +91,7 @@ class Runner:
             folder = self.folder(cell)
             if (folder / SETTINGS).exists():
                 self._stored(cell)
+                self.begun.append((folder, RunConfig.load(folder, trusted=self._trusted(cell), device="cpu")))
             elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
         return found
@@ -119,6 +127,8 @@ class Runner:
                     self.board.on_cell(cell)
                     self._run(cell)
                 found = self.read(cell)
+            except OtherGrounds:
+                raise
             except UserError as error:
                 self._failed(cell, str(error), getattr(error, "traceback", ""))
                 outcomes.append(error)
@@ -148,8 +158,18 @@ class Runner:
         config = cell.config if not resume else self._stored(cell)
         engine.run(
             config, out=folder, resume=resume, listener=self.board, data=self.data, model=self.model,
-            trusted=self._trusted(cell),
+            trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
         )  # fmt: skip
+
+    def _check_grounds(self, config: RunConfig, folder: Path) -> None:
+        """Raises OtherGrounds where a run is about to rest on other data or code than those before it."""
+        for other, before in self.begun:
+            if other != folder and (told := difference(before, config)):
+                raise OtherGrounds(
+                    f"{other} was made with {told} than this command would run with: name another --out, or put the "
+                    "former data and code back."
+                )
+        self.begun.append((folder, config))
 
     def _trusted(self, cell: Cell) -> list[str]:
         # The user has named this code again in this command.
@@ -172,6 +192,8 @@ class Runner:
                 f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
                 "settings."
             )
+        if told := difference(stored, cell.config):  # plugins and classes; data and files are not read yet
+            raise UserError(f"{folder} was made with {told}: name another --out, or put the former code back.")
         return now
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from fedkern.comparison.cells import word
 from fedkern.engine import RunConfig, read_metrics, read_summary
 from fedkern.engine.config import ANYHOW, FOUND
 from fedkern.engine.config import NAME as SETTINGS
+from fedkern.engine.grounds import code_identity, difference, other_data
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
@@ -18,7 +21,11 @@ from fedkern.methods.registry import short
 from fedkern.report.tables import ordered, split_metric
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
-"""Settings that part no groups: the seed, and what decides where and how fast a run computes."""
+"""Settings that part no groups: the seed, and what decides where and how fast a run computes.
+
+What was found in code and files parts groups by its hash."""
+_CODE = "code."
+"""Beginning of the names of such hashes."""
 SHOWN = 8
 """Most settings that the sentence on differences names."""
 
@@ -51,7 +58,10 @@ class FoundRun:
         plain = {name: value for name, value in table.items() if name not in _NO_GROUP}
         for part in ("options", "data_options"):
             plain.update({f"{part}.{name}": value for name, value in plain.pop(part, {}).items()})
-        return plain
+        code = code_identity(self.config)
+        plugins = sorted(value for name, value in code.items() if name.startswith("plugins."))  # a file may move
+        plain.update({f"{_CODE}{name}": value[:12] for name, value in code.items() if not name.startswith("plugins.")})
+        return plain | ({f"{_CODE}plugins": hashlib.sha256(repr(plugins).encode()).hexdigest()[:12]} if plugins else {})
 
 
 @dataclass
@@ -117,8 +127,11 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
         label: name of a run's group; None: the method, and the settings in which its groups differ.
 
     Raises:
-        UserError: two runs of a group have the same seed.
+        UserError: two runs of a group have the same seed; runs whose settings name the same data were made on different
+            data; or, with ``label``, with different code or files.
     """
+    runs = list(runs)
+    check_grounds(runs, code=label is not None)
     tables: list[tuple[str, dict[str, Any]]] = []
     groups: list[Group] = []
     for run in runs:
@@ -145,6 +158,19 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
     return groups
 
 
+def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
+    """Raises UserError where runs rest on different data under one name and, with ``code``, on different code."""
+    alike: dict[str, FoundRun] = {}  # a run for all that rest on the same
+    for run in runs:
+        alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
+    for one, other in combinations(alike.values(), 2):
+        if (code or other_data(one.config, other.config)) and (told := difference(one.config, other.config)):
+            raise UserError(
+                f"{one.folder} and {other.folder} were made with {told}, and are no runs of one comparison: compare "
+                "runs of the same data and code."
+            )
+
+
 def _names(tables: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for table in tables for name in table))
 
@@ -159,7 +185,8 @@ def differing_settings(groups: Sequence[Group]) -> str:
     tables = [(group, next(iter(group.runs.values())).settings) for group in groups]
     parts = []
     for name in _names(table for _, table in tables):
-        having = [(group, table) for group, table in tables if name in table or not name.startswith("options.")]
+        of_some = name.startswith(("options.", _CODE))
+        having = [(group, table) for group, table in tables if name in table or not of_some]
         by_value: dict[str, list[str]] = {}
         for group, table in having:
             by_value.setdefault(word(table.get(name, "unset")), []).append(group.label)

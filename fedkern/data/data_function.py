@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -96,6 +97,14 @@ class DataFunction:
         self.options = {
             key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
         }
+
+    def identity(self) -> dict[str, str]:
+        """Identity of data that the seed draws: that of the function's code."""
+        try:
+            code = inspect.getsource(self.function).encode()
+        except (OSError, TypeError):  # made by exec, or a callable object
+            code = getattr(getattr(self.function, "__code__", None), "co_code", repr(type(self.function)).encode())
+        return {"function": hashlib.sha256(code).hexdigest()}
 
     def make(
         self,

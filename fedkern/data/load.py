@@ -19,6 +19,7 @@ from fedkern.data.cases import grouped_rows, share_cases, share_units, training_
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
+from fedkern.data.identity import of_memory, of_source, sampled
 from fedkern.data.image_cache import on_disk, tell_unused
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
@@ -56,6 +57,7 @@ def load(
     notice: Callable[[str], None] | None = None,
     progress: Callable[[str], None] | None = None,
     cache: str | Path | None = None,
+    identify: bool = False,
 ) -> FederatedData:
     """Loads a data set and shares it out among clients.
 
@@ -84,18 +86,23 @@ def load(
         cache: folder that keeps decoded image files, see `fedkern.data.image_cache.on_disk`.  Images of more than a
             gigabyte are in a temporary file without it.  The images of the splits are then
             :class:`~fedkern.data.image_rows.ImageRows`, which are read when they are needed.
+        identify: fill in the data's identity, for which all images are read once more.  Data that are drawn by the seed
+            are identified by the function that draws them.
 
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
     """
-    info = lookup(name)
+    info, drawn = lookup(name), None
     progress = progress or notice
     own_options, common = read_options(name, options or {})
     asked = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
     if info.function is not None:
         made = info.function.make(root, info, clients, partition, seed, own_options)
+        drawn = info.function.identity() if "seed" in info.function.takes else None
         if isinstance(made, FederatedData):
+            if identify:
+                made = dataclasses.replace(made, identity=of_memory(made) if drawn is None else drawn)
             _check_federated(made, common, train_samples, public_samples)
             tell_unused(cache, progress)
             return _finished(_smaller(made, common), options or {}, common, make_detector, progress, seed)
@@ -137,6 +144,9 @@ def load(
         for key, pool in source.tests.items()
     }
     mean, std = source.mean, source.std
+    identify = identify and drawn is None
+    whole = len(kept) + len(public_rows) == len(source.train)
+    contents = {"train": [sampled(source.train)]} if identify and (info.coloured or not whole) else {}
     if info.coloured:
         tell_unused(cache, progress)
         rows = held, public_rows, validation_rows, test_rows[""]
@@ -146,14 +156,18 @@ def load(
         mean, std = ((value,) * 3 for value in _COLOURED_SCALE[name, ink])
         if correlation:
             statistics = dataclasses.replace(statistics, colours=maps, tied=correlation)
+        contents["test"] = [sampled(source.tests[""])] if identify else []
     else:
         wanted = [(source.train, torch.cat([*held, public_rows])), (source.validation, validation_rows)]
         wanted += [(pool, test_rows[key]) for key, pool in source.tests.items()]
         source = on_disk(source, wanted, cache, progress)
         splits = tuple(source.train.take(rows) for rows in held)
-        public = _seen(source, source.train.take(public_rows))
+        shown = source.train.take(public_rows)
+        public = _seen(source, shown)
         validation = _seen(source, source.validation.take(validation_rows))
         tests = {key: _seen(source, pool.take(test_rows[key])) for key, pool in source.tests.items()}
+        contents = {"train": [*splits, shown], **contents, "validation": [validation]}
+        contents |= {f"test {key}": [split] for key, split in tests.items()}
     own = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
     homes = None if names is None or own else source.tests[""].groups
     statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in own))
@@ -177,6 +191,7 @@ def load(
         client_names=names,
         test_clients=None if homes is None else homes[test_rows[""]],
         **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
+        identity=of_source(source, contents) if identify else drawn or {},
     )
     return _finished(data, options or {}, common, make_detector, progress, seed)
 

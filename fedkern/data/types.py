@@ -245,6 +245,8 @@ class FederatedData:
         test_clients: int64 ``[n]``, the client whose site every image of the test set ``""`` comes from, -1 where the
             data do not say; None where no site is known, or where sites have own test sets.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
+        identity: hashes of the data set, whatever seed and partition (:func:`fedkern.data.identity.identity`); empty
+            where nobody asked for them.
     """
 
     name: str
@@ -263,6 +265,7 @@ class FederatedData:
     client_names: tuple[str, ...] | None = None
     test_clients: Tensor | None = None
     grey_bits: int = 16
+    identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def client_label(self, client: int) -> str:
         """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""

@@ -45,8 +45,8 @@ UNSTORED = ("cache",)
 """Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""
 BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
-FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256")
-"""What a run found in the files and code that its settings name, and compares itself when it is resumed."""
+FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256", "identity")
+"""What a run found in the data, files and code that its settings name; a resumed run compares them by itself."""
 
 
 def _encoder(name: str) -> str:
@@ -298,6 +298,7 @@ class RunConfig:
     model_layout: str | None = None
     init_sha256: str | None = None
     method_sha256: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
@@ -522,6 +523,7 @@ class RunConfig:
         table["options"] = {name: value for name, value in self.options.items() if value is not None}
         table["data_options"] = dict(self.data_options)
         table["plugins"] = dict(self.plugins) or None
+        table["identity"] = dict(self.identity) or None
         return {name: value for name, value in table.items() if value is not None}
 
     def to_toml(self) -> str:
@@ -557,7 +559,7 @@ class RunConfig:
             if name in plain:
                 raise UserError(f'{source} has {name} twice, with "_" and with "-": leave one out.')
             plain[name] = value
-        for name in ("options", "data_options"):
+        for name in ("options", "data_options", "identity"):
             if not isinstance(plain.get(name, {}), Mapping):
                 raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
         if "plugins" in plain:
@@ -639,7 +641,7 @@ class RunConfig:
         * the number of workers and the cache of decoded images, which change no bit;
         * what was found in files that the settings name.
         """
-        mine, theirs = _flat({**self.to_dict(), "plugins": {}}), _flat({**stored.to_dict(), "plugins": {}})
+        mine, theirs = (_flat({**each.to_dict(), "plugins": {}, "identity": {}}) for each in (self, stored))
         if self.method != stored.method:
             mine, theirs = (
                 {name: value for name, value in table.items() if not name.startswith("options.")}

@@ -16,6 +16,7 @@ from torch import nn
 from fedkern import plugins
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
+from fedkern.data.identity import of_memory
 from fedkern.data.patients import limited
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import Split
@@ -27,6 +28,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
 from fedkern.engine.executors.base import Executor
+from fedkern.engine.grounds import files_identity
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.store import atomic, records, saved_model, used_cache
@@ -54,6 +56,7 @@ def run(
     predictions: bool = False,
     model: nn.Module | None = None,
     elsewhere: Callable[[Run], Executor] | None = None,
+    check: Callable[[RunConfig], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -83,6 +86,8 @@ def run(
         elsewhere: makes the executor of clients that keep their data and states to themselves (see
             :attr:`~fedkern.engine.executors.base.Executor.apart`); None: clients work on this machine, or on the ranks
             of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
+        check: called with the effective settings, what was found in data and files included, before anything is
+            written; its UserError ends the run.
 
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
@@ -90,7 +95,7 @@ def run(
         fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
     with closing(Audience(listener or Listener())) as audience:
-        return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model, elsewhere)
+        return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model, elsewhere, check)
 
 
 def _run(
@@ -104,6 +109,7 @@ def _run(
     predictions: bool,
     model: nn.Module | None,
     elsewhere: Callable[[Run], Executor] | None,
+    check: Callable[[RunConfig], None] | None,
 ) -> dict[str, Any]:
     if model is not None:
         config = own_model.of_module(config, model)
@@ -135,16 +141,21 @@ def _run(
     ):  # fmt: skip
         known = data is None or elsewhere is None
         if data is None:
-            data = load_data(config, notice=listener.on_notice)
-            config = decided(config, data)
+            data = load_data(config, notice=listener.on_notice, identify=not resume)
+            config, identity = decided(config, data), data.identity
+        else:
+            identity = of_memory(data) if known and not resume else data.identity
         config = _effective(config, data)
         data = kept_data(config, data)
+        config = config.replace(identity=stored.identity if resume else {**identity, **files_identity(config)})
         if resume:
             _compare(config, stored, out)
         _check(config, data)
         config, changed = own_model.settled(config, data, stored if resume else None, out)
         for sentence in changed:
             listener.on_notice(sentence)
+        if check is not None:
+            check(config)
         if ignored := fuse_choice.untold():
             listener.on_notice(ignored)
         context = RunContext(config, data, listener.on_notice)
@@ -265,13 +276,14 @@ def load_data(
     masks: bool = True,
     notice: Callable[[str], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    identify: bool = False,
 ) -> FederatedData:
     """The federated data that the settings name.
 
     Args:
         config: every setting; a detector runs on its device.
         masks: False leaves out the boxes file or detector that finds the objects of the training images.
-        notice, progress: see :func:`fedkern.data.load`.
+        notice, progress, identify: see :func:`fedkern.data.load`.
 
     Raises:
         UserError: see :func:`fedkern.data.load`.
@@ -300,6 +312,7 @@ def load_data(
         notice=notice,
         progress=progress,
         cache=config.cache,
+        identify=identify,
     )
 
 

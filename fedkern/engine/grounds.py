@@ -1,0 +1,106 @@
+"""What a run's figures rest on besides its settings: data, code, files and version, which comparisons look at."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, cast
+
+import fedkern
+from fedkern.engine.config import NAME, RunConfig
+from fedkern.engine.store.checkpoints import FOLDER
+from fedkern.errors import UserError
+from fedkern.inputs import open_regular
+
+OF_DATA = ("classes", "sizes", "names", "labels", "images", "function")
+"""Entries of a run's identity that are the data's (`fedkern.data.identity`); others have the name of a setting."""
+_READ_IN_PART = ("train_samples", "public_samples")
+"""Settings that decide of which images a run knows the contents."""
+_ELSEWHERE = ("data_root", "cache", "init", "model", "data_options.detector_cache")
+"""Paths whose contents are described elsewhere, or that change no figure."""
+
+
+def settings_by_name(config: RunConfig) -> dict[str, Any]:
+    """Every setting of a run, options as ``options.NAME``."""
+    table = config.to_dict()
+    for part in ("options", "data_options", "identity", "plugins"):
+        table.update({f"{part}.{name}": value for name, value in table.pop(part, {}).items()})
+    return table
+
+
+def files_identity(config: RunConfig) -> dict[str, str]:
+    """Hashes of the files and folders that settings name, by setting, and fedkern's version.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    found = {"version": fedkern.__version__}
+    for name, value in settings_by_name(config).items():
+        if isinstance(value, str) and name not in _ELSEWHERE and Path(value).is_absolute():
+            digest = hashlib.sha256()
+            for path in _files(Path(value)):
+                digest.update(f"{path.relative_to(value)}\0".encode(errors="surrogateescape"))
+                try:
+                    with open_regular(path) as file:
+                        digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
+                except OSError as error:
+                    raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+                found[name] = digest.hexdigest()
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the files in a folder; of a run folder those of its checkpoints, which no report changes."""
+    if path.is_dir():
+        top = path / FOLDER if (path / NAME).exists() else path
+        return sorted(each for each in top.rglob("*") if each.is_file())
+    return [path] if path.is_file() else []
+
+
+def code_identity(config: RunConfig) -> dict[str, str]:
+    """Hashes of code and files that a run rests on, by the name of the setting, and fedkern's version."""
+    named = {"model": config.model_sha256, "layout": config.model_layout, "init": config.init_sha256}
+    named |= {"method": config.method_sha256} | {f"plugins.{name}": value for name, value in config.plugins.items()}
+    named |= {name: value for name, value in config.identity.items() if name not in OF_DATA}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def other_data(first: RunConfig, second: RunConfig) -> list[str]:
+    """In what the data of two runs differ, though their settings call them the same."""
+    one, two = first.identity, second.identity
+    if first.data != second.data or first.data_options != second.data_options:
+        return []
+    partly = any(getattr(first, name) != getattr(second, name) for name in _READ_IN_PART)
+    names = [name for name in OF_DATA if name in one and name in two and not (partly and name == "images")]
+    return [name for name in names if one[name] != two[name]]
+
+
+def other_code(first: RunConfig, second: RunConfig) -> list[str]:
+    """Settings that name the same code or file in two runs, of which each run had another one."""
+    one, two = settings_by_name(first), settings_by_name(second)
+    mine, theirs = code_identity(first), code_identity(second)
+
+    def same(name: str) -> bool:
+        setting = "model" if name == "layout" else name
+        alike = first.method == second.method or not name.startswith(("options.", "method"))
+        return alike and (name.startswith("plugins.") or one.get(setting) == two.get(setting))
+
+    changed = [name for name in mine if name in theirs and mine[name] != theirs[name] and same(name)]
+    return list(dict.fromkeys("model" if name == "layout" else name for name in changed))
+
+
+def difference(first: RunConfig, second: RunConfig) -> str:
+    """What two runs that are to be compared rest on differently, in words; empty where they do not."""
+    parts = [f"different data ({', '.join(data)})"] if (data := other_data(first, second)) else []
+    code = [_in_words(name, first) for name in other_code(first, second)]
+    return " and ".join([*parts, *([f"another {', '.join(code)}"] if code else [])])
+
+
+def _in_words(name: str, config: RunConfig) -> str:
+    if name == "version":
+        return "version of fedkern"
+    part, _, own = name.partition(".")
+    if part == "plugins":
+        return f"plugin {own}"
+    value = settings_by_name(config).get(name)
+    return f"{'class of the method' if name == 'method' else own or name} {value}".strip()

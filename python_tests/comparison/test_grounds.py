@@ -1,0 +1,186 @@
+"""Comparisons of runs on different data, code or files: refused, or groups of their own."""
+
+import json
+import linecache
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fedkern
+from fedkern import UserError
+from fedkern.engine import RunConfig
+from fedkern.methods import registry
+
+TINY = {"model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 1, "workers": 1, "rounds": 1, "progress": False}
+DIGITS = {"data": "digits", "train_samples": 120, "clients": 3, **TINY}
+PLUGIN = '''
+from fedkern import register
+from fedkern.methods import FedAvg
+
+@register("NAME")
+class Halved(FedAvg):
+    """FedAvg that goes a share of the way."""
+
+    def server_update(self, server, step, uploads):
+        before = server.state["parameters"].clone()
+        super().server_update(server, step, uploads)
+        server.state["parameters"] = before + SHARE * (server.state["parameters"] - before)
+'''
+NETWORK = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, classes, channels):
+        super().__init__(nn.Flatten(1), nn.Linear(1024 * channels, 4), nn.ACT(), nn.Linear(4, classes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry.GIVEN.clear()
+    yield
+    registry.GIVEN.clear()
+
+
+def folder(root, seed=0, classes=("a", "b"), count=6):
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name in classes:
+            for number in range(count):
+                path = Path(root) / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return str(Path(root).absolute())
+
+
+def table(root, rows, seed=0):
+    folder(root, seed)
+    lines = [f"train/{name}/{number}.png,{label}" for name, number, label in rows]
+    (Path(root) / "list.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    return str((Path(root) / "list.csv").absolute())
+
+
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    images, labels = rng.integers(0, 256, (30, 8, 8), dtype=np.uint8), np.arange(30) % 2
+    return fedkern.FederatedData.from_arrays([(images[k::3], labels[k::3]) for k in range(3)], (images, labels))
+
+
+def a_folder(kind, seed):
+    if kind == "arrays":
+        return {"data": arrays(seed)}
+    if kind == "csv":
+        rows = [(name, number, name) for name in "ab" for number in range(6)]
+        return {"data": "csv", "data_root": table(f"csv{seed}", rows, seed), "clients": 2, "partition": "iid",
+                "data_options": {"size": 8}}  # fmt: skip
+    return {"data": "folder", "data_root": folder(f"images{seed}", seed), "clients": 2, "partition": "iid",
+            "data_options": {"size": 8}}  # fmt: skip
+
+
+@pytest.mark.parametrize("second", ["fedavg", "fedprox"])
+@pytest.mark.parametrize("kind", ["folder", "csv", "arrays"])
+def test_folders_of_runs_on_different_data_are_refused(kind, second):
+    for out, method, seed in (("a0", "fedavg", 0), ("b1", second, 1)):
+        fedkern.simulate(method, out=out, seed=seed, pictures=False, **{**TINY, **a_folder(kind, seed)})
+    with pytest.raises(UserError, match=r"a0 and b1 were made with different data \(.*images.*\)"):
+        fedkern.compare(["a0", "b1"], out="c")
+    assert not Path("c").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "arrays"])
+def test_equal_data_elsewhere_are_the_same(kind):
+    for seed in (0, 1):
+        given = a_folder(kind, 0)
+        if "data_root" in given:
+            moved = Path(f"moved{seed}")
+            source = Path(given["data_root"])
+            shutil.copytree(source.parent if source.is_file() else source, moved)
+            given["data_root"] = str((moved / source.name if source.is_file() else moved).absolute())
+        more = {"partition": "dirichlet:5:min=1"} if seed and kind != "arrays" else {}
+        fedkern.simulate("fedavg", out=f"a{seed}", seed=seed, pictures=False, **{**TINY, **given, **more})
+    assert sum(row["seeds"] for row in fedkern.compare(["a0", "a1"], out="c").table) == 2
+
+
+def changed(what, step, name="halved"):
+    """Settings of a comparison whose data, code or file differ from step to step under the same names."""
+    if what == "one image":
+        given = a_folder("folder", 0)
+        if step:
+            Image.new("L", (8, 8), 7).save(Path(given["data_root"]) / "train/a/3.png")
+        return given
+    if what == "images":
+        return {**a_folder("folder", 0), "data_root": folder(f"other{step}", step)}
+    if what == "labels":
+        rows = [(name, number, name if number or not step else "b") for name in "ab" for number in range(6)]
+        return {**a_folder("csv", 0), "data_root": table("csv", rows)}
+    if what == "arrays":
+        return {"data": arrays(step)}
+    given = dict(DIGITS)
+    if what == "plugin":
+        Path("plugin.py").write_text(PLUGIN.replace("SHARE", str(1 - step / 2)).replace("NAME", name))
+        return {**given, "plugins": ["plugin.py"]}
+    if what == "network":
+        Path("net.py").write_text(NETWORK.replace("ACT", ("ReLU", "Sigmoid")[step]))
+        return {**given, "model": "net.py:Net"}
+    if what == "init":
+        run = fedkern.simulate("fedavg", out=f"start{step}", pictures=False, **{**DIGITS, "rounds": 1 + step})
+        shutil.copy(run.out / "model.safetensors", "start.safetensors")
+        return {**given, "init": "start.safetensors"}
+    images = sorted(fedkern.data.load("digits").image_ids)
+    Path("boxes.json").write_text(json.dumps({"boxes": {name: [[0, 0, 4, 4 + step]] for name in images}}))
+    return {**given, "data_options": {"boxes": "boxes.json"}}
+
+
+@pytest.mark.parametrize("what", ["one image", "images", "labels", "arrays", "plugin", "network", "init", "boxes"])
+def test_a_comparison_does_not_go_on_with_what_has_changed(what):
+    method = "halved" if what == "plugin" else "fedavg"
+    fedkern.compare(method, out="x", seeds=1, **{**TINY, **changed(what, 0)})
+    named = {"plugin": "plugin", "network": "model", "init": "init", "boxes": "boxes"}.get(what, "different data")
+    with pytest.raises(UserError, match=f"{method}_seed=0 was made with .*{named}"):
+        fedkern.compare(method, out="x", seeds=2, **{**TINY, **changed(what, 1)})
+    assert not Path(f"x/{method}_seed=1").exists()
+
+
+def test_a_changed_class_is_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for factor, seeds in ((1.0, 1), (0.25, 2)):
+        text = PLUGIN.replace('@register("NAME")', "").replace("SHARE", str(factor))
+        Path("of_a_module.py").write_text(text)
+        linecache.clearcache()
+        registry.GIVEN.clear()
+        module = types.ModuleType("of_a_module")
+        module.__file__ = str(tmp_path / "of_a_module.py")
+        monkeypatch.setitem(sys.modules, "of_a_module", module)
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+        if seeds == 1:
+            fedkern.compare([module.Halved], out="x", seeds=seeds, **DIGITS)
+    with pytest.raises(UserError, match="code of the class Halved"):
+        fedkern.compare([module.Halved], out="x", seeds=2, **DIGITS)
+
+
+@pytest.mark.parametrize("what", ["plugin", "version"])
+def test_folders_of_runs_of_different_code_are_groups_of_their_own(what, monkeypatch):
+    method = "quartered" if what == "plugin" else "fedavg"
+    for seed in (0, 1):
+        if what == "version":
+            monkeypatch.setattr(fedkern, "__version__", f"9.{seed}")
+        given = changed("plugin", seed, method) if what == "plugin" else DIGITS
+        fedkern.simulate(method, out=f"a{seed}", seed=seed, pictures=False, **given)
+    found = fedkern.compare(["a0", "a1"], out="c")
+    assert [row["seeds"] for row in found.table] == [1, 1]
+    assert f"code.{'plugins' if what == 'plugin' else 'version'}" in " ".join(found.notes)
+
+
+def test_seeds_of_coloured_data_are_one_group():
+    given = {**DIGITS, "data": "colordigits"}
+    for seed in (0, 1):
+        fedkern.simulate("fedavg", out=f"a{seed}", seed=seed, pictures=False, **given)
+    assert [row["seeds"] for row in fedkern.compare(["a0", "a1"], out="c").table] == [2]
+    assert RunConfig.load("a0").identity == RunConfig.load("a1").identity
