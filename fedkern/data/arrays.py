@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,26 @@ def from_arrays(
     augment: str,
 ) -> FederatedData:
     """See :meth:`fedkern.data.FederatedData.from_arrays`."""
+    changes: list[float] = []
     named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
     if not named:
         raise ValueError("clients must hold at least one client, but is empty")
-    splits = {name: _split(pair, f"client {name}") for name, pair in named.items()}
+    splits = {name: _split(pair, f"client {name}", changes) for name, pair in named.items()}
     given = dict(test) if isinstance(test, Mapping) else {"": test}
-    tests = {name: _split(pair, f"the test set {name}".rstrip()) for name, pair in given.items()}
+    tests = {name: _split(pair, f"the test set {name}".rstrip(), changes) for name, pair in given.items()}
     if not tests:
         raise ValueError("test must hold at least one test set, but is empty")
     first = next(iter(splits.values()))
     shape = first.images.shape[1:]
-    held = Split(first.images[:0], first.labels[:0]) if validation is None else _split(validation, "validation")
+    held = (
+        Split(first.images[:0], first.labels[:0]) if validation is None else _split(validation, "validation", changes)
+    )
+    if (change := max(changes, default=0.0)) > 0:
+        warnings.warn(
+            "Images in floats are kept in 8 bits, as multiples of 1/255: the largest change of a value is "
+            f"{change:.2g}.",
+            stacklevel=3,
+        )
     every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": held}
     for name, split in every.items():
         if split.images.shape[1:] != shape or split.labels.dim() != first.labels.dim():
@@ -98,13 +108,13 @@ def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> t
     return names
 
 
-def _split(pair: Any, name: str) -> Split:
+def _split(pair: Any, name: str, changes: list[float]) -> Split:
     try:
         images, labels = pair
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected a pair (images, labels)") from None
     try:
-        return Split(_images(images), _labels(labels))
+        return Split(_images(images, changes), _labels(labels))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -113,8 +123,11 @@ def _tensor(value: Any) -> Tensor:
     return value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def _images(value: Any) -> Tensor:
-    """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1]."""
+def _images(value: Any, changes: list[float]) -> Tensor:
+    """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1].
+
+    The largest change of a float goes to ``changes``, unless it is no more than the dtype's own rounding.
+    """
     images = _tensor(value)
     if images.dim() == 3:
         images = images[:, None]
@@ -123,7 +136,10 @@ def _images(value: Any) -> Tensor:
     if images.is_floating_point():
         if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError("floating images must lie in [0, 1]")
-        images = (images.double() * 255).round().to(torch.uint8)
+        rounded = (images.double() * 255).round()
+        change = float((images.double() - rounded / 255).abs().max()) if images.numel() else 0.0
+        changes.append(change if change > torch.finfo(images.dtype).eps else 0.0)
+        images = rounded.to(torch.uint8)
     if images.dtype != torch.uint8 or images.dim() != 4:
         kind = str(images.dtype).removeprefix("torch.")
         raise ValueError(

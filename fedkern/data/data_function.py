@@ -165,13 +165,13 @@ class DataFunction:
         self._check_task(task)
         if not len(pool):
             raise self._wrong("returns no training sample")
+        for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
+            self._check_labels(each, where, len(source.classes))
         try:
             images = pool.take(torch.zeros(1, dtype=torch.int64)).images
         except (ValueError, TypeError) as error:  # Split names what is wrong
             raise self._wrong(f"returns a pool that cannot be read ({error})") from None
         self._check_channels(images.shape[1], source)
-        for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
-            self._check_labels(each, where, len(source.classes))
         if not source.tests:
             raise self._wrong("returns no test set")
 

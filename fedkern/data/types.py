@@ -58,6 +58,11 @@ class Split:
                 f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, or uint8 [{n}, L] for "
                 f"several labels, got {_describe(self.labels)}"
             )
+        if self.labels.dim() == 1 and n and int(self.labels.min()) < 0:
+            raise ValueError(
+                f"labels: expected the class of every image, a number from 0, got {int(self.labels.min())}; leave out "
+                f"images without a class ({IGNORE} is for pixels)"
+            )
         if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
         if self.ids is not None and len(self.ids) != n:
@@ -309,8 +314,8 @@ class FederatedData:
         Args:
             clients: pairs (images, labels) by client name, or in client order.  Images are NumPy arrays or tensors,
                 uint8 or floats in [0, 1], ``[n, C, H, W]``, ``[n, H, W, C]`` or ``[n, H, W]``.  Labels are whole
-                numbers, ``[n]``, or for segmentation ``[n, H, W]``; for several labels an image 0 and 1 of any dtype,
-                ``[n, L]`` with L of at least 2.
+                numbers from 0, ``[n]``, or for segmentation ``[n, H, W]``, negative where the class is unknown; for
+                several labels an image 0 and 1 of any dtype, ``[n, L]`` with L of at least 2.
             test: a pair, or pairs by name of the test set.
             validation: a pair for choosing settings.
             classes: names of the classes, or of the L labels; default: their numbers.
@@ -318,7 +323,11 @@ class FederatedData:
             augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, or too few class names; the message names the client or set.
+            ValueError: shapes or dtypes that do not fit, a class below 0, or too few class names; the message names the
+                client or set.
+
+        Warns:
+            UserWarning: floats are no multiples of 1/255, and are rounded to these.
         """
         from fedkern.data.arrays import from_arrays
 

@@ -1,13 +1,16 @@
-"""Arrays in memory with several labels an image."""
+"""Arrays in memory: several labels an image, images without a class, floats."""
 
 from __future__ import annotations
+
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 import fedkern
-from fedkern.data import FederatedData
+from fedkern.data import FederatedData, Split
+from fedkern.data.types import memory_pool
 from fedkern.engine import read_summary
 
 NAMES = ("left", "right", "top")
@@ -86,3 +89,51 @@ def test_methods_for_single_classes_say_so(tmp_path, method):
     ):
         fedkern.simulate(method, data=sites(), out=tmp_path / "run", **{**SMALL, "model": "cnn"})
     assert not (tmp_path / "run").exists()
+
+
+def classified(n):
+    return np.full((n, 1, 4, 4), 7, np.uint8), np.arange(n) % 2
+
+
+@pytest.mark.parametrize("label", [-100, -1, -7])
+@pytest.mark.parametrize("where", ["client b", "the test set", "validation", "registered", "by hand"])
+def test_an_image_without_a_class_is_refused_everywhere(label, where):
+    """It was left out of the training's loss, and ended in a traceback in the evaluation."""
+    good, bad = classified(4), classified(4)
+    bad[1][2] = label
+    named = "" if where in ("by hand", "registered") else f"{where}: "
+    tensors = [torch.from_numpy(part) for part in bad]
+    made = {
+        "by hand": lambda: Split(*tensors),
+        "registered": lambda: memory_pool(*tensors, "x").take(torch.arange(4)),
+        "client b": lambda: FederatedData.from_arrays({"a": good, "b": bad}, good),
+        "the test set": lambda: FederatedData.from_arrays([good], bad),
+        "validation": lambda: FederatedData.from_arrays([good], good, validation=bad),
+    }[where]
+    with pytest.raises(ValueError, match=f"^{named}labels: expected the class of every image, .* from 0, got {label};"):
+        made()
+
+
+def floats(n, dtype, exact):
+    values = np.random.default_rng(0).random((n, 1, 4, 4))
+    return (np.round(values * 255) / 255 if exact else values).astype(dtype), np.arange(n) % 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("where", ["clients", "test", "validation"])
+def test_floats_that_lose_digits_are_told_once(dtype, where):
+    exact, other = floats(6, dtype, True), floats(6, dtype, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FederatedData.from_arrays([exact, exact], exact, validation=exact)
+        FederatedData.from_arrays([classified(4)], classified(4))
+    with pytest.warns(UserWarning, match="kept in 8 bits") as told:
+        data = FederatedData.from_arrays(
+            [other if where == "clients" else exact] * 2, other if where == "test" else exact,
+            validation=other if where == "validation" else exact,
+        )  # fmt: skip
+    assert len(told) == 1
+    split = {"clients": data.clients[0], "test": data.tests[""], "validation": data.validation}[where]
+    change = np.abs(other[0].astype(np.float64) - split.images.numpy() / 255).max()
+    assert f"the largest change of a value is {change:.2g}." in str(told[0].message)
+    assert told[0].filename == __file__
