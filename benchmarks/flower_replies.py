@@ -34,7 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedkern.flower import strategies
 
 OURS, THEIRS = "fedkern", "Flower"
-SUMS = {OURS: "exact", "fedkern fp64": "fp64", "fedkern together": "together"}
+LOW_MEMORY = {OURS: False, "fedkern low memory": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "FedAvg": {},
     "FedAdam": {},
@@ -118,14 +118,14 @@ def strategy(name: str, rule: str, start: ArrayRecord, clients: int) -> Any:
         if hasattr(made, "eta"):
             made.current_arrays = {key: array.numpy() for key, array in start.items()}
         return made
-    made = getattr(strategies, rule)(sums=SUMS[name], **SETTINGS[rule])
+    made = getattr(strategies, rule)(low_memory=LOW_MEMORY[name], **SETTINGS[rule])
     made.begin(start, range(clients))
     return made
 
 
 def contestants(rule: str) -> list[str]:
-    """Who meets: rules that need all replies have no sums, and so no other kind of sums."""
-    return [*SUMS, THEIRS] if rule in ("FedAvg", "FedAdam") else [OURS, THEIRS]
+    """Who meets: rules that need all replies have no sums."""
+    return [*LOW_MEMORY, THEIRS] if rule in ("FedAvg", "FedAdam") else [OURS, THEIRS]
 
 
 def handed(replies: list[Message], begin: list[float], clock: Callable[[], float]) -> Iterator[Message]:
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("clients", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--contestant", default=OURS, choices=(*SUMS, THEIRS))
+    parser.add_argument("--contestant", default=OURS, choices=(*LOW_MEMORY, THEIRS))
     asked = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)

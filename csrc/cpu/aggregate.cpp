@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "aggregate_error_free.h"
 #include "aggregate_exact.h"
 #include "aggregate_lanes.h"
 #include "aggregate_store.h"
@@ -164,15 +163,9 @@ void exact_add_any(const ExactAdd& a) {
 void exact_mean_any(const ExactMean& a) {
   with_type(a.out_dtype, [&](auto out) { exact_mean<decltype(out)>(a); });
 }
-void error_free_sum_any(const ErrorFreeSum& a) {
-  with_type(a.dtype, [&](auto in) {
-    with_type(a.out_dtype, [&](auto out) { error_free_sum<decltype(in), decltype(out)>(a); });
-  });
-}
 
 }  // namespace
 
-const AggregateTable aggregate_table = {weighted_mean_any, accumulator_add_any, accumulator_mean_any, exact_add_any, exact_mean_any,
-                                        error_free_sum_any};
+const AggregateTable aggregate_table = {weighted_mean_any, accumulator_add_any, accumulator_mean_any, exact_add_any, exact_mean_any};
 
 }  // namespace fedkern::FEDKERN_ISA

@@ -1,6 +1,6 @@
 """All that depends on Flower: its classes, its grid, its arrays.  Nothing else in fedkern imports flwr.
 
-Written for flwr 1.41 and its message API.
+Written for flwr's message API: strategies for 1.26 and later, whole runs for :data:`TESTED`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
     from fedkern.flower.model_layout import Layout
 
-VERSIONS = ("1.41",)
-"""Versions of flwr that this file is written for."""
+TESTED = ("1.41", "1.42")
+"""Versions of flwr on which whole runs are tested."""
 
+_OLDEST = (1, 26)
 _HOW = "pip install 'fedkern[flower]'"
 
 
@@ -35,8 +36,18 @@ def _check_version() -> None:
         found = importlib.metadata.version("flwr")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"fedkern.flower needs Flower, which is not installed: {_HOW}.") from None
-    if ".".join(found.split(".")[:2]) not in VERSIONS:
-        raise UserError(f"fedkern.flower works with flwr {VERSIONS[-1]}, but flwr {found} is installed: {_HOW}.")
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise UserError(f"fedkern.flower works with flwr {oldest} and later, but flwr {found} is installed: {_HOW}.")
+
+
+def warn_of_version() -> None:
+    """Logs a warning where whole runs are not tested on the version of flwr that is installed."""
+    found = importlib.metadata.version("flwr")
+    if ".".join(found.split(".")[:2]) not in TESTED:
+        log(
+            WARNING, "whole runs are tested on flwr %s, not on flwr %s, which is installed", " and ".join(TESTED), found
+        )
 
 
 _check_version()
@@ -146,7 +157,11 @@ class StreamedGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Sends messages and gives their replies: a list, or for training an iterable that waits for each reply."""
         sent = list(messages)
-        if not sent or sent[0].metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+        kind = sent[0].metadata.message_type.partition(".")[0] if sent else ""
+        if kind == MessageType.EVALUATE:
+            self._strategy.begin_evaluation([message.metadata.dst_node_id for message in sent])
+            return list(Arrivals(self._grid, sent, timeout, len(sent)))
+        if kind != MessageType.TRAIN:
             return self._grid.send_and_receive(sent, timeout=timeout)
         held = records(sent[0].content, ArrayRecord)
         named = sent[0].content.get(self._strategy.arrayrecord_key)
@@ -206,7 +221,11 @@ class Arrivals:
 
 def nodes(grid: Grid) -> list[int]:
     """The connected nodes, in the order in which they registered, then by id: not as the grid happens to list them."""
-    found = [(str(getattr(node, "registered_at", "") or ""), int(node.node_id)) for node in grid.get_nodes()]
+    try:
+        listed = list(grid.get_nodes())
+    except AttributeError:  # flwr below 1.38 tells ids alone
+        return sorted(map(int, grid.get_node_ids()))
+    found = [(str(getattr(node, "registered_at", "") or ""), int(node.node_id)) for node in listed]
     return [node for _, node in sorted(found)]
 
 

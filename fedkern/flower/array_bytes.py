@@ -28,6 +28,7 @@ FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.f
 
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 10_000  # of NumPy's own limit, above which a header's evaluation may take too long
+_MOST_SIZES, _MOST_ELEMENTS = 64, 2**48
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # Not the attributes of ctypes.pythonapi, whose types others may set.
 _new_bytes: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
@@ -84,8 +85,8 @@ def header(array: Any, name: str) -> Header:
     """
     data = array.data
     if array.stype == FLAT:
-        if array.dtype not in FLOATS or len(array.shape) != 1 or array.shape[0] < 0:
-            raise Misfit("dtypes", f"has {name} as {array.dtype} {list(array.shape)} where a flat vector is expected")
+        if array.dtype not in FLOATS or len(array.shape) != 1 or not is_shape(array.shape):
+            raise Misfit("dtypes", f"has {name} of another form than that of a flat vector")
         found, size = Header(array.dtype, tuple(array.shape)), FLOATS[array.dtype].itemsize
     elif array.stype == NUMPY:
         start = 10 if data[6:7] == b"\x01" else 12
@@ -111,9 +112,18 @@ def _parsed(data: bytes) -> tuple[Header, int]:
     stream = io.BytesIO(data)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
-    if dtype.kind not in "fiub" or dtype.itemsize > 8 or any(size < 0 for size in shape):
+    if dtype.kind not in "fiub" or dtype.itemsize > 8:
         raise TypeError(dtype)
+    if not is_shape(shape):
+        raise ValueError("shape")
     return Header(dtype.name, tuple(shape), "F" if fortran else "C", len(data), not dtype.isnative), dtype.itemsize
+
+
+def is_shape(sizes: Sequence[Any]) -> bool:
+    """Whether sizes that came with a message are those of an array that memory can hold, also without its zeros."""
+    if len(sizes) > _MOST_SIZES or any(type(size) is not int or not 0 <= size <= _MOST_ELEMENTS for size in sizes):
+        return False
+    return math.prod(max(size, 1) for size in sizes) <= _MOST_ELEMENTS
 
 
 def tensor(array: Any, form: Header) -> Tensor:

@@ -1,4 +1,4 @@
-"""Flower's FedAvg and FedProx with sums that take replies as they arrive; the base of the other strategies."""
+"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out; the base of the other strategies."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import contextlib
 import functools
 import inspect
 import math
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.errors import RunFailed, UserError, printable
+from fedkern.errors import RunFailed, UserError, printable, printable_name
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
 from fedkern.flower.array_bytes import Misfit
-from fedkern.flower.exact_mean import ExactMean, NewModel
 from fedkern.flower.model_layout import Layout, Model
-from fedkern.flower.model_sums import RunningMean, Whole
+from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, Whole
 from fedkern.streams import stream
 
 C = TypeVar("C", bound=type)
@@ -30,8 +30,10 @@ LEFT_OUT = "left-out/"
 """Beginning of the names of metrics that list nodes whose replies did not count, by reason."""
 
 _HEAVIEST = 2**53
-# Replies that are held until they are added together: larger models are added one by one.
-_HELD_BYTES = 64 << 20
+# An update of so many times the median norm is worth a warning.
+_FAR = 1000
+# Rounds without a reply that counts, at the end of a run, after which the run has failed.
+_LAST_ROUNDS = 2
 
 # Reasons that speak of the app rather than of a client: where no reply ever fits, the app must be changed.
 _OF_THE_APP = frozenset(["keys", "shapes", "dtypes", "size", "records", "weight"])
@@ -46,7 +48,8 @@ class LeftOut(NamedTuple):
         round: the round, from 1.
         node: the node's id.
         reason: one word: "absent" (no reply before the deadline), "error" (of the client or the SuperLink), "records",
-            "weight", "keys", "shapes", "dtypes", "size", "finite", "variance", "norm" or "twice".
+            "weight", "metrics", "keys", "shapes", "dtypes", "size", "finite", "variance", "norm", "twice" or
+            "unreadable" (reading the reply raised another exception).
         text: the reason, as the end of a sentence that begins with the reply.
     """
 
@@ -96,32 +99,26 @@ def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
     return decorate
 
 
-_OWN = {"seed": 0, "max_update_norm": 0.0, "sums": "exact"}
-_SUMS = {
-    "exact": "running mean, exact sums",
-    "fp64": "running mean, one reply at a time, sums in fp64 in the order of arrival",
-    "together": "mean of all replies together, exact sums (memory: replies × model)",
-}
+_OWN = {"seed": 0, "max_update_norm": 0.0, "low_memory": False}
 
 
 @constructed_like(flower.FedAvg)
 class FedAvg(flower.FedAvg):
     """Flower's ``FedAvg``: the same constructor and hooks, another aggregation.
 
-    Replies are checked and added to a running mean as they arrive.  Bad replies are left out, and named in the log, in
-    :attr:`left_out` and in the round's metrics.  Entries of whole numbers become the largest value of the replies.
+    Bad replies are left out, and named in the log, in :attr:`left_out` and in the round's metrics.  Entries of whole
+    numbers become the largest value of the replies.  The order in which replies arrive changes no bit.
 
     Args:
         *args, **named: those of Flower's strategy of the same name.
         seed: chooses the nodes of every round, together with the round.
         max_update_norm: largest Euclidean norm of a reply's model minus the model sent, over all floating entries; 0:
             no limit.
-        sums: "exact": replies are added as they arrive, and the new model's bits do not depend on their order.
-            "together": all replies are kept, and averaged once the last is there, which is the fastest; the same bits.
-            "fp64": as "exact", but with rounded sums; the last bit of some numbers may depend on the order.
+        low_memory: whether replies are added to exact sums as they arrive, 25 bytes for every number of the model,
+            instead of being kept until the last is there; this is slower.  Rules that compare replies keep them.
 
     Attributes:
-        left_out: the replies that did not count, of all rounds.
+        left_out: the replies that did not count, of all rounds, to messages of training and of evaluation.
 
     Raises:
         UserError: an argument of fedkern's is out of range.
@@ -129,7 +126,7 @@ class FedAvg(flower.FedAvg):
     """
 
     def __init__(
-        self, *args: Any, seed: int = 0, max_update_norm: float = 0.0, sums: str = "exact", **named: Any
+        self, *args: Any, seed: int = 0, max_update_norm: float = 0.0, low_memory: bool = False, **named: Any
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise UserError(f"{type(self).__name__}: seed must be a whole number, not {seed!r}.")
@@ -140,17 +137,18 @@ class FedAvg(flower.FedAvg):
                 f"{type(self).__name__}: max_update_norm must be finite and at least 0 (no limit), not "
                 f"{max_update_norm!r}."
             )
-        if sums not in _SUMS:
-            raise UserError(f"{type(self).__name__}: sums must be one of {', '.join(_SUMS)}, not {sums!r}.")
+        if not isinstance(low_memory, bool):
+            raise UserError(f"{type(self).__name__}: low_memory must be True or False, not {low_memory!r}.")
         super().__init__(*args, **named)
-        self.seed, self.max_update_norm, self.sums = seed, float(max_update_norm), sums
+        self.seed, self.max_update_norm, self.low_memory = seed, float(max_update_norm), low_memory
         self.left_out: list[LeftOut] = []
         self._sent: ArrayRecord | None = None
         self._start: Model | None = None
         self._layout: Layout | None = None
         self._nodes: list[int] = []
+        self._evaluating: list[int] = []
         self._ever_fitted = False
-        self._room: float = _HELD_BYTES
+        self._lost: list[LeftOut] = []  # the first fault of each of the last rounds, in which no reply has counted
         for name in ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"):
             if getattr(self, name) is adapter.aggregate_metricrecords:
                 setattr(self, name, mean_of_metrics)
@@ -166,23 +164,25 @@ class FedAvg(flower.FedAvg):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        **named: Any,
     ) -> Result:
-        """See Flower's ``Strategy.start``.
+        """See Flower's ``Strategy.start``, which gets arguments of other names too.
 
         Raises:
             UserError: the arrays do not hold real numbers, or no reply of the first round has their form.
-            RunFailed: no reply of any round has counted.
+            RunFailed: no reply of any round has counted, or none of the last two rounds.
         """
-        before = len(self.left_out)
+        self._lost = []
         result: Result = super().start(
             adapter.StreamedGrid(grid, self), initial_arrays, num_rounds, timeout, train_config, evaluate_config,
-            evaluate_fn,
+            evaluate_fn, **named,
         )  # fmt: skip
-        if len(self.left_out) > before and not self._ever_fitted:
-            fault = self.left_out[before]
+        if self._lost and (len(self._lost) >= _LAST_ROUNDS or not self._ever_fitted):
+            fault, who = self._lost[0], type(self).__name__
+            which = f"of the last {len(self._lost)} rounds" if self._ever_fitted else "of this run"
             raise RunFailed(
-                f"{type(self).__name__}: no reply of this run has counted, so that the model is as it was; in round "
-                f"{fault.round} the reply of node {fault.node} {fault.text}"
+                f"{who}: no reply {which} has counted, so that the model is as it was before round {fault.round}; in "
+                f"round {fault.round} the reply of node {fault.node} {fault.text}"
             )
         return result
 
@@ -230,48 +230,67 @@ class FedAvg(flower.FedAvg):
         Raises:
             UserError: no reply so far has had the form of the arrays sent.
         """
-        # Replies in a list are in memory, whatever is done here.
-        self._room = math.inf if isinstance(replies, (list, tuple)) else _HELD_BYTES
         if self._sent is None:
             replies = sorted(replies, key=_node)
             self._layout = _layout_of_first(replies)
         if self._layout is None:
             return None, None
         gathered = self._gather(self._layout)
-        contents: dict[int, list[RecordDict]] = {}
+        contents: list[_Content] = []
         left: list[LeftOut] = []
         absent = set(self._nodes) if self._sent is not None else set()
         for reply in replies:
             absent.discard(_node(reply))
             try:
-                self._take(reply, gathered, contents)
-            except Misfit as misfit:
-                left.append(LeftOut(server_round, _node(reply), misfit.reason, printable(str(misfit))))
+                with _threads():
+                    contents.append(self._take(reply, gathered))
+            except Exception as error:  # whatever a reply makes of the code that reads it
+                left.append(_left_out(server_round, reply, error))
             del reply  # otherwise it would be held while the next one is fetched
-        if isinstance(gathered, ExactMean):
-            self._close(gathered, server_round, contents, left)
         left += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
-        self._tell(server_round, contents, left)
-        combined = self._combine(gathered, server_round) if contents else None
-        del gathered
-        arrays = None
-        if combined is not None:
-            vector = combined.vector
-            if isinstance(vector, Tensor):
-                vector = self._step(vector, server_round)
-            arrays = adapter.record(self._layout, vector, combined.whole)
-        counted = [
-            content
-            for node, own in sorted(contents.items())
-            for content in own
-            if combined is None or combined.nodes is None or node in combined.nodes
-        ]
-        return arrays, self._metrics(counted, left)
+        with _threads():
+            combined = self._combine(gathered, server_round) if contents else None
+            if isinstance(gathered, AllModels):
+                for place, misfit in sorted(gathered.refused.items(), reverse=True):
+                    left.append(LeftOut(server_round, contents.pop(place).node, misfit.reason, printable(str(misfit))))
+            self._tell(server_round, len(contents), left)
+            self._warn_of_far(server_round, gathered.nodes, gathered.norms())
+            del gathered
+            arrays = None
+            if combined is not None:
+                vector = combined.vector
+                if isinstance(vector, Tensor):
+                    vector = self._step(vector, server_round)
+                arrays = adapter.record(self._layout, vector, combined.whole)
+        contents.sort(key=lambda content: content.node)
+        if combined is not None and combined.nodes is not None:
+            contents = [content for content in contents if content.node in combined.nodes]
+        return arrays, self._metrics(contents, left)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """See Flower's ``FedAvg.aggregate_evaluate``; replies are taken in the order of their nodes."""
-        found: MetricRecord | None = super().aggregate_evaluate(server_round, sorted(replies, key=_node))
-        return found
+        """Combines the metrics of an evaluation; replies that do not count are left out, as in training.
+
+        Args:
+            server_round: the round, from 1.
+            replies: the replies.
+
+        Returns:
+            The metrics; None where no reply counts and none is left out.
+        """
+        contents: list[_Content] = []
+        left: list[LeftOut] = []
+        absent = set(self._evaluating)
+        self._evaluating = []
+        for reply in sorted(replies, key=_node):
+            absent.discard(_node(reply))
+            try:
+                contents.append(_Content(_node(reply), _content(reply), self._weight(_content(reply))))
+            except Exception as error:  # as in aggregate_train
+                left.append(_left_out(server_round, reply, error))
+        left += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
+        if contents or left:
+            self._log(server_round, len(contents), left, "replies of the evaluation")
+        return self._aggregated(contents, left, self.evaluate_metrics_aggr_fn)
 
     # -- the nodes of a round ------------------------------------------------------------------------------------------
 
@@ -323,52 +342,78 @@ class FedAvg(flower.FedAvg):
                 raise UserError(f"{who}: the global model {misfit}; it must hold real numbers.") from None
             self._sent, self._layout = arrays, layout
 
+    def begin_evaluation(self, nodes: Sequence[int]) -> None:
+        """Notes the nodes that an evaluation asks."""
+        self._evaluating = list(nodes)
+
     # -- replies -------------------------------------------------------------------------------------------------------
 
-    def _take(self, reply: Message, gathered: Any, contents: dict[int, list[RecordDict]]) -> None:
+    def _take(self, reply: Message, gathered: Any) -> _Content:
         """Checks a reply and adds it to what the round keeps.
 
         Raises:
             Misfit: the reply does not count.
         """
-        if reply.has_error():
-            raise Misfit("error", f"is an error: {reply.error.reason}")
-        content, node = reply.content, _node(reply)
-        arrays, metrics = _only(content, ArrayRecord), _only(content, MetricRecord)
-        weight = metrics.get(self.weighted_by_key)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise Misfit("weight", f"has no single number as metric {self.weighted_by_key!r}, its weight")
-        if not 0 <= weight <= _HEAVIEST:
-            raise Misfit(
-                "weight", f"has {weight!r:.30} as {self.weighted_by_key!r}, its weight: it must be from 0 to 2^53"
-            )
+        content, node = _content(reply), _node(reply)
+        arrays = _only(content, ArrayRecord)
+        weight = self._weight(content)
         assert self._layout is not None
         model = Model(arrays, self._layout)
-        if isinstance(gathered, ExactMean) and weight and not self.max_update_norm:
+        if weight and not self.max_update_norm and isinstance(gathered, AllModels) and self._averages:
             model.check_finite(but_for_sums=True)
             model.check_variances()
         else:
             model.check_numbers()
         if self.max_update_norm and self._start is not None:
             norm = model.distance(self._start)
-            if norm > self.max_update_norm:
+            if not norm <= self.max_update_norm:
                 raise Misfit("norm", f"has an update of norm {norm:.6g} where {self.max_update_norm:g} is allowed")
-        self._add(gathered, model, float(weight), node)
-        contents.setdefault(node, []).append(adapter.without_arrays(content))
+        self._add(gathered, model, weight, node)
+        return _Content(node, adapter.without_arrays(content), weight)
 
-    def _tell(self, server_round: int, contents: dict[int, list[RecordDict]], left: list[LeftOut]) -> None:
+    def _weight(self, content: RecordDict) -> float:
+        """The weight of a reply, whose metrics are checked.
+
+        Raises:
+            Misfit: the metrics are not numbers, or the weight is none.
+        """
+        metrics = _only(content, MetricRecord)
+        weight = metrics.get(self.weighted_by_key)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise Misfit("weight", f"has no single number as metric {self.weighted_by_key!r}, its weight")
+        if not 0 <= weight <= _HEAVIEST:
+            raise Misfit(
+                "weight", f"has {_shown(weight)} as {self.weighted_by_key!r}, its weight: it must be from 0 to 2^53"
+            )
+        for name, value in metrics.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, bool) or not isinstance(number, (int, float)) or _too_large(number):
+                    raise Misfit(
+                        "metrics", f"has the metric {printable_name(str(name), 80)!r} that is no number of fp64"
+                    )
+        return float(weight)
+
+    def _log(self, server_round: int, counted: int, left: list[LeftOut], to: str) -> None:
+        """Logs and notes which replies counted."""
+        left.sort()
+        self.left_out += left
+        adapter.log(adapter.INFO, "Round %s: %s %s count, %s do not.", server_round, counted, to, len(left))
+        for fault in left:
+            adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
+
+    def _tell(self, server_round: int, counted: int, left: list[LeftOut]) -> None:
         """Logs which replies counted.
 
         Raises:
             UserError: no reply so far has had the form of the arrays sent.
         """
-        left.sort()
-        self.left_out += left
-        counted = sum(map(len, contents.values()))
-        adapter.log(adapter.INFO, "Round %s: %s replies count, %s do not.", server_round, counted, len(left))
-        for fault in left:
-            adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
-        self._ever_fitted |= bool(contents)
+        self._log(server_round, counted, left, "replies")
+        self._ever_fitted |= bool(counted)
+        if counted:
+            self._lost = []
+        elif left:
+            self._lost.append(left[0])
+            adapter.log(adapter.WARNING, "Round %s: no reply counts, the model stays as it was.", server_round)
         ours = [fault for fault in left if fault.reason in _OF_THE_APP]
         if ours and not self._ever_fitted and len(ours) == sum(fault.reason not in _OF_NOBODY for fault in left):
             raise UserError(
@@ -377,12 +422,33 @@ class FedAvg(flower.FedAvg):
                 f"with {self.weighted_by_key!r}."
             )
 
-    def _metrics(self, contents: list[RecordDict], left: list[LeftOut]) -> MetricRecord | None:
-        """The round's metrics: the replies' own, and the nodes left out by reason."""
+    def _warn_of_far(self, server_round: int, nodes: list[int], norms: list[float]) -> None:
+        """Warns of updates that count although they are far larger than the others."""
+        if len(norms) < 2 or self._start is None:
+            return
+        median = sorted(norms)[(len(norms) - 1) // 2] or self._start.norm()
+        for node, norm in zip(nodes, norms, strict=True):
+            if norm > _FAR * median > 0:
+                adapter.log(
+                    adapter.WARNING,
+                    "Round %s: the update of node %s has a norm of about %.3g, where the median is %.3g: it counts; "
+                    "max_update_norm leaves such updates out.", server_round, node, norm, median,
+                )  # fmt: skip
+
+    def _metrics(self, contents: list[_Content], left: list[LeftOut]) -> MetricRecord | None:
+        """The metrics of a round's training."""
+        return self._aggregated(contents, left, self.train_metrics_aggr_fn)
+
+    def _aggregated(
+        self, contents: list[_Content], left: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
+    ) -> MetricRecord | None:
+        """The replies' own metrics, and the nodes left out by reason."""
         contents = _alike(contents)
         metrics: MetricRecord | None = None
-        if contents:
-            metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        if any(content.weight for content in contents):
+            metrics = rule([content.record for content in contents], self.weighted_by_key)
+        elif contents:
+            adapter.log(adapter.WARNING, "The weights of all replies are 0, so that their metrics have no mean.")
         if not left:
             return metrics
         metrics = MetricRecord() if metrics is None else metrics
@@ -392,39 +458,35 @@ class FedAvg(flower.FedAvg):
 
     # -- what other strategies do differently --------------------------------------------------------------------------
 
+    _averages = True
+    """Whether models are combined by their weighted mean, which shows where numbers are not finite."""
+
     def _described(self) -> str:
-        return _SUMS[self.sums]
+        kind = "exact sums of replies as they arrive" if self.low_memory else "all replies (memory: replies × model)"
+        return f"weighted mean, {kind}"
 
     def _gather(self, layout: Layout) -> Any:
         """An empty collection of a round's models."""
-        if self.sums == "fp64":
-            return RunningMean(layout, exact=False)
-        return ExactMean(layout, len(self._nodes), math.inf if self.sums == "together" else self._room)
-
-    def _close(
-        self, gathered: ExactMean, server_round: int, contents: dict[int, list[RecordDict]], left: list[LeftOut]
-    ) -> None:
-        """Averages the models, which may show that replies do not count: moves these from ``contents`` to ``left``."""
-        gathered.close(NewModel(gathered.layout, as_arrays=type(self)._step is FedAvg._step))
-        for node, nth, misfit in sorted(gathered.refused, key=lambda refused: refused[:2], reverse=True):
-            del contents[node][nth]
-            if not contents[node]:
-                del contents[node]
-            left.append(LeftOut(server_round, node, misfit.reason, printable(str(misfit))))
+        return (RunningMean if self.low_memory else AllModels)(layout, self._start)
 
     def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
         gathered.add(model, weight, node)
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         """The models combined; None where their weights are all 0."""
-        if isinstance(gathered, ExactMean):
-            averaged = gathered.result()
-            if averaged is None:
-                return None
-            made, whole = averaged
-            return Combined(made.data if made.vector is None else made.vector, whole)
-        found = gathered.result()
-        return None if found is None else Combined(*found)
+        assert self._layout is not None
+        as_arrays = type(self)._step is FedAvg._step
+        if isinstance(gathered, RunningMean):
+            averaged = gathered.result(NewModel(self._layout, as_arrays))
+        else:
+            gathered.sort()
+            made = gathered.mean(as_arrays)
+            counted = [i for i, weight in enumerate(gathered.weights) if weight]
+            averaged = None if made is None else (made, gathered.whole(counted))
+        if averaged is None:
+            return None
+        made, whole = averaged
+        return Combined(made.data if made.vector is None else made.vector, whole)
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:
         """The new global model ``[P]``, from the combined one."""
@@ -468,17 +530,36 @@ def mean_of_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricR
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    shares = [weight * value for weight, value in zip(weights, values, strict=True)]
-    if not all(map(math.isfinite, shares)):
-        return float(np.sum(shares) / np.sum(weights))  # NaN or an infinity, which fsum may refuse
-    return math.fsum(shares) / math.fsum(weights)
+    pairs = [(weight, value) for weight, value in zip(weights, values, strict=True) if weight]
+    total = math.fsum(weights)
+    if not all(math.isfinite(value) for _, value in pairs):
+        return float(sum(value for _, value in pairs))  # NaN or an infinity, which fsum may refuse
+    shares = [weight * value for weight, value in pairs]
+    if all(map(math.isfinite, shares)):
+        with contextlib.suppress(OverflowError):
+            return math.fsum(shares) / total
+    return math.fsum(weight / total * math.ldexp(value, -64) for weight, value in pairs) * 2.0**64
 
 
-def _alike(contents: list[RecordDict]) -> list[RecordDict]:
+class _Content(NamedTuple):
+    """A reply that counts, without its arrays in training.
+
+    Attributes:
+        node: the node that sent it.
+        record: its records.
+        weight: its weight.
+    """
+
+    node: int
+    record: RecordDict
+    weight: float
+
+
+def _alike(contents: list[_Content]) -> list[_Content]:
     """The replies whose metrics have the names and lengths that most have."""
 
-    def form(content: RecordDict) -> tuple[Any, ...]:
-        record = _only(content, MetricRecord)
+    def form(content: _Content) -> tuple[Any, ...]:
+        record = _only(content.record, MetricRecord)
         return tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in record.items()))
 
     counts = Counter(map(form, contents))
@@ -486,11 +567,39 @@ def _alike(contents: list[RecordDict]) -> list[RecordDict]:
         return contents
     best = min(counts, key=lambda kind: (-counts[kind], kind))
     kept = [content for content in contents if form(content) == best]
+    others = [content.node for content in contents if form(content) != best]
     adapter.log(
-        adapter.WARNING, "%s replies have metrics of other names than most: these are left out of the metrics.",
-        len(contents) - len(kept),
+        adapter.WARNING, "%s replies have metrics of other names than most, those of nodes %s: these are left out of "
+        "the metrics.", len(others), ", ".join(map(str, others)),
     )  # fmt: skip
     return kept
+
+
+def _content(reply: Message) -> RecordDict:
+    """The records of a reply.
+
+    Raises:
+        Misfit: the reply is an error.
+    """
+    if reply.has_error():
+        raise Misfit("error", f"is an error: {reply.error.reason}")
+    return reply.content
+
+
+def _left_out(server_round: int, reply: Message, error: Exception) -> LeftOut:
+    """What is said of a reply that could not be read."""
+    if not isinstance(error, Misfit):
+        error = Misfit("unreadable", f"cannot be read ({type(error).__name__}: {printable_name(str(error), 200)})")
+    return LeftOut(server_round, _node(reply), error.reason, printable(str(error)))
+
+
+def _too_large(number: float) -> bool:
+    """Whether a whole number is beyond fp64."""
+    return isinstance(number, int) and abs(number) > sys.float_info.max
+
+
+def _shown(number: float) -> str:
+    return "a number of too many digits" if _too_large(number) else f"{number!r:.30}"
 
 
 def _only(content: RecordDict, kind: type[Any]) -> Any:
@@ -507,6 +616,21 @@ def _layout_of_first(replies: Iterable[Message]) -> Layout | None:
             with contextlib.suppress(Misfit):
                 return Layout.of(arrays)
     return None
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[None]:
+    """One thread, where OpenMP's threads would spin between the parts of a sum; else those of torch.
+
+    The processes of clients may keep all cores of a ServerApp's machine busy.  Threads that spin then cost more than
+    they bring.  They do not where the environment says how threads wait.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _node(reply: Message) -> int:

@@ -45,7 +45,7 @@ def simulating(home: Path) -> Iterator[Connection]:
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError(
-            "Flower's simulation needs Ray, which is not installed: pip install 'flwr[simulation]>=1.41,<1.42', or "
+            "Flower's simulation needs Ray, which is not installed: pip install 'flwr[simulation]>=1.41,<1.43', or "
             "name a SuperLink with --superlink."
         )
     settings = environment(home)

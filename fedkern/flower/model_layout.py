@@ -7,6 +7,7 @@ vector of all floating entries, and an array for every other entry.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern import ops
 from fedkern.errors import printable_name
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, Header, Misfit
@@ -24,8 +26,6 @@ from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, Header, Mis
 _LARGE = 8192
 # Largest fp64 number that a reply may hold: sums over any number of replies, with any weights, are finite.
 _LARGEST = 1e280
-# Elements that are compared with the global model at a time.
-_PIECE = 1 << 18
 _VARIANCES = ("running_var", "moving_variance")
 _STATISTICS = ("running_mean", "moving_mean", *_VARIANCES)
 _MOST_SHOWN = 80
@@ -157,9 +157,9 @@ def _listed(record: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]
     if LISTING not in record:
         raise Misfit("keys", f"has {FLAT!r} but lacks {LISTING!r}")
     try:
-        listed = json.loads(record[LISTING].data)
-        rows = [(str(key), tuple(map(int, shape)), str(dtype)) for key, shape, dtype in listed]
-        good = all(size >= 0 for _, shape, _ in rows for size in shape)
+        rows = [(key, tuple(shape), dtype) for key, shape, dtype in json.loads(record[LISTING].data)]
+        good = all(isinstance(key, str) and isinstance(dtype, str) for key, _, dtype in rows)
+        good = good and all(array_bytes.is_shape(shape) for _, shape, _ in rows)
     except (ValueError, TypeError, RecursionError):
         good, rows = False, []
     if not good or len({row[0] for row in rows}) != len(rows):
@@ -303,13 +303,15 @@ class Model:
 
     def distance(self, start: Model) -> float:
         """Euclidean distance to another model over all floating entries, computed in fp64."""
-        square = 0.0
+        parts = []
         for own, other in zip(self.segments(), start.segments(), strict=True):
-            for begin in range(0, len(own), _PIECE):
-                there = other[begin : begin + _PIECE].double()
-                gap = own[begin : begin + _PIECE].double() - there
-                square += float(torch.dot(gap, gap))
-        return square**0.5
+            wide = torch.promote_types(own.dtype, other.dtype)
+            parts.append(float(ops.pairwise_distances([own.to(wide), other.to(wide)])[0, 1]))
+        return math.hypot(*parts)
+
+    def norm(self) -> float:
+        """Euclidean norm of all floating entries, computed in fp64."""
+        return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in self.segments()))
 
 
 def _all_good(part: Tensor, kind: torch.dtype) -> bool:
@@ -338,8 +340,3 @@ def _check_keys(held: set[str], wanted: set[str]) -> None:
 
 def _name(key: str) -> str:
     return repr(printable_name(key, _MOST_SHOWN))
-
-
-def largest(rows: np.ndarray[Any, Any] | None, more: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The larger of two arrays, element by element, in their own dtype; ``rows`` None: a copy of ``more``."""
-    return more.copy() if rows is None else np.asarray(np.maximum(rows, more, dtype=more.dtype))

@@ -1,58 +1,106 @@
-"""What a round keeps of the clients' models: a running mean, or all of them where a rule compares them."""
+"""What a round keeps of the clients' models: a running mean, or all of them."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.flower.model_layout import Layout, Model, largest
-from fedkern.ops._aggregate.error_free import ErrorFreeSum
+from fedkern.flower import array_bytes
+from fedkern.flower.array_bytes import FLAT, FLOATS, Misfit
+from fedkern.flower.model_layout import Entry, Layout, Model
 
 Whole = dict[str, np.ndarray[Any, Any]]
 
+# Norms of updates are estimated from a part of models with more elements than this: that part costs less than the mean.
+_MEASURED = 1 << 17
+_WINDOW, _SHARE = 4096, 32
+# A mean whose numbers grow by this factor is reason enough to measure the updates as a whole.
+_GROWN = 10
 
-class _Exact:
-    """:class:`fedkern.ops.Accumulator` of finite vectors, with exact sums."""
 
-    def __init__(self, size: int) -> None:
-        self._sum = ErrorFreeSum(size)
-        self._weights: list[float] = []
+class NewModel:
+    """Memory for the floating entries of a new model.
 
-    def add(self, vector: Tensor, weight: float = 1.0) -> None:
-        refused = self._sum.add([vector], [weight])
-        assert not refused, "models are checked before they are added"
-        self._weights.append(weight)
+    Args:
+        layout: the model's layout.
+        as_arrays: whether the entries are written straight to the bytes of new arrays, where their dtypes allow it.
+        dtype: dtype of a vector; None: the layout's.
 
-    def mean(self, out: Tensor) -> None:
-        self._sum.mean(out, math.fsum(self._weights))
+    Attributes:
+        vector: ``[P]``; None where the entries are in ``data``.
+        data: bytes of the arrays, by key; `array_bytes.FLAT` is that of a flat model's vector.
+    """
+
+    def __init__(self, layout: Layout, as_arrays: bool, dtype: torch.dtype | None = None) -> None:
+        self._layout = layout
+        dtypes = {FLOATS[entry.dtype] for entry in layout.floating} | ({FLOATS[layout.flat]} if layout.flat else set())
+        as_arrays = as_arrays and dtypes <= {layout.dtype}
+        self.vector = None if as_arrays else torch.empty(layout.size, dtype=dtype or layout.dtype)
+        self.data: dict[str, bytes] = {}
+        self._flat: Tensor | None = None
+        self._copied: list[tuple[tuple[Entry, ...], Tensor]] = []
+
+    def part(self, run: tuple[Entry, ...]) -> Tensor:
+        """Where the numbers of a segment of the layout are to be written, ``[n]``."""
+        begin, end = run[0].begin, run[-1].end
+        if self.vector is not None:
+            return self.vector[begin:end]
+        if self._layout.flat:
+            if self._flat is None:
+                self.data[FLAT], self._flat = array_bytes.writable(b"", self._layout.dtype, self._layout.size)
+            return self._flat[begin:end]
+        if len(run) > 1:
+            part = torch.empty(end - begin, dtype=self._layout.dtype)
+            self._copied.append((run, part))
+            return part
+        head = array_bytes.npy_header(np.dtype(run[0].dtype).str, run[0].shape)
+        self.data[run[0].key], part = array_bytes.writable(head, self._layout.dtype, end - begin)
+        return part
+
+    def finish(self) -> NewModel:
+        """Puts small entries into arrays of their own, once all segments are written."""
+        for run, part in self._copied:
+            for entry in run:
+                own = part[entry.begin - run[0].begin : entry.end - run[0].begin].numpy()
+                self.data[entry.key] = array_bytes.npy_bytes(own, entry.shape)
+        if self.vector is None and self._layout.flat:
+            self.data.setdefault(FLAT, b"")  # no segment has asked for a part
+        self._copied = []
+        return self
 
 
 class RunningMean:
-    """Weighted mean of models that arrive one after another, and the largest value of every other entry.
+    """Weighted mean of models that arrive one after another; its bits do not depend on the order of arrival.
 
-    Memory: 8 bytes for each of P elements, and up to 16 with ``exact``, however many models are added.
+    Memory: 25 bytes for each of P elements (:class:`fedkern.ops.Accumulator` with exact sums), however many models are
+    added.
 
     Args:
         layout: the models' layout.
-        exact: whether the bits do not depend on the order of arrival (see
-            :class:`~fedkern.ops._aggregate.error_free.ErrorFreeSum`).
+        start: the model that was sent; None: norms of updates are not wanted.
     """
 
-    def __init__(self, layout: Layout, exact: bool) -> None:
-        self._layout = layout
-        kind = _Exact if exact else ops.Accumulator
-        self._sums = [kind(run[-1].end - run[0].begin) for run in layout.segments]
+    def __init__(self, layout: Layout, start: Model | None = None) -> None:
+        self._layout, self._start = layout, start
+        self._sums = [ops.Accumulator(run[-1].end - run[0].begin, exact=True, device="cpu") for run in layout.segments]
         self._whole: Whole = {}
         self._some = False
+        self.nodes: list[int] = []
+        """The models' nodes, in the order of arrival."""
+        self._norms: list[float] = []
 
-    def add(self, model: Model, weight: float, node: int = 0) -> None:
-        """Adds ``weight`` times a model, whatever its node; a model of weight 0 is not read."""
+    def add(self, model: Model, weight: float, node: int) -> None:
+        """Adds ``weight`` times a model; a model of weight 0 is not read."""
+        self.nodes.append(node)
+        if self._start is not None:
+            self._norms.append(model.distance(self._start))
         if not weight:
             return
         for total, part in zip(self._sums, model.segments(), strict=True):
@@ -68,74 +116,165 @@ class RunningMean:
     def _add_whole(self, model: Model) -> None:
         self._some = True
         for key, array in model.whole.items():
-            self._whole[key] = largest(self._whole.get(key), array)
+            self._whole[key] = ranked([self._whole.get(key, array), array])
 
-    def result(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Whole] | None:
-        """The mean ``[P]`` in ``dtype`` (None: the layout's) and the other entries; None where no weight was added.
+    def norms(self) -> list[float]:
+        """Euclidean norms of the updates, one for each of :attr:`nodes`; empty where they are not wanted."""
+        return self._norms
+
+    def result(self, made: NewModel) -> tuple[NewModel, Whole] | None:
+        """Writes the mean to ``made``; gives it with the other entries, or None where no weight was added.
 
         The sums are given up on the way, so that sums and mean are never whole at the same time.
         """
         if not self._some:
             return None
-        mean = torch.empty(self._layout.size, dtype=dtype or self._layout.dtype)
         for run in reversed(self._layout.segments):
-            self._sums.pop().mean(out=mean[run[0].begin : run[-1].end])
-        return mean, self._whole
+            self._sums.pop().mean(out=made.part(run))
+        return made.finish(), self._whole
+
+
+class _Held(NamedTuple):
+    node: int
+    place: int
+    weight: float
+    model: Model
 
 
 class AllModels:
-    """The models of a round in the memory in which they came: what a rule compares, or sums in a fixed order.
+    """The models of a round in the memory in which they came.
 
     Memory: M models.
 
     Args:
         layout: the models' layout.
+        start: the model that was sent; None where it is not known.
+
+    Attributes:
+        layout: as given.
+        refused: models that turned out not to be finite, by the place at which they were added.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._held: list[tuple[int, float, Model]] = []
+    def __init__(self, layout: Layout, start: Model | None = None) -> None:
+        self.layout, self._start = layout, start
+        self._held: list[_Held] = []
+        self._grown = False
+        self.refused: dict[int, Misfit] = {}
 
     def add(self, model: Model, weight: float, node: int) -> None:
         """Keeps a model and its weight."""
-        self._held.append((node, weight, model))
+        self._held.append(_Held(node, len(self._held), weight, model))
 
     def sort(self) -> None:
         """Orders the models by node, so that nothing depends on the order of arrival."""
-        self._held.sort(key=lambda held: held[0])
+        self._held.sort(key=lambda held: held[:2])
 
     @property
     def nodes(self) -> list[int]:
         """The nodes, in order."""
-        return [node for node, *_ in self._held]
+        return [held.node for held in self._held]
 
     @property
     def weights(self) -> list[float]:
         """The models' weights, in order."""
-        return [weight for _, weight, _ in self._held]
+        return [held.weight for held in self._held]
 
     @property
     def vectors(self) -> list[Tensor]:
         """The models, each ``[P]``, in order; a plain model is copied."""
-        return [model.vector() for *_, model in self._held]
+        return [held.model.vector() for held in self._held]
 
-    def segments(self, chosen: Sequence[int] | None = None) -> Iterator[list[Tensor]]:
-        """The numbers of the chosen models (None: of all) segment by segment, one list of M vectors each."""
-        models = [self._held[i][2] for i in (range(len(self._held)) if chosen is None else chosen)]
-        for run in self._layout.segments:
-            yield [model.segment(run).to(self._layout.dtype) for model in models]
+    def rows(self, run: Sequence[Entry], chosen: Sequence[int] | None = None) -> list[Tensor]:
+        """The numbers of a segment of the chosen models (None: of all) in the layout's dtype: M vectors."""
+        models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
+        return [model.segment(run).to(self.layout.dtype) for model in models]
 
     def by_coordinate(self, rule: Callable[[list[Tensor]], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
         """``[P]``: a rule that treats coordinates apart, over the chosen models (None: over all)."""
-        made = torch.empty(self._layout.size, dtype=self._layout.dtype)
-        for run, rows in zip(self._layout.segments, self.segments(chosen), strict=True):
-            made[run[0].begin : run[-1].end] = rule(rows)
+        made = torch.empty(self.layout.size, dtype=self.layout.dtype)
+        for run in self.layout.segments:
+            made[run[0].begin : run[-1].end] = rule(self.rows(run, chosen))
         return made
 
-    def whole(self, chosen: Sequence[int] | None = None) -> Whole:
-        """The largest value of every entry that is not floating, over the chosen models (None: over all)."""
-        made: Whole = {}
-        for i in range(len(self._held)) if chosen is None else chosen:
-            for key, array in self._held[i][2].whole.items():
-                made[key] = largest(made.get(key), array)
-        return made
+    def mean(self, as_arrays: bool) -> NewModel | None:
+        """The weighted mean of all models; None where all weights are 0.
+
+        A model of NaN or infinity makes the mean infinite or NaN, so that only then all models are looked at.  Such
+        models move to :attr:`refused`.  Numbers of which the mean does not tell must have been checked before.
+
+        Args:
+            as_arrays: see :class:`NewModel`.
+        """
+        while any(self.weights):
+            made = NewModel(self.layout, as_arrays)
+            finite = [self._mean_of(run, made) for run in self.layout.segments]
+            if all(finite) or not self._refuse():
+                return made.finish()
+        return None
+
+    def _refuse(self) -> bool:
+        """Takes out the models that are not finite; whether there were any."""
+        before = len(self._held)
+        for held in list(self._held):
+            try:
+                held.model.check_finite()
+            except Misfit as misfit:
+                self.refused[held.place] = misfit
+                self._held.remove(held)
+        return len(self._held) < before
+
+    def _mean_of(self, run: tuple[Entry, ...], made: NewModel) -> bool:
+        """Writes the mean of a segment; whether it is finite."""
+        rows = [held.model.segment(run) for held in self._held]
+        wide = functools.reduce(torch.promote_types, (row.dtype for row in rows))
+        rows = [row.to(wide) for row in rows]
+        part = made.part(run)
+        if not part.numel():
+            return True
+        ops.weighted_mean(rows, self.weights, out=part)
+        largest = _magnitude(part)
+        if self._start is not None:
+            self._grown |= largest > _GROWN * _magnitude(self._start.segment(run))
+        return math.isfinite(largest)
+
+    def norms(self) -> list[float]:
+        """Euclidean norms of the updates, one for each of :attr:`nodes`; empty where the model sent is not known.
+
+        Those of large models are estimated from a part of every segment, unless the mean shows that numbers have grown.
+        """
+        if self._start is None or not self._held:
+            return []
+        squares = torch.zeros(len(self._held), dtype=torch.float64)
+        part = self.layout.size > _MEASURED and not self._grown
+        for run in self.layout.segments:
+            count = run[-1].end - run[0].begin
+            width = min(count, max(_WINDOW, count // _SHARE)) if part else count
+            if width:
+                middle = slice((count - width) // 2, (count + width) // 2)
+                sent, *rows = (
+                    model.segment(run)[middle].to(self.layout.dtype)
+                    for model in (self._start, *(held.model for held in self._held))
+                )
+                norms = ops.server_step(sent, rows, [1.0] * len(rows), "mean").norms
+                squares += norms.square() * (count / width)
+        return squares.sqrt().tolist()
+
+    def whole(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Whole:
+        """The other entries of the chosen models (None: of all), element by element: see :func:`ranked`."""
+        models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
+        return {key: ranked([model.whole[key] for model in models], rank) for key in models[0].whole} if models else {}
+
+
+def ranked(rows: Sequence[np.ndarray[Any, Any]], rank: int = -1) -> np.ndarray[Any, Any]:
+    """The value of a rank among M arrays, element by element, in their own dtype; -1: the largest, 0: the smallest."""
+    if len(rows) == 1:
+        return rows[0].copy()
+    return np.sort(np.stack(rows), axis=0)[rank].astype(rows[0].dtype, copy=False)
+
+
+def _magnitude(part: Tensor) -> float:
+    """The largest absolute value; NaN or infinite where a number is."""
+    if not part.numel():
+        return 0.0
+    low, high = part.aminmax()
+    return max(abs(float(low)), abs(float(high))) if low == low else math.nan

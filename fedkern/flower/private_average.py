@@ -16,7 +16,7 @@ from fedkern.flower.adapter import ArrayRecord, MetricRecord, RecordDict, flower
 from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.averaging import Combined, FedAvg, LeftOut, constructed_like
 from fedkern.flower.model_layout import Layout, Model
-from fedkern.flower.model_sums import RunningMean
+from fedkern.flower.model_sums import NewModel, RunningMean
 from fedkern.privacy.client_level import ClientLevel, keep_variances
 from fedkern.streams import stream
 
@@ -24,14 +24,6 @@ EPSILON = "epsilon-of-arrays"
 """Name of the metric: the epsilon of all arrays so far, which does not cover the clients' metrics."""
 
 _PIECE = 1 << 20
-
-
-class _Updates(RunningMean):
-    """Clipped updates of a round, and the nodes that sent them."""
-
-    def __init__(self, layout: Layout, exact: bool) -> None:
-        super().__init__(layout, exact)
-        self.nodes: set[int] = set()
 
 
 @constructed_like(flower.FedAvg, "noise_multiplier", "clipping_norm", "delta", "noise_seed")
@@ -77,8 +69,6 @@ class DPFedAvg(FedAvg):
             if not good:
                 raise UserError(f"DPFedAvg: {name} must be {wanted}, not {value}.")
         super().__init__(*args, **named)
-        if self.sums == "together":
-            raise UserError('DPFedAvg: sums must be "exact" or "fp64", as no reply is kept, not "together".')
         self.noise_multiplier, self.clipping_norm = float(noise_multiplier), float(clipping_norm)
         self.delta, self.noise_seed = float(delta), noise_seed
         self._asked: Counter[int] = Counter()
@@ -105,27 +95,27 @@ class DPFedAvg(FedAvg):
             raise UserError("DPFedAvg: every node of a round must be sent one message with the global arrays.")
         super().begin(arrays, nodes)
 
-    def _gather(self, layout: Layout) -> _Updates:
+    def _gather(self, layout: Layout) -> RunningMean:
         if self._start is None or not self._nodes:
             raise UserError("DPFedAvg: call configure_train before aggregate_train.")
         self._asked.update(self._nodes)
-        return _Updates(layout, self.sums == "exact")
+        return RunningMean(layout)
 
     def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
         assert self._start is not None
         if node in gathered.nodes or node not in self._nodes:
             raise Misfit("twice", "is not the one reply to this round's message")
-        gathered.nodes.add(node)
+        gathered.nodes.append(node)
         gathered.add_update(model, self._start, self._level.factor(model.distance(self._start)))
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         assert self._start is not None
         assert self._layout is not None
-        found, count = gathered.result(torch.float64), len(self._nodes)
+        found, count = gathered.result(NewModel(self._layout, False, torch.float64)), len(self._nodes)
         if found is None:
             return None
         old = self._start.vector()
-        vector = found[0].mul_(len(gathered.nodes) / count).add_(old)
+        vector = found[0].vector.mul_(len(gathered.nodes) / count).add_(old)
         deviation = self._level.deviation(count)
         if deviation:
             rng = self._noise(server_round)

@@ -210,7 +210,7 @@ Written by `python -m fedkern.run {self.method} --flower {folder.name}`. All mac
 
 ## On one machine
 
-Flower's simulation needs `pip install 'flwr[simulation]>=1.41,<1.42'`. In this folder:
+Flower's simulation needs `pip install 'flwr[simulation]>=1.41,<1.43'`. In this folder:
 
 ```
 flwr run . local --stream --federation-config 'num-supernodes={count}'

@@ -10,32 +10,35 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.flower.adapter import flower
 from fedkern.flower.averaging import Combined, FedAvg, constructed_like
-from fedkern.flower.model_layout import Layout, Model
+from fedkern.flower.model_layout import Layout
 from fedkern.flower.model_sums import AllModels
 
 
 class _Robust(FedAvg):
     """A rule over all models of a round.
 
-    Memory: replies × model, whatever ``sums`` is.  A weight that a client reports itself does not count, except in the
-    mean of the models that Multi-Krum has chosen.
+    Memory: replies × model, whatever ``low_memory`` is.  A weight that a client reports itself does not count, except
+    in the mean of the models that Multi-Krum has chosen.
     """
+
+    _averages = False
 
     def _described(self) -> str:
         return "a rule over all replies of a round (memory: replies × model)"
 
     def _gather(self, layout: Layout) -> AllModels:
-        return AllModels(layout)
-
-    def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
-        gathered.add(model, weight, node)
+        return AllModels(layout, self._start)
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         gathered.sort()
         return self._ruled(gathered)
 
     def _ruled(self, models: AllModels) -> Combined | None:
-        return Combined(models.by_coordinate(self._rule), models.whole())
+        return Combined(models.by_coordinate(self._rule), models.whole(rank=self._rank(len(models.nodes))))
+
+    def _rank(self, count: int) -> int:
+        """Rank of the value, among ``count``, that an entry of whole numbers becomes; 0: the smallest."""
+        return (count - 1) // 2
 
     def _rule(self, vectors: list[Tensor]) -> Tensor:
         """The combination of at least one vector ``[n]``, which treats coordinates apart."""
@@ -57,13 +60,16 @@ class FedTrimmedAvg(_Robust, flower.FedTrimmedAvg):
     def _rule(self, vectors: list[Tensor]) -> Tensor:
         return ops.trimmed_mean(vectors, int(self.beta * len(vectors)))
 
+    def _rank(self, count: int) -> int:
+        return count - 1 - int(self.beta * count)
+
 
 @constructed_like(flower.FedAvg)
 class GeometricMedian(_Robust):
     """The point with the least sum of distances to the replies' models (RFA, arXiv 1912.13445)."""
 
     def _ruled(self, models: AllModels) -> Combined | None:
-        return Combined(ops.geometric_median(models.vectors), models.whole())
+        return Combined(ops.geometric_median(models.vectors), models.whole(rank=self._rank(len(models.nodes))))
 
 
 @constructed_like(flower.MultiKrum)
@@ -86,8 +92,8 @@ class MultiKrum(_Robust, flower.MultiKrum):
         """Positions of the ``num_nodes_to_select`` models of the smallest scores; of equal ones the first."""
         count = len(models.nodes)
         squares = torch.zeros(count, count, dtype=torch.float64)
-        for rows in models.segments():
-            squares += ops.pairwise_distances(rows).square_()
+        for run in models.layout.segments:
+            squares += ops.pairwise_distances(models.rows(run)).square_()
         others = squares[~torch.eye(count, dtype=torch.bool)].view(count, max(count - 1, 0))
         near = max(1, count - self.num_malicious_nodes - 2)
         scores = others.sort(dim=1).values[:, :near].sum(1).tolist()

@@ -16,7 +16,7 @@ from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.store.run_folder import RUNS, reserve, run_name
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.flower import run_settings
-from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, ServerApp, log
+from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, ServerApp, log, warn_of_version
 from fedkern.flower.node_executor import Nodes
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.own_data import declared
@@ -29,6 +29,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Plays the run that the run-config describes."""
+    warn_of_version()
     play(grid, context.run_config)
 
 

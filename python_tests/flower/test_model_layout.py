@@ -11,7 +11,7 @@ from test_array_bytes import Sent, saved
 
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, LISTING, Misfit
-from fedkern.flower.model_layout import Layout, Model, largest
+from fedkern.flower.model_layout import Layout, Model
 
 MODEL = {
     "conv.weight": np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32),
@@ -148,15 +148,6 @@ def test_the_distance_is_taken_in_fp64():
     wanted = np.sqrt(sum(((far[k].astype(float) - MODEL[k]) ** 2).sum() for k in MODEL if MODEL[k].dtype.kind == "f"))
     found = Model(flat(far), LAYOUT).distance(Model(record(MODEL), LAYOUT))
     assert found == pytest.approx(wanted, rel=1e-12)
-
-
-def test_the_largest_keeps_the_dtype():
-    found = largest(largest(None, np.array([1, 5], np.uint8)), np.array([3, 2], np.uint8))
-    assert found.tolist() == [3, 5]
-    assert found.dtype == np.uint8
-    assert largest(np.array(True), np.array(False)).dtype == bool
-    own = np.array(3)
-    assert largest(None, own) is not own
 
 
 def test_forms_of_a_round_are_read_once_and_others_anew():

@@ -124,7 +124,7 @@ def test_the_constructor_takes_what_flowers_takes(name):
     wanted = inspect.signature(getattr(theirs, name, theirs.FedAvg)).parameters
     assert list(found)[: len(wanted)] == list(wanted)
     assert [found[key].default for key in wanted] == [parameter.default for parameter in wanted.values()]
-    assert set(found) - set(wanted) >= {"seed", "max_update_norm", "sums"}
+    assert set(found) - set(wanted) >= {"seed", "max_update_norm", "low_memory"}
 
 
 def test_positional_arguments_are_flowers():
@@ -179,33 +179,39 @@ def test_the_order_of_arrival_does_not_change_a_bit(name):
         assert results[0].train_metrics_clientapp == other.train_metrics_clientapp
 
 
-@pytest.mark.parametrize("sums", ["fp64", "together"])
-def test_other_sums_are_close(sums):
-    exact, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6))
-    close(run(strategies.FedAvg(**EVERYBODY, min_train_nodes=6, sums=sums))[0].arrays, exact.arrays, rtol=1e-6)
-
-
-def test_exact_sums_have_the_same_bits_however_many_replies_are_held(monkeypatch):
-    settings = {**EVERYBODY, "min_train_nodes": 6}
-    results = [run(strategies.FedAvg(**settings, sums="together"))[0], run(Noted(**settings))[0]]
-    for held in (0, 100_000, 1 << 30):
-        monkeypatch.setattr("fedkern.flower.averaging._HELD_BYTES", held)
-        results.append(run(strategies.FedAvg(**settings))[0])
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedAvgM"])
+def test_low_memory_does_not_depend_on_the_order_either(name):
+    settings = {**EVERYBODY, "min_train_nodes": 4, "low_memory": True}
+    orders = list(itertools.permutations(range(4)))[::5]
+    results = [run(getattr(strategies, name)(**settings), learners(4), order, rounds=2)[0] for order in orders]
     for other in results[1:]:
         same(results[0].arrays, other.arrays)
+    kept, _ = run(getattr(strategies, name)(**{**settings, "low_memory": False}), learners(4), rounds=2)
+    close(results[0].arrays, kept.arrays, rtol=1e-6)
 
 
-@pytest.mark.parametrize("held", [0, 100_000, 1 << 30])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_the_mean_is_that_of_the_operator_in_the_order_of_nodes(kind):
+    rng = np.random.default_rng(1)
+    start = {"w": np.zeros(20_000, kind), "b": np.zeros(3, kind)}
+    models = [{key: rng.standard_normal(value.shape).astype(kind) for key, value in start.items()} for _ in range(4)]
+    clients = {9 - i: client(own, WEIGHTS[i]) for i, own in enumerate(models)}
+    found, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=4), clients, (2, 0, 3, 1), rounds=1, start=start)
+    for key in start:
+        rows = [torch.from_numpy(own[key]) for own in models[::-1]]
+        assert np.array_equal(numbers(found.arrays)[key], ops.weighted_mean(rows, WEIGHTS[3::-1]).numpy())
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("kind", [strategies.FedAvg, strategies.FedAdam])
-def test_replies_that_show_in_the_sums_are_left_out(monkeypatch, held, kind):
-    monkeypatch.setattr("fedkern.flower.averaging._HELD_BYTES", held)
+def test_replies_that_show_in_the_mean_are_left_out(low_memory, kind):
     good = {i: client(moved(START, i), i, loss=0.5) for i in (1, 2, 4, 8)}
-    wanted, _ = run(kind(**EVERYBODY, min_train_nodes=4), good, rounds=2)
+    wanted, _ = run(kind(**EVERYBODY, min_train_nodes=4, low_memory=low_memory), good, rounds=2)
     bad = {
         3: client(spoiled("b", np.full(7, np.inf, np.float32))),
         9: client(spoiled("w", np.full((90, 110), np.nan, np.float32))),
     }
-    strategy = kind(**EVERYBODY, min_train_nodes=6)
+    strategy = kind(**EVERYBODY, min_train_nodes=6, low_memory=low_memory)
     found, _ = run(strategy, {**good, **bad}, rounds=2)
     same(found.arrays, wanted.arrays)
     assert [(left.round, left.node, left.reason) for left in strategy.left_out] == [
@@ -213,24 +219,18 @@ def test_replies_that_show_in_the_sums_are_left_out(monkeypatch, held, kind):
     ]  # fmt: skip
     assert found.train_metrics_clientapp[2]["left-out/finite"] == [3, 9]
     assert found.train_metrics_clientapp[2]["loss"] == 0.5
-    alone = kind(**EVERYBODY, min_train_nodes=2)
+    alone = kind(**EVERYBODY, min_train_nodes=2, low_memory=low_memory)
     with pytest.raises(RunFailed, match="holds NaN"):
         run(alone, bad, rounds=1)
     assert [left.node for left in alone.left_out] == [3, 9]
 
 
-def test_sums_of_replies_together_do_not_depend_on_the_order():
-    settings = {**EVERYBODY, "min_train_nodes": 4, "sums": "together"}
-    orders = list(itertools.permutations(range(4)))[::5]
-    results = [run(strategies.FedAdam(**settings), learners(4), order, rounds=2)[0] for order in orders]
-    for other in results[1:]:
-        same(results[0].arrays, other.arrays)
-
-
 def test_one_reply_is_held_at_a_time():
     start = {"w": np.zeros(2_000_000, np.float32)}  # more than is asked for at once
     clients = {i: client({"w": np.full(2_000_000, i, np.float32)}) for i in range(8)}
-    found, grid = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=8), clients, rounds=1, start=start)
+    found, grid = run(
+        strategies.FedAvg(**EVERYBODY, min_train_nodes=8, low_memory=True), clients, rounds=1, start=start
+    )
     assert np.all(numbers(found.arrays)["w"] == 3.5)
     assert grid.most_alive == 1
 
@@ -264,7 +264,7 @@ def test_an_override_gets_the_replies_as_a_list():
 def test_an_override_that_streams_gets_one_reply_at_a_time():
     start = {"w": np.zeros(2_000_000, np.float32)}
     clients = {i: client({"w": np.full(2_000_000, i, np.float32)}) for i in range(4)}
-    found, grid = run(Streamed(**EVERYBODY, min_train_nodes=4), clients, rounds=1, start=start)
+    found, grid = run(Streamed(**EVERYBODY, min_train_nodes=4, low_memory=True), clients, rounds=1, start=start)
     assert found.train_metrics_clientapp[1]["own"] == 1
     assert grid.most_alive == 1
 
@@ -416,8 +416,8 @@ def test_a_run_of_failures_fails_and_names_the_first():
 
 
 def test_weights_of_nought_keep_the_model():
-    for name, sums in (("FedAvg", "exact"), ("FedAvg", "together"), ("MultiKrum", "exact"), ("FedAdam", "fp64")):
-        strategy = getattr(strategies, name)(**EVERYBODY, sums=sums)
+    for name, low_memory in (("FedAvg", False), ("FedAvg", True), ("MultiKrum", False), ("FedAdam", True)):
+        strategy = getattr(strategies, name)(**EVERYBODY, low_memory=low_memory)
         assert not run(strategy, {1: client(START, 0), 2: client(START, 0)}, rounds=1)[0].arrays
 
 
@@ -453,7 +453,7 @@ def test_metrics_of_other_names_are_left_out_of_the_metrics():
 
 
 def test_arguments_out_of_range_are_named():
-    for name, value in (("seed", 1.5), ("max_update_norm", -1), ("max_update_norm", float("nan")), ("sums", "fast")):
+    for name, value in (("seed", 1.5), ("max_update_norm", -1), ("max_update_norm", float("nan")), ("low_memory", 1)):
         with pytest.raises(UserError, match=f"FedAvg: {name} must be"):
             strategies.FedAvg(**{name: value})
     with pytest.raises(TypeError, match="fraction_fit"):
@@ -464,11 +464,39 @@ def test_arguments_out_of_range_are_named():
         run(strategies.FedAvg(**EVERYBODY), start=arrays)
 
 
-@pytest.mark.parametrize("version", ["1.40.0", "1.43.1"])
-def test_another_flower_is_refused_by_name(version, monkeypatch):
+@pytest.mark.parametrize("version", ["0.9", "1.25.0"])
+def test_an_old_flower_is_refused_by_name(version, monkeypatch):
     monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: version)
-    with pytest.raises(UserError, match=rf"works with flwr 1.41, but flwr {version} is installed: pip install"):
+    with pytest.raises(
+        UserError, match=rf"works with flwr 1.26 and later, but flwr {version} is installed: pip install"
+    ):
         adapter._check_version()
+
+
+@pytest.mark.parametrize("version", ["1.26.1", "1.40.0", "1.41.0", "1.42.3", "1.43.0.dev20261101", "2.0"])
+def test_whole_runs_warn_once_of_a_version_they_are_not_tested_on(version, monkeypatch, caplog):
+    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: version)
+    adapter._check_version()
+    with caplog.at_level(logging.WARNING):
+        adapter.warn_of_version()
+    warned = f"not on flwr {version}, which is installed" in caplog.text
+    assert warned == (version[:4] not in ("1.41", "1.42"))
+
+
+def test_arguments_of_later_flowers_are_passed_on(monkeypatch):
+    seen = []
+    original = theirs.FedAvg.start
+
+    def start(self, *args, should_stop=None, **named):
+        seen.append(should_stop)
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(theirs.FedAvg, "start", start)
+    run(strategies.FedAvg(**EVERYBODY), learners(2), rounds=1, should_stop=len)
+    assert seen == [len]
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match="should_stop"):
+        run(strategies.FedAvg(**EVERYBODY), learners(2), rounds=1, should_stop=len)
 
 
 # -- buffers -----------------------------------------------------------------------------------------------------------
@@ -649,7 +677,7 @@ def test_noise_without_a_seed_is_new_in_every_run():
 
 def test_a_reply_left_out_counts_as_no_update():
     clients = {1: client(moved(START, 1, 0.001)), 2: BAD["finite"]}
-    found, _ = run(private(noise_multiplier=0.0, clipping_norm=10.0, sums="fp64"), clients, rounds=1)
+    found, _ = run(private(noise_multiplier=0.0, clipping_norm=10.0), clients, rounds=1)
     for key, value in numbers(found.arrays).items():
         np.testing.assert_allclose(value, (START[key].astype(float) + moved(START, 1, 0.001)[key]) / 2, atol=1e-6)
 
@@ -667,8 +695,6 @@ def test_private_arguments_are_named():
         settings = {"noise_multiplier": 1.0, "clipping_norm": 1.0, name: value}
         with pytest.raises(UserError, match=f"DPFedAvg: {name} must be"):
             strategies.DPFedAvg(**settings)
-    with pytest.raises(UserError, match="DPFedAvg: sums must be"):
-        private(noise_multiplier=1.0, clipping_norm=1.0, sums="together")
     strategy = private(noise_multiplier=1.0, clipping_norm=1.0)
     replies = FakeGrid({1: client(START), 2: client(START)}).send_and_receive(
         theirs.FedAvg().configure_train(1, arrays_of(START), ConfigRecord(), FakeGrid({1: None, 2: None}))

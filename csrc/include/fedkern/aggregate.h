@@ -78,41 +78,12 @@ struct ExactMean {
   int threads;
 };
 
-// The error-free sum of one element: `sum`, plus a rest where sums were not exact, plus what `note` was told. Rests belong to
-// blocks of elements; slots says which of the blocks of `rests` is theirs, or -1: then all of them are zero. So the exact sum of
-// the products (each rounded to fp64 once) is kept, in 8 bytes for most elements: numbers of samples and fp32 numbers have few
-// digits, and their products add up exactly in fp64 as long as an element's numbers are of similar size. Compare Ogita, Rump
-// and Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26(6), 2005.
-//
-// Products that are not finite are left out and their vectors marked in `odd`; adding those vectors once more with the
-// opposite weights takes all of them out again, to the last bit.
-struct ErrorFreeSum {
-  DType dtype, out_dtype;
-  std::int64_t count, size;  // M vectors of P elements
-  const Vector* vectors;     // of unit stride
-  const double* weights;
-  bool fresh;                // nothing was added before: `sum` is only written to
-  Optional<double> sum;      // [P]; absent where only the mean is wanted, of a fresh sum
-  Optional<void> out;        // [P]; receives (sum + rest) / total, with `sum` then undefined
-  double total;
-  bool stream;
-  std::int32_t* slots;       // [blocks]
-  double* rests;             // [blocks][kErrorFreeBlock], of which the first *used are taken
-  std::int64_t* used;
-  std::int8_t* odd;          // [M]
-  void (*note)(void* context, std::int64_t element, double value);  // from any thread
-  void* context;
-  int threads;
-};
-inline constexpr std::int64_t kErrorFreeBlock = 256;
-
 struct AggregateTable {
   void (*weighted_mean)(const WeightedMean&);
   void (*accumulator_add)(const AccumulatorAdd&);
   void (*accumulator_mean)(const AccumulatorMean&);
   void (*exact_add)(const ExactAdd&);
   void (*exact_mean)(const ExactMean&);
-  void (*error_free_sum)(const ErrorFreeSum&);
 };
 
 FEDKERN_DECLARE_TABLE(AggregateTable, aggregate)

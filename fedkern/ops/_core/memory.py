@@ -121,14 +121,6 @@ def _map(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def mapped(size: int) -> mmap.mmap:
-    """Fresh memory of ``size`` bytes from the system, behind huge pages where it is large."""
-    memory = _map(size)
-    if size >= HUGE:
-        _advise(memory, "MADV_HUGEPAGE")
-    return memory
-
-
 def _advise(memory: mmap.mmap, name: str) -> bool:
     """Passes the advice ``name`` to the system; returns whether the system took it, which is optional."""
     advice = getattr(mmap, name, None)
