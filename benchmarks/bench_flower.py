@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/bench_flower.py --environment flower=DIR [--record]
 
-DIR is a virtual environment with flwr 1.41 or 1.42 and what fedkern's operators need.  Time is that from the first reply to the
+DIR is a virtual environment with flwr 1.41 or 1.42 and what fedkern needs.  Time is that from the first reply to the
 new arrays, with all replies in memory.  Memory is the highest rise over a round whose replies come one after another:
 Flower's grid collects them first.  See flower_replies.py, which that environment runs.
 """
