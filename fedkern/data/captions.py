@@ -7,7 +7,7 @@ others do not use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -138,8 +138,11 @@ def make_captions(
     def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
         # Each split draws its digits from the same split of the digits data set.
         pool = pools[{"train": 0, "validation": 1}.get(purpose, 2)]
-        return _canvases(chosen, count, subjects, pool, drawn, stream(seed, f"captions/{purpose}", client=k),
-                         f"{purpose}/{k}", labels)  # fmt: skip
+        split = _canvases(chosen, count, subjects, pool, drawn, stream(seed, f"captions/{purpose}", client=k),
+                          f"{purpose}/{k}", labels)  # fmt: skip
+        if spec.name == "iid" or purpose not in ("test", "validation", "minority"):
+            return split
+        return replace(split, homes=torch.arange(len(styles))[-len(chosen) :][torch.arange(count) % len(chosen)])
 
     shown = styles if spec.name == "iid" else None
     splits = tuple(canvases("train", k, shown or [styles[k]], sizes[k], subjects[k]) for k in range(clients))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
     Args:
         data: all clients.
         held_out: name or number of the client that never trains, or None.  All its samples become the test set
-            ``"held_out"``, and the numbers of the clients after it fall by one.
+            ``"held_out"``, and the numbers of the clients after it fall by one.  No other set keeps an image of it: in
+            the validation, public and test sets `Split.homes` tells them, and where images have no names, equal
+            images with equal labels are the same.  A test set that has no other images is left out.
         share: share of every other client's samples, in [0, 1), that becomes its own test set and replaces a client
             test of the data set; 0 keeps the client tests of the data set.  A test set has at least two samples.  A
             patient, a case and an image with several texts count as one sample and are never divided.
@@ -36,13 +39,13 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
             has too few samples.
     """
     numbers = list(range(len(data.clients)))
-    tests, statistics = dict(data.tests), data.statistics
+    statistics = data.statistics
     if held_out is not None:
         absent = _client(data, held_out)
         numbers.remove(absent)
         _check_unseen(data, absent, numbers)
-        tests = _without(data, absent)
-        statistics = statistics.without(absent, len(tests[HELD_OUT]))
+        data = _without(data, absent, numbers)
+        statistics = statistics.without(absent, len(data.tests[HELD_OUT]))
     names = None if data.client_names is None else tuple(data.client_names[k] for k in numbers)
     kept = tuple(data.clients[k] for k in numbers)
     own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
@@ -51,20 +54,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
         kept = tuple(part for part, _ in parts)
         own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
         statistics = statistics.recounted([split.image_labels.numpy() for split in kept], [len(test) for test in own])
-    homes = data.test_clients
-    if homes is not None:
-        place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
-        place[numbers] = torch.arange(len(numbers))
-        homes = place[homes]
-    return replace(
-        data,
-        clients=kept,
-        tests=tests,
-        client_tests=own,
-        client_names=names,
-        statistics=statistics,
-        test_clients=homes,
-    )
+    return replace(data, clients=kept, client_tests=own, client_names=names, statistics=statistics)
 
 
 def _client(data: FederatedData, wanted: str | int) -> int:
@@ -81,35 +71,63 @@ def _client(data: FederatedData, wanted: str | int) -> int:
     raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{nearest(text, names or ())}")
 
 
-def _without(data: FederatedData, held_out: int) -> dict[str, Split]:
-    """The test sets where a client never trains: all its samples are the test set ``held_out``.
+def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedData:
+    """The data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
 
-    The client's own test images belong to ``held_out`` too, and to no other test set.
+    Args:
+        data: all clients.
+        absent: the client.
+        others: the numbers of all other clients, which count anew in the homes of images.
     """
-    sides = data.image_shape[1:]
-    unseen = central(data.clients[held_out], sides)
-    if not data.client_tests:
-        return {**data.tests, HELD_OUT: unseen}
-    own = data.client_tests[held_out]
-    names = set(own.ids or ())
-    found: dict[str, Split] = {}
-    shared = False
-    for key, split in data.tests.items():
-        rows = torch.tensor([row for row, name in enumerate(split.ids or ()) if name not in names], dtype=torch.int64)
-        ours = bool(names) and split.ids is not None and len(rows) < len(split)
-        found[key] = split.subset(rows) if ours else split
-        shared = shared or ours
-    return {**found, HELD_OUT: joined([unseen, own]) if shared else unseen}
+    place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
+    place[others] = torch.arange(len(others))
+    train = data.clients[absent]
+    known = _identities(joined([train, *data.client_tests[absent : absent + 1]]))
+    unseen = [central(train, data.image_shape[1:])]
+    counted = set(_identities(train))
+
+    def purged(split: Split) -> Split:
+        images = _identities(split)
+        own = torch.tensor([each in known for each in images], dtype=torch.bool)
+        if split.homes is not None:
+            own |= split.homes == absent
+            split = replace(split, homes=place[split.homes])
+        if not bool(own.any()):
+            return split
+        # A set with cues or patches shows the images of another set again: an image counts once.
+        new = own & torch.tensor([each not in counted for each in images], dtype=torch.bool)
+        if bool(new.any()):
+            unseen.append(split.subset(new.nonzero().flatten()))
+            counted.update(_identities(unseen[-1]))
+        return split.subset((~own).nonzero().flatten())
+
+    tests = {name: purged(split) for name, split in data.tests.items()}
+    validation = purged(data.validation)
+    public = None if data.public is None else purged(data.public)
+    tests = {name: split for name, split in tests.items() if len(split)}
+    tests[HELD_OUT] = replace(joined(unseen), homes=None)
+    return replace(
+        data, tests=tests, validation=validation, public=public if public is not None and len(public) else None
+    )
+
+
+def _identities(split: Split) -> list[str]:
+    """What tells an image from others: its name, or a digest of its pixels and label where images have no names."""
+    if split.ids is not None:
+        return list(split.ids)
+    pairs = zip(split.images, split.labels, strict=True)
+    return [blake2b(b"".join(part.numpy().tobytes() for part in pair), digest_size=16).hexdigest() for pair in pairs]
 
 
 def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
-    own = set(data.clients[held_out].ids or ())
+    own = set(_identities(data.clients[held_out]))
     for k in others:
-        shared = own.intersection(data.clients[k].ids or ())
+        shared = own.intersection(_identities(data.clients[k]))
         if shared:
+            named = f" ({min(shared)})" if data.clients[k].ids is not None else ""
             raise UserError(
-                f"Client {data.client_label(held_out)} cannot be held out: {len(shared)} of its images ({min(shared)}) "
-                f"belong to client {data.client_label(k)}, which trains on them; name one client for every image."
+                f"Client {data.client_label(held_out)} cannot be held out: {len(shared)} of its images{named} belong "
+                f"to client {data.client_label(k)}, which trains on them; name one client for every image."
             )
 
 

@@ -161,15 +161,14 @@ def load(
         wanted = [(source.train, torch.cat([*held, public_rows])), (source.validation, validation_rows)]
         wanted += [(pool, test_rows[key]) for key, pool in source.tests.items()]
         source = on_disk(source, wanted, cache, progress)
-        splits = tuple(source.train.take(rows) for rows in held)
+        splits = tuple(dataclasses.replace(source.train.take(rows), homes=None) for rows in held)
         shown = source.train.take(public_rows)
-        public = _seen(source, shown)
-        validation = _seen(source, source.validation.take(validation_rows))
-        tests = {key: _seen(source, pool.take(test_rows[key])) for key, pool in source.tests.items()}
+        public = _seen(source, spec, shown)
+        validation = _seen(source, spec, source.validation.take(validation_rows))
+        tests = {key: _seen(source, spec, pool.take(test_rows[key])) for key, pool in source.tests.items()}
         contents = {"train": [*splits, shown], **contents, "validation": [validation]}
         contents |= {f"test {key}": [split] for key, split in tests.items()}
     own = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
-    homes = None if names is None or own else source.tests[""].groups
     statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in own))
     pools = (source.train, source.validation, *source.tests.values())
     if boxed:
@@ -189,7 +188,6 @@ def load(
         public=public if len(public) else None,
         client_tests=own,
         client_names=names,
-        test_clients=None if homes is None else homes[test_rows[""]],
         **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
         identity=of_source(source, contents) if identify else drawn or {},
     )
@@ -223,8 +221,10 @@ def _fewer(split: Split, count: int, purpose: str) -> Split:
     return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
 
 
-def _seen(source: Source, split: Split) -> Split:
-    """The central window of a split that is not augmented; the split itself for a source without ``crop``."""
+def _seen(source: Source, spec: PartitionSpec, split: Split) -> Split:
+    """The central window of a split that is not augmented; whole images for a source without ``crop``."""
+    if spec.name != "attribute":  # the clients are not those that the data name
+        split = dataclasses.replace(split, homes=None)
     return central(split, (source.crop, source.crop)) if source.crop else split
 
 
@@ -284,10 +284,13 @@ def _coloured(
     def in_distribution(grey: Split, purpose: str) -> Split:
         labels = grey.labels.numpy()
         colours = np.empty((len(grey), 3), dtype=np.uint8)
+        homes = torch.full((len(grey),), -1)
         for k, rows in enumerate(partition_like(labels, counts, stream(seed, f"assign/{purpose}"))):
             rng = stream(seed, f"colours/{purpose}", client=k)
             colours[rows] = tied_colours(labels[rows], maps[k], correlation, palette, rng)
-        return _painted(grey, colours, palette)
+            homes[rows] = k
+        painted = _painted(grey, colours, palette)
+        return dataclasses.replace(painted, homes=homes) if correlation and spec.name != "iid" else painted
 
     test = source.tests[""].take(test_rows)
     tests = {

@@ -36,6 +36,8 @@ class Split:
             volume or the tiles of a picture.  Metrics are means over cases.
         patients: int64 ``[n]``, the patient of every image, where the data name patients; an image without a named
             patient counts as a patient of its own.  A held-out set has all images of a patient or none.
+        homes: int64 ``[n]``, of images that no client trains on the client whose site or look they show, -1 where they
+            show none's; None where nothing is known.  With ``--held-out-client`` they leave with their client.
     """
 
     images: Tensor
@@ -46,6 +48,7 @@ class Split:
     texts: tuple[str, ...] | None = None
     cases: Tensor | None = None
     patients: Tensor | None = None
+    homes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -71,7 +74,7 @@ class Split:
             raise ValueError(f"texts: expected {n}, one for every image, got {len(self.texts)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
             raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
-        for name, numbers in (("cases", self.cases), ("patients", self.patients)):
+        for name, numbers in (("cases", self.cases), ("patients", self.patients), ("homes", self.homes)):
             if numbers is not None and tuple(numbers.shape) != (n,):
                 raise ValueError(f"{name}: expected [{n}], got {_describe(numbers)}")
 
@@ -101,6 +104,7 @@ class Split:
             None if self.texts is None else tuple(self.texts[i] for i in indices.tolist()),
             None if self.cases is None else self.cases[indices],
             None if self.patients is None else self.patients[indices],
+            None if self.homes is None else self.homes[indices],
         )
 
 
@@ -129,6 +133,7 @@ def joined(splits: Sequence[Split]) -> Split:
         tuple(texts) if all(split.texts is not None for split in splits) else None,
         together([split.cases for split in splits]),
         together([split.patients for split in splits]),
+        together([split.homes for split in splits]),
     )
 
 
@@ -166,9 +171,9 @@ class Pool:
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
         chosen = rows.tolist()
         texts = None if self.texts is None else tuple(self.texts[i] for i in chosen)
-        cases, patients = (None if x is None else x[rows] for x in (self.cases, self.patients))
+        cases, patients, homes = (None if x is None else x[rows] for x in (self.cases, self.patients, self.groups))
         ids = tuple(self.ids[i] for i in chosen)
-        return Split(images, labels, ids=ids, sizes=sizes, texts=texts, cases=cases, patients=patients)
+        return Split(images, labels, ids=ids, sizes=sizes, texts=texts, cases=cases, patients=patients, homes=homes)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
@@ -247,8 +252,6 @@ class FederatedData:
         client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.holdout`).
         client_names: name of every client of the partition, such as its hospital, or None where the data name none; a
             client is then shown by its number.
-        test_clients: int64 ``[n]``, the client whose site every image of the test set ``""`` comes from, -1 where the
-            data do not say; None where no site is known, or where sites have own test sets.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
         identity: hashes of the data set, whatever seed and partition (:func:`fedkern.data.identity.identity`); empty
             where nobody asked for them.
@@ -268,7 +271,6 @@ class FederatedData:
     public: Split | None = None
     client_tests: tuple[Split, ...] = ()
     client_names: tuple[str, ...] | None = None
-    test_clients: Tensor | None = None
     grey_bits: int = 16
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 

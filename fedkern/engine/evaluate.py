@@ -76,9 +76,10 @@ def site_sets(context: Any) -> dict[int, TestSet]:
     Left out is a client with fewer than two images, or without a pixel whose class is known.
     """
     data = context.data
-    if data.test_clients is None:
+    test = data.tests.get("")
+    if test is None or test.homes is None or data.client_names is None:
         return {}
-    homes, test = data.test_clients, data.tests[""]
+    homes = test.homes
     parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(data.client_names))}
     fit = {k: split for k, split in parts.items() if len(split) > 1 and _any_known(split)}
     return _alike({k: _test_set(context, split) for k, split in fit.items()})

@@ -223,7 +223,7 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None) -> FederatedData:
     """The data in this machine's folder, with all training samples as those of one client."""
     data = load_data(config.replace(clients=1, partition="iid"), notice=notice)
-    return replace(data, client_names=None, client_tests=(), test_clients=None)
+    return replace(data, client_names=None, client_tests=())
 
 
 def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:

@@ -113,7 +113,7 @@ def test_parts_of_the_test_set_tell_the_sites_apart(listed, result, tmp_path):
     with torch.no_grad():
         right = model(normalise(test.images, about["mean"], about["std"])).argmax(1) == test.labels
     home = torch.tensor([int(name.removesuffix(".png")) % 3 for name in test.ids])
-    assert data.test_clients.tolist() == home.tolist()
+    assert test.homes.tolist() == home.tolist()
     found = {row["client"]: row for row in evaluation(out) if row["metric"] == "accuracy"}
     assert {row["test_set"] for row in found.values()} == {"test"}
     for k, site in enumerate(SITES):

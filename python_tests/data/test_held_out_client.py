@@ -1,0 +1,204 @@
+"""Leaving one site out: no other set keeps an image of the client that is held out, whatever the data come from."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import FederatedData, Pool, Source, Split, load
+from fedkern.data.data_function import register_data
+from fedkern.data.holdout import hold_out
+from fedkern.data.registry import DATASETS
+from fedkern.errors import UserError
+
+SITES = ("Aachen", "Bonn", "Celle")
+
+
+def value(site, i):
+    """A grey value that tells the site."""
+    return 80 * site + i
+
+
+def picture(path, site, i):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), value(site, i)).save(path)
+
+
+def table(name, root, splits):
+    columns = {"csv": "path,label", "pairs": "image,text,label", "reports": "image,report,label"}
+    columns["segmentation"] = "image,mask"
+    lines = [f"{columns[name]},hospital,split"]
+    for site, title in enumerate(SITES):
+        for i in range(20):
+            picture(root / f"{title}{i}.png", site, i)
+            mask = Image.new("L", (8, 8))
+            mask.paste(1, (1, 1, 4, 4))
+            mask.save(root / f"m{title}{i}.png")
+            row = {"path": f"{title}{i}.png", "label": "ab"[i % 2], "text": f"text {i}", "report": f"some report {i}"}
+            row |= {
+                "image": row["path"],
+                "mask": f"m{row['path']}",
+                "hospital": title,
+                "split": splits[i % len(splits)],
+            }
+            lines.append(",".join(row[column] for column in lines[0].split(",")))
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+
+
+def folders(name, root, splits):
+    for site, title in enumerate(SITES):
+        for split in {*splits}:
+            tree = root / title / split
+            for i in range(20):
+                if name == "segmentation":
+                    picture(tree / "images" / f"{i}.png", site, i)
+                    picture(tree / "masks" / f"{i}.png", 0, 1)
+                else:
+                    path = tree / "ab"[i % 2] / f"{i}{split}.png"
+                    picture(path, site, i)
+                    if name == "pairs":
+                        path.with_suffix(".txt").write_text(f"text {i}")
+
+
+def listed(write, name):
+    def make(root, splits, **settings):
+        write(name, root, splits)
+        return load(name, root=root, options={"size": 8, "colour": "grey"}, **settings)
+
+    return make
+
+
+def in_memory(root, splits, **settings):
+    def pair(site, start, count):
+        images = np.stack([np.full((8, 8), value(site, i), np.uint8) for i in range(start, start + count)])
+        return images, np.arange(count) % 2
+
+    def all_sites(start, count):
+        parts = [pair(site, start, count) for site in range(3)]
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+    clients = {title: pair(site, 0, 20) for site, title in enumerate(SITES)}
+    return FederatedData.from_arrays(clients, all_sites(4, 4), validation=all_sites(0, 4))
+
+
+def pools(groups=True):
+    """A data set whose pools name the site of every image."""
+
+    def pool(start, count):
+        rows = [(site, i) for site in range(3) for i in range(start, start + count)]
+        images = torch.stack([torch.full((1, 8, 8), value(site, i), dtype=torch.uint8) for site, i in rows])
+        return Pool(
+            labels=torch.tensor([i % 2 for _, i in rows]),
+            ids=tuple(f"{SITES[site]}/{i}" for site, i in rows),
+            read=lambda wanted: (images[wanted], None),
+            groups=torch.tensor([site for site, _ in rows]),
+        )
+
+    return Source(("a", "b"), pool(0, 20), pool(20, 4), {"": pool(24, 6)}, (0.5,), (0.25,), "none", 3, sites=SITES,
+                  named_by="the function")  # fmt: skip
+
+
+def plugin(root, splits, **settings):
+    register_data("sited")(pools_of_the_plugin)
+    try:
+        return load("sited", **settings)
+    finally:
+        del DATASETS["sited"]
+
+
+def pools_of_the_plugin():
+    """Images of three sites."""
+    return pools()
+
+
+SOURCES = {
+    **{name: listed(table, name) for name in ("csv", "pairs", "reports", "segmentation")},
+    **{f"{name} folders": listed(folders, name) for name in ("folder", "pairs", "segmentation")},
+    "arrays": in_memory,
+    "plugin": plugin,
+}
+
+
+def sites_of(split):
+    return sorted({int(image.max()) // 80 for image in split.images})
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("splits", [("",), ("train", "train", "test"), ("train", "test", "val", "train", "train")])
+@pytest.mark.parametrize("absent", [0, "Celle"])
+def test_no_other_set_keeps_an_image(tmp_path, name, splits, absent):
+    data = SOURCES[name](tmp_path, splits)
+    number = SITES.index(absent) if isinstance(absent, str) else absent
+    others = sorted({0, 1, 2} - {number})
+    apart = hold_out(data, held_out=absent, share=0, seed=0)
+    assert [sites_of(split) for split in apart.clients] == [[site] for site in others]
+    assert sites_of(apart.validation) == sites_of(apart.tests[""]) == others
+    assert sites_of(apart.tests["held_out"]) == [number]
+    assert set(apart.tests) == {"", "held_out"}
+    before, after = ((*d.clients, d.validation, *d.tests.values()) for d in (data, apart))
+    if name == "arrays":  # its validation and test sets show images of the clients
+        assert len(apart.tests["held_out"]) == 20
+    else:
+        assert sum(map(len, before)) == sum(map(len, after))
+    assert apart.statistics.held_out[1] == len(apart.tests["held_out"])
+    for split in (apart.validation, apart.tests[""]):  # clients are numbered anew
+        if split.homes is not None:
+            assert [others[home] for home in split.homes.tolist()] == [int(image.max()) // 80 for image in split.images]
+
+
+@pytest.mark.parametrize("name", ["csv", "folder folders", "plugin"])
+def test_public_samples_are_of_the_others(tmp_path, name):
+    data = SOURCES[name](tmp_path, ("train", "train", "test"), public_samples=12)
+    assert sites_of(data.public) == [0, 1, 2]
+    assert sites_of(hold_out(data, held_out=1, share=0, seed=0).public) == [0, 2]
+
+
+def test_a_test_set_of_that_client_alone_is_left_out(tmp_path):
+    table("csv", tmp_path, ("train",))
+    path = tmp_path / "list.csv"
+    path.write_text(path.read_text().replace("Bonn,train", "Bonn,test", 6))
+    data = load("csv", root=tmp_path, options={"size": 8})
+    apart = hold_out(data, held_out="Bonn", share=0, seed=0)
+    assert list(apart.tests) == ["held_out"]
+    assert len(apart.tests["held_out"]) == 20
+
+
+def test_another_partition_has_other_clients(tmp_path):
+    table("csv", tmp_path, ("",))
+    data = load("csv", root=tmp_path, options={"size": 8}, partition="iid", clients=2)
+    apart = hold_out(data, held_out=1, share=0, seed=0)
+    assert apart.validation.ids == data.validation.ids
+    assert apart.tests[""].ids == data.tests[""].ids
+
+
+@pytest.mark.parametrize("name", ["colordigits", "captions"])
+def test_images_in_the_look_of_the_client(name):
+    settings = {"clients": 3, "train_samples": 90, "options": {"test_samples": 30, "validation_samples": 12}}
+    data = load(name, **settings)
+    apart = hold_out(data, held_out=2, share=0, seed=0)
+    for split in (data.validation, next(iter(data.tests.values()))):
+        assert set(split.homes.tolist()) == {0, 1, 2}
+    for split in (apart.validation, next(iter(apart.tests.values()))):
+        assert set(split.homes.tolist()) == {0, 1}
+    assert "minority" not in apart.tests
+    assert load(name, partition="iid", **settings).validation.homes is None
+
+
+def test_copies_with_patches_leave_too(tmp_path):
+    table("csv", tmp_path, ("",))
+    options = {"size": 8, "backdoor_clients": 1, "backdoor_size": 2}
+    apart = hold_out(load("csv", root=tmp_path, options=options), held_out="Bonn", share=0, seed=0)
+    assert not any("Bonn" in name for name in (*apart.tests[""].ids, *apart.tests["backdoor"].ids))
+    assert len(set(apart.tests["held_out"].ids)) == len(apart.tests["held_out"]) == 20
+
+
+def test_equal_images_of_another_client_are_refused(tmp_path):
+    data = in_memory(tmp_path, ())
+    first = data.clients[0]
+    copied = Split(first.images[:3].clone(), first.labels[:3].clone())
+    data = replace(data, clients=(first, copied, data.clients[2]))
+    with pytest.raises(UserError, match=r"Client 0 \(Aachen\) cannot be held out: 3 of its images belong to client 1"):
+        hold_out(data, held_out=0, share=0, seed=0)
+    hold_out(data, held_out=2, share=0, seed=0)
