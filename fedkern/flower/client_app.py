@@ -28,11 +28,16 @@ app = ClientApp()
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Says which client this node is and, where its folder holds its own data alone, what data they are."""
-    from fedkern.flower.portable import pack
+    """Says which client this node is and, where its folder holds its own data alone, what data they are.
 
+    Where the server says that its run has ended, this node's process of the run ends too.
+    """
     header, _ = opened(message)
     asked = parse_json(header)
+    if isinstance(asked, dict) and isinstance(asked.get("end"), str):
+        return replied(message, _ended(asked["end"], context))
+    from fedkern.flower.portable import pack
+
     found: dict[str, Any] = {"client": own_client(context.node_config)}
     if isinstance(asked, dict) and asked.get("data") is True:
         from fedkern.flower.node_process import facts
@@ -54,6 +59,17 @@ def answer(message: Message, context: Context) -> Message:
 
         found = node_process.answer(header, parcel, context.run_config, context.node_config, _notice)
     return replied(message, found)
+
+
+def _ended(run: str, context: Context) -> Parcel:
+    if for_one_message():
+        if resident.possible():
+            resident.end(run, context.node_config)
+    else:
+        from fedkern.flower import node_process
+
+        node_process.forget(run)
+    return Parcel("null", {})
 
 
 def _stays(given: Any) -> float:

@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +27,8 @@ from fedkern.engine.loop import Run
 from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, UserError, printable_name
-from fedkern.flower.adapter import TRAIN, Arrived, Post
-from fedkern.flower.node_client import MOST_NAMES, Letter, read_reply
+from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
+from fedkern.flower.node_client import MOST_NAMES, PROTOCOL, Letter, read_reply
 from fedkern.flower.node_folder import Version
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.parcel import Malformed, Parcel
@@ -44,6 +45,8 @@ LARGEST_REPLY = 2 << 30
 """Most bytes of a reply's tensors where the method declares no sizes."""
 MOST_ENTRIES = 1024
 """Most entries of a client's privacy ledger: equal releases share one, and every entry is accounted for."""
+FAREWELL = 10.0
+"""Seconds at the end of a run for the nodes to hear that it has ended: a SuperNode looks for messages every 3 s."""
 SLACK = 1 << 16
 """Bytes that a reply may have beyond the declared upload."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
@@ -247,7 +250,15 @@ class Nodes:
             self._booked[direction] = total
 
     def close(self) -> None:
-        """Does nothing: nodes are Flower's."""
+        """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
+        with suppress(Exception):  # the run has ended, whatever becomes of them
+            header, nothing = json.dumps({"protocol": PROTOCOL, "end": self._name}), Parcel("null", {})
+            names = {self._post.send(node, QUERY, header, nothing, FAREWELL) for node in self._roll.home.values()}
+            names.discard(None)
+            end = time.monotonic() + FAREWELL
+            while names and time.monotonic() < end:
+                names.difference_update(each.reply_to for each in self._post.arrived(list(names)))
+                time.sleep(_FIRST_PAUSE if names else 0)
 
 
 def _bytes(declared: Any) -> int | None:

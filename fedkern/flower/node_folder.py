@@ -7,7 +7,9 @@ of the last state whose answer it took.  So the node knows nothing of a server t
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from fedkern.errors import UserError
 from fedkern.files import one_writer
 from fedkern.flower.parcel import Parcel, Raw
 
+KEPT_RUNS = 16
+"""Runs whose states stay on a node: those in which a client of the node has worked last."""
+_RUN = re.compile(r"[0-9a-f]{32}")
 _STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
 _MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.safetensors")
 
@@ -42,7 +47,11 @@ class NodeFolder:
 
     def __init__(self, base: Path, run: str, client: int) -> None:
         self.path = base / run / f"client-{client:05d}"
+        new = not (base / run).exists()
         atomic.make_folder(self.path)
+        os.utime(base / run)
+        if new:
+            _drop_runs(base)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -123,6 +132,13 @@ class NodeFolder:
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
         matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())
         return [(int(match[1]), int(match[2])) for match in matches if match is not None]
+
+
+def _drop_runs(base: Path) -> None:
+    """Deletes the states of all runs but the last `KEPT_RUNS`; what else lies in the folder stays."""
+    runs = [path for path in base.iterdir() if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_RUNS]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _filled(parcel: Parcel) -> Iterator[tuple[str, Raw]]:

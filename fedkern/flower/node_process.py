@@ -77,9 +77,9 @@ def _clients(letter: Letter, run_config: Mapping[str, Any], node: Mapping[str, A
     return clients
 
 
-def forget() -> None:
-    """Drops the clients of this process; the next message begins with what is on the disk."""
+def forget(run: str | None = None) -> None:
+    """Drops the clients of this process, or those of a run; the next message begins with what is on the disk."""
     global _here
-    if _here is not None:
+    if _here is not None and run in (None, _here[0][0]):
         _here[1].close()
-    _here = None
+        _here = None

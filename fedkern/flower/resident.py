@@ -4,9 +4,9 @@ Such a process would import torch, load the data, begin with the state on the di
 again, for every message.  The first one starts a process that stays (*the resident*); it and all later ones hand their
 message on to the resident, and its answer back, without importing torch.  The bits are the same.
 
-A resident serves one run and one SuperNode.  It ends when no message has come for a while, and with the process that
-started its first message.  Both ends talk over an abstract Unix socket, so that nothing is left on the disk, and check
-that the other one belongs to the same user.  Linux has these sockets; elsewhere there is no resident.
+A resident serves one run and one SuperNode.  It ends with its run, when no message has come for a while, and with the
+process that started its first message.  Both ends talk over an abstract Unix socket, so that nothing is left on the
+disk, and check that the other one belongs to the same user.  Linux has these sockets; elsewhere there is no resident.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from fedkern.inputs import parse_json
 
 STAYS = 600.0
 """Seconds that a resident waits for the next message, where the run-config does not say."""
+PATIENCE = 10.0
+"""Seconds that a resident waits for the bytes of a message that has begun; others wait behind that message."""
 _TRIES = 3
 _LOOKS, _PAUSE = 100, 0.02
 _MAIN = (
@@ -77,12 +79,12 @@ def ask(
         RuntimeError: another exception of it.
         Lost: the resident has ended while it worked.
     """
-    if not (sys.platform == "linux" and hasattr(os, "pidfd_open")):
+    if not possible():
         return None
     request = {"header": header, "run_config": dict(run_config), "node": dict(node)}
     for _ in range(_TRIES):
         try:
-            link = _connected(_name(header, node), stays)
+            link = _connected(_name(_run(header), node), stays)
         except OSError:  # a system that hides processes, or forbids what a resident needs
             return None
         if link is None:
@@ -95,14 +97,35 @@ def ask(
     return None
 
 
-def _name(header: str, node: Mapping[str, Any]) -> bytes:
-    """The socket's name: another one for every run, configuration of the node, code, and SuperNode."""
+def possible() -> bool:
+    """Whether this system has what residents need."""
+    return sys.platform == "linux" and hasattr(os, "pidfd_open")
+
+
+def end(run: str, node: Mapping[str, Any]) -> None:
+    """Ends the resident of a run, if there is one.
+
+    Args:
+        run: the run's name.
+        node: the node's configuration (`fedkern.flower.node_config`).
+    """
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        link.connect(_name(run, node))
+        if _user(link) == os.geteuid():
+            _send(link, {"end": True})
+
+
+def _run(header: str) -> str:
     told = parse_json(header)
-    run = told.get("run") if isinstance(told, dict) else None
+    return str(told.get("run")) if isinstance(told, dict) else ""
+
+
+def _name(run: str, node: Mapping[str, Any]) -> bytes:
+    """The socket's name: another one for every run, configuration of the node, code, and SuperNode."""
     parent = os.getppid()
     started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     space = str(Path("/proc/self/ns/pid").readlink())  # containers may share sockets, and number processes alike
-    made_of = [str(run), dict(node), sys.path, sys.executable, parent, started, space, os.geteuid()]
+    made_of = [run, dict(node), sys.path, sys.executable, parent, started, space, os.geteuid()]
     return b"\0fedkern-" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest().encode()
 
 
@@ -198,11 +221,12 @@ def live(door: int, parent: int, stays: float) -> None:
                 link, _ = listening.accept()
             except TimeoutError:
                 return
-            with link, suppress(EOFError, OSError):  # whoever asked is gone
-                link.settimeout(None)
+            with link, suppress(EOFError, OSError):  # whoever asked is gone, or silent
+                link.settimeout(PATIENCE)
                 if _user(link) == os.geteuid():
                     with link.makefile("rb") as requests:
-                        _serve(link, requests, node_process.answer)
+                        if not _serve(link, requests, node_process.answer):
+                            return
 
 
 def _end_with(process: int) -> None:
@@ -210,8 +234,11 @@ def _end_with(process: int) -> None:
     os._exit(0)  # whatever the main thread is computing: nobody waits for it
 
 
-def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel]) -> None:
+def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel]) -> bool:
+    """Answers one message; False where the run has ended and no other will come."""
     request, parcel = _receive(requests)
+    if request.get("end"):
+        return False
     _send(link, {"begun": True})
 
     def notice(text: str) -> None:
@@ -228,6 +255,7 @@ def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel
         _send(link, {"failed": f"{type(error).__name__}: {error}"})
     else:
         _send(link, {}, found)
+    return True
 
 
 # -- what both ends send -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from fedkern.engine import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError
-from fedkern.flower import client_app, node_client, node_executor, node_process, run_settings, server_app
+from fedkern.flower import client_app, node_client, node_executor, node_folder, node_process, run_settings, server_app
 from fedkern.flower.adapter import opened, replied
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
@@ -124,6 +125,28 @@ def test_nodes_that_stay_in_memory(method, tmp_path):
     expected = in_one_process(run_config, tmp_path / "here")
     over_flower(run_config, tmp_path / "flower", lives=True)
     same(outcome(tmp_path / "flower"), expected, method)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_s_end_ends_its_processes_on_the_nodes(ends, tmp_path):
+    """Also where the run fails."""
+    faults = (
+        {} if ends else {(1, 0): replied_with(problem={"kind": "failed", "what": "", "traceback": ""}, message=None)}
+    )
+    run_config = settings("fedavg", rounds=1, **({} if ends else {"on-error": "stop"}))
+    with contextlib.nullcontext() if ends else pytest.raises(RunFailed):
+        over_flower(run_config, tmp_path / "run", faults=faults, lives=True)
+    assert node_process._here is None
+
+
+def test_a_node_keeps_the_states_of_its_last_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_folder, "KEPT_RUNS", 2)
+    (tmp_path / "notes").mkdir()
+    names = [str(i) * 32 for i in range(4)]
+    for name in names:
+        node_folder.NodeFolder(tmp_path, name, 0)
+        node_folder.NodeFolder(tmp_path, names[0], 1)  # goes on beside the others
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[3], "notes"]
 
 
 @pytest.mark.exhaustive

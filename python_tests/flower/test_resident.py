@@ -141,6 +141,36 @@ def test_a_killed_resident_is_replaced(message, tmp_path):
     assert told(resident.ask(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
 
 
+def test_a_resident_ends_with_its_run(message, tmp_path):
+    for run in ("0" * 32, "1" * 32):
+        resident.ask(header(run=run), message, RUN, node(tmp_path), print, 60)
+    first, second = residents()
+    resident.end("2" * 32, node(tmp_path))
+    assert residents() == [first, second]
+    resident.end("0" * 32, node(tmp_path))
+    limit = time.monotonic() + 20
+    while len(residents()) > 1 and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert len(residents()) == 1
+    again = resident.ask(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
+    assert told(again)[0]["problem"] is None
+
+
+def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
+    impatient = "from fedkern.flower import resident; resident.PATIENCE = 0.3; from fedkern.flower.resident import live"
+    monkeypatch.setattr(
+        resident, "_MAIN", resident._MAIN.replace("from fedkern.flower.resident import live", impatient)
+    )
+    resident.ask(header(), message, RUN, node(tmp_path), print, 60)
+    (first,) = residents()
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as silent:
+        silent.connect(resident._name("0" * 32, node(tmp_path)))
+        silent.sendall(b"\0\0")  # the beginning of a message
+        again = resident.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
+    assert told(again)[0]["problem"] is None
+    assert residents() == [first]
+
+
 def test_what_a_node_refuses_is_refused_by_the_resident(message, tmp_path):
     with pytest.raises(Malformed, match="is for client 0, and this node is client 1"):
         resident.ask(header(client=0), message, RUN, node(tmp_path), print, 60)
@@ -257,7 +287,7 @@ def test_no_resident_of_somebody_else(message, tmp_path, monkeypatch):
 def test_a_name_that_somebody_has_and_does_not_listen_to(message, tmp_path, monkeypatch):
     monkeypatch.setattr(resident, "_PAUSE", 0.0)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as taken:
-        taken.bind(resident._name(header(), node(tmp_path)))
+        taken.bind(resident._name("0" * 32, node(tmp_path)))
         assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
