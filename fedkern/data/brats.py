@@ -367,7 +367,7 @@ def _split(
         made["test"], made["train"] = _held_out(present, shares[0], "test")
     elif len(made["test"]) == 0:
         made["test"], made["validation"] = made["validation"], made["test"]
-    for name in ("train", "test"):
+    for name in ("train", "test") if shares[0] else ("train",):
         if len(made[name]) == 0:
             raise UserError(f'data set "brats": no case belongs to the {name} split')
     if len(made["validation"]) == 0:
@@ -378,7 +378,7 @@ def _split(
 def _held_out(
     cases: npt.NDArray[np.int64], share: float, purpose: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    count = max(1, round(share * len(cases)))
+    count = max(1, round(share * len(cases))) if share else 0
     if count >= len(cases):
         raise UserError(f'data set "brats": {len(cases)} cases are too few to hold some out as {purpose} set')
     order = interleaved(np.zeros(len(cases), dtype=np.int64), f"split/brats/{purpose}")

@@ -41,8 +41,9 @@ class Reading:
     Attributes:
         size: side in pixels.
         colour: ``"rgb"`` or ``"grey"``.
-        test_share: share of the images held out as test set where the files have no split of their own.
-        validation_share: share of the training images held out as validation set where there is none.
+        test_share: share of the images held out as test set where the files have no split of their own; 0: none, and
+            the test set may be empty.
+        validation_share: share of the training images held out as validation set where there is none; 0: none.
         pad: keep the proportions of images that are not square.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
         max_pixels: most pixels of an image, as its file announces them.
@@ -243,7 +244,7 @@ def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.i
     if not any(listing.splits):
         everything = np.arange(len(splits))
         rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")
-    for name in ("train", "test"):
+    for name in ("train", "test") if reading.test_share else ("train",):
         if len(rows[name]) == 0:
             raise UserError(f'data set "{data}": no image belongs to the {name} split')
     if len(rows["validation"]) == 0:
@@ -305,6 +306,8 @@ def _held_out(
     share: float,
     purpose: str,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    if not share:
+        return np.arange(0), rows
     by_unit: dict[int, list[int]] = {}
     for row in rows.tolist():
         by_unit.setdefault(int(units[row]), []).append(row)

@@ -204,9 +204,9 @@ _READING = {
     ),
     "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
-    "test_share": DataOption(0.2, "share held out as test set where there is none", low=0.01, high=0.9),
+    "test_share": DataOption(0.2, "share held out as test set where there is none", low=0, high=0.9),
     "validation_share": DataOption(
-        0.1, "share of the training images held out as validation set where there is none", low=0.01, high=0.9
+        0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9
     ),
 }
 
@@ -353,10 +353,10 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
             "every": DataOption(1, "keep one slice in so many", low=1),
             "test_share": DataOption(
-                0.2, "share of the cases held out as test set where there is none", low=0.01, high=0.9
+                0.2, "share of the cases held out as test set where there is none", low=0, high=0.9
             ),
             "validation_share": DataOption(
-                0.1, "share of the training cases held out as validation set where there is none", low=0.01, high=0.9
+                0.1, "share of the training cases held out as validation set where there is none", low=0, high=0.9
             ),
         },
     ),

@@ -210,7 +210,7 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
         config = _effective(decided(config, data), data)
         data = kept_data(config, data)
     else:
-        data = data_of_one(config, notice=notice)
+        data = data_of_one(config, notice=notice, node=True)
         (own,) = data.clients
         none = own.subset(torch.zeros(0, dtype=torch.int64))
         data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
@@ -220,8 +220,14 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
     return RunContext(config, data, notice)
 
 
-def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None) -> FederatedData:
-    """The data in this machine's folder, with all training samples as those of one client."""
+def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
+    """The data in this machine's folder, with all training samples as those of one client.
+
+    On a node nothing is held out of them: no set but the server's judges the network.
+    """
+    if node:
+        shares = [name for name in ("test_share", "validation_share") if name in lookup(config.data).options]
+        config = config.replace(data_options={**config.data_options, **dict.fromkeys(shares, 0.0)})
     data = load_data(config.replace(clients=1, partition="iid"), notice=notice)
     return replace(data, client_names=None, client_tests=())
 
@@ -391,6 +397,8 @@ def _check(config: RunConfig, data: Any, alone: int | None = None) -> None:
         able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
         raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
     _check_pairs(config, data)
+    if alone is None and not all(map(len, data.tests.values())):
+        raise UserError("There is no test image: name a test split in the data, or a test_share above 0.")
     for k, split in enumerate(data.clients):
         if len(split) == 0 and alone in (None, k):
             raise UserError(

@@ -253,8 +253,8 @@ class Nodes:
         """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
         with suppress(Exception):  # the run has ended, whatever becomes of them
             header, nothing = json.dumps({"protocol": PROTOCOL, "end": self._name}), Parcel("null", {})
-            names = {self._post.send(node, QUERY, header, nothing, FAREWELL) for node in self._roll.home.values()}
-            names.discard(None)
+            sent = [self._post.send(node, QUERY, header, nothing, FAREWELL) for node in self._roll.home.values()]
+            names = {name for name in sent if name is not None}
             end = time.monotonic() + FAREWELL
             while names and time.monotonic() < end:
                 names.difference_update(each.reply_to for each in self._post.arrived(list(names)))

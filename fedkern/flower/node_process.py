@@ -53,7 +53,7 @@ def answer(
 
 def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> dict[str, Any]:
     """Number of samples and form of the data of a node whose folder holds its own data alone."""
-    data = data_of_one(run_settings.read(run_config, node_config.data_root(node)).config, notice)
+    data = data_of_one(run_settings.read(run_config, node_config.data_root(node)).config, notice, node=True)
     return {"samples": len(data.clients[0]), **form_of(data)}
 
 

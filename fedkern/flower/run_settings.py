@@ -39,6 +39,8 @@ FLOWER: dict[str, tuple[float | str | bool, str]] = {
     "flower.state": ("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
 }
 """Settings of a run over Flower, with their defaults."""
+JUDGING = {"test_share": 0.5, "validation_share": 0.9}
+"""Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
 ELSEWHERE = ("workers",)
 """Settings that say nothing about a run over Flower."""
 
@@ -108,6 +110,8 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     own_data = _switch(given, "flower.own-data")
     if own_data:
         check_own_data(config)
+        shares = {name: share for name, share in JUDGING.items() if name in lookup(config.data).options}
+        config = config.replace(data_options={**shares, **config.data_options})
     _seconds(given, "flower.resident")  # only checked: the ClientApp reads it, before it imports all this
     return RunSettings(
         config=config,

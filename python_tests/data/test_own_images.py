@@ -10,6 +10,7 @@ from PIL import Image
 from fedkern.data import IGNORE, load
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
+from fedkern.run import main
 
 
 def picture(path, value, size=(12, 10)):
@@ -148,6 +149,26 @@ def test_csv_with_everything(tmp_path):
         assert split.labels.tolist() == [i % 2 for i in numbers]
     with pytest.raises(UserError, match="to 2 clients, not 3"):
         opened("csv", path, partition="attribute", clients=3)
+
+
+@pytest.mark.parametrize("source", ["folder", "csv"])
+def test_a_share_of_0_holds_nothing_out(tmp_path, source, capsys):
+    if source == "csv":
+        root = write_csv(tmp_path, [f"files/{i}.png,{'xyz'[i % 3]}" for i in range(24)])
+    else:
+        write_folder(tmp_path, ("",))
+        root = tmp_path
+    whole = opened(source, root)
+    images = sum(map(len, every_split(whole)))
+    data = opened(source, root, test_share=0, validation_share=0)
+    assert (len(data.tests[""]), len(data.validation)) == (0, 0)
+    assert sum(map(len, data.clients)) == images
+    data = opened(source, root, validation_share=0)
+    assert (len(data.tests[""]), len(data.validation)) == (len(whole.tests[""]), 0)
+    words = ["--data", source, "--data-root", str(root), "--data-option", "test_share=0", "--partition", "iid"]
+    assert main(["fedavg", *words, "--out", str(tmp_path / "run")]) == 2
+    assert "There is no test image" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_csv_without_split(tmp_path):

@@ -35,7 +35,8 @@ def test_the_script_gives_the_bits_of_one_process_that_has_all_data(tmp_path):
 
     config = RunConfig.load(folder / "run", device="cpu")
     data = data_of_one(config)
-    parts = [data_of_one(config.replace(data_root=str(folder / "data" / site))) for site in deployment().SITES]
+    roots = [str(folder / "data" / site) for site in deployment().SITES]
+    parts = [data_of_one(config.replace(data_root=root), node=True) for root in roots]
     assert len({len(part.clients[0]) for part in parts}) == 3
     run(config, data=replace(data, clients=tuple(part.clients[0] for part in parts)), out=alone)
     assert (alone / "model.safetensors").read_bytes() == (folder / "run/model.safetensors").read_bytes()

@@ -67,7 +67,7 @@ def over_flower(folders, nodes=(0, 1, 2), **changed):
 def test_the_bits_of_the_same_clients_in_one_process(folders):
     over_flower(folders)
     config = run_settings.read({**RUN, "data-root": str(folders / "server")}).config
-    clients = [data_of_one(config.replace(data_root=str(folders / str(k)))).clients[0] for k in range(3)]
+    clients = [data_of_one(config.replace(data_root=str(folders / str(k))), node=True).clients[0] for k in range(3)]
     assert len({len(split) for split in clients}) == 3
     data = replace(data_of_one(config), clients=tuple(clients))
     run(config, data=data, out=folders / "here")
@@ -94,6 +94,32 @@ def test_a_stopped_run_goes_on(folders, monkeypatch):
 
 def _stop():
     raise KeyError
+
+
+@pytest.mark.parametrize("source", ["folder", "folder without splits", "csv", "csv without splits"])
+def test_nobody_holds_images_out_that_nobody_looks_at(folders, source):
+    """A node trains on all images that no file calls test images; all of the server's judge the network."""
+    name, _, bare = source.partition(" ")
+    for machine in map(str, SIZES):
+        base = folders / machine
+        if bare:
+            for path in sorted(base.glob("*/*/*.png")):
+                (base / path.parent.name).mkdir(exist_ok=True)
+                path.rename(base / path.parent.name / f"{path.parts[-3]}-{path.name}")
+            shutil.rmtree(base / "train")
+            shutil.rmtree(base / "test")
+        if name == "csv":
+            paths = [path.relative_to(base).parts for path in sorted(base.rglob("*.png"))]
+            rows = [("/".join(path), path[-2], "" if bare else path[0]) for path in paths]
+            (base / "images.csv").write_text(
+                "".join(",".join(row) + "\n" for row in [("path", "label", "split"), *rows])
+            )
+    over_flower(folders, data=name)
+    clients = read_metrics(folders / "run")[0]["clients"]
+    assert [clients[str(k)]["samples"] for k in range(3)] == [2 * (SIZES[k] + bool(bare)) for k in range(3)]
+    server = data_of_one(run_settings.read({**RUN, "data": name, "data-root": str(folders / "server")}).config)
+    assert len(server.clients[0]) == 1
+    assert len(server.validation) + len(server.tests[""]) + len(server.clients[0]) == 2 * (SIZES["server"] + 4)
 
 
 def test_data_that_do_not_fit_together(folders):
