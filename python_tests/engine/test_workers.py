@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import worker_methods
 from interrupted import Kill, KillAt, outcome, without
 from smallest import SETTINGS
@@ -528,3 +529,41 @@ def test_a_worker_does_not_import_torchs_compiler():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("method", ["scaffold", pytest.param("feddyn", marks=pytest.mark.exhaustive)])
+def test_open_files_do_not_follow_the_clients(method, make_data, make_config, tmp_path, processes):
+    """Many clients in one exchange, with states of their own: few descriptors in every process, and Serial's bits."""
+    clients, open_files = 130, []
+    data = make_data(sizes=(2,) * clients)
+
+    class Count(Listener):
+        def on_client(self, *_):
+            for process in (os.getpid(), *processes):
+                open_files.append(len([*Path(f"/proc/{process}/fd").iterdir()]))
+
+    config = make_config(method, rounds=1, local_epochs=1)
+    run(config, out=tmp_path / "one", data=data)
+    run(config.replace(workers="2"), out=tmp_path / "two", data=data, listener=Count())
+    assert len(processes) == 2
+    assert len(open_files) > clients
+    assert max(open_files) < 64 + 60
+    assert outcome(tmp_path / "two")[:2] == outcome(tmp_path / "one")[:2]
+
+
+def test_a_tensor_that_is_packed_again_and_again_is_sent_once():
+    from fedkern.engine.executors.wire import Packer, Unpacker
+
+    packer, unpacker, shared = Packer(), Unpacker(), torch.arange(5.0)
+    first = None
+    for client in range(500):
+        packet = packer.pack((shared, torch.full((3,), float(client))))
+        packet.files = {number: os.dup(descriptor) for number, descriptor in packet.files.items()}
+        again, own = unpacker.unpack(packet)
+        first = again if first is None else first
+        assert again is first
+        assert own.tolist() == [client] * 3
+    early = packer.pack([torch.full((3,), 1.0) for _ in range(3)])
+    assert len(packer._files) <= 64
+    assert early.files
+    packer.clear()

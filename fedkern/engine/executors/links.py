@@ -10,7 +10,6 @@ a machine that has vanished is noticed.
 
 from __future__ import annotations
 
-import mmap
 import os
 import pickle
 import queue
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedkern.engine.executors.wire import Packet
+from fedkern.engine.executors.wire import Packet, mapped
 from fedkern.interrupts import check
 
 SILENCE = "FEDKERN_RANK_TIMEOUT"
@@ -232,7 +231,7 @@ class Link:
                 if kind == _BYE:
                     self._end(Ended(*pickle.loads(payload)))
                     return
-                self._incoming.put(Packet(payload, {number: self._file(length) for number, length in table}))
+                self._incoming.put(Packet(payload, {}, {number: self._file(length) for number, length in table}))
         except Exception as error:
             self._end(Lost(how(error)))
 
@@ -247,12 +246,11 @@ class Link:
             dist.recv(torch.frombuffer(content, dtype=torch.uint8), src=self.peer)
         return bytes(content)
 
-    def _file(self, size: int) -> int:
-        """Receives a memory file; returns its descriptor."""
-        descriptor = os.memfd_create("fedkern", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, size)
-        dist.recv(torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8), src=self.peer)
-        return descriptor
+    def _file(self, size: int) -> memoryview:
+        """Receives a memory file's content."""
+        content = torch.empty(size, dtype=torch.uint8)
+        dist.recv(content, src=self.peer)
+        return content.numpy().data
 
     def _end(self, how: Lost | Ended) -> None:
         if self.over is None:
@@ -262,9 +260,7 @@ class Link:
 
 def _mapped(descriptor: int) -> Tensor:
     """The content of a memory file, uint8 [bytes]; it stays when the descriptor is closed."""
-    size = os.fstat(descriptor).st_size
-    memory = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(mapped(descriptor), dtype=torch.uint8)
 
 
 def how(error: Exception) -> str:

@@ -17,13 +17,12 @@ import array
 import fcntl
 import io
 import itertools
-import mmap
 import os
 import pickle
 import socket
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -34,6 +33,7 @@ _ALIGNED = 64
 _HEADER = struct.Struct("<QI")  # bytes of the pickle, number of memory files
 _INLINE = 1 << 15  # bytes; a longer pickle goes through a memory file, so that no message fills the socket's buffer
 _MOST_FILES = 250  # most files of one message (SCM_MAX_FD is 253)
+_OPEN_FILES = 64  # files that a packer keeps open, those used last, where a message does not need more
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -54,14 +54,19 @@ class _Place:
 
 @dataclass
 class Packet:
-    """A pickle, and the descriptors of the memory files that hold its tensors, by file number."""
+    """A pickle and the memory files that hold its tensors, by file number: their descriptors, or their contents."""
 
     payload: bytes
     files: dict[int, int]
+    contents: dict[int, memoryview] = field(default_factory=dict)
 
 
 class Packer:
-    """Packs objects.  It holds the packed tensors, and keeps their files open, until :meth:`clear`."""
+    """Packs objects.  It holds the tensors packed last, and keeps their files open, until :meth:`clear`.
+
+    A tensor that was not packed for long is packed anew, so that however many clients have states of their own, few
+    files are open.
+    """
 
     _numbers = itertools.count()  # file numbers, unique over all packers of the process
 
@@ -85,14 +90,23 @@ class Packer:
             pickler.used.add(pickler.number)
         for tensor, place in pickler.placed:
             self._known[_key(tensor)] = place, tensor
+        for number in sorted(pickler.used):
+            self._files[number] = self._files.pop(number)  # used last
+        self._close(list(self._files)[: -max(_OPEN_FILES, len(pickler.used))])
         return Packet(pickler.file.getvalue(), {number: self._files[number] for number in sorted(pickler.used)})
 
     def clear(self) -> None:
         """Closes the files; a process that has mapped one keeps the memory."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        self._close([*self._files])
         self._known.clear()
-        self._files.clear()
+
+    def _close(self, numbers: list[int]) -> None:
+        if not numbers:
+            return
+        for number in numbers:
+            os.close(self._files.pop(number))
+        gone = set(numbers)
+        self._known = {key: entry for key, entry in self._known.items() if entry[0].file not in gone}
 
 
 class _Pickler(pickle.Pickler):
@@ -161,21 +175,29 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
     return descriptor
 
 
+def mapped(descriptor: int) -> memoryview:
+    """The content of a memory file, mapped privately; it stays when the descriptor is closed.
+
+    Python's own ``mmap`` would hold a second descriptor for as long.
+    """
+    size = os.fstat(descriptor).st_size
+    name = f"/proc/self/fd/{descriptor}"
+    return torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy().data
+
+
 class Unpacker:
     """Unpacks packets.  Until :meth:`clear`, a tensor that came before is the same object again."""
 
     def __init__(self) -> None:
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, memoryview] = {}
         self._tensors: dict[_Place, Tensor] = {}
 
     def unpack(self, packet: Packet) -> Any:
         """Unpickles the packet's object and closes the packet's descriptors."""
+        self._maps.update(packet.contents)
         for number, descriptor in packet.files.items():
             if number not in self._maps:
-                size = os.fstat(descriptor).st_size
-                self._maps[number] = mmap.mmap(
-                    descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
+                self._maps[number] = mapped(descriptor)
             os.close(descriptor)
         return _Unpickler(packet.payload, self).load()
 
