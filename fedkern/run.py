@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         - 143: SIGTERM.
     """
     from fedkern.interrupts import in_order
+    from fedkern.standard_streams import open_closed, tolerate
 
+    tolerate() if argv is None else open_closed()
     _wait_without_spinning()
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None):

@@ -39,6 +39,7 @@ from fedkern.engine.parties import Elsewhere
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
+from fedkern.standard_streams import tolerate
 
 _PR_SET_PDEATHSIG = 1
 
@@ -213,4 +214,5 @@ def _ended(process: int) -> int | None:
 
 
 if __name__ == "__main__":
+    tolerate()
     serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

@@ -1,0 +1,70 @@
+"""Standard output and error of a process that must not fail because nobody takes what it prints."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+_NAMES = ("stdin", "stdout", "stderr")
+
+
+class _Lossy(io.FileIO):
+    """A descriptor whose writes succeed, even where the disk behind it is full.
+
+    A reader that has gone is an error all the same: a pipe such as ``| head`` ends the command.
+    """
+
+    _told = False
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content) or 0
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            if not self._told and self.fileno() == 1:
+                self._told = True
+                with suppress(OSError):
+                    os.write(2, f"what is printed is lost: {error.strerror}\n".encode())
+            return len(content)
+
+
+def open_closed() -> None:
+    """Opens the null device where a standard stream is closed, as daemons have them.
+
+    A file that is opened later would otherwise get the stream's number, and what libraries print would go into it.
+    """
+    for number, name in enumerate(_NAMES):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null == number:
+                os.set_inheritable(null, True)
+            else:
+                os.dup2(null, number)  # the copy is inherited
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: PTH123, SIM115
+
+
+def tolerate() -> None:
+    """Has the process go on where its standard output or error is closed or cannot be written."""
+    open_closed()
+    for number, name in enumerate(_NAMES[1:], start=1):
+        stream = getattr(sys, name)
+        with suppress(OSError, ValueError, AttributeError):  # a stream that stands for another, such as a notebook's
+            if stream.fileno() != number:
+                continue
+            with suppress(OSError):
+                stream.flush()
+            raw = _Lossy(number, "w", closefd=False)
+            lossy = io.TextIOWrapper(
+                raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, stream.errors,
+                line_buffering=stream.line_buffering, write_through=stream.write_through,
+            )  # fmt: skip
+            setattr(sys, name, lossy)
