@@ -11,9 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.data.found_files import need_root
-from fedkern.data.images import MAX_PIXELS, list_images, subfolders
+from fedkern.data.images import MAX_PIXELS, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
-from fedkern.data.site_folders import check_images, find_sites, holds_classes, holds_images, listed, trees
+from fedkern.data.site_folders import (
+    check_images,
+    find_sites,
+    holds_classes,
+    holds_images,
+    listed,
+    nested_images,
+    split_folders,
+    trees,
+)
 from fedkern.data.spelling import unified
 from fedkern.data.types import Source
 from fedkern.errors import UserError
@@ -27,6 +36,7 @@ def open_folder(
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
     bits: int = 0,
+    layout: str = "auto",
 ) -> Source:
     """Reads a tree of class folders; images are decoded when a split needs them.
 
@@ -41,13 +51,18 @@ def open_folder(
         test_share, validation_share: share of the images held out where there is no such folder.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
         bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
+        layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
 
     Raises:
         UserError: no such tree, fewer than two classes, a class without images, a test class unknown in training, or
             folders of sites that are not alike or have no class in common.
     """
     base = need_root(root, "folder", "train/CLASS/image.png")
-    sites = find_sites(base, "folder", plain=holds_images, whole=holds_classes, mixed=False)
+    sites = (
+        {"": split_folders(base, "folder")}
+        if layout == "patients"
+        else find_sites(base, "folder", layout, plain=holds_images, whole=holds_classes, mixed=False)
+    )
     parts = trees(base, sites)
     training = {site: folder for site, split, folder in parts if split in ("", "train")}
     folders = [name for _, _, folder in parts for name in subfolders(folder)]
@@ -66,22 +81,24 @@ def open_folder(
     if len(sites) > 1 and max(holders.values()) == 1:
         raise UserError(
             f'data set "folder": no two of the folders {", ".join(list(sites)[:4])} in {base} have a class in common, '
-            "so that they are no sites with the same task; put all classes into one folder, or list the images in a "
-            "CSV file with a column client"
+            "so that they are no sites with the same task; put all classes into one folder, list the images in a CSV "
+            "file with a column client or, for CLASS/PATIENT/image, give --data-option layout=patients"
         )
     paths: list[Path] = []
     labels: list[int] = []
     belongs: list[str] = []
     clients: list[str] = []
+    patients: list[str] = []
     for site, split, folder in parts:
         for own in subfolders(folder):
             if one[own] not in classes:
                 where = "no site has for training" if site else f"{training[site]} does not have"
                 raise UserError(f'data set "folder": {folder / own} is a class that {where}')
-            found = list_images(folder / own)
+            found = nested_images(folder / own, layout)
             if not found and split in ("", "train") and not site:
                 raise UserError(f'data set "folder": the class folder {folder / own} holds no image')
-            paths += found
+            paths += [path for path, _ in found]
+            patients += [patient for _, patient in found]
             labels += [classes.index(one[own])] * len(found)
             belongs += [split] * len(found)
             clients += [site] * len(found)
@@ -92,13 +109,14 @@ def open_folder(
             raise UserError(
                 f'data set "folder": no site has a training image of the class {name}; leave its folders out'
             )
-    rest = listed(base, sites, belongs, clients)
+    rest = listed(base, sites, belongs, clients, paths)
     rest["notices"] += told
     ids = tuple(path.relative_to(base).as_posix() for path in paths)
     listing = Listing(
         paths,
         ids,
         np.array(labels, dtype=np.int64),
+        patients=patients if any(patients) else None,
         **rest,
     )
     return to_source(

@@ -45,13 +45,18 @@ TURNS = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, or what macOS adds to an archive."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in ``folder``, sorted, without hidden ones.
 
     Raises:
         UserError: a name is not UTF-8.
     """
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
     for path in found:
         check_text(str(path), "the folder")
     return [path.name for path in found]
@@ -63,7 +68,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
     """
-    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
     found = sorted(path for path in named if not path.is_dir())
     for path in found:
         check_text(str(path), "the image")

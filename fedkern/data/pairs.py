@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from fedkern.data.images import MAX_PIXELS, list_images, subfolders
+from fedkern.data.images import MAX_PIXELS, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
     Splits,
@@ -14,6 +14,7 @@ from fedkern.data.site_folders import (
     holds_classes,
     holds_images,
     listed,
+    nested_images,
     split_folders,
     trees,
 )
@@ -37,6 +38,7 @@ def open_pairs(
     crop: int = 0,
     max_image_pixels: int = MAX_PIXELS,
     bits: int = 0,
+    layout: str = "auto",
     **chosen: str,
 ) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
@@ -59,6 +61,7 @@ def open_pairs(
             images.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
         bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
+        layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``LABEL/PATIENT/image``.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
     Raises:
@@ -74,12 +77,13 @@ def open_pairs(
     else:
         check_unchosen("pairs", chosen, root)
         base = expand(str(root))
-        sites = _sites(base)
-        images, labelled, splits, clients = _found(base, sites)
+        sites = _sites(base, layout)
+        images, labelled, splits, clients, patients = _found(base, sites, layout)
         names = tuple(one.relative_to(base).as_posix() for one in images)
         texts = [_read(image) for image in images]
         classes, labels, told = classes_of([label or ANY for label in labelled], f"The layout of {base}")
-        rest = listed(base, sites, splits, clients)
+        rest = listed(base, sites, splits, clients, images)
+        rest["patients"] = patients if any(patients) else None
         rest["notices"] += told
     listing = Listing(
         paths=images,
@@ -98,30 +102,34 @@ def open_pairs(
     )
 
 
-def _sites(base: Path) -> dict[str, Splits]:
-    if holds_images(base):
+def _sites(base: Path, layout: str) -> dict[str, Splits]:
+    if holds_images(base) or layout == "patients":
         return {"": split_folders(base, "pairs")}
     whole = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
-    return find_sites(base, "pairs", plain=holds_images, whole=whole, mixed=True)
+    return find_sites(base, "pairs", layout, plain=holds_images, whole=whole, mixed=True)
 
 
-def _found(base: Path, sites: dict[str, Splits]) -> tuple[list[Path], list[str], list[str], list[str]]:
-    """The images under ``base``, their labels (``""`` without label folders), their splits and their sites."""
+def _found(
+    base: Path, sites: dict[str, Splits], layout: str
+) -> tuple[list[Path], list[str], list[str], list[str], list[str]]:
+    """The images under ``base``, their labels (``""`` without label folders), splits, sites and patients."""
     images: list[Path] = []
     labels: list[str] = []
     belongs: list[str] = []
     clients: list[str] = []
+    patients: list[str] = []
     for site, split, folder in trees(base, sites):
         for label in ("", *subfolders(folder)):
-            found = list_images(folder / label)
-            images += found
+            found = nested_images(folder / label, layout if label else "")
+            images += [path for path, _ in found]
+            patients += [patient for _, patient in found]
             labels += [label] * len(found)
             belongs += [split] * len(found)
             clients += [site] * len(found)
     check_images(base, "pairs", sites, Counter(zip(clients, belongs, strict=True)))
     if not images:
         raise UserError(f'data set "pairs": no image found in {base} (expected image.jpg with image.txt beside it)')
-    return images, labels, belongs, clients
+    return images, labels, belongs, clients, patients
 
 
 def _read(image: Path) -> str:

@@ -21,6 +21,7 @@ from fedkern.data.pairs import open_pairs
 from fedkern.data.reports import open_reports
 from fedkern.data.segdigits import open_segdigits
 from fedkern.data.segmentation import open_segmentation
+from fedkern.data.site_folders import LAYOUTS
 from fedkern.data.svhn import open_svhn
 from fedkern.data.table import AUTO, open_csv
 from fedkern.data.tinyimagenet import open_tinyimagenet
@@ -210,6 +211,13 @@ _READING = {
     ),
 }
 
+_LAYOUT = {
+    "layout": DataOption(
+        "auto", "folders in folders: sites, or patients in classes; auto: sites, but names of patients are refused",
+        choices=LAYOUTS,
+    )
+}  # fmt: skip
+
 _HELD = {
     "path": "the image files", "image": "the image files", "mask": "the mask files", "label": "the labels",
     "text": "the texts", "report": "the reports", "view": "the views", "split": "the splits",
@@ -294,7 +302,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
-        open_folder, 5, "dirichlet:0.5", (3, 64), options=_READING,
+        open_folder, 5, "dirichlet:0.5", (3, 64), options={**_READING, **_LAYOUT},
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
@@ -306,6 +314,7 @@ DATASETS: dict[str, DatasetInfo] = {
         open_segmentation, 5, "iid", (3, 64),
         options={
             **_READING,
+            **_LAYOUT,
             "names": DataOption("", "classes separated by |, background first (default: numbers)"),
             "tile": DataOption(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
             "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
@@ -318,6 +327,7 @@ DATASETS: dict[str, DatasetInfo] = {
         open_pairs, 5, "iid", (3, 64), task="retrieval",
         options={
             **_READING,
+            **_LAYOUT,
             "crop": _CROP,
             "longest": DataOption(112, "words kept of a text", low=1),
             **_columns("image", "text", "label", "split"),

@@ -36,6 +36,7 @@ def open_segmentation(
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
     bits: int = 0,
+    layout: str = "auto",
     *,
     cache: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
@@ -65,6 +66,7 @@ def open_segmentation(
         test_share, validation_share: share of the images held out where there is no such split.
         max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
         bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
+        layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
         cache: folder that keeps decoded masks.
         notice: called with the progress of a long decoding.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
@@ -82,10 +84,13 @@ def open_segmentation(
     else:
         check_unchosen("segmentation", chosen, root)
         base = expand(str(root))
-        sites = find_sites(base, "segmentation", plain=_is_part, whole=_has_pair, mixed=True)
+        sites = find_sites(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
         images, masks, splits, clients = _pairs(base, sites)
         ids = tuple(one.relative_to(base).as_posix() for one in images)
-        rest = listed(base, sites, splits, clients)
+        people = [*clients] if layout == "patients" and "" not in sites else None
+        if people:
+            sites, clients = {"": {}}, [""] * len(images)
+        rest = {**listed(base, sites, splits, clients, [*images, *masks]), "patients": people}
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
     files = MaskFiles(images, masks, size, "segmentation", max_image_pixels)
@@ -197,7 +202,8 @@ def _classes(
     if present.max() >= count or (not given and 255 in present):
         row = int(np.flatnonzero(counts[:, present.max()])[0])
         limit = f"0 to {count - 1}" if given else "class numbers from 0, or 0 and 255 alone"
-        raise UserError(f'data set "segmentation": the mask {masks[row]} holds {present.max()}, expected {limit}')
+        void = "" if present.max() < 255 else "; where 255 marks unknown pixels, give --data-option ignore=255"
+        raise UserError(f'data set "segmentation": the mask {masks[row]} holds {present.max()}, expected {limit}{void}')
     return tuple(given or (str(number) for number in range(count))), meaning
 
 

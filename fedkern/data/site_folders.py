@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.data.images import SUFFIXES, subfolders
+from fedkern.data.images import SUFFIXES, hidden, list_images, subfolders
 from fedkern.data.listing import SPLITS
 from fedkern.data.spelling import unified
 from fedkern.errors import UserError
 
+LAYOUTS = "auto", "sites", "patients"
+"""Values of the option ``layout``: what the outer of two levels of folders are.
+
+``sites``: folders of sites.  ``patients``: in no set are folders sites; the folders below classes (or labels), for
+segmentation those that hold images and masks, are patients.  ``auto``: sites, unless names look like patients.
+"""
+_PATIENT = re.compile(r"(patient|pat|subject|subj|sub|case|person|participant|study|exam|series|scan|pid|mrn)[ _-]*\d+")
+_NUMBER = re.compile(r"(?!n\d{8}$)([a-z]{0,3}[ _-]?\d{3,}|[ps][ _-]?\d+)")
+"""Names that a patient has and a class hardly; n and eight digits are the classes of ImageNet."""
+TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"})
+"""Endings of files that are not counted as left out."""
 Splits = dict[str, str]
 """The folder of every split; empty where a fixed split is drawn."""
 
@@ -40,7 +54,7 @@ def split_folders(base: Path, data: str) -> Splits:
 
 def holds_images(folder: Path) -> bool:
     """Whether an image lies directly in ``folder``."""
-    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
     return any(not path.is_dir() for path in named)
 
 
@@ -50,7 +64,13 @@ def holds_classes(folder: Path) -> bool:
 
 
 def find_sites(
-    base: Path, data: str, *, plain: Callable[[Path], bool], whole: Callable[[Path], bool], mixed: bool
+    base: Path,
+    data: str,
+    layout: str,
+    *,
+    plain: Callable[[Path], bool],
+    whole: Callable[[Path], bool],
+    mixed: bool,
 ) -> dict[str, Splits]:
     """The folders of sites under ``base``, each with its split folders; ``{"": splits}`` for a tree without sites.
 
@@ -60,6 +80,7 @@ def find_sites(
     Args:
         base: the data root.
         data: the data set's name, for messages.
+        layout: one of `LAYOUTS`; with ``patients`` the folders are read alike and the caller knows better.
         plain: whether a folder in ``base`` is part of a tree without sites, such as a class folder with images.
         whole: whether a folder has the layout of the data set without splits, such as class folders with images.
         mixed: whether a tree with plain folders beside whole ones is read as one without sites; otherwise it is an
@@ -67,7 +88,7 @@ def find_sites(
 
     Raises:
         UserError: a single site, a folder beside the sites that is none, sites of which some have split folders and
-            others have not, or plain folders beside sites.
+            others have not, plain folders beside sites, or names that look like patients under ``auto``.
     """
     splits = split_folders(base, data)
     if splits:
@@ -105,7 +126,59 @@ def find_sites(
                 f'data set "{data}": the site {more} has a folder {sites[more][split]} and the site {less} has none '
                 "for that split; lay all sites out alike"
             )
+    if layout == "auto":
+        _check_names(base, data, sites)
     return dict(sites)
+
+
+def _check_names(base: Path, data: str, sites: dict[str, Splits]) -> None:
+    """Raises UserError where the folders of sites, or all folders in them, have names of patients."""
+    inner = [(folder / name).relative_to(base) for _, _, folder in trees(base, sites) for name in subfolders(folder)]
+    outer = [Path(name) for name in sites]
+    for found, patterns in ((inner, (_PATIENT, _NUMBER)), (outer, (_PATIENT,))):
+        if found and all(any(each.fullmatch(path.name.lower()) for each in patterns) for path in found):
+            raise UserError(
+                f'data set "{data}": {found[0]} in {base} looks like the folder of a patient, and {_listed(sites)} '
+                "would be sites; give --data-option layout=sites if that is right, or layout=patients to keep the "
+                "images of a patient together"
+            )
+
+
+def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
+    """The images of a class folder and the patient of each, ``""`` for an image that lies directly in it.
+
+    Only with the layout ``patients`` folders in ``folder`` are read; the outermost one names the patient.
+    """
+    found = [(path, "") for path in list_images(folder)]
+    for name in subfolders(folder) if layout == "patients" else ():
+        for place, folders, _ in os.walk(folder / name):
+            folders[:] = sorted(set(subfolders(Path(place))))
+            found += [(path, name) for path in list_images(Path(place))]
+    return found
+
+
+def left_out(base: Path, used: Iterable[Path]) -> list[str]:
+    """A sentence on the files under ``base`` that are not read, by their endings, without hidden files and texts."""
+    read = set(used)
+    counts: Counter[str] = Counter()
+    example = None
+    for place, folders, names in os.walk(base):
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in sorted(names):
+            path = Path(place, name)
+            suffix = path.suffix.lower()
+            if suffix not in TEXTS and not hidden(name) and path not in read:
+                counts[suffix] += 1
+                example = example or path
+    if example is None:
+        return []
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return [f"Files under {base} that are not read: {kinds}, such as {example.relative_to(base)}."]
+
+
+def _listed(names: Iterable[str]) -> str:
+    several = list(names)
+    return ", ".join(several[:4]) + ", ..." * (len(several) > 4)
 
 
 def trees(base: Path, sites: dict[str, Splits]) -> list[tuple[str, str, Path]]:
@@ -129,13 +202,16 @@ def named_by(base: Path, sites: dict[str, Splits]) -> str:
     return "" if "" in sites else f"the layout of {base}"
 
 
-def listed(base: Path, sites: dict[str, Splits], splits: Sequence[str], clients: Sequence[str]) -> dict[str, Any]:
+def listed(
+    base: Path, sites: dict[str, Splits], splits: Sequence[str], clients: Sequence[str], used: Iterable[Path]
+) -> dict[str, Any]:
     """What the layout says of every image beside its label: attributes of a `fedkern.data.listing.Listing`.
 
     Args:
         base: the data root.
         sites: from `find_sites`.
         splits, clients: split and site folder of every image.
+        used: all files that are read.
     """
     clients, told = unified(clients, f"The layout of {base}")
     return {
@@ -143,7 +219,7 @@ def listed(base: Path, sites: dict[str, Splits], splits: Sequence[str], clients:
         "clients": clients,
         "named_by": named_by(base, sites),
         "own_tests": "" not in sites and "test" in splits,
-        "notices": told,
+        "notices": [*told, *left_out(base, used)],
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.images import MAX_PIXELS
+from fedkern.data.images import MAX_PIXELS, hidden
 from fedkern.data.label_sets import COLUMN as SETS
 from fedkern.data.label_sets import has_sets, label_sets
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
@@ -176,7 +176,7 @@ def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> 
         return path
     if not path.is_dir():
         raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
-    tables = (one for one in path.iterdir() if one.suffix.lower() == ".csv" and not one.name.startswith("."))
+    tables = (one for one in path.iterdir() if one.suffix.lower() == ".csv" and not hidden(one.name))
     found = sorted(one for one in tables if one.is_file())
     if len(found) > 1:
         names = ", ".join(one.name for one in found[:4])

@@ -21,6 +21,8 @@ from fedkern.report.tables import covering, human_bytes, human_metric, human_tim
 PIPE_WIDTH = 120
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.02
 """Least time, and least share of the task, between two lines of `advancing`."""
+SITES = 8
+"""Most sites that the heading names."""
 UNSHOWN = (
     "Records are private: class counts, losses and accuracies of single clients are neither shown nor written, nor is "
     "partition.png; --records all tells them, outside of epsilon."
@@ -28,7 +30,7 @@ UNSHOWN = (
 
 
 def headline(run: RunInfo) -> list[str]:
-    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to five lines."""
+    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to six lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -53,6 +55,9 @@ def headline(run: RunInfo) -> list[str]:
         f"{run.model or config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
         f"thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
     ]
+    sites = getattr(getattr(run, "data", None), "client_names", None) or ()
+    if sites:
+        lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")

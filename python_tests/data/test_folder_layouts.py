@@ -1,0 +1,127 @@
+"""Folders in folders: sites or patients, and files that are left out."""
+
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.engine import RunConfig
+from fedkern.errors import UserError
+from fedkern.report.progress import headline
+
+
+def picture(path, value=1, text=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = Image.new("L", (8, 8))
+    mask.paste(value % 256, (0, 0, 4, 5))
+    mask.save(path)
+    if text:
+        path.with_suffix(".txt").write_text(f"text {value}")
+
+
+def opened(name, root, said=None, **settings):
+    options = {"size": 8, "colour": "grey", **settings.pop("options", {})}
+    return load(name, root=root, options=options, notice=None if said is None else said.append, **settings)
+
+
+def nested(root, outer=("cat", "dog"), inner=("patient0", "patient1", "patient2", "patient3", "patient4"), count=3):
+    for k, one in enumerate(outer):
+        for j, two in enumerate(inner):
+            for i in range(count):
+                picture(root / one / two / f"{i}.png", 60 * k + 5 * j + i)
+    return root
+
+
+@pytest.mark.parametrize("name", ["folder", "pairs"])
+@pytest.mark.parametrize(
+    "inner", [("patient0", "patient1"), ("P12", "P13"), ("case_1", "Case 2"), ("0001", "0002"), ("img001", "img002")]
+)
+def test_folders_of_patients_are_refused(tmp_path, name, inner):
+    nested(tmp_path, inner=inner)
+    with pytest.raises(UserError, match=r"looks like the folder of a patient, and cat, dog would be sites; .*layout="):
+        opened(name, tmp_path)
+    data = opened(name, tmp_path, options={"layout": "sites"})
+    assert (data.client_names, data.classes) == (("cat", "dog"), tuple(sorted(inner)))
+
+
+@pytest.mark.parametrize("name", ["folder", "pairs"])
+@pytest.mark.parametrize("splits", [("",), ("train", "test")])
+def test_patients_in_class_folders(tmp_path, name, splits):
+    people = [f"patient{k}" for k in range(10)]
+    for split in splits:
+        for k, patient in enumerate(people):
+            if split != "test" or k > 7:
+                nested(tmp_path / split, inner=(patient,)) if split != "train" or k < 8 else None
+    picture(tmp_path / splits[0] / "cat" / "alone.png", 200)
+    picture(tmp_path / splits[0] / "cat" / "patient1" / "study1" / "deep.png", 201)
+    said = []
+    options = {"layout": "patients"}
+    data = opened(name, tmp_path, said, options=options, partition="iid", clients=2)
+    assert (data.classes, said) == (("cat", "dog"), [])
+    sets = (*data.clients, data.validation, data.tests[""])
+    assert sum(map(len, sets)) == 62
+    held = [{each.split("patient")[1][0] for each in split.ids if "patient" in each} for split in sets]
+    assert sum(map(len, held)) == len(set.union(*held)) == 10
+    for split in sets:
+        assert [data.classes[label] in each for label, each in zip(split.labels.tolist(), split.ids, strict=True)]
+
+
+def test_patients_with_images_and_masks(tmp_path):
+    for k in range(8):
+        for i in range(3):
+            for folder in ("images", "masks"):
+                picture(tmp_path / f"patient{k}" / folder / f"{i}.png", 1 if folder == "masks" else 20 * k + i, False)
+    with pytest.raises(
+        UserError, match=r"patient0 in .* looks like the folder of a patient, and patient0, .* be sites"
+    ):
+        opened("segmentation", tmp_path)
+    assert len(opened("segmentation", tmp_path, options={"layout": "sites"}).clients) == 8
+    data = opened("segmentation", tmp_path, options={"layout": "patients"}, clients=2)
+    sets = (*data.clients, data.validation, data.tests[""])
+    held = [{each.split("/")[0] for each in split.ids} for split in sets]
+    assert sum(map(len, held)) == len(set.union(*held)) == 8
+    assert sum(map(len, sets)) == 24
+
+
+def test_other_names_are_sites_as_ever_and_the_heading_names_them(tmp_path):
+    data = opened("folder", nested(tmp_path, ("Berlin", "Bonn"), ("0", "1", "n01440764")))
+    assert (data.client_names, data.classes) == (("Berlin", "Bonn"), ("0", "1", "n01440764"))
+    info = SimpleNamespace(
+        config=RunConfig.make("fedavg", data="folder", clients=2), samples=[1, 1], test_sets={"": 1}, private=False,
+        data=data, model="cnn", parameters=1, out="run", workers=1, worker_bytes=0, guarantee=None, first_round=0,
+    )  # fmt: skip
+    assert "sites: Berlin, Bonn" in headline(info)
+
+
+@pytest.mark.parametrize("name", ["folder", "pairs", "segmentation"])
+def test_what_is_left_out_is_counted(tmp_path, name):
+    tree = tmp_path / "images" if name == "segmentation" else tmp_path / "cat"
+    for k in range(12):
+        picture(tree / f"{k}.png", k)
+        other = tmp_path / ("masks" if name == "segmentation" else "dog")
+        picture(other / f"{k}.png", 1 if name == "segmentation" else 100 + k)
+    said = []
+    settings = {"partition": "iid", "clients": 2}
+    opened(name, tmp_path, said, **settings)
+    assert said == []
+    picture(tree / "more" / "x.png", 99)
+    picture(tree / "more" / "y.png", 98)
+    for path in ("a.pgm", "b.jfif", "c.jfif", "._0.png", ".DS_Store", "README.md"):
+        (tree / path).write_bytes(b"?")
+    picture(tmp_path / "__MACOSX" / "cat" / "0.png", 5)
+    opened(name, tmp_path, said, **settings)
+    first = f"{tree.name}/a.pgm"
+    assert said == [f"Files under {tmp_path} that are not read: 2 .jfif, 2 .png, 1 .pgm, such as {first}."]
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "test")])
+def test_what_macos_adds_is_no_site(tmp_path, splits):
+    for split in splits:
+        for k, site in enumerate(("A", "B")):
+            for label in ("cat", "dog"):
+                for i in range(4):
+                    picture(tmp_path / site / split / label / f"{i}{split}.png", 40 * k + 10 * (label == "cat") + i)
+    (tmp_path / "__MACOSX" / "A").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "A" / "._0.png").write_bytes(b"?")
+    assert opened("folder", tmp_path).client_names == ("A", "B")
