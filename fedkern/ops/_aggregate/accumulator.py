@@ -207,7 +207,7 @@ class Accumulator:
         }
         if self.exact:
             units = self._units.to_bytes(_WEIGHT_BYTES, "little")
-            state["units"] = torch.tensor(list(units), dtype=torch.uint8)
+            state["units"] = torch.tensor(list(units), dtype=torch.uint8, device="cpu")
             state["digits"], state["top"] = self._digits.clone(), self._top.clone()
         else:
             state["sum"] = self._sum.clone()

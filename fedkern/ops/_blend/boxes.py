@@ -92,7 +92,7 @@ def _boxes(
 
 @functools.lru_cache(maxsize=64)
 def _filled(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tensor:
-    return torch.full((1, channels), fill, dtype=dtype)
+    return torch.full((1, channels), fill, dtype=dtype, device="cpu")
 
 
 def _constant(fill: float, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING
 from fedkern.ops._contrast.reference import contrastive_reference
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select, serve
+from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._core.private_torch import may_be_transformed
 
@@ -38,7 +39,8 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
     Returns:
         A scalar in the promoted dtype of x and y; 0 for an empty batch and for a single pair. Everything is computed in
-        float32 (float64 where x or y is float64) and rounded once; autocast has no effect.
+        float32 (float64 where x or y is float64) and rounded once. Under autocast 16-bit embeddings count
+        as float32.
 
     The B×B similarities exist only within a call, in tiles where the batch is large. Gradients are computed in the
     forward pass, so that nothing of that size is kept for the backward pass. Retained graphs and second derivatives
@@ -51,6 +53,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
             on a GPU is not checked).
         RuntimeError: a forced backend cannot serve the call.
     """
+    x, y = autocast(x, y)
     learnt = temperature if isinstance(temperature, Tensor) else None
     tensors = (x, y) if learnt is None else (x, y, learnt)
     kernel = ready("contrastive", *tensors)

@@ -102,6 +102,17 @@ def written(*tensors: Tensor | None) -> None:
     increment_version(changed)
 
 
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Returns ``tensors``, those of 16 bits as float32 where autocast is on, as torch's losses take them."""
+    first = tensors[0]
+    kind = None if not isinstance(first, Tensor) else "cpu" if first.is_cpu else "cuda" if first.is_cuda else None
+    if kind is None or not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(
+        x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x for x in tensors
+    )
+
+
 def check_tensor(tensor: Any, name: str, wanted: str = "a tensor") -> None:
     """Raises TypeError unless ``tensor`` is a dense tensor; ``wanted`` says what of, for the message."""
     if not isinstance(tensor, Tensor):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES
+from fedkern.ops._core.backend import DTYPES, eager
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 
@@ -90,6 +90,12 @@ def check_student(student: Any, teachers: Tensor) -> None:
             f"{list(student.shape)}"
         )
     check_device(student, "student", teachers, "teachers")
+
+
+def check_values(weights: Any) -> None:
+    """Raises ValueError where a weight is negative. On a GPU values are not looked at, nor where none are known yet."""
+    if isinstance(weights, Tensor) and weights.is_cpu and eager(weights) and bool((weights < 0).any()):
+        raise ValueError("weights must be at least 0")
 
 
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:

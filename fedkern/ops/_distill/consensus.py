@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, eager, readable, ready, select
+from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
-from fedkern.ops._distill.checks import check_reduction, check_stack, spread_row_weights
+from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
 from fedkern.ops._distill.kernels import DistillKernel
@@ -36,12 +37,13 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
-        Gradients go to logits and weights.
+        Under autocast 16-bit logits count as float32. Gradients go to logits and weights.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
-        ValueError: a shape, a device or the reduction does not fit.
+        ValueError: a shape, a device or the reduction does not fit, or a weight on the CPU is negative.
     """
+    (logits,) = autocast(logits)
     kernel, weights, code = _check("js_div", logits, weights, reduction)
     if kernel is None:
         tensors = (logits,) if weights is None else (logits, weights)
@@ -62,6 +64,7 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
     difference loses. Arguments and errors are those of js_div, and each result has the shape and dtype of js_div's.
     The gradients of both results are computed in one pass.
     """
+    (logits,) = autocast(logits)
     kernel, weights, code = _check("consensus", logits, weights, reduction)
     if kernel is None:
         tensors = (logits,) if weights is None else (logits, weights)
@@ -88,6 +91,7 @@ def _check(
     if code is None:
         code = check_reduction(reduction)
     if weights is not None:
+        check_values(weights)
         weights = spread_row_weights(weights, logits, kernel is not None)
     return kernel, weights, code
 
@@ -123,7 +127,7 @@ class _JensenShannon(EagerFunction):
 
 
 # Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.
-_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
 def _zero(given: Tensor, plain: bool) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import eager, outlived, readable, ready, select
+from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import (
     check_mask,
@@ -15,6 +16,7 @@ from fedkern.ops._distill.checks import (
     check_stack,
     check_student,
     check_temperature,
+    check_values,
     spread_weights,
 )
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
@@ -70,7 +72,8 @@ def ensemble_kl(
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teachers: a bfloat16
         student against float32 teachers gives a float32 loss and a bfloat16 gradient. Everything is computed in float32
-        (float64 where one of the two is float64) and rounded once. Autocast has no effect.
+        (float64 where one of the two is float64) and rounded once. Under autocast 16-bit logits
+        count as float32.
 
     Gradients go to those of student, teachers and weights that require one, each in its own dtype. A class whose
     teacher probability is 0 (a logit of ``-inf``, or so low that the exponential underflows) contributes nothing and
@@ -79,8 +82,10 @@ def ensemble_kl(
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: a shape, a device, the temperature, mix, mode or reduction is wrong.
+        ValueError: a shape, a device, the temperature, mix, mode or reduction is wrong, or a weight on the CPU is
+            negative.
     """
+    student, teachers = autocast(student, teachers)
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
     kernel = ready("ensemble_kl", *tensors)
     usual = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
@@ -97,6 +102,7 @@ def ensemble_kl(
     how = _mixture(mix, mode)
     short = False
     if weights is not None:
+        check_values(weights)
         short = usual and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
         if not short:
             weights = spread_weights(weights, teachers)

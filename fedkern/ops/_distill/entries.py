@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import select
+from fedkern.ops._distill.checks import check_values
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.kernels import DistillKernel, divergence_settings, ensemble_settings
 from fedkern.ops._distill.library import (
@@ -130,7 +131,15 @@ ENTROPY = define(
 
 
 def _kernel_of_ensemble(tensors: Optionals, temperature: float) -> Any:
+    _check_weights(tensors[2], tensors[1].dim())
     return None if is_flat(temperature) else select("ensemble_kl", *_given(*tensors[:3]))
+
+
+def _check_weights(weights: Tensor | None, dims: int) -> None:
+    """The public functions spread weights; short ones would mean something else to the reference."""
+    if weights is not None and weights.dim() != dims:
+        raise ValueError(f"weights must have {dims} axes, but have shape {list(weights.shape)}")
+    check_values(weights)
 
 
 def _run_ensemble(tensors: Optionals, settings: Sequence[Any]) -> Any:
@@ -208,12 +217,14 @@ def _over_logits(name: str, operator: str, method: str, results: int, reference:
     """The table of ``operator``, whose kernels are ``<method>_forward`` and ``<method>_backward``."""
 
     def run(tensors: Optionals, settings: Sequence[Any]) -> Any:
+        _check_weights(tensors[1], tensors[0].dim() - 1)
         kernel = select(operator, *_given(*tensors))
         return (reference if kernel is None else getattr(kernel, f"{method}_forward"))(*tensors, *settings)
 
     def run_backward(
         grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        _check_weights(tensors[1], tensors[0].dim() - 1)
         kernel = select(operator, *_given(*tensors))
         if kernel is None:
             return reference_gradients(reference, grads, tensors, settings, needs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select
+from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_logits, check_reduction
 from fedkern.ops._distill.entries import ENTROPY
@@ -30,11 +31,13 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
+        Under autocast 16-bit logits count as float32.
 
     Raises:
         TypeError: ``logits`` is not a tensor or has another dtype.
         ValueError: the shape of ``logits`` or the reduction is wrong.
     """
+    (logits,) = autocast(logits)
     kernel = ready("entropy", logits)
     if kernel is None:
         check_logits(("logits",), (logits,))

@@ -207,7 +207,7 @@ JS, CONSENSUS = 3, 4
 _empty, _empty_like = torch.empty, torch.empty_like
 
 # Templates for empty_like, which takes two thirds of the time of empty(()).
-_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 _LARGE = HUGE // 8  # elements; fresh() compares bytes
 
@@ -482,8 +482,8 @@ class DistillKernels(Launcher):
         if 2 * numbers > count * classes:  # not much less to read than the logits
             return None
         if classes >= 24 and not positions:
-            return torch.empty((batch, numbers), dtype=dtype)
-        return torch.empty((numbers, batch, *positions), dtype=dtype).transpose(0, 1)
+            return torch.empty((batch, numbers), dtype=dtype, device="cpu")
+        return torch.empty((numbers, batch, *positions), dtype=dtype, device="cpu").transpose(0, 1)
 
     def consensus_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select
+from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
 from fedkern.ops._distill.entries import DIVERGENCE
@@ -45,7 +46,8 @@ def kl_div(
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teacher. Everything is
-        computed in float32 (float64 where an input is float64) and rounded once. Autocast has no effect.
+        computed in float32 (float64 where an input is float64) and rounded once. Under autocast 16-bit
+        logits count as float32.
 
     Gradients go to those of student, teacher and weight that require one, each in its own dtype. A class whose teacher
     probability is 0 (a logit of ``-inf``, or so low that the exponential underflows, as that of a class masked with a
@@ -98,6 +100,7 @@ def _dispatch(
     reduction: str,
     names: tuple[str, ...],
 ) -> Tensor:
+    student, other, teacher = autocast(student, other, teacher)
     # By the number of names: None as the second student of dual_kl is a mistake, which check_logits reports.
     tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
     operator = "kl_div" if len(names) == 2 else "dual_kl"

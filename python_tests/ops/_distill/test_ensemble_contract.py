@@ -333,3 +333,55 @@ def test_wrong_arguments() -> None:
     ]:
         with pytest.raises(error, match=match):
             ops.ensemble_kl(**{"student": good, "teachers": teachers, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_negative_weights_are_refused(backend: str, dtype: torch.dtype) -> None:
+    student, teachers = logits(4, 5), logits(3, 4, 5, seed=1)
+    weights = torch.tensor([3.0, -1.0, 2.0], dtype=dtype)
+    rows = torch.rand(3, 4, dtype=dtype)
+    rows[2, 3] = -1e-3
+    by_class = torch.rand(3, 4, 5, dtype=dtype)
+    by_class[0, 1, 4] = -1
+    calls = [lambda w, how=how: ops.ensemble_kl(student, teachers, w, **how) for how in HOWS]
+    calls += [lambda w: ops.js_div(teachers, w), lambda w: ops.consensus(teachers, w)[0]]
+    for call in calls:
+        for wrong in (weights, rows, weights.clone().requires_grad_()):
+            with pytest.raises(ValueError, match="weights must be at least 0"):
+                call(wrong)
+        with pytest.raises(ValueError, match="weights must be at least 0"):
+            torch.func.vmap(call)(torch.stack([weights.abs(), weights]))
+        call(weights.abs()), call(torch.zeros(3, dtype=dtype)), call(weights > 0)
+    for mix in ("probs", "logits"):
+        with pytest.raises(ValueError, match="weights must be at least 0"):
+            ops.ensemble_kl(student, teachers, by_class, mix=mix)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_losses_of_16_bits_in_float32(backend: str, dtype: torch.dtype) -> None:
+    student, teachers = (x.to(dtype).requires_grad_() for x in (logits(4, 5), logits(3, 4, 5, seed=1)))
+    calls = [lambda s, t, how=how: ops.ensemble_kl(s, t, **how) for how in HOWS]
+    calls += [
+        lambda s, t: ops.kl_div(s, t[0]),
+        lambda s, t: ops.dual_kl(s, s, t[0], 2.0, direction="student", reduction="none"),
+        lambda s, t: ops.kl_div(s, t[0], 100.0),
+        lambda s, t: ops.js_div(t) + ops.entropy(s),
+        lambda s, t: ops.consensus(t)[1] + ops.entropy(s),
+        lambda s, t: ops.contrastive(s, t[0]),
+    ]
+    for number, call in enumerate(calls):
+        assert call(student, teachers).dtype is dtype
+        with torch.autocast("cpu", dtype=dtype):
+            loss = call(student, teachers)
+            assert call(student.double(), teachers.double()).dtype is torch.float64
+            mapped = torch.func.vmap(call)(student[None], teachers[None])
+        assert loss.dtype is mapped.dtype is torch.float32
+        wide = [x.detach().float().requires_grad_() for x in (student, teachers)]
+        expected = call(*wide)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(mapped[0], expected)
+        got = torch.autograd.grad(loss.sum(), (student, teachers), allow_unused=True)
+        for ours, theirs in zip(got, torch.autograd.grad(expected.sum(), wide, allow_unused=True), strict=True):
+            assert (ours is None) == (theirs is None), number
+            if ours is not None and theirs is not None:
+                torch.testing.assert_close(ours, theirs.to(dtype))
