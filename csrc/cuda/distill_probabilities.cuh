@@ -117,7 +117,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
       } else if (mine) {
         const C x = student(c), q = exponential((x - student_.maximum) * inverse_t_) * student_inverse_;
         const MixtureTerm<C> term(m * normaliser_, q, log_ratio(x, m));
-        first += static_cast<double>(term), drift += static_cast<double>(term.difference);
+        first += static_cast<double>(term.value), drift += static_cast<double>(term.difference);
         if (a_.student_grad.present) to_student(c, term.difference * static_cast<C>(factors_[0]));
       }
     });
