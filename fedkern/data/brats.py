@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern.data.found_files import gunzip, need_root
+from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, interleaved
 from fedkern.data.types import Pool, Source, fixed_rows
@@ -126,7 +127,10 @@ def open_brats(
         raise UserError(f'data set "brats": no slice under {base} holds any class; take slices=all or other labels')
     where = np.array(rows, dtype=np.int64)
     targets = torch.stack([square(torch.from_numpy(found[i][z].copy()), size, smooth=False) for i, z in rows])
-    pools = _pools(cases, grids, where, targets, (test_share, validation_share), max_image_pixels)
+    full = MaskStore(_unread, size, square=True)
+    for row, (i, z) in enumerate(rows):
+        full.pack(row, found[i][z])
+    pools = _pools(cases, grids, where, targets, full, (test_share, validation_share), max_image_pixels)
     sites = sorted({case.site for case in cases})
     return Source(
         classes=("background", *values),
@@ -281,6 +285,10 @@ def classes_of(
     return made, grid
 
 
+def _unread(row: int) -> npt.NDArray[np.int16]:
+    raise AssertionError(row)  # all slices are in memory
+
+
 def kept_slices(
     case: Case, classes: npt.NDArray[np.uint8], grid: Grid, slices: str, every: int, max_voxels: int = MAX_PIXELS
 ) -> list[int]:
@@ -327,6 +335,7 @@ def _pools(
     grids: Mapping[int, Grid],
     where: npt.NDArray[np.int64],
     targets: Tensor,
+    full: MaskStore,
     shares: tuple[float, float],
     max_voxels: int,
 ) -> dict[str, Pool]:
@@ -352,6 +361,7 @@ def _pools(
             groups=site[own[:, 0]] if len(sites) > 1 else None,
             targets=classes,
             cases=torch.from_numpy(own[:, 0].copy()),
+            full=FullMasks(full, rows),
         )
 
     return {name: pool(chosen) for name, chosen in _split(cases, np.unique(where[:, 0]), shares).items()}

@@ -334,41 +334,45 @@ def read_masks(
     out = np.empty((len(masks), size, size), dtype=np.uint8)
 
     def read(row: int) -> None:
-        path = masks[row]
-        try:
-            with open_image(images[row], max_pixels) as image, open_image(path, max_pixels) as mask:
-                if mask.mode not in ("1", "L", "P", "I", "I;16"):
-                    raise UserError(
-                        f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
-                        "class numbers, or of 0 and 255"
-                    )
-                turned, (width, height) = upright(mask), upright_size(image)
-                if turned.size != (width, height):
-                    seen = ", as its EXIF orientation turns it" if image.size != (width, height) else ""
-                    raise UserError(
-                        f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
-                        f"{images[row]} {width}x{height}{seen}"
-                    )
-                if _negative(mask):
-                    raise UserError(
-                        f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
-                        "viewer shows; save it with 0 as black"
-                    )
-                if mask.mode == "P":
-                    turned = _without_palette(turned, path, data)
-                values = np.asarray(turned.resize((size, size), Image.Resampling.NEAREST))
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:
-            raise unreadable(data, "mask or its image", path, error) from error
-        if values.size and values.max() > 255:
-            raise UserError(
-                f'data set "{data}": the mask {path} holds {values.max()}, expected class numbers below 256'
-            )
-        out[row] = values
+        out[row] = read_mask(images[row], masks[row], data, max_pixels, size)
 
     each(read, len(masks))
     return out
+
+
+def read_mask(
+    image_path: Path, path: Path, data: str, max_pixels: int = MAX_PIXELS, size: int | None = None
+) -> npt.NDArray[np.uint8]:
+    """Decodes one mask, see `read_masks`; in its own size where there is no ``size``, uint8 ``[H, W]``."""
+    try:
+        with open_image(image_path, max_pixels) as image, open_image(path, max_pixels) as mask:
+            if mask.mode not in ("1", "L", "P", "I", "I;16"):
+                raise UserError(
+                    f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
+                    "class numbers, or of 0 and 255"
+                )
+            turned, (width, height) = upright(mask), upright_size(image)
+            if turned.size != (width, height):
+                seen = ", as its EXIF orientation turns it" if image.size != (width, height) else ""
+                raise UserError(
+                    f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
+                    f"{image_path} {width}x{height}{seen}"
+                )
+            if _negative(mask):
+                raise UserError(
+                    f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
+                    "viewer shows; save it with 0 as black"
+                )
+            if mask.mode == "P":
+                turned = _without_palette(turned, path, data)
+            values = np.asarray(turned if size is None else turned.resize((size, size), Image.Resampling.NEAREST))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise unreadable(data, "mask or its image", path, error) from error
+    if values.size and values.max() > 255:
+        raise UserError(f'data set "{data}": the mask {path} holds {values.max()}, expected class numbers below 256')
+    return values.astype(np.uint8)
 
 
 def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedkern.data.full_masks import FullMasks
 from fedkern.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -80,6 +81,7 @@ class Listing:
         own_tests: whether every test image belongs to the own test set of its client.
         lines: the line of every image in its table, for messages; empty without a table.
         notices: sentences for the user, see `Source.notices`.
+        full: the masks in the size in which they are given, see `fedkern.data.Split`.
     """
 
     paths: Sequence[Path]
@@ -94,6 +96,7 @@ class Listing:
     own_tests: bool = False
     lines: Sequence[int] = ()
     notices: Sequence[str] = ()
+    full: FullMasks | None = None
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
@@ -135,6 +138,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             targets=None if masks is None else lambda wanted: _targets(masks, chosen[wanted]),
             texts=None if texts is None else tuple(texts[row] for row in chosen.tolist()),
             patients=None if people is None else people[chosen],
+            full=None if listing.full is None else listing.full.subset(chosen),
         )
 
     scaled = [_SCALED.format(f"{2**bits - 1:,}")] if bits else []

@@ -168,6 +168,9 @@ def load(
         tests = {key: _seen(source, spec, pool.take(test_rows[key])) for key, pool in source.tests.items()}
         contents = {"train": [*splits, shown], **contents, "validation": [validation]}
         contents |= {f"test {key}": [split] for key, split in tests.items()}
+    for split in (validation, *tests.values()):  # before a run begins: a mask may be unreadable
+        if split.full is not None:
+            split.full.loaded()
     own = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
     statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in own))
     pools = (source.train, source.validation, *source.tests.values())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.image_rows import ImageStore, PixelClasses
-from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images
+from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Splits, check_images, find_sites, listed, trees
 from fedkern.data.table import check_unchosen, find_table, read_table
@@ -115,12 +117,14 @@ def open_segmentation(
         held = meaning.astype(np.int16)[values]
     else:
         held = PixelClasses.of(store, everything, torch.from_numpy(meaning))
+    full = FullMasks(MaskStore(Meanings(files, meaning.astype(np.int16), len(classes)), size), everything)
     listing = Listing(
         images,
         ids,
         _largest(counts, len(classes)),
         masks=held,
         **rest,
+        full=full,
     )
     source = to_source(
         "segmentation",
@@ -129,6 +133,27 @@ def open_segmentation(
         Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
     )
     return in_tiles(source, tile) if tile else source
+
+
+@dataclass(frozen=True)
+class Meanings:
+    """Reads the class of every pixel of a mask in the mask's own size; ``meaning`` is the class of every value."""
+
+    files: MaskFiles
+    meaning: npt.NDArray[np.int16]
+    classes: int
+
+    def __call__(self, row: int) -> npt.NDArray[np.int16]:
+        files = self.files
+        values = read_mask(files.images[row], files.masks[row], "segmentation", files.max_pixels)
+        found = self.meaning[values]
+        if found.max(initial=0) >= self.classes:
+            value = values[found >= self.classes].max()
+            raise UserError(
+                f'data set "segmentation": the mask {files.masks[row]} holds {value}, which is none of the classes of '
+                "the resized masks; name all classes with --data-option names=a|b, or mend the mask"
+            )
+        return found
 
 
 def _is_part(folder: Path) -> bool:

@@ -52,6 +52,7 @@ def tiled(pool: Pool, tile: int) -> Pool:
         targets=lambda wanted: classes[wanted],
         cases=image,
         patients=None if pool.patients is None else pool.patients.repeat_interleave(each),
+        full=None if pool.full is None else pool.full.tiled(tile),
     )
 
 

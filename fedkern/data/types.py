@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.data.full_masks import FullMasks
 from fedkern.data.image_rows import in_parts
 from fedkern.data.statistics import PartitionStatistics
 
@@ -34,6 +35,7 @@ class Split:
             ``ids``.
         cases: int64 ``[n]``, the case of every image, where several images form one case, such as the slices of a
             volume or the tiles of a picture.  Metrics are means over cases.
+        full: the class of every pixel in the size in which the masks are given, where they were resized (segmentation).
         patients: int64 ``[n]``, the patient of every image, where the data name patients; an image without a named
             patient counts as a patient of its own.  A held-out set has all images of a patient or none.
         homes: int64 ``[n]``, of images that no client trains on the client whose site or look they show, -1 where they
@@ -49,6 +51,7 @@ class Split:
     cases: Tensor | None = None
     patients: Tensor | None = None
     homes: Tensor | None = None
+    full: FullMasks | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -105,6 +108,7 @@ class Split:
             None if self.cases is None else self.cases[indices],
             None if self.patients is None else self.patients[indices],
             None if self.homes is None else self.homes[indices],
+            None if self.full is None else self.full.subset(indices),
         )
 
 
@@ -134,7 +138,16 @@ def joined(splits: Sequence[Split]) -> Split:
         together([split.cases for split in splits]),
         together([split.patients for split in splits]),
         together([split.homes for split in splits]),
+        _full_of([split.full for split in splits]),
     )
+
+
+def _full_of(parts: Sequence[FullMasks | None]) -> FullMasks | None:
+    """The concatenation of masks of one store; None for others."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or len({id(part.store) for part in known}) != 1:
+        return None
+    return FullMasks(known[0].store, torch.cat([part.rows for part in known]))
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,7 @@ class Pool:
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
         texts: the caption or report of every image, or None.
+        full: as in `Split`.
         cases, patients: int64 ``[n]``, as in `Split`; divided between clients only where the data set itself names the
             clients.
     """
@@ -161,6 +175,7 @@ class Pool:
     texts: tuple[str, ...] | None = None
     cases: Tensor | None = None
     patients: Tensor | None = None
+    full: FullMasks | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -173,7 +188,18 @@ class Pool:
         texts = None if self.texts is None else tuple(self.texts[i] for i in chosen)
         cases, patients, homes = (None if x is None else x[rows] for x in (self.cases, self.patients, self.groups))
         ids = tuple(self.ids[i] for i in chosen)
-        return Split(images, labels, ids=ids, sizes=sizes, texts=texts, cases=cases, patients=patients, homes=homes)
+        full = None if self.full is None else self.full.subset(rows)
+        return Split(
+            images,
+            labels,
+            ids=ids,
+            sizes=sizes,
+            texts=texts,
+            cases=cases,
+            patients=patients,
+            homes=homes,
+            full=full,
+        )
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import IGNORE
+from fedkern.data.full_masks import FullMasks
 from fedkern.models import PairNetwork, initialise
 from fedkern.streams import stream
 
@@ -91,8 +92,14 @@ def train_decoder(
 class Pixelwise:
     """Images and the class of every pixel as a test set for `fedkern.methods.common.segmentation_figures`."""
 
-    def __init__(self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None) -> None:
-        self._images, self._labels, self.cases = images, labels, cases
+    def __init__(
+        self,
+        images: Sequence[Tensor],
+        labels: Tensor,
+        cases: Tensor | None = None,
+        full: FullMasks | None = None,
+    ) -> None:
+        self._images, self._labels, self.cases, self.full = images, labels, cases, full
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0

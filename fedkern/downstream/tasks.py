@@ -136,7 +136,7 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
     for network in run.networks:
         decoder = train_decoder(network, images, _pixels(run, train), classes, epochs=epochs, seed=seed)
         for name, split in tests.items():
-            data = Pixelwise(list(run.images(split)), _pixels(run, split), split.cases)
+            data = Pixelwise(list(run.images(split)), _pixels(run, split), split.cases, split.full)
             found[name].append(segmentation(decoder, data))
     return [{"set": name, **probes.averaged(each)} for name, each in found.items()]
 

@@ -182,7 +182,9 @@ def undefined(data: TestSet) -> str:
     A Dice needs an object in some mask, an area under a ROC curve a label that some images have and others lack.
     """
     if data.task == "segmentation":
-        return "" if any(bool((part > 0).any()) for part in in_parts(data.labels)) else "dice"
+        full = getattr(data, "full", None)
+        masks = in_parts(data.labels) if full is None else (full[row][0] for row in range(len(data)))
+        return "" if any(bool((mask > 0).any()) for mask in masks) else "dice"
     if data.task == "multilabel":
         return "" if bool((data.labels != data.labels[:1]).any()) else "macro_auroc"
     return ""

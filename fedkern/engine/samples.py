@@ -280,6 +280,7 @@ class TestSet:
         of_labels = {2: "multilabel", 3: "segmentation"}.get(self.labels.dim(), "classification")
         self.task = "retrieval" if tokens is not None else of_labels
         self.cases: Tensor | None = split.cases
+        self.full = None if split.full is None else split.full.loaded()  # read now: later the files may be gone
         # A segmentation network has feature maps as large as its images, so its batches are smaller.
         self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch
         self.predictions: Tensor | None = None

@@ -30,7 +30,7 @@ UNSHOWN = (
 
 
 def headline(run: RunInfo) -> list[str]:
-    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to six lines."""
+    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to seven lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -58,6 +58,7 @@ def headline(run: RunInfo) -> list[str]:
     sites = getattr(getattr(run, "data", None), "client_names", None) or ()
     if sites:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
+    lines += _resized(getattr(run, "data", None))
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")
@@ -65,6 +66,27 @@ def headline(run: RunInfo) -> list[str]:
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines
+
+
+def _resized(data: Any) -> list[str]:
+    """A line on the size in which images and masks of a segmentation are given, and the size that a network sees."""
+    splits = (data.validation, *data.tests.values()) if getattr(data, "task", "") == "segmentation" else ()
+    masks = [split.full for split in splits if split.full is not None and len(split)]
+    sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
+    if not sizes or sizes == [(masks[0].store.size,) * 2]:
+        return []
+    ends = [sizes[0], sizes[-1]][: len(sizes)]
+    side, tile = masks[0].store.size, masks[0].store.tile
+    given = " to ".join(f"{width}x{height}" for width, height in ends)
+    factors = " to ".join(dict.fromkeys(_factor(side / max(size)) for size in ends))
+    cut = f" and cut into tiles of {tile}x{tile}" if tile else ""
+    return [
+        f"images of {given} pixels are resized to {side}x{side} ({factors}){cut}; Dice and IoU are of masks as given"
+    ]
+
+
+def _factor(factor: float) -> str:
+    return f"1/{1 / factor:.3g}" if factor < 1 else f"{factor:.3g} times"
 
 
 def _side_by_side(run: RunInfo) -> str:

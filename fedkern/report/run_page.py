@@ -326,7 +326,7 @@ def constants(run: Contents) -> dict[str, float]:
         elif figure == "dice" and split is not None:
             from fedkern.methods.common.segmentation_figures import constant_dice
 
-            found[name] = constant_dice(split.labels, len(run.data.classes), split.cases)[0]
+            found[name] = constant_dice(split.labels, len(run.data.classes), split.cases, split.full)[0]
         elif figure == "macro_auroc":
             found[name] = 0.5
         elif figure == "i2t_r1":

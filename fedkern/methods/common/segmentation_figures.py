@@ -14,6 +14,10 @@ mean over classes.
 
 A class that the truth of a whole test set lacks has no figure, and no mean counts it.
 
+Dice and intersection over union count the pixels of the masks in the size in which they are given
+(`fedkern.data.Split.full`): a pixel that a network sees counts for all pixels that were resized to it.  The other
+figures are of the resized masks.
+
 The Hausdorff distance is the 95th percentile of the distances from one mask's outline to the other's, in pixels, the
 larger of both directions.  If a class is not found at all, the distance is the image's diagonal, as BraTS counts a
 missed tumour.
@@ -31,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.data.full_masks import FullMasks
 from fedkern.data.image_rows import in_parts
 
 Mask = npt.NDArray[np.bool_]
@@ -56,6 +61,7 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         ValueError: no pixel has a label.
     """
     loss, known = 0.0, 0
+    full = getattr(data, "full", None)
     counts: list[Tensor] = []  # per image and class: pixels in both, predicted, true
     distances: list[float] = []
     predictions: list[Tensor] = []
@@ -66,7 +72,10 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][here].double().sum())
         known += int(here.sum())
         predicted = logits.argmax(1)
-        counts.append(overlaps(predicted, labels, logits.shape[1]))
+        if full is None:
+            counts.append(overlaps(predicted, labels, logits.shape[1]))
+        else:
+            counts.append(full.overlaps(predicted, sum(map(len, counts)), logits.shape[1]))
         distances += _distances(predicted.cpu().numpy(), labels.cpu().numpy())
         predictions.append(predicted.to(torch.uint8 if logits.shape[1] <= 256 else torch.int64))
     if known == 0:
@@ -126,15 +135,22 @@ def dice(counts: Tensor) -> Tensor:
     return torch.where(counted, 2 * both / (said + true), math.nan).nanmean(0)
 
 
-def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None) -> tuple[float, int]:
+def constant_dice(
+    labels: Tensor, classes: int, cases: Tensor | None = None, full: FullMasks | None = None
+) -> tuple[float, int]:
     """The largest ``dice`` that predicting one class for every pixel gives, and that class.
 
     Args:
         labels: int64 [n, H, W], negative where the class is unknown.
         classes: C.
         cases: int64 [n], the case of every image; None: every image is a case.
+        full: the masks in the size in which they are given; None: ``labels`` are.
     """
-    counts = torch.cat([overlaps(part, part, classes) for part in in_parts(labels)])
+    if full is None:
+        counts = torch.cat([overlaps(part, part, classes) for part in in_parts(labels)])
+    else:
+        counts = full.overlaps(torch.zeros(labels.shape, dtype=torch.uint8), 0, classes)
+        counts[:, 0] = counts[:, 2]
     counts[:, 1] = counts[:, 2].sum(1, keepdim=True)  # all known pixels are predicted as the class
     found = dice(counts if cases is None else _together(counts, cases))[1:]
     present = int((~found.isnan()).sum())
