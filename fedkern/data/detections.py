@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -104,7 +105,10 @@ class Detections:
         if not self.path.exists():
             return {}
         try:
-            boxes: dict[str, list[list[float]]] = read_json(self.path)["boxes"]
+            content = read_json(self.path)
+            boxes: dict[str, list[list[float]]] = content["boxes"]
+            if content["sum"] != _sum(boxes):
+                raise ValueError("its boxes are not those that were written")
             if any(len(box) != 4 or not all(map(math.isfinite, box)) for rows in boxes.values() for box in rows):
                 raise ValueError("a box without four numbers")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -119,7 +123,8 @@ class Detections:
             self.folder.mkdir(parents=True, exist_ok=True)
             with one_writer(self.folder / ".lock"):
                 # Read again first: another run may have added images meanwhile.
-                content = {"detector": self.identity, "boxes": {**self._read(), **new}}
+                boxes = {**self._read(), **new}
+                content = {"detector": self.identity, "boxes": boxes, "sum": _sum(boxes)}
                 replace(self.path, fill)
         except OSError as error:
             raise UserError(
@@ -131,6 +136,10 @@ class Detections:
 def default_cache() -> Path:
     """``fedkern/detections`` in the user's cache folder, see :func:`fedkern.files.cache_folder`."""
     return cache_folder("detections")
+
+
+def _sum(boxes: Mapping[str, list[list[float]]]) -> int:
+    return zlib.crc32(json.dumps(boxes, sort_keys=True).encode())
 
 
 def _key(image: Tensor, name: str) -> str:

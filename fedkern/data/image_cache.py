@@ -1,9 +1,10 @@
 """Decoded images and masks in files on disk, for data sets that do not fit in memory and for later runs.
 
 A cache folder has three files for every list of image files and way to decode them: ``NAME.images`` holds the decoded
-images, uint8 ``[N, H, W, C]``, ``NAME.sizes`` the width and height of every image before it was resized, and
-``NAME.lock`` keeps two writing processes apart.  An image whose width is 0 has not been decoded yet.  Sizes are written
-after their images have reached the disk, so that no interruption leaves an image that counts as decoded and is not.
+images, uint8 ``[N, H, W, C]``, ``NAME.sizes`` the width and height of every image before it was resized and a
+CRC-32 of both and the image, and ``NAME.lock`` keeps two writing processes apart.  An image whose width is 0 has not
+been decoded yet.  Sizes are written after their images have reached the disk, so that no interruption leaves an image
+that counts as decoded and is not.  An image that is not as it was written is decoded again.
 Masks have such files too: there an image is a mask, with one channel, and its size is that of the decoded mask.
 """
 
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -43,9 +45,9 @@ COMMIT_SECONDS = 30.0
 """Longest time between two commits: what has been decoded since is lost where the process is killed."""
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.05
 """Least time between two progress lines, and least share of the images."""
-MAGIC = b"fedkern decoded images 2\n"
+MAGIC = b"fedkern decoded images 3\n"
 """First line of a sizes file; its number changes with what `fedkern.data.images.read_images` makes of a file."""
-HEADER_BYTES = 128
+HEADER_BYTES, ROW_BYTES = 128, 12
 
 Files = ImageFiles | MaskFiles
 Notice = Callable[[str], None] | None
@@ -156,7 +158,7 @@ def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, 
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.truncate(shape[0] * _bytes(files))
             where = f"a temporary file in {folder}; with --cache DIR later runs need not decode them again"
-            for rows, found in _decoded(files, needed, file, where, notice):
+            for rows, found, _ in _decoded(files, needed, file, where, notice):
                 sizes[rows] = found
             return ImageStore(os.dup(file.fileno()), shape), torch.from_numpy(sizes)
     except BrokenPipeError:  # of a progress line
@@ -175,15 +177,19 @@ class _Cache:
             folder / f"{self._name}.{ending}" for ending in ("images", "sizes", "lock")
         )
         self._shape = (len(files), *files.shape)
+        self._checked = np.zeros(len(files), dtype=bool)  # images that this process has compared, or written
+        self._damaged = 0
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
         """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `read_images`."""
         whole = self._opened(needed)
+        if self._damaged and self._notice is not None:
+            self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
         if whole is not None:
             if self._notice is not None:
                 self._notice(f"{len(needed):,} decoded {self._files.things} are read from {self._images}")
             return whole
-        sizes = self._read_sizes()
+        sizes = self._read_sizes(needed)
         missing = len(needed) if sizes is None else int((sizes[needed, 0] == 0).sum())
         there = next(folder for folder in (self._folder, *self._folder.parents) if os.access(folder, os.F_OK))
         _check_space(there, missing * _bytes(self._files))
@@ -208,20 +214,23 @@ class _Cache:
 
     def _opened(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
         """The images and their sizes; None unless all images at ``needed`` are decoded."""
-        sizes = self._read_sizes()
+        sizes = self._read_sizes(needed)
         if sizes is None or not sizes[needed, 0].all():
             return None
         try:
             store = ImageStore(os.open(self._images, os.O_RDONLY), self._shape)
         except (OSError, ValueError):
             return None
-        return store, torch.from_numpy(sizes.astype(np.int64))
+        return store, torch.from_numpy(sizes[:, :2].astype(np.int64))
 
     def _header(self) -> bytes:
         return (MAGIC + f"{self._name}\n{' '.join(map(str, self._shape))}\n".encode()).ljust(HEADER_BYTES, b"\0")
 
-    def _read_sizes(self) -> npt.NDArray[np.int32] | None:
-        """int32 ``[N, 2]``, 0 where an image is not decoded yet; None where the files are missing or damaged."""
+    def _read_sizes(self, needed: Rows) -> npt.NDArray[np.int32] | None:
+        """int32 ``[N, 3]``, 0 where an image is not decoded yet; None where the files are missing or damaged.
+
+        An image at ``needed`` that is not as it was written counts as not decoded; a sound one is looked at once.
+        """
         try:
             with open_regular(self._sizes) as file:
                 content = file.read()
@@ -229,16 +238,26 @@ class _Cache:
                 return None
         except OSError:
             return None
-        if content[:HEADER_BYTES] != self._header() or len(content) != HEADER_BYTES + 8 * self._shape[0]:
+        if content[:HEADER_BYTES] != self._header() or len(content) != HEADER_BYTES + ROW_BYTES * self._shape[0]:
             return None
-        return np.frombuffer(content, dtype="<i4", offset=HEADER_BYTES).reshape(-1, 2).copy()
+        table = np.frombuffer(content, dtype="<i4", offset=HEADER_BYTES).reshape(-1, 3).copy()
+        rows = needed[(table[needed, 0] != 0) & ~self._checked[needed]]
+        with open_regular(self._images) as file:
+            for row in rows.tolist():
+                file.seek(row * _bytes(self._files))
+                if _checksum(table[row, :2], file.read(_bytes(self._files))) == table[row, 2]:
+                    self._checked[row] = True
+                else:
+                    table[row] = 0
+        self._damaged = int((table[rows, 0] == 0).sum())
+        return table
 
     def _fill(self, needed: Rows) -> None:
         """Decodes what is missing; called with the lock held."""
-        sizes = self._read_sizes()
+        sizes = self._read_sizes(needed)
         fresh = sizes is None
         if sizes is None:
-            sizes = np.zeros((self._shape[0], 2), dtype="<i4")
+            sizes = np.zeros((self._shape[0], 3), dtype="<i4")
         missing = needed[sizes[needed, 0] == 0]
         if not len(missing):  # another run has decoded them since
             return
@@ -276,13 +295,17 @@ class _Cache:
                 return
             os.fsync(images.fileno())  # before the sizes say that the images are there
             low, high = int(waiting[0][0]), int(waiting[-1][-1]) + 1
-            _write(table, HEADER_BYTES + 8 * low, sizes[low:high])
+            _write(table, HEADER_BYTES + ROW_BYTES * low, sizes[low:high])
             os.fsync(table.fileno())
             waiting.clear()
 
         try:
-            for rows, found in _decoded(self._files, missing, images, str(self._folder), self._notice):
-                sizes[rows] = found
+            for rows, found, pixels in _decoded(self._files, missing, images, str(self._folder), self._notice):
+                sizes[rows, :2] = found
+                sizes[rows, 2] = [
+                    _checksum(sizes[row, :2], image.data) for row, image in zip(rows, pixels, strict=True)
+                ]
+                self._checked[rows] = True
                 waiting.append(rows)
                 if time.monotonic() - last > COMMIT_SECONDS:
                     commit()
@@ -310,11 +333,12 @@ def _fingerprint(files: Files) -> str:
 
 def _decoded(
     files: Files, rows: Rows, file: IO[bytes], where: str, notice: Notice
-) -> Iterator[tuple[Rows, npt.NDArray[np.int64]]]:
+) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Decodes the images at ``rows`` (sorted) and writes them to ``file``.
 
     Yields:
-        Rows that are written, and int64 ``[m, 2]``, the width and height of each before it was resized.
+        Rows that are written, int64 ``[m, 2]``, the width and height of each before it was resized, and the images,
+        uint8 ``[m, H, W, C]``.
     """
     at_once = max(1, CHUNK_BYTES // _bytes(files))
     began = told = time.monotonic()
@@ -327,12 +351,17 @@ def _decoded(
         pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
         for part in np.split(np.arange(len(some)), np.flatnonzero(np.diff(some) > 1) + 1):
             _write(file, int(some[part[0]]) * _bytes(files), pixels[part[0] : part[-1] + 1])
-        yield some, sizes.numpy()
+        yield some, sizes.numpy(), pixels
         done, now = start + len(some), time.monotonic()
         if notice is not None and now - told >= NOTICE_SECONDS and done - shown >= NOTICE_SHARE * len(rows):
             told, shown = now, done
             left = (now - began) / done * (len(rows) - done)
             notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(left / 60))} min left")
+
+
+def _checksum(size: npt.NDArray[np.int32], pixels: bytes | memoryview) -> np.int32:
+    """CRC-32 of an image and its size, its 32 bits as a signed number."""
+    return np.uint32(zlib.crc32(pixels, zlib.crc32(size.astype("<i4").tobytes()))).astype(np.int32)
 
 
 def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> None:

@@ -6,19 +6,20 @@ import hashlib
 import json
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkern import files
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
-from fedkern.inputs import special
+from fedkern.inputs import parse_json, special
 from fedkern.models.flops import uncounted
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
@@ -104,7 +105,7 @@ class LogitsCache:
         if not path.exists():
             return {}
         try:
-            return read_logits(path, classes)
+            return read_logits(path, classes, identity)
         except (OSError, ValueError, UserError) as error:
             if self.notice is not None:
                 self.notice(f"the cached teacher logits {path} are damaged and made anew ({error})")
@@ -176,12 +177,17 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float() * scale + torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
 
 
-def read_logits(path: Path, classes: int) -> dict[bytes, Tensor]:
+def read_logits(path: Path, classes: int, identity: Identity | None = None) -> dict[bytes, Tensor]:
     """Reads a file of logits: image key to logits fp32 ``[classes]``.
+
+    Args:
+        path: the file.
+        classes: number of classes of the run.
+        identity: of a cache file; None: a file that the user names, which may come from elsewhere.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of logits.
+        ValueError: not a file of logits, or not as it was written.
         UserError: the file has another number of classes.
     """
     if kind := special(path):
@@ -190,10 +196,15 @@ def read_logits(path: Path, classes: int) -> dict[bytes, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             keys, logits = (file.get_tensor(name) if name in names else None for name in ("keys", "logits"))
+            about = (file.metadata() or {}).get("fedkern")
     except SafetensorError as error:
         raise ValueError(str(error)) from None
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
+    if (identity is not None or about is not None) and not _as_written(
+        {"keys": keys, "logits": logits}, about, identity
+    ):
+        raise ValueError("it is not what was written there")
     if logits.dim() != 2 or len(logits) != len(keys) or not bool(torch.isfinite(logits).all()):
         raise ValueError("its logits are not finite rows, one for each key")
     if logits.shape[1] != classes:
@@ -220,11 +231,11 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
     Raises:
         UserError: the file is ``required`` and cannot be written.
     """
-    metadata = {"fedkern": json.dumps(dict(identity), sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.one_writer(path.parent / ".lock"):
             whole = dict(tensors())
+            metadata = {"fedkern": json.dumps({"identity": dict(identity), "sum": _sum(whole)}, sort_keys=True)}
             files.replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         if required:
@@ -234,14 +245,36 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
             ) from None
 
 
-def read_file(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, or None if the file is missing or damaged."""
+def read_file(path: Path, identity: Identity) -> dict[str, Tensor] | None:
+    """The tensors of a cache file; None if it is missing, is not as it was written, or has another identity."""
     if special(path):
         return None
     try:
-        return dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            about = (file.metadata() or {}).get("fedkern")
     except (OSError, SafetensorError, ValueError):
         return None
+    return tensors if _as_written(tensors, about, identity) else None
+
+
+def _as_written(tensors: Mapping[str, Tensor], about: str | None, identity: Identity | None) -> bool:
+    """Whether the tensors of a file are those that :func:`write_file` wrote for this identity (None: for any)."""
+    try:
+        found = parse_json(about or "")
+        same = identity is None or found["identity"] == json.loads(json.dumps(dict(identity)))
+        return bool(same and found["sum"] == _sum(tensors))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of tensors by name."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
 
 
 def default_cache() -> Path:

@@ -112,7 +112,7 @@ def pretrained(
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
     }
     path = cache.folder / file_name("weights", identity)
-    stored = read_file(path)
+    stored = read_file(path, identity)
     if stored is not None and _fits(network, stored):
         network.load_state_dict(stored)
         network.eval()

@@ -162,7 +162,17 @@ def test_a_run_that_writes_while_another_does_waits(tmp_path: Path) -> None:
     assert last.count == 0
 
 
-@pytest.mark.parametrize("content", ["{", '{"other": 1}', '{"boxes": {"x": [[1, 2, 3]]}}', '{"boxes": 3}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"other": 1}',
+        '{"boxes": {"x": [[1, 2, 3]]}}',
+        '{"boxes": {"x": [[1, 2, 3, 4]]}, "sum": 5}',
+        '{"boxes": 3}',
+        "[]",
+    ],
+)
 def test_damaged_cache(tmp_path: Path, content: str) -> None:
     split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
     detections = Detections(Corner(), tmp_path)

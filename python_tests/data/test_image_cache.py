@@ -191,6 +191,56 @@ def test_a_broken_cache_is_made_anew(root, tmp_path, decoded, damage):
     assert_same(data, opened(root))
 
 
+def flipped(content, size):
+    content[5] ^= 1
+    content[-1] ^= 128
+    return 2
+
+
+def zeroed(content, size):
+    content[size : 3 * size] = bytes(2 * size)
+    return 2
+
+
+def two_swapped(content, size):
+    content[: 2 * size] = content[size : 2 * size] + content[:size]
+    return 2
+
+
+def shuffled(content, size):
+    content[:] = content[size:] + content[:size]
+    return IMAGES
+
+
+@pytest.mark.parametrize("damage", [flipped, zeroed, two_swapped, shuffled])
+def test_changed_images_are_decoded_again(root, tmp_path, decoded, damage):
+    opened(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*.images")
+    content = bytearray(path.read_bytes())
+    count = damage(content, len(content) // IMAGES)
+    path.write_bytes(content)
+    decoded.clear()
+    told = []
+    data = opened(root, tmp_path / "cache", notice=told.append)
+    assert len(decoded) == count
+    assert f"{count} images in {path} are damaged and are decoded again" in told
+    assert_same(data, opened(root))
+    decoded.clear()
+    opened(root, tmp_path / "cache")
+    assert not decoded
+
+
+def test_a_changed_size_is_read_again(root, tmp_path, decoded):
+    opened(root, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*.sizes")
+    content = bytearray(path.read_bytes())
+    content[image_cache.HEADER_BYTES] ^= 2
+    path.write_bytes(content)
+    decoded.clear()
+    assert_same(opened(root, tmp_path / "cache"), opened(root))
+    assert len(decoded) >= 1
+
+
 def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
     data = opened(root, tmp_path / "cache")
     for path in (tmp_path / "cache").glob("*.sizes"):

@@ -121,20 +121,34 @@ def test_keys_are_the_images_before_normalisation() -> None:
     assert [a == b for a, b in zip(keys, image_keys(normalised(changed), MEAN, STD), strict=True)].count(False) == 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "noise", "shape", "nan", "classes"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "noise", "shape", "nan", "classes", "flipped", "swapped", "another teacher's"]
+)
 def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     images = normalised(bytes_of(5))
     said: list[str] = []
     cache, teacher = LogitsCache(tmp_path, MEAN, STD, said.append), counting()
     expected = cache.logits(teacher, [images])
     path = cache.path(teacher.identity or {})
-    keys, logits = read_file(path)["keys"], read_file(path)["logits"]  # type: ignore[index]
+    stored = read_file(path, teacher.identity or {}) or {}
+    keys, logits = stored["keys"], stored["logits"]
     if damage == "empty":
         path.write_bytes(b"")
     elif damage == "noise":
         path.write_bytes(bytes(range(256)) * 3)
     elif damage == "shape":
         save_file({"keys": keys, "logits": logits[:-1].clone()}, path)
+    elif damage in ("flipped", "swapped"):
+        content = bytearray(path.read_bytes())
+        if damage == "flipped":
+            content[-2] ^= 1
+        else:  # the logits of two images
+            content[-24:] = content[-12:] + content[-24:-12]
+        path.write_bytes(content)
+    elif damage == "another teacher's":
+        other = counting(2)
+        cache.logits(other, [images])
+        cache.path(other.identity or {}).replace(path)
     elif damage == "nan":
         save_file({"keys": keys, "logits": logits * float("nan")}, path)
     else:
@@ -249,7 +263,9 @@ def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.M
     make(width=2)
     assert len(trained) == 2
     for path in tmp_path.iterdir():  # a damaged file is trained anew, to the same bits
-        path.write_bytes(path.read_bytes()[:100])
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
     assert torch.equal(make().head.weight, first.head.weight)
     assert len(trained) == 3
 
