@@ -158,6 +158,7 @@ class AllModels:
     def __init__(self, layout: Layout, start: Model | None = None) -> None:
         self.layout, self._start = layout, start
         self._held: list[_Held] = []
+        self._squares: Tensor | None = None  # of the updates' norms, where the mean has measured them
         self._grown = False
         self.refused: dict[int, Misfit] = {}
 
@@ -207,6 +208,7 @@ class AllModels:
         """
         while any(self.weights):
             made = NewModel(self.layout, as_arrays)
+            self._squares = None
             finite = [self._mean_of(run, made) for run in self.layout.segments]
             if all(finite) or not self._refuse():
                 return made.finish()
@@ -234,6 +236,8 @@ class AllModels:
         ops.weighted_mean(rows, self.weights, out=part)
         largest = _magnitude(part)
         if self._start is not None:
+            squares = self._measured(run, self._start.segment(run), rows)
+            self._squares = squares if self._squares is None else self._squares + squares
             self._grown |= largest > _GROWN * _magnitude(self._start.segment(run))
         return math.isfinite(largest)
 
@@ -244,20 +248,25 @@ class AllModels:
         """
         if self._start is None or not self._held:
             return []
-        squares = torch.zeros(len(self._held), dtype=torch.float64)
-        part = self.layout.size > _MEASURED and not self._grown
-        for run in self.layout.segments:
-            count = run[-1].end - run[0].begin
-            width = min(count, max(_WINDOW, count // _SHARE)) if part else count
-            if width:
-                middle = slice((count - width) // 2, (count + width) // 2)
-                sent, *rows = (
-                    model.segment(run)[middle].to(self.layout.dtype)
-                    for model in (self._start, *(held.model for held in self._held))
-                )
-                norms = ops.server_step(sent, rows, [1.0] * len(rows), "mean").norms
-                squares += norms.square() * (count / width)
+        squares = self._squares
+        if squares is None or self._grown:
+            squares = torch.zeros(len(self._held), dtype=torch.float64)
+            for run in self.layout.segments:
+                rows = [held.model.segment(run) for held in self._held]
+                squares += self._measured(run, self._start.segment(run), rows)
         return squares.sqrt().tolist()
+
+    def _measured(self, run: tuple[Entry, ...], sent: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """Squared norms ``[M]`` of the updates in a segment, by a part of it where the model is large."""
+        count = run[-1].end - run[0].begin
+        part = self.layout.size > _MEASURED and not self._grown
+        width = min(count, max(_WINDOW, count // _SHARE)) if part else count
+        if not width:
+            return torch.zeros(len(rows), dtype=torch.float64)
+        middle = slice((count - width) // 2, (count + width) // 2)
+        sent, *rows = (each[middle].to(self.layout.dtype) for each in (sent, *rows))
+        norms = ops.server_step(sent, rows, [1.0] * len(rows), "mean").norms
+        return norms.square() * (count / width)
 
     def whole(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Whole:
         """The other entries of the chosen models (None: of all), element by element: see :func:`ranked`."""

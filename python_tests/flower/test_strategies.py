@@ -733,6 +733,32 @@ def test_flowers_wrappers_clip_and_noise_without_an_accountant():
     close(found.arrays, run(strategies.FedAvg(**EVERYBODY, min_train_nodes=3), learners(3), rounds=1)[0].arrays, 1e-4)
 
 
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variable", "wanted"), [(None, 1), ("OMP_WAIT_POLICY", 3), ("GOMP_SPINCOUNT", 3)])
+@pytest.mark.parametrize("name", ["FedAvg", "FedMedian"])
+def test_threads_that_would_spin_are_not_used(variable, wanted, name, monkeypatch):
+    for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(each, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "0")
+    threads = []
+
+    class Watched(getattr(strategies, name)):
+        def _combine(self, gathered, server_round):
+            threads.append(torch.get_num_threads())
+            return super()._combine(gathered, server_round)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(Watched(**EVERYBODY), learners(2), rounds=1)
+        assert (threads, torch.get_num_threads()) == ([wanted], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 # -- operators behind the rules ----------------------------------------------------------------------------------------
 
 
