@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedkern.data.images import MAX_PIXELS
 from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.spelling import number
 from fedkern.data.table import Table, find_table, read_table
 from fedkern.data.texts import clean, impression_and_findings, length
 from fedkern.data.types import Source
@@ -55,7 +56,8 @@ def open_reports(
     - ``image`` (or path, filename): the image file, relative to the CSV file's folder.
     - ``impression`` and ``findings``, or ``report`` (or text, note): the report.  Of a whole report only the sections
       impression and findings are kept, if it has them.
-    - ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the label.
+    - ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the label.  Without a
+      positive one, the label is "unlabelled" where a finding is uncertain (-1), else "no finding".
     - ``view`` (or ViewPosition).
     - ``client`` (or another of `fedkern.data.table.CLIENT`): the client that holds a training image.
     - ``subject_id`` (or another of `fedkern.data.table.PATIENT`): all images of a patient are held out together and go
@@ -167,11 +169,16 @@ def _labels(table: Table) -> list[str]:
     findings = [name for name in table.rows[0] if name in CHEXPERT]
     if not findings:
         return [UNLABELLED] * len(table.rows)
-    return [next((name for name in findings if _positive(row[name])), "no finding") for row in table.rows]
-
-
-def _positive(value: str) -> bool:
-    try:
-        return float(value) == 1
-    except ValueError:
-        return False
+    labels, uncertain = [], 0
+    for row in table.rows:
+        values = {name: number(row[name]) for name in findings}
+        label = next((name for name, value in values.items() if value == 1), None)
+        unsure = label is None and -1 in values.values()
+        uncertain += unsure
+        labels.append(label or (UNLABELLED if unsure else "no finding"))
+    if uncertain:
+        table.notices.append(
+            f"Rows of {table.path.name} without a positive finding and with an uncertain one (-1): {uncertain}; their "
+            f'label is "{UNLABELLED}", not "no finding".'
+        )
+    return labels

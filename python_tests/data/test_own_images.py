@@ -463,3 +463,56 @@ def test_a_run_on_ones_own_masks(tmp_path):
     metrics = run(config, out=tmp_path / "run")["metrics"]
     assert {"dice", "iou", "hd95", "loss"} <= set(metrics)
     assert "accuracy" not in metrics
+
+
+# Tables from elsewhere
+
+
+def listed_images(root, header, line, rows=20):
+    for i in range(rows):
+        (root / "img").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), i).save(root / "img" / f"{i}.png")
+    text = "\n".join([header, *(line.format(i=i, label="ab"[i % 2]) for i in range(rows))])
+    (root / "list.csv").write_text(text + "\n")
+
+
+@pytest.mark.parametrize("prefix", ["img\\", ".\\img\\"])
+def test_backslashes_are_named(tmp_path, prefix):
+    listed_images(tmp_path, "path,label", prefix + "{i}.png,{label}")
+    written = f"{prefix}0.png".replace("\\", "/")
+    with pytest.raises(
+        UserError, match=rf"line 2, is missing; names of folders end with / and not .* write {written}$"
+    ):
+        load("csv", root=tmp_path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("column", ["score [0;1;2]", "score (a,b,c,d)", '"a;b;c,d,e\tf"', "a;b;c\td\te\tf"])
+def test_a_column_is_no_separator(tmp_path, separator, column):
+    if any(one in column.replace('"', "") for one in separator) and '"' not in column:
+        column = f'"{column}"'
+    listed_images(tmp_path, separator.join(["path", column, "label"]), separator.join(["img/{i}.png", "1", "{label}"]))
+    assert load("csv", root=tmp_path, options={"size": 8}, partition="iid", clients=2).classes == ("a", "b")
+
+
+def test_what_macos_adds_is_no_table(tmp_path):
+    listed_images(tmp_path, "path,label", "img/{i}.png,{label}")
+    (tmp_path / "._list.csv").write_bytes(b"\0\5")
+    assert load("csv", root=tmp_path, options={"size": 8}, partition="iid", clients=2).classes == ("a", "b")
+
+
+@pytest.mark.parametrize("names", ["", "ground|one|two"])
+def test_void_pixels_name_the_option(tmp_path, names):
+    for i in range(20):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture = Image.new("L", (8, 8), i if folder == "images" else 2)
+            picture.paste(255, (0, 0, 2, 8))
+            picture.paste(1, (2, 0, 4, 8))
+            picture.save(tmp_path / folder / f"{i}.png")
+    options = {"size": 8, "names": names}
+    with pytest.raises(
+        UserError, match=r"holds 255, expected .*; where 255 marks unknown .* --data-option ignore=255$"
+    ):
+        load("segmentation", root=tmp_path, options=options)
+    assert len(load("segmentation", root=tmp_path, options={**options, "ignore": 255}, clients=2).classes) == 3

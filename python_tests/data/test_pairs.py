@@ -313,3 +313,19 @@ def test_stratified_shares_are_equal():
     assert (counts.max(0) - counts.min(0) <= 1).all()
     assert {len(part) for part in parts} == {20}
     assert not np.array_equal(parts[0], partition("stratified", labels, 4, 1)[0])
+
+
+def test_uncertain_findings_are_not_no_finding(tmp_path):
+    cells = ["1,", "-1,", "-1.0,0.0", "0,0", ",", "-1,1.0", "-1,NA", "0.0,-1.00"]
+    names = ["edema", *["unlabelled"] * 2, *["no finding"] * 2, "fracture", *["unlabelled"] * 2]
+    lines = ["image,report,Edema,Fracture"]
+    for i in range(32):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,a report of {i},{cells[i % 8]}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    said = []
+    data = load("reports", root=tmp_path, options={"size": 8}, partition="iid", clients=2, notice=said.append)
+    for split in data.clients:
+        rows = [int(name.removesuffix(".png")) for name in split.ids]
+        assert [data.classes[label] for label in split.labels.tolist()] == [names[row % 8] for row in rows]
+    assert said[-1].startswith("Rows of list.csv without a positive finding and with an uncertain one (-1): 16; their")
