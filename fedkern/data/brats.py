@@ -22,7 +22,7 @@ from torch import Tensor
 from fedkern.data.found_files import gunzip, need_root
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.images import MAX_PIXELS, each, subfolders
-from fedkern.data.listing import SPLITS, interleaved
+from fedkern.data.listing import SPLITS, held_out_first
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, real_file
@@ -142,6 +142,7 @@ def open_brats(
         augment="none",
         groups=len(sites) if len(sites) > 1 else None,
         sites=tuple(site or "." for site in sites) if len(sites) > 1 else (),
+        drawn_validation=not {"test", "validation"} <= {case.split for case in cases},
     )
 
 
@@ -374,26 +375,27 @@ def _split(
     split = np.array([cases[i].split for i in present])
     made = {name: present[split == name] for name in ("train", "validation", "test")}
     if not any(split):
-        made["test"], made["train"] = _held_out(present, shares[0], "test")
+        made["test"], made["train"] = _held_out(cases, present, shares[0], "test")
     elif len(made["test"]) == 0:
         made["test"], made["validation"] = made["validation"], made["test"]
     for name in ("train", "test") if shares[0] else ("train",):
         if len(made[name]) == 0:
             raise UserError(f'data set "brats": no case belongs to the {name} split')
     if len(made["validation"]) == 0:
-        made["validation"], made["train"] = _held_out(made["train"], shares[1], "validation")
+        made["validation"], made["train"] = _held_out(cases, made["train"], shares[1], "validation")
     return made
 
 
 def _held_out(
-    cases: npt.NDArray[np.int64], share: float, purpose: str
+    cases: Sequence[Case], present: npt.NDArray[np.int64], share: float, purpose: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    count = max(1, round(share * len(cases))) if share else 0
-    if count >= len(cases):
-        raise UserError(f'data set "brats": {len(cases)} cases are too few to hold some out as {purpose} set')
-    order = interleaved(np.zeros(len(cases), dtype=np.int64), f"split/brats/{purpose}")
+    homes = [cases[i].site for i in present]
+    order, count = held_out_first(np.zeros(len(present), dtype=np.int64), homes, share, f"split/brats/{purpose}")
+    count = count if share else 0
+    if count >= len(present):
+        raise UserError(f'data set "brats": {len(present)} cases are too few to hold some out as {purpose} set')
     held, kept = fixed_rows(order, count)
-    return cases[held.numpy()], cases[kept.numpy()]
+    return present[held.numpy()], present[kept.numpy()]
 
 
 def _slices(

@@ -157,6 +157,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
+        drawn_validation="validation" not in listing.splits,
         notices=(*listing.notices, *scaled, *_repeated(listing), *_siteless(listing, rows)),
         grey_bits=bits,
     )
@@ -258,6 +259,25 @@ def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.i
     return {name: torch.from_numpy(found.astype(np.int64)) for name, found in rows.items()}
 
 
+def held_out_first(
+    kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, purpose: str
+) -> tuple[list[int], int]:
+    """A fixed order of units, and how many of the first ones are held out: at least one, and a share of every site.
+
+    Without several sites, or where every unit has a site of its own, the units are drawn from all.
+
+    Args:
+        kinds: int64 ``[m]``, the class of every unit.
+        homes: the site of every unit.
+        share: share of the units.
+        purpose: names the random stream.
+    """
+    if 1 < max(Counter(homes).values(), default=0) < len(homes):
+        held = _by_site(kinds, homes, share, stream(0, purpose))
+        return held + sorted(set(range(len(homes))) - set(held)), len(held)
+    return interleaved(kinds, purpose), max(1, round(share * len(homes)))
+
+
 def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, rng: np.random.Generator) -> list[int]:
     """Positions of the units that are held out: of every site its share, at least one where there are two.
 
@@ -320,16 +340,10 @@ def _held_out(
     if labels.ndim == 2:  # images with the same labels are of one kind
         labels = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     kinds = labels.astype(np.int64, copy=False)
-    homes = [listing.clients[own[0]] for own in wholes]  # several sites, and not one image of each
-    if 1 < Counter(homes).most_common(1)[0][1] < len(homes):
-        if listing.labels.ndim == 2:  # sets of labels that a single image has are of one kind too
-            kinds = np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1)
-        order = _by_site(kinds, homes, share, stream(0, f"split/{data}/{purpose}"))
-        count = len(order)
-        order += sorted(set(range(len(wholes))) - set(order))
-    else:
-        order = interleaved(kinds, f"split/{data}/{purpose}")
-        count = max(1, round(share * len(wholes)))
+    homes = [listing.clients[own[0]] for own in wholes]
+    if listing.labels.ndim == 2 and len(set(homes)) > 1:  # sets of labels that a single image has are of one kind too
+        kinds = np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1)
+    order, count = held_out_first(kinds, homes, share, f"split/{data}/{purpose}")
     if not 0 < count < len(wholes):
         what = "images" if listing.patients is None else "patients"
         raise UserError(f'data set "{data}": {len(wholes)} {what} are too few to hold some out as {purpose} set')

@@ -191,6 +191,7 @@ def load(
         public=public if len(public) else None,
         client_tests=own,
         client_names=names,
+        drawn_validation=source.drawn_validation,
         **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
         identity=of_source(source, contents) if identify else drawn or {},
     )

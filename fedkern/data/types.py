@@ -232,6 +232,7 @@ class Source:
         lost: sites without a training image, because all of their images were drawn into held-out sets.
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
         notices: sentences for the user on what was read otherwise than it is written, or left out.
+        drawn_validation: whether the validation images were drawn from those that clients would train on.
         grey_bits: as in `FederatedData`; None where the reader does not say.
     """
 
@@ -250,6 +251,7 @@ class Source:
     lost: tuple[str, ...] = ()
     own_tests: bool = False
     notices: tuple[str, ...] = ()
+    drawn_validation: bool = False
     grey_bits: int | None = None
 
 
@@ -276,6 +278,8 @@ class FederatedData:
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and all participants may see, or None.
         client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.holdout`).
+        drawn_validation: whether the validation images are clients' data, which no noise of a private run covers, see
+            `Source.drawn_validation`.
         client_names: name of every client of the partition, such as its hospital, or None where the data name none; a
             client is then shown by its number.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
@@ -297,6 +301,7 @@ class FederatedData:
     public: Split | None = None
     client_tests: tuple[Split, ...] = ()
     client_names: tuple[str, ...] | None = None
+    drawn_validation: bool = False
     grey_bits: int = 16
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 

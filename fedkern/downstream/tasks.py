@@ -92,10 +92,12 @@ def probe(
         seed: draws these choices.
 
     Raises:
-        UserError: fewer than two classes.
+        UserError: fewer than two classes, or no validation set where ``shots`` has a 0.
     """
     classes = _classes(run)
     train, validation = run.train(), run.data.validation
+    if 0 in shots and not len(validation):
+        raise UserError("A probe on all images chooses its penalty on the validation set, and this run has none.")
     rows: list[Row] = []
     known = [(run.features(network, train, features), network) for network in run.networks]
     labels = train.labels.to(run.device)

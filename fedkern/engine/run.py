@@ -337,12 +337,15 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     """The training data of a run.
 
     Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
-    unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.
+    unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.  With private records
+    there is no validation set where its images were drawn from the clients': no noise covers figures on them.
 
     Raises:
         UserError: see :func:`fedkern.data.holdout.hold_out` and :func:`fedkern.data.patients.limited`.
     """
     kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    if config.records == "private" and kept.drawn_validation:
+        kept = replace(kept, validation=kept.validation.subset(torch.zeros(0, dtype=torch.int64)))
     return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
 
 

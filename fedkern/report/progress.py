@@ -24,8 +24,9 @@ NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.02
 SITES = 8
 """Most sites that the heading names."""
 UNSHOWN = (
-    "Records are private: class counts, losses and accuracies of single clients are neither shown nor written, nor is "
-    "partition.png; --records all tells them, outside of epsilon."
+    "Records are private: class counts, losses and accuracies of single clients are neither shown nor written, nor are "
+    "partition.png and figures on a validation set that was drawn from their images; --records all tells them, outside "
+    "of epsilon."
 )
 
 

@@ -134,6 +134,8 @@ def test_sites_are_clients(tmp_path):
         write_case(tmp_path / ("HGG" if i < 7 else "LGG") / f"case{i}", i)
     data = opened(tmp_path, partition="attribute")
     assert [{name.split("/")[0] for name in client.ids} for client in data.clients] == [{"HGG"}, {"LGG"}]
+    for held in (data.validation, data.tests[""]):
+        assert sorted(name.split("/")[0] for name in cases_of(held)) == ["HGG", "LGG"]
 
 
 def test_split_folders(tmp_path):
