@@ -80,6 +80,7 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
         "image_size": [height, width],
         "mean": list(predictor.mean),
         "std": list(predictor.std),
+        "grey_bits": predictor.grey_bits,
         "format": kind,
         "input": "fp32 [B, C, H, W]" + (", normalised by mean and std" if kind == "state-dict" else " in [0, 1]"),
         "output": "logits",

@@ -1,11 +1,14 @@
 """Grey images of more than eight bits, as scanners export them."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import fedkern
 from fedkern.data import load
+from fedkern.downstream.export import export
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 
@@ -212,6 +215,8 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path):
     Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "dark.png")
     predictor = Predictor.open(tmp_path / "run")
     assert int(predictor.read([tmp_path / "dark.png"])[0].max()) == round(200 / 4095 * 255)
+    _, described = export(predictor, tmp_path / "network.pt", "state-dict")
+    assert json.loads(described.read_text())["grey_bits"] == 12
     other = tmp_path / "other"
     other.mkdir()
     for i in range(12):
