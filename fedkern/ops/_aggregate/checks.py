@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend
 from fedkern.ops._core.checks import check_dense, check_device, check_floating, real, refuse_gradient, written
+from fedkern.ops._core.library import numbers_tensor
 from fedkern.ops._core.memory import placed
 
 Vectors = Tensor | Sequence[Tensor]
@@ -115,7 +116,7 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     for value in values:
         total += value
     # A NaN or infinite weight makes the sum NaN or infinite.
-    if not (0 < total < math.inf and min(values) >= 0):
+    if not (0 < total < math.inf and all(value >= 0 for value in values)):
         for position, value in enumerate(values):
             check_weight(value, f"weights[{position}]")
         raise ValueError(f"weights must have a positive, finite sum, not {total}")
@@ -174,7 +175,8 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
     """The weights as a tensor; numbers are checked and go to the device of ``first``."""
     if isinstance(weights, Tensor):
         return weights
-    return placed(check_weights(weights, count)[0], first.device)
+    values, _ = check_weights(weights, count)
+    return numbers_tensor(values, first.device) if torch.compiler.is_compiling() else placed(values, first.device)
 
 
 def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:

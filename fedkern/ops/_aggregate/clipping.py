@@ -100,7 +100,9 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     if eager(given):
         result = _compute(given, max_norm, deviation, seed, offset)
     else:
-        result = _operator(rows_of(given), max_norm, deviation, _signed(seed), _signed(offset))
+        result = _operator(
+            rows_of(given), library.numbers_tensor((max_norm, deviation)), _signed(seed), _signed(offset)
+        )
     return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
 
 
@@ -119,7 +121,8 @@ def _signed(value: int) -> int:
 # 4. The same operator for torch.compile and opcheck.
 
 
-def _implementation(vectors: list[Tensor], max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+def _implementation(vectors: list[Tensor], numbers: Tensor, seed: int, offset: int) -> Tensor:
+    max_norm, deviation = numbers.tolist()
     return _compute(vectors, max_norm, deviation, seed % (1 << 64), offset % (1 << 64))
 
 
@@ -129,7 +132,7 @@ def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
 
 _operator = library.register(
     "clip_and_noise",
-    "(Tensor[] vectors, float max_norm, float deviation, SymInt seed, SymInt offset) -> Tensor",
+    "(Tensor[] vectors, Tensor numbers, SymInt seed, SymInt offset) -> Tensor",
     _implementation,
     fake=_fake,
     vmap=no_vmap("clip_by_norm and clip_and_noise"),

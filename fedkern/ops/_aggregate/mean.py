@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._aggregate.checks import (
     Vectors,
+    as_tensor,
     check_out,
     check_vectors,
     check_weights,
@@ -80,8 +81,7 @@ def weighted_mean(
     given = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
     if not backend.eager(*given, *(() if out is None else (out,))):
         stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
-        if not isinstance(weights, Tensor):
-            weights = placed(check_weights(weights, count)[0], first.device)
+        weights = as_tensor(weights, first, count)
         result = _weighted_mean(stacked, weights, None if out is None else out.dtype)
         return result if out is None else out.copy_(result)
     if torch.is_grad_enabled():

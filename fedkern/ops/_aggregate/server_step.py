@@ -149,7 +149,8 @@ def server_step(
     if not ordinary:
         given = as_tensor(weights, one, count)
         dtype = None if out is None else out.dtype
-        result = ServerStep(*_operator(global_, rows_of(vectors), given, *settings, first, second, dtype))
+        numbers = library.numbers_tensor(settings[1:])  # a schedule compiles nothing anew
+        result = ServerStep(*_operator(global_, rows_of(vectors), given, settings.rule, numbers, first, second, dtype))
         return result if out is None else result._replace(model=out.copy_(result.model))
     return _compute(global_, vectors, weights, settings, first, second, out)
 
@@ -288,15 +289,12 @@ def _implementation(
     vectors: list[Tensor],
     weights: Tensor,
     rule: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    tau: float,
+    numbers: Tensor,
     first: Tensor | None,
     second: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = ServerRule(rule, learning_rate, beta1, beta2, tau)
+    settings = ServerRule(rule, *numbers.tolist())
     out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
     model, norms, cosines = _compute(global_, vectors, weights, settings, first, second, out)
     return model, norms, cosines
@@ -309,8 +307,8 @@ def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor,
 
 _operator = library.register(
     "server_step",
-    "(Tensor global_, Tensor[] vectors, Tensor weights, int rule, float learning_rate, float beta1, float beta2, "
-    "float tau, Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    "(Tensor global_, Tensor[] vectors, Tensor weights, int rule, Tensor numbers, "
+    "Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
     _implementation,
     fake=_fake,
     vmap=no_vmap("server_step"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern.ops._blend.kernels import BlendKernel, BlendKernels, check_memory
 from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
 from fedkern.ops._blend.reference import blend_reference, check_values
-from fedkern.ops._core import backend
+from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._core.function import EagerFunction
@@ -58,6 +58,8 @@ def blend(
     else:
         weights = alpha
     if kernel is None:
+        if weights is None and torch.compiler.is_compiling():
+            weights, value = library.number_tensor(value).to(foreground.device), 0.5
         if background.dtype != foreground.dtype:
             dtype = torch.promote_types(foreground.dtype, background.dtype)
             foreground, background = foreground.to(dtype), background.to(dtype)

@@ -74,6 +74,8 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
 def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
     """Calls the torch.library operator: outside of torch.func, the one that computes gradients in the forward pass."""
+    if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
+        learnt = library.number_tensor(temperature).to(x.device)
     value = temperature if learnt is None else 0.0
     needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
     if may_be_transformed() or not (torch.is_grad_enabled() and any(needs)):

@@ -18,6 +18,20 @@ from fedkern.ops._core.private_torch import may_be_transformed, recording
 LIBRARY = torch.library.Library("fedkern", "DEF")
 
 
+def number_tensor(value: float) -> Tensor:
+    """``value`` as a 0-d fp64 tensor on the CPU, for operators that run under ``torch.compile``.
+
+    A number that changes between calls is a symbol there, and an operator's float argument would fix its value: every
+    value would compile anew.  Multiplying is what torch can turn into a computation of tensors.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
+def numbers_tensor(values: Sequence[float], device: torch.device | str = "cpu") -> Tensor:
+    """``values`` as one fp64 tensor, as :func:`number_tensor` makes it."""
+    return torch.stack([number_tensor(value) for value in values]).to(device)
+
+
 def register(
     name: str,
     schema: str,

@@ -41,18 +41,24 @@ def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = 
 
 
 def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
-    """Returns one learning rate for all rows, or one per row: a list, or on a GPU an unchecked fp64 tensor ``[M]``."""
+    """Returns one learning rate for all rows, or one per row: a list, or an unchecked fp64 tensor.
+
+    A tensor comes back as ``[M]`` from a GPU, and of any shape under ``torch.compile``, where values are not known.
+    """
     if isinstance(lr, Tensor):
         check_dense(lr, "lr")
         if not lr.is_floating_point():
             raise TypeError(f"lr must have a floating dtype, but has {lr.dtype}")
-        if lr.dim() == 0 and lr.device.type == "cpu" and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if lr.dim() == 0 and lr.device.type == "cpu" and not compiling:
             return check_number(lr.item(), "lr", 0.0)
         if lr.dim() != 0 and (parameters.dim() == 1 or lr.shape != parameters.shape[:1]):
             raise ValueError(f"lr must be a number{_each(parameters)}, not a tensor {list(lr.shape)}")
         if lr.device.type != "cpu" and lr.device != parameters.device:
             raise ValueError(f"lr must be on the CPU, or on {parameters.device} like parameters, but is on {lr.device}")
-        if lr.device.type == "cpu" and not torch.compiler.is_compiling() and parameters.device.type == "cpu":
+        if compiling:
+            return lr.detach().to(torch.float64)
+        if lr.device.type == "cpu" and not parameters.is_cuda:
             return [check_number(value, f"lr[{m}]", 0.0) for m, value in enumerate(lr.tolist())]
         rows = parameters.shape[0] if parameters.dim() == 2 else 1
         return lr.detach().to(parameters.device, torch.float64).expand(rows)
@@ -88,7 +94,8 @@ def check_max_norm(max_norm: Any) -> float | None:
 def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:
     """Raises ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
 
-    ``hidden``: a compiler or a mode hides the tensors' addresses; then only the same tensor given twice is found.
+    ``hidden``: a compiler, a mode or the meta device hides the tensors' addresses; then only the same tensor given
+    twice is found.
     """
     for name, tensor in written.items():
         if not hidden and folded(tensor):

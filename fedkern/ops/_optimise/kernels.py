@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import placed
+from fedkern.ops._optimise.checks import check_like
 
 _empty, _empty_like = torch.empty, torch.empty_like
 
@@ -97,6 +98,8 @@ class OptimiseKernels(Launcher):
             finite, squared = _empty_like(self._finite), _empty_like(self._squared)
         else:
             shape, device = parameters.shape, parameters.device
+            if call.gradients.dim() != len(shape):  # one [P] passes for [1, P] in the core's check
+                check_like(call.gradients, "gradients", parameters)
             rows = shape[0] if len(shape) == 2 else ()
             finite = _empty(rows, dtype=torch.bool, device=device)
             squared = _empty(rows, dtype=torch.float64, device=device)

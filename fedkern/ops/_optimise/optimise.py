@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ from fedkern.ops._optimise.checks import (
 from fedkern.ops._optimise.kernels import AdamW, Call, OptimiseKernels
 from fedkern.ops._optimise.reference import optimise_reference
 
-_grad_enabled = torch.is_grad_enabled
+_grad_enabled, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 # Makes a named tuple in half the time that its own constructor takes.
 _new = tuple.__new__
 
 # Whole numbers up to here are exact in a float.
 MOST_STEPS = 2**53
+
+
+# ``max_norm`` in a tensor, where there is no None.
+NO_CLIPPING = 0.0
 
 
 class StepResult(NamedTuple):
@@ -167,7 +172,9 @@ def adamw_step(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sgd_step`.
     """
-    numbers = _numbers(betas, step, eps) if type(step) is int and 0 < step <= MOST_STEPS else None
+    numbers = None
+    if type(step) is int and 0 < step <= MOST_STEPS and not _is_compiling():
+        numbers = _numbers(betas, step, eps)
     if numbers is not None:
         call = _new(Call, (
             parameters, gradients, first, second, anchor, correction, gradient_sum, lr, 0.0, weight_decay, proximal,
@@ -182,10 +189,10 @@ def adamw_step(
     check_like(first, "first", parameters)
     check_like(second, "second", parameters)
     step = check_count(step, "step", 1, MOST_STEPS)
-    numbers = _numbers(check_betas(betas), step, check_number(eps, "eps", 0.0))
+    adamw = (check_betas(betas), step, check_number(eps, "eps", 0.0))
     return _take(
         "adamw_step", parameters, gradients, {"first": first, "second": second}, lr, 0.0, weight_decay, anchor,
-        proximal, correction, gradient_sum, max_norm, zero, numbers,
+        proximal, correction, gradient_sum, max_norm, zero, adamw,
     )  # fmt: skip
 
 
@@ -213,9 +220,9 @@ def _take(
     gradient_sum: Tensor | None,
     max_norm: float | None,
     zero: bool,
-    adamw: AdamW | None,
+    adamw: tuple[tuple[float, float], int, float] | None,
 ) -> StepResult:
-    """The general path: every check, in Python; the caller has checked ``parameters`` and ``states``."""
+    """The general path: every check, in Python; the caller has checked ``parameters``, ``states`` and ``adamw``."""
     check_like(gradients, "gradients", parameters)
     rate = check_lr(lr, parameters)
     weight_decay, proximal = check_number(weight_decay, "weight_decay", 0.0), check_number(proximal, "proximal", 0.0)
@@ -232,24 +239,25 @@ def _take(
     first, second = (*states.values(), None)[:2]
     call = Call(
         parameters, gradients, first, second, anchor, correction, gradient_sum, rate, momentum, weight_decay, proximal,
-        max_norm, zero, adamw,
+        max_norm, zero, None,
     )  # fmt: skip
     ordinary = backend.eager(*call.tensors().values())
     public = dict(zip(("first", "second"), states, strict=False))
     tensors, changed = ({public.get(key, key): x for key, x in some().items()} for some in (call.tensors, call.written))
-    check_memory(changed, tensors, hidden=not ordinary)
+    check_memory(changed, tensors, hidden=not ordinary or parameters.is_meta)
     refuse_gradient(name, *tensors.values(), lr)
     if ordinary:
-        return StepResult(*_compute(call))
-    each = rate if isinstance(rate, Tensor) else None
-    numbers = [rate] if isinstance(rate, float) else [] if each is not None else list(rate)
-    found = _operator(
-        parameters, gradients, first, second, anchor, correction, gradient_sum, numbers, each, momentum, weight_decay,
-        proximal, max_norm, None if adamw is None else list(adamw),
-    )  # fmt: skip
-    if zero:
-        gradients.zero_()
-    return StepResult(*found)
+        return StepResult(*_compute(call if adamw is None else call._replace(adamw=_numbers(*adamw))))
+    betas, step, eps = adamw or ((0.0, 0.0), None, 0.0)
+    settings = (momentum, weight_decay, proximal, NO_CLIPPING if max_norm is None else max_norm, *betas, eps)
+    if isinstance(rate, list):
+        rate = library.numbers_tensor(rate)
+    elif not isinstance(rate, Tensor):
+        rate = library.number_tensor(rate)
+    return StepResult(*_operators[zero](
+        parameters, gradients, first, second, anchor, correction, gradient_sum, rate,
+        library.numbers_tensor(settings), step,
+    ))  # fmt: skip
 
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
@@ -280,10 +288,11 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
 # 3. Eager autograd: none.  A step has no gradient, and raises where one is wanted.
 
 
-# 4. The same operator for torch.compile and opcheck; with it, the public functions zero the gradients themselves.
+# 4. The same operator for torch.compile and opcheck.  Numbers travel as tensors: a schedule compiles nothing anew.
 
 
 def _implementation(
+    zero: bool,
     parameters: Tensor,
     gradients: Tensor,
     first: Tensor | None,
@@ -291,19 +300,16 @@ def _implementation(
     anchor: Tensor | None,
     correction: Tensor | None,
     gradient_sum: Tensor | None,
-    lr: list[float],
-    lr_each: Tensor | None,
-    momentum: float,
-    weight_decay: float,
-    proximal: float,
-    max_norm: float | None,
-    adamw: list[float] | None,
+    lr: Tensor,
+    settings: Tensor,
+    step: int | None,
 ) -> tuple[Tensor, Tensor]:
-    rate = check_lr(lr_each, parameters) if lr_each is not None else lr[0] if len(lr) == 1 else lr
+    momentum, weight_decay, proximal, max_norm, beta1, beta2, eps = settings.tolist()
     finite, squared = _compute(
         Call(
-            parameters, gradients, first, second, anchor, correction, gradient_sum, rate, momentum, weight_decay,
-            proximal, max_norm, False, None if adamw is None else AdamW(*adamw),
+            parameters, gradients, first, second, anchor, correction, gradient_sum, check_lr(lr, parameters), momentum,
+            weight_decay, proximal, None if max_norm == NO_CLIPPING else max_norm, zero,
+            None if step is None else _numbers((beta1, beta2), step, eps),
         )
     )  # fmt: skip
     return (finite, squared) if parameters.dim() == 2 else (finite.clone(), squared.clone())
@@ -314,15 +320,18 @@ def _fake(parameters: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return parameters.new_empty(rows, dtype=torch.bool), parameters.new_empty(rows, dtype=torch.float64)
 
 
-_operator = library.register(
-    "optimiser_step",
-    "(Tensor(a!) parameters, Tensor gradients, Tensor(b!)? first, Tensor(c!)? second, Tensor? anchor, "
-    "Tensor? correction, Tensor(d!)? gradient_sum, float[] lr, Tensor? lr_each, float momentum, float weight_decay, "
-    "float proximal, float? max_norm, float[]? adamw) -> (Tensor, Tensor)",
-    _implementation,
-    fake=_fake,
-    vmap=no_vmap("sgd_step or adamw_step"),
-)
+# Two operators, since a schema says once and for all whether gradients are written to.
+_operators = [
+    library.register(
+        name,
+        f"(Tensor(a!) parameters, Tensor{alias} gradients, Tensor(b!)? first, Tensor(c!)? second, Tensor? anchor, "
+        "Tensor? correction, Tensor(d!)? gradient_sum, Tensor lr, Tensor settings, SymInt? step) -> (Tensor, Tensor)",
+        functools.partial(_implementation, bool(zero)),
+        fake=_fake,
+        vmap=no_vmap("sgd_step or adamw_step"),
+    )
+    for zero, (name, alias) in enumerate((("optimiser_step", ""), ("optimiser_step_and_zero", "(e!)")))
+]
 
 
 # 5. The backends that serve it.

@@ -179,6 +179,10 @@ def test_compile_is_one_node(name: str) -> None:
         assert len(nodes) == 1
 
 
+def doubles(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def test_opcheck() -> None:
     rows, weights = list(five().unbind()), torch.arange(1.0, 6.0)
     ops = torch.ops.fedkern
@@ -189,11 +193,11 @@ def test_opcheck() -> None:
         (ops.pairwise_distances, (rows,)),
         (ops.krum, (rows, 1, 2)),
         (ops.geometric_median, (rows, weights, 10, 1e-6, 1e-6)),
-        (ops.clip_and_noise, (rows, 1.0, 0.5, 3, 4)),
-        (ops.server_step, (rows[0] * 0, rows, weights, 0, 1.0, 0.0, 0.0, 0.0, None, None, None)),
+        (ops.clip_and_noise, (rows, doubles(1.0, 0.5), 3, 4)),
+        (ops.server_step, (rows[0] * 0, rows, weights, 0, doubles(1.0, 0.0, 0.0, 0.0), None, None, None)),
         (
             ops.server_step,
-            (rows[0] * 0, rows, weights, 2, 0.1, 0.9, 0.99, 1e-9, rows[1] * 0, rows[1] * 0, torch.float64),
+            (rows[0] * 0, rows, weights, 2, doubles(0.1, 0.9, 0.99, 1e-9), rows[1] * 0, rows[1] * 0, torch.float64),
         ),
     ):
         torch.library.opcheck(operator.default, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -341,6 +342,39 @@ def test_parameters_that_require_a_gradient_step_under_no_grad() -> None:
     assert leaf._version > version
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["gradients", "velocity", "gradient_sum", "first", "second"])
+def test_only_an_anchor_and_a_correction_serve_all_rows(rows: int, name: str) -> None:
+    theta, one = torch.ones(rows, 3), torch.ones(3)
+    given: dict[str, Any] = {"gradients": torch.ones(rows, 3), name: one}
+    step = functools.partial(ops.sgd_step, theta, lr=0.1, momentum=0.9 * (name == "velocity"), **given)
+    if name in ("gradients", "first", "second"):
+        states = [given.get(key, torch.ones(rows, 3)) for key in ("first", "second")]
+        step = functools.partial(ops.adamw_step, theta, given["gradients"], *states, 1, lr=0.1)
+    with pytest.raises(ValueError, match=rf"{name} must have shape \[{rows}, 3\] like parameters, but has \[3\]"):
+        step()
+    if name == "gradients":
+        with pytest.raises(ValueError, match=r"gradients must have shape"):
+            ops.sgd_step(theta, one, lr=0.1)
+    ops.sgd_step(theta, torch.ones(rows, 3), lr=0.1, anchor=one, proximal=0.5, correction=one)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)], ids=str)
+def test_steps_on_the_meta_device(shape: tuple[int, ...]) -> None:
+    p = [torch.empty(shape, device="meta") for _ in range(6)]
+    results = [
+        ops.sgd_step(
+            *p[:3], lr=0.1, momentum=0.9, weight_decay=0.1, anchor=p[3], proximal=0.1, correction=p[4], zero=True
+        ),
+        ops.sgd_step(*p[:2], lr=torch.tensor(0.1), max_norm=1.0, gradient_sum=p[5]),
+        ops.adamw_step(*p[:4], 2, lr=0.1),
+    ]
+    for result in results:
+        assert [(x.shape, x.is_meta) for x in result] == [(shape[:-1], True)] * 2
+    with pytest.raises(ValueError, match="parameters must not share memory with gradients"):
+        ops.sgd_step(p[0], p[0], lr=0.1)
+
+
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 @pytest.mark.parametrize("size", [(5,), (3, 40_001), (200_003,)], ids=str)
 def test_bits_do_not_depend_on_threads(size: tuple[int, ...]) -> None:
@@ -374,13 +408,14 @@ def test_compiled_steps_write_in_place() -> None:
 
 def test_opcheck() -> None:
     theta, g, first, second, anchor = (x.abs() for x in vectors((2, 9), 5))
-    operator = torch.ops.fedkern.optimiser_step
-    for given in (
-        (theta, g, first, None, anchor, None, None, [0.1], None, 0.9, 0.1, 0.3, 1.0, None),
-        (theta, g, first, second, None, anchor, None, [], torch.tensor([0.1, 0.2]), 0.0, 0.1, 0.0, None,
-         [0.9, 0.999, 0.1, 0.2, 1e-8]),
-    ):  # fmt: skip
-        torch.library.opcheck(operator, given)
+    settings = torch.tensor([0.9, 0.1, 0.3, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    moments = torch.tensor([0.0, 0.1, 0.0, 0.0, 0.9, 0.999, 1e-8], dtype=torch.float64)
+    for operator in (torch.ops.fedkern.optimiser_step, torch.ops.fedkern.optimiser_step_and_zero):
+        for given in (
+            (theta, g, first, None, anchor, None, None, torch.tensor(0.1), settings, None),
+            (theta, g, first, second, None, anchor, None, torch.tensor([0.1, 0.2]), moments, 3),
+        ):
+            torch.library.opcheck(operator, given)
 
 
 def test_vmap_is_refused() -> None:
