@@ -72,7 +72,8 @@ def _guarded(words: list[str]) -> int:
             return _say(f"the disk is full{where}; free some space, then try again, or go on with --resume")
         if error.filename is None:
             raise
-        return _say(f"{error.filename}: {error.strerror}")
+        way_out = "; choose a shorter name" if error.errno == errno.ENAMETOOLONG else ""
+        return _say(f"{error.filename}: {error.strerror}{way_out}")
     except KeyboardInterrupt as stop:
         ended()
         asked = isinstance(stop, Terminated)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -690,6 +692,7 @@ class Run:
             "dropped": self.dropped_since,
             "config": self.config.to_dict(),
             "data": data,
+            "names": self._name_sums(),
             "versions": records.versions(),
             "kernels": records.kernels(self.config.device),
             "finished": finished,
@@ -707,6 +710,12 @@ class Run:
             info["final_warnings"] = self._final_warnings
         return dict(records.plain(info))
 
+    def _name_sums(self) -> dict[str, int]:
+        """CRC-32 of the names of clients and classes, which records and summary hold."""
+        data = self.context.data
+        names = {"clients": data.client_names or (), "classes": data.classes}
+        return {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()}
+
     def _add_phases(self, seconds: dict[str, float]) -> None:
         for name, value in seconds.items():
             self.phases[name] = self.phases.get(name, 0.0) + value
@@ -717,6 +726,12 @@ class Run:
             raise UserError(
                 f"The data are not those that {self.out} was started with: restore the files, or start anew."
             )
+        for what, total in self._name_sums().items():
+            if info["names"][what] != total:
+                raise UserError(
+                    f"The {what} of the data have other names than when the run in {self.out} began: put the names "
+                    "back, or start a new run with another --out."
+                )
         so_far = islice(self.method.rounds(self.context.federation), entry["plan"])
         if sum(not one.one_off for one in so_far) != entry["round"]:
             raise UserError(

@@ -135,3 +135,14 @@ def test_data_and_runs_may_lie_anywhere(tmp_path, result):
     assert about["classes"] == ["a, 'ö'", "b, 'ö'"]
     result("--resume", str(odd / "run"))
     result("attack", str(odd / "run"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/".join(["y" * 200] * 25)])
+@pytest.mark.parametrize("words", [
+    ["fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--out"], ["--resume"], ["report"],
+    ["evaluate"], ["compare"],
+])  # fmt: skip
+def test_an_over_long_name_is_one_sentence(words, name, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "File name too long; choose a shorter name." in fails(*words, name)
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """An interrupted and resumed run gives the bits of an uninterrupted one, wherever it was interrupted."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -337,3 +338,18 @@ def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_da
         run(make_config(rounds=4), out=tmp_path, data=make_data())
     assert calls.count(1) == 1
     assert Checkpoints(tmp_path).peek()["round"] == 1
+
+
+@pytest.mark.parametrize("what", ["clients", "classes"])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_names_that_have_changed_since_are_a_sentence(method, what, make_data, make_config, tmp_path):
+    data = dataclasses.replace(make_data(), client_names=("north", "south", "west"))
+    with pytest.raises(Kill):
+        run(make_config(method, rounds=3), out=tmp_path, data=data, listener=KillAt("round", 1))
+    field = {"clients": "client_names", "classes": "classes"}[what]
+    renamed = dataclasses.replace(data, **{field: (*getattr(data, field)[:-1], "other")})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"The {what} of the data have other names than when the run .*put the names"):
+        run(RunConfig.load(tmp_path), out=tmp_path, data=renamed, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert run(RunConfig.load(tmp_path), out=tmp_path, data=data, resume=True)["rounds"] == 3
