@@ -9,6 +9,7 @@ from fedkern.data.images import MAX_PIXELS, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
     Splits,
+    check_folders,
     check_images,
     find_sites,
     holds_classes,
@@ -70,6 +71,7 @@ def open_pairs(
     columns = ("image", "text")
     path = find_table(root, "pairs", columns)
     if path is not None:
+        check_folders("pairs", layout, path)
         table = read_table(path, "pairs", columns, chosen)
         images, names, texts = table.files("image", "pairs"), table.names_of("image"), table.column("text")
         classes, labels = table.classes([label or ANY for label in table.column("label")])

@@ -16,7 +16,7 @@ from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
-from fedkern.data.site_folders import Splits, check_images, find_sites, listed, trees
+from fedkern.data.site_folders import Splits, check_folders, check_images, find_sites, listed, trees
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import in_tiles
 from fedkern.data.types import IGNORE, Source
@@ -79,6 +79,7 @@ def open_segmentation(
     columns = ("image", "mask")
     path = find_table(root, "segmentation", columns)
     if path is not None:
+        check_folders("segmentation", layout, path)
         table = read_table(path, "segmentation", columns, chosen)
         images, masks = (table.files(column, "segmentation") for column in columns)
         ids, rest = table.names_of("image"), table.listed("segmentation")

@@ -144,6 +144,14 @@ def _check_names(base: Path, data: str, sites: dict[str, Splits]) -> None:
             )
 
 
+def check_folders(data: str, layout: str, table: Path) -> None:
+    """Raises UserError where a layout of folders is asked for, though a table lists the images."""
+    if layout != "auto":
+        raise UserError(
+            f'data set "{data}": the option layout is for folders, and {table} lists the images; leave it out'
+        )
+
+
 def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
     """The images of a class folder and the patient of each, ``""`` for an image that lies directly in it.
 

@@ -125,3 +125,10 @@ def test_what_macos_adds_is_no_site(tmp_path, splits):
     (tmp_path / "__MACOSX" / "A").mkdir(parents=True)
     (tmp_path / "__MACOSX" / "A" / "._0.png").write_bytes(b"?")
     assert opened("folder", tmp_path).client_names == ("A", "B")
+
+
+@pytest.mark.parametrize("name", ["pairs", "segmentation"])
+def test_a_table_has_no_layout(tmp_path, name):
+    (tmp_path / "list.csv").write_text("image,text,mask\na.png,a,b.png\n")
+    with pytest.raises(UserError, match=r"the option layout is for folders, and .*list.csv lists the images; leave"):
+        opened(name, tmp_path, options={"layout": "patients"})
