@@ -19,12 +19,16 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import select
 
 
-def _kernel(x: Tensor, y: Tensor) -> ContrastKernel | None:
+def _kernel(x: Tensor, y: Tensor, learnt: Tensor | None) -> ContrastKernel | None:
+    if x.dim() != 2 or x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape [B, D], but have {list(x.shape)} and {list(y.shape)}")
+    if learnt is not None and learnt.dim():
+        raise ValueError(f"a learnt temperature must be a 0-d tensor, but has shape {list(learnt.shape)}")
     return select("contrastive", x, y)
 
 
 def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    kernel = _kernel(x, y)
+    kernel = _kernel(x, y, learnt)
     given = temperature if learnt is None else learnt
     if kernel is None:
         loss = contrastive_reference(x, y, given)
@@ -45,7 +49,7 @@ def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tu
 def _run_backward(
     grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, sums: Tensor, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel(x, y)
+    kernel = _kernel(x, y, learnt)
     inputs = (x, y, learnt)
     given = temperature if learnt is None else learnt
     if kernel is None:
@@ -136,7 +140,7 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 def _run_training(
     x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel(x, y)
+    kernel = _kernel(x, y, learnt)
     given = temperature if learnt is None else learnt
     if kernel is None:
         loss = contrastive_reference(x, y, given)

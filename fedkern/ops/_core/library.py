@@ -111,5 +111,7 @@ def differentiate_reference(
     with recording():
         result = reference(*inputs)
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-        gradients = iter(torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True) if wanted else ()
+        )
     return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))

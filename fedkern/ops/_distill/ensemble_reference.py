@@ -118,7 +118,7 @@ def _flat_log_mixture(teachers: Tensor, share: Tensor, temperature: float) -> Te
 def _limit(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:
     if mix == MEAN:
         return _weighted_sum(share, torch.stack([half_variance(teacher, student) for teacher in teachers]))
-    if mix == PROBS:
+    if mix == PROBS and share.shape[2] > 1:  # else the mean is one number for all classes of a row
         # To first order in 1/T a softmax is (1 + (x - mean x) / T) / C.
         masked = teachers == -math.inf
         finite = torch.where(masked, 0, teachers)

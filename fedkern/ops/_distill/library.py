@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._distill.rows import NONE, reduce_mapped, spread_mapped, unmapped
+from fedkern.ops._distill.rows import NONE, REDUCTIONS, reduce_mapped, spread_mapped, unmapped
 
 Optionals = tuple[Any, ...]  # tensors, and None where an optional one was not given
 
@@ -81,7 +81,17 @@ def define(loss: Loss) -> Callable[..., Any]:
     def one(values: Sequence[Any]) -> Any:
         return values[0] if results == 1 else tuple(values)
 
+    def check(tensors: Optionals, reduction: int, grads: Sequence[Tensor] = ()) -> None:
+        """Of what programs that call the operators themselves may get wrong, what no kernel sees."""
+        if reduction not in REDUCTIONS.values():
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, but is {reduction}")
+        expected = tuple(loss.rows(tensors)) if reduction == NONE else ()
+        for grad in grads:
+            if tuple(grad.shape) != expected:
+                raise ValueError(f"a result's gradient must have shape {list(expected)}, but has {list(grad.shape)}")
+
     def run(*inputs: Any) -> Any:
+        check(inputs[:count], inputs[-1])
         return loss.run(inputs[:count], inputs[count:])
 
     def fake(*inputs: Any) -> Any:
@@ -116,6 +126,7 @@ def define(loss: Loss) -> Callable[..., Any]:
 
     def run_backward(*inputs: Any) -> Any:
         grads, tensors, settings, needs = split(inputs)
+        check(tuple(tensors), settings[-1], grads)
         given = place(loss.run_backward(grads, tuple(tensors), settings, needs), tensors[:wanted], needs)
         return given[0] if wanted == 1 else given
 

@@ -67,6 +67,8 @@ def _backward_implementation(
     need_scale: bool,
     need_shift: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    if (need_scale and scale is None) or (need_shift and shift is None):
+        raise ValueError("a scale or shift that is not given has no gradient")
     needs = (need_features, need_scale, need_shift)
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", grad)
     arguments = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
