@@ -16,6 +16,7 @@ from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig, given_paths
 from fedkern.engine.run import kept_data
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, nearest
 from fedkern.extras import pandas
 from fedkern.methods import Method, given_classes, registry
@@ -119,6 +120,7 @@ class Run:
         """The records of the rounds so far."""
         return History(engine.read_metrics(self.out))
 
+    @reproducible()
     def model(self) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
 
@@ -128,6 +130,7 @@ class Run:
         self._give_method()
         return engine.read_model(self.out, self._trusted, self._model)[0]
 
+    @reproducible()
     def predict(self, images: Any) -> Tensor:
         """Probabilities of the classes.
 
@@ -154,6 +157,7 @@ class Run:
         paths = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
         return predictor.probabilities_of(paths)
 
+    @reproducible()
     def evaluate(
         self,
         data: str | FederatedData | None = None,
@@ -213,6 +217,7 @@ class Run:
         self.config = engine.extend(self.out, rounds, trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
+    @reproducible()
     def plot(self) -> list[Path]:
         """Draws the run's pictures into its folder, over older ones, and returns their paths."""
         from fedkern.report.pictures import write_pictures
@@ -223,6 +228,7 @@ class Run:
         root = self.config.data_root
         return write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
 
+    @reproducible()
     def report(self) -> Path:
         """Writes ``report.html``, one file of the run to read in a browser, over an older one, and returns its path.
 

@@ -21,7 +21,6 @@ from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.team import GO_ON, LEAVING, Team
 from fedkern.engine.executors.wire import Unpacker
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Reducing, Setup, Sum, Task
-from fedkern.engine.run import reproducible
 from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods.uploads import Kept
@@ -113,7 +112,7 @@ def _serve(team: Team, link: Link) -> None:
     setup: Setup = Unpacker().unpack(link.receive()[0])
     if setup.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
-    with as_in_the_run(setup), reproducible():
+    with as_in_the_run(setup):
         RankWorker(setup, link, team).serve()
 
 

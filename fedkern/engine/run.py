@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
@@ -94,7 +95,7 @@ def run(
             leaves nothing at all.
         fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
-    with closing(Audience(listener or Listener())) as audience:
+    with closing(Audience(listener or Listener())) as audience, reproducible():
         return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model, elsewhere, check)
 
 
@@ -136,7 +137,7 @@ def _run(
         check_vacant(out)
     keep_freed_memory()
     with (
-        cpu_threads(config.threads), in_order(), reproducible(), computing(config.precision),
+        cpu_threads(config.threads), in_order(), computing(config.precision),
         available(config.model, model),
     ):  # fmt: skip
         known = data is None or elsewhere is None
@@ -425,15 +426,3 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
                 f"Client {data.client_label(k)} has a single image-text pair, and every pair is told from the others "
                 "of its batch: use fewer clients, more samples, or another --partition."
             )
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """cuDNN's deterministic algorithms, so that two runs give the same bits on a GPU too."""
-    cudnn = torch.backends.cudnn
-    before = (cudnn.deterministic, cudnn.benchmark)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before

@@ -36,6 +36,7 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker, portable
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, set_modes
 from fedkern.engine.parties import Elsewhere
+from fedkern.engine.torch_modes import reproducible
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
@@ -133,6 +134,7 @@ def as_in_the_run(setup: Setup) -> Iterator[None]:
         if setup.backend is not None:
             forced.enter_context(backend.use_backend(setup.backend))
         forced.enter_context(computing(setup.config.precision))
+        forced.enter_context(reproducible())
         yield
 
 

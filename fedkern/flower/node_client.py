@@ -28,8 +28,9 @@ from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import BEFORE, Client, Server
 from fedkern.engine.privacy_report import guarantee
-from fedkern.engine.run import on_node, reproducible
+from fedkern.engine.run import on_node
 from fedkern.engine.store.releases import DIVERGED, Releases
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import ClientFailed, UserError, printable
 from fedkern.flower.node_folder import NodeFolder, Version
 from fedkern.flower.parcel import Malformed, Parcel

@@ -118,10 +118,8 @@ class Forget:
 
 
 def modes() -> dict[str, Any]:
-    """The process-wide settings of PyTorch that change bits."""
+    """The process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
     return {
-        "dtype": torch.get_default_dtype(),
-        "matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "mkldnn": torch.backends.mkldnn.enabled,
@@ -130,8 +128,6 @@ def modes() -> dict[str, Any]:
 
 def set_modes(given: dict[str, Any]) -> None:
     """Sets the process-wide settings that :func:`modes` returned in another process."""
-    torch.set_default_dtype(given["dtype"])
-    torch.set_float32_matmul_precision(given["matmul"])
     now = modes()
     if (now["deterministic"], now["warn_only"]) != (given["deterministic"], given["warn_only"]):
         # Called only for a change: the call imports torch's compiler, which takes a second.

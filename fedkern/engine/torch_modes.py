@@ -1,0 +1,43 @@
+"""PyTorch's process-wide settings: those that a run needs, in place of its caller's while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Context manager or decorator: what a caller has set for its own work changes no bit of the work inside.
+
+    fp32 is the default dtype and the precision of matrix products, the CPU the default device, gradients are recorded,
+    and cuDNN takes its deterministic algorithms.  The caller's settings are back afterwards.  Deterministic
+    algorithms, anomaly detection and function modes are tools of the caller's that stay.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    dtype, matmul, device = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_default_device()
+    moved = False
+    with ExitStack() as modes:
+        try:
+            cudnn.deterministic, cudnn.benchmark = True, False
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+            if device != torch.device("cpu"):
+                torch.set_default_device(None)
+                moved = torch.get_default_device() != device
+                if not moved:  # a block of the caller's, "with torch.device(...)", cannot be left from within
+                    modes.enter_context(torch.device("cpu"))
+            if torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.enable_grad())
+            yield
+        finally:
+            modes.close()
+            cudnn.deterministic, cudnn.benchmark = before
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(matmul)
+            if moved:
+                torch.set_default_device(device)
