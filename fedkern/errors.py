@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
+import traceback
 from collections.abc import Iterable
 
 WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
 """Most characters shown of a word, a message and a traceback: a name from a file can have any length."""
+
+
+RAISED = (Exception, SystemExit, GeneratorExit)
+"""What other people's code may raise by mistake; a KeyboardInterrupt is the user's own."""
 
 
 class UserError(Exception):
@@ -27,6 +32,19 @@ class RunFailed(UserError):
     """A run that failed without a result to keep, although every input was valid; exit code 1."""
 
     exit_code = 1
+
+
+class CodeFailed(RunFailed):
+    """Code of a method raised what would otherwise be taken for an error of fedkern or the machine.
+
+    Attributes:
+        traceback: traceback of the exception, as text.
+    """
+
+    def __init__(self, where: str, error: BaseException) -> None:
+        super().__init__(f"{where} failed: {described(error)}; the traceback names the file to mend.")
+        self.traceback = traced(error)
+        self.__cause__ = error
 
 
 class ClientFailed(RunFailed):
@@ -49,6 +67,29 @@ class ClientFailed(RunFailed):
     def at(self, when: str, label: str = "") -> ClientFailed:
         """The same error with ``when``, the round, and ``label``, the client's number and name, in the message."""
         return ClientFailed(self.client, self.what, self.traceback, when, label)
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line of bounded length: its type and its text, which may itself raise."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "its text cannot be shown"
+    name = type(error).__name__
+    return printable(f"{name}: {text}" if text else name).rstrip(".")
+
+
+def shows(error: BaseException) -> bool:
+    """Whether an exception has a text, and one of bounded length."""
+    try:
+        return len(str(error)) <= MESSAGE
+    except Exception:
+        return False
+
+
+def traced(error: BaseException) -> str:
+    """The traceback of an exception, as text of bounded length."""
+    return printable("".join(traceback.format_exception(error)), TRACEBACK)
 
 
 def printable(text: str, most: int = MESSAGE) -> str:

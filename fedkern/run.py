@@ -54,11 +54,15 @@ def _guarded(words: list[str]) -> int:
     from fedkern.interrupts import Terminated, ended
 
     try:
+        os.getcwd()  # noqa: PTH109 (pathlib takes milliseconds to import)
+    except OSError:
+        return _say("the working folder has been deleted or cannot be read: change to another one")
+    try:
         code = _dispatch(words)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return code
     except UserError as error:
-        print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # ClientFailed has one
+        print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # ClientFailed and CodeFailed have one
         return _say(str(error), error.exit_code)
     except BrokenPipeError:
         # The interpreter flushes both streams once more at exit, which must not fail again.
@@ -74,6 +78,8 @@ def _guarded(words: list[str]) -> int:
             raise
         way_out = "; choose a shorter name" if error.errno == errno.ENAMETOOLONG else ""
         return _say(f"{error.filename}: {error.strerror}{way_out}")
+    except SystemExit as error:  # of code that the command runs: no exit code of its own may pass for success
+        return _say(f"code that the command runs called sys.exit({error.code!r}): let it raise an exception", 1)
     except KeyboardInterrupt as stop:
         ended()
         asked = isinstance(stop, Terminated)

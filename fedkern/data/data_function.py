@@ -15,7 +15,8 @@ from fedkern import plugins
 from fedkern.data.partition import PartitionSpec, parse_partition
 from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetInfo, Root
 from fedkern.data.types import FederatedData, Pool, Source, Split
-from fedkern.errors import UserError
+from fedkern.docstrings import docstring
+from fedkern.errors import RAISED, UserError, described
 
 TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 PARAMETERS = ("root", "clients", "partition", "seed")
@@ -59,7 +60,7 @@ def register_data(
     def add(function: F) -> F:
         if name in DATASETS and not _again(DATASETS[name], function):
             raise ValueError(f'data set "{name}" is already registered')
-        lines = (inspect.getdoc(function) or "").splitlines()
+        lines = docstring(function).splitlines()
         if not lines:
             raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
         made = DataFunction(name, function, task)
@@ -132,12 +133,12 @@ class DataFunction:
         given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
         try:
             made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
-        except (UserError, MemoryError, OSError):
+        except (UserError, MemoryError):
             raise
-        except Exception as error:  # the user's own code may raise anything
+        except RAISED as error:  # the user's own code may raise anything
             raise UserError(
                 f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} fails '
-                f"({type(error).__name__}: {error})"
+                f"({described(error)})"
             ) from error
         if isinstance(made, Source):
             self._check_source(made)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedkern.engine.events import Listener, Listeners, RunInfo
-from fedkern.errors import UserError
+from fedkern.errors import RAISED, UserError, described
 
 
 class Audience(Listeners):
@@ -16,7 +16,7 @@ class Audience(Listeners):
 
     A listener that raises is left out from then on, and one warning has its name and the error.  Three errors pass:
 
-    * anything that is no ``Exception``, such as ``KeyboardInterrupt``;
+    * anything that code does not raise by mistake, such as ``KeyboardInterrupt``;
     * an error of an ``essential`` listener;
     * a :class:`UserError` of ``restore`` or ``on_start``, when nothing of a run can be lost yet.
 
@@ -44,22 +44,21 @@ class Audience(Listeners):
                 continue
             try:
                 call(each)
-            except Exception as error:
+            except RAISED as error:
                 if each.essential or (told and isinstance(error, UserError)):
                     raise
                 self._leave_out(each, hook, error)
 
-    def _leave_out(self, listener: Listener, hook: str, error: Exception) -> None:
+    def _leave_out(self, listener: Listener, hook: str, error: BaseException) -> None:
         self._present.remove(listener)
         shown = self._names[id(listener)]
-        what = " ".join(str(error).split()).rstrip(".")
-        reason = what if isinstance(error, UserError) else f"{type(error).__name__}{f': {what}' if what else ''}"
+        reason = str(error).rstrip(".") if isinstance(error, UserError) else described(error)
         name = f"listener-{shown}"
         text = f"The listener {shown} failed in {hook} ({reason}): the run goes on without it."
         self.warnings[name] = text
         self.on_warning(name, text)
         if hook != "close":
-            with suppress(Exception):  # the listener is broken, and its first error was told
+            with suppress(*RAISED):  # the listener is broken, and its first error was told
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:

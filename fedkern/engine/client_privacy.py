@@ -95,6 +95,12 @@ class ClientPrivacy:
         assert config.dp_noise is not None
         self._config, self._method, self._server = config, method, server
         self.level = ClientLevel(config.dp_clip, config.dp_noise, delta_of(config))
+        if config.dp_noise and self.level.delta * config.trained_clients >= 1:
+            context.warn(
+                "large-delta",
+                f"--dp-delta {self.level.delta:g} is one in the number of clients ({config.trained_clients}) or more: "
+                "even a rule that publishes a client's data would count as private, so choose a smaller one.",
+            )
         check(config, method, server, context)
         self.secret = ""
         plan = [entry.participants for entry in method.rounds(server.federation)]

@@ -60,7 +60,7 @@ from fedkern.engine.store.saved_model import about_network, lacks_statistics, re
 from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.tracing import FILE as TRACE
 from fedkern.engine.tracing import traced
-from fedkern.errors import ClientFailed, RunFailed, UserError
+from fedkern.errors import RAISED, ClientFailed, CodeFailed, RunFailed, UserError, shows
 from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
@@ -132,6 +132,7 @@ class Run:
         self._told: set[str] = set()
         self.said: Guarantee | None = None  # which of the run's releases the epsilon covers
         self._round: dict[str, Any] = {}
+        self._from_uploads: BaseException | None = None
 
     def prepare(self, *, known: bool = True) -> None:
         """Checks everything that can fail because of the user's input, before anything is written.
@@ -148,7 +149,7 @@ class Run:
         if self.context.data.task == "retrieval":
             network = self.context.network("server")  # raises where an encoder's folder cannot be read
             self._pooling.check(network.module)
-        with self.context.drawing(self.server, BEFORE):
+        with self.context.drawing(self.server, BEFORE), self._method_code("start"):
             self.method.start(self.server)
         if self.config.dp_clip is not None:
             self.private = ClientPrivacy(self.config, self.method, self.server, self.context)
@@ -346,7 +347,7 @@ class Run:
             self._round["exchange"] = exchange_name
             self._last_exchange = exchange_name == exchanges[-1][0]
             begun, before = time.perf_counter(), (self.ledger.total_up, self.ledger.total_down)
-            with self.context.drawing(self.server, step):
+            with self.context.drawing(self.server, step), self._method_code("send"):
                 outgoing = asker.send(self.server, step)
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             exchange.lose(outgoing, absent)
@@ -354,7 +355,8 @@ class Run:
             uploads: Iterator[Upload] = exchange.uploads(outgoing)
             if self.private is not None and asker is self.method:
                 uploads = self._mean_of(self.private, uploads, outgoing, step, participants[0], asked)
-            with self.context.drawing(self.server, step):
+            uploads = self._passing(uploads)
+            with self.context.drawing(self.server, step), self._method_code("server_update"):
                 asker.server_update(self.server, step, uploads)
             for _ in uploads:  # every client works, even where server_update stops reading
                 pass
@@ -386,6 +388,36 @@ class Run:
             return
         self.done += 1
         self._record(entry, start, sent, phases, flops, travelled, due)
+
+    @contextmanager
+    def _method_code(self, part: str) -> Iterator[None]:
+        """Names method and round where a part of the method raises.
+
+        What the command line would take for its own, such as a broken pipe, a full disk or ``sys.exit()``, becomes an
+        error of the method.  An error that comes out of the uploads is that of the engine and of clients.
+        """
+        try:
+            yield
+        except (UserError, MemoryError):
+            raise
+        except RAISED as error:
+            if error is self._from_uploads:
+                raise
+            entry, shown = self._round.get("entry"), self._round.get("shown", 0)
+            done = max(shown - 1, 0) if entry is not None and not entry.one_off else self.done
+            when = "before the first round" if entry is None else when_of(entry, done)
+            where = f"{part} of {self.config.method} {when}"
+            if isinstance(error, Exception) and not isinstance(error, OSError) and shows(error):
+                error.add_note(f"in {where}")
+                raise
+            raise CodeFailed(f"The method's {where}", error) from error
+
+    def _passing(self, uploads: Iterator[Upload]) -> Iterator[Upload]:
+        try:
+            yield from uploads
+        except BaseException as error:
+            self._from_uploads = error
+            raise
 
     def _sample(self, index: int) -> list[int]:
         return sample_clients(self.config, index) if self.private is None else self.private.participants(index)
@@ -468,7 +500,8 @@ class Run:
 
     def _network(self) -> nn.Module | None:
         """The network that the method evaluates and saves, in eval mode; None while there is none."""
-        network = self.method.model(self.server)
+        with self._method_code("model"):
+            network = self.method.model(self.server)
         if network is not None and not self.context.is_flat(network):
             network.eval()
         return network
@@ -479,7 +512,7 @@ class Run:
 
     def _evaluate(self, network: nn.Module, last: bool) -> None:
         """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
-        with self._at_once(network) as at_once:
+        with self._at_once(network) as at_once, self._method_code("evaluate"):
             self.latest = evaluate(self.method, network, self.sets, at_once, keep=last)
         self._evaluate_clients(network, self.client_sets)
         self.latest.update(over_clients(self.own_figures, self.client_sets))
@@ -792,7 +825,8 @@ class Run:
         of_tests = {**self.latest, **final.metrics, **self.latest, **self._gradcam(network)}
         metrics = {**of_tests, **self._told_report()}
         if self._elsewhere is None and (told.appraised is None or told.appraised):
-            found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
+            with self._method_code("oracle_metrics"):
+                found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
             metrics.update(told.oracle_metrics(found, ("", *self.sets)))
         if self.private is not None:
             private = self.private.report(self.done)

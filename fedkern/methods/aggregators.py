@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkern import ops, plugins
-from fedkern.errors import UserError
+from fedkern.docstrings import docstring
+from fedkern.errors import RAISED, UserError, described
 from fedkern.methods.options import Knob, with_options
 
 MEAN = "mean"
@@ -71,7 +72,7 @@ def register_aggregator(name: str) -> Callable[[F], F]:
         known = AGGREGATORS.get(name)
         if known is not None and getattr(known.function, "__qualname__", None) != function.__qualname__:
             raise ValueError(f'aggregator "{name}" is already registered')
-        lines = (inspect.getdoc(function) or "").splitlines()
+        lines = docstring(function).splitlines()
         if not lines:
             raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the rule to the user")
         AGGREGATORS[name] = Aggregator(name, lines[0].strip(), function, _options(name, function))
@@ -124,10 +125,10 @@ class Rule:
             made = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # of a user's own rule too
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        except RAISED as error:  # of a user's own rule too
+            why = described(error).removeprefix("ValueError: ")
             raise UserError(
-                f"--aggregator {self.text} cannot combine {len(vectors)} uploads ({kind}{error}): choose other options "
+                f"--aggregator {self.text} cannot combine {len(vectors)} uploads ({why}): choose other options "
                 "or another rule, or have more clients in a round."
             ) from error
         if not isinstance(made, Tensor) or made.shape != vectors[0].shape or not made.is_floating_point():

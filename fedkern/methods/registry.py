@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from fedkern.docstrings import docstring
 from fedkern.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def register(name: str) -> Callable[[M], M]:
     def add(cls: M) -> M:
         if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
             raise ValueError(f'method "{name}" is already registered by {METHODS[name].__qualname__}')
-        lines = (cls.__doc__ or "").strip().splitlines()
+        lines = docstring(cls).splitlines()
         if not lines:
             raise TypeError(f"{cls.__qualname__} needs a docstring: its first line describes the method to the user")
         cls.name = name

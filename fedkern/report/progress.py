@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -325,8 +326,10 @@ def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Ca
 
 def terminal(*, stderr: bool = False) -> Console:
     """The console to print on; lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80."""
-    console = _Console(stderr=stderr)
-    return console if console.is_terminal else _Console(stderr=stderr, width=PIPE_WIDTH)
+    stream = sys.stderr if stderr else sys.stdout
+    # FORCE_COLOR and TTY_COMPATIBLE ask for colours; a bar that moves belongs on a terminal alone.
+    console = _Console(stderr=stderr, force_terminal=None if stream.isatty() else False)
+    return console if console.is_terminal else _Console(stderr=stderr, force_terminal=False, width=PIPE_WIDTH)
 
 
 def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:

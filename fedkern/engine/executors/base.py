@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedkern.engine.local import Diverged
-from fedkern.errors import ClientFailed, UserError
+from fedkern.errors import ClientFailed, UserError, described, traced
 from fedkern.methods.base import ClientId, Message, Step
 
 States = Callable[[ClientId], Callable[[], dict[str, Any]]]
@@ -96,21 +95,14 @@ class Executor(Protocol):
         ...
 
 
-def failure(client: ClientId, error: Exception) -> ClientFailed:
-    """Makes a ClientFailed of a client's exception.
+def failure(client: ClientId, error: BaseException) -> ClientFailed:
+    """Makes a ClientFailed of what a client's code has raised, whatever that is: the machine and fedkern go on.
 
     Raises:
-        Exception: ``error`` itself, where the user or the machine is to blame (UserError, OSError, no memory left):
-            leaving the client out would not help.
+        UserError: ``error`` itself, which the user can put right: leaving the client out would not help.
     """
-    text = str(error)
-    if (
-        isinstance(error, (UserError, MemoryError, OSError))
-        or "allocate memory" in text
-        or "OutOfMemory" in repr(error)
-    ):
+    if isinstance(error, UserError):
         raise error
-    lines = "".join(traceback.format_exception(error))
-    failed = ClientFailed(client, f"{type(error).__name__}: {text}" if text else type(error).__name__, lines)
+    failed = ClientFailed(client, described(error), traced(error))
     failed.__cause__ = error
     return failed

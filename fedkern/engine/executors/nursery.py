@@ -86,7 +86,8 @@ def _started() -> tuple[_Process, socket.socket]:
     folder = str(Path(fedkern.__file__).parents[1])
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    words = [sys.executable, "-P", "-m", "fedkern.engine.worker", str(theirs.fileno()), str(os.getpid())]
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -I, -E, -O, -X ...
+    words = [sys.executable, *flags, "-P", "-m", "fedkern.engine.worker", str(theirs.fileno()), str(os.getpid())]
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0

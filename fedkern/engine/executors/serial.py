@@ -12,6 +12,7 @@ from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client
 from fedkern.engine.store.state import fingerprint
+from fedkern.errors import RAISED
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.models.flops import Counting
 
@@ -65,7 +66,7 @@ class Serial:
                 answer.message = self._askers[asker].client_update(client, step, message)
             except Diverged as problem:
                 answer.problem = problem
-            except Exception as error:
+            except RAISED as error:
                 answer.problem = failure(k, error)
         answer.report = client.report
         answer.seconds, answer.flops = time.perf_counter() - start, counted.flops

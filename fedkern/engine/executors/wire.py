@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.errors import described
+
 _ALIGNED = 64
 _HEADER = struct.Struct("<QI")  # bytes of the pickle, number of memory files
 _INLINE = 1 << 15  # bytes; a longer pickle goes through a memory file, so that no message fills the socket's buffer
@@ -332,8 +334,8 @@ def portable(error: Exception) -> Exception:
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return copy if type(copy) is type(error) else RuntimeError(str(error))
+        return RuntimeError(described(error))
+    return copy if type(copy) is type(error) else RuntimeError(described(error))
 
 
 def _pour(descriptor: int, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkern import plugins
-from fedkern.errors import UserError
+from fedkern.docstrings import docstring
+from fedkern.errors import RAISED, UserError, described
 
 FIGURES = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
 """Names of fedkern's own figures of a classification."""
@@ -40,10 +40,10 @@ class Metric:
             return float(self.function(logits, labels))
         except MemoryError:
             raise
-        except Exception as error:  # the user's own code may raise anything
+        except RAISED as error:  # the user's own code may raise anything
             raise UserError(
                 f'The metric "{self.name}" fails on {len(labels)} samples of {logits.shape[1]} classes '
-                f"({type(error).__name__}: {error}): mend {self.function.__qualname__} of {self.function.__module__}."
+                f"({described(error)}): mend {self.function.__qualname__} of {self.function.__module__}."
             ) from error
 
 
@@ -72,7 +72,7 @@ def register_metric(name: str) -> Callable[[F], F]:
     def add(function: F) -> F:
         if name in METRICS and METRICS[name].function.__qualname__ != function.__qualname__:
             raise ValueError(f'metric "{name}" is already registered')
-        lines = (inspect.getdoc(function) or "").splitlines()
+        lines = docstring(function).splitlines()
         if not lines:
             raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the metric")
         METRICS[name] = Metric(name, lines[0].strip(), function)

@@ -1,0 +1,69 @@
+"""The command line under Python's options, variables of the terminal, and in a folder that is gone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = ["fedavg", "--data", "digits", "--clients", "3", "--train-samples", "90", "--model", "mlp", "--local-steps", "1",
+       "--rounds", "2", "--grad-cam", "0"]  # fmt: skip
+
+
+def called(*words, python=(), cwd=None, shell="", **variables):
+    command = [sys.executable, *python, "-m", "fedkern.run", *map(str, words)]
+    if shell:
+        command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("python", [("-OO",), ("-O",), ("-I",)], ids=" ".join)
+def test_optimised_and_isolated_python(python, tmp_path):
+    listed, plain = called("list", python=python, cwd=tmp_path), called("list", cwd=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout == plain.stdout
+
+
+def test_a_script_without_docstrings_and_its_workers(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit('a module that hides a standard one')\n")
+    script = (
+        "import fedkern\n"
+        "run = fedkern.simulate('scaffold', data='digits', clients=3, train_samples=90, model='mlp', rounds=2,\n"
+        "    local_steps=1, workers=2, out='run', progress=False, pictures=False)\n"
+        "print(sorted(run.summary['diagnostics']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-OO", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "workers" not in done.stdout
+    assert "hides" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_no_cursor_moves_in_a_file(name, tmp_path):
+    done = called(*RUN, "--out", tmp_path / "run", cwd=tmp_path, **{name: "1"})
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr + done.stdout
+    assert "\x1b" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("words", [["list"], [*RUN, "--quiet"], ["compare", *RUN]], ids=lambda words: words[0])
+def test_a_deleted_working_folder_is_one_sentence(words, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = called(*words, "--out", tmp_path / "out", cwd=gone, shell=f"rmdir {gone}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the working folder has been deleted")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("delta", "told"), [("0.34", True), ("0.5", True), ("0.01", False)])
+def test_a_delta_of_one_in_the_clients_is_told(delta, told, tmp_path):
+    pytest.importorskip("dp_accounting")
+    done = called(*RUN, "--dp-clip", "0.5", "--dp-noise", "8", "--dp-delta", delta, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert ("one in the number of clients (3)" in " ".join(done.stderr.split())) == told
