@@ -14,6 +14,8 @@ from fedkern.engine import RunConfig, read_metrics, read_summary
 from fedkern.engine.config import ANYHOW, FOUND
 from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.grounds import code_identity, difference, other_data
+from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
@@ -88,13 +90,15 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
     """Reads a finished run's folder.
 
     Raises:
-        UserError: there is no run, it is not finished, or a file is damaged.
+        UserError: there is no run, it is not finished, its settings were changed, or a file is damaged.
     """
     path = Path(folder)
     config = RunConfig.load(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
     if summary is None:
         raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
+    if (entry := newest(path)) is not None:
+        check_unedited(config, entry, path)
     return FoundRun(path, config, summary, read_metrics(path))
 
 

@@ -74,3 +74,12 @@ def test_a_report_without_a_file_says_so(name, runs, fails, tmp_path):
     (out / name).unlink()
     command = "evaluate" if name == "model.safetensors" else "report"
     assert name in fails(command, str(out))
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_settings_of_another_run_are_named(command, runs, fails, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs[0], out)
+    shutil.copy(runs[1] / "config.toml", out / "config.toml")
+    more = [str(runs[1]), "--out", str(tmp_path / "c")] if command == "compare" else []
+    assert "config.toml was changed after the run began (seed" in fails(command, str(out), *more)
