@@ -38,6 +38,14 @@ def blend(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, ...]:
     return (ops.blend(x, y, alpha),)
 
 
+def divergence(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return ops.kl_div(x, y, temperature), ops.dual_kl(x, y, y, temperature, reduction="none")
+
+
+def ensemble(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return (ops.ensemble_kl(x, y, torch.tensor([0.2, 0.8]), temperature),)
+
+
 def contrastive(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, ...]:
     return (ops.contrastive(x, y, temperature),)
 
@@ -67,6 +75,8 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Callable[[
     "sgd of two rows, tensor": (sgd, [(2, 9)] * 3, lambda t: (torch.tensor(0.1 / t), 0.0, 2.5)),
     "sgd, a rate for each row": (cohort, [(2, 9)] * 2, lambda t: (0.1 / t, 0.2 / t)),
     "blend": (blend, [(8, 3), (8, 3)], lambda t: (t / 13,)),
+    "divergences": (divergence, [(8, 5), (8, 5)], lambda t: (1.0 + t / 4,)),
+    "ensemble": (ensemble, [(8, 5), (2, 8, 5)], lambda t: (1.0 + t / 4,)),
     "contrastive": (contrastive, [(8, 5), (8, 5)], lambda t: (0.05 * t,)),
     "clipping": (clipped, [(8, 10)], lambda t: (1.0 / t, 0.5 * t, t)),
     "server_step": (server, [(10,), (8, 10), (10,)], lambda t: (1.0 / t, 0.9 - t / 20)),
@@ -74,7 +84,7 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Callable[[
 }
 
 
-DIFFERENTIABLE = ("blend", "contrastive")
+DIFFERENTIABLE = ("blend", "contrastive", "divergences", "ensemble")
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -116,4 +126,21 @@ def test_gradients_are_zeroed_within_the_operator() -> None:
     assert torch.equal(total, torch.full((4,), 2.0))
     assert not after.any()
     assert not gradients.any()
+    torch._dynamo.reset()
+
+
+def test_the_gradient_of_a_compiled_function() -> None:
+    """torch.compile of torch.func.grad refuses custom operators; docs/ops.md names this way instead."""
+    x, y = tensors((4, 5), (4, 5))
+
+    def loss(x: Tensor) -> Tensor:
+        return ops.kl_div(x, y, 2.0)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"fake tensor call|functorch"):
+        torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(x)
+    leaf = x.clone().requires_grad_()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (gradient,) = torch.autograd.grad(compiled(leaf), leaf)
+    torch.testing.assert_close(gradient, torch.func.grad(loss)(x))
     torch._dynamo.reset()

@@ -66,9 +66,10 @@ class Loss:
 def define(loss: Loss) -> Callable[..., Any]:
     """Registers the operators of ``loss``; returns the function that calls the loss."""
     count, wanted = len(loss.tensors), loss.differentiable
-    arguments = ", ".join(
-        [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors] + [*loss.settings]
-    )
+    named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
+    # A temperature travels as a tensor under a compiler, which would compile every number anew.
+    heated = loss.settings[0] == "float temperature"
+    arguments = ", ".join([*named, *(["Tensor? heat"] if heated else []), *loss.settings])
     # One gradient alone is always wanted.
     asked = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:wanted]] if wanted > 1 else []
     grads_arguments = ", ".join(f"Tensor grad{i}" for i in range(loss.results))
@@ -90,9 +91,19 @@ def define(loss: Loss) -> Callable[..., Any]:
             if tuple(grad.shape) != expected:
                 raise ValueError(f"a result's gradient must have shape {list(expected)}, but has {list(grad.shape)}")
 
+    def plain(settings: Sequence[Any]) -> tuple[Any, ...]:
+        """The settings as the loss takes them."""
+        if not heated:
+            return tuple(settings)
+        heat, temperature, *rest = settings
+        return (temperature if heat is None else heat.item(), *rest)
+
+    def reference(*inputs: Any) -> Any:
+        return loss.reference(*inputs[:count], *plain(inputs[count:]))
+
     def run(*inputs: Any) -> Any:
         check(inputs[:count], inputs[-1])
-        return loss.run(inputs[:count], inputs[count:])
+        return loss.run(inputs[:count], plain(inputs[count:]))
 
     def fake(*inputs: Any) -> Any:
         tensors = inputs[:count]
@@ -127,7 +138,7 @@ def define(loss: Loss) -> Callable[..., Any]:
     def run_backward(*inputs: Any) -> Any:
         grads, tensors, settings, needs = split(inputs)
         check(tuple(tensors), settings[-1], grads)
-        given = place(loss.run_backward(grads, tuple(tensors), settings, needs), tensors[:wanted], needs)
+        given = place(loss.run_backward(grads, tuple(tensors), plain(settings), needs), tensors[:wanted], needs)
         return given[0] if wanted == 1 else given
 
     def fake_backward(*inputs: Any) -> Any:
@@ -153,7 +164,7 @@ def define(loss: Loss) -> Callable[..., Any]:
                 inputs = list(full)
                 for i, x in zip(chosen, selected, strict=True):
                     inputs[i] = x
-                return loss.reference(*inputs[results:], *ctx.settings)
+                return reference(*inputs[results:], *ctx.settings)
 
             pull = torch.func.vjp(value, *(full[i] for i in chosen))[1]
             return pull(one(full[:results]))
@@ -186,7 +197,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         setup_context=setup,
         backward=backward,
         vmap=vmap,
-        reference=loss.reference,
+        reference=reference,
     )
     gradients_of = library.register(
         f"{loss.name}_backward",
@@ -198,7 +209,16 @@ def define(loss: Loss) -> Callable[..., Any]:
         backward=second,
         vmap=vmap_backward,
     )
-    return value_of
+    if not heated:
+        return value_of
+
+    def call(*inputs: Any) -> Any:
+        tensors, temperature, rest = inputs[:count], inputs[count], inputs[count + 1 :]
+        if torch.compiler.is_compiling():
+            return value_of(*tensors, library.number_tensor(temperature), 1.0, *rest)
+        return value_of(*tensors, None, temperature, *rest)
+
+    return call
 
 
 def place(gradients: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -67,8 +67,9 @@ def test_opcheck(reduction: int) -> None:
     student, other, teacher = (x.requires_grad_() for x in logits(3, 4, 6))
     weight = torch.rand(4, requires_grad=True)
     divergence, entropy = torch.ops.fedkern.divergence.default, torch.ops.fedkern.entropy.default
-    torch.library.opcheck(divergence, (student, None, teacher.detach(), None, 2.0, False, reduction))
-    torch.library.opcheck(divergence, (student, other, teacher, weight, 2.0, True, reduction))
+    torch.library.opcheck(divergence, (student, None, teacher.detach(), None, None, 2.0, False, reduction))
+    torch.library.opcheck(divergence, (student, other, teacher, weight, None, 2.0, True, reduction))
+    torch.library.opcheck(divergence, (student, other, teacher, weight, torch.tensor(2.0), 1.0, True, reduction))
     torch.library.opcheck(entropy, (student, reduction))
     maps = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(entropy, (maps, reduction))

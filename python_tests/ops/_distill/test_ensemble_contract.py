@@ -261,9 +261,9 @@ def test_second_derivatives_under_torch_func() -> None:
 def test_opcheck(reduction: int) -> None:
     student, teachers = logits(4, 6).requires_grad_(), logits(3, 4, 6, seed=1).requires_grad_()
     operator = torch.ops.fedkern.ensemble.default
-    torch.library.opcheck(operator, (student, teachers.detach(), None, None, 2.0, 0, False, reduction))
+    torch.library.opcheck(operator, (student, teachers.detach(), None, None, None, 2.0, 0, False, reduction))
     weights, mask = (torch.rand(3, 4, 1) + 0.1).requires_grad_(), torch.rand(3, 6) < 0.7
-    torch.library.opcheck(operator, (student, teachers, weights, mask, 2.0, 1, False, reduction))
+    torch.library.opcheck(operator, (student, teachers, weights, mask, None, 2.0, 1, False, reduction))
 
 
 def test_fake_tensors() -> None:
