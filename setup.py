@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -17,6 +18,11 @@ ROOT = Path(__file__).resolve().parent
 
 # Characters of a path that CMake takes for its own.
 UNREADABLE = '";\\$\n'
+
+SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml; as in its build-system table
+if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
+    sys.exit(f"fedkern: setuptools {setuptools.__version__} is too old, {SETUPTOOLS} or newer is needed: "
+             "pip install -U setuptools, or install without --no-build-isolation")  # fmt: skip
 
 WITHOUT = "FEDKERN_CPU=0 installs fedkern without the compiled core, plain PyTorch then serves"
 

@@ -228,3 +228,10 @@ def test_an_nvcc_that_was_insisted_on_is_an_error(tmp_path: Path) -> None:
     told = configure(tmp_path, "exit 1", "1")
     assert told.returncode
     assert f"FEDKERN_CUDA=1, but {tmp_path / 'bin' / 'nvcc'} cannot build the CUDA core: it does not run" in told.stderr
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "76.1", "9"])
+def test_an_old_setuptools_is_one_sentence(version, monkeypatch):
+    monkeypatch.setattr("setuptools.__version__", version)
+    with pytest.raises(SystemExit, match=rf"setuptools {version} is too old, 77 or newer"):
+        runpy.run_path(str(Path(__file__).parents[1] / "setup.py"), run_name="old")
