@@ -8,6 +8,7 @@
 #include "aggregate_streams.h"
 #include "fedkern/parallel.h"
 #include "fedkern/tiles.h"
+#include "scratch.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -101,8 +102,11 @@ void weighted_mean(const WeightedMean& a) {
   const Divisor divisor(a.total, std::is_same_v<Out, double>);
   const bool stream = can_stream(a.out, a.stream);
   const auto add = exact_products<T>(a.weights, a.count) ? add_clients<sizeof(T) != 8, T, Out> : add_clients<false, T, Out>;
-  auto chunks = [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) double sum[kBlock];
+  // Not on the stack, of which a thread may have 64 KB.
+  const std::int64_t chunk = vector_chunk(a.size), held = together ? 0 : std::min({block, chunk, a.size});
+  const Scratch<double> memory(held, parallel_workers(a.size, chunk, a.threads));
+  auto chunks = [&](std::int64_t begin, std::int64_t end, int worker) {
+    double* const sum = memory.get(worker);
     for (std::int64_t i = begin; i < end; i += block) {
       const std::int64_t n = std::min(block, end - i);
       Out* out = static_cast<Out*>(a.out) + i;
@@ -120,7 +124,7 @@ void weighted_mean(const WeightedMean& a) {
     if (stream) finish_stores();
   };
   const double bytes = static_cast<double>(a.count + 1) * static_cast<double>(a.size) * sizeof(T);
-  parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(bytes), chunks);
+  parallel_for(a.size, chunk, a.threads, seconds(bytes), chunks);
 }
 
 template <typename T>

@@ -2,11 +2,11 @@
 
 #include <limits>
 
-#include "aggregate_scratch.h"
 #include "aggregate_store.h"
 #include "aggregate_streams.h"
 #include "fedkern/parallel.h"
 #include "fedkern/tiles.h"
+#include "scratch.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -149,10 +149,10 @@ void sorted_mean(const SortedMean& a) {
   using C = computed_t<T>;
   const bool weighted = a.mean != OrderMean::plain;
   const Divisor none(1.0, false);
-  auto chunks = [&](std::int64_t begin, std::int64_t end) {
-    const Scratch<C> memory((weighted ? 2 : 1) * a.count * kWidth<C>);
+  const Scratch<C> memory((weighted ? 2 : 1) * a.count * kWidth<C>, parallel_workers(a.size, kChunk / 4, a.threads));
+  auto chunks = [&](std::int64_t begin, std::int64_t end, int worker) {
     Tile<C> tile;
-    tile.count = a.count, tile.values = memory.get(), tile.origin = weighted ? memory.get() + a.count * kWidth<C> : nullptr;
+    tile.count = a.count, tile.values = memory.get(worker), tile.origin = weighted ? tile.values + a.count * kWidth<C> : nullptr;
     for (std::int64_t i = begin; i < end; i += kWidth<C>) {
       const std::int64_t n = std::min(kWidth<C>, end - i);
       double mean[kWidth<C>];

@@ -1,10 +1,10 @@
 #include "fedkern/aggregate_server.h"
 
-#include "aggregate_scratch.h"
 #include "aggregate_store.h"
 #include "aggregate_streams.h"
 #include "fedkern/parallel.h"
 #include "fedkern/tiles.h"
+#include "scratch.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -88,21 +88,35 @@ FEDKERN_INLINE void mean_delta(const ServerStep& a, const Divisor& divisor, std:
   }
 }
 
-// The same for n < kStep elements, one by one; the sums go into the first lanes.
+// x - global, with equal infinities at no distance: a mask of -inf that every model holds changes nothing.
+template <typename T>
+FEDKERN_INLINE double delta_of(T x, double global) {
+  const double wide = static_cast<double>(widen(x));
+  return wide == global ? 0.0 : wide - global;
+}
+
+// Whether all of kStep elements are finite numbers.
+FEDKERN_INLINE bool all_finite(const double* x) {
+  V zero = V::set(0);
+  for (int u = 0; u < kMeans; ++u) zero = fma(V::load(x + u * V::lanes), V::set(0), zero);
+  return reduce_add(zero) == 0;
+}
+
+// The same for n <= kStep elements, one by one, where some of them may be infinite; the sums go into the first lanes.
 template <typename T>
 void mean_delta_tail(const ServerStep& a, const Divisor& divisor, std::int64_t at, std::int64_t n, const double* global, double* mean, Sums& sums) {
   double square = 0;
   for (std::int64_t j = 0; j < n; ++j) {
     double sum = 0;
     for (std::int64_t m = 0; m < a.count; ++m) {
-      const double delta = static_cast<double>(widen(static_cast<const T*>(a.vectors[m])[at + j])) - global[j];
+      const double delta = delta_of(static_cast<const T*>(a.vectors[m])[at + j], global[j]);
       if (a.weights[m] != 0) sum += a.weights[m] * delta;
       sums.squares[m * V::lanes] += delta * delta;
     }
     mean[j] = divisor.apply(sum);
     square += mean[j] * mean[j];
     for (std::int64_t m = 0; m < a.count; ++m)
-      sums.products[m * V::lanes] += (static_cast<double>(widen(static_cast<const T*>(a.vectors[m])[at + j])) - global[j]) * mean[j];
+      sums.products[m * V::lanes] += delta_of(static_cast<const T*>(a.vectors[m])[at + j], global[j]) * mean[j];
   }
   double lanes[V::lanes] = {square};
   sums.square = sums.square + V::load(lanes);
@@ -153,7 +167,7 @@ Update<S> update_of(ServerRule rule) {
   }
 }
 
-// The states of n < kStep elements go through a tile of their own.
+// The states of n <= kStep elements go through a tile of their own.
 template <typename S>
 void update_tail(const ServerStep& a, Update<S> body, std::int64_t n, const double* global, const double* mean, S* first, S* second, double* model) {
   S one[kStep] = {}, two[kStep] = {};
@@ -169,17 +183,18 @@ void server_step(const ServerStep& a) {
   const Divisor divisor(a.total, sizeof(T) == 8), none(1.0, false);
   const Update<S> body = update_of<S>(a.rule);
   const bool stream = can_stream(a.out, a.stream);
-  auto chunks = [&](std::int64_t begin, std::int64_t end) {
-    const Scratch<double> memory(2 * a.count * V::lanes);
-    std::fill_n(memory.get(), 2 * a.count * V::lanes, 0.0);
-    Sums sums{memory.get(), memory.get() + a.count * V::lanes, V::set(0)};
+  const Scratch<double> memory(2 * a.count * V::lanes, parallel_workers(a.size, a.chunk, a.threads));
+  auto chunks = [&](std::int64_t begin, std::int64_t end, int worker) {
+    double* const squares = memory.get(worker);
+    std::fill_n(squares, 2 * a.count * V::lanes, 0.0);
+    Sums sums{squares, squares + a.count * V::lanes, V::set(0)};
     alignas(64) double global[kStep] = {}, mean[kStep] = {}, model[kStep];
     for (std::int64_t at = begin; at < end; at += kStep) {
       const std::int64_t n = std::min(kStep, end - at);
       widen_tile(static_cast<const T*>(a.global) + at, n, global);
       S* const first = a.first.present ? static_cast<S*>(a.first.data) + at : nullptr;
       S* const second = a.second.present ? static_cast<S*>(a.second.data) + at : nullptr;
-      if (n == kStep) {
+      if (n == kStep && __builtin_expect(all_finite(global), 1)) {
         prefetch_step(static_cast<const T*>(a.global) + at);
         if (first) prefetch_step(first);
         if (second) prefetch_step(second);

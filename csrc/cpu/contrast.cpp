@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "aggregate_scratch.h"
 #include "fedkern/parallel.h"
 #include "fedkern/simd_math.h"
+#include "scratch.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {

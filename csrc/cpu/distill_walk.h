@@ -1,8 +1,13 @@
 // How rows are walked: chunks, blocks of rows, and which of the two kernels takes them.
 #pragma once
 
+#include <algorithm>
+#include <memory>
+#include <new>
+
 #include "distill_memory.h"
 #include "fedkern/parallel.h"
+#include "scratch.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -61,14 +66,17 @@ Sums walk(const Call& call, bool dense, std::int64_t stacked) {
       }
     }
   };
-  auto body = [&](std::int64_t begin, std::int64_t end) {
-    if (plan.lanes_are_rows) {
-      Kernel<T, true> kernel(call);
-      run_chunk(&kernel, begin, end);
-    } else {
-      Kernel<T, false> kernel(call);
-      run_chunk(&kernel, begin, end);
-    }
+  // Not on the stack, of which a thread may have 64 KB: a kernel's buffers fill twice that.
+  const Scratch<char> memory(std::max(sizeof(Kernel<T, true>), sizeof(Kernel<T, false>)), parallel_workers(plan.units, plan.chunk, call.threads));
+  auto body = [&](std::int64_t begin, std::int64_t end, int worker) {
+    const auto run_with = [&](auto* kernel) {
+      run_chunk(kernel, begin, end);
+      std::destroy_at(kernel);
+    };
+    if (plan.lanes_are_rows)
+      run_with(new (memory.get(worker)) Kernel<T, true>(call));
+    else
+      run_with(new (memory.get(worker)) Kernel<T, false>(call));
   };
   const double elements = static_cast<double>(plan.units) * static_cast<double>(plan.width * call.classes * stacked);
   parallel_for(plan.units, plan.chunk, call.threads, elements * kElementSeconds<T>, body);

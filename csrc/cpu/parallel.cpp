@@ -4,6 +4,9 @@
 #include <pthread.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -70,27 +73,42 @@ void judge(double lost, double elapsed) {
 // Waking and joining a thread takes some 10 µs on an idle machine, a scheduler's time slice (milliseconds) on a busy one.
 double parallel_threshold() { return 200e-6; }
 
+bool lost_threads() { return forked.load(std::memory_order_relaxed); }
+
 void trust_fork() { forked.store(false, std::memory_order_relaxed); }
 
 void parallel_chunks(std::int64_t count, std::int64_t chunk, int threads, double seconds, ChunkBody body, void* context) {
   if (count <= 0) return;
-  const std::int64_t chunks = (count + chunk - 1) / chunk;
-  const int team = static_cast<int>(std::min<std::int64_t>(threads, chunks));
-  if (team <= 1 || seconds < parallel_threshold() || forked.load(std::memory_order_relaxed) || keep_alone()) {
-    for (std::int64_t begin = 0; begin < count; begin += chunk) body(context, begin, std::min(begin + chunk, count));
+  const int team = parallel_workers(count, chunk, threads);
+  if (team <= 1 || seconds < parallel_threshold() || lost_threads() || keep_alone()) {
+    for (std::int64_t begin = 0; begin < count; begin += chunk) body(context, begin, std::min(begin + chunk, count), 0);
     return;
   }
   std::atomic<std::int64_t> next{0};
+  std::atomic<int> workers{0};
+#if defined(__SSE__)
+  // Whether denormal numbers are flushed to zero, and how results are rounded (torch.set_flush_denormal), is the calling thread's
+  // choice alone; a chunk may not depend on the thread that takes it.
+  const unsigned control = _mm_getcsr();
+#endif
   const pthread_t caller = pthread_self();
   const double start = clock_seconds(CLOCK_MONOTONIC), start_on_core = clock_seconds(CLOCK_THREAD_CPUTIME_ID);
   double on_core = 0;
 #pragma omp parallel num_threads(team)
   {
+#if defined(__SSE__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(control);
+#endif
+    const int worker = workers.fetch_add(1, std::memory_order_relaxed);
     for (;;) {
       const std::int64_t begin = next.fetch_add(1, std::memory_order_relaxed) * chunk;
       if (begin >= count) break;
-      body(context, begin, std::min(begin + chunk, count));
+      body(context, begin, std::min(begin + chunk, count), worker);
     }
+#if defined(__SSE__)
+    _mm_setcsr(before);
+#endif
     if (pthread_equal(pthread_self(), caller)) on_core = clock_seconds(CLOCK_THREAD_CPUTIME_ID) - start_on_core;
   }
   const double elapsed = clock_seconds(CLOCK_MONOTONIC) - start;

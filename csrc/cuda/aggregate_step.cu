@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlock, 2) step_kernel(const __grid_constant__
       load_run<double>(a.x[m], a.x.dtype, at, a.x.stride, a.x.size, a.x.packed, x);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const double delta = x[i] - old[i];
+        const double delta = difference(x[i], old[i]);
         sum += delta * delta;
         mean[i] = weight == 0 ? mean[i] : mean[i] + weight * delta;
       }
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kBlock, 2) step_kernel(const __grid_constant__
       double x[kPack], sum = 0;
       load_run<double>(a.x[m], a.x.dtype, at, a.x.stride, a.x.size, a.x.packed, x);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sum += (x[i] - old[i]) * mean[i];
+      for (int i = 0; i < kPack; ++i) sum += difference(x[i], old[i]) * mean[i];
       tally.add(m, 1, sum);
     }
     double one[kPack] = {}, two[kPack] = {};
@@ -106,7 +106,10 @@ __global__ void __launch_bounds__(kBlock, 2) distances_to_kernel(const __grid_co
       double value[kPack], sum = 0;
       load_run<double>(x[m], x.dtype, at, x.stride, x.size, x.packed, value);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sum += (value[i] - from[i]) * (value[i] - from[i]);
+      for (int i = 0; i < kPack; ++i) {
+        const double apart = difference(value[i], from[i]);
+        sum += apart * apart;
+      }
       tally.add(m, 0, sum);
     }
   }
@@ -146,7 +149,10 @@ __global__ void __launch_bounds__(kBlock, 2) distances_kernel(const __grid_const
       const int item = thread + k * kBlock;
       if (item >= items) break;
       const double *const a = tile[left[item / slices]], *const b = tile[right[item / slices]];
-      for (int c = item % slices; c < kTile; c += slices) sum[k] += (a[c] - b[c]) * (a[c] - b[c]);
+      for (int c = item % slices; c < kTile; c += slices) {
+        const double apart = difference(a[c], b[c]);
+        sum[k] += apart * apart;
+      }
     }
   }
 #pragma unroll

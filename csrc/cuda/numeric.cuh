@@ -30,6 +30,9 @@ __device__ __forceinline__ C widen(T x) {
     return static_cast<C>(static_cast<float>(x));
 }
 
+// a - b, with equal infinities at no distance: a mask of -inf that every model holds keeps none of them apart.
+__device__ __forceinline__ double difference(double a, double b) { return a == b ? 0.0 : a - b; }
+
 // Rounded to odd on the way from fp64, so that the second rounding is exact.
 __device__ __forceinline__ float round_to_odd(double x) {
   const float toward_zero = __double2float_rz(x);

@@ -24,14 +24,26 @@ from fedkern.ops._aggregate.checks import (
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernel, AggregateKernels
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
-from fedkern.ops._aggregate.robust_reference import geometric_median_reference, krum_scores_reference
+from fedkern.ops._aggregate.robust_reference import (
+    FAR,
+    FAR_BESIDE_SMOOTHING,
+    MOST_FROM_DISTANCES,
+    difference,
+    geometric_median_reference,
+    krum_scores_reference,
+    stack,
+    start,
+)
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import ready, torch_alone
 from fedkern.ops._core.checks import check_count, check_number, no_vmap, shown
 
-# Up to this many vectors the geometric median is found from their pairwise distances alone. They take one pass over the
-# vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
-MOST_FROM_DISTANCES = 128
+# Vectors at larger distances than this, in multiples of most vectors', leave too few digits of most vectors' distances
+# to a mean: see _products.
+_MOST_APART = 1e8
+
+# Elements of all vectors that are held in fp64 at once.
+_HELD = 1 << 22
 
 # The largest integer that operators of torch.library take.
 _MOST_ITERATIONS = 2**63 - 1
@@ -56,8 +68,8 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
 
     Returns:
         ``[M, M]`` in fp64, exactly symmetric, with zeros on the diagonal.  NaN in a vector makes its distances to
-        others NaN.  An infinity makes them infinite, or NaN where the other vector has the same infinity in the same
-        place.  There is no gradient.
+        others NaN.  An infinity makes them infinite; two vectors that hold the same infinity in the same place do not
+        differ there.  There is no gradient.
 
     Raises:
         TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
@@ -76,8 +88,8 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
 
     The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` closest other vectors.  The
     vectors with the smallest scores are kept; of equal scores the first.  ``keep=1`` is Krum and returns one of the
-    vectors unchanged; a larger ``keep`` is Multi-Krum.  A vector with NaN or infinities is infinitely far from all
-    others.
+    vectors unchanged; a larger ``keep`` is Multi-Krum.  A vector with NaN, or with an infinity that others do not hold
+    in the same place, is infinitely far from them.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
@@ -89,6 +101,7 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+            On the CPU, also fewer than ``keep`` vectors have a finite score; on CUDA the result is then NaN.
         RuntimeError: a forced backend cannot serve the call.
     """
     kernel: AggregateKernels | None = ready("aggregate", vectors, torch.is_grad_enabled())
@@ -108,26 +121,32 @@ def geometric_median(
     weights: Tensor | Sequence[float] | None = None,
     *,
     iterations: int = 100,
-    tolerance: float = 1e-10,
+    tolerance: float = 1e-8,
     smoothing: float = 1e-6,
 ) -> Tensor:
     """Finds the point with the smallest weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
 
     Smoothed Weiszfeld iterations start at the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with
     ``b_m = w_m / max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors with shares ``a``.  So its
-    distances follow from the squared distances ``D`` between the vectors: ``|x_m - z|^2 = (D a)_m - a.D a / 2``.  Up to
-    128 vectors are therefore read only twice, whatever the number of iterations.
+    distances follow from the products ``G`` of the vectors' differences to one of them:
+    ``|x_m - z|^2 = G_mm - 2 (G a)_m + a.G a``.  Up to 128 vectors are therefore read a few times, whatever the number
+    of iterations.
+
+    A vector's pull does not grow with its distance, so a minority of the weight cannot move the result far.  The scale
+    is the distance within which more than half of the weight lies from the vector of the smallest sum of distances
+    (from the coordinate-wise median, for more than 128 vectors).  Where a vector is more than 1e4 times the scale and
+    1e10 times ``smoothing`` away, iterations start with the shares ``w_m / max(scale, distance)`` and not at the mean.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
         weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
         iterations: largest number of iterations; 0 gives the weighted mean.
-        tolerance: relative change of the weighted sum of distances at which the iterations stop.
+        tolerance: length of a step, in multiples of the scale, at which the iterations stop.
         smoothing: lower bound of the distances that are divided by, in the vectors' units; greater than 0.
 
     Returns:
-        ``[P]`` in the vectors' dtype.  NaN or infinity in a vector of positive weight makes the result NaN.  There is
-        no gradient.
+        ``[P]`` in the vectors' dtype.  NaN in a vector of positive weight makes the result NaN.  So does an infinity,
+        unless all vectors hold it in the same place.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -173,7 +192,11 @@ def _krum(kernel: AggregateKernel, vectors: Vectors, byzantine: int, keep: int) 
         return kernel.weighted_mean(vectors, chosen, None)
     scores = _scores(squared, byzantine)
     kept = scores.argsort(stable=True)[:keep]
-    return _mean(vectors, torch.zeros_like(scores).index_fill_(0, kept, 1.0))
+    weights = torch.zeros_like(scores).index_fill_(0, kept, 1.0)
+    if scores.device.type == "cpu":
+        _check_scores(scores.tolist(), keep)
+        return _mean(vectors, weights)
+    return _mean(vectors, torch.where(scores[kept[-1]] < math.inf, weights, math.nan))
 
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:
@@ -191,10 +214,21 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
         for m, row in enumerate(squared.tolist()):
             others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
             scores.append(sum(others[: count - byzantine - 2]))
+    _check_scores(scores, keep)
     weights = [0.0] * count
     for m in sorted(range(count), key=scores.__getitem__)[:keep]:
         weights[m] = 1.0
     return weights
+
+
+def _check_scores(scores: list[float], keep: int) -> None:
+    """Raises ValueError where fewer than ``keep`` scores are finite: of equal scores Krum would keep the first."""
+    finite = sum(score < math.inf for score in scores)
+    if finite < keep:
+        raise ValueError(
+            f"vectors must have {keep} finite score{'s' * (keep > 1)} to choose by, but {finite} of {len(scores)} are: "
+            "the other vectors hold NaN or infinities of their own; leave them out"
+        )
 
 
 def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
@@ -213,21 +247,32 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
     if kernel.host and count <= MOST_FROM_DISTANCES:
         return _median_from_distances(kernel, vectors, given.tolist(), iterations, tolerance, smoothing)
-    used = given > 0
-    squared = None
-    if count <= MOST_FROM_DISTANCES:
-        squared = torch.where(used & used[:, None], select(vectors).squared_distances(vectors), 0.0)
+    if not iterations:
+        return _mean(vectors, given / given.sum())
     # On a GPU the host reads no result: all iterations run, and a flag keeps the shares once they have settled.
-    current, before = given / given.sum(), torch.full((), math.inf, dtype=torch.float64, device=device)
+    used = given > 0
+    products: Tensor | None = None
+    if count <= MOST_FROM_DISTANCES:
+        both = used & used[:, None]
+        distances = torch.where(both, kernel.squared_distances(vectors), 0.0).sqrt_()
+        middle = torch.where(used, distances @ given, math.inf).argmin(0, keepdim=True)
+        apart = distances.index_select(0, middle)[0]
+        centre = _point(vectors, torch.zeros_like(given).scatter_(0, middle, 1.0))
+        scale, current = start(apart, given, smoothing)
+        products = torch.where(both, _products(kernel, vectors, centre, apart, scale), 0.0)
+    else:
+        centre = kernel.weighted_median(vectors, given).double()
+        scale, current = start(kernel.squared_distances_to(vectors, centre).sqrt_(), given, smoothing)
     settled = torch.zeros((), dtype=torch.bool, device=device)
     for _ in range(iterations):
-        distances = _distances_to_mean(vectors, current, squared)
-        objective = torch.where(used, given * distances, 0.0).sum()
-        settled = settled | ((before - objective).abs() <= tolerance * objective)
+        distances = _distances_to_mean(vectors, current, products)
+        pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
+        following = pulls / pulls.sum()
+        step = _step(vectors, current, following, products)
+        current = torch.where(settled, current, following)
+        settled = settled | (step <= tolerance * scale)
         if device.type == "cpu" and bool(settled):
             break
-        pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
-        current, before = torch.where(settled, current, pulls / pulls.sum()), objective
     return _mean(vectors, current)
 
 
@@ -239,41 +284,104 @@ def _median_from_distances(
     tolerance: float,
     smoothing: float,
 ) -> Tensor:
-    shares = _weiszfeld(kernel.squared_distances(vectors), weights, iterations, tolerance, smoothing)
-    return kernel.weighted_mean(vectors, shares, None)
-
-
-def _weiszfeld(
-    squared: Tensor, weights: Sequence[float], iterations: int, tolerance: float, smoothing: float
-) -> list[float]:
-    """Final shares of the iterations, from the vectors' squared distances; in NumPy, whose calls cost less."""
+    if not iterations:
+        return kernel.weighted_mean(vectors, weights, None)
     used = [m for m, weight in enumerate(weights) if weight > 0]
     given = np.array(weights)[used]
-    between = squared.numpy()[np.ix_(used, used)]
-    shares, before = given / given.sum(), math.inf
+    squared = kernel.squared_distances(vectors).numpy()[np.ix_(used, used)]
     with np.errstate(all="ignore"):  # NaN and infinities spread as they do in torch
-        for _ in range(iterations):
-            sums = (between * shares).sum(1)  # not by BLAS, whose bits may depend on its threads
-            distances = np.sqrt(np.maximum(sums - 0.5 * (shares * sums).sum(), 0.0))
-            objective = float((given * distances).sum())
-            if abs(before - objective) <= tolerance * objective:
-                break
-            shares = given / np.maximum(distances, smoothing)
-            shares /= shares.sum()
-            before = objective
+        distances = np.sqrt(squared)
+        middle = int((distances * given).sum(1).argmin())
+        apart = distances[middle]
+        order = apart.argsort(kind="stable")
+        below = given[order].cumsum()
+        scale = max(float(apart[order[min(int((2 * below <= below[-1]).sum()), len(order) - 1)]]), smoothing)
+        most = float(apart.max())
+        if most <= _MOST_APART * scale:
+            products = (squared[middle, :, None] + squared[middle] - squared) / 2
+        else:
+            rows = [vectors[m] for m in used]
+            parts = torch.from_numpy(apart), torch.tensor(scale, dtype=torch.float64)
+            products = _products(kernel, rows, rows[middle], *parts).numpy()
+        far = most > max(FAR * scale, FAR_BESIDE_SMOOTHING * smoothing)
+        pulls = given / np.maximum(apart, scale) if far else given
+        shares = _weiszfeld(products, given, pulls / pulls.sum(), iterations, tolerance * scale, smoothing)
     every = [0.0] * len(weights)
     for m, share in zip(used, shares.tolist(), strict=True):
         every[m] = share
-    return every
+    return kernel.weighted_mean(vectors, every, None)
 
 
-def _distances_to_mean(vectors: Vectors, shares: Tensor, squared: Tensor | None) -> Tensor:
-    """The vectors' distances to their mean with ``shares`` (of sum one), from the ``squared`` distances if given."""
-    if squared is None:
-        wide = torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device)
-        return select(vectors).squared_distances_to(vectors, _mean(vectors, shares, wide)).sqrt_()
-    sums = squared @ shares
-    return (sums - 0.5 * (shares @ sums)).clamp_min_(0.0).sqrt_()
+def _weiszfeld(
+    products: np.ndarray[Any, Any],
+    weights: np.ndarray[Any, Any],
+    shares: np.ndarray[Any, Any],
+    iterations: int,
+    least: float,
+    smoothing: float,
+) -> np.ndarray[Any, Any]:
+    """Final shares of the iterations, from :func:`_products`; in NumPy, whose calls cost less.
+
+    They end with a step no longer than ``least``.
+    """
+    own = products.diagonal()
+    for _ in range(iterations):
+        sums = (products * shares).sum(1)  # not by BLAS, whose bits may depend on its threads
+        distances = np.sqrt(np.maximum(own - 2 * sums + (shares * sums).sum(), 0.0))
+        following = weights / np.maximum(distances, smoothing)
+        following /= following.sum()
+        change, shares = following - shares, following
+        if float(((products * change).sum(1) * change).sum()) <= least * least:
+            break
+    return shares
+
+
+def _products(kernel: AggregateKernel, vectors: Vectors, centre: Tensor, apart: Tensor, scale: Tensor) -> Tensor:
+    """fp64 ``[M, M]``: the products ``<x_m - centre, x_k - centre>``.
+
+    They follow from distances.  These are taken between vectors that are drawn towards the centre to a distance of at
+    most ``scale``: beside a vector that is 1e8 times as far away as others, no digit of their products would be left.
+
+    Args:
+        kernel: takes the distances.
+        vectors: M vectors ``[P]``.
+        centre: ``[P]``.
+        apart: fp64 ``[M]``, the vectors' distances from the centre.
+        scale: fp64 ``[]``.
+    """
+    factors = (scale / apart).clamp_max_(1.0)
+    count, size = len(apart), len(centre)
+    squared = torch.zeros(count, count, dtype=torch.float64, device=apart.device)
+    norms = torch.zeros_like(apart)
+    held = max(_HELD // count, 1)
+    with torch_alone():
+        for begin in range(0, size, held):
+            piece = slice(begin, begin + held)
+            drawn = difference(stack(vectors, piece).double(), centre[piece].double()).mul_(factors[:, None])
+            squared += kernel.squared_distances(drawn)
+            norms += kernel.squared_norms(drawn)
+    return (norms[:, None] + norms - squared) / (2 * factors[:, None] * factors)
+
+
+def _point(vectors: Vectors, shares: Tensor) -> Tensor:
+    """The vectors' mean with ``shares``, in fp64."""
+    return _mean(vectors, shares, torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device))
+
+
+def _distances_to_mean(vectors: Vectors, shares: Tensor, products: Tensor | None) -> Tensor:
+    """The vectors' distances to their mean with ``shares`` (of sum one), from their :func:`_products` if given."""
+    if products is None:
+        return select(vectors).squared_distances_to(vectors, _point(vectors, shares)).sqrt_()
+    sums = products @ shares
+    return (products.diagonal() - 2 * sums + shares @ sums).clamp_min_(0.0).sqrt_()
+
+
+def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor | None) -> Tensor:
+    """The distance between the vectors' means with ``shares`` and with ``following``."""
+    if products is None:
+        return difference(_point(vectors, following), _point(vectors, shares)).norm()
+    change = following - shares
+    return (change @ (products @ change)).clamp_min_(0.0).sqrt_()
 
 
 # 3. Eager autograd: none; a call that asks for a gradient raises ValueError.

@@ -17,6 +17,14 @@ from fedkern.ops._core.memory import placed
 # Relative tolerance: a partial sum of weights this close to half of their sum counts as half, however it was rounded.
 HALF = 2.0**-40
 
+# Up to this many vectors the geometric median is found from their pairwise distances alone.  They take one pass over
+# the vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
+MOST_FROM_DISTANCES = 128
+
+# Distances of a vector from the others, in multiples of theirs and of ``smoothing``, beyond which the weighted mean is
+# no start.
+FAR, FAR_BESIDE_SMOOTHING = 1e4, 1e10
+
 
 def stack(vectors: Vectors, piece: slice) -> Tensor:
     """One piece of all vectors, ``[M, n]``."""
@@ -60,6 +68,11 @@ def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
     return out
 
 
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """``one - other``, and 0 between equal infinities: a mask of -inf that all models hold keeps none of them apart."""
+    return torch.where(one == other, 0.0, one - other)
+
+
 def squared_distances_reference(vectors: Vectors) -> Tensor:
     """fp64 ``[M, M]``: squared distances between all pairs of vectors."""
     count = len(vectors)
@@ -67,7 +80,7 @@ def squared_distances_reference(vectors: Vectors) -> Tensor:
     for piece in pieces(vectors[0].shape[0]):
         wide = stack(vectors, piece).double()
         for m in range(1, count):
-            result[m, :m] += (wide[:m] - wide[m]).square().sum(1)
+            result[m, :m] += difference(wide[:m], wide[m]).square().sum(1)
     return result + result.t()
 
 
@@ -75,7 +88,7 @@ def squared_distances_to_reference(vectors: Vectors, point: Tensor) -> Tensor:
     """fp64 ``[M]``: squared distances to ``point [P]``."""
     result = torch.zeros(len(vectors), dtype=torch.float64, device=point.device)
     for piece in pieces(len(point)):
-        result += (stack(vectors, piece).double() - point[piece]).square().sum(1)
+        result += difference(stack(vectors, piece).double(), point[piece]).square().sum(1)
     return result
 
 
@@ -88,24 +101,49 @@ def geometric_median_reference(
     vectors: Vectors, weights: Weights | None, iterations: int, tolerance: float, smoothing: float
 ) -> Tensor:
     """Smoothed Weiszfeld iterations (RFA, arXiv 1912.13445, algorithm 2) on the vectors themselves, in fp64."""
-    wide = [vector.double() for vector in vectors]
-    given = as_weights([1.0] * len(wide) if weights is None else weights, wide[0])
+    wide = torch.stack([vector.double() for vector in vectors])
+    given = as_weights([1.0] * len(wide) if weights is None else weights, wide)
+    wide, given = wide[given > 0], given[given > 0]
     shares = given / given.sum()
-
-    def mean(of: Tensor) -> Tensor:
-        terms = [torch.where(share == 0, 0.0, share * vector) for share, vector in zip(of, wide, strict=True)]
-        return torch.stack(terms).sum(0) / of.sum()
-
-    point = mean(shares)
-    before = math.inf
+    if iterations:
+        if len(vectors) <= MOST_FROM_DISTANCES:
+            apart = squared_distances_reference(wide).sqrt()
+            apart = apart[(apart @ given).argmin()]
+        else:
+            apart = squared_distances_to_reference(wide, weighted_median_reference(wide, given)).sqrt()
+        scale, shares = start(apart, given, smoothing)
+    point = (shares[:, None] * wide).sum(0)
     for _ in range(iterations):
-        distances = torch.stack([(vector - point).norm() for vector in wide])
-        inner = torch.where(shares == 0, 0.0, shares / distances.clamp_min(smoothing))
-        objective = float(torch.where(shares == 0, 0.0, shares * distances).sum())
-        if abs(before - objective) <= tolerance * objective:
+        distances = squared_distances_to_reference(wide, point).sqrt()
+        pulls = given / distances.clamp_min(smoothing)
+        before, point = point, (pulls[:, None] * wide).sum(0) / pulls.sum()
+        if float(difference(point, before).norm()) <= tolerance * float(scale):
             break
-        before, point = objective, mean(inner)
     return point.to(vectors[0].dtype)
+
+
+def start(apart: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Scale of a geometric median, and the shares of the point from which its iterations start.
+
+    Args:
+        apart: ``[M]``, distances of the vectors from a point that lies among most of them.
+        weights: fp64 ``[M]``, their weights; a vector of weight zero has no influence.
+        smoothing: lower bound of distances.
+
+    Returns:
+        The distance within which more than half of the weight lies, and ``[M]`` shares of sum one: those of the
+        weighted mean, unless a vector lies :data:`FAR` times that distance away or farther.  Such a vector would hold
+        the mean so far from the others that 100 iterations may not lead back.
+    """
+    used = weights > 0
+    order = torch.where(used, apart, math.inf).argsort(stable=True)
+    below = weights[order].cumsum(0)
+    middle = (2 * below <= below[-1]).sum().clamp_max(len(order) - 1)
+    scale = apart.gather(0, order.gather(0, middle[None]))[0].clamp_min(smoothing)
+    far = torch.where(used, apart, 0.0).max() > (FAR * scale).clamp_min(FAR_BESIDE_SMOOTHING * smoothing)
+    pulls = torch.where(used & far, weights / torch.maximum(apart, scale), weights)
+    pulls = pulls + torch.where(used, apart - apart, 0.0)  # NaN where the distance is not finite
+    return scale, pulls / pulls.sum()
 
 
 def krum_scores_reference(squared: Tensor, byzantine: int) -> Tensor:
@@ -131,7 +169,7 @@ def server_step_reference(
     square = torch.zeros((), dtype=torch.float64, device=global_.device)
     for piece in pieces(len(global_)):
         old = global_[piece].double()
-        deltas = stack(vectors, piece).double() - old
+        deltas = difference(stack(vectors, piece).double(), old)
         mean = torch.zeros_like(old)
         for weight, delta in zip(given, deltas, strict=True):
             # A client of weight zero does not count, whatever it sent.

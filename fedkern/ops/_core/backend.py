@@ -273,6 +273,23 @@ def trust_fork() -> None:
         cpu_core().trust_fork()
 
 
+@contextlib.contextmanager
+def torch_alone() -> Iterator[None]:
+    """Lets torch's own operators run in a forked process, on one thread: see :func:`trust_fork`."""
+    threads = torch.get_num_threads()
+    try:
+        alone = threads > 1 and bool(cpu_core().lost_threads())
+    except Unavailable:
+        alone = False
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if alone:
+            torch.set_num_threads(threads)
+
+
 def intercepted() -> bool:
     """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
 

@@ -65,9 +65,74 @@ def test_distances_to_nan_and_infinity(backend: str) -> None:
     given = pairwise_distances(vectors)
     assert given[1, [0, 2, 3, 4]].isnan().all()
     assert given[2, [0, 4]].isinf().all()
-    assert given[2, 3].isnan()
+    rest = torch.arange(30) != 4
+    assert float(given[2, 3]) == pytest.approx(float((vectors[2] - vectors[3])[rest].double().norm()), rel=1e-6)
     assert given[0, 4].isfinite()
     assert not given.diagonal().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_an_infinity_in_all_vectors_keeps_none_apart(backend: str, dtype: torch.dtype, sign: int) -> None:
+    """A causal mask among the buffers: the results are those without it."""
+    for size in (5, 300, 1100):
+        finite = make_vectors(7, size, dtype, size)
+        finite[0] = finite[0] * 100
+        mask = torch.full((size // 2,), sign * math.inf).to(dtype)
+        masked = [torch.cat([vector[:3], mask, vector[3:]]) for vector in finite]
+        kept = torch.cat([torch.arange(3), torch.arange(size // 2 + 3, size // 2 + size)])
+        expected = pairwise_distances(finite)
+        torch.testing.assert_close(pairwise_distances(masked), expected, rtol=1e-12, atol=0)
+        for rule in (lambda x: krum(x, 2), lambda x: krum(x, 1, 3), geometric_median):
+            given = rule(masked)
+            torch.testing.assert_close(given[kept], rule(finite))
+            assert torch.equal(given[3 : 3 + size // 2], mask)
+
+
+def test_krum_refuses_where_no_score_is_finite(backend: str) -> None:
+    vectors = make_vectors(6, 9, torch.float32)
+    for m, vector in enumerate(vectors[1:]):
+        vector[m] = math.nan if m % 2 else math.inf
+    for keep in (1, 2):
+        with pytest.raises(ValueError, match=rf"vectors must have {keep} finite scores? .* but 0 of 6 are"):
+            krum(vectors, 1, keep)
+
+
+def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """Plain Weiszfeld iterations from the median of every coordinate."""
+    wide, given = torch.stack(vectors).double(), torch.tensor(weights, dtype=torch.float64)
+    point = wide.median(0).values
+    for _ in range(1000):
+        pulls = given / (wide - point).norm(dim=1).clamp_min(1e-6)
+        point = pulls @ wide / pulls.sum()
+    return point
+
+
+@pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_minority_moves_the_geometric_median_far(
+    backend: str, most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", most)
+    cases = itertools.product(((4, 1), (10, 1), (10, 4), (21, 9)), (1e3, 6e4, 3e6, 1e9, 1e12, 1e30))
+    for (count, attackers), far in thinned([case for case in cases if dtype != torch.float16 or case[1] < 6.5e4]):
+        vectors, weights = make_vectors(count, 40, torch.float32, count), make_weights("counts", count)
+        for m in range(attackers):
+            vectors[m] = torch.full((40,), far * (-1) ** (m % 3)) + vectors[m]
+            weights[m] = 0.8 * sum(weights[attackers:]) / attackers
+        vectors = [vector.to(dtype) for vector in vectors]
+        expected = median_in_fp64(vectors, weights)
+        given = geometric_median(vectors, weights).double()
+        bound = 1e-5 if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
+        assert float((given - expected).norm()) <= bound * float(expected.norm()), (count, attackers, far)
+
+
+@pytest.mark.parametrize("far", [1e12, 1e30])
+def test_geometric_median_of_few_weights_and_equal_vectors(backend: str, far: float) -> None:
+    vectors = make_vectors(2, 20, torch.float64)
+    attack = torch.full((20,), far, dtype=torch.float64)
+    torch.testing.assert_close(geometric_median([vectors[0], attack], [0.6, 0.4]), vectors[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(geometric_median([attack] + [vectors[0]] * 9), vectors[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -102,6 +102,32 @@ def check(
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_an_infinity_in_all_models_stays_and_changes_nothing(backend: str, rule: str) -> None:
+    """A causal mask among the buffers: everything else is as without it."""
+    for dtype, size in thinned([(dtype, size) for dtype in DTYPES for size in (5, 64, 300)]):
+        vectors = make_vectors(5, size, dtype)
+        (global_,) = make_vectors(1, size, dtype, 1000)
+        mask = torch.full((size // 2,), -math.inf).to(dtype)
+
+        def masked(vector: Tensor, fill: Tensor = mask) -> Tensor:
+            return torch.cat([vector[:3], fill, vector[3:]])
+
+        kept = torch.cat([torch.arange(3), torch.arange(size // 2 + 3, size // 2 + size)])
+        plain = states(rule, size, torch.float32)
+        long = {name: masked(state, torch.zeros(size // 2)) for name, state in plain.items()}
+        weights = [1.0, 0.0, 2.0, 3.0, 1.0]
+        expected = server_step(global_, vectors, weights, rule, **plain)
+        given = server_step(masked(global_), [masked(vector) for vector in vectors], weights, rule, **long)
+        assert torch.equal(given.model[3 : 3 + size // 2], mask)
+        close(given.model[kept], expected.model.double())
+        torch.testing.assert_close(given.norms, expected.norms, rtol=1e-12, atol=0)
+        torch.testing.assert_close(given.cosines, expected.cosines, rtol=1e-9, atol=1e-9)
+        for name, state in plain.items():
+            close(long[name][kept], state.double())
+            assert not long[name][3 : 3 + size // 2].any()
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_rules(backend: str, rule: str) -> None:
     for defaults in (True, False):
         check(rule, 5, 300, torch.float32, defaults=defaults)

@@ -21,6 +21,12 @@ def _wide(x):
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
+@triton.jit
+def difference(a, b):
+    """``a - b``, and 0 between equal infinities."""
+    return tl.where(a == b, 0.0, a - b)
+
+
 def encoded(weight: float) -> int:
     """Code of a double that is not negative: its bits moved up by one, in a number that Triton does not specialise.
 
@@ -125,13 +131,14 @@ def step_kernel(
     for m in range(count):
         weight, begin = pick(share, member, m), pick(start, member, m)
         x = tl.load(vectors + begin + place * stride, mask=mask, other=0)
-        mean += tl.where(weight == 0, 0.0, weight * (_wide(x) - before))
+        mean += tl.where(weight == 0, 0.0, weight * difference(_wide(x), before))
         whole += weight
     mean = tl.where(mask, mean / whole, 0.0)
     partial += program * (2 * count + 1)
     tl.store(partial + 2 * count, tl.sum(mean * mean, axis=0))
     for m in range(count):
-        delta = _wide(tl.load(vectors + pick(start, member, m) + place * stride, mask=mask, other=0)) - before
+        x = tl.load(vectors + pick(start, member, m) + place * stride, mask=mask, other=0)
+        delta = difference(_wide(x), before)
         tl.store(partial + m, tl.sum(delta * delta, axis=0))
         tl.store(partial + count + m, tl.sum(delta * mean, axis=0))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._aggregate.triton.means import _wide, weights_of
+from fedkern.ops._aggregate.triton.means import _wide, difference, weights_of
 from fedkern.ops._core.triton.numbers import double_of, narrow
 from fedkern.ops._core.triton.offsets import pick, starts_of
 
@@ -93,7 +93,7 @@ def pairs_kernel(
             first = pick(start, member, k)
             y = _wide(tl.load(vectors + first + place * stride, mask=place < size, other=0))
             # Only one side of the diagonal; the launcher mirrors it, bit for bit.
-            d = tl.where((member < k)[:, None] & mask, x - y[None, :], 0.0)
+            d = tl.where((member < k)[:, None] & mask, difference(x, y[None, :]), 0.0)
             total += tl.where((member == k)[None, :], tl.sum(d * d, axis=1)[:, None], 0.0)
     place = program * MEMBERS * MEMBERS + (member * MEMBERS)[:, None] + member[None, :]
     tl.store(partial + place, total)
@@ -114,7 +114,8 @@ def distances_kernel(
         mask = (member < count)[:, None] & (place < size)[None, :]
         x = _wide(tl.load(vectors + start[:, None] + (place * stride)[None, :], mask=mask, other=0))
         if point is not None:
-            x = tl.where(mask, x - tl.load(point + place, mask=place < size, other=0)[None, :], 0.0)
+            there = tl.load(point + place, mask=place < size, other=0)[None, :]
+            x = tl.where(mask, difference(x, there), 0.0)
         total += x * x
     tl.store(partial + program * count + member, tl.sum(total, axis=1), mask=member < count)
 
