@@ -112,7 +112,8 @@ void exact_mean(const ExactMean& a) {
                                      : (top == kExactInfinity ? 1.0 : -1.0) * std::numeric_limits<double>::infinity();
         } else {
           const double half = power_of_two(16 * top);
-          mean[j] = exact_sum(s.high[i + j], s.middle[i + j], s.low[i + j]) / a.total * half * half;
+          // Scaled on both sides of the division, which by a weight near either end of the range would overflow or cut digits off.
+          mean[j] = exact_sum(s.high[i + j], s.middle[i + j], s.low[i + j]) * half / a.total * half;
         }
       }
       write_mean(mean, n, none, static_cast<T*>(a.out) + i, stream);

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kBlock) exact_mean_kernel(DType out_dtype, std
       mean = top == kExactNaN ? static_cast<double>(NAN) : top == kExactInfinity ? static_cast<double>(INFINITY) : -static_cast<double>(INFINITY);
     } else {
       const double half = power_of_two(16 * static_cast<std::int64_t>(top));
-      mean = exact_sum(state.high[i], state.middle[i], state.low[i]) / total * half * half;
+      mean = exact_sum(state.high[i], state.middle[i], state.low[i]) * half / total * half;
     }
     store_value<double>(out, out_dtype, i, mean);
   }

@@ -20,6 +20,8 @@ from fedkern.ops._core.private_torch import functorch_active
 # Exact weights are integers in units of the smallest positive double.
 _UNIT = 1 << 1074
 _WEIGHT_BYTES = 280
+# Products of larger weights and finite fp32 numbers may overflow.
+_LARGE_WEIGHT = 2.0**895
 _MOST_EXACT = 2**31 - 1
 _MOST_ELEMENTS = 2**48
 
@@ -59,12 +61,14 @@ class Accumulator:
         self._dtype: torch.dtype | None = None
         self._weight = 0.0
         self._units = 0
-        self._sum = self._digits = self._top = torch.empty(0)
-        if exact:
-            self._digits = torch.zeros(3, size, dtype=torch.int64, device=device)
-            self._top = torch.full((size,), LOWEST, dtype=torch.int8, device=device)
-        else:
-            self._sum = torch.zeros(size, dtype=torch.float64, device=device)
+        # Ordinary tensors also under inference_mode, where they could not be written to afterwards.
+        with torch.inference_mode(False), backend.torch_alone():
+            self._sum = self._digits = self._top = torch.empty(0)
+            if exact:
+                self._digits = torch.zeros(3, size, dtype=torch.int64, device=device)
+                self._top = torch.full((size,), LOWEST, dtype=torch.int8, device=device)
+            else:
+                self._sum = torch.zeros(size, dtype=torch.float64, device=device)
 
     @property
     def weight(self) -> float:
@@ -101,6 +105,8 @@ class Accumulator:
             raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
         if self.exact and self._count == _MOST_EXACT:
             raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+        if self.exact and value > _LARGE_WEIGHT:
+            self._check_products(vector, value)
         if value:
             self._add(vector.detach(), value)
         self._count += 1
@@ -109,6 +115,12 @@ class Accumulator:
             numerator, denominator = value.as_integer_ratio()
             self._units += numerator * (_UNIT // denominator)
         self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
+
+    def _check_products(self, vector: Tensor, weight: float) -> None:
+        with backend.torch_alone():
+            largest = float(vector.detach().abs().max()) if self.size else 0.0
+        if largest < math.inf <= largest * weight:
+            raise ValueError(f"weight {weight:g} makes products with the vector overflow; scale the weights down")
 
     def _add(self, vector: Tensor, weight: float) -> None:
         kernel = select([vector])
@@ -147,7 +159,8 @@ class Accumulator:
             total = (self._units + other._units) / _UNIT
         except OverflowError:
             raise ValueError("the sum of the weights overflows; scale the weights down") from None
-        exact_merge_reference(self._digits, self._top, other._digits, other._top)
+        with backend.torch_alone():
+            exact_merge_reference(self._digits, self._top, other._digits, other._top)
         self._count += other._count
         self._units += other._units
         self._weight = total
@@ -192,9 +205,10 @@ class Accumulator:
     def reset(self) -> None:
         """Forgets all vectors and weights."""
         self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
-        self._sum.zero_()
-        self._digits.zero_()
-        self._top.fill_(LOWEST)
+        with backend.torch_alone():
+            self._sum.zero_()
+            self._digits.zero_()
+            self._top.fill_(LOWEST)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
@@ -208,9 +222,11 @@ class Accumulator:
         if self.exact:
             units = self._units.to_bytes(_WEIGHT_BYTES, "little")
             state["units"] = torch.tensor(list(units), dtype=torch.uint8, device="cpu")
-            state["digits"], state["top"] = self._digits.clone(), self._top.clone()
-        else:
-            state["sum"] = self._sum.clone()
+        with backend.torch_alone():
+            if self.exact:
+                state["digits"], state["top"] = self._digits.clone(), self._top.clone()
+            else:
+                state["sum"] = self._sum.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,13 +238,14 @@ class Accumulator:
             TypeError, ValueError: the state has wrong entries, types or shapes, another ``size`` or ``exact``, or
                 values that no sum of vectors can have.
         """
-        count, weight, dtype = self._check_state(state)
-        if self.exact:
-            self._units = _units(state["units"])
-            self._digits.copy_(state["digits"])
-            self._top.copy_(state["top"])
-        else:
-            self._sum.copy_(state["sum"])
+        with backend.torch_alone():
+            count, weight, dtype = self._check_state(state)
+            if self.exact:
+                self._units = _units(state["units"])
+                self._digits.copy_(state["digits"])
+                self._top.copy_(state["top"])
+            else:
+                self._sum.copy_(state["sum"])
         self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:

@@ -120,7 +120,7 @@ def _exact_mean(digits: Tensor, top: Tensor, total: float) -> Tensor:
     carried = middle + (low >> 32)
     rest = (carried & 0xFFFFFFFF).double() * 2.0**-32 + (low & 0xFFFFFFFF).double() * 2.0**-64
     half = _power_of_two(16 * top.clamp(max=HIGHEST))
-    value = sign * ((high + (carried >> 32)).double() + rest) / total * half * half
+    value = sign * ((high + (carried >> 32)).double() + rest) * half / total * half
     value = torch.where(top == INFINITE, math.inf, value)
     value = torch.where(top == MINUS_INFINITE, -math.inf, value)
     return torch.where(top == NOT_A_NUMBER, math.nan, value)

@@ -104,6 +104,42 @@ def test_merged_accumulators_have_the_bits_of_one(name: str) -> None:
             Accumulator(500, exact=True).load_state_dict(found)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("weight", [1e-300, 1e-200, 1e200, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_near_the_ends_of_the_range(name: str, weight: float, dtype: torch.dtype) -> None:
+    vectors = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype) * 1e4
+    with using(name):
+        accumulator = Accumulator(40, exact=True)
+        for vector in vectors:
+            accumulator.add(vector, weight)
+        torch.testing.assert_close(accumulator.mean(dtype=torch.float64), vectors.double().mean(0), rtol=1e-12, atol=0)
+        assert accumulator.mean().dtype == dtype
+        if weight == 1e300:
+            with pytest.raises(ValueError, match=r"weight 1e\+300 makes products with the vector overflow"):
+                accumulator.add(torch.full((40,), 1e10, dtype=dtype), weight)
+            assert accumulator.count == 5
+        accumulator.add(torch.full((40,), math.inf, dtype=dtype), weight)
+        assert accumulator.mean().isinf().all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_accumulator_made_under_inference_mode(exact: bool) -> None:
+    with torch.inference_mode():
+        accumulator, other = Accumulator(9, exact), Accumulator(9, exact)
+        accumulator.add(torch.ones(9), 2.0)
+    if exact:
+        other.add(torch.ones(9), 2.0)
+        accumulator.merge(other)
+        with torch.inference_mode():
+            accumulator.merge(other)
+    state = accumulator.state_dict()
+    accumulator.add(torch.full((9,), 4.0))
+    accumulator.reset()
+    accumulator.load_state_dict(state)
+    assert torch.equal(accumulator.mean(), torch.ones(9))
+
+
 def test_a_merged_accumulator_goes_on() -> None:
     torch.manual_seed(1)
     vectors = [torch.randn(3000) * 10.0 ** (6 * k) for k in range(-3, 4)]
