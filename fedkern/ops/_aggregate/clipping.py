@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import Vectors, check_vectors, eager, rows_of, rows_or_stack
-from fedkern.ops._aggregate.kernels import AggregateKernels
+from fedkern.ops._aggregate.checks import Vectors, check_vectors, eager, rows_of, rows_or_stack, size_of
+from fedkern.ops._aggregate.kernels import SHORT, AggregateKernel, AggregateKernels
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
@@ -24,8 +24,10 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
     """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
 
     Norms are taken in fp64 over a whole vector.  A vector of a smaller norm comes back unchanged, the zero vector too.
-    A vector that holds NaN becomes NaN everywhere.  A vector that holds an infinity becomes 0, with NaN where the
-    infinity was.
+    Scaled bf16 and fp16 vectors are made shorter by another half of ``torch.finfo(dtype).eps``, so that rounding to
+    normal numbers does not lift their norm above the bound.  A vector that holds NaN becomes NaN everywhere.  A vector
+    that holds an infinity becomes 0, with NaN where the infinity was: clip the difference of two models, not a model
+    that holds a mask of -inf.
 
     Args:
         vectors: one ``[P]``, one ``[M, P]`` (clipped row by row), or M tensors ``[P]``; fp32, bf16, fp16 or fp64, of
@@ -33,7 +35,7 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
         max_norm: largest norm of a result, greater than 0.
 
     Returns:
-        New vectors in the form of the input; for a list, a list of rows of one ``[M, P]``.  There is no gradient.
+        New vectors in the form of the input; those of a list have memory of their own.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -50,9 +52,10 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
 
     The noise comes from a counter-based generator (:func:`fedkern.ops._aggregate.philox.normal`): element j of vector m
     takes place ``offset + m * P + j`` of the stream of ``seed``.  So the noise does not depend on how vectors are
-    grouped into calls, on their dtype or on the number of threads.  The CPU kernels give the same bits on every ISA
-    level; other backends agree to the rounding of log, sine and cosine in fp32.  Never use a place twice: the next
-    call's offset is ``offset + M * P``.
+    grouped into calls, on their dtype or on the number of threads.  The CPU kernels make the same noise, bit for bit,
+    on every ISA level; other backends agree to the rounding of log, sine and cosine in fp32.  The factor of a clipped
+    vector comes from a sum in fp64 whose last bit differs between ISA levels, and so may the last bit of the result.
+    Never use a place twice: the next call's offset is ``offset + M * P``.
 
     The noise has fp32 resolution whatever the dtype, and its tail follows the normal distribution to 9.5 standard
     deviations.  Floating-point noise does not protect against attacks on the lowest bits of the result (Mironov, CCS
@@ -65,7 +68,7 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
         offset: place of the first element in the stream, from 0 to 2^64 - 1.
 
     Returns:
-        New vectors in the form of the input; for a list, a list of rows of one ``[M, P]``.  There is no gradient.
+        New vectors in the form of the input; those of a list have memory of their own.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -90,20 +93,43 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     given: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
     kernel: AggregateKernels | None = ready("aggregate", given, torch.is_grad_enabled())
     if kernel is not None:
-        result = kernel.clip_and_noise(given, max_norm, deviation, seed, offset)
-        return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
+        return _rows(kernel, vectors, given, max_norm, deviation, seed, offset)
     given = vectors[None] if single else vectors  # type: ignore[call-overload]
     if isinstance(given, Tensor) and not given.shape[0] and given.dtype in backend.FLOATS:
         return given.clone()
     check_vectors(given)
     refuse_gradient(name, *rows_or_stack(given))
     if eager(given):
-        result = _compute(given, max_norm, deviation, seed, offset)
-    else:
-        result = _operator(
-            rows_of(given), library.numbers_tensor((max_norm, deviation)), _signed(seed), _signed(offset)
-        )
-    return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
+        return _rows(select(given), vectors, given, max_norm, deviation, seed, offset)
+    numbers = library.numbers_tensor((max_norm, deviation))
+    result = _operator(rows_of(given), numbers, _signed(seed), _signed(offset))
+    return result[0] if single else result if isinstance(vectors, Tensor) else [row.clone() for row in result.unbind(0)]
+
+
+def _rows(
+    kernel: AggregateKernel,
+    vectors: Vectors,
+    given: Vectors,
+    max_norm: float,
+    deviation: float,
+    seed: int,
+    offset: int,
+) -> Any:
+    """The results in the form of ``vectors``, whose rows are ``given``.
+
+    Those of a list have memory of their own.  Short ones are copied from one result; long ones take a call each.
+    """
+    size = size_of(given)
+    if isinstance(vectors, Tensor) or size <= SHORT:
+        result = kernel.clip_and_noise(given, max_norm, deviation, seed, offset)
+        if not isinstance(vectors, Tensor):
+            return [row.clone() for row in result.unbind(0)]
+        return result[0] if vectors.dim() == 1 else result
+    places = [(offset + m * size) % (1 << 64) for m in range(len(vectors))]
+    return [
+        kernel.clip_and_noise([vector], max_norm, deviation, seed, place)[0]
+        for vector, place in zip(vectors, places, strict=True)
+    ]
 
 
 def _compute(vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:

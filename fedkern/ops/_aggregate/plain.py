@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate import robust_reference as robust
-from fedkern.ops._aggregate.checks import Vectors, Weights, deliver
+from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, rows_or_stack, size_of
 from fedkern.ops._aggregate.reference import (
     add_reference,
     exact_add_reference,
@@ -14,6 +16,9 @@ from fedkern.ops._aggregate.reference import (
     weighted_mean_reference,
 )
 from fedkern.ops._aggregate.rules import ServerRule
+
+# Sums of squares below this have lost digits to the end of fp64's range (csrc/bindings/cpu_aggregate_privacy.cpp).
+_LEAST_SQUARE = 1e-280
 
 
 class PlainAggregate:
@@ -74,8 +79,28 @@ class PlainAggregate:
         return robust.squared_norms_reference(vectors)
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-        factors = (max_norm / self.squared_norms(vectors).sqrt_()).clamp_max_(1.0)
+        factors = self._factors(vectors, max_norm)
         return self.scale_and_noise(vectors, factors, deviation, seed, offset)
+
+    def _factors(self, vectors: Vectors, max_norm: float) -> Tensor:
+        """fp64 ``[M]``: ``min(1, max_norm / |x_m|)``."""
+        squares = self.squared_norms(vectors)
+        factors = (max_norm / squares.sqrt()).clamp_max_(1.0)
+        dtype = rows_or_stack(vectors)[0].dtype
+        if dtype == torch.float64:
+            outside = (squares < _LEAST_SQUARE) | squares.isinf()
+            # Where the host may look, the second pass is left out where it is not needed.
+            if size_of(vectors) and not (outside.device.type == "cpu" and not bool(outside.any())):
+                largest = torch.stack([vector.abs().max() for vector in vectors])
+                scales = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+                beside = torch.stack(
+                    [(vector / scale).square().sum() for vector, scale in zip(vectors, scales, strict=True)]
+                )
+                exact = (max_norm / scales / beside.sqrt()).clamp_max_(1.0)
+                factors = torch.where(outside & (largest > 0) & (largest < math.inf), exact, factors)
+        elif dtype.itemsize == 2:
+            factors = torch.where(factors < 1, factors * (1 - torch.finfo(dtype).eps / 2), factors)
+        return factors
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))

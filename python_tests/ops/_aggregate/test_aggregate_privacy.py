@@ -210,6 +210,42 @@ def test_clipping(backend: str) -> None:
         assert torch.equal(clip_by_norm(vectors[0], 1e9), vectors[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dtype) -> None:
+    """Also where every element rounds up, and at lengths that are scaled in one pass or in two."""
+    step = 1 + torch.finfo(dtype).eps
+    for size, bound in thinned(list(itertools.product((1, 3, 1000, 20_000), (1.0, 0.3, 7.7)))):
+        for vector in (torch.full((size,), 3.0 * step), make_vectors(1, size, torch.float32, size)[0] + 2):
+            given = clip_by_norm(vector.to(dtype), bound / math.sqrt(2))
+            norm, before = float(given.double().norm()), float(vector.to(dtype).double().norm())
+            eps = torch.finfo(dtype).eps
+            assert norm <= bound / math.sqrt(2) * (1 + (0 if dtype.itemsize == 2 else eps))
+            assert norm >= min(bound / math.sqrt(2), before) * (1 - 2 * eps)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e200, 1e300])
+def test_clipping_numbers_whose_squares_leave_fp64(backend: str, scale: float) -> None:
+    for size in thinned([1, 5, 3000, 17_000]):
+        vector = (make_vectors(1, size, torch.float64, size)[0] + 1) * scale
+        direction = vector / scale / (vector / scale).norm()
+        for bound in (scale / 1e3, 1e-3 if scale > 1 else 1e-306):
+            given = clip_by_norm([vector, vector / 2], bound)
+            for row in given:
+                torch.testing.assert_close(row / bound, direction, rtol=1e-9, atol=1e-12)
+        assert torch.equal(clip_by_norm(vector, 1e308 if scale > 1 else 1.0), vector)
+    assert clip_by_norm(torch.tensor([math.inf, 1e200], dtype=torch.float64), 1.0).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("size", [5, 20_000])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rows_of_a_list_have_memory_of_their_own(backend: str, size: int, stacked: bool) -> None:
+    vectors = make_vectors(3, size, torch.float32)
+    given = clip_and_noise(torch.stack(vectors) if stacked else vectors, 1.0, 0.5, seed=3, offset=(1 << 64) - size)
+    assert torch.equal(torch.stack(list(given)), clip_and_noise(torch.stack(vectors), 1.0, 0.5, 3, (1 << 64) - size))
+    if not stacked:
+        assert all(row.untyped_storage().nbytes() == row.nbytes for row in given)
+
+
 def test_clip_and_noise_is_both(backend: str) -> None:
     for dtype in DTYPES:
         vectors = torch.stack(make_vectors(3, 200, dtype, 4))
