@@ -23,7 +23,3 @@ print("weights:", server[0].weight[0, :3].tolist())
 uploads = [[tensor.numpy() for tensor in client.state_dict().values()] for client in clients]
 arrays = ops.tree.median(uploads)
 print("arrays:", [array.shape for array in arrays])
-
-state: dict[str, torch.Tensor] = {}  # FedAdam's moments, kept from round to round
-step = ops.tree.server_step(uploads[0], uploads, samples, "adam", state=state)
-print("norms of the clients' deltas:", step.norms.tolist())

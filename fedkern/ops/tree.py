@@ -6,27 +6,26 @@ positions, shapes, dtypes and kinds of array.  Floating entries are averaged by 
 :mod:`fedkern.ops`.  Integer and boolean entries (``num_batches_tracked``) become the largest value of the M models.
 There is no gradient.
 
-A large entry is read where it lies; small ones are gathered into one flat buffer, whose slices are the result.  So no
-entry is copied twice, and an entry's result may share memory with others' results.
+A large entry is read where it lies; small ones are gathered into one flat buffer.  Every entry of the result has memory
+of its own, so that a model takes its own size when it is pickled.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedkern.ops._aggregate import distances, mean, robust
-from fedkern.ops._aggregate import server_step as step
 from fedkern.ops._core.checks import check_dense
 from fedkern.ops._core.private_torch import flatten_dense
 
-__all__ = ["TreeStep", "krum", "median", "server_step", "trimmed_mean", "weighted_mean"]
+__all__ = ["krum", "median", "trimmed_mean", "weighted_mean"]
 
 Tree = TypeVar("Tree", bound=Mapping[Any, Any] | Sequence[Any])
 
@@ -35,20 +34,6 @@ _LARGE = 8192
 _FLOATS = frozenset(
     [torch.float32, torch.bfloat16, torch.float16, torch.float64, *map(np.dtype, ("float16", "float32", "float64"))]
 )
-
-
-class TreeStep(NamedTuple):
-    """Result of :func:`server_step`.
-
-    Attributes:
-        model: the new global model, in the form of the models given.
-        norms: fp64 ``[M]``, the Euclidean norm of every client's delta over all floating entries.
-        cosines: fp64 ``[M]``, the cosine of the angle between every client's delta and the mean delta.
-    """
-
-    model: Any
-    norms: Tensor
-    cosines: Tensor
 
 
 @torch.no_grad()
@@ -124,58 +109,6 @@ def krum(models: Sequence[Tree], byzantine: int, keep: int = 1) -> Tree:
     return forest.model(forest.cut(distances.krum(forest.stacked(), byzantine, keep)))
 
 
-@torch.no_grad()
-def server_step(
-    global_: Tree,
-    models: Sequence[Tree],
-    weights: Tensor | Sequence[float],
-    rule: str = "mean",
-    *,
-    state: MutableMapping[str, Tensor] | None = None,
-    learning_rate: float | None = None,
-    beta1: float | None = None,
-    beta2: float | None = None,
-    tau: float | None = None,
-) -> TreeStep:
-    """Takes one step of a server optimiser from the clients' models (:func:`fedkern.ops.server_step`; FedOpt).
-
-    Entries of several dtypes are computed in the widest of them.
-
-    Args:
-        global_: the global model, in the form of the models.
-        models: the M clients' models.
-        weights: M finite numbers, at least 0 and not all 0.
-        rule: "mean", "momentum", "adam", "yogi" or "adagrad".
-        state: a mutable mapping that the caller keeps from step to step, empty at first: it holds the optimiser's
-            moments ``first`` and ``second``, fp32 (fp64 for fp64 models) ``[P]``, and is updated in place.  All rules
-            but "mean" need it.
-        learning_rate, beta1, beta2, tau: None: the rule's default.
-
-    Returns:
-        :class:`TreeStep`.  Integer entries are the largest value of the clients' models.
-
-    Raises:
-        TypeError, ValueError: models differ in names, shapes, dtypes or devices, or an argument is wrong.
-    """
-    forest = _Forest(models)
-    start = _Forest([global_], like=forest)
-    stack, own = forest.stacked(), start.stacked()[0]
-    moments: dict[str, Tensor] = {}
-    for name in ("first", "second")[: {"mean": 0, "momentum": 1}.get(rule, 2)] if rule in step.RULES else ():
-        if state is None:
-            raise ValueError(f'state must be given for rule "{rule}": a dict, empty at the start')
-        if name not in state:
-            kind = torch.float64 if own.dtype == torch.float64 else torch.float32
-            state[name] = torch.zeros(own.shape, dtype=kind, device=own.device)
-        moments[name] = state[name]
-    first, second = moments.get("first"), moments.get("second")
-    made = step.server_step(
-        own, stack, weights, rule, first=first, second=second,
-        learning_rate=learning_rate, beta1=beta1, beta2=beta2, tau=tau,
-    )  # fmt: skip
-    return TreeStep(forest.model(forest.cut(made.model)), made.norms, made.cosines)
-
-
 # -- models as tensors -------------------------------------------------------------------------------------------------
 
 
@@ -184,8 +117,6 @@ class _Forest:
 
     Args:
         models: the models.
-        like: models of the form that ``models`` must have.
-        thorough: also compare the dtypes and devices of floating tensors.
 
     Attributes:
         first: a model of the form.
@@ -193,17 +124,22 @@ class _Forest:
         floating: positions of the floating entries in ``rows``.
     """
 
-    def __init__(self, models: Sequence[Any], like: _Forest | None = None, *, thorough: bool = True) -> None:
+    def __init__(self, models: Sequence[Any]) -> None:
         if isinstance(models, (Mapping, Tensor, np.ndarray, str)) or not isinstance(models, Sequence):
             raise TypeError(f"models must be a list of models, not {type(models).__name__}")
         if not models:
             raise ValueError("models must hold at least one model, but is empty")
-        self.first: Any = models[0] if like is None else like.first
+        self.first: Any = models[0]
         self.keys = _keys(self.first)
-        self._like = like
         for m, model in enumerate(models):
-            self._check_form(model, f"models[{m}]" if like is None else "global_")
-        self.rows = [self._row(i, key, [model[key] for model in models], thorough) for i, key in enumerate(self.keys)]
+            self._check_form(model, f"models[{m}]")
+        self.rows = [self._row(key, [model[key] for model in models]) for key in self.keys]
+        for key, row in zip(self.keys, self.rows, strict=True):
+            if isinstance(row[0], Tensor) and row[0].is_floating_point() and row[0].dtype not in _FLOATS:
+                raise TypeError(
+                    f"models[0][{key!r}] must be float32, float64, bfloat16, float16 or whole numbers, but has dtype "
+                    f"{row[0].dtype}: convert it, or leave it out"
+                )
         self.floating = [i for i, row in enumerate(self.rows) if row[0].dtype in _FLOATS]
 
     def _check_form(self, model: Any, name: str) -> None:
@@ -220,26 +156,22 @@ class _Forest:
         if len(_keys(model)) != len(self.keys):
             raise ValueError(f"{name} must have {len(self.keys)} entries as models[0], but has {len(model)}")
 
-    def _row(self, i: int, key: Any, row: list[Any], thorough: bool) -> list[Any]:
+    def _row(self, key: Any, row: list[Any]) -> list[Any]:
         """The entries of one name, checked: all tensors, or all arrays that torch can read."""
-        one = row[0] if self._like is None else self._like.rows[i][0]
+        one = row[0]
         arrays = type(one) is np.ndarray and _is_plain(one)
         if arrays or type(one) in (Tensor, nn.Parameter):
             kind, shape, dtype = type(one), one.shape, one.dtype
             same = all(type(x) is kind and x.shape == shape for x in row)
             if arrays and same and all(x.dtype == dtype and x.flags.c_contiguous for x in row):
                 return row
-            if not arrays and same and one.layout is torch.strided and not one.is_complex() and not one.is_nested:
-                # Operators refuse floating tensors of several dtypes or devices themselves: see _by_coordinate.
-                if not thorough and dtype in _FLOATS and self._like is None:
-                    return row
-                if all(x.dtype == dtype and x.device == one.device for x in row):
-                    return row
-        name = "models[{}]" if self._like is None else "global_"
-        tensors = [_tensor(x, f"{name.format(m)}[{key!r}]") for m, x in enumerate(row)]
-        one = tensors[0] if self._like is None else _tensor(one, f"models[0][{key!r}]")
+            alike = not arrays and same and all(x.dtype == dtype and x.device == one.device for x in row)
+            if alike and one.layout is torch.strided and not one.is_complex() and not one.is_nested:
+                return row
+        tensors = [_tensor(x, f"models[{m}][{key!r}]") for m, x in enumerate(row)]
+        one = tensors[0]
         for m, tensor in enumerate(tensors):
-            where = f"{name.format(m)}[{key!r}]"
+            where = f"models[{m}][{key!r}]"
             if tensor.shape != one.shape:
                 raise ValueError(f"{where} must have shape {list(one.shape)}, but has {list(tensor.shape)}")
             if tensor.dtype != one.dtype:
@@ -268,7 +200,7 @@ class _Forest:
         found: dict[int, Any] = {}
         ones = [self.rows[i][0] for i in self.floating]
         sizes = [int(np.prod(one.shape)) for one in ones]
-        for i, one, piece in zip(self.floating, ones, vector.split(sizes), strict=True):
+        for i, one, piece in zip(self.floating, ones, _pieces(vector, sizes), strict=True):
             found[i] = piece.view(one.shape).to(_flat(one).dtype)
         return found
 
@@ -292,15 +224,7 @@ class _Forest:
 
 def _by_coordinate(models: Sequence[Tree], operator: Callable[[Sequence[Tensor] | Tensor], Tensor]) -> Tree:
     """Applies an operator that treats coordinates apart to every entry of the models."""
-    try:
-        return _each_entry(models, operator)
-    except (TypeError, ValueError, RuntimeError):
-        _Forest(models)  # names the entry, where entries of different dtypes or devices are to blame
-        raise
-
-
-def _each_entry(models: Sequence[Tree], operator: Callable[[Sequence[Tensor] | Tensor], Tensor]) -> Tree:
-    forest = _Forest(models, thorough=False)
+    forest = _Forest(models)
     found: dict[int, Any] = {}
     small: dict[Any, list[int]] = {}
     for i in forest.floating:
@@ -332,7 +256,7 @@ def _small_arrays(rows: Sequence[Sequence[Any]], operator: Callable[[Tensor], Te
         np.concatenate([row[m].ravel() for row in rows], out=stack[m])
     result, pieces, begin = operator(torch.from_numpy(stack)).numpy(), [], 0
     for row, size in zip(rows, sizes, strict=True):
-        pieces.append(result[begin : begin + size].reshape(row[0].shape))
+        pieces.append(result[begin : begin + size].reshape(row[0].shape).copy())
         begin += size
     return pieces
 
@@ -343,14 +267,17 @@ def _small_tensors(
     if all(tensor.is_contiguous() for row in rows for tensor in row):
         shapes = [row[0].shape for row in rows]
         result = operator([flatten_dense(model) for model in zip(*rows, strict=True)])
-        pieces = result.split([shape.numel() for shape in shapes])
+        pieces = _pieces(result, [shape.numel() for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
     vectors, strides = zip(*map(_vectors, rows), strict=True)
-    pieces = operator(_gathered(vectors, rows[0][0].dtype)).split([row[0].numel() for row in vectors])
-    return [
-        piece.as_strided(row[0].shape, stride, piece.storage_offset())
-        for piece, row, stride in zip(pieces, rows, strides, strict=True)
-    ]
+    result = operator(_gathered(vectors, rows[0][0].dtype))
+    pieces = _pieces(result, [row[0].numel() for row in vectors])
+    return [piece.as_strided(row[0].shape, stride) for piece, row, stride in zip(pieces, rows, strides, strict=True)]
+
+
+def _pieces(vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """A vector's pieces, each in memory of its own."""
+    return [piece.clone() for piece in vector.split(list(sizes))]
 
 
 def _vectors(row: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:

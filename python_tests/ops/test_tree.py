@@ -1,6 +1,7 @@
 """ops.tree: operators for lists of state dicts, of lists of NumPy arrays and of dicts of arrays."""
 
 import copy
+import pickle
 import re
 from collections import OrderedDict
 
@@ -22,6 +23,10 @@ def network(seed):
     module[0].to(memory_format=torch.channels_last)
     module[1].num_batches_tracked.fill_(10 + seed)
     return module
+
+
+A, B = "models[0]['a']", "models[1]['a']"
+TWO, THREE = torch.zeros(2), torch.zeros(3)
 
 
 @pytest.fixture(scope="module")
@@ -84,28 +89,6 @@ def test_krum_compares_whole_models(states):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("rule", ["mean", "momentum", "adam", "yogi", "adagrad"])
-def test_two_server_steps_are_those_of_the_flat_vectors(states, rule):
-    def flat(state):
-        return torch.cat([t.reshape(-1) for t in state.values() if t.is_floating_point()])
-
-    start, uploads = states[0], states[1:]
-    state, vector = {}, flat(start)
-    size = {"mean": 0, "momentum": 1}.get(rule, 2)
-    moments = {name: torch.zeros_like(vector) for name in ("first", "second")[:size]}
-    for _ in range(2):
-        step = tree.server_step(start, uploads, WEIGHTS[1:], rule, state=state, learning_rate=0.5)
-        expected = ops.server_step(
-            vector, torch.stack([flat(u) for u in uploads]), WEIGHTS[1:], rule, learning_rate=0.5, **moments
-        )
-        start, vector = step.model, expected.model
-        assert torch.equal(flat(start), vector)
-        assert torch.equal(step.norms, expected.norms)
-        assert torch.equal(step.cosines, expected.cosines)
-    assert list(state) == list(moments)
-    assert start["1.num_batches_tracked"] == 14
-
-
 def test_lists_of_arrays_stay_lists_of_arrays():
     rng = np.random.default_rng(0)
     models = [
@@ -161,10 +144,54 @@ def test_models_of_several_dtypes():
     assert torch.equal(mean["a"], ops.weighted_mean([model["a"] for model in models], [1] * 4))
 
 
+@pytest.mark.parametrize("average", ["weighted_mean", "median", "trimmed_mean", "krum"])
+@pytest.mark.parametrize("form", ["tensors", "transposed", "arrays", "several dtypes"])
+def test_every_entry_of_a_result_has_its_own_memory(average, form):
+    """So a model of small matrices is pickled in its own size, and one entry keeps no other alive."""
+
+    def entry(i):
+        tensor = torch.randn(30, 20, dtype=torch.float64 if form == "several dtypes" and i % 2 else torch.float32)
+        return tensor.t() if form == "transposed" else tensor.numpy() if form == "arrays" else tensor
+
+    models = [{f"layer{i}": entry(i) for i in range(40)} for _ in range(4)]
+    arguments = {"weighted_mean": ([1, 2, 3, 4],), "median": (), "trimmed_mean": (1,), "krum": (0, 2)}[average]
+    result = getattr(tree, average)(models, *arguments)
+    assert len(pickle.dumps(result)) < 1.5 * len(pickle.dumps(models[0]))
+    if form == "arrays":
+        assert all(array.base is None or array.base.nbytes == array.nbytes for array in result.values())
+    else:
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in result.values())
+    assert len({id(entry) for entry in result.values()}) == 40
+
+
+@pytest.mark.parametrize("average", [lambda x: tree.weighted_mean(x, [1, 1]), tree.median, lambda x: tree.krum(x, 0)])
+@pytest.mark.parametrize("size", [3, 10_000])
+def test_models_of_other_dtypes_are_refused_whatever_their_size(average, size):
+    models = [{"a": torch.zeros(size), "b": torch.zeros(2)} for _ in range(3)]
+    models[1]["a"] = models[1]["a"].to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"models\[1\]\['a'\] must have dtype torch.float32, but has torch.bfloat16"):
+        average(models[:2] if average is not tree.krum else models)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_no_counters(dtype):
+    models = [{"a": torch.ones(2), "scale": torch.full((3,), value).to(dtype)} for value in (1.0, 3.0)]
+    for average in (lambda: tree.weighted_mean(models, [1, 1]), lambda: tree.median(models)):
+        with pytest.raises(TypeError, match=r"models\[0\]\['scale'\] must be float32, .* has dtype torch.float8"):
+            average()
+
+
+@pytest.mark.parametrize("call", [lambda x: ops.weighted_mean(x, [1, 1]), ops.median, ops.geometric_median,
+                                  ops.pairwise_distances, lambda x: ops.clip_by_norm(x, 1.0)])  # fmt: skip
+@pytest.mark.parametrize("model", [{"a": TWO}, [TWO], (TWO,), TWO.numpy()], ids=["dict", "list", "tuple", "array"])
+def test_operators_on_vectors_name_the_ones_on_models(call, model):
+    with pytest.raises(TypeError, match=r"vectors\[0\] must be a tensor \[P\], .* fedkern.ops.tree takes whole models"):
+        call([model, model])
+
+
 def test_the_given_models_stay_as_they_are(states):
     before = copy.deepcopy(states)
-    for call in (lambda: tree.weighted_mean(states, WEIGHTS), lambda: tree.krum(states, 1),
-                 lambda: tree.server_step(states[0], states, WEIGHTS, "adam", state={})):  # fmt: skip
+    for call in (lambda: tree.weighted_mean(states, WEIGHTS), lambda: tree.krum(states, 1)):
         call()
     assert all(torch.equal(a[k], b[k]) for a, b in zip(before, states, strict=True) for k in a)
 
@@ -173,10 +200,6 @@ def test_parameters_that_need_a_gradient_are_read_as_values():
     models = [dict(nn.Linear(3, 2).named_parameters()) for _ in range(3)]
     result = tree.median(models)
     assert not result["weight"].requires_grad
-
-
-A, B = "models[0]['a']", "models[1]['a']"
-TWO, THREE = torch.zeros(2), torch.zeros(3)
 
 
 @pytest.mark.parametrize(
@@ -207,18 +230,12 @@ def test_wrong_arguments_are_said_even_without_floating_entries():
         tree.weighted_mean(models, [1.0])
     with pytest.raises(ValueError, match="models must have a floating entry, but have none"):
         tree.krum(models, 0)
-    with pytest.raises(ValueError, match='state must be given for rule "adam": a dict, empty at the start'):
-        tree.server_step({"a": torch.zeros(2)}, [{"a": torch.zeros(2)}], [1], "adam")
-    with pytest.raises(ValueError, match="rule must be one of"):
-        tree.server_step({"a": torch.zeros(2)}, [{"a": torch.zeros(2)}], [1], "adm", state={})
-    with pytest.raises(ValueError, match=r"global_\['a'\] must have shape \[2\], but has \[3\]"):
-        tree.server_step({"a": torch.zeros(3)}, [{"a": torch.zeros(2)}], [1])
 
 
 def test_arrays_of_no_axes():
     models = [{"scale": np.array(value, np.float32), "rest": np.full(3, value, np.float32)} for value in range(1, 6)]
     assert tree.krum(models, 1, keep=5 - 1)["scale"].shape == ()
-    made = tree.server_step(models[0], models, [1.0] * 5).model
+    made = tree.weighted_mean(models, [1.0] * 5)
     assert (made["scale"].shape, made["scale"].dtype, float(made["scale"])) == ((), np.float32, 3.0)
     lists = [[each["scale"], each["rest"]] for each in models]
     assert float(tree.weighted_mean(lists, [1.0] * 5)[0]) == 3.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,11 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
     if not len(vectors):
         raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
     first = vectors[0]
+    if isinstance(first, (Mapping, list, tuple, np.ndarray)):
+        raise TypeError(
+            f"vectors[0] must be a tensor [P], not {type(first).__name__}: fedkern.ops.tree takes whole models, as "
+            "state dicts or lists of arrays"
+        )
     check_vector(first, "vectors[0]")
     dtype, shape, device = first.dtype, first.shape, first.device
     for position, vector in enumerate(vectors):
