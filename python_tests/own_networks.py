@@ -18,6 +18,17 @@ class Plain(nn.Module):
         return self.fc(x.view(len(x), -1))
 
 
+class Masked(Plain):
+    """Holds a mask of -inf among its buffers, as causal attention does; it adds nothing to the logits."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__(classes, channels)
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+    def forward(self, x):
+        return super().forward(x) + self.mask.softmax(1)[0, 1]
+
+
 class Staged(nn.Sequential):
     """Modules one after another, with dropout."""
 

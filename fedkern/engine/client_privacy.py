@@ -53,7 +53,13 @@ class ClippedSum:
         Returns:
             The norm of the client's change, and the factor in (0, 1] that the change is added with.
         """
-        change = torch.cat([message[name].double() - there.double() for name, there in self._start.items()])
+        # Equal infinities, of a mask among the buffers, differ by nothing.
+        change = torch.cat(
+            [
+                torch.where(message[name] == there, 0.0, message[name].double() - there.double())
+                for name, there in self._start.items()
+            ]
+        )
         norm = float(torch.linalg.vector_norm(change))
         factor = self._level.factor(norm)
         self._sum.add(change.mul_(factor))

@@ -33,6 +33,8 @@ class Network:
         self.parameters: Tensor = self._flat.parameters
         self.buffers: Tensor = self._flat.buffers
         self._gradients: Tensor | None = None
+        # Of a causal mask, for example: no sign of training that diverged.
+        self._infinite = self.buffers.isinf()
         self.statistics = True
         self.fixed = False
 
@@ -44,8 +46,12 @@ class Network:
         return self._gradients
 
     def finite(self) -> bool:
-        """Whether all parameters and buffers are finite numbers."""
-        return bool(torch.isfinite(self.parameters).all()) and bool(torch.isfinite(self.buffers).all())
+        """Whether all parameters and buffers are finite numbers, but for buffers that were infinite from the start."""
+        return bool(torch.isfinite(self.parameters).all()) and bool(self.finite_buffers().all())
+
+    def finite_buffers(self) -> Tensor:
+        """bool [Q]: whether a buffer's element is a finite number, or was infinite from the start."""
+        return torch.isfinite(self.buffers) | (self._infinite & ~self.buffers.isnan())
 
     def read(self) -> dict[str, Tensor]:
         """Copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; empty ones are left out."""
@@ -128,8 +134,8 @@ class Part:
 
     def finite(self) -> bool:
         """Whether the part's parameters and buffers are finite numbers."""
-        buffers = self._network.buffers[self._buffers]
-        return bool(torch.isfinite(self.parameters).all()) and bool(torch.isfinite(buffers).all())
+        buffers = self._network.finite_buffers()[self._buffers]
+        return bool(torch.isfinite(self.parameters).all()) and bool(buffers.all())
 
     def read(self) -> dict[str, Tensor]:
         """As :meth:`Network.read`, of the part alone."""

@@ -358,7 +358,7 @@ class FedAvg(flower.FedAvg):
         arrays = _only(content, ArrayRecord)
         weight = self._weight(content)
         assert self._layout is not None
-        model = Model(arrays, self._layout)
+        model = Model(arrays, self._layout, self._start)
         if weight and not self.max_update_norm and isinstance(gathered, AllModels) and self._averages:
             model.check_finite(but_for_sums=True)
             model.check_variances()

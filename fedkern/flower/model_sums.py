@@ -110,7 +110,9 @@ class RunningMean:
     def add_update(self, model: Model, start: Model, factor: float) -> None:
         """Adds ``factor * (model - start)`` with weight 1, computed in fp64."""
         for total, part, there in zip(self._sums, model.segments(), start.segments(), strict=True):
-            total.add((part.double() - there.double()) * factor)
+            # Equal infinities, of a mask among the buffers, differ by nothing.
+            change = torch.where(part == there, 0.0, part.double() - there.double())
+            total.add(change * factor)
         self._add_whole(model)
 
     def _add_whole(self, model: Model) -> None:

@@ -51,6 +51,27 @@ def saved(out):
     return load_file(out / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"aggregator": "krum:byzantine=0"}, {"aggregator": "geometric_median"}, {"server_rule": "adam"},
+     {"sums": "exact"}, {"clip_update_norm": 0.1}, {"dp_clip": 1.0, "dp_noise": 0.1}],
+    ids=lambda settings: next(iter(settings), "mean"),
+)  # fmt: skip
+def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, settings):
+    """The uploads count, and the run is that of the same network without the mask."""
+    for name in ("Plain", "Masked"):
+        run(own(model=f"python:own_networks:{name}", **settings), out=tmp_path / name, data=make_data())
+    expected, given = saved(tmp_path / "Plain"), saved(tmp_path / "Masked")
+    mask = given.pop("mask")
+    assert torch.equal(mask == -torch.inf, torch.ones(3, 3).triu(1).bool())
+    assert not mask[mask.isfinite()].any() or "dp_noise" in settings
+    if "dp_noise" in settings:  # the mask takes places of the noise's stream
+        assert all(tensor.isfinite().all() for tensor in given.values())
+        return
+    for name, tensor in expected.items():
+        torch.testing.assert_close(given[name], tensor)
+
+
 # -- methods -------------------------------------------------------------------------------------------------------
 
 ONESHOT = {"rounds": None, "local_epochs": 4}

@@ -535,6 +535,36 @@ def test_an_optimiser_leaves_running_statistics_their_mean():
         assert np.array_equal(mean[key], found[key]) == (key != "bn.weight"), key
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", [*PAIRS, "FedAvg low_memory", "FedAvg max_update_norm", "GeometricMedian", "DPFedAvg"])
+def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
+    """A causal mask that the model sent holds stays, and everything else is as without it; others are left out."""
+    mask = {"mask": np.triu(np.full((5, 5), -np.inf, np.float32), 1)}
+    more = {
+        "DPFedAvg": {"clipping_norm": 1.0, "noise_multiplier": 0.0},
+        "FedAvg low_memory": {"low_memory": True},
+        "FedAvg max_update_norm": {"max_update_norm": 1e6},
+    }
+    settings = {**EVERYBODY, "min_train_nodes": 6, **PAIRS.get(name, {}), **more.get(name, {})}
+    replies = [moved(START, 100 + i) for i in range(6)]
+
+    def ran(models, start):
+        clients = {i: client(pack(state(own)) if flat else own, WEIGHTS[i]) for i, own in enumerate(models)}
+        strategy = getattr(strategies, name.split()[0])(**settings)
+        return run(strategy, clients, start=pack(state(start)) if flat else start, rounds=1)[0].arrays, strategy
+
+    plain, _ = ran(replies, START)
+    arrays, strategy = ran([{**own, **mask} for own in replies], {**START, **mask})
+    made, expected = (unpack(each) if flat else numbers(each) for each in (arrays, plain))
+    assert np.array_equal(np.asarray(made.pop("mask")), mask["mask"])
+    for key, value in expected.items():
+        np.testing.assert_allclose(np.asarray(made[key]), np.asarray(value), rtol=1e-5, atol=1e-6)
+    assert not strategy.left_out
+    _, strategy = ran([{**own, "mask": mask["mask"].T if i == 2 else mask["mask"]} for i, own in enumerate(replies)],
+                      {**START, **mask})  # fmt: skip
+    assert [fault.node for fault in strategy.left_out] == [2]
+
+
 # -- the choice of nodes -----------------------------------------------------------------------------------------------
 
 
