@@ -93,7 +93,7 @@ def test_a_burst_ends_a_command_once(number, code, word, tmp_path):
     )
     manifest = tmp_path / "run" / "checkpoints" / "manifest.json"
     end = time.monotonic() + 60
-    while not manifest.exists() and time.monotonic() < end:
+    while not (manifest.exists() and b"round" in manifest.read_bytes()) and time.monotonic() < end:
         time.sleep(0.01)
     while process.poll() is None:
         process.send_signal(number)
