@@ -219,8 +219,8 @@ def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dty
             given = clip_by_norm(vector.to(dtype), bound / math.sqrt(2))
             norm, before = float(given.double().norm()), float(vector.to(dtype).double().norm())
             eps = torch.finfo(dtype).eps
-            assert norm <= bound / math.sqrt(2) * (1 + (0 if dtype.itemsize == 2 else eps))
-            assert norm >= min(bound / math.sqrt(2), before) * (1 - 2 * eps)
+            assert norm <= bound / math.sqrt(2) * (1 + (0 if dtype.itemsize == 2 else 8 * eps))
+            assert norm >= min(bound / math.sqrt(2), before) * (1 - 8 * eps)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e200, 1e300])
