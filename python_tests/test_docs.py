@@ -22,6 +22,7 @@ def test_code_runs(title: str, code: str) -> None:
     names: dict[str, object] = {}
     exec(compile(code, f"docs/ops.md: {title}", "exec"), names)
     made = [value for name, value in names.items() if name not in ("torch", "ops", "__builtins__")]
+    made += [entry for value in made if isinstance(value, dict) for entry in value.values()]
     assert any(isinstance(value, torch.Tensor) for value in made)
     for name in title.split(", "):
         called = "tree\\.weighted_mean" if name == "tree" else name
