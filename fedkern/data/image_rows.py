@@ -17,7 +17,7 @@ from torch import Tensor
 RESIDENT_BYTES = 64 << 20
 """Bytes read from a file before its pages are unmapped again; the system's page cache keeps them."""
 PART_BYTES = 16 << 20
-"""Bytes of rows in memory that are looked at at once, where all rows are looked at."""
+"""Bytes of rows of a file that are in memory at once, where all rows are read."""
 
 Shape = tuple[int, int, int, int]
 Box = tuple[int, int, int, int]
@@ -254,17 +254,17 @@ def loaded(tensor: Tensor) -> Tensor:
     return tensor.plain() if isinstance(tensor, FileRows) else tensor
 
 
-def in_parts(tensor: Tensor, size: int = PART_BYTES) -> Iterator[Tensor]:
+def in_parts(tensor: Tensor, size: int | None = None) -> Iterator[Tensor]:
     """The rows of a tensor in memory and in their order, at least one part.
 
     Args:
         tensor: of one or more axes; a tensor that is in memory is one part.
-        size: bytes of a part of rows in a file.
+        size: bytes of a part of rows in a file; `PART_BYTES` by default.
     """
     if not isinstance(tensor, FileRows):
         yield tensor
         return
-    count = max(1, size // max(1, math.prod(tensor.shape[1:]) * tensor.element_size()))
+    count = max(1, (size or PART_BYTES) // max(1, math.prod(tensor.shape[1:]) * tensor.element_size()))
     for start in range(0, max(1, len(tensor)), count):
         yield loaded(tensor[start : start + count])
 

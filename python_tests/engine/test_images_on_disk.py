@@ -11,7 +11,6 @@ from PIL import Image
 from fedkern.data import Split, image_cache, image_rows, load
 from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.engine import RunConfig, load_data, run
-from fedkern.engine import clients as clients_module
 from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.config import NAME
 from fedkern.engine.executors.workers import Workers
@@ -65,7 +64,7 @@ def test_the_bits_of_a_run_in_memory(root, on_disk, tmp_path, monkeypatch, colou
         return gather(self, rows)
 
     monkeypatch.setattr(ImageStore, "gather", seen)
-    monkeypatch.setattr(clients_module, "PART_BYTES", 5 * SIDE**2)
+    monkeypatch.setattr(image_rows, "PART_BYTES", 5 * SIDE**2)
     run(config, out=tmp_path / "disk")
     assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
     assert max(largest) <= 5  # of a batch; a test set has 12 images, a client 10 to train on
@@ -99,8 +98,6 @@ def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, me
     run(config, out=tmp_path / "memory")
     on_disk()
     monkeypatch.setattr(image_rows, "PART_BYTES", 8 * 4 * WIDE**2)
-    monkeypatch.setattr(image_rows.in_parts, "__defaults__", (8 * 4 * WIDE**2,))
-    monkeypatch.setattr(clients_module, "PART_BYTES", 8 * 4 * WIDE**2)
     largest = []
     plain = PixelClasses.plain
 
@@ -152,7 +149,7 @@ def test_resumed_with_and_without_a_cache(root, on_disk, tmp_path, first):
 def test_the_fingerprint_of_the_data(root, on_disk, monkeypatch):
     plain = data_fingerprint(load_data(settings(root)))
     on_disk()
-    monkeypatch.setattr(clients_module, "PART_BYTES", 3 * 3 * SIDE**2)
+    monkeypatch.setattr(image_rows, "PART_BYTES", 3 * 3 * SIDE**2)
     assert data_fingerprint(load_data(settings(root))) == plain
 
 
