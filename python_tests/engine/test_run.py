@@ -43,7 +43,9 @@ def test_folder_holds_what_the_interface_promises(method, make_data, make_config
     config = make_config(method)
     summary = run(config, out=tmp_path / "run", listener=listener, data=make_data())
     out = tmp_path / "run"
-    assert RunConfig.load(out) == config.replace(augment="none").settled()
+    stored = RunConfig.load(out)
+    assert {"images", "labels", "version"} <= stored.identity.keys()
+    assert stored.replace(identity={}) == config.replace(augment="none").settled()
     records = read_metrics(out)
     assert [r["round"] for r in records] == [1, 2]
     for record in records:
@@ -249,7 +251,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_half_file(make_data, make_confi
     with pytest.raises(UserError, match="the disk is full"):
         run(make_config(), out=tmp_path / "run", data=make_data())
     assert not list((tmp_path / "run").rglob("*.part"))
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["manifest.json"]
     monkeypatch.undo()
     run(RunConfig.load(tmp_path / "run"), out=tmp_path / "run", resume=True, data=make_data())
 

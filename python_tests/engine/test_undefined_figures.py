@@ -42,8 +42,9 @@ def federation(make, lacking, where):
     tests = [Split(*(torch.from_numpy(part) for part in make(4, k != lacking))) for k in range(3)]
     if where == "own":
         return dataclasses.replace(data, client_tests=tuple(tests))
-    joined = {"": Split(*(torch.cat([getattr(one, name) for one in tests]) for name in ("images", "labels")))}
-    return dataclasses.replace(data, tests=joined, test_clients=torch.arange(3).repeat_interleave(4))
+    images, labels = (torch.cat([getattr(one, name) for one in tests]) for name in ("images", "labels"))
+    joined = Split(images, labels, homes=torch.arange(3).repeat_interleave(4))
+    return dataclasses.replace(data, tests={"": joined})
 
 
 def played(data, out, make):

@@ -971,7 +971,9 @@ def _clipped(case: Case) -> tuple[Any, Tensor, Tensor, float]:
         given, wide = given[0], wide[:1]
     norms = wide.square().sum(1, keepdim=True).sqrt()
     bound = float(case["max_norm"])
-    clipped = wide * torch.where(norms > bound, bound / norms.clamp_min(1e-300), 1.0)
+    dtype = (given if isinstance(given, Tensor) else given[0]).dtype
+    room = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0  # for rounding
+    clipped = wide * torch.where(norms > bound, (1 - room) * bound / norms.clamp_min(1e-300), 1.0)
     return given, wide, clipped, bound
 
 
