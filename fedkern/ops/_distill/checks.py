@@ -97,7 +97,7 @@ def check_student(student: Any, teachers: Tensor) -> None:
 def check_values(weights: Any) -> None:
     """Raises ValueError where a weight is negative. On a GPU values are not looked at, nor where none are known yet."""
     plain = isinstance(weights, Tensor) and weights.is_cpu and weights.layout is torch.strided and eager(weights)
-    plain = plain and not weights.is_nested
+    plain = plain and weights.dtype in DTYPES and not weights.is_nested  # others are refused by their kind
     # In parts that torch compares on this thread: in a forked child its other threads are gone.
     if plain and any(bool((part < 0).any()) for part in weights.detach().reshape(-1).split(ONE_THREAD)):
         raise ValueError("weights must be at least 0")
