@@ -93,7 +93,7 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
     for (std::int64_t k = begin; k < end; ++k) set(kMaximum, k, stat(kMaximum, k) / stat(kInverse, k));
     // The mean of what is left over corrects the rounding of the first one.
     sum_differences(begin, end, kLoss, [&](std::int64_t k, V d) { return d - stat(kMaximum, k); });
-    for (std::int64_t k = begin; k < end; ++k) set(kMaximum, k, stat(kMaximum, k) + stat(kLoss, k) / stat(kInverse, k));
+    for (std::int64_t k = begin; k < end; ++k) set(kMaximum, k, stat(kMaximum, k) + bounded<T>(stat(kLoss, k) / stat(kInverse, k)));
     sum_differences(begin, end, kLoss, [&](std::int64_t k, V d) {
       const V rest = d - stat(kMaximum, k);
       return rest * rest;

@@ -222,7 +222,7 @@ class Losses : public Block<T, LanesAreRows> {
       (V::load(sum.lane) / n).store(mean[k].lane);
       // The mean of what is left over corrects the rounding of the first one.
       sum_differences(k, sum, [&](V d, int line) { return d - spread(mean[k], line); });
-      (V::load(mean[k].lane) + V::load(sum.lane) / n).store(mean[k].lane);
+      (V::load(mean[k].lane) + bounded<T>(V::load(sum.lane) / n)).store(mean[k].lane);
       sum_differences(k, sum, [&](V d, int line) {
         const V rest = d - spread(mean[k], line);
         return rest * rest;

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from distill_operators import logits
 from finite_masks import CALLS, compare
 from operator_cases import DTYPES
 
@@ -31,3 +32,23 @@ def test_a_mask_of_the_student_may_be_infinite_where_the_teachers_is_finite(back
         ops.dual_kl(student, student, teacher) / 2,
     ):
         torch.testing.assert_close(loss, torch.tensor(math.log(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_the_limit_a_finite_mask_is_a_number(backend: str, dtype: torch.dtype) -> None:
+    """Half a variance: that of the other classes where both rows are masked, past all numbers where one is."""
+    student, teacher = logits(2, 3, 8, dtype=dtype)
+    wanted = 0.5 * torch.where(torch.arange(8) < 5, teacher - student, 0).var(1, unbiased=False).mean()
+    for number in (torch.finfo(dtype).min, -1e30):
+        alone, masked, other = teacher.clone(), teacher.clone(), student.clone()
+        for x in (masked, other):
+            x[:, 5:] = number
+        for loss in (
+            lambda s, t: ops.kl_div(s, t, math.inf),
+            lambda s, t: ops.ensemble_kl(s, torch.stack([t, t]), None, math.inf),
+            lambda s, t: ops.ensemble_kl(s, torch.stack([t, t]), None, math.inf, mix="logits"),
+            lambda s, t: ops.ensemble_kl(s, torch.stack([t, t]), None, math.inf, mode="mean_of_kl"),
+        ):
+            torch.testing.assert_close(loss(other, masked), wanted)
+            for one in (loss(student, masked), loss(other, alone)):
+                assert one == math.inf or (dtype is torch.float64 and one > 1e58)
