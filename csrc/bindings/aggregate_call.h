@@ -148,7 +148,14 @@ struct ServerTensors {
   DType state = DType::f32;
   Values out;
 
-  ServerTensors(const VectorList& x, py::handle global_, py::handle first_, py::handle second_, py::handle out_) : out(values_of(out_, x.size)) {
+  // Rules by number, as in rules.py: the mean has no state, momentum one, the others two.
+  ServerTensors(const VectorList& x, int rule, py::handle global_, py::handle first_, py::handle second_, py::handle out_)
+      : out(values_of(out_, x.size)) {
+    DType dtype;
+    for (const py::handle vector : {global_, first_, second_})
+      if (!vector.is_none()) vector_view(vector.ptr(), dtype);
+    require(rule >= 0 && rule <= 4, "rule must be one of fedkern/ops/_aggregate/rules.py");
+    require(first_.is_none() == (rule == 0) && second_.is_none() == (rule < 2), "the rule's states are missing, or too many");
     const Values old = values_of(global_, x.size);
     if (old.dtype != x.dtype) throw py::type_error("the global model has the vectors' dtype");
     global = old.data;
@@ -162,6 +169,12 @@ struct ServerTensors {
     second = {found.data, true};
   }
 };
+
+// What sorted_mean takes of M sorted values: those from `low` to below `high`, or all for a weighted median.
+inline void check_sorted(const VectorList& x, std::int64_t low, std::int64_t high, bool weighted, bool median) {
+  require(low >= 0 && low < high && high <= x.count, "sorted_mean takes the values from low to below high of as many as there are vectors");
+  require(!median || (weighted && low == 0 && high == x.count), "a weighted median takes weights and all values");
+}
 
 // What follows spares fast calls the same questions in Python. Both cores export it.
 

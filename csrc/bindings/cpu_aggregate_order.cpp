@@ -37,6 +37,7 @@ std::vector<Comparator> network(std::int64_t count, std::int64_t low, std::int64
 bool sorted_mean(py::handle vectors, std::int64_t low, std::int64_t high, py::handle weights, bool median, py::handle out, int threads) {
   const VectorList x = vectors_of(vectors);
   if (!x.unit()) return false;
+  check_sorted(x, low, high, !weights.is_none(), median);
   const WeightList w = weights.is_none() ? WeightList{} : numbers_of(weights, x.count);
   void* const to = alike_of(out, x, 1);
   const OrderMean mean = median ? OrderMean::weighted_median : w.numbers.empty() ? OrderMean::plain : OrderMean::weighted;

@@ -13,7 +13,7 @@ bool server_step(py::handle vectors, py::handle weights, py::handle global, int 
   const VectorList x = vectors_of(vectors);
   if (!x.unit()) return false;
   const WeightList w = numbers_of(weights, x.count);
-  const ServerTensors t(x, global, first, second, out);
+  const ServerTensors t(x, rule, global, first, second, out);
   double *const norm = doubles_of(norms, x.count), *const cosine = doubles_of(cosines, x.count);
   const std::int64_t chunk = vector_chunk(x.size), chunks = (x.size + chunk - 1) / chunk, row = 2 * x.count + 1;
   ReleaseGil release(x.size * x.count >= kReleaseGilElements);

@@ -40,9 +40,10 @@ void check_alpha(const Alpha& alpha, std::int64_t rows) {
 // One weight per sample, fp64 or fp32, as the kernels take them: doubles.
 class Weights {
  public:
-  Weights(py::handle alpha, double value) : alpha_{{}, 0, value} {
+  Weights(const Maps& maps, py::handle alpha, double value) : alpha_{{}, 0, value} {
     if (alpha.is_none()) return;
-    const TensorView given = checked_view(alpha.ptr());
+    const TensorView given = maps.numbers(alpha, maps.count(), false, true);
+    require(given.bits >= 32, "alpha must be float32 or float64");
     alpha_ = {{static_cast<const double*>(given.data), true}, given.strides[0], value};
     if (given.bits == 64) return;
     wide_.resize(given.shape[0]);
@@ -63,7 +64,7 @@ bool forward(py::handle foreground, py::handle background, py::handle index, py:
   std::int64_t background_rows = 0;
   BlendForward call = parse_forward(maps, background, index, out, background_rows);
   if (!maps.fits) return false;
-  const Weights weights(alpha, value);
+  const Weights weights(maps, alpha, value);
   const std::int64_t elements = call.rows * call.size;
   call.alpha = weights.alpha(), call.threads = threads, call.stream = past_cache(3 * elements, static_cast<int>(call.dtype));
   check_index(call.index, call.rows, background_rows);
@@ -80,7 +81,7 @@ bool backward(py::handle grad, py::handle foreground, py::handle background, py:
   Maps maps(grad);
   BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha);
   if (!maps.fits) return false;
-  const Weights weights(alpha, value);
+  const Weights weights(maps, alpha, value);
   const std::int64_t elements = call.rows * call.size;
   call.alpha = weights.alpha(), call.threads = threads, call.stream = past_cache(3 * elements, static_cast<int>(call.dtype));
   check_index(call.index, call.rows, background_rows);
@@ -119,8 +120,8 @@ bool pixels_in_step(const TensorView& images, std::int64_t& step) {
 
 // images and out [B, C, H, W], fill [1 or B, C]; boxes and fill are contiguous. False, and nothing done, where pixels are not in step.
 bool fill_boxes(py::handle images, py::handle boxes, py::handle fill, bool keep, py::handle out, int threads) {
-  const TensorView from = checked_view(images.ptr()), box = checked_view(boxes.ptr()), colour = checked_view(fill.ptr()),
-                   to = checked_view(out.ptr());
+  const BoxTensors tensors(images, boxes, fill, out, 32);
+  const TensorView &from = tensors.images, &box = tensors.boxes, &colour = tensors.fill, &to = tensors.out;
   const std::int64_t batch = from.shape[0], channels = from.shape[1], pixels = from.shape[2] * from.shape[3], count = box.shape[1];
   std::int64_t step = 0, out_step = 0;
   if (!from.empty() && !(pixels_in_step(from, step) && pixels_in_step(to, out_step))) return false;

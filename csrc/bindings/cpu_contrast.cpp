@@ -53,7 +53,7 @@ double largest(const Matrix& x, const Matrix& y, double scale) {
 // fp64 [5, count].
 ContrastStatistics statistics_of(py::handle tensor, std::int64_t& count) {
   const TensorView seen = checked_view(tensor.ptr());
-  if (seen.bits != 64 || seen.dims != 2 || seen.shape[0] != 5 || !seen.contiguous()) throw py::type_error("statistics must be float64 [5, B]");
+  if (seen.code != 2 || seen.bits != 64 || seen.dims != 2 || seen.shape[0] != 5 || !seen.contiguous()) throw py::type_error("statistics must be float64 [5, B]");
   return statistics_at(static_cast<double*>(seen.data), count = seen.shape[1]);
 }
 
@@ -61,7 +61,9 @@ ContrastStatistics statistics_of(py::handle tensor, std::int64_t& count) {
 double whole(py::handle x, py::handle y, py::handle similarities, double scale, double factor, py::handle rounded, int threads) {
   const Matrix left(x), right(y), all(similarities);
   const std::int64_t count = all.rows;
-  void* const given = rounded.is_none() ? nullptr : contiguous(rounded);
+  require(left.dense().alike(right.dense()) && left.rows == count && left.dtype == all.dtype, "x and y differ in shape or dtype, or from their similarities");
+  all.check_tile(0, count);
+  void* const given = rounded.is_none() ? nullptr : contiguous(rounded, all.dtype, 4 * count);
   ReleaseGil release(count * (count + left.columns) >= kReleaseGilElements);
   const bool bounded = largest(left, right, scale) <= kContrastBound, keep = bounded && factor != 0;
   std::vector<double> memory(static_cast<std::size_t>(7 * count));  // the statistics, and the sums as floats
@@ -82,6 +84,7 @@ void sums(py::handle tile, std::int64_t first, double scale, bool bounded, py::h
   const Matrix seen(tile);
   std::int64_t count;
   const ContrastStatistics to = statistics_of(statistics, count);
+  seen.check_tile(first, count);
   ReleaseGil release(seen.rows * count >= kReleaseGilElements);
   if (first == 0) begin(to, count);
   contrast_kernels().sums({seen.dtype, seen.rows, count, seen.data, seen.stride, first, scale, bounded, threads}, false, to);
@@ -93,6 +96,7 @@ double finish(double scale, bool bounded, py::handle statistics, py::handle roun
   const ContrastStatistics from = statistics_of(statistics, count);
   if (!rounded.is_none()) {
     const Matrix to(rounded);
+    require(to.rows == 4 && to.columns == count && to.stride == count, "sums must be [4, B]");
     round_sums(to.dtype, from, count, to.data);
   }
   return total_loss(from, count, scale, bounded);
@@ -100,13 +104,15 @@ double finish(double scale, bool bounded, py::handle statistics, py::handle roun
 
 void gradient(py::handle tile, std::int64_t first, double scale, bool bounded, double factor, py::handle rounded, int threads) {
   const Matrix seen(tile);
-  const void* const sums = contiguous(rounded);
+  seen.check_tile(first, seen.columns);
+  const void* const sums = contiguous(rounded, seen.dtype, 4 * seen.columns);
   ReleaseGil release(seen.rows * seen.columns >= kReleaseGilElements);
   contrast_kernels().gradient({seen.dtype, seen.rows, seen.columns, seen.data, seen.stride, first, scale, bounded, threads}, false, factor, sums);
 }
 
 bool bounded(py::handle x, py::handle y, double scale) {
   const Matrix left(x), right(y);
+  require(left.dense().alike(right.dense()), "x and y differ in shape or dtype");
   ReleaseGil release(left.rows * left.columns >= kReleaseGilElements);
   return largest(left, right, scale) <= kContrastBound;
 }
@@ -114,7 +120,7 @@ bool bounded(py::handle x, py::handle y, double scale) {
 // The sum of the products of two contiguous tensors' elements.
 double dot(py::handle a, py::handle b) {
   const Matrix left(a);
-  const void* const right = contiguous(b);
+  const void* const right = contiguous(b, left.dense().dtype, left.rows * left.columns);
   ReleaseGil release(left.rows * left.columns >= kReleaseGilElements);
   return contrast_kernels().dot(left.dtype, left.rows * left.columns, left.data, right);
 }

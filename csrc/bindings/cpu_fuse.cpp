@@ -27,10 +27,11 @@ FuseMap map_of(const MapView& x, bool last) {
 }
 
 // False where a map cannot be read as it is.
-bool read_maps(const py::sequence& given, bool last, std::vector<FuseMap>& maps) {
+bool read_maps(const py::sequence& given, const MapView& beside, bool last, std::vector<FuseMap>& maps) {
   maps.reserve(given.size());
   for (const py::handle x : given) {
     const MapView view(x);
+    view.beside(beside);
     if (!reads(view, last)) return false;
     maps.push_back(map_of(view, last));
   }
@@ -72,9 +73,12 @@ void join_samples(FuseCall& call, const Maps&... maps) {
   call.batch = 1;
 }
 
-std::int64_t channels_of(const std::vector<FuseMap>& maps) {
+// The channels of all maps, which `result` is made of.
+std::int64_t channels_of(const std::vector<FuseMap>& maps, const MapView& result, bool mean) {
+  std::vector<std::int64_t> each;
   std::int64_t sum = 0;
-  for (const FuseMap& map : maps) sum += map.channels;
+  for (const FuseMap& map : maps) each.push_back(map.channels), sum += map.channels;
+  check_channels(each, result.channels(), mean);
   return sum;
 }
 
@@ -89,10 +93,11 @@ bool forward(const py::sequence& features, py::handle out, py::handle scale, py:
   const MapView to(out);
   std::vector<FuseMap> maps;
   const FuseMap result = map_of(to, last);
-  if (!read_maps(features, last, maps)) return false;
+  if (!read_maps(features, to, last, maps)) return false;
   FuseForward a{call_of(to, to.channels(), maps.size(), last, relu, mean, threads), maps.data(), result};
-  if (!read_vector(scale, to.dtype, a.call.scale) || !read_vector(shift, to.dtype, a.call.shift)) return false;
-  const std::int64_t channels = channels_of(maps), elements = to.batch() * to.positions * channels;
+  const std::int64_t channels = channels_of(maps, to, mean);
+  if (!read_vector(scale, to, channels, a.call.scale) || !read_vector(shift, to, channels, a.call.shift)) return false;
+  const std::int64_t elements = to.batch() * to.positions * channels;
   const Both both(a.call, channels);
   join_samples(a.call, maps, result);
   ReleaseGil release(elements >= kReleaseGilElements);
@@ -109,29 +114,35 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
   std::vector<FuseMap> maps, to;
   FuseMap result{};
   const FuseMap arriving = map_of(from, last);
-  if (!features.is_none() && !read_maps(py::reinterpret_borrow<py::sequence>(features), last, maps)) return false;
+  if (!features.is_none() && !read_maps(py::reinterpret_borrow<py::sequence>(features), from, last, maps)) return false;
   if (!out.is_none()) {
     const MapView view(out);
+    require(view.beside(from).channels() == from.channels(), "the result differs from its gradient in channels");
     if (!reads(view, last)) return false;
     result = map_of(view, last);
   }
+  require(targets.size() == channels.size(), "maps and channels differ in number");
   to.reserve(targets.size());
   for (const py::handle target : targets) {
     if (target.is_none())
       to.push_back({nullptr, channels[to.size()].cast<std::int64_t>(), 0, 0, 0, false});
     else
-      to.push_back(map_of(MapView(target), last));
+      to.push_back(map_of(MapView(target).beside(from), last));
+    require(to.back().channels == channels[to.size() - 1].cast<std::int64_t>(), "a gradient has other channels than its map");
   }
-  const std::int64_t all = channels_of(to), elements = from.batch() * from.positions * all;
+  require(maps.empty() || maps.size() == to.size(), "maps and channels differ in number");
+  for (std::size_t m = 0; m < maps.size(); ++m) require(maps[m].channels == to[m].channels, "maps differ from channels");
+  const std::int64_t all = channels_of(to, from, mean), elements = from.batch() * from.positions * all;
   FuseBackward a{call_of(from, all, to.size(), last, relu, mean, threads),
                  arriving,
                  maps.empty() ? nullptr : maps.data(),
                  result,
                  to.data(),
-                 read_doubles(grad_scale),
-                 read_doubles(grad_shift),
+                 read_doubles(grad_scale, all),
+                 read_doubles(grad_shift, all),
                  nullptr};
-  if (!read_vector(scale, from.dtype, a.call.scale) || !read_vector(shift, from.dtype, a.call.shift)) return false;
+  if (!read_vector(scale, from, all, a.call.scale) || !read_vector(shift, from, all, a.call.shift)) return false;
+  check_reads(!maps.empty(), !out.is_none(), !grad_scale.is_none(), relu, mean);
   const Both both(a.call, all);
   join_samples(a.call, arriving, maps, result, to);
   ReleaseGil release(elements >= kReleaseGilElements);

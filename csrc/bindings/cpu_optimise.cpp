@@ -13,7 +13,7 @@ namespace {
 std::vector<double> rates_of(PyObject* given, const py::object& each, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows);
   if (!each.is_none()) {
-    const auto* const values = optimise_memory<const double>(each);
+    const auto* const values = optimise_memory<const double>(each, rows);
     return {values, values + count};
   }
   std::vector<double> rates(count);
@@ -81,8 +81,8 @@ void optimise_step(const py::tuple& call, const py::object& each, py::handle fin
   const OptimiseSettings settings = parse_optimise(call, a);
   a.rule = settings.adamw ? OptimiserRule::adamw : OptimiserRule::sgd, a.threads = threads;
   std::vector<double> rates = rates_of(field(call, kRate), each, a.rows);
-  auto* const squares = optimise_memory<double>(squared);
-  auto* const all_finite = optimise_memory<bool>(finite);
+  auto* const squares = optimise_memory<double>(squared, a.rows);
+  auto* const all_finite = optimise_memory<bool>(finite, a.rows);
   ReleaseGil release(a.size * a.rows >= kReleaseGilElements);
   run(a, rates, settings.bias, a.weight_decay, settings.max_norm, squares, all_finite);
 }

@@ -87,7 +87,7 @@ bool server_step(py::handle vectors, py::handle weights, py::handle global, int 
   VectorList x = vectors_of(vectors);
   if (!x.alike) return false;
   at_most(x, cuda::kTable);
-  const ServerTensors t(x, global, first, second, out);
+  const ServerTensors t(x, rule, global, first, second, out);
   const cuda::ServerStep call{static_cast<cuda::ServerRule>(rule), learning_rate, beta1, beta2, tau, t.global, t.first, t.second, t.state, t.state, t.out.data,
                               t.out.dtype, doubles_of(norms, x.count), doubles_of(cosines, x.count), doubles_of(workspace, cuda::kAggregateWorkspace)};
   cuda::server_step(uploads(x), weights_of(weights, x.count), call, place(x.gpu, stream));
@@ -120,6 +120,7 @@ bool sorted_mean(py::handle vectors, int low, int high, py::handle weights, bool
   at_most(x, cuda::kMostSorted);
   void* const to = alike_of(out, x, 1);
   const bool weighted = !weights.is_none();
+  check_sorted(x, low, high, weighted, median);
   const cuda::UploadWeights w = weighted ? weights_of(weights, x.count) : cuda::UploadWeights{};
   cuda::sorted_mean(uploads(x), weighted ? &w : nullptr, low, high, median, to, place(x.gpu, stream));
   return true;

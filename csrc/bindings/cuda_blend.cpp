@@ -7,9 +7,10 @@ namespace fedkern {
 namespace {
 
 // alpha: fp64.
-Alpha weights(py::handle alpha, double value) {
+Alpha weights(const Maps& maps, py::handle alpha, double value) {
   if (alpha.is_none()) return {{}, 0, value};
-  const TensorView given = checked_view(alpha.ptr());
+  const TensorView given = maps.numbers(alpha, maps.count(), false, true);
+  require(given.bits == 64, "alpha must be float64");
   return {{static_cast<const double*>(given.data), true}, given.strides[0], value};
 }
 
@@ -20,7 +21,7 @@ bool forward(py::handle foreground, py::handle background, py::handle index, py:
   std::int64_t background_rows = 0;
   BlendForward call = parse_forward(maps, background, index, out, background_rows);
   if (!maps.fits) return false;
-  call.alpha = weights(alpha, value);
+  call.alpha = weights(maps, alpha, value);
   cuda::blend_forward(call, background_rows, maps.gpu(), pointer<void>(stream));
   return true;
 }
@@ -33,16 +34,18 @@ bool backward(py::handle grad, py::handle foreground, py::handle background, py:
   Maps maps(grad);
   BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha);
   if (!maps.fits) return false;
-  call.alpha = weights(alpha, value);
-  call.start = optional_values<const std::int64_t>(start), call.order = optional_values<const std::int64_t>(order).data;
+  call.alpha = weights(maps, alpha, value);
+  call.start = maps.optional_values<const std::int64_t>(start, background_rows + 1);
+  call.order = maps.optional_values<const std::int64_t>(order, call.rows).data;
+  require(!call.index.present || !call.grad_background.present || (call.start.present && call.order), "the gradient of background needs its rows' users");
   cuda::blend_backward(call, maps.gpu(), pointer<void>(stream));
   return true;
 }
 
 // images and out [B, C, H, W], boxes [B, n, 4] in fp64, fill [1 or B, C]; boxes and fill are contiguous. Serves every layout: true.
 bool fill_boxes(py::handle images, py::handle boxes, py::handle fill, bool keep, py::handle out, std::uintptr_t stream) {
-  const TensorView from = checked_view(images.ptr()), box = checked_view(boxes.ptr()), colour = checked_view(fill.ptr()),
-                   to = checked_view(out.ptr());
+  const BoxTensors tensors(images, boxes, fill, out, 64);
+  const TensorView &from = tensors.images, &box = tensors.boxes, &colour = tensors.fill, &to = tensors.out;
   cuda::FillBoxes call{from.bits / 8, from.shape[0], box.shape[1], from.shape[1], from.shape[2], from.shape[3], {}, {}, from.data,
                        static_cast<const double*>(box.data), colour.data, colour.shape[0] > 1 ? from.shape[1] : 0, keep, to.data};
   std::copy_n(from.strides, 4, call.stride);

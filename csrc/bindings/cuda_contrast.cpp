@@ -9,8 +9,11 @@ void set_temperature(cuda::ContrastTile& tile, py::handle temperature) {
   if (PyFloat_Check(temperature.ptr()))
     tile.value = PyFloat_AS_DOUBLE(temperature.ptr());
   else
-    tile.temperature = {checked_view(temperature.ptr()).data, true};
+    tile.temperature = {contiguous(temperature, tile.dtype, 1), true};
 }
+
+// Elements of pieces [2, blocks, 2 B].
+std::int64_t pieces_of(std::int64_t count) { return 4 * count * ((count + cuda::kContrastBlock - 1) / cuda::kContrastBlock); }
 
 cuda::ContrastTile tile_of(const Matrix& tile, std::int64_t first, py::handle temperature) {
   cuda::ContrastTile result{tile.dtype, tile.rows, tile.columns, tile.data, tile.stride, first, {}, 0};
@@ -20,7 +23,8 @@ cuda::ContrastTile tile_of(const Matrix& tile, std::int64_t first, py::handle te
 
 void look(py::handle tile, std::int64_t first, py::handle temperature, py::handle pieces, py::handle own, std::uintptr_t stream) {
   const Matrix seen(tile);
-  cuda::contrast_look(tile_of(seen, first, temperature), contiguous(pieces), contiguous(own), seen.gpu, pointer<void>(stream));
+  seen.check_tile(first, seen.columns);
+  cuda::contrast_look(tile_of(seen, first, temperature), contiguous(pieces, seen.dtype, pieces_of(seen.columns)), contiguous(own, seen.dtype, seen.columns), seen.gpu, pointer<void>(stream));
 }
 
 // own: [count]; losses: fp64 [2 count] of workspace.
@@ -31,13 +35,16 @@ void join(py::handle temperature, py::handle pieces, py::handle own, py::handle 
   if (partners.dims != 1 || !result.floating(loss_dtype)) throw py::type_error("contrast_join takes own [B] and a floating loss");
   tile.rows = tile.count = partners.shape[0];
   set_temperature(tile, temperature);
-  cuda::contrast_join(tile, contiguous(pieces), contiguous(own), contiguous(sums), static_cast<double*>(contiguous(losses)), loss_dtype, result.data,
+  require(!result.dims, "the loss has no axis");
+  cuda::contrast_join(tile, contiguous(pieces, tile.dtype, pieces_of(tile.count)), contiguous(own, tile.dtype, tile.count), contiguous(sums, tile.dtype, 4 * tile.count),
+                      static_cast<double*>(contiguous(losses, DType::f64, 2 * tile.count)), loss_dtype, result.data,
                       partners.gpu(), pointer<void>(stream));
 }
 
 void gradient(py::handle tile, std::int64_t first, py::handle temperature, py::handle sums, std::uintptr_t stream) {
   const Matrix seen(tile);
-  cuda::contrast_gradient(tile_of(seen, first, temperature), contiguous(sums), seen.gpu, pointer<void>(stream));
+  seen.check_tile(first, seen.columns);
+  cuda::contrast_gradient(tile_of(seen, first, temperature), contiguous(sums, seen.dtype, 4 * seen.columns), seen.gpu, pointer<void>(stream));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // fedkern._cuda.fuse_*: the functions and arguments of fedkern._cpu, with the stream at the end.
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -16,12 +17,13 @@ cuda::FuseCall call_of(const MapView& one, bool relu, bool mean, std::size_t map
 }
 
 // False where no single step leads through a map's positions.
-bool read_maps(const py::sequence& given, cuda::FuseCall& call, std::vector<std::int64_t>* channels) {
+bool read_maps(const py::sequence& given, const MapView& beside, cuda::FuseCall& call, std::vector<std::int64_t>& channels) {
   for (const py::handle x : given) {
     const MapView view(x);
+    view.beside(beside);
     if (!view.even) return false;
     call.features.push_back(map_of(view));
-    if (channels) channels->push_back(view.channels());
+    channels.push_back(view.channels());
   }
   return true;
 }
@@ -32,8 +34,10 @@ bool forward(const py::sequence& features, py::handle out, py::handle scale, py:
   const MapView to(out);
   cuda::FuseCall call = call_of(to, relu, mean, features.size());
   call.out = map_of(to);
-  if (!read_maps(features, call, &call.channels)) return false;
-  if (!read_vector(scale, to.dtype, call.scale) || !read_vector(shift, to.dtype, call.shift)) return false;
+  if (!read_maps(features, to, call, call.channels)) return false;
+  check_channels(call.channels, to.channels(), mean);
+  const std::int64_t all = std::accumulate(call.channels.begin(), call.channels.end(), std::int64_t{0});
+  if (!read_vector(scale, to, all, call.scale) || !read_vector(shift, to, all, call.shift)) return false;
   cuda::fuse_forward(call, to.tensor.gpu(), pointer<void>(stream));
   return true;
 }
@@ -46,17 +50,25 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
   if (!from.even) return false;
   cuda::FuseCall call = call_of(from, relu, mean, channels.size());
   call.channels = channels;
-  if (!features.is_none() && !read_maps(py::reinterpret_borrow<py::sequence>(features), call, nullptr)) return false;
-  if (!call.features.empty() && call.features.size() != channels.size()) throw std::invalid_argument("maps and channels differ in number");
+  check_channels(channels, from.channels(), mean);
+  const std::int64_t all = std::accumulate(channels.begin(), channels.end(), std::int64_t{0});
+  std::vector<std::int64_t> read;
+  if (!features.is_none() && !read_maps(py::reinterpret_borrow<py::sequence>(features), from, call, read)) return false;
+  require(read.empty() || read == channels, "maps differ from channels");
+  require(targets.size() == channels.size(), "maps and channels differ in number");
   if (!out.is_none()) {
     const MapView view(out);
+    require(view.beside(from).channels() == from.channels(), "the result differs from its gradient in channels");
     if (!view.even) return false;
     call.out = map_of(view);
   }
-  if (!read_vector(scale, from.dtype, call.scale) || !read_vector(shift, from.dtype, call.shift)) return false;
-  cuda::FuseBackward to{map_of(from), {}, read_doubles(grad_scale), read_doubles(grad_shift), read_doubles(partial).data};
+  if (!read_vector(scale, from, all, call.scale) || !read_vector(shift, from, all, call.shift)) return false;
+  cuda::FuseBackward to{map_of(from), {}, read_doubles(grad_scale, all), read_doubles(grad_shift, all), read_doubles(partial, 2 * cuda::kFuseSplits * all).data};
+  check_reads(!call.features.empty(), !out.is_none(), !grad_scale.is_none(), relu, mean);
   bool any = false;
   for (const py::handle target : targets) {
+    const std::int64_t width = channels[to.to_features.size()];
+    if (!target.is_none()) require(MapView(target).beside(from).channels() == width, "a gradient has other channels than its map");
     to.to_features.push_back(target.is_none() ? cuda::FeatureMap{} : map_of(MapView(target)));
     any = any || !target.is_none();
   }

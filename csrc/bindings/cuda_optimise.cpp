@@ -12,9 +12,9 @@ void optimise_step(const py::tuple& call, const py::object& each, py::handle fin
   if (each.is_none())
     a.lr = PyFloat_AsDouble(field(call, kRate));
   else
-    a.lr_each = {optimise_memory<const double>(each), true};
+    a.lr_each = {optimise_memory<const double>(each, a.rows), true};
   if (PyErr_Occurred()) throw py::error_already_set();
-  a.workspace = optimise_memory<double>(workspace), a.squared = optimise_memory<double>(squared), a.finite = optimise_memory<bool>(finite);
+  a.workspace = optimise_memory<double>(workspace, 2 * a.rows * cuda::optimise_blocks(a.rows, a.size)), a.squared = optimise_memory<double>(squared, a.rows), a.finite = optimise_memory<bool>(finite, a.rows);
   cuda::optimise_step(a, checked_view(field(call, kParameters)).gpu(), pointer<void>(stream));
 }
 

@@ -23,13 +23,14 @@ inline void merge_row_dims(DistillCall& call) {
 // Reads kDistillArguments from `item` on; `logits` receives a tensor of their shape and device, `elements` its size.
 inline DistillCall parse_distill(PyObject* const* item, TensorView& logits, std::int64_t& elements) {
   DistillCall call;
-  call.kind = static_cast<DistillKind>(integer(*item++));
+  call.kind = kind_of<DistillKind>(*item++, DistillKind::entropy);
   call.compute = static_cast<DType>(integer(*item++));
   call.row_dims = -1;
   elements = 1;
   logits = checked_view(*item++);
+  require(logits.dims >= 2 && logits.dims <= kMaxRowDims + 1 && logits.shape[1], "logits must be [B, C, *positions] with a class, of at most 9 axes");
   for (int d = 0; d < logits.dims; ++d) {
-    if (++call.row_dims > kMaxRowDims) throw py::value_error("too many dimensions");
+    ++call.row_dims;
     (d == 1 ? call.classes : call.row_size[d == 0 ? 0 : d - 1]) = logits.shape[d];
     elements *= logits.shape[d];
   }
@@ -37,19 +38,27 @@ inline DistillCall parse_distill(PyObject* const* item, TensorView& logits, std:
   call.reverse = *item++ == Py_True;
   call.scale = parse_scale(*item++, elements / call.classes);
   call.students = static_cast<int>(integer(*item++));
-  call.teacher = parse_logits(*item++);
-  for (Logits& student : call.student) student = parse_logits(*item++);
-  call.teacher_grad = parse_logits(*item++);
-  for (Logits& grad : call.student_grad) grad = parse_logits(*item++);
-  call.weight = parse_rows(*item++);
-  call.grad_output = parse_rows(*item++);
-  call.row_loss = parse_rows(*item++);
+  const Shape all = Shape::of(logits, 0), rows = Shape::of(logits, 0, 1), one{0, {}, false, &logits};
+  Shape rows_or_one = rows;
+  rows_or_one.or_none = true;
+  call.teacher = parse_logits(*item++, all);
+  for (Logits& student : call.student) student = parse_logits(*item++, all);
+  call.teacher_grad = parse_logits(*item++, all);
+  for (Logits& grad : call.student_grad) grad = parse_logits(*item++, all);
+  call.weight = parse_rows(*item++, rows);
+  call.grad_output = parse_rows(*item++, rows_or_one);
+  call.row_loss = parse_rows(*item++, rows);
   PyObject* const last = *item++;
   if (PyErr_Occurred()) throw py::error_already_set();
   // (raw_loss, total): what a caller rarely wants both of shares one argument.
-  call.raw_loss = parse_rows(PyTuple_GET_ITEM(last, 0));
-  call.total = parse_rows(PyTuple_GET_ITEM(last, 1));
+  call.raw_loss = parse_rows(PyTuple_GET_ITEM(last, 0), rows);
+  call.total = parse_rows(PyTuple_GET_ITEM(last, 1), one);
   if (PyErr_Occurred()) throw py::error_already_set();
+  const bool entropy = call.kind == DistillKind::entropy;
+  require(call.teacher.present, "a loss takes logits");
+  require(call.students == (entropy ? 0 : call.student[1].present ? 2 : 1) && (entropy || call.student[0].present), "students are missing, or too many");
+  require(call.temperature > 0, "temperature must be above 0");
+  require(call.compute == DType::f32 || call.compute == DType::f64, "losses are computed in float32 or float64");
   if (call.row_dims > 1) merge_row_dims(call);
   return call;
 }

@@ -10,14 +10,46 @@
 
 namespace fedkern {
 
+// The shape and the device that a tensor of a call must have: those of the call's logits, or a part of them.
+struct Shape {
+  int dims = 0;
+  std::int64_t size[kMaxRowDims + 2];
+  bool or_none = false;  // a number for all rows will do
+  const TensorView* device;
+
+  // The axes of `logits` without the first `skipped`, and without the classes at `classes`.
+  static Shape of(const TensorView& logits, int skipped, int classes = -1) {
+    Shape result;
+    for (int d = skipped; d < logits.dims; ++d)
+      if (d != classes) result.size[result.dims++] = logits.shape[d];
+    result.device = &logits;
+    return result;
+  }
+  bool fits(const TensorView& tensor) const {
+    if (!tensor.same_device(*device)) return false;
+    if (or_none && !tensor.dims) return true;
+    bool same = tensor.dims == dims;
+    for (int d = 0; same && d < dims; ++d) same = tensor.shape[d] == size[d];
+    return same;
+  }
+};
+
 inline std::int64_t integer(PyObject* object) { return PyLong_AsLongLong(object); }
 
-// A checked tensor, or None. The first stride belongs to `leading` where that is given, the class stride is the second of the
+template <typename Kind>
+Kind kind_of(PyObject* object, Kind last) {
+  const std::int64_t number = integer(object);
+  require(number >= 0 && number <= static_cast<std::int64_t>(last), "a loss that fedkern's distill operators do not know");
+  return static_cast<Kind>(number);
+}
+
+// A tensor, or None. The first stride belongs to `leading` where that is given, the class stride is the second of the
 // rest where `classes` is given; what remains are the rows'.
 template <typename Tensor>
-void parse_strided(PyObject* object, Tensor& to, std::int64_t* leading, std::int64_t* classes) {
+void parse_strided(PyObject* object, Tensor& to, std::int64_t* leading, std::int64_t* classes, const Shape& expected) {
   if (object == Py_None) return;
   const TensorView tensor = checked_view(object);
+  require(expected.fits(tensor), "a tensor of fedkern's distill operators has another shape or device than the logits");
   to.present = true;
   to.data = tensor.data;
   if (!tensor.floating(to.dtype)) throw py::type_error("fedkern's kernels take floating tensors");
@@ -33,16 +65,16 @@ void parse_strided(PyObject* object, Tensor& to, std::int64_t* leading, std::int
 }
 
 // With the class stride second.
-inline Logits parse_logits(PyObject* object) {
+inline Logits parse_logits(PyObject* object, const Shape& expected) {
   Logits result;
-  parse_strided(object, result, nullptr, &result.class_stride);
+  parse_strided(object, result, nullptr, &result.class_stride, expected);
   return result;
 }
 
 // With a stride per row dimension or none at all.
-inline RowValues parse_rows(PyObject* object) {
+inline RowValues parse_rows(PyObject* object, const Shape& expected) {
   RowValues result;
-  parse_strided(object, result, nullptr, nullptr);
+  parse_strided(object, result, nullptr, nullptr, expected);
   return result;
 }
 

@@ -89,6 +89,11 @@ inline void take_tensors(const py::object& table, const py::object& tensor, cons
   exchange() = {found->view, tensor.inc_ref().ptr(), parameter.inc_ref().ptr()};
 }
 
+// What kernels rely on is asked here, whoever calls: exported programs reach the operators without the checks of fedkern.ops.
+inline void require(bool fits, const char* what) {
+  if (!fits) throw py::value_error(what);
+}
+
 // Exactly a tensor or a parameter: what a subclass holds, its own code knows.
 inline bool is_tensor(PyObject* object) {
   const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));

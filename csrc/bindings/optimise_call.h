@@ -40,7 +40,7 @@ struct OptimiseSettings {
   double bias = 1, max_norm = 0;  // 1 - beta1^t; 0: no clipping
 };
 
-// Reads a checked call into a core's step; the learning rates and the results are the caller's to read.
+// Reads a call into a core's step; the learning rates and the results are the caller's to read.
 template <typename Step>
 OptimiseSettings parse_optimise(const py::tuple& call, Step& a) {
   if (!is_optimise_call(call)) throw py::type_error("optimise_step takes a call of 14 fields; call it through fedkern.ops");
@@ -51,6 +51,12 @@ OptimiseSettings parse_optimise(const py::tuple& call, Step& a) {
   const auto rows_of = [&](OptimiseField name, auto& rows) {
     if (field(call, name) == Py_None) return;
     const TensorView seen = checked_view(field(call, name));
+    DType dtype;
+    // What is only read may be one vector for all rows.
+    const bool shared = seen.dims == 1 && (name == kAnchor || name == kCorrection);
+    require(seen.same_shape(parameters) || (shared && seen.shape[0] == a.size), "a tensor of the optimiser has another shape than its parameters");
+    require(seen.floating(dtype) && dtype == a.dtype && seen.same_device(parameters), "a tensor of the optimiser has another dtype or device than its parameters");
+    require(a.size <= 1 || seen.strides[seen.dims - 1] == 1, "vectors of the optimiser have unit stride");
     rows = {seen.data, seen.dims == 2 && a.rows > 1 ? seen.strides[0] : 0, true};
   };
   rows_of(kParameters, a.parameters), rows_of(kGradients, a.gradients), rows_of(kFirst, a.first), rows_of(kSecond, a.second);
@@ -66,14 +72,20 @@ OptimiseSettings parse_optimise(const py::tuple& call, Step& a) {
     a.beta1 = own(0), a.beta2 = own(1), settings.bias = own(2), a.root = own(3), a.eps = own(4);
   }
   if (PyErr_Occurred()) throw py::error_already_set();
+  require(a.gradients.present, "a step takes gradients");
+  require(settings.adamw ? a.first.present && a.second.present : a.momentum == 0 || a.first.present, "the optimiser's states are missing");
+  require(a.proximal == 0 || a.anchor.present, "a proximal term takes an anchor");
   return settings;
 }
 
-// A tensor of `bits` per element that is contiguous: the results, the workspace, one learning rate per row.
+// A contiguous tensor of so many T: the results, the workspace, one learning rate per row.
 template <typename T>
-T* optimise_memory(py::handle tensor) {
+T* optimise_memory(py::handle tensor, std::int64_t elements) {
   const TensorView seen = checked_view(tensor.ptr());
-  if (seen.bits != 8 * sizeof(T) || !seen.contiguous()) throw py::type_error("memory of optimise_step must be contiguous, of bool or float64");
+  std::int64_t size = 1;
+  for (int d = 0; d < seen.dims; ++d) size *= seen.shape[d];
+  require(size == elements, "results and learning rates are one number for each row of parameters");
+  if (seen.bits != 8 * sizeof(T) || seen.code != (sizeof(T) == 1 ? 6 : 2) || !seen.contiguous()) throw py::type_error("memory of optimise_step must be contiguous, of bool or float64");
   return static_cast<T*>(seen.data);
 }
 

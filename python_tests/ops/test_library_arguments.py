@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import wrong_calls
+
+import fedkern
 
 FEDKERN = torch.ops.fedkern
 ROWS, STACK, NUMBER = torch.randn(4, 6), torch.randn(3, 4, 6), torch.tensor(1.0)
@@ -32,3 +40,18 @@ def test_wrong_arguments_are_refused(backend: str, call: str) -> None:
 def test_no_gradient_may_be_wanted(backend: str) -> None:
     gradients = FEDKERN.jensen_shannon_backward(NUMBER, STACK, None, 2, False, False)
     assert [x.numel() for x in gradients] == [0, 0]
+
+
+def test_no_operator_is_left_out() -> None:
+    names = {name.removeprefix("fedkern::") for name in torch._C._dispatch_get_all_op_names() if "fedkern::" in name}
+    assert names == set(wrong_calls.right_calls())
+
+
+def test_wrong_arguments_are_refused_before_any_memory_is_touched() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fedkern.__file__).parents[1])}
+    command = [sys.executable, "-P", wrong_calls.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, f"ended with {done.returncode} at {lines[-1:]}: {done.stderr[-500:]}"
+    assert [line for line in lines if "WRONG" in line] == []
+    assert sum(": refused" in line for line in lines) > 1000

@@ -183,6 +183,11 @@ def _check_krum(byzantine: int, keep: int, count: int) -> None:
     check_count(keep, "keep", 1, count - byzantine)
 
 
+def _run_krum(vectors: list[Tensor], byzantine: int, keep: int) -> Tensor:
+    _check_krum(byzantine, keep, len(vectors))
+    return _krum(select(vectors), vectors, byzantine, keep)
+
+
 def _krum(kernel: AggregateKernel, vectors: Vectors, byzantine: int, keep: int) -> Tensor:
     squared = kernel.squared_distances(vectors)
     if kernel.host:
@@ -408,7 +413,7 @@ _pairwise_operator = library.register(
 _krum_operator = library.register(
     "krum",
     "(Tensor[] vectors, int byzantine, int keep) -> Tensor",
-    lambda vectors, byzantine, keep: _krum(select(vectors), vectors, byzantine, keep),
+    _run_krum,
     fake=_fake,
     vmap=no_vmap("krum"),
 )

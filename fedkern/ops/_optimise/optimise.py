@@ -304,6 +304,8 @@ def _implementation(
     settings: Tensor,
     step: int | None,
 ) -> tuple[Tensor, Tensor]:
+    if step is not None and step < 1:
+        raise ValueError(f"step must be at least 1, not {step}")
     momentum, weight_decay, proximal, max_norm, beta1, beta2, eps = settings.tolist()
     finite, squared = _compute(
         Call(
