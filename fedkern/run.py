@@ -36,19 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         - 143: SIGTERM.
     """
     from fedkern.interrupts import in_order
+    from fedkern.launcher import without_leftovers
     from fedkern.standard_streams import open_closed, tolerate
 
     tolerate() if argv is None else open_closed()
     _wait_without_spinning()
     words = list(sys.argv[1:] if argv is None else argv)
-    with in_order(to_the_end=argv is None):
-        code = _guarded(words)
+    with in_order(to_the_end=argv is None), without_leftovers() as leftover:
+        code = _guarded(words, leftover)
         if (ranks := _ranks()) is not None and argv is None:
             ranks.end_process(code)
         return code
 
 
-def _guarded(words: list[str]) -> int:
+def _guarded(words: list[str], leftover: bool) -> int:
     """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import UserError
     from fedkern.interrupts import Terminated, ended
@@ -58,7 +59,7 @@ def _guarded(words: list[str]) -> int:
     except OSError:
         return _say("the working folder has been deleted or cannot be read: change to another one")
     try:
-        code = _dispatch(words)
+        code = _dispatch(words, leftover)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return code
     except UserError as error:
@@ -137,7 +138,7 @@ def _others_leave_cores() -> bool:
     return False
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], leftover: bool) -> int:
     if words == ["--version"]:
         from fedkern import __version__
 
@@ -157,6 +158,7 @@ def _dispatch(words: list[str]) -> int:
             torchrun,
             tuning,
         )
+        from fedkern.errors import UserError
         from fedkern.files import check_text
 
     for word in words:
@@ -165,6 +167,11 @@ def _dispatch(words: list[str]) -> int:
     apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words) or comparing.parse(words)
     apart = apart or reporting.parse(words) or flower_runs.parse(words)
     request = apart or flags.parse(words)
+    if leftover and request.command in torchrun.RUNS:
+        raise UserError(
+            "torchrun's variables are set, but torchrun did not start this process: unset TORCHELASTIC_RUN_ID for a "
+            "run of its own, or have the script that torchrun starts begin fedkern with exec."
+        )
     return torchrun.play(request, words, commands.COMMANDS)
 
 

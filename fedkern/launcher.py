@@ -1,0 +1,43 @@
+"""torchrun's variables in processes that torchrun has not started: children of a rank, and shells with leftovers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+JOB = "TORCHELASTIC_RUN_ID"
+
+
+def _started_by_launcher() -> bool:
+    """Whether the parent has PyTorch loaded and has set torchrun's variables itself; True where no system tells.
+
+    A process between torchrun and this one, such as a rank or a shell, was given the variables at its start, or has no
+    PyTorch.
+    """
+    if not os.path.exists("/proc/self/environ"):  # noqa: PTH110 (pathlib takes milliseconds to import)
+        return True
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/environ", "rb") as file:  # noqa: PTH123
+            inherited = dict(line.partition(b"=")[::2] for line in file.read().split(b"\0"))
+        with open(f"/proc/{parent}/maps", "rb") as file:  # noqa: PTH123
+            has_torch = b"/libtorch" in file.read()
+    except OSError:  # another user's, or gone
+        return False
+    names = (JOB, "RANK", "TORCHELASTIC_RESTART_COUNT")
+    same = all(inherited.get(name.encode()) == os.environb.get(name.encode()) for name in names)
+    return has_torch and not same
+
+
+@contextmanager
+def without_leftovers() -> Iterator[bool]:
+    """Hides torchrun's job inside the block where torchrun has not started this process; tells whether it did so."""
+    if JOB not in os.environ or _started_by_launcher():
+        yield False
+        return
+    job = os.environ.pop(JOB)
+    try:
+        yield True
+    finally:
+        os.environ[JOB] = job

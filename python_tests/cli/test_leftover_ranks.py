@@ -1,0 +1,64 @@
+"""torchrun's variables in a process that torchrun has not started."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = ["fedavg", "--data", "digits", "--clients", "2", "--train-samples", "60", "--model", "mlp", "--local-steps", "1",
+       "--rounds", "1", "--quiet", "--grad-cam", "0"]  # fmt: skip
+LEFT = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29533", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+OF_A_RANK = """
+import json, os, subprocess, sys
+import torch
+rank = os.environ["RANK"]
+for name, words in json.loads(sys.argv[1]).items():
+    done = subprocess.run([sys.executable, "-m", "fedkern.run", *words], capture_output=True, text=True)
+    with open(f"{name}{rank}.json", "w") as file:
+        json.dump([done.returncode, done.stdout, done.stderr], file)
+"""
+
+
+def left_over(*words, cwd, **change):
+    """The command from a shell that has the variables of a torchrun which is gone."""
+    environment = {**os.environ, **LEFT, "OMP_NUM_THREADS": "1", **change}
+    return subprocess.run(
+        ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, "-m", "fedkern.run", *words], cwd=cwd, env=environment,
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{}, {"RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "1"}], ids=str)
+def test_a_run_with_leftover_variables_is_refused(tmp_path, change):
+    done = left_over(*RUN, "--out", "run", cwd=tmp_path, **change)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: torchrun's variables are set, but torchrun did not start this process")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_and_mistakes_are_told(tmp_path):
+    assert "fedavg" in json.loads(left_over("list", "--json", cwd=tmp_path).stdout)["methods"]
+    wrong = left_over("fedavg", "--modle", "x", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "--modle" in wrong.stderr
+
+
+def test_a_child_of_a_rank_is_no_rank(tmp_path):
+    (tmp_path / "script.py").write_text(OF_A_RANK)
+    asked = json.dumps({"list": ["list", "--json"], "run": [*RUN, "--out", "run"]})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(
+        [*launch, asked], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=170, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        code, out, _ = json.loads((tmp_path / f"list{rank}.json").read_text())
+        assert (code, "fedavg" in out) == (0, True)
+        code, _, err = json.loads((tmp_path / f"run{rank}.json").read_text())
+        assert code == 2
+        assert "unset TORCHELASTIC_RUN_ID" in err
