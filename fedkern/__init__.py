@@ -57,6 +57,8 @@ def __getattr__(name: str) -> Any:
         return import_module("fedkern.listeners")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "UserError":
+        import_module("fedkern.files").check_working_folder()
     return getattr(import_module(_LAZY[name]), name)
 
 

@@ -71,6 +71,14 @@ def absolute_folder(name: str) -> str:
     return absolute(name) if name.startswith((".", "~")) or Path(name).is_dir() else name
 
 
+def check_working_folder() -> None:
+    """Raises UserError where the working folder is gone: libraries end the process where they look for it."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise UserError("The working folder has been deleted or cannot be read: change to another one.") from None
+
+
 def check_text(text: str, what: str) -> None:
     """Raises UserError for a string with bytes that are not UTF-8, because a run's files could not store the string.
 
@@ -82,6 +90,12 @@ def check_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")  # bytes, as Python reads them
+        with suppress(UnicodeError):
+            text.encode(errors="surrogateescape").decode()
+            raise UserError(
+                f'{what} "{shown}" has letters that Python does not read in this locale: set PYTHONUTF8=1 in the '
+                "environment, or a locale of UTF-8."
+            ) from None
         raise UserError(
             f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
         ) from None

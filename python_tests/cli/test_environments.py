@@ -61,6 +61,25 @@ def test_a_deleted_working_folder_is_one_sentence(words, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("call", ["simulate('fedavg', out=OUT)", "compare(['fedavg'], seeds=1, out=OUT)"])
+def test_a_script_in_a_deleted_working_folder_is_told(call, tmp_path):
+    script = (
+        "import os, sys, tempfile; gone = tempfile.mkdtemp(); os.chdir(gone); sys.path.insert(0, ''); import fedkern\n"
+        f"OUT = {str(tmp_path / 'out')!r}; os.rmdir(gone); fedkern.{call}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert "UserError: The working folder has been deleted" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_locale_that_cannot_read_a_name_is_told(tmp_path):
+    variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = called(*RUN, "--out", tmp_path / "r\u00fcn", cwd=tmp_path, **variables)
+    assert done.returncode == 2
+    assert "set PYTHONUTF8=1" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("delta", "told"), [("0.34", True), ("0.5", True), ("0.01", False)])
 def test_a_delta_of_one_in_the_clients_is_told(delta, told, tmp_path):
     pytest.importorskip("dp_accounting")

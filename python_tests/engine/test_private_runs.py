@@ -1,6 +1,7 @@
 """Whole private runs of FedIOD: a target is met, a killed run ends with the same bits, pictures and figures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def bits(monkeypatch):
         drawn.append(count)
         return f"{len(drawn):0{2 * count}x}"
 
-    monkeypatch.setattr(private_messages.secrets, "token_hex", token_hex)
+    monkeypatch.setattr(private_messages, "secrets", SimpleNamespace(token_hex=token_hex))  # of clients alone
     return drawn
 
 
