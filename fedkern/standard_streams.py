@@ -53,7 +53,7 @@ def open_closed() -> None:
 
 
 def tolerate() -> None:
-    """Has the process go on where its standard output or error is closed or cannot be written."""
+    """Has the process go on where its standard output or error is closed, cannot be written or lacks a letter."""
     open_closed()
     for number, name in enumerate(_NAMES[1:], start=1):
         stream = getattr(sys, name)
@@ -64,7 +64,7 @@ def tolerate() -> None:
                 stream.flush()
             raw = _Lossy(number, "w", closefd=False)
             lossy = io.TextIOWrapper(
-                raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, stream.errors,
+                raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, "backslashreplace",
                 line_buffering=stream.line_buffering, write_through=stream.write_through,
             )  # fmt: skip
             setattr(sys, name, lossy)

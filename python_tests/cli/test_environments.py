@@ -1,10 +1,13 @@
 """The command line under Python's options, variables of the terminal, and in a folder that is gone."""
 
+import itertools
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 RUN = ["fedavg", "--data", "digits", "--clients", "3", "--train-samples", "90", "--model", "mlp", "--local-steps", "1",
        "--rounds", "2", "--grad-cam", "0"]  # fmt: skip
@@ -15,7 +18,9 @@ def called(*words, python=(), cwd=None, shell="", **variables):
     if shell:
         command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace", timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize("python", [("-OO",), ("-O",), ("-I",)], ids=" ".join)
@@ -78,6 +83,25 @@ def test_a_locale_that_cannot_read_a_name_is_told(tmp_path):
     assert done.returncode == 2
     assert "set PYTHONUTF8=1" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.exhaustive)])
+def test_names_that_standard_output_cannot_show_are_escaped(encoding, tmp_path):
+    rng = np.random.default_rng(0)
+    for site, kind in itertools.product(("Charit\u00e9", "\u65e5\u672c"), ("na\u00efve", "\u03b2")):
+        folder = tmp_path / "data" / site / kind
+        folder.mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(folder / f"\u00e9{i}.png")
+    data = ["--data", "folder", "--data-root", "data", "--data-option", "size=8", "--data-option", "layout=sites"]
+    run = ["fedavg", *data, "--rounds", "1", "--model", "mlp", "--grad-cam", "0"]
+    for words in (
+        [*run, "--out", "r\u00fcn"], ["evaluate", "r\u00fcn", "--json"], ["report", "r\u00fcn"],
+        ["export", "r\u00fcn", "--format", "state-dict"], ["compare", "r\u00fcn"],
+    ):  # fmt: skip
+        done = called(*words, cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert done.returncode == 0, done.stderr
+    assert called("evaluate", "\u65e5", cwd=tmp_path, PYTHONIOENCODING=encoding).returncode == 2
 
 
 @pytest.mark.parametrize(("delta", "told"), [("0.34", True), ("0.5", True), ("0.01", False)])
