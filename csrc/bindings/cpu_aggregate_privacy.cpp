@@ -43,8 +43,8 @@ bool clip_short(py::handle vectors, double max_norm, double deviation, std::uint
   auto* const to = static_cast<char*>(alike_of(out, x, x.count));
   const AggregateDistanceTable& distance = aggregate_distance_kernels();
   const AggregatePrivacyTable& privacy = aggregate_privacy_kernels();
-  // The same numbers as in plain.py: what rounding to 16 bits may add to a norm is taken off before.
-  const double rounding = x.dtype == DType::bf16 ? 1 - 0x1p-8 : x.dtype == DType::f16 ? 1 - 0x1p-11 : 1;
+  // The same numbers as in plain.py: what rounding to 16 bits may add to a norm is taken off before. Noise has no bound to keep.
+  const double rounding = deviation != 0 ? 1 : x.dtype == DType::bf16 ? 1 - 0x1p-8 : x.dtype == DType::f16 ? 1 - 0x1p-11 : 1;
   auto rows = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t m = begin; m < end; ++m) {
       const void* const* const vector = &x.data[static_cast<std::size_t>(m)];

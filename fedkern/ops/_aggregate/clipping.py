@@ -47,6 +47,8 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
 def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
     """Clips every vector and adds Gaussian noise: ``x * min(1, max_norm / |x|) + N(0, (noise * max_norm)^2)``.
 
+    The sum is rounded once.  Without noise this is :func:`clip_by_norm`.
+
     This is one release of the Gaussian mechanism (Dwork and Roth, 2014, appendix A; DP-SGD, arXiv 1607.00133) where one
     record changes one vector.  Privacy accounting is left to the caller.
 

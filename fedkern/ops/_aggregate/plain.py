@@ -16,6 +16,7 @@ from fedkern.ops._aggregate.reference import (
     weighted_mean_reference,
 )
 from fedkern.ops._aggregate.rules import ServerRule
+from fedkern.ops._core.backend import torch_alone
 
 # Sums of squares below this have lost digits to the end of fp64's range (csrc/bindings/cpu_aggregate_privacy.cpp).
 _LEAST_SQUARE = 1e-280
@@ -80,27 +81,28 @@ class PlainAggregate:
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
         factors = self._factors(vectors, max_norm)
+        dtype = rows_or_stack(vectors)[0].dtype
+        if dtype.itemsize == 2 and not deviation:  # what rounding may add to a norm; noise has no bound to keep
+            factors = torch.where(factors < 1, factors * (1 - torch.finfo(dtype).eps / 2), factors)
         return self.scale_and_noise(vectors, factors, deviation, seed, offset)
 
     def _factors(self, vectors: Vectors, max_norm: float) -> Tensor:
         """fp64 ``[M]``: ``min(1, max_norm / |x_m|)``."""
         squares = self.squared_norms(vectors)
         factors = (max_norm / squares.sqrt()).clamp_max_(1.0)
-        dtype = rows_or_stack(vectors)[0].dtype
-        if dtype == torch.float64:
-            outside = (squares < _LEAST_SQUARE) | squares.isinf()
-            # Where the host may look, the second pass is left out where it is not needed.
-            if size_of(vectors) and not (outside.device.type == "cpu" and not bool(outside.any())):
-                largest = torch.stack([vector.abs().max() for vector in vectors])
-                scales = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
-                beside = torch.stack(
-                    [(vector / scale).square().sum() for vector, scale in zip(vectors, scales, strict=True)]
-                )
-                exact = (max_norm / scales / beside.sqrt()).clamp_max_(1.0)
-                factors = torch.where(outside & (largest > 0) & (largest < math.inf), exact, factors)
-        elif dtype.itemsize == 2:
-            factors = torch.where(factors < 1, factors * (1 - torch.finfo(dtype).eps / 2), factors)
-        return factors
+        if rows_or_stack(vectors)[0].dtype != torch.float64 or not size_of(vectors):
+            return factors
+        outside = (squares < _LEAST_SQUARE) | squares.isinf()
+        if outside.device.type == "cpu" and not bool(outside.any()):
+            return factors
+        with torch_alone():
+            largest = torch.stack([vector.abs().max() for vector in vectors])
+            usable = (largest > 0) & (largest < math.inf)
+            scales = torch.where(usable, largest, 1.0)
+            pairs = zip(vectors, scales, strict=True)
+            beside = torch.stack([(vector / scale).square().sum() for vector, scale in pairs])
+        exact = (max_norm / scales / beside.sqrt()).clamp_max_(1.0)
+        return torch.where(outside & usable, exact, factors)
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, eager
+from fedkern.ops._core.backend import DTYPES, eager, torch_alone
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 
 LOGITS = "a tensor of logits"
-ONE_THREAD = 32768
-"""Most elements that torch computes on one thread."""
 
 # Checks in detail. The public functions first test all in one fast step, and need most of these only where it fails.
 
@@ -96,11 +94,13 @@ def check_student(student: Any, teachers: Tensor) -> None:
 
 def check_values(weights: Any) -> None:
     """Raises ValueError where a weight is negative. On a GPU values are not looked at, nor where none are known yet."""
-    plain = isinstance(weights, Tensor) and weights.is_cpu and weights.layout is torch.strided and eager(weights)
-    plain = plain and weights.dtype in DTYPES and not weights.is_nested  # others are refused by their kind
-    # In parts that torch compares on this thread: in a forked child its other threads are gone.
-    if plain and any(bool((part < 0).any()) for part in weights.detach().reshape(-1).split(ONE_THREAD)):
-        raise ValueError("weights must be at least 0")
+    if not (isinstance(weights, Tensor) and weights.is_cpu and eager(weights)):
+        return
+    if weights.layout is not torch.strided or weights.is_nested or weights.dtype not in DTYPES:
+        return  # _check_kind refuses it, or takes booleans
+    with torch_alone():
+        if bool((weights < 0).any()):
+            raise ValueError("weights must be at least 0")
 
 
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:
