@@ -205,7 +205,7 @@ def test_a_damaged_file_is_named(fails, tmp_path):
 
 
 def test_memory_that_is_not_there(fails, monkeypatch):
-    def greedy(words):
+    def greedy(*_):
         raise MemoryError("Unable to allocate 2.7 TiB for an array")
 
     monkeypatch.setattr("fedkern.run._dispatch", greedy)
