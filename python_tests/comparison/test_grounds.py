@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from plugin_files import unload_all
 
 import fedkern
 from fedkern import UserError
@@ -47,6 +48,7 @@ def elsewhere(tmp_path, monkeypatch):
     registry.GIVEN.clear()
     yield
     registry.GIVEN.clear()
+    unload_all()
 
 
 def folder(root, seed=0, classes=("a", "b"), count=6):
