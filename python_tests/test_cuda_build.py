@@ -23,9 +23,9 @@ STACKS = {
     "step_kernel": {"sm_80": 8, "sm_100": 8},  # once per tile of 2,048 elements
     "weighted_kernelILi32": {"sm_100": 16},
     # What it keeps while the fp64 repeat of a row runs, a function that is called.
-    "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 192},
+    "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 216},
     "ProbabilityRowELi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
-    "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 104},
+    "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 112},
     "LogitsRowELi1E": {"sm_100": 80},  # what the two rows are moved by is kept too
     "LogitsRowELi32E": {"sm_90": 8, "sm_100": 40},
     "LogitsRowELi256E": {"sm_90": 8, "sm_100": 32},
