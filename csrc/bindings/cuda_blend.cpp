@@ -36,8 +36,9 @@ bool backward(py::handle grad, py::handle foreground, py::handle background, py:
   if (!maps.fits) return false;
   call.alpha = weights(maps, alpha, value);
   call.start = maps.optional_values<const std::int64_t>(start, background_rows + 1);
-  call.order = maps.optional_values<const std::int64_t>(order, call.rows).data;
-  require(!call.index.present || !call.grad_background.present || (call.start.present && call.order), "the gradient of background needs its rows' users");
+  const auto users = maps.optional_values<const std::int64_t>(order, call.rows);
+  call.order = users.data;
+  require(!call.index.present || !call.grad_background.present || (call.start.present && users.present), "the gradient of background needs its rows' users");
   cuda::blend_backward(call, maps.gpu(), pointer<void>(stream));
   return true;
 }
