@@ -90,15 +90,16 @@ def check_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")  # bytes, as Python reads them
-        with suppress(UnicodeError):
+        try:
             text.encode(errors="surrogateescape").decode()
-            raise UserError(
-                f'{what} "{shown}" has letters that Python does not read in this locale: set PYTHONUTF8=1 in the '
-                "environment, or a locale of UTF-8."
-            ) from None
-        raise UserError(
-            f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
-        ) from None
+        except UnicodeError:
+            reason = "bytes that are not UTF-8: rename the file or folder, or take a link to it."
+        else:
+            reason = (
+                "letters that Python does not read in this locale: set PYTHONUTF8=1 in the environment, or a locale "
+                "of UTF-8."
+            )
+        raise UserError(f'{what} "{shown}" has {reason}') from None
 
 
 def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:

@@ -135,7 +135,7 @@ def constants(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, 
     found = {}
     for prefix, data in sets.items():
         if data.task == "segmentation":
-            value, best = constant_dice(data.labels, len(classes), data.cases, getattr(data, "full", None))
+            value, best = constant_dice(data.labels, len(classes), data.cases, data.full)
             found[prefix] = Constant({"dice": value}, classes[best] if value else "")
         elif data.task == "classification":
             labels = data.labels.cpu()

@@ -182,7 +182,7 @@ def undefined(data: TestSet) -> str:
     A Dice needs an object in some mask, an area under a ROC curve a label that some images have and others lack.
     """
     if data.task == "segmentation":
-        full = getattr(data, "full", None)
+        full = data.full
         masks = in_parts(data.labels) if full is None else (full[row][0] for row in range(len(data)))
         return "" if any(bool((mask > 0).any()) for mask in masks) else "dice"
     if data.task == "multilabel":

@@ -185,14 +185,13 @@ class Run:
     # -- the whole run ---------------------------------------------------------------------------------------------
 
     def go(self) -> dict[str, Any]:
-        fingerprint_now = data_fingerprint(self.context.data)
         entry = self.checkpoints.open(fresh=not self._resume, begun=self._resume and self.metrics.path.exists())
         if entry is None:
             self.metrics.truncate(0)
             self._book_beforehand()
-            compare_teachers(self.context, fingerprint_now)
+            compare_teachers(self.context, self.fingerprint)
         else:
-            self._restore(entry, fingerprint_now)
+            self._restore(entry)
         self.server.traffic = self.ledger.rounds
         if self.said is not None:
             self.releases = Releases(self.checkpoints.folder)
@@ -206,14 +205,14 @@ class Run:
         self._processes = self.executor.count
         try:
             self._announce()
-            self._play_all(fingerprint_now)
+            self._play_all()
         finally:
             self.executor.close()
             self.executor = self.executor.here
             self._scribe.close()
-        return self._finish(fingerprint_now)
+        return self._finish()
 
-    def _play_all(self, fingerprint_now: int) -> None:
+    def _play_all(self) -> None:
         for number, entry_round in enumerate(self.method.rounds(self.context.federation)):
             if number < self.planned:
                 continue
@@ -223,7 +222,7 @@ class Run:
             play(entry_round, number)
             self.planned = number + 1
             if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
-                self._commit(fingerprint_now)
+                self._commit()
         self.checkpoints.write_at_once()
 
     def _traces(self, entry: Round) -> bool:
@@ -286,6 +285,11 @@ class Run:
     @property
     def _rounds(self) -> int:
         return len(self._plan)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """Of all images and labels (:func:`data_fingerprint`)."""
+        return data_fingerprint(self.context.data)
 
     @cached_property
     def _parameters(self) -> int:
@@ -692,10 +696,10 @@ class Run:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _commit(self, data: int) -> None:
+    def _commit(self) -> None:
         begun = time.perf_counter()
         self.alone()
-        info = self._info(data)
+        info = self._info()
         self.gallery.write()
         self.checkpoints.commit(
             round=self.done,
@@ -709,7 +713,7 @@ class Run:
             self.releases.forget(self.checkpoints.entries[0]["plan"])
         self._add_phases({"checkpoint": time.perf_counter() - begun})
 
-    def _info(self, data: int, finished: bool = False) -> dict[str, Any]:
+    def _info(self, finished: bool = False) -> dict[str, Any]:
         info = {
             "ledger": self.ledger.sums() if self.checkpoints.tabled else self.ledger.to_dict(),
             "seconds": self.seconds(),
@@ -726,8 +730,8 @@ class Run:
             "flops": self.flops,
             "dropped": self.dropped_since,
             "config": self.config.to_dict(),
-            "data": data,
-            "names": self._name_sums(),
+            "data": self.fingerprint,
+            "names": self._name_sums,
             "versions": records.versions(),
             "kernels": records.kernels(self.config.device),
             "finished": finished,
@@ -745,6 +749,7 @@ class Run:
             info["final_warnings"] = self._final_warnings
         return dict(records.plain(info))
 
+    @cached_property
     def _name_sums(self) -> dict[str, int]:
         """CRC-32 of the names of clients and classes, which records and summary hold."""
         data = self.context.data
@@ -755,13 +760,13 @@ class Run:
         for name, value in seconds.items():
             self.phases[name] = self.phases.get(name, 0.0) + value
 
-    def _restore(self, entry: dict[str, Any], data: int) -> None:
+    def _restore(self, entry: dict[str, Any]) -> None:
         info = entry["info"]
-        if info["data"] != data:
+        if info["data"] != self.fingerprint:
             raise UserError(
                 f"The data are not those that {self.out} was started with: restore the files, or start anew."
             )
-        for what, total in self._name_sums().items():
+        for what, total in self._name_sums.items():
             if info["names"][what] != total:
                 raise UserError(
                     f"The {what} of the data have other names than when the run in {self.out} began: put the names "
@@ -809,7 +814,7 @@ class Run:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, data: int) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         network = self._network()
         if network is None:
             raise ValueError("model: expected a module at the end of the plan, given None")
@@ -886,7 +891,7 @@ class Run:
         if private:
             summary["privacy"] = private
         records.write_summary(self.out, summary)
-        self.checkpoints.amend(self._info(data, finished=True))
+        self.checkpoints.amend(self._info(finished=True))
         self.listener.on_end(summary)
         return summary
 

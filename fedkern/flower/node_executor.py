@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.loop import Run
@@ -75,7 +74,7 @@ class Nodes:
         self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
         self.count = roll.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
-        self._data = None if own_data else data_fingerprint(run.context.data)
+        self._data = None if own_data else run.fingerprint
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
         # State of this round:

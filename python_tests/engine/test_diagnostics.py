@@ -117,7 +117,7 @@ def test_a_dice_is_compared_with_that_of_a_single_class():
     """Membranes are a quarter of the pixels: who finds cell everywhere has a Dice of 2 x 3/4 / (1 + 3/4) = 6/7."""
     labels = torch.ones(4, 8, 8, dtype=torch.int64)
     labels[:, ::4] = 0
-    data = types.SimpleNamespace(labels=labels, task="segmentation", cases=torch.tensor([0, 0, 1, 1]))
+    data = types.SimpleNamespace(labels=labels, task="segmentation", cases=torch.tensor([0, 0, 1, 1]), full=None)
     constant = diagnostics.constants({"": data, "validation_": data}, ("membrane", "cell"))
     assert constant[""].figures["dice"] == pytest.approx(6 / 7)
     text = diagnostics.poor_metrics({"dice": 0.863}, {}, 2, constant)["chance-level"]

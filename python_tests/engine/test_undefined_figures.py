@@ -99,6 +99,8 @@ def test_a_test_set_without_a_figure_has_none(tmp_path, make):
 
 def test_the_clients_that_have_a_figure_are_compared():
     class Set:
+        full = None
+
         def __init__(self, labels):
             self.labels, self.task = torch.tensor(labels)[:, None, None].expand(-1, 2, 2), "segmentation"
 
