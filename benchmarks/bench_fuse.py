@@ -26,6 +26,8 @@ from torch.func import functional_call
 
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
+from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks.shapes import survey
 
 FLOORS = {"eager": 2.0, "compile": 1.2}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -193,7 +195,8 @@ def blocks_case(benchmark: Any, group: str, case: str, blocks: list[nn.Module], 
             return module(x)
 
     runs = {"fedkern": ours, **separate(blocks, x)}
-    note = f"lowering {module._choose(x, folded=True, direct=True)}"
+    works = survey(module._steps, module._layers, module.count, x.shape, module.shared).works
+    note = f"lowering {module._choose(x, works, folded=True, core=backend.cpu_core())}"
     compare(benchmark, group, case, runs, floors={"modules": floor}, pairs=7, threads=1, note=note)
 
 

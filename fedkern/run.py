@@ -156,7 +156,6 @@ def _dispatch(words: list[str], leftover: bool) -> int:
             flower_runs,
             reporting,
             torchrun,
-            tuning,
         )
         from fedkern.errors import UserError
         from fedkern.files import check_text
@@ -164,7 +163,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
     for word in words:
         check_text(word, "the argument")
     extensions.load(words)
-    apart = downstream.parse(words) or tuning.parse(words) or finished_runs.parse(words) or comparing.parse(words)
+    apart = downstream.parse(words) or finished_runs.parse(words) or comparing.parse(words)
     apart = apart or reporting.parse(words) or flower_runs.parse(words)
     request = apart or flags.parse(words)
     if leftover and request.command in torchrun.RUNS:

@@ -43,11 +43,10 @@ os.environ.setdefault("FEDKERN_SEED", str(datetime.datetime.now(datetime.UTC).to
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Not the teachers and tables that whoever runs the tests has, nor what an earlier session left.
+# Not the teachers that whoever runs the tests has, nor what an earlier session left.
 _CACHE = tempfile.TemporaryDirectory(prefix="fedkern-tests-cache-", ignore_cleanup_errors=True)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ.pop("FEDKERN_CACHE_DIR", None)
-os.environ["FEDKERN_LOWERINGS"] = "shipped"
 
 
 def pytest_report_header() -> str:

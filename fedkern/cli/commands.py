@@ -1,4 +1,4 @@
-"""The commands: run, resume, list, tune, doctor, and the commands on a finished run."""
+"""The commands: run, resume, list, doctor, and the commands on a finished run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, plugins
-from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, reporting, tuning
+from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, reporting
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
@@ -25,22 +25,17 @@ from fedkern.errors import UserError
 
 
 def check_backend() -> None:
-    """Checks ``FEDKERN_BACKEND``, ``FEDKERN_CPU_ISA`` and ``FEDKERN_LOWERINGS`` before any work is done.
+    """Checks ``FEDKERN_BACKEND`` and ``FEDKERN_CPU_ISA`` before any work is done.
 
     Raises:
         UserError: a variable names something that does not exist or cannot be used on this machine.
     """
     from fedkern.ops._core import backend, loading
-    from fedkern.ops._fuse.blocks import choice as fuse_choice
 
     try:
         backend.cpu_core()
     except loading.Unavailable:
         pass  # the reference serves; doctor says why
-    except ValueError as error:
-        raise UserError(f"{error}.") from None
-    try:
-        fuse_choice.serving()
     except ValueError as error:
         raise UserError(f"{error}.") from None
     try:
@@ -391,7 +386,6 @@ COMMANDS = {
     "resume": run,
     "attack": attack,
     "list": list_all,
-    "tune": tuning.tune,
     "doctor": doctor,
     "help": show_help,
 }

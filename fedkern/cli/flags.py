@@ -30,7 +30,6 @@ COMMANDS = {
     "report": "one HTML file of a run or a comparison, to read in a browser",
     "flower": "a Flower project, run to its end on a SuperLink or in a simulation",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
-    "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
 }
 
@@ -110,7 +109,6 @@ DESCRIPTION = f"""\
 {PROGRAM} report DIR...                {COMMANDS["report"]}
 {PROGRAM} flower PROJECT_DIR          {COMMANDS["flower"]}
 {PROGRAM} list                        {COMMANDS["list"]}
-{PROGRAM} tune                        {COMMANDS["tune"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
 """
 
@@ -374,7 +372,6 @@ def parse(argv: Sequence[str]) -> Request:
     task = next((word for word in (values.method, *rest) if word in apart), None)
     if task is not None:  # with such a word first, another parser reads the command
         what, folder = {
-            "tune": ("its flags", ""),
             "compare": ("its methods or folders and its flags", " METHOD METHOD"),
             "report": ("its folders and its flags", " DIR"),
         }.get(task, ("its folder and its flags", " DIR"))

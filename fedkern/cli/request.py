@@ -21,14 +21,14 @@ class Request:
     """A parsed command line.
 
     Attributes:
-        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"tune"``, ``"doctor"``, ``"help"`` or the name of
+        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"``, ``"help"`` or the name of
             a downstream task.
         method: the method, if given.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
         data_options: options of the data set.
         config: the ``--config`` file.
-        out: the run folder, if given; for ``tune``, the file to write.
+        out: the run folder, if given.
         resume: the run folder to continue.
         flower: folder of the Flower project to write instead of a run.
         own_data: whether each node of that project has the data of its client alone.
@@ -39,7 +39,7 @@ class Request:
         predictions: whether the final network's answers to the test images are written.
         report: whether report.html is written at the end.
         measure: whether ``doctor`` measures the processor's peak.
-        arguments: arguments of a downstream task or of ``tune``.
+        arguments: arguments of a downstream task.
         plugins: names of plugins, which are loaded already.
     """
 

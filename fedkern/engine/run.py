@@ -42,7 +42,6 @@ from fedkern.interrupts import in_order
 from fedkern.methods import registry
 from fedkern.models import available
 from fedkern.models.precision import computing
-from fedkern.ops._fuse.blocks import choice as fuse_choice
 
 
 def run(
@@ -157,8 +156,6 @@ def _run(
             listener.on_notice(sentence)
         if check is not None:
             check(config)
-        if ignored := fuse_choice.untold():
-            listener.on_notice(ignored)
         context = RunContext(config, data, listener.on_notice)
         runner = Run(
             config,

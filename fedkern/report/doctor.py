@@ -110,29 +110,6 @@ def crossovers() -> dict[str, Any] | None:
     }
 
 
-def lowerings() -> dict[str, Any]:
-    """The table from which FusedBlocks chooses its lowering.
-
-    Keys are ``kind``, ``file``, ``table`` (hash of the table), ``measured_on``, ``measured``, ``threads``, and
-    ``ignored`` (why the user's own table is not used).  If no table can be read, ``problem`` is the only key.
-    """
-    from fedkern.ops._fuse.blocks import choice as fuse_choice
-
-    try:
-        found = fuse_choice.serving()
-    except ValueError as error:
-        return {"problem": str(error)}
-    return {
-        "kind": found.kind,
-        "file": None if found.path is None else str(found.path),
-        "table": found.digest,
-        "measured_on": [table.where for table in found.tables],
-        "measured": [table.measured for table in found.tables],
-        "threads": [sorted(table.rows) for table in found.tables],
-        "ignored": found.problem or None,
-    }
-
-
 def threads() -> dict[str, Any]:
     """Number of PyTorch's threads, which fedkern's compiled core uses too, and the settings that limit them."""
     import torch
@@ -216,7 +193,6 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "cpu": processor(),
-        "lowerings": lowerings(),
         "peak": None if fastest is None else dataclasses.asdict(fastest),
         "stale": loading.stale_cores(),
         "threads": threads(),
@@ -261,8 +237,6 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     else:
         forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
         add("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
-    for line in _lowerings(report["lowerings"]):
-        add("lowerings", line)
     for line in _peak(report["peak"]):
         add("at most", line)
     if report["stale"]:
@@ -314,22 +288,6 @@ def _peak(found: dict[str, Any] | None) -> list[str]:
         f"{rates['bf16'] / 1e9:.0f} in bf16, copies of {rates['copied'] / 1e9:.1f} GB/s, measured {found['measured']}"
         for count, rates in found["threads"].items()
     ]
-
-
-def _lowerings(found: dict[str, Any]) -> list[str]:
-    if "problem" in found:
-        return [f"none: {found['problem']}"]
-    if found["kind"] == "none":
-        known = "; ".join(found["measured_on"])
-        lines = [f"table {found['table']}: none is of this processor, fedkern's are of {known}: FusedBlocks computes "
-                 "one branch after another unless another way is far ahead there; python -m fedkern.run tune measures "
-                 "this processor"]  # fmt: skip
-    else:
-        whose = {"own": "your own", "shipped": "of fedkern's", "named": "named by FEDKERN_LOWERINGS"}[found["kind"]]
-        counts = ", ".join(map(str, found["threads"][0]))
-        lines = [f"table {found['table']}, {whose}, measured on {found['measured_on'][0]} with {counts} "
-                 f"thread{'s' * (counts != '1')}, {found['measured'][0]}: {found['file']}"]  # fmt: skip
-    return [*lines, found["ignored"]] if found["ignored"] else lines
 
 
 def _crossovers(found: dict[str, Any] | None) -> list[str]:

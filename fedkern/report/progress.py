@@ -256,37 +256,6 @@ class _Console(Console):
 
 
 @contextmanager
-def counting(total: int, *, quiet: bool, json: bool) -> Iterator[Callable[[str], None]]:
-    """Shows the progress of a measurement on standard error; yields a function to call after every part.
-
-    Args:
-        total: number of parts.
-        quiet: show nothing.
-        json: show nothing, unless a person watches a terminal.
-    """
-    console = terminal(stderr=True)
-    if quiet or (json and not console.is_terminal):
-        yield lambda text: None
-        return
-    if not console.is_terminal:
-        done = 0
-
-        def line(text: str) -> None:
-            nonlocal done
-            done += 1
-            if done * 10 // total != (done - 1) * 10 // total:
-                console.print(f"{done}/{total}")
-
-        yield line
-        return
-    columns = (SpinnerColumn(), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"),
-               TimeRemainingColumn(), TextColumn("{task.description}", markup=False))  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda text: progress.update(task, advance=1, description=text)
-
-
-@contextmanager
 def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Callable[[], None]]:
     """Shows on standard error how far a long task has come; yields a function to call after every part.
 

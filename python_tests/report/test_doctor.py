@@ -9,13 +9,9 @@ import types
 
 import pytest
 import torch
-from fuse_tables import made
 from rich.console import Console
 
 from fedkern.ops._core import backend, crossovers, loading, private_torch
-from fedkern.ops._core.processor import Processor
-from fedkern.ops._fuse.blocks import choice as fuse_choice
-from fedkern.ops._fuse.blocks.lowering_costs import write_table
 from fedkern.report import doctor
 
 
@@ -154,45 +150,6 @@ def test_a_driver_that_fails_is_explained(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=fail))
     assert "no NVIDIA driver: Driver/library version mismatch" in shown()
-
-
-def told_of_lowerings() -> str:
-    return " ".join(shown().partition("lowerings")[2].partition("\nthreads")[0].split())
-
-
-def test_the_table_of_lowerings_is_named(monkeypatch, tmp_path):
-    monkeypatch.delenv(fuse_choice.VARIABLE)
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path))
-    fuse_choice.forget()
-    found = fuse_choice.serving("shipped")
-    if found.kind == "shipped":
-        text = told_of_lowerings()
-        assert text.startswith(f"table {found.digest}, of fedkern's, measured on {found.tables[0].where} with 1")
-        assert found.path.name in text.replace(" ", "")
-    own = fuse_choice.own_file()
-    own.parent.mkdir()
-    write_table(made(1.0, 2.0, 3.0, threads=(1, 2)), own)
-    fuse_choice.forget()
-    text = told_of_lowerings()
-    assert text.startswith(f"table {fuse_choice.serving().digest}, your own, measured on a processor (")
-    assert "with 1, 2 threads, 2026-01-01: " in text
-    report = json.loads(json.dumps(doctor.collect()["lowerings"]))
-    assert (report["kind"], report["file"], report["threads"]) == ("own", str(own), [[1, 2]])
-    own.write_text("{")
-    fuse_choice.forget()
-    text = told_of_lowerings()
-    assert text.startswith(f"table {found.digest}")
-    assert "is ignored" in text
-    assert "(it is no JSON): run python -m fedkern.run tune again." in text
-    fuse_choice.forget()
-
-
-def test_a_processor_without_a_table_is_told_how_to_get_one(monkeypatch):
-    monkeypatch.setattr(fuse_choice, "processor", lambda: Processor("Nobody", 1, 2, "a processor"))
-    text = told_of_lowerings()
-    assert "none is of this processor, fedkern's are of AMD Zen 4 (AuthenticAMD family 25" in text
-    assert "one branch after another" in text
-    assert "python -m fedkern.run tune measures this processor" in text
 
 
 def test_it_says_where_sizes_between_cuda_and_triton_come_from(monkeypatch, tmp_path):

@@ -149,9 +149,8 @@ class Team:
                     "versions on every machine."
                 )
             # Rank 0 sends the others its own backend and instruction set to compute with.
-            odd = {name: kernels[name] for name in ("lowerings", "torch") if kernels[name] != own[name]}
-            if odd:
-                self.odd[rank] = odd
+            if kernels["torch"] != own["torch"]:
+                self.odd[rank] = {"torch": kernels["torch"]}
 
     def _connect(self, limit: timedelta) -> None:
         store, rank, size = next(rendezvous("env://", timeout=limit))

@@ -29,7 +29,6 @@ from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.ops._core import backend
-from fedkern.ops._fuse.blocks import choice as fuse_choice
 
 HELD_BYTES = 1 << 30
 """Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a
@@ -329,6 +328,6 @@ def setup_of(context: RunContext, askers: dict[str, Any]) -> Setup:
         entries=context.added_models,
         disclosure=context.disclosure,
         backend=backend.forced_backend(),
-        isa=fuse_choice.active_isa(),
+        isa=backend.active_isa(),
         modes=modes(),
     )

@@ -19,7 +19,6 @@ from fedkern.engine.store import atomic, checkpoints
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
 from fedkern.ops._core import backend, crossovers
-from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
 
 METRICS = "metrics.jsonl"
@@ -203,15 +202,13 @@ def kernels(device: str = "cpu") -> dict[str, str]:
 
     * ``backend``: the forced backend, or "auto".
     * ``isa``: ISA level of the CPU core, or "none" where there is no core.
-    * ``lowerings``: hash of the table by which FusedBlocks chooses its implementation.
     * ``torch``: PyTorch's own ISA level.
     * ``crossovers``, on a GPU where no backend is forced: hash of the sizes that choose between CUDA and Triton, or
       "estimated".
     """
     found = {
         "backend": backend.forced_backend() or "auto",
-        "isa": fuse_choice.active_isa(),
-        "lowerings": fuse_choice.serving().digest,
+        "isa": backend.active_isa(),
         "torch": torch.backends.cpu.get_cpu_capability(),
     }
     if device == "cuda" and backend.forced_backend() is None:

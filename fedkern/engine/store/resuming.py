@@ -16,7 +16,6 @@ from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
-from fedkern.ops._fuse.blocks import choice as fuse_choice
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -50,7 +49,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         )
 
 
-FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA", "lowerings": fuse_choice.VARIABLE}
+FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA"}
 """Properties of the kernels that can be chosen, and the environment variable that chooses each."""
 
 
@@ -72,7 +71,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
         return
     changed, ways = [], []
     for name, variable in FORCED.items():
-        before = stored.get(name, now[name])  # the first versions had a single table of lowerings and did not store it
+        before = stored[name]
         choosable = _choosable(name) if before != now[name] else {}
         if before in choosable:
             value = choosable[before]
@@ -89,8 +88,6 @@ def _choosable(name: str) -> dict[str, str]:
 
     The variable's value is "" where the variable must be unset.
     """
-    if name == "lowerings":
-        return {fuse_choice.serving(value).digest: value for value in ("shipped", "")}
     if name == "backend":
         return {"auto": "", **{row.backend: row.backend for row in backend.status() if row.serves}}
     try:

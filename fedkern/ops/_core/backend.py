@@ -161,6 +161,14 @@ def cpu_core() -> ModuleType:
 _isa_applied = False
 
 
+def active_isa() -> str:
+    """The active ISA level of the CPU core, "none" where there is no core."""
+    try:
+        return str(cpu_core().isa())
+    except Unavailable:
+        return "none"
+
+
 # A function of each core that earlier ones lack.
 _NEWEST = {"_cpu": "tensors_fit", "_cuda": "take_tensors"}
 

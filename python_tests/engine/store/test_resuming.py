@@ -7,18 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fuse_tables import made
 from interrupted import Kill, KillAt, forge, outcome, without
 
-from fedkern.engine import Listener, RunConfig, attack, read_model, run
+from fedkern.engine import RunConfig, attack, read_model, run
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
-from fedkern.ops._fuse.blocks import choice as fuse_choice
-from fedkern.ops._fuse.blocks.lowering_costs import write_table
 
 
 @pytest.fixture
@@ -251,54 +248,6 @@ def test_an_isa_that_this_machine_lacks_is_a_warning(cut, make_data):
     forge(cut, lambda entry: entry["info"]["kernels"].update(isa="avx1024"))
     told = go_on(cut, make_data())["diagnostics"]["other-kernels"]
     assert "isa avx1024 and now " in told
-
-
-def with_lowerings(monkeypatch, path, grouped):
-    """Has this table of one's own serve."""
-    path.mkdir(exist_ok=True)
-    monkeypatch.delenv(fuse_choice.VARIABLE, raising=False)
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(path))
-    own = fuse_choice.own_file()
-    own.parent.mkdir(exist_ok=True)
-    write_table(made(grouped, 2.0, 3.0), own)
-    fuse_choice.forget()
-    return fuse_choice.serving().digest
-
-
-def test_another_table_of_lowerings_is_told_where_it_can_be_had(cut, make_data, tmp_path, monkeypatch):
-    shipped = Checkpoints(cut).peek()["info"]["kernels"]["lowerings"]
-    assert shipped == fuse_choice.serving("shipped").digest
-    own = with_lowerings(monkeypatch, tmp_path / "cache", 1.0)
-    told = rf"\(lowerings: {shipped} -> {own}\): set FEDKERN_LOWERINGS=shipped, then resume it\."
-    with pytest.raises(UserError, match=told):
-        go_on(cut, make_data())
-    monkeypatch.setenv(fuse_choice.VARIABLE, "shipped")
-    assert "other-kernels" not in go_on(cut, make_data())["diagnostics"]
-
-
-def test_a_run_with_ones_own_table_goes_on_with_it(make_data, make_config, tmp_path, monkeypatch):
-    own, out = with_lowerings(monkeypatch, tmp_path / "cache", 1.0), tmp_path / "cut"
-    with pytest.raises(Kill):
-        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
-    monkeypatch.setenv(fuse_choice.VARIABLE, "shipped")
-    with pytest.raises(UserError, match=rf"lowerings: {own} -> \w+\): unset FEDKERN_LOWERINGS, then resume it\."):
-        go_on(out, make_data())
-    monkeypatch.delenv(fuse_choice.VARIABLE)
-    other = with_lowerings(monkeypatch, tmp_path / "cache", 9.0)  # measured again: the first table is gone
-    told = go_on(out, make_data())["diagnostics"]["other-kernels"]
-    assert f"lowerings {own} and now {other}" in told
-
-
-def test_an_ignored_table_is_noticed_at_the_start(make_data, make_config, tmp_path, monkeypatch):
-    with_lowerings(monkeypatch, tmp_path / "cache", 1.0)
-    fuse_choice.own_file().write_text("{")
-    fuse_choice.forget()
-    told = []
-    listener = Listener()
-    listener.on_notice = told.append
-    run(make_config(rounds=1), out=tmp_path / "run", data=make_data(), listener=listener)
-    assert [text for text in told if "is ignored, it is no table of this processor's lowerings" in text] == told
-    assert told
 
 
 def test_other_sizes_between_cuda_and_triton_are_told_on_a_gpu_alone(monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.models import resnet
 from fedkern.ops import FusedBlocks
-from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
+from fedkern.ops._fuse.blocks.choice import LOWERINGS
 
 
 def vgg(channels: int, width: int) -> nn.Sequential:

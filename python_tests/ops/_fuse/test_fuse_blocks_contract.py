@@ -10,8 +10,8 @@ from test_fuse_blocks import make
 from torch import Tensor, nn
 
 from fedkern.ops import FusedBlocks
+from fedkern.ops._fuse.blocks.choice import LOWERINGS
 from fedkern.ops._fuse.blocks.conv import MAX_COLUMNS
-from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
 
 WAYS = [None, *LOWERINGS]
 

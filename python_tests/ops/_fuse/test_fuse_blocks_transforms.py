@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedkern.models import resnet
 from fedkern.ops import FusedBlocks, use_isa
-from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
+from fedkern.ops._fuse.blocks.choice import LOWERINGS
 
 NAMES = ("residual, stride 2", "stem", "VGG", "adaptor and block", "own block", "perceptron")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from fedkern.ops import FusedBlocks
-from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
+from fedkern.ops._fuse.blocks.choice import LOWERINGS
 
 
 def plain() -> nn.Sequential:

@@ -1,243 +1,165 @@
-"""Which table of lowerings serves on which processor, and what it decides."""
+"""FusedBlocks' choice of how to compute, and what its ways keep."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from pathlib import Path
+import copy
+import math
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from fuse_tables import made
 from torch import nn
 
-from fedkern.ops import FusedBlocks
-from fedkern.ops._core import processor as processors
-from fedkern.ops._fuse.blocks import choice as fuse_choice
-from fedkern.ops._fuse.blocks.choice import choose, own_file, serving
-from fedkern.ops._fuse.blocks.lowering_costs import Table, Work, write_table
+from fedkern.models.resnet import BasicBlock
+from fedkern.ops import FusedBlocks, use_isa
+from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks.choice import LARGE, WIDE, Work, choose
+from fedkern.ops._fuse.blocks.lowering import halved, halves
+from fedkern.ops._fuse.blocks.shapes import survey
 
-WORKS = [Work("spatial", 20.0, False, 16.0, 9 * 20 * 20 * 256.0)]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """No table of the user's own, one thread, an AMD EPYC of Zen 4 with a core for AVX-512."""
-    monkeypatch.delenv(fuse_choice.VARIABLE, raising=False)
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(fuse_choice, "active_isa", lambda: "avx512")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    runs_on(tmp_path, monkeypatch, "AuthenticAMD", 25, 17)
-    fuse_choice.forget()
-    yield
-    fuse_choice.forget()
+needs_lanes = pytest.mark.skipif("avx2" not in backend.cpu_core().available_isas(), reason="the portable core alone")
 
 
-def runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, family: int, model: int) -> None:
-    path = tmp_path / f"cpuinfo-{vendor}-{family}-{model}"
-    path.write_text(f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: a processor\n\n")
-    monkeypatch.setattr(processors, "CPUINFO", path)
+def work(kernel: int, width: int, size: float, amount: float = 1.0) -> Work:
+    return Work(kernel, width, size, amount)
 
 
-def keep(table: Table, path: Path | None = None) -> Path:
-    path = path or own_file()
-    assert path is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(table, path)
-    fuse_choice.forget()
-    return path
-
-
-def ways(table: Table, monkeypatch: pytest.MonkeyPatch, *, direct: bool = True) -> str:
-    keep(table)
-    return choose(WORKS, 5, False, direct)
-
-
+@pytest.mark.parametrize("amount", [1.0, 1e9])
 @pytest.mark.parametrize(
-    ("vendor", "family", "model", "name"),
-    [*(("AuthenticAMD", 25, model, "amd-zen4.json") for model in (16, 17, 31, 97, 160)),
-     *(("AuthenticAMD", 26, model, "amd-zen5.json") for model in (2, 17, 68)),
-     *(("GenuineIntel", 6, model, "intel-xeon-amx.json") for model in (143, 167, 173, 174, 207))],
-)  # fmt: skip
-def test_a_processor_is_served_by_the_table_of_its_kind(vendor, family, model, name, tmp_path, monkeypatch) -> None:
-    runs_on(tmp_path, monkeypatch, vendor, family, model)
-    found = serving()
-    assert (found.kind, found.path.name) == ("shipped", name)
-    assert found.tables[0].covers(processors.processor())
-    assert choose(WORKS, 5, False, True) == "direct"
-
-
-@pytest.mark.parametrize(
-    ("vendor", "family", "model"),
-    [("GenuineIntel", 6, 151), ("GenuineIntel", 25, 17), ("AuthenticAMD", 25, 33), ("AuthenticAMD", 26, 36)],
-)
-def test_on_an_unknown_processor_branches_are_computed_apart(vendor, family, model, tmp_path, monkeypatch) -> None:
-    """Unless every table sees another way farther ahead than processors were seen to differ."""
-    known = serving()
-    runs_on(tmp_path, monkeypatch, vendor, family, model)
-    found = serving()
-    assert (found.kind, found.path) == ("none", None)
-    assert found.tables == tuple(table for _, table in fuse_choice.shipped())
-    assert found.digest != known.digest
-    assert choose(WORKS, 5, False, True) == "separate"  # though 1.5 times slower on the EPYC
-    for grouped, way in ((2.4, "separate"), (2.6, "grouped")):
-        far = made(1.0, grouped, 1.0, isa="avx2")
-        monkeypatch.setattr(fuse_choice, "shipped", lambda far=far: ((Path("far.json"), far),))
-        fuse_choice.forget()
-        # The table is of this processor now: as if it was of another.
-        monkeypatch.setattr(Table, "covers", lambda self, processor: False)
-        assert choose(WORKS, 5, False, True) == way
-    near = made(1.0, 1.0, 1.0)
-    monkeypatch.setattr(fuse_choice, "shipped", lambda: ((Path("far.json"), far), (Path("near.json"), near)))
-    fuse_choice.forget()
-    assert choose(WORKS, 5, False, True) == "separate"  # one of two sees no lead
-
-
-def test_ones_own_table_serves_before_the_shipped_one(monkeypatch) -> None:
-    shipped = serving()
-    path = keep(made(1.0, 2.0, 3.0))
-    assert path.name == "AuthenticAMD-25-17-avx512.json"
-    own = serving()
-    assert (own.kind, own.path) == ("own", path)
-    assert own.digest != shipped.digest
-    assert choose(WORKS, 5, False, True) == "grouped"
-    monkeypatch.setenv(fuse_choice.VARIABLE, "shipped")
-    assert serving() == shipped
-    path.unlink()
-    monkeypatch.delenv(fuse_choice.VARIABLE)
-    fuse_choice.forget()
-    assert serving() == shipped
-
-
-def test_a_way_must_be_ahead_of_separate_calls_by_more_than_noise(monkeypatch) -> None:
-    assert ways(made(1.0, 1.02, 1.01), monkeypatch) == "separate"
-    assert ways(made(1.0, 1.05, 1.01), monkeypatch) == "grouped"
-    assert ways(made(1.01, 1.05, 1.0), monkeypatch) == "direct"
-    assert ways(made(1.01, 1.05, 1.0), monkeypatch, direct=False) == "grouped"
-    assert ways(made(1.01, 1.05, None), monkeypatch) == "grouped"
-
-
-def test_costs_are_those_of_the_threads_in_use(monkeypatch) -> None:
-    one, two = made(1.0, 1.2, 9.0), made(9.0, 1.2, 1.0)
-    both = made(1.0, 1.2, 9.0, threads=(1, 2))
-    both.rows[2] = two.rows[1]  # type: ignore[index]
-    for threads, way in ((1, "grouped"), (2, "direct"), (16, "separate")):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert ways(both, monkeypatch) == way  # of 16 nothing is known: 1.2 times is not enough
-        if threads == 2:
-            assert ways(one, monkeypatch) == "separate"
-            assert ways(made(1.0, 1.3, 9.0), monkeypatch) == "grouped"
-
-
-def test_another_isa_level_tells_nothing_of_the_direct_way(monkeypatch) -> None:
-    monkeypatch.setattr(fuse_choice, "active_isa", lambda: "avx2")
-    found = serving()
-    assert (found.kind, found.path.name) == ("shipped", "amd-zen4.json")
-    assert choose(WORKS, 5, False, True) != "direct"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
+    ("works", "way", "without"),
     [
-        (lambda text: "", "it is no JSON"),
-        (lambda text: text[:-30], "it is no JSON"),
-        (lambda text: "[" * 100_000, "it is no JSON"),
-        (lambda text: "\udcff", "it is no JSON"),
-        (lambda text: "[]", "it is no table of format 1"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), "it is no table of format 1"),
-        (lambda text: text.replace('"vendor": "AuthenticAMD", ', ""), "it lacks what a table has"),
-        (lambda text: text.replace('"isa": "avx512"', '"isa": 512'), "it lacks what a table has"),
-        (lambda text: text.replace("[[17, 17]]", "17"), "it lacks what a table has"),
-        (lambda text: text.replace("9.5", "NaN", 1), "it has the cost nan"),
-        (lambda text: text.replace("9.5", "-1", 1), "it has the cost -1"),
-        (lambda text: text.replace("9.5", '"9.5"', 1), "it has the cost '9.5'"),
-        (lambda text: text.replace("9.5", "[1]", 1), r"it has the cost \[1\]"),
-        (lambda text: text.replace('"1": [', '"0": ['), "it has 0 where a whole number of at least 1 belongs"),
-        (lambda text: text.replace('"halve", 5', '"halve", 0'), "it has 0 where a whole number"),
-        (lambda text: text.replace('"halve"', '"third"'), "it has a row of the unknown kind 'third'"),
-        (lambda text: text.replace('"halve"', '"pool"'), "it has no row of the kind halve"),
-        (lambda text: text.replace('"rows": {', '"rows": {}, "more": {'), "it has no rows"),
-        (lambda text: text.replace("[[17, 17]]", "[[18, 20]]"), "it was measured on a processor .*model 18-20; avx512"),
-        (lambda text: text.replace("AuthenticAMD", "GenuineIntel"), "it was measured on a processor .GenuineIntel"),
-        (lambda text: text.replace('"isa": "avx512"', '"isa": "avx2"'), "it was measured on a processor .*avx2"),
-        (lambda text: text + " " * (4 << 20), "it has more than"),
-        (lambda text: text.replace("9.5", f'"{"9" * 5000}"', 1), "it has the cost '9{39}"),
-        (
-            lambda text: text.replace("17, 17", "1, 1").replace("a processor", "a\\nb"),
-            r"it was measured on a\\nb \(Auth",
-        ),
+        ([], "grouped", "grouped"),
+        ([(9, WIDE - 1, LARGE)], "direct", "grouped"),
+        ([(9, WIDE, LARGE)], "separate", "separate"),
+        ([(9, WIDE - 1, LARGE - 1)], "grouped", "grouped"),
+        ([(9, WIDE, 2)], "separate", "separate"),
+        ([(1, WIDE, LARGE)], "direct", "grouped"),
+        ([(1, 1, LARGE - 1)], "grouped", "grouped"),
+        # the greater part decides: none of the three has more than half
+        ([(9, 8, 32), (9, 128, 4), (9, 8, 4)], "grouped", "grouped"),
+        ([(9, 8, 32), (9, 8, 16), (9, 128, 4)], "direct", "grouped"),
+        ([(9, 8, 32), (9, 128, 8), (9, 128, 4)], "separate", "separate"),
     ],
 )
-def test_a_damaged_or_foreign_table_is_ignored_in_one_sentence(change, reason, monkeypatch) -> None:
-    shipped = serving()
-    table = made(1.0, 2.0, 9.5)
-    path = keep(table)
-    path.write_bytes(change(table.text()).encode(errors="surrogateescape"))
-    fuse_choice.forget()
-    with pytest.warns(
-        UserWarning, match=rf"is ignored, .*\({reason}.*\): run python -m fedkern\.run tune again\.$"
-    ) as told:
-        assert choose(WORKS, 5, False, True) == "direct"
-    assert [str(each.message).count("\n") for each in told] == [0]
-    assert serving()[:5] == shipped[:5]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        choose(WORKS, 5, False, True)  # told once
+def test_most_of_the_multiplications_decide(works: Any, way: str, without: str, amount: float) -> None:
+    given = [work(*each, amount) for each in works]
+    assert choose(given, False, True) == way
+    assert choose(given, False, False) == without
+    heavier = [*given, work(9, WIDE, 2, amount * (len(given) + 1))]
+    assert choose(heavier, False, True) == "separate"
 
 
-def test_a_folder_or_a_dead_link_in_the_tables_place_is_ignored() -> None:
-    path = own_file()
-    assert path is not None
-    path.mkdir(parents=True)
-    assert "is ignored" in serving().problem
-    path.rmdir()
-    path.symlink_to("nowhere")
-    fuse_choice.forget()
-    assert "is ignored" in serving().problem
+def test_1x1_convolutions_of_channels_last_maps_are_grouped() -> None:
+    for width in (4, WIDE):
+        assert choose([work(1, width, LARGE)], True, True) == "grouped"
+        assert choose([work(9, 4, LARGE, 2.0), work(1, width, LARGE)], True, True) == "direct"
 
 
-def test_a_table_can_be_named(tmp_path, monkeypatch) -> None:
-    path = keep(made(1.0, 2.0, 3.0), tmp_path / "named.json")
-    monkeypatch.setenv(fuse_choice.VARIABLE, str(path))
-    assert (serving().kind, serving().path) == ("named", path)
-    assert choose(WORKS, 5, False, True) == "grouped"
-    path.write_text(json.dumps({"format": 1}))
-    fuse_choice.forget()
-    with pytest.raises(ValueError, match=r"FEDKERN_LOWERINGS names .*named\.json, which is no table of lowerings"):
-        choose(WORKS, 5, False, True)
+def test_all_layers_of_a_block_are_counted() -> None:
+    layers: list[nn.Module] = []
+    for i, width in enumerate((16, 32, 64)):
+        read = 3 if i == 0 else width // 2
+        layers += [nn.Conv2d(read, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(64, 6, 1, groups=2)]
+    for count, shared in ((2, True), (3, False)):
+        fused = FusedBlocks([nn.Sequential(*copy.deepcopy(layers)).eval() for _ in range(count)], shared=shared)
+        shape = (4, 3 if shared else 3 * count, 33, 32)
+        assert survey(fused._steps, fused._layers, count, shape, shared).works == [
+            Work(9, 16, math.sqrt(33 * 32), 27 * 16 * 33 * 32),
+            Work(9, 32, 16.0, 9 * 16 * 32 * 16 * 16),
+            Work(9, 64, 8.0, 9 * 32 * 64 * 8 * 8),
+            Work(1, 6, 4.0, 32 * 6 * 4 * 4),
+        ]
 
 
-def test_without_a_home_folder_the_shipped_table_serves(monkeypatch) -> None:
-    monkeypatch.delenv("FEDKERN_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", "/")
+def ways(module: FusedBlocks, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lowerings of folded calls, in order, as they come."""
+    seen: list[str] = []
+    for name in ("grouped", "separate", "direct"):
+        inner = getattr(module._folded, name)
+        way = lambda *args, name=name, inner=inner: seen.append(name) or inner(*args)  # noqa: E731
+        monkeypatch.setattr(module._folded, name, way)
+    return seen
 
-    def nobody(self: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "expanduser", nobody)
-    assert own_file() is None
-    assert serving().kind == "shipped"
+@needs_lanes
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("width", "size", "way"), [(3, 16, "direct"), (3, 8, "grouped"), (64, 16, "separate"), (64, 4, "separate")]
+)
+def test_blocks_follow_the_rule(width: int, size: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = FusedBlocks([BasicBlock(width, width).eval() for _ in range(2)])
+    seen, threads = ways(fused, monkeypatch), torch.get_num_threads()
+    x = torch.randn(1, width, size, size)
+    with use_isa("avx2"):
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            fused(x)
+        torch.set_num_threads(threads)
+    with use_isa("portable"):  # no vectors for the direct lowering's lanes
+        fused(x)
+    assert seen[:2] == [way, way]
+    assert seen[2] == ("grouped" if way == "direct" else way)
+
+
+@needs_lanes
+@torch.no_grad()
+def test_pools_that_are_slow_on_contiguous_maps_are_not_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pool, way in ((nn.MaxPool2d(2), "direct"), (nn.MaxPool2d(3, 2), "grouped"), (nn.AvgPool2d(2), "grouped")):
+        fused = FusedBlocks([nn.Sequential(nn.Conv2d(3, 4, 3), pool).eval() for _ in range(2)])
+        seen = ways(fused, monkeypatch)
+        with use_isa("avx2"):
+            fused(torch.randn(1, 3, 18, 18))
+        assert seen == [way]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (2, 3)])
+def test_maxima_of_2x2(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 5, *size)
+    x[0, 0, 0, 0], x[1, 1, 1, 1] = math.nan, math.inf
+    torch.testing.assert_close(halved(x), nn.MaxPool2d(2)(x), rtol=0, atol=0, equal_nan=True)
+    assert all(halves(layer) for layer in (nn.MaxPool2d(2), nn.MaxPool2d((2, 2), (2, 2))))
+    others = [nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True)]
+    assert not any(halves(layer) for layer in [*others, nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2), None])
+
+
+@pytest.mark.parametrize("lowering", ["separate", "grouped"])
+def test_prepared_weights_follow_changes_and_copies(lowering: str) -> None:
+    """Weights that are laid out once per shape are laid out anew after a change, and never travel with a copy."""
+    blocks = [nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval() for _ in range(2)]
+    fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+    inputs = [torch.randn(batch, 4, 6, 6) for batch in (3, 1, 2, 5, 4, 3)]  # more shapes than are kept
+
+    @torch.no_grad()
+    def check(module: nn.Module) -> None:
+        for x in inputs:
+            wanted = torch.cat([block(x) for block in blocks], 1)
+            torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-5)
+
+    check(fused)
+    check(copy.deepcopy(fused))
+    check(pickle.loads(pickle.dumps(fused)))
+    with torch.no_grad():
+        blocks[1][0].weight.mul_(2)
+    fused.load_state_dicts([block.state_dict() for block in blocks])
+    check(fused)
 
 
 @torch.no_grad()
-def test_blocks_follow_the_table_and_the_threads(monkeypatch) -> None:
-    blocks = [nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU()).eval() for _ in range(3)]
-    fused, x = FusedBlocks(blocks), torch.randn(2, 3, 8, 8)
-    seen: list[str] = []
-    for name in ("grouped", "separate"):
-        inner = getattr(fused._folded, name)
-        way = lambda *args, name=name, inner=inner: seen.append(name) or inner(*args)  # noqa: E731
-        monkeypatch.setattr(fused._folded, name, way)
-    keep(made(1.0, 2.0, None, threads=(1, 2)))
-    fused(x)
-    keep(made(2.0, 1.0, None))
-    fused(x)
-    mixed = made(1.0, 2.0, None, threads=(1, 2))
-    mixed.rows[2] = made(2.0, 1.0, None).rows[1]  # type: ignore[index]
-    keep(mixed)
-    fused(x)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    fused(x)
-    assert seen == ["grouped", "separate", "grouped", "separate"]
+def test_convolutions_alone_are_folded_in_either_mode() -> None:
+    blocks = [nn.Conv2d(6, 3, 1) for _ in range(2)]
+    module = FusedBlocks(blocks)
+    assert module.training
+    x = torch.randn(2, 6, 5, 5)
+    seen = []
+    inner = module._folded.grouped
+    module.lowering = "grouped"
+    module._folded.grouped = lambda *args: seen.append(True) or inner(*args)  # type: ignore[method-assign]
+    y = module(x)
+    assert seen
+    assert torch.equal(y, module.eval()(x))
+    with_norms = FusedBlocks([nn.Sequential(nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3)) for _ in range(2)])
+    with_norms._folded = None  # type: ignore[assignment]
+    with_norms.lowering = "grouped"
+    torch.testing.assert_close(with_norms(x).mean((0, 2, 3)), torch.zeros(6), atol=1e-5, rtol=0)

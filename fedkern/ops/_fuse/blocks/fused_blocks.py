@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from fedkern.ops._core import backend
 from fedkern.ops._core.checks import check_dense
-from fedkern.ops._fuse.blocks.choice import choose, serving
+from fedkern.ops._fuse.blocks.choice import LOWERINGS, Work, choose
 from fedkern.ops._fuse.blocks.conv import core_for
 from fedkern.ops._fuse.blocks.layers import FusedConv, FusedLayer, FusedLinear, fuse_layers
 from fedkern.ops._fuse.blocks.lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
-from fedkern.ops._fuse.blocks.lowering_costs import LOWERINGS
-from fedkern.ops._fuse.blocks.shapes import axes_named, axes_of, survey
+from fedkern.ops._fuse.blocks.shapes import Survey, axes_named, axes_of, survey
 from fedkern.ops._fuse.blocks.trace import check_alike
 
 Lowering = Literal["grouped", "separate", "direct"]
@@ -50,8 +49,8 @@ class FusedBlocks(nn.Module):
             needs :meth:`refold` only if a folded call ran between the step and the recorded call before it.
         lowering: how the result is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch
             after branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which
-            wastes no SIMD lanes on few channels).  None picks the fastest by the table measured on this processor
-            (``fuse_choice``).  Where ``"direct"`` cannot serve, another lowering does.
+            wastes no SIMD lanes on few channels).  None picks by the width, kernel and map size of the blocks'
+            convolutions and the CPU core's instruction set.  Where ``"direct"`` cannot serve, another lowering does.
 
     ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first.  4-D results are channels-last, from
     ``"direct"`` contiguous.  Under torch.compile and torch.func transforms the forward pass is plain grouped (or
@@ -103,8 +102,7 @@ class FusedBlocks(nn.Module):
         self._modeless = all(isinstance(layer, (FusedConv, FusedLinear)) for layer in self._layers.values())
         self._folded = FoldedBlocks(self._steps, self._layers, self.count)
         self._axes = axes_of(self._steps, self._layers)
-        self._chosen: dict[tuple[Any, ...], str] = {}
-        self._surveyed: dict[torch.Size, bool] = {}
+        self._surveyed: dict[torch.Size, Survey] = {}
 
     def _joined(self, members: Sequence[nn.Module]) -> nn.Module:
         """The fused layers, under the names that they have in a block; fills ``_layers``."""
@@ -137,16 +135,16 @@ class FusedBlocks(nn.Module):
             # Under a compiler or a transform: plain operations, which it fuses or maps itself.
             return self._separate(x) if self.lowering == "separate" else self._grouped(x)
         sizes = x.shape[1:]
-        direct = self._surveyed.get(sizes)
-        if direct is None:
-            direct = self._surveyed[sizes] = survey(self._steps, self._layers, self.count, x.shape, self.shared)
+        surveyed = self._surveyed.get(sizes)
+        if surveyed is None:
+            surveyed = self._surveyed[sizes] = survey(self._steps, self._layers, self.count, x.shape, self.shared)
         training = self.training and not self._modeless
         # Autocast decides on every layer's dtype by itself, so that layers stay apart.
         folded = self.fold and not training and not torch.is_autocast_enabled(x.device.type)
         folded = folded and not (torch.is_grad_enabled() and self._recorded(x))
-        direct = direct and folded and self.lowering in (None, "direct") and self._folded.by_sample
+        direct = surveyed.direct and folded and self.lowering in (None, "direct") and self._folded.by_sample
         core = core_for(x) if direct else None
-        way: str = self.lowering or self._choose(x, folded, core is not None)
+        way: str = self.lowering or self._choose(x, surveyed.works, folded, core)
         if not folded:
             if self.fold and torch.is_grad_enabled() and (training or self._trained()):
                 # A step of a fused optimizer may follow, which torch does not count as a change.
@@ -156,22 +154,18 @@ class FusedBlocks(nn.Module):
             if way == "direct":
                 if core is not None and self._folded.plain():
                     return self._folded.direct(core, x, self.shared)
-                way = self._choose(x, folded, False)
+                way = self._choose(x, surveyed.works, folded, None)
             if way == "grouped":
                 return self._folded.grouped(x, self.shared)
             return concatenate(self._folded.separate(x, self.shared))
 
-    def _choose(self, x: Tensor, folded: bool, direct: bool) -> str:
-        if x.dim() != 4 or x.device.type != "cpu":  # other devices' libraries do grouped convolutions in one launch
+    def _choose(self, x: Tensor, works: Sequence[Work], folded: bool, core: Any | None) -> str:
+        # Other devices' libraries do grouped convolutions in one launch.
+        if not folded or x.dim() != 4 or x.device.type != "cpu":
             return "grouped"
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        table = serving()
-        key = (x.shape[1:], last, folded, direct, torch.get_num_threads(), table.isa, table.digest)
-        way = self._chosen.get(key)
-        if way is None:
-            works = self._folded.works(x.shape, self.shared, not folded)
-            way = self._chosen[key] = choose(works, self.count, last, direct)
-        return way
+        direct = core is not None and core.isa() != "portable" and not self._folded.slow_pools
+        return choose(works, last, direct)
 
     def refold(self) -> None:
         """Makes the next folded call fold the weights again, after a change that torch did not count (see ``fold``)."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.ops._fuse.blocks.lowering_costs import IMAGE, VECTOR, Work
+from fedkern.ops._fuse.blocks.choice import Work
 
 
 class FusedLayer(nn.Module):
@@ -124,20 +124,11 @@ class FusedConv(FusedLayer):
         groups = self.groups if shared else self.groups * self.branches
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
-    def work(self, x: Tensor, shared: bool) -> tuple[Tensor, Work]:
-        """The result as a meta tensor and the cost, for a meta tensor ``x`` of one sample."""
-        weight = cast(Tensor, self.weight)
-        # Only its shape: convolving a meta tensor imports sympy, a third of a second.
-        y = x.new_empty((1, weight.shape[0], *self.shape_after(x.shape)[2:]))
-        written, positions = weight.shape[0] / self.branches, y.shape[2] * y.shape[3]
-        amount = weight.numel() / self.branches * positions
-        read = weight.shape[1] * self.groups
-        kind, width, whole = "pointwise", float(written), written % VECTOR == 0
-        if math.prod(self.kernel) > 1:
-            kind = "stem" if shared and read <= IMAGE else "spatial"
-        if kind == "spatial":
-            width, whole = math.sqrt(read * written), whole and read % VECTOR == 0
-        return y, Work(kind, width, whole, math.sqrt(positions), amount)
+    def work(self, result: Sequence[int]) -> Work:
+        """What a branch's result of this shape costs."""
+        positions = math.prod(result[2:])
+        taps, width = math.prod(self.kernel), self.shape[0] // self.branches
+        return Work(taps, width, math.sqrt(positions), width * self.shape[1] * taps * positions)
 
     def run_one(self, x: Tensor, m: int) -> Tensor:
         weight, bias = self.part("weight", m), self.maybe("bias", m)

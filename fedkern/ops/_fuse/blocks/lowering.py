@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,9 +13,8 @@ from fedkern.ops._core.memory import fresh
 from fedkern.ops._core.private_torch import may_be_transformed
 from fedkern.ops._fuse.blocks import conv
 from fedkern.ops._fuse.blocks.layers import FusedBatchNorm, FusedConv
-from fedkern.ops._fuse.blocks.lowering_costs import VECTOR, Work
 from fedkern.ops._fuse.blocks.onednn import Prepared, convolve
-from fedkern.ops._fuse.blocks.shapes import POOLS, pooled
+from fedkern.ops._fuse.blocks.shapes import POOLS
 from fedkern.ops._fuse.blocks.trace import Step
 from fedkern.ops._fuse.fuse import fuse_concat
 from fedkern.ops._fuse.maps import empty_map, order_of
@@ -156,6 +154,8 @@ class FoldedBlocks:
         }
         # Whether samples are independent: batch norms without running statistics use the whole batch.
         self.by_sample = all(_folds(layer) for layer in layers.values() if isinstance(layer, FusedBatchNorm))
+        # Torch pools contiguous maps value by value, which takes longer than the convolutions around it.
+        self.slow_pools = any(isinstance(layer, POOLS) and not halves(layer) for layer in layers.values())
 
     def forget(self) -> None:
         """Makes the next call fold all weights again."""
@@ -216,32 +216,6 @@ class FoldedBlocks:
         for held in self.weights.values():
             held.refresh()
         return [self._branch(m, inputs[m]) for m in range(self.branches)]
-
-    def works(self, shape: Sequence[int], shared: bool, recorded: bool) -> list[Work]:
-        """The convolutions and pools that run on maps ``[B, C, H, W]`` of this shape, for ``fuse_table``."""
-        found: list[Work] = []
-        values = {0: (torch.empty((1, *shape[1:]), device="meta"), shared)}
-        for fold in self.folds:
-            x, one = values[fold.step.inputs[0]]
-            layer: Any = self.layers.get(fold.step.module)
-            if fold.step.kind in ("flatten", "linear"):
-                break
-            y = x
-            if fold.step.kind == "conv":
-                y, work = layer.work(x, one)
-                found.append(work._replace(kind="recorded") if recorded else work)
-                one = False
-            elif fold.step.kind == "norm":
-                y, one = (repeated(x, self.branches) if one else x), False
-            elif fold.step.kind == "channelwise":
-                y = x.new_empty((1, *pooled(layer, x.shape[1:]))) if isinstance(layer, POOLS) else layer(x)
-                if y.shape != x.shape and not recorded:
-                    width = x.shape[1] / (1 if one else self.branches)
-                    positions = x.shape[2] * x.shape[3]
-                    kind = "halve" if halves(layer) else "pool"
-                    found.append(Work(kind, width, width % VECTOR == 0, math.sqrt(positions), width * positions))
-            values[fold.value] = (y, one)
-        return found
 
     def plain(self) -> bool:
         """Computes changed weights again; returns whether all are fp32 on the CPU, as :meth:`direct` needs them."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fedkern.ops._fuse.blocks import conv
+from fedkern.ops._fuse.blocks.choice import Work
 from fedkern.ops._fuse.blocks.layers import FusedLayer
 from fedkern.ops._fuse.blocks.trace import Step
 
@@ -62,8 +63,20 @@ def axes_named(axes: tuple[int, ...] | None, count: int, shared: bool) -> str:
     return " or ".join(f"[B, {channels}{NAMES[n]}]" for n in axes)
 
 
-def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: Sequence[int], shared: bool) -> bool:
-    """Follows an input of this shape through the layers; returns whether "direct" covers all convolutions.
+class Survey(NamedTuple):
+    """An input's way through the layers.
+
+    Attributes:
+        direct: whether "direct" covers all convolutions.
+        works: the convolutions.
+    """
+
+    direct: bool
+    works: list[Work]
+
+
+def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: Sequence[int], shared: bool) -> Survey:
+    """Follows an input of this shape through the layers.
 
     Args:
         steps: steps of a block.
@@ -75,7 +88,7 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
     Raises:
         ValueError: a layer does not accept the shape that reaches it.
     """
-    direct = len(shape) == 4
+    direct, works = len(shape) == 4, []
     # A branch's shapes, and whether their channels are still the input's.
     values = [((shape[0], shape[1] if shared else shape[1] // count, *shape[2:]), True)]
     for step in steps:
@@ -103,6 +116,7 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
                     f"x of shape {list(shape)} is too small: {where} convolves with {kernel} and gets maps of {size}"
                 )
             direct = direct and conv.fits(layer, y[3])
+            works.append(layer.work(y))
         elif step.kind == "linear":
             y = (*x[:-1], layer.writes)
         elif step.kind == "flatten":
@@ -120,4 +134,4 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
             except RuntimeError as error:
                 raise ValueError(f"x of shape {list(shape)} does not fit {where}: {error}") from error
         values.append((y, own and step.kind in ("norm", "relu", "channelwise", "same")))
-    return direct
+    return Survey(direct, works)
