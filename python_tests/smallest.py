@@ -5,7 +5,6 @@ DISTILLED = {"distill_batch": 4, "distill_epochs": 2, **CALIBRATED}
 GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, **DISTILLED}
 SETTINGS = {
     "ccvr": {"options": CALIBRATED},
-    "coboosting": {"options": GENERATED},
     "dense": {"options": GENERATED},
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", **CALIBRATED}},
     "feddf": {"options": DISTILLED},

@@ -21,7 +21,6 @@ STUDENTS: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
     ),
     "FedDF, public images": ("feddf", tuple({"distill_lr": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2))),
     "DENSE": ("dense", tuple({"distill_lr": rate} for rate in (0.005, 0.01, 0.02, 0.05))),
-    "Co-Boosting": ("coboosting", tuple({"distill_lr": rate} for rate in (0.005, 0.01, 0.02, 0.05))),
 }
 
 

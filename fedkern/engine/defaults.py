@@ -102,7 +102,6 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     "feddf": {**ONE_SHOT, "public_samples": 1000},
     "feddra": {"data": "captions"},
     "dense": ONE_SHOT,
-    "coboosting": ONE_SHOT,
     "fediod": FEDIOD,
 }
 """Settings of a method that differ from the data set's.  FedAvg and FedProx use the data set's own, so that comparisons
@@ -141,7 +140,6 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
         },
     },
     ("dense", "digits"): {"options": DATA_FREE},
-    ("coboosting", "digits"): {"options": DATA_FREE},
 }  # fmt: skip
 """Settings of a method on one data set that differ from the method's and the data set's."""
 

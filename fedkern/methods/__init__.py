@@ -30,7 +30,6 @@ from fedkern.methods.baselines.alone import Local
 from fedkern.methods.baselines.ccvr import CCVR
 from fedkern.methods.baselines.centralised import Centralised
 from fedkern.methods.baselines.client_ensemble import Ensemble
-from fedkern.methods.baselines.coboosting import CoBoosting
 from fedkern.methods.baselines.dense import DENSE
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.baselines.feddf import FedDF
@@ -62,7 +61,6 @@ __all__ = [
     "Batch",
     "Centralised",
     "Client",
-    "CoBoosting",
     "Ensemble",
     "FedAvg",
     "FedDF",

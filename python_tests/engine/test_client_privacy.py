@@ -231,7 +231,6 @@ REFUSED = {
     "afl": MORE.format("losses"),
     "ccvr": "whose server does more with uploads than adding them up",
     "centralised": AVERAGES,
-    "coboosting": AVERAGES,
     "dense": AVERAGES,
     "ensemble": AVERAGES,
     "feddf": AVERAGES,

@@ -21,7 +21,6 @@ from fedkern.run import main
 GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 1, "synthesis_batch": 4, "distill_batch": 4, "distill_epochs": 1}
 OPTIONS = {
     "ccvr": {"virtual_features": 20, "calibration_epochs": 1},
-    "coboosting": GENERATED,
     "dense": GENERATED,
     "feddf": {"distill_batch": 4, "distill_epochs": 2},
     "fediod": {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1},
@@ -200,7 +199,7 @@ def test_a_run_on_other_data_is_named(attempt, data, make_data, make_public, tmp
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["diagnostics"]["teachers-of-other-data"] == said
 
 
-@pytest.mark.parametrize("method", ["ccvr", "coboosting", "ensemble", "feddf"])
+@pytest.mark.parametrize("method", ["ccvr", "dense", "ensemble", "feddf"])
 def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, tmp_path):
     """Bit for bit, with everything that comes after the training."""
     attempt("ensemble", out="given", teachers=None)

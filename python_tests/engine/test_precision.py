@@ -59,7 +59,6 @@ ROUNDS = {"rounds": 4, "local_epochs": 3, "eval_every": 4}
 ONCE = {"local_epochs": 12}
 MADE = {"nz": 32, "ngf": 8, "distill_epochs": 3, "generator_steps": 3, "synthesis_batch": 64}
 OWN = {
-    "coboosting": {"options": MADE},
     "dense": {"options": MADE},
     "ensemble": {"options": {"models": "cnn:8,resnet8:4"}},
     "feddf": {"public_samples": 100, "options": {"distill_epochs": 5}},

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import nn
 
 from fedkern.methods.base import Server, Step, option, register
 from fedkern.methods.common.oneshot_distill import DataFree, Pool, torch_stream
-from fedkern.methods.common.oneshot_synthesis import Synthesis, synthesise
+from fedkern.methods.common.oneshot_synthesis import synthesise
 from fedkern.models.ensemble import Ensemble
 
 
@@ -57,34 +55,16 @@ class DENSE(DataFree):
         )
         restart: bool = option(True, "reset the generator's weights before every batch")
 
-    def how(self) -> Synthesis:
-        """The generator's settings."""
-        return self.synthesis(adversarial=self.options.adv_weight, restart=self.options.restart)
-
-    def optimiser(self, student: nn.Module) -> tuple[Optimizer, LRScheduler]:
-        """The student's optimiser, and a schedule that steps once an epoch (in DENSE, a constant learning rate)."""
-        o = self.options
-        made = torch.optim.SGD(student.parameters(), o.distill_lr, o.distill_momentum)
-        return made, torch.optim.lr_scheduler.ConstantLR(made, 1.0, o.distill_epochs)
-
-    def reweigh(self, teachers: Ensemble, pool: Pool, epoch: int, draw: torch.Generator) -> None:
-        """Updates ``teachers.weights`` before the student's epoch; DENSE leaves them equal."""
-
-    def example(self, teachers: Ensemble, pool: Pool, index: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The student's input for the images at ``index``, and the members' logits of that input."""
-        return pool.take(index)
-
     def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
         o, classes = self.options, server.federation.classes
         draw = torch_stream(server, "generator", step)
         generator = self.generator(server, draw)
         pool = Pool(teachers, o.distill_epochs * o.synthesis_batch, server.image_shape)
-        optimiser, schedule = self.optimiser(student)
-        for epoch in range(o.distill_epochs):
-            pool.add(*synthesise(generator, teachers, student, self.how(), draw, classes))
-            self.reweigh(teachers, pool, epoch, draw)
+        settings = self.synthesis(adversarial=o.adv_weight, restart=o.restart)
+        optimiser = torch.optim.SGD(student.parameters(), o.distill_lr, o.distill_momentum)
+        for _ in range(o.distill_epochs):
+            images, _labels = synthesise(generator, teachers, student, settings, draw, classes)
+            pool.add(images)
             chosen = islice(pool.batches(o.distill_batch, draw), o.distill_steps or None)
-            batches = (self.example(teachers, pool, index, draw) for index in chosen)
-            server.report.update(self.follow(student, teachers, batches, optimiser))
-            schedule.step()
+            server.report.update(self.follow(student, teachers, map(pool.take, chosen), optimiser))
         server.report["distil_images"] = float(len(pool))

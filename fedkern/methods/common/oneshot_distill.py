@@ -170,10 +170,7 @@ class DataFree(Distilled):
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):
-        """Options of the generator.
-
-        The first five have the published settings of DENSE and Co-Boosting as defaults.
-        """
+        """Options of the generator; the first five have the published settings of DENSE as defaults."""
 
         nz: int = option(256, "dimensions of the generator's noise", low=1)
         ngf: int = option(64, "unit of the generator's channels", low=1)
@@ -223,34 +220,26 @@ class Pool:
         # One row per image in NHWC, so that selecting rows keeps channels-last and copies whole images.
         self._rows = torch.empty(capacity, height, width, channels, device=device)
         self._said = torch.empty(0, device=device)  # [K, capacity, C], or [K, capacity, C, H, W]
-        self._labels = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     @torch.no_grad()
-    def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Adds normalised images fp32 [n, C, H, W] and, for generated images, their target classes int64 [n]."""
+    def add(self, images: Tensor) -> None:
+        """Adds normalised images fp32 [n, C, H, W]."""
         begin, end = self._count, self._count + len(images)
         self._rows[begin:end] = images.permute(0, 2, 3, 1)
         said = self._teachers.logits(images)
         if not begin:
             self._said = said.new_empty(len(said), len(self._rows), *said.shape[2:])
         self._said[:, begin:end] = said
-        if labels is not None:
-            self._labels[begin:end] = labels
         self._count = end
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
         index = send(index, self._rows.device)
         return self._rows.index_select(0, index).permute(0, 3, 1, 2), self._said.index_select(1, index)
-
-    def answers(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The members' logits [K, B, C] of the images at ``index``, and the images' target classes [B]."""
-        index = send(index, self._rows.device)
-        return self._said.index_select(1, index), self._labels.index_select(0, index)
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Positions of one epoch in random order, in batches of ``size``.

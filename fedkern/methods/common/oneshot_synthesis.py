@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, softmax
+from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
@@ -89,10 +89,6 @@ class Synthesis:
         cross_entropy: weight of the ensemble's cross-entropy to the random labels.
         batch_norm: weight of :class:`BatchNormStatistics`.
         adversarial: weight of ``-KL(ensemble || student)``.
-        boundary: whether the adversarial term counts only images on which ensemble and student disagree (DENSE's
-            decision boundary).
-        temperature: temperature of the adversarial term.
-        hardness: exponent s of the weight (1 - p_y)^s on an image's cross-entropy (Co-Boosting's hard samples).
         restart: draw new weights for the generator before every batch.
     """
 
@@ -102,37 +98,23 @@ class Synthesis:
     cross_entropy: float = 1.0
     batch_norm: float = 1.0
     adversarial: float = 1.0
-    boundary: bool = True
-    temperature: float = 1.0
-    hardness: float = 0.0
     restart: bool = True
 
 
-def hard_cross_entropy(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
-    """Mean of ``(1 - p_y)^s CE``, with no gradient through the weight (Co-Boosting, arXiv 2402.15070, section 4.1)."""
-    if hardness == 0:
-        return cross_entropy(logits, labels)
-    p = softmax(logits.detach(), 1).gather(1, labels[:, None]).squeeze(1)
-    return ((1 - p).pow(hardness) * cross_entropy(logits, labels, reduction="none")).mean()
+def divergence(student: Tensor, teachers: Tensor, weights: Tensor) -> Tensor:
+    """The term that a generator maximises: mean over images of ``KL(ensemble || student)`` at their boundary.
 
-
-def divergence(student: Tensor, teachers: Tensor, weights: Tensor, how: Synthesis) -> Tensor:
-    """The term that a generator maximises: mean over images of ``KL(ensemble || student)``.
-
-    With ``how.boundary``, only images count on which ensemble and student predict different classes (DENSE, equation
-    5).  Gradients reach both ``student`` and ``teachers``.
+    Only images count on which ensemble and student predict different classes (DENSE, equation 5).  Gradients reach both
+    ``student`` and ``teachers``.
 
     Args:
         student: logits [B, C].
         teachers: logits [K, B, C].
         weights: [K], the teachers' weights in the mean of the logits.
-        how: the settings.
     """
-    rows = ops.ensemble_kl(student, teachers, weights, how.temperature, mix="logits", reduction="none")
-    if how.boundary:
-        mixed = torch.einsum("k,kbc->bc", weights, teachers.detach())
-        rows = rows * (mixed.argmax(1) != student.detach().argmax(1))
-    return rows.mean()
+    rows = ops.ensemble_kl(student, teachers, weights, mix="logits", reduction="none")
+    mixed = torch.einsum("k,kbc->bc", weights, teachers.detach())
+    return (rows * (mixed.argmax(1) != student.detach().argmax(1))).mean()
 
 
 def synthesise(
@@ -177,10 +159,10 @@ def synthesise(
         for _ in range(how.steps):
             images = generator(z)
             logits = teachers.logits(images)
-            loss = how.cross_entropy * hard_cross_entropy(teachers.mix(logits), labels, how.hardness)
+            loss = how.cross_entropy * cross_entropy(teachers.mix(logits), labels)
             loss = loss + how.batch_norm * statistics.take()
             if adversarial and student is not None:
-                loss = loss - adversarial * divergence(student(images), logits, teachers.weights, how)
+                loss = loss - adversarial * divergence(student(images), logits, teachers.weights)
             better = (loss < lowest).detach()  # stays on the device, so no step waits for the loss
             lowest = torch.where(better, loss.detach(), lowest)
             best = images.detach() if best is None else torch.where(better, images.detach(), best)

@@ -110,7 +110,7 @@ def test_bad_statistics_are_left_out_and_named(value, why, nobody, make_data, ma
         run(config, out=tmp_path / "all", data=make_data())
 
 
-@pytest.mark.parametrize("method", ["ccvr", "ensemble", "feddf", "dense", "coboosting"])
+@pytest.mark.parametrize("method", ["ccvr", "ensemble", "feddf", "dense"])
 def test_running_statistics_are_needed(method, make_data, make_public, make_config, tmp_path):
     config = make_config(method, model="cnn", rounds=None, buffers="local")
     with pytest.raises(UserError, match=f"{method} needs the running statistics .* --buffers average"):
@@ -118,7 +118,7 @@ def test_running_statistics_are_needed(method, make_data, make_public, make_conf
     assert not (tmp_path / "config.toml").exists()
 
 
-@pytest.mark.parametrize("method", ["oneshot-fedavg", "ccvr", "ensemble", "feddf", "dense", "coboosting"])
+@pytest.mark.parametrize("method", ["oneshot-fedavg", "ccvr", "ensemble", "feddf", "dense"])
 def test_registered_and_described(method):
     assert METHODS[method].one_shot
     assert "arXiv" in METHODS[method].description or method == "ensemble"

@@ -244,7 +244,7 @@ def test_it_is_learnt(tmp_path):
 def test_the_usual_methods_are_among_them():
     alone = {"local", "centralised", "ensemble", "oneshot-fedavg", "feddf"}
     assert {"fedavg", "fedprox", "scaffold", "feddyn"} | alone <= set(METHODS_HERE)
-    assert not {"fedgid", "ccvr", "dense", "coboosting", "fusefl", "moon", "fedproto"} & set(METHODS_HERE)
+    assert not {"fedgid", "ccvr", "dense", "fusefl", "moon", "fedproto"} & set(METHODS_HERE)
 
 
 def test_unlabelled_pixels_are_not_learnt():
