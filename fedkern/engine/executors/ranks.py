@@ -69,10 +69,12 @@ class Ranks:
         # State of this exchange:
         self._todo: list[ClientId] = []  # clients of this rank that have not worked yet
         self._ahead: dict[ClientId, Done] = {}  # answers of this rank's clients before their turn
-        for rank, odd in team.odd.items():
-            how = ", ".join(f"{name} {value}" for name, value in odd.items())
-            text = f"Rank {rank} computes with other kernels than rank 0 ({how}): bits depend on where a client works."
-            context.warn("other-kernels", text)
+        for rank, level in team.odd.items():
+            context.warn(
+                "other-kernels",
+                f"Rank {rank} computes with other kernels than rank 0 (torch {level}): bits depend on where a client "
+                "works.",
+            )
         self._start(dict(askers))
 
     def _start(self, askers: dict[str, Any]) -> None:

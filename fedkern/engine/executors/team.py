@@ -87,13 +87,13 @@ class Team:
     Attributes:
         place: of this process.
         links: by rank: on rank 0 to all others, on another rank to rank 0.
-        odd: on rank 0, what differs of the kernels of other ranks, by rank and name (see `records.kernels`).
+        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `records.kernels`).
     """
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.links: dict[int, Link] = {}
-        self.odd: dict[int, dict[str, str]] = {}
+        self.odd: dict[int, str] = {}
         self._group: Any = None
         self._between_gpus: Any = None
 
@@ -150,7 +150,7 @@ class Team:
                 )
             # Rank 0 sends the others its own backend and instruction set to compute with.
             if kernels["torch"] != own["torch"]:
-                self.odd[rank] = {"torch": kernels["torch"]}
+                self.odd[rank] = kernels["torch"]
 
     def _connect(self, limit: timedelta) -> None:
         store, rank, size = next(rendezvous("env://", timeout=limit))

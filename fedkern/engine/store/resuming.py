@@ -57,7 +57,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
     """Compares the kernels with those that the run was made with, on which the run's bits depend.
 
     Args:
-        info: of the newest checkpoint; the first versions did not store the kernels.
+        info: of the newest checkpoint.
         device: the device on which the run goes on.  Nothing is compared on another device than before, as the bits
             differ there anyway.
         out: the run folder.
@@ -66,7 +66,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
         UserError: the kernels differ, and this machine could have the same ones; the message says how.
     """
     now = records.kernels(device)
-    stored = info.get("kernels", now)
+    stored = info["kernels"]
     if device != info["config"]["device"]:
         return
     changed, ways = [], []
@@ -123,7 +123,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             "differ from an uninterrupted one."
         )
     now = records.kernels(config.device)
-    stored = info.get("kernels", now)
+    stored = info["kernels"]
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
     if differ:
         found["other-kernels"] = (
