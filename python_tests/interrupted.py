@@ -22,10 +22,10 @@ def outcome(out):
 
 
 def without(found, warning):
-    """An outcome that has this warning, without the warning."""
+    """An outcome without this warning, which a run has where what was lost had something to do."""
     model, metrics, summary = found
     told = dict(summary["diagnostics"])
-    del told[warning]
+    told.pop(warning, None)
     return model, metrics, {**summary, "diagnostics": told}
 
 
