@@ -135,7 +135,7 @@ class Comparison:
 
 @dataclass
 class Recorded:
-    """One results file: where it was measured, its rows, and its name without suffix, which its plot has too."""
+    """One results file: where it was measured, its rows, and its name without suffix."""
 
     machine: dict[str, Any]
     rows: list[Comparison]

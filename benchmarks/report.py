@@ -1,6 +1,6 @@
-"""Turns benchmarks/results/*.json into tables, plots and floors.
+"""Turns benchmarks/results/*.json into tables and floors.
 
-python -m benchmarks.report             # results/README.md, a plot per operator and machine, the tables of docs/ops.md
+python -m benchmarks.report             # results/README.md and the tables of docs/ops.md
 python -m benchmarks.report --check     # exit code 1 if README.md or docs/ops.md are not what the results say, but for
                                         # the marks of rows measured with another compiled core
 python -m benchmarks.report --floors    # floors.toml from the recorded ratios
@@ -230,7 +230,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
         for recorded in files:
             forced = recorded.machine.get("backend")
             lines += ["", f"## {group} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else ""), ""]
-            lines += [machine_line(recorded), "", f"![{group}]({recorded.name}.png)"]
+            lines.append(machine_line(recorded))
             for family in families(recorded.rows):
                 lines += ["", *table(family, cores)]
                 lines += ["", *told] if (told := whole_runs(family)) else []
@@ -258,56 +258,6 @@ def fill(text: str, results: dict[str, list[Recorded]], cores: Cores) -> str:
         return match[1] + "\n" + "\n".join(lines or ["Not recorded yet.", ""]) + "\n" + match[3]
 
     return SECTION.sub(section, text)
-
-
-def plot(recorded: Recorded, path: Path) -> None:
-    """Speed-ups as bars on a logarithmic axis, with the quartiles of the pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in recorded.rows if not row.loaded]
-    names = contestants(rows)
-    height = 0.8 / max(len(names), 1)
-    figure, axes = pyplot.subplots(
-        figsize=(9, 1.6 + 0.28 * len(rows) * max(len(names), 1) ** 0.7), layout="constrained"
-    )
-    pale = []
-    for k, name in enumerate(names):
-        places, values, low, high, told = [], [], [], [], []
-        for position, row in enumerate(rows):
-            if name in row.speedup:
-                places.append(position + (k - (len(names) - 1) / 2) * height)
-                values.append(row.speedup[name])
-                told.append(not gate.noisy(row, name))
-                quartiles = row.spread.get(name, [values[-1], values[-1]])
-                low.append(max(values[-1] - quartiles[0], 0))
-                high.append(max(quartiles[1] - values[-1], 0))
-        # From 1, so that losses point to the left.
-        widths = [value - 1 for value in values]
-        bars = {"xerr": [low, high], "error_kw": {"elinewidth": 0.8, "ecolor": "0.3"}}
-        drawn = axes.barh(places, widths, 0.92 * height, left=1, label=name, **bars)
-        pale += [bar for bar, steady in zip(drawn, told, strict=True) if not steady]
-    axes.axvline(1, color="0.2", linewidth=1)
-    axes.set_xscale("log")
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if _within(t, rows)]
-    axes.set_xticks(ticks, [f"{t:g}×" for t in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set_yticks(range(len(rows)), [f"{row.case}, {row.where}" for row in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("times as fast as (median over pairs, quartiles" + ("; pale: times scatter)" if pale else ")"))
-    axes.set_title(f"{rows[0].group}\n{machine_line(recorded)}", fontsize=9)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    for bar in pale:  # after the legend, which takes its colours from the first bars
-        bar.set_alpha(0.35)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _within(tick: float, rows: Sequence[Comparison]) -> bool:
-    values = [value for row in rows for value in row.speedup.values()] or [1.0]
-    return min(*values, 1.0) / 2 <= tick <= max(*values, 1.0) * 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -341,14 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if stale else 0
     for path in stale:
         path.write_text(texts[path])
-    for files in results.values():
-        for recorded in files:
-            if any(not row.loaded for row in recorded.rows):
-                plot(recorded, options.results / f"{recorded.name}.png")
-    print(
-        f"wrote {options.results / TITLE}, {sum(map(len, results.values()))} plots"
-        + (f", the tables of {options.docs}" if options.docs in texts else "")
-    )
+    print(f"wrote {options.results / TITLE}" + (f", the tables of {options.docs}" if options.docs in texts else ""))
     return 0
 
 

@@ -133,7 +133,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
 
 
 @pytest.mark.exhaustive
-def test_report_makes_table_and_plot(folder: Path) -> None:
+def test_report_makes_the_tables(folder: Path) -> None:
     results = folder / "benchmarks" / "results"
     page = (results / "README.md").read_text()
     assert "torch" in page
@@ -141,9 +141,6 @@ def test_report_makes_table_and_plot(folder: Path) -> None:
     assert "1.00 ms | 2.00× (promised 3×) | 4.00×" in row
     assert "* Liger-Kernel is not in the table: Liger-Kernel needs a GPU" in page
     assert "* medium (1 thread): told" in page
-    (recorded,) = results.glob("toy-*.json")
-    assert f"![toy]({recorded.stem}.png)" in page
-    assert recorded.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     docs = (folder / "docs" / "ops.md").read_text()
     assert docs.startswith("before\n<!-- measured: toy, nothing -->\n")
     assert docs.endswith("<!-- end -->\nafter\n")

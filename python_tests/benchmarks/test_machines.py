@@ -126,10 +126,6 @@ def test_the_pages_show_machine_after_machine(tmp_path: Path) -> None:
     amd, intel = (tmp_path / "README.md").read_text().split("\n## ")[1:]
     assert amd.startswith("toy on AMD EPYC\n")
     assert intel.startswith("toy on Intel(R) Xeon(R) Processor\n")
-    assert "![toy](toy-amd-epyc.png)" in amd
-    assert "![toy](toy-intel-xeon.png)" in intel
-    assert (tmp_path / "toy-amd-epyc.png").exists()
-    assert (tmp_path / "toy-intel-xeon.png").exists()
     assert "1.20× (promised 1.5×)" in intel
     assert "promised" not in amd
     first, second = docs.read_text().split("`toy` on ")[1:]
