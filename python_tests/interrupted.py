@@ -10,7 +10,7 @@ from fedkern.engine import Listener
 from fedkern.engine.store.checkpoints import entry_sum
 from fedkern.engine.store.records import read_metrics
 
-TIMES = ("seconds", "round_seconds", "phases", "speed", "device", "wire")
+TIMES = ("seconds", "round_seconds", "phases", "device", "wire")
 """What no two runs have alike: times, and the bytes around the messages, of which a resumed run has more."""
 
 

@@ -66,7 +66,7 @@ def build(capability: str) -> Stage:
 
 
 def doctor() -> Stage:
-    return Stage("doctor", (sys.executable, "-m", "fedkern.run", "doctor", "--measure"), 120)
+    return Stage("doctor", (sys.executable, "-m", "fedkern.run", "doctor"), 120)
 
 
 def tests() -> list[Stage]:

@@ -325,29 +325,15 @@ def list_all(request: Request) -> int:
 
 
 def doctor(request: Request) -> int:
-    """Prints the state of the installation; with ``--measure``, measures the processor's peak first."""
+    """Prints the state of the installation."""
     from fedkern.report import doctor as report
     from fedkern.report.progress import terminal
 
-    if request.measure:
-        _measure()
     if request.json:
         print(json.dumps(report.collect(), indent=2))
     else:
         report.show(terminal())
     return 0
-
-
-def _measure() -> None:
-    import torch
-
-    from fedkern.engine import peak
-
-    found = {}
-    for count, rates in peak.measure(tuple(dict.fromkeys((1, torch.get_num_threads())))):
-        interrupts.check()
-        found[count] = rates
-    peak.keep(found)
 
 
 def attack(request: Request) -> int:

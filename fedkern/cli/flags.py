@@ -30,7 +30,7 @@ COMMANDS = {
     "report": "one HTML file of a run or a comparison, to read in a browser",
     "flower": "a Flower project, run to its end on a SuperLink or in a simulation",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
-    "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
+    "doctor": "show versions, processor, GPU and what serves",
 }
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
@@ -121,10 +121,7 @@ COMMAND_FLAGS: dict[str, dict[str, str]] = {
         "--json": "print the result as JSON",
     },
     "list": {"--json": "print the names as JSON"},
-    "doctor": {
-        "--measure": "measure the processor's peak and keep it for the figures of later runs",
-        "--json": "print the report as JSON",
-    },
+    "doctor": {"--json": "print the report as JSON"},
 }
 """What the commands take that have no parser of their own."""
 
@@ -289,7 +286,6 @@ def _parser(method: str | None, data: str) -> Parser:
                 action="store_true",
                 help="write report.html at the end, one file to read in a browser (extra [report])",
             )
-            group.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # doctor's
             group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
             group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
             group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
@@ -420,7 +416,6 @@ def parse(argv: Sequence[str]) -> Request:
         profile=values.profile,
         predictions=values.predictions,
         report=values.report,
-        measure=values.measure,
         quiet=values.quiet,
         json=values.json,
         plugins=tuple(values.plugin),
@@ -449,13 +444,9 @@ def _check(request: Request) -> None:
             or request.profile
             or request.predictions
             or request.report
-            or (request.measure and request.command != "doctor")
         ):
             also = ", --data-root, --model, --method-option and --plugin" if allowed else " and --plugin"
-            also = " and --measure" if request.command == "doctor" else also
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
-    elif request.measure:
-        raise UserError(f"--measure is a flag of {PROGRAM} doctor: leave it out.")
     elif request.own_data and request.flower is None:
         raise UserError("--own-data is for nodes of Flower: give --flower DIR too.")
     elif request.flower is not None and (

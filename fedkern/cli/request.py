@@ -38,7 +38,6 @@ class Request:
         profile: whether a trace of one round is written.
         predictions: whether the final network's answers to the test images are written.
         report: whether report.html is written at the end.
-        measure: whether ``doctor`` measures the processor's peak.
         arguments: arguments of a downstream task.
         plugins: names of plugins, which are loaded already.
     """
@@ -59,7 +58,6 @@ class Request:
     profile: bool = False
     predictions: bool = False
     report: bool = False
-    measure: bool = False
     quiet: bool = False
     json: bool = False
     help: str = ""

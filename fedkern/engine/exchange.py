@@ -18,7 +18,6 @@ from fedkern.engine.executors.worker_messages import Reducing
 from fedkern.interrupts import check
 from fedkern.methods.base import Message, Method, Round, Step, Upload
 from fedkern.methods.uploads import like, why_refused
-from fedkern.models.flops import Counting
 from fedkern.privacy.dpsgd import stream_name
 from fedkern.streams import stream
 
@@ -59,7 +58,7 @@ class Exchange:
         self.engine, self.asker, self.step = engine, asker, step
         self.method = engine.askers[asker]
         self.participants, self.entry = participants, entry
-        self.seconds, self.flops = 0.0, 0
+        self.seconds = 0.0
         self._left_out = 0
 
     def lose(self, outgoing: Any, absent: Mapping[int, str]) -> None:
@@ -98,7 +97,6 @@ class Exchange:
                 break
             k, message = answer.client, sent[answer.client]
             self._book(k, "down", message)
-            self.flops += answer.flops
             engine.heard(answer)
             if answer.absent or answer.refused or answer.problem is not None:
                 if answer.absent:
@@ -145,10 +143,9 @@ class Exchange:
             clients = {k: executor.client(k) for k in self.participants}
             for client in clients.values():
                 client.report = {}
-            with self.engine.context.drawing(self.engine.server, self.step), Counting() as counted:
+            with self.engine.context.drawing(self.engine.server, self.step):
                 answers = self.method.cohort_update(clients, self.step, sent)
             if answers is not None:
-                self.flops += counted.flops
                 found = dict(answers)
                 each = (time.perf_counter() - start) / len(sent)
                 return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(sent))

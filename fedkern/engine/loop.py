@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedkern.engine import device_use, diagnostics, peak
+from fedkern.engine import device_use, diagnostics
 from fedkern.engine.absences import absent_clients
 from fedkern.engine.audience import Audience
 from fedkern.engine.client_privacy import RELEASED, ClientPrivacy
@@ -110,7 +110,6 @@ class Run:
         self.latest: dict[str, float] = {}
         self.last_clients: dict[str, Any] = {}
         self.phases: dict[str, float] = {}
-        self.flops: dict[str, int] = {}
         self.tracing = False
         self._until_trace = 1 if profile else None  # communication rounds to play before the traced one
         self._predictions = predictions  # whether predictions.csv is written at the end
@@ -128,7 +127,6 @@ class Run:
         self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
-        self._processes = 1  # processes that clients work in
         self._told: set[str] = set()
         self.said: Guarantee | None = None  # which of the run's releases the epsilon covers
         self._round: dict[str, Any] = {}
@@ -202,7 +200,6 @@ class Run:
         self.context.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.context), client_sets(self.context)
         self.executor = self._executor()
-        self._processes = self.executor.count
         try:
             self._announce()
             self._play_all()
@@ -338,7 +335,6 @@ class Run:
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
         self.server.showing = self.context.disclosure.server and not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-        flops = {"train": 0}
         travelled: dict[str, dict[str, int]] = {}
         sent = self.ledger.total_up, self.ledger.total_down
         due = (self.done + 1) % self.config.eval_every == 0 or self.done + 1 == self._rounds
@@ -368,10 +364,8 @@ class Run:
                 self._leave_out(k, {"exchange": exchange_name, "reason": reason})
             self.server.refused.clear()
             phases["train"] += exchange.seconds
-            flops["train"] += exchange.flops
             if len(exchanges) > 1:
                 phases[f"train/{exchange_name}"] = exchange.seconds
-                flops[f"train/{exchange_name}"] = exchange.flops
                 up, down = self.ledger.total_up - before[0], self.ledger.total_down - before[1]
                 travelled[f"train/{exchange_name}"] = {"up": up, "down": down}
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
@@ -391,7 +385,7 @@ class Run:
         if entry.one_off:
             return
         self.done += 1
-        self._record(entry, start, sent, phases, flops, travelled, due)
+        self._record(entry, start, sent, phases, travelled, due)
 
     @contextmanager
     def _method_code(self, part: str) -> Iterator[None]:
@@ -448,7 +442,6 @@ class Run:
         start: float,
         sent: tuple[int, int],
         phases: dict[str, float],
-        flops: dict[str, int],
         travelled: dict[str, dict[str, int]],
         due: bool,
     ) -> None:
@@ -489,9 +482,6 @@ class Run:
             record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
         self._add_phases(phases)
-        if self.context.disclosure.clients and flops["train"]:  # a client's operations reveal how many samples it has
-            record["flops"] = flops
-            self.flops.update({name: self.flops.get(name, 0) + count for name, count in flops.items()})
         if used := device_use.figures(self.context.device):
             record["device"] = used
         record["round_seconds"] = time.perf_counter() - start
@@ -727,7 +717,6 @@ class Run:
             "report": dict(self.server.report),
             "clients": self.last_clients,
             "phases": self.phases,
-            "flops": self.flops,
             "dropped": self.dropped_since,
             "config": self.config.to_dict(),
             "data": self.fingerprint,
@@ -790,7 +779,6 @@ class Run:
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
         self.server.report = dict(info.get("report", {}))
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
-        self.flops = dict(info.get("flops", {}))
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"], info["metrics_sha256"])
@@ -881,7 +869,6 @@ class Run:
             **({"wire": self.wire} if self.wire else {}),
             "seconds": self.seconds(),
             "phases": self.phases,
-            **({"speed": self._speed()} if self.flops else {}),
             "diagnostics": self.context.warnings,
             "records": self.config.records,
             "versions": records.versions(),
@@ -944,16 +931,6 @@ class Run:
         else:
             why = f"the figures of {self.config.method} come from code of its own, which hands on no logits"
             self.context.warn("no-predictions", f"{predictions.FILE} was not written: {why}.")
-
-    def _speed(self) -> dict[str, Any]:
-        """Speed of the clients: floating-point operations, their rate, and the processor's measured peak rate."""
-        rate = self.flops["train"] / max(self.phases["train"], 1e-9)
-        found: dict[str, Any] = {"flops": self.flops, "flops_per_second": rate}
-        if self.context.device.type == "cpu":
-            most = peak.of_a_run(self._processes, self.config.client_threads, self.config.precision)
-            if most is not None:
-                found["peak_flops_per_second"] = most
-        return found
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.

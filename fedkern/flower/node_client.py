@@ -42,7 +42,7 @@ from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
@@ -296,7 +296,6 @@ class NodeClients:
                 "report": {name: _number(value) for name, value in answer.report.items()} if told else {},
                 "warnings": dict(self._context.warnings) if told else {},
                 "seconds": answer.seconds if told else 0.0,
-                "flops": answer.flops if told else 0,
                 "changed": changed,
                 "ledger": ledger,
             },
@@ -319,7 +318,7 @@ class NodeClients:
 def failed(letter: Letter, what: str, traceback: str) -> Parcel:
     """The reply of a client that could not begin to answer."""
     problem = {"kind": "failed", "what": what, "traceback": traceback}
-    empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "seconds": 0.0, "flops": 0, "ledger": None}
+    empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "seconds": 0.0, "ledger": None}
     head = {"client": letter.client, "version": list(letter.version), "changed": False}
     return pack({**head, **empty, "problem": problem})
 
@@ -341,8 +340,7 @@ def _problem(answer: Answer, told: bool) -> dict[str, Any] | None:
 
 # -- the server's end of a reply -------------------------------------------------------------------------------------
 
-_REPLY = {"client": int, "version": list, "report": dict, "warnings": dict, "seconds": float, "flops": int,
-          "changed": bool}  # fmt: skip
+_REPLY = {"client": int, "version": list, "report": dict, "warnings": dict, "seconds": float, "changed": bool}
 
 
 @dataclass
@@ -379,7 +377,7 @@ def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
         raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
     if not _named(warnings) or not all(isinstance(text, str) for text in warnings.values()):
         raise Malformed("has warnings that are none")
-    if not 0 <= found["seconds"] <= LARGEST_FIGURE or found["flops"] < 0:
+    if not 0 <= found["seconds"] <= LARGEST_FIGURE:
         raise Malformed("has a report that is none")
     answer = Answer(
         client,
@@ -388,7 +386,6 @@ def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
         report=report,
         warnings={name: printable(text) for name, text in warnings.items()},
         seconds=found["seconds"],
-        flops=found["flops"],
     )
     return Reply(answer, found["changed"], found["ledger"])
 

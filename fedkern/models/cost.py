@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.flops import Counting
-
 _PLAIN = {f"fedkern.models.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t", "vgg")}
 """Modules of the networks whose only products are linear layers and ungrouped convolutions."""
 
 
-class _Torchs:
-    """Torch's own counter, which counts all matrix products and convolutions."""
+@dataclass
+class Counted:
+    """Floating-point operations of matrix products and convolutions: a multiplication and an addition are two.
 
-    def __init__(self) -> None:
-        from torch.utils.flop_counter import FlopCounterMode  # imports Triton and torch's compiler, which takes seconds
+    Attributes:
+        flops: operations of the forward passes and of the backward passes that follow them.
+    """
 
-        self._mode = FlopCounterMode(display=False)
+    flops: int = 0
 
-    def __enter__(self) -> _Torchs:
-        self._mode.__enter__()
-        return self
+    def add(self, layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Forward hook of a linear layer or an ungrouped convolution.
 
-    def __exit__(self, *raised: Any) -> None:
-        self._mode.__exit__(*raised)
+        If the output requires a gradient, the backward pass is added: as much again for the weights and for the input,
+        if these require a gradient.
+        """
+        # Every weight is used once per position of the output, which has as many channels as the weight has rows.
+        each = 2 * output.numel() * layer.weight.numel() // layer.weight.shape[0]
+        if output.requires_grad:
+            each *= 1 + layer.weight.requires_grad + inputs[0].requires_grad
+        self.flops += each
 
-    @property
-    def flops(self) -> int:
-        return int(self._mode.get_total_flops())
 
-
-def count_flops(module: nn.Module | None) -> Any:
-    """A context manager whose ``flops`` are the operations inside it, of matrix products and convolutions.
+@contextmanager
+def count_flops(module: nn.Module | None) -> Iterator[Counted]:
+    """Counts the operations inside it; what it yields has them at its end.
 
     Args:
         module: the network that runs inside; None if it is not known.
     """
-    plain = module is not None and type(module).__module__ in _PLAIN
-    return Counting() if plain else _Torchs()
+    counted = Counted()
+    if module is None or type(module).__module__ not in _PLAIN:
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton and torch's compiler, which takes seconds
+
+        with FlopCounterMode(display=False) as counter:
+            yield counted
+        counted.flops = int(counter.get_total_flops())
+        return
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    handles = [layer.register_forward_hook(counted.add) for layer in layers]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

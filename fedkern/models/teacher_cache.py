@@ -20,7 +20,6 @@ from fedkern import files
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
 from fedkern.inputs import parse_json, special
-from fedkern.models.flops import uncounted
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
@@ -56,7 +55,6 @@ class LogitsCache:
         return self.folder / file_name("logits", identity)
 
     @computing("fp32")  # runs of either precision read the cached logits
-    @uncounted()
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
         """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images; only those that the file lacks are computed.
 

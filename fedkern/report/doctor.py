@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -19,6 +19,7 @@ from fedkern.errors import MESSAGE
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes
 
+CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
     "fedkern",
     "torch",
@@ -49,6 +50,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cpuinfo(path: Path) -> dict[str, str]:
+    """Entries of ``/proc/cpuinfo`` for the first processor; none where there is no such file."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").partition("\n\n")[0].splitlines():
+            name, colon, value = line.partition(":")
+            if colon:
+                found[name.strip()] = value.strip()
+    return found
+
+
 def processor() -> dict[str, Any]:
     """The CPU: ``name``, ``cores``, and the ISA levels of fedkern's compiled core.
 
@@ -56,9 +68,9 @@ def processor() -> dict[str, Any]:
     ``problem`` says why, instead of ``available`` and ``active``.
     """
     from fedkern.ops._core import backend, loading
-    from fedkern.ops._core.processor import processor as this
 
-    found: dict[str, Any] = {"name": this().name, "cores": os.cpu_count()}
+    name = cpuinfo(CPUINFO).get("model name") or platform.processor() or platform.machine()
+    found: dict[str, Any] = {"name": name, "cores": os.cpu_count()}
     forced = os.environ.get("FEDKERN_CPU_ISA")
     found["forced"] = forced or None
     try:
@@ -184,16 +196,13 @@ def collect() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
-    from fedkern.engine import peak
     from fedkern.ops._core import loading, private_torch
 
     rows, forced, problem = operators()
     found, reason = gpus()
-    fastest = peak.read()
     return {
         "versions": versions(),
         "cpu": processor(),
-        "peak": None if fastest is None else dataclasses.asdict(fastest),
         "stale": loading.stale_cores(),
         "threads": threads(),
         "torch": [line for line in (private_torch.PROBLEM, private_torch.REPLACED) if line],
@@ -237,8 +246,6 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     else:
         forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
         add("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
-    for line in _peak(report["peak"]):
-        add("at most", line)
     if report["stale"]:
         from fedkern.ops._core import loading
 
@@ -278,16 +285,6 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
         say(console, f"{name} does not serve {scope}: {reason}")
-
-
-def _peak(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return ["not measured (doctor --measure does, in seconds)"]
-    return [
-        f"{count} thread{'s' * (int(count) != 1)}: {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, "
-        f"{rates['bf16'] / 1e9:.0f} in bf16, copies of {rates['copied'] / 1e9:.1f} GB/s, measured {found['measured']}"
-        for count, rates in found["threads"].items()
-    ]
 
 
 def _crossovers(found: dict[str, Any] | None) -> list[str]:

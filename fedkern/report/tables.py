@@ -196,8 +196,6 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     for way in ("up", "down"):
         if sent.get(f"one_off_{way}"):
             rows[f"sent once, before training ({way})"] = human_bytes(sent[f"one_off_{way}"])
-    if "speed" in summary:
-        rows["convolutions and linear layers in training"] = _speed(summary["speed"])
     rows["time per round"] = human_time(summary["seconds"] / rounds)
     rows["time"] = human_time(summary["seconds"])
     for text, value in rows.items():
@@ -259,14 +257,6 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
     # The title is no part of the table, which would break it at the width of the columns.
     notes = [plain("; ".join(missing), most=MESSAGE)] if missing else []
     return Group(plain(title, "table.title"), made, *notes)
-
-
-def _speed(speed: Mapping[str, Any]) -> str:
-    rate = speed["flops_per_second"]
-    most = speed.get("peak_flops_per_second")
-    return f"{rate / 1e9:.3g} GFLOP/s" + (
-        f", {100 * rate / most:.0f} % of the most it was seen to reach" if most else ""
-    )
 
 
 def partition_table(statistics: Any, limit: int = 12) -> Table:

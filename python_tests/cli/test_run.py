@@ -62,9 +62,7 @@ def test_a_terminal_is_told_that_torch_is_loading():
     assert re.fullmatch(r"loading torch \.\.\.\r +\r", told)
 
 
-@pytest.mark.parametrize(
-    ("command", "flag"), [("attack", "--data-root DIR"), ("list", "--json"), ("doctor", "--measure")]
-)
+@pytest.mark.parametrize(("command", "flag"), [("attack", "--data-root DIR"), ("list", "--json"), ("doctor", "--json")])
 def test_a_command_has_a_help_of_its_own(result, command, flag):
     text, _ = result(command, "--help")
     assert text.startswith(f"usage: {flags.PROGRAM} {command}")
@@ -116,16 +114,6 @@ def test_doctor(result):
     assert report["threads"]["torch"] == torch.get_num_threads()
 
 
-def test_doctor_measures(result, monkeypatch, tmp_path):
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("fedkern.engine.peak.SECONDS", 0.01)
-    monkeypatch.setattr("fedkern.engine.peak.COPIED_BYTES", 1 << 20)
-    assert "not measured" in result("doctor")[0]
-    assert "GFLOP/s in fp32" in result("doctor", "--measure")[0]
-    found = json.loads(result("doctor", "--json")[0])["peak"]["threads"]
-    assert all(rates["fp32"] > 0 for rates in found.values())
-
-
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -135,9 +123,7 @@ def test_doctor_measures(result, monkeypatch, tmp_path):
         ([], ["Which method", "fedgid"]),
         (["fedgidd"], ['"fedgidd"', 'Did you mean "fedgid"']),
         (["doctr"], ['Did you mean "doctor"']),
-        (["fedavg", "--measure"], ["--measure", "doctor"]),
-        (["list", "--measure"], ["takes no other flags"]),
-        (["doctor", "--profile"], ["takes no other flags", "--measure"]),
+        (["doctor", "--profile"], ["takes no other flags"]),
         (["attack", "DIR", "--predictions"], ["takes no other flags"]),
         (["fedgid", "--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),

@@ -106,7 +106,7 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
     assert entry["table"]["file"] in there
     assert "clients" not in entry
     assert len(entry["files"]) == WORKING + 1
-    assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == 4
+    assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == 5
 
 
 class Watch(Listener):

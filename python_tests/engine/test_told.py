@@ -1,4 +1,4 @@
-"""What a run tells of its speed: operations, what the processor can do, a trace of one round."""
+"""What a run tells of its cost: bytes of exchanges, a trace of one round, memory and time."""
 
 import gzip
 import itertools
@@ -12,128 +12,9 @@ import pytest
 import torch
 from interrupted import outcome
 from smallest import SETTINGS
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from fedkern.engine import Listener, device_use, peak, run
-from fedkern.engine.peak import Rates
+from fedkern.engine import Listener, device_use, run
 from fedkern.errors import UserError
-from fedkern.models import build
-from fedkern.models.flops import Counting, uncounted
-from fedkern.report.tables import final_table
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
-
-
-def counted(step):
-    with FlopCounterMode(display=False) as torchs:
-        step()
-    with Counting() as ours:
-        step()
-    return ours.flops, torchs.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(4, 6, 3, stride=2, padding=1),
-        nn.Conv1d(4, 6, 3),
-        nn.ConvTranspose2d(4, 6, 3, stride=2),
-        nn.Linear(4, 7),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-@pytest.mark.parametrize("mode", ["forward", "weights", "both"])
-def test_operations_are_torchs(layer, mode):
-    shape = {nn.Linear: (5, 4), nn.Conv1d: (5, 4, 9)}.get(type(layer), (5, 4, 9, 9))
-    images = torch.randn(shape, requires_grad=mode == "both")
-
-    def step():
-        with torch.set_grad_enabled(mode != "forward"):
-            loss = layer(images).sum()
-        if mode != "forward":
-            loss.backward()
-
-    ours, torchs = counted(step)
-    assert ours == torchs > 0
-
-
-@pytest.mark.parametrize("name", ["cnn", "resnet8", "mlp"])
-def test_a_networks_operations_are_torchs(name):
-    network = build(name, classes=10, channels=3, image_size=16, seed=0).train()
-    images = torch.randn(4, 3, 16, 16)
-    ours, torchs = counted(lambda: network(images).sum().backward())
-    assert ours == torchs > 0
-
-
-def test_operations_of_groups():
-    """By hand: torch counts the gradient of a grouped convolution's weights as if it had one group."""
-    layer, images = nn.Conv2d(4, 6, 3, groups=2), torch.randn(5, 4, 9, 9, requires_grad=True)
-    with Counting() as counts:
-        layer(images).sum().backward()
-    assert counts.flops == 3 * 2 * (5 * 6 * 7 * 7) * (2 * 3 * 3)
-
-
-def test_compiled_networks_are_compiled_once():
-    torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(graph)
-        return graph.forward
-
-    layer = torch.compile(nn.Linear(3, 3), backend=backend)
-    for _ in range(3):
-        with Counting():
-            layer(torch.ones(2, 3))
-    assert len(seen) == 1
-
-
-def test_one_count_inside_another():
-    layer = nn.Linear(3, 3)
-    plain = nn.Linear.forward
-    with Counting() as outer:
-        layer(torch.ones(2, 3))
-        with Counting() as inner:
-            layer(torch.ones(2, 3))
-        layer(torch.ones(2, 3))
-    assert outer.flops == 3 * inner.flops > 0
-    assert nn.Linear.forward is plain
-
-
-def test_what_a_cache_may_have_is_not_counted():
-    layer, images = nn.Linear(3, 4), torch.ones(2, 3)
-    with Counting() as counting:
-        layer(images)
-        once = counting.flops
-        with uncounted():
-            layer(images)
-        assert counting.flops == once > 0
-        layer(images)
-        assert counting.flops == 2 * once
-
-
-def test_nothing_is_counted_behind_the_end():
-    layer = nn.Linear(3, 3)
-    with Counting() as counts:
-        layer(torch.ones(2, 3))
-    first = counts.flops
-    layer(torch.ones(2, 3))
-    assert counts.flops == first > 0
-
-
-def test_a_run_records_its_operations(make_config, make_data, tmp_path):
-    summary = run(make_config(rounds=2), out=tmp_path / "run", data=make_data())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    each = [line["flops"]["train"] for line in lines]
-    assert each[0] == each[1] > 0
-    speed = summary["speed"]
-    assert speed["flops"]["train"] == sum(each)
-    assert speed["flops_per_second"] == pytest.approx(sum(each) / summary["phases"]["train"])
-    assert "peak_flops_per_second" not in speed  # nobody has measured it
 
 
 def test_the_bytes_of_several_exchanges_stand_apart(make_config, make_pairs, tmp_path):
@@ -148,39 +29,6 @@ def test_the_bytes_of_several_exchanges_stand_apart(make_config, make_pairs, tmp
             assert sum(each[way] for each in line["bytes"].values()) == line[f"round_bytes_{way}"]
 
 
-def test_the_measured_peak_stands_beside(make_config, make_data, tmp_path):
-    peak.keep({1: Rates(1e12, 2e12, 1e10)})
-    config = make_config(rounds=1, workers="1")
-    summary = run(config, out=tmp_path / "run", data=make_data())
-    assert summary["speed"]["peak_flops_per_second"] == 1e12
-    assert peak.of_a_run(1, 1, "bf16") == 2e12
-    assert peak.of_a_run(2, 1, "fp32") is None
-    table = final_table({**summary, "method": "fedavg"})
-    cells = [str(cell) for column in table.columns for cell in column.cells]
-    assert any("% of the most it was seen to reach" in cell for cell in cells)
-
-
-def test_peaks_are_kept_by_processor(monkeypatch):
-    peak.keep({1: Rates(1.0, 2.0, 3.0), 2: Rates(4.0, 5.0, 6.0)})
-    assert peak.read().threads == {1: Rates(1.0, 2.0, 3.0), 2: Rates(4.0, 5.0, 6.0)}
-    path = peak.file()
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, "processor": "another"}))
-    assert peak.read() is None
-    path.write_text("{")
-    assert peak.read() is None
-
-
-def test_measuring(monkeypatch):
-    monkeypatch.setattr(peak, "SECONDS", 0.01)
-    monkeypatch.setattr(peak, "SIDE", 64)
-    monkeypatch.setattr(peak, "COPIED_BYTES", 1 << 20)
-    before = torch.get_num_threads()
-    found = dict(peak.measure((1,)))
-    assert torch.get_num_threads() == before
-    assert all(value > 1e6 for value in (found[1].fp32, found[1].bf16, found[1].copied))
-
-
 def test_a_trace_of_one_round(make_config, make_data, tmp_path):
     config, data = make_config(rounds=3), make_data()
     run(config, out=tmp_path / "plain", data=data)
@@ -189,9 +37,6 @@ def test_a_trace_of_one_round(make_config, make_data, tmp_path):
     with gzip.open(tmp_path / "run" / "profile.json.gz") as file:
         events = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
     steps = sum(name == "aten::nll_loss_backward" for name in events)
-    each = run(make_config(rounds=1), out=tmp_path / "one", data=data)["speed"]["flops"]["train"]
-    whole = json.loads((tmp_path / "run" / "summary.json").read_text())["speed"]["flops"]["train"]
-    assert whole == 3 * each  # so a round has as many steps as any other
     batches = sum(-(-len(split.labels) // config.batch_size) for split in data.clients)
     assert 0 < steps <= config.local_epochs * batches
     assert not (tmp_path / "plain" / "profile.json.gz").exists()

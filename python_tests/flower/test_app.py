@@ -338,10 +338,10 @@ def with_tensor(shape):
 
 DIGITS = "9" * 4000
 UNREADABLE = {
-    "digits in the flops": in_text(r'\["flops",\d+\]', f'["flops",{DIGITS}]'),
+    "digits in the client": in_text(r'\["client",\d+\]', f'["client",{DIGITS}]'),
     "digits in a figure": in_text(r'\["report",\{"dict":\[', f'["report",{{"dict":[["x",{DIGITS}],'),
     "digits in the seconds": in_text(r'\["seconds",[^\]]*\]', f'["seconds",{DIGITS}]'),
-    "more digits than Python reads": in_text(r'\["flops",\d+\]', f'["flops",{DIGITS * 2}]'),
+    "more digits than Python reads": in_text(r'\["client",\d+\]', f'["client",{DIGITS * 2}]'),
     "infinity as JSON": in_text(r'\["seconds",[^\]]*\]', '["seconds",Infinity]'),
     "a figure near the largest": replied_with(report={"x": 1.7e308}),
     "a figure of text": replied_with(report={"x": "1"}),
@@ -359,7 +359,7 @@ UNREADABLE = {
 }  # fmt: skip
 
 
-DEFAULT_UNREADABLE = ("digits in the flops", "a shape that overflows", "many warnings")
+DEFAULT_UNREADABLE = ("digits in the client", "a shape that overflows", "many warnings")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern.models import build
 from fedkern.models import cost as module
 from fedkern.models.cost import cost, count_flops
-from fedkern.models.flops import Counting
 
 NAMES = ["cnn", "mlp", "resnet8", "resnet18", "resnet8-t", "resnet8-gn", "vgg16", "vit-tiny", "mobilenetv2"]
 
@@ -24,16 +24,39 @@ def made(name):
 def test_operations_are_torchs(name, monkeypatch):
     images = torch.zeros(2, 3, 32, 32)
     found = cost(made(name), images)
-    monkeypatch.setattr(module, "_PLAIN", set())
-    assert isinstance(count_flops(made(name)), module._Torchs)
+    monkeypatch.setattr(module, "_PLAIN", set())  # torch counts all networks
     assert found == cost(made(name), images)
     assert found.training_flops > found.inference_flops > 0
 
 
-def test_which_networks_are_counted_by_layers():
-    assert isinstance(count_flops(made("resnet8")), Counting)
+def test_which_networks_are_counted_by_layers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.flop_counter", None)
+    with count_flops(made("resnet8")):
+        pass
     for network in (made("vit-tiny"), made("mobilenetv2"), torch.nn.Linear(2, 2), None):
-        assert not isinstance(count_flops(network), Counting)
+        with pytest.raises(ImportError), count_flops(network):
+            pass
+
+
+def test_nothing_is_counted_behind_the_end():
+    network, images = made("cnn"), torch.zeros(2, 3, 32, 32)
+    with count_flops(network) as counted:
+        network(images)
+    first = counted.flops
+    network(images)
+    assert counted.flops == first > 0
+
+
+def test_gradients_are_counted_where_there_are_any():
+    """The first convolution is frozen, and so neither its weights nor its output have a gradient."""
+    images = torch.zeros(2, 3, 32, 32)
+    network = made("cnn")
+    next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)).requires_grad_(False)
+    with count_flops(network) as ours:
+        network(images).sum().backward()
+    with FlopCounterMode(display=False) as torchs:
+        network(images).sum().backward()
+    assert ours.flops == torchs.get_total_flops() > 0
 
 
 @pytest.mark.exhaustive

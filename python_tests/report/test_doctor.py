@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import sys
 import types
 
@@ -82,6 +83,21 @@ def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):
     monkeypatch.setattr(backend, "_isa_applied", False)
     assert "avx1024" in doctor.processor()["problem"]
     assert "avx1024" in shown()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model\t\t: 143\nmodel name\t: Intel(R) Xeon(R)\n\nmodel name\t: of the second core\n", "Intel(R) Xeon(R)"),
+        ("nothing that is known\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_the_processors_name(text, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert doctor.processor()["name"] == name
 
 
 def test_a_forced_backend_is_shown(monkeypatch):

@@ -26,7 +26,6 @@ class Answer:
         report: named figures of the client.
         warnings: diagnostics by name, from a client in a worker process; empty where this process has them already.
         seconds: duration of the client's own work.
-        flops: floating-point operations of that work (see :class:`~fedkern.models.flops.Counting`).
         checked: figures of the upload's check, where a rank that keeps vectors of the upload has checked it; else None.
         refused: why what came cannot be read as an answer, as the end of a sentence about the upload; empty: it can.
         absent: why nothing came, as the end of a sentence about the client; empty: something came.
@@ -38,7 +37,6 @@ class Answer:
     report: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    flops: int = 0
     checked: dict[str, Any] | None = None
     refused: str = ""
     absent: str = ""

@@ -14,7 +14,6 @@ from fedkern.engine.parties import Client
 from fedkern.engine.store.state import fingerprint
 from fedkern.errors import RAISED
 from fedkern.methods.base import ClientId, Message, Step
-from fedkern.models.flops import Counting
 
 
 class Serial:
@@ -61,7 +60,7 @@ class Serial:
         client = self.client(k)
         client.report = {}
         answer = Answer(k)
-        with cpu_threads(self._threads), self._context.drawing(client, step), Counting() as counted:
+        with cpu_threads(self._threads), self._context.drawing(client, step):
             try:
                 answer.message = self._askers[asker].client_update(client, step, message)
             except Diverged as problem:
@@ -69,7 +68,7 @@ class Serial:
             except RAISED as error:
                 answer.problem = failure(k, error)
         answer.report = client.report
-        answer.seconds, answer.flops = time.perf_counter() - start, counted.flops
+        answer.seconds = time.perf_counter() - start
         return answer
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:

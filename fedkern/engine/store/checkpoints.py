@@ -21,7 +21,7 @@ from fedkern.inputs import open_regular, read_json, standing
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 KEEP = 2
 _SERVER = re.compile(r"server-\d{6,}\.safetensors")
 _DIGITS = re.compile(r"[0-9]+")
