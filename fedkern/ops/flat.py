@@ -23,7 +23,8 @@ class FlatGroup(NamedTuple):
     Attributes:
         vector: ``[P + Q]``, all elements of that dtype.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
-        buffers: ``[Q]``, the rest: floating buffers in the order of ``module.buffers()``.
+        buffers: ``[Q]``, the rest: frozen parameters of a module that also has trained ones, in the order of
+            ``module.parameters()``, then floating buffers in the order of ``module.buffers()``.
     """
 
     vector: Tensor
@@ -34,12 +35,9 @@ class FlatGroup(NamedTuple):
 class Slot(NamedTuple):
     """One tensor of the module and its place in the vector."""
 
-    owner: nn.Module
-    key: str  # attribute of the owner
     name: str  # qualified name, as in state_dict
     tensor: Tensor
-    is_parameter: bool
-    vector: Tensor
+    trained: bool  # lies in the group's ``parameters``
     stride: tuple[int, ...]
     offset: int  # in elements, within its group's vector
 
@@ -54,6 +52,7 @@ class Expected(NamedTuple):
     dtype: torch.dtype
     stride: tuple[int, ...]
     place: int | None  # in bytes, from the start of its vector
+    trained: bool
 
 
 class FlatParameters:
@@ -61,9 +60,15 @@ class FlatParameters:
 
     The tensors stay the same objects (optimisers and hooks keep working) with the same shapes and strides: a
     channels-last weight is still channels-last.  The vector holds each tensor's elements in memory order, so that two
-    modules of the same architecture and memory format have the same layout.  ``state_dict`` keys,
-    ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its state behave as before.
-    Shared (tied) tensors appear once.
+    modules of the same architecture, memory format and frozen parameters have the same :meth:`layout`.
+    ``state_dict`` keys, ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its
+    state behave as before.  Shared (tied) tensors appear once.
+
+    Where some parameters are trained and others frozen (``requires_grad`` False), the frozen ones lie with the buffers,
+    behind the trained ones: :attr:`parameters` and :meth:`gradients` hold the trained ones alone, and ``sgd_step`` and
+    ``adamw_step`` leave the others as ``torch.optim`` does.  A module that is frozen as a whole has the layout of one
+    that is trained as a whole.  A parameter that the loss does not use has gradient 0, and steps decay it and move it
+    by its momentum, as ``torch.optim`` does after ``zero_grad(set_to_none=False)``; freeze it to keep it as it is.
 
     All tensors of a dtype share the vector's storage, a torch storage: ``untyped_storage().resize_`` frees or
     reallocates the memory of all of them.  As with every view, ``torch.save`` of one tensor writes the whole vector
@@ -74,15 +79,12 @@ class FlatParameters:
     Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
     Operations that replace a module's tensors or layers unflatten the module: ``.to(dtype)``, ``.to(device)``,
-    ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``, ``p.data = ...``.  From then on
+    ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``, ``p.data = ...``.  So does
+    freezing or unfreezing single parameters (not a whole module that was trained or frozen as a whole).  From then on
     every attribute and method here that reads or writes values raises RuntimeError, until :meth:`flatten` has
     flattened the module again; :attr:`is_flat` and :meth:`check` tell.  Vectors read before are the module's no longer.
     Under torch.compile nothing is checked.  ``copy.deepcopy`` of the module alone gives an ordinary module,
     ``copy.deepcopy`` of the FlatParameters copies the module with it and flattens the copy.
-
-    Steps on :attr:`parameters` (``sgd_step``, ``adamw_step``) treat all elements alike: a parameter that is frozen, or
-    that the loss does not use, has gradient 0 and is decayed, where ``torch.optim`` skips it.  With weight decay,
-    flatten ``nn.ParameterList(p for p in module.parameters() if p.requires_grad)`` instead of the module.
 
     Writing to the vectors with torch operations changes the module at once, but autograd cannot see the change.  Call
     :meth:`mark_changed` afterwards, or write through :meth:`load`: then a backward pass whose saved tensors were
@@ -123,6 +125,8 @@ class FlatParameters:
         _check_tensors(found)
         floating = [entry for entry in found if entry[3].is_floating_point() or entry[3].is_complex()]
         self._integers = [entry for entry in found if not (entry[3].is_floating_point() or entry[3].is_complex())]
+        # Frozen as a whole, as a teacher or for evaluation, a module keeps its layout.
+        self._mixed = len({tensor.requires_grad for _, _, _, tensor, is_parameter in floating if is_parameter}) == 2
         self._slots: dict[torch.dtype, list[Slot]] = {}
         self._groups: dict[torch.dtype, FlatGroup] = {}
         self._gradient: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
@@ -130,7 +134,7 @@ class FlatParameters:
             entries = [entry for entry in floating if entry[3].dtype == dtype]
             # Ordinary tensors: autograd could not save those of inference mode.
             with torch.inference_mode(False):
-                group = _flatten_group(sorted(entries, key=lambda entry: not entry[4]))
+                group = _flatten_group(entries, self._mixed)
             self._groups[dtype], self._slots[dtype] = group
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
         self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in found]
@@ -262,7 +266,9 @@ class FlatParameters:
     # Gradients.
 
     def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns one vector ``[P]`` that every parameter's ``.grad`` views, for optimisers that work on flat vectors.
+        """Returns one vector ``[P]`` that the ``.grad`` of every parameter in :attr:`parameters` views.
+
+        For optimisers that work on flat vectors, as ``sgd_step``.
 
         Existing gradients are copied into the vector; a missing gradient (never computed, or reset to None) is zero.
         Call this once before training.  Clear the vector with one ``fill_(0)``, or by ``zero_grad(set_to_none=False)``.
@@ -273,6 +279,7 @@ class FlatParameters:
 
         Raises:
             TypeError, ValueError: ``dtype`` is none of the module's.
+            ValueError: all parameters are frozen.
             ValueError: two parameters share memory (``a.data = b.data``), where each has a gradient of its own.
             RuntimeError: the module is no longer flat.
         """
@@ -285,7 +292,12 @@ class FlatParameters:
             return torch.empty(0)
         if dtype not in self.groups:
             raise ValueError(f"dtype must be one of {', '.join(map(str, self._groups))}, not {dtype}")
-        slots = [slot for slot in self._slots[dtype] if slot.is_parameter]
+        slots = [slot for slot in self._slots[dtype] if slot.trained]
+        if slots and not any(slot.tensor.requires_grad for slot in slots):
+            raise ValueError(
+                f"{type(self.module).__name__} has no gradients: all its parameters are frozen, and a step would only "
+                "decay them; call requires_grad_(True) on those to train"
+            )
         if dtype not in self._gradient:
             _check_apart(slots)
             with torch.inference_mode(False):
@@ -301,24 +313,22 @@ class FlatParameters:
                     view.zero_()
                 else:
                     view.copy_(grad)
-                if slot.tensor.requires_grad:
-                    slot.tensor.grad = view
+                slot.tensor.grad = view
         return flat
 
     # Whether the module is still flat.
 
     @property
     def is_flat(self) -> bool:
-        """True while every tensor of the module still lives in the vectors."""
+        """True while every tensor of the module still lives in the vectors, at its place."""
         return self._stray() is None
 
     def check(self) -> None:
-        """Raises RuntimeError naming the first tensor that left the vectors."""
-        name = self._stray()
-        if name is not None:
+        """Raises RuntimeError naming the first tensor that left the vectors, or was frozen or unfrozen."""
+        change = self._stray()
+        if change is not None:
             raise RuntimeError(
-                f"the module is no longer flat: {name!r} was replaced, added or removed (.to(...), p.data = ... and "
-                "load_state_dict(assign=True) replace); call flatten() to flatten it again with the values it has now"
+                f"the module is no longer flat: {change}; call flatten() to flatten it again with the values it has now"
             )
 
     def mark_changed(self) -> None:
@@ -377,24 +387,39 @@ class FlatParameters:
         return tensor if current is None else current
 
     def _stray(self) -> str | None:
-        """Name of the first tensor that is not where :meth:`flatten` put it, or None."""
+        """What happened to the first tensor that is not where :meth:`flatten` would put it, or None."""
         if torch.compiler.is_compiling():  # which knows no addresses
             return None
         # Relative to the vectors, whose storage may be freed and reallocated.
         starts = {dtype: group.vector.data_ptr() for dtype, group in self._groups.items()}
         expected = iter(self._expected)
-        for owner, key, name, tensor, _ in _tensors_of(self.module):
+        frozen, trained, changed = 0, 0, None
+        for owner, key, name, tensor, is_parameter in _tensors_of(self.module):
             then = next(expected, None)
             if then is None or owner is not then.owner or key != then.key or tensor.dtype is not then.dtype:
-                return name
-            if then.place is not None and not (
+                return _replaced(name)
+            if then.place is None:
+                continue
+            if not (
                 tensor is then.tensor
                 and tensor.data_ptr() == starts[then.dtype] + then.place
                 and tensor.stride() == then.stride
             ):
-                return name
+                return _replaced(name)
+            if is_parameter:
+                trained, frozen = trained + tensor.requires_grad, frozen + (not tensor.requires_grad)
+                if tensor.requires_grad is not then.trained:
+                    changed = changed or name
         then = next(expected, None)
-        return None if then is None else then.name
+        if then is not None:
+            return _replaced(then.name)
+        if changed is None or not (self._mixed or (trained and frozen)):
+            return None
+        return f"requires_grad of {changed!r} was changed, and frozen parameters lie behind the trained ones"
+
+
+def _replaced(name: str) -> str:
+    return f"{name!r} was replaced, added or removed (.to(...), p.data = ... and load_state_dict(assign=True) replace)"
 
 
 def _check_values(vector: Tensor, name: str) -> None:
@@ -407,7 +432,7 @@ def _check_values(vector: Tensor, name: str) -> None:
 def _expected(entry: Entry, slot: Slot | None) -> Expected:
     owner, key, name, tensor, _ = entry
     place = None if slot is None else slot.offset * tensor.element_size() if tensor.numel() else None
-    return Expected(owner, key, name, tensor, tensor.dtype, tensor.stride(), place)
+    return Expected(owner, key, name, tensor, tensor.dtype, tensor.stride(), place, tensor.requires_grad)
 
 
 def _check_apart(slots: list[Slot]) -> None:
@@ -459,11 +484,16 @@ def _check_tensors(found: list[Entry]) -> None:
             )
 
 
-def _flatten_group(entries: list[Entry]) -> tuple[FlatGroup, list[Slot]]:
+def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[Slot]]:
+    """Moves parameters and buffers into a vector; frozen parameters behind the trained ones if ``mixed``."""
+    trained = {
+        id(tensor) for *_, tensor, is_parameter in entries if is_parameter and (tensor.requires_grad or not mixed)
+    }
+    entries = sorted(entries, key=lambda entry: id(entry[3]) not in trained)
     # Tensors that view exactly the same memory (weight = other.weight.data) keep sharing it.
     placed: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
     offsets, sources, taken, end, parameters = [], [], [], 0, 0
-    for _, _, name, tensor, is_parameter in entries:
+    for _, _, name, tensor, _ in entries:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in placed:
             offsets.append(placed[key])
@@ -473,7 +503,7 @@ def _flatten_group(entries: list[Entry]) -> tuple[FlatGroup, list[Slot]]:
             sources.append((tensor, end))
             taken.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name))
             end += tensor.numel()
-        if is_parameter:
+        if id(tensor) in trained:
             parameters = end
     taken.sort()
     for (_, stop, name), (start, _, other) in itertools.pairwise(taken):
@@ -486,9 +516,8 @@ def _flatten_group(entries: list[Entry]) -> tuple[FlatGroup, list[Slot]]:
         strides = {id(tensor): _dense_stride(tensor) for _, _, _, tensor, _ in entries}
         for tensor, offset in sources:
             torch.as_strided(vector, tensor.shape, strides[id(tensor)], offset).copy_(tensor)
-        for (owner, key_, name, tensor, is_parameter), offset in zip(entries, offsets, strict=True):
-            stride = strides[id(tensor)]
-            slot = Slot(owner, key_, name, tensor, is_parameter, vector, stride, offset)
+        for (_, _, name, tensor, _), offset in zip(entries, offsets, strict=True):
+            slot = Slot(name, tensor, id(tensor) in trained, strides[id(tensor)], offset)
             tensor.data = _view_of(vector, slot)
             slots.append(slot)
     return FlatGroup(vector, vector[:parameters], vector[parameters:]), slots

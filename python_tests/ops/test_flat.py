@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.ops import FlatParameters
+from fedkern.ops import FlatParameters, adamw_step, sgd_step
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,8 @@ def test_state_strides_and_outputs_stay(channels_last: bool) -> None:
 def test_vector_holds_everything_once_in_order() -> None:
     module = net()
     flat = FlatParameters(module)
-    parameters, buffers = list(module.parameters()), [b for b in module.buffers() if b.is_floating_point()]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    buffers = [module.frozen.detach(), *(b for b in module.buffers() if b.is_floating_point())]
     assert torch.equal(flat.parameters, torch.cat([p.detach().reshape(-1) for p in parameters]))
     assert torch.equal(flat.buffers, torch.cat([b.reshape(-1) for b in buffers]))
     assert torch.equal(flat.vector, torch.cat([flat.parameters, flat.buffers]))
@@ -271,8 +272,8 @@ def test_gradients_are_one_vector(channels_last: bool) -> None:
                 continue
             assert p.grad.stride() == p.stride(), name
             torch.testing.assert_close(p.grad, q.grad)
-        view = torch.as_strided(gradients, (8, 3, 3, 3), module.conv.weight.stride(), flat.layout()[1][4])
-        assert flat.layout()[1][0] == "conv.weight"
+        view = torch.as_strided(gradients, (8, 3, 3, 3), module.conv.weight.stride(), flat.layout()[0][4])
+        assert flat.layout()[0][0] == "conv.weight"
         torch.testing.assert_close(view, plain.conv.weight.grad)
     gradients.zero_()
     assert not module.conv.weight.grad.any()
@@ -292,6 +293,9 @@ def test_views_under_functional_call_and_transforms(channels_last: bool) -> None
     vector = flat.parameters.clone()
     views = flat.views(vector)
     for name, value in module.named_parameters():
+        if not value.requires_grad:
+            assert name not in views
+            continue
         assert torch.equal(views[name], value)
         assert views[name].stride() == value.stride()
 
@@ -461,3 +465,107 @@ def test_parameters_that_share_memory_have_no_gradient_vector() -> None:
     flat.flatten()
     module(torch.randn(2, 3)).sum().backward()
     assert torch.equal(flat.gradients()[:9].view(3, 3), module[0].weight.grad)
+
+
+def _step(rule: str, flat: FlatParameters, gradients: Tensor, moments: tuple[Tensor, Tensor], number: int) -> None:
+    if rule == "sgd":
+        sgd_step(flat.parameters, gradients, moments[0], lr=0.1, momentum=0.9, weight_decay=0.1)
+    else:
+        adamw_step(flat.parameters, gradients, *moments, number, lr=0.1, weight_decay=0.1)
+
+
+def _optimiser(rule: str, module: nn.Module) -> torch.optim.Optimizer:
+    if rule == "sgd":
+        return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    return torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("frozen", [["conv.weight"], ["norm.weight", "norm.bias"], ["encode.weight"], []])
+def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
+    """As torch.optim, which skips them."""
+    plain, module = net(), net()
+    for own in (plain, module):
+        for name in frozen:
+            own.get_parameter(name).requires_grad_(False)
+    flat, optimiser = FlatParameters(module), _optimiser(rule, plain)
+    gradients = flat.gradients()
+    assert len(gradients) == len(flat.parameters) == sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    assert len(flat.vector) == sum(p.numel() for p in plain.parameters()) + 17
+    moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
+    for number in (1, 2, 3):
+        gradients.zero_()
+        optimiser.zero_grad()
+        for own in (plain, module):
+            own(batch()).square().mean().backward()
+        _step(rule, flat, gradients, moments, number)
+        optimiser.step()
+    for (name, got), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+        assert got.requires_grad or torch.equal(got, net().get_parameter(name))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_steps_take_an_unused_parameter_as_one_of_gradient_zero(rule: str) -> None:
+    """As torch.optim after ``zero_grad(set_to_none=False)``: gradients in one vector cannot be missing."""
+    plain, module = net(), net()
+    flat, optimiser = FlatParameters(module), _optimiser(rule, plain)
+    gradients = flat.gradients()
+    moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
+    for number in (1, 2, 3):
+        gradients.zero_()
+        optimiser.zero_grad(set_to_none=False)
+        for own in (plain, module):
+            used = own.conv if number > 1 else own
+            used(batch()).square().mean().backward()
+        _step(rule, flat, gradients, moments, number)
+        optimiser.step()
+    for got, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert not torch.equal(module.decode.bias, net().decode.bias)
+
+
+def test_a_module_frozen_as_a_whole_keeps_its_layout() -> None:
+    """A teacher or a model in evaluation takes the vectors of the model that is trained."""
+    module, other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    flat, frozen = FlatParameters(module), FlatParameters(other.requires_grad_(False))
+    assert frozen.layout() == flat.layout()
+    frozen.load_parameters(flat.parameters)
+    assert torch.equal(other[0].weight, module[0].weight)
+    with pytest.raises(ValueError, match="Sequential has no gradients: all its parameters are frozen"):
+        frozen.gradients()
+    gradients = flat.gradients()
+    module.requires_grad_(False)
+    assert flat.is_flat
+    frozen.copy_(flat)
+    module.requires_grad_(True)
+    assert flat.gradients() is gradients
+
+
+def test_freezing_single_parameters_is_noticed() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    flat = FlatParameters(module)
+    flat.gradients()
+    module[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"requires_grad of '0\.weight' was changed.*call flatten\(\)"):
+        _ = flat.parameters
+    assert not flat.is_flat
+    flat.flatten()
+    assert torch.equal(flat.parameters, torch.cat([p.detach() for p in module[1].parameters()]))
+    assert torch.equal(flat.buffers[:12].view(4, 3), module[0].weight)
+    assert copy.deepcopy(flat).layout() == pickle.loads(pickle.dumps(flat)).layout() == flat.layout()
+    with pytest.raises(ValueError, match=r"here \('1\.weight'.*there \('0\.weight'"):
+        flat.copy_(FlatParameters(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))))
+    for requires_grad in (False, True):  # as a whole, where each has another layout
+        module.requires_grad_(requires_grad)
+        with pytest.raises(RuntimeError, match="requires_grad of"):
+            flat.gradients()
+    assert len(flat.flatten().gradients()) == 24
+
+
+def test_frozen_parameters_of_another_dtype() -> None:
+    module = nn.Sequential(nn.Linear(3, 4).half().requires_grad_(False), nn.Linear(4, 2))
+    flat = FlatParameters(module)
+    assert len(flat.groups[torch.float16].buffers) == 16
+    assert flat.gradients(torch.float16).shape == (0,)
+    assert flat.gradients(torch.float32).shape == (10,)
