@@ -28,6 +28,19 @@ class UserError(Exception):
         super().__init__(printable(str(message)))
 
 
+class OtherFormat(UserError):
+    """A stored file whose format has another number than this version of fedkern reads; see :func:`other_format`."""
+
+
+def other_format(path: object, found: object, read: int) -> OtherFormat:
+    """The error for a file that names the format ``found`` (None: names none) where the format ``read`` is read."""
+    named = "no format number" if found is None else f"format {found!r}"
+    return OtherFormat(
+        f"{path} has {named}, and this version of fedkern reads format {read}: use the version that wrote it, or make "
+        "it again."
+    )
+
+
 class RunFailed(UserError):
     """A run that failed without a result to keep, although every input was valid; exit code 1."""
 

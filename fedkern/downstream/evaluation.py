@@ -71,7 +71,7 @@ def evaluate_run(
         config = config.replace(data_root=data_root or config.data_root)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     else:
-        scaled = {"bits": about.get("grey_bits", 0)} if "bits" in lookup(data).options else {}  # as in the training
+        scaled = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}  # as in the training
         options = {**scaled, **(data_options or {})}
         loaded = load(
             data, root=data_root, clients=1, partition="iid", seed=config.seed, options=options,
@@ -101,7 +101,7 @@ def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], conf
 
 
 def _check_fits(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
-    task = about.get("task", "classification")
+    task = about["task"]
     if data.task != task:
         raise UserError(f'The run in {out} is for {task}, and the data set "{data.name}" is for {data.task}.')
     check_shape(data, about, out)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedkern import files
-from fedkern.data.images import BITS, MAX_PIXELS, list_images, read_images
+from fedkern.data.images import MAX_PIXELS, list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic
@@ -52,7 +52,7 @@ class Predictor:
     """
 
     def __init__(self, module: nn.Module, about: Mapping[str, Any], where: Path | str = "The run") -> None:
-        self.task: str = about.get("task", "classification")
+        self.task: str = about["task"]
         if self.task not in TASKS:
             raise UserError(
                 f"{where} holds a pair of encoders: predictions are for classification and segmentation; the commands "
@@ -64,7 +64,7 @@ class Predictor:
         height, width = about["image_size"]
         self.image_shape: tuple[int, int, int] = (about["channels"], height, width)
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
-        self.grey_bits: int = about.get("grey_bits", BITS[-1])
+        self.grey_bits: int = about["grey_bits"]
         self.batch = min(BATCH, max(1, PIXELS // (height * width)))
 
     @classmethod

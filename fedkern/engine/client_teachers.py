@@ -72,10 +72,10 @@ class Teachers:
             config: this run's settings, as the manifest of a checkpoint has them.
             fingerprint: of this run's data (see :func:`fedkern.engine.clients.data_fingerprint`).
         """
-        info = self._entry["info"] if self._asked_run and self._entry is not None else {}
-        if info.get("data", fingerprint) == fingerprint:
+        if not self._asked_run or self._entry is None or self._entry["info"]["data"] == fingerprint:
             return None
-        theirs = info.get("config", {})
+        info = self._entry["info"]
+        theirs = info["config"]
         names = [name for name in OF_DATA if name == "data" or theirs.get(name) != config.get(name)]
 
         def told(settings: Mapping[str, Any], number: int) -> str:

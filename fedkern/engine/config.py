@@ -21,6 +21,7 @@ from fedkern.data.registry import read_options
 from fedkern.engine import client_level_settings
 from fedkern.engine.defaults import COMMON, default_data, defaults
 from fedkern.engine.store import toml
+from fedkern.engine.store.checkpoints import check_format
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder, check_text
 from fedkern.inputs import read_text, special
@@ -584,11 +585,12 @@ class RunConfig:
             **replaced: settings.
 
         Raises:
-            UserError: there is no such folder, it holds no run, its ``config.toml`` is damaged, a plugin of the run may
-                not be executed or cannot be loaded, or the run's method is a class that nobody gives or that has other
-                code now.
+            UserError: there is no such folder, it holds no run or one of another format, its ``config.toml`` is
+                damaged, a plugin of the run may not be executed or cannot be loaded, or the run's method is a class
+                that nobody gives or that has other code now.
         """
         check_run_folder(folder)
+        check_format(Path(folder))
         path = Path(folder) / NAME
         try:
             text = read_text(path, "utf-8-sig")
@@ -602,7 +604,7 @@ class RunConfig:
         if given is not None:
             given_classes.give_again(given, method, sha256, folder)
         given_classes.check(method, sha256, folder)
-        return cls(**with_threads({**table, **replaced}))
+        return cls(**{**table, **replaced})
 
     def settled(self) -> Self:
         """The settings with ``client_threads`` filled in, which depends on how many clients the data have."""
@@ -677,11 +679,6 @@ def _plugin_table(given: Any, source: str) -> dict[str, str]:
     if not isinstance(given, Mapping) or not all(isinstance(identity, str) for identity in given.values()):
         raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
     return dict(given)
-
-
-def with_threads(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored settings with ``client_threads``: in the first versions a client used the server's ``threads``."""
-    return {"client_threads": table.get("threads", 0), **table}
 
 
 def clients_of_a_round(config: RunConfig) -> int:

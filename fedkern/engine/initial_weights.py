@@ -33,7 +33,7 @@ def _file(path: str) -> Path:
         return folder
     entry = newest(folder)
     begun = (folder / CONFIG).exists() and not (folder / MODEL).exists()
-    if begun or (entry is not None and not entry["info"].get("finished")):
+    if begun or (entry is not None and not entry["info"]["finished"]):
         way_out = f"finish it with --resume {shlex.quote(path)}"
         raise UserError(f"--init {path} is the folder of a run that is not finished: {way_out}.")
     if not (folder / MODEL).exists():

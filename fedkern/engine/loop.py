@@ -769,7 +769,7 @@ class Run:
             )
         self.server.state = self.checkpoints.server_state()
         self.done, self.planned = entry["round"], entry["plan"]
-        self.gallery.restore(self.done, info.get("shown_sha256"))
+        self.gallery.restore(self.done, info["shown_sha256"])
         self.ledger = self._ledger(entry)
         self.wire = dict(info.get("wire", {}))
         self.observed = diagnostics.Observations(info["observed"])
@@ -777,7 +777,7 @@ class Run:
         self._final_warnings = list(info.get("final_warnings", ()))
         self._told = set(self.context.warnings)
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
-        self.server.report = dict(info.get("report", {}))
+        self.server.report = dict(info["report"])
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]

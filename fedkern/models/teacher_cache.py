@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkern import files
-from fedkern.errors import UserError
+from fedkern.errors import UserError, other_format
 from fedkern.files import cache_folder, expand
 from fedkern.inputs import parse_json, special
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
+FORMAT = 1
 KEY = 16  # bytes of an image's key
 SAVE_EVERY = 4096  # images between two writes
 TELL_EVERY = 5.0  # seconds between two notices
@@ -185,6 +187,7 @@ def read_logits(path: Path, classes: int, identity: Identity | None = None) -> d
 
     Raises:
         FileNotFoundError: no such file.
+        OtherFormat: the file has another format.
         ValueError: not a file of logits, or not as it was written.
         UserError: the file has another number of classes.
     """
@@ -194,12 +197,15 @@ def read_logits(path: Path, classes: int, identity: Identity | None = None) -> d
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             keys, logits = (file.get_tensor(name) if name in names else None for name in ("keys", "logits"))
-            about = (file.metadata() or {}).get("fedkern")
+            text = (file.metadata() or {}).get("fedkern")
     except SafetensorError as error:
         raise ValueError(str(error)) from None
+    about = _described(text)
+    if text is not None and about.get("format") != FORMAT:
+        raise other_format(path, about.get("format"), FORMAT)
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
-    if (identity is not None or about is not None) and not _as_written(
+    if (identity is not None or text is not None) and not _as_written(
         {"keys": keys, "logits": logits}, about, identity
     ):
         raise ValueError("it is not what was written there")
@@ -211,8 +217,8 @@ def read_logits(path: Path, classes: int, identity: Identity | None = None) -> d
 
 
 def file_name(kind: str, identity: Identity) -> str:
-    """A readable, unique file name: kind, last part of the model's name, and a hash of the whole identity."""
-    text = json.dumps(dict(identity), sort_keys=True)
+    """A readable, unique file name: kind, last part of the model's name, and a hash of format and whole identity."""
+    text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
     return f"{kind}-{model[:60]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
@@ -233,7 +239,8 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.one_writer(path.parent / ".lock"):
             whole = dict(tensors())
-            metadata = {"fedkern": json.dumps({"identity": dict(identity), "sum": _sum(whole)}, sort_keys=True)}
+            about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(whole)}
+            metadata = {"fedkern": json.dumps(about, sort_keys=True)}
             files.replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         if required:
@@ -250,20 +257,25 @@ def read_file(path: Path, identity: Identity) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            about = (file.metadata() or {}).get("fedkern")
+            about = _described((file.metadata() or {}).get("fedkern"))
     except (OSError, SafetensorError, ValueError):
         return None
     return tensors if _as_written(tensors, about, identity) else None
 
 
-def _as_written(tensors: Mapping[str, Tensor], about: str | None, identity: Identity | None) -> bool:
-    """Whether the tensors of a file are those that :func:`write_file` wrote for this identity (None: for any)."""
+def _described(text: str | None) -> dict[str, Any]:
+    """What :func:`write_file` wrote into a file's metadata; empty where that is missing or damaged."""
     try:
-        found = parse_json(about or "")
-        same = identity is None or found["identity"] == json.loads(json.dumps(dict(identity)))
-        return bool(same and found["sum"] == _sum(tensors))
-    except (ValueError, KeyError, TypeError):
-        return False
+        about = parse_json(text or "")
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _as_written(tensors: Mapping[str, Tensor], about: Mapping[str, Any], identity: Identity | None) -> bool:
+    """Whether the tensors of a file are those that :func:`write_file` wrote for this identity (None: for any)."""
+    same = identity is None or about.get("identity") == json.loads(json.dumps(dict(identity)))
+    return same and about.get("format") == FORMAT and about.get("sum") == _sum(tensors)
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> int:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fedkern import engine
-from fedkern.engine import Listener, RunConfig, read_metrics, read_summary, run
+from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.membership_attack import place
 from fedkern.engine.run import kept_data
@@ -241,8 +241,8 @@ def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
     assert 'records = "private"' in text
     for method, options, expected in (("fedavg", {}, "all"), ("fediod", {"sigma_d": 1.0}, "private")):
         settings = make_config(method, options=options)
-        older = "".join(line for line in settings.to_toml().splitlines(True) if not line.startswith("records"))
-        assert RunConfig.from_toml(older).records == settings.records == expected  # a run folder made before
+        open_ = "".join(line for line in settings.to_toml().splitlines(True) if not line.startswith("records"))
+        assert RunConfig.from_toml(open_).records == settings.records == expected
     with pytest.raises(UserError, match="--records"):
         make_config("fedavg", records="some")
 
@@ -272,24 +272,6 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
         assert place(out) == (inside if records == "private" else out / "attack.json")
         assert json.loads(place(out).read_text())["auc"] == found["auc"]
     assert not (tmp_path / "private" / "attack.json").exists()
-
-
-def test_an_older_summary_is_not_read_as_one_of_the_whole_release(tmp_path):
-    """Runs used to call it epsilon whatever it covered."""
-    older = {
-        "metrics": {"accuracy": 0.5, "epsilon": 8.0, "delta": 1e-5},
-        "privacy": {"epsilon": 8.0, "delta": 1e-5, "clients": {"0": {"epsilon": 8.0}}, "statement": "It covers a."},
-    }
-    (tmp_path / "summary.json").write_text(json.dumps(older))
-    summary = read_summary(tmp_path)
-    assert summary["metrics"] == {"accuracy": 0.5, "epsilon_covered": 8.0, "delta": 1e-5}
-    assert summary["privacy"]["epsilon_covered"] == summary["privacy"]["clients"]["0"]["epsilon_covered"] == 8.0
-    assert "epsilon" not in summary["privacy"]
-    title = str(final_table({"method": "m", "data": "d", "seed": 0, "seconds": 1.0,
-                             "bytes": {"up": 1, "down": 1}, **summary}).title)  # fmt: skip
-    assert "NO epsilon of the whole release: epsilon_covered 8 at delta 1e-05" in title
-    (tmp_path / "summary.json").write_text(json.dumps({"metrics": {"epsilon": 1.0}}))
-    assert read_summary(tmp_path) == {"metrics": {"epsilon": 1.0}}  # a figure of another name's sake
 
 
 @needs_accounting

@@ -20,7 +20,7 @@ from fedkern.engine.evaluate import _alike
 from fedkern.engine.loop import Run
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table
-from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.checkpoints import FORMAT, Checkpoints
 from fedkern.engine.store.client_table import ClientTable
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
@@ -106,7 +106,7 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
     assert entry["table"]["file"] in there
     assert "clients" not in entry
     assert len(entry["files"]) == WORKING + 1
-    assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == 5
+    assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == FORMAT
 
 
 class Watch(Listener):

@@ -10,7 +10,6 @@ from interrupted import Kill, KillAt
 from fedkern.engine import RunConfig, read_shown, run
 from fedkern.engine.store import artifacts
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.errors import UserError
 from fedkern.methods.fediod import private_messages
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
@@ -114,25 +113,6 @@ def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_p
     said = json.loads((tmp_path / "one" / "summary.json").read_text())["privacy"]["statement"]
     assert "and their secret bits) stays with the clients; it covers" in said
     assert "seed" not in said
-
-
-def test_a_run_of_an_earlier_version_does_not_go_on_with_other_noise(make_data, make_config, tmp_path):
-    """Its clients kept places of one stream for each channel."""
-    data, out = make_data(two_tests=False), tmp_path / "run"
-    config = make_config("fediod", model="cnn-gn", width=4, rounds=2, options={**NOISED, **SEEDED}, grad_cam=0)
-    with pytest.raises(Kill):
-        run(config, out=out, data=data, listener=KillAt("round-start", round=2))
-    checkpoints = Checkpoints(out)
-    entry = checkpoints.open()
-    for k in range(3):
-        state = checkpoints.client_state(k)
-        state["privacy_places"] = {name: 768 * count for name, count in state.pop("privacy_releases").items()}
-        checkpoints.write_client(k, entry["plan"], state)
-    checkpoints.commit(round=entry["round"], plan=entry["plan"], server=checkpoints.server_state(), info=entry["info"])
-    before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="The noise of client 0 was drawn by an earlier version of fedkern"):
-        run(RunConfig.load(out), out=out, resume=True, data=data)
-    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_with_the_seed_a_run_can_be_repeated_and_says_what_that_costs(make_data, make_config, tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.models import teachers
+from fedkern.models import teacher_cache, teachers
 from fedkern.models.cost import cost
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits, image_keys, read_file
@@ -209,6 +209,22 @@ def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
     path.write_bytes(b"x")
     with pytest.raises(UserError, match="is damaged"):
         StoredLogits(path, 3, MEAN, STD)
+
+
+def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, cache = normalised(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
+    identity = counting().identity or {}
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "FORMAT", teacher_cache.FORMAT + 1)
+        expected = cache.logits(counting(), [images])
+        other = cache.path(identity)
+    with pytest.raises(UserError, match="has format 2, and this version of fedkern reads format 1:"):
+        StoredLogits(other, 3, MEAN, STD)
+    content, teacher = other.read_bytes(), counting()
+    assert torch.equal(cache.logits(teacher, [images]), expected)
+    assert teacher.seen == 6
+    assert other.read_bytes() == content
+    assert read_file(other, identity) is None
 
 
 @pytest.mark.parametrize(

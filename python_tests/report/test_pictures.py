@@ -38,11 +38,13 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
     about = {
         "model": name,
         "width": None,
+        "task": "classification",
         "classes": [str(c) for c in range(model.head.out_features)],
         "channels": next(model.parameters()).shape[1],
         "image_size": [32, 32],
         "mean": [0.5] * next(model.parameters()).shape[1],
         "std": [0.2] * next(model.parameters()).shape[1],
+        "grey_bits": 8,
         "method": "fedavg",
         "rounds": 2,
     }

@@ -87,12 +87,12 @@ class Gallery:
         self._sum.update(shown.value.contiguous().numpy().tobytes())
         self._changed = True
 
-    def restore(self, round: int, digest: str | None = None) -> None:
+    def restore(self, round: int, digest: str) -> None:
         """Reads the file again and drops the artifacts of rounds after ``round``.
 
         Args:
             round: communication rounds done at the checkpoint.
-            digest: :attr:`digest` at the checkpoint; None where the checkpoint does not say.
+            digest: :attr:`digest` at the checkpoint.
 
         Raises:
             UserError: the file is damaged, or is not the one that the run wrote.
@@ -102,7 +102,7 @@ class Gallery:
             if entry.round <= round:
                 self.add(entry)
         self._changed = False
-        if self._entries and digest not in (None, self.digest):
+        if self._entries and digest != self.digest:
             raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
 
     def write(self) -> None:
@@ -123,7 +123,7 @@ def read(out: Path | str) -> list[Artifact]:
     out = Path(out)
     entries, last = _entries(out / FILE), checkpoints.newest(out)
     if entries and last is not None:
-        Gallery(out, 1).restore(last["round"], last["info"].get("shown_sha256"))
+        Gallery(out, 1).restore(last["round"], last["info"]["shown_sha256"])
     return entries
 
 

@@ -16,12 +16,12 @@ from fedkern import files
 from fedkern.engine.store import atomic, releases, server_secret, state
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
-from fedkern.errors import UserError
+from fedkern.errors import OtherFormat, UserError, other_format
 from fedkern.inputs import open_regular, read_json, standing
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
 KEEP = 2
 _SERVER = re.compile(r"server-\d{6,}\.safetensors")
 _DIGITS = re.compile(r"[0-9]+")
@@ -180,7 +180,7 @@ class Checkpoints:
         try:
             manifest = read_json(path)
             if manifest["format"] != FORMAT:
-                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
+                raise other_format(path, manifest["format"], FORMAT)
             entries = list(manifest["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
@@ -431,11 +431,28 @@ class Checkpoints:
 
 
 def newest(out: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run folder, for its readers; None where there is none, or no readable manifest."""
+    """The newest checkpoint of a run folder, for its readers; None where there is none, or no readable manifest.
+
+    Raises:
+        OtherFormat: the run folder has another format.
+    """
     try:
         return Checkpoints(out).peek()
+    except OtherFormat:
+        raise
     except UserError:  # a damaged manifest says nothing about the other files
         return None
+
+
+def check_format(out: Path) -> None:
+    """Raises OtherFormat where a run folder has another format; a missing or damaged manifest says nothing."""
+    path = out / FOLDER / MANIFEST
+    try:
+        found = read_json(path)["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if found != FORMAT:
+        raise other_format(path, found, FORMAT)
 
 
 def check_results(out: Path, needed: str) -> None:
@@ -445,7 +462,7 @@ def check_results(out: Path, needed: str) -> None:
         UserError: one of these files was changed, or the file ``needed`` is missing.
     """
     entry = newest(out)
-    if entry is None or not entry["info"].get("finished"):
+    if entry is None or not entry["info"]["finished"]:
         return
     for name, value in entry["info"]["results"].items():
         if checksum(out / name) == value:

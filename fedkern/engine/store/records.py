@@ -19,7 +19,6 @@ from fedkern.engine.store import atomic, checkpoints
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
 from fedkern.ops._core import backend, crossovers
-from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -153,9 +152,6 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
 def read_summary(out: Path | str) -> dict[str, Any] | None:
     """summary.json of a finished run, or None where there is none.
 
-    Older runs called their privacy figure ``epsilon`` whatever it covered, though it never covered their records.
-    Their figure is returned as ``epsilon_covered``, with the records as uncovered.
-
     Raises:
         UserError: the file cannot be read, is no JSON object, or is not what the run wrote.
     """
@@ -171,18 +167,6 @@ def read_summary(out: Path | str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} is damaged ({reason}): {checkpoints.again(out)}.") from None
-    return _relabelled(summary)
-
-
-def _relabelled(summary: dict[str, Any]) -> dict[str, Any]:
-    private, metrics = summary.get("privacy"), summary.get("metrics")
-    if isinstance(private, dict) and "leaves_uncovered" not in private:
-        clients = private.get("clients")
-        each = clients.values() if isinstance(clients, dict) else ()
-        for table in (private, metrics, *each):
-            if isinstance(table, dict) and EPSILON in table:
-                table[PART] = table.pop(EPSILON)
-        private["leaves_uncovered"] = [RECORDS]  # at least these; the statement names the others
     return summary
 
 

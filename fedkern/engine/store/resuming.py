@@ -35,7 +35,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
     """
     begun = {name: value for name, value in entry["info"]["config"].items() if value is not None}
     try:
-        before = RunConfig(**settings.with_threads({**begun, "device": stored.device}))
+        before = RunConfig(**{**begun, "device": stored.device})
     except (UserError, TypeError) as error:
         raise UserError(
             f"The run in {out} was made with settings that this version of fedkern does not have ({error}): go on with "

@@ -20,16 +20,17 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
 from fedkern.engine.parties import Server
 from fedkern.engine.store import atomic
-from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum
+from fedkern.engine.store.checkpoints import Checkpoints, again, check_format, check_results, checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
-from fedkern.errors import UserError
+from fedkern.errors import UserError, other_format
 from fedkern.inputs import parse_json
 from fedkern.methods import registry
 
 MODEL = "model.safetensors"
+FORMAT = 1
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -86,12 +87,12 @@ def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
 
 
 def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
-    """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata.
+    """Writes model.safetensors: contiguous tensors by state-dict key; format and ``about`` as JSON in the metadata.
 
     Where ``about["statistics"]`` is ``"batch"``, batch norm's running statistics are left out.
     """
     # One metadata key only: the order of several keys in the file would be random.
-    metadata = {"fedkern": json.dumps(about, sort_keys=True)}
+    metadata = {"fedkern": json.dumps({"format": FORMAT, **about}, sort_keys=True)}
     tensors = state_dict(module)
     if about.get("statistics") == "batch":
         for name, _ in _norms(module):
@@ -152,14 +153,13 @@ def _number(x: Any) -> bool:
 _TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
 _ABOUT: dict[str, Callable[[Any], bool]] = {
-    **_IMAGES, "model": _text, "width": _width, "classes": _list(_text), "method": _text, "rounds": _count,
+    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in _TASKS, "classes": _list(_text),
+    "grey_bits": lambda x: _count(x) and x <= 16, "method": _text, "rounds": _count,
 }  # fmt: skip
 """Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
-    "task": lambda x: x in _TASKS,  # missing in files of the first versions
     "statistics": lambda x: x == "batch",
     "samples": _list(_count),
-    "grey_bits": lambda x: _count(x) and x <= 16,
     "pair": lambda x: isinstance(x, dict),
 }
 _PAIR: dict[str, Callable[[Any], bool]] = {
@@ -168,10 +168,11 @@ _PAIR: dict[str, Callable[[Any], bool]] = {
 }  # fmt: skip
 
 
-def checked(text: str | None) -> dict[str, Any]:
+def checked(text: str | None, path: Path) -> dict[str, Any]:
     """The description in model.safetensors, from the JSON of its metadata.
 
     Raises:
+        OtherFormat: the file at ``path`` has another format.
         ValueError: the text is no JSON object, or a key is missing or has a wrong value; the message names the key.
     """
     if text is None:
@@ -179,8 +180,10 @@ def checked(text: str | None) -> dict[str, Any]:
     about = parse_json(text)
     if not isinstance(about, dict):
         raise ValueError("what it says of its network is no table")
+    if (number := about.pop("format", None)) != FORMAT:
+        raise other_format(path, number, FORMAT)
     _check_keys(about, _ABOUT, _ABOUT_SOME, "")
-    if "task" in about and ("pair" in about) != (about["task"] == "retrieval"):
+    if ("pair" in about) != (about["task"] == "retrieval"):
         raise ValueError('"pair" belongs to a retrieval network alone')
     if "pair" in about:
         _check_keys(about["pair"], _PAIR, {"longest": _size}, "pair.")
@@ -205,15 +208,6 @@ def _check_keys(
             raise ValueError(f'it does not say "{prefix}{name}"')
         if name in table and not fits(table[name]):
             raise ValueError(f'it says {json.dumps(table[name])} for "{prefix}{name}"')
-
-
-def readable(out: Path | str) -> bool:
-    """Whether there is a model.safetensors with a valid description and of the length that its header says."""
-    try:
-        with safe_open(Path(out) / MODEL, framework="pt") as file:
-            return bool(checked((file.metadata() or {}).get("fedkern")))
-    except (OSError, SafetensorError, ValueError):
-        return False
 
 
 def read_model(
@@ -241,10 +235,11 @@ def read_model(
             method would run code that only the folder names.
     """
     check_regular(out)
+    check_format(Path(out))
     path = Path(out) / MODEL
     try:
         with safe_open(path, framework="pt") as file:
-            about = checked((file.metadata() or {}).get("fedkern"))
+            about = checked((file.metadata() or {}).get("fedkern"), path)
         tensors = load_file(path)
     except (FileNotFoundError, NotADirectoryError):
         check_run_folder(out)
@@ -330,7 +325,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         client_sizes=tuple(about["samples"]),
-        task="retrieval" if "pair" in about else about.get("task", "classification"),
+        task=about["task"],
     )
     state = Checkpoints(out).last_server_state()
     if state is None:

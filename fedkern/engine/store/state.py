@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkern.engine.store import atomic
+from fedkern.errors import other_format
 from fedkern.inputs import parse_json, special
 
-TREE = "tree"  # the file's only metadata key: the order of several keys in the file would be random
+ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
+FORMAT = 1
 
 
 def save(path: Path, state: dict[Any, Any]) -> None:
@@ -52,18 +54,19 @@ class Packed:
     def __init__(self, state: dict[Any, Any], *, durable: bool = True) -> None:
         self._durable = durable
         self._tensors: dict[str, Tensor] = {}
-        self._tree = json.dumps(_pack(state, self._tensors, "state"), allow_nan=False)
+        tree = _pack(state, self._tensors, "state")
+        self._about = json.dumps({"format": FORMAT, "tree": tree}, allow_nan=False)
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
 
     def state(self) -> Any:
         """Another copy, as :func:`load` reads it."""
-        return _unpack(json.loads(self._tree), lambda name: self._tensors[name].clone())
+        return _unpack(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
 
     def save(self, path: Path) -> None:
         """Writes the copy (see :func:`save`)."""
         atomic.write(
             path,
-            lambda temporary: save_file(self._tensors, temporary, metadata={TREE: self._tree}),
+            lambda temporary: save_file(self._tensors, temporary, metadata={ABOUT: self._about}),
             durable=self._durable,
         )
 
@@ -72,6 +75,7 @@ def load(path: Path) -> dict[Any, Any]:
     """Reads what :func:`save` wrote, tensors on the CPU.
 
     Raises:
+        OtherFormat: the file has another format.
         ValueError: the file is missing, damaged or not one of ours.
     """
     result = part(path)
@@ -86,18 +90,22 @@ def part(path: Path, *keys: str | int) -> Any:
     Nothing else is read, so that reading one of many networks takes the memory of one.
 
     Raises:
+        OtherFormat: the file has another format.
         ValueError: the file is missing, damaged or not one of ours.
     """
     try:
         if kind := special(path):
             raise ValueError(f"it is {kind}, not a regular file")
         with safe_open(path, framework="pt") as file:
-            tree = parse_json((file.metadata() or {})[TREE])
+            about = parse_json((file.metadata() or {})[ABOUT])
+            if about["format"] != FORMAT:
+                raise other_format(path, about["format"], FORMAT)
+            tree = about["tree"]
             for key in keys:
                 entries = tree.get("dict", []) if isinstance(tree, dict) else []
                 tree = next((entry for name, entry in entries if name == key), None)
             return _unpack(tree, file.get_tensor)
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 

@@ -158,24 +158,8 @@ def secret(client: Client, options: Any) -> str:
     return str(client.state[SECRET])
 
 
-def check_noise(client: Client) -> None:
-    """Refuses to go on with a client whose noise an earlier version drew, from one key for all releases of a channel.
-
-    Releases since the last checkpoint would be repeated with other noise, and be counted once.
-
-    Raises:
-        UserError: the client's state is of such a version.
-    """
-    if (LEDGER in client.state or "privacy_places" in client.state) and RELEASES not in client.state:
-        raise UserError(
-            f"The noise of client {client.label} was drawn by an earlier version of fedkern, in a way that this one "
-            "does not go on with: finish the run with the version that began it, or start it again."
-        )
-
-
 def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
     """The key of the client's next release in a channel.  No key is given twice, not even by a resumed client."""
-    check_noise(client)
     own = secret(client, options)
     # With noise=seed the 16 bytes follow from the run's seed: whoever knows the seed has them.
     material = bytes.fromhex(own) if own else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
@@ -360,8 +344,6 @@ def train_teacher(
 
         return least_noise(account, options.epsilon, options.delta)  # all that other releases leave
 
-    check_noise(client)
-    client.state.setdefault(RELEASES, {})  # before the ledger: see check_noise
     patients, images = client.patients, client.unit.images
     spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
     client.fit_privately(method, step, module, spending, rows=rows)

@@ -17,7 +17,7 @@ from fedkern.run import main
 
 PLAIN = {
     "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],
-    "mean": [0.5] * 3, "std": [0.2] * 3, "method": "fedavg", "rounds": 1,
+    "mean": [0.5] * 3, "std": [0.2] * 3, "grey_bits": 8, "method": "fedavg", "rounds": 1,
 }  # fmt: skip
 PAIR = {
     "image_encoder": "conv", "text_encoder": "words", "channels": 3, "image_size": [16, 16], "mean": [0.5] * 3,
@@ -28,11 +28,11 @@ ANYTHING = [None, True, -1, 0.5, "x", [], [None], {}, 10**400, [[1]], [10**400] 
 """Of every kind that JSON has, none of which fits everywhere."""
 FITTING = {
     "model": ["x"], "width": [None], "task": [], "classes": [], "channels": [], "image_size": [], "mean": [], "std": [],
-    "method": ["x"], "rounds": [10**400], "pair": [], "image_encoder": ["x"], "text_encoder": ["x"],
+    "grey_bits": [], "method": ["x"], "rounds": [10**400], "pair": [], "image_encoder": ["x"], "text_encoder": ["x"],
     "vocabulary": [None, []], "statistics": [], "samples": [[10**400] * 3],
 }  # fmt: skip
 """Those of `ANYTHING` that are of the right kind for a key."""
-OPTIONAL = ("task", "statistics", "samples")
+OPTIONAL = ("statistics", "samples")
 
 
 def write(folder, about, text=None):
@@ -40,7 +40,8 @@ def write(folder, about, text=None):
         "cnn", classes=2, channels=3, image_size=16, seed=0, width=4
     )  # fmt: skip
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, folder / saved_model.MODEL, metadata={"fedkern": json.dumps(about) if text is None else text})
+    text = json.dumps({"format": saved_model.FORMAT, **about}) if text is None else text
+    save_file(tensors, folder / saved_model.MODEL, metadata={"fedkern": text})
 
 
 @pytest.fixture
@@ -80,8 +81,7 @@ def test_every_key_that_is_missing_or_of_another_kind_is_a_sentence(folder):
         with pytest.raises(UserError, match=r"is damaged \(.*: delete it, and --resume") as error:
             read_model(folder)
         assert f'"{key}' in str(error.value), (key, about)
-        assert not saved_model.readable(folder)
-    for text in ("[]", "null", "1", '"x"', "{", "", '{"model": NaN}', "[" * 100_000):
+    for text in ("[]", "null", "1", '"x"', "{", "", '{"format": 1, "model": NaN}', "[" * 100_000):
         write(folder, PLAIN, text)
         with pytest.raises(UserError, match="is damaged"):
             read_model(folder)
@@ -92,15 +92,19 @@ def test_every_key_that_is_missing_or_of_another_kind_is_a_sentence(folder):
 
 def test_what_is_whole_is_read(folder):
     for about in (PLAIN, {**PLAIN, "statistics": "batch"}, PAIRED):
-        older = {name: value for name, value in about.items() if name != "task"}
-        for table in (about, older):
-            if "statistics" in table:
-                network = models.build("cnn", classes=2, channels=3, image_size=16, seed=0, width=4)
-                saved_model.write_model(folder, network, table)
-            else:
-                write(folder, table)
-            assert saved_model.readable(folder)
-            assert read_model(folder)[1] == table
+        if "statistics" in about:
+            network = models.build("cnn", classes=2, channels=3, image_size=16, seed=0, width=4)
+            saved_model.write_model(folder, network, about)
+        else:
+            write(folder, about)
+        assert read_model(folder)[1] == about
+
+
+def test_another_format_is_refused(folder):
+    for number, told in ((0, "format 0"), (2, "format 2"), ("1", "format '1'"), (None, "no format number")):
+        write(folder, {**PLAIN, "format": number})
+        with pytest.raises(UserError, match=rf"model.safetensors has {told}, and this version of fedkern reads format"):
+            read_model(folder)
 
 
 @pytest.mark.parametrize("change", [
@@ -142,7 +146,7 @@ def test_what_a_method_builds_again_is_looked_at_too(make_data, make_config, tmp
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["fedkern"])
     tensors = load_file(path)
-    assert read_model(out)[1] == about
+    assert {"format": saved_model.FORMAT, **read_model(out)[1]} == about
     for change in ({"samples": [1]}, {"samples": [0] * 40}, {"classes": ["a"]}, {"image_size": [1, 1]},
                    {"channels": 1, "mean": [0.5], "std": [0.5]}, {"task": "segmentation"}):  # fmt: skip
         save_file(tensors, path, metadata={"fedkern": json.dumps({**about, **change})})

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from fedkern.engine import RunConfig, read_model
 from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import atomic, records, state
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -111,6 +112,14 @@ def test_damaged_state(tmp_path):
             state.load(tmp_path / "x")
     with pytest.raises(ValueError, match="missing or damaged"):
         state.load(tmp_path / "y")
+
+
+def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
+    state.save(tmp_path / "x", {"a": torch.ones(1)})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=rf"x has format 2, and this version of fedkern reads format {state.FORMAT}:"):
+        state.load(tmp_path / "x")
 
 
 def test_fingerprint_sees_every_change():
@@ -236,8 +245,14 @@ def test_manifest_of_another_format(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open()
     (checkpoints.folder / "manifest.json").write_text(json.dumps({"format": 99, "entries": []}))
-    with pytest.raises(UserError, match="has format 99"):
+    sentence = r"manifest.json has format 99, and this version of fedkern reads format \d+: use the version"
+    with pytest.raises(UserError, match=sentence):
         Checkpoints(tmp_path).open()
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.toml").write_text("a_setting_of_that_version = 1\n")
+    for read in (records.read_summary, records.read_metrics, read_model, RunConfig.load):
+        with pytest.raises(UserError, match=sentence):
+            read(tmp_path)
 
 
 def test_records_are_json_that_any_reader_takes(tmp_path):

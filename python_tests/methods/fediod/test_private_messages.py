@@ -175,22 +175,6 @@ def test_with_the_seed_the_keys_are_the_runs():
     assert privacy.next_key(Client(seed=0, id=0), "discriminator", options) == keys[0]
 
 
-@pytest.mark.parametrize("noise", ["secret", "seed"])
-def test_noise_of_an_earlier_version_is_never_gone_on_with(noise):
-    """Its places of one stream say nothing of keys, and what it released after its checkpoint would be drawn anew."""
-    options = Options(sigma_d=1.0, noise=noise)
-    ledger = Accountant()
-    ledger.gaussian("discriminator", 3.0)
-    for state in ({"privacy_places": {"discriminator": 640}}, {LEDGER: ledger.state}):
-        client = told(options, id=3, state=dict(state))
-        before = json.dumps(client.state)
-        with pytest.raises(UserError, match="noise of client 3 was drawn by an earlier version of fedkern"):
-            privacy.sanitise(client, *gradients(), options)
-        with pytest.raises(UserError, match="earlier version"):
-            privacy.train_teacher(None, client, STEP, None, np.arange(3), Options(teacher_dp=True, noise=noise))
-        assert json.dumps(client.state) == before
-
-
 def test_noise_alone_makes_few_absent_classes_known():
     counts = torch.cat([torch.zeros(2000), torch.full((100,), 100.0)])
     known = {}
