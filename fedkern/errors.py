@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any
 
 WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
 """Most characters shown of a word, a message and a traceback: a name from a file can have any length."""
@@ -54,8 +57,9 @@ class CodeFailed(RunFailed):
         traceback: traceback of the exception, as text.
     """
 
-    def __init__(self, where: str, error: BaseException) -> None:
-        super().__init__(f"{where} failed: {described(error)}; the traceback names the file to mend.")
+    def __init__(self, where: str, error: BaseException, code: Any = None) -> None:
+        what = f"{described(error)}{origin(error, code)}"
+        super().__init__(f"{where} failed: {what}; the traceback names the file to mend.")
         self.traceback = traced(error)
         self.__cause__ = error
 
@@ -66,20 +70,91 @@ class ClientFailed(RunFailed):
     Attributes:
         client: number of the client.
         what: the exception, in one line.
-        traceback: traceback of the exception, as text.
+        traceback: traceback of the exception, as text; empty for a UserError, whose sentence is enough.
+        exit_code: that of a UserError, and otherwise 1.
     """
 
-    def __init__(self, client: int, what: str, traceback: str = "", when: str = "", label: str = "") -> None:
-        way = "mend the method, or leave such clients out with --on-error skip"
-        super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {what}; {way}.")
+    def __init__(
+        self, client: int, what: str, traceback: str = "", when: str = "", label: str = "", exit_code: int = 1
+    ) -> None:
+        way = "; mend the method, or leave such clients out with --on-error skip" if exit_code == 1 else ""
+        super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {what}{way}.")
         self.client, self.what, self.traceback = client, printable(what), printable(traceback, TRACEBACK)
+        self.exit_code = exit_code
 
-    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        return ClientFailed, (self.client, self.what, self.traceback)
+    def __reduce__(self) -> tuple[type, tuple[int, str, str, str, str, int]]:
+        return ClientFailed, (self.client, self.what, self.traceback, "", "", self.exit_code)
+
+    @staticmethod
+    def of(client: int, error: BaseException, code: Any) -> ClientFailed:
+        """The error of a client whose part of a method has raised ``error``.
+
+        Args:
+            client: number of the client.
+            error: what was raised.
+            code: the method's class, whose file and line are named.
+        """
+        named = told(error)
+        what = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
+        trace, exit_code = (traced(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
+        failed = ClientFailed(client, what, trace, exit_code=exit_code)
+        failed.__cause__ = error
+        return failed
 
     def at(self, when: str, label: str = "") -> ClientFailed:
         """The same error with ``when``, the round, and ``label``, the client's number and name, in the message."""
-        return ClientFailed(self.client, self.what, self.traceback, when, label)
+        return ClientFailed(self.client, self.what, self.traceback, when, label, self.exit_code)
+
+
+def told(error: BaseException) -> str | None:
+    """The sentence of a UserError; None for another exception, and where the text cannot be made."""
+    return str(error) if isinstance(error, UserError) and shows(error) else None
+
+
+def origin(error: BaseException, code: Any) -> str:
+    """File and line of a class or function at which an exception passed it, as ``" (FILE, line N)"``.
+
+    Empty where it did not pass there, and for a :class:`UserError` that fedkern raised: it says itself what is wrong.
+
+    Args:
+        error: the exception.
+        code: the class, whose bases are searched after it, or the function.
+    """
+    frames = [(str(frame.f_globals.get("__name__")), frame, line) for frame, line in walk_tb(error.__traceback__)]
+    if isinstance(error, UserError) and frames and frames[-1][0].startswith("fedkern."):
+        return ""
+    for each in code.__mro__ if isinstance(code, type) else (code,):
+        for module, frame, line in reversed(frames):
+            if module == getattr(each, "__module__", None):
+                return f" ({frame.f_code.co_filename.rpartition('/')[2]}, line {line})"
+    return ""
+
+
+@contextmanager
+def named(where: str, code: Any) -> Iterator[None]:
+    """Names the part of a method or data set in whatever its code raises inside.
+
+    A UserError keeps its type, and ``where`` comes before its sentence.  Any other ordinary exception gets a note.  An
+    exception becomes a :class:`CodeFailed` where it would be taken for an error of the machine or the command, such as
+    a broken pipe, a full disk or ``sys.exit()``, or has no text or one without bounds.
+
+    Args:
+        where: the part, as the beginning of a sentence: ``"The method's server_update of fedavg in round 2"``.
+        code: the class or function (see :func:`origin`).
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except RAISED as error:
+        sentence = told(error)
+        if sentence is not None:
+            error.args = (f"{where} failed: {sentence.rstrip('.')}{origin(error, code)}.",)
+            raise
+        if isinstance(error, UserError | OSError) or not isinstance(error, Exception) or not shows(error):
+            raise CodeFailed(where, error, code) from error
+        error.add_note(f"{where} failed{origin(error, code)}.")
+        raise
 
 
 def described(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from fedkern.data.partition import PartitionSpec, parse_partition
 from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetInfo, Root
 from fedkern.data.types import FederatedData, Pool, Source, Split
 from fedkern.docstrings import docstring
-from fedkern.errors import RAISED, UserError, described
+from fedkern.errors import RAISED, UserError, described, origin, told
 
 TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 PARAMETERS = ("root", "clients", "partition", "seed")
@@ -133,13 +133,12 @@ class DataFunction:
         given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
         try:
             made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
-        except (UserError, MemoryError):
+        except MemoryError:
             raise
         except RAISED as error:  # the user's own code may raise anything
-            raise UserError(
-                f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} fails '
-                f"({described(error)})"
-            ) from error
+            if told(error) is not None:  # a sentence for the user
+                raise
+            raise self._wrong(f"fails ({described(error)}){origin(error, self.function)}") from error
         if isinstance(made, Source):
             self._check_source(made)
             return made

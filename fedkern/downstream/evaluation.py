@@ -19,7 +19,7 @@ from fedkern.engine.network import cpu_threads
 from fedkern.engine.run import finished_data
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import read_model
-from fedkern.errors import UserError
+from fedkern.errors import UserError, named
 from fedkern.files import absolute
 from fedkern.methods import registry
 from fedkern.methods.common.registered_metrics import metrics_of
@@ -83,7 +83,8 @@ def evaluate_run(
     method = kind(kind.Options.parse(config.options, method=config.method))
     module = module.to(config.device).eval()
     sets = _sets(loaded, module, about, config)
-    with cpu_threads(config.threads), computing(config.precision):
+    where = f"The method's evaluate of {config.method}"
+    with cpu_threads(config.threads), computing(config.precision), named(where, kind):
         found = evaluate(method, module, sets, keep=True)
     return {**found, **final_figures(sets, loaded.classes).metrics, **found}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from fedkern.engine.events import Listener, Listeners, RunInfo
-from fedkern.errors import RAISED, UserError, described
+from fedkern.errors import RAISED, UserError, described, origin, told
 
 
 class Audience(Listeners):
@@ -35,26 +35,28 @@ class Audience(Listeners):
         for each in self._present:
             self._names[id(each)] = _numbered(type(each).__name__, self._names.values())
         self._states: dict[str, dict[str, Any]] = {}
+        self._when = ""
         self.warnings: dict[str, str] = {}
 
-    def _each(self, hook: str, call: Callable[[Listener], object], *, told: bool = False) -> None:
-        """Calls every listener.  ``told``: a UserError is for the user and ends the run."""
+    def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
+        """Calls every listener.  ``early``: a UserError is for the user and ends the run."""
         for each in [*self._present]:
             if each not in self._present:  # a warning about another listener was too much for this one
                 continue
             try:
                 call(each)
             except RAISED as error:
-                if each.essential or (told and isinstance(error, UserError)):
+                if each.essential or (early and isinstance(error, UserError)):
                     raise
                 self._leave_out(each, hook, error)
 
     def _leave_out(self, listener: Listener, hook: str, error: BaseException) -> None:
         self._present.remove(listener)
         shown = self._names[id(listener)]
-        reason = str(error).rstrip(".") if isinstance(error, UserError) else described(error)
+        reason = (told(error) or described(error)).rstrip(".")
         name = f"listener-{shown}"
-        text = f"The listener {shown} failed in {hook} ({reason}): the run goes on without it."
+        where = f"{shown}{origin(error, type(listener))} failed in {hook}{self._when}"
+        text = f"The listener {where} ({reason}): the run goes on without it."
         self.warnings[name] = text
         self.on_warning(name, text)
         if hook != "close":
@@ -74,7 +76,7 @@ class Audience(Listeners):
             if name in self._states:
                 each.restore(self._states[name])
 
-        self._each("restore", give, told=True)
+        self._each("restore", give, early=True)
 
     def states(self) -> dict[str, dict[str, Any]]:
         """The states of all listeners by name; the last one of a listener that was left out."""
@@ -96,6 +98,14 @@ class Audience(Listeners):
         if self._whole is not None:
             self._whole.info = run
         super().on_start(run)
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        self._when = f" in round {round}" if round > 0 else ""
+        super().on_round_start(round, name, participants)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self._when = ""
+        super().on_end(summary)
 
 
 def _parts(listener: Listener) -> Iterator[Listener]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -120,8 +120,9 @@ def evaluate_clients(
     method: Method,
     network: nn.Module,
     sets: Mapping[int, TestSet],
-    at_once: int = 1,
-    names: Sequence[str] | None = None,
+    at_once: int,
+    names: Sequence[str] | None,
+    code: Callable[[str], AbstractContextManager[None]],
 ) -> dict[int, dict[str, float]]:
     """The method's figures on every client's own test set, by client.
 
@@ -131,13 +132,15 @@ def evaluate_clients(
         sets: every client's own test set.
         at_once: number of sets that are evaluated side by side, in threads.
         names: the clients' names, for messages.
+        code: names the method's part, and the client of the given label, in an exception.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
     """
 
     def own(k: int) -> dict[str, float]:
-        with _explained(f"The test set of client {client_label(names, k)}", sets[k]):
+        label = client_label(names, k)
+        with code(label), _explained(f"The test set of client {label}", sets[k]):
             return {name: float(value) for name, value in method.evaluate_own(network, sets[k], k).items()}
 
     return dict(zip(sets, _side_by_side(own, list(sets), at_once), strict=True))

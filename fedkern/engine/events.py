@@ -131,11 +131,11 @@ class Listeners(Listener):
         self.listeners = listeners
         self.info: RunInfo | None = None
 
-    def _each(self, hook: str, call: Callable[[Listener], object], *, told: bool = False) -> None:
+    def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
         """Passes an event to every listener.
 
         Args:
-            hook: name of the event, and ``told``: whether a UserError in it is for the user; both for subclasses.
+            hook: name of the event, and ``early``: whether a UserError in it is for the user; both for subclasses.
             call: passes the event to one listener.
         """
         for each in self.listeners:
@@ -143,7 +143,7 @@ class Listeners(Listener):
 
     def on_start(self, run: RunInfo) -> None:
         self.info = run
-        self._each("on_start", lambda each: each.on_start(run), told=True)
+        self._each("on_start", lambda each: each.on_start(run), early=True)
 
     def on_notice(self, text: str) -> None:
         self._each("on_notice", lambda each: each.on_notice(text))

@@ -106,7 +106,7 @@ class Exchange:
                 else:
                     engine.refused(k, step.exchange, answer.refused)
                 if engine.silent:  # as many bytes as with an upload, or the ledger would tell that there was none
-                    self._book(k, "up", dict(self.method.expects(engine.server, step, k, message)))
+                    self._book(k, "up", dict(self._declared(k, message)))
                 self._left_out += 1
                 self.seconds += time.perf_counter() - start
                 continue
@@ -143,10 +143,10 @@ class Exchange:
             clients = {k: executor.client(k) for k in self.participants}
             for client in clients.values():
                 client.report = {}
-            with self.engine.context.drawing(self.engine.server, self.step):
+            with self.engine.context.drawing(self.engine.server, self.step), self.engine.method_code("cohort_update"):
                 answers = self.method.cohort_update(clients, self.step, sent)
-            if answers is not None:
-                found = dict(answers)
+                found = None if answers is None else dict(answers)
+            if found is not None:
                 each = (time.perf_counter() - start) / len(sent)
                 return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(sent))
         together = (self.entry.cohort or self.engine.tracing) and not apart
@@ -162,10 +162,11 @@ class Exchange:
         needed = needed or config.max_update_norm or config.clip_update_norm
         if self.asker != "method" or config.sums != "exact" or needed or engine.server.aggregator is not None:
             return {}
-        names = reduced(self.method, self.step)
+        with engine.method_code("reduce"):
+            names = reduced(self.method, self.step)
         if not names:
             return {}
-        declared = {k: self.method.expects(engine.server, self.step, k, message) for k, message in sent.items()}
+        declared = {k: self._declared(k, message) for k, message in sent.items()}
         return {k: Reducing(names, _without_tensors(each)) for k, each in declared.items()}
 
     def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:
@@ -181,7 +182,7 @@ class Exchange:
             The upload as the server may see it, or None where it is refused, or empty as the method allows; and why it
             is refused, else ``""``.
         """
-        declared = self.method.expects(self.engine.server, self.step, client, message)
+        declared = self._declared(client, message)
         why = examined(message, answer, declared, info)
         if why or (declared and not answer):
             return None, why
@@ -189,6 +190,11 @@ class Exchange:
         if isinstance(start, Tensor) and (config.max_update_norm or config.clip_update_norm):
             return bounded(answer, start, config, info)
         return answer, ""
+
+    def _declared(self, client: int, message: Message) -> Any:
+        """The method's declaration of a client's upload."""
+        with self.engine.method_code("expects"):
+            return self.method.expects(self.engine.server, self.step, client, message)
 
     def _book(self, client: int, direction: str, message: Message) -> None:
         if self.entry.booked:

@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -60,7 +60,7 @@ from fedkern.engine.store.saved_model import about_network, lacks_statistics, re
 from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.tracing import FILE as TRACE
 from fedkern.engine.tracing import traced
-from fedkern.errors import RAISED, ClientFailed, CodeFailed, RunFailed, UserError, shows
+from fedkern.errors import RAISED, ClientFailed, RunFailed, UserError, named, origin
 from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
@@ -143,17 +143,19 @@ class Run:
         """
         check_sets(self.context.data)
         for k in range(self.context.federation.clients) if known else ():
-            self.method.check(Client(self.context, k, {}))
+            with self.method_code("check"):
+                self.method.check(Client(self.context, k, {}))
         if self.context.data.task == "retrieval":
             network = self.context.network("server")  # raises where an encoder's folder cannot be read
             self._pooling.check(network.module)
-        with self.context.drawing(self.server, BEFORE), self._method_code("start"):
+        with self.context.drawing(self.server, BEFORE), self.method_code("start"):
             self.method.start(self.server)
         if self.config.dp_clip is not None:
             self.private = ClientPrivacy(self.config, self.method, self.server, self.context)
             self.said = self.private.guarantee()
         else:
-            self.said = guarantee(self.method, self.server, self.config.records)
+            with self.method_code("guarantee"):
+                self.said = guarantee(self.method, self.server, self.config.records)
         if self.config.privacy_unit != "image" and self.said is None:
             raise UserError(
                 f"--privacy-unit {self.config.privacy_unit} says what an epsilon protects, and this run of "
@@ -174,7 +176,8 @@ class Run:
             self.context.warn(name, text)
         if not self._resume or self.checkpoints.peek() is None:  # a resumed run has loaded most of them already
             check_teachers(self.method, self.context)
-        self._plan = [entry for entry in self.method.rounds(self.context.federation) if not entry.one_off]
+        with self.method_code("rounds"):
+            self._plan = [entry for entry in self.method.rounds(self.context.federation) if not entry.one_off]
         rule = Rule(self.config.aggregator)
         if rule.entry.function is not None:
             rule.check(fewest_uploads(self.config, len(self._plan)))
@@ -347,7 +350,7 @@ class Run:
             self._round["exchange"] = exchange_name
             self._last_exchange = exchange_name == exchanges[-1][0]
             begun, before = time.perf_counter(), (self.ledger.total_up, self.ledger.total_down)
-            with self.context.drawing(self.server, step), self._method_code("send"):
+            with self.context.drawing(self.server, step), self.method_code("send"):
                 outgoing = asker.send(self.server, step)
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             exchange.lose(outgoing, absent)
@@ -356,7 +359,7 @@ class Run:
             if self.private is not None and asker is self.method:
                 uploads = self._mean_of(self.private, uploads, outgoing, step, participants[0], asked)
             uploads = self._passing(uploads)
-            with self.context.drawing(self.server, step), self._method_code("server_update"):
+            with self.context.drawing(self.server, step), self.method_code("server_update"):
                 asker.server_update(self.server, step, uploads)
             for _ in uploads:  # every client works, even where server_update stops reading
                 pass
@@ -372,7 +375,9 @@ class Run:
             participants = [k for k in participants if k not in self._round["dropped"]]
             if not participants:
                 self.none_left()
-        self._check_finite({**self.server.state, **self.method.vectors(self.server)}, when_of(entry, self.done))
+        with self.method_code("vectors"):
+            vectors = self.method.vectors(self.server)
+        self._check_finite({**self.server.state, **vectors}, when_of(entry, self.done))
         if entry.states == "round":
             for k in self.executor.working():
                 self._write_state(k)
@@ -388,27 +393,26 @@ class Run:
         self._record(entry, start, sent, phases, travelled, due)
 
     @contextmanager
-    def _method_code(self, part: str) -> Iterator[None]:
-        """Names method and round where a part of the method raises.
+    def method_code(self, part: str) -> Iterator[None]:
+        """Names method and round where a part of the method raises (see :func:`fedkern.errors.named`).
 
-        What the command line would take for its own, such as a broken pipe, a full disk or ``sys.exit()``, becomes an
-        error of the method.  An error that comes out of the uploads is that of the engine and of clients.
+        An error that comes out of the uploads is that of the engine and of clients.  A UserError of fedkern's own
+        methods before the first round is about settings, and stands alone.
         """
+        kind = type(self.method)
         try:
             yield
-        except (UserError, MemoryError):
-            raise
         except RAISED as error:
-            if error is self._from_uploads:
-                raise
             entry, shown = self._round.get("entry"), self._round.get("shown", 0)
-            done = max(shown - 1, 0) if entry is not None and not entry.one_off else self.done
-            when = "before the first round" if entry is None else when_of(entry, done)
-            where = f"{part} of {self.config.method} {when}"
-            if isinstance(error, Exception) and not isinstance(error, OSError) and shows(error):
-                error.add_note(f"in {where}")
+            if entry is None:
+                when = f"after round {self.done}" if self.done else "before the first round"
+            else:
+                when = when_of(entry, self.done if entry.one_off else max(shown - 1, 0))
+            settings = entry is None and isinstance(error, UserError) and not origin(error, kind)
+            if error is self._from_uploads or settings:
                 raise
-            raise CodeFailed(f"The method's {where}", error) from error
+            with named(f"The method's {part} of {self.config.method} {when}", kind):
+                raise
 
     def _passing(self, uploads: Iterator[Upload]) -> Iterator[Upload]:
         try:
@@ -494,7 +498,7 @@ class Run:
 
     def _network(self) -> nn.Module | None:
         """The network that the method evaluates and saves, in eval mode; None while there is none."""
-        with self._method_code("model"):
+        with self.method_code("model"):
             network = self.method.model(self.server)
         if network is not None and not self.context.is_flat(network):
             network.eval()
@@ -506,7 +510,7 @@ class Run:
 
     def _evaluate(self, network: nn.Module, last: bool) -> None:
         """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
-        with self._at_once(network) as at_once, self._method_code("evaluate"):
+        with self._at_once(network) as at_once, self.method_code("evaluate"):
             self.latest = evaluate(self.method, network, self.sets, at_once, keep=last)
         self._evaluate_clients(network, self.client_sets)
         self.latest.update(over_clients(self.own_figures, self.client_sets))
@@ -516,7 +520,10 @@ class Run:
         if self.context.disclosure.clients:
             names = self.context.data.client_names
             with self._at_once(network) as at_once:
-                self.own_figures = evaluate_clients(self.method, network, sets, at_once, names)
+                self.own_figures = evaluate_clients(self.method, network, sets, at_once, names, self._own_code)
+
+    def _own_code(self, label: str) -> AbstractContextManager[None]:
+        return self.method_code(f"evaluate_own for client {label}")
 
     @contextmanager
     def _at_once(self, network: nn.Module) -> Iterator[int]:
@@ -820,7 +827,7 @@ class Run:
         of_tests = {**self.latest, **final.metrics, **self.latest, **self._gradcam(network)}
         metrics = {**of_tests, **self._told_report()}
         if self._elsewhere is None and (told.appraised is None or told.appraised):
-            with self._method_code("oracle_metrics"):
+            with self.method_code("oracle_metrics"):
                 found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
             metrics.update(told.oracle_metrics(found, ("", *self.sets)))
         if self.private is not None:
@@ -831,6 +838,8 @@ class Run:
         flat = self.context.is_flat(network)
         constant = diagnostics.constants(self.sets, classes) if told.clients else {}
         warn = self.context.warn
+        with self.method_code("diagnose"):
+            observed = self.method.diagnose(self.observed.summary()) if told.clients else {}
         for texts in (
             diagnostics.collapsed_classes(self.sets, classes),
             diagnostics.unvaried_labels(self.sets),
@@ -839,7 +848,7 @@ class Run:
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),
             diagnostics.missing_metrics(self.config, self.sets, self.latest),
             diagnostics.undefined_figures(self.sets, own_figures, self.context.data.client_label),
-            self.method.diagnose(self.observed.summary()) if told.clients else {},
+            observed,
         ):
             for name, text in texts.items():
                 if name not in self.context.warnings:

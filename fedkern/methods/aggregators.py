@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkern import ops, plugins
 from fedkern.docstrings import docstring
-from fedkern.errors import RAISED, UserError, described
+from fedkern.errors import RAISED, UserError, described, origin
 from fedkern.methods.options import Knob, with_options
 
 MEAN = "mean"
@@ -127,8 +127,9 @@ class Rule:
             raise
         except RAISED as error:  # of a user's own rule too
             why = described(error).removeprefix("ValueError: ")
+            place = origin(error, self.entry.function) if self.entry.own else ""
             raise UserError(
-                f"--aggregator {self.text} cannot combine {len(vectors)} uploads ({why}): choose other options "
+                f"--aggregator {self.text}{place} cannot combine {len(vectors)} uploads ({why}): choose other options "
                 "or another rule, or have more clients in a round."
             ) from error
         if not isinstance(made, Tensor) or made.shape != vectors[0].shape or not made.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from interrupted import Kill, KillAt, outcome, without
@@ -75,7 +76,12 @@ HOOKS = ["on_start", "on_round_start", "on_client", "on_round", "state", "close"
 def test_a_listener_that_raises_does_not_lose_the_run(hook, make_config, make_data, tmp_path, plain_run):
     warned, last = Warned(), Keeping()
     run(make_config(rounds=2), out=tmp_path, data=make_data(), listener=Listeners(warned, Broken(hook), last))
-    text = f"The listener Broken failed in {hook} (ValueError: no disk): the run goes on without it."
+    line = next(
+        number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "raise error" in text
+    )
+    when = "" if hook in ("on_start", "on_end", "close") else " in round 1"
+    where = f"Broken (test_audience.py, line {line}) failed in {hook}{when}"
+    text = f"The listener {where} (ValueError: no disk): the run goes on without it."
     assert warned.texts["listener-Broken"] == text
     assert last.rounds == [1, 2]
     found = outcome(tmp_path)

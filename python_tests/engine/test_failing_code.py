@@ -1,15 +1,20 @@
 """Code of a method, data set or listener that raises anything: named, bounded, and never taken for the machine's."""
 
 import errno
+import os
+import subprocess
+import sys
+import traceback
 
 import pytest
 
 import fedkern
-from fedkern import UserError
+from fedkern import UserError, plugins
 from fedkern.data import DATASETS, register_data
-from fedkern.engine import Listener
+from fedkern.engine import Listener, read_summary
 from fedkern.errors import MESSAGE, ClientFailed, RunFailed
 from fedkern.methods import FedAvg, registry
+from fedkern.run import main
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 1, "rounds": 1, "threads": 1,
         "model": "mlp", "grad_cam": 0, "progress": False, "pictures": False, "workers": 1}  # fmt: skip
@@ -73,7 +78,9 @@ def test_a_failing_server_names_method_part_and_round(name, part, tmp_path):
         raise ERRORS[name]()
 
     kind = type("Served", (FedAvg,), {"__doc__": "FedAvg.", "__module__": __name__, part: fail})
-    with pytest.raises(RunFailed, match=rf"{part} of .*Served in round 1 failed: ") as failed:
+    with pytest.raises(
+        RunFailed, match=rf"{part} of .*Served in round 1 failed: .*test_failing_code.py, line"
+    ) as failed:
         fedkern.simulate(kind, out=tmp_path / "run", **TINY)
     assert "test_failing_code.py" in failed.value.traceback
     assert len(str(failed.value)) < 2 * MESSAGE
@@ -113,3 +120,178 @@ def test_a_failing_listener_is_left_out(name, tmp_path):
 
     run = fedkern.simulate("fedavg", out=tmp_path / "run", listener=Deaf(), **TINY)
     assert len(run.summary["diagnostics"]["listener-Deaf"]) < 2 * MESSAGE
+
+
+FAILING = """
+import errno, os
+from fedkern import UserError, register, register_metric
+from fedkern.methods import FedAvg
+from fedkern.methods.base import Round
+
+class NoText(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+ERRORS = {
+    "exception": lambda: ZeroDivisionError("nothing to divide by"),
+    "missing file": lambda: FileNotFoundError(errno.ENOENT, "No such file", "/somewhere"),
+    "broken pipe": lambda: BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    "exit": lambda: SystemExit(0),
+    "no text": NoText,
+    "long": lambda: ValueError("x" * 3_000_000),
+    "user": lambda: UserError("This client has no images: bring some."),
+    "long sentence": lambda: UserError("word " * 600_000),
+}
+
+def fail(place, round=1):
+    if os.environ["FEDKERN_TEST_PLACE"] == place and round == 1:
+        raise ERRORS[os.environ["FEDKERN_TEST_ERROR"]]()
+
+@register_metric("worst")
+def worst(logits, labels):
+    "Worst figure."
+    fail("metric")
+    return 0.0
+
+@register("failing")
+class Failing(FedAvg):
+    "FedAvg that fails where the environment says so, in round 2 where there is a round."
+
+    def rounds(self, federation):
+        for each in super().rounds(federation):
+            yield Round(each.name, cohort=True) if os.environ["FEDKERN_TEST_PLACE"] == "cohort_update" else each
+
+    def start(self, server):
+        fail("start")
+        super().start(server)
+
+    def send(self, server, step):
+        fail("send", step.round)
+        return super().send(server, step)
+
+    def expects(self, server, step, client, message):
+        fail("expects", step.round)
+        return super().expects(server, step, client, message)
+
+    def client_update(self, client, step, message):
+        fail(f"client {client.id}", step.round)
+        return super().client_update(client, step, message)
+
+    def cohort_update(self, clients, step, messages):
+        fail("cohort_update", step.round)
+
+    def server_update(self, server, step, uploads):
+        fail("server_update", step.round)
+        super().server_update(server, step, uploads)
+        server.state["rounds"] = step.round + 1
+
+    def vectors(self, server):
+        fail("vectors", server.state["rounds"] - 1)
+        return super().vectors(server)
+
+    def model(self, server):
+        fail("model")
+        return super().model(server)
+
+    def evaluate(self, model, data):
+        fail("evaluate")
+        return super().evaluate(model, data)
+
+    def evaluate_own(self, model, data, client):
+        fail("evaluate_own")
+        return super().evaluate_own(model, data, client)
+
+    def oracle_metrics(self, server, clients, sets):
+        fail("oracle_metrics")
+        return super().oracle_metrics(server, clients, sets)
+
+    def diagnose(self, observed):
+        fail("diagnose")
+        return super().diagnose(observed)
+"""
+KINDS = ["exception", "missing file", "broken pipe", "exit", "no text", "long", "user", "long sentence"]
+PARTS = ["start", "send", "expects", "cohort_update", "server_update", "vectors", "model", "evaluate", "evaluate_own",
+         "oracle_metrics", "diagnose", "metric"]  # fmt: skip
+COMMAND = (
+    *("failing", "--data", "digits", "--clients", "3", "--train-samples", "120", "--local-steps", "1", "--rounds", "2"),
+    *("--eval-every", "2", "--threads", "1", "--model", "mlp", "--client-test", "0.2", "--quiet"),
+)
+# Every kind of failure is tried at one place, and every place with one kind; the others are exhaustive.
+SAMPLE = {("client 1", kind, "1") for kind in KINDS} | {("client 1", "broken pipe", "2"), ("client 1", "user", "2")}
+SAMPLE |= {(part, KINDS[i % len(KINDS)], "1") for i, part in enumerate(PARTS)}
+
+
+def cases():
+    for place in ("client 1", *PARTS):
+        for kind in KINDS:
+            for workers in ("1", "2") if place == "client 1" else ("1",):
+                marks = () if (place, kind, workers) in SAMPLE else pytest.mark.exhaustive
+                yield pytest.param(place, kind, workers, marks=marks, id=f"{place}-{kind}-{workers}")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """Runs the failing method, and returns exit code and standard error; the summary where there is one."""
+    plugin = tmp_path / "failing.py"
+    plugin.write_text(FAILING)
+
+    def run(place, kind, *words, out="run"):
+        monkeypatch.setenv("FEDKERN_TEST_PLACE", place)
+        monkeypatch.setenv("FEDKERN_TEST_ERROR", kind)
+        try:
+            code = main([*COMMAND, "--plugin", str(plugin), "--out", str(tmp_path / out), *words])
+        except Exception as error:  # what the command line lets pass: the interpreter prints it, with exit code 1
+            traceback.print_exception(error)
+            code = 1
+        return code, capfd.readouterr().err
+
+    before = {each.name for each in plugins.loaded()}
+    yield run
+    for each in plugins.loaded():
+        if each.name not in before:
+            plugins.unload(each.name)
+
+
+def check(place, kind, code, err):
+    assert code == (2 if kind in ("user", "long sentence") or place == "metric" else 1), err
+    assert "failing.py" in err
+    assert err.count("(failing.py, line") <= 1
+    assert len(err) < 50_000
+    part = "evaluate" if place == "metric" else place
+    when = {"start": "before the first round"}.get(place, "in round 2")
+    assert (f"Client 1 failed {when}: " if place == "client 1" else f"The method's {part}") in err
+    assert when in err
+
+
+@pytest.mark.parametrize(("place", "kind", "workers"), [*cases()])
+def test_place_and_round_of_a_failure_are_named(place, kind, workers, command, tmp_path):
+    code, err = command(place, kind, "--workers", workers)
+    check(place, kind, code, err)
+    if place == "client 1":
+        code, err = command(place, kind, "--workers", workers, "--on-error", "skip", out="skipped")
+        assert code == 0, err
+        text = read_summary(tmp_path / "skipped")["diagnostics"]["failing-client-1"]
+        assert "Client 1 failed in round 2: " in text
+        assert "(failing.py, line" in text
+        assert len(text) < 2 * MESSAGE
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_failures_on_ranks_are_named(kind, skip, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = [*COMMAND, "--plugin", str(tmp_path / "failing.py"), "--out", str(tmp_path / "run")]
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [*launch, "-m", "fedkern.run", *words, *(("--on-error", "skip") if skip else ())], capture_output=True,
+        text=True, timeout=170, env={**os.environ, "FEDKERN_TEST_PLACE": "client 1", "FEDKERN_TEST_ERROR": kind},
+    )  # fmt: skip
+    if skip:
+        assert done.returncode == 0, done.stderr
+        assert "(failing.py, line" in read_summary(tmp_path / "run")["diagnostics"]["failing-client-1"]
+    else:
+        assert done.returncode == 1  # torchrun's own
+        assert done.stderr.count("error: Client 1 failed in round 2: ") == 1
+        assert "failing.py, line" in done.stderr
+        assert len(done.stderr) < 60_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedkern.engine.local import Diverged
-from fedkern.errors import ClientFailed, UserError, described, traced
+from fedkern.errors import ClientFailed
 from fedkern.methods.base import ClientId, Message, Step
 
 States = Callable[[ClientId], Callable[[], dict[str, Any]]]
@@ -66,9 +66,6 @@ class Executor(Protocol):
             asker: name of the object whose ``client_update`` is called, ``"method"`` or ``"pooling"``.
             step: the exchange.
             messages: the message of every client.
-
-        Raises:
-            UserError: a client found something that the user can put right.
         """
         ...
 
@@ -91,16 +88,3 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends the processes that were started, whatever they are doing."""
         ...
-
-
-def failure(client: ClientId, error: BaseException) -> ClientFailed:
-    """Makes a ClientFailed of what a client's code has raised, whatever that is: the machine and fedkern go on.
-
-    Raises:
-        UserError: ``error`` itself, which the user can put right: leaving the client out would not help.
-    """
-    if isinstance(error, UserError):
-        raise error
-    failed = ClientFailed(client, described(error), traced(error))
-    failed.__cause__ = error
-    return failed

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, States, failure
+from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client
 from fedkern.engine.store.state import fingerprint
-from fedkern.errors import RAISED
+from fedkern.errors import RAISED, ClientFailed
 from fedkern.methods.base import ClientId, Message, Step
 
 
@@ -66,7 +66,7 @@ class Serial:
             except Diverged as problem:
                 answer.problem = problem
             except RAISED as error:
-                answer.problem = failure(k, error)
+                answer.problem = ClientFailed.of(k, error, type(self._askers[asker]))
         answer.report = client.report
         answer.seconds = time.perf_counter() - start
         return answer

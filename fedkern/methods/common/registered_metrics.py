@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkern import plugins
 from fedkern.docstrings import docstring
-from fedkern.errors import RAISED, UserError, described
+from fedkern.errors import RAISED, UserError, described, origin
 
 FIGURES = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
 """Names of fedkern's own figures of a classification."""
@@ -43,7 +43,8 @@ class Metric:
         except RAISED as error:  # the user's own code may raise anything
             raise UserError(
                 f'The metric "{self.name}" fails on {len(labels)} samples of {logits.shape[1]} classes '
-                f"({described(error)}): mend {self.function.__qualname__} of {self.function.__module__}."
+                f"({described(error)}): mend {self.function.__qualname__} of {self.function.__module__}"
+                f"{origin(error, self.function)}."
             ) from error
 
 
