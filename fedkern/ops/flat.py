@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -71,10 +73,13 @@ class FlatParameters:
     by its momentum, as ``torch.optim`` does after ``zero_grad(set_to_none=False)``; freeze it to keep it as it is.
 
     All tensors of a dtype share the vector's storage, a torch storage: ``untyped_storage().resize_`` frees or
-    reallocates the memory of all of them.  As with every view, ``torch.save`` of one tensor writes the whole vector
-    (``clone()`` the tensor first).  ``pickle.dumps`` of the module writes the vector once for each tensor,
-    ``torch.save`` only once.  ``pickle.dumps`` of the FlatParameters writes every tensor once, from a copy of the
-    module: after loading, an optimiser or a module pickled beside it does not share its tensors.
+    reallocates the memory of all of them.  The tensors of ``module.state_dict()`` view the same memory through storages
+    of their own, so that every library saves them as those of an ordinary module (where the module has no state-dict
+    hooks of its own); such a state dict is invalid once the memory is freed.  Of the module itself ``torch.save``
+    writes the vector once, ``pickle.dumps`` and what builds on it (joblib, cloudpickle) once for each tensor, and
+    ``torch.save`` of one layer or parameter writes the whole vector: give those ``copy.deepcopy(module)``.
+    ``pickle.dumps`` of the FlatParameters writes such a copy: after loading, an optimiser or a module pickled beside it
+    does not share its tensors.
 
     Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
@@ -138,6 +143,9 @@ class FlatParameters:
             self._groups[dtype], self._slots[dtype] = group
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
         self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in found]
+        for owner in self.module.modules():
+            if not owner._state_dict_hooks:  # else handles of its hooks would lose them
+                owner._state_dict_hooks = _StateDictHooks(owner)
         return self
 
     # The vectors that clients and server exchange.
@@ -344,12 +352,8 @@ class FlatParameters:
         return twin
 
     def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module]]:
-        # pickle writes each tensor's whole storage, here the vector: give each tensor a storage of its own.
-        module = copy.deepcopy(self.module)
-        with torch.no_grad():
-            for _, _, _, tensor, _ in _tensors_of(module):
-                tensor.data = tensor.data.clone()
-        return FlatParameters, (module,)
+        # pickle writes each tensor's whole storage, here the vector; a copy's tensors have storages of their own.
+        return FlatParameters, (copy.deepcopy(self.module),)
 
     def __repr__(self) -> str:
         parts = [
@@ -444,6 +448,59 @@ def _check_apart(slots: list[Slot]) -> None:
                 f"{slot.name!r} shares memory with {names[slot.offset]!r} without being the same parameter, so that "
                 "one vector cannot hold both gradients; assign the parameter itself to tie them"
             )
+
+
+# -- state dicts as those of an ordinary module -----------------------------------------------------------------------
+
+
+class _StateDictHooks(OrderedDict[int, Any]):
+    """Hooks of a flat module.  A copy or pickle of the module gets the others alone, so that it is an ordinary one."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__({0: _separate_storages})
+        self._owner = weakref.ref(owner)
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        return self._others().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> OrderedDict[int, Any]:
+        # Of a buffer torch copies the whole storage, here the vector: give each copied buffer a storage of its own.
+        for buffer in () if (owner := self._owner()) is None else owner._buffers.values():
+            twin = memo.get(id(buffer))
+            if buffer is not None and isinstance(twin, Tensor) and twin.untyped_storage().nbytes() > twin.nbytes:
+                place = "fedkern", buffer.data_ptr(), twin.shape
+                with torch.no_grad():
+                    twin.data = memo.setdefault(place, twin.data.clone())
+        return copy.deepcopy(self._others(), memo)
+
+    def _others(self) -> OrderedDict[int, Any]:
+        return OrderedDict((key, hook) for key, hook in self.items() if hook is not _separate_storages)
+
+
+def _separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """Gives the module's tensors in a state dict storages of their own over the same memory; tied ones share one."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return
+    live = {id(tensor) for _, _, _, tensor, _ in _tensors_of(module)}  # with keep_vars=True
+    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+    for key, tensor in state.items():
+        if not key.startswith(prefix) or type(tensor) is not Tensor or id(tensor) in live:
+            continue
+        if tensor.layout is not torch.strided or not tensor.numel():
+            continue
+        storage, place = tensor.untyped_storage(), (tensor.data_ptr(), tensor.nbytes)
+        if place not in storages:
+            if storage.nbytes() > tensor.nbytes:
+                if tensor.stride() != _dense_stride(tensor):
+                    continue
+                start = tensor.storage_offset() * tensor.element_size()
+                storages[place] = storage[start : start + tensor.nbytes]
+            else:
+                storages[place] = storage
+        if storage is not storages[place]:
+            # By .data, which keeps the version counter that the tensor shares with the module's.
+            empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            tensor.data = empty.set_(storages[place], 0, tensor.shape, tensor.stride())
 
 
 # -- the place of each tensor in its vector --------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -569,3 +571,113 @@ def test_frozen_parameters_of_another_dtype() -> None:
     assert len(flat.groups[torch.float16].buffers) == 16
     assert flat.gradients(torch.float16).shape == (0,)
     assert flat.gradients(torch.float32).shape == (10,)
+
+
+SAVED = {
+    "torch.save of the module": lambda m: _saved(m),
+    "torch.save of the state": lambda m: _saved(m.state_dict()),
+    "torch.save of a part": lambda m: _saved({"weight": m.state_dict()["conv.weight"]}),
+    "torch.save of a layer's state": lambda m: _saved(m.conv.state_dict()),
+    "torch.save of a copy": lambda m: _saved(copy.deepcopy(m)),
+    "torch.save of a copied layer": lambda m: _saved(copy.deepcopy(m.norm)),
+    "pickle of the state": lambda m: pickle.dumps(m.state_dict()),
+    "pickle of a copy": lambda m: pickle.dumps(copy.deepcopy(m)),
+    "safetensors": lambda m: safetensors.torch.save(m.contiguous_state()),
+}
+
+
+def _saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class Saved(Net):
+    """Bigger than what a file says of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40))
+
+    def contiguous_state(self) -> dict[str, Tensor]:
+        return {key: value.contiguous() for key, value in self.state_dict().items() if key != "decode.weight"}
+
+
+@pytest.mark.parametrize("how", list(SAVED))
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_library_saves_it_as_an_ordinary_module(how: str, channels_last: bool) -> None:
+    module = Saved()
+    module = module.to(memory_format=torch.channels_last) if channels_last else module
+    ordinary = SAVED[how](copy.deepcopy(module))
+    flat = FlatParameters(module)
+    written = SAVED[how](module)
+    # torch.save of the module itself writes one storage instead of one a tensor.
+    assert len(ordinary) - (20_000 if how == "torch.save of the module" else 0) <= len(written) <= len(ordinary)
+    assert b"fedkern.ops" not in written
+    assert flat.is_flat
+
+
+@pytest.mark.parametrize("kind", ["module", "copy", "layer"])
+def test_save_model_of_safetensors(kind: str, tmp_path: Path) -> None:
+    module, other = Saved(), Saved()
+    FlatParameters(module)
+    whole, target = {
+        "module": (module, other), "copy": (copy.deepcopy(module), other), "layer": (module.more, other.more)
+    }[kind]  # fmt: skip
+    safetensors.torch.save_model(whole, str(tmp_path / "model.safetensors"))
+    safetensors.torch.load_model(target, str(tmp_path / "model.safetensors"))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, target.state_dict()[key]), key
+
+
+def test_save_pretrained_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    module = transformers.BertForMaskedLM(config)  # ties two weights
+    module.save_pretrained(tmp_path / "ordinary")
+    FlatParameters(module)
+    module.save_pretrained(tmp_path / "flat")
+    assert (tmp_path / "flat" / "model.safetensors").read_bytes() == (
+        tmp_path / "ordinary" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_state_dict_still_views_the_module() -> None:
+    module = net(True)
+    flat = FlatParameters(module)
+    state = module.state_dict()
+    assert state["encode.weight"].untyped_storage() is state["decode.weight"].untyped_storage()
+    state["conv.weight"].fill_(3)
+    state["scale"].fill_(5)
+    assert bool((module.conv.weight == 3).all())
+    assert float(module.scale) == 5
+    assert module.state_dict(keep_vars=True)["conv.weight"] is module.conv.weight
+    assert module.state_dict(keep_vars=True)["scale"] is module.scale
+    assert flat.is_flat
+    loss = module(batch()).sum()
+    module.state_dict()
+    loss.backward()  # nothing was written
+    loss = module(batch()).sum()
+    state["encode.weight"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_state_dict_hooks_of_others_stay() -> None:
+    module = net()
+    handle = module.conv.register_state_dict_post_hook(_more)
+    FlatParameters(module)
+    assert "conv.more" in module.state_dict()
+    assert "conv.more" in copy.deepcopy(module).state_dict()
+    handle.remove()
+    assert "conv.more" not in module.state_dict()
+    handle = module.norm.register_state_dict_post_hook(_more)
+    assert "norm.more" in pickle.loads(pickle.dumps(module)).state_dict()
+    handle.remove()
+    assert "norm.more" not in module.state_dict()
+
+
+def _more(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    state[prefix + "more"] = torch.zeros(1)
