@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.private_torch import foreach_add, foreach_add_, fused_adam_, fused_adamw_
+from fedkern.ops._core.private_torch import foreach_add, foreach_add_, fused_adam
 
 EPSILON = 1e-8
 
@@ -108,7 +108,7 @@ class Adam(_Optimiser):
     ) -> None:
         super().__init__(parameters, lr)
         self._betas, self._decay = betas, weight_decay
-        self._fused = fused_adamw_ if decoupled else fused_adam_
+        self._fused = fused_adam(decoupled)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -205,7 +205,7 @@ def collect() -> dict[str, Any]:
         "cpu": processor(),
         "stale": loading.stale_cores(),
         "threads": threads(),
-        "torch": [line for line in (private_torch.PROBLEM, private_torch.REPLACED) if line],
+        "torch": private_torch.PROBLEM,
         "cuda": {
             "torch": torch.version.cuda,
             "hip": torch.version.hip,
@@ -270,8 +270,8 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     add("CUDA core", cuda["core"])
     for line in _crossovers(cuda["crossovers"]):
         add("CUDA or Triton", line)
-    for line in report["torch"]:
-        add("this torch", line)
+    if report["torch"]:
+        add("this torch", report["torch"])
     if report["forced_backend"] or report["problem"]:
         add("forced backend", report["forced_backend"] or f"none: {report['problem']}")
     console.print(facts)

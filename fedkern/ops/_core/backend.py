@@ -190,7 +190,8 @@ def cuda_core() -> ModuleType:
     """
     core = load_core("_cuda")
     if private_torch.raw_stream is None:
-        raise Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
+        lacking = "is a build without CUDA" if torch.version.cuda is None else "lacks _C._cuda_getCurrentRawStream"
+        raise Unavailable(f"fedkern._cuda is built, but torch {lacking}")
     devices.check_cuda(core)
     private_torch.check_stream()
     _show_tensors(core, "_cuda")
@@ -311,17 +312,26 @@ def intercepted() -> bool:
     return bool(_functorch_active() or _dispatch_modes() or _function_modes() or _forward_ad._current_level >= 0)
 
 
-def forward_mode(operator: str) -> bool:
-    """True inside forward-mode AD (``torch.func.jvp``, ``forward_ad.dual_level``), where only the reference serves.
+def reference_alone(operator: str) -> bool:
+    """True where only the reference serves: inside forward-mode AD, and with a torch that lacks what kernels need.
+
+    Forward-mode AD is ``torch.func.jvp`` and ``forward_ad.dual_level``.
 
     Raises:
         RuntimeError: another backend was forced.
     """
-    if _forward_ad._current_level < 0:
+    lacking = private_torch.PROBLEM
+    if not lacking and _forward_ad._current_level < 0:
         return False
     if not _is_compiling():
-        only_reference(operator, "forward-mode AD")
+        only_reference(operator, f"this torch, because {lacking}" if lacking else "forward-mode AD")
+        if lacking:
+            _tell_plain(lacking)
     return True
+
+
+def _tell_plain(why: object) -> None:
+    tell(f"plain PyTorch serves every operator, because {why}")
 
 
 def _lifting() -> str:
@@ -453,8 +463,6 @@ def _candidates(device: str) -> tuple[str, ...]:
 def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     forced = forced_backend()
     serving, choice = forced, (None, frozenset[torch.dtype]())
-    if private_torch.REPLACED:
-        tell(private_torch.REPLACED)
     if forced is not None and forced != "reference":
         kernel = _kernels.get(operator, {}).get(forced)
         if kernel is None:
@@ -498,7 +506,7 @@ def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozens
             found.append((name, (_load(operator, name), kernel.dtypes)))
         except Unsuited as error:
             if device == "cpu" or private_torch.PROBLEM:
-                tell(f"plain PyTorch serves every operator, because {error}")
+                _tell_plain(error)
         except Unavailable:
             continue
     return found

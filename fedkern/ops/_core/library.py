@@ -54,8 +54,8 @@ def register(
         vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  ``vmap`` and ``backward`` must call
             operators through the functions that :func:`register` returned for them, since further transforms may be
             active around them.
-        reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it: a custom
-            operator would silently drop the tangents.
+        reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it, since a custom
+            operator would silently drop the tangents, and so does a torch that lacks what kernels need.
 
     Returns:
         A function that calls the operator.  Under torch.func transforms it calls an ``autograd.Function`` around the
@@ -83,7 +83,7 @@ def register(
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
-        if reference is not None and backend.forward_mode(name):
+        if reference is not None and backend.reference_alone(name):
             return reference(*arguments)
         transformed = not torch.compiler.is_compiling() and may_be_transformed()
         return function.apply(*arguments) if transformed else operator(*arguments)

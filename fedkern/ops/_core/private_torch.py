@@ -1,13 +1,10 @@
-"""What fedkern uses of torch that is not public: all in this file, each name tried when the file is imported.
+"""What fedkern uses of torch that is not public, all in this file.
 
-torch may rename or change such names in any release.  Every name is looked up once and tried on a tensor of one
-element; all of it takes about a millisecond.  A name that is missing or answers otherwise has a stand-in:
-
-* Where a public call gives the same results, more slowly, that call stands in (:data:`REPLACED`).
-* Names that tell ordinary calls from others have none.  Without one of them every operator runs its reference
-  (:data:`PROBLEM`), through ``torch.library``, where torch itself takes care of transforms, modes and compilers.
-
-No backward pass runs here: where a GPU is, it would start threads of autograd, and a process with those cannot fork.
+torch may rename, drop or change such names in any release.  Where one is missing, every operator runs its reference
+(:data:`PROBLEM`), where torch itself takes care of gradients, transforms, modes and compilers; public calls in the
+names' places keep the rest running.  What would compute wrong numbers or read wrong memory if torch
+changed it is tried on tiny tensors at its first use: the table of tensors, a GPU's stream, oneDNN's convolutions and
+Adam's fused steps.
 """
 
 from __future__ import annotations
@@ -23,355 +20,188 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fedkern.ops._core.loading import Unsuited, tell
 
-# By name, what is wrong with it: with names that kernels need, and with names that a public call replaces.
-_needed: dict[str, str] = {}
-_replaced: dict[str, str] = {}
+_missing: list[str] = []
 
 
-def _find(name: str) -> Any:
-    """``torch.<name>``, or None."""
+def _find(name: str, instead: Any) -> Any:
+    """``torch.<name>``; ``instead`` where torch has no such name, and then no kernel serves."""
     try:
         return operator.attrgetter(name)(torch)
     except AttributeError:
-        return None
+        _missing.append(name)
+        return instead
 
 
-def _watched() -> bool:
-    """Whether a compiler, a transform or a mode is active, so that trying a name would tell nothing."""
-    modes, active = _find("_C._len_torch_dispatch_stack"), _find("_C._are_functorch_transforms_active")
-    level = getattr(torch.autograd.forward_ad, "_current_level", -1)
-    return bool(torch.compiler.is_compiling() or level >= 0 or (modes and modes()) or (active and active()))
-
-
-def _take(name: str, works: Callable[[Any], Any], stand_in: Any, wrong: dict[str, str], use: Any = None) -> Any:
-    """Returns ``torch.<name>`` if ``works`` says so of it, else ``stand_in``.
-
-    Args:
-        name: dotted name below ``torch``.
-        works: tries what was found.  An exception counts as a failure.
-        stand_in: what is returned otherwise.
-        wrong: receives what is wrong, by name.
-        use: a function of this file that uses the name; returned in its place.
-    """
-    found = _find(name)
-    if found is None:
-        wrong[name] = "is not there"
-        return stand_in
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            right = _watched() or works(found)
-    except Exception as error:
-        wrong[name] = f"raises {type(error).__name__}"
-        return stand_in
-    if not right:
-        wrong[name] = "does something else now"
-        return stand_in
-    return found if use is None else use
-
-
-def _one(requires_grad: bool = False) -> Tensor:
-    return torch.ones(1, dtype=torch.float32, device="cpu", requires_grad=requires_grad)
-
-
-def _no(_: Any = None) -> bool:
+def _no(*_: Any) -> bool:
     return False
 
 
-def _zero() -> int:
-    return 0
+# 1. Names that tell what is between a call and its tensors' memory.
 
+is_tracing: Callable[[], bool] = _find("_C._is_tracing", _no)
+"""Whether ``torch.jit.trace`` is recording."""
 
-# 1. Names that kernels need.  They tell what is between a call and its tensors' memory.
+functorch_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", _no)
+"""Whether a torch.func transform is active; False where that cannot be told (see :data:`may_be_transformed`)."""
 
+dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", _no)
+"""Number of active dispatch modes."""
 
-def _transformed(look: Callable[[Tensor], Any]) -> tuple[Any, Tensor | None]:
-    """What ``look`` says inside of a torch.func transform about a tensor there; and that tensor, which outlived it.
+function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _no)
+"""Number of active torch-function modes."""
 
-    The tensor is None where torch has not the tools by which this can be tried without a backward pass.
-    """
-    names = ("_grad_increment_nesting", "_grad_decrement_nesting", "_wrap_for_grad")
-    enter, leave, wrap = (_find(f"_C._functorch.{name}") for name in names)
-    if None in (enter, leave, wrap):
-        return None, None
-    outside, level = _one(), enter()
-    try:
-        inside = wrap(outside, level)
-        return look(inside), inside
-    finally:
-        leave()
+is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _no)
+"""Whether ``is_grads_batched=True`` made a tensor."""
 
+is_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor", _no)
+"""Whether torch.func.vmap maps over a tensor."""
 
-def _sees_transforms(active: Callable[[], bool]) -> bool:
-    seen, inside = _transformed(lambda _: active())
-    return active() is False and (inside is None or seen is True)
+unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped", lambda _: torch.ones(1))
+"""What a tensor holds that vmap maps over; what stands in is mapped over by nothing and has no tangent."""
 
+outlived: Callable[[Tensor], bool] = _find("_C._functorch.is_dead_tensor_wrapper", _no)
+"""Whether a tensor outlived its torch.func transform.  Autograd and the dispatcher unwrap it; its pointer raises."""
 
-def _knows_the_dead(dead: Callable[[Tensor], bool]) -> bool:
-    seen, kept = _transformed(dead)
-    return dead(_one()) is False and (kept is None or (seen is False and dead(kept) is True))
+_level = _find("autograd.forward_ad._current_level", None)
+_NO_LEVEL = SimpleNamespace(_current_level=-1, unpack_dual=torch.autograd.forward_ad.unpack_dual)
+forward_ad: Any = _NO_LEVEL if _level is None else torch.autograd.forward_ad
+"""torch.autograd.forward_ad; ``_current_level`` is -1 outside of forward-mode AD."""
 
-
-def _counts_dispatch_modes(modes: Callable[[], int]) -> bool:
-    mode = _find("utils._python_dispatch.TorchDispatchMode")
-    if mode is None:
-        return modes() == 0
-    with mode():
-        inside = modes()
-    return inside == 1 and modes() == 0
-
-
-def _counts_function_modes(modes: Callable[[], int]) -> bool:
-    before = modes()  # torch.set_default_device is such a mode
-    with TorchFunctionMode():
-        inside = modes()
-    return inside == before + 1 and modes() == before
-
-
-def _knows_former_batches(batched: Callable[[Tensor], bool]) -> bool:
-    former, seen = _find("_vmap_internals._vmap"), list[bool]()
-
-    def look(x: Tensor) -> Tensor:
-        seen.append(batched(x) or functorch_active())
-        return x
-
-    if former is not None:  # what is_grads_batched=True maps by
-        former(look)(_one())
-    return batched(_one()) is False and all(seen)
-
-
-def _mapped(look: Callable[[Tensor], Any]) -> Any:
-    """What ``look`` says of a tensor inside of torch.func.vmap; True where torch has not the tools to make one."""
-    names = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim")
-    enter, leave, add = (_find(f"_C._functorch.{name}") for name in names)
-    if None in (enter, leave, add):
-        return True
-    outside, level = _one(), enter(1, "error")
-    try:
-        return look(add(outside, 0, level))
-    finally:
-        leave()
-
-
-def _counts_levels(module: Any) -> bool:
-    before = module._current_level
-    with module.dual_level():
-        inside = module._current_level
-    return (before, inside, module._current_level) == (-1, 0, -1)
+_guard, _included, _excluded = (
+    _find(f"_C.{name}", None)
+    for name in ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
+)
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    keys = torch._C.DispatchKey
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+def recording() -> Iterator[None]:
+    """Lets autograd record a graph inside an operator's implementation.
+
+    The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
+    autograd back.  Without this context a backward operator that differentiates the reference would find no graph under
+    ``torch.compile``.
+    """
+    keys, excluded = torch._C.DispatchKey, _excluded()
     for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
         excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    with _guard(_included(), excluded), torch.enable_grad():
         yield
-
-
-def _records(_: Any) -> bool:
-    below, x = _find("_C._AutoDispatchBelowAutograd"), _one(requires_grad=True)
-    with below() if below is not None else contextlib.nullcontext(), torch.no_grad(), _recording():
-        y = x * 2
-    return y.requires_grad
-
-
-functorch_active: Callable[[], bool] = _take("_C._are_functorch_transforms_active", _sees_transforms, _no, _needed)
-"""Whether a torch.func transform is active; False where that cannot be told (see :data:`may_be_transformed`)."""
-
-dispatch_modes: Callable[[], int] = _take("_C._len_torch_dispatch_stack", _counts_dispatch_modes, _zero, _needed)
-"""Number of active dispatch modes."""
-
-function_modes: Callable[[], int] = _take("_C._len_torch_function_stack", _counts_function_modes, _zero, _needed)
-"""Number of active torch-function modes."""
-
-is_legacy_batched: Callable[[Tensor], bool] = _take(
-    "_C._functorch.is_legacy_batchedtensor", _knows_former_batches, _no, _needed
-)
-"""Whether ``is_grads_batched=True`` made a tensor."""
-
-is_batched: Callable[[Tensor], bool] = _take(
-    "_C._functorch.is_batchedtensor", lambda f: f(_one()) is False and _mapped(f) is True, _no, _needed
-)
-"""Whether torch.func.vmap maps over a tensor."""
-
-unwrapped: Callable[[Tensor], Tensor] = _take(
-    "_C._functorch.get_unwrapped",
-    lambda f: _mapped(lambda x: f(x).shape == (1,) and not is_batched(f(x))),
-    lambda _: _one(),  # mapped over by nothing, and without a tangent
-    _needed,
-)
-"""What a tensor holds that vmap maps over."""
-
-outlived: Callable[[Tensor], bool] = _take("_C._functorch.is_dead_tensor_wrapper", _knows_the_dead, _no, _needed)
-"""Whether a tensor outlived its torch.func transform.  Autograd and the dispatcher unwrap it; its pointer raises."""
-
-_NO_LEVEL = SimpleNamespace(_current_level=-1, unpack_dual=torch.autograd.forward_ad.unpack_dual)
-forward_ad: Any = _take("autograd.forward_ad", _counts_levels, _NO_LEVEL, _needed)
-"""torch.autograd.forward_ad; ``_current_level`` is -1 outside of forward-mode AD."""
-
-recording: Callable[[], contextlib.AbstractContextManager[Any]] = _take(
-    "_C._ForceDispatchKeyGuard", _records, torch.enable_grad, _needed, _recording
-)
-"""Lets autograd record a graph inside an operator's implementation.
-
-The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
-autograd back.  Without this context a backward operator that differentiates the reference would find no graph under
-``torch.compile``.
-"""
 
 
 # 2. Names with a public call in their place.
 
-
-class _Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, factor: float, x: Tensor) -> Tensor:
-        return x * factor
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad * 2
+_apply = _find("_C._FunctionBase.apply", None)
 
 
-def _direct(function: Any) -> Callable[..., Any]:
-    return super(torch.autograd.Function, function).apply
+def apply_of(function: Any) -> Callable[..., Any]:
+    """``apply`` of an ``autograd.Function`` without its search for transforms."""
+    return function.apply if _apply is None else super(torch.autograd.Function, function).apply
 
 
-def _applies(_: Any) -> bool:
-    y = _direct(_Doubled)(2.0, _one(requires_grad=True))
-    return y.requires_grad and y.item() == 2 and type(y.grad_fn).__name__ == "_DoubledBackward"
+graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
+"""Whether the backward pass under way may be repeated; True outside of one."""
+
+increment_version: Callable[[Sequence[Tensor]], None] = _find(
+    "_C._increment_version", torch.autograd.graph.increment_version
+)
+"""Takes several tensors; torch.autograd.graph.increment_version adds a check to each call."""
+
+flatten_dense: Callable[[Sequence[Tensor]], Tensor] = _find(
+    "_utils._flatten_dense_tensors", lambda tensors: torch.cat([tensor.reshape(-1) for tensor in tensors])
+)
+"""Joins contiguous tensors into one vector."""
 
 
-def _bumps(increment: Callable[[Sequence[Tensor]], None]) -> bool:
-    x, y = _one(), _one()
-    before = x._version, y._version
-    increment([x, y])
-    return (x._version, y._version) == (before[0] + 1, before[1] + 1)
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _added(tensors: Sequence[Tensor], others: Sequence[Tensor], *, alpha: float = 1) -> list[Tensor]:
+def _add(tensors: Sequence[Tensor], others: Sequence[Tensor], *, alpha: float) -> list[Tensor]:
     return [tensor.add(other, alpha=alpha) for tensor, other in zip(tensors, others, strict=True)]
 
 
-def _add(tensors: Sequence[Tensor], others: Sequence[Tensor] | float, *, alpha: float = 1) -> None:
+def _add_(tensors: Sequence[Tensor], others: Sequence[Tensor] | float, *, alpha: float = 1) -> None:
     all_: Sequence[Any] = others if isinstance(others, Sequence) else [others] * len(tensors)
     for tensor, other in zip(tensors, all_, strict=True):
         tensor.add_(other, alpha=alpha)
 
 
-def _adds_in_place(add: Callable[..., None]) -> bool:
-    x = _one()
-    add([x], [_one()], alpha=2)
-    add([x], 1)
-    return x.item() == 4
+foreach_add: Callable[..., Sequence[Tensor]] = _find("_foreach_add", _add)
+foreach_add_: Callable[..., None] = _find("_foreach_add_", _add_)
+
+PROBLEM = (
+    f"kernels need what torch {torch.__version__} lacks ({', '.join(f'torch.{name}' for name in _missing)})"
+    if _missing
+    else ""
+)
+"""Why no kernel may serve with this torch, or ""."""
+
+may_be_transformed: Callable[[], bool] = (lambda: True) if PROBLEM else functorch_active
+"""Whether a torch.func transform may be active: always where kernels cannot tell."""
 
 
-class Adam:
+# 3. What is tried at its first use, because with another meaning it would compute wrong numbers.
+
+
+def _changed(name: str) -> str:
+    """The end of a sentence that names what this torch has changed."""
+    return f"torch.{name}, which torch {torch.__version__} lacks or has changed"
+
+
+def _adam(
+    decoupled: bool, parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor],
+    squares: Sequence[Tensor], largest: Sequence[Tensor], steps: Sequence[Tensor], *, lr: float, beta1: float,
+    beta2: float, weight_decay: float, eps: float, amsgrad: bool = False, maximize: bool = False,
+) -> None:  # fmt: skip
     """One step of Adam or, with ``decoupled``, of AdamW by public calls, as ``torch._fused_adam_`` takes it.
 
     Rounds otherwise than the fused step does.
     """
-
-    def __init__(self, decoupled: bool) -> None:
-        self.decoupled = decoupled
-
-    def __call__(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor],
-        squares: Sequence[Tensor], largest: Sequence[Tensor], steps: Sequence[Tensor], *, lr: float, beta1: float,
-        beta2: float, weight_decay: float, eps: float, amsgrad: bool = False, maximize: bool = False,
-    ) -> None:  # fmt: skip
-        for x, given, m, v, step in zip(parameters, gradients, means, squares, steps, strict=True):
-            count, gradient = step.item(), given
-            if self.decoupled:
-                x.mul_(1 - lr * weight_decay)
-            elif weight_decay:
-                gradient = gradient.add(x, alpha=weight_decay)
-            m.lerp_(gradient, 1 - beta1)
-            v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            x.addcdiv_(m, v.sqrt().div_((1 - beta2**count) ** 0.5).add_(eps), value=-lr / (1 - beta1**count))
+    for x, given, m, v, step in zip(parameters, gradients, means, squares, steps, strict=True):
+        count, gradient = step.item(), given
+        if decoupled:
+            x.mul_(1 - lr * weight_decay)
+        elif weight_decay:
+            gradient = gradient.add(x, alpha=weight_decay)
+        m.lerp_(gradient, 1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        x.addcdiv_(m, v.sqrt().div_((1 - beta2**count) ** 0.5).add_(eps), value=-lr / (1 - beta1**count))
 
 
-def _steps(adam: Callable[..., None], decoupled: bool) -> bool:
-    """Whether ``adam`` does what the formula says, over two steps with weight decay."""
+def _steps_alike(*adams: Callable[..., None]) -> bool:
+    """Whether two functions do the same over two steps with weight decay."""
     both = []
-    for step in (adam, Adam(decoupled)):
-        x, m, v, count = _one(), _one() * 0, _one() * 0, _one() * 0
+    for step in adams:
+        x, m, v, count = (torch.full((1,), value, dtype=torch.float32, device="cpu") for value in (1, 0, 0, 0))
         for gradient in (0.5, -2.0):
             count += 1
-            with torch.no_grad():
-                step([x], [_one() * gradient], [m], [v], [], [count], lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.5,
-                     eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
+            step([x], [torch.full_like(x, gradient)], [m], [v], [], [count], lr=0.1, beta1=0.9, beta2=0.99,
+                 weight_decay=0.5, eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
         both.append((x.item(), m.item(), v.item()))
     return all(abs(a - b) < 1e-5 for a, b in zip(*both, strict=True))
 
 
-is_tracing: Callable[[], bool] = _take(
-    "_C._is_tracing", lambda f: f() is False, _find("jit.is_tracing") or _no, _replaced
-)
-"""Whether ``torch.jit.trace`` is recording."""
-
-apply_of: Callable[[Any], Callable[..., Any]] = _take(
-    "_C._FunctionBase.apply", _applies, operator.attrgetter("apply"), _replaced, _direct
-)
-"""``apply`` of an ``autograd.Function`` without its search for transforms."""
-
-graph_is_retained: Callable[[], bool] = _take(
-    "_C._autograd._get_current_graph_task_keep_graph", lambda f: f() is True, lambda: True, _replaced
-)
-"""Whether the backward pass under way may be repeated; True outside of one."""
-
-increment_version: Callable[[Sequence[Tensor]], None] = _take(
-    "_C._increment_version", _bumps, torch.autograd.graph.increment_version, _replaced
-)
-"""Takes several tensors; torch.autograd.graph.increment_version adds a check to each call."""
-
-flatten_dense: Callable[[Sequence[Tensor]], Tensor] = _take(
-    "_utils._flatten_dense_tensors", lambda f: f([_one(), _one()]).tolist() == [1, 1], _joined, _replaced
-)
-"""Joins contiguous tensors into one vector."""
-
-foreach_add: Callable[..., Sequence[Tensor]] = _take(
-    "_foreach_add", lambda f: f([_one()], [_one()], alpha=2)[0].item() == 3, _added, _replaced
-)
-foreach_add_: Callable[..., None] = _take("_foreach_add_", _adds_in_place, _add, _replaced)
-fused_adam_: Callable[..., None] = _take("_fused_adam_", lambda f: _steps(f, False), Adam(False), _replaced)
-fused_adamw_: Callable[..., None] = _take("_fused_adamw_", lambda f: _steps(f, True), Adam(True), _replaced)
+@functools.cache
+def fused_adam(decoupled: bool) -> Callable[..., None]:
+    """torch's fused step of Adam or, with ``decoupled``, of AdamW; public calls where this torch has another."""
+    name, plain = "_fused_adamw_" if decoupled else "_fused_adam_", functools.partial(_adam, decoupled)
+    fused: Callable[..., None] | None = getattr(torch, name, None)
+    with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad():
+        if fused is not None and _steps_alike(fused, plain):
+            return fused
+    tell(f"slower public calls stand in for {_changed(name)}")
+    return plain
 
 
-def _stream(index: int) -> int:
-    return int(torch.cuda.current_stream(index).cuda_stream)
-
-
-def _raw_stream() -> Callable[[int], int] | None:
-    found = _find("_C._cuda_getCurrentRawStream")
-    if found is not None or torch.version.cuda is None:
-        return found
-    _replaced["_C._cuda_getCurrentRawStream"] = "is not there"
-    return _stream
-
-
-raw_stream: Callable[[int], int] | None = _raw_stream()
+raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Number of torch's current stream on a GPU, in a tenth of the time that torch.cuda takes; None without CUDA."""
 
 
 def check_stream() -> None:
-    """Raises :class:`Unsuited` where :data:`raw_stream` is not what torch.cuda says.
-
-    Not tried on import, where CUDA must not be started.
-    """
+    """Raises :class:`Unsuited` where :data:`raw_stream` is not what torch.cuda says."""
     if raw_stream is not None and torch.version.cuda and torch.cuda.is_available():
         index = torch.cuda.current_device()
-        if raw_stream(index) != _stream(index):
-            raise Unsuited(f"kernels need {changes({'_C._cuda_getCurrentRawStream': 'does something else now'})}")
+        if raw_stream(index) != torch.cuda.current_stream(index).cuda_stream:
+            raise Unsuited(f"kernels need {_changed('_C._cuda_getCurrentRawStream')}")
 
 
 class OneDNN(NamedTuple):
@@ -395,25 +225,20 @@ def onednn() -> OneDNN | None:
     """oneDNN's fused convolutions; None where this torch has none, or others than fedkern knows."""
     if not torch.backends.mkldnn.is_available():
         return None
-    name, wrong = "ops.mkldnn._convolution_pointwise", dict[str, str]()
-    fused: OneDNN | None = _take(name, lambda _: _convolves(2), None, wrong, _fused())
-    if fused is None:
-        tell(slower(wrong))
-        return None
-    with contextlib.suppress(RuntimeError):
-        return fused._replace(narrow=_convolves(1))
-    return fused
+    with contextlib.suppress(Exception):
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        fused = OneDNN(torch.ops.mkldnn._reorder_convolution_weight, convolve, convolve.binary)
+        if _convolves(fused, 2):
+            with contextlib.suppress(RuntimeError):
+                return fused._replace(narrow=_convolves(fused, 1))
+            return fused
+    tell(f"slower public calls stand in for {_changed('ops.mkldnn._convolution_pointwise')}")
+    return None
 
 
-def _fused() -> OneDNN | None:
-    convolve, reorder = _find("ops.mkldnn._convolution_pointwise"), _find("ops.mkldnn._reorder_convolution_weight")
-    return None if convolve is None else OneDNN(reorder, convolve, getattr(convolve, "binary", None))
-
-
-def _convolves(channels: int) -> bool:
+def _convolves(fused: OneDNN, channels: int) -> bool:
     """Whether convolutions to so many channels are those of conv2d."""
-    fused, how = _fused(), ([0, 0], [1, 1], [1, 1], 1)
-    assert fused is not None
+    how = [0, 0], [1, 1], [1, 1], 1
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = torch.arange(-8.0, 8.0, device="cpu", dtype=torch.float32).view(1, 4, 2, 2)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -424,7 +249,7 @@ def _convolves(channels: int) -> bool:
         return torch.allclose(plain, expected) and torch.allclose(summed, (2 * expected).relu())
 
 
-# 3. The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).
+# 4. The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).
 
 
 class _View(ctypes.Structure):
@@ -464,15 +289,12 @@ _POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 def _samples() -> list[Tensor]:
-    """Tensors to try the table on, made on import: a mode that is active later would make others."""
-    if _watched():
+    """Tensors to try the table on; none where a transform or a mode is active, which would make others."""
+    if dispatch_modes() or functorch_active():
         return []
     with torch.inference_mode(False):
         base = torch.zeros(4, 6, dtype=torch.float16, device="cpu")
         return [base[1:, 2::2], base.to(torch.float64).t()]
-
-
-_SAMPLES = _samples()
 
 
 def exchange_table() -> object:
@@ -505,7 +327,7 @@ def table_problem(capsule: object) -> str:
         return f"the table is of DLPack {table.major}.{table.minor}, not 1"
     if not table.view:
         return "the table cannot describe tensors"
-    for x in _SAMPLES:
+    for x in _samples():
         view = _View()
         try:
             failed = _READ(table.view)(x, ctypes.byref(view))
@@ -529,24 +351,3 @@ def table_problem(capsule: object) -> str:
         if (*found, shape, strides) != (*expected, tuple(x.shape), x.stride()):
             return "it describes a small tensor wrongly"
     return ""
-
-
-def changes(wrong: dict[str, str]) -> str:
-    """What is wrong with names of torch, as the end of a sentence."""
-    named = "; ".join(f"torch.{name} {what}" for name, what in wrong.items())
-    return f"what torch {torch.__version__} has changed ({named})"
-
-
-def slower(wrong: dict[str, str]) -> str:
-    """The sentence on names that public calls stand in for."""
-    return f"slower public calls stand in for {changes(wrong)}"
-
-
-PROBLEM = f"kernels need {changes(_needed)}" if _needed else ""
-"""Why no kernel may serve with this torch, or ""."""
-
-REPLACED = slower(_replaced) if _replaced else ""
-"""Which slower public calls stand in for what, or ""."""
-
-may_be_transformed: Callable[[], bool] = (lambda: True) if PROBLEM else functorch_active
-"""Whether a torch.func transform may be active: always where kernels cannot tell."""
