@@ -457,7 +457,7 @@ class _StateDictHooks(OrderedDict[int, Any]):
     """Hooks of a flat module.  A copy or pickle of the module gets the others alone, so that it is an ordinary one."""
 
     def __init__(self, owner: nn.Module) -> None:
-        super().__init__({0: _separate_storages})
+        super().__init__({0: separate_storages})
         self._owner = weakref.ref(owner)
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
@@ -474,10 +474,10 @@ class _StateDictHooks(OrderedDict[int, Any]):
         return copy.deepcopy(self._others(), memo)
 
     def _others(self) -> OrderedDict[int, Any]:
-        return OrderedDict((key, hook) for key, hook in self.items() if hook is not _separate_storages)
+        return OrderedDict((key, hook) for key, hook in self.items() if hook is not separate_storages)
 
 
-def _separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
     """Gives the module's tensors in a state dict storages of their own over the same memory; tied ones share one."""
     if torch.compiler.is_compiling() or functorch_active():
         return

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from fedkern.ops import FusedBlocks
+from fedkern.ops import FlatParameters, FusedBlocks
 from fedkern.ops._fuse.blocks.choice import LOWERINGS
 
 
@@ -97,6 +97,18 @@ def test_refused_by_name(name: str) -> None:
         FusedBlocks(blocks)
     assert "blocks[1]" in str(error.value)
     assert message in str(error.value)
+
+
+def test_flat_blocks_are_fused() -> None:
+    """Their state dicts are those of ordinary modules, though by a hook."""
+    blocks, x = [plain().eval() for _ in range(3)], torch.randn(2, 4, 6, 6)
+    for block in blocks:
+        FlatParameters(block)
+    fused = FusedBlocks(blocks)
+    torch.testing.assert_close(fused(x), torch.cat([block(x) for block in blocks], 1), rtol=1e-4, atol=1e-4)
+    blocks[1][0].register_state_dict_post_hook(lambda *_: None)
+    with pytest.raises(TypeError, match=r"blocks\[1\]\.0, a Conv2d with state dict hooks"):
+        FusedBlocks(blocks)
 
 
 def test_single_layers_are_refused_too() -> None:

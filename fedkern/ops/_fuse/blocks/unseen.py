@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fedkern.ops.flat import separate_storages
+
 # Methods of nn.Module that a class may replace, and that FusedBlocks would not call.
 _METHODS = ("__call__", "train", "state_dict", "_save_to_state_dict", "get_extra_state")
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
@@ -16,7 +18,9 @@ def check_plain(module: nn.Module, where: str, *, layer: bool) -> None:
     """
     kind = type(module)
     hooks = [
-        name.strip("_").replace("_", " ") for name, value in vars(module).items() if name.endswith("_hooks") and value
+        name.strip("_").replace("_", " ")
+        for name, value in vars(module).items()
+        if name.endswith("_hooks") and any(hook is not separate_storages for hook in value.values())
     ]
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
