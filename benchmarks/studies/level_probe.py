@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from fedkern import engine, models
 from fedkern.data import normalise
 from fedkern.engine.run import load_data
 from fedkern.models.blocks import cut
+
+if find_spec("sklearn") is None:  # said before the study's runs, not after them
+    raise SystemExit("The linear probes of study_fusefl need scikit-learn: pip install scikit-learn.")
 
 Levels = Callable[[Tensor], list[Tensor]]
 

@@ -28,7 +28,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
-from sklearn.datasets import load_digits
+
+from fedkern.data.digits import small_digits
 
 HOST, SITES = "127.0.0.1", ("north", "east", "south")
 METHOD = "scaffold"
@@ -182,15 +183,15 @@ def free_port() -> int:
 
 
 def write_data(folder: Path) -> dict[str, Path]:
-    """Gives every machine a folder of images: scikit-learn's digits, of which each site has more of some digits.
+    """Gives every machine a folder of images: handwritten digits, of which each site has more of some digits.
 
     The server's folder has the test images, and one training image of each digit, which is not used.
 
     Returns:
         The folders of the server and of the sites.
     """
-    images, labels = load_digits(return_X_y=True)
-    images = (images.reshape(-1, 8, 8) * 15.9375).astype(np.uint8)
+    images, labels = small_digits()
+    images = (images * 15.9375).astype(np.uint8)
     rng = np.random.default_rng(0)
     held = np.where(rng.random(len(images)) < 0.6, labels % len(SITES), rng.integers(len(SITES), size=len(images)))
     written: Counter[tuple[str, int]] = Counter()

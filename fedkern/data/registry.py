@@ -260,7 +260,7 @@ DATASETS: dict[str, DatasetInfo] = {
         options=_coloured_options("contrast"),
     ),
     "digits": DatasetInfo(
-        "scikit-learn's 1,797 handwritten digits enlarged to 32x32; needs no file",
+        "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
         _embedded, 5, "dirichlet:0.5", (1, 32), needs_root=False,
     ),
     "captions": DatasetInfo(

@@ -1,6 +1,6 @@
 """Embedded segmentation data set: real handwritten digits on textured grounds, a class for every pixel.
 
-Every image of 32x32 pixels holds one of scikit-learn's digits, enlarged to 24 to 30 pixels.  The ground is colour noise
+Every image of 32x32 pixels holds one of UCI's digits, enlarged to 24 to 30 pixels.  The ground is colour noise
 at several scales with stripes; the ink is brighter and has a texture of its own.  Class 0 is the background and class
 1 + d the ink of the digit d.  All clients therefore see much the same background, while the partition spreads the
 digits unevenly: the class-wise weights w_{k,c} of FedIOD are nearly equal for the background and differ for every
