@@ -6,7 +6,6 @@ Model bytes: the images read and written once.  Every contestant allocates its r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -51,7 +50,7 @@ SMALL, MEDIUM, LARGE = (8, 3, 32, 32), (64, 3, 64, 64), (64, 3, 224, 224)
     [(False, SMALL), (False, MEDIUM), (False, LARGE), (True, SMALL), (True, LARGE)],
     ids=["erase-small", "erase-medium", "erase-large", "keep-small", "keep-large"],
 )
-def test_boxes(benchmark: Any, keep: bool, shape: tuple[int, ...]) -> None:
+def test_boxes(node: str, keep: bool, shape: tuple[int, ...], threads: int) -> None:
     images, boxes = inputs(shape)
     ours: Callable[..., Tensor] = ops.keep_boxes if keep else ops.erase_boxes
     compiled = torch.compile(masked, dynamic=False)
@@ -62,4 +61,4 @@ def test_boxes(benchmark: Any, keep: bool, shape: tuple[int, ...]) -> None:
         "compile": lambda: compiled(images, boxes, keep),
     }
     case = f"{list(shape)}{' keep' if keep else ''}"
-    compare(benchmark, "boxes", case, runs, model_bytes=2 * images.nbytes, copy=True, threads=1)
+    compare(node, "boxes", case, runs, model_bytes=2 * images.nbytes, copy=True, threads=threads)

@@ -13,7 +13,7 @@ next level's adaptors read: "and cat" adds that to the modules.  FusedBlocks fol
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -29,7 +29,6 @@ from fedkern.models.resnet import BasicBlock
 from fedkern.ops._core import backend
 from fedkern.ops._fuse.blocks.shapes import survey
 
-FLOORS = {"eager": 2.0, "compile": 1.2}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -101,7 +100,7 @@ def training(maps: Sequence[Tensor], norm: Norm, grad: Tensor) -> Callable[[Call
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("count", [5, 10])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
-def test_fuse_concat(benchmark: Any, count: int, layout: str, backward: bool) -> None:
+def test_fuse_concat(node: str, count: int, layout: str, backward: bool, threads: int) -> None:
     shape = (64, 64, 32, 32)
     maps, norm = maps_of(count, shape, layout), Norm(64 * count)
     size = sum(x.nbytes for x in maps)
@@ -112,37 +111,37 @@ def test_fuse_concat(benchmark: Any, count: int, layout: str, backward: bool) ->
     case = f"M={count} {list(shape)} {layout}, {'forward + backward' if backward else 'forward'}"
     runs = contestants(fused, eager, make)
     bytes_ = (5 if backward else 2) * size
-    compare(benchmark, "fuse_concat", case, runs, model_bytes=bytes_, copy=True, floors=FLOORS, pairs=9, threads=1)
+    compare(node, "fuse_concat", case, runs, model_bytes=bytes_, copy=True, pairs=9, threads=threads)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64, 20, 16, 16), (64, 512)], ids=str)
-def test_small_fuse_concat(benchmark: Any, shape: tuple[int, ...], layout: str) -> None:
+def test_small_fuse_concat(node: str, shape: tuple[int, ...], layout: str, threads: int) -> None:
     if len(shape) == 2 and layout != "contiguous":
         pytest.skip("vectors have one layout")
     maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])
     grad = torch.randn(shape[0], 10 * shape[1], *shape[2:]).contiguous(memory_format=LAYOUTS[layout])
     case = f"M=10 {list(shape)} {layout}, forward + backward"
-    compare(benchmark, "fuse_concat", case, contestants(fused, eager, training(maps, norm, grad)), threads=1)
+    compare(node, "fuse_concat", case, contestants(fused, eager, training(maps, norm, grad)), threads=threads)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64, 20, 16, 16), (64, 64, 16, 16), (64, 64, 32, 32)], ids=str)
-def test_fuse_mean(benchmark: Any, layout: str, shape: tuple[int, ...]) -> None:
+def test_fuse_mean(node: str, layout: str, shape: tuple[int, ...], threads: int) -> None:
     maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])
     grad = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
     case = f"M=10 {list(shape)} {layout}, forward + backward"
     runs = contestants(fused_mean, eager_mean, training(maps, norm, grad))
-    floors = FLOORS if shape[1] == 64 else None
     bytes_ = 3 * sum(x.nbytes for x in maps) + 2 * maps[0].nbytes
-    compare(benchmark, "fuse_mean", case, runs, model_bytes=bytes_, copy=True, floors=floors, pairs=9, threads=1)
+    compare(node, "fuse_mean", case, runs, model_bytes=bytes_, copy=True, pairs=9, threads=threads)
 
 
-def settings() -> Iterator[Any]:
-    for count in (5, 10, 20):
-        for width in (14, 20, 29, 64):
-            for size in (16, 32):
-                yield pytest.param(count, width, size, id=f"M={count} width={width} {size}x{size}")
+SETTINGS = [
+    pytest.param(count, width, size, id=f"M={count} width={width} {size}x{size}")
+    for count in (5, 10, 20)
+    for width in (14, 20, 29, 64)
+    for size in (16, 32)
+]
 
 
 def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]:
@@ -187,7 +186,7 @@ def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]
     return found
 
 
-def blocks_case(benchmark: Any, group: str, case: str, blocks: list[nn.Module], x: Tensor, floor: float) -> None:
+def blocks_case(node: str, group: str, case: str, blocks: list[nn.Module], x: Tensor, threads: int) -> None:
     module = ops.FusedBlocks(blocks)
 
     def ours() -> Tensor:
@@ -197,21 +196,20 @@ def blocks_case(benchmark: Any, group: str, case: str, blocks: list[nn.Module], 
     runs = {"fedkern": ours, **separate(blocks, x)}
     works = survey(module._steps, module._layers, module.count, x.shape, module.shared).works
     note = f"lowering {module._choose(x, works, folded=True, core=backend.cpu_core())}"
-    compare(benchmark, group, case, runs, floors={"modules": floor}, pairs=7, threads=1, note=note)
+    compare(node, group, case, runs, pairs=7, threads=threads, note=note)
 
 
-@pytest.mark.parametrize(("count", "width", "size"), settings())
-def test_residual_blocks(benchmark: Any, count: int, width: int, size: int) -> None:
+@pytest.mark.parametrize(("count", "width", "size"), SETTINGS)
+def test_residual_blocks(node: str, count: int, width: int, size: int, threads: int) -> None:
     torch.manual_seed(0)
     blocks: list[nn.Module] = [BasicBlock(width, width).eval() for _ in range(count)]
     case = f"M={count} residual blocks of width {width}, [64, {width}, {size}, {size}]"
-    floor = 1.2 if count == 10 else 1.0
-    blocks_case(benchmark, "fused_blocks", case, blocks, torch.randn(64, width, size, size), floor)
+    blocks_case(node, "fused_blocks", case, blocks, torch.randn(64, width, size, size), threads)
 
 
-@pytest.mark.parametrize(("count", "width", "size"), settings())
+@pytest.mark.parametrize(("count", "width", "size"), SETTINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_adaptors(benchmark: Any, count: int, width: int, size: int, layout: str) -> None:
+def test_adaptors(node: str, count: int, width: int, size: int, layout: str, threads: int) -> None:
     torch.manual_seed(0)
     if count * width * size**2 > 640 * 32**2:
         pytest.skip("its input alone takes 335 MB")
@@ -219,4 +217,4 @@ def test_adaptors(benchmark: Any, count: int, width: int, size: int, layout: str
     blocks: list[nn.Module] = [nn.Conv2d(channels, width, 1) for _ in range(count)]
     x = torch.randn(64, channels, size, size).contiguous(memory_format=LAYOUTS[layout])
     case = f"M={count} adaptors {channels} -> {width}, [64, {channels}, {size}, {size}] {layout}"
-    blocks_case(benchmark, "fused_adaptors", case, blocks, x, 1.5)
+    blocks_case(node, "fused_adaptors", case, blocks, x, threads)

@@ -2,7 +2,6 @@
 
     python -m benchmarks.bench_methods --before DIR --data-root FOLDER     # measures, writes results/methods_<cpu>.*
     python -m benchmarks.bench_methods --device cuda                       # the same on a GPU, methods_<gpu>.*
-    python -m benchmarks.bench_methods --gate                              # compares with what is recorded, exit code 1
 
 Contestants, every one a command of its own, so that imports and start-up count:
 
@@ -36,10 +35,9 @@ from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
 from typing import Any
 
-import pytest
 import torch
 
-from benchmarks import comparisons, gate, gpu_use, machines, processes
+from benchmarks import comparisons, gpu_use, machines, processes
 from benchmarks.studies import study
 from fedkern.engine import RunConfig
 
@@ -55,8 +53,6 @@ ENVIRONMENT = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "PYTHONPATH", "FEDKERN_BACKEND",
 )  # fmt: skip
 """What a contestant does not inherit: every one has its own defaults."""
-GATE_REPEATS = 3
-GATE_ATTEMPTS = 2
 
 COMMON: Mapping[str, Any] = {"grad_cam": 0}  # a figure for fedkern's report that nobody else draws
 IMAGES = {"data": "cifar10", "train_samples": 5000, "clients": 10, "partition": "iid", "model": "resnet8"}
@@ -380,85 +376,10 @@ def _measure(
     )
 
 
-# -- what is promised --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """A promise: ``reached`` (None: not measured) is to be at least ``wanted``."""
-
-    what: str
-    wanted: float
-    reached: float | None
-
-    @property
-    def kept(self) -> bool | None:
-        return None if self.reached is None else self.reached >= self.wanted
-
-
-def targets(rows: Sequence[Row], matrix_units: bool) -> list[Target]:
-    """The promises for two cores, of whole commands; those of bf16 where the processor computes in it."""
-
-    def gains(slower: str, faster: str, setting: str, only: Sequence[str] = METHODS) -> list[float]:
-        mine = (row for row in rows if row.setting == setting and row.method in only)
-        return speedups(mine, slower, faster)
-
-    def together(values: list[float]) -> float | None:
-        return geometric_mean(values) if values else None
-
-    default, fusefl = gains("before", OURS, "default"), gains("before", OURS, "default", ["fusefl"])
-    kernels = [*gains("reference", OURS, "default"), *gains("reference", OURS, "large")]
-    found = [
-        Target("the default runs over before, geometric mean", 1.4, together(default)),
-        Target("the default runs over before, the least", 1.15, min(default, default=None)),
-        Target("FuseFL's default run over before", 1.8, together(fusefl)),
-        Target("the larger setting over before, geometric mean", 1.6, together(gains("before", OURS, "large"))),
-        Target("with kernels over without, the least", 1.0, min(kernels, default=None)),
-    ]
-    if matrix_units:
-        cnn = gains(OURS, "bf16", "default", ["fedgid", "fedlpfm", "fedavg", "fedprox", "scaffold"])
-        large = gains(OURS, "bf16", "large", [name for name in METHODS if name != "feddra"])
-        found.append(Target("bf16 over fp32, the CNN of width 32, geometric mean", 1.35, together(cnn)))
-        found.append(Target("bf16 over fp32, ResNet-8, geometric mean", 1.6, together(large)))
-    return found
-
-
 def speedups(rows: Iterable[Row], slower: str, faster: str, of: str = "seconds") -> list[float]:
     """The speed-ups of those rows that have one, with the same settings."""
     alike = (row for row in rows if slower != "before" or not row.differs)
     return [gain for row in alike if (gain := row.speedup(slower, faster, of)) is not None]
-
-
-def computes_bf16(cpuinfo: Path = machines.CPUINFO) -> bool:
-    """Whether the processor has AMX or AVX512-BF16."""
-    try:
-        flags = cpuinfo.read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-def floor_of(recorded: Row) -> gate.Floor:
-    """The lowest allowed speed-ups over the plain method: gate.FACTOR of what is recorded, where that is steady."""
-    against = {
-        name: round(gate.FACTOR * gain, 3)
-        for name in ("plain",)
-        if (gain := recorded.speedup(name)) is not None and _scatter(recorded.ratios(name, OURS)) <= gate.NOISY
-    }
-    return gate.Floor("", "methods", recorded.name, "cpu", 0, False, "bench_methods.py", False, against)
-
-
-def judge(recorded: Row, measured: Row) -> gate.Verdict:
-    """What new runs say about the floors of recorded ones."""
-    floor = floor_of(recorded)
-    ratios = {name: measured.ratios(name, OURS) for name in floor.against}
-    scatter = {name: _scatter(values) for name, values in measured.seconds.items()}
-    return gate.judge(floor, {name: values for name, values in ratios.items() if values}, scatter, OURS)
-
-
-def _scatter(values: Sequence[float]) -> float:
-    """The range over the median: of a few repeats there are no quartiles."""
-    return (max(values) - min(values)) / median(values) if values else 0.0
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -516,21 +437,9 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
             lines += ["", f"## {title}", "", *_speed_table(mine), "", *_cost_table(mine), "", *_figure_table(mine)]
             if any(row.gpu_utilisation for row in mine):
                 lines += ["", *_gpu_table(mine)]
-    lines += [] if machine.get("gpu") else _promises(rows)
     notes = [f"* {row.name}: {name} is missing: {why}" for row in rows for name, why in row.missing.items()]
     notes += [f"* {row.name}: before's settings differ ({'; '.join(row.differs)})" for row in rows if row.differs]
     return "\n".join([*lines, *([""] if notes else []), *notes, ""])
-
-
-def _promises(rows: Sequence[Row]) -> list[str]:
-    """What is promised of runs on processors."""
-    lines = ["", "## Promised", "", "| of whole commands | promised | reached |", "|---|---:|---:|"]
-    for target in targets(rows, computes_bf16()):
-        reached = (
-            "–" if target.reached is None else f"{target.reached:.2f}×" if target.kept else f"**{target.reached:.2f}×**"
-        )
-        lines.append(f"| {target.what} | {target.wanted:g}× | {reached} |")
-    return lines
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -611,40 +520,6 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}×" if value >= 1 else f"**{value:.2f}×**"
 
 
-# -- the gate ----------------------------------------------------------------------------------------------------------
-
-
-def gated(case: Case, recorded: Row, data_root: str | None) -> gate.Verdict:
-    """Measures a recorded case anew; it fails where two measurements in a row are below its floor."""
-    verdict = gate.Verdict("pass")
-    for _ in range(GATE_ATTEMPTS):
-        measured = measure(case, ("plain", OURS), GATE_REPEATS, before=None, data_root=data_root)
-        verdict = judge(recorded, measured)
-        if verdict.outcome == "pass":
-            break
-    return verdict
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_whole_run(case: Case, request: pytest.FixtureRequest) -> None:
-    """``pytest benchmarks/bench_methods.py -m slow --gate``: the files of CIFAR-10 lie under FEDKERN_DATA_ROOT."""
-    if not request.config.getoption("--gate"):
-        pytest.skip("measured under --gate alone")
-    data_root = os.environ.get("FEDKERN_DATA_ROOT")
-    if case.needs_files and data_root is None:
-        pytest.skip("needs the files of CIFAR-10 under FEDKERN_DATA_ROOT")
-    machine = machines.machine("cpu")
-    recorded = {row.name: row for row in read(results_path(machine), machine)}.get(case.name)
-    if recorded is None or not floor_of(recorded).against:
-        pytest.skip("nothing steady is recorded on this machine")
-    verdict = gated(case, recorded, data_root)
-    if verdict.outcome == "fail":
-        pytest.fail(verdict.reason, pytrace=False)
-    if verdict.outcome == "skip":
-        pytest.skip(verdict.reason)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_methods", description=__doc__.split("\n")[0])
     parser.add_argument("--before", type=Path, help="another checkout of fedkern, its core compiled")
@@ -657,12 +532,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all contestants compute")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
-    parser.add_argument("--gate", action="store_true", help="compare with the recorded runs instead")
     given = parser.parse_args(argv)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: leave --device out")
-    if given.gate and given.device != "cpu":
-        parser.error("--gate is of runs on the processor: leave --device out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the command that is measured ends too
     cases = [case for case in CASES if case.method in given.methods and case.setting in given.settings]
     left_out = [case.name for case in cases if case.needs_files and not given.data_root]
@@ -671,14 +543,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out without --data-root: {', '.join(left_out)}")
     data_root = str(Path(given.data_root).resolve()) if given.data_root else None
     machine = machines.machine(given.device)
-    if given.gate:
-        recorded = {row.name: row for row in read(results_path(machine, given.results), machine)}
-        verdicts = {case.name: gated(case, recorded[case.name], data_root) for case in cases if case.name in recorded}
-        for name, verdict in verdicts.items():
-            print(f"{name}: {verdict.outcome}{f' ({verdict.reason})' if verdict.reason else ''}")
-        if not verdicts:
-            print("nothing is recorded on this machine")
-        return int(any(verdict.outcome == "fail" for verdict in verdicts.values()))
     before = checked(given.before) if given.before else None
     rows = []
     for case in cases:

@@ -154,35 +154,29 @@ KINDS: dict[str, dict[str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_sgd(benchmark: Any, size: int, threads: int) -> None:
+def test_sgd(node: str, size: int, threads: int) -> None:
     case = Case(size)
     runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
     runs |= {f"torch.optim.SGD {name}": case.optim_sgd(**kind) for name, kind in KINDS.items()}
-    compare(
-        benchmark, "optimise", f"sgd P={size:,}", runs, model_bytes=6 * size * 4, copy=True, threads=threads, pairs=15
-    )
+    compare(node, "optimise", f"sgd P={size:,}", runs, model_bytes=6 * size * 4, copy=True, threads=threads, pairs=15)
 
 
 @pytest.mark.parametrize("method", ["fedprox", "scaffold", "clip"])
 @pytest.mark.parametrize("size", SIZES)
-def test_terms(benchmark: Any, size: int, method: str) -> None:
+def test_terms(node: str, size: int, method: str, threads: int) -> None:
     case = Case(size, method)
     runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
     passes = {"fedprox": 7, "scaffold": 9, "clip": 7}[method]
     compare(
-        benchmark, "optimise", f"sgd {method} P={size:,}", runs, model_bytes=passes * size * 4, copy=True, threads=1,
+        node, "optimise", f"sgd {method} P={size:,}", runs, model_bytes=passes * size * 4, copy=True, threads=threads,
         pairs=15,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_adamw(benchmark: Any, size: int, threads: int) -> None:
+def test_adamw(node: str, size: int, threads: int) -> None:
     case = Case(size)
     runs: dict[str, Contestant] = {"fedkern": case.adamw(), "eager": case.eager_adamw()}
     runs |= {f"torch.optim.AdamW {name}": case.optim_adamw(**kind) for name, kind in KINDS.items()}
-    compare(
-        benchmark, "optimise", f"adamw P={size:,}", runs, model_bytes=8 * size * 4, copy=True, threads=threads, pairs=15
-    )
+    compare(node, "optimise", f"adamw P={size:,}", runs, model_bytes=8 * size * 4, copy=True, threads=threads, pairs=15)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare, device
+from harness import compare
 from torch import Tensor
 
 from fedkern import ops
@@ -32,14 +32,12 @@ class Call:
         shapes: of the tensors.
         leaves: how many of them, from the first, require a gradient in the rows with gradient; 0 for no such rows.
         results: how many tensors the operator makes, of which ``run`` returns the first.
-        promised: whether the project promises what the call alone takes; not of what iterates.
     """
 
     run: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     leaves: int = 1
     results: int = 1
-    promised: bool = True
 
 
 @functools.cache
@@ -71,9 +69,7 @@ CALLS = {
     "trimmed_mean": Call(lambda v: ops.trimmed_mean(v, 1), (_VECTORS,), 0),
     "pairwise_distances": Call(lambda v: ops.pairwise_distances(v), (_VECTORS,), 0),
     "krum": Call(lambda v: ops.krum(v, 1), (_VECTORS,), 0),
-    "geometric_median, one iteration": Call(
-        lambda v: ops.geometric_median(v, iterations=1), (_VECTORS,), 0, promised=False
-    ),
+    "geometric_median, one iteration": Call(lambda v: ops.geometric_median(v, iterations=1), (_VECTORS,), 0),
     "clip_by_norm": Call(lambda v: ops.clip_by_norm(v, 1.0), (_VECTORS,), 0),
     "clip_and_noise": Call(lambda v: ops.clip_and_noise(v, 1.0, 0.1, seed=1), (_VECTORS,), 0),
     "server_step": Call(lambda g, v: ops.server_step(g, v, WEIGHTS), ((640,), _VECTORS), 0),
@@ -109,24 +105,21 @@ def inputs(call: Call) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_call(benchmark: Any, name: str) -> None:
+def test_call(node: str, name: str, threads: int) -> None:
     call = CALLS[name]
     tensors = inputs(call)
     runs = {"fedkern": lambda: call.run(*tensors), "one eager operator": lambda: tensors[0] + 1}
-    on_gpu = device().type == "cuda"
     compare(
-        benchmark,
+        node,
         "overhead",
         f"{name} {list(call.shapes[0])} without gradient",
         runs,
-        threads=1,
-        over="one eager operator" if on_gpu else "",
-        at_most=None if not call.promised else 5e-6 if on_gpu else 10e-6,
+        threads=threads,
     )
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENT)
-def test_call_with_gradient(benchmark: Any, name: str) -> None:
+def test_call_with_gradient(node: str, name: str, threads: int) -> None:
     call = CALLS[name]
     tensors = inputs(call)
     for x in tensors[: call.leaves]:
@@ -146,4 +139,4 @@ def test_call_with_gradient(benchmark: Any, name: str) -> None:
 
     runs = {"fedkern": step(call.run), "empty Function": step(Empty.apply, shape, call.leaves, call.results)}
     case = f"{name} {list(call.shapes[0])} with gradient"
-    compare(benchmark, "overhead", case, runs, threads=1, over="empty Function", at_most=8e-6)
+    compare(node, "overhead", case, runs, threads=threads)

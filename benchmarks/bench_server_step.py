@@ -26,22 +26,23 @@ from fedkern.ops._aggregate.rules import DEFAULTS
 class Case:
     """The uploads, once for every contestant; each has a model and states of its own."""
 
-    def __init__(self, count: int, size: int, rule: str = "adam") -> None:
+    def __init__(self, count: int, size: int) -> None:
         torch.manual_seed(0)
         self.weights = [float(100 + 7 * m) for m in range(count)]
         self.shares = [weight / sum(self.weights) for weight in self.weights]
         self.global_ = torch.randn(size)
         self.vectors = [self.global_ + 0.01 * torch.randn(size) for _ in range(count)]
-        self.rule, self.settings = rule, DEFAULTS[rule]
+        self.settings = DEFAULTS["adam"]
 
     def held(self, count: int) -> list[Tensor]:
         """Memory of the model's size."""
         return [torch.zeros_like(self.global_) for _ in range(count)]
 
     def fedkern(self) -> Callable[[], Tensor]:
-        names = {"mean": (), "momentum": ("first",)}.get(self.rule, ("first", "second"))
-        states, (out,) = dict(zip(names, self.held(2), strict=False)), self.held(1)
-        return lambda: ops.server_step(self.global_, self.vectors, self.weights, self.rule, **states, out=out).model
+        first, second, out = self.held(3)
+        return lambda: (
+            ops.server_step(self.global_, self.vectors, self.weights, "adam", first=first, second=second, out=out).model
+        )
 
     def look(self, deltas: list[Tensor], mean: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Writes the deltas and their mean; returns norms and cosines."""
@@ -55,32 +56,20 @@ class Case:
         return norms, [torch.dot(delta, mean) / (norm * length) for delta, norm in zip(deltas, norms, strict=True)]
 
     def eager(self) -> Callable[[], Tensor]:
-        (_, rate, beta1, beta2, tau), rule = self.settings, self.rule
+        _, rate, beta1, beta2, tau = self.settings
         deltas = self.held(len(self.vectors))
-        mean, first, second, round_cache, other, out = self.held(6)
+        mean, first, second, root, out = self.held(5)
 
         def run() -> Tensor:
             self.look(deltas, mean)
-            if rule == "mean":
-                return torch.add(self.global_, mean, alpha=rate, out=out)
-            if rule == "momentum":
-                return torch.add(self.global_, first.mul_(beta1).add_(mean), alpha=rate, out=out)
             first.lerp_(mean, 1 - beta1)
-            if rule == "adam":
-                second.mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
-            elif rule == "adagrad":
-                second.addcmul_(mean, mean)
-            else:
-                torch.mul(mean, mean, out=round_cache)
-                torch.sub(second, round_cache, out=other).sign_()
-                second.addcmul_(round_cache, other, value=beta2 - 1)
-            torch.sqrt(second, out=round_cache).add_(tau)
-            return torch.addcdiv(self.global_, first, round_cache, value=rate, out=out)
+            second.mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
+            torch.sqrt(second, out=root).add_(tau)
+            return torch.addcdiv(self.global_, first, root, value=rate, out=out)
 
         return run
 
     def compiled(self) -> Callable[[], Tensor]:
-        """Adam."""
         shares, (_, rate, beta1, beta2, tau) = self.shares, self.settings
         first, second, out = self.held(3)
 
@@ -105,7 +94,7 @@ class Case:
         return run
 
     def apex(self) -> Contestant:
-        """Adam: the deltas as in eager torch, then the update by apex's kernel, which changes parameters in place."""
+        """The deltas as in eager torch, then the update by apex's kernel, which changes parameters in place."""
         _, rate, beta1, beta2, tau = self.settings
         mean, gradient, first, second, out = self.held(5)
         update = apex_adam(out, gradient, first, second, rate, (beta1, beta2), tau)
@@ -148,9 +137,8 @@ class Case:
         return run
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("count", "size"), [(10, 11_000_000), (50, 1_000_000), (10, 100_000)])
-def test_adam(benchmark: Any, count: int, size: int, threads: int) -> None:
+def test_adam(node: str, count: int, size: int, threads: int) -> None:
     case = Case(count, size)
     runs: dict[str, Contestant] = {
         "fedkern": case.fedkern(),
@@ -159,41 +147,13 @@ def test_adam(benchmark: Any, count: int, size: int, threads: int) -> None:
         "Flower": case.flower(),
         "apex": case.apex(),
     }
-    floors = {"eager": 3.0, "compile in place": 1.3} if size == 11_000_000 and threads == 1 else {}
     compare(
-        benchmark,
+        node,
         "server_step",
         f"adam M={count} P={size:,} into out=",
         runs,
         model_bytes=(count + 6) * size * 4,
         copy=True,
-        floors=floors,
         threads=threads,
         pairs=15,
-    )
-
-
-@pytest.mark.parametrize("rule", ["mean", "momentum", "yogi", "adagrad"])
-def test_rules(benchmark: Any, rule: str) -> None:
-    """What the other rules cost beside Adam, and the norms and cosines beside a bare mean."""
-    count, size = 10, 1_000_000
-    case, adam = Case(count, size, rule), Case(count, size)
-    (out,) = case.held(1)
-    runs = {
-        "fedkern": case.fedkern(),
-        "eager": case.eager(),
-        "adam": adam.fedkern(),
-        "weighted_mean": lambda: ops.weighted_mean(case.vectors, case.weights, out=out),
-    }
-    states = {"mean": 0, "momentum": 2}.get(rule, 4)
-    bytes_ = (count + 2 + states) * size * 4
-    compare(
-        benchmark,
-        "server_step",
-        f"{rule} M={count} P={size:,} into out=",
-        runs,
-        model_bytes=bytes_,
-        copy=True,
-        threads=1,
-        beside=("adam", "weighted_mean"),
     )

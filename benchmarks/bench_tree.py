@@ -78,7 +78,7 @@ def bytes_of(models: list[State]) -> int:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weighted_mean(benchmark: Any, name: str) -> None:
+def test_weighted_mean(node: str, name: str, threads: int) -> None:
     models, shares = states(name), weights()
     arrays = arrays_of(models)
     runs = {
@@ -88,11 +88,11 @@ def test_weighted_mean(benchmark: Any, name: str) -> None:
         "Flower, inplace=False": flower_mean(arrays, shares),
     }
     case = f"weighted_mean of {CLIENTS} × {name}"
-    compare(benchmark, "tree", case, runs, model_bytes=bytes_of(models), threads=1, beside=("fedkern, state dicts",))
+    compare(node, "tree", case, runs, model_bytes=bytes_of(models), threads=threads)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_median(benchmark: Any, name: str) -> None:
+def test_median(node: str, name: str, threads: int) -> None:
     models = states(name)
     arrays = arrays_of(models)
     runs = {
@@ -103,4 +103,4 @@ def test_median(benchmark: Any, name: str) -> None:
         "Flower": flower_median(arrays),
     }
     case = f"median of {CLIENTS} × {name}"
-    compare(benchmark, "tree", case, runs, model_bytes=bytes_of(models), threads=1, pairs=5)
+    compare(node, "tree", case, runs, model_bytes=bytes_of(models), threads=threads, pairs=5)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-# What of a machine moves ratios; gate.MOVES keeps the same facts for floors.
+# What of a machine moves ratios.
 IDENTITY = ("cpu", "cores", "isa", "gpu", "backend", "torch")
 # More of the same.  Files recorded before they were noted lack them, so a missing one is not known: no difference.
 CHIP = ("family", "model", "stepping", "implementer", "part", "l2", "l3")
 # What a processor's name says beside maker and model: marks, the clock, and words that most names have.
 NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b")
-
-# Stands among promises for copying as many bytes.
-COPY = "a copy"
 
 
 @dataclass
@@ -31,69 +28,55 @@ class Comparison:
         ours: which contestant is judged.
         seconds: median time of one call, by contestant; on a GPU the time of its kernels.
         speedup: median over pairs of (other's time / our time), by contestant.
-        scatter: interquartile range over median of each contestant's own times; a gate skips what scatters too much.
-        floors: speed-ups that the project promises, by contestant; of :data:`COPY` a share of its bytes/s.
+        scatter: interquartile range over median of each contestant's own times; a page marks what scatters too much.
         model_bytes: bytes the operator must move at least.
         copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
         note: what a reader must know, for example which path serves this size.
         device: "cpu" or "cuda".
         test: the pytest node that measured it, relative to benchmarks/.
-        spread: quartiles of the pairs' ratios, by contestant.
         peak_bytes: the most memory a call takes beyond its inputs, by contestant.
         wall_seconds: on a GPU, wall time of one of many calls in a row, by contestant.
-        overhead: seconds that a call costs beside what it computes, where that was asked for.
-        at_most: the overhead that the project promises.
         missing: contestants that cannot run here, with the reason.
-        beside: contestants that are shown but get no floor, for example operators of ours.
-        time: when it was measured, as an ISO date with time, or "" in rows recorded before this was noted.
-        core: ``source_hash()`` of the compiled core that served, or "" where none did or nobody noted it.
-        sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" likewise.
+        time: when it was measured, as an ISO date with time.
+        sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" where no compiled core
+            served.
         backend: what served: the backend that was forced, else the one that could, "cuda or triton" where both could
-            (see fedkern/ops/_core/dispatch.py); "" in rows recorded before this was noted.
+            (see fedkern/ops/_core/dispatch.py).
         startup_seconds: of whole runs, from the start of the process until the first round begins, by contestant.
         first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by contestant.
         accuracy: of whole runs, what came out, by contestant.
-        tolerance: by how much these accuracies may differ.
         operators: on a GPU, what our call asked the choice of a backend for, by the operator's registered name: bytes
-            of the first tensor (of several calls the largest), by which CUDA or Triton serves; empty in older rows.
+            of the first tensor (of several calls the largest), by which CUDA or Triton serves.
     """
 
     group: str
     case: str
     ours: str
     threads: int
-    loaded: bool
     pairs: int
     seconds: dict[str, float]
     speedup: dict[str, float]
     scatter: dict[str, float]
-    floors: dict[str, float] = field(default_factory=dict)
     model_bytes: int = 0
     copy_seconds: float | None = None
     note: str = ""
     device: str = "cpu"
     test: str = ""
-    spread: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     wall_seconds: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    overhead: float | None = None
-    at_most: float | None = None
-    beside: list[str] = field(default_factory=list)
     time: str = ""
-    core: str = ""
     sources: str = ""
     backend: str = ""
     startup_seconds: dict[str, float] = field(default_factory=dict)
     first_seconds: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
-    tolerance: float | None = None
     operators: dict[str, int] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, str, int, bool]:
+    def key(self) -> tuple[str, str, str, int]:
         """What tells a row from the others."""
-        return self.group, self.case, self.device, self.threads, self.loaded
+        return self.group, self.case, self.device, self.threads
 
     @property
     def bandwidth(self) -> float:
@@ -107,30 +90,14 @@ class Comparison:
 
     @property
     def where(self) -> str:
-        """Threads and load in words."""
+        """The device, of the CPU its threads, in words."""
         if self.device != "cpu":
             return self.device
-        return f"{self.threads} thread{'s' if self.threads > 1 else ''}{', loaded' if self.loaded else ''}"
-
-    def broken_promises(self) -> dict[str, float]:
-        """The promised speed-ups, and share of a copy's bytes/s, that were not reached."""
-        reached = self.speedup if self.copy_fraction is None else {**self.speedup, COPY: self.copy_fraction}
-        return {name: floor for name, floor in self.floors.items() if reached.get(name, floor) < floor}
-
-    @property
-    def too_much_overhead(self) -> bool:
-        """Whether a call costs more than is promised."""
-        return self.overhead is not None and self.at_most is not None and self.overhead > self.at_most
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def record(self) -> dict[str, Any]:
         """Everything above as plain JSON values."""
-        return {**asdict(self), "bandwidth_gb_per_s": self.bandwidth, "copy_fraction": self.copy_fraction}
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Comparison:
-        """The row that :meth:`record` described, in this or an earlier form."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in record.items() if name in known})
+        return asdict(self)
 
 
 @dataclass
@@ -149,7 +116,7 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not isinstance(content.get("results"), list) or "machine" not in content:
             continue
-        rows = [Comparison.from_record(record) for record in content["results"] if "speedup" in record]
+        rows = [Comparison(**record) for record in content["results"] if "speedup" in record]
         if rows:
             found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows, path.stem))
     return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in found.items()}
@@ -276,7 +243,7 @@ def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
     if not path.exists():
         return []
     tests, keys = {row.test for row in rows}, {row.key for row in rows}
-    old = [Comparison.from_record(record) for record in json.loads(path.read_text())["results"]]
+    old = [Comparison(**record) for record in json.loads(path.read_text())["results"]]
     return [row for row in old if row.test not in tests and row.key not in keys]
 
 

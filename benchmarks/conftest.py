@@ -10,10 +10,11 @@ import comparisons
 import gate
 import harness
 import pytest
+import shown
 import torch
 
 HERE = Path(__file__).parent
-SHORT_GATE_SECONDS = 50
+GATE_SECONDS = 60
 _begin = time.monotonic()
 _collected: set[str] = set()
 
@@ -25,9 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--anew", action="store_true", help="with --record: start the measured operators' files again")
     group.addoption("--results", type=Path, default=comparisons.RESULTS, help="another folder for --record")
-    group.addoption("--gate", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml")
-    group.addoption("--gate-short", action="store_true", help="two short rows per operator, less strictly, in a minute")
-    group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml for --gate")
+    group.addoption("--shown", action="store_true", help="the rows of docs/speed.md alone, in under an hour")
+    group.addoption(
+        "--gate-short", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml, in a minute"
+    )
+    group.addoption("--set-floors", action="store_true", help="write benchmarks/floors.toml, on a quiet machine")
+    group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml")
     group.addoption(
         "--rounds", default="", choices=("small", "full"), help="play bench_rounds.py's rounds: hours, or a small trial"
     )
@@ -39,37 +43,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    harness.SETTINGS.device = config.getoption("--device")
-    if harness.SETTINGS.device == "cuda" and not torch.cuda.is_available():
+    settings = harness.SETTINGS
+    settings.device = config.getoption("--device")
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
-    harness.SETTINGS.short = config.getoption("--gate-short")
+    if sum(map(bool, map(config.getoption, ("--record", "--gate-short", "--set-floors")))) > 1:
+        raise pytest.UsageError("--record, --gate-short and --set-floors measure differently; give one of them")
     if config.getoption("--anew") and not config.getoption("--record"):
         raise pytest.UsageError("--anew says what --record does with earlier rows; give both")
     if config.getoption("--record"):
-        harness.SETTINGS.recorder = comparisons.Recorder(
+        settings.recorder = comparisons.Recorder(
             harness.machine, config.getoption("--results"), collected=_collected, anew=config.getoption("--anew")
         )
-    harness.SETTINGS.rounds = config.getoption("--rounds")
-    harness.SETTINGS.data_root = config.getoption("--data-root")
+    settings.rounds = config.getoption("--rounds")
+    settings.data_root = config.getoption("--data-root")
     for given in config.getoption("--environment"):
         framework, _, folder = given.partition("=")
         if not (Path(folder) / "bin" / "python").exists():
             raise pytest.UsageError(f"--environment {given}: expected FRAMEWORK=DIR with a DIR/bin/python")
-        harness.SETTINGS.environments[framework] = Path(folder).absolute()
-    if config.getoption("--record") and harness.SETTINGS.rounds == "small":
+        settings.environments[framework] = Path(folder).absolute()
+    if config.getoption("--record") and settings.rounds == "small":
         raise pytest.UsageError("--rounds small is a trial, which --record does not take")
-    if config.getoption("--gate") or harness.SETTINGS.short:
-        if config.getoption("--record"):
-            raise pytest.UsageError("--record measures at length and without a gate; run it alone")
-        harness.SETTINGS.floors = gate.read_floors(config.getoption("--floors"))
-        if not harness.SETTINGS.floors.rows:
+    if config.getoption("--gate-short"):
+        settings.floors = gate.read_floors(config.getoption("--floors"))
+        if not settings.floors.rows:
             raise pytest.UsageError(
-                f"{config.getoption('--floors')} holds no floors; write it with python -m benchmarks.report --floors"
+                f"{config.getoption('--floors')} holds no floors; write it with pytest benchmarks --set-floors"
             )
+    if config.getoption("--set-floors"):
+        settings.seen = gate.Floors()
 
 
 def _name(item: pytest.Item) -> str:
     return item.nodeid.rpartition("benchmarks/")[2]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every operator is measured with one and with two threads."""
+    if "threads" in metafunc.fixturenames:
+        metafunc.parametrize("threads", [1, 2])
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -78,31 +91,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Of a file whose tests were named one by one, the others were not looked for: they may well exist.
     named = {Path(arg.partition("::")[0]).name for arg in config.args if "::" in arg}
     _collected.update(_name(item) for item in here if item.path.name not in named)
-    if harness.SETTINGS.short and harness.SETTINGS.floors is not None:
-        floors = harness.SETTINGS.floors
-        wanted = floors.short_tests(harness.SETTINGS.device, harness.names_here(floors))
+    wanted: set[str] | None = None
+    if harness.SETTINGS.floors is not None:
+        wanted = set(harness.SETTINGS.floors.rows)
+    elif config.getoption("--shown") or config.getoption("--set-floors"):
+        wanted = {node for node, _, _ in shown.nodes()}
+    if wanted is not None:
         left = [item for item in here if _name(item) not in wanted]
-        if left:
-            config.hook.pytest_deselected(items=left)
-            items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture
+def node(request: pytest.FixtureRequest) -> str:
+    """The running test's name relative to benchmarks/."""
+    return _name(request.node)
 
 
 @pytest.fixture(autouse=True)
 def _within_a_minute() -> None:
-    if harness.SETTINGS.short and time.monotonic() - _begin > SHORT_GATE_SECONDS:
-        pytest.skip(f"the short gate has taken its {SHORT_GATE_SECONDS} seconds")
-
-
-# Steps of methods and whole rounds say themselves what lies where: data, generators and their random numbers are the
-# CPU's.
-OWN_DEVICES = {"bench_feddra_step", "bench_fediod_step", "bench_fedlpfm_step", "bench_fusefl_level", "bench_rounds"}
+    if harness.SETTINGS.floors is not None and time.monotonic() - _begin > GATE_SECONDS:
+        pytest.skip(f"the gate has taken its {GATE_SECONDS} seconds")
 
 
 @pytest.fixture(autouse=True)
 def _on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seeds the inputs, and makes them where the operators run."""
     torch.manual_seed(0)
-    if harness.SETTINGS.device == "cpu" or request.path.stem in OWN_DEVICES:
+    # Whole rounds say themselves what lies where: data and their random numbers are the CPU's.
+    if harness.SETTINGS.device == "cpu" or request.path.stem == "bench_rounds":
         yield
         return
     torch.set_default_device(harness.SETTINGS.device)
@@ -111,17 +128,17 @@ def _on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if not harness.COMPARISONS:
-        return
-    terminalreporter.section("speed-ups: median of per-pair ratios")
-    terminalreporter.write_line(harness.table(harness.COMPARISONS))
-    for row in harness.COMPARISONS:
-        broken = [f"{floor:g}× {name}" for name, floor in row.broken_promises().items()]
-        if row.too_much_overhead:
-            broken.append(f"an overhead of {1e6 * row.at_most:g} µs")
-        if broken and not row.loaded:
-            line = f"below what is promised: {row.group} {row.case} ({row.where}): {', '.join(broken)}"
-            terminalreporter.write_line(line)
-    if harness.SETTINGS.recorder:
-        for path in harness.SETTINGS.recorder.written:
+    settings = harness.SETTINGS
+    if harness.COMPARISONS or harness.GATED:
+        terminalreporter.section("speed-ups: median of per-pair ratios")
+        terminalreporter.write_line("\n".join(harness.GATED) or harness.table(harness.COMPARISONS))
+    if settings.recorder:
+        for path in settings.recorder.written:
             terminalreporter.write_line(f"wrote {path}")
+    if settings.seen is not None and settings.seen.rows:
+        here = harness.machine()
+        settings.seen.machine = {
+            fact: here[fact] for fact in (*comparisons.IDENTITY, *comparisons.CHIP) if fact in here
+        }
+        gate.write_floors(settings.seen, config.getoption("--floors"))
+        terminalreporter.write_line(f"wrote {config.getoption('--floors')}: {len(settings.seen.rows)} floors")

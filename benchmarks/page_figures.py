@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import geometric_mean, mean, median
 from typing import Any
 
-from benchmarks import bench_methods, comparisons, profile_methods
+from benchmarks import bench_methods, comparisons, profile_methods, sources
 from benchmarks.comparisons import Comparison, read_results
 from benchmarks.pages import Page, said
-from benchmarks.report import in_short, our_time, ratio
+from benchmarks.report import left_out, our_time, present, ratio
+from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import RESULTS, spread, table
 
@@ -662,90 +663,49 @@ def _feddra() -> Page:
     )  # fmt: skip
 
 
-# -- operators, README -------------------------------------------------------------------------------------------------
+# -- operators ---------------------------------------------------------------------------------------------------------
 
 MACHINE = "amd-epyc"
-EAGER, COMPILED = ("eager", "torch", "modules", "add_"), ("compile", "compile in place")
-SHOWN = (
-    # operator, size as the table has it, group and case of its row, contestants beside eager torch and torch.compile
-    ("`kl_div` T=2", "64×10", "kl_div", "(64, 10) T=2", ()),
-    ("", "4096×1000", "kl_div", "(4096, 1000) T=2", ()),
-    ("`dual_kl` T=2", "64×10", "dual_kl", "(64, 10) T=2", ()),
-    ("", "4096×1000", "dual_kl", "(4096, 1000) T=2", ()),
-    ("`ensemble_kl`, 20 teachers", "256×10", "ensemble_kl", "(20, 256, 10) probs", ()),
-    ("", "256×100", "ensemble_kl", "(20, 256, 100) probs", ()),
-    ("`js_div`, K=20", "256×100", "js_div", "(20, 256, 100)", ()),
-    ("", "256×100, nearly equal", "js_div", "(20, 256, 100) nearly equal", ()),
-    ("`consensus`, K=20", "256×100", "consensus", "(20, 256, 100)", ()),
-    ("`contrastive`", "B=256, D=128", "contrast", "B=256", ()),
-    ("", "B=4096, D=128", "contrast", "B=4096", ()),
-    ("", "B=4096, D=512", "contrast", "B=4096 D=512", ()),
-    ("`blend`, index", "[64,256,14,14] contiguous", "blend", "[64, 256, 14, 14] contiguous, permutation", ()),
-    ("", "the same, channels-last", "blend", "[64, 256, 14, 14] channels_last, permutation", ()),
-    ("", "[256,64,32,32] contiguous", "blend", "[256, 64, 32, 32] contiguous, permutation", ()),
-    ("`fuse_concat`, affine and ReLU", "10 of [64,64,32,32], forward", "fuse_concat",
-     "M=10 [64, 64, 32, 32] contiguous, forward", ()),
-    ("", "the same, forward and backward", "fuse_concat", "M=10 [64, 64, 32, 32] contiguous, forward + backward", ()),
-    ("`FusedBlocks`, 10 residual blocks, forward", "width 20, 32×32", "fused_blocks",
-     "M=10 residual blocks of width 20, [64, 20, 32, 32]", ("channels-last modules",)),
-    ("", "width 64, 32×32", "fused_blocks", "M=10 residual blocks of width 64, [64, 64, 32, 32]",
-     ("channels-last modules",)),
-    ("`median`", "M=10, P=1 million", "median", "M=10 P=1,000,000", ("Flower",)),
-    ("`trimmed_mean`", "M=10, P=1 million", "trimmed_mean", "M=10 P=1,000,000 trim=2", ("Flower",)),
-    ("`pairwise_distances`", "M=10, P=1 million", "pairwise_distances", "M=10 P=1,000,000", ("pdist", "Gram matrix")),
-    ("`server_step` Adam", "M=10, P=11 million", "server_step", "adam M=10 P=11,000,000 into out=", ("Flower",)),
-    ("`clip_and_noise`", "P=11 million", "clip_and_noise", "M=1 P=11,000,000 fresh", ()),
-    ("`weighted_mean(out=)`", "M=10, P=11 million", "aggregate", "M=10 P=11,000,000 into out=",
-     ("_foreach_add_", "Flower", "Flower, inplace=False")),
-    ("", "M=5, P=100 million", "aggregate", "M=5 P=100,000,000 into out=", ("Flower",)),
-    ("", "M=10, P=11 million, bfloat16", "aggregate", "M=10 P=11,000,000 bfloat16", ()),
-    ("`Accumulator(exact=True).add`", "P=11 million", "aggregate", "add exact P=11,000,000", ()),
-)  # fmt: skip
 
 
-@cache
-def measured() -> Mapping[str, Sequence[Comparison]]:
-    """The operators' rows of one thread on a quiet machine, by group."""
-    found = read_results(comparisons.RESULTS)
-    return {
-        group: [row for recorded in files if recorded.name.endswith(MACHINE) for row in in_short(recorded.rows)]
-        for group, files in found.items()
+def operators(folder: Path = comparisons.RESULTS) -> Lines:
+    """The table of operators: the rows of shown.py that were recorded with the present kernels."""
+    cores = sources.hashes(sources.CSRC)
+    found = {
+        row.test: row
+        for files in read_results(folder).values()
+        for recorded in files
+        if recorded.name.endswith(MACHINE)
+        for row in recorded.rows
+        if present(row, cores)
     }
-
-
-def operator_row(group: str, case: str) -> Comparison:
-    """The row of a case."""
-    return next(row for row in measured()[group] if row.case == case)
-
-
-def plain(row: Comparison, name: str) -> str:
-    """A speed-up without what was promised of it."""
-    return ratio(row, name).split(" (promised")[0]
-
-
-def operators() -> Lines:
-    """The table of operators."""
-    rows = []
-    for name, size, group, case, others in SHOWN:
-        row = operator_row(group, case)
-
-        def first(names: Sequence[str], row: Comparison = row) -> str:
-            known = [one for one in names if one in row.speedup]
-            return plain(row, known[0]) if known else ""
-
-        found = (*others, *(one for one in row.speedup if " to float" in one))
-        beside = [f"{plain(row, one)} {f'`{one}`' if '_' in one else one}" for one in found]
-        rows.append([name, size, our_time(row), first(EAGER), first(COMPILED), ", ".join(beside)])
-    header = ["operator", "size", "time", "against eager torch", "against `torch.compile`", "against others"]
-    return table(header, rows).split("\n")
-
-
-def small_calls() -> tuple[str, ...]:
-    """Fastest and slowest small call without gradients, and the share of those within 10 µs."""
-    calls = [row for row in measured()["overhead"] if "without gradient" in row.case]
-    times = [1e6 * row.seconds[row.ours] for row in calls]
-    within = sum(value <= 10 for value in times)
-    return f"{min(times):.1f}", f"{max(times):.0f}", str(within), str(len(times))
+    lines: list[list[str]] = []
+    operator, told = "", ""
+    for node, case, _ in nodes():
+        operator = case.operator or operator
+        if (row := found.get(node)) is None:
+            continue
+        compiled = [name for name in row.speedup if name.startswith("compile")]
+        others = [name for name in row.speedup if name not in (case.against, *compiled)]
+        best = min(others, key=lambda name: row.speedup[name], default="")
+        lines.append([
+            operator if operator != told else "", case.size, str(row.threads), our_time(row), ratio(row, case.against),
+            ratio(row, compiled[0]) if compiled else "", f"{ratio(row, best)} {best}" if best else "",
+        ])  # fmt: skip
+        told = operator
+    told_left = left_out(sum(1 for _ in nodes()) - len(lines))[:1]
+    if not lines:
+        return told_left
+    header = [
+        "operator",
+        "size",
+        "threads",
+        "time",
+        "over torch",
+        "over `torch.compile`",
+        "over the best other",
+    ]
+    return [*table(header, lines).split("\n"), *(["", *told_left] if told_left else [])]
 
 
 # -- what a user waits for ---------------------------------------------------------------------------------------------
@@ -877,20 +837,14 @@ def _speed() -> Page:
             said("over plain PyTorch is {}, over the earlier fedkern {} ({} to {};", times(plain)[0],
                  mean, least, most),
             said("the commands of the small CNN {} times as fast in the mean", times(bf16)[0]),
-            said("over the earlier fedkern; it is {}.", times(over("before", "large"))[0]),
-            said("takes {} to {} µs in all, {} of {} cases at most 10", *small_calls()),
-            said(
-                "{} MB instead of {}",
-                *(f"{operator_row('contrast', 'B=4096').peak_bytes[name] / 1e6:.0f}" for name in ("fedkern", "eager")),
-            ),
             said(
                 "first round begins after {} s of processor time (FedAvg) and {} s (SCAFFOLD)",
                 *(f"{run['start_cpu_seconds']:.1f}" for run in many_clients().values()),
             ),
         ),
         (
-            r"Zen 4", r"more than 30 %", r"of 4096 pairs", r"cases at most 10", r"fp(32|64)", r"CIFAR-10", r"ResNet-8",
-            r"500 images each", r"50,000 training images", r"among 10,000 clients", r"width 8", r"mean of\s+1\.6",
+            r"Zen 4", r"more than 30 %", r"fp(32|64)", r"CIFAR-10", r"ResNet-8",
+            r"500 images each", r"50,000 training images", r"among 10,000 clients", r"width 8",
             r"10,000 test images", r"bf16",
         ),
     )  # fmt: skip

@@ -1,36 +1,43 @@
-"""Turns benchmarks/results/*.json into tables and floors.
+"""Turns benchmarks/results/*.json into the tables of benchmarks/results/README.md.
 
-python -m benchmarks.report             # results/README.md and the tables of docs/ops.md
-python -m benchmarks.report --check     # exit code 1 if README.md or docs/ops.md are not what the results say, but for
-                                        # the marks of rows measured with another compiled core
-python -m benchmarks.report --floors    # floors.toml from the recorded ratios
+    python -m benchmarks.report             # writes the page
+    python -m benchmarks.report --check     # exit code 1 where the page is not what the results say
+
+A row stands on a page as long as its operator is built from the csrc/ that it measured.  A commit that changes a
+family's kernels records its rows anew or loses them.  Whole rounds, most of whose time is torch's, are as old as the
+date over their table says.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import gate, sources
-from benchmarks.comparisons import COPY, RESULTS, Comparison, Recorded, processor, read_results, slug
+from benchmarks.comparisons import RESULTS, Comparison, Recorded, processor, read_results
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs" / "ops.md"
 # Source hashes as the present csrc/ makes them, see sources.hashes ("": nobody knows).
 Cores = Mapping[str, str]
-# Before a number, and behind a row's name, with what they say.
-SCATTERS, OUTDATED = "~", "†"
-MEANING = {
-    SCATTERS: f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
-    OUTDATED: f"{OUTDATED}: measured with other kernels than the present `csrc/`'s, or with some not noted.",
-}
+SCATTERS = "~"  # before a number
 TITLE = "README.md"
-# A line "<!-- measured: kl_div, dual_kl -->", and everything up to the line "<!-- end -->", is written by this program.
-SECTION = re.compile(r"(<!-- measured: ([\w, ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def present(row: Comparison, cores: Cores) -> bool:
+    """Whether a row's figures are those of the present kernels, or of a whole run."""
+    now = cores[sources.key(sources.module(row.backend), sources.family(row.group))]
+    compiled = row.backend not in ("reference", "triton")
+    return bool(row.startup_seconds) or not compiled or not now or row.sources == now
+
+
+def left_out(count: int) -> list[str]:
+    """A line that says how many rows are not shown, and a blank one; nothing where all are."""
+    if not count:
+        return []
+    rows = f"{count} row{'s' if count > 1 else ''}"
+    return [f"{rows} left out, not recorded with the present kernels: `pytest benchmarks --shown --record`.", ""]
 
 
 def machine_line(recorded: Recorded) -> str:
@@ -47,31 +54,9 @@ def machine_line(recorded: Recorded) -> str:
 
 
 def dates(recorded: Recorded) -> str:
-    """The day or days of the rows; rows of earlier forms do not say theirs."""
+    """The day or days of the rows."""
     days = sorted(row.time[:10] for row in recorded.rows)
-    if not days[0]:
-        return ("up to " if days[-1] else "") + (days[-1] or str(recorded.machine["time"])[:10])
     return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-
-
-def outdated(row: Comparison, cores: Cores) -> bool:
-    """Whether a row's time is not that of the present kernels."""
-    compiled = row.backend not in ("reference", "triton")
-    name = sources.family(row.group) if row.sources else ""
-    present = cores[sources.key(sources.module(row.backend), name)]
-    return bool(present) and compiled and (row.sources or row.core) != present
-
-
-def case(row: Comparison, cores: Cores) -> str:
-    """What was measured, with the mark of an outdated core."""
-    return row.case + (f" {OUTDATED}" if outdated(row, cores) else "")
-
-
-def meanings(rows: Sequence[Comparison], cores: Cores) -> list[str]:
-    """A line for every sign that the rows' tables have."""
-    signs = {SCATTERS} if any(gate.noisy(row, name) for row in rows for name in row.speedup) else set()
-    signs |= {OUTDATED} if any(outdated(row, cores) for row in rows) else set()
-    return [line for sign, line in MEANING.items() if sign in signs]
 
 
 def contestants(rows: Sequence[Comparison]) -> list[str]:
@@ -87,11 +72,6 @@ def families(rows: Sequence[Comparison]) -> list[list[Comparison]]:
         merged = [one for family in related for one in family] + [row]
         found = [family for family in found if family not in related] + [merged]
     return sorted(found, key=lambda family: min(rows.index(row) for row in family))
-
-
-def against(names: Sequence[str]) -> list[str]:
-    """Heads of the columns of speed-ups."""
-    return [f"against `{name}`" if "_" in name else f"against {name}" for name in names]
 
 
 def duration(seconds: float) -> str:
@@ -113,26 +93,19 @@ def _digits(value: float) -> str:
     return f"{value:.{max(0, min(2, 2 - math.floor(math.log10(value))))}f}"
 
 
+def noisy(row: Comparison, contestant: str) -> bool:
+    """Whether a row's times, the contestant's or ours, scatter so much that their ratio tells little."""
+    return max(row.scatter[contestant], row.scatter[row.ours]) > gate.NOISY
+
+
 def ratio(row: Comparison, name: str) -> str:
-    """A speed-up; bold where we lose, marked where times scatter, with the promise where it is not kept."""
+    """A speed-up; bold where we lose, marked where times scatter."""
     if name not in row.speedup:
         return "–"
     value = row.speedup[name]
     text = f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
     text = f"**{text}**" if value < 1 else text
-    text = SCATTERS + text if gate.noisy(row, name) else text
-    broken = row.broken_promises()
-    return f"{text} (promised {broken[name]:g}×)" if name in broken and not row.loaded else text
-
-
-def copied(row: Comparison) -> str:
-    """Our bytes/s over a copy's, with the promise where it is not kept."""
-    if row.copy_fraction is None:
-        return "–"
-    promise = row.broken_promises().get(COPY)
-    return f"{100 * row.copy_fraction:.0f} %" + (
-        f" (promised {100 * promise:.0f} %)" if promise and not row.loaded else ""
-    )
+    return SCATTERS + text if noisy(row, name) else text
 
 
 def our_time(row: Comparison) -> str:
@@ -140,31 +113,20 @@ def our_time(row: Comparison) -> str:
     return (SCATTERS if row.scatter[row.ours] > gate.NOISY else "") + duration(row.seconds[row.ours])
 
 
-def overhead(row: Comparison) -> str:
-    """What a call costs beside its kernel, with the promise where it is not kept."""
-    if row.overhead is None:
-        return "–"
-    text = duration(max(row.overhead, 0.0))
-    return f"**{text}** (promised {duration(row.at_most or 0.0)})" if row.too_much_overhead else text
-
-
-def table(rows: Sequence[Comparison], cores: Cores) -> list[str]:
+def table(rows: Sequence[Comparison]) -> list[str]:
     """All that was measured of one operator, or of one family of its rows."""
     names = contestants(rows)
     walls = any(row.wall_seconds for row in rows)
-    overheads = any(row.overhead is not None for row in rows)
-    heads = ["size", "run on", "time", *(["wall time"] if walls else []), *against(names)]
-    heads += ["overhead"] if overheads else []
+    heads = ["size", "run on", "time", *(["wall time"] if walls else []), *(f"against {name}" for name in names)]
     heads += ["model bytes", "of a copy", "peak memory", "theirs"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
-        cells = [case(row, cores), row.where, our_time(row)]
+        cells = [row.case, row.where, our_time(row)]
         if walls:
             cells.append(duration(row.wall_seconds[row.ours]) if row.ours in row.wall_seconds else "–")
         cells += [ratio(row, name) for name in names]
-        cells += [overhead(row)] if overheads else []
         cells.append(f"{_digits(row.bandwidth)} GB/s" if row.model_bytes else "–")
-        cells.append(copied(row))
+        cells.append("–" if row.copy_fraction is None else f"{100 * row.copy_fraction:.0f} %")
         peak = row.peak_bytes
         cells.append(memory(peak[row.ours]) if row.ours in peak else "–")
         others = [memory(peak[name]) for name in names if name in peak]
@@ -191,27 +153,9 @@ def whole_runs(rows: Sequence[Comparison]) -> list[str]:
     return lines
 
 
-def in_short(rows: Sequence[Comparison]) -> list[Comparison]:
-    """What a reader wants first: one thread (or the GPU), nothing else running."""
-    return [row for row in rows if not row.loaded and (row.threads == 1 or row.device != "cpu")]
-
-
-def short_table(rows: Sequence[Comparison], cores: Cores) -> list[str]:
-    """The rows of :func:`in_short` without their memory."""
-    rows = in_short(rows)
-    names = contestants(rows)
-    overheads = any(row.overhead is not None for row in rows)
-    lines = ["| size | time | " + " | ".join(against(names)) + (" | overhead |" if overheads else " | of a copy |")]
-    lines.append("|---|" + "---:|" * (len(names) + 2))
-    for row in rows:
-        cells = [case(row, cores), our_time(row), *(ratio(row, name) for name in names)]
-        cells.append(overhead(row) if overheads else copied(row))
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
 def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
-    """results/README.md; ``cores`` as in all tables."""
+    """results/README.md."""
+    every = [row for files in results.values() for recorded in files for row in recorded.rows]
     lines = [
         "# Measured",
         "",
@@ -222,76 +166,42 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
         "Contestants take turns in one process; a speed-up is the median over pairs of their time over ours, bold if",
         'below 1. "Of a copy" sets our time against copying as many bytes as the operator must move. "Peak memory" is',
         'what a call takes at most beyond its inputs, gradients included, "theirs" in the order of the columns before.',
-        '"Loaded" means that one other process was spinning.',
+        f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
         "",
-        *MEANING.values(),
+        *left_out(sum(not present(row, cores) for row in every)),
     ]
     for group, files in results.items():
         for recorded in files:
+            rows = [row for row in recorded.rows if present(row, cores)]
+            if not rows:
+                continue
             forced = recorded.machine.get("backend")
-            lines += ["", f"## {group} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else ""), ""]
-            lines.append(machine_line(recorded))
-            for family in families(recorded.rows):
-                lines += ["", *table(family, cores)]
-                lines += ["", *told] if (told := whole_runs(family)) else []
-    return "\n".join(lines) + "\n"
-
-
-def unmarked(text: str) -> str:
-    """``text`` without the marks of outdated cores: a change of ``csrc/`` makes them due, and no table wrong."""
-    return text.replace(f"\n{MEANING[OUTDATED]}\n", "").replace(f" {OUTDATED}", "")
-
-
-def fill(text: str, results: dict[str, list[Recorded]], cores: Cores) -> str:
-    """``text`` with the sections between markers written anew, from those of their operators that are recorded."""
-
-    def section(match: re.Match[str]) -> str:
-        lines: list[str] = []
-        shown: list[Comparison] = []
-        for group in (name.strip() for name in match[2].split(",")):
-            for recorded in results.get(group, []):
-                lines += [f"`{group}` on {machine_line(recorded)}:", ""]
-                shown += in_short(recorded.rows)
-                for family in families(recorded.rows):
-                    lines += [*short_table(family, cores), ""]
-        lines += [part for line in meanings(shown, cores) for part in (line, "")]
-        return match[1] + "\n" + "\n".join(lines or ["Not recorded yet.", ""]) + "\n" + match[3]
-
-    return SECTION.sub(section, text)
+            lines += [f"## {group} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else ""), ""]
+            lines += [machine_line(Recorded(recorded.machine, rows, recorded.name)), ""]
+            for family in families(rows):
+                lines += [*table(family), ""]
+                lines += [*told, ""] if (told := whole_runs(family)) else []
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded results")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="page whose marked sections are filled")
-    parser.add_argument("--floors", nargs="?", type=Path, const=gate.FLOORS, help="write floors.toml, and nothing else")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail where the tables are not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is not up to date")
     options = parser.parse_args(arguments)
     results = read_results(options.results)
     if not results:
         print(f"{options.results} holds no results; pytest benchmarks --record makes them", file=sys.stderr)
         return 2
-    if options.floors:
-        every = [recorded for files in results.values() for recorded in files]
-        floors = gate.make_floors((slug(recorded.machine), recorded.machine, recorded.rows) for recorded in every)
-        gate.write_floors(floors, options.floors)
-        short = sum(row.short for row in floors.rows)
-        print(f"wrote {options.floors}: {len(floors.rows)} rows, {short} of them in the short gate")
-        return 0
-    cores = sources.hashes(ROOT / "csrc")
-    texts = {options.results / TITLE: page(results, cores)}
-    if options.docs.exists():
-        texts[options.docs] = fill(options.docs.read_text(), results, cores)
-    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    path, text = options.results / TITLE, page(results, sources.hashes(sources.CSRC))
     if options.check:
-        stale = [path for path in stale if not path.exists() or unmarked(path.read_text()) != unmarked(texts[path])]
-        for path in stale:
-            print(f"{path} is not what the results say: run python -m benchmarks.report", file=sys.stderr)
-        return 1 if stale else 0
-    for path in stale:
-        path.write_text(texts[path])
-    print(f"wrote {options.results / TITLE}" + (f", the tables of {options.docs}" if options.docs in texts else ""))
+        if path.exists() and path.read_text() == text:
+            return 0
+        print(f"{path} is not what the results say: run python -m benchmarks.report", file=sys.stderr)
+        return 1
+    path.write_text(text)
+    print(f"wrote {path}")
     return 0
 
 

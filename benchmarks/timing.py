@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -132,22 +130,3 @@ def scatter(values: list[float]) -> float:
     """Interquartile range over median."""
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / middle
-
-
-def _spin() -> None:
-    value = 1.0
-    while True:
-        value = value * 1.0000001 + 1e-9
-
-
-@contextlib.contextmanager
-def load() -> Iterator[None]:
-    """One other process that never sleeps."""
-    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
-    process.start()
-    time.sleep(0.3)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()

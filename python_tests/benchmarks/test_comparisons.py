@@ -1,31 +1,32 @@
-"""What recording keeps, refuses and says about itself: files per machine, rows as they come, and the report's marks."""
+"""What recording keeps, refuses and says about itself, and which rows pages show."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import machines
 import pytest
 
-from benchmarks import report, sources
-from benchmarks.comparisons import COPY, RESULTS, Comparison, Recorder, read_results, write_results
+from benchmarks import gate, page_figures, report, shown, sources
+from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
-NOBODY_KNOWS = {"_cpu": "", "_cuda": ""}
 ROW = Comparison(
     group="toy",
     case="small",
     ours="fedkern",
     threads=1,
-    loaded=False,
     pairs=15,
     seconds={"fedkern": 1e-4, "eager": 2e-4},
     speedup={"eager": 2.0},
     scatter={"fedkern": 0.1, "eager": 0.1},
     test="bench_toy.py::test_toy[small]",
 )
+COMMAND = "pytest benchmarks --shown --record"
 OTHER = replace(ROW, case="large", test="bench_toy.py::test_toy[large]")
 
 
@@ -80,59 +81,86 @@ def test_every_row_is_written_when_it_is_there(anew: bool, left: list[str], tmp_
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_rows_of_earlier_forms_are_read() -> None:
-    new = {"beside", "time", "core", "backend"}
-    old = {name: value for name, value in ROW.record().items() if name not in new}
-    assert Comparison.from_record(old) == ROW
-    row = replace(ROW, beside=["eager"], time="2026-01-03T10:00:00+00:00", core="abc", backend="cpu")
-    assert Comparison.from_record(json.loads(json.dumps(row.record()))) == row
-
-
-def test_noise_is_marked(tmp_path: Path) -> None:
+def test_noise_and_losses_are_marked() -> None:
     one = replace(ROW, speedup={"eager": 2.0, "torch": 0.9}, scatter={"fedkern": 0.1, "eager": 0.31, "torch": 0.3})
     own = replace(OTHER, scatter={"fedkern": 0.4, "eager": 0.1})
-    (row, noise) = report.table([one, own], NOBODY_KNOWS)[2:]
+    (row, noise) = report.table([one, own])[2:]
     assert row.startswith("| small | 1 thread | 100 µs | ~2.00× | **0.90×** |")
     assert noise.startswith("| large | 1 thread | ~100 µs | ~2.00× | – |")
-    assert report.meanings([one], NOBODY_KNOWS) == report.meanings([own], NOBODY_KNOWS) == [report.MEANING["~"]]
-    assert report.meanings([replace(one, scatter=dict.fromkeys(one.scatter, 0.3))], NOBODY_KNOWS) == []
-    write_results([one, own], AMD, tmp_path)
-    assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "no.md")]) == 0
 
 
 @pytest.mark.parametrize(
-    ("backend", "core", "marked"),
-    [
-        ("cpu", "new", False),
-        ("cpu", "old", True),
-        ("", "", True),
-        ("reference", "", False),
-        ("triton", "", False),
-        ("cuda or triton", "old", True),
-    ],
-)
-def test_rows_of_another_core_are_marked(backend: str, core: str, marked: bool) -> None:
-    row = replace(ROW, backend=backend, core=core)
-    present = {"_cpu": "new", "_cuda": "new"}
-    lines = report.short_table([row], present)
-    assert ("| small † |" in lines[2]) == marked
-    assert report.meanings([row], present) == [report.MEANING["†"]] * marked
-    assert "†" not in "".join(report.short_table([row], NOBODY_KNOWS)), "without csrc/ nobody knows"
+    ("backend", "core", "shown"),
+    [("cpu", "new", True), ("cpu", "old", False), ("cpu", "", False), ("reference", "", True), ("triton", "", True),
+     ("cuda or triton", "old", False)],
+)  # fmt: skip
+def test_rows_of_other_kernels_are_not_present(backend: str, core: str, shown: bool) -> None:
+    row = replace(ROW, backend=backend, sources=core)
+    assert report.present(row, {"_cpu": "new", "_cuda": "new"}) == shown
+    assert report.present(row, {"_cpu": "", "_cuda": ""}), "without csrc/ nobody knows"
+    assert report.present(replace(row, startup_seconds={"fedkern": 1.0}), {"_cpu": "new", "_cuda": "new"})
 
 
-@pytest.mark.parametrize(("backend", "marked"), [("cpu", False), ("cuda", True), ("cuda or triton", True)])
-def test_a_change_of_the_cuda_core_alone_marks_no_row_of_the_cpu(backend: str, marked: bool) -> None:
-    row = replace(ROW, backend=backend, core="old")
-    assert report.outdated(row, {"_cpu": "old", "_cuda": "new"}) == marked
+def test_a_change_of_other_kernels_leaves_no_row_out() -> None:
+    row = replace(ROW, group="blend", backend="cpu", sources="same")
+    present = {"_cpu": "new", "_cpu blend": "same", "_cpu fuse": "other", "_cuda": "new"}
+    assert report.present(row, present)
+    assert not report.present(replace(row, group="fuse_mean"), present)
+    assert not report.present(replace(row, group="overhead"), present), "small calls use all of them"
 
 
-def test_a_change_of_other_kernels_marks_no_row() -> None:
-    row = replace(ROW, group="blend", backend="cpu", core="old", sources="same")
-    present = {"_cpu": "new", "_cpu blend": "same", "_cpu fuse": "other"}
-    assert not report.outdated(row, present)
-    assert report.outdated(replace(row, group="fuse_mean"), present)
-    assert report.outdated(replace(row, group="fediod_step"), present), "steps use all of them"
-    assert report.outdated(replace(row, sources=""), present)
+def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page, the check, and the table of operators."""
+    node = "bench_blend.py::test_blend[(64, 256, 14, 14)-contiguous-permutation-1]"
+    assert node in {name for name, _, _ in shown.nodes()}
+    csrc = tmp_path / "csrc"
+    for name in ("cpu/blend.cpp", "cpu/fuse.cpp"):
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text(name)
+    monkeypatch.setattr(sources, "CSRC", csrc)
+    before = sources.hashes(csrc)
+    rows = [replace(ROW, group="blend", backend="cpu", sources=before["_cpu blend"], test=node),
+            replace(ROW, group="fuse_mean", case="other", backend="cpu", sources=before["_cpu fuse"])]  # fmt: skip
+    write_results(rows, AMD, tmp_path)
+    command = ["--results", str(tmp_path)]
+
+    def told() -> tuple[str, list[str]]:
+        return (tmp_path / "README.md").read_text(), list(page_figures.operators(tmp_path))
+
+    assert report.main(command) == 0
+    text, table = told()
+    assert "| small | 1 thread | 100 µs | 2.00× |" in text
+    assert "| other |" in text
+    assert "left out" not in text
+    assert table[2] == "| `blend`, index | [64,256,14,14] | 1 | 100 µs | 2.00× |  |  |"
+    (csrc / "cpu" / "blend.cpp").write_text("quicker")
+    assert report.main([*command, "--check"]) == 1, "a commit that changes kernels records rows anew or loses them"
+    assert report.main(command) == 0
+    assert report.main([*command, "--check"]) == 0
+    text, table = told()
+    assert "| small |" not in text
+    assert "| other |" in text
+    assert "1 row left out, not recorded with the present kernels" in text
+    every = len(list(shown.nodes()))
+    assert table == [f"{every} rows left out, not recorded with the present kernels: `{COMMAND}`."]
+
+
+def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
+    """Collected, not measured: every name is that of a test."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--shown",
+        "--collect-only",
+        "-q",
+    ]
+    found = subprocess.run(command, cwd=sources.CSRC.parent, capture_output=True, text=True, timeout=300)
+    collected = {line.rpartition("benchmarks/")[2] for line in found.stdout.splitlines() if "::" in line}
+    assert collected == {node for node, _, _ in shown.nodes()}
+    assert 50 <= len(collected) <= 60
+    assert set(gate.read_floors().rows) <= collected
 
 
 def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
@@ -160,26 +188,7 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
 
 def test_every_recorded_operator_has_its_kernels() -> None:
     names = set(read_results(RESULTS))
-    assert names > set(sources.FAMILIES)
-    steps = {"feddra_step", "fediod_step", "fedlpfm_step", "fusefl_level", "overhead", "rounds"}
-    assert names - set(sources.FAMILIES) <= steps, "add it to sources.GROUPS"
-
-
-def test_the_check_does_not_fail_when_the_core_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_results([replace(ROW, core="old", backend="cpu")], AMD, tmp_path)
-    docs = tmp_path / "ops.md"
-    docs.write_text("<!-- measured: toy -->\n<!-- end -->\n")
-    command = ["--results", str(tmp_path), "--docs", str(docs)]
-    monkeypatch.setattr(sources, "source_hash", lambda *arguments: "old")
-    assert report.main(command) == 0
-    assert "| small |" in docs.read_text()
-    monkeypatch.setattr(sources, "source_hash", lambda *arguments: "new")
-    assert report.main([*command, "--check"]) == 0
-    assert report.main(command) == 0
-    assert "| small † |" in docs.read_text()
-    assert docs.read_text().endswith(f"\n\n{report.MEANING['†']}\n\n<!-- end -->\n")
-    monkeypatch.setattr(sources, "source_hash", lambda *arguments: "old")
-    assert report.main([*command, "--check"]) == 0
+    assert names - set(sources.FAMILIES) <= {"overhead", "rounds"}, "add it to sources.GROUPS"
 
 
 def test_a_forced_backend_and_the_days_are_named(tmp_path: Path) -> None:
@@ -189,10 +198,6 @@ def test_a_forced_backend_and_the_days_are_named(tmp_path: Path) -> None:
     assert recorded.name == "toy-amd-epyc-reference"
     line = report.machine_line(recorded)
     assert line == "AMD EPYC, 2 cores, avx512, reference forced; torch 2.13.0+cpu; 2026-01-03 to 2026-01-05"
-    recorded.rows[0].time = ""
-    assert report.dates(recorded) == "up to 2026-01-05"
-    recorded.rows[1].time = ""
-    assert report.dates(recorded) == "2026-01-01"
 
 
 INTEL_CPUINFO = """processor\t: 0
@@ -234,21 +239,3 @@ def test_a_run_says_what_served(forced: str, monkeypatch: pytest.MonkeyPatch) ->
     else:
         assert backend in ("cpu", "reference")
         assert (len(core) == 16) == (backend == "cpu")
-
-
-def test_a_promised_share_of_a_copy_stands_beside_what_was_reached() -> None:
-    slow = replace(ROW, floors={COPY: 0.9}, model_bytes=1000, copy_seconds=0.7e-4)
-    assert slow.broken_promises() == {COPY: 0.9}
-    assert report.copied(slow) == "70 % (promised 90 %)"
-    fast = replace(slow, copy_seconds=0.95e-4)
-    assert not fast.broken_promises()
-    assert report.copied(fast) == "95 %"
-    assert not replace(ROW, floors={COPY: 0.9}).broken_promises(), "no copy was asked for"
-
-
-def test_the_pages_ask_for_groups_that_are_recorded() -> None:
-    recorded = read_results(RESULTS)
-    page = RESULTS.parents[1] / "docs" / "ops.md"
-    asked = {name.strip() for match in report.SECTION.finditer(page.read_text()) for name in match[2].split(",")}
-    assert asked
-    assert asked <= set(recorded)

@@ -57,19 +57,14 @@ def test_means_into_held_memory(make: Any, uploads: tuple[list[Tensor], list[flo
     torch.testing.assert_close(out, ops.weighted_mean(vectors, weights))
 
 
-@pytest.mark.parametrize("rule", ["mean", "momentum", "adam", "yogi", "adagrad"])
-def test_server_steps(rule: str) -> None:
-    case = bench_server_step.Case(COUNT, SIZE, rule)
-    runs = {"fedkern": case.fedkern(), "eager": case.eager()}
-    if rule == "adam":
-        flower = case.flower()
-        assert not isinstance(flower, contestants.Absent)
-        runs["Flower"] = flower
-        absent = case.apex()
-        assert isinstance(absent, contestants.Absent)
-        assert "apex" in absent.reason
+def test_server_steps() -> None:
+    case = bench_server_step.Case(COUNT, SIZE)
+    flower = case.flower()
+    assert not isinstance(flower, contestants.Absent)
+    assert isinstance(case.apex(), contestants.Absent)
+    runs = (case.fedkern(), case.eager(), flower)
     for _ in range(3):
-        expected, *others = (run().clone() for run in runs.values())
+        expected, *others = (run().clone() for run in runs)
         assert not torch.equal(expected, case.global_)
         for found in others:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

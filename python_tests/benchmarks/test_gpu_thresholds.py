@@ -25,7 +25,7 @@ MACHINE = {
 
 def row(group: str, case: str, wall: float, operators: dict[str, int], **more: Any) -> Comparison:
     return Comparison(
-        group=group, case=case, ours="fedkern", threads=1, loaded=False, pairs=15, seconds={"fedkern": 1.0},
+        group=group, case=case, ours="fedkern", threads=1, pairs=15, seconds={"fedkern": 1.0},
         speedup={"eager": 2.0}, scatter={"fedkern": 0.1}, device="cuda", test=f"bench_{group}.py::test[{case}]",
         wall_seconds={"fedkern": wall} if wall else {}, operators=operators, time="2026-11-24T02:00:00+00:00", **more,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_methods, gate, processes
+from benchmarks import bench_methods, processes
 from benchmarks.bench_methods import CASES, Case, Row
 from benchmarks.gpu_use import Use
 from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
@@ -270,7 +270,7 @@ def test_a_command_that_fails_says_its_last_line(tmp_path):
         )
 
 
-# -- rows, promises, pages ---------------------------------------------------------------------------------------------
+# -- rows, pages -------------------------------------------------------------------------------------------------------
 
 
 def row(method="fedavg", setting="default", **seconds):
@@ -299,37 +299,11 @@ def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, apart):
     assert ("**" in bench_methods._figure_table([one])[-1]) is apart
 
 
-def test_promises_are_kept_by_the_geometric_mean_and_by_the_least():
-    rows = [
-        row("fedavg", before=[4.0], fedkern=[2.0], bf16=[1.0], reference=[2.2]),
-        row("fusefl", before=[3.0], fedkern=[3.0], bf16=[3.0], reference=[2.7]),
-        row("fedavg", "large", before=[9.0], fedkern=[3.0], bf16=[2.0]),
-    ]
-    found = {target.what: target for target in bench_methods.targets(rows, matrix_units=True)}
-    reached = [round(target.reached, 3) for target in found.values()]
-    assert reached == [1.414, 1.0, 1.0, 3.0, 0.9, 2.0, 1.5]
-    assert [target.kept for target in found.values()] == [True, False, False, True, False, True, False]
-    assert [target.kept for target in bench_methods.targets([], matrix_units=False)] == [None] * 5
-
-
 def test_a_run_with_other_settings_before_counts_in_no_mean():
     rows = [row("fedavg", before=[4.0], fedkern=[2.0]), row("fediod", before=[90.0], fedkern=[1.0], plain=[3.0])]
     rows[1].differs = ["preset: paper, study"]
-    assert bench_methods.targets(rows, matrix_units=False)[0].reached == 2.0
+    assert bench_methods.speedups(rows, "before", "fedkern") == [2.0]
     assert bench_methods.speedups(rows, "plain", "fedkern") == [3.0]
-
-
-@pytest.mark.parametrize(
-    ("plain", "outcome"), [([20.0] * 3, "pass"), ([17.1] * 3, "pass"), ([16.0] * 3, "fail"), ([4.0, 16.0, 7.0], "skip")]
-)
-def test_the_floor_is_that_share_of_what_is_recorded(plain, outcome):
-    recorded = row(plain=[20.0] * 3, fedkern=[10.0] * 3)
-    assert bench_methods.floor_of(recorded).against == {"plain": 2 * gate.FACTOR}
-    assert bench_methods.judge(recorded, row(plain=plain, fedkern=[10.0] * 3)).outcome == outcome
-
-
-def test_a_recording_that_scatters_gives_no_floor():
-    assert bench_methods.floor_of(row(plain=[20.0, 40.0], fedkern=[10.0, 10.0])).against == {}
 
 
 def test_cases_measured_again_replace_their_own_alone(tmp_path):
@@ -417,25 +391,6 @@ def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeyp
     assert found.missing == {"before": "no --before was given"}
     assert found.seconds == {"plain": [2.0, 2.0], "fedkern": [2.0, 2.0]}
     assert found.main == "accuracy"
-
-
-@pytest.mark.parametrize(("plain", "code", "measured"), [(20.0, 0, 1), (15.0, 1, 2)])
-def test_the_gate_measures_again_before_it_fails(plain, code, measured, tmp_path, monkeypatch, capsys):
-    machine = {"cpu": "A chip", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
-    recorded = row("fedprox", plain=[20.0] * 3, fedkern=[10.0] * 3)
-    bench_methods.write([recorded], machine, before="", threads=0, folder=tmp_path)
-    asked = []
-
-    def fake(case, contestants, repeats, **settings):
-        asked.append((case.name, contestants, repeats))
-        return row("fedprox", plain=[plain] * repeats, fedkern=[10.0] * repeats)
-
-    monkeypatch.setattr(bench_methods, "measure", fake)
-    monkeypatch.setattr(bench_methods.machines, "machine", lambda device: machine)
-    monkeypatch.setattr(bench_methods.signal, "signal", lambda *_: None)
-    assert bench_methods.main(["--gate", "--results", str(tmp_path)]) == code
-    assert asked == [("fedprox default", ("plain", "fedkern"), bench_methods.GATE_REPEATS)] * measured
-    assert ("below 1.7" in capsys.readouterr().out) is bool(code)
 
 
 def test_a_command_ends_with_whoever_measures_it(tmp_path, monkeypatch):

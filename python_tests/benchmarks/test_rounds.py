@@ -1,4 +1,4 @@
-"""bench_rounds: the task that all contestants share, the processes that play it, and what a row promises."""
+"""bench_rounds: the task that all contestants share, and the processes that play it."""
 
 from __future__ import annotations
 
@@ -147,14 +147,6 @@ def test_workers_are_contestants_where_the_settings_know_them(monkeypatch: pytes
         assert name == judged
         assert isinstance(found["fedkern auto"], Contestant) == able
         assert bench_rounds.contestants(1)[0] == "fedkern serial"
-
-
-def test_promises_are_those_of_small_networks_and_few_clients() -> None:
-    small = Setting("cnn", 8, 50)
-    assert bench_rounds.promises(small, 1, "fedkern serial") == {"lean loop": 1.0}
-    promised = bench_rounds.promises(small, 2, "fedkern auto")
-    assert (promised["lean loop"], promised["Flower"], promised["fluke"]) == (1.6, 3.0, 1.5)
-    assert bench_rounds.promises(Setting("cnn", 8, 200), 2, "fedkern auto") == {}
 
 
 def test_accuracies_beyond_the_scatter_are_named() -> None:
