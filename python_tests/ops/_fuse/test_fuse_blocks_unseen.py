@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern.ops import FlatParameters, FusedBlocks
 from fedkern.ops._fuse.blocks.choice import LOWERINGS
@@ -109,6 +110,38 @@ def test_flat_blocks_are_fused() -> None:
     blocks[1][0].register_state_dict_post_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"blocks\[1\]\.0, a Conv2d with state dict hooks"):
         FusedBlocks(blocks)
+
+
+def double(*_: Any) -> None:
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_module_forward_pre_hook",
+        "register_module_forward_hook",
+        "register_module_full_backward_pre_hook",
+        "register_module_full_backward_hook",
+    ],
+)
+def test_hooks_of_all_modules_are_refused(register: str) -> None:
+    fused = FusedBlocks([nn.Conv2d(4, 4, 1) for _ in range(3)])
+    handle = getattr(torch.nn.modules.module, register)(double)
+    try:
+        for call in (fused.forward, lambda x: FusedBlocks([nn.Identity(), nn.Identity()])):
+            with pytest.raises(TypeError, match=rf"the hook double of torch\.nn\.modules\.module\.{register}, which"):
+                call(torch.ones(2, 4, 3, 3))
+    finally:
+        handle.remove()
+    fused(torch.ones(2, 4, 3, 3))
+
+
+def test_the_hooks_of_torchs_counter_are_no_hindrance() -> None:
+    fused = FusedBlocks([nn.Conv2d(4, 4, 1) for _ in range(3)])
+    with FlopCounterMode(display=False) as counter:
+        fused(torch.ones(2, 4, 3, 3))
+    assert counter.get_total_flops() == 2 * 3 * 2 * 4 * 4 * 9
 
 
 def test_single_layers_are_refused_too() -> None:

@@ -18,6 +18,7 @@ from fedkern.ops._fuse.blocks.layers import FusedConv, FusedLayer, FusedLinear, 
 from fedkern.ops._fuse.blocks.lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
 from fedkern.ops._fuse.blocks.shapes import Survey, axes_named, axes_of, survey
 from fedkern.ops._fuse.blocks.trace import check_alike
+from fedkern.ops._fuse.blocks.unseen import check_process
 
 Lowering = Literal["grouped", "separate", "direct"]
 
@@ -30,10 +31,10 @@ class FusedBlocks(nn.Module):
     be anything that torch.fx can trace into Conv2d, Linear (over the last axis), BatchNorm, GroupNorm, activations,
     pooling, Flatten, Identity and sums: residual blocks, VGG stages, stems, sequences of these.
 
-    What a trace cannot see is refused: hooks, pruning, weight norms, replaced methods (``train()`` too), tensors that
-    no layer reads, tied parameters, values read again after an operation in place, code that depends on the training
-    mode.  A fused module never writes to its input, and gives the blocks' dtypes under autocast, where nothing is
-    folded.
+    What a trace cannot see is refused: hooks (those of all modules of the process also in ``forward``), pruning, weight
+    norms, replaced methods (``train()`` too), tensors that no layer reads, tied parameters, values read again after an
+    operation in place, code that depends on the training mode.  A fused module never writes to its input, and gives the
+    blocks' dtypes under autocast, where nothing is folded.
 
     Args:
         blocks: M >= 1 modules of the same structure, shapes, dtypes, devices, training modes (per layer) and
@@ -67,7 +68,8 @@ class FusedBlocks(nn.Module):
     The parameters can be trained later even if the module was built under ``torch.inference_mode()``.
 
     Raises:
-        TypeError: a block holds what FusedBlocks does not support; the message names it.  (forward) ``x`` is no tensor.
+        TypeError: a block holds what FusedBlocks does not support, or the process has hooks for all modules; the
+            message names it.  (forward) ``x`` is no tensor.
         ValueError: no blocks, or blocks of different structure, shapes, training modes or ``requires_grad``.
         ValueError: (forward) ``x`` has another number of axes or channels than the blocks read, or is too small.
         RuntimeError: (forward) ``x`` has another dtype or device than the weights (the blocks' own error), or batch
@@ -126,6 +128,8 @@ class FusedBlocks(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, not {type(x).__name__}")
         check_dense(x, "x")
+        if not torch.compiler.is_compiling():
+            check_process()
         if x.dim() < 2 or (not self.shared and x.shape[1] % self.count):
             raise ValueError(f"x must have shape {axes_named(None, self.count, self.shared)}, not {list(x.shape)}")
         if self._axes is not None and x.dim() not in self._axes:

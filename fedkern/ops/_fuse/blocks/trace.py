@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fedkern.ops._fuse.blocks.unseen import check_plain, check_tensors, check_tied
+from fedkern.ops._fuse.blocks.unseen import check_plain, check_process, check_tensors, check_tied
 
 
 class Step(NamedTuple):
@@ -70,6 +70,7 @@ def trace(block: nn.Module, what: str) -> tuple[Step, ...]:
     """
     if not isinstance(block, nn.Module):
         raise TypeError(f"{what} must be a module, not {type(block).__name__}")
+    check_process()
     modules = dict(block.named_modules())
     for name, module in modules.items():
         check_plain(module, f"{what}.{name}" if name else what, layer=_kind(module) is not None)

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from fedkern.ops.flat import separate_storages
 
 # Methods of nn.Module that a class may replace, and that FusedBlocks would not call.
 _METHODS = ("__call__", "train", "state_dict", "_save_to_state_dict", "get_extra_state")
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+# Hooks for all modules of the process, by the dictionaries in which torch keeps them.
+_GLOBAL = {
+    "_global_forward_pre_hooks": "register_module_forward_pre_hook",
+    "_global_forward_hooks": "register_module_forward_hook",
+    "_global_backward_pre_hooks": "register_module_full_backward_pre_hook",
+    "_global_backward_hooks": "register_module_full_backward_hook",
+}
+
+
+def check_process() -> None:
+    """Raises TypeError if the process has hooks for all modules: the blocks' layers would not be called with them."""
+    for name, made_by in _GLOBAL.items():
+        for hook in getattr(torch_module, name, {}).values():
+            # Torch's own only watch: FlopCounterMode notes which module runs.
+            if not str(getattr(hook, "__module__", "")).startswith("torch."):
+                raise TypeError(
+                    f"FusedBlocks does not support the hook {getattr(hook, '__qualname__', hook)} of torch.nn.modules."
+                    f"module.{made_by}, which it would not call for the layers of its blocks; remove the hook, or use "
+                    "the blocks themselves"
+                )
 
 
 def check_plain(module: nn.Module, where: str, *, layer: bool) -> None:
