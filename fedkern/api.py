@@ -120,7 +120,6 @@ class Run:
         """The records of the rounds so far."""
         return History(engine.read_metrics(self.out))
 
-    @reproducible()
     def model(self) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
 
@@ -130,7 +129,6 @@ class Run:
         self._give_method()
         return engine.read_model(self.out, self._trusted, self._model)[0]
 
-    @reproducible()
     def predict(self, images: Any) -> Tensor:
         """Probabilities of the classes.
 
@@ -404,6 +402,7 @@ def load(
     return Run(out, data=data, model=model, trusted=trusted, method=method)
 
 
+@reproducible()
 def _play(
     config: RunConfig,
     out: Path,

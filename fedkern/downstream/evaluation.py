@@ -19,6 +19,7 @@ from fedkern.engine.network import cpu_threads
 from fedkern.engine.run import finished_data
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import read_model
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, named
 from fedkern.files import absolute
 from fedkern.methods import registry
@@ -26,6 +27,7 @@ from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
 
 
+@reproducible()
 def evaluate_run(
     out: Path | str,
     *,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedkern.downstream.prediction import Predictor
 from fedkern.engine.store import atomic
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
@@ -43,6 +44,7 @@ class Deployed(nn.Module):
         return self.module((images - self.mean) / self.std)
 
 
+@reproducible()
 def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
     """Writes the network to a file, and what it is to a JSON file beside it.
 

@@ -16,6 +16,7 @@ from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.config import RunConfig
 from fedkern.engine.run import finished_data
 from fedkern.engine.store.saved_model import read_model
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
@@ -49,6 +50,7 @@ class Finished:
         check_shape(data, about, out)
 
     @classmethod
+    @reproducible()
     def open(
         cls,
         out: Path | str,

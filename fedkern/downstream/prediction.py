@@ -20,6 +20,7 @@ from fedkern.data.transforms import normalise
 from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic
 from fedkern.engine.store.saved_model import read_model
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing
@@ -68,6 +69,7 @@ class Predictor:
         self.batch = min(BATCH, max(1, PIXELS // (height * width)))
 
     @classmethod
+    @reproducible()
     def open(cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None) -> Self:
         """Reads the network of a run folder.
 
@@ -94,6 +96,7 @@ class Predictor:
             made.batch = BATCH
         return made
 
+    @reproducible()
     def read(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> tuple[Tensor, Tensor]:
         """Decodes image files as the run's training did: whole, resized, in the network's colours.
 
@@ -108,6 +111,7 @@ class Predictor:
             raise UserError(f"The network sees images of {height}x{width} pixels, and image files are read as squares.")
         return read_images(paths, height, "predict", grey=channels == 1, max_pixels=max_pixels, bits=self.grey_bits)
 
+    @reproducible()
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """Probabilities of the classes; where an image may have several labels, of every label for itself.
@@ -141,6 +145,7 @@ class Predictor:
         best = int(probabilities.argmax())
         return f"{self.classes[best]}  {float(probabilities[best]):.3f}"
 
+    @reproducible()
     def probabilities_of(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Tensor:
         """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time.
 

@@ -13,6 +13,7 @@ from fedkern.data import Split, lookup
 from fedkern.downstream import probes
 from fedkern.downstream.decoder import Pixelwise, train_decoder
 from fedkern.downstream.finished import Finished
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.methods.common.retrieval import Gallery, recalls
 from fedkern.methods.common.segmentation_figures import segmentation
@@ -24,6 +25,7 @@ FEATURES = ("token", "mean", "embedding")
 Row = dict[str, Any]
 
 
+@reproducible()
 def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
     """Image-to-text and text-to-image recall at k on every test set, and on the clients' own test sets, if any.
 
@@ -55,6 +57,7 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
     return rows
 
 
+@reproducible()
 def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
     """Classification by the nearest prompt: rows ``{"set", "accuracy", "auc"}``.
 
@@ -79,6 +82,7 @@ def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
     return _classified(run, [fitted(network) for network in run.networks])
 
 
+@reproducible()
 def probe(
     run: Finished, shots: Sequence[int] = (1, 5, 10, 0), *, features: str = "token", draws: int = 3, seed: int = 0
 ) -> list[Row]:
@@ -114,6 +118,7 @@ def probe(
     return rows
 
 
+@reproducible()
 def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) -> list[Row]:
     """A light decoder on frozen image tokens, trained on the clients' masks: rows ``{"set", "dice", "iou", ...}``.
 

@@ -22,6 +22,7 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
 from fedkern.engine.store.saved_model import read_model
 from fedkern.engine.store.used_cache import remembered
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Method
@@ -29,6 +30,7 @@ from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
 
 
+@reproducible()
 def attack(
     out: Path | str,
     *,

@@ -274,6 +274,7 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
     return records.read_summary(out)
 
 
+@reproducible()
 def load_data(
     config: RunConfig,
     *,

@@ -1,5 +1,6 @@
 """Settings of PyTorch that a caller has made for its own work change no bit of a run, and are back afterwards."""
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -7,6 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import fedkern
+from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
+from fedkern.downstream.evaluation import evaluate_run
+from fedkern.downstream.export import export
+from fedkern.downstream.prediction import Predictor
+from fedkern.engine import attack, load_data, read_model
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip
@@ -104,15 +110,92 @@ def test_the_bits_of_a_plain_run(mode, method, model, workers, plain, tmp_path):
     assert run.summary["bytes"] == plain(method, model).summary["bytes"]
 
 
-@pytest.mark.parametrize("mode", ["float64", "default device meta", "inference mode"])
-def test_a_finished_run_is_used_as_ever(mode, plain):
-    run = plain("fedavg", "mlp")
-    images = torch.zeros((2, 1, 32, 32), dtype=torch.uint8)
-    expected, figures = run.predict(images), run.evaluate()
+def exported(run, folder, kind):
+    export(Predictor.open(run.out), folder / "network", kind)
+    if kind == "state-dict":
+        return torch.load(folder / "network")
+    with dtype(torch.float32), torch.device("cpu"), torch.inference_mode(False):
+        return torch.export.load(folder / "network").state_dict
+
+
+def played_on(run, folder):
+    """A copy of the run that goes on for a round, with its pictures."""
+    shutil.copytree(run.out, folder / "copy")
+    found = fedkern.load(folder / "copy").extend(3, progress=False, workers=1)
+    return weights(found.out)
+
+
+PICTURES = torch.arange(2 * 1024).remainder(256).to(torch.uint8).reshape(2, 1, 32, 32)
+USES = {
+    "model": lambda run, _: run.model().state_dict(),
+    "predict": lambda run, _: run.predict(PICTURES.clone()),
+    "evaluate": lambda run, _: run.evaluate(),
+    "extend": played_on,
+    "plot": lambda run, _: {path.name: path.read_bytes() for path in run.plot()},
+    "report": lambda run, _: run.report().read_bytes(),
+    "attack": lambda run, _: attack(run.out, keep=False),
+    "load_data": lambda run, _: [split.labels for split in load_data(run.config).clients],
+    "read_model": lambda run, _: read_model(run.out)[0].state_dict(),
+    "evaluate_run": lambda run, _: evaluate_run(run.out),
+    "Predictor": lambda run, _: Predictor.open(run.out).probabilities(PICTURES.clone()),
+    "state-dict": lambda run, folder: exported(run, folder, "state-dict"),
+    "torch-export": lambda run, folder: exported(run, folder, "torch-export"),
+    "zero_shot": lambda pair, _: zero_shot(Finished.open(pair.out)),
+    "retrieve": lambda pair, _: retrieve(Finished.open(pair.out)),
+    "probe": lambda pair, _: probe(Finished.open(pair.out), [1], draws=1),
+    "decode": lambda pair, _: decode(Finished.open(pair.out), epochs=1, samples=8),
+}
+"""Whatever runs the network of a finished run, or reads its data."""
+OF_PAIRS = {"zero_shot", "retrieve", "probe", "decode"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair") / "run"
+    settings = {
+        **TINY,
+        "data": "captions",
+        "clients": 2,
+        "train_samples": 40,
+        "partition": "iid",
+        "rounds": 1,
+        "local_steps": 1,
+    }
+    sizes = {"test_samples": 12, "validation_samples": 6}
+    return fedkern.simulate("fedavg", out=out, workers=1, width=16, data_options=sizes, **settings)
+
+
+def same(found, expected):
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and found.device == expected.device and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[name], value) for name, value in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+SAMPLE = {use: ("float64", "default device meta")[i % 2] for i, use in enumerate(USES) if use != "torch-export"}
+
+
+@pytest.mark.parametrize(
+    ("use", "mode"),
+    [
+        pytest.param(use, mode, marks=() if mode == SAMPLE.get(use) else pytest.mark.exhaustive)
+        for use in USES
+        for mode in MODES
+        if mode != "autocast"
+    ],
+)
+def test_a_finished_run_is_used_as_ever(use, mode, plain, tmp_path, request):
+    run = request.getfixturevalue("pair") if use in OF_PAIRS else plain("fedavg", "mlp")
+    folders = tmp_path / "before", tmp_path / "now"
+    for folder in folders:
+        folder.mkdir()
+    expected = USES[use](run, folders[0])
     with MODES[mode]():
-        found, again = run.predict(images), run.evaluate()
-    assert torch.equal(found, expected)
-    assert again == figures
+        found = USES[use](run, folders[1])
+    assert same(found, expected)
 
 
 def test_a_failed_run_puts_the_settings_back(tmp_path):

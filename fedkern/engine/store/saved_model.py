@@ -25,6 +25,7 @@ from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
+from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, other_format
 from fedkern.inputs import parse_json
 from fedkern.methods import registry
@@ -210,6 +211,7 @@ def _check_keys(
             raise ValueError(f'it says {json.dumps(table[name])} for "{prefix}{name}"')
 
 
+@reproducible()
 def read_model(
     out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
