@@ -31,7 +31,10 @@ def left_over(*words, cwd, **change):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [{}, {"RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "1"}], ids=str)
+@pytest.mark.parametrize("change", [
+    {"RANK": "0", "LOCAL_RANK": "0"},
+    *(pytest.param(change, marks=pytest.mark.exhaustive) for change in ({}, {"WORLD_SIZE": "1"})),
+], ids=str)  # fmt: skip
 def test_a_run_with_leftover_variables_is_refused(tmp_path, change):
     done = left_over(*RUN, "--out", "run", cwd=tmp_path, **change)
     assert done.returncode == 2

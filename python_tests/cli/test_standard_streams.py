@@ -15,8 +15,9 @@ def shell(words, folder):
 
 
 @pytest.mark.parametrize("where", [
-    ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full",
-    *(pytest.param(where, marks=pytest.mark.exhaustive) for where in (">&-", "2>&-", ">/dev/full", "2>/dev/full")),
+    "<&- >&- 2>&-", ">/dev/full 2>/dev/full",
+    *(pytest.param(where, marks=pytest.mark.exhaustive)
+      for where in (">&- 2>&-", ">&-", "2>&-", ">/dev/full", "2>/dev/full")),
 ])  # fmt: skip
 def test_a_run_goes_on(where, tmp_path):
     done = shell(f"{RUN} {TINY} --workers 2 --out run {where}", tmp_path)
@@ -25,8 +26,13 @@ def test_a_run_goes_on(where, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("command", ["list", pytest.param("doctor", marks=pytest.mark.exhaustive), "no-such-command"])
-@pytest.mark.parametrize("where", [">/dev/full", ">&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(("command", "where"), [
+    ("list", ">/dev/full"), ("list", ">&- 2>&-"), ("no-such-command", "2>/dev/full"),
+    *(pytest.param(command, where, marks=pytest.mark.exhaustive) for command, where in (
+        ("list", "2>/dev/full"), ("no-such-command", ">/dev/full"), ("no-such-command", ">&- 2>&-"),
+        ("doctor", ">/dev/full"), ("doctor", ">&- 2>&-"), ("doctor", "2>/dev/full"),
+    )),
+])  # fmt: skip
 def test_other_commands_neither(command, where, tmp_path):
     done = shell(f"{RUN} {command} {where}", tmp_path)
     assert done.returncode == (2 if command == "no-such-command" else 0)
