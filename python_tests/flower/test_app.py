@@ -558,7 +558,7 @@ def test_clients_computed_together_in_one_process_are_alone_on_nodes(tmp_path):
 
 def letter(**changed):
     found = {
-        "protocol": 2, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
+        "protocol": node_client.PROTOCOL, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
         "step": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
         "threads": 1, "client_threads": 1, "data": None,
     }  # fmt: skip

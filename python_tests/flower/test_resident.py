@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 
 from fedkern.errors import UserError
 from fedkern.flower import node_process, resident
+from fedkern.flower.node_client import PROTOCOL
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
 
@@ -46,7 +48,7 @@ def node(tmp_path, client=1):
 
 def header(client=1, round=0, run="0" * 32):
     found = {
-        "protocol": 2, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
+        "protocol": PROTOCOL, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
         "step": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
         "threads": 1, "client_threads": 1, "data": None,
     }  # fmt: skip
@@ -194,7 +196,7 @@ def test_a_resident_ends_with_the_process_that_starts_messages(message, tmp_path
     command = [sys.executable, "-c", script, ASKING, str(told_of)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            lines = list(iter(process.stdout.readline, "answered\n"))
+            lines = list(itertools.takewhile(lambda line: line != "answered\n", process.stdout))
             assert '"problem",null' in re.sub(r"\s", "", lines[-1])
             assert len(residents("group", process.pid)) == 1
         finally:
