@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, check_vectors, eager, rows_of, rows_or_stack, size_of
-from fedkern.ops._aggregate.kernels import SHORT, AggregateKernel, AggregateKernels
+from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_dense, check_number, no_vmap, refuse_gradient, shown
@@ -109,7 +110,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
 
 
 def _rows(
-    kernel: AggregateKernel,
+    kernel: PlainAggregate,
     vectors: Vectors,
     given: Vectors,
     max_norm: float,

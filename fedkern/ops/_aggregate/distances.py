@@ -21,9 +21,9 @@ from fedkern.ops._aggregate.checks import (
     rows_of,
     size_of,
 )
-from fedkern.ops._aggregate.kernels import SHORT, AggregateKernel, AggregateKernels
+from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import select
-from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.robust_reference import (
     FAR,
     FAR_BESIDE_SMOOTHING,
@@ -188,7 +188,7 @@ def _run_krum(vectors: list[Tensor], byzantine: int, keep: int) -> Tensor:
     return _krum(select(vectors), vectors, byzantine, keep)
 
 
-def _krum(kernel: AggregateKernel, vectors: Vectors, byzantine: int, keep: int) -> Tensor:
+def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -> Tensor:
     squared = kernel.squared_distances(vectors)
     if kernel.host:
         chosen = _krum_weights(squared, byzantine, keep)
@@ -282,7 +282,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
 
 
 def _median_from_distances(
-    kernel: AggregateKernel,
+    kernel: PlainAggregate,
     vectors: Vectors,
     weights: Sequence[float],
     iterations: int,
@@ -341,7 +341,7 @@ def _weiszfeld(
     return shares
 
 
-def _products(kernel: AggregateKernel, vectors: Vectors, centre: Tensor, apart: Tensor, scale: Tensor) -> Tensor:
+def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, apart: Tensor, scale: Tensor) -> Tensor:
     """fp64 ``[M, M]``: the products ``<x_m - centre, x_k - centre>``.
 
     They follow from distances.  These are taken between vectors that are drawn towards the centre to a distance of at

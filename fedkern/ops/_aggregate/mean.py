@@ -20,8 +20,8 @@ from fedkern.ops._aggregate.checks import (
     kernel_weights,
     rows_or_stack,
 )
-from fedkern.ops._aggregate.kernels import AggregateKernel, AggregateKernels
-from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.kernels import AggregateKernels
+from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
@@ -101,7 +101,7 @@ def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | 
     return select(vectors).weighted_mean(vectors, kernel_weights(weights, len(vectors)), out)
 
 
-def select(vectors: Vectors, *others: Tensor) -> AggregateKernel:
+def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
     """The kernel object that serves a call: a backend's, or the plain reference."""
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
@@ -114,7 +114,7 @@ class _WeightedMean(EagerFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: AggregateKernel, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
+        ctx: Any, kernel: PlainAggregate, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
     ) -> Tensor:
         ctx.stacked = stacked
         given: Vectors = rows[0] if stacked else rows

@@ -1,4 +1,4 @@
-"""aggregate: the kernel interface in plain PyTorch, on any device."""
+"""aggregate: the kernels' interface, in plain PyTorch on any device."""
 
 from __future__ import annotations
 
@@ -23,27 +23,46 @@ _LEAST_SQUARE = 1e-280
 
 
 class PlainAggregate:
-    """:class:`~fedkern.ops._aggregate.kernels.AggregateKernel` in plain PyTorch: calls the references."""
+    """The interface of aggregation kernels, in plain PyTorch: calls the references.
+
+    ``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]``, of one dtype and device and any strides; P may be 0.
+
+    Results are new and contiguous unless an argument receives them.  All sums are taken in fp64, in a fixed order.
+    An argument ``out`` has unit stride and any of the four dtypes.  It does not overlap the inputs, unless the method
+    says otherwise.
+
+    Attributes:
+        host: whether the host may look at results; on a GPU it would wait for them.
+    """
 
     host = False  # it serves any device
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
+        """``sum_m w_m x_m / sum_m w_m``, m ascending; a vector of weight zero is skipped.
+
+        ``out`` is that of :func:`fedkern.ops.weighted_mean`: it may have any stride and overlap the vectors.  The sums
+        are rounded once, to its dtype.  Weights of sum zero give NaN.
+        """
         result = weighted_mean_reference(vectors, weights, None if out is None else out.dtype)
         return result if out is None else deliver(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
+        """``total += weight * vector`` for ``total`` fp64 ``[P]``; product and sum are each rounded."""
         add_reference(total, vector, weight)
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        """``total / weight`` in the tensor ``out``, or in a new tensor of the dtype ``out``."""
         target = _target(out, total)
         if target.dtype == torch.float64:
             return torch.div(total, weight, out=target)
         return target.copy_(total / weight)
 
     def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
+        """Adds ``weight * vector`` to the digits ``int64 [3, P]`` and their positions ``int8 [P]``; see aggregate.h."""
         exact_add_reference(digits, top, vector, weight)
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        """The digits' sum divided by ``weight``, in the tensor ``out`` or in a new tensor of the dtype ``out``."""
         target = _target(out, top)
         exact_mean_reference(digits, top, weight, target)
         return target
@@ -58,28 +77,48 @@ class PlainAggregate:
         second: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """One round of a server optimiser, in one pass over ``vectors``; see :func:`fedkern.ops.server_step`.
+
+        ``global_ [P]`` has the vectors' dtype and any stride.  ``first`` and ``second [P]``, fp32 or fp64 of unit
+        stride, are updated in place; None where the rule has no such state.  ``out`` may be ``global_``.
+
+        Returns:
+            ``out`` or a new model of the vectors' dtype, the M norms of the deltas in fp64, and their M cosines to the
+            mean delta in fp64.
+        """
         target = _target(global_.dtype if out is None else out, global_)
         return (target, *robust.server_step_reference(global_, vectors, weights, rule, first, second, target))
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        """The (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.
+
+        Equal values stay in the order of the vectors, and NaN is larger than every number.  Where the weights of these
+        values sum to zero, the result is NaN.
+        """
         return robust.sorted_mean_reference(vectors, low, high, weights)
 
     def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        """See :func:`fedkern.ops.median`: the mean of the lower and the upper weighted median."""
         return robust.weighted_median_reference(vectors, weights)
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
+        """fp64 ``[M, M]``: sums of squared differences (subtracted first); exactly symmetric, diagonal 0."""
         return robust.squared_distances_reference(vectors)
 
     def distances(self, vectors: Vectors) -> Tensor:
+        """The square roots of :meth:`squared_distances`."""
         return self.squared_distances(vectors).sqrt_()
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride."""
         return robust.squared_distances_to_reference(vectors, point)
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
+        """fp64 ``[M]``: the squared Euclidean norms."""
         return robust.squared_norms_reference(vectors)
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        """:meth:`scale_and_noise` with the factors ``min(1, max_norm / |x_m|)``."""
         factors = self._factors(vectors, max_norm)
         dtype = rows_or_stack(vectors)[0].dtype
         if dtype.itemsize == 2 and not deviation:  # what rounding may add to a norm; noise has no bound to keep
@@ -105,6 +144,12 @@ class PlainAggregate:
         return torch.where(outside & usable, exact, factors)
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        """``[M, P]``: ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``; no noise at deviation 0.
+
+        ``factors`` fp64 ``[M]`` on the vectors' device; ``seed`` and ``offset`` in [0, 2^64).  The counter-based normal
+        numbers are those of :func:`fedkern.ops._aggregate.philox.normal`, to the rounding of log, sine and cosine in
+        fp32.
+        """
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))
 
 

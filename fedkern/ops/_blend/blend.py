@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import BlendKernel, BlendKernels, check_memory
+from fedkern.ops._blend.kernels import BlendKernels, check_memory
 from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
 from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend, library
@@ -48,7 +48,7 @@ def blend(
             alpha out of range.  On CUDA an index out of range is a device assertion.
         RuntimeError: a forced backend cannot serve the call.
     """
-    kernel: BlendKernel | None = ready("blend", foreground, background, alpha, index)
+    kernel: BlendKernels | None = ready("blend", foreground, background, alpha, index)
     weights: Tensor | None = None
     value = 0.5
     if kernel is None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import BoxesKernel, BoxesKernels, output_strides
+from fedkern.ops._blend.kernels import BoxesKernels, output_strides
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, real, shown
@@ -77,7 +77,7 @@ def keep_boxes(
 def _boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor, keep: bool
 ) -> Tensor:
-    kernel: BoxesKernel | None = ready("boxes", images, boxes, fill)
+    kernel: BoxesKernels | None = ready("boxes", images, boxes, fill)
     if kernel is not None:
         padded, fills = cast(Tensor, boxes), _constant(cast(float, fill), images)
     else:
@@ -192,7 +192,7 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
 class _FillBoxes(EagerFunction):
     @staticmethod
     def forward(
-        ctx: Any, kernel: BoxesKernel | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
+        ctx: Any, kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
     ) -> Tensor:
         ctx.save_for_backward(boxes)
         ctx.keep = keep
@@ -206,7 +206,7 @@ class _FillBoxes(EagerFunction):
 # 4. The same operator for torch.compile, torch.func and opcheck.
 
 
-def _run(kernel: BoxesKernel | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
     """An ordinary call's result, from its kernel; None: from what serves other calls."""
     if kernel is None:
         return _implementation(images, boxes, fill, keep)
@@ -224,7 +224,7 @@ def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> 
             image, box = wrong[0][:2]
             raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
     out = _fake(images, boxes, fill, keep)
-    kernel: BoxesKernel | None = select("boxes", images)
+    kernel: BoxesKernels | None = select("boxes", images)
     if kernel is None:
         return out.copy_(fill_boxes_reference(images, boxes, fill, keep))
     kernel.fill(images, boxes, fill.to(images.dtype), keep, out)

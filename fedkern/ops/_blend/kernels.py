@@ -1,10 +1,10 @@
-"""blend and boxes: the kernel interfaces, and the launchers of both compiled cores."""
+"""blend and boxes: the launchers of both compiled cores, and what they share with Triton's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,58 +14,6 @@ from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-# The interfaces. Tensors have been checked and lie on one device.
-
-
-class BlendKernel(Protocol):
-    """One backend's implementation of blend."""
-
-    def forward(
-        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
-    ) -> Tensor:
-        """Returns the result, with :func:`output_strides` of the foreground.
-
-        Args:
-            foreground, background: maps of one dtype, any strides.
-            alpha: ``[B]``, any floating dtype; None where ``value`` is the weight of every foreground.
-            value: see ``alpha``.
-            index: as in blend.
-        """
-
-    def backward(
-        self,
-        grad: Tensor,
-        foreground: Tensor | None,
-        background: Tensor | None,
-        alpha: Tensor | None,
-        value: float,
-        index: Tensor | None,
-        background_rows: int,
-        needs: Sequence[bool],
-        strides: tuple[int, ...] | None = None,
-    ) -> Gradients:
-        """Returns the gradients of foreground, background and alpha where ``needs`` asks for them.
-
-        The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
-        None: those of ``grad`` without gaps.
-        """
-
-
-class BoxesKernel(Protocol):
-    """One backend's implementation of erase_boxes and keep_boxes."""
-
-    def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
-        """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
-
-        Args:
-            images: ``[B, C, H, W]``, any real dtype and strides.
-            boxes: ``[B, n, 4]``, any real dtype. A box with a NaN is empty on a GPU, a ValueError on the CPU.
-            fill: ``[1 or B, C]``, the images' dtype.
-            keep: whether the boxes are kept, as in keep_boxes, or erased.
-            out: like ``images``, just allocated; samples are dense in some order of axes.
-        """
-
 
 # What backends share.
 
@@ -143,15 +91,24 @@ class _Launcher(Launcher):
 
 
 class BlendKernels(_Launcher):
-    """:class:`BlendKernel` of both compiled cores.
+    """blend of both compiled cores; Triton's launcher has the same methods.
 
-    Kernels walk samples in the order of memory. A core answers False, and does nothing, where the samples of a call
-    have gaps or do not lie alike. To ask this in Python would take longer than a small blend.
+    Tensors have been checked and lie on one device.  Kernels walk samples in the order of memory.  A core answers
+    False, and does nothing, where the samples of a call have gaps or do not lie alike.  To ask this in Python would
+    take longer than a small blend.
     """
 
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
     ) -> Tensor:
+        """Returns the result, with :func:`output_strides` of the foreground.
+
+        Args:
+            foreground, background: maps of one dtype, any strides.
+            alpha: ``[B]``, any floating dtype; None where ``value`` is the weight of every foreground.
+            value: see ``alpha``.
+            index: as in blend.
+        """
         if alpha is not None:
             alpha = self.wide(alpha)
         out = _empty_like(foreground)
@@ -180,6 +137,11 @@ class BlendKernels(_Launcher):
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
+        """Returns the gradients of foreground, background and alpha where ``needs`` asks for them.
+
+        The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
+        None: those of ``grad`` without gaps.
+        """
         shape, count = grad.shape, grad.numel()
         own = other = per_sample = start = order = None
         if count and grad.stride() == strides and grad.is_contiguous():
@@ -221,9 +183,18 @@ class BlendKernels(_Launcher):
 
 
 class BoxesKernels(_Launcher):
-    """:class:`BoxesKernel` of both compiled cores."""
+    """erase_boxes and keep_boxes of both compiled cores; Triton's launcher has the same method."""
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
+        """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
+
+        Args:
+            images: ``[B, C, H, W]``, any real dtype and strides.
+            boxes: ``[B, n, 4]``, any real dtype. A box with a NaN is empty on a GPU, a ValueError on the CPU.
+            fill: ``[1 or B, C]``, the images' dtype.
+            keep: whether the boxes are kept, as in keep_boxes, or erased.
+            out: like ``images``, just allocated; samples are dense in some order of axes.
+        """
         boxes, fill = self.wide(boxes).contiguous(), fill.contiguous()
         if self.core.fill_boxes(images, boxes, fill, keep, self.fresh(out), self.at(out)):
             return

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._contrast.checks import check_pair, check_temperature
-from fedkern.ops._contrast.kernels import ContrastKernel, CpuContrast, CudaContrast
+from fedkern.ops._contrast.kernels import CpuContrast, CudaContrast
 from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING
 from fedkern.ops._contrast.reference import contrastive_reference
+from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select, serve
 from fedkern.ops._core.checks import autocast
@@ -94,7 +95,7 @@ class _Contrastive(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: ContrastKernel, temperature: float | None, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: CpuContrast | TiledContrast, temperature: float | None, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         given = tensors[2] if temperature is None else temperature
         loss, gradients = kernel.loss_and_gradients(tensors[0], tensors[1], given, (*needs, False)[:3])

@@ -1,4 +1,4 @@
-"""Interface of contrastive's kernels, and the launchers of the compiled cores.
+"""contrastive: the launchers of the compiled cores.
 
 On the CPU torch multiplies, and csrc/cpu/contrast.cpp computes loss and gradient from the products.  On a GPU the loop
 over tiles of similarities is in tiled.py, which Triton shares.
@@ -7,7 +7,7 @@ over tiles of similarities is in tiled.py, which Triton shares.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,39 +29,6 @@ LEAST_ROWS = 128
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
-class ContrastKernel(Protocol):
-    """A backend's implementation of contrastive.
-
-    ``x`` and ``y`` are ``[B, D]`` with any strides, ``temperature`` is a float or a 0-d tensor; the public function has
-    checked them.  Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method
-    reads a tensor's value, because that would synchronise.
-    """
-
-    def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
-        """The loss, in the promoted dtype of x and y."""
-
-    def loss_and_gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
-    ) -> tuple[Tensor, Gradients]:
-        """The loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
-
-    def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
-
-        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
-        """
-
-    def gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
-    ) -> Gradients:
-        """The gradients, from the statistics ``sums`` of :meth:`loss_and_sums`."""
-
-    def scaled(
-        self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
-        """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype; ``gradients`` stay unchanged."""
-
-
 class _Batch(NamedTuple):
     """Contiguous embeddings in the computing dtype, and 1 / temperature."""
 
@@ -73,16 +40,26 @@ class _Batch(NamedTuple):
 # A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
 # stays in a tensor, and tiles are looked at in blocks.
 class CpuContrast(Launcher):
-    """:class:`ContrastKernel` on ``fedkern._cpu``."""
+    """contrastive of ``fedkern._cpu``; :class:`TiledContrast` has the same methods for GPUs.
+
+    ``x`` and ``y`` are ``[B, D]`` with any strides, ``temperature`` is a float or a 0-d tensor; the public function has
+    checked them.  Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method
+    reads a tensor's value, because that would synchronise.
+    """
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
         self._contrast = core.contrast_whole
 
     def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+        """The loss, in the promoted dtype of x and y."""
         return self._loss(x, y, self._batch(x, y, temperature), None)
 
     def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
+
+        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
+        """
         batch = self._batch(x, y, temperature)
         sums = batch.x.new_empty(4, x.shape[0])
         return self._loss(x, y, batch, sums), sums
@@ -90,6 +67,7 @@ class CpuContrast(Launcher):
     def loss_and_gradients(
         self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, Gradients]:
+        """The loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
         batch = self._batch(x, y, temperature)
         if not _fits(batch):
             sums = batch.x.new_empty(4, x.shape[0])
@@ -103,11 +81,13 @@ class CpuContrast(Launcher):
     def gradients(
         self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
     ) -> Gradients:
+        """The gradients, from the statistics ``sums`` of :meth:`loss_and_sums`."""
         return self._gradients(self._batch(x, y, temperature), sums, needs)
 
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
+        """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype; ``gradients`` stay unchanged."""
         factor = grad.item()
         if factor != 1.0:
             gradients = [None if g is None else g * factor for g in gradients]
@@ -172,7 +152,7 @@ class CpuContrast(Launcher):
 
 
 class CudaContrast(TiledContrast, Launcher):
-    """:class:`ContrastKernel` on ``fedkern._cuda``."""
+    """contrastive of ``fedkern._cuda``."""
 
     def block(self, dtype: torch.dtype) -> int:
         return int(self.core.contrast_block)

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._contrast.kernels import ContrastKernel
+from fedkern.ops._contrast.kernels import CpuContrast
 from fedkern.ops._contrast.reference import (
     Gradients,
     compute_dtype,
     contrastive_reference,
     gradients_reference,
 )
+from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import select
 
 
-def _kernel(x: Tensor, y: Tensor, learnt: Tensor | None) -> ContrastKernel | None:
+def _kernel(x: Tensor, y: Tensor, learnt: Tensor | None) -> CpuContrast | TiledContrast | None:
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(f"x and y must have one shape [B, D], but have {list(x.shape)} and {list(y.shape)}")
     if learnt is not None and learnt.dim():

@@ -33,7 +33,7 @@ class Pairs(NamedTuple):
 
 
 class TiledContrast:
-    """:class:`fedkern.ops._contrast.kernels.ContrastKernel` on three kernels that a subclass launches."""
+    """The methods of :class:`fedkern.ops._contrast.kernels.CpuContrast` on three kernels that a subclass launches."""
 
     def block(self, dtype: torch.dtype) -> int:
         """Rows and columns of a block of similarities of the computing ``dtype``."""

@@ -111,7 +111,7 @@ def gradient_kernel(
 
 
 class TritonContrast(TiledContrast):
-    """:class:`fedkern.ops._contrast.kernels.ContrastKernel`."""
+    """contrastive in Triton."""
 
     def block(self, dtype: torch.dtype) -> int:
         return BLOCK[dtype]

@@ -13,7 +13,7 @@ from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
-from fedkern.ops._distill.kernels import DistillKernel
+from fedkern.ops._distill.kernels import DistillKernels
 from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.rows import MAX_DIMS, NONE, REDUCTIONS
 
@@ -80,7 +80,7 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
 
 def _check(
     operator: str, logits: Tensor, weights: Tensor | None, reduction: str
-) -> tuple[DistillKernel | None, Tensor | None, int]:
+) -> tuple[DistillKernels | None, Tensor | None, int]:
     """The kernel of an ordinary call, the weights in the shape of the rows, and the reduction's number."""
     kernel = ready(operator, logits) if weights is None else ready(operator, logits, weights)
     if kernel is not None and not 3 <= logits.dim() <= MAX_DIMS + 1:
@@ -103,7 +103,7 @@ class _JensenShannon(EagerFunction):
     """js_div with its gradient for eager calls, computed in the forward pass where possible, as in kl_div."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, how: tuple[DistillKernels, int], logits: Tensor, weights: Tensor | None) -> Tensor:
         ctx.how = kernel, reduction = how
         if reduction == NONE or not kernel.fused or ctx.needs_input_grad[2]:
             ctx.save_for_backward(logits, weights)
@@ -140,7 +140,7 @@ class _Consensus(EagerFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None
+        ctx: Any, how: tuple[DistillKernels, int], logits: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.how = kernel, reduction = how
         ctx.set_materialize_grads(False)

@@ -21,7 +21,7 @@ from fedkern.ops._distill.checks import (
 )
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE
-from fedkern.ops._distill.kernels import DistillKernel, Ensemble, ensemble_settings
+from fedkern.ops._distill.kernels import DistillKernels, Ensemble, ensemble_settings
 from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.reference import is_flat
 from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, NONE, PROBS, REDUCTIONS
@@ -157,7 +157,7 @@ class _Ensemble(EagerFunction):
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[DistillKernel, Ensemble],
+        how: tuple[DistillKernels, Ensemble],
         student: Tensor,
         teachers: Tensor,
         weights: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.checks import check_values
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.kernels import DistillKernel, divergence_settings, ensemble_settings
+from fedkern.ops._distill.kernels import DistillKernels, divergence_settings, ensemble_settings
 from fedkern.ops._distill.library import (
     Loss,
     Optionals,
@@ -32,7 +32,7 @@ def _given(*tensors: Any) -> list[Tensor]:
 # --- kl_div, dual_kl: divergence(student, other, teacher, weight, temperature, reverse, reduction)
 
 
-def _kernel_of_divergence(tensors: Optionals, temperature: float) -> DistillKernel | None:
+def _kernel_of_divergence(tensors: Optionals, temperature: float) -> DistillKernels | None:
     if is_flat(temperature):
         return None
     return select("kl_div" if tensors[1] is None else "dual_kl", *_given(*tensors))

@@ -13,7 +13,7 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_logits, check_reduction
 from fedkern.ops._distill.entries import ENTROPY
-from fedkern.ops._distill.kernels import DistillKernel
+from fedkern.ops._distill.kernels import DistillKernels
 from fedkern.ops._distill.reference import entropy_rows_reference
 from fedkern.ops._distill.rows import NONE, REDUCTIONS
 
@@ -62,7 +62,7 @@ class _Entropy(EagerFunction):
     """entropy with its gradient for eager calls, computed in the forward pass where possible, as in kl_div."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, reduction: int, kernel: DistillKernel) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, reduction: int, kernel: DistillKernels) -> Tensor:
         ctx.reduction, ctx.kernel = reduction, kernel
         gradient = None if reduction == NONE or not kernel.fused else kernel.empty_gradient(logits)
         ctx.save_for_backward(logits, gradient)

@@ -1,4 +1,4 @@
-"""The distill family's kernel interface, its settings, and the launcher of the compiled cores."""
+"""The distill family's settings, and the launcher of the compiled cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,138 +46,8 @@ divergence_settings = functools.lru_cache(maxsize=256)(Divergence)
 ensemble_settings = functools.lru_cache(maxsize=256)(Ensemble)
 
 
-class DistillKernel(Protocol):
-    """One backend's distill operators.
-
-    The public functions have checked the arguments.  Kernels allocate what they return.  Sums and losses are computed
-    in float32 (float64 where an input is float64) and rounded once.
-
-    Shapes: logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are
-    ``[B, *positions]``. Any strides are valid. A gradient has the memory format of its tensor.
-
-    ``reduction`` is a number of ``REDUCTIONS``. "none" gives a value per row, the others a scalar. "batchmean" divides
-    loss and gradients by the number of rows; an empty batch gives 0.
-
-    Gradients for a grad_output of 1 can be computed in the forward pass, into the ``to_...`` tensors. Autograd asks for
-    this where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the backward pass.
-    Otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor of the result's
-    shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there may read a
-    tensor's values on the host.
-
-    Weights of ensemble_kl may also be ``[K]`` where :attr:`short_weights` is true, unless they want a gradient.
-    """
-
-    fused: bool
-    short_weights: bool
-
-    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Returns ``gradients`` (for a grad_output of 1) times the scalar ``grad``; called only where ``fused``.
-
-        Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained. None makes
-        the caller use ``..._backward`` instead. That is so for 16-bit gradients, which would be rounded twice and would
-        underflow before a loss scale lifts them.
-        """
-
-    def empty_gradient(self, x: Tensor) -> Tensor:
-        """An uninitialised gradient of ``x`` in its memory format, for ``to_...``."""
-
-    def divergence_forward(
-        self,
-        student: Tensor,
-        other: Tensor | None,
-        teacher: Tensor,
-        weight: Tensor | None,
-        settings: Divergence,
-        to_student: Tensor | None = None,
-        to_other: Tensor | None = None,
-        to_teacher: Tensor | None = None,
-        raw_loss: Tensor | None = None,
-    ) -> Tensor:
-        """kl_div, or dual_kl with ``other`` (a second student); the result has the promoted dtype of the logits.
-
-        ``weight`` has one value per row. A row of weight 0 contributes exactly 0, whatever it holds. ``raw_loss``
-        receives the rows' unweighted losses, 0 where the weight is 0.
-        """
-
-    def divergence_backward(
-        self,
-        grad: Tensor,
-        student: Tensor,
-        other: Tensor | None,
-        teacher: Tensor,
-        weight: Tensor | None,
-        settings: Divergence,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, other, teacher, weight, each in its own dtype; None where ``needs`` is false."""
-
-    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
-        """entropy, in the logits' dtype."""
-
-    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor: ...
-
-    def ensemble_forward(
-        self,
-        student: Tensor,
-        teachers: Tensor,
-        weights: Tensor | None,
-        class_mask: Tensor | None,
-        settings: Ensemble,
-        to_student: Tensor | None = None,
-        to_teachers: Tensor | None = None,
-    ) -> Tensor:
-        """ensemble_kl, in the promoted dtype of student and teachers.
-
-        ``weights``: ``[K, B, 1, *positions]`` (one per teacher and row) or ``[K, B, C, *positions]``, any strides (0
-        where they were broadcast), not normalised, any floating dtype; None for equal weights. ``class_mask``: bool
-        ``[K, C]`` or None.
-        """
-
-    def ensemble_backward(
-        self,
-        grad: Tensor,
-        student: Tensor,
-        teachers: Tensor,
-        weights: Tensor | None,
-        class_mask: Tensor | None,
-        settings: Ensemble,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, teachers, weights (in the shape given); None where ``needs`` is false."""
-
-    def js_forward(
-        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
-    ) -> Tensor:
-        """js_div, in the logits' dtype. ``weights``: ``[K, B, *positions]`` or None, as in ensemble_forward."""
-
-    def js_backward(
-        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of logits and weights; None where ``needs`` is false."""
-
-    def consensus_kept(self, logits: Tensor) -> Tensor | None:
-        """Uninitialised memory for results that consensus_forward keeps for consensus_backward; None: keeps nothing."""
-
-    def consensus_forward(
-        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """consensus: (entropy of the mixture, weighted mean of the entropies)."""
-
-    def consensus_backward(
-        self,
-        grad_mixture: Tensor,
-        grad_mean: Tensor,
-        logits: Tensor,
-        weights: Tensor | None,
-        reduction: int,
-        needs: Sequence[bool],
-        kept: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of logits and weights; None where ``needs`` is false."""
-
-
 class Recomputes:
-    """Base of a :class:`DistillKernel` on a GPU: gradients are recomputed from the logits in the backward pass.
+    """Base of Triton's launcher: gradients are recomputed from the logits in the backward pass.
 
     Reading grad_output on the host would wait for the device. A gradient from the forward pass would have to be read,
     scaled and written again. That is as much traffic as computing it from the logits, which rounds it only once.
@@ -221,7 +91,24 @@ _FEW, _MANY = 4, 1024
 
 
 class DistillKernels(Launcher):
-    """:class:`DistillKernel` on ``fedkern._cpu`` and ``fedkern._cuda``.
+    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``; Triton's launcher has the same methods.
+
+    The public functions have checked the arguments.  Kernels allocate what they return.  Sums and losses are computed
+    in float32 (float64 where an input is float64) and rounded once.
+
+    Shapes: logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are
+    ``[B, *positions]``. Any strides are valid. A gradient has the memory format of its tensor.
+
+    ``reduction`` is a number of ``REDUCTIONS``. "none" gives a value per row, the others a scalar. "batchmean" divides
+    loss and gradients by the number of rows; an empty batch gives 0.
+
+    Gradients for a grad_output of 1 can be computed in the forward pass, into the ``to_...`` tensors. Autograd asks for
+    this where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the backward pass.
+    Otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor of the result's
+    shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there may read a
+    tensor's values on the host.
+
+    Weights of ensemble_kl may also be ``[K]`` where :attr:`short_weights` is true, unless they want a gradient.
 
     On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
     forward pass computes gradients too.  On a GPU the backward pass recomputes them, see :class:`Recomputes`.
@@ -237,6 +124,12 @@ class DistillKernels(Launcher):
         self._distill_ensemble = core.distill_ensemble
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        """Returns ``gradients`` (for a grad_output of 1) times the scalar ``grad``; called only where ``fused``.
+
+        Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained. None makes
+        the caller use ``..._backward`` instead. That is so for 16-bit gradients, which would be rounded twice and would
+        underflow before a loss scale lifts them.
+        """
         factor = grad.item()
         if factor == 1.0:
             return gradients
@@ -246,6 +139,7 @@ class DistillKernels(Launcher):
         return tuple([x if x is None else x * factor for x in gradients])
 
     def empty_gradient(self, x: Tensor) -> Tensor:
+        """An uninitialised gradient of ``x`` in its memory format, for ``to_...``."""
         gradient = _empty_like(x)
         return gradient if gradient.numel() < _LARGE else self.fresh(gradient)
 
@@ -263,6 +157,11 @@ class DistillKernels(Launcher):
         to_teacher: Tensor | None = None,
         raw_loss: Tensor | None = None,
     ) -> Tensor:
+        """kl_div, or dual_kl with ``other`` (a second student); the result has the promoted dtype of the logits.
+
+        ``weight`` has one value per row. A row of weight 0 contributes exactly 0, whatever it holds. ``raw_loss``
+        receives the rows' unweighted losses, 0 where the weight is 0.
+        """
         reduction = settings.reduction
         dtype = result_dtype(student, other, teacher)
         result = self._result(student, dtype, reduction)
@@ -299,6 +198,7 @@ class DistillKernels(Launcher):
         settings: Divergence,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of student, other, teacher, weight, each in its own dtype; None where ``needs`` is false."""
         to_student, to_other, to_teacher = (
             self.empty_gradient(x) if need and x is not None else None
             for x, need in zip((student, other, teacher), needs[:3], strict=True)
@@ -331,6 +231,7 @@ class DistillKernels(Launcher):
         return to_student, to_other, to_teacher, to_weight
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
+        """entropy, in the logits' dtype."""
         result = self._result(logits, logits.dtype, reduction)
         self._entropy(logits, reduction, to_logits, None, *((result, None) if reduction == NONE else (None, result)))
         return result
@@ -384,6 +285,12 @@ class DistillKernels(Launcher):
         to_student: Tensor | None = None,
         to_teachers: Tensor | None = None,
     ) -> Tensor:
+        """ensemble_kl, in the promoted dtype of student and teachers.
+
+        ``weights``: ``[K, B, 1, *positions]`` (one per teacher and row) or ``[K, B, C, *positions]``, any strides (0
+        where they were broadcast), not normalised, any floating dtype; None for equal weights. ``class_mask``: bool
+        ``[K, C]`` or None.
+        """
         dtype = result_dtype(student, None, teachers)
         temperature, reduction = settings.temperature, settings.reduction
         result = self._result(student, dtype, reduction)
@@ -421,6 +328,7 @@ class DistillKernels(Launcher):
         settings: Ensemble,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of student, teachers, weights (in the shape given); None where ``needs`` is false."""
         dtype = result_dtype(student, None, teachers)
         temperature, reduction = settings.temperature, settings.reduction
         by_class = class_mask is not None or (weights is not None and _by_class(weights))
@@ -463,6 +371,7 @@ class DistillKernels(Launcher):
     def js_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
+        """js_div, in the logits' dtype. ``weights``: ``[K, B, *positions]`` or None, as in ensemble_forward."""
         result = self._stack_result(logits, reduction)
         self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None)
         return result
@@ -470,9 +379,11 @@ class DistillKernels(Launcher):
     def js_backward(
         self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of logits and weights; None where ``needs`` is false."""
         return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
 
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
+        """Uninitialised memory for results that consensus_forward keeps for consensus_backward; None: keeps nothing."""
         if self.gpu:
             return None
         # Per row: four numbers for each of the K, then the log of the mixture. The last layout has rows side by side,
@@ -488,6 +399,7 @@ class DistillKernels(Launcher):
     def consensus_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """consensus: (entropy of the mixture, weighted mean of the entropies)."""
         first, second = self._stack_result(logits, reduction), self._stack_result(logits, reduction)
         self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), first, second, kept)
         return first, second
@@ -502,6 +414,7 @@ class DistillKernels(Launcher):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of logits and weights; None where ``needs`` is false."""
         return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs, kept)
 
     def _stack_backward(

@@ -17,7 +17,7 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
 from fedkern.ops._distill.entries import DIVERGENCE
-from fedkern.ops._distill.kernels import DistillKernel, Divergence, divergence_settings
+from fedkern.ops._distill.kernels import DistillKernels, Divergence, divergence_settings
 from fedkern.ops._distill.reference import compute_dtype, divergence_reference, is_flat, result_dtype
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
 
@@ -145,7 +145,7 @@ class _Divergence(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[DistillKernel, Divergence, bool], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, how: tuple[DistillKernels, Divergence, bool], *tensors: Tensor) -> Tensor:
         ctx.how = how
         kernel, settings, dual = how
         recompute = settings.reduction == NONE or not kernel.fused

@@ -13,7 +13,7 @@ from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.private_torch import may_be_transformed
-from fedkern.ops._fuse.kernels import FuseKernel, FuseKernels
+from fedkern.ops._fuse.kernels import FuseKernels
 from fedkern.ops._fuse.library import FUSE
 from fedkern.ops._fuse.maps import wants_channels_last
 from fedkern.ops._fuse.reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
@@ -203,7 +203,7 @@ class _Fuse(EagerFunction):
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[FuseKernel, Tensor | None, Tensor | None, bool, bool, Sequence[int], bool],
+        how: tuple[FuseKernels, Tensor | None, Tensor | None, bool, bool, Sequence[int], bool],
         *tensors: Tensor,
     ) -> Tensor:
         kernel, scale, shift, relu, mean, channels, last = how

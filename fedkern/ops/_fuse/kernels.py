@@ -1,10 +1,10 @@
-"""fuse: interface of the kernels, and the launcher that calls either compiled core."""
+"""fuse: the launcher that calls either compiled core."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,29 @@ from fedkern.ops._core.memory import HUGE
 from fedkern.ops._fuse.maps import compute_dtype, empty_map
 from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
 
+_empty_like = torch.empty_like
+_CHANNELS_LAST = torch.channels_last
+_LARGE = HUGE // 8  # elements; fresh() compares bytes
 
-class FuseKernel(Protocol):
-    """A backend's ``fuse_concat`` and ``fuse_mean``; arguments are checked, tensors strided and not negated.
 
-    Maps have shape ``[B, C_m, *S]``, one dtype and any strides; ``scale`` and ``shift`` have shape ``[sum of C_m]`` and
-    any of the four dtypes.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
+class FuseKernels(Launcher):
+    """``fuse_concat`` and ``fuse_mean`` of both compiled cores; Triton's launcher has the same methods.
+
+    Arguments are checked, tensors strided and not negated.  Maps have shape ``[B, C_m, *S]``, one dtype and any
+    strides.  ``scale`` and ``shift`` have shape ``[sum of C_m]`` and any of the four dtypes.  Products and sums are
+    taken in fp32 (fp64 for fp64 maps) and rounded once.
+
+    The cores read most maps as they are.  They say so where they do not, and are called again with copies.  On a GPU a
+    mean of more than 48 maps is left to plain PyTorch.
 
     Attributes:
         views: whether gradients that are parts of the result's gradient are handed out as views of it.
     """
 
-    views: bool
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self.views = not self.gpu
+        self._forward, self._backward = core.fuse_forward, core.fuse_backward
 
     def forward(
         self,
@@ -46,59 +57,6 @@ class FuseKernel(Protocol):
             channels_last: layout of the result, which is dense; that of
                 :func:`fedkern.ops._fuse.maps.wants_channels_last`.
         """
-
-    def backward(
-        self,
-        grad: Tensor,
-        features: Sequence[Tensor] | None,
-        out: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        channels: Sequence[int],
-        needs: FuseNeeds,
-        channels_last: bool,
-    ) -> FuseGradients:
-        """The gradients that ``needs`` asks for, the same bits every time.
-
-        Args:
-            grad: gradient of the result, of any strides (0 included).
-            features: the maps, if scale's gradient or the gradient of a mean of ReLUs is wanted; else None.
-            out: the result of a concatenation with ReLU, if ``features`` is None; the gradient passes where it is
-                positive.
-            channels: C_m of every map.
-            channels_last: layout of the maps' gradients, which are dense.
-        """
-
-
-_empty_like = torch.empty_like
-_CHANNELS_LAST = torch.channels_last
-_LARGE = HUGE // 8  # elements; fresh() compares bytes
-
-
-class FuseKernels(Launcher):
-    """:class:`FuseKernel` on ``fedkern._cpu`` and ``fedkern._cuda``.
-
-    The cores read most maps as they are.  They say so where they do not, and are called again with copies.  On a GPU a
-    mean of more than 48 maps is left to plain PyTorch.
-    """
-
-    def __init__(self, core: Any) -> None:
-        super().__init__(core)
-        self.views = not self.gpu
-        self._forward, self._backward = core.fuse_forward, core.fuse_backward
-
-    def forward(
-        self,
-        features: Sequence[Tensor],
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        channels: Sequence[int],
-        channels_last: bool,
-    ) -> Tensor:
         first = features[0]
         if mean and (first.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else first.is_contiguous()):
             out = _empty_like(first)  # takes half as long as making a map from its shape
@@ -130,6 +88,16 @@ class FuseKernels(Launcher):
         needs: FuseNeeds,
         channels_last: bool,
     ) -> FuseGradients:
+        """The gradients that ``needs`` asks for, the same bits every time.
+
+        Args:
+            grad: gradient of the result, of any strides (0 included).
+            features: the maps, if scale's gradient or the gradient of a mean of ReLUs is wanted; else None.
+            out: the result of a concatenation with ReLU, if ``features`` is None; the gradient passes where it is
+                positive.
+            channels: C_m of every map.
+            channels_last: layout of the maps' gradients, which are dense.
+        """
         need_features, need_scale, need_shift = needs
         targets = self._targets(grad, mean, channels, need_features, channels_last)
         if mean and self._too_many(channels):

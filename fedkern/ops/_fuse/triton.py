@@ -170,7 +170,7 @@ def sums_kernel(
 
 
 class TritonFuse:
-    """:class:`fedkern.ops._fuse.kernels.FuseKernel`."""
+    """The methods of :class:`fedkern.ops._fuse.kernels.FuseKernels` in Triton."""
 
     views = False
 

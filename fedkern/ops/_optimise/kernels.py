@@ -1,9 +1,9 @@
-"""optimise: interface of a backend's kernel, the call that it receives, and the launcher of the compiled cores."""
+"""optimise: the call that a backend's kernel receives, and the launcher of the compiled cores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,19 +73,8 @@ class Call(NamedTuple):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-class OptimiseKernel(Protocol):
-    """A backend's kernel of :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`."""
-
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Takes the step; returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
-
-        Where the parameters are ``[P]``, the results have no axis.
-        """
-        ...
-
-
 class OptimiseKernels(Launcher):
-    """:class:`OptimiseKernel` on a compiled core."""
+    """sgd_step and adamw_step of a compiled core; Triton's launcher has the same method."""
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
@@ -93,6 +82,10 @@ class OptimiseKernels(Launcher):
         self._finite, self._squared = (_empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64))
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Takes the step; returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
+
+        Where the parameters are ``[P]``, the results have no axis.
+        """
         parameters, lr = call.parameters, call.lr
         if parameters.dim() == 1 and not self.gpu:
             finite, squared = _empty_like(self._finite), _empty_like(self._squared)

@@ -11,7 +11,7 @@ from fedkern.ops._optimise.kernels import Call
 
 
 def optimise_reference(call: Call) -> tuple[Tensor, Tensor]:
-    """:meth:`fedkern.ops._optimise.kernels.OptimiseKernel.step` as ``torch.optim`` writes it.
+    """:meth:`fedkern.ops._optimise.kernels.OptimiseKernels.step` as ``torch.optim`` writes it.
 
     16-bit types are computed in fp32, and written values are rounded once.
     """

@@ -17,7 +17,7 @@ BLOCK = 1024
 
 
 class TritonOptimise:
-    """:class:`fedkern.ops._optimise.kernels.OptimiseKernel`."""
+    """The method of :class:`fedkern.ops._optimise.kernels.OptimiseKernels` in Triton."""
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         parameters = call.parameters

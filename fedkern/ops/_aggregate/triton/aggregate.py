@@ -35,7 +35,7 @@ MOST = 128
 
 
 class TritonAggregate(PlainAggregate):
-    """:class:`fedkern.ops._aggregate.kernels.AggregateKernel`; the exact accumulator is PlainAggregate's."""
+    """aggregate in Triton; the exact accumulator is PlainAggregate's."""
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         rows, size, device = _rows(vectors), vectors[0].shape[0], vectors[0].device

@@ -180,7 +180,7 @@ def tile(rows: int, size: int) -> tuple[int, int]:
 
 
 class TritonBlend:
-    """The interface is :class:`fedkern.ops._blend.kernels.BlendKernel`."""
+    """The methods of :class:`fedkern.ops._blend.kernels.BlendKernels` in Triton."""
 
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None

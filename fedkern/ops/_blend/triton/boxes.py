@@ -100,7 +100,7 @@ def pixel_stride(images: Tensor) -> int:
 
 
 class TritonBoxes:
-    """The interface is :class:`fedkern.ops._blend.kernels.BoxesKernel`."""
+    """The method of :class:`fedkern.ops._blend.kernels.BoxesKernels` in Triton."""
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         if not out.numel():

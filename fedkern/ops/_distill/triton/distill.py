@@ -36,7 +36,7 @@ from fedkern.ops._distill.triton.rows import (
 
 
 class TritonDistill(Recomputes, Mixtures):
-    """:class:`fedkern.ops._distill.kernels.DistillKernel`."""
+    """The methods of :class:`fedkern.ops._distill.kernels.DistillKernels` in Triton."""
 
     def divergence_forward(
         self,

@@ -38,7 +38,7 @@ from fedkern.ops._distill.triton.stacks import Call, Gradients
 
 
 class Mixtures:
-    """The part of :class:`fedkern.ops._distill.kernels.DistillKernel` with K teachers."""
+    """The part of :class:`fedkern.ops._distill.kernels.DistillKernels` with K teachers."""
 
     def ensemble_forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from fedkern.ops._core import backend
 from fedkern.ops._fuse.blocks.layers import FusedConv
 from fedkern.ops._fuse.kernels import FuseKernels
+
+if TYPE_CHECKING:
+    from fedkern.ops._fuse.blocks.lowering import Folded
 
 # kFuseConvColumns of csrc/include/fedkern/fuse.h: a map's width with its border; wider maps take another lowering.
 MAX_COLUMNS = 256
@@ -53,18 +56,8 @@ def pack(weight: Tensor, branches: int, largest: int) -> tuple[Tensor, int]:
     return padded.unflatten(1, (blocks, block)).transpose(2, 3).contiguous(), block
 
 
-class Weights(Protocol):
-    """Folded weights of one convolution, see :class:`fedkern.ops._fuse.blocks.lowering.Folded`."""
-
-    conv: FusedConv
-    bias: Tensor | None
-
-    def packed(self, largest: int) -> tuple[Tensor, int]:
-        """:func:`pack` of the weights."""
-
-
 def convolve(
-    core: Any, held: Weights, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
+    core: Any, held: Folded, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
 ) -> None:
     """``out = relu(conv(x) + bias + other)`` for all branches.
 
