@@ -231,7 +231,7 @@ class Run:
         """Writes ``report.html``, one file of the run to read in a browser, over an older one, and returns its path.
 
         Raises:
-            UserError: jinja2 or plotly is not installed (extra ``report``), or a file of the run is damaged.
+            UserError: a file of the run is damaged, or the folder cannot be written.
         """
         from fedkern.report.run_page import write_report
 

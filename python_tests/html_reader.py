@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
-from typing import Any
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -56,21 +54,12 @@ class Reader(HTMLParser):
         return [given[attribute] or "" for _, given, _ in self.elements if attribute in given]
 
     @property
-    def charts(self) -> dict[str, Any]:
-        """Charts by name, as the page's script reads them."""
-        (text,) = ["".join(text) for name, given, text in self.elements if given.get("id") == "charts"]
-        return json.loads(text)
-
-    @property
-    def scripts(self) -> list[str]:
-        """Contents of the scripts that run."""
-        return ["".join(text) for name, given, text in self.elements if name == "script" and "type" not in given]
+    def charts(self) -> set[str]:
+        """Names of the charts."""
+        return {name.removeprefix("chart-") for name in self.values("id") if name.startswith("chart-")}
 
     @property
     def words(self) -> str:
-        """All text of the page's body but scripts."""
+        """All text of the page's body."""
         (body,) = [i for i, (name, _, _) in enumerate(self.elements) if name == "body"]
-        text = "".join(self.elements[body][2])
-        for script in [*self.scripts, *("".join(t) for n, g, t in self.elements if g.get("id") == "charts")]:
-            text = text.replace(script, "")
-        return re.sub(r"\s+", " ", text)
+        return re.sub(r"\s+", " ", "".join(self.elements[body][2]))

@@ -83,13 +83,9 @@ def run(request: Request) -> int:
     Returns:
         The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    from fedkern.report.html_page import check_installed
-
     if request.flower is not None:
         return flower_project.write(request)
     check_backend()
-    if request.report:
-        check_installed()
     config = effective(request) if request.resume is None else _stored(request)
     with _folder(request, config) as out, _workers_ahead(config):
         return _run(request, config, out)

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="an option of the methods that have it; repeatable")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder of the runs and of comparison.csv, .md, .tex and .png; "
                                                      "default comparisons/<time>")  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="write report.html of the comparison (extra [report])")
+    parser.add_argument("--report", action="store_true", help="write report.html of the comparison")
     parser.add_argument("--quiet", action="store_true", help="no display; only the folder at the end")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, and nothing else")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
@@ -154,11 +154,8 @@ def compare(request: Request) -> int:
     from fedkern.comparison.cell_runner import Runner
     from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unused_rounds
     from fedkern.comparison.seed_statistics import Target
-    from fedkern.report.html_page import check_installed
 
     given = request.arguments
-    if given["report"]:
-        check_installed()
     target = None if given["target"] is None else Target.read(given["target"])
     if "folders" in given:
         return _tell(request, compare_found(given["folders"], out=request.out, target=target), {})

@@ -284,7 +284,7 @@ def _parser(method: str | None, data: str) -> Parser:
             group.add_argument(
                 "--report",
                 action="store_true",
-                help="write report.html at the end, one file to read in a browser (extra [report])",
+                help="write report.html at the end, one file to read in a browser",
             )
             group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
             group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")

@@ -24,8 +24,7 @@ NAME = "report"
 
 
 def _parser() -> Parser:
-    about = f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}. It needs pip install 'fedkern[report]'."
-    parser = command_parser(NAME, about)
+    parser = command_parser(NAME, f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}.")
     parser.usage = f"{PROGRAM} {NAME} DIR [DIR ...] [flags]"
     parser.add_argument("folders", nargs="*", metavar="DIR",
                         help="folder of a run, finished or not, or of a comparison; report.html is written into "
@@ -68,7 +67,6 @@ def report(request: Request) -> int:
     from fedkern.comparison import comparison_page
     from fedkern.report import html_page, run_page
 
-    html_page.check_installed()
     folders: dict[Path, Path] = {}
     for folder in request.arguments["folders"]:
         if not comparison_page.holds_runs(folder):

@@ -75,7 +75,7 @@ class Comparison:
         """Writes ``report.html``, one file of the comparison to read in a browser, and returns its path.
 
         Raises:
-            UserError: jinja2 or plotly is not installed (extra ``report``), or the folder cannot be written.
+            UserError: the folder cannot be written.
         """
         from fedkern.comparison.comparison_page import write_report
 

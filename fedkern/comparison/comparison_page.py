@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import FoundRun, Group, grouped, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result
@@ -20,8 +18,8 @@ from fedkern.engine.store.records import SUMMARY, versions
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import read_text
 from fedkern.report import html_page, run_page
-from fedkern.report.comparison_plot import mean_curve
-from fedkern.report.html_charts import Series, bars, curves, dots
+from fedkern.report.charts import Series, bars, dots, of_rounds
+from fedkern.report.comparison_plot import curves, mean_curve
 from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import (
@@ -90,9 +88,8 @@ def write_report(
         data_root: current folder of the data files.
 
     Raises:
-        UserError: jinja2 or plotly is missing, or the folder cannot be written.
+        UserError: the folder cannot be written.
     """
-    html_page.check_installed()
     html_page.check_target(folder)
     return html_page.write(page(folder, result, commands or {}, data_root), folder)
 
@@ -243,23 +240,15 @@ def _markdown(folder: Path) -> tuple[list[str], list[list[str]], list[str]] | No
 
 def _curves(result: Result) -> Section:
     section = Section("curves", "Curves")
+    histories = result.histories()
     for number, figure in enumerate(result.figures):
-        series = []
-        many = False
-        for group in result.groups:
-            rounds, values = mean_curve([run.records for run in group.runs.values()], figure)
-            if not len(rounds):
-                continue
-            mean = 100 * values.mean(0)
-            band = 100 * values.std(0, ddof=1) if len(values) > 1 else np.zeros(0)
-            many = many or len(values) > 1
-            edges = (list(mean - band), list(mean + band)) if len(band) else ((), ())
-            series.append(Series(group.label, rounds.tolist(), mean.tolist(), *edges))
-        if series:
-            title = f"{_called(figure)}, over the rounds"
-            note = "Mean over the runs; the band is one standard deviation." if many else ""
-            axis = figure_title(split_metric(figure)[1])
-            section.charts.append(curves(f"curve-{number}", title, series, axis=axis, unit="%", note=note))
+        drawn = curves(histories, [figure])
+        if drawn is None:
+            continue
+        found = {name: mean_curve(runs, figure) for name, runs in histories.items()}
+        series = [Series(name, at.tolist(), (100 * v.mean(0)).tolist()) for name, (at, v) in found.items() if len(at)]
+        title = f"{_called(figure)}, over the rounds"
+        section.charts.append(of_rounds(f"curve-{number}", title, drawn, series, unit="%"))
     return section
 
 

@@ -172,14 +172,20 @@ class Result:
             UserError: the disk is full or the folder cannot be written.
         """
         from fedkern.report.comparison_plot import curves
+        from fedkern.report.plots import save
 
         folder.mkdir(parents=True, exist_ok=True)
         texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}
         for name, text in texts.items():
             atomic.write_bytes(folder / name, text.encode())
-        histories = {group.label: [run.records for run in group.runs.values()] for group in self.groups}
-        drawn = curves(histories, self.figures, folder / PICTURE, title=self.title())
-        return [folder / name for name in (*texts, *([PICTURE] if drawn else []))]
+        drawn = curves(self.histories(), self.figures, title=self.title())
+        if drawn is not None:
+            save(drawn, folder / PICTURE)
+        return [folder / name for name in (*texts, *([] if drawn is None else [PICTURE]))]
+
+    def histories(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
+        """Records of the rounds of every run, by the group's name."""
+        return {group.label: [run.records for run in group.runs.values()] for group in self.groups}
 
     def to_csv(self) -> str:
         """:meth:`run_rows` as CSV."""

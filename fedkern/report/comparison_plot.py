@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 
 from fedkern.report.names import TITLE, label
-from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, save
+from fedkern.report.plots import COLOURS, DASHES, MARKERS, new_figure, over_rounds
 from fedkern.report.tables import set_title, split_metric
 
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000", GREY)
-DASHES = ("-", "--", "-.", ":")
-MARKERS = "osD^v*PX"
 NAMED, LEGEND = 24, 40
 """Most groups in the legend, and most characters of a group's name there."""
 
@@ -41,23 +37,22 @@ def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], figure: str) -> tupl
 
 
 def curves(
-    groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], figures: Sequence[str], path: Path, *, title: str
-) -> bool:
+    groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], figures: Sequence[str], *, title: str = ""
+) -> Figure | None:
     """Draws every main figure in axes of its own: a curve for each group, with one standard deviation as its band.
 
     Args:
         groups: records of the rounds of every run, by the group's name.
         figures: names of the figures; fractions, drawn in per cent.
-        path: the PNG.
         title: title of the picture.
 
     Returns:
-        False if there was nothing to draw; no file is written then.
+        None if there was nothing to draw.
     """
     found = {figure: {name: mean_curve(runs, figure) for name, runs in groups.items()} for figure in figures}
     found = {figure: each for figure, each in found.items() if any(len(rounds) for rounds, _ in each.values())}
     if not found:
-        return False
+        return None
     figure = new_figure(7.2 if len(found) == 1 else 5.4 * len(found), 4.6)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (name, drawn) in zip(panels, found.items(), strict=True):
@@ -80,15 +75,10 @@ def curves(
         test_set, figure_name = split_metric(name)
         called = {"dice": "Dice", "i2t_r1": "recall at 1, image to text"}.get(figure_name, figure_name)
         axes.set_ylabel(f"{called}{f', {set_title(test_set)}' if test_set else ''} (%)", fontsize=12)
-        axes.set_xlabel("communication round", fontsize=12)
         axes.set_xlim(0.5, last + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.tick_params(labelsize=11)
-        axes.grid(True, color="#dddddd", lw=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
+        over_rounds(axes)
         axes.legend(fontsize=10, frameon=False, loc="best")  # not every group has every figure
     many = any(len(values) > 1 for drawn in found.values() for _, values in drawn.values())
     told = label(title, TITLE) + ("\nmean and standard deviation over seeds" if many else "")
-    panels[0].set_title(told, fontsize=13, loc="left")
-    save(figure, path)
-    return True
+    panels[0].set_title(told.strip(), fontsize=13, loc="left")
+    return figure

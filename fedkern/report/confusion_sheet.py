@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedkern.engine.store.confusions import Confusions
 from fedkern.report.names import TITLE, label
-from fedkern.report.plots import save
+from fedkern.report.plots import GREY
 from fedkern.report.tables import set_title
 
 NUMBERS = 20
@@ -24,12 +24,11 @@ _TOP, _HEAD, _AXIS, _GAP, _LINE = 0.4, 0.5, 0.3, 0.35, 0.2  # inches: titles, na
 _LEAST = 0.08  # inches from one readable name to the next
 
 
-def draw(found: Confusions, path: Path, *, title: str) -> None:
+def draw(found: Confusions, *, title: str = "") -> Figure:
     """Draws the matrices on one scale of colours, which is the share of a true class's images.
 
     Args:
         found: at least one matrix, of at least one class.
-        path: the PNG.
         title: title of the picture.
     """
     classes = len(found.classes)
@@ -42,17 +41,18 @@ def draw(found: Confusions, path: Path, *, title: str) -> None:
     upright = room > cell * every
     below = (room if upright else size / 72 + 0.1) + _AXIS
     listed = [] if numbers else [mistakes(matrix, found.classes) for matrix in found.matrices.values()]
+    top = _TOP if title else 0.0
     notes = 0.1 + _LINE * (1 + max(len(lines) for lines in listed)) if listed else 0.0
     across = min(2 if numbers else 1, len(found.matrices))
     down = -(-len(found.matrices) // across)
     side, left = classes * cell, _AXIS + room
     wide, high = left + side + _GAP, _HEAD + side + below + notes
-    width, height = max(across * wide + 0.8, 5.0), _TOP + down * high
+    width, height = max(across * wide + 0.8, 5.0), top + down * high
     figure = Figure(figsize=(width, height), dpi=150)
     figure.text(0.1 / width, 1 - 0.22 / height, label(title, TITLE), fontsize=12, ha="left", va="center")
     for number, (name, matrix) in enumerate(found.matrices.items()):
         x = number % across * wide + left
-        y = _TOP + number // across * high + _HEAD + side  # downwards, to the lower edge
+        y = top + number // across * high + _HEAD + side  # downwards, to the lower edge
         axes = figure.add_axes((x / width, 1 - y / height, side / width, side / height))
         _panel(axes, matrix, number_size=cell * 72 if numbers else 0.0)
         right, count = int(np.trace(matrix)), int(matrix.sum())
@@ -60,16 +60,17 @@ def draw(found: Confusions, path: Path, *, title: str) -> None:
         for line, up in ((label(set_title(name)), 0.29), (share, 0.1)):
             figure.text(x / width, 1 - (y - side - up) / height, line, fontsize=10 if up > 0.2 else 9, va="center")
         ticks = range(0, classes, every)
-        axes.set_xticks(ticks, names[::every], fontsize=size, rotation=90 if upright else 0)
+        turned: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        axes.set_xticks(ticks, names[::every], fontsize=size, **(turned if upright else {}))
         axes.set_yticks(ticks, names[::every], fontsize=size)
         axes.tick_params(length=0, pad=2)
         _axis_name(figure, (x + side / 2) / width, 1 - (y + below - 0.13) / height, "predicted class")
         _axis_name(figure, (x - left + 0.15) / width, 1 - (y - side / 2) / height, "true class", rotation=90)
         for row, line in enumerate(("most frequent mistakes", *listed[number]) if listed else ()):
             at = 1 - (y + below + 0.1 + row * _LINE) / height
-            figure.text(x / width, at, line, fontsize=9, va="center", color="#222222" if row else "#666666")
+            figure.text(x / width, at, line, fontsize=9, va="center", color="black" if row else GREY)
     x = across * wide - _GAP + 0.15
-    bar = figure.add_axes((x / width, 1 - (_TOP + _HEAD + side) / height, 0.12 / width, side / height))
+    bar = figure.add_axes((x / width, 1 - (top + _HEAD + side) / height, 0.12 / width, side / height))
     bar.imshow(np.linspace(1, 0, 256)[:, None], cmap="Blues", aspect="auto", extent=(0, 1, 0, 1))
     bar.set_xticks([])
     bar.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"], fontsize=8)
@@ -77,9 +78,9 @@ def draw(found: Confusions, path: Path, *, title: str) -> None:
     for spine in bar.spines.values():
         spine.set_visible(False)
     _axis_name(
-        figure, (x + 0.65) / width, 1 - (_TOP + _HEAD + side / 2) / height, "share of the true class", rotation=90
+        figure, (x + 0.65) / width, 1 - (top + _HEAD + side / 2) / height, "share of the true class", rotation=90
     )
-    save(figure, path)
+    return figure
 
 
 def mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
@@ -107,4 +108,4 @@ def _panel(axes: Axes, matrix: npt.NDArray[np.int64], number_size: float) -> Non
 
 
 def _axis_name(figure: Figure, x: float, y: float, text: str, rotation: int = 0) -> None:
-    figure.text(x, y, text, fontsize=10, ha="center", va="center", rotation=rotation)
+    figure.text(x, y, text, fontsize=10, ha="center", va="center", rotation=rotation, rotation_mode="anchor")

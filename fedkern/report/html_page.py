@@ -1,26 +1,22 @@
 """A report as one HTML file: its parts as plain data, and the file made of them.
 
-The file holds everything it shows: plotly.js (4.8 MB, from the Python package), pictures as data URIs, one style sheet
-and one script.  Its content security policy allows nothing else, so that the file loads nothing and runs no code that a
-name or a caption brings.
+The file holds everything it shows: charts as SVG, pictures as data URIs, and one style sheet.  Its content security
+policy allows nothing else, so that the file loads nothing and runs no code that a name or a caption brings.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import importlib.util
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 
 FILE = "report.html"
-PACKAGES = ("jinja2", "plotly")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -43,24 +39,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of plotly, with what stands for it where it cannot be seen.
+    """A chart, with what stands for it where it cannot be seen.
 
     Attributes:
         name: identifier, unique on the page: lower-case letters, digits, hyphens.
         title: what the chart shows.
         text: the chart in a sentence or two, for readers who cannot see it.
-        data, layout: the figure of plotly.  ``meta`` of a trace says which colour of the page's palettes it has
-            (see `fedkern.report.html_charts`), as light and dark pages have different ones.
-        table: figures of the chart.
+        svg: the chart as an SVG element.
+        tables: figures of the chart.
         note: a sentence below the chart.
     """
 
     name: str
     title: str
     text: str
-    data: Sequence[Mapping[str, Any]]
-    layout: Mapping[str, Any]
-    table: Table
+    svg: str
+    tables: Sequence[Table]
     note: str = ""
 
 
@@ -135,13 +129,6 @@ class Page:
     sections: list[Section] = field(default_factory=list)
 
 
-def check_installed() -> None:
-    """Raises UserError where a package that makes reports is not installed; imports none of them."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"A report needs {' and '.join(missing)}: pip install 'fedkern[report]'.")
-
-
 def check_target(folder: Path) -> None:
     """Raises UserError where the report cannot replace what stands at its place in ``folder``."""
     path = folder / FILE
@@ -155,59 +142,26 @@ def data_uri(content: bytes, kind: str = "image/png") -> str:
 
 
 def render(page: Page) -> str:
-    """The HTML text of a page.
-
-    Raises:
-        UserError: plotly or jinja2 is not installed.
-    """
-    check_installed()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    plotly, script, style = get_plotlyjs().strip(), _text("report.js"), _text("report.css")
-    sections = [section for section in page.sections if section.filled]
-    charts = {
-        chart.name: {"data": chart.data, "layout": chart.layout} for section in sections for chart in section.charts
-    }
+    """The HTML text of a page."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("report.html.j2").render(
-        page=page, sections=sections, charts=_script_json(charts), plotly=plotly, script=script, style=style,
-        policy=_policy((plotly, script), style),
-    )  # fmt: skip
+        page=page,
+        sections=[section for section in page.sections if section.filled],
+        style=(_TEMPLATES / "report.css").read_text("utf-8").strip(),
+    )
 
 
 def write(page: Page, folder: Path) -> Path:
     """Writes a page into ``folder``, completely or not at all, over an older report, and returns its path.
 
     Raises:
-        UserError: a package is missing, or the folder cannot be written.
+        UserError: the disk is full or the folder cannot be written.
     """
     check_target(folder)
     text = render(page)
     path = folder / FILE
     atomic.write_bytes(path, text.encode(errors="backslashreplace"))
     return path
-
-
-def _text(name: str) -> str:
-    return (_TEMPLATES / name).read_text("utf-8").strip()
-
-
-def _script_json(value: Any) -> str:
-    """JSON for a script element, which no text inside it can end."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _policy(scripts: Sequence[str], style: str) -> str:
-    """The content security policy: these scripts alone, embedded pictures alone, nothing from anywhere.
-
-    plotly.js sets styles at run time, so styles of any origin inside the page are allowed.
-    """
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
-    )
-    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -124,13 +124,16 @@ def _draw(
     name = f"{config.method} on {config.data}"
     written = []
     target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
-    if plots.accuracy_curves(read_metrics(run_dir), target, title=f"{name}, seed {config.seed}"):
+    title = f"{name}, seed {config.seed}"
+    figure = plots.accuracy_curves(read_metrics(run_dir), title=title, tests=data.tests)
+    if figure is not None:
+        plots.save(figure, target)
         written.append(target)
     target = run_dir / PICTURES["confusion"]
     if config.records == "private":
         target.unlink(missing_ok=True)
     elif (found := confusions.read(run_dir)) is not None and found.matrices and found.classes:
-        confusion_sheet.draw(found, target, title=f"Confusion of {name}, seed {config.seed}")
+        plots.save(confusion_sheet.draw(found, title=f"Confusion of {name}, seed {config.seed}"), target)
         written.append(target)
     target = run_dir / PICTURES["partition"]
     if config.records == "private":
@@ -138,12 +141,14 @@ def _draw(
     else:
         held = data.statistics.held_out
         title = f"{config.data}: {data.statistics.partition}" + (f"; held out: {held[0]}" if held is not None else "")
-        plots.partition_picture(data.statistics, target, title=title)
+        plots.save(plots.partition_picture(data.statistics, title=title), target)
         written.append(target)
     target = run_dir / PICTURES["weights"]
     by_samples = config.options.get("weighting") == "samples"
     title = f"Clients of {name}, seed {config.seed}"
-    if weights_picture(read_metrics(run_dir), target, title=title, by_samples=by_samples):
+    figure = weights_picture(read_metrics(run_dir), title=title, by_samples=by_samples)
+    if figure is not None:
+        plots.save(figure, target)
         written.append(target)
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes)
     model = read_model(run_dir, trusted)[0] if model is None else model

@@ -1,20 +1,25 @@
-"""Accuracy (or Dice) curves and the partition, as PNG files.
+"""Accuracy (or Dice) curves and the partition as figures, and figures as PNG files and as SVG of a page.
 
-Figures use matplotlib's object interface: no global state, no display, safe in threads.  The colours are those of Okabe
-and Ito, which are safe for colour-blind readers.
+Figures use matplotlib's object interface: no display and, except in :func:`svg`, no global state.  The colours are
+those of Okabe and Ito, which are safe for colour-blind readers.
 """
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -25,6 +30,12 @@ from fedkern.report.names import TITLE, label
 from fedkern.report.tables import split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+GRID = "#dddddd"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000", GREY)
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^v*PX"
+_ON_PAGE = {"#000000": "currentColor", GRID: "var(--line)", GREY: "var(--soft)", BLUE.lower(): "var(--blue)"}
+"""Colours that a page in dark mode changes, and what stands for them in an SVG (``templates/report.css``)."""
 _STYLES = {
     "id": (BLUE, "-", "o", "in distribution"),
     "ood": (ORANGE, "-", "s", "out of distribution"),
@@ -39,20 +50,53 @@ DRAWN = 200
 """Most clients in the picture of a partition; rows of more could not be told apart."""
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG completely or not at all, with literal texts, as a class may have ``$`` in its name.
-
-    A character that the font lacks is drawn as a box, without a warning.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
+@contextmanager
+def _literal_texts(figure: Figure) -> Iterator[None]:
+    """Drawing with literal texts, as a class may have ``$`` in its name, and a box for a character the font lacks."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_usetex(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        yield
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG completely or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with _literal_texts(figure):
         atomic.write(path, FigureCanvasAgg(figure).print_png)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element of an HTML page, on the page's ground and in its font; equal figures give equal texts.
+
+    Args:
+        figure: the figure; its ground and those of its axes are taken away.
+        name: start of all ids inside, which must differ within a page.
+    """
+    figure.set_facecolor("none")
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+    file = io.StringIO()
+    # Texts stay texts: the reader's fonts know more scripts than matplotlib's, and paths of letters are large.
+    how: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedkern", "font.sans-serif": ["DejaVu Sans"]}
+    with _literal_texts(figure), rc_context(how):
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = re.sub(r"<defs>\s*<style.*?</defs>\s*", "", file.getvalue(), count=1, flags=re.DOTALL)
+    size = f'style="--wide: {96 * figure.get_figwidth():.0f}px"'
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, text[text.index("<svg") :], count=1)
+
+    def of_page(tag: re.Match[str]) -> str:
+        found = tag[0]
+        for colour, here in _ON_PAGE.items():
+            found = found.replace(colour, here)
+        return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", found)
+
+    return re.sub(r"<[^>]+>", of_page, text).strip()
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -60,30 +104,46 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _whole() -> MaxNLocator:
+def whole() -> MaxNLocator:
     """A locator of ticks at whole numbers only, even on a short axis."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
-def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
+def frame(axes: Axes) -> None:
+    """Gives axes their grid, and leaves out the upper and the right edge."""
+    axes.tick_params(labelsize=11)
+    axes.grid(True, color=GRID, lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def over_rounds(axes: Axes) -> None:
+    """Gives axes of curves over the communication rounds their frame and their horizontal axis."""
+    axes.set_xlabel("communication round", fontsize=12)
+    axes.xaxis.set_major_locator(whole())
+    frame(axes)
+
+
+def accuracy_curves(
+    records: Sequence[Mapping[str, Any]], *, title: str = "", tests: Collection[str] = ()
+) -> Figure | None:
     """Draws the accuracy (or Dice, or recall at 1) on every test set over the communication rounds.
 
     Recall depends on the number of candidates: sets with other numbers have axes of their own, which say the number.
 
     Args:
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
-        path: the PNG.
         title: title of the picture.
+        tests: names of the run's test sets.
 
     Returns:
-        False if there was nothing to draw; no file is written then.
+        None if there was nothing to draw.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     galleries: dict[str, float] = {}
     main = "accuracy"
     for record in records:
         for name, value in record.items():
-            test_set, figure_name = split_metric(name)
+            test_set, figure_name = split_metric(name, tests)
             if figure_name in MAIN_FIGURES and isinstance(value, (int, float)):
                 main = figure_name
                 rounds, values = curves.setdefault(test_set, ([], []))
@@ -92,7 +152,7 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
             elif figure_name == "gallery" and isinstance(value, (int, float)):
                 galleries[test_set] = float(value)
     if not curves:
-        return False
+        return None
     panels: dict[float, list[str]] = {}  # test sets by number of candidates
     for name in sorted(curves, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
         panels.setdefault(galleries.get(name, 0.0), []).append(name)
@@ -108,15 +168,17 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         axes.set_xlim(first - 0.5, last + 0.5)
         axes.legend(fontsize=11, frameon=False, loc="lower right" if last > 1 else "best")
     figure.axes[0].set_title(label(title, TITLE), fontsize=13, loc="left")
-    save(figure, path)
-    return True
+    return figure
 
 
 def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
     """Draws rounds and per cent of every test set, with the last value of each at its end."""
     ends = []
+    others = [name for name in curves if name not in _STYLES]
+    own = {name: (COLOURS[(2 + i) % len(COLOURS)], "-", MARKERS[(3 + i) % len(MARKERS)], name)
+           for i, name in enumerate(others)}  # fmt: skip
     for name, (rounds, values) in curves.items():
-        colour, dashes, marker, called = _STYLES.get(name, (GREEN, "-", "^", name))
+        colour, dashes, marker, called = {**_STYLES, **own}[name]
         every = max(1, len(rounds) // 12)
         axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label(called))
         if name != "validation":
@@ -129,15 +191,11 @@ def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> 
             f"{value:.1f}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
             color=colour, fontsize=12, fontweight="bold", va="center", annotation_clip=False,
         )  # fmt: skip
-    axes.set_xlabel("communication round", fontsize=12)
     axes.set_ylim(0, 102)
-    axes.xaxis.set_major_locator(_whole())
-    axes.tick_params(labelsize=11)
-    axes.grid(True, color="#dddddd", lw=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+    over_rounds(axes)
 
 
-def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
+def partition_picture(statistics: Any, *, title: str = "") -> Figure:
     """Draws how many training samples of each class every client holds.
 
     Of more than `DRAWN` clients as many are drawn, evenly spaced by size (`PartitionStatistics.spread`).  Of a coloured
@@ -145,7 +203,6 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
 
     Args:
         statistics: ``fedkern.data.statistics.PartitionStatistics``.
-        path: the PNG.
         title: title of the picture.
     """
     shown = statistics.spread(DRAWN)
@@ -173,7 +230,8 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     for panel in (axes, *below):
         if classes <= 20:
             long = max(len(name) for name in names) > 5
-            panel.set_xticks(range(classes), names, rotation=40 if long else 0, ha="right" if long else "center")
+            turned: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if long else {}
+            panel.set_xticks(range(classes), names, **turned)
         if clients <= 20:
             panel.set_yticks(range(clients), [label(name) for name in statistics.labels])
         panel.set_xlabel("class", fontsize=12)
@@ -186,10 +244,10 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
         for spine in panel.spines.values():
             spine.set_visible(False)
     axes.set_title(label(title, TITLE), fontsize=13, loc="left")
-    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=_whole())
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=whole())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)
-    save(figure, path)
+    return figure
 
 
 def _colours(panel: Axes, statistics: Any, shown: npt.NDArray[np.int64]) -> None:

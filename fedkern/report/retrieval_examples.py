@@ -16,7 +16,7 @@ from fedkern.downstream.finished import Finished
 from fedkern.engine import RunConfig, read_model
 from fedkern.errors import printable_name
 from fedkern.methods.common.retrieval import Gallery
-from fedkern.report.html_charts import evenly
+from fedkern.report.charts import evenly
 from fedkern.report.html_page import Example, data_uri
 from fedkern.report.sheet import rgb
 from fedkern.report.tables import set_title

@@ -7,7 +7,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,18 @@ from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.report import html_page, pictures
-from fedkern.report.html_charts import SLOTS, Series, bars, curves, heat, shown
+from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
+from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, partition_picture, svg
 from fedkern.report.retrieval_examples import retrieval_examples
 from fedkern.report.tables import covering, figure_title, human_metric, human_time, ordered, set_title, split_metric
+from fedkern.report.weights import PANELS, weights_picture
 
 NAMED = 12
 """Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""
 LISTED = 100
-"""Most clients in the table and in the chart of their labels."""
+"""Most clients in the table."""
 _SETS = ("id", "ood", "", "minority", "unseen", "held_out", "validation")
 _LARGEST = 32 << 20
 """Bytes of a picture from which on it is left out."""
@@ -108,13 +110,14 @@ class Contents:
         """The partition's statistics, or None where they are not known or must not be told."""
         return None if self.data is None or self.private else self.data.statistics
 
+    @property
+    def tests(self) -> Collection[str]:
+        """Names of the test sets; none where the data cannot be had."""
+        return () if self.data is None else self.data.tests
+
     def split(self, name: str) -> tuple[str, str]:
         """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
-        own = () if self.data is None else self.data.tests
-        for test_set in sorted(own, key=len, reverse=True):
-            if test_set and name.startswith(f"{test_set}_"):
-                return test_set, name[len(test_set) + 1 :]
-        return split_metric(name)
+        return split_metric(name, self.tests)
 
     def client(self, k: str) -> str:
         """A client's name, or "client" with its number."""
@@ -202,9 +205,8 @@ def write_report(
         command: the command that repeats the run; may be empty.
 
     Raises:
-        UserError: jinja2 or plotly is missing, a file of the run is damaged, or the folder cannot be written.
+        UserError: a file of the run is damaged, or the folder cannot be written.
     """
-    html_page.check_installed()
     html_page.check_target(run_dir)
     run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
     undrawn = None
@@ -500,7 +502,9 @@ def _curves(run: Contents) -> Section:
         else:
             called = figure_title(figure)
             title = f"{called[0].upper()}{called[1:]} on every test set"
-            section.charts.insert(0, curves("main", title, series, axis=called, unit="%"))
+            drawn = accuracy_curves(run.records, tests=run.tests)
+            assert drawn is not None
+            section.charts.insert(0, of_rounds("main", title, drawn, series, unit="%"))
     return section
 
 
@@ -544,15 +548,14 @@ def clients(run: Contents) -> Section:
                 "class shares: 0 is the same, 1 shares no class."
             )
             section.texts.append(text)
-            listed = statistics.spread(LISTED)
+            listed = statistics.spread(DRAWN)
             which = "every client" if len(listed) == count else f"{len(listed)} of {count:,} clients"
             note = "" if len(listed) == count else "Clients evenly spaced by number of samples, the largest first."
-            chart = heat(
-                "labels", f"Label distribution of {which} ({statistics.partition})", 100 * statistics.shares[listed],
-                [run.client(str(k)) for k in listed], list(statistics.classes), statistics.counts[listed],
-                row="client", column="class", text=text, note=note,
-            )  # fmt: skip
-            section.charts.append(chart)
+            title = f"Label distribution of {which} ({statistics.partition})"
+            names = [run.client(str(k)) for k in listed]
+            table = counts_table(statistics.counts[listed], names, statistics.classes, row="client", column="class")
+            drawn = svg(partition_picture(statistics), "labels")
+            section.charts.append(Chart("labels", title, text, drawn, [table], note))
     elif run.no_data:
         section.texts.append(f"The label distribution is not shown, as the data cannot be read: {run.no_data}")
         if (picture := _picture(run.folder / pictures.PICTURES["partition"])) is not None:
@@ -575,7 +578,9 @@ def clients(run: Contents) -> Section:
         ("loss", "Training loss of the clients", "training loss"),
         ("drift", "Length of the clients' updates", "norm of the update"),
     ):
-        section.charts += _of_clients(run, key, f"client-{key}", title, axis)
+        series, note = _of_clients(run, key)
+        if series:
+            section.charts.append(curves(f"client-{key}", title, series, axis=axis, note=note))
     return section
 
 
@@ -618,8 +623,8 @@ def _client_table(run: Contents) -> list[Table]:
     return [Table(["client", *columns], rows, caption)]
 
 
-def _of_clients(run: Contents, key: str, name: str, title: str, axis: str) -> list[Chart]:
-    """The curve of a figure for every client, or for many clients of the lowest, middle and highest one."""
+def _of_clients(run: Contents, key: str) -> tuple[list[Series], str]:
+    """A figure's curve for every client, or for many clients of the lowest, middle and highest one; and a note."""
     found: dict[str, _Points] = {}
     spread: dict[str, _Points] = {"highest": ([], []), "middle": ([], []), "lowest": ([], [])}
     for record in run.records:
@@ -634,25 +639,22 @@ def _of_clients(run: Contents, key: str, name: str, title: str, axis: str) -> li
             for (rounds, values), value in zip(spread.values(), three, strict=True):
                 rounds.append(int(record["round"]))
                 values.append(float(value))
-    if not found:
-        return []
-    many = len(found) > NAMED
-    note = f"{len(found)} clients: the highest, the middle and the lowest value of each round." if many else ""
-    if many:
-        series = [Series(called, *points) for called, points in spread.items()]
-    else:
-        series = [Series(run.client(k), *found[k]) for k in sorted(found, key=int)]
-    return [curves(name, title, series, axis=axis, note=note)]
+    if len(found) <= NAMED:
+        return [Series(run.client(k), *found[k]) for k in sorted(found, key=int)], ""
+    note = f"{len(found)} clients: the highest, the middle and the lowest value of each round."
+    return [Series(called, *points) for called, points in spread.items()], note
 
 
 def _weights(run: Contents) -> Section:
     section = Section("weights", "Client weights")
-    section.charts = [
-        *_of_clients(run, "weight", "weight", "Weight of every client", "weight"),
-        *_of_clients(run, "own_loss", "own-loss", "Loss of every client on its held-out samples", "loss"),
-    ]
-    if not any(chart.name == "weight" for chart in section.charts):
-        section.charts = []
+    drawn = weights_picture(run.records, by_samples=run.config.options.get("weighting") == "samples")
+    if drawn is not None:
+        series = {PANELS[key]: _of_clients(run, key)[0] for key in PANELS}
+        title = f"{' and '.join(name for name, each in series.items() if each)} of every client".capitalize()
+        note = "Dotted lines are the weights at the beginning."
+        chart = of_rounds("weight", title, drawn, series[PANELS["weight"]], note=note)
+        tables = [rounds_table(each, "", caption) for caption, each in series.items() if each]
+        section.charts.append(replace(chart, tables=tables))
     return section
 
 
@@ -674,7 +676,7 @@ def _cost(run: Contents) -> Section:
         section.charts.append(bars("phases", "Time by phase", names, [seconds_by], axis="time", unit="s", note=note))
         by_round = []
         parts = [(int(record["round"]), merged(record.get("phases", {}))) for record in run.records]
-        for name in names[:SLOTS]:
+        for name in names[: len(COLOURS)]:
             known = [(at, each[name]) for at, each in parts if name in each]
             if known:
                 by_round.append(Series(name, [at for at, _ in known], [value for _, value in known]))
@@ -700,7 +702,7 @@ def _cost(run: Contents) -> Section:
 
 
 def _confusion(run: Contents) -> Section:
-    from fedkern.report.confusion_sheet import mistakes
+    from fedkern.report.confusion_sheet import draw, mistakes
 
     section = Section("confusion", "Confusion matrix")
     if run.confusion is None or len(run.confusion.classes) < 2:
@@ -709,16 +711,14 @@ def _confusion(run: Contents) -> Section:
     for number, (name, matrix) in enumerate(run.confusion.matrices.items()):
         if not matrix.sum():
             continue
-        shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         right, count = int(np.trace(matrix)), int(matrix.sum())
         wrong = mistakes(matrix, classes)
         text = f"{100 * right / count:.1f} % of {count:,} images are right."
         text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
         title = f"Which class was taken for which, {set_title(name)}"
-        section.charts.append(
-            heat(f"confusion-{number}", title, shares, classes, classes, matrix.tolist(), row="true class",
-                 column="predicted class", text=text, note=text)
-        )  # fmt: skip
+        table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
+        drawn = svg(draw(replace(run.confusion, matrices={name: matrix})), f"confusion-{number}")
+        section.charts.append(Chart(f"confusion-{number}", title, text, drawn, [table], text))
     return section
 
 

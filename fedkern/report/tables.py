@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich import box
@@ -84,10 +84,15 @@ def human_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def split_metric(name: str) -> tuple[str, str]:
-    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; the only test set is ``""``."""
-    for test_set in _TEST_SETS:
-        if name.startswith(test_set + "_"):
+def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
+    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; the only test set is ``""``.
+
+    Args:
+        name: the figure's whole name.
+        own: names of test sets that the user chose.
+    """
+    for test_set in (*sorted(own, key=len, reverse=True), *_TEST_SETS):
+        if test_set and name.startswith(f"{test_set}_"):
             return test_set, name[len(test_set) + 1 :]
     return "", name
 

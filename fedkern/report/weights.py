@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 
 from fedkern.report.names import TITLE, label
-from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, save
+from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, frame, new_figure, over_rounds
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#F0E442", "#000000")
 NAMED = len(COLOURS)
@@ -19,18 +18,19 @@ FAINT = 200
 PANELS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
 
 
-def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, by_samples: bool = False) -> bool:
+def weights_picture(
+    records: Sequence[Mapping[str, Any]], *, title: str = "", by_samples: bool = False
+) -> Figure | None:
     """Draws the client weights of each round above the clients' losses; dotted lines are the initial weights.
 
     Args:
         records: the lines of ``metrics.jsonl``; ``clients`` of each line holds ``weight``, ``own_loss``, ``samples``
             and, where clients have names, ``name`` of the clients that took part.
-        path: the PNG.
         title: title of the picture.
         by_samples: whether the initial weights are the clients' shares of the samples; otherwise they are equal.
 
     Returns:
-        False if there was nothing to draw; no file is written then.
+        None if there was nothing to draw.
     """
     curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {name: {} for name in PANELS}
     for record in records:
@@ -42,7 +42,7 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
                     values.append(float(info[name]))
     shown = {name: panel for name, panel in curves.items() if panel}
     if "weight" not in shown:
-        return False
+        return None
     clients = sorted(shown["weight"], key=int)
     took_part = [pair for record in records for pair in record.get("clients", {}).items()]
     names = {client: str(info.get("name", f"client {client}")) for client, info in took_part}
@@ -71,17 +71,13 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
             axes.axhline(1 / len(clients), color=GREY, lw=1, ls=":")
         axes.set_ylabel(PANELS[name], fontsize=12)
         axes.set_ylim(bottom=0)
-        axes.tick_params(labelsize=11)
-        axes.grid(True, color="#dddddd", lw=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
     panels[0].set_title(label(title, TITLE), fontsize=13, loc="left")
     # The legend stands outside the panels, as the curves may fill every corner.
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=10, frameon=False, ncols=min(5, len(handles)), loc="outside lower center")
-    panels[-1].set_xlabel("communication round", fontsize=12)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    save(figure, path)
-    return True
+    over_rounds(panels[-1])
+    return figure
 
 
 def _shares(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

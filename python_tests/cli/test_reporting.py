@@ -1,11 +1,9 @@
 """report DIR... and --report."""
 
 import dataclasses
-import importlib.util
 import json
 import shlex
 
-import pytest
 from html_reader import Reader
 
 from fedkern.cli import flags, reporting
@@ -13,17 +11,8 @@ from fedkern.cli.request import effective
 from fedkern.engine import RunConfig
 from fedkern.run import main
 
-pytest.importorskip("plotly", reason="needs plotly: pip install 'fedkern[report]'")
-pytest.importorskip("jinja2", reason="needs jinja2: pip install 'fedkern[report]'")
-
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
-
-
-@pytest.fixture
-def no_plotly(monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "plotly" else real(name, *a))
 
 
 def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
@@ -71,16 +60,6 @@ def test_help(result):
     assert out.startswith("usage: python -m fedkern.run report DIR [DIR ...] [flags]")
     out, _ = result("--help")
     assert "python -m fedkern.run report DIR..." in out
-
-
-@pytest.mark.usefixtures("no_plotly")
-def test_missing_packages_are_told_before_a_run_starts(fails, tmp_path):
-    sentence = "error: A report needs plotly: pip install 'fedkern[report]'."
-    assert fails("fedavg", *TINY, "--report") == sentence
-    assert fails("fedavg", *TINY, "--report", "--out", "run") == sentence
-    assert fails("compare", "fedavg", *TINY, "--report") == sentence
-    assert fails("report", "run") == sentence
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_run_does_not_write_over_a_report(fails, tmp_path):

@@ -209,7 +209,6 @@ def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_pictures_and_a_report(tmp_path, monkeypatch):
-    pytest.importorskip("plotly")
     monkeypatch.undo()
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
     over_flower(settings("fedavg", report=True, predictions=True), tmp_path / "run")

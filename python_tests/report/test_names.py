@@ -101,13 +101,12 @@ def test_pictures(name, drawn, tmp_path):
     records = [
         {"round": i, "accuracy": 0.5, "clients": {"0": {"weight": 0.5, "own_loss": 1.0, "samples": 3}}} for i in (1, 2)
     ]
+    confusions = Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)})
     draw = {
-        "partition": lambda: plots.partition_picture(statistics, path, title=name),
-        "curves": lambda: plots.accuracy_curves(records, path, title=name),
-        "confusion": lambda: confusion_sheet.draw(
-            Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)}), path, title=name
-        ),
-        "weights": lambda: weights.weights_picture(records, path, title=name),
+        "partition": lambda: plots.save(plots.partition_picture(statistics, title=name), path),
+        "curves": lambda: plots.save(plots.accuracy_curves(records, title=name), path),
+        "confusion": lambda: plots.save(confusion_sheet.draw(confusions, title=name), path),
+        "weights": lambda: plots.save(weights.weights_picture(records, title=name), path),
         "table": lambda: artifact_sheet.draw(
             [Artifact("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
         ),

@@ -155,12 +155,9 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     assert rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
 
 
-def test_rounds_and_samples_are_counted_in_whole_numbers(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], tmp_path / "a.png", title="t")
-    plots.partition_picture(PartitionStatistics(np.eye(2, dtype=int), ("a", "b"), "iid"), tmp_path / "p.png", title="t")
-    curve, partition = drawn
+def test_rounds_and_samples_are_counted_in_whole_numbers():
+    curve = plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title="t")
+    partition = plots.partition_picture(PartitionStatistics(np.eye(2, dtype=int), ("a", "b"), "iid"), title="t")
     for ticks in (curve.axes[0].get_xticks(), partition.axes[1].get_yticks()):
         assert len(ticks) > 0
         assert all(tick == round(tick) for tick in ticks)
@@ -168,55 +165,54 @@ def test_rounds_and_samples_are_counted_in_whole_numbers(tmp_path, monkeypatch):
 
 def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
-    assert plots.accuracy_curves(records, tmp_path / "a.png", title="t")
+    plots.save(plots.accuracy_curves(records, title="t"), tmp_path / "a.png")
     pixels = opened(tmp_path / "a.png").reshape(-1, 3)
     for colour in (plots.BLUE, plots.ORANGE):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - rgb).max(axis=1) < 3).sum() > 200
-    assert not plots.accuracy_curves([{"round": 1, "loss": 2.0}], tmp_path / "b.png", title="t")
-    assert not (tmp_path / "b.png").exists()
+    assert plots.accuracy_curves([{"round": 1, "loss": 2.0}], title="t") is None
 
 
-def test_sets_with_other_numbers_of_candidates_are_on_other_axes(tmp_path, monkeypatch):
+def test_test_sets_that_the_user_named_have_a_curve_each():
+    records = [{"round": i, "accuracy": 0.1 * i, "far_accuracy": 0.2, "far_off_accuracy": 0.3} for i in (1, 2)]
+    figure = plots.accuracy_curves(records, tests=("", "far", "far_off"))
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert lines.keys() == {"test", "far", "far_off"}
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 3
+
+
+def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
     """Recall at 1 among 40 texts and among 400 are different questions."""
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     sizes = {"": 40.0, "unseen_": 40.0, "validation_": 400.0}
     records = [
         {"round": i, **{f"{p}i2t_r1": 0.1 * i for p in sizes}, **{f"{p}gallery": n for p, n in sizes.items()}}
         for i in (1, 2)
     ]
-    assert plots.accuracy_curves(records, tmp_path / "a.png", title="t")
-    (figure,) = drawn
+    figure = plots.accuracy_curves(records, title="t")
     axes = {axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes}
     assert axes == {
         "recall at 1, image to text\namong 40 candidates (%)": ["test", "unseen client"],
         "recall at 1, image to text\namong 400 candidates (%)": ["validation"],
     }
     assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
-    drawn.clear()
     same = [{name: 40.0 if "gallery" in name else value for name, value in record.items()} for record in records]
-    assert plots.accuracy_curves(same, tmp_path / "a.png", title="t")
-    assert [len(axes.get_lines()) for axes in drawn[0].axes] == [3]
-    assert plots.accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], tmp_path / "a.png", title="t")
+    assert [len(axes.get_lines()) for axes in plots.accuracy_curves(same, title="t").axes] == [3]
+    assert plots.accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], title="t") is not None
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 10), (120, 3), (3, 100)])
 def test_any_partition_can_be_drawn(tmp_path, shape):
     counts = np.arange(shape[0] * shape[1]).reshape(shape)
     names = tuple(f"class number {i}" for i in range(shape[1]))
-    plots.partition_picture(PartitionStatistics(counts, names, "iid"), tmp_path / "p.png", title="t")
+    plots.save(plots.partition_picture(PartitionStatistics(counts, names, "iid"), title="t"), tmp_path / "p.png")
     assert opened(tmp_path / "p.png").std() > 10
 
 
-def test_the_partition_of_many_clients_is_that_of_some(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+def test_the_partition_of_many_clients_is_that_of_some():
     counts = np.random.default_rng(0).integers(0, 9, size=(10_000, 4))
     colours = np.zeros((10_000, 4, 3), dtype=np.uint8)
     statistics = PartitionStatistics(counts, tuple("abcd"), "iid", colours=colours, tied=1.0)
-    plots.partition_picture(statistics, tmp_path / "p.png", title="t")
-    panels = drawn[0].axes[:2]
+    panels = plots.partition_picture(statistics, title="t").axes[:2]
     assert [panel.images[0].get_array().shape[0] for panel in panels] == [plots.DRAWN] * 2
     assert {panel.get_ylabel() for panel in panels} == {"200 of 10,000 clients, largest first"}
     sizes = panels[0].images[0].get_array().sum(axis=1)
@@ -225,14 +221,10 @@ def test_the_partition_of_many_clients_is_that_of_some(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("clients", [2, 3, 30])
-def test_the_partition_of_a_coloured_set_shows_its_colours(tmp_path, monkeypatch, clients):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+def test_the_partition_of_a_coloured_set_shows_its_colours(clients):
     statistics = load("colordigits", clients=clients, seed=0, train_samples=300).statistics
     statistics = replace(statistics, counts=np.where(np.arange(10) == 4, 0, statistics.counts))
-    plots.partition_picture(statistics, tmp_path / "p.png", title="t")
-    (figure,) = drawn
-    _, colours, _ = figure.axes
+    _, colours, _ = plots.partition_picture(statistics, title="t").axes
     assert colours.get_title(loc="left") == "background colour of 70 % of the images, others random"
     shown = colours.images[0].get_array()
     present = statistics.counts > 0
@@ -250,14 +242,14 @@ def test_a_coloured_set_with_random_colours_alone_has_none_to_show(tmp_path):
 def opened_size(folder, correlation):
     """Width and height of a partition's picture."""
     statistics = load("colordigits", clients=2, train_samples=60, correlation=correlation).statistics
-    plots.partition_picture(statistics, folder / "p.png", title="t")
+    plots.save(plots.partition_picture(statistics, title="t"), folder / "p.png")
     return opened(folder / "p.png").shape[1::-1]
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path, data):
     names = ("US$ a_{$", "b$", *(f"$c_{i}" for i in range(8)))
     statistics = PartitionStatistics(np.eye(10, dtype=int), names, "iid")
-    plots.partition_picture(statistics, tmp_path / "p.png", title="$ a_{$")
+    plots.save(plots.partition_picture(statistics, title="$ a_{$"), tmp_path / "p.png")
     split = data.tests["id"].subset(torch.arange(10))
     model = models.build("cnn", classes=10, channels=3, image_size=32, seed=0)
     panel = (split.images, torch.zeros(10, 3, 32, 32), split.labels, None)
@@ -275,7 +267,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", full)
     with pytest.raises(UserError, match=r"p\.png cannot be written, the disk is full"):
-        plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], tmp_path / "p.png", title="t")
+        plots.save(plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title="t"), tmp_path / "p.png")
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
     assert (tmp_path / "p.png").read_bytes() == b"older"
 

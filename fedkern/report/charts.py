@@ -1,0 +1,254 @@
+"""Charts of a report: curves, bars and dots drawn as SVG, with a text and a table of the same figures each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+from fedkern.report.html_page import Chart, Table
+from fedkern.report.names import label
+from fedkern.report.plots import COLOURS, DASHES, GREY, MARKERS, frame, new_figure, over_rounds, svg
+from fedkern.report.tables import human_bytes, human_time
+
+WIDTH = 5.2
+"""Inches of a chart of bars or dots: so narrow that a phone shows the whole of it with letters large enough."""
+NARROW, LOW = 0.72, 0.8
+"""Width and height of a figure of curves on a page, as shares of those of its PNG, which leaves more room."""
+ROWS, COLUMNS, TOLD = 30, 20, 6
+"""Most rows and columns of a chart's table, and series that a chart's text tells of."""
+BARS = 40
+"""Most labels that have bars."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve or a set of bars.
+
+    Attributes:
+        name: name in the legend.
+        x: rounds of a curve; empty for bars.
+        y: values; None or a number that is not finite leaves a gap.
+        soft: drawn in grey, dashed and without markers.
+    """
+
+    name: str
+    x: Sequence[int] = ()
+    y: Sequence[float | None] = ()
+    soft: bool = False
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A value as text.
+
+    Args:
+        value: the value; None is shown as a dash.
+        unit: ``"%"`` (one decimal), ``"B"``, ``"s"``, ``"images"`` (whole numbers), or ``""`` (three digits).
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    if unit == "%":
+        return f"{value:.1f} %"
+    if unit == "B":
+        return human_bytes(value)
+    if unit == "s":
+        return human_time(value)
+    return f"{value:,.0f}" if unit == "images" else f"{value:.3g}"
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` positions of ``count``, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def of_rounds(
+    name: str, title: str, figure: Figure, series: Sequence[Series], *, unit: str = "", note: str = ""
+) -> Chart:
+    """A figure of curves as a chart, with a text and a table of its series.
+
+    Args:
+        name, title, note: see `fedkern.report.html_page.Chart`.
+        figure: the figure; it is made smaller.
+        series: its curves; at least one, each with a point.
+        unit: see :func:`shown`.
+    """
+    figure.set_size_inches(NARROW * figure.get_figwidth(), LOW * figure.get_figheight())
+    return Chart(name, title, _told(series, unit), svg(figure, name), [rounds_table(series, unit)], note)
+
+
+def curves(name: str, title: str, series: Sequence[Series], *, axis: str, unit: str = "", note: str = "") -> Chart:
+    """Curves over the communication rounds; see :func:`of_rounds`.  ``axis`` is the title of the vertical axis."""
+    figure = new_figure(WIDTH / NARROW, (2.9 + 0.1 * len(series)) / LOW)
+    axes = figure.subplots()
+    number = 0
+    for one in series:
+        every = max(1, len(one.x) // 12)
+        y = np.array(one.y, dtype=np.float64)
+        if one.soft:
+            axes.plot(one.x, y, "--", color=GREY, lw=2, label=label(one.name))
+            continue
+        axes.plot(
+            one.x, y, DASHES[number // len(COLOURS) % len(DASHES)], color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)], markevery=every, ms=5, lw=2, label=label(one.name),
+        )  # fmt: skip
+        number += 1
+    over_rounds(axes)
+    rounds = [x for one in series for x in one.x]
+    axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
+    axes.set_ylim(bottom=min([0.0, *(value for one in series for value in _finite(one.y))]))
+    _name(axes.yaxis, axis, unit)
+    _legend(figure, axes, len(series))
+    return of_rounds(name, title, figure, series, unit=unit, note=note)
+
+
+def bars(
+    name: str, title: str, labels: Sequence[str], series: Sequence[Series], *, axis: str, unit: str = "", note: str = ""
+) -> Chart:
+    """Horizontal bars, a group of them for every label; of many labels those with the lowest values.
+
+    Args:
+        name, title, note: see `fedkern.report.html_page.Chart`.
+        labels: names beside the bars.
+        series: values by label.
+        axis: title of the horizontal axis.
+        unit: see :func:`shown`.
+    """
+    order = list(range(len(labels)))
+    if len(order) > BARS:
+        lowest = [min(_finite([one.y[i] for one in series]), default=math.inf) for i in order]
+        order = sorted(order, key=lambda i: lowest[i])[:BARS]
+        note = " ".join(filter(None, [f"The {BARS} lowest of {len(labels)}.", note]))
+    figure = new_figure(WIDTH, 0.8 + 0.1 * len(series) + len(order) * (0.12 + 0.18 * len(series)))
+    axes = figure.subplots()
+    high = 0.85 / len(series)
+    for number, one in enumerate(series):
+        values = [one.y[i] for i in order]
+        places = np.arange(len(order)) + high * (number - (len(series) - 1) / 2)
+        widths = [0.0 if value is None or not math.isfinite(value) else value for value in values]
+        drawn = axes.barh(places, widths, 0.9 * high, color=COLOURS[number % len(COLOURS)], label=label(one.name))
+        axes.bar_label(drawn, [shown(value, unit) for value in values], padding=3, fontsize=9)
+    _rows(axes, [labels[i] for i in order])
+    axes.margins(x=0.12)
+    _name(axes.xaxis, axis, unit)
+    _legend(figure, axes, len(series))
+    rows = [[labels[i], *(shown(one.y[i], unit) for one in series)] for i in order]
+    text = "; ".join(
+        f"{one.name + ': ' if len(series) > 1 else ''}lowest {shown(low, unit)} ({labels[where]}), highest "
+        f"{shown(high, unit)} ({labels[other]})"
+        for one in series
+        for low, where, high, other in _extremes(one.y)
+    )
+    return Chart(name, title, f"{text}.", svg(figure, name), [Table(["", *(one.name for one in series)], rows)], note)
+
+
+def dots(
+    name: str, title: str, groups: Sequence[tuple[str, Sequence[float], float, float | None]], *, axis: str,
+    note: str = "",
+) -> Chart:  # fmt: skip
+    """A dot for every run, and the mean of every group with a bar of one standard deviation.
+
+    Args:
+        name, title, note: see `fedkern.report.html_page.Chart`.
+        groups: name, values of the runs, their mean, and their standard deviation or None; in per cent.
+        axis: title of the horizontal axis.
+    """
+    figure = new_figure(WIDTH, 1.0 + 0.45 * len(groups))
+    axes = figure.subplots()
+    for number, (_, values, mean, deviation) in enumerate(groups):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(values, [number] * len(values), "o", color=colour, mfc="none", ms=7)
+        axes.errorbar(mean, number, xerr=deviation, fmt=MARKERS[number % len(MARKERS)], color=colour, ms=9, capsize=5)
+    _rows(axes, [group for group, *_ in groups])
+    _name(axes.xaxis, axis, "%")
+    rows = [
+        [group, ", ".join(shown(value, "%") for value in values), shown(mean, "%"), shown(deviation, "%")]
+        for group, values, mean, deviation in groups
+    ]
+    text = "; ".join(f"{row[0]}: mean {row[2]}, runs {row[1]}" for row in rows)
+    table = Table(["", "runs", "mean", "standard deviation"], rows)
+    return Chart(name, title, f"{text}.", svg(figure, name), [table], note)
+
+
+def counts_table(
+    counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], *, row: str, column: str
+) -> Table:
+    """Numbers of images by row and column; of many rows or columns those evenly spread.
+
+    Args:
+        counts: the numbers.
+        rows, columns: names.
+        row, column: what rows and columns are.
+    """
+    places, lines = evenly(len(columns), COLUMNS), evenly(len(rows), ROWS)
+    body = [[rows[i], *(f"{int(counts[i][j]):,}" for j in places)] for i in lines]
+    parts = [f"{len(lines)} of {len(rows)} rows" * (len(lines) < len(rows)),
+             f"{len(places)} of {len(columns)} columns" * (len(places) < len(columns))]  # fmt: skip
+    caption = "; ".join(["number of images", *filter(None, parts)])
+    return Table([f"{row} \\ {column}", *(columns[j] for j in places)], body, caption)
+
+
+def rounds_table(series: Sequence[Series], unit: str, caption: str = "") -> Table:
+    """Values of curves by round; of many rounds those evenly spread."""
+    rounds = sorted({x for one in series for x in one.x})
+    kept = [rounds[i] for i in evenly(len(rounds), ROWS)]
+    values = [dict(zip(one.x, one.y, strict=True)) for one in series]
+    rows = [[str(r), *(shown(each.get(r), unit) for each in values)] for r in kept]
+    some = f"{len(kept)} of {len(rounds)} rounds" if len(kept) < len(rounds) else ""
+    return Table(["round", *(one.name for one in series)], rows, ", ".join(filter(None, [caption, some])))
+
+
+def _told(series: Sequence[Series], unit: str) -> str:
+    """The first and the last value of curves, as a sentence."""
+    parts = []
+    for one in series[:TOLD]:
+        known = [(x, y) for x, y in zip(one.x, one.y, strict=True) if y is not None and math.isfinite(y)]
+        if not known:
+            continue
+        (first, begin), (last, end) = known[0], known[-1]
+        so = f"{shown(begin, unit)} in round {first}"
+        parts.append(f"{one.name}: {so}" + (f", {shown(end, unit)} in round {last}" if last != first else ""))
+    more = f"; and {len(series) - TOLD} more" if len(series) > TOLD else ""
+    return f"{'; '.join(parts)}{more}."
+
+
+def _finite(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _extremes(values: Sequence[float | None]) -> list[tuple[float, int, float, int]]:
+    known = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
+    if not known:
+        return []
+    low, high = min(known), max(known, key=lambda pair: (pair[0], -pair[1]))
+    return [(*low, *high)]
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names rows of bars or dots, the first one at the top."""
+    frame(axes)
+    axes.set_axisbelow(True)
+    axes.grid(False, axis="y")
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _name(axis: Axis, title: str, unit: str) -> None:
+    """Gives an axis its title and, where a unit has prefixes, ticks that name their own."""
+    axis.set_label_text(f"{label(title)} (%)" if unit == "%" else label(title), fontsize=12)
+    if unit in ("B", "s"):
+        axis.set_major_formatter(lambda value, _: shown(value, unit))
+
+
+def _legend(figure: Figure, axes: Axes, count: int) -> None:
+    """Names the series under the axes, where there are several."""
+    if count > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=10, frameon=False, ncols=2, loc="outside lower center")

@@ -1,0 +1,137 @@
+"""Charts of a report: well-formed SVG, bounded in size, with texts and tables of the same figures."""
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from fedkern.report import charts
+from fedkern.report.charts import BARS, ROWS, Series, bars, counts_table, curves, dots, evenly, shown
+from fedkern.report.plots import GREY, svg
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures of the charts."""
+    found = []
+    monkeypatch.setattr(charts, "svg", lambda figure, name: found.append(figure) or svg(figure, name))
+    return found
+
+
+def texts(chart):
+    """Texts of a chart's SVG; checks that it is well-formed, and its tables."""
+    for table in chart.tables:
+        assert all(len(row) == len(table.header) for row in table.rows)
+    return [text.text for text in ElementTree.fromstring(chart.svg).iter(f"{SVG}text")]
+
+
+def test_curves_have_colours_dashes_and_marks_of_their_own(drawn):
+    series = [Series(f"client {k}", [1, 2, 3], [k, k + 0.5, math.nan]) for k in range(9)]
+    chart = curves("a", "A", [*series, Series("validation", [1], [2.0], soft=True)], axis="loss")
+    assert {"client 0", "client 8", "validation", "loss", "communication round"} <= {*texts(chart)}
+    *lines, validation = drawn[0].axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 9
+    assert (validation.get_color(), validation.get_linestyle(), validation.get_marker()) == (GREY, "--", "None")
+    assert chart.text.startswith("client 0: 0 in round 1, 0.5 in round 2; client 1: 1 in round 1")
+    assert chart.text.endswith("; and 4 more.")
+    assert chart.tables[0].rows[0] == ["1", "0", "1", "2", "3", "4", "5", "6", "7", "8", "2"]
+    assert chart.tables[0].rows[2][1] == "–"
+
+
+def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():
+    rounds = list(range(1, 10_001))
+    values = np.random.default_rng(0).random(10_000) * 1e10
+    chart = curves("a", "A", [Series("x", rounds, [*values[:-1], 1e10])], axis="sent", unit="B")
+    assert "10.0 GB" in texts(chart)
+    assert len(chart.tables[0].rows) == ROWS
+    assert chart.tables[0].caption == "30 of 10000 rounds"
+    assert chart.tables[0].rows[-1] == ["10000", "10.0 GB"]
+    assert len(chart.svg) < 200_000
+
+
+def test_bars_of_many_labels_are_the_lowest():
+    labels = [f"class {i}" for i in range(100)]
+    values = [float(100 - i) for i in range(100)]
+    chart = bars("a", "A", labels, [Series("recall", y=[None, *values[1:]])], axis="recall", unit="%")
+    named = [text for text in texts(chart) if text.startswith("class")]
+    assert named == [f"class {i}" for i in range(99, 99 - BARS, -1)]
+    assert chart.note == "The 40 lowest of 100."
+    assert chart.text == "lowest 1.0 % (class 99), highest 99.0 % (class 1)."
+
+
+def test_bars_of_equal_names_stay_apart(drawn):
+    chart = bars("a", "A", ["same", "same"], [Series("x", y=[1, 2]), Series("y", y=[3, None])], axis="x")
+    assert texts(chart).count("same") == 2
+    patches = drawn[0].axes[0].patches
+    assert [patch.get_width() for patch in patches] == [1, 2, 3, 0]
+    assert len({patch.get_y() for patch in patches}) == 4
+    assert len({patch.get_facecolor() for patch in patches}) == 2
+    assert chart.tables[0].rows == [["same", "1", "3"], ["same", "2", "–"]]
+
+
+def test_counts_by_row_and_column():
+    table = counts_table(np.array([[3, 1], [0, 0]]), ["x", "y"], ["<b>", "d"], row="client", column="class")
+    assert table.header == ["client \\ class", "<b>", "d"]
+    assert table.rows == [["x", "3", "1"], ["y", "0", "0"]]
+    names = [str(i) for i in range(500)]
+    large = counts_table(np.ones((500, 100), dtype=int), names, names[:100], row="r", column="c")
+    assert len(large.rows) == 30
+    assert len(large.header) == 21
+    assert large.caption == "number of images; 30 of 500 rows; 20 of 100 columns"
+
+
+def test_dots_of_runs_and_their_mean(drawn):
+    chart = dots("a", "A", [("one", [10, 20], 15, 7.07), ("two", [30], 30, None)], axis="accuracy")
+    assert {"one", "two", "accuracy (%)"} <= {*texts(chart)}
+    runs = drawn[0].axes[0].get_lines()[0]
+    assert (runs.get_xdata().tolist(), runs.get_ydata().tolist()) == ([10, 20], [0, 0])
+    ends = [(line[0][0], line[-1][0]) for line in drawn[0].axes[0].collections[0].get_segments()]
+    assert ends == [pytest.approx((7.93, 22.07))]
+    assert len(drawn[0].axes[0].collections) == 1  # a single run has no deviation
+    assert chart.tables[0].rows[1] == ["two", "30.0 %", "30.0 %", "–"]
+
+
+def image(name):
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.eye(3))
+    axes.plot([0, 1], [0, 1], "o-", label='id="x" #000000 $a_{$ <b> 肺')
+    axes.legend()
+    return svg(figure, name)
+
+
+def test_equal_figures_give_equal_texts_and_others_share_no_id():
+    assert image("a") == image("a")
+    trees = [ElementTree.fromstring(image(name)) for name in "ab"]
+    ids = [[each.attrib["id"] for each in tree.iter() if "id" in each.attrib] for tree in trees]
+    assert len(ids[0]) == len(set(ids[0]))
+    assert not set(ids[0]) & set(ids[1])
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', image("a"))
+    assert used
+    assert {one or other for one, other in used} <= set(ids[0])
+
+
+def test_texts_of_a_figure_stay_as_they_are():
+    tree = ElementTree.fromstring(image("a"))
+    assert 'id="x" #000000 $a_{$ <b> 肺' in [text.text for text in tree.iter(f"{SVG}text")]
+    assert not list(tree.iter(f"{SVG}style"))  # it would be a style of the whole page
+    assert not list(tree.iter(f"{SVG}metadata"))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(None, "%", "–"), (math.inf, "", "–"), (12.34, "%", "12.3 %"), (44695848, "B", "44.7 MB"), (0.4213, "s", "0.42 s"),
+     (1234.0, "images", "1,234"), (0.12345, "", "0.123")],
+)  # fmt: skip
+def test_values_as_texts(value, unit, text):
+    assert shown(value, unit) == text
+
+
+def test_evenly_spread_positions():
+    assert evenly(3, 10) == [0, 1, 2]
+    assert evenly(100, 4) == [0, 33, 66, 99]
