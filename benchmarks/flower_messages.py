@@ -86,6 +86,11 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
              "--disable-runtime-dependency-installation"],
             "Uvicorn running on",
         )  # fmt: skip
+        os.environ["FLWR_HOME"] = str(folder / "home")
+        (folder / "home").mkdir()
+        (folder / "home/config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{deploy.HOST}:{port}"\ninsecure = true\n'
+        )
         for k in range(CLIENTS):
             config = f'partition-id={k} num-partitions={CLIENTS} state-dir="{folder}/states-{k}"'
             processes.start(
@@ -105,8 +110,7 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
                         project = run.with_name(f"{run.name}-project")
                         command(*words, "--flower", str(project))
                         asked = "flower.resident=0" if who == "no resident" else ""
-                        command("flower", str(project), "--superlink", f"{deploy.HOST}:{port}", "--insecure", "--quiet",
-                                *(["--run-config", asked] if asked else []))  # fmt: skip
+                        command("flower", str(project), *(["--run-config", asked] if asked else []))
                     found[method][who].append(seconds_of(method, run))
                     print(f"{method}, {who}, seed {repeat}: {found[method][who][-1]:.4f} s", flush=True)
     return found

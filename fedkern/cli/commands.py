@@ -363,7 +363,7 @@ COMMANDS = {
     **finished_runs.COMMAND_TABLE,
     **comparing.COMMAND_TABLE,
     **reporting.COMMAND_TABLE,
-    **flower_runs.COMMAND_TABLE,
+    flower_runs.NAME: flower_runs.flower,
     "run": run,
     "resume": run,
     "attack": attack,

@@ -1,254 +1,149 @@
-"""The command ``flower PROJECT_DIR``: runs a Flower project to its end and tells in the exit code how it ended."""
+"""The command ``flower PROJECT_DIR``: ``flwr run --stream`` that ends as the run does.
+
+In flwr 1.41 and 1.42 ``flwr run`` returns 0 for a run that fails, leaves the run alone at Ctrl-C, and sends a
+simulation to whatever answers at a fixed port, else to a SuperLink that outlives the command.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import select
+import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
-from fedkern.cli.command_parser import add_common, command_parser, read
-from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, whole_number
+from fedkern.cli.command_parser import command_parser, read
+from fedkern.cli.flags import PROGRAM, check_filled, first
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
-from fedkern.files import expand, replace
-
-if TYPE_CHECKING:
-    from fedkern.flower.superlink_runs import Connection, Outcome, Submitted
+from fedkern.flower.project import simulation
 
 NAME = "flower"
-LOG, RECORD = "log.txt", "run.json"
-_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
-
-
-def _parser() -> Parser:
-    about = f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}. It needs pip install 'fedkern[flower]'."
-    parser = command_parser(NAME, about)
-    parser.usage = f"{PROGRAM} {NAME} PROJECT_DIR [flags]"
-    parser.add_argument("folder", nargs="?", metavar="PROJECT_DIR", help="folder of the Flower project")
-    parser.add_argument("--superlink", metavar="NAME|HOST:PORT",
-                        help="a connection of Flower's configuration, or the SuperLink's address. Default: the "
-                             "configuration's default, else a simulation on this machine")  # fmt: skip
-    parser.add_argument("--root-certificates", metavar="FILE",
-                        help="PEM file of the authority that has signed the certificate of HOST:PORT; default: the "
-                             "system's authorities")  # fmt: skip
-    parser.add_argument("--insecure", action="store_true", help="HOST:PORT speaks plain HTTP")
-    parser.add_argument("--federation", metavar="@ACCOUNT/NAME", help="Flower's federation on the SuperLink")
-    parser.add_argument(
-        "--nodes", metavar="N", help="simulated SuperNodes; default: the clients of a fedkern run, for other apps 2"
-    )
-    parser.add_argument("--run-config", action="append", default=[], metavar="'key=value ...'",
-                        help="settings of the project's [tool.flwr.app.config], in TOML; repeatable")  # fmt: skip
-    parser.add_argument("--federation-config", action="append", default=[], metavar="'key=value ...'",
-                        help="Flower's settings of a simulation, such as client-resources-num-cpus=2; "
-                             "repeatable")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help=f"folder for the run's log ({LOG}) and Flower's record of the run "
-                                                     f"({RECORD})")  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no log, unless the run fails")
-    add_common(parser, "Flower's record of the run")
-    return parser
+_FLWR = ("-m", "flwr.cli.app")
+_SUPERLINK = ("-c", "from flwr.superlink.cli import flower_superlink as main; main()", "--insecure", "--simulation",
+              "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port")  # fmt: skip
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads the command; None if the words are another command.
-
-    Raises:
-        UserError: an unknown flag, an invalid value, or no folder.
-    """
+    """Reads the command; None if the words are another command."""
     if first(words) != NAME:
         return None
-    parser = _parser()
+    parser = command_parser(NAME, "Runs a Flower project to its end. Needs pip install 'fedkern[flower]'.")
+    parser.usage = f"{PROGRAM} {NAME} PROJECT_DIR [flags]"
+    parser.add_argument("folder", nargs="?", metavar="PROJECT_DIR", help="folder of the Flower project")
+    parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's configuration, not its default")
+    for name, of in (("run", "the project"), ("federation", "a simulation, such as num-supernodes=3")):
+        parser.add_argument(f"--{name}-config", action="append", default=[], metavar="'key=value ...'",
+                            help=f"settings of {of}, in TOML; repeatable")  # fmt: skip
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     found = read(parser, NAME, words)
     if found.help:
         return Request("help", help=parser.format_help())
-    given = ("superlink", "root_certificates", "federation", "nodes", "out")
-    check_filled({name: getattr(found, name) for name in given})
+    check_filled({"superlink": found.superlink})
     if not found.folder:
         raise UserError(f"{PROGRAM} {NAME} needs the folder of a Flower project.")
-    nodes = None if found.nodes is None else whole_number(found.nodes)
-    if nodes is not None and nodes < 1:
-        raise UserError(f'--nodes must be a whole number of at least 1, not "{found.nodes}".')
-    if found.insecure and found.root_certificates:
-        raise UserError("--insecure means that there is no certificate: leave out --root-certificates or --insecure.")
-    return Request(
-        NAME,
-        folder=Path(found.folder),
-        out=Path(found.out) if found.out else None,
-        quiet=found.quiet,
-        json=found.json,
-        arguments={
-            "superlink": found.superlink,
-            "certificates": expand(found.root_certificates) if found.root_certificates else None,
-            "insecure": found.insecure,
-            "federation": found.federation,
-            "nodes": nodes,
-            "run_config": tuple(found.run_config),
-            "federation_config": tuple(found.federation_config),
-        },
-    )
+    return Request(NAME, arguments=vars(found))
 
 
 def flower(request: Request) -> int:
-    """Runs the project; shows the run's log on standard error as it comes.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        UserError: Flower is not installed, or refuses the project; exit code 2.
-        RunFailed: the run failed or was stopped; exit code 1.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the run was stopped.
-    """
+    """Runs the project; raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped."""
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
-    from fedkern.flower import superlink_runs
-
-    assert request.folder is not None
-    app = superlink_runs.check_project(request.folder)
-    _check_free(request.out)
-    arguments, begin = request.arguments, time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="fedkern-flower-", ignore_cleanup_errors=True) as home,
-        _connected(request, Path(home), superlink_runs.clients_of(app)) as (connection, simulated),
-    ):
-        simulation = arguments["federation_config"]
-        if simulated:
-            nodes = superlink_runs.clients_of(app) if arguments["nodes"] is None else arguments["nodes"]
-            count = f" num-supernodes={nodes}" if nodes else ""
-            simulation = (f"client-resources-num-cpus=1{count}", *simulation)
-        where = "a simulation on this machine" if simulated else f"{connection.name} ({connection.address})"
-        _say(request, f"SuperLink: {where}")
-        submitted = superlink_runs.Submitted.start(
-            connection,
-            request.folder,
-            run_config=arguments["run_config"],
-            federation=arguments["federation"],
-            federation_config=simulation,
-        )
-        outcome = _to_the_end(request, submitted)
-    _keep(request.out, outcome)
-    if not outcome.completed:
-        if request.quiet or request.json:
-            _show_failure(outcome)
-        how = "was stopped" if outcome.status.endswith("stopped") else "failed"
-        why = f": {outcome.details}" if outcome.details else ""
-        raise RunFailed(f"Run {outcome.run} {how}{why}")
-    if request.json:
-        print(json.dumps(outcome.record, indent=2))
-    elif not request.quiet:
-        print(f"run {outcome.run}: completed in {time.monotonic() - begin:.0f} s{_traffic(outcome)}")
-        if request.out is not None:
-            print(f"log and record: {request.out}")
+    folder, name, settings = (request.arguments[key] for key in ("folder", "superlink", "federation_config"))
+    simulated, where = _simulated(name), [name] if name else []
+    if settings and not simulated:
+        raise UserError("--federation-config is for simulations: a SuperLink has the nodes that connect to it.")
+    words = [f"--run-config={text}" for text in request.arguments["run_config"]]
+    words += [f"--federation-config={text}" for text in (simulation(Path(folder), settings) if simulated else ())]
+    with _simulator() if simulated else nullcontext():
+        _play([folder, *where, *words], where)
     return 0
 
 
+def _simulated(name: str | None) -> bool:
+    """Whether a connection of Flower's configuration, None for its default one, is a simulation on this machine."""
+    with suppress(OSError, ValueError, LookupError, AttributeError):  # Flower writes the file, or says what is wrong
+        path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+        known = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
+        return known[name or known["default"]].get("address", ":local:") in (":local:", ":local-in-memory:")
+    return True
+
+
 @contextmanager
-def _connected(request: Request, home: Path, clients: int | None) -> Iterator[tuple[Connection, bool]]:
-    """The SuperLink that the flags and the user's configuration name, and whether it is a simulation of one's own.
-
-    Raises:
-        UserError: flags that contradict each other, a connection that does not exist, or an unknown number of nodes.
-    """
-    from fedkern.flower import local_superlink, superlink_runs
-
-    arguments = request.arguments
-    given: str | None = arguments["superlink"]
-    found = superlink_runs.find_connection(given)
-    of_address = [flag for flag, name in (("--root-certificates", "certificates"), ("--insecure", "insecure"))
-                  if arguments[name]]  # fmt: skip
-    if of_address and (given is None or found is not None):
-        raise UserError(f"{of_address[0]} belongs to an address: give --superlink HOST:PORT with it.")
-    simulated = given is None if found is None else found.simulated
-    if not simulated and (arguments["nodes"] is not None or arguments["federation_config"]):
-        flag = "--nodes" if arguments["nodes"] is not None else "--federation-config"
-        raise UserError(f"{flag} is for simulations: the SuperLink has the nodes that have connected to it.")
-    if simulated:
-        if clients == 0 and arguments["nodes"] is None:
-            raise UserError(
-                "The project leaves its number of clients to the data set: give that number with --nodes N."
-            )
-        with local_superlink.simulating(home) as connection:
-            yield connection, True
-    elif found is not None:
-        yield found, False
-    else:
-        assert given is not None
-        certificates, insecure = arguments["certificates"], arguments["insecure"]
-        yield superlink_runs.own_connection(home, given, certificates=certificates, insecure=insecure), False
+def _simulator() -> Iterator[None]:
+    """A SuperLink that simulates its nodes: within the block, Flower's local connections lead to it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = os.environ["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(probe.getsockname()[1])
+    with tempfile.NamedTemporaryFile() as log, _python([*_SUPERLINK, port], log.file) as process:
+        try:
+            while b"Uvicorn running on" not in (said := Path(log.name).read_bytes()):
+                if process.poll() is not None:
+                    raise RunFailed(f"Flower's SuperLink has not started: {said[-500:].decode(errors='replace')}")
+                time.sleep(0.1)
+            yield
+        finally:
+            process.terminate()
+            (pipe := select.poll()).register(process.stdin, 0)  # type: ignore[arg-type]
+            pipe.poll(15_000)  # all processes of the simulation hold its other end: it breaks when the last has ended
+            process.kill()
 
 
-def _to_the_end(request: Request, submitted: Submitted) -> Outcome:
-    """Follows a run to its end; stops it at Ctrl-C."""
-    show: Callable[[str], None] = _ignore if request.quiet or request.json else _show
-    _say(request, f"run {submitted.run} is submitted")
-    try:
-        return submitted.follow(show)
-    except KeyboardInterrupt:
-        print(f"stopping run {submitted.run} ...", file=sys.stderr)
-        with suppress(UserError):  # it has ended, or the SuperLink has gone
-            submitted.stop()
-        raise
+def _play(words: Sequence[str], where: Sequence[str]) -> None:
+    """Submits a run, prints its log and waits for its end; stops it at Ctrl-C."""
+    with _python([*_FLWR, "run", "--stream", *words]) as process:
+        run, said = "", bytearray()
+        try:
+            run = _submitted(process, said)
+            for line in process.stdout or ():
+                print(printable(re.sub(r"\x1b\[[0-9;]*m", "", line.decode(errors="replace"))), end="", flush=True)
+            _end(run, where)
+        except KeyboardInterrupt:
+            run = run or _submitted(process, said)  # a run that is submitted by now must not go on unseen
+            print(f"stopping run {run} ...", file=sys.stderr)
+            _python([*_FLWR, "stop", run, *where]).communicate()
+            raise
+        finally:
+            process.kill()
 
 
-def _say(request: Request, text: str) -> None:
-    if not (request.quiet or request.json):
-        print(printable(text), file=sys.stderr, flush=True)
+def _submitted(process: subprocess.Popen[bytes], said: bytearray) -> str:
+    """The number of the run, from what Flower has said and says; raises UserError where Flower refuses the run."""
+    while not (found := re.search(r"Successfully started run (\d+)", text := said.decode(errors="replace"))):
+        for line in process.stdout or ():
+            said += line
+            break
+        else:
+            raise UserError(f"Flower: {' '.join(re.findall(r'│ (.*?) *│', text)) or text}")
+    return found[1]
 
 
-def _ignore(line: str) -> None:
-    """Shows nothing."""
+def _end(run: str, where: Sequence[str]) -> None:
+    """Waits for the end of a run, whose log ends before it where the connection is lost; raises RunFailed."""
+    record = {"status": ""}
+    while not record["status"].startswith("finished"):
+        said, _ = _python([*_FLWR, "ls", *where, "--run-id", run, "--format", "json"]).communicate()
+        try:
+            record = json.loads(said[said.index(b"{") :])["runs"][0]
+        except (ValueError, LookupError):
+            raise RunFailed(f"The SuperLink does not tell how run {run} goes on: ask it with flwr ls.") from None
+    if record["status"] != "finished:completed":
+        raise RunFailed(f"Run {run} {record['status'].rpartition(':')[2]}: {record['status-details']}")
 
 
-def _show(line: str) -> None:
-    """Writes a line of a log, with colours on a terminal alone and without other control characters."""
-    parts = _COLOUR.split(line)
-    shown = [part if i % 2 == 0 else part * sys.stderr.isatty() for i, part in enumerate(parts)]
-    sys.stderr.write("".join(part if _COLOUR.fullmatch(part) else printable(part) for part in shown))
-    sys.stderr.flush()
-
-
-def _show_failure(outcome: Outcome) -> None:
-    """Writes the tracebacks of a log that was not shown; its last lines where it has none."""
-    from fedkern.flower.superlink_runs import tracebacks
-
-    found = tracebacks(outcome.log) or ["\n".join(outcome.log.splitlines()[-20:])]
-    for text in found[-3:]:
-        for line in text.splitlines():
-            _show(line + "\n")
-
-
-def _traffic(outcome: Outcome) -> str:
-    found = outcome.record.get("network-traffic")
-    total = found.get("total-bytes") if isinstance(found, dict) else None
-    return f", {total / 1e6:.1f} MB between SuperLink and SuperNodes" if isinstance(total, int) and total else ""
-
-
-def _check_free(out: Path | None) -> None:
-    """Raises UserError where the folder for log and record holds one already, or cannot be a folder."""
-    if out is None:
-        return
-    for path in (out / LOG, out / RECORD):
-        if path.exists():
-            raise UserError(f"{path} exists: name another folder with --out.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder with --out.")
-
-
-def _keep(out: Path | None, outcome: Outcome) -> None:
-    if out is None:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / LOG, _COLOUR.sub("", outcome.log))
-    _write(out / RECORD, json.dumps(outcome.record, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-COMMAND_TABLE = {NAME: flower}
+def _python(words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[bytes]:
+    """Starts Python; Ctrl-C at the terminal reaches this process alone, which then decides."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", *words], env={**quiet, **os.environ, "PYTHONUNBUFFERED": "1", "PATH": path},
+        stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip

@@ -5,9 +5,12 @@ Nothing here imports flwr: a project can be written where Flower is not installe
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
+import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from fedkern.flower.run_settings import (
 )
 from fedkern.methods import registry
 
+SERVER_APP = "fedkern.flower.server_app:app"
 GOES_ON = {"on_nan": "skip", "on_error": "skip"}
 """Settings of a project where nobody gives them: on nodes, one client's mistake is not to end the run."""
 _WIDE = 60
@@ -125,7 +129,7 @@ dependencies = []
 publisher = "fedkern"
 
 [tool.flwr.app.components]
-serverapp = "fedkern.flower.server_app:app"
+serverapp = "{SERVER_APP}"
 clientapp = "fedkern.flower.client_app:app"
 
 # The settings of the run: an empty text leaves one open.  One run's own: flwr run --run-config 'rounds=3 lr=0.05'
@@ -259,3 +263,34 @@ flwr run . local --stream --run-config 'out="DIR" resume=true'
 Files that settings name by a path (data, initial weights, teachers) must be on every machine under that path. Code of
 `--model` and `--plugin` is in this folder, and Flower sends it to the nodes.
 """
+
+
+def simulation(folder: Path, given: Sequence[str]) -> list[str]:
+    """Flower's settings of a simulation of a project on this machine.
+
+    Args:
+        folder: folder of any Flower project; of a :class:`Project`, each client needs a node.
+        given: the user's settings, ``"key=value ..."`` in TOML.
+
+    Returns:
+        The settings, the user's last.
+
+    Raises:
+        UserError: Ray is not installed, or nobody says how many clients there are.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            "Flower's simulation needs Ray, which is not installed: pip install 'flwr[simulation]>=1.41,<1.43', or "
+            "name a SuperLink with --superlink."
+        )
+    nodes = []
+    with suppress(OSError, ValueError, LookupError, TypeError):  # Flower says what is wrong with a project
+        app = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+        if app["components"]["serverapp"] == SERVER_APP and not any("num-supernodes" in text for text in given):
+            if not app["config"]["clients"]:
+                raise UserError(
+                    "The project leaves its number of clients to the data set: give that number with "
+                    "--federation-config num-supernodes=N."
+                )
+            nodes = [f"num-supernodes={app['config']['clients']}"]
+    return ["client-resources-num-cpus=1", *nodes, *given]

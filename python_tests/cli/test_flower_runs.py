@@ -1,25 +1,58 @@
-"""The command ``flower`` as it is typed: its flags, and what it says without Flower or with a wrong folder."""
+"""The command ``flower`` as it is typed, and what it makes of the answers of ``flwr``, for which a script stands in."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 
 from fedkern.cli import flower_runs
+from fedkern.errors import RunFailed, UserError
 from fedkern.run import main
 
 INSTALLED = importlib.util.find_spec("flwr") is not None
+FLWR = """
+import os, pathlib, signal, sys
+here = pathlib.Path(__file__)
+calls = here.with_suffix("")
+number = len(list(calls.iterdir()))
+(calls / f"{number:03d}").write_text(" ".join(sys.argv[1:]))
+if here.with_suffix(".interrupts").exists() and sys.argv[1] == "run":
+    os.kill(os.getppid(), signal.SIGINT)
+print((here.parent / f"{sys.argv[1]}-{number}.txt").read_text(), end="")
+"""
+
+
+@pytest.fixture
+def flwr(tmp_path, monkeypatch):
+    """Lets a script stand in for ``flwr``: sets its answers, and tells what it was asked."""
+    script = tmp_path / "flwr.py"
+    script.write_text(FLWR)
+    script.with_suffix("").mkdir()
+    monkeypatch.setattr(flower_runs, "_FLWR", (str(script),))
+
+    def answers(*given):
+        for number, (name, text) in enumerate(given):
+            (tmp_path / f"{name}-{number}.txt").write_text(text, encoding="utf-8")
+
+    def asked():
+        return [path.read_text() for path in sorted(script.with_suffix("").iterdir())]
+
+    return answers, asked
+
+
+def listed(status, details="N/A"):
+    return "Using SuperLink\n" + json.dumps({"success": True, "runs": [{"status": status, "status-details": details}]})
 
 
 def test_flags_are_read():
     request = flower_runs.parse(
-        ["flower", "project", "--nodes", "3", "--run-config", "rounds=2", "--run-config", "lr=0.1", "--out", "kept"]
+        ["flower", "project", "--run-config", "rounds=2", "--run-config", "lr=0.1", "--superlink", "hospital"]
     )
-    assert str(request.folder) == "project"
-    assert str(request.out) == "kept"
-    assert request.arguments["nodes"] == 3
-    assert request.arguments["run_config"] == ("rounds=2", "lr=0.1")
+    assert request.arguments["folder"] == "project"
+    assert request.arguments["superlink"] == "hospital"
+    assert request.arguments["run_config"] == ["rounds=2", "lr=0.1"]
     assert flower_runs.parse(["report", "project"]) is None
 
 
@@ -27,9 +60,7 @@ def test_flags_are_read():
     ("words", "sentence"),
     [
         ([], "needs the folder of a Flower project."),
-        (["p", "--nodes", "0"], '--nodes must be a whole number of at least 1, not "0".'),
         (["p", "--superlink", ""], "--superlink is given without a value"),
-        (["p", "--insecure", "--root-certificates", "x"], "--insecure means that there is no certificate"),
         (["p", "--superlnk", "x"], 'does not take "--superlnk". Did you mean "--superlink"?'),
     ],
 )
@@ -41,7 +72,7 @@ def test_a_mistake_is_one_sentence(words, sentence, capsys):
 def test_help_shows_every_flag(capsys):
     assert main(["flower", "--help"]) == 0
     shown = capsys.readouterr().out
-    for flag in ("--superlink", "--nodes", "--run-config", "--out", "pip install 'fedkern[flower]'"):
+    for flag in ("--superlink", "--federation-config", "--run-config", "pip install 'fedkern[flower]'"):
         assert flag in shown
 
 
@@ -51,19 +82,82 @@ def test_without_flower_the_extra_is_named(tmp_path, capsys):
     assert "needs Flower, which is not installed: pip install 'fedkern[flower]'." in capsys.readouterr().err
 
 
+def test_a_run_whose_log_ends_early_is_waited_for(flwr, capsys):
+    answers, asked = flwr
+    answers(
+        ("run", "Using SuperLink: x (y)\nSuccessfully started run 7\n\x1b[92mINFO\x1b[0m one\n\x1b]0;title\x07two\n"),
+        ("ls", listed("running")),
+        ("ls", listed("finished:completed")),
+    )
+    flower_runs._play(["project", "hospital", "--run-config", "rounds=3"], ["hospital"])
+    assert capsys.readouterr().out == "INFO one\n\\x1b]0;title\\x07two\n"
+    assert asked() == [
+        "run --stream project hospital --run-config rounds=3",
+        "ls hospital --run-id 7 --format json",
+        "ls hospital --run-id 7 --format json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (listed("finished:failed", "no reply counts"), "^Run 7 failed: no reply counts$"),
+        (listed("finished:stopped", "by user"), "^Run 7 stopped: by user$"),
+        ("Connection to the SuperLink is unavailable.", "does not tell how run 7 goes on"),
+    ],
+)
+def test_a_run_that_is_not_completed_has_failed(flwr, answer, sentence):
+    answers, _ = flwr
+    answers(("run", "Successfully started run 7\n"), ("ls", answer))
+    with pytest.raises(RunFailed, match=sentence) as caught:
+        flower_runs._play(["project"], [])
+    assert caught.value.exit_code == 1
+
+
+def test_what_flower_refuses_is_one_sentence(flwr):
+    answers, _ = flwr
+    answers(
+        ("run", "Using SuperLink: x (y)\n╭─ Error ───────╮\n│ The SuperLink │\n│ is away.      │\n╰───────────────╯\n")
+    )
+    with pytest.raises(UserError, match=r"^Flower: The SuperLink is away\.$") as caught:
+        flower_runs._play(["project"], [])
+    assert caught.value.exit_code == 2
+
+
+def test_ctrl_c_before_flower_has_answered_stops_the_run_all_the_same(flwr, tmp_path):
+    answers, asked = flwr
+    (tmp_path / "flwr.interrupts").touch()
+    answers(("run", "Successfully started run 7\n"), ("stop", "{}"))
+    with pytest.raises(KeyboardInterrupt):
+        flower_runs._play(["project", "hospital"], ["hospital"])
+    assert asked()[1:] == ["stop 7 hospital"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "name", "simulated"),
+    [
+        (None, None, True),
+        ('default = "here"\n[superlink.here]\naddress = ":local:"', None, True),
+        ('default = "far"\n[superlink.far]\naddress = "h:1"', None, False),
+        ('default = "here"\n[superlink.here]\naddress = ":local:"\n[superlink.far]\naddress = "h:1"', "far", False),
+        (
+            'default = "far"\n[superlink.far]\naddress = "h:1"\n[superlink.here]\noptions.num-supernodes = 3',
+            "here",
+            True,
+        ),
+    ],
+)
+def test_what_is_simulated_is_said_by_flowers_configuration(tmp_path, monkeypatch, configuration, name, simulated):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    if configuration is not None:
+        (tmp_path / "config.toml").write_text(f"[superlink]\n{configuration}\n")
+    assert flower_runs._simulated(name) is simulated
+
+
 @pytest.mark.flower
 @pytest.mark.skipif(not INSTALLED, reason="flwr is not installed: pip install 'fedkern[flower]'")
-def test_flags_that_do_not_fit_together(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    (tmp_path / "pyproject.toml").write_text("[tool.flwr.app]\npublisher = 'me'\n")
-    for words, sentence in (
-        (["--insecure"], "--insecure belongs to an address: give --superlink HOST:PORT with it."),
-        (["--superlink", "h:1", "--nodes", "2"], "--nodes is for simulations: the SuperLink has the nodes"),
-        (["--superlink", "hospital"], 'There is no SuperLink connection "hospital"'),
-        (["--superlink", "h:1", "--root-certificates", "none.pem"], "none.pem is not a file"),
-    ):
-        assert main(["flower", str(tmp_path), *words]) == 2
-        assert sentence in capsys.readouterr().err
-    (tmp_path / "log.txt").touch()
-    assert main(["flower", str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert "log.txt exists: name another folder with --out." in capsys.readouterr().err
+def test_settings_of_a_simulation_do_not_go_to_a_superlink(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text('[superlink.far]\naddress = "h:1"\n')
+    assert main(["flower", "p", "--superlink", "far", "--federation-config", "num-supernodes=3"]) == 2
+    assert "--federation-config is for simulations: a SuperLink has the nodes" in capsys.readouterr().err

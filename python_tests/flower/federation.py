@@ -17,14 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from flower_processes import end_all, free_port, processes_of
+
 import fedkern
-from fedkern.flower.local_superlink import end_all, free_port, processes_of
-from fedkern.flower.superlink_runs import Connection, Submitted, own_connection
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parents[1] / "examples/flower_deployment/deploy.py"
 TRIES = 5
 TAKEN = "address already in use"
+CONNECTION = "fedkern"
+"""Name of the SuperLink in the configuration of a federation's home."""
 
 
 @dataclass
@@ -45,6 +47,27 @@ class Node:
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        run: its number.
+        status: Flower's status, for example ``"finished:completed"``.
+        details: why it failed, in Flower's words.
+        log: the log of the ServerApp.
+    """
+
+    run: str
+    status: str
+    details: str
+    log: str
+
+    @property
+    def completed(self) -> bool:
+        return self.status == "finished:completed"
 
 
 class Refused(Exception):
@@ -74,10 +97,12 @@ class Federation:
             if self.secure:
                 self.certificates = deployment().certificates(self._made("certificates"))
             self.superlink, self.superlink_log, self.port = self._superlink()
-            home = self._made("home")
-            authority = self.certificates.get("authority")
-            self.connection: Connection = own_connection(
-                home, f"127.0.0.1:{self.port}", certificates=authority, insecure=not self.secure
+            self.home = self._made("home")
+            authority = json.dumps(str(self.certificates.get("authority")))
+            trust = f"root-certificates = {authority}" if self.secure else "insecure = true"
+            (self.home / "config.toml").write_text(
+                f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+                f'address = "127.0.0.1:{self.port}"\n{trust}\n'
             )
         except BaseException:
             self.__exit__()
@@ -150,7 +175,7 @@ class Federation:
     def register(self, number: int) -> Path:
         """Makes a node's key and registers it; the private key."""
         private, public = deployment().node_key(self._made("keys") / f"node-{number}")
-        done = self.flwr("supernode", "register", str(public), self.connection.name)
+        done = self.flwr("supernode", "register", str(public), CONNECTION)
         assert done.returncode == 0, done.stdout + done.stderr
         self.keys[number] = private
         return private
@@ -239,29 +264,39 @@ class Federation:
     def flwr(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess:
         """Runs Flower's command."""
         return subprocess.run(
-            [str(self.folder / "bin/flwr"), *words], cwd=self.folder, env=self.environment(self.connection.home),
+            [str(self.folder / "bin/flwr"), *words], cwd=self.folder, env=self.environment(self.home),
             capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def submit(self, project: Path, **run_config: object) -> Submitted:
-        """Submits a project; underscores in the names of its settings stand for hyphens."""
+    def asked(self, *words: str) -> dict:
+        """The answer of one of Flower's commands."""
+        done = self.flwr(*words, "--format", "json", timeout=180)
+        answer = json.loads(done.stdout[done.stdout.index("{") :])
+        assert answer["success"], done.stdout + done.stderr
+        return answer
+
+    def submit(self, project: Path, **run_config: object) -> str:
+        """Submits a project; underscores in the names of its settings stand for hyphens.
+
+        Returns:
+            The number of the run.
+        """
         listed = [f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in run_config.items()]
-        return Submitted.start(self.connection, project, run_config=listed)
+        words = [word for text in listed for word in ("--run-config", text)]
+        return str(self.asked("run", str(project), CONNECTION, *words)["run-id"])
 
-    def run(self, project: Path, *, patience: float = 300, **run_config: object):
+    def ended(self, run: str, patience: float = 300) -> Outcome:
+        """Waits for the end of a run."""
+        limit = time.monotonic() + patience
+        while not (found := self.asked("ls", CONNECTION, "--run-id", run)["runs"][0])["status"].startswith("finished"):
+            assert time.monotonic() < limit, found
+            time.sleep(1)
+        log = self.flwr("log", run, CONNECTION).stdout
+        return Outcome(run, found["status"], found["status-details"], log)
+
+    def run(self, project: Path, *, patience: float = 300, **run_config: object) -> Outcome:
         """Submits a project and waits for the end of its run."""
-        return ended(self.submit(project, **run_config), patience)
-
-
-def ended(submitted: Submitted, patience: float = 300):
-    """Waits for the end of a run; gives its outcome, with its log."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(submitted.follow, lambda line: None).result(patience)
-    except TimeoutError:
-        raise AssertionError(f"run {submitted.run} has not ended: {submitted.state()}\n{submitted.log}") from None
-    finally:
-        pool.shutdown(wait=False)
+        return self.ended(self.submit(project, **run_config), patience)
 
 
 def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float = 90) -> re.Match | None:

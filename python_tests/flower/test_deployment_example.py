@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
 
 from federation import SCRIPT, commands, deployment, surroundings
+from flower_processes import processes_of
 
 from fedkern.engine import RunConfig, run
 from fedkern.engine.run import data_of_one
-from fedkern.flower.local_superlink import processes_of
 
 pytestmark = pytest.mark.flower
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,64 +15,67 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
 
-from federation import Federation
+from federation import CONNECTION, Federation, commands, surroundings
+from flower_processes import processes_of
+from test_deployed_runs import in_one_process, project, records
 from test_deployment import faulty, quickstart
-
-from fedkern.flower.local_superlink import processes_of
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Flower's simulation needs ray: pip install 'flwr[simulation]'"
+)
 
-def started(federation: Federation, project: Path, *words: str, **variables: str) -> subprocess.Popen:
-    environment = {**federation.environment(federation.folder / "users-home"), **variables}
+
+def started(environment: dict[str, str], project: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "fedkern.run", "flower", str(project), *words], cwd=federation.folder, env=environment,
+        [sys.executable, "-m", "fedkern.run", "flower", str(project), *words], cwd=project.parent, env=environment,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
-def played(*args, timeout=300, **named) -> tuple[int, str, str]:
-    process = started(*args, **named)
+def played(environment: dict[str, str], project: Path, *words: str) -> tuple[int, str, str]:
+    process = started(environment, project, *words)
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode, out, err
 
 
-def address(federation: Federation) -> list[str]:
-    return ["--superlink", f"127.0.0.1:{federation.port}", "--insecure"]
+@pytest.fixture
+def simulation(tmp_path):
+    """The environment of a simulation whose processes and folders the test can find."""
+    commands(tmp_path / "bin")
+    with tempfile.TemporaryDirectory() as short:  # Ray's sockets have paths of at most 107 characters
+        yield surroundings(tmp_path / "bin") | {"FLWR_HOME": str(tmp_path / "home"), "RAY_TMPDIR": short}
 
 
 def test_the_command_follows_a_run_and_its_exit_code_tells_how_it_ended(tmp_path):
     (tmp_path / "federation").mkdir()
-    kept = tmp_path / "kept"
     with Federation(tmp_path / "federation") as federation:
+        environment = federation.environment(federation.home)
         federation.start_nodes({"fault": "raises"}, {})
         good = faulty(tmp_path / "good", 2)
-        code, out, err = played(federation, good, *address(federation), "--out", str(kept))
+        code, out, err = played(environment, good)
         assert code == 0, err
-        assert "completed in" in out
-        assert "Round 1: 1 replies count, 1 do not." in err
-        assert json.loads((kept / "run.json").read_text())["status"] == "finished:completed"
-        assert "Round 1: 1 replies count, 1 do not." in (kept / "log.txt").read_text()
+        assert "Round 1: 1 replies count, 1 do not." in out
 
-        # A client's traceback is shown even where the log is not.
         bad = faulty(tmp_path / "bad", 2)
         (bad / "client_app.py").write_text((bad / "client_app.py").read_text().replace('fault == "raises"', "True"))
-        code, out, err = played(federation, bad, *address(federation), "--quiet")
+        code, out, err = played(environment, bad, "--superlink", CONNECTION)
         assert code == 1
-        assert "in a_broken_pipeline" in err
-        assert "ZeroDivisionError: division by zero at this site" in err
-        assert "error: Run " in err
+        assert "in a_broken_pipeline" in out
+        assert "ZeroDivisionError: division by zero at this site" in out
+        assert err.startswith("error: Run ")
         assert "no reply of this run has counted" in err.splitlines()[-1]
-        assert out == ""
 
-        # What Flower refuses is one sentence.
-        code, _, err = played(federation, good, *address(federation), "--run-config", "nonesuch=1")
-        assert code == 2
-        assert "error: Flower: " in err
-        assert "Traceback" not in err
+        for wrong, words in ((good, ["--run-config", "nonesuch=1"]), (tmp_path / "nonesuch", [])):
+            code, out, err = played(environment, wrong, *words)
+            assert code == 2
+            assert err.startswith("error: Flower: ")
+            assert len(err.splitlines()) == 1
+            assert out == ""
 
 
 def test_ctrl_c_stops_the_run(tmp_path):
@@ -80,7 +83,7 @@ def test_ctrl_c_stops_the_run(tmp_path):
     marker = tmp_path / "hangs"
     with Federation(tmp_path / "federation") as federation:
         federation.start_nodes({"hangs_in_round": 1, "marker": str(marker)})
-        process = started(federation, faulty(tmp_path / "project", 1, deadline=500.0), *address(federation))
+        process = started(federation.environment(federation.home), faulty(tmp_path / "project", 1, deadline=500.0))
         limit = time.monotonic() + 90
         while not marker.exists():
             assert time.monotonic() < limit
@@ -89,24 +92,42 @@ def test_ctrl_c_stops_the_run(tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "stopping run" in err
-        (found,) = json.loads(federation.flwr("ls", "fedkern", "--format", "json").stdout)["runs"]
+        (found,) = federation.asked("ls", CONNECTION)["runs"]
         assert found["status"] == "finished:stopped"
 
 
-def test_a_foreign_superlink_on_the_default_port_does_not_take_a_simulation(tmp_path):
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("Flower's simulation needs ray: pip install 'flwr[simulation]'")
+@needs_ray
+def test_a_foreign_superlink_on_the_default_port_does_not_take_a_simulation(tmp_path, simulation):
     (tmp_path / "federation").mkdir()
     with Federation(tmp_path / "federation") as foreign:
         before = set(foreign.processes())
-        with tempfile.TemporaryDirectory() as short:  # Ray's sockets have paths of at most 107 characters
-            places = {"TMPDIR": str(tmp_path), "RAY_TMPDIR": short}
-            default = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(foreign.port), **places}
-            code, out, err = played(foreign, quickstart(tmp_path / "project"), "--nodes", "3", **default)
+        default = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(foreign.port)}
+        nodes = ["--federation-config", "num-supernodes=3"]
+        code, out, err = played(simulation | default, quickstart(tmp_path / "project"), *nodes)
         assert code == 0, err
-        assert "SuperLink: a simulation on this machine" in err
-        assert "Round 1: 3 replies count, 0 do not." in err
-        assert "completed in" in out
-        assert json.loads(foreign.flwr("ls", "fedkern", "--format", "json").stdout)["runs"] == []
-        assert set(processes_of(tmp_path)) <= before
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith("fedkern-flower-")]
+        assert "Round 1: 3 replies count, 0 do not." in out
+        assert foreign.asked("ls", CONNECTION)["runs"] == []
+        assert set(processes_of(tmp_path)) == before
+
+
+@needs_ray
+def test_a_simulation_ends_at_ctrl_c_and_resumes_with_the_same_bits(tmp_path, simulation):
+    words = ["--clients", "3", "--rounds", "6"]
+    made = project(tmp_path, "scaffold", *words)
+    process = started(simulation, made)
+    limit = time.monotonic() + 200
+    while not records(tmp_path):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert processes_of(tmp_path) == []
+    assert len(records(tmp_path)) < 6
+
+    code, out, err = played(simulation, made, "--run-config", "resume=true")
+    assert code == 0, out + err
+    assert processes_of(tmp_path) == []
+    assert [record["round"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "run/model.safetensors").read_bytes() == in_one_process(tmp_path, "scaffold", *words)

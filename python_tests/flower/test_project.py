@@ -13,6 +13,7 @@ from fedkern import plugins
 from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.flower import run_settings
+from fedkern.flower.project import simulation
 from fedkern.run import main
 
 FLAGS = ("--data", "digits", "--clients", "4", "--rounds", "3", "--lr", "0.05", "--partition", "dirichlet:0.5")
@@ -205,3 +206,29 @@ def test_own_data_that_cannot_be(words, why, tmp_path, capsys):
     assert why in capsys.readouterr().err
     assert not project.exists()
     assert not Path("runs").exists()
+
+
+def test_a_simulation_of_a_whole_run_has_a_node_for_each_client(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.chdir(tmp_path)
+    assert main(["fedavg", *FLAGS, "--flower", "p"]) == 0
+    path, one, two = Path("p/pyproject.toml"), "client-resources-num-cpus=1", "verbose=true num-supernodes=2"
+    assert simulation(Path("p"), ["verbose=true"]) == [one, "num-supernodes=4", "verbose=true"]
+    assert simulation(Path("p"), [two]) == [one, two]
+
+    text = path.read_text()
+    path.write_text(text.replace("\nclients = 4\n", '\nclients = ""\n'))
+    with pytest.raises(UserError, match=r"give that number with --federation-config num-supernodes=N\."):
+        simulation(Path("p"), [])
+    assert simulation(Path("p"), [two]) == [one, two]
+
+    for other in (text.replace("fedkern.flower.server_app:app", "own:app"), "", "[tool.flwr]\napp = 3\n", "[tool"):
+        path.write_text(other)
+        assert simulation(Path("p"), []) == [one]
+    assert simulation(Path("nonesuch"), []) == [one]
+
+
+def test_a_simulation_without_ray_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs Ray, which is not installed: pip install 'flwr\[simulation\]>=1.41"):
+        simulation(tmp_path, [])
