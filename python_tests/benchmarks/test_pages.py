@@ -1,4 +1,4 @@
-"""Every number on the methods' pages is in benchmarks/results, or is a setting."""
+"""Every result on the methods' pages is in benchmarks/results."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 
 from benchmarks import page_figures, pages
-from benchmarks.pages import Page, said
+from benchmarks.pages import Page
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study_fusefl import AS_RELEASED
 from fedkern.cli.flags import parse
@@ -15,8 +15,19 @@ from fedkern.cli.request import effective
 from fedkern.methods.fediod.presets import PUBLISHED
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
-PAGE = Page("docs/some.md", {"rates": lambda: ["| 1.5 |"]}, (said("has {} % here", "40.3 ± 3.2"),), (r"arXiv 2410\.1",))
-TEXT = "From arXiv 2410.1.\n\n<!-- figures: rates -->\n\n| 1.5 |\n\n<!-- end -->\n\nIt has 40.3 ± 3.2 %\nhere.\n"
+PAGE = Page("docs/some.md", {"rates": lambda: ["| 1.5 % |"]})
+TEXT = """Of 10 clients.
+
+<!-- figures: rates -->
+
+| 1.5 % |
+
+<!-- end -->
+
+The published gain is 3 points.
+
+It wins.
+"""
 
 
 @pytest.mark.parametrize("path", BY_PATH)
@@ -34,9 +45,9 @@ def test_every_method_with_a_page_is_looked_at():
 
 @pytest.mark.parametrize("path", BY_PATH)
 def test_a_changed_figure_is_found_wherever_it_stands(path):
-    """Each sentence's first figure and one number of each table, changed one at a time."""
+    """One number of each table, changed one at a time."""
     page, text = BY_PATH[path], (pages.ROOT / path).read_text()
-    places = [sentence.pattern.search(text).start(1) for sentence in page.sentences]
+    places = []
     for section in pages.SECTION.finditer(text):
         numbers = [match.start() for match in re.finditer(r"\d+\.\d", section[0])]
         if numbers:
@@ -48,21 +59,21 @@ def test_a_changed_figure_is_found_wherever_it_stands(path):
         assert pages.faults(changed, page), text[place - 30 : place + 30]
     heading = f"## {page.part}\n" if page.part else "\n"
     for claim in ("It has 99.9 % there.", "It is 3 times as fast.", "It gains half a point.", "It wins by two points."):
-        assert any("vouches" in fault for fault in pages.faults(text.replace(heading, heading + claim, 1), page)), claim
+        assert any(
+            "result outside" in fault for fault in pages.faults(text.replace(heading, heading + claim, 1), page)
+        ), claim
 
 
 @pytest.mark.parametrize(("before", "after", "words"), [
     ("", "", None),
-    ("40.3 ± 3.2", "40.4 ± 3.2", "should be"),
-    ("40.3 ± 3.2", "40.3", "should be"),
-    ("| 1.5 |", "| 1.6 |", "should be"),
-    ("here.", "here, and 41 there.", "vouches"),
-    ("2410.1.", "2410.2.", "vouches"),
-    ("here.", "there.", "no sentence says"),
+    ("| 1.5 % |", "| 1.6 % |", "should be"),
+    ("It wins.", "It wins by 41 %.", "result outside"),
+    ("It wins.", "It has 41 ± 2.", "result outside"),
+    ("It wins.", "It is three times as fast.", "result outside"),
+    ("The published gain", "The gain", "result outside"),
     ("figures: rates", "figures: dates", "nothing makes the section"),
     ("<!-- figures: rates -->", "", "is not on it"),
-    ("here.", "here (`lr 0.1`, [1](http://a/2)).", "vouches"),
-    ("here.", "here (`lr 0.1`, [one](http://a/2)).", None),
+    ("It wins.", "With 50 clients, at a rate of 0.1 (`--share 41 %`, [one](http://a/2%)).", None),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_page(before, after, words):
     found = pages.faults(TEXT.replace(before, after, 1) if before else TEXT, PAGE)
@@ -70,10 +81,7 @@ def test_what_is_wrong_with_a_page(before, after, words):
 
 
 def test_figures_are_written_where_they_stand():
-    stale = TEXT.replace("40.3 ± 3.2", "7").replace("| 1.5 |", "| 9 |\n| 8 |")
-    assert pages.fill(stale, PAGE) == TEXT
-    with pytest.raises(ValueError, match="2 figures"):
-        said("has {}", "1", "2")
+    assert pages.fill(TEXT.replace("| 1.5 % |", "| 9 |\n| 8 |"), PAGE) == TEXT
 
 
 TABLES = {
