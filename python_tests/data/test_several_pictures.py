@@ -71,6 +71,7 @@ def test_a_prediction_refuses_two_pictures(tmp_path, suffix):
         "classes": ("a", "b"),
         "image_size": (8, 8),
         "channels": 1,
+        "grey_bits": 16,
         "mean": (0.5,),
         "std": (0.2,),
     }
