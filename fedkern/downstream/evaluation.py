@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def evaluate_run(
     method = kind(kind.Options.parse(config.options, method=config.method))
     module = module.to(config.device).eval()
     sets = _sets(loaded, module, about, config)
-    where = f"The method's evaluate of {config.method}"
-    with cpu_threads(config.threads), computing(config.precision), named(where, kind):
-        found = evaluate(method, module, sets, keep=True)
+    code = partial(named, f"The method's evaluate of {config.method}", kind)
+    with cpu_threads(config.threads), computing(config.precision):
+        found = evaluate(method, module, sets, code, keep=True)
     return {**found, **final_figures(sets, loaded.classes).metrics, **found}
 
 

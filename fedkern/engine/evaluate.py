@@ -140,7 +140,7 @@ def evaluate_clients(
 
     def own(k: int) -> dict[str, float]:
         label = client_label(names, k)
-        with code(label), _explained(f"The test set of client {label}", sets[k]):
+        with _explained(f"The test set of client {label}", sets[k]), code(label):
             return {name: float(value) for name, value in method.evaluate_own(network, sets[k], k).items()}
 
     return dict(zip(sets, _side_by_side(own, list(sets), at_once), strict=True))
@@ -213,11 +213,18 @@ def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Tes
 
 
 def evaluate(
-    method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1, *, keep: bool = False
+    method: Method,
+    network: nn.Module,
+    sets: dict[str, TestSet],
+    code: Callable[[], AbstractContextManager[None]],
+    at_once: int = 1,
+    *,
+    keep: bool = False,
 ) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
 
-    With ``keep``, the sets keep the networks' answers (``TestSet.kept``).
+    With ``keep``, the sets keep the networks' answers (``TestSet.kept``).  ``code`` names the method's part in an
+    exception.
 
     ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task is not
     classification, or the method has its own ``evaluate``, whole sets are evaluated side by side.
@@ -229,7 +236,7 @@ def evaluate(
     def figures(prefix: str) -> dict[str, float]:
         name = prefix.removesuffix("_")
         what = "The validation set" if name == "validation" else f'The test set "{name}"' if name else "The test set"
-        with _explained(what, sets[prefix]), sets[prefix].keeping() if keep else nullcontext():
+        with _explained(what, sets[prefix]), sets[prefix].keeping() if keep else nullcontext(), code():
             return method.evaluate(network, sets[prefix])
 
     ordinary = type(method).evaluate is Method.evaluate and all(data.task == "classification" for data in sets.values())

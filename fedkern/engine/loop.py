@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -510,8 +510,9 @@ class Run:
 
     def _evaluate(self, network: nn.Module, last: bool) -> None:
         """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
-        with self._at_once(network) as at_once, self.method_code("evaluate"):
-            self.latest = evaluate(self.method, network, self.sets, at_once, keep=last)
+        code = partial(self.method_code, "evaluate")
+        with self._at_once(network) as at_once:
+            self.latest = evaluate(self.method, network, self.sets, code, at_once, keep=last)
         self._evaluate_clients(network, self.client_sets)
         self.latest.update(over_clients(self.own_figures, self.client_sets))
         self._evaluated = True
