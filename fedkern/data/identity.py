@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,11 @@ def of_memory(data: FederatedData) -> dict[str, str]:
     return identity(data.classes, sets, sets)
 
 
-def of_source(source: Source, contents: Sets) -> dict[str, str]:
+def of_source(source: Source, contents: Sets, pixels: list[bytes] | None = None) -> dict[str, str]:
     """Identity of a data set: names and labels of whole pools, and the contents of the images in ``contents``."""
     tests = {f"test {name}".strip(): [pool] for name, pool in source.tests.items()}
     pools = {"train": [source.train], "validation": [source.validation], **tests}
-    return identity((*source.classes, *source.sites), pools, contents)
+    return identity((*source.classes, *source.sites), pools, contents, pixels)
 
 
 def sampled(pool: Pool) -> Split:
@@ -42,59 +43,83 @@ def sampled(pool: Pool) -> Split:
     return pool.take(torch.from_numpy(np.sort(order).astype(np.int64)))
 
 
-def identity(classes: Sequence[str], sets: Mapping[str, Sequence[Split | Pool]], contents: Sets) -> dict[str, str]:
+def identity(
+    classes: Sequence[str],
+    sets: Mapping[str, Sequence[Split | Pool]],
+    contents: Sets,
+    pixels: list[bytes] | None = None,
+) -> dict[str, str]:
     """Hashes, in hexadecimal, of what data consist of; the order of samples does not count.
 
     Args:
         classes: names of classes and sites.
         sets: all samples, by the name of their set.
-        contents: the samples whose images are read, by the name of their set.
+        contents: the samples whose images are read, by the name of their set; each is read once.
+        pixels: gets a hash of every image of ``contents``, in its order, of the image alone.
 
     Returns:
         ``classes``, ``sizes`` (numbers of samples, as text), ``names``, ``labels`` (with texts and patients, by name)
         and ``images`` (with labels).
     """
+    names, images = [], []
+    labels: dict[str, list[bytes]] = {}
+    for name, parts in contents.items():
+        labels[name] = []
+        for part in parts:
+            for told, image in zip(_told(name, part), _rows(part.images), strict=True):
+                labels[name].append(told.digest())
+                for piece in image:
+                    told.update(piece)
+                images.append(told.digest())
+                if pixels is not None:
+                    pixels.append(_hash(*image).digest())
+    for name, pools in sets.items():
+        names += [_hash(_text(f"{name}\0{row}")).digest() for part in pools for row in part.ids or ()]
+        if not _alike(contents.get(name, ()), pools):  # else their labels have been read with the images
+            labels[name] = [told.digest() for part in pools for told in _told(name, part)]
     sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
-    every = [(name, part) for name, parts in sets.items() for part in parts]
     return {
         "classes": _digest(repr(name).encode() for name in classes),
         "sizes": ", ".join(f"{name} {count}" for name, count in sizes.items() if count),
-        "names": _digest(sorted(_row(f"{name}\0{row}") for name, part in every for row in part.ids or ())),
-        "labels": _digest(
-            sorted(_row(f"{name}\0{text}", label) for name, part in every for text, label in _told(part))
-        ),
-        "images": _digest(
-            sorted(
-                _row(f"{name}\0{text}", label, image)
-                for name, parts in contents.items()
-                for part in parts
-                for (text, label), image in zip(_told(part), _rows(part.images), strict=True)
-            )
-        ),
+        "names": _digest(sorted(names)),
+        "labels": _digest(sorted(digest for name in sets for digest in labels[name])),
+        "images": _digest(sorted(images)),
     }
 
 
-def _told(part: Split | Pool) -> Iterator[tuple[str, memoryview]]:
-    """Name, text and patient of every sample, as one text, and its label."""
+def _alike(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
+    """Whether ``read`` is all samples of the pools, with labels of the same form."""
+    forms = {(part.labels.shape[1:], part.labels.dtype) for part in (*read, *pools) if len(part)}
+    return sum(map(len, read)) == sum(map(len, pools)) and len(forms) < 2
+
+
+def _told(set_name: str, part: Split | Pool) -> Iterator[Any]:
+    """For every sample a hash of its set, name, text, patient and label, to which more can be added."""
     patients = None if part.patients is None else part.patients.tolist()
     for row, label in enumerate(_rows(part.labels)):
         known = [None if each is None else each[row] for each in (part.ids, part.texts, patients)]
-        yield repr(known), label
+        yield _hash(_text(f"{set_name}\0{known!r}"), *label)
 
 
-def _rows(tensor: Tensor) -> Iterator[memoryview]:
+def _rows(tensor: Tensor) -> Iterator[tuple[bytes, memoryview]]:
+    """The shape and the bytes of every row."""
     for part in in_parts(tensor):
         shape = repr(tuple(part.shape[1:])).encode()
-        flat = np.ascontiguousarray(part.numpy()).reshape(len(part), -1) if part.numel() else np.zeros((len(part), 0))
-        for row in flat.view(np.uint8):
-            yield memoryview(shape + row.tobytes())
+        content = memoryview(np.ascontiguousarray(part.numpy()).reshape(-1).view(np.uint8).data)
+        size = len(content) // max(1, len(part))
+        for row in range(len(part)):
+            yield shape, content[row * size : (row + 1) * size]
 
 
-def _row(text: str, *contents: memoryview) -> bytes:
-    found = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16)
-    for content in contents:
-        found.update(content)
-    return found.digest()
+def _text(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
+def _hash(*pieces: bytes | memoryview) -> Any:
+    found = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        found.update(piece)
+    return found
 
 
 def _digest(rows: Iterable[bytes]) -> str:
