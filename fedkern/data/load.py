@@ -17,6 +17,7 @@ from fedkern.data.background import MaskSource, bounding_boxes, extract_backgrou
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.cases import grouped_rows, share_cases, share_units, training_cases
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
+from fedkern.data.copies import OWN, copies
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.identity import of_memory, of_source, sampled
@@ -176,6 +177,13 @@ def load(
     pools = (source.train, source.validation, *source.tests.values())
     if boxed:
         splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
+    identity = drawn or {}
+    if identify:
+        pixels: list[bytes] | None = [] if name in OWN and source.train.cases is None else None  # tiles are often alike
+        identity = of_source(source, contents, pixels)
+        for text in copies(name, source.classes, contents, pixels, names or ()) if pixels else ():
+            if notice is not None:
+                notice(text)
     data = FederatedData(
         name=name,
         classes=source.classes,
@@ -193,7 +201,7 @@ def load(
         client_names=names,
         drawn_validation=source.drawn_validation,
         **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
-        identity=of_source(source, contents) if identify else drawn or {},
+        identity=identity,
     )
     return _finished(data, options or {}, common, make_detector, progress, seed)
 

@@ -1,0 +1,118 @@
+"""Images of equal content under several names among the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedkern.data.identity import Sets
+from fedkern.data.spelling import SHOWN
+from fedkern.data.types import Split
+from fedkern.errors import UserError
+
+OWN = ("folder", "csv", "segmentation", "pairs", "reports")
+"""Data sets of the user's own images: copies in published ones are known and stay."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A sample: its set, its split and row there, and the site that holds it (``""``: none is known)."""
+
+    where: str
+    split: Split
+    row: int
+    site: str
+
+    @property
+    def name(self) -> str:
+        return "" if self.split.ids is None else self.split.ids[self.row]
+
+    def label(self, classes: Sequence[str]) -> str:
+        """The class or the labels in words; of a mask something that tells it from others."""
+        label = self.split.labels[self.row]
+        if label.dim() == 2:
+            return str(hash(label.numpy().tobytes()))
+        if label.dim() == 1:
+            return "|".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
+        return classes[int(label)]
+
+    def plain(self) -> bool:
+        """Whether every channel has a single value: such pictures are alike without being copies."""
+        pixels = self.split.images[self.row].flatten(1)
+        return bool((pixels == pixels[:, :1]).all())
+
+
+def copies(data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> list[str]:
+    """Looks for images whose decoded pixels are equal and whose names differ.
+
+    Args:
+        data: the data set's name, for the message.
+        classes: class names, in label order.
+        sets: the samples by the name of their set; the parts of the training set are the clients.
+        pixels: a hash of every sample's image, in the order of the sets.
+        sites: the clients' names, where the data name them.
+
+    Returns:
+        A sentence with the images that are there several times, or nothing.
+
+    Raises:
+        UserError: one image has two labels or two masks.
+    """
+    told: list[tuple[bool, str]] = []
+    for group in _groups(sets, pixels, sites):
+        first, other = group[0], next((each for each in group[1:] if each.name != group[0].name), None)
+        if other is None:
+            continue
+        labels: dict[str, _Image] = {}
+        for each in group:
+            labels.setdefault(each.label(classes), each)
+        remarks = []
+        if len(labels) > 1:
+            first, other = [*labels.values()][:2]
+            kind = "masks" if first.split.labels.dim() == 3 else "labels"
+            shown = "" if kind == "masks" else f", {first.label(classes)} and {other.label(classes)}"
+            if not first.plain():
+                raise UserError(
+                    f'data set "{data}": {first.name} and {other.name} are the same image with two {kind}{shown}; '
+                    "leave one of the two out"
+                )
+            remarks.append(f"with two {kind}{shown}")
+        for values, words in (
+            ([each.site for each in group if each.site], "at the clients {}"),
+            ([each.where for each in group], "in the sets {}"),
+        ):
+            if len(distinct := [*dict.fromkeys(values)]) > 1:
+                remarks.append(words.format(" and ".join(distinct)))
+        about = f" ({', '.join(remarks)})" if remarks else ""
+        told.append((not remarks, f"{first.name} and {other.name}{about}"))
+    if not told:
+        return []
+    told.sort(key=lambda each: each[0])
+    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    return [f"Equal images under several names count as often: {'; '.join(text for _, text in told[:SHOWN])}{more}."]
+
+
+def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterator[list[_Image]]:
+    """The samples of equal images, in their order, wherever there are two."""
+    hashes = np.frombuffer(b"".join(pixels), dtype="<u8").reshape(len(pixels), -1)
+    order = np.lexsort(hashes.T)
+    same = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
+    parts = [
+        (name.strip(), part, sites[k] if name == "train" and k < len(sites) else "")
+        for name, splits in sets.items()
+        for k, part in enumerate(splits)
+    ]
+    starts = np.cumsum([0, *(len(part) for _, part, _ in parts)])
+
+    def image(at: int) -> _Image:
+        k = int(np.searchsorted(starts, at, side="right")) - 1
+        name, part, site = parts[k]
+        row = at - int(starts[k])
+        home = -1 if part.homes is None else int(part.homes[row])
+        return _Image(name, part, row, sites[home] if home >= 0 and sites else site)
+
+    edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # where a run of equal hashes begins and ends
+    for low, high in edges.reshape(-1, 2).tolist():
+        yield [image(at) for at in sorted(order[low : high + 1].tolist())]
