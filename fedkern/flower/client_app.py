@@ -36,9 +36,10 @@ def introduce(message: Message, context: Context) -> Message:
     asked = parse_json(header)
     if isinstance(asked, dict) and isinstance(asked.get("end"), str):
         return replied(message, _ended(asked["end"], context))
+    from fedkern.flower.node_client import PROTOCOL
     from fedkern.flower.portable import pack
 
-    found: dict[str, Any] = {"client": own_client(context.node_config)}
+    found: dict[str, Any] = {"protocol": PROTOCOL, "client": own_client(context.node_config)}
     if isinstance(asked, dict) and asked.get("data") is True:
         from fedkern.flower.node_process import facts
 

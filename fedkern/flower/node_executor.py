@@ -27,7 +27,7 @@ from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, UserError, printable_name
 from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
-from fedkern.flower.node_client import MOST_NAMES, PROTOCOL, Letter, read_reply
+from fedkern.flower.node_client import MOST_NAMES, Letter, read_reply
 from fedkern.flower.node_folder import Version
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.parcel import Malformed, Parcel
@@ -251,7 +251,7 @@ class Nodes:
     def close(self) -> None:
         """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
         with suppress(Exception):  # the run has ended, whatever becomes of them
-            header, nothing = json.dumps({"protocol": PROTOCOL, "end": self._name}), Parcel("null", {})
+            header, nothing = json.dumps({"end": self._name}), Parcel("null", {})
             sent = [self._post.send(node, QUERY, header, nothing, FAREWELL) for node in self._roll.home.values()]
             names = {name for name in sent if name is not None}
             end = time.monotonic() + FAREWELL

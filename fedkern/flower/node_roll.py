@@ -47,6 +47,7 @@ class Roll:
         self._asked: dict[int, float] = {}  # when a node was asked which client it is
         self._waiting: dict[str, int] = {}  # nodes that have not said yet, by message
         self._client_of: dict[int, ClientId] = {}
+        self._refused = ""  # why the latest foreign node takes no part
 
     def meet(self, warn: Warn) -> None:
         """Waits for the nodes of all clients; the run goes on without some of them.
@@ -55,7 +56,7 @@ class Roll:
             warn: takes warnings, a name and a sentence, from now on.
 
         Raises:
-            UserError: no node of a client is connected.
+            UserError: no node of a client is connected, or takes part.
         """
         self._warn = warn
         end, pause = time.monotonic() + self._wait, _FIRST_PAUSE
@@ -69,8 +70,9 @@ class Roll:
             time.sleep(pause)
         if not self.home:
             raise UserError(
-                f"No node of a client is connected after {self._wait:g} seconds: start a SuperNode for every client, "
-                f"with --node-config 'partition-id=K num-partitions={self.count}' for client K."
+                self._refused
+                or f"No node of a client is connected after {self._wait:g} seconds: start a SuperNode for every "
+                f"client, with --node-config 'partition-id=K num-partitions={self.count}' for client K."
             )
         if missing:
             who = ", ".join(map(str, missing))
@@ -95,7 +97,7 @@ class Roll:
         for node in present:
             if node not in self._asked:
                 self._asked[node] = time.monotonic()
-                header = json.dumps({"protocol": PROTOCOL, "data": self._own_data})
+                header = json.dumps({"data": self._own_data})
                 name = self._post.send(node, QUERY, header, pack({}), ACQUAINTED * 10)
                 if name is not None:
                     self._waiting[name] = node
@@ -121,7 +123,12 @@ class Roll:
             if arrived.parcel is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")
             found = unpack(arrived.parcel)
-            k = found.get("client") if isinstance(found, dict) else None
+            spoken, k = (found.get("protocol"), found.get("client")) if isinstance(found, dict) else (None, None)
+            if spoken != PROTOCOL:
+                raise Malformed(
+                    f"has form {spoken!r} of fedkern's messages, and the server has form {PROTOCOL}: install one "
+                    "version of fedkern on all machines"
+                )
             if type(k) is not int:
                 raise Malformed("does not say which client it is")
             if not 0 <= k < self.count:
@@ -133,7 +140,8 @@ class Roll:
             problem = str(why)
         except Exception as error:  # a node may answer anything, and ends no run
             problem = f"gives an answer that cannot be read ({type(error).__name__}: {error})"
-        self._warn(f"foreign-node-{node}", f"Node {node} {printable_name(problem, 400)}; it takes no part.")
+        self._refused = f"Node {node} {printable_name(problem, 400)}; it takes no part."
+        self._warn(f"foreign-node-{node}", self._refused)
         return None
 
 

@@ -448,6 +448,32 @@ def test_nodes_that_are_not_there(tmp_path, caplog):
     assert not (tmp_path / "nobody").exists()
 
 
+def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypatch, caplog):
+    class Mixed(NodeGrid):
+        older = (101,)
+
+        def _replied(self, message):
+            with monkeypatch.context() as patched:
+                if message.metadata.dst_node_id in self.older:
+                    patched.setattr(node_client, "PROTOCOL", 2)
+                return super()._replied(message)
+
+    sentence = (
+        "Node 101 has form 2 of fedkern's messages, and the server has form 3: install one version of fedkern on all "
+        "machines; it takes no part."
+    )
+    grid = Mixed(settings("fedavg", out=str(tmp_path / "run")), range(3))
+    server_app.play(grid, grid.run_config)
+    assert sentence in caplog.text
+    assert {(entry["client"], entry["reason"]) for entry in dropped(tmp_path / "run")} == {
+        (1, "no node of it is connected")
+    }
+    grid = Mixed(settings("fedavg", out=str(tmp_path / "nobody")), range(3))
+    grid.older = (100, 101, 102)
+    with pytest.raises(UserError, match="has form 2 of fedkern's messages, and the server has form 3"):
+        server_app.play(grid, grid.run_config)
+
+
 def test_a_node_that_comes_back_as_another(tmp_path):
     """Of two nodes of one client the later one works, with the client's state; the SuperLink lists the lost one on."""
     run_config = settings("scaffold", rounds=3, out=str(tmp_path / "run"))
