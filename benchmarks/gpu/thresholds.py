@@ -181,7 +181,7 @@ def _capability(machine: Mapping[str, Any]) -> tuple[int, int]:
 def _read(path: Path) -> tuple[Entry, ...]:
     try:
         return read_entries(path) if path.exists() else ()
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Refused(f"{path} cannot be read ({reason}): put it back, or remove it to begin a new one.") from None
 

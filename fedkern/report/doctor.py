@@ -100,8 +100,8 @@ def cuda_core() -> str:
 def crossovers() -> dict[str, Any] | None:
     """Where the sizes come from that choose between CUDA and Triton; None without a GPU.
 
-    Keys are ``measured_on`` (None: they are estimates), ``measured``, ``estimated`` (operators whose sizes are
-    estimates) and ``ignored`` (why the table is not used).
+    Keys are ``measured_on`` (None: they are estimates), ``measured`` and ``estimated`` (operators whose sizes are
+    estimates).
     """
     import torch
 
@@ -109,16 +109,13 @@ def crossovers() -> dict[str, Any] | None:
 
     if not torch.cuda.is_available():
         return None
-    entries, problem = crossovers.shipped()
     entry = None
-    if entries:
-        with contextlib.suppress(RuntimeError):  # a GPU that fails; why its backends do not serve is told with them
-            entry = crossovers.serving(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    with contextlib.suppress(RuntimeError):  # a GPU that fails; why its backends do not serve is told with them
+        entry = crossovers.serving(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     return {
         "measured_on": None if entry is None else entry.gpu,
         "measured": None if entry is None else entry.time,
         "estimated": [name for name in dispatch.CROSSOVER if entry is None or name not in entry.thresholds],
-        "ignored": problem or None,
     }
 
 
@@ -291,12 +288,11 @@ def _crossovers(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
     if found["measured_on"] is None:
-        lines = ["by sizes that are estimates: none was measured on a GPU of this kind"]
-    else:
-        lines = [f"by sizes measured on {found['measured_on']}, {found['measured']}"]
-        if found["estimated"]:
-            lines.append(f"by sizes that are estimates: {', '.join(found['estimated'])}")
-    return [*lines, found["ignored"]] if found["ignored"] else lines
+        return ["by sizes that are estimates: none was measured on a GPU of this kind"]
+    lines = [f"by sizes measured on {found['measured_on']}, {found['measured']}"]
+    if found["estimated"]:
+        lines.append(f"by sizes that are estimates: {', '.join(found['estimated'])}")
+    return lines
 
 
 def _backends(rows: list[dict[str, Any]]) -> list[str]:

@@ -157,7 +157,7 @@ def test_no_results_and_no_table_are_one_sentence(tmp_path, capsys) -> None:
     both(tmp_path)
     into.write_text("{}")
     assert thresholds.main(["--results", str(tmp_path), "--into", str(into)]) == 2
-    assert f"{into} cannot be read (it is no table of format 1)" in capsys.readouterr().err
+    assert f"{into} cannot be read (it is no list of GPUs)" in capsys.readouterr().err
     assert into.read_text() == "{}"
     assert thresholds.main(["--results", str(tmp_path), "--into", str(tmp_path / "no" / "folder")]) == 2
     assert "cannot be written (No such file or directory)" in capsys.readouterr().err

@@ -191,8 +191,3 @@ def test_it_says_where_sizes_between_cuda_and_triton_come_from(monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "get_device_name", fail)
     (estimated,) = doctor._crossovers(doctor.crossovers())
     assert estimated == "by sizes that are estimates: none was measured on a GPU of this kind"
-    crossovers._shipped.cache_clear()
-    path.write_text("nonsense")
-    estimated, ignored = doctor._crossovers(doctor.crossovers())
-    assert estimated == "by sizes that are estimates: none was measured on a GPU of this kind"
-    assert f"{path} is ignored (it is no JSON)" in ignored

@@ -481,9 +481,8 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
         if found:
             serving, choice = found[0]
         if device == "cuda" and len(found) > 1:
-            threshold = dispatch.threshold(
-                operator, found[1][0], torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-            )
+            gpu = torch.cuda.get_device_name()
+            threshold = dispatch.threshold(operator, torch.cuda.get_device_capability(), gpu)
             if threshold is not None:
                 _large[operator] = (threshold, found[1][1][0])
     if _observed is not None:

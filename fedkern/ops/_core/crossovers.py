@@ -8,19 +8,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedkern import files
-from fedkern.inputs import open_regular, parse_json
-from fedkern.ops._core.loading import tell
 
 FILE = Path(__file__).with_name("crossovers.json")
-FORMAT = 1
-LARGEST = 4 << 20  # most bytes of a file that is read
 
 
 class Times(NamedTuple):
@@ -63,29 +58,10 @@ class Entry:
 
 def serving(gpu: str, capability: tuple[int, int]) -> Entry | None:
     """The entry of the GPU's name, else the latest of its major compute capability, else None."""
-    entries, problem = shipped()
-    if problem:
-        tell(problem)
+    entries = read_entries(FILE)
     alike = [entry for entry in entries if entry.capability[0] == capability[0]]
     named = [entry for entry in entries if entry.gpu == gpu]
     return max(named or alike, key=lambda entry: entry.time, default=None)
-
-
-def shipped() -> tuple[tuple[Entry, ...], str]:
-    """The entries of :data:`FILE`, which is read once, and why it is ignored, as a sentence ("" if it is not)."""
-    return _shipped(FILE)
-
-
-@functools.cache
-def _shipped(path: Path) -> tuple[tuple[Entry, ...], str]:
-    try:
-        return read_entries(path), ""
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        return (), (
-            f"{path} is ignored ({reason}), so that estimates choose between CUDA and Triton: put the file back, or "
-            "install fedkern again."
-        )
 
 
 def write_entries(entries: Sequence[Entry], path: Path) -> None:
@@ -100,61 +76,25 @@ def write_entries(entries: Sequence[Entry], path: Path) -> None:
         times = head.pop("times")
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in times.items())
         each.append(f'{json.dumps(head)[:-1]}, "times": {{\n{lines}\n }}}}')
-    text = f'{{"format": {FORMAT}, "entries": [' + ",".join(f"\n {one}" for one in each) + "]}\n"
+    text = "[" + ",".join(f"\n {one}" for one in each) + "]\n"
     files.replace(path, lambda temporary: temporary.write_text(text))
+    read_entries.cache_clear()
 
 
+@functools.cache
 def read_entries(path: Path) -> tuple[Entry, ...]:
-    """Reads the file.
+    """Reads the file, once in a process.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file has another form; the message is a clause that says why.
+        TypeError, ValueError: the file is none of :func:`write_entries`.
     """
-    with open_regular(path) as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise ValueError(f"it has more than {LARGEST:,} bytes")
-    try:
-        found = parse_json(content.decode())
-    except ValueError:
-        raise ValueError("it is no JSON") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"it is no table of format {FORMAT}")
-    try:
-        return tuple(_entry(each) for each in found["entries"])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError("it lacks what a table has, or has something else in its place") from None
+    entries = json.loads(path.read_text())
+    if not isinstance(entries, list):
+        raise ValueError("it is no list of GPUs")
+    return tuple(_entry(**each) for each in entries)
 
 
-def _entry(given: Any) -> Entry:
-    major, minor = given["capability"]
-    return Entry(
-        gpu=_text(given["gpu"]),
-        capability=(_size(major), _size(minor)),
-        versions={_text(name): _text(version) for name, version in given["versions"].items()},
-        time=_text(given["time"]),
-        thresholds={_text(name): None if size is None else _size(size) for name, size in given["thresholds"].items()},
-        times={
-            _text(name): tuple(Times(_size(size), _seconds(cuda), _seconds(triton)) for size, cuda, triton in rows)
-            for name, rows in given["times"].items()
-        },
-    )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError
-    return float(value)
+def _entry(capability: list[int], times: dict[str, list[list[float]]], **rest: Any) -> Entry:
+    named = {name: tuple(Times(int(size), *seconds) for size, *seconds in rows) for name, rows in times.items()}
+    return Entry(capability=(capability[0], capability[1]), times=named, **rest)

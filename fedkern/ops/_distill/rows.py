@@ -30,12 +30,10 @@ def row_count(logits: Tensor) -> int:
     return math.prod(row_shape(logits))
 
 
-def mean_scale(logits: Tensor, reduction: int, axis: int = 1) -> float:
-    """Factor of the sum over rows; ``axis`` is the class axis."""
-    if reduction != BATCHMEAN:
-        return 1.0
+def mean_scale(logits: Tensor, reduction: int) -> float:
+    """Factor of the sum over rows."""
     count = logits.numel()
-    return logits.shape[axis] * (logits.shape[0] if axis == 2 else 1) / count if count else 1.0
+    return logits.shape[1] / count if reduction == BATCHMEAN and count else 1.0
 
 
 # Batching rules fold the mapped axis into the rows, compute a value per row, and reduce afterwards.

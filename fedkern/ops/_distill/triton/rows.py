@@ -286,9 +286,7 @@ def hand_over(written: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
             other.copy_(one)
 
 
-def share(
-    logits: Tensor, steps: Sequence[Steps], tensors: int, compute: torch.dtype, axis: int = 1
-) -> tuple[Rows, list[Steps]]:
+def share(logits: Tensor, steps: Sequence[Steps], tensors: int, compute: torch.dtype) -> tuple[Rows, list[Steps]]:
     """Cuts rows into tiles, and merges batches and positions into one axis where every tensor's strides allow.
 
     Args:
@@ -296,10 +294,9 @@ def share(
         steps: strides of every tensor that takes part.
         tensors: tiles of logits that a program holds at once; the more tiles, the smaller. Mixtures count as four.
         compute: the computing dtype.
-        axis: axis of the classes.
     """
     shape = logits.shape
-    outer, classes, inner = shape[axis - 1], shape[axis], shape[axis + 1 :].numel()
+    outer, classes, inner = shape[0], shape[1], shape[2:].numel()
     if inner == 1:
         outer, inner = 1, outer
         steps = [Steps(0, s.outer, s.column) for s in steps]
