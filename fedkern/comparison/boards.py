@@ -135,15 +135,14 @@ class LiveBoard(LineBoard):
         self.live.stop()
 
 
-def board(*, quiet: bool, json: bool, console: Console | None = None) -> Board:
+def board(*, quiet: bool, json: bool) -> Board:
     """Chooses the display, which writes to standard error.
 
     Args:
         quiet: show nothing.
         json: show nothing, unless a person watches a terminal.
-        console: where to write; None is standard error.
     """
-    console = console or terminal(stderr=True)
+    console = terminal(stderr=True)
     if quiet or (json and not console.is_terminal):
         return Board()
     return LiveBoard(console) if console.is_terminal else LineBoard(console)

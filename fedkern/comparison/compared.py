@@ -28,8 +28,6 @@ from fedkern.extras import pandas
 from fedkern.files import expand
 from fedkern.methods import METHODS, Method, registry
 
-SELECT = ("validation",)
-
 
 @dataclass
 class Comparison:
@@ -307,7 +305,7 @@ def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:
     """Raises UserError for an unknown way of selection, or one without anything to select from."""
     if select is None:
         return
-    if select not in SELECT:
+    if select != "validation":
         raise UserError(f'--select must be validation, not "{select}".')
     if not sweep:
         raise UserError("--select picks among the settings of a sweep: give --sweep NAME=VALUE,VALUE too.")

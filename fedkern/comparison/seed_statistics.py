@@ -21,13 +21,11 @@ class Difference:
     Attributes:
         mean: mean of the differences.
         low, high: ends of the interval; None with a single pair.
-        seeds: seeds that both have, in order.
     """
 
     mean: float
     low: float | None
     high: float | None
-    seeds: tuple[int, ...]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -47,17 +45,17 @@ def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Difference |
     Returns:
         None where the two have no seed in common.
     """
-    seeds = tuple(sorted(set(own) & set(other)))
+    seeds = own.keys() & other.keys()
     if not seeds:
         return None
-    differences = [own[seed] - other[seed] for seed in seeds]
+    differences = [own[seed] - other[seed] for seed in sorted(seeds)]
     mean, deviation = spread(differences)
     if deviation is None:
-        return Difference(mean, None, None, seeds)
+        return Difference(mean, None, None)
     from scipy.stats import t
 
     half = float(t.ppf((1 + LEVEL) / 2, len(seeds) - 1)) * deviation / math.sqrt(len(seeds))
-    return Difference(mean, mean - half, mean + half, seeds)
+    return Difference(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,9 @@ def check_target(folder: Path) -> None:
         raise UserError(f"{path} is a folder, where the report is to be written: move it away.")
 
 
-def data_uri(content: bytes, kind: str = "image/png") -> str:
-    """A file's content as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(content: bytes) -> str:
+    """A PNG file's content as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def render(page: Page) -> str:

@@ -156,12 +156,11 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
             if len(data.statistics.counts) != config.trained_clients:
                 data, no_data = None, f"The data found now are of another number of clients than the run in {run_dir}."
     found = summary or info
-    warned = found.get("diagnostics" if summary is not None else "warnings") or {}
     private = config.records == "private"
     return Contents(
         run_dir, config, read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else [], summary, data, no_data,
         confusion=None if private else confusions.read(run_dir),
-        warnings=warned if isinstance(warned, Mapping) else {str(name): "" for name in warned},
+        warnings=found.get("diagnostics" if summary is not None else "warnings") or {},
         shown=read_shown(run_dir), built=found.get("versions") or {},
     )  # fmt: skip
 
@@ -197,7 +196,7 @@ def write_report(
 ) -> Path:
     """Writes ``report.html`` of a run, finished or not, into its folder, and returns its path.
 
-    Pictures that a finished run lacks are drawn first, as :func:`fedkern.report.write_pictures` does.
+    Pictures that a finished run lacks are drawn first, as :func:`fedkern.report.pictures.write_pictures` does.
 
     Args:
         run_dir, data, data_root, trusted: see :func:`read`.
