@@ -154,6 +154,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
             finished_runs,
             flags,
             flower_runs,
+            overview,
             reporting,
             torchrun,
         )
@@ -164,7 +165,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         check_text(word, "the argument")
     extensions.load(words)
     apart = downstream.parse(words) or finished_runs.parse(words) or comparing.parse(words)
-    apart = apart or reporting.parse(words) or flower_runs.parse(words)
+    apart = apart or reporting.parse(words) or flower_runs.parse(words) or overview.parse(words)
     request = apart or flags.parse(words)
     if leftover and request.command in torchrun.RUNS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The commands: run, resume, list, doctor, and the commands on a finished run."""
+"""The commands run and resume, and the table of all commands."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, plugins
-from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, reporting
+from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, overview, reporting
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
 from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
-from fedkern.engine import Listener, Listeners, RunConfig, Terminated, membership_attack
+from fedkern.engine import Listener, Listeners, RunConfig, Terminated
 from fedkern.engine.config import ANYHOW
 from fedkern.engine.given_paths import absolute, named_options
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
@@ -244,8 +244,7 @@ def _close(
         console.print(own_tests_table(summary))
         if worst := worst_client_line(summary):
             say(console, worst)
-    names = sorted({str(name) for name in _diagnostics(summary)})
-    if names:
+    if names := sorted(summary.get("diagnostics") or ()):
         say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
     say(console, f"run folder: {out}")
     if pictures:
@@ -254,102 +253,13 @@ def _close(
         say(console, f"answers:    {PREDICTIONS}")
     if report is not None:
         say(console, f"report:     {report}")
-    baseline = _baseline(config.method)
-    if config.method != baseline:
-        from fedkern.methods import METHODS
-
-        name = METHOD_NAMES.get(baseline, baseline)
-        same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
-        say(console, f"{name} on the same split: {command_line(baseline, same)}")
-
-
-METHOD_NAMES = {"fedavg": "FedAvg", "oneshot-fedavg": "one-shot FedAvg"}
-
-
-def _baseline(method: str) -> str:
-    """The baseline to compare a method with: FedAvg, or its one-shot form for a one-shot method."""
     from fedkern.methods import METHODS
 
-    return "oneshot-fedavg" if METHODS[method].one_shot and "oneshot-fedavg" in METHODS else "fedavg"
-
-
-def _diagnostics(summary: Mapping[str, Any]) -> list[Any]:
-    found = summary.get("diagnostics") or {}
-    if isinstance(found, Mapping):
-        return list(found)
-    return [entry.get("name", entry) if isinstance(entry, Mapping) else entry for entry in found]
-
-
-def catalogue() -> dict[str, dict[str, str]]:
-    """Names and one-line descriptions of the methods, data sets, models, encoders, partitioners and aggregators.
-
-    Metrics, which only plugins have, are among them where there are any.
-    """
-    from fedkern.data import DATASETS, PARTITIONERS
-    from fedkern.methods import AGGREGATORS, METHODS, METRICS
-    from fedkern.methods.aggregators import Rule
-    from fedkern.models import IMAGE_ENCODERS, MODELS, TEXT_ENCODERS
-    from fedkern.named_code import FORMS
-
-    metrics = {"metrics": {name: metric.description for name, metric in METRICS.items()}}
-    return {
-        "methods": {name: METHODS[name].description for name in sorted(METHODS)},
-        "data sets": {name: info.description for name, info in DATASETS.items()},
-        "models": {name: entry.description for name, entry in MODELS.items()}
-        | {FORMS.replace(" or ", ", "): "a class or function of your own that returns an nn.Module"},
-        "image encoders": dict(IMAGE_ENCODERS) | {"DIR": "any image network of transformers in a local folder"},
-        "text encoders": dict(TEXT_ENCODERS) | {"DIR": "any text network of transformers in a local folder"},
-        "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
-        "aggregators": {Rule(name).text: entry.description for name, entry in AGGREGATORS.items()},
-        **(metrics if METRICS else {}),
-    }
-
-
-def list_all(request: Request) -> int:
-    """Prints the catalogue."""
-    found = catalogue()
-    if request.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for i, (title, entries) in enumerate(found.items()):
-        print(("\n" if i else "") + title)
-        width = max(len(name) for name in entries) + 2
-        for name, text in entries.items():
-            print(f"  {name:<{width}}{text}")
-    print(f"\nThe options of a method: {PROGRAM} METHOD --help")
-    return 0
-
-
-def doctor(request: Request) -> int:
-    """Prints the state of the installation."""
-    from fedkern.report import doctor as report
-    from fedkern.report.progress import terminal
-
-    if request.json:
-        print(json.dumps(report.collect(), indent=2))
-    else:
-        report.show(terminal())
-    return 0
-
-
-def attack(request: Request) -> int:
-    """Runs the membership attack on a finished run's model, prints the result and keeps it in the run folder."""
-    from fedkern import engine
-
-    assert request.folder is not None
-    code = trusted(request.folder, request.options, request.settings)
-    root = absolute(request.settings).get("data_root")
-    found = engine.attack(request.folder, data_root=root, keep=False, trusted=code)
-    if request.json:
-        print(json.dumps(plain(found), indent=2, allow_nan=False))
-    else:
-        from fedkern.report.progress import terminal
-        from fedkern.report.tables import attack_table
-
-        terminal().print(attack_table(found, str(request.folder)))
-    # Last, so that the printed result is not lost if the folder cannot be written.
-    membership_attack.write(request.folder, found)
-    return 0
+    one_shot = METHODS[config.method].one_shot
+    baseline, name = ("oneshot-fedavg", "one-shot FedAvg") if one_shot else ("fedavg", "FedAvg")
+    if config.method != baseline:
+        same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
+        say(console, f"{name} on the same split: {command_line(baseline, same)}")
 
 
 def show_help(request: Request) -> int:
@@ -364,10 +274,8 @@ COMMANDS = {
     **comparing.COMMAND_TABLE,
     **reporting.COMMAND_TABLE,
     flower_runs.NAME: flower_runs.flower,
+    **overview.COMMAND_TABLE,
     "run": run,
     "resume": run,
-    "attack": attack,
-    "list": list_all,
-    "doctor": doctor,
     "help": show_help,
 }

@@ -1,4 +1,4 @@
-"""Commands on finished runs: ``evaluate DIR``, ``predict DIR IMAGE...``, ``export DIR``, ``extend DIR --rounds N``."""
+"""Commands on finished runs, each with the run's folder: attack, evaluate, predict, export and extend."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from fedkern.cli.command_parser import add_code, add_common, add_data, command_p
 from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, key_values
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
-from fedkern.engine import RunConfig
+from fedkern.engine import RunConfig, membership_attack
 from fedkern.engine.given_paths import absolute
+from fedkern.engine.store.records import plain
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 
 FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds")
-NAMES = ("evaluate", "predict", "export", "extend")
+NAMES = ("attack", "evaluate", "predict", "export", "extend")
 SHOWN = 5
 """Predictions that are printed."""
 
@@ -31,6 +32,9 @@ def _parser(command: str) -> Parser:
         parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
         parser.add_argument("--out", metavar="FILE", help="CSV file to write; for segmentation a new folder of masks. "
                                                           "Default predictions.csv, masks")  # fmt: skip
+    elif command == "attack":
+        parser.add_argument("--data-root", metavar="DIR",
+                            help="where the data files are, if not where the run found them")  # fmt: skip
     elif command == "evaluate":
         add_data(parser, "an option of that other data set")
     elif command == "extend":
@@ -70,6 +74,15 @@ def parse(words: Sequence[str]) -> Request | None:
     code = {} if found.model is None else {"model": found.model}
     if command == "extend":
         return _extension(found)
+    if command == "attack":
+        return Request(
+            command,
+            folder=Path(found.folder),
+            json=found.json,
+            settings={**absolute({"data_root": found.data_root}), **code},
+            options=tuple(found.method_option),
+            plugins=tuple(found.plugin),
+        )
     if command == "evaluate":
         return Request(
             command,
@@ -125,6 +138,24 @@ def _extension(found: argparse.Namespace) -> Request:
         plugins=tuple(found.plugin),
         arguments={"rounds": knobs["rounds"].convert(found.rounds)},
     )
+
+
+def attack(request: Request) -> int:
+    """Runs the membership attack on a finished run's model, prints the result and keeps it in the run folder."""
+    from fedkern import engine
+
+    folder, root = _folder(request), request.settings["data_root"]
+    found = engine.attack(folder, data_root=root, keep=False, trusted=_code(request))
+    if request.json:
+        print(json.dumps(plain(found), indent=2, allow_nan=False))
+    else:
+        from fedkern.report.progress import terminal
+        from fedkern.report.tables import attack_table
+
+        terminal().print(attack_table(found, str(folder)))
+    # Last, so that the printed result is not lost if the folder cannot be written.
+    membership_attack.write(folder, found)
+    return 0
 
 
 def evaluate(request: Request) -> int:
@@ -252,4 +283,4 @@ def _check_free(out: Path, command: str) -> None:
         raise UserError(f"{out.parent} is no folder that {command} could write to: make it, or name another --out.")
 
 
-COMMAND_TABLE = {"evaluate": evaluate, "predict": predict, "export": export, "extend": extend}
+COMMAND_TABLE = {"attack": attack, "evaluate": evaluate, "predict": predict, "export": export, "extend": extend}

@@ -36,8 +36,6 @@ COMMANDS = {
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
-FOLDER_COMMANDS = ("attack",)
-"""Commands that take the folder of a finished run."""
 
 # Headings of the flags in the help; a setting that is missing here stands under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -111,29 +109,6 @@ DESCRIPTION = f"""\
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
 """
-
-
-COMMAND_FLAGS: dict[str, dict[str, str]] = {
-    "attack": {
-        "DIR": "folder of a finished run",
-        "--data-root DIR": "where the data files are, if not where the run found them",
-        "--method-option key=value": "an option of the run again, where it names code that may run; repeatable",
-        "--json": "print the result as JSON",
-    },
-    "list": {"--json": "print the names as JSON"},
-    "doctor": {"--json": "print the report as JSON"},
-}
-"""What the commands take that have no parser of their own."""
-
-
-def _command_help(command: str) -> str:
-    lines = [f"usage: {PROGRAM} {command}{' DIR' if command in FOLDER_COMMANDS else ''} [flags]", ""]
-    lines += [*textwrap.wrap(COMMANDS[command][:1].upper() + COMMANDS[command][1:] + ".", 108), ""]
-    shown = {**COMMAND_FLAGS[command], "-h, --help": "show this help and exit"}
-    width = max(map(len, shown)) + 2
-    for name, text in shown.items():
-        lines += textwrap.wrap(text, 108, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2))
-    return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -363,13 +338,12 @@ def parse(argv: Sequence[str]) -> Request:
     named = next((word for word in argv if word in METHODS), None)
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
-    folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
-    apart = COMMANDS.keys() - COMMAND_FLAGS.keys()
-    task = next((word for word in (values.method, *rest) if word in apart), None)
+    task = next((word for word in (values.method, *rest) if word in COMMANDS), None)
     if task is not None:  # with such a word first, another parser reads the command
         what, folder = {
             "compare": ("its methods or folders and its flags", " METHOD METHOD"),
             "report": ("its folders and its flags", " DIR"),
+            **dict.fromkeys(("list", "doctor"), ("its flags", "")),
         }.get(task, ("its folder and its flags", " DIR"))
         raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
@@ -378,13 +352,10 @@ def parse(argv: Sequence[str]) -> Request:
     method = values.method
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
     if values.help:
-        text = _command_help(values.method) if values.method in COMMAND_FLAGS else parser.format_help()
-        return Request("help", method=method, help=text)
-    known = [*METHODS, *COMMANDS]
-    if method is not None and method not in known:
-        raise UserError(
-            f'Unknown method "{method}".{nearest(method, known)} Known methods: {", ".join(sorted(METHODS))}.'
-        )
+        return Request("help", method=method, help=parser.format_help())
+    if method is not None and method not in METHODS:
+        likely = nearest(method, [*METHODS, *COMMANDS])
+        raise UserError(f'Unknown method "{method}".{likely} Known methods: {", ".join(sorted(METHODS))}.')
 
     knobs = {knob.field: knob for knob in RunConfig.knobs()}
     settings = {
@@ -400,8 +371,8 @@ def parse(argv: Sequence[str]) -> Request:
             raise UserError(f'The data option "{key}" is given twice.')
         data_options[key] = value
     request = Request(
-        command=method if method in COMMANDS else "resume" if values.resume else "run",
-        method=None if method in COMMANDS else method,
+        command="resume" if values.resume else "run",
+        method=method,
         settings=settings,
         options=tuple(values.method_option),
         data_options=data_options,
@@ -410,7 +381,6 @@ def parse(argv: Sequence[str]) -> Request:
         resume=Path(values.resume) if values.resume else None,
         flower=Path(values.flower) if values.flower else None,
         own_data=values.own_data,
-        folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
         wandb=values.wandb,
         profile=values.profile,
@@ -425,37 +395,15 @@ def parse(argv: Sequence[str]) -> Request:
 
 
 def _check(request: Request) -> None:
-    if request.command in FOLDER_COMMANDS and request.folder is None:
-        raise UserError(f"{PROGRAM} {request.command} needs the folder of a finished run.")
-    if request.command in COMMANDS:
-        allowed = {"data_root", "model"} if request.command in FOLDER_COMMANDS else set()
-        if (
-            set(request.settings) - allowed
-            or (request.options and request.command not in FOLDER_COMMANDS)
-            or request.data_options
-            or (request.plugins and request.command not in ("list", *FOLDER_COMMANDS))
-            or request.resume
-            or request.flower
-            or request.own_data
-            or request.config
-            or request.out
-            or request.tensorboard
-            or request.wandb
-            or request.profile
-            or request.predictions
-            or request.report
-        ):
-            also = ", --data-root, --model, --method-option and --plugin" if allowed else " and --plugin"
-            raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
-    elif request.own_data and request.flower is None:
+    if request.own_data and request.flower is None:
         raise UserError("--own-data is for nodes of Flower: give --flower DIR too.")
-    elif request.flower is not None and (
+    if request.flower is not None and (
         request.resume or request.tensorboard or request.wandb or request.profile or request.quiet or request.json
     ):
         raise UserError(
             "--flower writes a project and runs nothing: leave out --resume, displays, trackers and --profile."
         )
-    elif request.command == "resume":
+    if request.command == "resume":
         if request.config or (request.out and request.out.resolve() != (request.resume or Path()).resolve()):
             raise UserError("--resume continues with the stored settings: leave out --config and --out.")
     elif request.method is None and request.config is None:
