@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,7 +94,24 @@ def _interruptible() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the benchmarks are ``exhaustive``: they say nothing of the package that is installed."""
+    """Tests of the benchmarks are ``exhaustive``: they say nothing of the package that is installed.
+
+    So are the cases that ``@pytest.mark.sampled`` leaves out: as many remain as its argument says, or as the longest
+    axis of the test's parameters has values, and these go through all axes at once.
+    """
+    groups = defaultdict(list)
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "benchmarks"):
             item.add_marker(pytest.mark.exhaustive)
+        if item.get_closest_marker("sampled"):
+            groups[item.nodeid.partition("[")[0]].append(item)
+    for group in groups.values():
+        cases = [tuple(item.callspec._idlist) for item in group]
+        axes = [list(dict.fromkeys(axis)) for axis in zip(*cases, strict=True)]
+        longest = max(map(len, axes))
+        most = min([longest, *group[0].get_closest_marker("sampled").args])
+        places = [i * longest // most for i in range(most)]
+        sample = {tuple(axis[place % len(axis)] for axis in axes) for place in places}
+        for item, case in zip(group, cases, strict=True):
+            if case not in sample:
+                item.add_marker(pytest.mark.exhaustive)

@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
     return base / "0", base / "1"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_changed_files_are_named(name, damage, runs, fails, tmp_path):

@@ -243,6 +243,7 @@ def moved(shift=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)):
     return affine
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["t1", "flair", "seg"])
 @pytest.mark.parametrize("slices", ["object", "tissue", "all"])
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize(
     ("marker", "options", "expected"),

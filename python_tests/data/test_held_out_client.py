@@ -125,6 +125,7 @@ def sites_of(split):
     return sorted({int(image.max()) // 80 for image in split.images})
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("splits", [("",), ("train", "train", "test"), ("train", "test", "val", "train", "train")])
 @pytest.mark.parametrize("absent", [0, "Celle"])

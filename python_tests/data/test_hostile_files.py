@@ -274,6 +274,7 @@ def test_both_versions_of_nifti(tmp_path, kind, ending):
         volume(path, 47)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("harm", "words"), [
     (lambda made: made[:-8] + bytes([made[-8] ^ 1]) + made[-7:], "incorrect data check"),
     (lambda made: made[:-1] + bytes([made[-1] ^ 1]), "incorrect length check"),

@@ -37,6 +37,7 @@ def labelled(name, root, labels, said=None):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize(
     ("spellings", "classes", "told"),

@@ -57,6 +57,7 @@ def kept(kind, data):
     return kept_data(RunConfig.make(method, data="csv", clients=2, **settings), data)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", PRIVATE)
 @pytest.mark.parametrize("name", [*HEADERS, "folder"])
 def test_a_drawn_validation_set_is_withheld(tmp_path, kind, name):

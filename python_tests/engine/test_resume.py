@@ -38,6 +38,7 @@ def reference(tmp_path_factory):
     return get
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", [PLAIN, STATEFUL], ids=["plain", "stateful"])
 @pytest.mark.parametrize(
     ("hook", "count"),
@@ -52,6 +53,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
     assert outcome(tmp_path) == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
 def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, monkeypatch, reference):

@@ -6,7 +6,6 @@ import zlib
 
 import pytest
 from interrupted import Kill, KillAt, forge
-from sampled import sampled
 
 from fedkern.engine import RunConfig, extend, run
 from fedkern.errors import UserError
@@ -57,9 +56,10 @@ def as_client(entry, name):
         entry["table"]["file"] = name
 
 
-@pytest.mark.parametrize(
-    ("put", "which", "way"), sampled([in_files, as_server, as_client], ["older", "every"], ["resume", "extend"])
-)
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("way", ["resume", "extend"])
+@pytest.mark.parametrize("put", [in_files, as_server, as_client])
+@pytest.mark.parametrize("which", ["older", "every"])
 def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     manifest = folder / "checkpoints" / "manifest.json"
@@ -115,10 +115,10 @@ def lead(path, victim, kind):
         os.link(victim, path)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "way"),
-    sampled([*CHANGED, *REPLACED], ["link", "hard link", "dangling link"], ["resume", "extend"]),
-)
+@pytest.mark.sampled
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling link"])
+@pytest.mark.parametrize("name", [*CHANGED, *REPLACED])
+@pytest.mark.parametrize("way", ["resume", "extend"])
 def test_links_are_not_written_through(way, name, kind, make_data, make_config, tmp_path, victim):
     folder = tmp_path / "run"
     private = {"dp_clip": 1.0, "dp_noise": 1.0} if "releases" in name else {}
@@ -135,7 +135,9 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
         assert not went_on
 
 
-@pytest.mark.parametrize(("dangling", "way"), sampled([False, True], ["resume", "extend"]))
+@pytest.mark.sampled
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("way", ["resume", "extend"])
 def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     with pytest.raises(Kill):
@@ -148,7 +150,9 @@ def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize(("method", "lost"), sampled(["fedavg", "scaffold", "dp"], ["manifest", "checkpoints"]))
+@pytest.mark.sampled
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "dp"])
+@pytest.mark.parametrize("lost", ["manifest", "checkpoints"])
 def test_a_run_whose_manifest_is_gone_does_not_begin_anew(lost, method, make_data, make_config, tmp_path):
     config = make_config(rounds=4, dp_clip=1.0, dp_noise=1.0) if method == "dp" else make_config(method, rounds=4)
     with pytest.raises(Kill):
