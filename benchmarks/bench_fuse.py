@@ -5,14 +5,12 @@ on leaf maps.  Model bytes: every map read and written once (backward: the gradi
 gradients written).
 
 FusedBlocks runs against M calls of the separate modules on the same input in the layout they come in (contiguous), and
-against the same modules and input channels-last.  The modules return M maps, FusedBlocks their concatenation, which the
-next level's adaptors read: "and cat" adds that to the modules.  FusedBlocks folds frozen batch norms into convolutions:
-"folded" modules have that too, and compiled ones are folded, channels-last and called M times.
+against modules with the frozen batch norms folded into the convolutions, channels-last like their input, compiled and
+not.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,45 +143,21 @@ SETTINGS = [
 
 
 def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]:
-    """M calls in both layouts, without and with the concatenation."""
-    last = [copy.deepcopy(block).to(memory_format=torch.channels_last) for block in blocks]
-    norms = any(isinstance(layer, nn.BatchNorm2d) for layer in blocks[0].modules())
-    plain = [folded(block) for block in blocks]
-    plain_last = [copy.deepcopy(block).to(memory_format=torch.channels_last) for block in plain]
+    """M calls: of the modules as they are, and of folded ones channels-last, compiled and not."""
+    plain = [folded(block).to(memory_format=torch.channels_last) for block in blocks]
     x_last = x.contiguous(memory_format=torch.channels_last)
-
-    def calls(modules: list[nn.Module], x: Tensor) -> Callable[[], Any]:
-        def run() -> list[Tensor]:
-            with torch.no_grad():
-                return [module(x) for module in modules]
-
-        return run
-
-    def joined(modules: list[nn.Module], x: Tensor) -> Callable[[], Any]:
-        def run() -> Tensor:
-            with torch.no_grad():
-                return torch.cat([module(x) for module in modules], 1)
-
-        return run
-
     # Weights are arguments, so that one compiled block serves all of them.
-    compiled = torch.compile(lambda weights, x: functional_call(plain_last[0], weights, x), dynamic=False)
-    weights = [dict(block.named_parameters()) for block in plain_last]
+    compiled = torch.compile(lambda weights, x: functional_call(plain[0], weights, x), dynamic=False)
+    weights = [dict(block.named_parameters()) for block in plain]
 
-    def compiled_calls() -> list[Tensor]:
-        with torch.no_grad():
-            return [compiled(one, x_last) for one in weights]
+    def without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
+        return torch.no_grad()(run)
 
-    found = {
-        "modules": calls(blocks, x),
-        "channels-last modules": calls(last, x_last),
-        "modules and cat": joined(blocks, x),
-        "channels-last modules and cat": joined(last, x_last),
-        "compile": compiled_calls,
+    return {
+        "modules": without_gradients(lambda: [block(x) for block in blocks]),
+        "channels-last folded modules": without_gradients(lambda: [block(x_last) for block in plain]),
+        "compile": without_gradients(lambda: [compiled(one, x_last) for one in weights]),
     }
-    if norms:
-        found |= {"folded modules": calls(plain, x), "channels-last folded modules": calls(plain_last, x_last)}
-    return found
 
 
 def blocks_case(node: str, group: str, case: str, blocks: list[nn.Module], x: Tensor, threads: int) -> None:

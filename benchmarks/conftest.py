@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--gate-short", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml, in a minute"
     )
-    group.addoption("--set-floors", action="store_true", help="write benchmarks/floors.toml, on a quiet machine")
+    group.addoption("--set-floors", action="store_true", help="write benchmarks/floors.toml, or lower what it has")
     group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml")
     group.addoption(
         "--rounds", default="", choices=("small", "full"), help="play bench_rounds.py's rounds: hours, or a small trial"
@@ -71,7 +71,10 @@ def pytest_configure(config: pytest.Config) -> None:
                 f"{config.getoption('--floors')} holds no floors; write it with pytest benchmarks --set-floors"
             )
     if config.getoption("--set-floors"):
-        settings.seen = gate.Floors()
+        before, here = gate.read_floors(config.getoption("--floors")), harness.machine()
+        facts = {fact: here[fact] for fact in (*comparisons.IDENTITY, *comparisons.CHIP) if fact in here}
+        same = before.rows and not comparisons.machine_difference(before.machine, here)
+        settings.seen = gate.Floors(facts, before.rows if same else {})
 
 
 def _name(item: pytest.Item) -> str:
@@ -136,9 +139,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         for path in settings.recorder.written:
             terminalreporter.write_line(f"wrote {path}")
     if settings.seen is not None and settings.seen.rows:
-        here = harness.machine()
-        settings.seen.machine = {
-            fact: here[fact] for fact in (*comparisons.IDENTITY, *comparisons.CHIP) if fact in here
-        }
         gate.write_floors(settings.seen, config.getoption("--floors"))
         terminalreporter.write_line(f"wrote {config.getoption('--floors')}: {len(settings.seen.rows)} floors")

@@ -1,11 +1,11 @@
 """Floors under speed-ups, and what a new measurement says about them.
 
 ``floors.toml`` holds, for one machine and the rows of shown.py that are quick enough, how many times as fast as one
-other contestant ours was.  ``pytest benchmarks --set-floors`` measures and writes them.  ``--gate-short`` measures in
-the same way and fails where the median of the pairs' ratios lies below :data:`FACTOR` of that with 95 % certainty, in
-:data:`ATTEMPTS` measurements in a row: a kernel that takes 30 % longer has 0.77 of its ratio.  Where other processes
-compute meanwhile or times scatter, a measurement cannot tell: the test is skipped.  So are all tests on another kind
-of machine.
+other contestant ours was.  ``pytest benchmarks --set-floors`` measures and writes them; run again, it lowers those that
+it sees lower, for processes differ by some per cent.  ``--gate-short`` measures in the same way and fails where the
+median of the pairs' ratios lies below :data:`FACTOR` of that with 95 % certainty, in :data:`ATTEMPTS` measurements in a
+row: a kernel that takes 30 % longer has 0.77 of its ratio.  Where other processes compute meanwhile or times scatter, a
+measurement cannot tell: the test is skipped.  So are all tests on another kind of machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLOORS = Path(__file__).parent / "floors.toml"
 FACTOR = 0.87
 ATTEMPTS = 4
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
-BUSY = 0.15  # share of the processors that others may take beside a measurement of several threads
+BUSY = 0.15  # share of the processors that others may take beside a measurement
 LONGEST = 0.1  # seconds that a row's two contestants take at most, one call of each
 STAT = Path("/proc/stat")
 
@@ -115,7 +115,7 @@ def judge(floor: Floor, ratios: Sequence[float], scatter: float, others: float =
     Args:
         ratios: other's time over our time, pair by pair.
         scatter: interquartile range over median of either's times, the larger one.
-        others: share of the processors that other processes took, where that counts.
+        others: share of the processors that other processes took.
     """
     if upper_median(ratios) >= floor.lowest:
         return Verdict("pass")

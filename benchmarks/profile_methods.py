@@ -1,6 +1,6 @@
 """Where the seconds of a default run go: every method's run, shortened, under torch.profiler.
 
-    python -m benchmarks.profile_methods                  # writes results/profile_<cpu>.json and .md
+    python -m benchmarks.profile_methods                  # writes results/profile_<cpu>.json
     python -m benchmarks.profile_methods --methods fedgid --dry
 
 A run is a process of its own, on one thread, with all clients in that process.  Every event's own time belongs to one
@@ -227,31 +227,6 @@ def in_one_process() -> list[str]:
     return ["--workers", "1"] if any(knob.field == "workers" for knob in RunConfig.knobs()) else []
 
 
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
-def page(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
-    """A column per method: seconds, and the share of every part."""
-    names = [run["method"] for run in runs]
-    lines = [
-        f"# Where the seconds go on {comparisons.processor(dict(machine))}",
-        "",
-        "Made by `python -m benchmarks.profile_methods`, which says what belongs where: default runs, shortened, on "
-        f"one thread, in per cent of the seconds under torch.profiler. {machine.get('cpu')}, {machine.get('isa')}; "
-        f"torch {machine.get('torch')}; {machine.get('time')}.",
-        "",
-        f"| | {' | '.join(names)} |",
-        "|---|" + "---:|" * len(names),
-    ]
-    for part in PARTS:
-        cells = [f"{100 * run['parts'][part] / run['seconds']:.1f}" for run in runs]
-        lines.append(f"| {part} | {' | '.join(cells)} |")
-    for title, key in (("seconds, profiled", "seconds"), ("seconds, not profiled", "unwatched_seconds")):
-        lines.append(f"| {title} | {' | '.join(f'{run[key]:.2f}' for run in runs)} |")
-    shorter = (f"{run['method']} {', '.join(f'{k} {v}' for k, v in run['settings'].items())}" for run in runs)
-    return "\n".join([*lines, "", f"Settings: {'; '.join(shorter)}.", ""])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--child"]:
@@ -259,18 +234,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_methods", description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--results", type=Path, default=comparisons.RESULTS, help="folder to write to")
-    parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
+    parser.add_argument("--dry", action="store_true", help="print the results and write nothing")
     given = parser.parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is measured ends too
     machine = machines.machine("cpu")
     path = given.results / f"profile_{comparisons.slug(machine)}.json"
     runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in given.methods]
-    text = page(runs, machine)
+    content = json.dumps({"machine": machine, "runs": runs}, indent=1)
     if not given.dry:
         given.results.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
-    print(text)
+        path.write_text(content + "\n")
+    print(content)
     return 0
 
 
