@@ -13,6 +13,10 @@ from fedkern.data.full_masks import FullMasks
 from fedkern.models import PairNetwork, initialise
 from fedkern.streams import stream
 
+WIDTH = 48
+"""Channels of the decoder's first convolution."""
+BATCH, LR = 32, 3e-3
+
 
 class TokenDecoder(nn.Module):
     """Decoder from the frozen image encoder's patch tokens to logits of every pixel.
@@ -23,17 +27,16 @@ class TokenDecoder(nn.Module):
         network: the pair, whose image encoder is used and never trained.
         classes: C.
         image_size: height and width in pixels.
-        width: channels of the first convolution.
     """
 
-    def __init__(self, network: PairNetwork, classes: int, image_size: Sequence[int], width: int = 48) -> None:
+    def __init__(self, network: PairNetwork, classes: int, image_size: Sequence[int]) -> None:
         super().__init__()
         self._encoder = [network]  # in a list: no submodule to train, move or save
         self.size = tuple(image_size)
         channels = network.image_align.norm1.weight.numel()
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width // 2, 3, padding=1)
-        self.last = nn.Conv2d(width // 2, classes, 1)
+        self.first = nn.Conv2d(channels, WIDTH, 3, padding=1)
+        self.second = nn.Conv2d(WIDTH, WIDTH // 2, 3, padding=1)
+        self.last = nn.Conv2d(WIDTH // 2, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[B, C, H, W]`` to logits ``[B, classes, H, W]``."""
@@ -56,8 +59,6 @@ def train_decoder(
     *,
     epochs: int,
     seed: int,
-    batch: int = 32,
-    lr: float = 3e-3,
 ) -> TokenDecoder:
     """Trains a decoder with AdamW on the cross-entropy of pixels.
 
@@ -77,10 +78,10 @@ def train_decoder(
     pixels = torch.cat(list(images))
     decoder.to(pixels.device)
     labels = labels.to(pixels.device).clamp_min(IGNORE)
-    optimiser = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=LR, weight_decay=1e-4)
     for epoch in range(epochs):
         order = torch.from_numpy(stream(seed, "decoder/order", round=epoch).permutation(len(pixels)))
-        for rows in order.split(batch):
+        for rows in order.split(BATCH):
             rows = rows.to(pixels.device)
             loss = F.cross_entropy(decoder(pixels[rows]), labels[rows], ignore_index=IGNORE)
             optimiser.zero_grad()

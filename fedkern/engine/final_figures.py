@@ -54,7 +54,7 @@ def final_figures(sets: Mapping[str, TestSet], classes: Sequence[str]) -> FinalF
         labels = data.labels.cpu()
         if data.task == "multilabel":
             found.per_class[name] = {
-                "auroc": _named(_mean([of_labels.areas(logits, labels) for logits in kept]), names),
+                "auroc": _named(_mean([of_classes.areas(logits, labels) for logits in kept]), names),
                 "average_precision": _named(
                     _mean([of_labels.average_precisions(logits, labels) for logits in kept]), names
                 ),

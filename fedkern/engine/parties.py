@@ -231,12 +231,11 @@ class Client(_Node):
         spending: DPSGD,
         *,
         rows: np.ndarray | None = None,
-        epochs: int | None = None,
     ) -> dict[str, float]:
         from fedkern.engine.private_training import declared, train_privately
 
-        limit = self._context.config.local_steps if epochs is None else None
-        epochs = self._epochs(limit, declared(self.samples, rows, spending)) if epochs is None else epochs
+        limit = self._context.config.local_steps
+        epochs = self._epochs(limit, declared(self.samples, rows, spending))
         received, schedule = self._received(step, {}, epochs, None), self._schedule(step, epochs, limit)
         data = self._context.client_data(self.id)
         figures = train_privately(self, method, step, module, data, received, schedule, spending, rows)

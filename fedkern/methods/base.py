@@ -41,6 +41,12 @@ from fedkern.privacy import Guarantee
 VECTORS = ("parameters", "buffers", "integers")
 """Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
 
+
+def vectors_of(message: Mapping[str, Any]) -> Message:
+    """The flat vectors of a network in a message or state."""
+    return {name: message[name] for name in VECTORS if name in message}
+
+
 __all__ = [
     "METHODS",
     "OUTSIDE",
@@ -69,6 +75,7 @@ __all__ = [
     "like",
     "option",
     "register",
+    "vectors_of",
 ]  # fmt: skip
 
 
@@ -249,7 +256,7 @@ class Method:
 
     def vectors(self, server: Server) -> Message:
         """Flat vectors of the network that is evaluated, for methods with a single network."""
-        return {name: server.state[name] for name in VECTORS if name in server.state}
+        return vectors_of(server.state)
 
     def weight(self, server: Server, upload: Upload) -> float:
         """A client's weight in the averages of a round; the weights need not sum to one."""
@@ -353,7 +360,7 @@ class LocalTraining(Objective, Method):
         return {name: server.state[name] for name in server.trained_vectors if name in server.state}
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        return {name: server.state[name] for name in VECTORS if name in server.state}
+        return vectors_of(server.state)
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         return client.train(self, step, message)

@@ -242,7 +242,6 @@ class Client(Node, Protocol):
         spending: DPSGD,
         *,
         rows: np.ndarray | None = None,
-        epochs: int | None = None,
     ) -> dict[str, float]:
         """Like :meth:`fit`, with DP-SGD on the samples at ``rows``; books the release in the client's privacy ledger.
 

@@ -9,7 +9,6 @@ import torch
 from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client, Server
 from fedkern.methods import FuseFL, Step, Upload
-from fedkern.methods.fusefl.levels import flat
 
 PLAIN = {"model": "cnn", "local_epochs": 3, "grad_cam": 0, "rounds": None}
 
@@ -45,6 +44,16 @@ class Play:
         for number, entry in enumerate(self.method.rounds(self.bench.federation)):
             self.round(number, entry.name)
         return self
+
+
+def flat(message, prefix=""):
+    """The tensors of nested dicts under dotted names."""
+    if isinstance(message, torch.Tensor):
+        return {prefix: message}
+    found = {}
+    for name, value in message.items() if isinstance(message, dict) else ():
+        found.update(flat(value, f"{prefix}.{name}" if prefix else str(name)))
+    return found
 
 
 def equal(a, b) -> bool:

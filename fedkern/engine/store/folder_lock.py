@@ -7,6 +7,7 @@ watches that number: while it changes, the other is at work.  Clocks are not com
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import secrets
@@ -18,11 +19,6 @@ from typing import BinaryIO
 
 from fedkern.engine.store import atomic
 from fedkern.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
 BEAT = 3.0
@@ -91,8 +87,6 @@ class FolderLock:
     def _locked(self, file: BinaryIO) -> bool:
         """Whether the system gave its lock; False where it has none."""
         try:
-            if fcntl is None:
-                return False
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._in_use(self._read()) from None

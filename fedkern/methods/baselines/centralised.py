@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fedkern.methods.base import (
-    VECTORS,
     Batch,
     ClientId,
     Declaration,
@@ -48,7 +47,7 @@ class Centralised(Objective, Method):
             yield Round(participants="all", booked=False)
 
     def send(self, server: Server, step: Step) -> Message:
-        return {name: server.state[name] for name in VECTORS if name in server.state}
+        return self.vectors(server)
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         return client.train(self, step, message)
@@ -64,4 +63,4 @@ class Centralised(Objective, Method):
             server.state.update(upload.message)
 
     def model(self, server: Server) -> nn.Module:
-        return server.network({name: server.state[name] for name in VECTORS if name in server.state})
+        return server.network(self.vectors(server))

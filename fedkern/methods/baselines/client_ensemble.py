@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.methods.base import (
-    VECTORS,
     Client,
     ClientId,
     Declaration,
@@ -27,6 +26,7 @@ from fedkern.methods.base import (
     Upload,
     option,
     register,
+    vectors_of,
 )
 from fedkern.methods.common.figures import classification
 from fedkern.methods.common.oneshot import OneShot, exhaust
@@ -86,7 +86,7 @@ class Ensemble(OwnNetworks, OneShot):
         if step.exchange == "update":
             trained = train_member(self, client, step, message, self.architectures)
             if self.options.calibrate:
-                client.state["own"] = {name: trained[name] for name in VECTORS if name in trained}
+                client.state["own"] = vectors_of(trained)
             return trained
         return super().client_update(client, step, message)
 

@@ -19,19 +19,19 @@ import torch
 from torch import nn
 
 from fedkern.methods.base import Server, Step, option, register
-from fedkern.methods.common.oneshot_distill import DataFree, Pool, torch_stream
+from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
 from fedkern.models.ensemble import Ensemble
 
 
 @register("dense")
-class DENSE(DataFree):
+class DENSE(Distilled):
     """One-shot, data-free: a generator trained against the clients' ensemble, then distillation (arXiv 2112.12371)."""
 
     tasks = ("classification",)
 
     @dataclass(frozen=True)
-    class Options(DataFree.Options):
+    class Options(Distilled.Options):
         """Options of DENSE; defaults of the released code: 200 epochs, SGD 0.005, T 20, weights 1.
 
         The released code starts the student from fresh weights (``student_init=fresh``).  Here the default is the

@@ -19,17 +19,17 @@ from torch import nn
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Server, Step, option, register
-from fedkern.methods.common.oneshot_distill import DataFree, Pool, torch_stream
+from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
 from fedkern.models.ensemble import Ensemble
 
 
 @register("feddf")
-class FedDF(DataFree):
+class FedDF(Distilled):
     """One-shot FedAvg, then the clients' ensemble distilled into it on public images (FedDF, arXiv 2006.07242)."""
 
     @dataclass(frozen=True)
-    class Options(DataFree.Options):
+    class Options(Distilled.Options):
         """Options of the distillation."""
 
         source: str = option(

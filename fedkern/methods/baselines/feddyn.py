@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedkern.methods.base import VECTORS, Client, ClientId, Message, Received, Server, Step, Upload, option, register
+from fedkern.methods.base import Client, ClientId, Message, Received, Server, Step, Upload, option, register, vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.terms import Terms
 
@@ -50,7 +50,7 @@ class FedDyn(FedAvg):
         server.state["shift"] = torch.zeros_like(server.state["parameters"])
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        message = {name: server.state[name] for name in VECTORS if name in server.state}
+        message = vectors_of(server.state)
         samples = server.federation.samples
         even = sum(samples) / len(samples)
         uniform = self.options.weighting == "uniform"

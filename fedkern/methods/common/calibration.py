@@ -27,6 +27,7 @@ from fedkern.methods.options import Options, option
 from fedkern.models.optimisers import SGD
 
 JITTER = 1e-4  # added to every variance, so that no direction has zero variance
+BATCH = 128  # virtual features per step of the calibration
 PORTION_BYTES = 64 << 20  # virtual features in memory at a time
 
 
@@ -305,8 +306,6 @@ def calibrate(
     statistics: ClassStatistics,
     rng: np.random.Generator,
     options: CalibrationOptions,
-    *,
-    batch_size: int = 128,
 ) -> nn.Linear:
     """A copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
 
@@ -329,7 +328,7 @@ def calibrate(
         for _ in range(1 if compat else options.calibration_epochs):
             for features, labels in virtual_features(statistics, rng, options.virtual_features, compat=compat):
                 x, y = features.to(device), labels.to(device)
-                for rows, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
+                for rows, targets in zip(x.split(BATCH), y.split(BATCH), strict=True):
                     optimiser.zero_grad()
                     cross_entropy(trained(rows), targets).backward()
                     optimiser.step()

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 BINS = 15
 """Bins of the expected calibration error, as in the paper that proposed the figure for networks."""
@@ -40,23 +41,31 @@ def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
     return float((2 * right / either)[true > 0].mean())
 
 
-def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
-    """The area under the ROC curve of every class against all others, fp64 [C].
-
-    NaN where the area is not defined: for a class without samples, or that all samples have.
+def areas(scores: Tensor, labels: Tensor) -> Tensor:
+    """The area under the ROC curve of every label, fp64 ``[L]``; NaN where all images have the label, or none has.
 
     Args:
-        scores: ``[n, C]``, larger where a class is more likely; ties count one half.
+        scores: ``[n, L]``, larger where a label is more likely; ties count one half.
+        labels: 0 and 1, ``[n, L]``.
+    """
+    found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
+    for column in range(scores.shape[1]):
+        own = labels[:, column].bool()
+        positive, negative = int(own.sum()), int((~own).sum())
+        if positive and negative:
+            ranks = mean_ranks(scores[:, column])
+            found[column] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
+    return found
+
+
+def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
+    """The area under the ROC curve of every class against all others, fp64 [C], as :func:`areas`.
+
+    Args:
+        scores: ``[n, C]``, larger where a class is more likely.
         labels: int64 ``[n]`` in [0, C).
     """
-    areas = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
-    for label in torch.unique(labels).tolist():
-        own = labels == label
-        positive, negative = int(own.sum()), int((~own).sum())
-        if negative:
-            ranks = mean_ranks(scores[:, label])
-            areas[label] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
-    return areas
+    return areas(scores, one_hot(labels, scores.shape[1]))
 
 
 def macro_auc(scores: Tensor, labels: Tensor) -> float:

@@ -13,7 +13,7 @@ model that it evaluated and trains it in the next round, so the losses cost a fe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from fedkern.data.cases import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import (
     OUTSIDE,
-    VECTORS,
     Client,
     ClientId,
     Declaration,
@@ -38,6 +37,7 @@ from fedkern.methods.base import (
     Step,
     Upload,
     option,
+    vectors_of,
 )
 from fedkern.methods.common.robust_weights import Weights, distance, exponentiated_step, project
 from fedkern.methods.common.supervised import batches_of, supervised_loss
@@ -258,8 +258,3 @@ class Robust(LocalTraining):
         """The local loss times the client's factor; unchanged unless the weights act on local losses."""
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
-
-
-def vectors_of(message: Mapping[str, Any]) -> Message:
-    """The flat vectors of a network in a message or state."""
-    return {name: message[name] for name in VECTORS if name in message}

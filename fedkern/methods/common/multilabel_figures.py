@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fedkern.methods.common.classification_figures import mean_ranks
+from fedkern.methods.common.classification_figures import areas
 
 MAIN = "macro_auroc"
 """Main figure: mean of the labels' areas under the ROC curve."""
@@ -61,23 +61,6 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "exact_match": float((predicted == true).all(1).double().mean()),
     }
     return {name: value for name, value in found.items() if not math.isnan(value)}
-
-
-def areas(scores: Tensor, labels: Tensor) -> Tensor:
-    """The area under the ROC curve of every label, fp64 ``[L]``; NaN where all images have the label, or none has.
-
-    Args:
-        scores: ``[n, L]``, larger where a label is more likely; ties count one half.
-        labels: 0 and 1, ``[n, L]``.
-    """
-    found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
-    for column in range(scores.shape[1]):
-        own = labels[:, column].bool()
-        positive, negative = int(own.sum()), int((~own).sum())
-        if positive and negative:
-            ranks = mean_ranks(scores[:, column])
-            found[column] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
-    return found
 
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:

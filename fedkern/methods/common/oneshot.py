@@ -18,7 +18,6 @@ from torch import nn
 
 from fedkern.errors import UserError
 from fedkern.methods.base import (
-    VECTORS,
     Client,
     ClientId,
     Declaration,
@@ -29,6 +28,7 @@ from fedkern.methods.base import (
     Step,
     Upload,
     option,
+    vectors_of,
 )
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
@@ -112,7 +112,7 @@ class OneShot(FedAvg):
 
     def publish(self, server: Server) -> Message | dict[ClientId, Message]:
         """The message from which clients compute the features for their statistics; one for all, or one per client."""
-        return {name: server.state[name] for name in VECTORS if name in server.state}
+        return vectors_of(server.state)
 
     def published(self, client: Client, message: Message) -> Any:
         """The network whose ``features`` the statistics describe, in eval mode, on the client's device."""

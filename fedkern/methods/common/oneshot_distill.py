@@ -52,7 +52,10 @@ class Distilled(OwnNetworks, OneShot):
 
     @dataclass(frozen=True)
     class Options(OneShot.Options):
-        """Options of every method that distils an ensemble on the server."""
+        """Options of every method that distils an ensemble on the server.
+
+        From ``nz`` on they are the generator's; its first five have the published settings of DENSE as defaults.
+        """
 
         models: str = option(
             "",
@@ -65,6 +68,13 @@ class Distilled(OwnNetworks, OneShot):
         )
         temperature: float = option(1.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(128, "images per step of the distillation", low=2)
+        nz: int = option(256, "dimensions of the generator's noise", low=1)
+        ngf: int = option(64, "unit of the generator's channels", low=1)
+        generator_steps: int = option(30, "steps of the generator for each batch of images", low=1)
+        generator_lr: float = option(1e-3, "learning rate of the generator and of its noise (Adam)", above=0)
+        synthesis_batch: int = option(256, "images made at a time", low=2)
+        ce_weight: float = option(1.0, "weight of the ensemble's cross-entropy to random labels", low=0)
+        bn_weight: float = option(1.0, "weight of the distance to the members' batch norm statistics", low=0)
 
     needs_statistics = True
 
@@ -100,7 +110,7 @@ class Distilled(OwnNetworks, OneShot):
             ``distil_loss`` and ``teacher_agreement``, the share of images on which student and ensemble predict the
             same class.
         """
-        running = Running()
+        running = Means()
         for images, said in batches:
             logits = student(images)
             loss = ops.ensemble_kl(logits, said, teachers.weights, self.options.temperature, mix="logits")
@@ -111,7 +121,25 @@ class Distilled(OwnNetworks, OneShot):
                 schedule.step()
             agrees = logits.detach().argmax(1) == teachers.mix(said).argmax(1)
             running.add(distil_loss=loss, teacher_agreement=agrees.float().mean())
-        return running.means()
+        return running.read()
+
+    def generator(self, server: Server, draw: torch.Generator) -> Generator:
+        """A fresh generator for the data's image size, on the server's device."""
+        o = self.options
+        channels, height, width = server.image_shape
+        made = Generator(
+            nz=o.nz, ngf=o.ngf, channels=channels, image_size=(height, width), mean=server.mean, std=server.std,
+            generator=draw,
+        )  # fmt: skip
+        return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def synthesis(self, **settings: Any) -> Synthesis:
+        """Settings of the image synthesis, from the options."""
+        o = self.options
+        return Synthesis(
+            steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, cross_entropy=o.ce_weight,
+            batch_norm=o.bn_weight, **settings,
+        )  # fmt: skip
 
     # -- the plan --------------------------------------------------------------------------------------------------
 
@@ -163,40 +191,6 @@ class Distilled(OwnNetworks, OneShot):
             del server.state["members"]  # later rounds do not need the members
         else:
             super().server_update(server, step, uploads)
-
-
-class DataFree(Distilled):
-    """Methods that can distil on images of a generator: its options and their conversion to settings."""
-
-    @dataclass(frozen=True)
-    class Options(Distilled.Options):
-        """Options of the generator; the first five have the published settings of DENSE as defaults."""
-
-        nz: int = option(256, "dimensions of the generator's noise", low=1)
-        ngf: int = option(64, "unit of the generator's channels", low=1)
-        generator_steps: int = option(30, "steps of the generator for each batch of images", low=1)
-        generator_lr: float = option(1e-3, "learning rate of the generator and of its noise (Adam)", above=0)
-        synthesis_batch: int = option(256, "images made at a time", low=2)
-        ce_weight: float = option(1.0, "weight of the ensemble's cross-entropy to random labels", low=0)
-        bn_weight: float = option(1.0, "weight of the distance to the members' batch norm statistics", low=0)
-
-    def generator(self, server: Server, draw: torch.Generator) -> Generator:
-        """A fresh generator for the data's image size, on the server's device."""
-        o = self.options
-        channels, height, width = server.image_shape
-        made = Generator(
-            nz=o.nz, ngf=o.ngf, channels=channels, image_size=(height, width), mean=server.mean, std=server.std,
-            generator=draw,
-        )  # fmt: skip
-        return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def synthesis(self, **settings: Any) -> Synthesis:
-        """Settings of the image synthesis, from the options."""
-        o = self.options
-        return Synthesis(
-            steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, cross_entropy=o.ce_weight,
-            batch_norm=o.bn_weight, **settings,
-        )  # fmt: skip
 
 
 def torch_stream(server: Server, purpose: str, step: Step) -> torch.Generator:
@@ -251,19 +245,20 @@ class Pool:
                 yield batch
 
 
-class Running:
-    """Running means of named figures, without a device synchronisation at every step."""
+class Means:
+    """Means of named figures, each over its own number of values; adding a value does not wait for the device."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, **figures: Tensor) -> None:
-        """Adds one step's figures, each a scalar."""
+        """Adds one scalar to each of these figures."""
         for name, value in figures.items():
-            self._totals[name] = self._totals.get(name, torch.zeros((), device=value.device)) + value.detach()
-        self._count += 1
+            known = self._totals.get(name)
+            self._totals[name] = value.detach() if known is None else known + value.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
 
-    def means(self) -> dict[str, float]:
-        """Means of the figures over all steps."""
-        return {name: float(total) / self._count for name, total in self._totals.items()}
+    def read(self) -> dict[str, float]:
+        """The means so far."""
+        return {name: float(total) / self._counts[name] for name, total in self._totals.items()}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.errors import UserError
 from fedkern.methods.base import (
-    VECTORS,
     Client,
     ClientId,
     Declaration,
@@ -22,6 +21,7 @@ from fedkern.methods.base import (
     Step,
     Upload,
     like,
+    vectors_of,
 )
 from fedkern.methods.uploads import all_finite, once
 from fedkern.models.ensemble import Ensemble
@@ -167,8 +167,7 @@ class Members:
                 k = upload.client_id
                 self.server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
                 continue
-            own = {name: upload.message[name] for name in VECTORS if name in upload.message}
-            kept[upload.client_id] = {**own, "samples": upload.samples}
+            kept[upload.client_id] = {**vectors_of(upload.message), "samples": upload.samples}
             yield upload
         if not kept:
             raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
@@ -190,7 +189,7 @@ class Members:
     def messages(self) -> dict[int, Message]:
         """Flat vectors of every member, by client id."""
         members = self.server.state["members"]
-        return {k: {name: members[k][name] for name in VECTORS if name in members[k]} for k in self.clients()}
+        return {k: vectors_of(members[k]) for k in self.clients()}
 
     def modules(self, messages: dict[int, Message] | None = None) -> list[nn.Module]:
         """The members' networks in eval mode, in ascending order of client ids."""

@@ -89,11 +89,6 @@ def distance(weights: Weights, centre: Weights | None = None) -> float:
     return (_spread(weights, c) - 1) / 2
 
 
-def whole_simplex(clients: int) -> float:
-    """Smallest rho at which the ball around uniform weights contains every mixture of the clients."""
-    return (clients - 1) / 2
-
-
 def _spread(p: Weights, c: Weights) -> float:
     """``sum p^2 / c``, which is 1 at the centre."""
     return float((p * p / c).sum())

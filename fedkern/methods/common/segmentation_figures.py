@@ -26,7 +26,6 @@ missed tumour.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -160,17 +159,16 @@ def constant_dice(
     return float(found[best]) / present, best + 1
 
 
-def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = None) -> float:
+def hausdorff95(predicted: Mask, truth: Mask) -> float:
     """The 95th percentile of the surface distances between two masks of any dimension, the larger of both directions.
 
     A mask's surface is the set of its positions with a neighbour (along an axis) outside the mask or the image.
 
     Args:
         predicted, truth: bool, same shape.
-        spacing: distance of neighbouring positions along every axis (default 1: pixels).
 
     Returns:
-        The distance in units of ``spacing``; 0 if both masks are empty, the image's diagonal if one mask is empty.
+        The distance in pixels; 0 if both masks are empty, the image's diagonal if one mask is empty.
 
     Raises:
         ValueError: the shapes differ.
@@ -179,15 +177,13 @@ def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = 
 
     if predicted.shape != truth.shape:
         raise ValueError(f"truth: expected shape {list(predicted.shape)}, got {list(truth.shape)}")
-    steps = [1.0] * truth.ndim if spacing is None else [float(step) for step in spacing]
     if not predicted.any() or not truth.any():
-        full = math.hypot(*(step * side for step, side in zip(steps, truth.shape, strict=True)))
-        return 0.0 if predicted.any() == truth.any() else full
+        return 0.0 if predicted.any() == truth.any() else math.hypot(*truth.shape)
     # Both surfaces lie within the bounding box of both masks.
     boxes = ndimage.find_objects((predicted | truth).astype(np.int8))
     predicted, truth = np.pad(predicted[boxes[0]], 1), np.pad(truth[boxes[0]], 1)
     outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, truth)]
-    far = [ndimage.distance_transform_edt(~outline, sampling=steps) for outline in outlines]
+    far = [ndimage.distance_transform_edt(~outline) for outline in outlines]
     return float(max(np.percentile(far[1][outlines[0]], 95), np.percentile(far[0][outlines[1]], 95)))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.methods.base import Server, Step
+from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod.losses import normalised
 from fedkern.methods.fediod.server import Ensemble
 
@@ -53,7 +54,7 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 @torch.no_grad()
 def _images(server: Server, generator: Any, options: Any) -> Tensor:
     """Generated images in [0, 1] from the same noise in every round."""
-    draw = torch.Generator().manual_seed(int(server.rng("shown", Step(-1, "", "update")).integers(2**63)))
+    draw = torch_stream(server, "shown", Step(-1, "", "update"))
     z = torch.randn(options.batch, options.nz, generator=draw).to(server.device)
     # A copy: a forward pass in train mode would change the running statistics of batch norm.
     x = copy.deepcopy(generator).train()(z)[:SHOWN]

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.data.transforms import normalise
 from fedkern.errors import UserError
 from fedkern.methods.base import Message, Server
+from fedkern.methods.common.oneshot_distill import Means
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.fediod.losses import distillation, importance, mixture, reached, teacher_terms
 from fedkern.methods.fediod.privacy_options import tells_scores
@@ -60,25 +62,6 @@ def restore(optimiser: SGD | Adam, vector: Tensor, kept: Mapping[str, Tensor] | 
     for name, value in (kept or {}).items():  # on CUDA a fused Adam needs its step count there too
         place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
         optimiser.state.setdefault(vector, {})[name] = value.to(place, copy=True)
-
-
-class Means:
-    """Means of named figures, each over its own number of values; adding a value does not wait for the device."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, **figures: Tensor) -> None:
-        """Adds one scalar to each of these figures."""
-        for name, value in figures.items():
-            known = self._totals.get(name)
-            self._totals[name] = value.detach() if known is None else known + value.detach()
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def read(self) -> dict[str, float]:
-        """The means so far."""
-        return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
 
 
 @dataclass
@@ -196,8 +179,6 @@ class Workshop:
 
     def seen(self, sent: Tensor) -> Tensor:
         """Sent images, normalised for the networks as the clients do it (:meth:`Answers.normalised`)."""
-        from fedkern.data.transforms import normalise
-
         if sent.dtype == torch.uint8:
             sent = normalise(sent, self.server.mean, self.server.std)
         return sent.contiguous(memory_format=torch.channels_last)

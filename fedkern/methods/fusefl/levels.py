@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -118,22 +118,6 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
     }
-
-
-def size(message: Any) -> int:
-    """Bytes of all tensors in a message."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in flat(message).values())
-
-
-def flat(message: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts under dotted names."""
-    if isinstance(message, Tensor):
-        return {prefix: message}
-    found: dict[str, Tensor] = {}
-    if isinstance(message, Mapping):
-        for name, value in message.items():
-            found.update(flat(value, f"{prefix}.{name}" if prefix else str(name)))
-    return found
 
 
 def mean_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from fedkern.methods.base import (
     register,
 )
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
-from fedkern.methods.fusefl.levels import BothHeads, LocalPart, linear_of, plain_head, scaled_width, size, tensors_of
+from fedkern.methods.fusefl.levels import BothHeads, LocalPart, linear_of, plain_head, scaled_width, tensors_of
 from fedkern.methods.uploads import once
 from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
@@ -119,7 +119,8 @@ class FuseFL(Objective, Method):
                 f"--local-epochs {server.federation.local_epochs} cannot be divided over {self._levels()} levels: "
                 f"raise it to {self._levels()} or more, or lower the method option blocks."
             )
-        server.report["model_bytes"] = size(server.build().state_dict())
+        model = server.build().state_dict().values()
+        server.report["model_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in model)
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}})
 
     def _widths(self, networks: Sequence[nn.Module], clients: int) -> list[int]:

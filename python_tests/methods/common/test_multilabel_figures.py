@@ -11,6 +11,7 @@ import torch
 
 from fedkern.methods import METHODS, FedAvg, FedDRA, FedGID, FedProx, Moon
 from fedkern.methods.common import multilabel_figures as of_labels
+from fedkern.methods.common.classification_figures import areas
 from fedkern.methods.common.supervised import supervised_loss
 
 
@@ -43,7 +44,7 @@ def stepwise_precision(scores, own):
 @pytest.mark.parametrize("seed", range(3))
 def test_areas_are_shares_of_pairs_in_order(seed):
     scores, labels = drawn(seed=seed)
-    found = of_labels.areas(scores, labels)
+    found = areas(scores, labels)
     assert found[-1:].isnan().all()
     assert found[-2:].isnan().all()
     for column in range(3):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from fedkern.methods.common.robust_weights import distance, exponentiated_step, project, whole_simplex
+from fedkern.methods.common.robust_weights import distance, exponentiated_step, project
 
 
 def spread(p, c):
@@ -81,10 +81,10 @@ def test_radius_zero_is_the_centre_and_the_whole_simplex_holds_its_corners():
     corner = np.array([0.0, 1.0, 0.0])
     assert np.allclose(project(corner, 0.0), 1 / 3, atol=1e-15)
     assert np.array_equal(project(corner, 0.0, c), c)
-    assert np.array_equal(project(corner, whole_simplex(3)), corner)
+    assert np.array_equal(project(corner, 1.0), corner)  # (3 - 1) / 2
     assert np.array_equal(project(corner, math.inf), corner)
-    assert project(corner, whole_simplex(3) - 0.01).max() < 1
-    assert distance(corner) == pytest.approx(whole_simplex(3))
+    assert project(corner, 0.99).max() < 1
+    assert distance(corner) == pytest.approx(1.0)
 
 
 def test_five_clients_and_the_published_radius():

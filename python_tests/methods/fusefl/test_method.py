@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from fusefl_play import PLAIN, Play, config_of, equal
+from fusefl_play import PLAIN, Play, config_of, equal, flat
 from torch import nn
 
 from fedkern.engine import parties, read_metrics, read_model, run
 from fedkern.engine.ledger import message_bytes
 from fedkern.methods import FuseFL, Step
-from fedkern.methods.fusefl.levels import LocalPart, base_width, flat, scaled_width, size
+from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
 from fedkern.models import Ensemble, build
 from fedkern.models.blocks import cut
 from fedkern.models.cost import stored_bytes
@@ -104,9 +104,9 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
     # A client's uploads are its network and its adaptors; what it gets are the others'.
     network = cut(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 3)
     adaptors = [4 * (3 * c * c + c) for c in (2, 4)]
-    assert found["levels_up_bytes"] == size(network.state_dict()) + sum(adaptors)
+    assert found["levels_up_bytes"] == message_bytes(network.state_dict()) + sum(adaptors)
     ups = [found[f"{name}_up_bytes"] for name in names[:3]]
-    head = size(network.head.state_dict())
+    head = message_bytes(network.head.state_dict())
     assert found["level1_down_bytes"] == 3 * 8  # numbers: a width, epochs, epochs before
     assert found["level2_down_bytes"] == 2 * ups[0] + 3 * 8
     assert found["level3_down_bytes"] == 2 * ups[1] + 3 * 8
@@ -115,9 +115,9 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
     fused.plain_head = None  # kept for comparison only
     assert found["parameters"] == sum(p.numel() for p in fused.parameters())
     whole = build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
-    blocks = size(network.state_dict()) - head
-    assert found["memory_ratio"] == (3 * (blocks + sum(adaptors)) + head) / size(whole.state_dict())
-    assert found["model_bytes"] == size(whole.state_dict())
+    blocks = message_bytes(network.state_dict()) - head
+    assert found["memory_ratio"] == (3 * (blocks + sum(adaptors)) + head) / message_bytes(whole.state_dict())
+    assert found["model_bytes"] == message_bytes(whole.state_dict())
 
 
 def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_config, monkeypatch):
