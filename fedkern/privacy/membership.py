@@ -17,6 +17,8 @@ import numpy as np
 from torch import Tensor
 
 FALSE_POSITIVES = 0.01
+CONFIDENCE = 0.95
+"""Confidence of the intervals."""
 LEAST = 5
 """Least number of independent records, or groups of records, of each kind for an interval of the area."""
 
@@ -53,9 +55,7 @@ class Attack:
         return asdict(self)
 
 
-def membership_attack(
-    members: Tensor, others: Tensor, *, confidence: float = 0.95, groups: tuple[Tensor, Tensor] | None = None
-) -> Attack:
+def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, Tensor] | None = None) -> Attack:
     """The attack from the losses of records that were trained on and of records that were not.
 
     The interval of the area takes, on each side, the wider limit of two intervals:
@@ -70,18 +70,14 @@ def membership_attack(
     Args:
         members: losses fp ``[n]`` of training records, n >= 2.
         others: losses fp ``[m]`` of records that were never trained on, of the same distribution, m >= 2.
-        confidence: confidence of the intervals, in (0, 1).
         groups: int64 ``[n]`` and ``[m]``, the group of every record.  Records of one group number, members or others,
             depend on each other.  None: every record is independent of all others.
 
     Raises:
-        ValueError: there are fewer than two records of a kind, an argument has a wrong shape or a NaN, or the
-            confidence is out of range.
+        ValueError: there are fewer than two records of a kind, or an argument has a wrong shape or a NaN.
     """
     from scipy.special import ndtri
 
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), not {confidence}")
     # A record with a lower loss is more likely a member.
     x, y = (-_checked(losses, name) for losses, name in ((members, "members"), (others, "others")))
     owners = (np.arange(len(x)), np.arange(len(y)) + len(x)) if groups is None else _owners(groups, len(x), len(y))
@@ -95,7 +91,7 @@ def membership_attack(
     auc = float(beats.mean())
     low, high = None, None
     if min(len(own) for own in sizes) >= LEAST:
-        z = float(ndtri(0.5 + confidence / 2))
+        z = float(ndtri(0.5 + CONFIDENCE / 2))
         deviation = math.sqrt(_variance(beats - auc, beaten - auc, *owners))
         limits = [_score_limit(auc, edge, z, *effective) for edge in (0.0, 1.0)]
         if 0 < auc < 1:
@@ -106,7 +102,7 @@ def membership_attack(
     allowed = int(FALSE_POSITIVES * len(y))
     threshold = np.sort(y)[::-1][allowed]
     tpr = float((x > threshold).mean())
-    tpr_low, tpr_high = _clopper_pearson(tpr, effective[0], confidence)
+    tpr_low, tpr_high = _clopper_pearson(tpr, effective[0])
     return Attack(
         auc=auc,
         low=low,
@@ -146,11 +142,11 @@ def _score_limit(auc: float, edge: float, z: float, members: float, others: floa
     return far
 
 
-def _clopper_pearson(share: float, count: float, confidence: float) -> tuple[float, float]:
+def _clopper_pearson(share: float, count: float) -> tuple[float, float]:
     """The exact binomial interval (Biometrika 1934) of a share of ``count`` records."""
     from scipy.special import betaincinv
 
-    hits, tail = share * count, (1 - confidence) / 2
+    hits, tail = share * count, (1 - CONFIDENCE) / 2
     low = float(betaincinv(hits, count - hits + 1, tail)) if share > 0 else 0.0
     return low, float(betaincinv(hits + 1, count - hits, 1 - tail)) if share < 1 else 1.0
 

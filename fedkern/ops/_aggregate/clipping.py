@@ -15,10 +15,7 @@ from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_dense, check_number, no_vmap, refuse_gradient, shown
 
-# 1. Specification: aggregate_robust_reference, aggregate_philox.
-
-
-# 2. The public functions.
+# The public functions.
 
 
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
@@ -144,10 +141,7 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
-
-
-# 4. The same operator for torch.compile and opcheck.
+# The same operator for torch.compile and opcheck.
 
 
 def _implementation(vectors: list[Tensor], numbers: Tensor, seed: int, offset: int) -> Tensor:

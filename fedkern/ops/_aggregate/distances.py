@@ -51,10 +51,7 @@ _MOST_ITERATIONS = 2**63 - 1
 # Up to this many vectors Krum's scores are summed in Python.
 FEW = 20
 
-# 1. Specification: aggregate_robust_reference.
-
-
-# 2. The public functions.
+# The public functions.
 
 
 def pairwise_distances(vectors: Vectors) -> Tensor:
@@ -389,10 +386,7 @@ def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor 
     return (change @ (products @ change)).clamp_min_(0.0).sqrt_()
 
 
-# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
-
-
-# 4. The same operators for torch.compile and opcheck.
+# The same operators for torch.compile and opcheck.
 
 
 def _pairwise_fake(vectors: list[Tensor]) -> Tensor:

@@ -28,10 +28,7 @@ from fedkern.ops._core.backend import ready
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.memory import placed
 
-# 1. Specification: aggregate_reference.
-
-
-# 2. The public function.
+# The public function.
 
 
 def weighted_mean(
@@ -106,7 +103,7 @@ def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
-# 3. Eager autograd.
+# Eager autograd.
 
 
 class _WeightedMean(EagerFunction):
@@ -171,7 +168,7 @@ def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return torch.where(counted, gradient, math.nan).to(weights.device, weights.dtype)
 
 
-# 4. The same operator for torch.compile, torch.func and opcheck.
+# The same operator for torch.compile, torch.func and opcheck.
 
 
 def _implementation(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:

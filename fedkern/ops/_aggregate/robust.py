@@ -24,10 +24,7 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_count, no_vmap, shown
 
-# 1. Specification: aggregate_robust_reference.
-
-
-# 2. The public functions.
+# The public functions.
 
 
 def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
@@ -122,10 +119,7 @@ def _sorted_mean(
     return select(vectors).sorted_mean(vectors, low, high, values)
 
 
-# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
-
-
-# 4. The same operators for torch.compile and opcheck.
+# The same operators for torch.compile and opcheck.
 
 
 def _sorted_mean_implementation(vectors: list[Tensor], low: int, high: int, weights: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerRule
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_device, check_number, no_vmap, refuse_gradient, written
+from fedkern.ops._core.checks import check_device, check_number, no_vmap, refuse_gradient, share_memory, written
 
 
 class ServerStep(NamedTuple):
@@ -47,10 +48,7 @@ class ServerStep(NamedTuple):
 
 _STATES = (torch.float32, torch.float64)
 
-# 1. Specification: aggregate_robust_reference.
-
-
-# 2. The public function.
+# The public function.
 
 
 def server_step(
@@ -144,7 +142,7 @@ def server_step(
         check_out(out, size, one.device)
     ordinary = eager(vectors, weights, global_, first, second, out)
     if first is not None:
-        _check_apart(global_, vectors, weights, first, second, out, same_memory if ordinary else same_tensor)
+        _check_apart(global_, vectors, weights, first, second, out, share_memory if ordinary else operator.is_)
     refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
     if not ordinary:
         given = as_tensor(weights, one, count)
@@ -230,23 +228,6 @@ def _check_apart(
                 raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
 
 
-def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """Whether both are the same tensor: all that is known where a compiler or a mode hides their memory."""
-    return one is other
-
-
-def same_memory(state: Tensor, other: Tensor) -> bool:
-    """Whether an element of the vector ``other``, of any stride, lies within the contiguous ``state``."""
-    size = other.element_size()
-    begin, end = state.data_ptr(), state.data_ptr() + state.nbytes
-    place, step = other.data_ptr(), (other.stride(0) if other.dim() else 0) * size
-    if begin == end or not other.numel() or state.device != other.device:
-        return False
-    # Index of the first element that ends after the state's beginning.
-    k = max((begin - size - place) // step + 1, 0) if step else 0
-    return k < other.numel() and begin < place + k * step + size and place + k * step < end
-
-
 def _compute(
     global_: Tensor,
     vectors: Vectors,
@@ -278,10 +259,7 @@ def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | No
     return all(other.untyped_storage().data_ptr() != storage for other in others)
 
 
-# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
-
-
-# 4. The same operator for torch.compile and opcheck.
+# The same operator for torch.compile and opcheck.
 
 
 def _implementation(

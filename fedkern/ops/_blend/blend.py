@@ -15,10 +15,7 @@ from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._core.function import EagerFunction
 
-# 1. Specification: blend_reference.
-
-
-# 2. The public function.
+# The public function.
 
 
 def blend(
@@ -114,7 +111,7 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
         raise ValueError(f"alpha must be in [0, 1], not {shown(alpha)}")
 
 
-# 3. Eager autograd.
+# Eager autograd.
 
 
 class _Blend(EagerFunction):
@@ -154,9 +151,6 @@ class _Blend(EagerFunction):
             grad, foreground, background, alpha, value, index, background_rows, needs, strides
         )
         return None, own, other, per_sample, None, None
-
-
-# 4. The same operator for torch.compile, torch.func and opcheck: library.py.
 
 
 # 5. Backends.

@@ -17,7 +17,7 @@ from fedkern.ops._core.checks import check_dense, check_device, check_memory, ch
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.memory import placed
 
-# 1. Specification.
+# Specification.
 
 
 def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -38,7 +38,7 @@ def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
     return torch.where(mask != keep, fill[:, :, None, None].to(images.dtype), images)
 
 
-# 2. The public functions.
+# The public functions.
 
 
 def erase_boxes(
@@ -186,7 +186,7 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
             raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {shown(value)}")
 
 
-# 3. Eager autograd.
+# Eager autograd.
 
 
 class _FillBoxes(EagerFunction):
@@ -203,7 +203,7 @@ class _FillBoxes(EagerFunction):
         return None, *_backward(ctx, *grads)
 
 
-# 4. The same operator for torch.compile, torch.func and opcheck.
+# The same operator for torch.compile, torch.func and opcheck.
 
 
 def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:

@@ -15,6 +15,10 @@ from fedkern.ops._core.private_torch import increment_version
 # Longest text of a value in an error message: a number may have thousands of digits.
 _MOST_CHARACTERS = 80
 
+# Most steps of the exact search for shared memory, which tensors of two axes rarely need. A search that needs more
+# counts as shared memory.
+_SEARCH = 100_000
+
 
 def shown(value: object) -> str:
     """``value`` as error messages show it, cut short if long."""
@@ -141,3 +145,40 @@ def check_memory(tensor: Tensor, name: str) -> None:
             f"{name} has {tensor.numel()} elements and no memory: its storage was freed (resize_(0)); "
             "keep it until the last backward pass that reads it"
         )
+
+
+class _Memory:
+    """A tensor's address, shape and strides for NumPy, which does not read the values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        item = tensor.element_size()
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * item for step in tensor.stride()),
+            "typestr": f"|V{item}",
+            "version": 3,
+        }
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether any element of ``one`` overlaps any element of ``other`` in memory; exact for all strides."""
+    if not one.numel() or not other.numel() or one.device != other.device:
+        return False
+    (begin, end), (first, last) = _ends(one), _ends(other)
+    if begin >= last or first >= end:
+        return False
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    a, b = np.asarray(_Memory(one)), np.asarray(_Memory(other))
+    try:
+        return bool(np.shares_memory(a, b, max_work=_SEARCH))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _ends(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte and past the last byte of a tensor that has elements."""
+    begin = tensor.data_ptr()
+    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (span + 1) * tensor.element_size()

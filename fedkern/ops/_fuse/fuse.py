@@ -24,10 +24,7 @@ Activation = Literal["relu"] | None
 _grad_enabled = torch.is_grad_enabled
 
 
-# 1. What it computes: fuse_concat_reference, fuse_mean_reference.
-
-
-# 2. The public functions.
+# The public functions.
 
 
 def fuse_concat(
@@ -190,7 +187,7 @@ def _alike(features: Sequence[Tensor]) -> bool:
     return True
 
 
-# 3. Eager autograd.
+# Eager autograd.
 
 
 class _Fuse(EagerFunction):
@@ -251,9 +248,6 @@ class _Fuse(EagerFunction):
         if len(needs) == count:
             return (None, *to_maps)
         return (None, *to_maps, *([to_scale] if learned_scale else []), *([to_shift] if learned_shift else []))
-
-
-# 4. The same operator for torch.compile and opcheck: library.py.
 
 
 # 5. The backends that serve it.

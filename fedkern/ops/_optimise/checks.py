@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.checks import check_dense, check_device, check_floating, check_number, check_tensor
-
-# Most steps of the exact search for shared memory, which tensors of two axes rarely need. A search that needs more
-# counts as shared memory.
-_SEARCH = 100_000
+from fedkern.ops._core.checks import (
+    check_dense,
+    check_device,
+    check_floating,
+    check_number,
+    check_tensor,
+    share_memory,
+)
 
 
 def check_parameters(parameters: Tensor) -> None:
@@ -116,40 +118,3 @@ def folded(tensor: Tensor) -> bool:
     # Row i, column 0 is row 0, column j first where i * down = j * right.
     common = math.gcd(down, right)
     return right // common < rows and down // common < columns
-
-
-class _Memory:
-    """A tensor's address, shape and strides for NumPy, which does not read the values."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        item = tensor.element_size()
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
-            "strides": tuple(step * item for step in tensor.stride()),
-            "typestr": f"|V{item}",
-            "version": 3,
-        }
-
-
-def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether any element of ``one`` overlaps any element of ``other`` in memory; exact for all strides."""
-    if not one.numel() or not other.numel() or one.device != other.device:
-        return False
-    (begin, end), (first, last) = ends(one), ends(other)
-    if begin >= last or first >= end:
-        return False
-    if one.is_contiguous() and other.is_contiguous():
-        return True
-    a, b = np.asarray(_Memory(one)), np.asarray(_Memory(other))
-    try:
-        return bool(np.shares_memory(a, b, max_work=_SEARCH))  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-def ends(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and past the last byte of a tensor that has elements."""
-    begin = tensor.data_ptr()
-    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + (span + 1) * tensor.element_size()

@@ -48,10 +48,7 @@ class StepResult(NamedTuple):
     squared_norm: Tensor
 
 
-# 1. What it computes: optimise_reference.
-
-
-# 2. The public functions.
+# The public functions.
 
 
 def sgd_step(
@@ -285,10 +282,7 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
     return (finite[0], squared[0]) if flat else (finite, squared)
 
 
-# 3. Eager autograd: none.  A step has no gradient, and raises where one is wanted.
-
-
-# 4. The same operator for torch.compile and opcheck.  Numbers travel as tensors: a schedule compiles nothing anew.
+# The same operator for torch.compile and opcheck.  Numbers travel as tensors: a schedule compiles nothing anew.
 
 
 def _implementation(
