@@ -103,7 +103,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "benchmarks"):
             item.add_marker(pytest.mark.exhaustive)
-        if item.get_closest_marker("sampled"):
+        rare = item.get_closest_marker("exhaustive") or item.get_closest_marker("slow")
+        if item.get_closest_marker("sampled") and not rare:
             groups[item.nodeid.partition("[")[0]].append(item)
     for group in groups.values():
         cases = [tuple(item.callspec._idlist) for item in group]

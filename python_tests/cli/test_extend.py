@@ -125,6 +125,7 @@ MADE = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("records", ["all", "private"])
 def test_what_was_made_of_the_former_network_is_moved_aside(records, start, result, tmp_path):
     run = tmp_path / "run"

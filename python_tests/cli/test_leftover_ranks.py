@@ -50,9 +50,10 @@ def test_other_commands_and_mistakes_are_told(tmp_path):
     assert "--modle" in wrong.stderr
 
 
-def test_a_child_of_a_rank_is_no_rank(tmp_path):
+@pytest.mark.parametrize("name", ["run", pytest.param("list", marks=pytest.mark.exhaustive)])
+def test_a_child_of_a_rank_is_no_rank(name, tmp_path):
     (tmp_path / "script.py").write_text(OF_A_RANK)
-    asked = json.dumps({"list": ["list", "--json"], "run": [*RUN, "--out", "run"]})
+    asked = json.dumps({name: ["list", "--json"] if name == "list" else [*RUN, "--out", "run"]})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     done = subprocess.run(
         [*launch, asked], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
@@ -60,8 +61,9 @@ def test_a_child_of_a_rank_is_no_rank(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        code, out, _ = json.loads((tmp_path / f"list{rank}.json").read_text())
-        assert (code, "fedavg" in out) == (0, True)
-        code, _, err = json.loads((tmp_path / f"run{rank}.json").read_text())
-        assert code == 2
-        assert "unset TORCHELASTIC_RUN_ID" in err
+        code, out, err = json.loads((tmp_path / f"{name}{rank}.json").read_text())
+        if name == "list":
+            assert (code, "fedavg" in out) == (0, True)
+        else:
+            assert code == 2
+            assert "unset TORCHELASTIC_RUN_ID" in err

@@ -140,6 +140,7 @@ def changed(what, step, name="halved"):
     return {**given, "data_options": {"boxes": "boxes.json"}}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", ["one image", "images", "labels", "arrays", "plugin", "network", "init", "boxes"])
 def test_a_comparison_does_not_go_on_with_what_has_changed(what):
     method = "halved" if what == "plugin" else "fedavg"

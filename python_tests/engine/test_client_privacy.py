@@ -243,6 +243,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", sorted(filter(shipped, METHODS)))
 def test_every_method_runs_or_is_refused(name, make_data, make_pairs, make_public, make_config, tmp_path):
     needs_accounting()
@@ -340,6 +341,7 @@ def constant(monkeypatch):
     monkeypatch.setattr(server_secret.secrets, "token_hex", lambda count: "5a" * count)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "settings"),
     [

@@ -199,6 +199,7 @@ def test_a_run_on_other_data_is_named(attempt, data, make_data, make_public, tmp
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["diagnostics"]["teachers-of-other-data"] == said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["ccvr", "dense", "ensemble", "feddf"])
 def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, tmp_path):
     """Bit for bit, with everything that comes after the training."""

@@ -186,6 +186,7 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
 def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
     data, config = make_many(300), small(300, rounds=6)

@@ -69,6 +69,7 @@ class Choosing(FedAvg):
         return super().loss(model, batch, received)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("kind", "what"),
     [(Reading, "a value that is read"), (Copying, "a copy of [3] to meta"), (Choosing, "depends on values")],

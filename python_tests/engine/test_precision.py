@@ -34,6 +34,7 @@ def tensors(value):
 # -- every method ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_and_keeps_fp32(method, make_data, make_pairs, make_public, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {}

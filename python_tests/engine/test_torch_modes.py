@@ -93,6 +93,7 @@ def plain(tmp_path_factory):
     return of
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("mode", "method", "model", "workers"),
     [
@@ -178,6 +179,7 @@ def same(found, expected):
 SAMPLE = {use: ("float64", "default device meta")[i % 2] for i, use in enumerate(USES) if use != "torch-export"}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("use", "mode"),
     [

@@ -101,6 +101,7 @@ def test_generated_images_are_fp32_and_near():
     assert near(given, exact, 0.02)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kinds", [["resnet8"] * 3, ["cnn"] * 2, ["vit-tiny"], ["cnn", "resnet8"], ["unet-small"] * 2])
 @pytest.mark.parametrize("width", [8, 24])

@@ -281,6 +281,7 @@ def test_a_tokenizer_of_another_network_is_refused(folders: dict[str, Path], tmp
         pair(folders, "vit", str(other))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "more"),
     [

@@ -87,6 +87,7 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Callable[[
 DIFFERENTIABLE = ("blend", "contrastive", "divergences", "ensemble")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_compiles_nothing_anew(name: str) -> None:
     function, shapes, numbers = SCHEDULES[name]

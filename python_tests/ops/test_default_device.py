@@ -42,6 +42,7 @@ for name, call in calls.items():
 """
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "before",
     [

@@ -66,6 +66,7 @@ def test_the_most_frequent_mistakes():
     ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("classes", "sets"), [
     (1, 1), (2, 3), (10, 2), (21, 1), (100, 1), pytest.param(300, 2, marks=pytest.mark.exhaustive),
 ])  # fmt: skip

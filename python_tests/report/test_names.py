@@ -94,6 +94,7 @@ def check(texts: list[Text], name: str) -> None:
         assert not any(text.get_parse_math() for text in named)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("error")
 def test_pictures(name, drawn, tmp_path):
     path = tmp_path / "p.png"
@@ -120,6 +121,7 @@ def test_pictures(name, drawn, tmp_path):
         check(drawn, name)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("error")
 def test_pictures_of_a_model(name, drawn, tmp_path):
     torch.manual_seed(0)

@@ -164,6 +164,7 @@ def test_the_base_width_is_read_from_the_network(name):
 # -- options -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("settings", "options"),
     [

@@ -45,6 +45,7 @@ def statistics(upload):
     upload["means"] = upload["means"] * torch.inf
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("level", "change", "said"),
     [

@@ -108,6 +108,7 @@ def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
     return point
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_minority_moves_the_geometric_median_far(

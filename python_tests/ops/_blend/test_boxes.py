@@ -115,6 +115,7 @@ def test_the_rule_of_centres(name: str) -> None:
     assert columns(-1e300, 2) == [0, 1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradients(name: str, channels_last: bool) -> None:

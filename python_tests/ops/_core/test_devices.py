@@ -39,6 +39,7 @@ def why_not(core: Any) -> str:
     return ""
 
 
+@pytest.mark.exhaustive
 def test_the_core_says_what_it_was_built_for() -> None:
     try:
         core = build()

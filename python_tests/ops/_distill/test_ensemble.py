@@ -25,6 +25,7 @@ from fedkern import ops
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 
 
+@pytest.mark.sampled(48)
 @pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
 def test_against_float64(number: int) -> None:
     case = ENSEMBLES[number]

@@ -32,6 +32,7 @@ def run(number: int, names: list[str]) -> None:
     compare(case, names, *agreement(case), [None, stack, weights], needs)
 
 
+@pytest.mark.sampled(37)
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(number: int) -> None:
     case = CASES[number]

@@ -92,6 +92,7 @@ def inputs(name: str, count: int, shared: bool) -> tuple[Tensor, list[Tensor]]:
 CASES = list(itertools.product(BLOCKS, LOWERINGS, (True, False)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "lowering", "shared"), CASES)
 def test_training_step(name: str, lowering: str, shared: bool) -> None:
     blocks = make(name)
@@ -117,6 +118,7 @@ def test_training_step(name: str, lowering: str, shared: bool) -> None:
         torch.testing.assert_close(dict(state), dict(block.state_dict()))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "lowering", "shared"), CASES)
 @pytest.mark.parametrize("fold", [True, False])
 def test_evaluation(name: str, lowering: str, shared: bool, fold: bool) -> None:
@@ -133,6 +135,7 @@ def test_evaluation(name: str, lowering: str, shared: bool, fold: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, fused.buffers(), strict=True))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("count", [1, 4])
 def test_round_trip_is_exact(name: str, count: int) -> None:

@@ -246,6 +246,7 @@ def perceptrons(kind: str) -> list[nn.Module]:
     return [one() for _ in range(3)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", WAYS)
 @pytest.mark.parametrize("kind", ["linear", "hidden", "flat"])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 6, 7, 4), (0, 3, 4), (5, 1, 4)])
@@ -312,6 +313,7 @@ def test_one_mode_and_one_set_of_trained_parameters() -> None:
     FusedBlocks([norm.eval() for norm in norms])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", WAYS)
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
