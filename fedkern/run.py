@@ -52,13 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(words: list[str], leftover: bool) -> int:
     """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import UserError
+    from fedkern.files import check_working_folder
     from fedkern.interrupts import Terminated, ended
 
     try:
-        os.getcwd()  # noqa: PTH109 (pathlib takes milliseconds to import)
-    except OSError:
-        return _say("the working folder has been deleted or cannot be read: change to another one")
-    try:
+        check_working_folder()
         code = _dispatch(words, leftover)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return code

@@ -71,11 +71,11 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        config = config.replace(data_root=data_root or config.data_root)
+        own = {**_scaled(config.data, about), **config.data_options}
+        config = config.replace(data_root=data_root or config.data_root, data_options=own)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     else:
-        scaled = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}  # as in the training
-        options = {**scaled, **(data_options or {})}
+        options = {**_scaled(data, about), **(data_options or {})}
         loaded = load(
             data, root=data_root, clients=1, partition="iid", seed=config.seed, options=options,
             cache=folder, progress=progress,
@@ -90,6 +90,11 @@ def evaluate_run(
     with cpu_threads(config.threads), computing(config.precision):
         found = evaluate(method, module, sets, code, keep=True)
     return {**found, **final_figures(sets, loaded.classes).metrics, **found}
+
+
+def _scaled(data: str, about: Mapping[str, Any]) -> dict[str, object]:
+    """The option by which greys are scaled as in the training, without a look at the files."""
+    return {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
 
 
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, TestSet]:

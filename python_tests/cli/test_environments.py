@@ -65,7 +65,7 @@ def test_a_deleted_working_folder_is_one_sentence(words, tmp_path):
     gone.mkdir()
     done = called(*words, "--out", tmp_path / "out", cwd=gone, shell=f"rmdir {gone}")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the working folder has been deleted")
+    assert done.stderr.startswith("error: The working folder has been deleted")
     assert len(done.stderr.splitlines()) == 1
 
 

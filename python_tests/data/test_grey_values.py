@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import fedkern
-from fedkern.data import load
+from fedkern.data import listing, load
 from fedkern.downstream.export import export
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
@@ -201,7 +201,7 @@ def test_a_negative_looks_as_in_a_viewer(tmp_path, mode, compression, colour):
                 assert np.abs(channel.numpy() - seen).max() <= 1
 
 
-def test_a_run_scales_all_later_images_as_in_its_training(tmp_path):
+def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch):
     """Predictions, and the figures on other data, whose own values would tell another depth."""
     write_all(tmp_path, "png", 4095, np.uint16)
     for i in range(12):
@@ -227,3 +227,6 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path):
     given = {"size": 16, "colour": "grey", "bits": 12}
     assert figures == run.evaluate(data="csv", data_root=other / "t.csv", data_options=given)
     assert figures != run.evaluate(data="csv", data_root=other / "t.csv", data_options={**given, "bits": 8})
+    figures = run.evaluate()
+    monkeypatch.setattr(listing, "grey_bits", lambda *_: pytest.fail("the bits are known"))
+    assert run.evaluate() == figures
