@@ -54,7 +54,6 @@ REGISTRIES = {
 """Module and name of the dict that holds everything of a kind, by kind."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_OPTIONS = (bool, int, float, str)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fedkern.data.background import rasterise
 from fedkern.data.types import Split
-from fedkern.errors import UserError
+from fedkern.errors import UserError, other_format
 from fedkern.files import cache_folder, expand, one_writer, replace
 from fedkern.inputs import read_json
 
+FORMAT = 1
 BATCH = 8
 SAVE_EVERY = 16  # batches between two writes of the cache
 
@@ -68,7 +69,7 @@ class Detections:
         """Boxes float64 ``[n_i, 4]`` of every image, from the cache where it holds the image.
 
         Raises:
-            UserError: a damaged cache file, or one that cannot be written.
+            UserError: a damaged cache file, one of another format, or one that cannot be written.
         """
         names = [classes[label] for label in split.labels.tolist()]
         keys = [_key(image, name) for image, name in zip(split.images, names, strict=True)]
@@ -106,6 +107,8 @@ class Detections:
             return {}
         try:
             content = read_json(self.path)
+            if (number := content.get("format")) != FORMAT:
+                raise other_format(self.path, number, FORMAT)
             boxes: dict[str, list[list[float]]] = content["boxes"]
             if content["sum"] != _sum(boxes):
                 raise ValueError("its boxes are not those that were written")
@@ -124,7 +127,7 @@ class Detections:
             with one_writer(self.folder / ".lock"):
                 # Read again first: another run may have added images meanwhile.
                 boxes = {**self._read(), **new}
-                content = {"detector": self.identity, "boxes": boxes, "sum": _sum(boxes)}
+                content = {"format": FORMAT, "detector": self.identity, "boxes": boxes, "sum": _sum(boxes)}
                 replace(self.path, fill)
         except OSError as error:
             raise UserError(

@@ -166,10 +166,10 @@ def test_a_run_that_writes_while_another_does_waits(tmp_path: Path) -> None:
     "content",
     [
         "{",
-        '{"other": 1}',
-        '{"boxes": {"x": [[1, 2, 3]]}}',
-        '{"boxes": {"x": [[1, 2, 3, 4]]}, "sum": 5}',
-        '{"boxes": 3}',
+        '{"format": 1, "other": 1}',
+        '{"format": 1, "boxes": {"x": [[1, 2, 3]]}}',
+        '{"format": 1, "boxes": {"x": [[1, 2, 3, 4]]}, "sum": 5}',
+        '{"format": 1, "boxes": 3}',
         "[]",
     ],
 )
@@ -179,6 +179,16 @@ def test_damaged_cache(tmp_path: Path, content: str) -> None:
     detections.path.write_text(content)
     with pytest.raises(UserError, match=rf"{detections.path.name} is damaged .*; delete it"):
         detections.boxes(split, tuple("0123456789"))
+
+
+@pytest.mark.parametrize(("content", "told"), [('{"format": 2, "boxes": {}}', "format 2"), ("{}", "no format number")])
+def test_a_cache_of_another_format_is_refused(tmp_path: Path, content: str, told: str) -> None:
+    split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
+    detections = Detections(Corner(), tmp_path)
+    detections.path.write_text(content)
+    with pytest.raises(UserError, match=rf"{detections.path.name} has {told}, and this version of fedkern reads"):
+        detections.boxes(split, tuple("0123456789"))
+    assert detections.path.read_text() == content
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
