@@ -131,7 +131,7 @@ def make_captions(
     samples = SAMPLES if samples is None else samples
     small = spec.name == "attribute" and clients > 1 and minority > 0
     styles = [_style(seed, k, rare=small and k == clients - 1, avoid=small) for k in range(clients)]
-    sizes, subjects = _subjects(spec, clients, samples, seed, styles, minority if small else 0.0)
+    sizes, subjects = _subjects(spec, clients, samples, seed, minority if small else 0.0)
     drawn = digit_labels()
     pools = [rows.numpy() for rows in fixed_rows(interleaved(drawn, "split/digits"), TRAIN, VALIDATION)]
 
@@ -221,7 +221,7 @@ def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
 
 
 def _subjects(
-    spec: PartitionSpec, clients: int, samples: int, seed: int, styles: list[Style], minority: float
+    spec: PartitionSpec, clients: int, samples: int, seed: int, minority: float
 ) -> tuple[list[int], list[Digits | None]]:
     """Number of canvases of every client, and their subjects (None where the client's style decides them)."""
     if spec.name not in ("iid", "attribute"):

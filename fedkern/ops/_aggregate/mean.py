@@ -221,7 +221,7 @@ _weighted_mean = library.register(
 )
 
 
-# 5. Backends.
+# Backends.
 
 backend.serve(
     "aggregate",

@@ -153,6 +153,6 @@ class _Blend(EagerFunction):
         return None, own, other, per_sample, None, None
 
 
-# 5. Backends.
+# Backends.
 
 backend.serve("blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits")

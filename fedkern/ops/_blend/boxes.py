@@ -285,7 +285,7 @@ _fill_boxes = library.register(
 )
 
 
-# 5. Backends.
+# Backends.
 
 _DTYPES = frozenset(
     {

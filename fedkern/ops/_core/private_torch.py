@@ -39,7 +39,7 @@ def _no(*_: Any) -> bool:
     return False
 
 
-# 1. Names that tell what is between a call and its tensors' memory.
+# Names that tell what is between a call and its tensors' memory.
 
 is_tracing: Callable[[], bool] = _find("_C._is_tracing", _no)
 """Whether ``torch.jit.trace`` is recording."""
@@ -91,7 +91,7 @@ def recording() -> Iterator[None]:
         yield
 
 
-# 2. Names with a public call in their place.
+# Names with a public call in their place.
 
 _apply = _find("_C._FunctionBase.apply", None)
 
@@ -139,7 +139,7 @@ may_be_transformed: Callable[[], bool] = (lambda: True) if PROBLEM else functorc
 """Whether a torch.func transform may be active: always where kernels cannot tell."""
 
 
-# 3. What is tried at its first use, because with another meaning it would compute wrong numbers.
+# What is tried at its first use, because with another meaning it would compute wrong numbers.
 
 
 def _changed(name: str) -> str:
@@ -249,7 +249,7 @@ def _convolves(fused: OneDNN, channels: int) -> bool:
         return torch.allclose(plain, expected) and torch.allclose(summed, (2 * expected).relu())
 
 
-# 4. The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).
+# The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).
 
 
 class _View(ctypes.Structure):

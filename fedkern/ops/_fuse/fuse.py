@@ -250,7 +250,7 @@ class _Fuse(EagerFunction):
         return (None, *to_maps, *([to_scale] if learned_scale else []), *([to_shift] if learned_shift else []))
 
 
-# 5. The backends that serve it.
+# The backends that serve it.
 
 for _name in ("fuse_concat", "fuse_mean"):
     backend.serve(_name, cpu=FuseKernels, cuda=FuseKernels, triton="_fuse.triton:TritonFuse", fits="fuse_fits")

@@ -330,7 +330,7 @@ _operators = [
 ]
 
 
-# 5. The backends that serve it.
+# The backends that serve it.
 
 backend.serve(
     "optimise",
