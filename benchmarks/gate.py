@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 FLOORS = Path(__file__).parent / "floors.toml"
-FACTOR = 0.87
+FACTOR = 0.9
 ATTEMPTS = 4
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
 BUSY = 0.15  # share of the processors that others may take beside a measurement

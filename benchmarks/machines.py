@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; a forced backend is part of it."""
     info: dict[str, Any] = {
         "time": now(),
+        "commit": commit(),
         "cpu": platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -59,6 +61,14 @@ def machine(device: str) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             info[package] = importlib.metadata.version(package)
     return info
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """The checkout's commit, with "-dirty" where files differ from it; "" outside of a repository."""
+    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--match="]
+    with contextlib.suppress(OSError):
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def chip(path: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:

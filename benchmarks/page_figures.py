@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from statistics import geometric_mean, mean, median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks import bench_methods, comparisons, profile_methods, sources
@@ -562,15 +562,10 @@ def waited() -> Mapping[str, bench_methods.Row]:
     return {row.name: row for row in rows}
 
 
-def over(slower: str, setting: str, faster: str = bench_methods.OURS) -> list[float]:
-    """The speed-ups of the runs of a setting over a contestant."""
-    rows = [row for row in waited().values() if row.setting == setting]
-    return bench_methods.speedups(rows, slower, faster)
-
-
-def times(values: Sequence[float]) -> tuple[str, str, str]:
-    """The geometric mean of speed-ups, the least and the most."""
-    return f"{geometric_mean(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}"
+def caption(machine: Mapping[str, Any]) -> Lines:
+    """When and of which commit a table of whole commands was measured, and a blank line."""
+    at_commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ""
+    return [f"Measured on {machine['time'][:10]}{at_commit}.", ""]
 
 
 def whole_runs(setting: str) -> Lines:
@@ -587,7 +582,7 @@ def whole_runs(setting: str) -> Lines:
         "run", "plain PyTorch, s", "earlier fedkern, s", "fedkern, s", "with bf16, s", "over plain", "over earlier",
         "over no kernels", "bf16 over fp32",
     ]  # fmt: skip
-    return table(header, rows).split("\n")
+    return [*caption(load(RUNS, comparisons.RESULTS)["machine"]), *table(header, rows).split("\n")]
 
 
 def speed_in_short() -> Lines:
@@ -598,28 +593,30 @@ def speed_in_short() -> Lines:
         if row.setting == "default" and gain is not None:
             seconds = [f"{median(row.seconds[name]):.1f} s" for name in ("plain", bench_methods.OURS)]
             rows.append([f"`{row.method}`", *seconds, f"{gain:.2f}×"])
-    return table(["run", "plain PyTorch", "fedkern", "times as fast"], rows).split("\n")
+    lines = table(["run", "plain PyTorch", "fedkern", "times as fast"], rows).split("\n")
+    return [*caption(load(RUNS, comparisons.RESULTS)["machine"]), *lines]
 
 
 def rounds_of_fedavg() -> Lines:
     """Seconds a round of FedAvg, ours and other frameworks'."""
-    found = [row for recorded in read_results(comparisons.RESULTS).get("rounds", []) for row in recorded.rows]
+    (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(MACHINE))
     rows = []
-    for row in found:
+    for row in recorded.rows:
         others = [f"{gain:.2f}× {name}" for name, gain in row.speedup.items()]
         rows.append([row.case, str(row.threads), row.ours, f"{1e3 * row.seconds[row.ours]:.0f} ms", ", ".join(others)])
-    return table(["clients", "cores", "fedkern", "a round", "over"], rows).split("\n")
+    return [*caption(recorded.machine), *table(["clients", "cores", "fedkern", "a round", "over"], rows).split("\n")]
 
 
 def where_seconds_go() -> Lines:
     """The share of every part of a run."""
-    found = load(PROFILED, comparisons.RESULTS)["runs"]
+    content = load(PROFILED, comparisons.RESULTS)
+    found = content["runs"]
     rows = [
         [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
         for part in profile_methods.PARTS
         if any(run["parts"][part] >= 0.005 * run["seconds"] for run in found)
     ]
-    return table(["", *(run["method"] for run in found)], rows).split("\n")
+    return [*caption(content["machine"]), *table(["", *(run["method"] for run in found)], rows).split("\n")]
 
 
 def many_clients() -> Mapping[str, Any]:
@@ -655,7 +652,7 @@ def ten_thousand_clients() -> Lines:
         "files",
         "run folder",
     ]
-    return table(names, rows).split("\n")
+    return [*caption(load(MANY_CLIENTS, comparisons.RESULTS)["machine"]), *table(names, rows).split("\n")]
 
 
 def _speed() -> Page:
@@ -716,7 +713,7 @@ def messages(method: str) -> tuple[str, ...]:
 def message_seconds() -> Lines:
     rows = [["a round of FedAvg", "1", *messages("fedavg")], ["an iteration of FedIOD", "3", *messages("fediod")]]
     header = ["", "messages to a client", "in process, s", "on SuperNodes, s", "with `flower.resident=0`, s"]
-    return table(header, rows).split("\n")
+    return [*caption(load(MESSAGES, comparisons.RESULTS)["machine"]), *table(header, rows).split("\n")]
 
 
 def _flower() -> Page:

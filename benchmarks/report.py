@@ -50,7 +50,8 @@ def machine_line(recorded: Recorded) -> str:
         f"{name} {info[name]}" for name in ("python", "torch", "triton", "liger_kernel", "numpy") if name in info
     ]
     forced = f", {info['backend']} forced" if info.get("backend") else ""
-    return f"{place}, {info['isa']}{forced}; {', '.join(versions)}; {dates(recorded)}"
+    measured = dates(recorded) + (f" at commit {info['commit']}" if info.get("commit") else "")
+    return f"{place}, {info['isa']}{forced}; {', '.join(versions)}; {measured}"
 
 
 def dates(recorded: Recorded) -> str:

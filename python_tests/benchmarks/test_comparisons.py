@@ -239,3 +239,22 @@ def test_a_run_says_what_served(forced: str, monkeypatch: pytest.MonkeyPatch) ->
     else:
         assert backend in ("cpu", "reference")
         assert (len(core) == 16) == (backend == "cpu")
+
+
+def test_results_name_their_commit(tmp_path: Path) -> None:
+    assert machines.commit(tmp_path) == ""
+
+    def git(*words: str) -> str:
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", "-C", tmp_path, *settings, *words], capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    made = git("rev-parse", "--short", "HEAD")
+    assert machines.commit(tmp_path) == made
+    assert page_figures.caption({"time": "2026-01-02T03:04", "commit": made})[0].endswith(f" at commit `{made}`.")
+    assert page_figures.caption({"time": "2026-01-02T03:04"})[0] == "Measured on 2026-01-02."
+    (tmp_path / "file").write_text("two")
+    assert machines.commit(tmp_path) == f"{made}-dirty"

@@ -29,7 +29,7 @@ FLOOR = gate.Floor("eager", 2.0)
 def test_verdicts(ratios: list[float], scatter: float, others: float, outcome: str) -> None:
     verdict = gate.judge(FLOOR, ratios, scatter, others)
     assert verdict.outcome == outcome
-    assert ("eager, below 1.74×" in verdict.reason) == (outcome != "pass")
+    assert ("eager, below 1.8×" in verdict.reason) == (outcome != "pass")
 
 
 def test_bound_of_the_median_holds_as_often_as_it_says() -> None:
