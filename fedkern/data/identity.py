@@ -62,9 +62,8 @@ def identity(
         and ``images`` (with labels).
     """
     names, images = [], []
-    labels: dict[str, list[bytes]] = {}
+    labels: dict[str, list[bytes]] = {name: [] for name in (*sets, *contents)}
     for name, parts in contents.items():
-        labels[name] = []
         for part in parts:
             for told, image in zip(_told(name, part), _rows(part.images), strict=True):
                 labels[name].append(told.digest())
