@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,74 +69,41 @@ def parse(words: Sequence[str]) -> Request | None:
     check_filled({name: value for name, value in vars(found).items() if name in FILLED})
     if not found.folder:
         raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
-    arguments: dict[str, Any] = {}
     code = {} if found.model is None else {"model": found.model}
-    if command == "extend":
-        return _extension(found)
-    if command == "attack":
-        return Request(
-            command,
-            folder=Path(found.folder),
-            json=found.json,
-            settings={**absolute({"data_root": found.data_root}), **code},
-            options=tuple(found.method_option),
-            plugins=tuple(found.plugin),
-        )
-    if command == "evaluate":
-        return Request(
-            command,
-            folder=Path(found.folder),
-            json=found.json,
-            settings={
-                "data": found.data,
-                **absolute({"data_root": found.data_root, "cache": found.cache}),
-                **code,
-            },
-            data_options=absolute(key_values(found.data_option, "data_option")),
-            options=tuple(found.method_option),
-            plugins=tuple(found.plugin),
-        )
-    if command == "predict":
-        if not found.paths:
-            raise UserError(f"{PROGRAM} predict needs images behind the run folder: files, or folders of files.")
-        arguments["paths"] = [expand(path) for path in found.paths]
-    elif found.format not in FORMATS:
-        raise UserError(
-            f'--format must be one of {", ".join(FORMATS)}, not "{found.format}".{nearest(found.format, FORMATS)}'
-        )
-    else:
-        arguments["format"] = found.format
-    return Request(
-        command,
-        folder=Path(found.folder),
-        out=Path(found.out) if found.out else None,
-        json=found.json,
-        settings=code,
-        options=tuple(found.method_option),
-        plugins=tuple(found.plugin),
-        arguments=arguments,
-    )
-
-
-def _extension(found: argparse.Namespace) -> Request:
-    if found.rounds is None:
-        raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
-    knobs = {knob.field: knob for knob in RunConfig.knobs()}
-    given = {
-        name: getattr(found, name)
-        for name in ("data_root", "cache", "workers", "model")
-        if getattr(found, name) is not None
+    common: dict[str, Any] = {
+        "command": command,
+        "folder": Path(found.folder),
+        "json": found.json,
+        "options": tuple(found.method_option),
+        "plugins": tuple(found.plugin),
     }
-    return Request(
-        "extend",
-        folder=Path(found.folder),
-        settings={name: knobs[name].convert(value) for name, value in given.items()},
-        quiet=found.quiet,
-        json=found.json,
-        options=tuple(found.method_option),
-        plugins=tuple(found.plugin),
-        arguments={"rounds": knobs["rounds"].convert(found.rounds)},
-    )
+    if command == "attack":
+        return Request(settings={**absolute({"data_root": found.data_root}), **code}, **common)
+    if command == "evaluate":
+        where = absolute({"data_root": found.data_root, "cache": found.cache})
+        options = absolute(key_values(found.data_option, "data_option"))
+        return Request(settings={"data": found.data, **where, **code}, data_options=options, **common)
+    if command == "extend":
+        if found.rounds is None:
+            raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
+        knobs = {knob.field: knob for knob in RunConfig.knobs()}
+        given = {name: getattr(found, name) for name in ("data_root", "cache", "workers", "model")}
+        return Request(
+            settings={name: knobs[name].convert(value) for name, value in given.items() if value is not None},
+            quiet=found.quiet,
+            arguments={"rounds": knobs["rounds"].convert(found.rounds)},
+            **common,
+        )
+    out = Path(found.out) if found.out else None
+    if command == "export":
+        if found.format not in FORMATS:
+            raise UserError(
+                f'--format must be one of {", ".join(FORMATS)}, not "{found.format}".{nearest(found.format, FORMATS)}'
+            )
+        return Request(out=out, settings=code, arguments={"format": found.format}, **common)
+    if not found.paths:
+        raise UserError(f"{PROGRAM} predict needs images behind the run folder: files, or folders of files.")
+    return Request(out=out, settings=code, arguments={"paths": [expand(path) for path in found.paths]}, **common)
 
 
 def attack(request: Request) -> int:
