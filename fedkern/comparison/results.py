@@ -17,7 +17,7 @@ from fedkern.engine.store import atomic
 from fedkern.errors import UserError, nearest, printable_name
 from fedkern.methods.registry import short
 from fedkern.report.names import CELL
-from fedkern.report.tables import human_bytes, human_metric, human_time, set_title, split_metric
+from fedkern.report.tables import human_bytes, human_metric, human_time, set_title, short_title, split_metric
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
 TAKEN = ("rounds", "bytes", "seconds")
@@ -229,9 +229,8 @@ def _finite(value: Any) -> Any:
 
 def _title(figure: str) -> str:
     test_set, name = split_metric(figure)
-    called = {"dice": "Dice", "i2t_r1": "recall at 1, image to text"}.get(name, name.replace("_", " "))
-    known = set_title(test_set)
-    return f"{test_set.upper() if test_set in ('id', 'ood') else known} {called}" if test_set else called
+    known = test_set.upper() if test_set in ("id", "ood") else set_title(test_set)
+    return f"{known} {short_title(name)}".strip()
 
 
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fedkern.report.names import TITLE, label
 from fedkern.report.plots import COLOURS, DASHES, MARKERS, new_figure, over_rounds
-from fedkern.report.tables import set_title, split_metric
+from fedkern.report.tables import set_title, short_title, split_metric
 
 NAMED, LEGEND = 24, 40
 """Most groups in the legend, and most characters of a group's name there."""
@@ -73,8 +73,7 @@ def curves(
                 if len(rounds) == 1:  # a band over one round has no width
                     axes.errorbar(rounds, mean, band, color=colour, capsize=4, lw=1.5)
         test_set, figure_name = split_metric(name)
-        called = {"dice": "Dice", "i2t_r1": "recall at 1, image to text"}.get(figure_name, figure_name)
-        axes.set_ylabel(f"{called}{f', {set_title(test_set)}' if test_set else ''} (%)", fontsize=12)
+        axes.set_ylabel(f"{short_title(figure_name)}{f', {set_title(test_set)}' if test_set else ''} (%)", fontsize=12)
         axes.set_xlim(0.5, last + 0.5)
         over_rounds(axes)
         axes.legend(fontsize=10, frameon=False, loc="best")  # not every group has every figure

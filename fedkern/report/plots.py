@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from fedkern.engine.store import atomic
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label
-from fedkern.report.tables import split_metric
+from fedkern.report.tables import short_title, split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 GRID = "#dddddd"
@@ -88,7 +88,8 @@ def svg(figure: Figure, name: str) -> str:
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = re.sub(r"<defs>\s*<style.*?</defs>\s*", "", file.getvalue(), count=1, flags=re.DOTALL)
     size = f'style="--wide: {96 * figure.get_figwidth():.0f}px"'
-    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, text[text.index("<svg") :], count=1)
+    text = re.sub(r'\s(width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
+    text = text.replace("<svg", f"<svg {size}", 1)
 
     def of_page(tag: re.Match[str]) -> str:
         found = tag[0]
@@ -161,10 +162,8 @@ def accuracy_curves(
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
     for axes, (gallery, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _curves(axes, {name: curves[name] for name in names})
-        names_of = {"dice": "Dice", "i2t_r1": "recall at 1, image to text", "macro_auroc": "AUROC, mean of the labels"}
-        called = names_of.get(main, main)
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""
-        axes.set_ylabel(f"{called}{among} (%)", fontsize=12)
+        axes.set_ylabel(f"{short_title(main)}{among} (%)", fontsize=12)
         axes.set_xlim(first - 0.5, last + 0.5)
         axes.legend(fontsize=11, frameon=False, loc="lower right" if last > 1 else "best")
     figure.axes[0].set_title(label(title, TITLE), fontsize=13, loc="left")

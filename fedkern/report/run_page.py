@@ -40,7 +40,16 @@ from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, partition_picture, svg
 from fedkern.report.retrieval_examples import retrieval_examples
-from fedkern.report.tables import covering, figure_title, human_metric, human_time, ordered, set_title, split_metric
+from fedkern.report.tables import (
+    covering,
+    figure_title,
+    human_metric,
+    human_time,
+    ordered,
+    set_title,
+    short_title,
+    split_metric,
+)
 from fedkern.report.weights import PANELS, weights_picture
 
 NAMED = 12
@@ -470,8 +479,9 @@ def _figures(run: Contents) -> Section:
         ]
         missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
-        axis = {"dice": "Dice", "auroc": "AUROC"}.get(kind, kind)
-        section.charts.append(bars(f"class-{kind}", title, classes, series, axis=axis, unit="%", note=note))
+        section.charts.append(
+            bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
+        )
     return section
 
 

@@ -102,6 +102,11 @@ def figure_title(name: str) -> str:
     return _NAMES.get(name, name.replace("_", " "))
 
 
+def short_title(name: str) -> str:
+    """A figure's name for an axis or a column."""
+    return {"dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC"}.get(name, figure_title(name))
+
+
 def set_title(name: str) -> str:
     """A test set's name for people: ``"id"`` is ``"in distribution"``; a name without a longer one stays."""
     return _TEST_SETS.get(name, name)
@@ -235,7 +240,7 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
     if len(names) > ALL:
         shown = sorted((each for each in names if known[each]), key=lambda each: min(known[each]))[:LOWEST]
     labels = figure == "auroc"
-    called = {"dice": "Dice", "auroc": "AUROC"}.get(figure, figure)
+    called = short_title(figure)
     shown_as = "macro_auroc" if labels else figure
     title = f"{called} of every {'label' if labels else 'class'}"
     if len(shown) < len(names):

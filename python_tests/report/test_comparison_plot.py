@@ -24,3 +24,8 @@ def test_many_groups_and_odd_names_are_drawn(tmp_path):
     groups = {f"method ${i}_x": [run(0.1, 0.2), run(0.2, 0.4)] for i in range(30)}
     save(curves({**groups, "one-shot": [run(0.5)]}, ["accuracy", "none"], title="a $ b"), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_axes_have_the_figure_s_name_for_people():
+    figure = curves({"a": [[{"round": 1, "ood_macro_auroc": 0.5}]]}, ["ood_macro_auroc"])
+    assert figure.axes[0].get_ylabel() == "AUROC, mean of the labels, out of distribution (%)"
