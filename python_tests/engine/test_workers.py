@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -338,14 +339,14 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     for at_once in (1, 2, 3):
         sets = evaluation.test_sets(bench)
         with computing(precision):
-            figures = evaluation.evaluate(method, network, sets, at_once)
+            figures = evaluation.evaluate(method, network, sets, nullcontext, at_once)
         found.append((figures, {name: data.predictions.tolist() for name, data in sets.items()}))
         assert all(data.pool is None for data in sets.values())
         assert at_once == 1 or threading.get_ident() not in begun
         begun.clear()
     assert found[0] == found[1] == found[2]
     with computing("fp32"):
-        assert (evaluation.evaluate(method, network, sets) == found[0][0]) == (precision == "fp32")
+        assert (evaluation.evaluate(method, network, sets, nullcontext) == found[0][0]) == (precision == "fp32")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedlpfm", "feddra"])
