@@ -219,11 +219,6 @@ def read_labels(text: str) -> dict[str, tuple[int, ...]]:
     return {word: (int(word),) for word in words}
 
 
-def volume(path: Path, max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.float32]:
-    """The values of :func:`read_volume`."""
-    return read_volume(path, max_voxels)[0]
-
-
 def read_volume(path: Path, max_voxels: int = MAX_PIXELS) -> tuple[npt.NDArray[np.float32], Grid]:
     """A volume's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top; and its grid.
 

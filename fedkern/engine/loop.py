@@ -47,7 +47,7 @@ from fedkern.engine.final_figures import answers, final_figures, set_name, uniqu
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.parties import BEFORE, Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store import confusions, predictions, records, server_secret
@@ -67,6 +67,7 @@ from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Message, Method, Round, Step, Upload
 from fedkern.methods.common.figures import is_main
 from fedkern.methods.common.pooling import Pooling
+from fedkern.methods.protocol import BEFORE
 from fedkern.methods.uploads import all_finite, infinite_as_sent
 from fedkern.privacy import LEDGER, Guarantee
 from fedkern.privacy.guarantee import EPSILON, PART

@@ -24,12 +24,10 @@ from fedkern.engine.store.artifacts import prepared
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Batch, Message, Objective, Step
-from fedkern.methods.protocol import batch_slices
+from fedkern.methods.protocol import BEFORE, batch_slices
 from fedkern.methods.server_rules import ServerRule
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
-
-BEFORE = Step(-1, "", "update")  # the step of what a client draws once in a run
 
 
 class Elsewhere:

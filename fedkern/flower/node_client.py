@@ -26,7 +26,7 @@ from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.parties import BEFORE, Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.run import on_node
 from fedkern.engine.store.releases import DIVERGED, Releases
@@ -38,6 +38,7 @@ from fedkern.flower.portable import pack, unpack
 from fedkern.methods import registry
 from fedkern.methods.base import Step
 from fedkern.methods.common.pooling import Pooling
+from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER

@@ -45,6 +45,7 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.methods.protocol import BEFORE
 from fedkern.models import prompts as templates
 from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
@@ -56,7 +57,6 @@ from fedkern.transfer import send
 
 _ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
 TUNE = "tune"
-ONCE = Step(-1, "", "update")  # step of draws that a client makes once in a run
 
 
 @register("fedlpfm")
@@ -187,7 +187,7 @@ class FedLPFM(LocalTraining):
 
     def _augmented(self, client: Client) -> bool:
         """Whether the proxy trains on augmented images."""
-        return next(client.batches(1, augment=True, rng=client.rng("look", ONCE))).augmented
+        return next(client.batches(1, augment=True, rng=client.rng("look", BEFORE))).augmented
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
@@ -215,7 +215,7 @@ class FedLPFM(LocalTraining):
     def _tune(self, client: Client) -> Message:
         """Tunes the teachers that the client may use; uploads their mean validation accuracy as ``right``, if any."""
         each_round = self.options.backbone == "random-each-round"
-        for index in self._used() if each_round else self.backbones(client, ONCE):
+        for index in self._used() if each_round else self.backbones(client, BEFORE):
             self._own_logits(client, index)
         right = client.state.get("tuned_right", {}).values()
         return {"right": sum(right) / len(right)} if right else {}
@@ -248,7 +248,7 @@ class FedLPFM(LocalTraining):
         o = self.options
         if o.backbone == "consistent":
             return list(range(o.teachers))
-        when = ONCE if o.backbone == "random" else Step(step.round, "", "update")
+        when = BEFORE if o.backbone == "random" else Step(step.round, "", "update")
         drawn = client.rng("backbone", when).choice(len(self._specs), size=o.teachers, replace=False)
         return sorted(int(index) for index in drawn)
 
@@ -282,7 +282,7 @@ class FedLPFM(LocalTraining):
         if o.teacher_tuning == "zero-shot":
             assert self._cache is not None
             return self._cache.logits(teacher, images, client.samples)
-        rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", ONCE)
+        rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
         tuned: Callable[[Tensor], Tensor]
         if o.teacher_tuning == "finetune":
             lr = o.tuning_lr or FINETUNE_LR

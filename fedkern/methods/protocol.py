@@ -52,6 +52,8 @@ class Step:
 
 OUTSIDE = Step(-1, "", "")
 """Step of work outside every round: a batch that is not trained on, or a draw made once in a run."""
+BEFORE = Step(-1, "", "update")
+"""Step of what is drawn before the rounds of a run: initial weights, a client's choice of teachers."""
 
 
 @dataclass(frozen=True)

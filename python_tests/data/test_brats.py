@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedkern.data import load
-from fedkern.data.brats import square, to_bytes, volume
+from fedkern.data.brats import read_volume, square, to_bytes
 from fedkern.data.holdout import hold_out
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
@@ -112,8 +112,8 @@ def test_slices_are_axial_however_they_are_stored(tmp_path):
     save(tmp_path / "other.nii", head.transpose(1, 2, 0)[:, :, ::-1], permuted)
     save(tmp_path / "same.nii", head[..., None])
     expected = head.transpose(2, 1, 0)[:, ::-1]
-    assert np.array_equal(volume(tmp_path / "same.nii"), expected)
-    assert np.array_equal(volume(tmp_path / "other.nii"), expected)
+    assert np.array_equal(read_volume(tmp_path / "same.nii")[0], expected)
+    assert np.array_equal(read_volume(tmp_path / "other.nii")[0], expected)
 
 
 def test_intensities_are_those_of_the_volume():

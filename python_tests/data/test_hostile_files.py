@@ -265,13 +265,13 @@ def brats(root, **options):
 @pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_both_versions_of_nifti(tmp_path, kind, ending):
-    from fedkern.data.brats import volume
+    from fedkern.data.brats import read_volume
 
     path = nifti(tmp_path / f"a{ending}", kind=kind)
     expected = np.random.default_rng(0).integers(1, 100, (4, 4, 3)).astype(np.float32)
-    assert np.array_equal(volume(path), expected.transpose(2, 1, 0)[:, ::-1])
+    assert np.array_equal(read_volume(path)[0], expected.transpose(2, 1, 0)[:, ::-1])
     with pytest.raises(UserError, match=r"has 4x4x3 voxels, more than 47: .*--max-image-pixels 48"):
-        volume(path, 47)
+        read_volume(path, 47)
 
 
 @pytest.mark.sampled

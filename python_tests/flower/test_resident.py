@@ -59,10 +59,11 @@ def header(client=1, round=0, run="0" * 32):
 def message(tmp_path_factory):
     """What a server sends in the first round."""
     from fedkern.engine.config import RunConfig
-    from fedkern.engine.parties import BEFORE, Server
+    from fedkern.engine.parties import Server
     from fedkern.engine.run import on_node
     from fedkern.methods import registry
     from fedkern.methods.base import Step
+    from fedkern.methods.protocol import BEFORE
 
     kind = registry.get("fedavg")
     settings = {name.replace("-", "_"): value for name, value in RUN.items() if name != "method"}

@@ -19,7 +19,7 @@ from fedkern.engine.parties import Client, Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Step
-from fedkern.methods.fedlpfm import ONCE
+from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import finetune, probe
 
@@ -159,7 +159,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     images = (split.images / 255 - mean) / std
     for k in range(3):
         client, teacher = Client(bench, k, {}), method._teacher(0)
-        rng, own = client.rng(f"teacher-{tuning}/0", ONCE), [batch.images for batch in client.batches()]
+        rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.images for batch in client.batches()]
         tune = probe if tuning == "probe" else finetune
         tuned, _ = tune(teacher, own, client.labels, rng, epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.methods.base import Server, Step
+from fedkern.methods.base import Server
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod.losses import normalised
 from fedkern.methods.fediod.server import Ensemble
+from fedkern.methods.protocol import BEFORE
 
 SHOWN = 8
 """Number of generated images in the picture."""
@@ -54,7 +55,7 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 @torch.no_grad()
 def _images(server: Server, generator: Any, options: Any) -> Tensor:
     """Generated images in [0, 1] from the same noise in every round."""
-    draw = torch_stream(server, "shown", Step(-1, "", "update"))
+    draw = torch_stream(server, "shown", BEFORE)
     z = torch.randn(options.batch, options.nz, generator=draw).to(server.device)
     # A copy: a forward pass in train mode would change the running statistics of batch norm.
     x = copy.deepcopy(generator).train()(z)[:SHOWN]

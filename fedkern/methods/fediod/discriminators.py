@@ -12,12 +12,10 @@ from torch import Tensor
 from fedkern.methods.base import Client, Step
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.losses import against, confidence
-from fedkern.methods.protocol import batch_slices
+from fedkern.methods.protocol import BEFORE, batch_slices
 from fedkern.models.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.optimisers import Adam
 from fedkern.transfer import send
-
-START = Step(-1, "", "update")
 
 
 class Discriminators:
@@ -53,7 +51,7 @@ class Discriminators:
             self._load(slot, 0)
 
     def _draw(self, client: Client, shard: int) -> torch.Generator:
-        seed = int(client.rng(f"critic/{shard}", START).integers(2**63))
+        seed = int(client.rng(f"critic/{shard}", BEFORE).integers(2**63))
         return torch.Generator().manual_seed(seed)
 
     def _fresh(self, client: Client, shard: int) -> dict[str, Any]:

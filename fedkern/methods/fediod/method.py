@@ -61,10 +61,9 @@ from fedkern.methods.fediod.local_teachers import build, histogram, make_teacher
 from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, make_generator
+from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
-
-START = Step(-1, "", "update")
 
 
 @register("fediod")
@@ -131,7 +130,7 @@ class FedIOD(Objective, OwnNetworks):
             server.build(model=entry and entry[0], width=entry and entry[1])
         server.state.update(student=vectors(flat), iteration=0, classes={})
         if self._generates:
-            draw = torch_stream(server, "generator", START)
+            draw = torch_stream(server, "generator", BEFORE)
             server.state["generator"] = vectors(flatten(make_generator(server, s, draw)))
         private.prepare(server, s)
 
