@@ -75,7 +75,7 @@ def weights_picture(
     panels[0].set_title(label(title, TITLE), fontsize=13, loc="left")
     # The legend stands outside the panels, as the curves may fill every corner.
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=10, frameon=False, ncols=min(5, len(handles)), loc="outside lower center")
+    figure.legend(handles, labels, fontsize=10, frameon=False, ncols=2, loc="outside lower center")
     over_rounds(panels[-1])
     return figure
 

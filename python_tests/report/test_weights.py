@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from fedkern.engine import RunConfig, read_metrics, run
+from fedkern.report.charts import Series, of_rounds
 from fedkern.report.pictures import write_pictures
 from fedkern.report.plots import ORANGE, save
 from fedkern.report.weights import FAINT, weights_picture
@@ -83,3 +84,16 @@ def test_many_clients_are_drawn_in_part(monkeypatch):
     assert FAINT <= len(drawn) / 2 <= FAINT + 1
     assert drawn.count(ORANGE) == 2  # the heaviest, in both panels
     assert titles[0] == f"t: {len(drawn) // 2} of 1,000"
+
+
+def test_long_names_have_room_in_the_legend_of_a_page():
+    found = list(records(6))
+    for record in found:
+        for client, info in record["clients"].items():
+            info["name"] = f"University Hospital {client}"
+    figure = weights_picture(found)
+    of_rounds("weight", "Weights", figure, [Series("a", [1], [1.0])])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    width = legend.get_window_extent().width
+    assert width <= figure.bbox.width
