@@ -38,6 +38,12 @@ def blend(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, ...]:
     return (ops.blend(x, y, alpha),)
 
 
+def boxes(x: Tensor, y: Tensor, dtype: torch.dtype, *fill: Any) -> tuple[Tensor, ...]:
+    corners = torch.cat([torch.zeros(2, 3, 2), 4 * y.to(torch.float32)], 2)
+    values = list(fill) if len(fill) > 1 else fill[0]
+    return ops.erase_boxes(x.to(dtype), corners, values), ops.keep_boxes(x.to(dtype), [*corners], values)
+
+
 def divergence(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, ...]:
     return ops.kl_div(x, y, temperature), ops.dual_kl(x, y, y, temperature, reduction="none")
 
@@ -75,6 +81,8 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Callable[[
     "sgd of two rows, tensor": (sgd, [(2, 9)] * 3, lambda t: (torch.tensor(0.1 / t), 0.0, 2.5)),
     "sgd, a rate for each row": (cohort, [(2, 9)] * 2, lambda t: (0.1 / t, 0.2 / t)),
     "blend": (blend, [(8, 3), (8, 3)], lambda t: (t / 13,)),
+    "fill of boxes, bf16": (boxes, [(2, 3, 8, 8), (2, 3, 2)], lambda t: (torch.bfloat16, t / 13)),
+    "fill of boxes, channels": (boxes, [(2, 3, 8, 8), (2, 3, 2)], lambda t: (torch.float32, t / 13, 0.5, -t)),
     "divergences": (divergence, [(8, 5), (8, 5)], lambda t: (1.0 + t / 4,)),
     "ensemble": (ensemble, [(8, 5), (2, 8, 5)], lambda t: (1.0 + t / 4,)),
     "contrastive": (contrastive, [(8, 5), (8, 5)], lambda t: (0.05 * t,)),
@@ -90,10 +98,20 @@ DIFFERENTIABLE = ("blend", "contrastive", "divergences", "ensemble")
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_compiles_nothing_anew(name: str) -> None:
+    compare(name, "aot_eager")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_under_inductor(name: str) -> None:
+    compare(name, "inductor")
+
+
+def compare(name: str, backend: str) -> None:
     function, shapes, numbers = SCHEDULES[name]
     torch._dynamo.reset()
     counters.clear()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
     for t in range(1, CALLS):
         eager, traced = ([x.abs() for x in tensors(*shapes)] for _ in range(2))
         for x in (eager[0], traced[0]):

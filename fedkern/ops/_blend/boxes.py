@@ -172,6 +172,8 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
     if len(values) not in (1, channels):
         raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
     _check_values(values, images.dtype)
+    if images.is_floating_point() and torch.compiler.is_compiling():
+        return library.numbers_tensor(values, images.device).to(images.dtype).expand(channels)[None]
     return placed(values, images.device, images.dtype).expand(channels)[None]
 
 
