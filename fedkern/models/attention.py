@@ -11,36 +11,32 @@ from fedkern.models.precision import autocasts, full
 HEAD_WIDTH = 64
 
 
-def head_count(width: int, head_width: int = HEAD_WIDTH) -> int:
-    """The largest number of heads that divides ``width`` into at least ``head_width`` channels (12 for 768), or 1."""
-    return max(heads for heads in range(1, max(1, width // head_width) + 1) if width % heads == 0)
+def head_count(width: int) -> int:
+    """The largest number of heads that divides ``width`` into at least 64 channels (12 for 768), or 1."""
+    return max(heads for heads in range(1, max(1, width // HEAD_WIDTH) + 1) if width % heads == 0)
 
 
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward network with residual connections (arXiv 1706.03762), without dropout.
 
-    With ``width`` 768 and the default ``feedforward`` it has 7,087,872 parameters.
+    It has one head for every 64 channels (:func:`head_count`) and ``4 width`` hidden units.  With ``width`` 768 it has
+    7,087,872 parameters.
 
     Args:
         width: d, channels of a token.
-        heads: attention heads; default one for every 64 channels.
-        feedforward: hidden units, default ``4 width``.
         norm_first: layer norms before attention and feed-forward (vision transformers) or after both (BERT).
     """
 
-    def __init__(
-        self, width: int, *, heads: int | None = None, feedforward: int | None = None, norm_first: bool = True
-    ) -> None:
+    def __init__(self, width: int, *, norm_first: bool = True) -> None:
         super().__init__()
-        self.heads = head_count(width) if heads is None else heads
-        hidden = 4 * width if feedforward is None else feedforward
+        self.heads = head_count(width)
         self.norm_first = norm_first
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, hidden)
-        self.narrow = nn.Linear(hidden, width)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
 
     def _attended(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -31,22 +31,16 @@ class BlockNetwork(nn.Module):
         blocks: K >= 1 modules.  The first block takes images, every other block the result of the one before: a map
             ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, d]``.  The last block gives features ``[B, d]``.
         head: the classifier.
-        out_channels: C (or d) of every block's result, checked by :meth:`interfaces`; None: not checked.
     """
 
     head: nn.Linear
 
-    def __init__(
-        self, blocks: Sequence[nn.Module], head: nn.Linear, *, out_channels: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], head: nn.Linear) -> None:
         super().__init__()
         if not blocks:
             raise ValueError("blocks must hold at least one module, not none")
-        if out_channels is not None and len(out_channels) != len(blocks):
-            raise ValueError(f"out_channels must hold {len(blocks)} numbers, one per block, not {len(out_channels)}")
         self.blocks = nn.ModuleList(blocks)
         self.head = head
-        self.out_channels = None if out_channels is None else tuple(out_channels)
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:
@@ -67,8 +61,7 @@ class BlockNetwork(nn.Module):
         imported, which takes a second.
 
         Raises:
-            UserError: a block cannot take the result of the block before, does not give its ``out_channels``, or the
-                classifier does not fit the last block.
+            UserError: a block cannot take the result of the block before, or the classifier that of the last block.
         """
         x = torch.zeros(2, *image_shape)
         shapes: list[tuple[int, ...]] = []
@@ -82,12 +75,7 @@ class BlockNetwork(nn.Module):
                 raise UserError(f"Block {i} cannot take {given}, of shape {list(x.shape[1:])}{wanted}.") from None
             if not isinstance(y, Tensor) or y.dim() not in (2, 3, 4):
                 raise UserError(f"Block {i} must give features [B, d], tokens [B, N, C] or a map [B, C, H, W].")
-            shape = tuple(y.shape[1:])
-            if self.out_channels is not None and channels(shape) != self.out_channels[i - 1]:
-                raise UserError(
-                    f"Block {i} gives {channels(shape)} channels, but out_channels says {self.out_channels[i - 1]}."
-                )
-            shapes.append(shape)
+            shapes.append(tuple(y.shape[1:]))
             x = y
         if shapes[-1] != (self.head.in_features,):
             raise UserError(

@@ -13,6 +13,7 @@ from fedkern.models.vit import patch_size
 from fedkern.models.vocabulary import Tokens, Vocabulary
 
 WIDTH = 96
+IMAGE_LAYERS, TEXT_LAYERS = 4, 2
 LONGEST = 112  # tokens of a text (docs/methods/feddra.md, 6)
 
 
@@ -83,21 +84,20 @@ class ConvTokens(ImageEncoder):
 
 
 class PatchTokens(ImageEncoder):
-    """A small vision transformer (arXiv 2010.11929): patches as tokens, ``depth`` layers and a norm.
+    """A small vision transformer (arXiv 2010.11929): patches as tokens, four layers and a norm.
 
     Args:
         channels, width, image_size: as for :class:`ConvTokens`.
-        depth: number of layers.
     """
 
-    def __init__(self, *, channels: int, width: int, image_size: Sequence[int], depth: int = 4) -> None:
+    def __init__(self, *, channels: int, width: int, image_size: Sequence[int]) -> None:
         super().__init__()
         patch = patch_size(min(image_size))
         self.project = nn.Conv2d(channels, width, patch, stride=patch)
         self.grid = image_size[0] // patch, image_size[1] // patch
         self.width = width
         self.positions = _Positions(self.grid[0] * self.grid[1], width)
-        self.layers = nn.Sequential(*(TransformerLayer(width) for _ in range(depth)), nn.LayerNorm(width))
+        self.layers = nn.Sequential(*(TransformerLayer(width) for _ in range(IMAGE_LAYERS)), nn.LayerNorm(width))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
@@ -128,14 +128,13 @@ class TextTransformer(nn.Module):
         vocabulary: maps tokens to numbers.
         width: d, channels of a token.
         longest: most tokens of a text, ``[CLS]`` included; longer texts are cut.
-        depth: number of layers.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LONGEST, depth: int = 2) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LONGEST) -> None:
         super().__init__()
         self.vocabulary, self.width, self.longest = vocabulary, width, longest
         self.embedding = WordEmbedding(len(vocabulary), longest, width)
-        self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(depth))
+        self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(TEXT_LAYERS))
         self.norm = nn.LayerNorm(width)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

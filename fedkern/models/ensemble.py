@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from fedkern.models.allocate import uninitialised
 from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
-from fedkern.models.teacher_stack import folded
+from fedkern.models.teacher_stack import FUSE_BYTES, folded
 from fedkern.ops import FusedBlocks
-
-FUSE_BYTES = 256 << 20
-"""Largest total size of members that run fused; the fused copy of larger ones would cost more than it gains."""
 
 
 class Ensemble(nn.Module):

@@ -38,10 +38,10 @@ def gradcam_stage(model: StagedNetwork, height: int, width: int) -> str:
     return best
 
 
-def grad_cam(
-    model: StagedNetwork, images: Tensor, *, classes: Tensor | None = None, stage: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Computes the class activation map of every image, in eval mode, without touching the model's state or gradients.
+def grad_cam(model: StagedNetwork, images: Tensor, *, stage: str | None = None) -> tuple[Tensor, Tensor]:
+    """Computes the class activation map of every image's predicted class, in eval mode.
+
+    The model's state and gradients stay as they are.
 
     With h the map of ``stage`` and z the logit of the class, the channel weights are the spatial mean of dz/dh and the
     map is relu(sum over channels of weight times h), enlarged bilinearly to the image.
@@ -49,11 +49,10 @@ def grad_cam(
     Args:
         model: a staged network.
         images: normalised images ``[B, C, H, W]``, in the model's dtype and on its device.
-        classes: int64 ``[B]``, the class that is explained; None explains each image's predicted class.
         stage: a map stage of the model; None chooses by :func:`gradcam_stage`.
 
     Returns:
-        The maps ``[B, H, W]``, non-negative, in the model's dtype and not scaled, and the explained classes, int64
+        The maps ``[B, H, W]``, non-negative, in the model's dtype and not scaled, and the predicted classes, int64
         ``[B]``.
 
     Raises:
@@ -73,14 +72,14 @@ def grad_cam(
         with torch.enable_grad():
             maps.requires_grad_(True)
             logits = model.head(model.tail(maps, after=stage))
-            explained = logits.detach().argmax(1) if classes is None else classes
+            predicted = logits.detach().argmax(1)
             # In eval mode samples are independent, so one backward pass of the sum gives every sample's own gradient.
-            (gradient,) = torch.autograd.grad(logits.gather(1, explained[:, None]).sum(), maps)
+            (gradient,) = torch.autograd.grad(logits.gather(1, predicted[:, None]).sum(), maps)
     finally:
         model.train(training)
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     cam = (weights * maps.detach()).sum(1, keepdim=True).clamp_min(0)
-    return F.interpolate(cam, size=(height, width), mode="bilinear", align_corners=False).squeeze(1), explained
+    return F.interpolate(cam, size=(height, width), mode="bilinear", align_corners=False).squeeze(1), predicted
 
 
 def mass_inside(cam: Tensor, masks: Tensor) -> Tensor:
@@ -99,15 +98,12 @@ def mass_inside(cam: Tensor, masks: Tensor) -> Tensor:
     return torch.where(defined, inside / total, torch.full_like(total, torch.nan))
 
 
-def object_share(
-    model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, stage: str | None = None
-) -> dict[str, float]:
+def object_share(model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Averages the Grad-CAM mass inside the object over a test set with exact masks, explaining the predicted class.
 
     Args:
         model: a staged network.
         batches: pairs of normalised images ``[B, C, H, W]`` and masks bool ``[B, H, W]``, True on the object.
-        stage: as in :func:`grad_cam`.
 
     Returns:
         ``gradcam_in_object``: the mean share in [0, 1].  ``object_area``: the mean share of the image that the object
@@ -116,6 +112,7 @@ def object_share(
     """
     shares: list[Tensor] = []
     areas: list[Tensor] = []
+    stage: str | None = None
     for images, masks in batches:
         if stage is None:
             stage = gradcam_stage(model, images.shape[2], images.shape[3])

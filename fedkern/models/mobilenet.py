@@ -15,10 +15,10 @@ WIDTH = 32  # channels of the paper's stem
 FEATURES = 1280
 
 
-def divisible(channels: float, by: int = 8) -> int:
-    """Returns ``channels`` rounded to a multiple of ``by``, at least ``by`` and never more than a tenth smaller."""
-    rounded = max(by, int(channels + by / 2) // by * by)
-    return rounded if rounded >= 0.9 * channels else rounded + by
+def divisible(channels: float) -> int:
+    """Returns ``channels`` rounded to a multiple of 8, at least 8 and never more than a tenth smaller."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def conv_norm(

@@ -37,13 +37,13 @@ class PairNetwork(nn.Module):
     """Images and texts as unit vectors in one space (docs/methods/feddra.md, section 6).
 
     Both sides have an encoder that gives tokens, one transformer layer over all tokens, and a head on the first token:
-    ``Linear d -> h, BN, ReLU, Linear h -> 128, BN without affine``, then L2 normalisation.
+    ``Linear d -> h, BN, ReLU, Linear h -> 128, BN without affine`` with h = ``8 d / 3`` (2,048 for 768), then L2
+    normalisation.
 
     Args:
         image_encoder: images ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``; has ``width`` and ``grid``.
         text_encoder: :class:`Tokens` ``[B, L]`` to ``[B, L, d']``; has ``width`` and ``tokenize``.
         about: the arguments with which :func:`build_pair` makes the same network again, as JSON values.
-        hidden: h of the heads, default ``8 d / 3`` (2,048 for 768).
     """
 
     def __init__(
@@ -52,14 +52,13 @@ class PairNetwork(nn.Module):
         text_encoder: nn.Module,
         *,
         about: Mapping[str, Any] | None = None,
-        hidden: int | None = None,
     ) -> None:
         super().__init__()
         widths = [int(cast(Any, encoder).width) for encoder in (image_encoder, text_encoder)]
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.image_align = TransformerLayer(widths[0])
         self.text_align = TransformerLayer(widths[1], norm_first=False)
-        self.image_head, self.text_head = (_head(width, hidden or 8 * width // 3) for width in widths)
+        self.image_head, self.text_head = (_head(width, 8 * width // 3) for width in widths)
         self.about = dict(about or {})
 
     @property

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.attention import head_count
 from fedkern.models.staged import StagedNetwork
 
 DEPTH, STAGES = 12, 4
-HEAD_WIDTH = 64
 
 
 class PatchEmbedding(nn.Module):
@@ -77,8 +77,7 @@ class ViT(StagedNetwork):
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 192, image_size: int = 32) -> None:
         patch = patch_size(image_size)
-        heads = max(h for h in range(1, max(1, width // HEAD_WIDTH) + 1) if width % h == 0)
-        layers: list[nn.Module] = [Encoder(width, heads, last=i + 1 == DEPTH) for i in range(DEPTH)]
+        layers: list[nn.Module] = [Encoder(width, head_count(width), last=i + 1 == DEPTH) for i in range(DEPTH)]
         per_stage = DEPTH // STAGES
         stages: list[nn.Module] = []
         for i in range(STAGES):

@@ -7,14 +7,15 @@ from fedkern.models.attention import TransformerLayer
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("width", "heads"), [(16, 1), (256, 4)])
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_first_token_is_that_of_the_whole_layer(norm_first, heads, masked):
+def test_the_first_token_is_that_of_the_whole_layer(norm_first, width, heads, masked):
     generator = torch.Generator().manual_seed(0)
-    layer = TransformerLayer(16, heads=heads, norm_first=norm_first).double()
+    layer = TransformerLayer(width, norm_first=norm_first).double()
+    assert layer.heads == heads
     for parameter in layer.parameters():  # biases that are not zero
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4
-    tokens = torch.randn(3, 7, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5
+    tokens = torch.randn(3, 7, width, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(7) < torch.tensor([[7], [4], [1]]) if masked else None
     whole, first = layer(tokens, mask)[:, 0], layer.first(tokens, mask)
     assert torch.allclose(first, whole, rtol=1e-12, atol=1e-12)

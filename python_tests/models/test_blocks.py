@@ -80,7 +80,7 @@ def test_depths_that_agree_can_be_fused():
 
 def test_a_list_of_the_users_own():
     blocks = [nn.Conv2d(1, 4, 3), nn.Sequential(nn.Flatten(2), nn.Linear(36, 5)), nn.Flatten()]
-    network = BlockNetwork(blocks, nn.Linear(20, 3), out_channels=[4, 5, 20])
+    network = BlockNetwork(blocks, nn.Linear(20, 3))
     assert network.interfaces((1, 8, 8)) == [(4, 6, 6), (4, 5), (20,)]
     assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
 
@@ -95,12 +95,8 @@ def test_mistakes_are_named():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(256, 4))  # what is wrong shows behind the first layer
     with pytest.raises(UserError, match=r"Block 1 cannot take the images, of shape \[3, 8, 8\]: .*192"):
         BlockNetwork([flat], head).interfaces((3, 8, 8))
-    with pytest.raises(UserError, match=r"Block 1 gives 4 channels, but out_channels says 6"):
-        BlockNetwork([nn.Conv2d(3, 4, 1), pool], head, out_channels=[6, 4]).interfaces((3, 8, 8))
     with pytest.raises(UserError, match=r"last block gives \[4, 8, 8\], but the classifier takes features \[4\]"):
         BlockNetwork([nn.Conv2d(3, 4, 1)], head).interfaces((3, 8, 8))
-    with pytest.raises(ValueError, match="2 numbers, one per block, not 1"):
-        BlockNetwork([nn.Conv2d(3, 4, 1), pool], head, out_channels=[4])
     with pytest.raises(UserError, match="has 4 layers and a pooling and can be cut into 1 to 5 blocks, not 6"):
         cut(make("resnet8", width=4), 6)
     with pytest.raises(UserError, match="behind layers 0 to 3, in ascending order, not behind 2, 1"):

@@ -97,9 +97,9 @@ def test_texts_are_padded_and_cut() -> None:
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_layer_is_torchs(norm_first: bool) -> None:
-    layer = TransformerLayer(16, heads=4, feedforward=24, norm_first=norm_first)
+    layer = TransformerLayer(128, norm_first=norm_first)
     theirs = nn.TransformerEncoderLayer(
-        16, 4, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
+        128, 2, 512, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
     )
     own, state = layer.state_dict(), theirs.state_dict()
     names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "project.", "linear1.": "widen.",
@@ -108,7 +108,7 @@ def test_a_layer_is_torchs(norm_first: bool) -> None:
         prefix = next(p for p in names if name.startswith(p))
         state[name] = own[name.replace(prefix, names[prefix])]
     theirs.load_state_dict(state)
-    tokens = torch.randn(3, 5, 16)
+    tokens = torch.randn(3, 5, 128)
     mask = torch.arange(5) < torch.tensor([[5], [3], [1]])
     expected = theirs(tokens, src_key_padding_mask=~mask)
     torch.testing.assert_close(layer(tokens, mask)[mask], expected[mask], rtol=1e-5, atol=1e-5)

@@ -247,12 +247,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The gradient passes where the image passed: the same operator on the gradient, with fill 0.
     (boxes,) = ctx.saved_tensors
-    return erase_or_keep(grad, boxes, ctx.keep), None, None, None
-
-
-def erase_or_keep(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
-    """:func:`keep_boxes` or :func:`erase_boxes` with zeros."""
-    return (keep_boxes if keep else erase_boxes)(images, boxes)
+    return (keep_boxes if ctx.keep else erase_boxes)(grad, boxes), None, None, None
 
 
 def _vmap(

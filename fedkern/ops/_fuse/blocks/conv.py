@@ -42,8 +42,8 @@ def fits(conv: FusedConv, columns: int) -> bool:
     )
 
 
-def pack(weight: Tensor, branches: int, largest: int) -> tuple[Tensor, int]:
-    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``, and the block size.
+def pack(weight: Tensor, branches: int, largest: int) -> Tensor:
+    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``.
 
     The output channels are cut into equal blocks of at most ``largest``, the last one filled up with zeros.
     """
@@ -53,7 +53,7 @@ def pack(weight: Tensor, branches: int, largest: int) -> tuple[Tensor, int]:
     taps = math.prod(weight.shape[1:])
     padded = weight.new_zeros((branches, blocks * block, taps))
     padded[:, :rows] = weight.reshape(branches, rows, taps)
-    return padded.unflatten(1, (blocks, block)).transpose(2, 3).contiguous(), block
+    return padded.unflatten(1, (blocks, block)).transpose(2, 3).contiguous()
 
 
 def convolve(
@@ -66,7 +66,7 @@ def convolve(
     true.
     """
     conv, branches = held.conv, held.conv.branches
-    packed, _ = held.packed(core.fuse_conv_block())
+    packed = held.packed(core.fuse_conv_block())
     late = None
     if other is not None:
         other = other.contiguous()

@@ -91,11 +91,6 @@ class FusedConv(FusedLayer):
         self.axes, self.reads = (4,), first.in_channels
         self.shape = (first.out_channels * self.branches, first.in_channels // first.groups, *first.kernel_size)
 
-    @property
-    def result_rows(self) -> int:
-        """Channels of all branches' results."""
-        return cast(Tensor, self.weight).shape[0]
-
     def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
         """Shape of a convolution of ``x`` with ``weight``; not for padding given by name."""
         size = [
@@ -116,13 +111,10 @@ class FusedConv(FusedLayer):
         return (shape[0], self.shape[0] // self.branches, *size)
 
     def run(self, x: Tensor, shared: bool) -> Tensor:
-        return self._run(x, shared, cast(Tensor, self.weight), self.bias)
-
-    def _run(self, x: Tensor, shared: bool, weight: Tensor, bias: Tensor | None) -> Tensor:
         if shared and self.groups > 1:
             x, shared = x.repeat(1, self.branches, 1, 1), False
         groups = self.groups if shared else self.groups * self.branches
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return F.conv2d(x, cast(Tensor, self.weight), self.bias, self.stride, self.padding, self.dilation, groups)
 
     def work(self, result: Sequence[int]) -> Work:
         """What a branch's result of this shape costs."""

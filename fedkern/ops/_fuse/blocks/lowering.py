@@ -89,7 +89,7 @@ class Folded:
     def __init__(self, conv: FusedConv, norm: FusedBatchNorm | None) -> None:
         self.conv, self.norm = conv, norm
         self._key: tuple[Any, ...] = ()
-        self._packed: tuple[Tensor, int] | None = None
+        self._packed: Tensor | None = None
         self._largest = 0
 
     def refresh(self) -> None:
@@ -134,7 +134,7 @@ class Folded:
         """Makes the next :meth:`refresh` compute the weights again."""
         self._key = (None,)
 
-    def packed(self, largest: int) -> tuple[Tensor, int]:
+    def packed(self, largest: int) -> Tensor:
         """The weights for the direct algorithm with blocks of at most ``largest`` channels."""
         if self._packed is None or self._largest != largest:
             self._packed, self._largest = conv.pack(self.weight, self.conv.branches, largest), largest
@@ -166,7 +166,7 @@ class FoldedBlocks:
         """All branches at once, channels-last."""
         x = channels_last(x)
         core = conv.core_for(x) if self.by_sample and x.dim() == 4 else None
-        widest = max([held.conv.result_rows for held in self.weights.values()], default=0)
+        widest = max([held.conv.shape[0] for held in self.weights.values()], default=0)
         sample = widest * x.shape[2] * x.shape[3] * x.itemsize if core is not None else 0
         if x.shape[0] * sample <= FRESH_BYTES:
             return self._grouped(x, shared)

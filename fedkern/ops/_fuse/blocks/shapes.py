@@ -45,16 +45,6 @@ def _runs_on(axes: int, steps: Sequence[Step], layers: Mapping[str, Any]) -> boo
     return True
 
 
-def pooled(layer: Any, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of a pool's result for a sample of this shape.
-
-    Raises:
-        RuntimeError: the pool does not accept the shape.
-    """
-    # On a real tensor: pooling a meta tensor imports torch's compiler or sympy, which takes up to a second.
-    return tuple(layer(torch.empty((1, *shape))).shape[1:])
-
-
 def axes_named(axes: tuple[int, ...] | None, count: int, shared: bool) -> str:
     """The shapes with these numbers of axes, for error messages."""
     channels = "C" if shared else f"{count} * C"
@@ -130,7 +120,8 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
             y = tuple(b if a == 1 else a for a, b in zip(x, other, strict=True))
         elif isinstance(layer, POOLS):
             try:
-                y = (x[0], *pooled(layer, x[1:]))
+                # On a real tensor: pooling a meta tensor imports torch's compiler or sympy, which takes up to a second.
+                y = (x[0], *layer(torch.empty((1, *x[1:]))).shape[1:])
             except RuntimeError as error:
                 raise ValueError(f"x of shape {list(shape)} does not fit {where}: {error}") from error
         values.append((y, own and step.kind in ("norm", "relu", "channelwise", "same")))
