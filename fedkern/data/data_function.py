@@ -69,7 +69,6 @@ def register_data(
             open=None,
             clients=clients,
             partition=shares,
-            needs_root="root" in made.takes,
             options=made.options,
             task=task,
             function=made,

@@ -254,17 +254,17 @@ def loaded(tensor: Tensor) -> Tensor:
     return tensor.plain() if isinstance(tensor, FileRows) else tensor
 
 
-def in_parts(tensor: Tensor, size: int | None = None) -> Iterator[Tensor]:
+def in_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The rows of a tensor in memory and in their order, at least one part.
 
     Args:
-        tensor: of one or more axes; a tensor that is in memory is one part.
-        size: bytes of a part of rows in a file; `PART_BYTES` by default.
+        tensor: of one or more axes; a tensor that is in memory is one part, rows in a file are read `PART_BYTES` at a
+            time.
     """
     if not isinstance(tensor, FileRows):
         yield tensor
         return
-    count = max(1, (size or PART_BYTES) // max(1, math.prod(tensor.shape[1:]) * tensor.element_size()))
+    count = max(1, PART_BYTES // max(1, math.prod(tensor.shape[1:]) * tensor.element_size()))
     for start in range(0, max(1, len(tensor)), count):
         yield loaded(tensor[start : start + count])
 

@@ -100,8 +100,6 @@ class DatasetInfo:
         clients: default number of clients.
         partition: default partition specification.
         correlation: default correlation between colour and class, None for a set that is not coloured.
-        needs_root: whether files under ``--data-root`` are read.
-        image: default (channels, side in pixels); (0, 0) where only the data tell.
         options: accepted options, beside `COMMON_OPTIONS`.
         prompts: prompts of zero-shot classification: one template, or prompts for every class.
         make: makes the samples of a set that are drawn for its clients: ``make(clients, spec, seed, samples=,
@@ -115,9 +113,7 @@ class DatasetInfo:
     open: Callable[..., Source] | None
     clients: int
     partition: str
-    image: tuple[int, int] = (0, 0)
     correlation: float | None = None
-    needs_root: bool = True
     options: Mapping[str, DataOption] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
     prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
@@ -246,26 +242,26 @@ _CROP = DataOption(
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _embedded, 5, "attribute", (3, 32), correlation=0.7, needs_root=False,
+        _embedded, 5, "attribute", correlation=0.7,
         options=_coloured_options("white"),
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _mnist, 5, "attribute", (3, 28), correlation=0.5,
+        _mnist, 5, "attribute", correlation=0.5,
         options=_coloured_options("contrast"),
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _fashion, 5, "attribute", (3, 28), correlation=0.5,
+        _fashion, 5, "attribute", correlation=0.5,
         options=_coloured_options("contrast"),
     ),
     "digits": DatasetInfo(
         "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
-        _embedded, 5, "dirichlet:0.5", (1, 32), needs_root=False,
+        _embedded, 5, "dirichlet:0.5",
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
-        None, 5, "attribute", (3, 32), needs_root=False, make=make_captions, prompts=PROMPTS,
+        None, 5, "attribute", make=make_captions, prompts=PROMPTS,
         task="retrieval",
         options={
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
@@ -277,41 +273,41 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        _segdigits, 5, "dirichlet:0.5", (3, 32), needs_root=False, task="segmentation",
+        _segdigits, 5, "dirichlet:0.5", task="segmentation",
     ),
-    "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5", (1, 28)),
+    "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5"),
     "fashionmnist": DatasetInfo(
-        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _fashion, 10, "dirichlet:0.5", (1, 28)
+        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _fashion, 10, "dirichlet:0.5"
     ),
     "cifar10": DatasetInfo(
         "CIFAR-10, 60,000 colour images of 10 classes (official binary files)",
-        open_cifar10, 10, "dirichlet:0.5", (3, 32),
+        open_cifar10, 10, "dirichlet:0.5",
     ),
     "cifar100": DatasetInfo(
         "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
-        open_cifar100, 10, "dirichlet:0.5", (3, 32),
+        open_cifar100, 10, "dirichlet:0.5",
         options={"labels": DataOption("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
     ),
     "svhn": DatasetInfo(
-        "SVHN, 99,289 photographed house numbers (official MATLAB files)", open_svhn, 10, "dirichlet:0.5", (3, 32),
+        "SVHN, 99,289 photographed house numbers (official MATLAB files)", open_svhn, 10, "dirichlet:0.5",
         options={"extra": DataOption("no", "531,131 easier training images more", choices=("no", "yes"))},
     ),
     "tinyimagenet": DatasetInfo(
         "Tiny-ImageNet, 110,000 photographs of 200 classes, 64 pixels (official folders)",
-        open_tinyimagenet, 10, "dirichlet:0.5", (3, 64), options=_PIXELS,
+        open_tinyimagenet, 10, "dirichlet:0.5", options=_PIXELS,
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
-        open_folder, 5, "dirichlet:0.5", (3, 64), options={**_READING, **_LAYOUT},
+        open_folder, 5, "dirichlet:0.5", options={**_READING, **_LAYOUT},
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
-        open_csv, 5, "dirichlet:0.5", (3, 64),
+        open_csv, 5, "dirichlet:0.5",
         options={**_READING, **_columns("path", "label", "labels", "split")},
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
-        open_segmentation, 5, "iid", (3, 64),
+        open_segmentation, 5, "iid",
         options={
             **_READING,
             **_LAYOUT,
@@ -324,7 +320,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
-        open_pairs, 5, "iid", (3, 64), task="retrieval",
+        open_pairs, 5, "iid", task="retrieval",
         options={
             **_READING,
             **_LAYOUT,
@@ -335,7 +331,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
-        open_reports, 5, "dirichlet:0.5", (1, 64), prompts="{class}", task="retrieval",
+        open_reports, 5, "dirichlet:0.5", prompts="{class}", task="retrieval",
         options={
             **_READING,
             "crop": _CROP,
@@ -351,7 +347,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "brats": DatasetInfo(
         "tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases",
-        open_brats, 10, "iid", (4, 128), task="segmentation",
+        open_brats, 10, "iid", task="segmentation",
         options={
             **_PIXELS,
             "size": DataOption(128, "side in pixels to which slices are resized", low=8, high=SIDE),
@@ -372,11 +368,11 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "arrays": DatasetInfo(
         "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)",
-        open_arrays, 5, "attribute", (3, 32), needs_root=False,
+        open_arrays, 5, "attribute",
     ),
     "nico": DatasetInfo(
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",
-        open_nico, 7, "attribute", (3, 224),
+        open_nico, 7, "attribute",
         options={
             **_PIXELS,
             "protocol": DataOption("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),

@@ -201,7 +201,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float | Sequence[float] = 0.0) -> Tensor:
+def augment(images: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """Augments a batch.
 
     - ``none``: no change.
@@ -214,10 +214,10 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
       but ``none`` draws the place of the window (`window`).
 
     Args:
-        images: ``[B, C, H, W]``, normalised floats (then the default ``fill`` 0 is the mean colour) or uint8.
+        images: ``[B, C, H, W]``, normalised floats or uint8.  What lies outside the original image becomes 0, in
+            normalised images the mean colour.
         kind: a key of `AUGMENTATIONS`.
         rng: the batch's own generator, the only source of randomness.
-        fill: value outside the original image, one for all channels or one each.
 
     Returns:
         Same shape, dtype and memory format; ``none`` returns ``images`` itself.
@@ -225,12 +225,10 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
     Raises:
         UserError: an unknown kind; the message suggests the nearest known one.
     """
-    return _find(kind)(images, rng, fill)
+    return _find(kind)(images, rng, 0.0)
 
 
-def augment_pairs(
-    images: Tensor, labels: Tensor, kind: str, rng: np.random.Generator, *, fill: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Augments images and the classes of their pixels together: same draws, same geometry.
 
     Labels take the nearest pixel's class; pixels outside the original image become `IGNORE`.
@@ -238,7 +236,7 @@ def augment_pairs(
     Args:
         images: normalised floats ``[B, C, H, W]``; transformed as by `augment`.
         labels: int64 ``[B, H, W]``.
-        kind, rng, fill: as for `augment`.
+        kind, rng: as for `augment`.
 
     Returns:
         Images and labels of the same shapes, dtypes and memory formats.
@@ -260,7 +258,7 @@ def augment_pairs(
     both = torch.cat([images, labels[:, None].to(images.dtype)], 1)
     if keeps_channels_last:
         both = both.contiguous(memory_format=torch.channels_last)
-    both = augmentation(both, rng, [*[fill] * images.shape[1], float(IGNORE)], nearest=1)
+    both = augmentation(both, rng, [*[0.0] * images.shape[1], float(IGNORE)], nearest=1)
     moved = both[:, :-1].contiguous(
         memory_format=torch.channels_last if keeps_channels_last else torch.contiguous_format
     )

@@ -528,17 +528,8 @@ class RunConfig:
         return {name: value for name, value in table.items() if value is not None}
 
     def to_toml(self) -> str:
-        """TOML text that :meth:`from_toml` turns into the same settings."""
+        """TOML text that :meth:`table` turns into the same settings."""
         return toml.dumps(self.to_dict())
-
-    @classmethod
-    def from_toml(cls, text: str, *, source: str = NAME) -> Self:
-        """The settings in TOML text; a missing one has its plain default (see :meth:`table` for a partial file).
-
-        Raises:
-            UserError: not TOML, an unknown key or a value out of range.
-        """
-        return cls(**cls.table(text, source=source))
 
     @classmethod
     def table(cls, text: str, *, source: str = NAME) -> dict[str, Any]:

@@ -80,7 +80,6 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
         assert torch.equal(mine.images, theirs.images)
     assert len(load("own", clients=2, train_samples=20, options={"test_samples": 5}).tests[""]) == 5
     assert DATASETS["own"].description == "A source of a test."
-    assert DATASETS["own"].needs_root
 
 
 @pytest.mark.parametrize(

@@ -244,20 +244,23 @@ def test_masks_of_other_meanings_are_joined_in_memory(classes):
 
 def test_the_largest_class_of_every_image_is_found_in_parts(classes, read, monkeypatch):
     rows, plain = classes
-    monkeypatch.setattr("fedkern.data.types.in_parts", lambda tensor: in_parts(tensor, 3 * HEIGHT * WIDTH * 8))
+    monkeypatch.setattr(module, "PART_BYTES", 3 * HEIGHT * WIDTH * 8)
     images = torch.zeros(COUNT, 1, HEIGHT, WIDTH, dtype=torch.uint8)
     assert torch.equal(Split(images, rows).image_labels, Split(images, plain).image_labels)
     assert read == [3, 3, 3, 3]
 
 
-def test_parts(classes, pair):
+def test_parts(classes, pair, monkeypatch):
     rows, plain = classes
-    parts = list(in_parts(rows, 5 * HEIGHT * WIDTH * 8))
+    monkeypatch.setattr(module, "PART_BYTES", 5 * HEIGHT * WIDTH * 8)
+    parts = list(in_parts(rows))
     assert [len(part) for part in parts] == [5, 5, 2]
     assert all(type(part) is torch.Tensor for part in parts)
     assert torch.equal(torch.cat(parts), plain)
-    assert [len(part) for part in in_parts(rows, 1)] == [1] * COUNT
+    monkeypatch.setattr(module, "PART_BYTES", 1)
+    assert [len(part) for part in in_parts(rows)] == [1] * COUNT
     assert [part.shape for part in in_parts(rows[:0])] == [(0, HEIGHT, WIDTH)]
-    assert [part is plain for part in in_parts(plain, 1)] == [True]
-    assert torch.equal(torch.cat(list(in_parts(pair[0], 100))), pair[1])
+    assert [part is plain for part in in_parts(plain)] == [True]
+    monkeypatch.setattr(module, "PART_BYTES", 100)
+    assert torch.equal(torch.cat(list(in_parts(pair[0]))), pair[1])
     assert loaded(plain) is plain

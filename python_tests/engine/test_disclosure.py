@@ -242,7 +242,7 @@ def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
     for method, options, expected in (("fedavg", {}, "all"), ("fediod", {"sigma_d": 1.0}, "private")):
         settings = make_config(method, options=options)
         open_ = "".join(line for line in settings.to_toml().splitlines(True) if not line.startswith("records"))
-        assert RunConfig.from_toml(open_).records == settings.records == expected
+        assert RunConfig(**RunConfig.table(open_)).records == settings.records == expected
     with pytest.raises(UserError, match="--records"):
         make_config("fedavg", records="some")
 

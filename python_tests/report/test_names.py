@@ -238,4 +238,4 @@ def test_settings_survive_config_toml(name, kind, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = config.to_toml().encode().decode()
-    assert RunConfig.from_toml(text) == config
+    assert RunConfig(**RunConfig.table(text)) == config
