@@ -119,7 +119,7 @@ def judge(floor: Floor, ratios: Sequence[float], scatter: float, others: float =
     """
     if upper_median(ratios) >= floor.lowest:
         return Verdict("pass")
-    seen = f"{statistics.median(ratios):.2f}× {floor.against}, below {floor.lowest:.3g}×"
+    seen = f"{statistics.median(ratios):.3g}× {floor.against}, below {floor.lowest:.3g}×"
     if others > BUSY:
         return Verdict("skip", f"{seen}, but others took {100 * others:.0f} % of the processors")
     if scatter > NOISY:

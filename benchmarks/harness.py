@@ -166,7 +166,7 @@ def _hold(node: str, floors: gate.Floors, runs: dict[str, Callable[[], Any]], ou
         verdict = gate.judge(floor, ratios, scatter, others)
         if verdict.outcome == "pass":
             break
-    GATED.append(f"{node}: {statistics.median(ratios):.2f}× {floor.against}, at least {floor.lowest:.2f}×")
+    GATED.append(f"{node}: {statistics.median(ratios):.3g}× {floor.against}, at least {floor.lowest:.3g}×")
     if verdict.outcome == "fail":
         pytest.fail(f"{node}: {verdict.reason}", pytrace=False)
     if verdict.outcome == "skip":
@@ -193,7 +193,7 @@ def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours
         pytest.skip("times scatter too much for a floor")
     before = seen.rows.get(node)
     seen.rows[node] = gate.Floor(against, min(ratio, before.ratio) if before and before.against == against else ratio)
-    GATED.append(f"{node}: {ratio:.2f}× {against}")
+    GATED.append(f"{node}: {ratio:.3g}× {against}")
 
 
 def _duel(
