@@ -90,7 +90,7 @@ def read_bytes(
         raise UserError(f'data set "{data}": {path} is not a complete gzip file ({error}); fetch it again') from error
 
 
-def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int = 0) -> bytes:
+def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
     """The content of a gzip file (RFC 1952, one member or several), checked to its last byte.
 
     Decompression stops at the limit: otherwise a small file could fill the memory.

@@ -28,7 +28,7 @@ def of_memory(data: FederatedData) -> dict[str, str]:
     return identity(data.classes, sets, sets)
 
 
-def of_source(source: Source, contents: Sets, pixels: list[bytes] | None = None) -> dict[str, str]:
+def of_source(source: Source, contents: Sets, pixels: list[bytes] | None) -> dict[str, str]:
     """Identity of a data set: names and labels of whole pools, and the contents of the images in ``contents``."""
     tests = {f"test {name}".strip(): [pool] for name, pool in source.tests.items()}
     pools = {"train": [source.train], "validation": [source.validation], **tests}

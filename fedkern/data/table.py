@@ -194,7 +194,7 @@ def check_unchosen(data: str, chosen: Mapping[str, str], root: str | Path | None
             )
 
 
-def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[str, str] | None = None) -> Table:
+def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[str, str]) -> Table:
     """Reads a CSV file with a header (separated by comma, semicolon or tab).
 
     Args:
@@ -218,7 +218,7 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
         names, rows, lines, notices = _parsed(text, path, data)
     except csv.Error as error:
         raise UserError(f'data set "{data}": {path} is not a CSV file: {error}') from None
-    options = {"patient": AUTO, **(chosen or {})}
+    options = {"patient": AUTO, **chosen}
     given = {option: column.strip().lower() for option, column in options.items() if column}
     if given.get("patient") == AUTO:
         del given["patient"]

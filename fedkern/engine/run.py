@@ -352,8 +352,8 @@ def finished_data(
     config: RunConfig,
     out: str | Path,
     *,
-    cache: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    cache: str | None,
+    progress: Callable[[str], None] | None,
 ) -> FederatedData:
     """The training data of a run in a folder, without masks of objects that would have to be found.
 
