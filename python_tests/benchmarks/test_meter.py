@@ -30,5 +30,5 @@ def test_measures_of_a_run(monkeypatch, capsys, tmp_path):
 
 
 def test_the_page_has_a_row_for_every_mark():
-    lines = ten_thousand_clients()
-    assert len(lines) == 2 + len(many_clients.METHODS) * len(many_clients.MARKS)
+    rows = [line for line in ten_thousand_clients() if line.startswith("|")]
+    assert len(rows) == 2 + len(many_clients.METHODS) * len(many_clients.MARKS)

@@ -257,9 +257,9 @@ def test_the_cost_of_a_command_has_its_children(tmp_path):
 @pytest.mark.exhaustive
 def test_the_cost_of_a_command_has_children_that_nobody_waited_for(tmp_path):
     """As a run's workers: who forked them is killed, and they end with it."""
-    spin = "import time\nwhile time.process_time() < 0.5: pass\ntime.sleep(60)"
-    script = f"import subprocess, sys, time, os\np = subprocess.Popen([sys.executable, '-c', {spin!r}])"
-    script += "\ntime.sleep(1.5)\np.kill()\nos._exit(0)"
+    spin = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ntime.sleep(60)"
+    script = f"import subprocess, sys, time, os\np = subprocess.Popen([sys.executable, '-c', {spin!r}], stdout=-1)"
+    script += "\np.stdout.readline()\ntime.sleep(1)\np.kill()\nos._exit(0)"
     assert processes.run([sys.executable, "-c", script], {}, tmp_path).cpu_seconds > 0.4
 
 
