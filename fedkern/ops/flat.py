@@ -146,6 +146,8 @@ class FlatParameters:
         for owner in self.module.modules():
             if not owner._state_dict_hooks:  # else handles of its hooks would lose them
                 owner._state_dict_hooks = _StateDictHooks(owner)
+            if owner is self.module and isinstance(owner._state_dict_hooks, _StateDictHooks):
+                owner._state_dict_hooks.whole = True
         return self
 
     # The vectors that clients and server exchange.
@@ -454,7 +456,13 @@ def _check_apart(slots: list[Slot]) -> None:
 
 
 class _StateDictHooks(OrderedDict[int, Any]):
-    """Hooks of a flat module.  A copy or pickle of the module gets the others alone, so that it is an ordinary one."""
+    """Hooks of a flat module.  A copy or pickle of the module gets the others alone, so that it is an ordinary one.
+
+    Attributes:
+        whole: whether the owner was flattened itself, and not only as a part of another module.
+    """
+
+    whole = False
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__({0: separate_storages})
@@ -481,6 +489,8 @@ def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _me
     """Gives the module's tensors in a state dict storages of their own over the same memory; tied ones share one."""
     if torch.compiler.is_compiling() or functorch_active():
         return
+    if prefix and not getattr(module._state_dict_hooks, "whole", False):
+        return  # the module around it does the work for all its parts at once
     live = {id(tensor) for _, _, _, tensor, _ in _tensors_of(module)}  # with keep_vars=True
     storages: dict[tuple[int, int], torch.UntypedStorage] = {}
     for key, tensor in state.items():

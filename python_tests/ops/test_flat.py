@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.ops import FlatParameters, adamw_step, sgd_step
+from fedkern.ops import flat as flat_module
 
 
 @pytest.fixture(autouse=True)
@@ -663,6 +664,18 @@ def test_a_state_dict_still_views_the_module() -> None:
     state["encode.weight"].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_state_dict_is_walked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts' hooks would take quadratic time."""
+    inner = net()
+    FlatParameters(inner)
+    walked = []
+    monkeypatch.setattr(flat_module, "_tensors_of", lambda module: walked.append(module) or iter(()))
+    for module in (inner, nn.Sequential(nn.Linear(2, 2), inner), inner.conv):
+        state = module.state_dict()
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+    assert walked == [inner, inner, inner.conv]
 
 
 def test_state_dict_hooks_of_others_stay() -> None:
