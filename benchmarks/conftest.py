@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import comparisons
 import gate
@@ -106,9 +107,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def node(request: pytest.FixtureRequest) -> str:
-    """The running test's name relative to benchmarks/."""
-    return _name(request.node)
+def node(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[str]:
+    """The running test's name relative to benchmarks/; what it measures is in pytest-benchmark's record too."""
+    harness.SETTINGS.benchmark = benchmark
+    yield _name(request.node)
+    harness.SETTINGS.benchmark = None
 
 
 @pytest.fixture(autouse=True)
