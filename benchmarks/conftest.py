@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _collected.update(_name(item) for item in here if item.path.name not in named)
     wanted: set[str] | None = None
     if harness.SETTINGS.floors is not None:
-        wanted = set(harness.SETTINGS.floors.rows)
+        wanted = {node for node, floor in harness.SETTINGS.floors.rows.items() if floor.steady}
     elif config.getoption("--shown") or config.getoption("--set-floors"):
         wanted = {node for node, _, _ in shown.nodes()}
     if wanted is not None:

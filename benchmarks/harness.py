@@ -176,7 +176,7 @@ def _hold(node: str, floors: gate.Floors, runs: dict[str, Callable[[], Any]], ou
 
 
 def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours: str, threads: int) -> None:
-    """Notes the row's ratio, the lowest of all runs that set floors; skips what the gate cannot hold.
+    """Notes the row's ratio beside those of earlier runs that set floors; skips what the gate cannot hold.
 
     A run's is the median of as many measurements as the gate makes.
     """
@@ -193,8 +193,7 @@ def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours
         pytest.skip(f"others took {100 * others:.0f} % of the processors")
     if min(scatter for _, scatter, _ in found) > gate.NOISY:
         pytest.skip("times scatter too much for a floor")
-    before = seen.rows.get(node)
-    seen.rows[node] = gate.Floor(against, min(ratio, before.ratio) if before and before.against == against else ratio)
+    seen.rows[node] = gate.Floor(against, ratio, ratio).seen(seen.rows.get(node))
     GATED.append(f"{node}: {ratio:.3g}× {against}")
 
 

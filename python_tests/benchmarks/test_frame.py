@@ -147,7 +147,7 @@ def test_report_makes_the_tables(folder: Path) -> None:
 def test_floors_are_of_quick_and_steady_rows(folder: Path) -> None:
     text = (folder / "benchmarks" / "floors.toml").read_text()
     rows = [line for line in text.splitlines() if "ratio" in line]
-    floor = '{ against = "eager", ratio = 2 }'
+    floor = '{ against = "eager", ratio = 2, highest = 2 }'
     assert rows == [f'"bench_toy.py::test_toy[{size}-{n}]" = {floor}' for size in ("large", "small") for n in (1, 2)]
 
 

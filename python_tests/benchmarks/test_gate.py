@@ -11,7 +11,7 @@ import pytest
 from comparisons import machine_difference
 
 MACHINE = {"cpu": "A", "cores": 2, "isa": "avx2", "torch": "2.13.0+cpu"}
-FLOOR = gate.Floor("eager", 2.0)
+FLOOR = gate.Floor("eager", 2.0, 2.2)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,14 @@ def test_verdicts(ratios: list[float], scatter: float, others: float, outcome: s
     assert ("eager, below 1.8×" in verdict.reason) == (outcome != "pass")
 
 
+def test_what_processes_saw_is_joined_and_only_steady_rows_are_held() -> None:
+    joined = gate.Floor("eager", 2.1, 2.1).seen(gate.Floor("eager", 2.0, 2.05))
+    assert joined == gate.Floor("eager", 2.0, 2.1)
+    assert joined.steady
+    assert not joined.seen(gate.Floor("eager", 2.5, 2.5)).steady
+    assert joined.seen(gate.Floor("copy", 9.0, 9.0)) == joined
+
+
 def test_bound_of_the_median_holds_as_often_as_it_says() -> None:
     draw = random.Random(0)
     held = 0
@@ -42,7 +50,7 @@ def test_bound_of_the_median_holds_as_often_as_it_says() -> None:
 
 
 def test_floors_survive_the_file(tmp_path: Path) -> None:
-    rows = {"t.py::one[1-2]": FLOOR, 't.py::two["a"]': gate.Floor("loop of slices", 12.3)}
+    rows = {"t.py::one[1-2]": FLOOR, 't.py::two["a"]': gate.Floor("loop of slices", 12.3, 15.0)}
     path = tmp_path / "floors.toml"
     gate.write_floors(gate.Floors(MACHINE, rows), path)
     assert gate.read_floors(path) == gate.Floors(MACHINE, rows)
