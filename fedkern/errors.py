@@ -7,7 +7,6 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from traceback import walk_tb
 from typing import Any
 
 WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
@@ -32,13 +31,15 @@ class UserError(Exception):
 
 
 class OtherFormat(UserError):
-    """A stored file whose format has another number than this version of fedkern reads; see :func:`other_format`."""
+    """A stored file whose format has another number than this version of fedkern reads; see :func:`same_format`."""
 
 
-def other_format(path: object, found: object, read: int) -> OtherFormat:
-    """The error for a file that names the format ``found`` (None: names none) where the format ``read`` is read."""
+def same_format(path: object, found: object, read: int) -> None:
+    """Raises OtherFormat where a file names the format ``found`` (None: names none) and the format ``read`` is read."""
+    if found == read:
+        return
     named = "no format number" if found is None else f"format {found!r}"
-    return OtherFormat(
+    raise OtherFormat(
         f"{path} has {named}, and this version of fedkern reads format {read}: use the version that wrote it, or make "
         "it again."
     )
@@ -57,7 +58,7 @@ class CodeFailed(RunFailed):
         traceback: traceback of the exception, as text.
     """
 
-    def __init__(self, where: str, error: BaseException, code: Any = None) -> None:
+    def __init__(self, where: str, error: BaseException, code: Any) -> None:
         what = f"{described(error)}{origin(error, code)}"
         super().__init__(f"{where} failed: {what}; the traceback names the file to mend.")
         self.traceback = traced(error)
@@ -120,7 +121,9 @@ def origin(error: BaseException, code: Any) -> str:
         error: the exception.
         code: the class, whose bases are searched after it, or the function.
     """
-    frames = [(str(frame.f_globals.get("__name__")), frame, line) for frame, line in walk_tb(error.__traceback__)]
+    frames = [
+        (str(frame.f_globals.get("__name__")), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
     if isinstance(error, UserError) and frames and frames[-1][0].startswith("fedkern."):
         return ""
     for each in code.__mro__ if isinstance(code, type) else (code,):

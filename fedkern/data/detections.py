@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.data.background import rasterise
 from fedkern.data.types import Split
-from fedkern.errors import UserError, other_format
+from fedkern.errors import UserError, same_format
 from fedkern.files import cache_folder, expand, one_writer, replace
 from fedkern.inputs import read_json
 
@@ -107,8 +107,7 @@ class Detections:
             return {}
         try:
             content = read_json(self.path)
-            if (number := content.get("format")) != FORMAT:
-                raise other_format(self.path, number, FORMAT)
+            same_format(self.path, content.get("format"), FORMAT)
             boxes: dict[str, list[list[float]]] = content["boxes"]
             if content["sum"] != _sum(boxes):
                 raise ValueError("its boxes are not those that were written")

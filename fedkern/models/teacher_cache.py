@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkern import files
-from fedkern.errors import UserError, other_format
+from fedkern.errors import UserError, same_format
 from fedkern.files import cache_folder, expand
 from fedkern.inputs import parse_json, special
 from fedkern.models.precision import computing
@@ -201,8 +201,8 @@ def read_logits(path: Path, classes: int, identity: Identity | None = None) -> d
     except SafetensorError as error:
         raise ValueError(str(error)) from None
     about = _described(text)
-    if text is not None and about.get("format") != FORMAT:
-        raise other_format(path, about.get("format"), FORMAT)
+    if text is not None:
+        same_format(path, about.get("format"), FORMAT)
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
     if (identity is not None or text is not None) and not _as_written(

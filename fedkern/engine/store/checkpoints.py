@@ -9,6 +9,7 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fedkern import files
 from fedkern.engine.store import atomic, releases, server_secret, state
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
-from fedkern.errors import OtherFormat, UserError, other_format
+from fedkern.errors import OtherFormat, UserError, same_format
 from fedkern.inputs import open_regular, read_json, standing
 
 FOLDER = "checkpoints"
@@ -178,10 +179,7 @@ class Checkpoints:
         if not path.exists():
             return None
         try:
-            manifest = read_json(path)
-            if manifest["format"] != FORMAT:
-                raise other_format(path, manifest["format"], FORMAT)
-            entries = list(manifest["entries"])
+            entries = list(_read(path)["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
         sound = [entry for entry in entries if _sound(entry)]
@@ -446,13 +444,15 @@ def newest(out: Path) -> dict[str, Any] | None:
 
 def check_format(out: Path) -> None:
     """Raises OtherFormat where a run folder has another format; a missing or damaged manifest says nothing."""
-    path = out / FOLDER / MANIFEST
-    try:
-        found = read_json(path)["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if found != FORMAT:
-        raise other_format(path, found, FORMAT)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        _read(out / FOLDER / MANIFEST)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A manifest of this format, whose entries are not checked."""
+    manifest: dict[str, Any] = read_json(path)
+    same_format(path, manifest["format"], FORMAT)
+    return manifest
 
 
 def check_results(out: Path, needed: str) -> None:

@@ -26,7 +26,7 @@ from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
 from fedkern.engine.torch_modes import reproducible
-from fedkern.errors import UserError, other_format
+from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
 from fedkern.methods import registry
 
@@ -181,8 +181,7 @@ def checked(text: str | None, path: Path) -> dict[str, Any]:
     about = parse_json(text)
     if not isinstance(about, dict):
         raise ValueError("what it says of its network is no table")
-    if (number := about.pop("format", None)) != FORMAT:
-        raise other_format(path, number, FORMAT)
+    same_format(path, about.pop("format", None), FORMAT)
     _check_keys(about, _ABOUT, _ABOUT_SOME, "")
     if ("pair" in about) != (about["task"] == "retrieval"):
         raise ValueError('"pair" belongs to a retrieval network alone')

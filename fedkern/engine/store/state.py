@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkern.engine.store import atomic
-from fedkern.errors import other_format
+from fedkern.errors import same_format
 from fedkern.inputs import parse_json, special
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
@@ -98,8 +98,7 @@ def part(path: Path, *keys: str | int) -> Any:
             raise ValueError(f"it is {kind}, not a regular file")
         with safe_open(path, framework="pt") as file:
             about = parse_json((file.metadata() or {})[ABOUT])
-            if about["format"] != FORMAT:
-                raise other_format(path, about["format"], FORMAT)
+            same_format(path, about["format"], FORMAT)
             tree = about["tree"]
             for key in keys:
                 entries = tree.get("dict", []) if isinstance(tree, dict) else []
