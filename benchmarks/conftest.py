@@ -107,11 +107,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def node(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[str]:
+def node(request: pytest.FixtureRequest, benchmark: Any) -> str:
     """The running test's name relative to benchmarks/; what it measures is in pytest-benchmark's record too."""
     harness.SETTINGS.benchmark = benchmark
-    yield _name(request.node)
-    harness.SETTINGS.benchmark = None
+    return _name(request.node)
 
 
 @pytest.fixture(autouse=True)
