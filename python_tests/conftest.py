@@ -100,8 +100,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     axis of the test's parameters has values, and these go through all axes at once.
     """
     groups = defaultdict(list)
+    folder = Path(__file__).parent / "benchmarks"
+    of_benchmarks = {path for path in {item.path for item in items} if path.is_relative_to(folder)}
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent / "benchmarks"):
+        if item.path in of_benchmarks:
             item.add_marker(pytest.mark.exhaustive)
         rare = item.get_closest_marker("exhaustive") or item.get_closest_marker("slow")
         if item.get_closest_marker("sampled") and not rare:
