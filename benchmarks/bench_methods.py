@@ -9,7 +9,8 @@ Contestants, every one a command of its own, so that imports and start-up count:
 * ``before``: another checkout of fedkern with its compiled core, for example the commit that a change began at;
 * ``fedkern``: its present defaults;
 * ``bf16``: the same with ``--precision bf16``;
-* ``reference``: the same without kernels (``FEDKERN_BACKEND=reference``).
+* ``reference``: the same without kernels (``FEDKERN_BACKEND=reference``): what ``fedkern`` owes to them;
+* ``plain one core`` and ``fedkern one core``: both with one thread, in one process: what ``fedkern`` owes to processes.
 
 All of a case have the same data, partition, network, settings, number of optimiser steps and rounds of evaluation.
 They take turns; repeat number i has seed i for all, so a speed-up is the median over the repeats of the ratios of one
@@ -43,8 +44,9 @@ from fedkern.engine import RunConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = comparisons.RESULTS
-CONTESTANTS = ("plain", "before", "fedkern", "bf16", "reference")
-OURS = "fedkern"
+PLAIN, OURS = "plain", "fedkern"
+ONE_CORE = {PLAIN: "plain one core", OURS: "fedkern one core"}
+CONTESTANTS = (PLAIN, "before", OURS, "bf16", "reference", *ONE_CORE.values())
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
 PATHS = ("teacher_cache", "boxes")  # settings that name a file of the contestant's own
 MAIN = ("accuracy", "ood_accuracy", "i2t_r1")
@@ -197,8 +199,10 @@ def plain_words(effective: RunConfig, folder: Path, seed: int, threads: int) -> 
     return [*words, "--seed", str(seed), "--threads", str(threads), "--out", str(folder / "records.json")]
 
 
-def missing(contestant: str, before: Path | None) -> str:
+def missing(contestant: str, before: Path | None, device: str = "cpu") -> str:
     """Why a contestant cannot run, or ""."""
+    if contestant in ONE_CORE.values() and device != "cpu":
+        return "cores are the CPU's"
     if contestant == "before" and before is None:
         return "no --before was given"
     if contestant == "bf16" and all(knob.field != "precision" for knob in RunConfig.knobs()):
@@ -246,6 +250,7 @@ class Row:
         round_seconds: mean over the run's recorded rounds.
         gpu_utilisation, gpu_bytes: of runs on a GPU, the mean in per cent, and the most memory beyond that before.
         figure: the run's main figure, named ``main``.
+        rounds: how many rounds every run had; 0: not known.
         missing: contestants that did not run, and why.
         differs: settings of ``before``'s run that are not ours, as "name: theirs, ours".
     """
@@ -261,6 +266,7 @@ class Row:
     figure: dict[str, list[float]] = field(default_factory=dict)
     gpu_utilisation: dict[str, list[float]] = field(default_factory=dict)
     gpu_bytes: dict[str, list[int]] = field(default_factory=dict)
+    rounds: int = 0
     missing: dict[str, str] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
 
@@ -278,6 +284,13 @@ class Row:
         found = self.ratios(slower, faster, of)
         return median(found) if found else None
 
+    def outside_seconds(self, contestant: str) -> float | None:
+        """Of a command, without its rounds: start-up, data, what comes before the first round, pictures."""
+        if contestant not in self.seconds or not self.rounds:
+            return None
+        times = zip(self.seconds[contestant], self.round_seconds[contestant], strict=True)
+        return median(whole - self.rounds * one for whole, one in times)
+
     def apart(self, contestant: str) -> bool | None:
         """Whether the main figure differs from ours by more than twice the spread over the seeds; None: not known."""
         own, other = self.figure.get(OURS, []), self.figure.get(contestant, [])
@@ -289,7 +302,7 @@ class Row:
 
 def read_rounds(contestant: str, folder: Path) -> list[dict[str, Any]]:
     """The records of a run's rounds."""
-    if contestant == "plain":
+    if contestant.startswith(PLAIN):
         return json.loads((folder / "records.json").read_text())["rounds"]
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
@@ -322,7 +335,7 @@ def measure(
 ) -> Row:
     """Runs a case's contestants in turn; the one that begins changes from repeat to repeat."""
     row = Row(case.method, case.setting, settings={**case.settings, **case.options})
-    row.missing = {name: why for name in contestants if (why := missing(name, before))}
+    row.missing = {name: why for name in contestants if (why := missing(name, before, device))}
     there = [name for name in contestants if name not in row.missing]
     for repeat in range(repeats):
         turn = repeat % len(there)
@@ -349,18 +362,22 @@ def _measure(
 ) -> None:
     if case.boxes:
         write_boxes(folder / "boxes.json")
-    if name == "plain":
+    one_core = name in ONE_CORE.values()
+    threads = 1 if one_core else threads
+    if name.startswith(PLAIN):
         words = [f"benchmarks.plain.{case.method}"]
         words += plain_words(config(case, folder, data_root, device), folder, seed, threads)
     else:
         words = ["fedkern.run", *run_words(case, folder, data_root, seed, threads, device)]
         words += ["--precision", "bf16"] if name == "bf16" else []
+        words += ["--workers", "1"] if one_core else []
     working = folder / "empty"  # python -m looks for modules in the working folder first
     working.mkdir()
     with gpu_use.watched() if device == "cuda" else nullcontext() as use:
         cost = processes.run([sys.executable, "-m", *words], environment(name, before), working)
     rounds = read_rounds(name, folder)
     row.main, figure = main_figure(rounds)
+    row.rounds = len(rounds)
     for table, value in (
         (row.seconds, cost.seconds), (row.cpu_seconds, cost.cpu_seconds), (row.peak_bytes, cost.peak_bytes),
         (row.round_seconds, mean(one["round_seconds"] for one in rounds)), (row.figure, figure),

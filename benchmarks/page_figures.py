@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks import bench_methods, comparisons, profile_methods, sources
-from benchmarks.comparisons import Comparison, read_results
+from benchmarks.comparisons import Comparison, Recorded, read_results
 from benchmarks.pages import Page
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
@@ -568,43 +568,62 @@ def caption(machine: Mapping[str, Any]) -> Lines:
     return [f"Measured on {machine['time'][:10]}{at_commit}.", ""]
 
 
-def whole_runs(setting: str) -> Lines:
-    """Seconds of whole commands, and how they compare."""
-    names = ("plain", "before", bench_methods.OURS, "bf16")
-    rows = []
-    for row in waited().values():
-        if row.setting != setting:
-            continue
-        seconds = [f"{median(row.seconds[name]):.1f}" if name in row.seconds else "–" for name in names]
-        gains = [row.speedup("plain"), row.speedup("before"), row.speedup("reference"), row.speedup("fedkern", "bf16")]
-        rows.append([row.method, *seconds, *(f"{gain:.2f}×" if gain is not None else "–" for gain in gains)])
-    header = [
-        "run", "plain PyTorch, s", "earlier fedkern, s", "fedkern, s", "with bf16, s", "over plain", "over earlier",
-        "over no kernels", "bf16 over fp32",
-    ]  # fmt: skip
-    return [*caption(load(RUNS, comparisons.RESULTS)["machine"]), *table(header, rows).split("\n")]
+def earned(row: bench_methods.Row) -> dict[str, str]:
+    """A whole run's seconds, and what of its lead kernels, processes and start-up make, by column."""
+    plain, ours, one_core = bench_methods.PLAIN, bench_methods.OURS, bench_methods.ONE_CORE
+
+    def seconds(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1f} s"
+
+    def times(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}×"
+
+    return {
+        "run": f"`{row.method}`",
+        "plain PyTorch": seconds(median(row.seconds[plain])),
+        "fedkern": seconds(median(row.seconds[ours])),
+        "with bf16": seconds(median(row.seconds["bf16"])),
+        "over plain: machine": times(row.speedup(plain)),
+        "over plain: processor seconds": times(row.speedup(plain, of="cpu_seconds")),
+        "over plain: one core": times(row.speedup(one_core[plain], one_core[ours])),
+        "kernels": times(row.speedup("reference")),
+        "processes": times(row.speedup(one_core[ours])),
+        "outside of rounds: plain": seconds(row.outside_seconds(plain)),
+        "outside of rounds: fedkern": seconds(row.outside_seconds(ours)),
+    }
 
 
-def speed_in_short() -> Lines:
-    """The README's table: whole commands of default runs."""
-    rows = []
-    for row in waited().values():
-        gain = row.speedup("plain")
-        if row.setting == "default" and gain is not None:
-            seconds = [f"{median(row.seconds[name]):.1f} s" for name in ("plain", bench_methods.OURS)]
-            rows.append([f"`{row.method}`", *seconds, f"{gain:.2f}×"])
-    lines = table(["run", "plain PyTorch", "fedkern", "times as fast"], rows).split("\n")
+IN_SHORT = ("run", "plain PyTorch", "fedkern", "over plain: machine", "over plain: one core", "kernels", "processes")
+
+
+def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
+    """The table of a setting's whole runs, with all columns or some."""
+    rows = [earned(row) for row in waited().values() if row.setting == setting]
+    columns = columns or list(rows[0])
+    lines = table(columns, [[row[name] for name in columns] for row in rows]).split("\n")
     return [*caption(load(RUNS, comparisons.RESULTS)["machine"]), *lines]
 
 
+CONTESTANTS_OF_ROUNDS = {
+    "fedkern serial": "fedkern, one process", "fedkern auto": "fedkern, two workers", "lean loop": "lean loop",
+    "fluke": "fluke", "pfl": "pfl", "FedLab": "FedLab", "Flower": "Flower, two processes",
+    "BlazeFL": "BlazeFL, two processes",
+}  # fmt: skip
+"""Names in the table of rounds; who trains in one process has a thread for every core."""
+
+
 def rounds_of_fedavg() -> Lines:
-    """Seconds a round of FedAvg, ours and other frameworks'."""
+    """Milliseconds a round of FedAvg, ours and other frameworks', and how they compare with the best of ours."""
     (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(MACHINE))
-    rows = []
-    for row in recorded.rows:
-        others = [f"{gain:.2f}× {name}" for name, gain in row.speedup.items()]
-        rows.append([row.case, str(row.threads), row.ours, f"{1e3 * row.seconds[row.ours]:.0f} ms", ", ".join(others)])
-    return [*caption(recorded.machine), *table(["clients", "cores", "fedkern", "a round", "over"], rows).split("\n")]
+    lines = []
+    for row in sorted(recorded.rows, key=lambda row: row.threads):
+        times = (row.speedup.get(name) for name in CONTESTANTS_OF_ROUNDS)
+        against = (f" ({gain:.2f}×)" if gain is not None else "" for gain in times)
+        own = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in CONTESTANTS_OF_ROUNDS)
+        cells = (ms + gain for ms, gain in zip(own, against, strict=True))
+        lines.append([row.case, str(row.threads), *cells])
+    header = ["milliseconds a round", "cores", *CONTESTANTS_OF_ROUNDS.values()]
+    return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
 def where_seconds_go() -> Lines:
@@ -676,10 +695,9 @@ LOW_MEMORY = "fedkern low memory"
 
 
 @cache
-def flower_means() -> Mapping[str, Comparison]:
-    """The rows of one thread by case."""
-    found = next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
-    return {row.case: row for row in found.rows if row.threads == 1}
+def flower_means() -> Recorded:
+    """What was recorded of strategies."""
+    return next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
 
 
 def in_models(row: Comparison) -> dict[str, str]:
@@ -690,10 +708,10 @@ def in_models(row: Comparison) -> dict[str, str]:
 def over_flower(most: int | None = None) -> Lines:
     """The table of strategies, with at most so many rows."""
     rows = []
-    for case, row in list(flower_means().items())[:most]:
+    for row in [row for row in flower_means().rows if row.threads == 1][:most]:
         models, low = in_models(row), LOW_MEMORY in row.seconds
         rows.append([
-            case, our_time(row), f"{row.speedup['Flower']:.2f}×",
+            row.case, our_time(row), f"{row.speedup['Flower']:.2f}×",
             f"{row.speedup['Flower'] / row.speedup[LOW_MEMORY]:.2f}×" if low else "",
             models[row.ours], models[LOW_MEMORY] if low else "", models["Flower"],
         ])  # fmt: skip
@@ -701,7 +719,7 @@ def over_flower(most: int | None = None) -> Lines:
         "strategy", "time", "times as fast as Flower", "with `low_memory`", "memory, models", "with `low_memory`",
         "Flower",
     ]  # fmt: skip
-    return table(header, rows).split("\n")
+    return [*caption(flower_means().machine), *table(header, rows).split("\n")]
 
 
 def messages(method: str) -> tuple[str, ...]:
@@ -773,7 +791,11 @@ def measured() -> Lines:
 def _readme() -> Page:
     return Page(
         "README.md",
-        {"speed": speed_in_short, "strategies": partial(over_flower, 1), "measured": measured},
+        {
+            "speed": partial(whole_runs, "default", IN_SHORT),
+            "strategies": partial(over_flower, 1),
+            "measured": measured,
+        },
         part="Do the methods keep their promises?",
     )
 

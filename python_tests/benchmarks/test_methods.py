@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_methods, processes
+from benchmarks import bench_methods, page_figures, processes
 from benchmarks.bench_methods import CASES, Case, Row
 from benchmarks.gpu_use import Use
 from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
@@ -391,6 +391,46 @@ def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeyp
     assert found.missing == {"before": "no --before was given"}
     assert found.seconds == {"plain": [2.0, 2.0], "fedkern": [2.0, 2.0]}
     assert found.main == "accuracy"
+
+
+@pytest.mark.parametrize("contestant", bench_methods.ONE_CORE.values())
+def test_on_one_core_a_contestant_has_one_thread_in_one_process(contestant, tmp_path, monkeypatch):
+    def fake(command, environment, folder):
+        assert command[command.index("--threads") + 1] == "1"
+        if contestant == bench_methods.ONE_CORE[bench_methods.OURS]:
+            config = request.effective(flags.parse([*command[3:], "--client-threads", "1"]))
+            assert (config.threads, config.workers) == (1, "1")
+            (folder.parent / "run").mkdir()
+            (folder.parent / "run" / "metrics.jsonl").write_text(2 * (json.dumps(record) + "\n"))
+        (folder.parent / "records.json").write_text(json.dumps({"rounds": 2 * [record]}))
+        return processes.Cost(5.0, 4.0, 100, 1)
+
+    record = {"round_seconds": 1.5, "accuracy": 0.5}
+    monkeypatch.setattr(processes, "run", fake)
+    case = Case("fedavg", "default", {"rounds": 2})
+    found = bench_methods.measure(case, (contestant,), 1, before=None, data_root=None, threads=2)
+    assert found.seconds == {contestant: [5.0]}
+    assert found.outside_seconds(contestant) == 2.0
+    assert bench_methods.missing(contestant, None, "cuda")
+
+
+def test_who_earned_it_stands_beside_the_seconds():
+    names = ("plain", "fedkern", "bf16", "reference", *bench_methods.ONE_CORE.values())
+    one = row(**{name: [seconds] for name, seconds in zip(names, (12.0, 6.0, 5.0, 6.6, 18.0, 9.0), strict=True)})
+    one.rounds = 1
+    one.cpu_seconds = {"plain": [20.0], "fedkern": [8.0]}
+    found = page_figures.earned(one)
+    assert [found[f"over plain: {per}"] for per in ("machine", "processor seconds", "one core")] == [
+        "2.00×", "2.50×", "2.00×",
+    ]  # fmt: skip
+    assert (found["kernels"], found["processes"]) == ("1.10×", "1.50×")
+    assert (found["outside of rounds: plain"], found["outside of rounds: fedkern"]) == ("6.0 s", "3.0 s")
+    for name in ("reference", *bench_methods.ONE_CORE.values()):
+        del one.seconds[name]
+    one.rounds = 0
+    found = page_figures.earned(one)
+    assert {found[name] for name in ("over plain: one core", "kernels", "processes")} == {"–"}
+    assert found["outside of rounds: plain"] == "–"
 
 
 def test_a_command_ends_with_whoever_measures_it(tmp_path, monkeypatch):

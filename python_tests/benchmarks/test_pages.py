@@ -80,6 +80,24 @@ def test_what_is_wrong_with_a_page(before, after, words):
     assert (not found) if words is None else any(words in fault for fault in found), found
 
 
+@pytest.mark.parametrize(("path", "name"), [
+    ("README.md", "speed"), ("README.md", "strategies"), ("docs/speed.md", "default runs"),
+    ("docs/speed.md", "larger runs"), ("docs/speed.md", "rounds"), ("docs/flower.md", "strategies"),
+])  # fmt: skip
+def test_tables_of_whole_runs_have_a_caption_and_short_cells(path, name):
+    lines = BY_PATH[path].tables[name]()
+    assert re.fullmatch(r"Measured on \d{4}-\d\d-\d\d at commit `[0-9a-f]{7}`\.", lines[0])
+    assert max(len(cell.split()) for line in lines for cell in line.split("|")) <= 15
+
+
+def test_a_round_on_one_core_stands_beside_others_on_one_core():
+    *_, header, _, first = page_figures.rounds_of_fedavg()[:5]
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, first)), strict=True))
+    assert cells["cores"] == "1"
+    assert cells["fedkern, two workers"] == "–"
+    assert all(cells[name] != "–" for name in ("fedkern, one process", "lean loop", "fluke", "pfl", "FedLab"))
+
+
 def test_figures_are_written_where_they_stand():
     assert pages.fill(TEXT.replace("| 1.5 % |", "| 9 |\n| 8 |"), PAGE) == TEXT
 
