@@ -1,0 +1,70 @@
+"""The gate fails where a real kernel takes 30 % longer, and passes the kernel as it is, on a quiet machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gate
+import machines
+import pytest
+from comparisons import machine_difference
+
+ROOT = Path(__file__).parents[2]
+TRIES = 3
+PLUGIN = """
+import time
+
+import harness
+
+
+def pytest_sessionstart():
+    duel = harness._duel
+
+    def slowed_duel(runs, ours, against, threads):
+        clock, run = time.thread_time if threads == 1 else time.perf_counter, runs[ours]
+        begin = clock()
+        for _ in range(1000):
+            clock()
+        reading = (clock() - begin) / 1001  # looking at the clock takes a part of what is to be waited
+
+        def slowed():
+            begin = clock()
+            run()
+            end = begin + 1.3 * (clock() - begin - reading) - reading
+            while clock() < end:
+                pass
+
+        return duel({**runs, ours: slowed}, ours, against, threads)
+
+    harness._duel = slowed_duel
+"""
+FLOORS = gate.read_floors()
+
+
+def one_of_each_family() -> list[str]:
+    """The first row that is held of every file of benchmarks."""
+    held = {node.partition("::")[0]: node for node, floor in reversed(FLOORS.rows.items()) if floor.steady}
+    return sorted(held.values())
+
+
+def gated(node: str, *words: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """The gate over one row, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "--gate-short", "-p", "no:cacheprovider", *words, f"benchmarks/{node}"]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", one_of_each_family())
+def test_a_kernel_that_takes_30_per_cent_longer_fails_in_three_of_three_tries(node: str, tmp_path: Path) -> None:
+    if difference := machine_difference(FLOORS.machine, machines.machine("cpu")):
+        pytest.skip(f"floors.toml was {difference}")
+    (tmp_path / "slowed_kernels.py").write_text(PLUGIN)
+    sound = gated(node, path=tmp_path)
+    assert (sound.returncode, "1 passed" in sound.stdout) == (0, True), sound.stdout
+    for _ in range(TRIES):
+        slowed = gated(node, "-p", "slowed_kernels", path=tmp_path)
+        assert slowed.returncode == 1, slowed.stdout
+        assert f"{node}: " in slowed.stdout, slowed.stdout
+        assert "1 failed" in slowed.stdout
