@@ -97,7 +97,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the benchmarks are ``exhaustive``: they say nothing of the package that is installed.
 
     So are the cases that ``@pytest.mark.sampled`` leaves out: as many remain as its argument says, or as the longest
-    axis of the test's parameters has values, and these go through all axes at once.
+    axis of the test's parameters has values, and these go through all axes at once.  Short axes are crossed as far as
+    there is room: of two dtypes and two backends each meets each.
     """
     groups = defaultdict(list)
     folder = Path(__file__).parent / "benchmarks"
@@ -113,8 +114,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         axes = [list(dict.fromkeys(axis)) for axis in zip(*cases, strict=True)]
         longest = max(map(len, axes))
         most = min([longest, *group[0].get_closest_marker("sampled").args])
-        places = [i * longest // most for i in range(most)]
-        sample = {tuple(axis[place % len(axis)] for axis in axes) for place in places}
+        chosen, repeats = [[] for _ in axes], 1
+        for axis, values in sorted(zip(axes, chosen, strict=True), key=lambda both: len(both[0])):
+            if len(axis) * repeats <= most:
+                values += [axis[i // repeats % len(axis)] for i in range(most)]
+                repeats *= len(axis)
+            else:
+                values += [axis[i * longest // most % len(axis)] for i in range(most)]
+        sample = set(zip(*chosen, strict=True))
         for item, case in zip(group, cases, strict=True):
             if case not in sample:
                 item.add_marker(pytest.mark.exhaustive)

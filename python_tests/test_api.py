@@ -208,7 +208,12 @@ def test_the_history_as_a_data_frame():
     assert list(run.history.to_pandas()["round"]) == [1, 2]
 
 
-@pytest.mark.parametrize("code", BLOCKS)
+def _page(code):
+    """Comparisons and methods of a script are played by other tests; four rounds or runs take seconds."""
+    return pytest.param(code, marks=[pytest.mark.exhaustive] if re.search(r"compare\(|^class", code, re.M) else [])
+
+
+@pytest.mark.parametrize("code", [_page(code) for code in BLOCKS])
 def test_the_pages_code_runs(code):
     quiet = code.replace("fedkern.simulate(", "fedkern.simulate(progress=False, pictures=False, method=")
     exec(compile(quiet.replace("rounds=3)", "rounds=3, progress=False, pictures=False)"), "docs/python.md", "exec"), {})

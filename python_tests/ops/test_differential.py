@@ -20,7 +20,7 @@ from fedkern import ops
 from fedkern.ops._core import backend, loading
 
 SEED = int(os.environ["FEDKERN_SEED"])  # python_tests/conftest.py sets it to the day's
-SECONDS = 6 / len(differential.OPERATORS)
+SECONDS = 3 / len(differential.OPERATORS)
 MORE = 100 / len(differential.OPERATORS)
 HOUR = 3600 / len(differential.OPERATORS)
 LEAST = 20

@@ -60,7 +60,7 @@ def test_negated_views(operator: Operator) -> None:
     close(operator.results(*views), operator.results(*inputs))
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @each_operator
 def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
     """A kernel would drop the tangents without a word: the references have them, operators without gradient refuse."""
@@ -323,7 +323,7 @@ def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
     close(list(got), list(torch.autograd.grad(loss(*leaves), leaves)))
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @each_operator
 def test_compiled_without_graph_break_or_recompilation(operator: Operator) -> None:
     torch._dynamo.reset()

@@ -180,6 +180,7 @@ def test_compile_is_one_node(name: str) -> None:
         assert len(nodes) == 1
 
 
+@pytest.mark.exhaustive
 def doubles(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 

@@ -117,6 +117,7 @@ def test_batches(name: str, rows: int) -> None:
     check(name, (rows, 7), torch.float32, "repeated", "tensor")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index_kind", INDICES)
@@ -144,6 +145,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("one", "two"), list(itertools.product(LAYOUTS, repeat=2)))

@@ -36,6 +36,7 @@ def case_fp64() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, torch.rand(3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 4, 0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", BACKENDS)
 def test_gradcheck(name: str) -> None:
     x, y, alpha, index = case_fp64()
@@ -61,6 +62,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fedkern.blend.default, (image, image, None, 0.25, None))
 
 
+@pytest.mark.exhaustive
 def test_compile_is_one_node() -> None:
     graphs = []
 
@@ -88,6 +90,7 @@ def test_compile() -> None:
             torch.testing.assert_close(one, two)
 
 
+@pytest.mark.sampled(27)
 @pytest.mark.parametrize(
     "dims", [d for d in itertools.product((0, 1, None), repeat=4) if any(x is not None for x in d)]
 )

@@ -18,6 +18,7 @@ from fedkern.ops._distill.reference import kl_div_reference
 # --- gradients
 
 
+@pytest.mark.sampled
 @each_operator
 @pytest.mark.parametrize(("temperature", "reduction"), [(2.0, "none"), (2.0, "batchmean"), (math.inf, "none")])
 def test_gradcheck(backend: str, operator: str, temperature: float, reduction: str) -> None:

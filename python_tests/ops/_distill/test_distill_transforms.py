@@ -62,6 +62,7 @@ def test_second_derivatives_under_torch_func() -> None:
     torch.testing.assert_close(hessian(ops.entropy), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_opcheck(reduction: int) -> None:
     student, other, teacher = (x.requires_grad_() for x in logits(3, 4, 6))
@@ -90,7 +91,7 @@ def _both_losses(student: Tensor, other: Tensor, teacher: Tensor, weight: Tensor
     return pair + 0.5 * ops.dual_kl(student, other, teacher, direction="student", reduction="sum")
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_compile_without_graph_break_or_recompilation(compiler: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(_both_losses, fullgraph=True, dynamic=True, backend=compiler)

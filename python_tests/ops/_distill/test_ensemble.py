@@ -104,6 +104,7 @@ def test_masks_that_leave_little_mass(backend: str, classes: int, difference: fl
     compare_little_mass(backend, difference, classes, rows=5 if backend == "triton" else 21)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "more",
     [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}, {"classes": 33_001, "rows": 2}],

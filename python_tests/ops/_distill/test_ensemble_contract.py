@@ -183,6 +183,7 @@ def test_mixed_dtypes(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> 
 # --- gradients
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("temperature", [2.0, math.inf])
 @pytest.mark.parametrize("how", HOWS, ids=str)
 def test_gradcheck(backend: str, how: dict[str, Any], temperature: float) -> None:
@@ -257,6 +258,7 @@ def test_second_derivatives_under_torch_func() -> None:
     torch.testing.assert_close(hessian(lambda s: ops.ensemble_kl(s, teachers, None, 2.0)), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", [0, 2])
 def test_opcheck(reduction: int) -> None:
     student, teachers = logits(4, 6).requires_grad_(), logits(3, 4, 6, seed=1).requires_grad_()

@@ -271,6 +271,7 @@ def test_second_derivatives_under_torch_func() -> None:
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", [0, 2])
 def test_opcheck(reduction: int) -> None:
     stack, weights = logits(3, 4, 6).requires_grad_(), (torch.rand(3, 4) + 0.1).requires_grad_()

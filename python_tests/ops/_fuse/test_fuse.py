@@ -70,6 +70,7 @@ AXES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", pairwise(AXES, seed=3), ids=describe)
 def test_pairs(backend: str, case: dict) -> None:
     dtype, count = case["dtype"], case["channels"]
@@ -106,6 +107,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("one", "two"), list(itertools.product(LAYOUTS, repeat=2)))
 def test_layouts(backend: str, one: str, two: str) -> None:
     features = [LAYOUTS[layout](torch.randn(4, 5, 3, 6)) for layout in (one, two, one)]

@@ -89,11 +89,10 @@ def inputs(name: str, count: int, shared: bool) -> tuple[Tensor, list[Tensor]]:
     return x, [x] * count if shared else list(x.tensor_split(count, 1))
 
 
-CASES = list(itertools.product(BLOCKS, LOWERINGS, (True, False)))
-
-
 @pytest.mark.sampled
-@pytest.mark.parametrize(("name", "lowering", "shared"), CASES)
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("shared", [True, False])
 def test_training_step(name: str, lowering: str, shared: bool) -> None:
     blocks = make(name)
     fused = FusedBlocks(blocks, shared=shared, lowering=lowering).double()
@@ -119,7 +118,9 @@ def test_training_step(name: str, lowering: str, shared: bool) -> None:
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize(("name", "lowering", "shared"), CASES)
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("fold", [True, False])
 def test_evaluation(name: str, lowering: str, shared: bool, fold: bool) -> None:
     blocks = [block.eval() for block in make(name)]

@@ -20,6 +20,7 @@ def joined(blocks: list[nn.Module], x: Tensor) -> Tensor:
     return torch.cat([block(x) for block in blocks], 1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", WAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["residual", "adaptor", "perceptron"])
@@ -125,6 +126,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", WAYS)
 @pytest.mark.parametrize(("block", "shape", "message"), SHAPES)
 def test_wrong_shapes(lowering: str | None, block: nn.Module, shape: tuple[int, ...], message: str) -> None:
@@ -159,6 +161,7 @@ def test_layers_that_want_other_axes_than_they_get() -> None:
         FusedBlocks([nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4))])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "make_block",
     [
@@ -198,6 +201,7 @@ def test_changes_that_torch_does_not_count(lowering: str | None) -> None:
         torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", WAYS)
 @pytest.mark.parametrize("name", ["residual", "adaptor", "perceptron", "identity"])
 def test_built_in_inference_mode(lowering: str | None, name: str) -> None:

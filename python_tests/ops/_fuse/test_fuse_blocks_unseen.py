@@ -260,6 +260,7 @@ def first(s: Any, x: Tensor) -> Tensor:
     return s.m(s.d(s.n(s.c(y)))).add_(y)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", [None, *LOWERINGS])
 @pytest.mark.parametrize("forward", [chain, shortcut, later_value, first])
 def test_operations_in_place_whose_old_value_nobody_reads(lowering: Any, forward: Callable[..., Any]) -> None:
@@ -350,6 +351,7 @@ AUTOCAST: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lowering", [None, *LOWERINGS])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", AUTOCAST)

@@ -49,6 +49,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.fedkern.fuse_backward.default, (grad, maps, None, scale, shift, *rest))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_compile_is_one_node(function: Callable) -> None:
     graphs = []
