@@ -142,6 +142,13 @@ def _dispatch(words: list[str], leftover: bool) -> int:
 
         print(f"fedkern {__version__}")
         return OK
+    if words in (["--help"], ["-h"]):
+        from fedkern.cli import extensions, front_page
+
+        extensions.load(words)
+        if _first():
+            print(front_page.front_page())
+        return OK
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
     with _told("loading torch ..."):
         from fedkern.cli import (

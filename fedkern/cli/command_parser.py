@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fedkern.cli.flags import PROGRAM, Parser
+from fedkern.cli.flags import Parser
+from fedkern.cli.front_page import PROGRAM
 from fedkern.errors import UserError, nearest
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from fedkern import interrupts, plugins
 from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, overview, reporting
-from fedkern.cli.flags import PROGRAM, quote
+from fedkern.cli.flags import quote
+from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
 from fedkern.data.registry import read_options
-from fedkern.downstream.tasks import TASKS
 from fedkern.engine import Listener, Listeners, RunConfig, Terminated
 from fedkern.engine.config import ANYHOW
 from fedkern.engine.given_paths import absolute, named_options

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedkern import interrupts
 from fedkern.cli import flags
-from fedkern.cli.flags import PROGRAM, Parser, check_filled, first, key_values, quote
+from fedkern.cli.flags import Parser, check_filled, first, key_values, quote
+from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request, effective
 from fedkern.engine import RunConfig
 from fedkern.errors import UserError, nearest, printable

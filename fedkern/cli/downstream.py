@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
-from fedkern.cli.flags import PROGRAM, Parser, check_filled, first, key_values, whole_number
+from fedkern.cli.flags import Parser, check_filled, first, key_values, whole_number
+from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.request import Request, absolute, trusted
-from fedkern.downstream.tasks import FEATURES, TASKS
+from fedkern.downstream.tasks import FEATURES
 from fedkern.errors import UserError
 
 FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedkern import plugins
-from fedkern.engine import RunConfig
-from fedkern.engine.config import load_plugins
 from fedkern.errors import UserError, printable
 from fedkern.files import expand
 from fedkern.inputs import read_text
@@ -28,6 +26,8 @@ def load(words: Sequence[str]) -> None:
     for file in _values(words, "--config"):
         plugins.given(_named(expand(file)))
     for folder in _values(words, "--resume"):
+        from fedkern.engine.config import load_plugins
+
         load_plugins(expand(folder))
 
 
@@ -41,6 +41,8 @@ def _values(words: Sequence[str], flag: str) -> Iterator[str]:
 
 def _named(path: Path) -> dict[str, str]:
     """The plugins in a file of settings; none where the file is missing or damaged, which its reader says later."""
+    from fedkern.engine import RunConfig  # here, since the front page is printed without torch
+
     try:
         table = RunConfig.table(read_text(path, "utf-8-sig"), source=str(path))
     except (OSError, UnicodeDecodeError, UserError):

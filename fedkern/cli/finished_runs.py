@@ -9,7 +9,8 @@ from typing import Any
 
 from fedkern import plugins
 from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
-from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, key_values
+from fedkern.cli.flags import Parser, check_filled, first, key_values
+from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
 from fedkern.engine import RunConfig, membership_attack

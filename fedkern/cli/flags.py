@@ -9,29 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedkern.cli.front_page import COMMANDS, PROGRAM, front_page
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
-from fedkern.downstream.tasks import TASKS
 from fedkern.engine import RunConfig
 from fedkern.engine.defaults import default_data, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
 from fedkern.methods.options import Knob
-
-PROGRAM = "python -m fedkern.run"
-COMMANDS = {
-    **TASKS,
-    "attack": "how well a finished run's model tells who was in its training data",
-    "evaluate": "a finished run's figures, also on other data",
-    "predict": "classes or masks of your own images, by a finished run",
-    "export": "a finished run's network as a file for other programs",
-    "extend": "more rounds for a run",
-    "compare": "several methods over seeds and settings, or finished runs",
-    "report": "one HTML file of a run or a comparison, to read in a browser",
-    "flower": "a Flower project, run to its end on a SuperLink or in a simulation",
-    "list": "show methods, data sets, models, encoders, partitioners, aggregators",
-    "doctor": "show versions, processor, GPU and what serves",
-}
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
@@ -91,24 +76,6 @@ DATA_FLAGS: dict[str, DataOption] = {
     "client_column": DATASETS["csv"].options["client_column"],
 }
 METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
-
-
-DESCRIPTION = f"""\
-{PROGRAM} METHOD [flags]              train and evaluate a federated method
-{PROGRAM} METHOD --help               the same help with the method's own options
-{PROGRAM} --resume DIR                continue an interrupted run
-{PROGRAM} attack DIR                  {COMMANDS["attack"]}
-{"".join(f"{PROGRAM} {name + ' DIR':<27} {text}" + chr(10) for name, text in TASKS.items())}\
-{PROGRAM} evaluate DIR                {COMMANDS["evaluate"]}
-{PROGRAM} predict DIR IMAGE...        {COMMANDS["predict"]}
-{PROGRAM} export DIR                  {COMMANDS["export"]}
-{PROGRAM} extend DIR --rounds R       {COMMANDS["extend"]}
-{PROGRAM} compare METHOD METHOD...    {COMMANDS["compare"]}
-{PROGRAM} report DIR...                {COMMANDS["report"]}
-{PROGRAM} flower PROJECT_DIR          {COMMANDS["flower"]}
-{PROGRAM} list                        {COMMANDS["list"]}
-{PROGRAM} doctor                      {COMMANDS["doctor"]}
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -177,8 +144,7 @@ def _parser(method: str | None, data: str) -> Parser:
     parser = Parser(
         prog=PROGRAM,
         usage=argparse.SUPPRESS,
-        description=DESCRIPTION if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}",
-        epilog=f"The options of a method: {PROGRAM} METHOD --help" if method is None else None,
+        description=None if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
         add_help=False,
@@ -325,7 +291,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser, method: str | None) -> 
     if method is not None and any(option in (knob.name, knob.field) for knob in METHODS[method].Options.knobs()):
         return UserError(f"{given} is an option of {method}: write --method-option {option}=VALUE.")
     flags = [name for action in parser._actions for name in action.option_strings]
-    return UserError(f'Unknown flag "{given}".{nearest(given, flags)} See {PROGRAM} --help.')
+    return UserError(f'Unknown flag "{given}".{nearest(given, flags)} See {PROGRAM} {method or "METHOD"} --help.')
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -352,7 +318,7 @@ def parse(argv: Sequence[str]) -> Request:
     method = values.method
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
     if values.help:
-        return Request("help", method=method, help=parser.format_help())
+        return Request("help", method=method, help=front_page() if method is None else parser.format_help())
     if method is not None and method not in METHODS:
         likely = nearest(method, [*METHODS, *COMMANDS])
         raise UserError(f'Unknown method "{method}".{likely} Known methods: {", ".join(sorted(METHODS))}.')

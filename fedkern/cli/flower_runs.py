@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from fedkern.cli.command_parser import command_parser, read
-from fedkern.cli.flags import PROGRAM, check_filled, first
+from fedkern.cli.flags import check_filled, first
+from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
 from fedkern.flower.project import simulation

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 
 from fedkern.cli.command_parser import add_common, command_parser, read
-from fedkern.cli.flags import COMMANDS, PROGRAM, first
+from fedkern.cli.flags import first
+from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.request import Request
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, quote
+from fedkern.cli.flags import DATA_FLAGS, flag, quote
+from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.engine import RunConfig
 from fedkern.engine.config import FOUND

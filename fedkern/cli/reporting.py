@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkern.cli.command_parser import add_code, add_common, command_parser, read
-from fedkern.cli.flags import COMMANDS, PROGRAM, Parser, check_filled, first, quote
+from fedkern.cli.flags import Parser, check_filled, first, quote
+from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, trusted
 from fedkern.engine import RunConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -196,11 +196,3 @@ def _pixels(run: Finished, split: Split) -> Tensor:
     if split.masks is None:
         raise UserError(f'data set "{run.data.name}" has no masks to learn a segmentation from.')
     return split.masks.long()
-
-
-TASKS: Mapping[str, str] = {
-    "retrieval": "how often a finished run finds an image's text, and a text's image",
-    "zero-shot": "classify images by prompts with a finished run's encoders",
-    "probe": "classify images by few-shot or linear probes on a run's frozen encoder",
-    "decode": "segment images by a light decoder on a run's frozen image tokens",
-}

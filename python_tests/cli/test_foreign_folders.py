@@ -15,7 +15,7 @@ from interrupted import unvouched
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedkern.downstream.tasks import TASKS
+from fedkern.cli.front_page import TASKS
 from fedkern.engine import RunConfig, attack, read_model, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS

@@ -90,12 +90,13 @@ def test_commands_without_plugins_refuse_them(fails, marked):
     assert 'doctor does not take "--plugin"' in fails("doctor", "--plugin", str(marked.path))
 
 
-def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch, tmp_path, marked):
+@pytest.mark.parametrize("word", ["list", "--help"])
+def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch, tmp_path, marked, word):
     monkeypatch.syspath_prepend(marked.path.parent)
     points = [EntryPoint("good", "marked", plugins.GROUP), EntryPoint("bad", "not_installed", plugins.GROUP)]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
     monkeypatch.setattr(plugins, "_installed", False)
-    assert main(["list"]) == 0
+    assert main([word]) == 0
     out, err = capsys.readouterr()
     assert "  mine " in out
     assert err.startswith("warning: The plugin bad of an installed package is left out")
@@ -260,7 +261,7 @@ def test_a_network_of_a_plugin_is_read_back_under_the_same_rules(result, fails, 
     result(
         "fedavg", *words, "--rounds", "1", "--model", "slim", "--plugin", str(marked.path), "--out", "run", "--quiet"
     )
-    assert "slim" in " ".join(result("--help", "--plugin", str(marked.path))[0].split())
+    assert "slim" in " ".join(result("fedavg", "--help", "--plugin", str(marked.path))[0].split())
     unload_all()
     model, about = read_model(tmp_path / "run")
     assert (about["model"], about["width"], marked.runs) == ("slim", 4, 2)

@@ -26,8 +26,8 @@ TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 # -- help, list, doctor ------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_setting(result):
-    text, _ = result("--help")
+def test_the_help_of_a_method_names_every_setting(result):
+    text, _ = result("fedavg", "--help")
     for knob in RunConfig.knobs():
         if knob.field != "method":
             assert re.search(rf"^  {flags.flag(knob.field)} ", text, re.MULTILINE), knob.field
@@ -79,7 +79,7 @@ def test_help_shows_the_defaults_of_the_data_set(result):
     for argv in (["fedavg", "--data", "nico", "--help"], ["fedavg", "--help", "--data=nico"]):
         text, _ = result(*argv)
         assert re.search(r"--model NAME [^;]*; default resnet18", " ".join(text.split()))
-    assert re.search(r"--model NAME [^;]*; default cnn", " ".join(result("--help")[0].split()))
+    assert re.search(r"--model NAME [^;]*; default cnn", " ".join(result("fedavg", "--help")[0].split()))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fedkern.cli.front_page import TASKS
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, probe, retrieve, zero_shot
-from fedkern.downstream.tasks import TASKS
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods.baselines.alone import Pairs

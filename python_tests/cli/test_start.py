@@ -1,0 +1,39 @@
+"""What a command imports before it does its work: the user waits for every module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from plugin_files import Marked, plugged  # noqa: F401
+
+from fedkern.cli import front_page
+from fedkern.methods import METHODS
+
+LOADED = "import sys; from fedkern.run import main; code = main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+
+
+def command(*words: str) -> tuple[str, set[str]]:
+    """What a command prints in a process of its own, and the modules that it imports."""
+    done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True)
+    return done.stdout, set(done.stderr.split())
+
+
+def test_help_needs_no_torch():
+    text, modules = command("--help")
+    assert not modules & {"torch", "numpy", "rich", "fedkern.engine", "fedkern.methods"}
+    for name in front_page.COMMANDS:
+        assert f"{front_page.PROGRAM} {name} " in text
+    assert [line for line in text.splitlines() if line.startswith("  ")] == [
+        f"  {name:<16}{METHODS[name].description}" for name in sorted(METHODS)
+    ]
+
+
+def test_help_is_the_same_once_torch_is_loaded(result):
+    assert result("--help")[0] == result("-h", "--json")[0] == command("-h")[0]
+
+
+def test_help_names_the_methods_of_a_plugin(result, plugged, tmp_path):  # noqa: F811
+    text, _ = result("--help", "--plugin", str(Marked(tmp_path).path))
+    assert f"  {'mine':<16}A method of a test." in text.splitlines()
+    assert "mine" not in command("--help")[0]
