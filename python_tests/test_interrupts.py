@@ -16,6 +16,7 @@ from fedkern.interrupts import Terminated, check, in_order
 BOTH = pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 
 
+@pytest.mark.sampled(1)
 @BOTH
 def test_a_signal_that_a_callback_swallows_is_raised_again(number, kind, capsys):
     def go():

@@ -86,7 +86,7 @@ def by_hand(setup: Setup, x: torch.Tensor, kind: str) -> torch.Tensor:
         (["vgg16"] * 2, 4, "cnn1x1"),
         (["vit-tiny"] * 2, 4, "cnn1x1"),
         (["vit-tiny"] * 2, 2, "avg"),
-        (["resnet18", "resnet10", "resnet18"], 4, "cnn1x1"),
+        pytest.param(["resnet18", "resnet10", "resnet18"], 4, "cnn1x1", marks=pytest.mark.exhaustive),
         (["resnet10", "resnet18"], 2, "avg"),
     ],
 )

@@ -12,8 +12,8 @@ from fedkern import models
 from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
 
 
-def make(name: str = "cnn", size: int = 32):
-    model = models.build(name, classes=4, channels=3, image_size=size, seed=0).double()
+def make(name: str = "cnn", size: int = 32, **options):
+    model = models.build(name, classes=4, channels=3, image_size=size, seed=0, **options).double()
     images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model.train()
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_the_stage_is_the_last_with_seven_positions():
     assert gradcam_stage(make("cnn")[0], 28, 28) == "layer2"
     assert gradcam_stage(make("cnn")[0], 8, 8) == "layer1"
     assert gradcam_stage(make("resnet8")[0], 32, 32) == "layer3"
-    assert gradcam_stage(make("resnet18", 224)[0], 224, 224) == "layer4"
+    assert gradcam_stage(make("resnet18", 224, width=4)[0], 224, 224) == "layer4"
     with pytest.raises(ValueError, match="no positions"):
         grad_cam(*make(), stage="feature")
 

@@ -185,6 +185,7 @@ def test_far_too_little_noise_is_infinite_and_not_a_wrong_number():
     assert accountant.epsilon(DELTA) == math.inf
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("shards", [1, 20])
 def test_the_noise_found_meets_its_target(shards):
     account = lambda noise: discriminator(noise, shards, steps=100)  # noqa: E731

@@ -180,11 +180,11 @@ def test_compile_is_one_node(name: str) -> None:
         assert len(nodes) == 1
 
 
-@pytest.mark.exhaustive
 def doubles(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.exhaustive
 def test_opcheck() -> None:
     rows, weights = list(five().unbind()), torch.arange(1.0, 6.0)
     ops = torch.ops.fedkern

@@ -36,7 +36,6 @@ def case_fp64() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, torch.rand(3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 4, 0])
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", BACKENDS)
 def test_gradcheck(name: str) -> None:
     x, y, alpha, index = case_fp64()
@@ -51,6 +50,7 @@ def test_gradcheck(name: str) -> None:
             assert torch.autograd.gradgradcheck(function, inputs, fast_mode=name == "triton")
 
 
+@pytest.mark.exhaustive
 def test_opcheck() -> None:
     x, y, alpha, index = case_fp64()
     torch.library.opcheck(torch.ops.fedkern.blend.default, (x, y, alpha, 0.5, index))
@@ -62,7 +62,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fedkern.blend.default, (image, image, None, 0.25, None))
 
 
-@pytest.mark.exhaustive
 def test_compile_is_one_node() -> None:
     graphs = []
 
@@ -77,6 +76,7 @@ def test_compile_is_one_node() -> None:
     assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == ["fedkern.blend"]
 
 
+@pytest.mark.exhaustive
 def test_compile() -> None:
     x, y, alpha, index = case_fp64()
     torch._dynamo.reset()

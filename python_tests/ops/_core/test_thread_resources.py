@@ -116,7 +116,6 @@ def test_every_operator_works_in_a_stack_of_64_kb() -> None:
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1]} failed: {done.stderr[-500:]}"
 
 
-@pytest.mark.exhaustive
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_too_little_memory_is_an_error_and_no_end_of_the_process(threads: int) -> None:
@@ -125,6 +124,7 @@ def test_too_little_memory_is_an_error_and_no_end_of_the_process(threads: int) -
     assert done.stdout.split() == ["MemoryError"] * 2
 
 
+@pytest.mark.exhaustive
 def test_accumulators_in_a_forked_child() -> None:
     done = run(FORKED)
     assert done.returncode == 0, done.stderr[-500:]

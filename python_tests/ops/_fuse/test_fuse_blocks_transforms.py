@@ -25,7 +25,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "shared"), [*((name, True) for name in NAMES), ("residual, stride 2", False), ("perceptron", False)]
 )
@@ -50,6 +50,7 @@ def test_compile_is_one_graph(name: str, shared: bool) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_compile_with_inductor() -> None:
     fused = FusedBlocks([block.eval() for block in make("residual", 2)])
     x = torch.randn(2, 6, 8, 8)
@@ -135,6 +136,7 @@ def make_like(block: resnet.BasicBlock) -> resnet.BasicBlock:
     return resnet.BasicBlock(block.conv1.in_channels, block.conv1.out_channels, block.conv1.stride[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["ResNet", "VGG"])
 @pytest.mark.parametrize("lowering", [None, *LOWERINGS])
 def test_chain_of_fused_levels(kind: str, lowering: str | None) -> None:

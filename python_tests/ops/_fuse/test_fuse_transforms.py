@@ -49,7 +49,6 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.fedkern.fuse_backward.default, (grad, maps, None, scale, shift, *rest))
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_compile_is_one_node(function: Callable) -> None:
     graphs = []
@@ -65,6 +64,7 @@ def test_compile_is_one_node(function: Callable) -> None:
     assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == ["fedkern.fuse"]
 
 
+@pytest.mark.exhaustive
 def test_compile_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()  # of the tests before
