@@ -1,8 +1,8 @@
 // fedkern._cpu: the compiled CPU kernels. Imported by fedkern.ops._core.backend after torch, whose OpenMP runtime it uses.
 #include <string>
 
-#include "../cpu/isa_control.h"
 #include "bindings.h"
+#include "fedkern/isa.h"
 #include "fedkern/parallel.h"
 
 namespace fedkern {

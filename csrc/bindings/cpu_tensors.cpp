@@ -27,8 +27,8 @@ py::object result(PyObject* tensor, PyObject* method) {
 }
 
 // What follows answers for a call's tensors at once: kNo where something is unusual, which decides nothing (the checks in Python
-// say whether it is wrong, or right but for another path); else where all of them are, the CPU or one GPU.
-enum : int { kNo = 0, kOnCpu = TensorView::kCpu, kOnCuda = TensorView::kCuda };
+// say whether it is wrong, or right but for another path); else where all of them are, TensorView::kCpu or kCuda.
+constexpr int kNo = 0;
 
 // Whether a kernel may read `tensor` through its address: floating, no negated view, and with memory of its own, which
 // neither batched ones have nor those that outlived a transform.

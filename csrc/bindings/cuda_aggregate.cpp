@@ -88,7 +88,7 @@ bool server_step(py::handle vectors, py::handle weights, py::handle global, int 
   if (!x.alike) return false;
   at_most(x, cuda::kTable);
   const ServerTensors t(x, rule, global, first, second, out);
-  const cuda::ServerStep call{static_cast<cuda::ServerRule>(rule), learning_rate, beta1, beta2, tau, t.global, t.first, t.second, t.state, t.state, t.out.data,
+  const cuda::ServerStep call{static_cast<ServerRule>(rule), learning_rate, beta1, beta2, tau, t.global, t.first, t.second, t.state, t.state, t.out.data,
                               t.out.dtype, doubles_of(norms, x.count), doubles_of(cosines, x.count), doubles_of(workspace, cuda::kAggregateWorkspace)};
   cuda::server_step(uploads(x), weights_of(weights, x.count), call, place(x.gpu, stream));
   return true;

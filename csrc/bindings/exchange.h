@@ -18,7 +18,6 @@ struct TensorView {
 
   // As numbered by DLPack.
   static constexpr int kCpu = 1, kCuda = 2;
-  bool on_cpu() const { return device_type == kCpu; }
   bool same_device(const TensorView& other) const {
     return device_type == other.device_type && device_index == other.device_index;
   }

@@ -121,7 +121,7 @@ void weighted_mean(const WeightedMean& a) {
         }
       }
     }
-    if (stream) finish_stores();
+    if (stream) finish_streams();
   };
   const double bytes = static_cast<double>(a.count + 1) * static_cast<double>(a.size) * sizeof(T);
   parallel_for(a.size, chunk, a.threads, seconds(bytes), chunks);
@@ -145,7 +145,7 @@ void accumulator_mean(const AccumulatorMean& a) {
   const bool stream = can_stream(a.out, a.stream);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     write_mean(a.sum + begin, end - begin, divisor, static_cast<Out*>(a.out) + begin, stream);
-    if (stream) finish_stores();
+    if (stream) finish_streams();
   };
   parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(static_cast<double>(a.size) * (8 + sizeof(Out))), chunks);
 }

@@ -118,7 +118,7 @@ void exact_mean(const ExactMean& a) {
       }
       write_mean(mean, n, none, static_cast<T*>(a.out) + i, stream);
     }
-    if (stream) finish_stores();
+    if (stream) finish_streams();
   };
   parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(static_cast<double>(a.size) * 60), chunks);
 }

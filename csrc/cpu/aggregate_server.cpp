@@ -206,7 +206,7 @@ void server_step(const ServerStep& a) {
       }
       with_type(a.out_dtype, [&](auto out) { write_mean(model, n, none, static_cast<decltype(out)*>(a.out) + at, stream); });
     }
-    if (stream) finish_stores();
+    if (stream) finish_streams();
     double* partial = a.partial + begin / a.chunk * (2 * a.count + 1);
     for (std::int64_t m = 0; m < a.count; ++m) {
       partial[m] = reduce_add(V::load(sums.squares + m * V::lanes));

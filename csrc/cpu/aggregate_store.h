@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fedkern/aggregate.h"
-#include "fedkern/tiles.h"
+#include "stream.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -39,12 +39,6 @@ inline bool can_stream(const void* out, bool wanted) {
   return wanted && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
 #else
   return false && out && wanted;
-#endif
-}
-
-FEDKERN_INLINE void finish_stores() {
-#if defined(FEDKERN_ISA_avx2) || defined(FEDKERN_ISA_avx512)
-  _mm_sfence();
 #endif
 }
 

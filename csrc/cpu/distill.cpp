@@ -18,17 +18,8 @@ void run_as(const DistillCall& call) {
 
 void run(const DistillCall& call) { call.compute == DType::f64 ? run_as<double>(call) : run_as<float>(call); }
 
-template <typename T>
-void exp_as(std::int64_t count, const void* in, void* out) {
-  for (std::int64_t i = 0; i < count; i += Vec<T>::lanes) {
-    const std::ptrdiff_t n = count - i < Vec<T>::lanes ? count - i : Vec<T>::lanes;
-    exp(Vec<T>::load_partial(static_cast<const T*>(in) + i, n)).store_partial(static_cast<T*>(out) + i, n);
-  }
-}
-
-template <typename T>
-void scaled_exp_as(std::int64_t count, const void* in, void* out, double temperature) {
-  const ScaledExp<T> power(temperature);
+template <typename T, typename Power>
+void map(std::int64_t count, const void* in, void* out, Power power) {
   for (std::int64_t i = 0; i < count; i += Vec<T>::lanes) {
     const std::ptrdiff_t n = count - i < Vec<T>::lanes ? count - i : Vec<T>::lanes;
     power(Vec<T>::load_partial(static_cast<const T*>(in) + i, n)).store_partial(static_cast<T*>(out) + i, n);
@@ -36,12 +27,13 @@ void scaled_exp_as(std::int64_t count, const void* in, void* out, double tempera
 }
 
 void exp_of(DType dtype, std::int64_t count, const void* in, void* out) {
-  dtype == DType::f64 ? exp_as<double>(count, in, out) : exp_as<float>(count, in, out);
+  const auto power = [](auto x) { return exp(x); };
+  dtype == DType::f64 ? map<double>(count, in, out, power) : map<float>(count, in, out, power);
 }
 
 void scaled_exp_of(DType dtype, std::int64_t count, const void* in, void* out, double temperature) {
-  dtype == DType::f64 ? scaled_exp_as<double>(count, in, out, temperature)
-                      : scaled_exp_as<float>(count, in, out, temperature);
+  dtype == DType::f64 ? map<double>(count, in, out, ScaledExp<double>(temperature))
+                      : map<float>(count, in, out, ScaledExp<float>(temperature));
 }
 
 }  // namespace

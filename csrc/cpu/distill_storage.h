@@ -161,12 +161,7 @@ class Storage {
   static FEDKERN_INLINE V total(V sum) { return LanesAreRows ? sum : V::set(reduce_add(sum)); }
   static FEDKERN_INLINE V most(V x) { return LanesAreRows ? x : V::set(reduce_max(x)); }
 
-  std::int64_t offset(const Logits& t) const {
-    std::int64_t sum = row_ * t.row_stride[call_.row_dims - 1];
-    for (int d = 0; d + 1 < call_.row_dims; ++d) sum += index_[d] * t.row_stride[d];
-    return sum;
-  }
-  std::int64_t offset(const RowValues& t) const {
+  std::int64_t offset(const auto& t) const {
     std::int64_t sum = row_ * t.row_stride[call_.row_dims - 1];
     for (int d = 0; d + 1 < call_.row_dims; ++d) sum += index_[d] * t.row_stride[d];
     return sum;

@@ -2,12 +2,9 @@
 
 #include <atomic>
 
-#include "isa_control.h"
-
 namespace fedkern {
-namespace {
 
-bool supported(Isa isa) {
+bool isa_supported(Isa isa) {
   switch (isa) {
 #if defined(FEDKERN_HAS_avx512)
     case Isa::avx512:
@@ -23,9 +20,11 @@ bool supported(Isa isa) {
   }
 }
 
+namespace {
+
 Isa best() {
-  if (supported(Isa::avx512)) return Isa::avx512;
-  if (supported(Isa::avx2)) return Isa::avx2;
+  if (isa_supported(Isa::avx512)) return Isa::avx512;
+  if (isa_supported(Isa::avx2)) return Isa::avx2;
   return Isa::portable;
 }
 
@@ -37,8 +36,6 @@ std::atomic<Isa>& active() {
 }  // namespace
 
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
-
-bool isa_supported(Isa isa) { return supported(isa); }
 
 void set_isa(Isa isa) { active().store(isa, std::memory_order_relaxed); }
 

@@ -35,15 +35,15 @@ struct Elements {
 
   __device__ Elements(const Launch& a, std::int64_t row, std::int64_t at) : a(a), row(row), at(at), whole(a.packed && at + kPack <= a.call.size) {}
 
-  __device__ __forceinline__ T* of(const OptimiserRows& x) const { return static_cast<T*>(x.data) + row * x.step; }
-  __device__ __forceinline__ void load(const OptimiserRows& x, C (&value)[kPack]) const {
+  __device__ __forceinline__ T* of(const RowsOf& x) const { return static_cast<T*>(x.data) + row * x.step; }
+  __device__ __forceinline__ void load(const RowsOf& x, C (&value)[kPack]) const {
     const T* from = of(x);
     if (whole) return load_eight<C, T>(from, at, value);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) value[i] = at + i < a.call.size ? widen<C>(from[at + i]) : C(0);
   }
   // Returns whether all that was written is finite once it is rounded.
-  __device__ __forceinline__ bool store(const OptimiserRows& x, const C (&value)[kPack]) const {
+  __device__ __forceinline__ bool store(const RowsOf& x, const C (&value)[kPack]) const {
     T* to = of(x);
     bool finite = true;
     if (whole) {
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kBlock) finish_kernel(const __grid_constant__ 
   if (look) a.call.finite[row] = odd == 0 && squares - squares == 0;
 }
 
-bool packed(const OptimiserRows& x, const OptimiserStep& call) {
+bool packed(const RowsOf& x, const OptimiserStep& call) {
   const auto bytes = x.step * static_cast<std::int64_t>(item_size(call.dtype));
   return !x.present || (aligned16(x.data) && (call.rows == 1 || bytes % 16 == 0));
 }
@@ -221,7 +221,7 @@ void optimise_step(const OptimiserStep& call, int device, void* stream) {
   const DeviceGuard guard(device);
   const Queue queue{device, stream};
   Launch a{call, optimise_blocks(call.rows, call.size), true};
-  for (const OptimiserRows* x : {&call.parameters, &call.gradients, &call.first, &call.second, &call.anchor, &call.correction, &call.gradient_sum})
+  for (const RowsOf* x : {&call.parameters, &call.gradients, &call.first, &call.second, &call.anchor, &call.correction, &call.gradient_sum})
     a.packed = a.packed && packed(*x, call);
   with_type(call.dtype, [&](auto in) { run<decltype(in)>(a, queue); });
 }

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "fedkern/aggregate.h"
+#include "fedkern/aggregate_server.h"
 
 namespace fedkern::cuda {
 
@@ -51,7 +51,6 @@ void exact_add(DType dtype, std::int64_t size, const void* x, std::int64_t strid
 void exact_mean(DType out_dtype, std::int64_t size, const ExactState& state, double total, void* out, const Place& place);
 
 // See fedkern/ops/_aggregate/server_step.py. At most kTable vectors; global of their dtype; all of unit stride.
-enum class ServerRule : int { mean, momentum, adam, yogi, adagrad };
 struct ServerStep {
   ServerRule rule;
   double learning_rate, beta1, beta2, tau;

@@ -6,6 +6,8 @@ namespace fedkern {
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
 Isa active_isa();
+bool isa_supported(Isa isa);  // by this CPU and this build
+void set_isa(Isa isa);        // the caller has checked isa_supported
 
 // Declares the per-level tables of one operator and `const Table& operator_kernels()`, which returns the active one.
 // The tables are defined in csrc/cpu/<operator>.cpp as fedkern::<level>::<operator>_table.

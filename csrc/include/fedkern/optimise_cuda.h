@@ -1,24 +1,18 @@
 // optimise on CUDA: one step of SGD or AdamW on flat vectors; see optimise.h.
 #pragma once
 
-#include "fedkern/types.h"
+#include "fedkern/optimise.h"
 
 namespace fedkern::cuda {
 
 // Threads' blocks that share the work on all rows, at least one to a row.
 inline constexpr std::int64_t kOptimiseBlocks = 2048;
 
-struct OptimiserRows {
-  void* data = nullptr;
-  std::int64_t step = 0;  // elements from row to row
-  bool present = false;
-};
-
 struct OptimiserStep {
   DType dtype;
   bool adamw;
   std::int64_t rows, size;
-  OptimiserRows parameters, gradients, first, second, anchor, correction, gradient_sum;
+  RowsOf parameters, gradients, first, second, anchor, correction, gradient_sum;
   double lr;                        // of all rows, or
   Optional<const double> lr_each;   // [rows] on the device
   double momentum, weight_decay, proximal;

@@ -121,11 +121,6 @@ FEDKERN_INLINE float reduce_max(Vec<float> a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
-FEDKERN_INLINE float reduce_min(Vec<float> a) {
-  __m128 x = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  x = _mm_min_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_min_ss(x, _mm_shuffle_ps(x, x, 1)));
-}
 FEDKERN_INLINE Vec<float> round(Vec<float> a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -246,10 +241,6 @@ FEDKERN_INLINE double reduce_add(Vec<double> a) {
 FEDKERN_INLINE double reduce_max(Vec<double> a) {
   const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
-}
-FEDKERN_INLINE double reduce_min(Vec<double> a) {
-  const __m128d x = _mm_min_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
-  return _mm_cvtsd_f64(_mm_min_sd(x, _mm_unpackhi_pd(x, x)));
 }
 FEDKERN_INLINE Vec<double> round(Vec<double> a) {
   return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

@@ -93,7 +93,6 @@ FEDKERN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) {
 FEDKERN_INLINE float first(Vec<float> a) { return _mm512_cvtss_f32(a.v); }
 FEDKERN_INLINE float reduce_add(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 FEDKERN_INLINE float reduce_max(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
-FEDKERN_INLINE float reduce_min(Vec<float> a) { return _mm512_reduce_min_ps(a.v); }
 FEDKERN_INLINE Vec<float> round(Vec<float> a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -213,7 +212,6 @@ FEDKERN_INLINE Vec<float> round_to_odd(Vec<double> low, Vec<double> high) {
 FEDKERN_INLINE double first(Vec<double> a) { return _mm512_cvtsd_f64(a.v); }
 FEDKERN_INLINE double reduce_add(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 FEDKERN_INLINE double reduce_max(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }
-FEDKERN_INLINE double reduce_min(Vec<double> a) { return _mm512_reduce_min_pd(a.v); }
 FEDKERN_INLINE Vec<double> round(Vec<double> a) {
   return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

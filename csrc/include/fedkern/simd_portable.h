@@ -118,12 +118,6 @@ FEDKERN_INLINE T reduce_max(Vec<T> a) {
   for (int i = 1; i < Vec<T>::lanes; ++i) most = most > a.v[i] ? most : a.v[i];
   return most;
 }
-template <typename T>
-FEDKERN_INLINE T reduce_min(Vec<T> a) {
-  T least = a.v[0];
-  for (int i = 1; i < Vec<T>::lanes; ++i) least = least < a.v[i] ? least : a.v[i];
-  return least;
-}
 // Adding and subtracting 1.5 * 2^(mantissa bits) rounds |a| < 2^21 to the nearest integer.
 FEDKERN_INLINE Vec<float> round(Vec<float> a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 FEDKERN_INLINE Vec<double> round(Vec<double> a) { return {(a.v + 0x1.8p52) - 0x1.8p52}; }
