@@ -39,7 +39,7 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    return _call("clip_by_norm", vectors, check_number(max_norm, "max_norm", 0.0, above=True), 0.0, 0, 0)
+    return _call("clip_by_norm", vectors, check_number(max_norm, "max_norm", above=True), 0.0, 0, 0)
 
 
 def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
@@ -74,8 +74,8 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    bound = check_number(max_norm, "max_norm", 0.0, above=True)
-    deviation = check_number(noise, "noise", 0.0) * bound
+    bound = check_number(max_norm, "max_norm", above=True)
+    deviation = check_number(noise, "noise") * bound
     for value, name in ((seed, "seed"), (offset, "offset")):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")

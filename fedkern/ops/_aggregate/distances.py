@@ -150,8 +150,8 @@ def geometric_median(
         RuntimeError: a forced backend cannot serve the call.
     """
     iterations = min(check_count(iterations, "iterations", 0), _MOST_ITERATIONS)
-    check_number(tolerance, "tolerance", 0.0)
-    check_number(smoothing, "smoothing", 0.0, above=True)
+    check_number(tolerance, "tolerance")
+    check_number(smoothing, "smoothing", above=True)
     kernel: AggregateKernels | None = None
     if not isinstance(weights, Tensor):
         kernel = ready("aggregate", vectors, torch.is_grad_enabled())

@@ -164,7 +164,7 @@ def _settings(
     numbers = (learning_rate, beta1, beta2, tau)
     given = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
     for number, name in zip(given, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
-        check_number(number, name, 0.0, 1.0 if name.startswith("beta") else float("inf"))
+        check_number(number, name, 1.0 if name.startswith("beta") else float("inf"))
     return ServerRule(default.rule, *(float(number) for number in given))
 
 

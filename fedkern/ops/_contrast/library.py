@@ -11,13 +11,12 @@ from torch import Tensor
 from fedkern.ops._contrast.kernels import CpuContrast
 from fedkern.ops._contrast.reference import (
     Gradients,
-    compute_dtype,
     contrastive_reference,
     gradients_reference,
 )
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import select
+from fedkern.ops._core.backend import compute_dtype, select
 
 
 def _kernel(x: Tensor, y: Tensor, learnt: Tensor | None) -> CpuContrast | TiledContrast | None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
+
 
 class Gradients(NamedTuple):
     """Gradients with respect to x, y and the temperature, for a grad_output of 1, in the computing dtype.
@@ -57,8 +59,3 @@ def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context without autocast, which would round the products."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for the rest."""
-    return torch.float64 if dtype is torch.float64 else torch.float32

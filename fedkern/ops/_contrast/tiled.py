@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._contrast.reference import Gradients, compute_dtype
+from fedkern.ops._contrast.reference import Gradients
+from fedkern.ops._core.backend import compute_dtype
 
 # Most bytes of similarities that a call holds whole (8,192 pairs in fp32), and bytes of a tile of more.
 HELD = 256 << 20

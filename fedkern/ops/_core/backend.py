@@ -34,6 +34,12 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 # The dtypes of kernels that take floating tensors.
 FLOATS = frozenset(DTYPES)
 
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels compute in: float64 for float64, float32 for all other dtypes."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 # Looked up once: on small tensors the checks around a kernel take longer than the kernel.
 _is_compiling = torch.compiler.is_compiling
 _jit_traces = private_torch.is_tracing

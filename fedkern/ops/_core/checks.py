@@ -55,14 +55,14 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one; .to_dense() makes one of a sparse tensor")
 
 
-def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
-    """Returns ``value`` as a float in [low, high], or with ``above`` in (low, high]; infinity is never valid."""
+def check_number(value: float, name: str, high: float = math.inf, *, above: bool = False) -> float:
+    """Returns ``value`` as a float in [0, high], or with ``above`` in (0, high]; infinity is never valid."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     number = real(value, name)
     # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
-    if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
-        bound = f"greater than {low:g}" if above else f"at least {low:g}"
+    if not (0 <= number <= high) or number == math.inf or (above and number == 0):
+        bound = "greater than 0" if above else "at least 0"
         raise ValueError(
             f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {shown(value)}"
         )

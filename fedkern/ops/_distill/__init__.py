@@ -12,17 +12,14 @@ from fedkern.ops._distill.ensemble import ensemble_kl
 from fedkern.ops._distill.entropy import entropy
 from fedkern.ops._distill.kernels import DistillKernels
 from fedkern.ops._distill.kl import dual_kl, kl_div
-from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 __all__ = [
     "consensus",
     "dual_kl",
     "ensemble_kl",
     "entropy",
-    "entropy_reference",
     "js_div",
     "kl_div",
-    "kl_div_reference",
 ]
 
 for _name, _check in (

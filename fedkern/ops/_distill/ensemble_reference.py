@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._distill.reference import (
-    compute_dtype,
     divergence_terms,
     flat_divergence,
     flat_log_softmax,

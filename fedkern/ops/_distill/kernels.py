@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES
+from fedkern.ops._core.backend import DTYPES, compute_dtype
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_shape
 
 # --- settings: one object per call instead of several arguments. The cached constructors cost eager calls nothing.

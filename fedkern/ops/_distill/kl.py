@@ -1,6 +1,6 @@
 """kl_div, dual_kl: Kullback-Leibler divergence between the softmaxes of one or two students and a teacher.
 
-The reference is in reference.py, the torch.library entry in kl_library.py.
+The reference is in reference.py, the operators for compilers are in entries.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, readable, ready, select
+from fedkern.ops._core.backend import compute_dtype, eager, readable, ready, select
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
 from fedkern.ops._distill.entries import DIVERGENCE
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, divergence_settings
-from fedkern.ops._distill.reference import compute_dtype, divergence_reference, is_flat, result_dtype
+from fedkern.ops._distill.reference import divergence_reference, is_flat, result_dtype
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
 
 # the public functions: checks and choice of path

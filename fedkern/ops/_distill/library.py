@@ -29,9 +29,7 @@ class Loss:
         differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
         results: number of results.
-        rows_of: index of the tensor argument with the shape of the rows: ``[B, C, *positions]``, or
-            ``[K, B, C, *positions]`` if ``stacked``.
-        stacked: see ``rows_of``.
+        stacked: whether the first tensor is ``[K, B, C, *positions]``, not ``[B, C, *positions]``.
         run: (tensors, settings) to the results.
         run_backward: (grads, tensors, settings, needs) to the gradients of the differentiable tensors.
         reference: like ``run``, in plain PyTorch, with tensors and settings as separate arguments.
@@ -46,7 +44,6 @@ class Loss:
     differentiable: int
     settings: tuple[str, ...]
     results: int
-    rows_of: int
     stacked: bool
     run: Callable[[Optionals, Sequence[Any]], Any]
     run_backward: Callable[[Sequence[Tensor], Optionals, Sequence[Any], Sequence[bool]], Sequence[Tensor | None]]
@@ -57,9 +54,7 @@ class Loss:
 
     def rows(self, tensors: Optionals) -> tuple[int, ...]:
         """``[B, *positions]``."""
-        x = tensors[self.rows_of]
-        assert x is not None
-        shape = x.shape[1:] if self.stacked else x.shape
+        shape = tensors[0].shape[1:] if self.stacked else tensors[0].shape
         return (shape[0], *shape[2:])
 
 
@@ -107,9 +102,8 @@ def define(loss: Loss) -> Callable[..., Any]:
 
     def fake(*inputs: Any) -> Any:
         tensors = inputs[:count]
-        x = tensors[loss.rows_of]
         shape = loss.rows(tensors) if inputs[-1] == NONE else ()
-        return one([torch.empty(shape, dtype=loss.dtype(tensors), device=x.device) for _ in range(results)])
+        return one([torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)])
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:count])

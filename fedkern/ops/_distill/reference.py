@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._distill.checks import check_weight
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, SUM, row_shape
 
@@ -138,11 +139,6 @@ def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
     log_p = logits.to(compute).log_softmax(1)
     rows = -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(1)
     return reduce_rows(rows, None, reduction).to(logits.dtype)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for all other dtypes."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def result_dtype(student: Tensor, other: Tensor | None, teacher: Tensor) -> torch.dtype:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import not_forced
+from fedkern.ops._core.backend import compute_dtype, not_forced
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
-from fedkern.ops._fuse.maps import compute_dtype, empty_map
+from fedkern.ops._fuse.maps import empty_map
 from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
 
 _empty_like = torch.empty_like

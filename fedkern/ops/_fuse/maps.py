@@ -1,4 +1,4 @@
-"""fuse: feature maps in memory, and the dtype that they are computed in."""
+"""fuse: feature maps in memory."""
 
 from __future__ import annotations
 
@@ -68,8 +68,3 @@ def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor
 def fused_channels(channels: Sequence[int], mean: bool) -> int:
     """Channels of the result."""
     return channels[0] if mean else sum(channels)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The computing dtype of products and sums of maps of ``dtype``."""
-    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedkern.ops._fuse.maps import compute_dtype
+from fedkern.ops._core.backend import compute_dtype
 
 # Which gradients are wanted: of each map, of scale, of shift.
 FuseNeeds = tuple[Sequence[bool], bool, bool]

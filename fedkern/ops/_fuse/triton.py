@@ -132,7 +132,7 @@ def back_kernel(
 @triton.jit(do_not_specialize=["starts", "channels", "firsts"])
 def sums_kernel(
     grad, maps, out, starts, channels, firsts, scale, shift, by_scale, by_shift,
-    count, batch, positions, width, whole, tiles, splits, span, all_maps,
+    count, batch, positions, width, whole, tiles, span, all_maps,
     COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
     CHANNELS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -287,7 +287,7 @@ class TritonFuse:
                     sums_kernel, number * tiles * splits, device, grad, None if read is None else read[some_maps][0],
                     out, wholes([0] * len(channel_table)) if read is None else tensor_starts(read[some_maps]),
                     channel_table, wholes(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch,
-                    math.prod(positions), width, whole, tiles, splits, span, len(counts), LAST=channels_last,
+                    math.prod(positions), width, whole, tiles, span, len(counts), LAST=channels_last,
                     COUNT=len(channel_table), CHANNELS=channel_tile, PLACES=place_tile, **meta,
                 )  # fmt: skip
         return (

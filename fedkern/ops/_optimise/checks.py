@@ -53,7 +53,7 @@ def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
             raise TypeError(f"lr must have a floating dtype, but has {lr.dtype}")
         compiling = torch.compiler.is_compiling()
         if lr.dim() == 0 and lr.device.type == "cpu" and not compiling:
-            return check_number(lr.item(), "lr", 0.0)
+            return check_number(lr.item(), "lr")
         if lr.dim() != 0 and (parameters.dim() == 1 or lr.shape != parameters.shape[:1]):
             raise ValueError(f"lr must be a number{_each(parameters)}, not a tensor {list(lr.shape)}")
         if lr.device.type != "cpu" and lr.device != parameters.device:
@@ -61,14 +61,14 @@ def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
         if compiling:
             return lr.detach().to(torch.float64)
         if lr.device.type == "cpu" and not parameters.is_cuda:
-            return [check_number(value, f"lr[{m}]", 0.0) for m, value in enumerate(lr.tolist())]
+            return [check_number(value, f"lr[{m}]") for m, value in enumerate(lr.tolist())]
         rows = parameters.shape[0] if parameters.dim() == 2 else 1
         return lr.detach().to(parameters.device, torch.float64).expand(rows)
     if isinstance(lr, Sequence) and not isinstance(lr, (str, bytes, bytearray)):
         if parameters.dim() != 2 or len(lr) != parameters.shape[0]:
             raise ValueError(f"lr must be a number{_each(parameters)}, not {len(lr)} numbers")
-        return [check_number(value, f"lr[{m}]", 0.0) for m, value in enumerate(lr)]
-    return check_number(lr, "lr", 0.0)
+        return [check_number(value, f"lr[{m}]") for m, value in enumerate(lr)]
+    return check_number(lr, "lr")
 
 
 def _each(parameters: Tensor) -> str:
@@ -82,7 +82,7 @@ def check_betas(betas: Any) -> tuple[float, float]:
         raise (ValueError if isinstance(betas, (list, tuple)) else TypeError)(
             f"betas must be two numbers of [0, 1), not {given}"
         )
-    values = [check_number(value, f"betas[{i}]", 0.0, 1.0) for i, value in enumerate(betas)]
+    values = [check_number(value, f"betas[{i}]", 1.0) for i, value in enumerate(betas)]
     for i, value in enumerate(values):
         if value == 1:
             raise ValueError(f"betas[{i}] must be less than 1, not {value:g}")
@@ -90,7 +90,7 @@ def check_betas(betas: Any) -> tuple[float, float]:
 
 
 def check_max_norm(max_norm: Any) -> float | None:
-    return None if max_norm is None else check_number(max_norm, "max_norm", 0.0, above=True)
+    return None if max_norm is None else check_number(max_norm, "max_norm", above=True)
 
 
 def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:

@@ -115,7 +115,7 @@ def sgd_step(
         written(parameters, velocity, gradient_sum, gradients if zero else None)
         return _new(StepResult, found)
     check_parameters(parameters)
-    momentum = check_number(momentum, "momentum", 0.0)
+    momentum = check_number(momentum, "momentum")
     if momentum and velocity is None:
         raise ValueError(f"velocity must be given with momentum {momentum:g}: zeros of parameters' shape at the start")
     if velocity is not None:
@@ -186,7 +186,7 @@ def adamw_step(
     check_like(first, "first", parameters)
     check_like(second, "second", parameters)
     step = check_count(step, "step", 1, MOST_STEPS)
-    adamw = (check_betas(betas), step, check_number(eps, "eps", 0.0))
+    adamw = (check_betas(betas), step, check_number(eps, "eps"))
     return _take(
         "adamw_step", parameters, gradients, {"first": first, "second": second}, lr, 0.0, weight_decay, anchor,
         proximal, correction, gradient_sum, max_norm, zero, adamw,
@@ -222,7 +222,7 @@ def _take(
     """The general path: every check, in Python; the caller has checked ``parameters``, ``states`` and ``adamw``."""
     check_like(gradients, "gradients", parameters)
     rate = check_lr(lr, parameters)
-    weight_decay, proximal = check_number(weight_decay, "weight_decay", 0.0), check_number(proximal, "proximal", 0.0)
+    weight_decay, proximal = check_number(weight_decay, "weight_decay"), check_number(proximal, "proximal")
     max_norm = check_max_norm(max_norm)
     if not isinstance(zero, bool):
         raise TypeError(f"zero must be True or False, not {type(zero).__name__}")

@@ -12,9 +12,9 @@ from operator_cases import assert_close, moved, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._distill.checks import spread_row_weights, spread_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.reference import compute_dtype
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target
+from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target, rows_of
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.robust_reference import HALF
 from fedkern.ops._aggregate.rules import ServerRule
@@ -38,7 +38,7 @@ class TritonAggregate(PlainAggregate):
     """aggregate in Triton; the exact accumulator is PlainAggregate's."""
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
-        rows, size, device = _rows(vectors), vectors[0].shape[0], vectors[0].device
+        rows, size, device = rows_of(vectors), vectors[0].shape[0], vectors[0].device
         dtype = vectors[0].dtype
         target = direct_target(out, vectors)
         if target is None:
@@ -201,10 +201,6 @@ def _signed(bits: int) -> int:
     """A 64-bit word, modulo 2^64, as Triton's int64."""
     bits &= (1 << 64) - 1
     return bits - (1 << 64) if bits >> 63 else bits
-
-
-def _rows(vectors: Vectors) -> list[Tensor]:
-    return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
 
 
 def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:

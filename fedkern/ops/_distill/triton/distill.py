@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import double_bits, launch, power_of_two
 from fedkern.ops._core.triton.numbers import finish
 from fedkern.ops._distill.kernels import Divergence, Recomputes, weight_gradient
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_count, row_shape
 from fedkern.ops._distill.triton.ensemble import Mixtures
 from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel

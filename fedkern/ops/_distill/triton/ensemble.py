@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import double_bits, launch
 from fedkern.ops._core.triton.numbers import finish
 from fedkern.ops._distill.kernels import Ensemble
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
 from fedkern.ops._distill.triton.ensemble_limits import limit
 from fedkern.ops._distill.triton.members import stack_kernel

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import launch
 from fedkern.ops._distill.kernels import Ensemble
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import MEAN, PROBS, row_count
 from fedkern.ops._distill.triton.mixture_limits import mean_limit_kernel, members_limit_kernel, mixture_limit_kernel
 from fedkern.ops._distill.triton.rows import clear, meta_of

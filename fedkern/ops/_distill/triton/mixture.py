@@ -1,4 +1,4 @@
-"""ensemble_kl, js_div and consensus in Triton: the kernels; their launcher is in distill_ensemble.py.
+"""ensemble_kl, js_div and consensus in Triton: the kernels; their launcher is in ensemble.py.
 
 A program takes some rows of all K teachers and walks through the classes in tiles.  It computes the teachers' softmaxes
 from the maxima and sums of :func:`members_kernel`, and holds one tile of the mixture at a time.

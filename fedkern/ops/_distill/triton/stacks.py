@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.numbers import finish
 from fedkern.ops._distill.kernels import Ensemble
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count
 from fedkern.ops._distill.triton.rows import (
     ALL_ROWS,
