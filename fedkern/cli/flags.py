@@ -16,7 +16,7 @@ from fedkern.engine import RunConfig
 from fedkern.engine.defaults import default_data, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
-from fedkern.methods.options import Knob
+from fedkern.methods.options import Knob, as_typed
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
@@ -104,16 +104,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _describe(knob: Knob, default: Any, *, choices: bool = False) -> str:
     parts = [knob.help]
     if knob.range and (choices or knob.choices is None):
         parts.append(knob.range)
     if default is not None:
-        parts.append(f"default {_word(default)}")
+        parts.append(f"default {as_typed(default)}")
     return "; ".join(parts)
 
 
@@ -378,4 +374,4 @@ def _check(request: Request) -> None:
 
 def quote(value: Any) -> str:
     """A value quoted as one word of the shell."""
-    return shlex.quote(_word(value))
+    return shlex.quote(as_typed(value))

@@ -9,6 +9,7 @@ from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.engine import RunConfig
 from fedkern.engine.config import FOUND
+from fedkern.methods.options import as_typed
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -39,8 +40,7 @@ def command_line(method: str, config: RunConfig) -> str:
         words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
     for name, value in config.options.items():
         if (name in preset or value != own.options[name]) and value != target.options.get(name, value):
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            words += ["--method-option", quote(f"{name}={text}")]
+            words += ["--method-option", quote(f"{name}={as_typed(value)}")]
     for name in config.plugins:
         words += ["--plugin", quote(name)]
     return " ".join(words)

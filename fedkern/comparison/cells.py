@@ -13,6 +13,7 @@ from fedkern.engine import RunConfig
 from fedkern.engine.config import ANYHOW, FOUND
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
+from fedkern.methods.options import as_typed
 
 MOST_CELLS = 100_000
 _FIXED = {
@@ -72,10 +73,10 @@ class Cell:
 
 
 def word(value: Any) -> str:
-    """A setting's value as the command line takes it."""
+    """A setting's value as the command line takes it, a whole number without decimals."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return str(int(value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return as_typed(value)
 
 
 def folder_name(words: Iterable[str]) -> str:

@@ -145,9 +145,7 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
     return check
 
 
-def compare_found(
-    folders: Iterable[str | Path], *, out: Path | None = None, target: Target | None = None
-) -> Comparison:
+def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Target | None) -> Comparison:
     """Compares runs that exist, grouped by method and settings but for the seed.
 
     Args:

@@ -53,7 +53,7 @@ class Detections:
         self, detector: Detector, cache: str | Path | None = None, notice: Callable[[str], None] | None = None
     ) -> None:
         self.detector = detector
-        self.folder = default_cache() if cache is None else expand(cache)
+        self.folder = cache_folder("detections") if cache is None else expand(cache)
         self.notice = notice
         self.identity = dict(detector.identity)
         text = json.dumps(self.identity, sort_keys=True)
@@ -133,11 +133,6 @@ class Detections:
                 f"cannot write the detection cache {self.path}: {error.strerror or error}; name another folder with "
                 "the data option detector_cache"
             ) from error
-
-
-def default_cache() -> Path:
-    """``fedkern/detections`` in the user's cache folder, see :func:`fedkern.files.cache_folder`."""
-    return cache_folder("detections")
 
 
 def _sum(boxes: Mapping[str, list[list[float]]]) -> int:

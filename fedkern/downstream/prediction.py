@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedkern import files
-from fedkern.data.images import MAX_PIXELS, list_images, read_images
+from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic
@@ -97,7 +97,7 @@ class Predictor:
         return made
 
     @reproducible()
-    def read(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> tuple[Tensor, Tensor]:
+    def read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
         """Decodes image files as the run's training did: whole, resized, in the network's colours.
 
         Returns:
@@ -109,7 +109,7 @@ class Predictor:
         channels, height, width = self.image_shape
         if height != width:
             raise UserError(f"The network sees images of {height}x{width} pixels, and image files are read as squares.")
-        return read_images(paths, height, "predict", grey=channels == 1, max_pixels=max_pixels, bits=self.grey_bits)
+        return read_images(paths, height, "predict", grey=channels == 1, bits=self.grey_bits)
 
     @reproducible()
     @torch.no_grad()
@@ -146,22 +146,22 @@ class Predictor:
         return f"{self.classes[best]}  {float(probabilities[best]):.3f}"
 
     @reproducible()
-    def probabilities_of(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Tensor:
+    def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
         """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time.
 
         Raises:
             UserError: see :meth:`read`.
         """
         slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
-        return torch.cat([self.probabilities(self.read(paths[rows], max_pixels)[0]) for rows in slices])
+        return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
 
-    def files(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Path, Tensor, Tensor]]:
+    def files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor, Tensor]]:
         """Yields every file with its answer and its size (width, height) before resizing, decoding a batch at a time.
 
         The answer is fp32 ``[classes]``, probabilities; for segmentation uint8 ``[H, W]``, the class of every pixel.
         """
         for rows in batch_slices(len(paths), self.batch):
-            images, sizes = self.read(paths[rows], max_pixels)
+            images, sizes = self.read(paths[rows])
             answers = self.probabilities(images)
             if self.task == "segmentation":
                 answers = answers.argmax(1).to(torch.uint8)

@@ -17,6 +17,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.engine.run import kept_data, load_data
+from fedkern.engine.samples import BATCH
 from fedkern.engine.store import atomic, checkpoints
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
@@ -164,13 +165,13 @@ def write(out: Path | str, result: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, split: Any, data: FederatedData, batch: int = 500) -> Tensor:
+def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
     """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over the image's known pixels.
 
     Images without a known pixel have no loss and are left out, so that n is then less than the split's length.
     """
     values = []
-    for rows in batch_slices(len(split), batch):
+    for rows in batch_slices(len(split), BATCH):
         images, labels = split.images[rows], split.labels[rows]
         logits = model(normalise(images, data.mean, data.std)).double()
         if labels.dim() == 1:

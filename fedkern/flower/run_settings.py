@@ -23,6 +23,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.given_paths import absolute, named_options
 from fedkern.errors import UserError, nearest
 from fedkern.flower.resident import STAYS
+from fedkern.methods.options import as_typed
 
 METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
 SWITCHES = {
@@ -83,7 +84,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     Raises:
         UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
     """
-    given = {key: _word(value) for key, value in run_config.items() if _word(value) != ""}
+    given = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
     fields = {setting_key(knob.field): knob.field for knob in RunConfig.knobs() if knob.field not in ELSEWHERE}
     known = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
     for key in given:
@@ -143,11 +144,6 @@ def check_own_data(config: RunConfig) -> None:
 
 def _under(given: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
     return ((key, word) for key, word in given.items() if key.startswith(prefix))
-
-
-def _word(value: Any) -> str:
-    """A value of TOML as the command line would have it."""
-    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def _switch(given: Mapping[str, str], key: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import ops, plugins
 from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.methods.options import Knob, with_options
+from fedkern.methods.options import Knob, as_typed, with_options
 
 MEAN = "mean"
 VECTORS = ("parameters", "buffers")
@@ -111,7 +111,7 @@ class Rule:
     @property
     def text(self) -> str:
         """The name with all options, the same for every text that names this rule."""
-        options = ",".join(f"{key}={_word(value)}" for key, value in self.options.items())
+        options = ",".join(f"{key}={as_typed(value)}" for key, value in self.options.items())
         return f"{self.entry.name}:{options}" if options else self.entry.name
 
     def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -144,10 +144,6 @@ class Rule:
         """Raises UserError where a rule of fedkern's own cannot combine this number of uploads."""
         if self.entry.function is not None and not self.entry.own:
             self([torch.zeros(1)] * uploads, [1.0] * uploads)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Gathered:

@@ -200,6 +200,11 @@ def _convert(value: Any, kind: type) -> Value:
     return str(value).strip()
 
 
+def as_typed(value: Any) -> str:
+    """A setting's value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _false(value: Any) -> bool:
     if _WORDS.get(str(value).strip().lower()) is None:
         raise ValueError

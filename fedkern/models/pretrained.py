@@ -88,7 +88,11 @@ def unloadable(what: str, where: str | Path, error: Exception) -> UserError:
             f"cannot load {what} from {where}: it comes with Python code of its own, which is not run; take a network "
             "that transformers has the code of."
         )
-    return UserError(f"cannot load {what} from {where}: {str(error).strip().split(chr(10), 1)[0]}")
+    return UserError(f"cannot load {what} from {where}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
 
 
 def content_hash(folder: Path) -> str:

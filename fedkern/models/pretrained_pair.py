@@ -15,7 +15,7 @@ from fedkern.files import expand
 from fedkern.inputs import read_json
 from fedkern.models.encoders import ImageEncoder
 from fedkern.models.preprocessing import Preprocessing
-from fedkern.models.pretrained import check_complete, check_folder, quiet, unloadable, weights, without_code
+from fedkern.models.pretrained import check_complete, check_folder, first_line, quiet, unloadable, weights, without_code
 from fedkern.models.vocabulary import Tokens
 
 
@@ -251,9 +251,5 @@ def _mean_pooled(path: Path) -> bool | None:
         raise UserError(f"{file} is damaged: {error}.") from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
 def _unusable(path: Path, kind: str, error: Exception) -> UserError:
-    return UserError(f"the network in {path} cannot be used as {kind} encoder: {_first_line(error)}")
+    return UserError(f"the network in {path} cannot be used as {kind} encoder: {first_line(error)}")

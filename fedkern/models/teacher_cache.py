@@ -48,7 +48,7 @@ class LogitsCache:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.named = folder is not None
-        self.folder = default_cache() if folder is None else expand(folder)
+        self.folder = cache_folder("teachers") if folder is None else expand(folder)
         self.mean, self.std = tuple(mean), tuple(std)
         self.notice = notice
 
@@ -285,8 +285,3 @@ def _sum(tensors: Mapping[str, Tensor]) -> int:
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
         total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return total
-
-
-def default_cache() -> Path:
-    """``fedkern/teachers`` in the user's cache folder, see :func:`fedkern.files.cache_folder`."""
-    return cache_folder("teachers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -84,7 +84,7 @@ class Guarantee:
         made = (f"so {self.follows}",) if self.complete and self.follows else ()
         covered = (*self.covers.values(), *made)
         covers = f"covers {listed(covered)}" if covered else "covers nothing"
-        leaves = f", but not {listed(tuple(self.leaves.values()))}" if self.leaves else ""
+        leaves = f", but not {listed(list(self.leaves.values()))}" if self.leaves else ""
         whole = "" if self.complete else ": the whole release has no epsilon"
         return f"{given} at delta {self.delta:g}, {self.neighbour}{holds} {covers}{leaves}{whole}."
 
@@ -94,10 +94,10 @@ class Guarantee:
         advice = f"; {self.advice}" if self.advice else ""
         return (
             f"The whole release has no epsilon: what is told as {PART} covers {covered}, not "
-            f"{listed(tuple(self.leaves.values()))}{advice}."
+            f"{listed(list(self.leaves.values()))}{advice}."
         )
 
 
-def listed(parts: tuple[str, ...]) -> str:
+def listed(parts: Sequence[str]) -> str:
     """Joins parts of a sentence, at least one, with commas and "and"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -34,6 +34,8 @@ from fedkern.errors import UserError, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
+from fedkern.methods.options import as_typed
+from fedkern.privacy.guarantee import listed
 from fedkern.report import html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
@@ -279,11 +281,11 @@ def headline(run: Contents) -> list[str]:
         planned = "" if registry.get(run.config.method).one_shot else f" of {run.config.rounds}"
         told.append(f"This run is not finished: {_rounds(run)}{planned} rounds are done, so no figure is its result.")
         if run.main:
-            told.append(f"After round {run.last['round']} it has {_listed(_values(run, run.main))}.")
+            told.append(f"After round {run.last['round']} it has {listed(_values(run, run.main))}.")
     elif run.main:
         rounds = _rounds(run)
         told.append(
-            f"{printable_name(run.config.method, 60)} reaches {_listed(_values(run, run.main))} after {rounds} "
+            f"{printable_name(run.config.method, 60)} reaches {listed(_values(run, run.main))} after {rounds} "
             f"round{'s' * (rounds != 1)}."
         )
     else:
@@ -376,9 +378,9 @@ def baseline(run: Contents, *, judged: bool = True) -> list[str]:
     poor = [name for name, value in found.items() if run.metrics[name] < near(value)]
     verdict = ""
     if poor and judged:
-        where = "" if len(poor) == len(found) else " " + _listed([_on(run.split(name)[0]) for name in poor])
+        where = "" if len(poor) == len(found) else " " + listed([_on(run.split(name)[0]) for name in poor])
         verdict = f" The network is hardly better{where}."
-    return [f"{what} {_listed(values)}.{verdict}"]
+    return [f"{what} {listed(values)}.{verdict}"]
 
 
 def _worst(run: Contents) -> list[str]:
@@ -414,7 +416,7 @@ def _chance(run: Contents) -> list[str]:
         intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} images)")
     if intervals:
         told.append(
-            f"The number of test images alone leaves {_listed(intervals)}: 95 % intervals, which take images as "
+            f"The number of test images alone leaves {listed(intervals)}: 95 % intervals, which take images as "
             "independent."
         )
     told.append("This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells).")
@@ -557,12 +559,12 @@ def clients(run: Contents) -> Section:
                 "class shares: 0 is the same, 1 shares no class."
             )
             section.texts.append(text)
-            listed = statistics.spread(DRAWN)
-            which = "every client" if len(listed) == count else f"{len(listed)} of {count:,} clients"
-            note = "" if len(listed) == count else "Clients evenly spaced by number of samples, the largest first."
+            some = statistics.spread(DRAWN)
+            which = "every client" if len(some) == count else f"{len(some)} of {count:,} clients"
+            note = "" if len(some) == count else "Clients evenly spaced by number of samples, the largest first."
             title = f"Label distribution of {which} ({statistics.partition})"
-            names = [run.client(str(k)) for k in listed]
-            table = counts_table(statistics.counts[listed], names, statistics.classes, row="client", column="class")
+            names = [run.client(str(k)) for k in some]
+            table = counts_table(statistics.counts[some], names, statistics.classes, row="client", column="class")
             drawn = svg(partition_picture(statistics), "labels")
             section.charts.append(Chart("labels", title, text, drawn, [table], note))
     elif run.no_data:
@@ -854,13 +856,8 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _listed(parts: Sequence[str]) -> str:
-    """``"a"``, ``"a and b"``, ``"a, b and c"``."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else printable_name(str(value), 1000)
+    return printable_name(as_typed(value), 1000)
 
 
 def _picture(path: Path) -> str | None:

@@ -29,6 +29,8 @@ _ORDER = (
     *_RECALLS, "dice", "iou", "hd95", "confidence", "ece",
     "gradcam_in_object", "loss",
 )  # fmt: skip
+CLIENTS = 12
+"""Most clients that a table lists."""
 _OF_A_CLIENT = ("accuracy", "macro_auroc", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
 """Figures of a client in the closing table; evaluation.csv has all."""
 _NAMES = {
@@ -269,7 +271,7 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
     return Group(plain(title, "table.title"), made, *notes)
 
 
-def partition_table(statistics: Any, limit: int = 12) -> Table:
+def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
     """Client x class counts of a partition.
 
     Args:
@@ -297,12 +299,11 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
     return table
 
 
-def own_tests_table(summary: Mapping[str, Any], limit: int = 12) -> Table:
-    """Every client's main figures on its own test set, or on its part of the run's test set.
+def own_tests_table(summary: Mapping[str, Any]) -> Table:
+    """Main figures of the first clients on their own test sets, or on their parts of the run's test set.
 
     Args:
-        summary: contents of ``summary.json`` with ``client_metrics``.
-        limit: most clients to list (evaluation.csv has all).
+        summary: contents of ``summary.json`` with ``client_metrics``; evaluation.csv lists all clients.
     """
     clients = summary["client_metrics"]
     own = summary.get("client_test_set") == "own"
@@ -315,12 +316,12 @@ def own_tests_table(summary: Mapping[str, Any], limit: int = 12) -> Table:
         table.add_column("name")
     for name in known:
         table.add_column(_NAMES.get(name, name), justify="right")
-    for k in list(clients)[:limit]:
+    for k in list(clients)[:CLIENTS]:
         figures = clients[k]
         cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in known]
         table.add_row(k, *([plain(figures.get("name", ""), most=TICK)] if named else []), *cells)
-    if len(clients) > limit:
-        table.add_row(f"... {len(clients) - limit} more")
+    if len(clients) > CLIENTS:
+        table.add_row(f"... {len(clients) - CLIENTS} more")
     return table
 
 

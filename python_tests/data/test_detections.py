@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedkern.data import Detections, load
 from fedkern.data.background import rasterise
-from fedkern.data.detections import default_cache
 from fedkern.errors import UserError
 
 
@@ -217,13 +216,13 @@ def test_the_file_is_readable_json(tmp_path: Path) -> None:
 
 def test_default_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "own"))
-    assert default_cache() == tmp_path / "own" / "detections"
+    assert Detections(Corner()).folder == tmp_path / "own" / "detections"
     monkeypatch.delenv("FEDKERN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "fedkern" / "detections"
+    assert Detections(Corner()).folder == tmp_path / "fedkern" / "detections"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache() == tmp_path / ".cache" / "fedkern" / "detections"
+    assert Detections(Corner()).folder == tmp_path / ".cache" / "fedkern" / "detections"
 
 
 @pytest.mark.parametrize(
