@@ -215,7 +215,8 @@ def _page(code):
 
 @pytest.mark.parametrize("code", [_page(code) for code in BLOCKS])
 def test_the_pages_code_runs(code):
-    quiet = code.replace("fedkern.simulate(", "fedkern.simulate(progress=False, pictures=False, method=")
+    quiet = code.replace("fedkern.simulate(", "fedkern.simulate(progress=False, pictures=False, local_steps=1, method=")
+    quiet = quiet.replace('data="digits", rounds=1,', 'data="digits", rounds=1, local_steps=1,')  # of comparisons
     exec(compile(quiet.replace("rounds=3)", "rounds=3, progress=False, pictures=False)"), "docs/python.md", "exec"), {})
 
 
@@ -265,9 +266,9 @@ def test_layouts_and_dtypes_of_images():
 
 
 def test_importing_fedkern_loads_no_torch():
-    looked = "import sys, fedkern; dir(fedkern); dir(fedkern.listeners)"
-    code = f"{looked}; assert 'torch' not in sys.modules; fedkern.simulate; fedkern.listeners.WandB"
+    code = "import sys, fedkern; dir(fedkern); dir(fedkern.listeners); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    assert issubclass(fedkern.listeners.WandB, Listener)
     with pytest.raises(AttributeError, match="has no attribute 'simulat'"):
         fedkern.simulat  # noqa: B018

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -398,6 +399,14 @@ def _worst(run: Contents) -> list[str]:
     return ["How the worst client fares is not known: the clients have no test sets of their own (--client-test)."]
 
 
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a probability, of which ``count`` of ``total`` (at least 1) tell."""
+    normal = NormalDist().inv_cdf(0.975)
+    middle = (2 * count + normal**2) / (2 * (total + normal**2))
+    half = normal * math.sqrt(4 * count * (total - count) / total + normal**2) / (2 * (total + normal**2))
+    return 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half
+
+
 def _chance(run: Contents) -> list[str]:
     """How sure the figures are: the test set's size, and the number of seeds."""
     told = []
@@ -409,10 +418,7 @@ def _chance(run: Contents) -> list[str]:
         # A matrix over several networks counts every image several times.
         if figure != "accuracy" or matrix is None or split is None or int(matrix.sum()) != len(split):
             continue
-        from scipy.stats import binomtest
-
-        interval = binomtest(int(np.trace(matrix)), int(matrix.sum())).proportion_ci(0.95, "wilson")
-        low, high = 100 * interval.low, 100 * interval.high
+        low, high = (100 * end for end in wilson(int(np.trace(matrix)), int(matrix.sum())))
         intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} images)")
     if intervals:
         told.append(

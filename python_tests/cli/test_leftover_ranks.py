@@ -11,6 +11,17 @@ RUN = ["fedavg", "--data", "digits", "--clients", "2", "--train-samples", "60", 
        "--rounds", "1", "--quiet", "--grad-cam", "0"]  # fmt: skip
 LEFT = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29533", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+ONE_BY_ONE = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from fedkern.run import main
+found = []
+for words in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    found.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
 OF_A_RANK = """
 import json, os, subprocess, sys
 import torch
@@ -23,11 +34,11 @@ for name, words in json.loads(sys.argv[1]).items():
 
 
 def left_over(*words, cwd, **change):
-    """The command from a shell that has the variables of a torchrun which is gone."""
+    """Python with these words, from a shell that has the variables of a torchrun which is gone."""
     environment = {**os.environ, **LEFT, "OMP_NUM_THREADS": "1", **change}
     return subprocess.run(
-        ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, "-m", "fedkern.run", *words], cwd=cwd, env=environment,
-        capture_output=True, text=True, timeout=100, check=False,
+        ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, *words], cwd=cwd, env=environment, capture_output=True,
+        text=True, timeout=100, check=False,
     )  # fmt: skip
 
 
@@ -36,7 +47,7 @@ def left_over(*words, cwd, **change):
     *(pytest.param(change, marks=pytest.mark.exhaustive) for change in ({}, {"WORLD_SIZE": "1"})),
 ], ids=str)  # fmt: skip
 def test_a_run_with_leftover_variables_is_refused(tmp_path, change):
-    done = left_over(*RUN, "--out", "run", cwd=tmp_path, **change)
+    done = left_over("-m", "fedkern.run", *RUN, "--out", "run", cwd=tmp_path, **change)
     assert done.returncode == 2
     assert done.stderr.startswith("error: torchrun's variables are set, but torchrun did not start this process")
     assert len(done.stderr.splitlines()) == 1
@@ -44,13 +55,15 @@ def test_a_run_with_leftover_variables_is_refused(tmp_path, change):
 
 
 def test_other_commands_and_mistakes_are_told(tmp_path):
-    assert "fedavg" in json.loads(left_over("list", "--json", cwd=tmp_path).stdout)["methods"]
-    wrong = left_over("fedavg", "--modle", "x", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert "--modle" in wrong.stderr
+    asked = json.dumps([["list", "--json"], ["fedavg", "--modle", "x"]])
+    (_, listed, _), (code, _, said) = json.loads(left_over("-c", ONE_BY_ONE, asked, cwd=tmp_path).stdout)
+    assert "fedavg" in json.loads(listed)["methods"]
+    assert code == 2
+    assert "--modle" in said
 
 
-@pytest.mark.parametrize("name", ["run", pytest.param("list", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["run", "list"])
 def test_a_child_of_a_rank_is_no_rank(name, tmp_path):
     (tmp_path / "script.py").write_text(OF_A_RANK)
     asked = json.dumps({name: ["list", "--json"] if name == "list" else [*RUN, "--out", "run"]})

@@ -22,7 +22,7 @@ OWN = {
     "feddra": {"data": "captions", "partition": "iid", "local_steps": 4, "train_samples": 200, "model": None},
 }
 ONE_SHOT = {"fusefl", "oneshot-fedavg", "ensemble"}
-QUICK = ("fedavg", "fedgid")
+QUICK = ("fedgid",)
 ELSEWHERE = {"fediod", "local", "centralised", "ccvr", "dense", "feddf"}
 """Methods whose own step is not a client's, or that train as FedAvg does and answer with tensors of the device."""
 LATER = tuple(sorted(set(METHODS) - set(QUICK) - ELSEWHERE))
