@@ -1,7 +1,7 @@
-"""weighted_mean and Accumulator against a loop of add_, _foreach_add_, torch.compile and Flower's NumPy averages.
+"""weighted_mean and Accumulator against a loop of add_, _foreach_add_ and torch.compile.
 
 Model bytes: every vector read once, the result written once, (M + 1) * P * 4.  The contestants write into memory of
-their own that they reuse, but for "Flower, inplace=False", which has none.
+their own that they reuse.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contestants import apex_mean
-from flower_means import LAYERS, fresh_mean, inplace_mean
 from harness import compare
 from torch import Tensor
 
 from fedkern import ops
+
+LAYERS = 62  # tensors of a ResNet-18's parameters
 
 
 def add_loop(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
@@ -74,9 +74,6 @@ def test_weighted_mean(node: str, count: int, size: int, threads: int) -> None:
         "add_": add_loop(vectors, weights, other),
         "_foreach_add_": foreach_add(vectors, weights, other),
         "compile": compiled(vectors, weights, other),
-        "Flower": inplace_mean(vectors, weights, other),
-        "Flower, inplace=False": fresh_mean(vectors, weights),
-        "apex": apex_mean(vectors, weights, other),
     }
     bytes_ = (count + 1) * size * 4
     case = f"M={count} P={size:,} into out="

@@ -160,7 +160,11 @@ def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]
     }
 
 
-def blocks_case(node: str, group: str, case: str, blocks: list[nn.Module], x: Tensor, threads: int) -> None:
+@pytest.mark.parametrize(("count", "width", "size"), SETTINGS)
+def test_residual_blocks(node: str, count: int, width: int, size: int, threads: int) -> None:
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = [BasicBlock(width, width).eval() for _ in range(count)]
+    x = torch.randn(64, width, size, size)
     module = ops.FusedBlocks(blocks)
 
     def ours() -> Tensor:
@@ -170,25 +174,5 @@ def blocks_case(node: str, group: str, case: str, blocks: list[nn.Module], x: Te
     runs = {"fedkern": ours, **separate(blocks, x)}
     works = survey(module._steps, module._layers, module.count, x.shape, module.shared).works
     note = f"lowering {module._choose(x, works, folded=True, core=backend.cpu_core())}"
-    compare(node, group, case, runs, pairs=7, threads=threads, note=note)
-
-
-@pytest.mark.parametrize(("count", "width", "size"), SETTINGS)
-def test_residual_blocks(node: str, count: int, width: int, size: int, threads: int) -> None:
-    torch.manual_seed(0)
-    blocks: list[nn.Module] = [BasicBlock(width, width).eval() for _ in range(count)]
-    case = f"M={count} residual blocks of width {width}, [64, {width}, {size}, {size}]"
-    blocks_case(node, "fused_blocks", case, blocks, torch.randn(64, width, size, size), threads)
-
-
-@pytest.mark.parametrize(("count", "width", "size"), SETTINGS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_adaptors(node: str, count: int, width: int, size: int, layout: str, threads: int) -> None:
-    torch.manual_seed(0)
-    if count * width * size**2 > 640 * 32**2:
-        pytest.skip("its input alone takes 335 MB")
-    channels = count * width
-    blocks: list[nn.Module] = [nn.Conv2d(channels, width, 1) for _ in range(count)]
-    x = torch.randn(64, channels, size, size).contiguous(memory_format=LAYOUTS[layout])
-    case = f"M={count} adaptors {channels} -> {width}, [64, {channels}, {size}, {size}] {layout}"
-    blocks_case(node, "fused_adaptors", case, blocks, x, threads)
+    case = f"M={count} residual blocks of width {width}, {list(x.shape)}"
+    compare(node, "fused_blocks", case, runs, pairs=7, threads=threads, note=note)

@@ -205,8 +205,6 @@ def missing(contestant: str, before: Path | None, device: str = "cpu") -> str:
         return "cores are the CPU's"
     if contestant == "before" and before is None:
         return "no --before was given"
-    if contestant == "bf16" and all(knob.field != "precision" for knob in RunConfig.knobs()):
-        return "this fedkern has no --precision"
     return ""
 
 

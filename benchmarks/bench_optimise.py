@@ -2,13 +2,13 @@
 
 A federated client's network is one flat vector, and so it is for torch.optim here: one parameter.  Everybody leaves the
 gradient's squared norm for the records, as the engine's training loop needs it, and zeros in the gradients for the next
-batch.  Model bytes: parameters, gradients and states read once and written once, the method's vectors read once.
+batch.  Model bytes: parameters, gradients and states read once and written once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -19,51 +19,32 @@ from torch import Tensor
 from fedkern import ops
 
 SIZES = [1_000, 20_000, 200_000, 1_000_000, 11_000_000]
-LR, MOMENTUM, DECAY, MU, CLIP = 1e-4, 0.9, 1e-4, 0.01, 10.0
+LR, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Case:
-    """One optimiser's vectors; every contestant has its own.
+    """One optimiser's vectors; every contestant has its own."""
 
-    Attributes:
-        method: "" for plain SGD with momentum, "fedprox", "scaffold", or "clip", which clips the gradient's norm.
-    """
-
-    def __init__(self, size: int, method: str = "") -> None:
+    def __init__(self, size: int) -> None:
         torch.manual_seed(0)
-        self.start, self.method = torch.randn(size), method
-        self.anchor, self.correction = torch.randn(size), 0.01 * torch.randn(size)
+        self.start = torch.randn(size)
 
     def held(self, count: int) -> list[Tensor]:
         """The parameters, the gradients, and states of zeros."""
         return [self.start.clone(), 0.01 * self.start, *(torch.zeros_like(self.start) for _ in range(count))]
 
     def sgd(self) -> Callable[[], Tensor]:
-        theta, g, v, total = self.held(2)
-        settings: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "zero": True}
-        if self.method == "fedprox":
-            settings |= {"anchor": self.anchor, "proximal": MU}
-        if self.method == "scaffold":
-            settings |= {"correction": self.correction, "gradient_sum": total}
-        if self.method == "clip":
-            settings |= {"max_norm": CLIP}
-        return lambda: ops.sgd_step(theta, g, v, **settings).squared_norm
+        theta, g, v = self.held(1)
+        step = partial(ops.sgd_step, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, zero=True)
+        return lambda: step(theta, g, v).squared_norm
 
     def eager_sgd(self) -> Callable[[], Tensor]:
         """The expressions of the engine's training loop."""
-        theta, g, v, total = self.held(2)
-        method = self.method
+        theta, g, v = self.held(1)
 
         def run() -> Tensor:
-            if method == "scaffold":
-                total.add_(g)
-                g.add_(self.correction)
-            if method == "fedprox":
-                g.add_(theta - self.anchor, alpha=MU)
             squared = torch.dot(g, g)
-            if method == "clip":
-                g.mul_(CLIP / squared.sqrt().clamp_min(CLIP))
             g.add_(theta, alpha=DECAY)
             v.mul_(MOMENTUM).add_(g)
             theta.add_(v, alpha=-LR)
@@ -73,26 +54,17 @@ class Case:
         return run
 
     def compiled_sgd(self) -> Callable[[], Tensor]:
-        theta, g, v, total = self.held(2)
-        method, anchor, correction = self.method, self.anchor, self.correction
+        theta, g, v = self.held(1)
 
-        def step(theta: Tensor, g: Tensor, v: Tensor, total: Tensor) -> Tensor:
-            gradient = g
-            if method == "scaffold":
-                total.add_(g)
-                gradient = g + correction
-            if method == "fedprox":
-                gradient = g + MU * (theta - anchor)
-            squared = gradient.square().sum()
-            if method == "clip":
-                gradient = gradient * (CLIP / squared.sqrt().clamp_min(CLIP))
-            v.mul_(MOMENTUM).add_(gradient + DECAY * theta)
+        def step(theta: Tensor, g: Tensor, v: Tensor) -> Tensor:
+            squared = g.square().sum()
+            v.mul_(MOMENTUM).add_(g + DECAY * theta)
             theta.sub_(LR * v)
             g.zero_()
             return squared
 
         function = torch.compile(step, dynamic=False)
-        return lambda: function(theta, g, v, total)
+        return lambda: function(theta, g, v)
 
     def optim_sgd(self, **kind: bool) -> Contestant:
         return self._optim(lambda leaf: torch.optim.SGD([leaf], LR, MOMENTUM, weight_decay=DECAY, **kind))
@@ -160,18 +132,6 @@ def test_sgd(node: str, size: int, threads: int) -> None:
     runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
     runs |= {f"torch.optim.SGD {name}": case.optim_sgd(**kind) for name, kind in KINDS.items()}
     compare(node, "optimise", f"sgd P={size:,}", runs, model_bytes=6 * size * 4, copy=True, threads=threads, pairs=15)
-
-
-@pytest.mark.parametrize("method", ["fedprox", "scaffold", "clip"])
-@pytest.mark.parametrize("size", SIZES)
-def test_terms(node: str, size: int, method: str, threads: int) -> None:
-    case = Case(size, method)
-    runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
-    passes = {"fedprox": 7, "scaffold": 9, "clip": 7}[method]
-    compare(
-        node, "optimise", f"sgd {method} P={size:,}", runs, model_bytes=passes * size * 4, copy=True, threads=threads,
-        pairs=15,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,4 +1,4 @@
-"""Robust and private means against eager torch, torch.compile and NumPy as Flower does it.
+"""Robust and private means against eager torch and torch.compile.
 
 Model bytes: every vector read once, the result written once; for clipping every vector read twice (the norm comes
 first) and written once.
@@ -6,13 +6,8 @@ first) and written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from contestants import Absent, Contestant
 from harness import compare
 from torch import Tensor
 
@@ -33,21 +28,6 @@ def eager_trimmed(vectors: Tensor, trim: int) -> Tensor:
     return vectors.sort(0).values[trim : len(vectors) - trim].mean(0)
 
 
-def in_numpy(vectors: Tensor, run: Callable[[Any], Any]) -> Contestant:
-    if vectors.device.type != "cpu":
-        return Absent("NumPy computes on the CPU")
-    array = vectors.numpy()
-    return lambda: run(array)
-
-
-def flower_trimmed(vectors: Tensor, trim: int) -> Contestant:
-    """flwr.server.strategy.aggregate.aggregate_trimmed_avg: partition, cut, mean."""
-    count = len(vectors)
-    return in_numpy(
-        vectors, lambda x: np.mean(np.partition(x, (trim, count - trim - 1), axis=0)[trim : count - trim], axis=0)
-    )
-
-
 @pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000), (10, 10_000), (100, 100_000)])
 def test_median(node: str, count: int, size: int, threads: int) -> None:
     vectors = make(count, size)
@@ -57,7 +37,6 @@ def test_median(node: str, count: int, size: int, threads: int) -> None:
         "fedkern": lambda: ops.median(rows),
         "torch": lambda: eager_median(vectors),
         "compile": lambda: compiled(vectors),
-        "Flower": in_numpy(vectors, lambda x: np.median(x, axis=0)),
     }
     compare(
         node,
@@ -80,7 +59,6 @@ def test_trimmed_mean(node: str, count: int, size: int, threads: int) -> None:
         "fedkern": lambda: ops.trimmed_mean(rows, trim),
         "torch": lambda: eager_trimmed(vectors, trim),
         "compile": lambda: compiled(vectors, trim),
-        "Flower": flower_trimmed(vectors, trim),
     }
     compare(
         node,
@@ -167,17 +145,11 @@ def test_krum(node: str, count: int, size: int, threads: int) -> None:
         squared = squared_distances(vectors).sort(1).values
         return vectors[squared[:, near].sum(1).argmin()]
 
-    def flower_krum(array: Any) -> Any:
-        """flwr.server.strategy.aggregate: one norm for every pair."""
-        squared = np.array([[np.linalg.norm(a - b) ** 2 for b in array] for a in array])
-        return array[np.argmin(np.sort(squared, 1)[:, near].sum(1))]
-
     compiled = torch.compile(eager_krum, dynamic=False)
     runs = {
         "fedkern": lambda: ops.krum(rows, byzantine),
         "torch": lambda: eager_krum(vectors),
         "compile": lambda: compiled(vectors),
-        "Flower": in_numpy(vectors, flower_krum),
     }
     case, bytes_ = f"M={count} P={size:,} f={byzantine}", (count + 1) * size * 4
     compare(

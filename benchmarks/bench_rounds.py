@@ -42,7 +42,7 @@ import pytest
 import sources
 from comparisons import Comparison
 from contestants import Absent
-from rounds import ours, setting
+from rounds import setting
 from rounds.plays import Contestant, Failed, Played, play
 from rounds.setting import Setting
 from rounds.task import Task
@@ -79,21 +79,11 @@ def contestants(threads: int, device: str = "cpu") -> tuple[str, dict[str, Conte
     """Who meets on so many threads, or on a GPU, and which of them is judged."""
     here = Path(sys.executable)
     found: dict[str, Contestant | Absent] = {}
-    able = ours.takes_workers()
-
-    def fedkern(name: str, workers: str | None) -> None:
-        words = (workers,) if workers is not None else ()
-        found[name] = Contestant(name, "ours", here, threads, words=words, device=device)
-
-    fedkern("fedkern serial", "1" if able else None)
-    judged = "fedkern serial"
+    names = {"fedkern serial": "1"}
     if threads > 1:
-        for name, workers in (("fedkern workers", str(threads)), ("fedkern auto", "auto")):
-            if able:
-                fedkern(name, workers)
-                judged = name
-            else:
-                found[name] = Absent("this fedkern has no --workers")
+        names |= {"fedkern workers": str(threads), "fedkern auto": "auto"}
+    for judged, workers in names.items():
+        found[judged] = Contestant(judged, "ours", here, threads, words=(workers,), device=device)
     found[LEAN] = Contestant(LEAN, "lean", here, threads, device=device)
     for name, (adapter, processes) in FRAMEWORKS.items():
         folder = harness.SETTINGS.environments.get(adapter)

@@ -1,9 +1,8 @@
-"""server_step against the same in eager operations, torch.compile, apex and NumPy as Flower does it.
+"""server_step against the same in eager operations and torch.compile.
 
-Everybody computes the new model, the states, every client's delta norm and its cosine to the mean delta; Flower's
-strategies have no norms and cosines, so neither has its row.  Everybody writes the model, the states and whatever lies
-between into memory that it holds: Flower's own FedAdam would allocate its arrays, here they are NumPy's out=.  Model
-bytes: the uploads, the global model and the states read once, the model and the states written once.
+Everybody computes the new model, the states, every client's delta norm and its cosine to the mean delta, and writes the
+model, the states and whatever lies between into memory that it holds.  Model bytes: the uploads, the global model and
+the states read once, the model and the states written once.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from contestants import Absent, Contestant, apex_adam
-from flower_means import inplace_mean, layers
 from harness import compare
 from torch import Tensor
 
@@ -93,59 +89,14 @@ class Case:
 
         return run
 
-    def apex(self) -> Contestant:
-        """The deltas as in eager torch, then the update by apex's kernel, which changes parameters in place."""
-        _, rate, beta1, beta2, tau = self.settings
-        mean, gradient, first, second, out = self.held(5)
-        update = apex_adam(out, gradient, first, second, rate, (beta1, beta2), tau)
-        if isinstance(update, Absent):
-            return update
-        deltas = self.held(len(self.vectors))
-
-        def run() -> Tensor:
-            self.look(deltas, mean)
-            torch.neg(mean, out=gradient)
-            out.copy_(self.global_)
-            update()
-            return out
-
-        return run
-
-    def flower(self) -> Contestant:
-        """flwr.server.strategy.FedAdam without its bias correction: the in-place mean, then array by array."""
-        first, second, out = self.held(3)
-        average = inplace_mean(self.vectors, self.weights, out)
-        if isinstance(average, Absent):
-            return average
-        _, rate, beta1, beta2, tau = self.settings
-        arrays = [layers(x) for x in (self.global_, first, second)]
-        round_cache = np.empty_like(arrays[0][0])
-        rooms = [round_cache[: len(layer)] for layer in arrays[0]]
-
-        def run() -> Tensor:
-            for delta, old, m, v, room in zip(average(), *arrays, rooms, strict=True):
-                np.subtract(delta, old, out=delta)
-                np.multiply(m, beta1, out=m)
-                np.add(m, np.multiply(delta, 1 - beta1, out=room), out=m)
-                np.multiply(np.multiply(delta, delta, out=room), 1 - beta2, out=room)
-                np.add(np.multiply(v, beta2, out=v), room, out=v)
-                np.add(np.sqrt(v, out=room), tau, out=room)
-                np.multiply(np.divide(m, room, out=room), rate, out=room)
-                np.add(old, room, out=delta)
-            return out
-
-        return run
-
 
 @pytest.mark.parametrize(("count", "size"), [(10, 11_000_000), (50, 1_000_000), (10, 100_000)])
 def test_adam(node: str, count: int, size: int, threads: int) -> None:
     case = Case(count, size)
-    runs: dict[str, Contestant] = {
+    runs = {
         "fedkern": case.fedkern(),
         "eager": case.eager(),
         "compile in place": case.compiled(),
-        "Flower": case.flower(),
-        "apex": case.apex(),
     }
     compare(
         node,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, softmax
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -76,41 +75,3 @@ def liger_jsd(logits: Tensor) -> Contestant:
         loss(log_p[0], log_p[1]).backward()
 
     return step
-
-
-def apex_mean(vectors: Sequence[Tensor], weights: Sequence[float], out: Tensor, layers: int = 62) -> Contestant:
-    """A weighted mean by apex's multi_tensor_axpby, client after client, into ``out``."""
-    apex = _load("amp_C", "apex", out)
-    if isinstance(apex, Absent):
-        return apex
-    total = sum(weights)
-    target = list(out.chunk(layers))
-    clients = [list(vector.chunk(layers)) for vector in vectors]
-    overflow = torch.zeros(1, dtype=torch.int32, device=out.device)
-
-    def run() -> Tensor:
-        out.zero_()
-        for client, weight in zip(clients, weights, strict=True):
-            # out = 1 * out + share * client; nothing is checked for overflow (-1)
-            apex.multi_tensor_axpby(65536, overflow, [target, client, target], 1.0, weight / total, -1)
-        return out
-
-    return run
-
-
-def apex_adam(
-    parameters: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> Contestant:
-    """One Adam update of flat vectors by apex's fused kernel, without bias correction and weight decay."""
-    apex = _load("amp_C", "apex", parameters)
-    if isinstance(apex, Absent):
-        return apex
-    overflow = torch.zeros(1, dtype=torch.int32, device=parameters.device)
-    lists = [[gradient], [parameters], [first], [second]]
-    return lambda: apex.multi_tensor_adam(65536, overflow, lists, lr, *betas, eps, 1, 0, 0, 0.0)

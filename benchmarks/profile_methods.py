@@ -211,20 +211,13 @@ def profiled(case: Case) -> dict[str, Any]:
         plain, watched = folder / "plain", folder / "watched"
         for one in (plain, watched):
             (one / "empty").mkdir(parents=True)
-        words = {one: [*bench_methods.run_words(case, one, None, 0, 1), *in_one_process()] for one in (plain, watched)}
+        words = {one: [*bench_methods.run_words(case, one, None, 0, 1), "--workers", "1"] for one in (plain, watched)}
         cost = processes.run([sys.executable, "-m", "fedkern.run", *words[plain]], environment, plain / "empty")
         command = [sys.executable, "-m", "benchmarks.profile_methods", "--child", str(folder / "parts.json")]
         command += [str(time.time()), *words[watched]]
         processes.run(command, environment, watched / "empty")
         found = json.loads((folder / "parts.json").read_text())
     return {"method": case.method, "settings": dict(case.settings), "unwatched_seconds": cost.seconds, **found}
-
-
-def in_one_process() -> list[str]:
-    """The words that keep all clients in the process that is looked at, where there are others."""
-    from fedkern.engine import RunConfig
-
-    return ["--workers", "1"] if any(knob.field == "workers" for knob in RunConfig.knobs()) else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ the end, as it does for every contestant.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -57,9 +56,8 @@ class Marked(Listener):
         self.contested.begin()
 
 
-def settings(task: Task, threads: int, workers: str | None) -> engine.RunConfig:
-    """The run's settings; ``workers`` is left to a version without that option where it is None."""
-    told = {} if workers is None else {"workers": workers}
+def settings(task: Task, threads: int, workers: str) -> engine.RunConfig:
+    """The run's settings."""
     return engine.RunConfig.make(
         "fedavg",
         data="cifar10",
@@ -78,20 +76,15 @@ def settings(task: Task, threads: int, workers: str | None) -> engine.RunConfig:
         seed=task.seed,
         device=task.device.type,
         threads=threads,
-        **told,
+        workers=workers,
     )
-
-
-def takes_workers() -> bool:
-    """Whether this fedkern has ``--workers``."""
-    return any(field.name == "workers" for field in dataclasses.fields(engine.RunConfig))
 
 
 def main() -> None:
     """Plays the task's rounds."""
     contested = contest(optimizer=False)
     register(contested.task.model)
-    workers = sys.argv[5] if len(sys.argv) > 5 else None
+    workers = sys.argv[5]
     with tempfile.TemporaryDirectory(prefix="rounds-", dir=contested.out) as folder:
         out = Path(folder) / "run"
         config = settings(contested.task, contested.threads, workers)

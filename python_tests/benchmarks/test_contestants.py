@@ -10,41 +10,20 @@ import bench_boxes
 import bench_robust
 import bench_server_step
 import contestants
-import numpy as np
 import pytest
 import torch
-from flower_means import LAYERS, fresh_mean, inplace_mean, layers
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
 
-SIZE, COUNT = 3 * LAYERS + 7, 4  # layers of two lengths
+SIZE, COUNT = 3 * bench_aggregate.LAYERS + 7, 4  # layers of two lengths
 
 
 @pytest.fixture
 def uploads() -> tuple[list[Tensor], list[float]]:
     torch.manual_seed(0)
     return [torch.randn(SIZE) for _ in range(COUNT)], [1.0, 2.0, 3.0, 5.0]
-
-
-@pytest.mark.parametrize("kind", ["held", "new", "inplace=False"])
-def test_flowers_means(kind: str, uploads: tuple[list[Tensor], list[float]]) -> None:
-    vectors, weights = uploads
-    before, out = [x.clone() for x in vectors], torch.full((SIZE,), 9.0)
-    run: Any = fresh_mean(vectors, weights) if kind == "inplace=False" else None
-    run = run or inplace_mean(vectors, weights, out if kind == "held" else None)
-    expected = ops.weighted_mean(vectors, weights)
-    for _ in range(2):
-        found = run()
-        assert [len(layer) for layer in found] == [len(layer) for layer in layers(vectors[0])]
-        torch.testing.assert_close(torch.from_numpy(np.concatenate(found)), expected)
-    for old, new in zip(before, vectors, strict=True):
-        assert torch.equal(old, new)
-    if kind == "held":
-        torch.testing.assert_close(out, expected)
-    if kind == "new":
-        assert not any(np.shares_memory(one, other) for one, other in zip(run(), found, strict=True))
 
 
 @pytest.mark.parametrize("make", [bench_aggregate.add_loop, bench_aggregate.foreach_add])
@@ -59,15 +38,11 @@ def test_means_into_held_memory(make: Any, uploads: tuple[list[Tensor], list[flo
 
 def test_server_steps() -> None:
     case = bench_server_step.Case(COUNT, SIZE)
-    flower = case.flower()
-    assert not isinstance(flower, contestants.Absent)
-    assert isinstance(case.apex(), contestants.Absent)
-    runs = (case.fedkern(), case.eager(), flower)
+    runs = (case.fedkern(), case.eager())
     for _ in range(3):
-        expected, *others = (run().clone() for run in runs)
+        expected, found = (run().clone() for run in runs)
         assert not torch.equal(expected, case.global_)
-        for found in others:
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_looks_at_the_deltas() -> None:

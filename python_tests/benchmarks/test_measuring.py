@@ -117,13 +117,9 @@ def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
 
 def test_contestants_that_cannot_run_say_why() -> None:
     x = torch.zeros(2, 4, 3)
-    for absent, name in (
-        (contestants.liger_kl(x[0], x[1], 2.0), "Liger-Kernel"),
-        (contestants.liger_jsd(x), "Liger-Kernel"),
-        (contestants.apex_mean([x.flatten()], [1.0], x.flatten()), "apex"),
-    ):
+    for absent in (contestants.liger_kl(x[0], x[1], 2.0), contestants.liger_jsd(x)):
         assert isinstance(absent, contestants.Absent)
-        assert name in absent.reason
+        assert "Liger-Kernel" in absent.reason
 
 
 def test_a_row_tells_the_operators_of_its_call() -> None:

@@ -312,7 +312,7 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
     path = bench_methods.write(rows, machine, before="abc", threads=0, folder=tmp_path)
     assert path == tmp_path / "methods_a-chip.json"
     again = row("fedavg", plain=[4.0], fedkern=[1.0])
-    again.missing = {"bf16": "this fedkern has no --precision"}
+    again.missing = {"before": "no --before was given"}
     again.differs = ["lr: 0.1, 0.2"]
     bench_methods.write([again], machine, before="abc", threads=0, folder=tmp_path)
     found = {one.name: one for one in bench_methods.read(path, machine)}
@@ -320,7 +320,7 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
     assert bench_methods.read(path, {**machine, "cpu": "another"}) == []
     page = path.with_suffix(".md").read_text()
     assert "fedgid" in page
-    assert "this fedkern has no --precision" in page
+    assert "no --before was given" in page
     assert "lr: 0.1, 0.2" in page
     assert "| fedavg | 4.00 (2.00) | 1.00 (0.50) | 4.00× (4.00×) |" in page
 

@@ -43,7 +43,7 @@ def test_networks_are_those_of_fedkern(name: str, width: int) -> None:
 
 def _final(task: Task, main: object, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     out.mkdir()
-    monkeypatch.setattr(sys, "argv", ["adapter", str(task.folder), str(out), "1", "1"])
+    monkeypatch.setattr(sys, "argv", ["adapter", str(task.folder), str(out), "1", "1", "1"])
     main()  # type: ignore[operator]
     return torch.load(out / "final.pt", weights_only=True)
 
@@ -140,13 +140,11 @@ def test_a_contestant_learns_where_to_train(task: Task, tmp_path: Path, monkeypa
     }
 
 
-def test_workers_are_contestants_where_the_settings_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    for able, judged in ((False, "fedkern serial"), (True, "fedkern auto")):
-        monkeypatch.setattr(bench_rounds.ours, "takes_workers", lambda able=able: able)
-        name, found = bench_rounds.contestants(2)
-        assert name == judged
-        assert isinstance(found["fedkern auto"], Contestant) == able
-        assert bench_rounds.contestants(1)[0] == "fedkern serial"
+def test_the_judged_contestant_chooses_its_workers() -> None:
+    name, found = bench_rounds.contestants(2)
+    assert name == "fedkern auto"
+    assert [found[f"fedkern {who}"].words for who in ("serial", "workers", "auto")] == [("1",), ("2",), ("auto",)]
+    assert bench_rounds.contestants(1)[0] == "fedkern serial"
 
 
 def test_accuracies_beyond_the_scatter_are_named() -> None:
