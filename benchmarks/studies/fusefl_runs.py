@@ -37,8 +37,8 @@ class Study:
         settings: of every run; ``local_epochs`` is a one-shot client's whole budget.
         rounds: those of multi-round FedAvg, over which the same budget is spread.
         rates: learning rates to choose from.
-        deep: model and width for the section ``blocks``, which needs a network of eight blocks.
-        many: numbers of clients of the section ``clients``.
+        deep: model and width of a network of eight blocks.
+        many: numbers of clients.
     """
 
     settings: Mapping[str, Any]

@@ -3,12 +3,11 @@
     python -m benchmarks.studies.study_feddra captions     # embedded data
     python -m benchmarks.studies.study_feddra tiny         # the same in a few minutes, to see that it works
 
-``--only SECTION ...`` runs some of the sections: ``table`` (FedDRA and every baseline), ``again`` (two of its rows, for
-another machine), ``held_out`` (a client that no
-method trains on), ``ablations`` (robust weights only, anchors only, one stage, where the weights act), ``statistics``
-(those of batch norm, with and without robust weights), ``sweeps`` (rho and mu) and ``alternating`` (what both stages in
-every round cost, and why).  Each goes on where it was interrupted, takes about an hour or less on two cores, and
-writes ``benchmarks/studies/results/feddra_<study>_<section>.md`` and ``.json``.
+``--only SECTION ...`` runs some of the sections: ``table`` (FedDRA and every baseline), ``held_out`` (a client that
+no method trains on), ``ablations`` (robust weights only, anchors only, one stage, where the weights act),
+``statistics`` (those of batch norm, with and without robust weights), ``sweeps`` (rho and mu) and ``alternating`` (what
+both stages in every round cost, and why).  Each goes on where it was interrupted, takes about an hour or less on two
+cores, and writes ``benchmarks/studies/results/feddra_<study>_<section>.md`` and ``.json``.
 
 The last client of the captions is a small minority with words, colours and digits of its own.  Figures: recall at 1,
 mean of both directions, among 500 pairs of all clients' distributions, of the minority's, and of a client that nobody
@@ -163,10 +162,9 @@ def _compared(
     lr: float,
     rows: Mapping[str, Callable[[float, int], Case]],
     figures: Mapping[str, tuple[str, ...]] = FIGURES,
-    seeds: tuple[int, ...] = (),
 ) -> Section:
-    """A table of the figures of several kinds of runs over ``seeds``, the study's where none are given."""
-    seeds = seeds or runs.study.seeds
+    """A table of the figures of several kinds of runs over the study's seeds."""
+    seeds = runs.study.seeds
     cases = {name: [make(lr, seed) for seed in seeds] for name, make in rows.items()}
     runs.run(case for row in cases.values() for case in row)
     found = {
@@ -187,12 +185,6 @@ def main_table(runs: DRARuns) -> Section:
     """FedDRA and every baseline."""
     rows = {name: _row(runs, name) for name in METHODS}
     return _compared(runs, "Every method", runs.rate(anew=True), rows)
-
-
-def again(runs: DRARuns) -> Section:
-    """Two rows of the main table at its first seed, to be repeated on another machine."""
-    rows = {name: _row(runs, name) for name in (BASELINE, FULL)}
-    return _compared(runs, "Again, on another machine", runs.rate(), rows, seeds=runs.study.seeds[:1])
 
 
 def _row(runs: DRARuns, name: str, **given: Any) -> Callable[[float, int], Case]:
@@ -273,7 +265,6 @@ def alternating(runs: DRARuns) -> Section:
 
 SECTIONS: Mapping[str, Callable[[DRARuns], Section]] = {
     "table": main_table,
-    "again": again,
     "alternating": alternating,
     "held_out": held_out,
     "ablations": ablations,

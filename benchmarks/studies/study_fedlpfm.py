@@ -5,8 +5,8 @@
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (FedAvg, FedProx, FML, Fed-LPFM under class split and
 Dirichlet 0.1, three seeds), ``partitions`` (IID to Dirichlet 0.01), ``loss`` (lambda, divergences), ``teachers``
-(tuned, several, random ones), ``proxy`` (a larger one, class split), ``edges`` (learning rates beyond the grid) and
-``costs``.  Each goes on where it was interrupted, takes at most about an hour on two cores, and writes
+(tuned, several, random ones), ``proxy`` (a larger one, class split) and ``edges`` (learning rates beyond the grid).
+Each goes on where it was interrupted, takes at most about an hour on two cores, and writes
 ``benchmarks/studies/results/fedlpfm_<study>_<section>.md`` and ``.json``.
 
 The proxy is a small CNN, as a client's device would hold, several times smaller than the teacher; with ResNet-8 in its
@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.studies.study import (
     JPEG,
     RATES_HEADER,
@@ -41,8 +39,6 @@ from benchmarks.studies.study import (
     table,
     tried_rates,
 )
-from fedkern import models
-from fedkern.models.cost import Cost, cost
 
 SEEDS = (0, 1, 2)
 METHODS = {"FedAvg": "fedavg", "FedProx": "fedprox", "FML": "fml", "Fed-LPFM": "fedlpfm"}
@@ -210,42 +206,6 @@ def proxy(runs: LPFMRuns) -> Section:
     return page + _teacher(runs.metrics(cases[FULL, study.rates[0]])), numbers
 
 
-def costs(runs: LPFMRuns) -> Section:
-    """What an image costs in training and in inference, and what the networks need in memory; nothing is run."""
-    study, side = runs.study, {"digits": 8, "cifar10": 32}[runs.study.settings["data"]]
-    channels = 1 if study.settings["data"] == "digits" else 3
-    images = torch.zeros(2, channels, side, side)
-
-    def network(name: str, width: int) -> Cost:
-        return cost(models.build(name, classes=10, channels=channels, image_size=side, seed=0, width=width), images)
-
-    teacher, _, wide = study.teachers[0].partition("/")
-    proxy, large = network(study.settings["model"], study.settings["width"]), network(teacher, int(wide))
-    passes = study.settings["rounds"] * study.settings["local_epochs"]
-    answer = large.inference_flops
-    rows = {
-        "inference: the proxy, whatever trained it": (proxy.inference_flops, proxy.inference_bytes),
-        "inference: the teacher": (answer, large.inference_bytes),
-        "training: FedAvg, FedProx": (proxy.training_flops, proxy.training_bytes),
-        "training: FML, two networks": (2 * proxy.training_flops, 2 * proxy.training_bytes),
-        f"training: Fed-LPFM, logits once for {passes} epochs": (
-            proxy.training_flops + answer / passes, max(proxy.training_bytes + 10 * 4, large.inference_bytes),
-        ),
-        "training: Fed-LPFM, teacher sees the augmented view": (
-            proxy.training_flops + answer, proxy.training_bytes + large.inference_bytes,
-        ),
-        "training: the teacher, on the public images": (large.training_flops, large.training_bytes),
-    }  # fmt: skip
-    numbers: dict[str, Any] = {name: {"flops": flops, "bytes": size} for name, (flops, size) in rows.items()}
-    numbers |= {"proxy": proxy.parameters, "teacher": large.parameters}
-    text = [[name, f"{flops / 1e6:.2f}", f"{size / 1e6:.2f}"] for name, (flops, size) in rows.items()]
-    title = f"## An image's cost\n\nThe proxy ({study.settings['model']}, width {study.settings['width']}) has "
-    title += f"{proxy.parameters:,} parameters, the teacher ({study.teachers[0]}) {large.parameters:,} "
-    title += "and is never sent.  Memory: parameters, buffers and the largest layer's maps; in "
-    title += "training also gradients, momentum and what the backward pass of an image needs.\n\n"
-    return title + table(["", "MFLOP an image", "MB"], text) + "\n", numbers
-
-
 def partitions(runs: LPFMRuns) -> Section:
     """From IID to Dirichlet 0.01, one seed, with the learning rates of Dirichlet 0.1."""
     rates, numbers = runs.rates("dirichlet:0.1"), {}
@@ -319,7 +279,6 @@ SECTIONS: Mapping[str, Callable[[LPFMRuns], Section]] = {
     "teachers": teachers,
     "proxy": proxy,
     "edges": edges,
-    "costs": costs,
 }
 
 

@@ -4,13 +4,13 @@
     python -m benchmarks.studies.study_fusefl cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
-``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (all
-under the same classifiers), ``code`` (as in the released code), ``edges`` (learning rates beyond the
+``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (all under the same classifiers; more clients, more
+blocks), ``code`` (as in the released code), ``edges`` (learning rates beyond the
 grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
 used).  Each goes on where it was interrupted and writes
 ``benchmarks/studies/results/fusefl_<study>_<section>.md``, ``.json``.
 
-Most sections take an hour or less on two cores; ``clients`` and ``blocks`` take two.
+Most sections take an hour or less on two cores; ``alike`` takes longer.
 
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
 there are two columns: as published, and with every method's classifier calibrated alike.  The learning rate of a method
@@ -148,38 +148,6 @@ def _rows(runs: FuseFLRuns, cases: Mapping[str, Case], numbers: dict[str, Any]) 
 HEADER = ["run", "before calibration, %", "calibrated, %", *TRANSFER, "memory"]
 
 
-def blocks(runs: FuseFLRuns) -> Section:
-    """K = 2, 4, 8 with concatenation (cnn1x1) and averaging adaptors, on a deeper network."""
-    lr, alpha = runs.rates()["FuseFL", CALIBRATED], runs.study.alphas[0]
-    (model, width), numbers = runs.study.deep, {}
-    deep = {"model": model, "width": width}
-    cases = {
-        f"K = {k}, {adaptor}": runs.one_shot("FuseFL", alpha, lr, 0, **deep, blocks=k, adaptor=adaptor)
-        for k in (2, 4, 8)
-        for adaptor in ("cnn1x1", "avg")
-    }
-    baselines = {
-        name: runs.one_shot(name, alpha, runs.rates()[name, CALIBRATED], 0, **deep)
-        for name in ("one-shot FedAvg", "ensemble")
-    }
-    runs.run([*cases.values(), *baselines.values()])
-    title = f"## {model} of width {width} (FuseFL: over the root of the clients), Dirichlet {alpha}, seed 0\n\n"
-    return title + table(HEADER, _rows(runs, {**cases, **baselines}, numbers)) + "\n", numbers
-
-
-def clients(runs: FuseFLRuns) -> Section:
-    """More clients on the same samples; the features of 50 networks side by side want diagonal covariances."""
-    rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
-    cases = {
-        f"{name}, M = {m}": runs.one_shot(name, alpha, rates[name, CALIBRATED], 0, clients=m, covariance="diagonal")
-        for m in runs.study.many
-        for name in ONE_SHOT
-    }
-    runs.run(cases.values())
-    title = f"## More clients, Dirichlet {alpha}, seed 0, calibration with diagonal covariances\n\n"
-    return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
-
-
 def datafree(runs: FuseFLRuns) -> Section:
     """Distillation of the ensemble, FedDF on public and on generated images and DENSE, beside what is distilled."""
     rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
@@ -307,8 +275,6 @@ def edges(runs: FuseFLRuns) -> Section:
 
 SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "table": main_table,
-    "blocks": blocks,
-    "clients": clients,
     "datafree": datafree,
     "width": width,
     "parts": parts,
