@@ -15,6 +15,7 @@ from fedkern import engine, models
 from fedkern.data import normalise
 from fedkern.engine.run import load_data
 from fedkern.models.blocks import cut
+from fedkern.models.fused import FusedNetwork
 
 if find_spec("sklearn") is None:  # said before the study's runs, not after them
     raise SystemExit("The linear probes of study_fusefl need scikit-learn: pip install scikit-learn.")
@@ -58,10 +59,20 @@ def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
     return accuracies
 
 
+def fused_features(network: FusedNetwork, x: Tensor) -> list[Tensor]:
+    """Every level's features, averaged over positions and clients, ``[B, c_l]``."""
+    result = []
+    for level in network.levels:
+        x = level(x)
+        pooled = x.flatten(2).mean(2) if x.dim() == 4 else x.mean(1) if x.dim() == 3 else x
+        result.append(pooled.unflatten(1, (level.count, -1)).mean(1))
+    return result
+
+
 def level_features(network: Any, blocks: int) -> Levels:
     """A function from images to every level's features ``[B, c_l]``."""
-    if hasattr(network, "level_features"):  # FuseFL's
-        return network.level_features  # type: ignore[no-any-return]
+    if isinstance(network, FusedNetwork):
+        return lambda x: fused_features(network, x)
     members = network.members if isinstance(network, models.Ensemble) else [network]
     parts = [cut(member, blocks) for member in members]
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.studies.audit import audit, claimed_mu
 from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
 from fedkern.engine import private_training
@@ -40,7 +41,6 @@ from fedkern.methods.base import Objective, Step
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, IMAGE, LEDGER
-from fedkern.privacy.audit import audit, claimed_mu
 from fedkern.report import plots
 from fedkern.streams import stream
 

@@ -239,16 +239,6 @@ class FusedNetwork(nn.Module):
         """The features that the classifier reads (:meth:`fuse`), of images ``[B, C, H, W]``."""
         return self.fuse(full(self.joined(x)))
 
-    def level_features(self, x: Tensor) -> list[Tensor]:
-        """Every level's features for a linear probe, averaged over positions and clients, ``[B, c_l]``."""
-        result = []
-        for level in self.levels:
-            x = level(x)
-            count = cast(FusedLevel, level).count
-            pooled = x.flatten(2).mean(2) if x.dim() == 4 else x.mean(1) if x.dim() == 3 else x
-            result.append(pooled.unflatten(1, (count, -1)).mean(1))
-        return result
-
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         if self.head is None:

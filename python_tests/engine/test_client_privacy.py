@@ -10,6 +10,7 @@ import torch
 from interrupted import Kill, KillAt, outcome
 from smallest import SETTINGS
 
+from benchmarks.studies.audit import audit
 from fedkern.engine import Listener, RunConfig, extend, read_metrics, read_summary, run
 from fedkern.engine.absences import absent_clients
 from fedkern.engine.client_privacy import ClippedSum, variances
@@ -21,7 +22,6 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.models import build
 from fedkern.privacy import ClientLevel
-from fedkern.privacy.audit import audit
 from fedkern.privacy.keys import noise_key
 from fedkern.report.progress import headline
 

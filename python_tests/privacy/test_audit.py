@@ -14,8 +14,8 @@ from scipy.optimize import brentq
 from scipy.stats import binom
 
 from benchmarks.studies import privacy_audit as audited
+from benchmarks.studies.audit import audit, claimed_mu
 from fedkern.privacy import Accountant
-from fedkern.privacy.audit import audit, claimed_mu
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None,
