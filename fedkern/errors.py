@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -209,6 +209,11 @@ def _cut(text: str, most: int) -> str:
     """Shortens ``text`` to ``most`` characters: three quarters from the beginning, "...", one quarter from the end."""
     tail = most // 4
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
+
+
+def first_of(words: Sequence[str], most: int, between: str = ", ") -> str:
+    """At most ``most`` of the words, and how many more there are: ``"a, b and 3 more"``."""
+    return between.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.grounds import code_identity, difference, other_data
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import check_unedited
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.files import expand
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.registry import short
@@ -199,8 +199,7 @@ def differing_settings(groups: Sequence[Group]) -> str:
             parts.append(f"{name.removeprefix('options.')} ({shown})")
     if not parts:
         return "Besides the method and its own options, the groups have the same settings."
-    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-    return f"Besides the method, the groups differ in {', '.join(parts[:SHOWN])}{more}."
+    return f"Besides the method, the groups differ in {first_of(parts, SHOWN)}."
 
 
 def main_figures(groups: Iterable[Group]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from fedkern.data.identity import Sets
 from fedkern.data.spelling import SHOWN
 from fedkern.data.types import Split
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 
 OWN = ("folder", "csv", "segmentation", "pairs", "reports")
 """Data sets of the user's own images: copies in published ones are known and stay."""
@@ -90,8 +90,7 @@ def copies(data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes
     if not told:
         return []
     told.sort(key=lambda each: each[0])
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-    return [f"Equal images under several names count as often: {'; '.join(text for _, text in told[:SHOWN])}{more}."]
+    return [f"Equal images under several names count as often: {first_of([text for _, text in told], SHOWN, '; ')}."]
 
 
 def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterator[list[_Image]]:

@@ -25,7 +25,7 @@ from fedkern.data.images import (
 )
 from fedkern.data.spelling import SHOWN
 from fedkern.data.types import Pool, Source, fixed_rows
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.streams import stream
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
@@ -184,8 +184,7 @@ def _repeated(listing: Listing) -> list[str]:
     again = [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]
     if not again:
         return []
-    more = f" and {len(again) - SHOWN} more" if len(again) > SHOWN else ""
-    return [f"Images that are listed more than once count as often: {', '.join(again[:SHOWN])}{more}."]
+    return [f"Images that are listed more than once count as often: {first_of(again, SHOWN)}."]
 
 
 def check_one(
@@ -317,8 +316,7 @@ def _siteless(listing: Listing, rows: dict[str, Tensor]) -> list[str]:
     for name in ("test", "validation"):
         absent = sorted(sites["train"] - sites[name])
         if absent and sites[name]:
-            more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
-            told.append(f"The {name} set has no image of {', '.join(absent[:SHOWN])}{more}.")
+            told.append(f"The {name} set has no image of {first_of(absent, SHOWN)}.")
     return told
 
 

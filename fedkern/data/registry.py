@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,12 +166,7 @@ def _segdigits(root: Root) -> Source:
     return open_segdigits()
 
 
-def _mnist(root: Root) -> Source:
-    return open_idx("mnist", root)
-
-
-def _fashion(root: Root) -> Source:
-    return open_idx("fashionmnist", root)
+_mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
 
 
 def _coloured_options(ink: str) -> dict[str, DataOption]:

@@ -10,6 +10,8 @@ from decimal import Decimal
 import numpy as np
 import numpy.typing as npt
 
+from fedkern.errors import first_of
+
 MISSING = frozenset({
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
@@ -91,8 +93,8 @@ def _folded(value: str) -> str:
 
 def _examples(groups: Sequence[Sequence[str]]) -> str:
     # Two Unicode forms of a text look alike on screen; ascii() tells them apart.
-    shown = [", ".join(_quoted(text, each) for text in each[:SHOWN]) for each in groups[:SHOWN]]
-    return "; ".join(shown) + (f" and {len(groups) - SHOWN} more" if len(groups) > SHOWN else "")
+    shown = [", ".join(_quoted(text, each) for text in each[:SHOWN]) for each in groups]
+    return first_of(shown, SHOWN, "; ")
 
 
 def _quoted(text: str, among: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from fedkern.engine.run import finished_data
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import read_model
 from fedkern.engine.torch_modes import reproducible
-from fedkern.errors import UserError, named
+from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
 from fedkern.methods import registry
 from fedkern.methods.common.registered_metrics import metrics_of
@@ -116,11 +116,6 @@ def _check_fits(data: FederatedData, about: Mapping[str, Any], out: Path) -> Non
     check_shape(data, about, out)
     if task != "retrieval" and list(data.classes) != list(about["classes"]):
         raise UserError(
-            f'The classes of "{data.name}" are {_named(data.classes)}, but the network in {out} tells '
-            f"{_named(about['classes'])}: name data with the same classes in the same order."
+            f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} tells '
+            f"{first_of(about['classes'], 5)}: name data with the same classes in the same order."
         )
-
-
-def _named(classes: Collection[str]) -> str:
-    names = list(classes)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

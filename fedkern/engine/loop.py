@@ -125,7 +125,7 @@ class Run:
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # whether self.latest describes the present state
         self._final_warnings: list[str] = []  # names of those about the final network
-        self._last_exchange = True
+        self.last_exchange = True  # whether the present exchange is the last of its round
         self._elapsed = 0.0
         self._started = time.perf_counter()
         self._told: set[str] = set()
@@ -279,11 +279,6 @@ class Run:
                 self.ledger.book(k, "down", words[1])
 
     @property
-    def last_exchange(self) -> bool:
-        """Whether the present exchange is the last of its round."""
-        return self._last_exchange
-
-    @property
     def _rounds(self) -> int:
         return len(self._plan)
 
@@ -349,7 +344,7 @@ class Run:
         for exchange_name, asker in exchanges:
             step = Step(index, entry.name, exchange_name)
             self._round["exchange"] = exchange_name
-            self._last_exchange = exchange_name == exchanges[-1][0]
+            self.last_exchange = exchange_name == exchanges[-1][0]
             begun, before = time.perf_counter(), (self.ledger.total_up, self.ledger.total_down)
             with self.context.drawing(self.server, step), self.method_code("send"):
                 outgoing = asker.send(self.server, step)
@@ -577,7 +572,7 @@ class Run:
         if not late:
             self._write_state(k)
         self.observed.add(info)
-        if self._last_exchange and not late:
+        if self.last_exchange and not late:
             self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
         self._round["clients"].setdefault(str(k), {}).update(info)
         told = self.context.disclosure.client({**info, "seconds": seconds})

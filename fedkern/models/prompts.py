@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedkern import files
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, first_of, nearest
 from fedkern.inputs import parse_json, read_text
 
 DEFAULT = "a photo of a {class}."
@@ -89,9 +89,7 @@ def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def _names(names: Sequence[str]) -> str:
-    shown = ", ".join(f'"{name}"' for name in names[:3])
-    if len(names) > 3:
-        shown += f" and {len(names) - 3} more"
+    shown = first_of([f'"{name}"' for name in names], 3)
     return f"{'es' if len(names) > 1 else ''} {shown}"
 
 

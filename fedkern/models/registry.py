@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -65,20 +66,7 @@ def _cnn(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwor
     return CNN(classes=classes, channels=channels, width=width)
 
 
-def _resnet8(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
-    return ResNet((1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
-
-
-def _resnet8t(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
-    return ResNet8T(classes=classes, channels=channels, width=width, stem=stem)
-
-
-def _resnet18(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
-    return ResNet((2, 2, 2, 2), classes=classes, channels=channels, width=width, stem=stem)
-
-
-def _resnet10(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
-    return ResNet((1, 1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
+_resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 1), (1, 1, 1, 1), (2, 2, 2, 2)))
 
 
 def _vgg16(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
@@ -136,7 +124,7 @@ MODELS: dict[str, ModelEntry] = {
             "FedIOD's ResNet-8: 128 to 512 channels, pooled to 2x2, 4.9 million parameters",
             128,
             8,
-            _resnet8t,
+            ResNet8T,
         ),
         ModelEntry(
             "resnet18",

@@ -132,10 +132,6 @@ def _rows(
     ]
 
 
-def _compute(vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-    return select(vectors).clip_and_noise(vectors, max_norm, deviation, seed, offset)
-
-
 def _signed(value: int) -> int:
     """The same 64 bits as a signed integer, since operators of torch.library take no unsigned ones."""
     return value - (1 << 64) if value >= 1 << 63 else value
@@ -146,7 +142,7 @@ def _signed(value: int) -> int:
 
 def _implementation(vectors: list[Tensor], numbers: Tensor, seed: int, offset: int) -> Tensor:
     max_norm, deviation = numbers.tolist()
-    return _compute(vectors, max_norm, deviation, seed % (1 << 64), offset % (1 << 64))
+    return select(vectors).clip_and_noise(vectors, max_norm, deviation, seed % (1 << 64), offset % (1 << 64))
 
 
 def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
