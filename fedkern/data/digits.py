@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -30,10 +32,17 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
     Pillow's bicubic filter works in integers, so every machine gets the same bytes.
     """
+    large, labels = _enlarged()
+    return torch.from_numpy(large.copy()).unsqueeze(1), torch.from_numpy(labels.copy())
+
+
+@cache
+def _enlarged() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Kept, as a process often opens the digits more than once: a run and its pictures, the runs of a comparison."""
     pixels, labels = small_digits()
     small = np.rint(pixels * (255 / 16)).astype(np.uint8)
-    large = np.stack([np.asarray(Image.fromarray(one).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for one in small])
-    return torch.from_numpy(large).unsqueeze(1), torch.from_numpy(labels)
+    large = [np.asarray(Image.fromarray(one).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for one in small]
+    return np.stack(large), labels
 
 
 def open_digits() -> Source:

@@ -16,6 +16,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Runs end without pictures, which take longer to draw than a small run to play."""
+    monkeypatch.setattr("fedkern.report.pictures._draw", lambda *_: [])
+
+
+@pytest.fixture
 def fails(capsys):
     """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
 

@@ -38,6 +38,7 @@ def check_equal(one, other):
 
 
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
+@pytest.mark.usefixtures("undrawn")
 def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     more = ("--lr-decay", "0.9", "--sample-fraction", "0.67")
     start(method, 5, "long", *more)
@@ -48,6 +49,7 @@ def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     assert RunConfig.load("short", device="cpu").rounds == 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, result, tmp_path):
     start("fedavg", 1, "run", "--lr", "0.001")
     warned = json.loads((tmp_path / "run" / "summary.json").read_text())["diagnostics"]
@@ -58,6 +60,7 @@ def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, resul
     assert "collapsed-class" not in summary["diagnostics"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_extension_that_was_interrupted_between_its_writes_is_finished(start, monkeypatch, result, tmp_path):
     start("fedavg", 1, "run")
     start("fedavg", 2, "long")
@@ -101,6 +104,7 @@ def test_a_schedule_over_all_rounds_is_told(result):
     assert "the cosine schedules and the warm-up span all rounds" in " ".join((out + err).split())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, tmp_path):
     start("fedavg", 2, "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -113,6 +117,7 @@ def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, 
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_whose_plan_or_privacy_fixes_the_rounds_are_refused(result, fails):
     tiny = [word for word in TINY if word not in ("--local-steps", "2")]
     result("oneshot-fedavg", *tiny, "--local-epochs", "1", "--out", "once")

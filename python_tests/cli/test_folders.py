@@ -109,6 +109,7 @@ def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finish
     assert "data_options.test_samples: 20 -> 21" in fails("--resume", "probe", "--data-option", "test_samples=21")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_predictions_of_a_new_run_and_of_a_finished_one(result, fails, finished):
     out, _ = result("fedavg", *TINY, "--buffers", "drop", "--predictions", "--out", "new")
     assert "answers:    predictions.csv" in out
@@ -156,6 +157,7 @@ def test_a_run_of_a_gpu_goes_on_with_device_cpu(result, fails, finished, monkeyp
     assert (finished / "accuracy.png").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_attack_is_told_before_it_cannot_be_written(capsys, finished, monkeypatch):
     def refuse(path, content):
         raise atomic.unwritable(path, PermissionError(errno.EACCES, "Permission denied"))

@@ -102,6 +102,7 @@ def test_a_held_out_site_is_shown_as_held_out(listed, result, tmp_path):
     assert {row["test_set"] for row in evaluation(out)} == {"test", "held_out"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_parts_of_the_test_set_tell_the_sites_apart(listed, result, tmp_path):
     """Without test sets of their own, clients are compared on the test images of their site."""
     out = tmp_path / "run"
@@ -159,6 +160,7 @@ def test_own_test_folders_stay_where_a_share_is_the_default(folders, result, tmp
     assert shares["client_metrics"]["0"]["gallery"] != summary["client_metrics"]["0"]["gallery"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_partition_says_so_and_the_repeated_command_keeps_it(listed, result, tmp_path):
     words = ("fedprox", "--data", "csv", "--data-root", str(listed), *TINY)
     told, shown = result(*words, "--partition", "iid", "--out", str(tmp_path / "iid"))
@@ -199,6 +201,7 @@ def plain(out):
     return found["metrics"], found["client_metrics"], found["client_names"], (out / "evaluation.csv").read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumed_runs_are_the_same(listed, tmp_path):
     config = RunConfig.make("fedavg", data="csv", data_root=str(listed), rounds=2, local_epochs=1, width=2, threads=1,
                             grad_cam=0, model="cnn", client_test=0.2, data_options={"size": 8})  # fmt: skip

@@ -41,6 +41,7 @@ def unfinished(out: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_resumed_where_its_code_is_named_again(file, tmp_path, fails, result):
     words = ["fedavg", *TINY, "--model", "net.py:Net"]
     out, _ = result(*words, "--out", "run")

@@ -91,6 +91,7 @@ def test_commands_without_plugins_refuse_them(fails, marked):
 
 
 @pytest.mark.parametrize("word", ["list", "--help"])
+@pytest.mark.usefixtures("undrawn")
 def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch, tmp_path, marked, word):
     monkeypatch.syspath_prepend(marked.path.parent)
     points = [EntryPoint("good", "marked", plugins.GROUP), EntryPoint("bad", "not_installed", plugins.GROUP)]
@@ -109,6 +110,7 @@ def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch
 # -- a run stores and reloads its plugins ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_stores_its_plugins_and_repeats_them(result, marked, tmp_path):
     out, _ = result("mine", *TINY, "--rounds", "1", "--plugin", "plugin/marked.py", "--out", "run")
     stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
@@ -127,6 +129,7 @@ def test_a_run_stores_its_plugins_and_repeats_them(result, marked, tmp_path):
     assert marked.runs == runs + 1  # the user named it, in a file
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_config_file_lists_plugins_by_name(result, marked, tmp_path):
     (tmp_path / "own.toml").write_text('method = "mine"\nplugins = ["plugin/marked.py"]\nrounds = 1\n')
     result("--config", "own.toml", *TINY, "--out", "run", "--quiet")
@@ -138,6 +141,7 @@ def test_a_config_file_with_plugins_of_another_kind(fails, tmp_path):
     assert "plugins must be a list of names" in fails("--config", "own.toml")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_goes_on_with_its_plugin(result, begun, marked, tmp_path):
     result("--resume", str(begun), "--quiet")
     assert marked.runs == 2
@@ -155,6 +159,7 @@ def test_a_killed_run_goes_on_with_its_plugin(result, begun, marked, tmp_path):
         pytest.param("smoothed", "smoothed_labels.py", [], marks=pytest.mark.exhaustive),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_examples_give_the_same_bits_when_resumed(result, tmp_path, method, file, options):
     words = [method, *TINY, *options, "--rounds", "2", "--plugin", str(EXAMPLES / file), "--quiet"]
     result(*words, "--out", "whole")
@@ -212,6 +217,7 @@ def test_a_plugin_that_another_user_has_run_is_not_trusted(fails, begun, marked,
     untouched(fails, begun, marked, 1, "names code to run")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_plugin_that_is_gone_or_has_moved(fails, result, begun, marked, tmp_path):
     moved = tmp_path / "elsewhere" / "marked.py"
     moved.parent.mkdir()

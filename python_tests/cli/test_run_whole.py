@@ -97,6 +97,7 @@ def test_a_run_that_promises_an_epsilon_tells_no_class_counts(result, tmp_path):
         assert not (tmp_path / "private" / "partition.png").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_json_is_alone_on_standard_output(result, tmp_path):
     out, err = result("fedavg", *TINY, "--json", "--out", "here")
     summary = json.loads(out)
@@ -105,6 +106,7 @@ def test_json_is_alone_on_standard_output(result, tmp_path):
     assert "round" not in err.replace("background", "")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_quiet_leaves_the_folder_and_its_default_name(result, tmp_path):
     out, _ = result("fedavg", *TINY, "--quiet")
     assert re.fullmatch(r"runs/fedavg-colordigits-\d{8}-\d{6}\n", out)
@@ -132,6 +134,7 @@ def test_a_folder_of_another_configuration(fails, result, finished):
     result("fedgid", "--rounds", "2", "--resume", str(folder))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_from_another_folder_and_with_moved_data(result, fails, monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     for name, count in (("train", 60), ("t10k", 30)):
@@ -156,6 +159,7 @@ def test_a_run_goes_on_from_another_folder_and_with_moved_data(result, fails, mo
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
+@pytest.mark.usefixtures("undrawn")
 def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, tmp_path, number, code, word):
     on_round = progress.Lines.on_round
 
@@ -176,6 +180,7 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, 
     assert main(["--resume", "stopped here", "--quiet"]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_then_resume_gives_the_uninterrupted_run(result, tmp_path):
     argv = ["fedgid", *SMALL, "--rounds", "12", "--grad-cam", "0"]
     process = subprocess.Popen(
@@ -215,6 +220,7 @@ def test_too_little_memory_is_one_sentence(fails, monkeypatch):
     assert "the machine has not enough memory; use a smaller --batch-size" in fails("fedavg", *TINY, "--out", "out")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_is_one_sentence(fails, result, monkeypatch, tmp_path):
     write_bytes = Path.write_bytes
     written = 0

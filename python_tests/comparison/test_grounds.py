@@ -86,6 +86,7 @@ def a_folder(kind, seed):
             "data_options": {"size": 8}}  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("second", ["fedavg", "fedprox"])
 @pytest.mark.parametrize("kind", ["folder", "csv", "arrays"])
 def test_folders_of_runs_on_different_data_are_refused(kind, second):

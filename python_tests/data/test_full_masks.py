@@ -82,6 +82,7 @@ def slow(split, said, root, size, tile=0):
     return torch.stack(list(counts.values()))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("tile", [0, 8])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("pickled", [False, True])

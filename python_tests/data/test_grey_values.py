@@ -45,6 +45,7 @@ def assert_ramps(data):
                 assert np.abs(channel.numpy() - 255 * RAMP).max() <= 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("colour", ["grey", "rgb"])
 @pytest.mark.parametrize(
     ("suffix", "top", "kind"),

@@ -14,6 +14,7 @@ def identity(name="digits", **settings):
     return load(name, identify=True, **settings).identity
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "settings",
     [{}, {"train_samples": 90}, {"train_samples": 90, "public_samples": 20}, {"public_samples": 20}],

@@ -36,6 +36,14 @@ def test_a_run_needs_no_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     load("segdigits")
 
 
+def test_whoever_changes_the_digits_changes_nobody_elses() -> None:
+    first = read_digits()
+    again = [value.clone() for value in first]
+    for value in first:
+        value.zero_()
+    assert all(map(torch.equal, read_digits(), again))
+
+
 def test_digits_are_sklearns_enlarged_smoothly() -> None:
     from sklearn.datasets import load_digits
 

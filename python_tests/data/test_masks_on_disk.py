@@ -73,6 +73,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("values", "settings"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("folder", [True, False], ids=["cache", "temporary"])
 def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, settings, folder):

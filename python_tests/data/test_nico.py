@@ -21,6 +21,7 @@ def expected(position: int) -> set[tuple[str, str]]:
     return {(f"class{c}", f"context{position:02d} of {c}") for c in range(CLASSES)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", ["", "nico", "NICO"])
 @pytest.mark.parametrize(("protocol", "first", "ood"), [("F7", 0, (7, 8, 9)), ("L7", 3, (0, 1, 2))])
 def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protocol: str, first: int, ood) -> None:

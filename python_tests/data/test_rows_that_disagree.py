@@ -43,6 +43,7 @@ def edited(**values):
     return change
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", HEADERS)
 @pytest.mark.parametrize(("split", "other"), [("train", "test"), ("val", "test"), ("test", "train"), ("train", "val")])
 def test_a_patient_in_two_splits(tmp_path, name, split, other):

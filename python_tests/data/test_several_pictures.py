@@ -46,6 +46,7 @@ def open_source(name, root):
     return load(name, root=root / where, clients=2, partition="iid", options={"size": 8})
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", ["folder", "csv", "pairs", "reports", "segmentation"])
 def test_two_pictures_in_a_file_are_refused(tmp_path, name, suffix):

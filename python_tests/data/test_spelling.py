@@ -107,6 +107,7 @@ def test_clients_patients_and_splits_in_several_spellings(tmp_path):
 # Missing values
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [*TABLES, "segmentation"])
 @pytest.mark.parametrize("value", sorted(MISSING)[::4])
 def test_missing_values_count_as_empty_in_every_column(tmp_path, name, value):

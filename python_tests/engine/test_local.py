@@ -236,6 +236,7 @@ def test_divergence_in_the_last_step_is_seen(make_data, make_config):
         one_client(make_config(lr=1e30, batch_size=64, momentum=0.0), make_data(), Steep())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("policy", ["average", "local", "drop"])
 @pytest.mark.parametrize("method", ["fedavg", "fedgid"])
 def test_buffer_policies(policy, method, make_data, make_config, tmp_path):

@@ -78,7 +78,7 @@ def played(config, data, out, written):
 
 
 def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small, tmp_path, written):
-    rounds, totals = 24, {}
+    rounds, totals = 12, {}
     for clients in (300, 900):
         found = played(small(clients, rounds=rounds), make_many(clients), tmp_path / str(clients), written)
         states = [name for name, _ in found if name.startswith("client-")]
@@ -94,7 +94,7 @@ def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small
 @pytest.mark.parametrize("slack", [0, 1 << 16])
 def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkeypatch):
     monkeypatch.setattr(client_table, "SLACK", slack)  # without any, tables are begun anew all the time
-    run(small(300, rounds=30), out=tmp_path, data=make_many(300))
+    run(small(300, rounds=12), out=tmp_path, data=make_many(300))
     checkpoints = Checkpoints(tmp_path)
     entry = checkpoints.peek()
     named, _ = checkpoints.files_of(entry)
@@ -153,8 +153,8 @@ def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path,
         return go(self)
 
     monkeypatch.setattr(Run, "go", noted)
-    watch = Watch((10, 20, 30), running)
-    run(small(500, rounds=31, workers=workers), out=tmp_path, data=make_many(500), listener=watch)
+    watch = Watch((8, 16), running)
+    run(small(500, rounds=17, workers=workers), out=tmp_path, data=make_many(500), listener=watch)
     first, *_, last = watch.lengths
     assert "run.checkpoints._due" in first
     grown = {name for name, length in last.items() if length > first.get(name, 0) + 3 * WORKING}

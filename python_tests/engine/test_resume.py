@@ -342,6 +342,7 @@ def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_da
     assert Checkpoints(tmp_path).peek()["round"] == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("what", ["clients", "classes"])
 @pytest.mark.parametrize("method", ["fedavg", "scaffold"])
 def test_names_that_have_changed_since_are_a_sentence(method, what, make_data, make_config, tmp_path):

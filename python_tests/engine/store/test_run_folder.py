@@ -93,6 +93,7 @@ def test_a_link_that_leads_nowhere_is_named(make_data, make_config, tmp_path):
         run(make_config(), out=tmp_path / "link", data=make_data())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [".lock", "config.toml", "server-000001.safetensors", "manifest.json", "summary.json"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES], ids=["full", "forbidden"])
 def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data, make_config, tmp_path, monkeypatch):

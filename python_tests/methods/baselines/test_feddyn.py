@@ -92,6 +92,7 @@ def _network(make_config, data):
     return RunContext(make_config("feddyn"), data).build()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 @pytest.mark.parametrize("partial", [False, True])
 def test_it_finds_the_minimum_that_fedavg_misses(weighting, partial):

@@ -153,6 +153,7 @@ def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, ma
     assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("networks", ["averaged", "personal"])
 @pytest.mark.parametrize("buffers", ["average", "drop"])
 def test_nearest_prototypes_are_evaluated_and_saved(networks, buffers, make_data, make_config, tmp_path):

@@ -93,6 +93,7 @@ def test_local_steps_are_corrected_by_both_variates(make_data, make_config):
     torch.testing.assert_close(answer["parameters"], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 @pytest.mark.parametrize("option", ["I", "II"])
 def test_the_servers_variate_is_the_mean_of_the_clients(weighting, option, make_data, make_config, tmp_path):
