@@ -328,7 +328,6 @@ def measure(
     *,
     before: Path | None,
     data_root: str | None,
-    threads: int = 0,
     device: str = "cpu",
 ) -> Row:
     """Runs a case's contestants in turn; the one that begins changes from repeat to repeat."""
@@ -341,7 +340,7 @@ def measure(
             folders = {name: Path(made) / name for name in there}
             for name in there[turn:] + there[:turn]:
                 folders[name].mkdir()
-                _measure(row, case, name, folders[name], repeat, before, data_root, threads, device)
+                _measure(row, case, name, folders[name], repeat, before, data_root, device)
             if {"before", OURS} <= folders.keys():
                 row.differs = other_settings(folders["before"], folders[OURS])
     return row
@@ -355,13 +354,12 @@ def _measure(
     seed: int,
     before: Path | None,
     data_root: str | None,
-    threads: int,
     device: str,
 ) -> None:
     if case.boxes:
         write_boxes(folder / "boxes.json")
     one_core = name in ONE_CORE.values()
-    threads = 1 if one_core else threads
+    threads = 1 if one_core else 0  # 0: each its own default
     if name.startswith(PLAIN):
         words = [f"benchmarks.plain.{case.method}"]
         words += plain_words(config(case, folder, data_root, device), folder, seed, threads)
@@ -412,18 +410,14 @@ def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
     return [Row(**row) for row in content["cases"]]
 
 
-def write(
-    rows: Sequence[Row], machine: Mapping[str, Any], *, before: str, threads: int, folder: Path = RESULTS
-) -> Path:
+def write(rows: Sequence[Row], machine: Mapping[str, Any], *, before: str, folder: Path = RESULTS) -> Path:
     """Writes ``methods_<cpu>.json`` and its page; rows of other cases that the file has stay."""
     path = results_path(machine, folder)
     names = {row.name for row in rows}
     order = {case.name: i for i, case in enumerate(CASES)}
     kept = [row for row in read(path, machine) if row.name not in names]
     rows = sorted([*kept, *rows], key=lambda row: order.get(row.name, len(order)))
-    content = {
-        "machine": dict(machine), "before": before, "threads": threads, "cases": [asdict(row) for row in rows],
-    }  # fmt: skip
+    content = {"machine": dict(machine), "before": before, "cases": [asdict(row) for row in rows]}
     folder.mkdir(parents=True, exist_ok=True)
     for target, text in ((path, json.dumps(content, indent=1) + "\n"), (path.with_suffix(".md"), page(rows, content))):
         partial = target.with_name(target.name + ".partial")
@@ -435,16 +429,16 @@ def write(
 def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
     """The page of a results file."""
     machine = content["machine"]
-    threads = f"{content['threads']} threads" if content["threads"] else "its own default of threads"
     lines = [
         f"# Whole runs on {comparisons.processor(dict(machine))}",
         "",
         "Made by `python -m benchmarks.bench_methods`, which says what the contestants are. "
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('isa')}; torch {machine.get('torch')}; "
         f'{machine.get("time")}. "before" is fedkern at {content["before"] or "no commit"}. Every contestant had '
-        f"{threads}; fedkern's command makes OpenMP's threads sleep early while they wait, the "
-        "plain scripts leave OpenMP as it is. Seconds are medians over the repeats, a speed-up is the median of the "
-        "ratios of one repeat; below 1 it is bold. A run whose settings were others before counts in no mean over it.",
+        "its own default of threads, but for those on one core; fedkern's command makes OpenMP's threads sleep early "
+        "while they wait, the plain scripts leave OpenMP as it is. Seconds are medians over the repeats, a speed-up is "
+        "the median of the ratios of one repeat; below 1 it is bold. A run whose settings were others before counts in "
+        "no mean over it.",
     ]
     for setting, title in (("default", "Default runs, shortened"), ("large", "The larger setting")):
         mine = [row for row in rows if row.setting == setting]
@@ -480,30 +474,23 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cost_table(rows: Sequence[Row]) -> list[str]:
-    names = _names(rows)
-    lines = ["Processor seconds and peak memory of all processes of a command:", ""]
-    lines += [f"| run | {' | '.join(f'{name}, s, MB' for name in names)} |", "|---|" + "---:|" * len(names)]
-    for row in rows:
-        cells = [
-            f"{median(row.cpu_seconds[name]):.1f}, {median(row.peak_bytes[name]) / 1e6:.0f}"
-            if name in row.cpu_seconds
-            else "–"
-            for name in names
-        ]
-        lines.append(f"| {row.method} | {' | '.join(cells)} |")
-    return lines
+    about = "Processor seconds and peak memory of all processes of a command:"
+    return _pairs_table(rows, about, "s, MB", ".1f", "cpu_seconds", "peak_bytes")
 
 
 def _gpu_table(rows: Sequence[Row]) -> list[str]:
+    about = "Utilisation of the GPU over a whole command, as the driver says, and the most memory taken:"
+    return _pairs_table(rows, about, "%, MB", ".0f", "gpu_utilisation", "gpu_bytes")
+
+
+def _pairs_table(rows: Sequence[Row], about: str, units: str, digits: str, first: str, size: str) -> list[str]:
+    """The medians of two attributes of the rows in a cell, the second in bytes."""
     names = _names(rows)
-    lines = ["Utilisation of the GPU over a whole command, as the driver says, and the most memory taken:", ""]
-    lines += [f"| run | {' | '.join(f'{name}, %, MB' for name in names)} |", "|---|" + "---:|" * len(names)]
+    lines = [about, "", f"| run | {' | '.join(f'{name}, {units}' for name in names)} |", "|---|" + "---:|" * len(names)]
     for row in rows:
+        one, taken = getattr(row, first), getattr(row, size)
         cells = [
-            f"{median(row.gpu_utilisation[name]):.0f}, {median(row.gpu_bytes[name]) / 1e6:.0f}"
-            if name in row.gpu_utilisation
-            else "–"
-            for name in names
+            f"{median(one[name]):{digits}}, {median(taken[name]) / 1e6:.0f}" if name in one else "–" for name in names
         ]
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     return lines
@@ -543,7 +530,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="+", choices=("default", "large"), default=("default", "large"))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, every one with a seed of its own")
-    parser.add_argument("--threads", type=int, default=0, help="threads of every contestant; 0: each its own default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all contestants compute")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
@@ -563,13 +549,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in cases:
         rows.append(
             measure(
-                case, given.contestants, given.repeats, before=before, data_root=data_root, threads=given.threads,
-                device=given.device,
+                case, given.contestants, given.repeats, before=before, data_root=data_root, device=given.device,
             )
         )  # fmt: skip
         if not given.dry:  # a session that is killed loses the case that it was at
-            write(rows, machine, before=_revision(before), threads=given.threads, folder=given.results)
-    content = {"machine": machine, "before": _revision(before), "threads": given.threads}
+            write(rows, machine, before=_revision(before), folder=given.results)
+    content = {"machine": machine, "before": _revision(before)}
     print(page(rows, content))
     return 0
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from processes import proportional_bytes
 
 from .task import DEVICE, Task
 
@@ -105,7 +106,7 @@ def play(who: Contestant, task: Task, *, watch: bool = False, limit: float = 360
                 if time.monotonic() - start > limit:
                     raise Failed(f"it took longer than {limit:.0f} s")
                 if watch:
-                    peak = max(peak, sum(map(resident, family(process.pid, word))))
+                    peak = max(peak, sum(map(proportional_bytes, family(process.pid, word))))
                 time.sleep(WATCH_SECONDS)
         finally:
             end(process, word)
@@ -144,18 +145,6 @@ def family(pid: int, word: str) -> list[int]:
         found |= more
         grown = bool(more)
     return sorted(found)
-
-
-def resident(pid: int) -> int:
-    """A process's proportional set size in bytes (shared pages divided among those who share them), 0 once it ended."""
-    for name, key in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
-        try:
-            for line in (PROC / str(pid) / name).read_text().splitlines():
-                if line.startswith(key):
-                    return int(line.split()[1]) * 1024
-        except OSError:
-            continue
-    return 0
 
 
 def end(process: subprocess.Popen[bytes], word: str) -> None:

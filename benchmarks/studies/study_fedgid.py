@@ -19,11 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.studies.study import Case, Runs, arguments, best_rate, command_line, folder_name, publish, spread, table
-from fedkern import data as datasets
-from fedkern import engine
 
 SEEDS = (0, 1, 2)
 FULL = "FedGID (+GI map +GD)"
@@ -127,34 +123,6 @@ class FedGIDRuns(Runs):
         }
 
 
-def predictions(runs: FedGIDRuns, case: Case, seed: int, correlation: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes of a finished run on the out-of-distribution test, and the labels."""
-    folder = runs.folder / case.name
-    config = engine.RunConfig.load(folder)
-    network, about = engine.read_model(folder)
-    split = datasets.load(
-        config.data, root=config.data_root, clients=config.clients, partition=config.partition, seed=seed,
-        train_samples=config.train_samples, correlation=correlation, options=config.data_options,
-    ).tests["ood"]  # fmt: skip
-    with torch.no_grad():
-        images = datasets.normalise(split.images, about["mean"], about["std"], channels_last=True)
-        return torch.cat([network(part).argmax(1) for part in images.split(500)]), split.labels
-
-
-def corrections(
-    runs: FedGIDRuns, bases: Sequence[Case], others: Sequence[Case], correlation: float
-) -> tuple[int, int, int]:
-    """Out-of-distribution images that ``bases`` get wrong and ``others`` right, the reverse, and all of them."""
-    corrected = made = total = 0
-    for seed, base_case, other_case in zip(SEEDS, bases, others, strict=True):
-        base, labels = predictions(runs, base_case, seed, correlation)
-        other, _ = predictions(runs, other_case, seed, correlation)
-        corrected += int(((base != labels) & (other == labels)).sum())
-        made += int(((base == labels) & (other != labels)).sum())
-        total += len(labels)
-    return corrected, made, total
-
-
 Section = tuple[str, dict[str, Any]]
 
 
@@ -204,10 +172,6 @@ def parts(runs: FedGIDRuns) -> Section:
     for c in correlations:
         shown = {v: (rates[FULL if v == tuned else v], cases(v, c)) for v in (*PARTS, tuned)}
         page += _compared(runs, c, shown, numbers)
-        for v in ("+GI map", FULL, tuned):
-            corrected, made, total = corrections(runs, cases("FedAvg", c), cases(v, c), c)
-            numbers[f"{v} against FedAvg, correlation {c}"] = {"corrected": corrected, "made": made, "images": total}
-            page += [f"{v} corrects {corrected} of FedAvg's OOD errors and makes {made} new ones ({total} images).", ""]
     for name in ("alpha", "lambda"):
         rows = []
         for (k, x), case in swept.items():

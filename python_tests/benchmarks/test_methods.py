@@ -309,12 +309,12 @@ def test_a_run_with_other_settings_before_counts_in_no_mean():
 def test_cases_measured_again_replace_their_own_alone(tmp_path):
     machine = {"cpu": "A chip", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
     rows = [row("fedavg", plain=[2.0], fedkern=[1.0]), row("fedgid", plain=[3.0], fedkern=[1.0])]
-    path = bench_methods.write(rows, machine, before="abc", threads=0, folder=tmp_path)
+    path = bench_methods.write(rows, machine, before="abc", folder=tmp_path)
     assert path == tmp_path / "methods_a-chip.json"
     again = row("fedavg", plain=[4.0], fedkern=[1.0])
     again.missing = {"before": "no --before was given"}
     again.differs = ["lr: 0.1, 0.2"]
-    bench_methods.write([again], machine, before="abc", threads=0, folder=tmp_path)
+    bench_methods.write([again], machine, before="abc", folder=tmp_path)
     found = {one.name: one for one in bench_methods.read(path, machine)}
     assert [found[name].speedup("plain") for name in ("fedavg default", "fedgid default")] == [4.0, 3.0]
     assert bench_methods.read(path, {**machine, "cpu": "another"}) == []
@@ -352,7 +352,7 @@ def test_on_a_gpu_all_contestants_are_sent_there_and_it_is_watched(tmp_path, mon
     assert asked == ["cuda"] * 6
     assert found.gpu_utilisation == {key: [40.0, 40.0] for key in ("plain", "fedkern", "bf16")}
     machine = {"cpu": "A chip", "gpu": "A GPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
-    path = bench_methods.write([found], machine, before="", threads=0, folder=tmp_path)
+    path = bench_methods.write([found], machine, before="", folder=tmp_path)
     assert path.name == "methods_a-gpu.json"
     page = path.with_suffix(".md").read_text()
     assert "| fedavg | 40, 7 | 40, 7 | 40, 7 |" in page
@@ -408,7 +408,7 @@ def test_on_one_core_a_contestant_has_one_thread_in_one_process(contestant, tmp_
     record = {"round_seconds": 1.5, "accuracy": 0.5}
     monkeypatch.setattr(processes, "run", fake)
     case = Case("fedavg", "default", {"rounds": 2})
-    found = bench_methods.measure(case, (contestant,), 1, before=None, data_root=None, threads=2)
+    found = bench_methods.measure(case, (contestant,), 1, before=None, data_root=None)
     assert found.seconds == {contestant: [5.0]}
     assert found.outside_seconds(contestant) == 2.0
     assert bench_methods.missing(contestant, None, "cuda")

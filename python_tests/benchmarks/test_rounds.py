@@ -13,8 +13,9 @@ import harness
 import pytest
 import torch
 from contestants import Absent
+from processes import proportional_bytes
 from rounds import lean, ours, setting
-from rounds.plays import Contestant, Failed, family, play, resident
+from rounds.plays import Contestant, Failed, family, play
 from rounds.setting import Setting
 from rounds.task import NETWORKS, Task
 
@@ -85,13 +86,13 @@ def test_a_contestant_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
 def test_memory_counts_children_and_shared_pages_once() -> None:
     held = torch.ones(8 << 20)  # 32 MB, shared by parent and child
-    before = resident(os.getpid())
+    before = proportional_bytes(os.getpid())
     child = os.fork()
     if child == 0:
         signal.pause()
     try:
         assert child in family(os.getpid(), "no such word")
-        both = resident(os.getpid()) + resident(child)
+        both = proportional_bytes(os.getpid()) + proportional_bytes(child)
         assert both < before + held.nbytes  # the sum of resident sizes would be twice as large
     finally:
         os.kill(child, signal.SIGKILL)

@@ -82,8 +82,7 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("name", study_fedgid.STUDIES)
-def test_every_case_of_fedgid_is_a_command_line(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(study_fedgid, "corrections", lambda *_: (1, 2, 3))
+def test_every_case_of_fedgid_is_a_command_line(name, tmp_path):
     asked = {}
     settings = {"data_root": str(tmp_path)} if name == "colormnist" else {}
     runs = dry(study_fedgid.FedGIDRuns, asked)(study_fedgid.STUDIES[name], tmp_path, 2, settings)
