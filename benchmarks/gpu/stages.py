@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton", "python_tests/ops/_blend/test_blend.py")
+TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton")
 """Where tests marked ``gpu`` are."""
 CHOSEN = ("-m", "gpu and not slow", "--maxfail=20")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")

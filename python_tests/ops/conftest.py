@@ -9,6 +9,7 @@ from typing import Any
 
 import operator_cases
 import pytest
+import torch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,6 +22,15 @@ def backend(request: pytest.FixtureRequest):
     """Each available backend and ISA level in turn; active during the test."""
     with operator_cases.using(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine torch's own operators, the oracle, crawl with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

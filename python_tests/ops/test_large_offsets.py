@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,10 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.ops._aggregate.philox import normal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAR = 2**31 + 64
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def available_gigabytes() -> float:

@@ -20,13 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedkern import ops
 from fedkern.ops._core import backend
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 EVERY = {operator.name: operator for operator in OPERATORS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -17,14 +17,7 @@ from torch import Tensor
 from fedkern.ops import Accumulator, server_step, weighted_mean
 from fedkern.ops._aggregate.reference import weighted_mean_reference
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check(name: str, count: int, size: int, dtype: torch.dtype, kind: str, seed: int = 0) -> None:
@@ -158,13 +151,6 @@ def test_odd_strides(name: str) -> None:
             for weight, vector in enumerate(vectors, 1):
                 accumulator.add(vector, weight)
             close(accumulator.mean(), exact_mean(vectors, [1.0, 2, 3, 4, 5]))
-
-
-def test_negated_view() -> None:
-    vector = torch.randn(100)
-    assert torch.equal(
-        weighted_mean([torch._neg_view(vector), vector], [3, 1]), weighted_mean([-vector, vector], [3, 1])
-    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -16,14 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedkern.ops import Accumulator
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wild(count: int, size: int) -> tuple[list[Tensor], list[float]]:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from aggregate_cases import close, make_vectors, make_weights, odd_views
-from operator_cases import DTYPES, KERNELS, pairwise, thinned, using
+from operator_cases import DTYPES, pairwise, thinned
 from torch import Tensor
 
 from fedkern.ops import geometric_median, krum, pairwise_distances, weighted_mean
@@ -232,19 +232,3 @@ def test_geometric_median_resists_a_minority(backend: str) -> None:
     honest[0][0] = math.nan
     assert geometric_median(honest).isnan().any()
     assert geometric_median(honest, [0, 1, 1, 1, 1, 1, 1]).isfinite().all()
-
-
-@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
-def test_same_bits_for_every_thread_count() -> None:
-    vectors = make_vectors(9, 150_001, torch.float32)
-    before = torch.get_num_threads()
-    for name in KERNELS:
-        runs = []
-        try:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                with using(name):
-                    runs.append([pairwise_distances(vectors), geometric_median(vectors), krum(vectors, 2, 3)])
-        finally:
-            torch.set_num_threads(before)
-        assert all(map(torch.equal, *runs))

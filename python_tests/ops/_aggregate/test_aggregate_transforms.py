@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from operator_cases import BACKENDS, using
@@ -11,14 +9,7 @@ from torch import Tensor
 
 from fedkern.ops import Accumulator, weighted_mean
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def case() -> tuple[Tensor, Tensor]:

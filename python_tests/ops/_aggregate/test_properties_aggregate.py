@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,15 +13,9 @@ from torch import Tensor
 
 from fedkern import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Uploads = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def exact_mean(vectors: Tensor, weights: Tensor) -> Tensor:

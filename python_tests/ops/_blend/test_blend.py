@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from operator_cases import BACKENDS, DTYPES, KERNELS, moved, pairwise, using
+from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, using
 from torch import Tensor
 
 from fedkern.ops import blend, use_backend
 from fedkern.ops._blend.blend import blend_reference
 from fedkern.ops._core import backend
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SIZES = [1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200]
@@ -249,18 +242,6 @@ def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
                 assert bool((buffer[41 - i + count :] == 777).all())
 
 
-@needs_core
-def test_offsets_beyond_32_bits() -> None:
-    # Only the pages that are touched take memory.
-    far = 2**31 + 5
-    memory = torch.empty(far + 4096, dtype=torch.bfloat16)
-    rows = memory.as_strided((2, 1000), (far, 1))
-    rows.copy_(torch.randn(2, 1000))
-    index = torch.tensor([1, 0])
-    out = blend(rows, rows, 0.25, index=index)
-    close(out, 0.25 * rows.double() + 0.75 * rows.double()[index], torch.bfloat16)
-
-
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("alpha", [0.25, torch.tensor([0.25, 0.5, 1.0])])
 @pytest.mark.parametrize(
@@ -326,36 +307,3 @@ def test_cuda_core_without_a_driver_says_so() -> None:
     backend._show_tensors(core, "_cuda")
     with pytest.raises(RuntimeError, match=r"fedkern\._cuda needs an NVIDIA GPU and its driver"):
         core.blend_forward(torch.ones(1, 4), torch.ones(1, 4), None, None, 0.5, torch.empty(1, 4), 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 1000, 3200])
-@pytest.mark.parametrize("alpha_kind", ["number", "tensor"])
-def test_cuda(dtype: torch.dtype, size: int, alpha_kind: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for rows, offset, index_kind in itertools.product((0, 1, 33, 401), (0, 1, 3), INDICES):
-        index, background_rows = make_index(index_kind, rows, generator)
-        alpha = make_alpha(alpha_kind, rows, dtype, generator)
-        x = torch.randn(rows * size + offset, generator=generator).to(dtype)[offset:].view(rows, size)
-        y = torch.randn(background_rows, size, generator=generator).to(dtype)
-        leaves = [moved(t, torch.device("cuda")).requires_grad_() for t in (x, y)]
-        exact = [t.double().requires_grad_() for t in (x, y)]
-        if isinstance(alpha, Tensor):
-            leaves.append(alpha.cuda().requires_grad_())
-            exact.append(alpha.double().requires_grad_())
-        runs = []
-        for _ in range(2):
-            with use_backend("cuda"):
-                out = blend(
-                    *leaves[:2],
-                    leaves[2] if len(leaves) > 2 else alpha,
-                    index=None if index is None else index.cuda(),
-                )
-                runs.append((out, *torch.autograd.grad(out, leaves, 2 * torch.ones_like(out))))
-        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-        wanted = blend_reference(*exact[:2], exact[2] if len(exact) > 2 else alpha, index)
-        close(runs[0][0].cpu(), wanted, dtype)
-        for one, two in zip(runs[0][1:], torch.autograd.grad(wanted, exact, 2 * torch.ones_like(wanted)), strict=True):
-            close(one.cpu(), two, one.dtype, 1 + size / 10)

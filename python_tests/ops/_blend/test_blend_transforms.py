@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
-import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +12,7 @@ from torch import Tensor
 from fedkern.ops import blend
 from fedkern.ops._blend.blend import blend_reference
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
@@ -212,48 +201,3 @@ def test_only_what_alpha_needs_is_saved() -> None:
         x.zero_()  # its values do not matter to the gradients
     out.sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 0.5))
-
-
-@needs_core
-def test_python_threads_run_side_by_side() -> None:
-    x, y = torch.randn(8, 20000), torch.randn(8, 20000)
-    wanted = blend(x, y, 0.4)
-    wrong = []
-
-    def work() -> None:
-        for _ in range(20):
-            if not torch.equal(blend(x, y, 0.4), wanted):
-                wrong.append(1)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-@needs_core
-def test_forked_child_does_not_hang() -> None:
-    x = torch.randn(64, 50000)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        wanted = blend(x, x, 0.4)  # wakes the second thread
-        child = os.fork()
-        if not child:
-            again = blend(x, x, 0.4)
-            torch.set_num_threads(1)  # torch's own operators would wait for the lost thread
-            os._exit(0 if torch.equal(again, wanted) else 1)
-        deadline = time.monotonic() + 60
-        done, status = os.waitpid(child, os.WNOHANG)
-        while not done and time.monotonic() < deadline:
-            time.sleep(0.05)
-            done, status = os.waitpid(child, os.WNOHANG)
-        if not done:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        assert done
-        assert os.waitstatus_to_exitcode(status) == 0
-    finally:
-        torch.set_num_threads(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
 
 import operator_cases
 import pytest
@@ -15,14 +14,7 @@ from torch import Tensor
 
 from fedkern.ops import erase_boxes, keep_boxes
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
@@ -204,21 +196,6 @@ def test_fill_keeps_the_sign_of_zero() -> None:
         inside = erase_boxes(images, boxes, fill)[:, :, :2, :2]
         assert not inside.any()
         assert bool((inside.signbit() == (math.copysign(1, fill) < 0)).all())
-
-
-def test_same_bits_for_one_and_two_threads() -> None:
-    images = torch.randn(32, 3, 224, 224)
-    boxes = make_boxes(32, 224, 224, seed=4)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            results.append(erase_boxes(images, boxes))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 X, B = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4)

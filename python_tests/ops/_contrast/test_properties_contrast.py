@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,15 +14,9 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.ops._contrast.reference import contrastive_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEMPERATURES = st.sampled_from([0.01, 0.07, 1.0, 30.0])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def spread(x: Tensor, y: Tensor, temperature: float) -> float:

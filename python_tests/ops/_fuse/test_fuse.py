@@ -231,16 +231,6 @@ def test_nothing_outside_is_written(dtype: torch.dtype, cache_bytes: Callable[[i
         assert bool((buffer[offset + total :] == 777).all())
 
 
-@needs_core
-def test_offsets_beyond_32_bits() -> None:
-    # Only the pages that are touched take memory.
-    far = 2**31 + 5
-    memory = torch.empty(far + 8192, dtype=torch.bfloat16)
-    x = memory.as_strided((2, 5, 300), (far, 300, 1))
-    x.copy_(torch.randn(2, 5, 300))
-    assert torch.equal(fuse_concat([x, x], activation="relu"), torch.cat([x, x], 1).relu())
-
-
 X = torch.zeros(2, 3, 4)
 WRONG = [
     ((X,), {}, TypeError, "features must be a list of tensors, but got Tensor"),
