@@ -1,12 +1,12 @@
 """Data sets, partitioners, background extraction and batch transforms."""
 
-from fedkern.data.background import ExactMasks, MaskFunction, MaskSource, extract_background
+from fedkern.data.background import extract_background
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.data_function import register_data
-from fedkern.data.detections import Detections, Detector
+from fedkern.data.detections import Detections
 from fedkern.data.load import load
-from fedkern.data.partition import PARTITIONERS, PartitionerInfo, parse_partition, partition, partition_like
-from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DETECTION_OPTIONS, DataOption, DatasetInfo, lookup
+from fedkern.data.partition import PARTITIONERS, parse_partition, partition, partition_like
+from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DETECTION_OPTIONS, DataOption, lookup
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.types import IGNORE, FederatedData, Pool, Source, Split, memory_pool
@@ -20,15 +20,9 @@ __all__ = [
     "PARTITIONERS",
     "BoxesFile",
     "DataOption",
-    "DatasetInfo",
     "Detections",
-    "Detector",
-    "ExactMasks",
     "FederatedData",
-    "MaskFunction",
-    "MaskSource",
     "PartitionStatistics",
-    "PartitionerInfo",
     "Pool",
     "Source",
     "Split",

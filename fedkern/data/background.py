@@ -1,10 +1,10 @@
 """Background extraction: one interface to mark which pixels of the training images are object and which background.
 
-A source is anything with ``masks(split, classes)``.  There are four: `ExactMasks`,
-`fedkern.data.boxes_file.BoxesFile`, `fedkern.data.detections.Detections` (Grounding DINO or another detector), and
-`MaskFunction` around any callable.  All results are stored as `Split.masks`.  An image in which nothing was detected
-has an empty mask and stays out of the background bank: otherwise its object would leak into the "background" (FedGID,
-arXiv 2504.00850; docs/methods/baselines.md, 6.3).
+A source is anything with ``masks(split, classes)``.  There are three: `fedkern.data.boxes_file.BoxesFile`,
+`fedkern.data.detections.Detections` (Grounding DINO or another detector), and `MaskFunction` around any callable.  All
+results are stored as `Split.masks`.  An image in which nothing was detected has an empty mask and stays out of the
+background bank: otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850;
+docs/methods/baselines.md, 6.3).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.data.types import FederatedData, Split
-from fedkern.errors import UserError
 
 _CHUNK = 256  # images rasterised at once
 
@@ -30,20 +29,6 @@ class MaskSource(Protocol):
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
         """The object masks of a split, bool ``[n, H, W]``; a row without any True means nothing was detected."""
         ...
-
-
-class ExactMasks:
-    """Exact masks that come with the data set (coloured sets)."""
-
-    def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
-        """See `MaskSource`.
-
-        Raises:
-            UserError: the split has no masks.
-        """
-        if split.masks is None:
-            raise UserError("this data set has no exact object masks; give a boxes file or a detector")
-        return split.masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +60,13 @@ def extract_background(data: FederatedData, source: MaskSource | Callable[[Tenso
         source: a `MaskSource`, or a callable for `MaskFunction`.
 
     Raises:
-        UserError: from the source (unknown image, boxes outside their image, no exact masks).
+        UserError: from the source (unknown image, boxes outside their image).
     """
     made = source if isinstance(source, MaskSource) else MaskFunction(source)
     clients = tuple(
         dataclasses.replace(split, masks=made.masks(split, data.classes).contiguous()) for split in data.clients
     )
-    return dataclasses.replace(data, clients=clients, exact_masks=data.exact_masks and isinstance(made, ExactMasks))
+    return dataclasses.replace(data, clients=clients)
 
 
 def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:

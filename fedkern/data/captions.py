@@ -168,7 +168,6 @@ def make_captions(
         std=SCALE[1],
         augment="none",
         statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], KINDS[labels], spec.text),
-        exact_masks=True,
         image_ids=frozenset(names),
         client_tests=client_tests,
     )

@@ -194,7 +194,6 @@ def load(
         std=std,
         augment=source.augment,
         statistics=statistics,
-        exact_masks=info.coloured and not boxed,
         image_ids=frozenset(image for pool in pools for image in pool.ids),
         public=public if len(public) else None,
         client_tests=own,

@@ -274,7 +274,6 @@ class FederatedData:
         mean, std: per channel, of images in [0, 1].
         augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         statistics: how many samples of each class every client holds.
-        exact_masks: whether the clients' masks are exact (coloured sets) rather than detected or boxes.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and all participants may see, or None.
         client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.holdout`).
@@ -296,7 +295,6 @@ class FederatedData:
     std: tuple[float, ...]
     augment: str
     statistics: PartitionStatistics
-    exact_masks: bool = False
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
     public: Split | None = None
     client_tests: tuple[Split, ...] = ()

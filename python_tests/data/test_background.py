@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.data import BoxesFile, ExactMasks, Split, extract_background, load
+from fedkern.data import BoxesFile, Split, extract_background, load
 from fedkern.data.background import bounding_boxes, rasterise
 from fedkern.errors import UserError
 
@@ -31,15 +31,6 @@ def test_rasterise_takes_pixels_whose_centre_is_inside() -> None:
     assert masks[4].nonzero().tolist() == [[2, 1], [2, 2], [3, 1], [3, 2]]
 
 
-def test_exact_masks_are_kept_and_missing_ones_are_an_error() -> None:
-    coloured = load("colordigits", clients=2)
-    again = extract_background(coloured, ExactMasks())
-    assert torch.equal(again.clients[1].masks, coloured.clients[1].masks)
-    assert again.exact_masks
-    with pytest.raises(UserError, match="no exact object masks"):
-        extract_background(load("digits", clients=2, partition="iid"), ExactMasks())
-
-
 def test_bounding_box_of_an_empty_mask_is_empty() -> None:
     masks = torch.zeros(2, 5, 6, dtype=torch.bool)
     masks[1, 3, 1] = masks[1, 1, 4] = True
@@ -54,7 +45,6 @@ def test_any_callable_is_a_source() -> None:
     for split in made.clients:
         assert torch.equal(split.masks, (split.images[:, 0] > 99) & (split.labels != 4)[:, None, None])
         assert torch.equal(split.masks.flatten(1).any(1), split.labels != 4)
-    assert not made.exact_masks
     assert made.tests[""].masks is None
 
 

@@ -39,7 +39,6 @@ def test_defaults(digits: FederatedData) -> None:
     assert digits.image_shape == (3, 32, 32)
     assert digits.client_sizes == (240,) * 5
     assert (len(digits.validation), len(digits.tests["id"]), len(digits.tests["ood"])) == (247, 350, 350)
-    assert digits.exact_masks
     assert digits.augment == "none"
 
 
@@ -196,8 +195,6 @@ def test_box_masks_hide_the_shape_in_training_images_only(digits: FederatedData)
             assert torch.equal(box, expected)
     assert same(boxed.tests["ood"], digits.tests["ood"])
     assert same(boxed.validation, digits.validation)
-    assert digits.exact_masks
-    assert not boxed.exact_masks
 
 
 def test_ink_by_contrast_uses_every_colour_and_both_inks() -> None:
