@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.models.attention import head_count
+from fedkern.models.attention import TransformerLayer
 from fedkern.models.staged import StagedNetwork
 
 DEPTH, STAGES = 12, 4
@@ -35,30 +35,19 @@ class PatchEmbedding(nn.Module):
         return y + position
 
 
-class Encoder(nn.Module):
+class Encoder(TransformerLayer):
     """A pre-norm transformer layer on maps whose positions are the tokens; with ``last``, a norm follows.
 
     Input and output are ``[B, width, H, W]``, channels-last.  Tokens stay positions of a map between layers, so a
     transformer can be cut, mixed and fused like a convolutional network.
     """
 
-    def __init__(self, width: int, heads: int, *, last: bool = False) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, 4 * width)
-        self.narrow = nn.Linear(4 * width, width)
+    def __init__(self, width: int, *, last: bool = False) -> None:
+        super().__init__(width)
         self.norm: nn.Module = nn.LayerNorm(width) if last else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        query, key, value = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        tokens = tokens + self.project(attended)
-        tokens = tokens + self.narrow(F.gelu(self.widen(self.norm2(tokens))))
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = super().forward(x.permute(0, 2, 3, 1).flatten(1, 2))
         return self.norm(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -77,7 +66,7 @@ class ViT(StagedNetwork):
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 192, image_size: int = 32) -> None:
         patch = patch_size(image_size)
-        layers: list[nn.Module] = [Encoder(width, head_count(width), last=i + 1 == DEPTH) for i in range(DEPTH)]
+        layers: list[nn.Module] = [Encoder(width, last=i + 1 == DEPTH) for i in range(DEPTH)]
         per_stage = DEPTH // STAGES
         stages: list[nn.Module] = []
         for i in range(STAGES):

@@ -12,8 +12,8 @@ from fedkern.models.vit import Encoder, PatchEmbedding, patch_size
 
 def test_a_layer_is_pytorchs():
     torch.manual_seed(0)
-    ours = Encoder(24, 3).double().eval()
-    theirs = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True).double().eval()
+    ours = Encoder(192).double().eval()
+    theirs = nn.TransformerEncoderLayer(192, 3, 768, 0.0, "gelu", batch_first=True, norm_first=True).double().eval()
     pairs = {
         "self_attn.in_proj_": ours.qkv,
         "self_attn.out_proj.": ours.project,
@@ -26,7 +26,7 @@ def test_a_layer_is_pytorchs():
         for name, layer in pairs.items():
             for kind in ("weight", "bias"):
                 theirs.get_parameter(name + kind).copy_(getattr(layer, kind).normal_())
-    x = torch.randn(2, 24, 3, 5, dtype=torch.float64)
+    x = torch.randn(2, 192, 3, 5, dtype=torch.float64)
     expected = theirs(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (3, 5))
     torch.testing.assert_close(ours(x), expected, rtol=1e-9, atol=1e-9)
 
