@@ -1,8 +1,8 @@
 """Grounding DINO through transformers, on a tiny randomly initialised model that the test saves itself."""
 
-import builtins
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,13 +230,6 @@ def test_thresholds_outside_their_range(folder: Path, thresholds: tuple[float, f
 
 
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "transformers":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"needs transformers: install it with pip install 'fedkern\[foundation\]'"):
         GroundingDino(tmp_path).detect(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "cat")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from every_operator import Operator
 from operator_cases import assert_close
@@ -48,3 +49,38 @@ def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
     with torch.cuda.graph(graph):
         results = call()
     return graph, results
+
+
+def check_graph(operator: Operator, gpu: torch.device, seeds: Sequence[int]) -> None:
+    """Captured once, replayed on other inputs: nothing is copied from the host, nothing waits."""
+    for gradient in gradients(operator):
+        static = [x.to(gpu) for x in operator.inputs(large=True)]
+        graph, results = capture(lambda static=static, gradient=gradient: run(operator, static, gradient))
+        for seed in seeds:
+            fresh = [x.to(gpu) for x in operator.inputs(large=True, seed=seed)]
+            for to, x in zip(static, fresh, strict=True):
+                to.copy_(x)
+            graph.replay()
+            for got, expected in zip(results, run(operator, fresh, gradient), strict=True):
+                assert torch.equal(got, expected)
+
+
+def check_nothing_waits(operator: Operator, gpu: torch.device) -> None:
+    inputs = [x.to(gpu) for x in operator.inputs()]
+    for gradient in gradients(operator):
+        run(operator, inputs, gradient)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(operator, inputs, gradient)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def check_another_device(operator: Operator, gpu: torch.device) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    expected = run(operator, [x.to(gpu) for x in operator.inputs()], False)
+    got = run(operator, [x.to("cuda:1") for x in operator.inputs()], False)
+    assert torch.cuda.current_device() == 0
+    assert all(x.device == torch.device("cuda:1") for x in got)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))

@@ -354,7 +354,6 @@ def says_so(sentence: str, argument: str) -> None:
 
 
 def test_dual_kl_takes_two_students() -> None:
-    """None in the place of the second was kl_div."""
     with pytest.raises(TypeError, match="b must be a tensor of logits, but got NoneType"):
         ops.dual_kl(logits(4, 7), None, -logits(4, 7))  # type: ignore[arg-type]
 

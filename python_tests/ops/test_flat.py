@@ -167,7 +167,7 @@ def test_copies_pickles_and_saved_files() -> None:
 
 
 def test_a_pickle_holds_every_tensor_once() -> None:
-    """Of each tensor pickle writes the whole storage, which was the vector."""
+    """Pickle writes the whole storage of each tensor, and every storage is the vector."""
     module = models.build("resnet8", classes=10, channels=3, image_size=32, seed=0)
     module.to(memory_format=torch.channels_last)
     plain = len(pickle.dumps(module))

@@ -59,7 +59,6 @@ def test_every_operator_that_takes_out_is_covered() -> None:
 @pytest.mark.parametrize("name", [*BACKENDS, "cuda"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_strides_of_out_do_not_matter(name: str, writer: str) -> None:
-    """A strided ``out`` of another dtype than the vectors' was rounded to that first."""
     write = WRITERS[writer]
     with emulated() if name == "cuda" else using(name):
         for dtype in DTYPES:

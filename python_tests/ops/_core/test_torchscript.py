@@ -25,7 +25,7 @@ class Calling(nn.Module):
 
 @each_operator
 def test_trace_raises(operator: Operator) -> None:
-    """Recorded, a call was one ``aten::empty``, and its replay returned whatever memory held."""
+    """A recording would hold one ``aten::empty``, and its replay return whatever memory holds."""
     inputs = tuple(operator.inputs())
     for recorded in (operator.results, Calling(operator)):
         with pytest.raises(RuntimeError, match=REFUSAL):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from every_operator import Operator, each_operator
 from operator_cases import BACKENDS, using
-from operator_runs import capture, compare, gradients, run
+from operator_runs import check_another_device, check_graph, check_nothing_waits, compare, gradients, run
 
 from fedkern import ops
 from fedkern.ops._core import loading
@@ -74,40 +74,19 @@ def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, op
 @pytest.mark.gpu
 @each_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
-    """Captured once, replayed on other inputs: nothing is copied from the host, nothing waits."""
-    for gradient in gradients(operator):
-        static = [x.to(gpu) for x in operator.inputs(large=True)]
-        graph, results = capture(lambda static=static, gradient=gradient: run(operator, static, gradient))
-        fresh = [x.to(gpu) for x in operator.inputs(large=True, seed=1)]
-        for to, x in zip(static, fresh, strict=True):
-            to.copy_(x)
-        graph.replay()
-        for got, expected in zip(results, run(operator, fresh, gradient), strict=True):
-            assert torch.equal(got, expected)
+    check_graph(operator, gpu, (1,))
 
 
 @pytest.mark.gpu
 @each_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
-    inputs = [x.to(gpu) for x in operator.inputs()]
-    for gradient in gradients(operator):
-        run(operator, inputs, gradient)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run(operator, inputs, gradient)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    check_nothing_waits(operator, gpu)
 
 
 @pytest.mark.gpu
 @each_operator
 def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
-    expected = run(operator, [x.to(gpu) for x in operator.inputs()], False)
-    got = run(operator, [x.to("cuda:1") for x in operator.inputs()], False)
-    assert torch.cuda.current_device() == 0
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
+    check_another_device(operator, gpu)
 
 
 @pytest.mark.gpu
