@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_page(before, after, words):
 
 
 @pytest.mark.parametrize(("path", "name"), [
-    ("README.md", "speed"), ("README.md", "strategies"), ("docs/speed.md", "default runs"),
+    ("README.md", "speed"), ("docs/speed.md", "default runs"),
     ("docs/speed.md", "larger runs"), ("docs/speed.md", "rounds"), ("docs/flower.md", "strategies"),
 ])  # fmt: skip
 def test_tables_of_whole_runs_have_a_caption_and_short_cells(path, name):
