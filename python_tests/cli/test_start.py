@@ -37,3 +37,9 @@ def test_help_names_the_methods_of_a_plugin(result, plugged, tmp_path):  # noqa:
     text, _ = result("--help", "--plugin", str(Marked(tmp_path).path))
     assert f"  {'mine':<16}A method of a test." in text.splitlines()
     assert "mine" not in command("--help")[0]
+
+
+def test_the_garbage_collector_waits_until_everything_is_imported():
+    code = "import gc, fedkern.run as run; run.main(['list']); print(gc.get_freeze_count() > 200_000, gc.isenabled())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True True"
