@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks import bench_methods, comparisons, profile_methods, sources
-from benchmarks.comparisons import Comparison, Recorded, read_results
+from benchmarks.comparisons import Comparison, read_results
 from benchmarks.pages import Page
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
@@ -555,13 +555,6 @@ def operators(folder: Path = comparisons.RESULTS) -> Lines:
 RUNS, PROFILED, MANY_CLIENTS = "methods_amd-epyc", "profile_amd-epyc", "many_clients_amd-epyc"
 
 
-@cache
-def waited() -> Mapping[str, bench_methods.Row]:
-    """The whole runs by "method setting"."""
-    rows = [bench_methods.Row(**row) for row in load(RUNS, comparisons.RESULTS)["cases"]]
-    return {row.name: row for row in rows}
-
-
 def caption(machine: Mapping[str, Any]) -> Lines:
     """When and of which commit a table of whole commands was measured, and a blank line."""
     at_commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ""
@@ -598,10 +591,11 @@ IN_SHORT = ("run", "plain PyTorch", "fedkern", "over plain: machine", "over plai
 
 def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
     """The table of a setting's whole runs, with all columns or some, but those that no run was measured for."""
-    rows = [earned(row) for row in waited().values() if row.setting == setting]
+    found = load(RUNS, comparisons.RESULTS)
+    rows = [earned(bench_methods.Row(**row)) for row in found["cases"] if row["setting"] == setting]
     columns = [name for name in columns or rows[0] if any(row[name] != "–" for row in rows)]
     lines = table(columns, [[row[name] for name in columns] for row in rows]).split("\n")
-    return [*caption(load(RUNS, comparisons.RESULTS)["machine"]), *lines]
+    return [*caption(found["machine"]), *lines]
 
 
 CONTESTANTS_OF_ROUNDS = {
@@ -638,16 +632,10 @@ def where_seconds_go() -> Lines:
     return [*caption(content["machine"]), *table(["", *(run["method"] for run in found)], rows).split("\n")]
 
 
-def many_clients() -> Mapping[str, Any]:
-    """The runs with many clients, by method."""
-    found: Mapping[str, Any] = load(MANY_CLIENTS, comparisons.RESULTS)["runs"]
-    return found
-
-
 def ten_thousand_clients() -> Lines:
     """Runs with many clients: what a round takes as rounds go by."""
-    rows = []
-    for method, run in many_clients().items():
+    found, rows = load(MANY_CLIENTS, comparisons.RESULTS), []
+    for method, run in found["runs"].items():
         rows += [
             [
                 method if i == 0 else "",
@@ -671,7 +659,7 @@ def ten_thousand_clients() -> Lines:
         "files",
         "run folder",
     ]
-    return [*caption(load(MANY_CLIENTS, comparisons.RESULTS)["machine"]), *table(names, rows).split("\n")]
+    return [*caption(found["machine"]), *table(names, rows).split("\n")]
 
 
 def _speed() -> Page:
@@ -694,12 +682,6 @@ FLOWER, MESSAGES = "flower-amd-epyc", "flower_messages_amd-epyc"
 LOW_MEMORY = "fedkern low memory"
 
 
-@cache
-def flower_means() -> Recorded:
-    """What was recorded of strategies."""
-    return next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
-
-
 def in_models(row: Comparison) -> dict[str, str]:
     """The highest memory of every contestant, in models."""
     return dict(part.rsplit(" ", 1) for part in row.note.removeprefix("peak memory in models: ").split(", "))
@@ -707,8 +689,9 @@ def in_models(row: Comparison) -> dict[str, str]:
 
 def over_flower() -> Lines:
     """The table of strategies."""
+    recorded = next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
     rows = []
-    for row in [row for row in flower_means().rows if row.threads == 1]:
+    for row in [row for row in recorded.rows if row.threads == 1]:
         models, low = in_models(row), LOW_MEMORY in row.seconds
         rows.append([
             row.case, our_time(row), f"{row.speedup['Flower']:.2f}×",
@@ -719,7 +702,7 @@ def over_flower() -> Lines:
         "strategy", "time", "times as fast as Flower", "with `low_memory`", "memory, models", "with `low_memory`",
         "Flower",
     ]  # fmt: skip
-    return [*caption(flower_means().machine), *table(header, rows).split("\n")]
+    return [*caption(recorded.machine), *table(header, rows).split("\n")]
 
 
 def messages(method: str) -> tuple[str, ...]:
