@@ -56,7 +56,6 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be made, or holds files that a new run would overwrite.
     """
-    from fedkern.report.html_page import FILE as REPORT
     from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
     if request.resume is not None:
@@ -64,7 +63,12 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         return
     if request.out is not None:
         check_vacant(request.out)
-        check_free(request.out, (*PICTURES.values(), PICTURE_LIST, *([REPORT] if request.report else [])))
+        written = (*PICTURES.values(), PICTURE_LIST)
+        if request.report:
+            from fedkern.report.html_page import FILE as REPORT
+
+            written = (*written, REPORT)
+        check_free(request.out, written)
         yield request.out
         return
     made = not RUNS.exists()

@@ -5,12 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from plugin_files import Marked, plugged  # noqa: F401
 
 from fedkern.cli import front_page
 from fedkern.methods import METHODS
 
 LOADED = "import sys; from fedkern.run import main; code = main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+
+FIRST_ROUND = """
+import sys
+from fedkern.engine.events import Listeners
+from fedkern.run import main
+Listeners.on_round = lambda self, record: print(*sys.modules, file=sys.stderr)
+sys.exit(main(sys.argv[1:]))
+"""
+LATER = {
+    "contourpy", "jinja2", "matplotlib", "networkx", "onnx", "pandas", "scipy", "sympy", "tensorboard", "tokenizers",
+    "torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.cpp_extension", "transformers", "triton", "wandb",
+}  # fmt: skip
+"""What only pictures, reports, trackers, exports, pretrained networks and torch.compile need."""
 
 
 def command(*words: str) -> tuple[str, set[str]]:
@@ -43,3 +57,15 @@ def test_the_garbage_collector_waits_until_everything_is_imported():
     code = "import gc, fedkern.run as run; run.main(['list']); print(gc.get_freeze_count() > 200_000, gc.isenabled())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True True"
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedgid", "scaffold"])
+def test_a_first_round_imports_nothing_that_comes_later(method, tmp_path):
+    small = ["--train-samples", "60", "--clients", "2", "--rounds", "1", "--local-steps", "1", "--width", "4",
+             "--grad-cam", "2", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_ROUND, method, *small], capture_output=True, text=True, check=True
+    )
+    modules = set(done.stderr.split())
+    assert {"torch", f"fedkern.methods.{'fedgid' if method == 'fedgid' else 'baselines.' + method}"} <= modules
+    assert not modules & LATER
