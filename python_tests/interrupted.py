@@ -5,6 +5,10 @@ import json
 import os
 import time
 import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from fedkern.engine import Listener
 from fedkern.engine.store.checkpoints import entry_sum
@@ -71,6 +75,27 @@ def lose(number):
 
 class Kill(BaseException):
     """Stands for kill -9: nothing of ours may catch it."""
+
+
+@contextmanager
+def killed_at_rename(count, when):
+    """Kills whatever is inside before or after the ``count``-th rename of a file."""
+    seen = []
+    real = Path.replace
+
+    def replace(self, target):
+        if len(seen) == count and when == "before":
+            raise Kill
+        result = real(self, target)
+        seen.append(str(target))
+        if len(seen) == count + 1 and when == "after":
+            raise Kill
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(Kill):
+            yield
 
 
 class KillAt(Listener):

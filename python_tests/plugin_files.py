@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interrupted import Kill, KillAt
 
 from fedkern import plugins
+from fedkern.engine import RunConfig, run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "plugins"
 
@@ -37,6 +39,18 @@ class Marked:
     @property
     def runs(self) -> int:
         return len(self.marker.read_text().splitlines()) if self.marker.exists() else 0
+
+
+SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, "width": 4, "grad_cam": 0,
+            "data": "digits", "partition": "iid", "data_options": {"test_samples": 20}}  # fmt: skip
+
+
+def begin(path: Path, out: Path) -> None:
+    """Starts a run with a plugin, which is killed after its first round; the process has forgotten the plugin since."""
+    config = RunConfig.make("mine", plugins=[str(path)], rounds=2, **SETTINGS)
+    with pytest.raises(Kill):
+        run(config, out=out, listener=KillAt("round", 1))
+    unload_all()
 
 
 def unload_all() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import two_brightnesses, watched
 from PIL import Image
 
 import fedkern
 from fedkern import engine
-from fedkern.data import image_cache, images
+from fedkern.data import image_cache
 from fedkern.data.image_rows import ImageStore
 from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
@@ -26,26 +27,12 @@ SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threa
 def root(tmp_path, monkeypatch):
     """Sixty images of two classes, and a cache folder of the user."""
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
-    rng = np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = tmp_path / "root" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 128, (9, 9), dtype=np.uint8) + 100 * np.uint8(number % 2)).save(path)
-    return tmp_path / "root"
+    return two_brightnesses(tmp_path / "root", IMAGES)
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The files that were decoded."""
-    found = []
-    read = images.read_images
-
-    def counted(paths, *args, **options):
-        found.extend(paths)
-        return read(paths, *args, **options)
-
-    monkeypatch.setattr(images, "read_images", counted)
-    return found
+    return watched(monkeypatch)
 
 
 def played(cache=None, **data):

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 from interrupted import Kill, KillAt, outcome
-from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+from plugin_files import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
 
 from fedkern import plugins
 from fedkern.engine import RunConfig, attack, read_metrics, read_model, run
@@ -20,8 +20,6 @@ pytestmark = pytest.mark.usefixtures("plugged")
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip
-SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, "width": 4, "grad_cam": 0,
-            "data": "digits", "partition": "iid", "data_options": {"test_samples": 20}}  # fmt: skip
 
 
 @pytest.fixture
@@ -31,12 +29,9 @@ def marked(tmp_path):
 
 @pytest.fixture
 def begun(marked, tmp_path):
-    """The folder of a run with a plugin, killed after its first round; the process has forgotten the plugin since."""
+    """The folder of a run that is killed after its first round."""
     out = tmp_path / "run"
-    config = RunConfig.make("mine", plugins=[str(marked.path)], rounds=2, **SETTINGS)
-    with pytest.raises(Kill):
-        run(config, out=out, listener=KillAt("round", 1))
-    unload_all()
+    begin(marked.path, out)
     assert marked.runs == 1
     return out
 

@@ -11,20 +11,16 @@ import types
 from pathlib import Path
 
 import pytest
-from interrupted import Kill, KillAt
-from plugin_files import plugged, unload_all  # noqa: F401
+from plugin_files import begin, plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern import plugin_neighbours as neighbours
 from fedkern import plugins
-from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
-SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, "width": 4, "grad_cam": 0,
-            "data": "digits", "partition": "iid", "data_options": {"test_samples": 20}}  # fmt: skip
 OWN = '''\
 from fedkern.methods import FedAvg, register
 import helpers_of_a_test
@@ -66,12 +62,9 @@ def pair(tmp_path):
 
 @pytest.fixture
 def begun(pair, tmp_path):
-    """The folder of a run with the plugin, killed after its first round; the process has forgotten the plugin since."""
+    """The folder of a run that is killed after its first round."""
     out = tmp_path / "run"
-    config = RunConfig.make("mine", plugins=[str(pair.path)], rounds=2, **SETTINGS)
-    with pytest.raises(Kill):
-        run(config, out=out, listener=KillAt("round", 1))
-    unload_all()
+    begin(pair.path, out)
     assert pair.runs == 1
     return out
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import watched
 from PIL import Image
 
 from fedkern.data import image_cache, images, load
@@ -33,16 +34,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The files that were decoded, in order."""
-    found = []
-    read = images.read_images
-
-    def counted(paths, *args, **options):
-        found.extend(paths)
-        return read(paths, *args, **options)
-
-    monkeypatch.setattr(images, "read_images", counted)
-    return found
+    return watched(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from image_files import two_brightnesses
 from interrupted import Kill, KillAt, outcome
 from PIL import Image
 
@@ -24,12 +25,7 @@ WIDE = 16
 
 @pytest.fixture
 def root(tmp_path):
-    rng = np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = tmp_path / "root" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 128, (9, 9), dtype=np.uint8) + 100 * np.uint8(number % 2)).save(path)
-    return tmp_path / "root"
+    return two_brightnesses(tmp_path / "root", IMAGES)
 
 
 @pytest.fixture

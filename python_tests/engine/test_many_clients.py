@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome, without
+from interrupted import Kill, KillAt, killed_at_rename, outcome, without
 
 from fedkern import files
 from fedkern.data import FederatedData
@@ -199,25 +199,13 @@ def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_around_every_file(when, make_many, small, tmp_path, monkeypatch):
+def test_killed_around_every_file(when, make_many, small, tmp_path):
     data, config = make_many(300), small(300, rounds=3, checkpoint_every=2)
     run(config, out=tmp_path / "whole", data=data)
     for count in range(12):
-        real, seen, cut = Path.replace, [], tmp_path / f"cut{count}"
-
-        def replace(self, target, real=real, seen=seen, count=count):
-            if len(seen) == count and when == "before":
-                raise Kill
-            result = real(self, target)
-            seen.append(str(target))
-            if len(seen) == count + 1 and when == "after":
-                raise Kill
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", replace)
-            with pytest.raises(Kill):
-                run(config, out=cut, data=data)
+        cut = tmp_path / f"cut{count}"
+        with killed_at_rename(count, when):
+            run(config, out=cut, data=data)
         again = (cut / "config.toml").exists()
         run(RunConfig.load(cut) if again else config, out=cut, resume=again, data=data)
         assert outcome(cut) == outcome(tmp_path / "whole")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, lose, outcome, without
+from interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
 from smallest import SETTINGS
 
 from fedkern.engine import Listener, RunConfig, Terminated, read_model, run
@@ -56,26 +56,12 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
 @pytest.mark.sampled
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
-def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, monkeypatch, reference):
+def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, reference):
     """Dies before or after the rename of the count-th file: server, client states, manifest, model, summary ..."""
     data, config = make_data(), make_config("fedgid", **{**STATEFUL, "rounds": 2})
     expected = reference("files", config, data)
-    seen = []
-    real = Path.replace
-
-    def replace(self, target):
-        if len(seen) == count and when == "before":
-            raise Kill
-        result = real(self, target)
-        seen.append(str(target))
-        if len(seen) == count + 1 and when == "after":
-            raise Kill
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
-        with pytest.raises(Kill):
-            run(config, out=tmp_path, data=data)
+    with killed_at_rename(count, when):
+        run(config, out=tmp_path, data=data)
     if not (tmp_path / "config.toml").exists():  # died before the folder was a run folder
         run(config, out=tmp_path, data=data)
     else:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+
+import pytest
 
 _HOME = tempfile.TemporaryDirectory(prefix="fedkern-tests-flower-", ignore_cleanup_errors=True)
 os.environ["FLWR_HOME"] = _HOME.name
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@pytest.fixture
+def audible():
+    """Flower's logger does not propagate, so that caplog would hear nothing."""
+    logger = logging.getLogger("flwr")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch, audible):
+    """States lie in the test's folder, nothing of a node is left; no picture is drawn, as that takes long."""
+    from fedkern.flower import node_process, server_app
+
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(server_app, "draw", lambda *_: None)
+    yield
+    node_process.forget()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 
 import pytest
@@ -26,7 +25,7 @@ from fedkern.flower.adapter import opened, replied
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
 TINY = {
     "data": "digits", "clients": 3, "train-samples": 60, "width": 2, "rounds": 2, "local-epochs": 1, "batch-size": 8,
@@ -53,18 +52,6 @@ DEFAULT = ("fedavg", "scaffold")
 EVERY = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.exhaustive) for name in METHODS]
 OF_SIMULATIONS = {"fediod", "fusefl"}
 """Methods whose summary has figures of all clients' data, which nodes do not give."""
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    """States lie in the test's folder; Flower's log is heard; nothing of a node is left."""
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(server_app, "draw", lambda *_: None)  # pictures take longer than the run
-    logger = logging.getLogger("flwr")
-    before, logger.propagate = logger.propagate, True
-    yield
-    logger.propagate = before
-    node_process.forget()
 
 
 def settings(method, **more):

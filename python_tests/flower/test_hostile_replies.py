@@ -21,20 +21,11 @@ from fedkern.flower import strategies
 from fedkern.flower.array_bytes import FLAT, LISTING, NUMPY
 from fedkern.flower.flat_arrays import pack
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]
 
 START = {"w": np.zeros((20, 30), np.float32), "n": np.array(0)}
 AVERAGES = {"FedAvg": {}, "FedAvg, low memory": {"low_memory": True}, "FedAdam": {}}
 RULES = {**AVERAGES, "FedMedian": {}, "FedTrimmedAvg": {}, "Krum": {}, "MultiKrum": {}, "GeometricMedian": {}}
-
-
-@pytest.fixture(autouse=True)
-def _audible():
-    """Flower's logger does not propagate, so that caplog would hear nothing."""
-    logger = logging.getLogger("flwr")
-    before, logger.propagate = logger.propagate, True
-    yield
-    logger.propagate = before
 
 
 def moved(seed, scale=0.1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower import node_process, run_settings, server_app
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
 SIZES = {"server": 6, 0: 6, 1: 4, 2: 9}
 RUN = {
@@ -30,17 +29,6 @@ RUN = {
     "local-epochs": 1, "batch-size": 4, "grad-cam": 0, "threads": 1, "client-threads": 1, "device": "cpu",
     "on-nan": "skip", "on-error": "skip", "flower.wait": 0.0, "flower.own-data": True,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(server_app, "draw", lambda *_: None)  # pictures take longer than the run
-    logger = logging.getLogger("flwr")
-    before, logger.propagate = logger.propagate, True
-    yield
-    logger.propagate = before
-    node_process.forget()
 
 
 @pytest.fixture

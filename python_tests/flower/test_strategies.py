@@ -24,19 +24,10 @@ from fedkern.flower import adapter, strategies
 from fedkern.flower.array_bytes import FLAT
 from fedkern.flower.flat_arrays import pack, unpack
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]
 
 SHAPES = {"w": (90, 110), "b": (7,), "scale": (), "deep": (3, 4, 5)}
 EVERYBODY = {"fraction_evaluate": 0.0, "min_available_nodes": 2}
-
-
-@pytest.fixture(autouse=True)
-def _audible():
-    """Flower's logger does not propagate, so that caplog would hear nothing."""
-    logger = logging.getLogger("flwr")
-    before, logger.propagate = logger.propagate, True
-    yield
-    logger.propagate = before
 
 
 def model(seed, scale=1.0):

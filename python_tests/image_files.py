@@ -1,0 +1,29 @@
+"""Images that tests of caches and of images on disk write, and which of them are decoded."""
+
+import numpy as np
+from PIL import Image
+
+from fedkern.data import images
+
+
+def two_brightnesses(root, count):
+    """Grey images of nine by nine pixels, half of them, those of the class b, brighter than the others; the folder."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = root / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 128, (9, 9), dtype=np.uint8) + 100 * np.uint8(number % 2)).save(path)
+    return root
+
+
+def watched(monkeypatch):
+    """The files that are decoded from now on, in order."""
+    found = []
+    read = images.read_images
+
+    def counted(paths, *args, **options):
+        found.extend(paths)
+        return read(paths, *args, **options)
+
+    monkeypatch.setattr(images, "read_images", counted)
+    return found
