@@ -161,9 +161,9 @@ def test_everything_works_without_core_and_triton() -> None:
 def test_triton_and_transformers_are_imported_by_those_who_need_them() -> None:
     """Importing them takes seconds, and Triton looks for its interpreter's switch when it is imported."""
     result = run_python(
-        "import sys, fedkern.run, fedkern.methods\n"
+        "import sys, fedkern.run, fedkern.methods, fedkern.ops\n"
         "fedkern.run.main(['list'])\n"
-        "sys.exit(', '.join({'triton', 'transformers'} & set(sys.modules)) or 0)"
+        "sys.exit(', '.join({'triton', 'transformers', 'fedkern.ops._core.triton'} & set(sys.modules)) or 0)"
     )
     assert result.returncode == 0, result.stderr
 
