@@ -72,6 +72,7 @@ def check(count: int, size: int, dtype: torch.dtype, kind: str, seed: int = 0) -
     close(median(vectors, weights), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("count", [*CLIENTS, 64, 65, 130])
 def test_clients(backend: str, count: int) -> None:
     check(count, 130, torch.float32, "none")

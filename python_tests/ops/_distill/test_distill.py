@@ -152,7 +152,7 @@ def strides(x: Tensor) -> list[int]:
 CASES = pairwise(AXES, seed=2)
 
 
-@pytest.mark.sampled(70)
+@pytest.mark.sampled(48)
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(number: int) -> None:
     compare(number, backends(number, CASES[number]["rows"] * CASES[number]["classes"]))
