@@ -72,7 +72,7 @@ def test_arrays_of_named_clients_are_learnt(tmp_path):
     clients, test = sites()
     data = fedkern.FederatedData.from_arrays(clients, test, classes=["top", "bottom"])
     run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=4, local_epochs=2, lr=0.1, threads=1, workers=1,
-                           grad_cam=0, out="run", progress=False)  # fmt: skip
+                           grad_cam=0, out="run", progress=False, pictures=False)  # fmt: skip
     assert run.config.clients == 3
     assert run.summary["client_names"] == ["north", "south", "west"]
     assert run.metrics["accuracy"] > 0.9
@@ -85,10 +85,11 @@ def test_arrays_of_named_clients_are_learnt(tmp_path):
 def test_runs_in_memory_are_extended_with_their_data(tmp_path):
     clients, test = sites()
     data = fedkern.FederatedData.from_arrays(clients, test)
-    settings = {"data": data, "model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, "progress": False}
+    quiet = {"progress": False, "pictures": False}
+    settings = {"data": data, "model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, **quiet}
     long = fedkern.simulate("fedavg", rounds=3, out="long", **settings)
     fedkern.simulate("fedavg", rounds=1, out="short", **settings)
-    short = fedkern.load("short", data=data).extend(3, progress=False, workers=1)
+    short = fedkern.load("short", data=data).extend(3, workers=1, **quiet)
     assert short.metrics == long.metrics
     with pytest.raises(fedkern.UserError, match="given through Python"):
         fedkern.load("long").evaluate()
@@ -100,13 +101,13 @@ def test_a_module_is_the_network(tmp_path):
     torch.manual_seed(1)
     mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     run = fedkern.simulate("fedavg", data=data, model=mine, rounds=2, local_epochs=2, lr=0.1, threads=1, workers=1,
-                           grad_cam=0, out="run", progress=False)  # fmt: skip
+                           grad_cam=0, out="run", progress=False, pictures=False)  # fmt: skip
     probabilities = run.predict(test[0][:, None])
     assert float((probabilities.argmax(1).numpy() == test[1]).mean()) == run.metrics["accuracy"]
     assert run.model().state_dict().keys() == mine.state_dict().keys()
     again = fedkern.load("run", data=data, model=mine)
     assert again.evaluate()["accuracy"] == run.metrics["accuracy"]
-    again.extend(3, progress=False, workers=1)
+    again.extend(3, progress=False, workers=1, pictures=False)
     assert again.summary["rounds"] == 3
     with pytest.raises(fedkern.UserError, match="a module that a script made"):
         fedkern.load("run").model()

@@ -11,7 +11,7 @@ PAGE = (Path(__file__).parents[2] / "docs/listeners.md").read_text()
 def test_the_ten_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    quick = "fedkern.simulate(workers=1, pictures=False, progress=False, method="
+    quick = "fedkern.simulate(workers=1, local_steps=1, pictures=False, progress=False, method="
     exec(compile(code.replace("fedkern.simulate(", quick), "docs/listeners.md", "exec"), {})
     lines = [line.split(",") for line in (tmp_path / "runs/table/table.csv").read_text().splitlines()]
     assert [line[0] for line in lines] == ["1", "2"]
