@@ -56,12 +56,6 @@ class Recomputes:
     fused = False
     short_weights = False
 
-    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        return None
-
-    def empty_gradient(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
-
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
         return None
 
@@ -104,9 +98,9 @@ class DistillKernels(Launcher):
 
     Gradients for a grad_output of 1 can be computed in the forward pass, into the ``to_...`` tensors. Autograd asks for
     this where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the backward pass.
-    Otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor of the result's
-    shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there may read a
-    tensor's values on the host.
+    Otherwise it gives no ``to_...`` tensors, which Triton's methods do not take, and calls ``..._backward``, which
+    recomputes from the logits and takes ``grad`` as a tensor of the result's shape, any strides. On CUDA the kernel
+    reads ``grad`` through its device pointer: no method there may read a tensor's values on the host.
 
     Weights of ensemble_kl may also be ``[K]`` where :attr:`short_weights` is true, unless they want a gradient.
 

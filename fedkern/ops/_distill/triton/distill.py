@@ -46,13 +46,8 @@ class TritonDistill(Recomputes, Mixtures):
         teacher: Tensor,
         weight: Tensor | None,
         settings: Divergence,
-        to_student: Tensor | None = None,
-        to_other: Tensor | None = None,
-        to_teacher: Tensor | None = None,
-        raw_loss: Tensor | None = None,
     ) -> Tensor:
-        gradients = (to_student, to_other, to_teacher)
-        result = self._divergence(None, student, other, teacher, weight, settings, gradients, raw_loss, True)
+        result = self._divergence(None, student, other, teacher, weight, settings, (None, None, None), None, True)
         assert result is not None
         return result
 

@@ -48,12 +48,10 @@ class Mixtures:
         weights: Tensor | None,
         class_mask: Tensor | None,
         settings: Ensemble,
-        to_student: Tensor | None = None,
-        to_teachers: Tensor | None = None,
     ) -> Tensor:
         dtype = result_dtype(student, None, teachers)
         result = empty_result(student, dtype, settings.reduction)
-        _ensemble(None, student, teachers, weights, class_mask, settings, (to_student, to_teachers, None), result)
+        _ensemble(None, student, teachers, weights, class_mask, settings, (None, None, None), result)
         return result
 
     def ensemble_backward(
@@ -82,11 +80,9 @@ class Mixtures:
             to_weights = (to_weights.sum(axes, keepdim=True) if axes else to_weights).to(weights.dtype)
         return to_student, to_teachers, to_weights
 
-    def js_forward(
-        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
-    ) -> Tensor:
+    def js_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
         result = empty_result(logits[0], logits.dtype, reduction)
-        _stack(None, None, None, logits, weights, reduction, (None, to_logits, None), (result, None))
+        _stack(None, None, None, logits, weights, reduction, (None, None, None), (result, None))
         return result
 
     def js_backward(
