@@ -112,9 +112,9 @@ class Table:
         """Words for a column that was read for an option."""
         return f'column "{self.chosen.get(option, column)}" of {self.path.name}'
 
-    def classes(self, labels: Sequence[str], option: str = "label") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-        """The classes of ``labels``, which stand in the column of an option, and every row's class, int64 ``[n]``."""
-        classes, numbers, told = classes_of(labels, f"The {self.called(option, option)}")
+    def classes(self, labels: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+        """The classes of ``labels``, which stand in the label column, and every row's class, int64 ``[n]``."""
+        classes, numbers, told = classes_of(labels, f"The {self.called('label', 'label')}")
         self.notices.extend(told)
         return classes, numbers
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
@@ -196,6 +196,6 @@ class Members:
         messages = self.messages() if messages is None else messages
         return [load(flatten(self.build(k)), messages[k]).eval() for k in sorted(messages)]
 
-    def ensemble(self, weights: Tensor | None = None, **settings: Any) -> Ensemble:
+    def ensemble(self) -> Ensemble:
         """The ensemble of all members."""
-        return Ensemble(self.modules(), weights, **settings)
+        return Ensemble(self.modules())
