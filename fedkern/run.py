@@ -198,9 +198,12 @@ def _told(text: str) -> Iterator[None]:
 def _uncollected() -> Iterator[None]:
     """Keeps the garbage collector off while the block imports torch and fedkern, and from what was imported ever after.
 
-    It would look through a million objects that stay several times: a quarter of what the imports take.
+    It would look through objects that stay, several times: a quarter of what the imports take.  A script that calls
+    :func:`main` with words keeps its collector as it is.
     """
-    if "torch" in sys.modules or not gc.isenabled():
+    from fedkern.interrupts import whole_process
+
+    if not whole_process() or not gc.isenabled():
         yield
         return
     gc.disable()
