@@ -60,7 +60,8 @@ def test_the_collector_leaves_out_what_the_command_imports_not_what_a_script_has
     assert done.stdout.splitlines()[-1] == f"{kept} True"
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedgid", "scaffold"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("method", ["fedgid", "fedavg", "scaffold"])
 def test_a_first_round_imports_nothing_that_comes_later(method, tmp_path):
     small = ["--train-samples", "60", "--clients", "2", "--rounds", "1", "--local-steps", "1", "--width", "4",
              "--grad-cam", "2", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
