@@ -96,6 +96,7 @@ def test_an_hour_of_random_calls(server: Cases, operator: str) -> None:
     assert search(server, operator, float(os.environ.get("FEDKERN_SECONDS", HOUR)), SEED + 1) > LEAST
 
 
+@pytest.mark.exhaustive
 def test_a_wrong_result_and_a_crash_are_failures(server: Cases) -> None:
     """What the search rests on: a case that fails or kills its process is told, and the next one runs."""
     right = {"logits": {**_TENSOR, "shape": [2, 3]}, "reduction": "sum"}
