@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class Knob:
         return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
 
 
+@functools.cache
 def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
     """Options of a dataclass: its fields declared with :func:`option`.
 

@@ -519,8 +519,9 @@ def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _me
 def _tensors_of(module: nn.Module) -> Iterator[Entry]:
     """Yields (owner, attribute, qualified name, tensor, is parameter); a shared tensor once, under its first name."""
     seen: set[int] = set()
+    owners = list(module.named_modules())
     for is_parameter in (True, False):
-        for prefix, owner in module.named_modules():
+        for prefix, owner in owners:
             members = owner._parameters if is_parameter else owner._buffers
             for key, tensor in members.items():
                 if tensor is None or id(tensor) in seen:

@@ -14,6 +14,7 @@ from fedkern.methods import METHODS
 from fedkern.models import MODELS
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_defaults_are_valid_settings_and_survive_toml(method):
     for data in sorted(DATASETS):

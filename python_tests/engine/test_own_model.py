@@ -51,6 +51,7 @@ def saved(out):
     return load_file(out / "model.safetensors")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"aggregator": "krum:byzantine=0"}, {"aggregator": "geometric_median"}, {"server_rule": "adam"},

@@ -102,6 +102,7 @@ def gradient(model, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("model", ["cnn", "resnet8"])
 @pytest.mark.parametrize("stage", ["feature", "layer1", "layer2"])
 @pytest.mark.parametrize("kl", ["local_global", "global_local"])

@@ -50,6 +50,7 @@ def test_small_networks_and_transformers(name, cuts):
     assert {k: cut_points(model, k) for k in cuts} == cuts
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [n for n, entry in models.MODELS.items() if entry.task == "classification"])
 def test_every_network_cut_computes_what_it_computes(name):
     model = make(name, width=8).eval()

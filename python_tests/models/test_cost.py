@@ -20,6 +20,7 @@ def made(name):
     return build(name, classes=10, channels=3, image_size=32, seed=0, width=None if name == "vit-tiny" else 8)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_are_torchs(name, monkeypatch):
     images = torch.zeros(2, 3, 32, 32)

@@ -168,6 +168,7 @@ def test_an_unknown_layer_is_not_left_uninitialised():
         models.initialise(torch.nn.Sequential(torch.nn.PReLU(3)), torch.Generator())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_last_keeps_the_layout_and_the_result(name):
     model = make(name).eval()

@@ -100,6 +100,7 @@ def test_copies_of_a_record_say_nothing_more():
     assert untold.tpr_high - untold.tpr_low < 0.7 * (told.tpr_high - told.tpr_low)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("members", "others"), [(60, 80), (6, 5), (100, 10)])
 @pytest.mark.parametrize("apart", [0.0, 1.0, 3.0])
 def test_the_interval_covers_as_often_as_it_says(members, others, apart):
