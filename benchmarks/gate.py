@@ -3,16 +3,15 @@
 ``floors.toml`` holds, for one machine and the rows of shown.py that are quick enough, how many times as fast as one
 other contestant ours was, the lowest and the highest of several processes, which differ in where their memory lies.
 ``pytest benchmarks --set-floors`` measures and writes them; run again, it widens them.  ``--gate-short`` measures in
-the same way and fails where the median of the pairs' ratios lies below :data:`FACTOR` of the lowest with 95 %
-certainty, in :data:`ATTEMPTS` measurements in a row: a kernel that takes 30 % longer has 0.77 of its ratio.  So a row
-that processes see :data:`STEADY` apart is not held: there 30 % would not show.  Where other processes compute meanwhile
-or times scatter, a measurement cannot tell: the test is skipped.  So are all tests on another kind of machine.
+the same way and fails where the median of the pairs' ratios lies below :data:`FACTOR` of the lowest, in
+:data:`ATTEMPTS` measurements in a row: a kernel that takes 30 % longer has 0.77 of its ratio.  So a row that processes
+see :data:`STEADY` apart is not held: there 30 % would not show.  Where other processes compute meanwhile or times
+scatter, a measurement cannot tell: the test is skipped.  So are all tests on another kind of machine.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import tomllib
@@ -109,22 +108,6 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def upper_median(ratios: Sequence[float], certainty: float = 0.95) -> float:
-    """A bound that the true median of ``ratios`` stays below with this certainty, whatever their distribution.
-
-    The number of pairs below the true median is binomial(n, 1/2), so an order statistic above the middle one bounds it.
-    """
-    ordered, count = sorted(ratios), len(ratios)
-    bound = ordered[-1]
-    for position in range(count - 1, -1, -1):
-        # This one lies below the true median only if at most count - 1 - position pairs lie above it.
-        risk = sum(math.comb(count, above) for above in range(count - position)) / 2**count
-        if risk > 1 - certainty:
-            break
-        bound = ordered[position]
-    return bound
-
-
 def judge(floor: Floor, ratios: Sequence[float], scatter: float, others: float = 0.0) -> Verdict:
     """Compares measured pairs with their floor.
 
@@ -133,7 +116,7 @@ def judge(floor: Floor, ratios: Sequence[float], scatter: float, others: float =
         scatter: interquartile range over median of either's times, the larger one.
         others: share of the processors that other processes took.
     """
-    if upper_median(ratios) >= floor.lowest:
+    if statistics.median(ratios) >= floor.lowest:
         return Verdict("pass")
     seen = f"{statistics.median(ratios):.3g}× {floor.against}, below {floor.lowest:.3g}×"
     if others > BUSY:

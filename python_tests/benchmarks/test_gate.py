@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 import gate
@@ -23,7 +22,8 @@ FLOOR = gate.Floor("eager", 2.0, 2.2)
         ([2.0 / 1.3] * 15, 0.1, 0.0, "fail"),
         ([2.0 / 1.3] * 15, 0.5, 0.0, "skip"),
         ([2.0 / 1.3] * 15, 0.1, 0.5, "skip"),
-        ([1.6] * 8 + [1.8] * 7, 0.1, 0.0, "pass"),  # the median is below, but that is no more than chance
+        ([1.6] * 7 + [1.8] * 8, 0.1, 0.0, "pass"),
+        ([1.6] * 8 + [1.8] * 7, 0.1, 0.0, "fail"),
     ],
 )
 def test_verdicts(ratios: list[float], scatter: float, others: float, outcome: str) -> None:
@@ -38,15 +38,6 @@ def test_what_processes_saw_is_joined_and_only_steady_rows_are_held() -> None:
     assert joined.steady
     assert not joined.seen(gate.Floor("eager", 2.5, 2.5)).steady
     assert joined.seen(gate.Floor("copy", 9.0, 9.0)) == joined
-
-
-def test_bound_of_the_median_holds_as_often_as_it_says() -> None:
-    draw = random.Random(0)
-    held = 0
-    for _ in range(2000):
-        held += gate.upper_median([draw.random() ** 3 for _ in range(21)]) >= 0.125  # the true median
-    assert 0.93 < held / 2000 < 0.98
-    assert gate.upper_median([1.0, 2.0]) == 2.0
 
 
 def test_floors_survive_the_file(tmp_path: Path) -> None:
