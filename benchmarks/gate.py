@@ -24,6 +24,7 @@ FLOORS = Path(__file__).parent / "floors.toml"
 FACTOR = 0.9
 STEADY = 0.87  # lowest over highest ratio of a row that is held: below 0.77 / FACTOR a slow kernel could pass
 ATTEMPTS = 4
+PAUSE = 1.0  # seconds before a second attempt, twice as many before the third: neighbours on the host come and go
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
 BUSY = 0.15  # share of the processors that others may take beside a measurement
 LONGEST = 0.1  # seconds that a row's two contestants take at most, one call of each

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,8 @@ def _hold(node: str, floors: gate.Floors, runs: dict[str, Callable[[], Any]], ou
     if threads > gate.usable_cpus():
         pytest.skip(f"recorded with {threads} threads, but this process may use {gate.usable_cpus()}")
     floor = floors.rows[node]
-    for _ in range(gate.ATTEMPTS):
+    for attempt in range(gate.ATTEMPTS):
+        time.sleep(attempt * gate.PAUSE)
         ratios, scatter, others = _duel(runs, ours, floor.against, threads)
         verdict = gate.judge(floor, ratios, scatter, others)
         if verdict.outcome == "pass":
