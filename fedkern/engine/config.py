@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
@@ -433,7 +433,7 @@ class RunConfig:
         }
         return tuple(
             dataclasses.replace(knob, help=knob.help.replace(*now[knob.field])) if knob.field in now else knob
-            for knob in knobs(cast(Any, cls), "--{}")
+            for knob in knobs(cls, "--{}")
         )
 
     @classmethod

@@ -136,7 +136,6 @@ class Knob:
         return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
 
 
-@functools.cache
 def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
     """Options of a dataclass: its fields declared with :func:`option`.
 
@@ -144,6 +143,11 @@ def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
         cls: the dataclass.
         label: how error messages name an option; ``{}`` stands for the option's name.
     """
+    return _knobs(cls, label)
+
+
+@functools.cache
+def _knobs(cls: Any, label: str) -> tuple[Knob, ...]:
     result = []
     for field in dataclasses.fields(cls):
         meta = dict(field.metadata)
