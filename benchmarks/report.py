@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import gate, sources
@@ -133,7 +134,10 @@ def table(rows: Sequence[Comparison]) -> list[str]:
         others = [memory(peak[name]) for name in names if name in peak]
         cells.append(" / ".join(others) if others else "–")
         lines.append("| " + " | ".join(cells) + " |")
-    notes = dict.fromkeys(f"* {row.case} ({row.where}): {row.note}" for row in rows if row.note)
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        noted.setdefault(row.note, []).append(f"{row.case} ({row.where})")
+    notes = [f"* {', '.join(cases)}: {note}" for note, cases in noted.items() if note]
     absent = dict.fromkeys(f"* {name} is not in the table: {why}" for row in rows for name, why in row.missing.items())
     return [*lines, *([""] if notes or absent else []), *notes, *absent]
 
@@ -171,17 +175,25 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
         "",
         *left_out(sum(not present(row, cores) for row in every)),
     ]
+    # Operators of one family, recorded alike, share a section, and a table where their contestants are the same.
+    sections: dict[tuple[str, str], dict[tuple[str, ...], list[Comparison]]] = {}
     for group, files in results.items():
         for recorded in files:
             rows = [row for row in recorded.rows if present(row, cores)]
             if not rows:
                 continue
             forced = recorded.machine.get("backend")
-            lines += [f"## {group} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else ""), ""]
-            lines += [machine_line(Recorded(recorded.machine, rows, recorded.name)), ""]
+            name = sources.family(group) or group
+            title = f"{name} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else "")
+            tables = sections.setdefault((title, machine_line(Recorded(recorded.machine, rows, recorded.name))), {})
             for family in families(rows):
-                lines += [*table(family), ""]
-                lines += [*told, ""] if (told := whole_runs(family)) else []
+                named = [row if group == name else replace(row, case=f"{group} {row.case}") for row in family]
+                tables.setdefault(tuple(contestants(family)), []).extend(named)
+    for (title, machine), tables in sections.items():
+        lines += [f"## {title}", "", machine, ""]
+        for rows in tables.values():
+            lines += [*table(rows), ""]
+            lines += [*told, ""] if (told := whole_runs(rows)) else []
     return "\n".join(lines)
 
 

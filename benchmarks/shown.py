@@ -1,6 +1,6 @@
 """The rows that docs/speed.md shows, at most sixty: every operator, at sizes that users have.
 
-``pytest benchmarks --shown --record`` records them in under an hour.  ``pytest benchmarks --set-floors`` measures the
+``pytest benchmarks --shown --record`` records them in ten minutes.  ``pytest benchmarks --set-floors`` measures the
 quicker ones for the gate.
 """
 
