@@ -688,10 +688,11 @@ def in_models(row: Comparison) -> dict[str, str]:
 
 
 def over_flower() -> Lines:
-    """The table of strategies."""
+    """The table of strategies: the rows that were recorded with the present kernels."""
     recorded = next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
+    one_thread, cores = [row for row in recorded.rows if row.threads == 1], sources.hashes(sources.CSRC)
     rows = []
-    for row in [row for row in recorded.rows if row.threads == 1]:
+    for row in [row for row in one_thread if present(row, cores)]:
         models, low = in_models(row), LOW_MEMORY in row.seconds
         rows.append([
             row.case, our_time(row), f"{row.speedup['Flower']:.2f}×",
@@ -702,7 +703,8 @@ def over_flower() -> Lines:
         "strategy", "time", "times as fast as Flower", "with `low_memory`", "memory, models", "with `low_memory`",
         "Flower",
     ]  # fmt: skip
-    return [*caption(recorded.machine), *table(header, rows).split("\n")]
+    told = left_out(len(one_thread) - len(rows))
+    return [*caption(recorded.machine), *told, *table(header, rows).split("\n")]
 
 
 def messages(method: str) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def left_out(count: int) -> list[str]:
     if not count:
         return []
     rows = f"{count} row{'s' if count > 1 else ''}"
-    return [f"{rows} left out, not recorded with the present kernels: `pytest benchmarks --shown --record`.", ""]
+    return [f"{rows} left out, not recorded with the present kernels.", ""]
 
 
 def machine_line(recorded: Recorded) -> str:

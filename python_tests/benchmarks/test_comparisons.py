@@ -26,7 +26,6 @@ ROW = Comparison(
     scatter={"fedkern": 0.1, "eager": 0.1},
     test="bench_toy.py::test_toy[small]",
 )
-COMMAND = "pytest benchmarks --shown --record"
 OTHER = replace(ROW, case="large", test="bench_toy.py::test_toy[large]")
 
 
@@ -142,7 +141,16 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
     assert "| fuse_mean other |" in text
     assert "1 row left out, not recorded with the present kernels" in text
     every = len(list(shown.nodes()))
-    assert table == [f"{every} rows left out, not recorded with the present kernels: `{COMMAND}`."]
+    assert table == [f"{every} rows left out, not recorded with the present kernels."]
+
+
+def test_strategies_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("left out" in line for line in page_figures.over_flower())
+    (tmp_path / "aggregate.cpp").write_text("quicker")
+    monkeypatch.setattr(sources, "CSRC", tmp_path)
+    _, _, told, *rows = page_figures.over_flower()
+    assert told == "6 rows left out, not recorded with the present kernels."
+    assert not any("ResNet-18" in row for row in rows)
 
 
 def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
