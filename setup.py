@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import setuptools
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 
@@ -150,9 +153,33 @@ class FreshBuild(build):
         super().run()
 
 
+def note_commit(package: Path) -> None:
+    """Writes the checkout's commit into a copy of the package; a source distribution brings its own along."""
+    # By its path: the package itself need not be importable here.
+    if found := runpy.run_path(str(ROOT / "fedkern" / "commit.py"))["commit"]():
+        (package / "commit.txt").write_text(f"{found}\n")
+
+
+class Copies(build_py):
+    """Copies the package's files, and notes the commit; an editable installation asks the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            note_commit(Path(self.build_lib) / "fedkern")
+
+
+class Sources(sdist):
+    """A source distribution that knows its commit."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        note_commit(Path(base_dir) / "fedkern")
+
+
 # The extension names the core to setuptools, so that the wheel is tagged for this platform and Python.
 setup(
     distclass=Package,
     ext_modules=[Extension("fedkern._cpu", sources=[])],
-    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild, "build_py": Copies, "sdist": Sources},
 )

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from fedkern.commit import commit
+from fedkern.engine.store import records
 from fedkern.files import one_writer
+from fedkern.report import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,3 +238,37 @@ def test_an_old_setuptools_is_one_sentence(version, monkeypatch):
     monkeypatch.setattr("setuptools.__version__", version)
     with pytest.raises(SystemExit, match=rf"setuptools {version} is too old, 77 or newer"):
         runpy.run_path(str(Path(__file__).parents[1] / "setup.py"), run_name="old")
+
+
+def test_the_commit_is_that_of_the_checkout_or_what_was_noted(tmp_path: Path) -> None:
+    assert commit(tmp_path / "fedkern") == ""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    (tmp_path / "fedkern").mkdir()
+    (tmp_path / "fedkern" / "code.py").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    asked = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit.cache_clear()
+    assert commit(tmp_path / "fedkern") == asked.stdout.strip() != ""
+    (tmp_path / "fedkern" / "code.py").write_text("2")
+    commit.cache_clear()
+    assert commit(tmp_path / "fedkern") == f"{asked.stdout.strip()}-dirty"
+    (tmp_path / "fedkern" / "commit.txt").write_text("abc1234\n")
+    commit.cache_clear()
+    assert commit(tmp_path / "fedkern") == "abc1234"
+    commit.cache_clear()
+
+
+def test_a_build_notes_the_commit_and_records_and_doctor_tell_it(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    known = commit()
+    script["note_commit"](tmp_path)
+    noted = tmp_path / "commit.txt"
+    assert (noted.read_text().strip() if noted.exists() else "") == known
+    monkeypatch.setattr(records, "commit", lambda: "abc1234")
+    monkeypatch.setattr(doctor, "commit", lambda: "abc1234")
+    assert records.versions()["commit"] == "abc1234"
+    assert doctor.versions()["fedkern"].endswith(" (commit abc1234)")
+    monkeypatch.setattr(records, "commit", lambda: "")
+    assert "commit" not in records.versions()

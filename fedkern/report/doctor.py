@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedkern.commit import commit
 from fedkern.errors import MESSAGE
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes
@@ -38,7 +39,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, fedkern and the packages it uses; absent packages are ``"not installed"``."""
+    """Versions of Python, fedkern (with its commit) and packages it uses; absent packages are ``"not installed"``."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -47,6 +48,7 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     if found["fedkern"] == "not installed":
         found["fedkern"] = importlib.import_module("fedkern").__version__
+    found["fedkern"] += f" (commit {commit()})" if commit() else ""
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import fedkern
+from fedkern.commit import commit
 from fedkern.engine.store import atomic, checkpoints
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
@@ -171,9 +172,10 @@ def read_summary(out: Path | str) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages and the platform that the run was made with."""
+    """Versions of the packages and the platform that the run was made with, and fedkern's commit where it is known."""
     return {
         "fedkern": fedkern.__version__,
+        **({"commit": commit()} if commit() else {}),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
