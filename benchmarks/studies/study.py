@@ -207,22 +207,13 @@ def publish(
     name: str, title: str, about: str, page: str, numbers: Mapping[str, Any], versions: Mapping[str, str]
 ) -> None:
     """Writes ``results/<name>.md`` and ``.json``, and prints the page."""
-    software = f"fedkern {versions['fedkern']}{_revision()}, torch {versions['torch']}"
+    at = versions.get("commit", "unknown")
+    software = f"fedkern {versions['fedkern']} at commit {at}, torch {versions['torch']}"
     made = f"{software}, {platform.machine()}, one thread per run."
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{about}  {made}\n\n{page}")
     (RESULTS / f"{name}.json").write_text(json.dumps({**numbers, "versions": versions}, indent=1) + "\n")
     print(page)
-
-
-def _revision() -> str:
-    """The commit that a page was made at, in brackets; empty outside of a repository."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f" (page made at {found})"
 
 
 def command_line(
