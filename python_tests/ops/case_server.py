@@ -73,11 +73,8 @@ def cases() -> Iterator[Cases]:
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
     )
-    try:
+    with process:  # which closes both pipes, and waits
         yield Cases(process)
-    finally:
-        process.stdin.close()  # type: ignore[union-attr]
-        process.wait(timeout=30)
 
 
 def _run(operator: str, case: dict[str, Any], backend: str) -> str:

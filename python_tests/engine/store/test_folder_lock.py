@@ -80,7 +80,7 @@ def test_a_second_process_neither_waits_for_nor_disturbs_the_first(make_data, ma
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:
         first.kill()
-        first.wait()
+        first.communicate()
     run(make_config(rounds=1), out=tmp_path, data=make_data())  # what a killed process left holds nobody up
     assert (tmp_path / "summary.json").exists()
 
