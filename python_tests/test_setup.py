@@ -262,7 +262,7 @@ def test_the_commit_is_that_of_the_checkout_or_what_was_noted(tmp_path: Path) ->
 
 
 def test_a_build_notes_the_commit_and_records_and_doctor_tell_it(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    known = commit()
+    known = commit(ROOT / "fedkern")
     script["note_commit"](tmp_path)
     noted = tmp_path / "commit.txt"
     assert (noted.read_text().strip() if noted.exists() else "") == known
