@@ -18,6 +18,7 @@ from fedkern.data.registry import read_options
 from fedkern.engine import Listener, Listeners, RunConfig, Terminated
 from fedkern.engine.config import ANYHOW
 from fedkern.engine.given_paths import absolute, named_options
+from fedkern.engine.store.extending import REPORT
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
@@ -63,12 +64,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         return
     if request.out is not None:
         check_vacant(request.out)
-        written = (*PICTURES.values(), PICTURE_LIST)
-        if request.report:
-            from fedkern.report.html_page import FILE as REPORT
-
-            written = (*written, REPORT)
-        check_free(request.out, written)
+        check_free(request.out, (*PICTURES.values(), PICTURE_LIST, *([REPORT] if request.report else [])))
         yield request.out
         return
     made = not RUNS.exists()

@@ -14,9 +14,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedkern.engine.store import atomic
+from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError
 
-FILE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -131,7 +131,7 @@ class Page:
 
 def check_target(folder: Path) -> None:
     """Raises UserError where the report cannot replace what stands at its place in ``folder``."""
-    path = folder / FILE
+    path = folder / REPORT
     if path.is_dir():
         raise UserError(f"{path} is a folder, where the report is to be written: move it away.")
 
@@ -162,6 +162,6 @@ def write(page: Page, folder: Path) -> Path:
     """
     check_target(folder)
     text = render(page)
-    path = folder / FILE
+    path = folder / REPORT
     atomic.write_bytes(path, text.encode(errors="backslashreplace"))
     return path

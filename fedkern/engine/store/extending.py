@@ -21,12 +21,13 @@ from fedkern.inputs import read_json, read_text, standing
 from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
 
+REPORT = "report.html"
 PICTURE_LIST = "pictures.json"
 """File with the names of the pictures drawn, which depend on the run's task, network and method."""
 _PICTURE = re.compile(r"[a-z0-9_]+\.png")
 OF_A_NETWORK = (
     *RESULTS, ATTACK, "model.onnx", "model.onnx.json", "model.pt2", "model.pt2.json", "model.pt", "model.pt.json",
-    "report.html", PICTURE_LIST,
+    REPORT, PICTURE_LIST,
     *(f"{command}{more}.json" for command in ("evaluate", "retrieval", "zero-shot", "probe", "decode")
       for more in ("", "-*")),
 )  # fmt: skip
