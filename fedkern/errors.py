@@ -216,6 +216,11 @@ def first_of(words: Sequence[str], most: int, between: str = ", ") -> str:
     return between.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
+def listed(parts: Sequence[str]) -> str:
+    """Joins parts of a sentence, at least one, with commas and "and"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Returns ``' Did you mean "x"?'`` for the candidate most like ``word``, or an empty string when none is close."""
     if len(word) > WORD:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from fedkern.errors import listed
 from fedkern.privacy.unit import IMAGE, Unit
 
 LEDGER = "privacy"
@@ -96,8 +97,3 @@ class Guarantee:
             f"The whole release has no epsilon: what is told as {PART} covers {covered}, not "
             f"{listed(list(self.leaves.values()))}{advice}."
         )
-
-
-def listed(parts: Sequence[str]) -> str:
-    """Joins parts of a sentence, at least one, with commas and "and"."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -31,12 +31,11 @@ from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, versions
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.used_cache import remembered
-from fedkern.errors import UserError, printable_name
+from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.options import as_typed
-from fedkern.privacy.guarantee import listed
 from fedkern.report import html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedkern.errors import UserError
+from fedkern.errors import UserError, listed
 from fedkern.methods.base import option
 from fedkern.methods.fediod.losses import asks_teachers
 from fedkern.methods.options import Options
 from fedkern.privacy import IMAGE, Guarantee, Unit
-from fedkern.privacy.guarantee import listed
 
 
 @dataclass(frozen=True)
