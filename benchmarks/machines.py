@@ -7,13 +7,13 @@ import functools
 import importlib.metadata
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedkern.commit import commit
 from fedkern.report.doctor import CPUINFO, cpuinfo
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -37,7 +37,7 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; a forced backend is part of it."""
     info: dict[str, Any] = {
         "time": now(),
-        "commit": commit(),
+        "commit": commit(Path(__file__).parent),
         "cpu": platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -61,14 +61,6 @@ def machine(device: str) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             info[package] = importlib.metadata.version(package)
     return info
-
-
-def commit(folder: Path = Path(__file__).parent) -> str:
-    """The checkout's commit, with "-dirty" where files differ from it; "" outside of a repository."""
-    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--match="]
-    with contextlib.suppress(OSError):
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return ""
 
 
 def chip(path: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:

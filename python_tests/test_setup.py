@@ -242,7 +242,7 @@ def test_an_old_setuptools_is_one_sentence(version, monkeypatch):
 
 def test_the_commit_is_that_of_the_checkout_or_what_was_noted(tmp_path: Path) -> None:
     assert commit(tmp_path / "fedkern") == ""
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false", "-C", str(tmp_path)]
     if shutil.which("git") is None:
         pytest.skip("no git")
     (tmp_path / "fedkern").mkdir()

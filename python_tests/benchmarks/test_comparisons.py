@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gate, page_figures, report, shown, sources
 from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, write_results
+from fedkern.commit import commit
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 ROW = Comparison(
@@ -249,20 +250,8 @@ def test_a_run_says_what_served(forced: str, monkeypatch: pytest.MonkeyPatch) ->
         assert (len(core) == 16) == (backend == "cpu")
 
 
-def test_results_name_their_commit(tmp_path: Path) -> None:
-    assert machines.commit(tmp_path) == ""
-
-    def git(*words: str) -> str:
-        settings = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        return subprocess.run(["git", "-C", tmp_path, *settings, *words], capture_output=True, text=True).stdout.strip()
-
-    git("init")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "-m", "one")
-    made = git("rev-parse", "--short", "HEAD")
-    assert machines.commit(tmp_path) == made
-    assert page_figures.caption({"time": "2026-01-02T03:04", "commit": made})[0].endswith(f" at commit `{made}`.")
+def test_results_name_their_commit() -> None:
+    made = commit(sources.CSRC)
+    assert machines.machine("cpu")["commit"] == made
+    assert page_figures.caption({"time": "2026-01-02T03:04", "commit": "abc1234"})[0].endswith(" at commit `abc1234`.")
     assert page_figures.caption({"time": "2026-01-02T03:04"})[0] == "Measured on 2026-01-02."
-    (tmp_path / "file").write_text("two")
-    assert machines.commit(tmp_path) == f"{made}-dirty"
