@@ -31,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--gate-short", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml, in a minute"
     )
-    group.addoption("--set-floors", action="store_true", help="write benchmarks/floors.toml, or lower what it has")
+    group.addoption("--gate-afresh", action="store_true", help="with --gate-short: be one process of several")
+    group.addoption("--set-floors", action="store_true", help="write benchmarks/floors.toml, or add a process to it")
     group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml")
     group.addoption(
         "--rounds", default="", choices=("small", "full"), help="play bench_rounds.py's rounds: hours, or a small trial"
@@ -67,6 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--rounds small is a trial, which --record does not take")
     if config.getoption("--gate-short"):
         settings.floors = gate.read_floors(config.getoption("--floors"))
+        if not config.getoption("--gate-afresh"):
+            settings.afresh = ["--gate-short", "--gate-afresh", "--floors", str(config.getoption("--floors"))]
         if not settings.floors.rows:
             raise pytest.UsageError(
                 f"{config.getoption('--floors')} holds no floors; write it with pytest benchmarks --set-floors"
@@ -97,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _collected.update(_name(item) for item in here if item.path.name not in named)
     wanted: set[str] | None = None
     if harness.SETTINGS.floors is not None:
-        wanted = {node for node, floor in harness.SETTINGS.floors.rows.items() if floor.steady}
+        wanted = {node for node, floor in harness.SETTINGS.floors.rows.items() if floor.held}
     elif config.getoption("--shown") or config.getoption("--set-floors"):
         wanted = {node for node, _, _ in shown.nodes()}
     if wanted is not None:

@@ -10,38 +10,55 @@ import pytest
 from comparisons import machine_difference
 
 MACHINE = {"cpu": "A", "cores": 2, "isa": "avx2", "torch": "2.13.0+cpu"}
-FLOOR = gate.Floor("eager", 2.0, 2.2)
+FLOOR = gate.Floor("eager", (2.0, 2.2), (1.0, 1.1))
 
 
 @pytest.mark.parametrize(
-    ("ratios", "scatter", "others", "outcome"),
+    ("ratios", "facts", "outcome"),
     [
-        ([2.0] * 15, 0.1, 0.0, "pass"),
-        ([2.0] * 15, 3.0, 0.9, "pass"),  # fast enough, however noisy
-        ([1.8] * 15, 0.1, 0.0, "pass"),
-        ([2.0 / 1.3] * 15, 0.1, 0.0, "fail"),
-        ([2.0 / 1.3] * 15, 0.5, 0.0, "skip"),
-        ([2.0 / 1.3] * 15, 0.1, 0.5, "skip"),
-        ([1.6] * 7 + [1.8] * 8, 0.1, 0.0, "pass"),
-        ([1.6] * 8 + [1.8] * 7, 0.1, 0.0, "fail"),
+        ([2.0] * 15, {}, "pass"),
+        ([2.0] * 15, {"scatter": 3.0, "others": 0.9, "seconds": 9.0}, "pass"),  # fast enough, whatever else
+        ([1.81] * 15, {}, "pass"),
+        ([2.2 / 1.3] * 15, {}, "fail"),
+        ([2.2 / 1.3] * 15, {"scatter": 0.5}, "skip"),
+        ([2.2 / 1.3] * 15, {"others": 0.5}, "skip"),
+        ([2.2 / 1.3] * 15, {"seconds": 0.9}, "fail"),
+        ([2.2 / 1.3] * 15, {"seconds": 0.8}, "skip"),
+        ([2.2 / 1.3] * 15, {"seconds": 1.3}, "skip"),
+        ([1.6] * 7 + [1.85] * 8, {}, "pass"),
+        ([1.6] * 8 + [1.85] * 7, {}, "fail"),
     ],
 )
-def test_verdicts(ratios: list[float], scatter: float, others: float, outcome: str) -> None:
-    verdict = gate.judge(FLOOR, ratios, scatter, others)
+def test_verdicts(ratios: list[float], facts: dict[str, float], outcome: str) -> None:
+    verdict = gate.judge(FLOOR, gate.Duel(ratios, **{"seconds": 1.0, **facts}))
     assert verdict.outcome == outcome
     assert ("eager, below 1.8×" in verdict.reason) == (outcome != "pass")
 
 
-def test_what_processes_saw_is_joined_and_only_steady_rows_are_held() -> None:
-    joined = gate.Floor("eager", 2.1, 2.1).seen(gate.Floor("eager", 2.0, 2.05))
-    assert joined == gate.Floor("eager", 2.0, 2.1)
-    assert joined.steady
-    assert not joined.seen(gate.Floor("eager", 2.5, 2.5)).steady
-    assert joined.seen(gate.Floor("copy", 9.0, 9.0)) == joined
+@pytest.mark.parametrize(
+    ("outcomes", "joint"),
+    [
+        (["pass"], "pass"),
+        (["fail", "skip", "fail", "pass"], "pass"),
+        (["fail"] * 7, "fail"),
+        (["skip", "fail", "skip", "fail"], "fail"),
+        (["fail", "skip", "skip"], "skip"),
+    ],
+)
+def test_what_processes_say_together(outcomes: list[str], joint: str) -> None:
+    assert gate.joint([gate.Verdict(outcome) for outcome in outcomes]).outcome == joint
+
+
+def test_what_processes_saw_is_joined_and_rows_that_sound_kernels_miss_are_not_held() -> None:
+    joined = FLOOR.after(gate.Floor("eager", (1.9,), (0.9,)))
+    assert joined == gate.Floor("eager", (1.9, 2.0, 2.2), (0.9, 1.0, 1.1))
+    assert joined.held
+    assert not gate.Floor("eager", (3.0,), (1.0,)).after(joined).held
+    assert FLOOR.after(gate.Floor("copy", (9.0,), (1.0,))) == FLOOR
 
 
 def test_floors_survive_the_file(tmp_path: Path) -> None:
-    rows = {"t.py::one[1-2]": FLOOR, 't.py::two["a"]': gate.Floor("loop of slices", 12.3, 15.0)}
+    rows = {"t.py::one[1-2]": FLOOR, 't.py::two["a"]': gate.Floor("loop of slices", (12.3, 15.0), (1e-5, 2.0))}
     path = tmp_path / "floors.toml"
     gate.write_floors(gate.Floors(MACHINE, rows), path)
     assert gate.read_floors(path) == gate.Floors(MACHINE, rows)
