@@ -17,20 +17,13 @@ from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.store.records import SUMMARY, versions
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import read_text
+from fedkern.methods.common.figure_names import figure_title, set_title, split_metric
 from fedkern.report import html_page, run_page
 from fedkern.report.charts import Series, bars, dots, of_rounds
 from fedkern.report.comparison_plot import curves, mean_curve
 from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
-from fedkern.report.tables import (
-    figure_title,
-    human_bytes,
-    human_metric,
-    human_time,
-    ordered,
-    set_title,
-    split_metric,
-)
+from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 
 TOLD = 6
 """Most differences that the headline tells of."""

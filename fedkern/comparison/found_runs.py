@@ -18,9 +18,10 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
+from fedkern.methods.common.figure_names import split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.registry import short
-from fedkern.report.tables import ordered, split_metric
+from fedkern.report.tables import ordered
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
 """Settings that part no groups: the seed, and what decides where and how fast a run computes.

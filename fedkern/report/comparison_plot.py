@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedkern.methods.common.figure_names import set_title, short_title, split_metric
 from fedkern.report.names import TITLE, label
 from fedkern.report.plots import COLOURS, DASHES, MARKERS, new_figure, over_rounds
-from fedkern.report.tables import set_title, short_title, split_metric
 
 NAMED, LEGEND = 24, 40
 """Most groups in the legend, and most characters of a group's name there."""

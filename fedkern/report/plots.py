@@ -25,9 +25,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fedkern.engine.store import atomic
+from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label
-from fedkern.report.tables import short_title, split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 GRID = "#dddddd"

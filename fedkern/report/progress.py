@@ -15,9 +15,10 @@ from rich.text import Text
 
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import MESSAGE
+from fedkern.methods.common.figure_names import split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import label, plain, say
-from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table, split_metric
+from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
 
 PIPE_WIDTH = 120
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.02

@@ -15,11 +15,11 @@ from fedkern.data import FederatedData, Split
 from fedkern.downstream.finished import Finished
 from fedkern.engine import RunConfig, read_model
 from fedkern.errors import printable_name
+from fedkern.methods.common.figure_names import set_title
 from fedkern.methods.common.retrieval import Gallery
 from fedkern.report.charts import evenly
 from fedkern.report.html_page import Example, data_uri
 from fedkern.report.sheet import rgb
-from fedkern.report.tables import set_title
 
 EXAMPLES, FOUND, CAPTION = 6, 3, 160
 """Images shown, captions shown of each, and most characters of a caption."""

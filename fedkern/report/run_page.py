@@ -34,6 +34,7 @@ from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
+from fedkern.methods.common.figure_names import figure_title, set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.options import as_typed
 from fedkern.report import html_page, pictures
@@ -42,16 +43,7 @@ from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, partition_picture, svg
 from fedkern.report.retrieval_examples import retrieval_examples
-from fedkern.report.tables import (
-    covering,
-    figure_title,
-    human_metric,
-    human_time,
-    ordered,
-    set_title,
-    short_title,
-    split_metric,
-)
+from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
 
 NAMED = 12

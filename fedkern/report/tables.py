@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedkern.data.statistics import SKEW
 from fedkern.errors import MESSAGE, printable_name
+from fedkern.methods.common.figure_names import RECALLS, TEST_SETS, figure_title, set_title, short_title, split_metric
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain
 
@@ -22,43 +23,15 @@ _FRACTIONS = (
     "gradcam_in_object", "object_area", "dice", "iou",
     "_r1", "_r5", "_r10",
 )  # fmt: skip
-_RECALLS = {f"{way}_r{k}": f"{text}, recall at {k}"
-            for way, text in (("i2t", "image to text"), ("t2i", "text to image")) for k in (1, 5, 10)}  # fmt: skip
 _ORDER = (
     "accuracy", "balanced_accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "auroc",
-    *_RECALLS, "dice", "iou", "hd95", "confidence", "ece",
+    *RECALLS, "dice", "iou", "hd95", "confidence", "ece",
     "gradcam_in_object", "loss",
 )  # fmt: skip
 CLIENTS = 12
 """Most clients that a table lists."""
 _OF_A_CLIENT = ("accuracy", "macro_auroc", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
 """Figures of a client in the closing table; evaluation.csv has all."""
-_NAMES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_auroc": "AUROC, mean of the labels",
-    "mean_average_precision": "average precision, mean of the labels",
-    "macro_f1": "F1, mean of the classes",
-    "exact_match": "images with all labels right",
-    "auroc": "AUROC, one class against the rest, mean",
-    "ece": "expected calibration error",
-    "dice": "Dice, mean of the classes",
-    "iou": "intersection over union",
-    "hd95": "Hausdorff distance (95 %) in pixels",
-    "confidence": "confidence in the true class",
-    "gradcam_in_object": "Grad-CAM mass inside the object",
-    "object_area": "area of the object",
-    "loss": "loss",
-    "gallery": "candidates in retrieval",
-    PART: "epsilon of the covered part alone",
-    **_RECALLS,
-    **{f"{which}_client_{name}": f"{which} client: {text}"
-       for which in ("mean", "worst") for name, text in _RECALLS.items()},
-}  # fmt: skip
-_TEST_SETS = {
-    "id": "in distribution", "ood": "out of distribution", "validation": "validation", "minority": "minority",
-    "unseen": "unseen client", "held_out": "held-out client",
-}  # fmt: skip
 
 
 def human_bytes(count: float) -> str:
@@ -86,34 +59,6 @@ def human_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
-    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; the only test set is ``""``.
-
-    Args:
-        name: the figure's whole name.
-        own: names of test sets that the user chose.
-    """
-    for test_set in (*sorted(own, key=len, reverse=True), *_TEST_SETS):
-        if test_set and name.startswith(f"{test_set}_"):
-            return test_set, name[len(test_set) + 1 :]
-    return "", name
-
-
-def figure_title(name: str) -> str:
-    """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``; unknown names stay."""
-    return _NAMES.get(name, name.replace("_", " "))
-
-
-def short_title(name: str) -> str:
-    """A figure's name for an axis or a column."""
-    return {"dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC"}.get(name, figure_title(name))
-
-
-def set_title(name: str) -> str:
-    """A test set's name for people: ``"id"`` is ``"in distribution"``; a name without a longer one stays."""
-    return _TEST_SETS.get(name, name)
-
-
 def human_metric(name: str, value: float) -> str:
     """Fractions in per cent with one decimal, everything else with three significant digits."""
     _, figure = split_metric(name)
@@ -123,7 +68,7 @@ def human_metric(name: str, value: float) -> str:
 
 def _rank(name: str) -> tuple[int, int, str, int]:
     test_set, figure = split_metric(name)
-    sets = ["", *_TEST_SETS]
+    sets = TEST_SETS
     # Numbered figures are sorted by number.
     stem, _, number = name.rpartition("_")
     plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
@@ -171,7 +116,7 @@ def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
         if test_set != "validation":
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
-    columns = [test_set for test_set in ("", *_TEST_SETS) if test_set in present] or [""]
+    columns = [test_set for test_set in TEST_SETS if test_set in present] or [""]
     table = Table(
         title=title,
         title_justify="left",
@@ -181,7 +126,7 @@ def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
     )
     table.add_column("")
     for test_set in columns:
-        table.add_column(_TEST_SETS.get(test_set, "test"), justify="right", style="bold")
+        table.add_column(set_title(test_set) or "test", justify="right", style="bold")
     for figure, row in figures.items():
         table.add_row(plain(figure_title(figure)), *(row.get(test_set, "") for test_set in columns))
     return table
@@ -315,7 +260,7 @@ def own_tests_table(summary: Mapping[str, Any]) -> Table:
     if named:
         table.add_column("name")
     for name in known:
-        table.add_column(_NAMES.get(name, name), justify="right")
+        table.add_column(figure_title(name), justify="right")
     for k in list(clients)[:CLIENTS]:
         figures = clients[k]
         cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in known]
@@ -331,7 +276,7 @@ def worst_client_line(summary: Mapping[str, Any]) -> str:
     if worst is None:
         return ""
     name = f" ({worst['name']})" if "name" in worst else ""
-    metric = _NAMES.get(worst["metric"], worst["metric"])
+    metric = figure_title(worst["metric"])
     return f"worst client: {worst['client']}{name}, {metric} {human_metric(worst['metric'], worst['value'])}"
 
 

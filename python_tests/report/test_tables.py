@@ -47,9 +47,6 @@ def test_time(seconds, expected):
 
 
 def test_metric_names():
-    assert tables.split_metric("ood_accuracy") == ("ood", "accuracy")
-    assert tables.split_metric("accuracy") == ("", "accuracy")
-    assert tables.split_metric("id_gradcam_in_object") == ("id", "gradcam_in_object")
     assert tables.human_metric("id_accuracy", 0.9123) == "91.2 %"
     assert tables.human_metric("id_loss", 0.91234) == "0.912"
     assert tables.ordered({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"}) == [
