@@ -22,6 +22,7 @@ from fedkern.engine.config import check_regular
 from fedkern.engine.grounds import difference
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
+from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.registry import short
 from fedkern.report.tables import human_metric
@@ -239,7 +240,8 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
         chosen.append(best)
         name = scores[best.label][1]
         shown = ", ".join(f"{_point(v)}: {human_metric(name, scores[v.label][0])}" for v in finished)
-        told.append(f"{short(method)}: {_point(best)} was chosen by {name.replace('_', ' ')} of seed {seed} ({shown}).")
+        called = short_title(split_metric(name)[1])
+        told.append(f"{short(method)}: {_point(best)} was chosen by validation {called} of seed {seed} ({shown}).")
     return chosen, told
 
 

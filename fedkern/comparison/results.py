@@ -15,7 +15,7 @@ from fedkern.comparison.found_runs import Group, differing_settings, main_figure
 from fedkern.comparison.seed_statistics import Target, paired, spread
 from fedkern.engine.store import atomic
 from fedkern.errors import UserError, nearest, printable_name
-from fedkern.methods.common.figure_names import set_title, short_title, split_metric
+from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.registry import short
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
@@ -230,8 +230,7 @@ def _finite(value: Any) -> Any:
 
 def _title(figure: str) -> str:
     test_set, name = split_metric(figure)
-    known = test_set.upper() if test_set in ("id", "ood") else set_title(test_set)
-    return f"{known} {short_title(name)}".strip()
+    return f"{short_set_title(test_set)} {short_title(name)}".strip()
 
 
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import undefined
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
+from fedkern.methods.common.figure_names import set_noun, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.multilabel_figures import MAIN as AREA
 from fedkern.methods.common.multilabel_figures import unvaried
@@ -75,10 +76,9 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
         missing = sorted(present - set(torch.unique(data.predictions).tolist()))
         if missing:
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
-            where = f"the {prefix.rstrip('_')} test set" if prefix else "the test set"
             return {
-                "collapsed-class": f"{len(missing)} of {len(present)} classes ({names}) are never predicted on {where}"
-                ": train longer, or lower the learning rate."
+                "collapsed-class": f"{len(missing)} of {len(present)} classes ({names}) are never predicted on "
+                f"the {set_noun(prefix[:-1])}: train longer, or lower the learning rate."
             }
     return {}
 
@@ -90,10 +90,9 @@ def unvaried_labels(sets: Mapping[str, TestSet]) -> dict[str, str]:
         if data.task != "multilabel" or prefix == "validation_" or not kept or len(data) < 2:
             continue
         if all(unvaried(logits) for logits in kept):
-            where = f"the {prefix.rstrip('_')} test set" if prefix else "the test set"
             return {
-                "unvaried-labels": f"Every label is predicted for all images of {where} or for none: train longer, or "
-                "change the learning rate."
+                "unvaried-labels": f"Every label is predicted for all images of the {set_noun(prefix[:-1])} or for "
+                "none: train longer, or change the learning rate."
             }
     return {}
 
@@ -168,16 +167,15 @@ def poor_metrics(
     """
     found: dict[str, str] = {}
     retry = "train longer, or change the learning rate."
+    sets = [prefix[:-1] for prefix in constant if prefix]
     for name, value in metrics.items():
         if name.startswith("validation_"):
             continue
+        is_low = _statement(name, value, sets)
         if name.endswith("dice") and value < NOTHING:
-            found.setdefault(
-                "chance-level", f"{name} is {value:.3f}, so hardly anything but background is found: {retry}"
-            )
+            found.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
         if name.endswith(AREA) and value < near(0.5):
-            always = "scoring all images alike gives 0.500"
-            found.setdefault("chance-level", f"{name} is {value:.3f}, and {always}: {retry}")
+            found.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
         figure = "dice" if name.endswith("dice") else "accuracy" if name.endswith("accuracy") else ""
         if not figure:
             continue
@@ -186,19 +184,26 @@ def poor_metrics(
             figure = "balanced_accuracy" if name.endswith("balanced_accuracy") else figure
             level, always = constant[prefix].figures.get(figure, 0.0), constant[prefix].name
             what = f'"{always}"' if always and figure != "balanced_accuracy" else "one class"
-            text = f"and predicting {what} everywhere gives {level:.3f}"
+            text = f"and predicting {what} everywhere gives {100 * level:.1f} %"
         else:
             level = 1 / classes if classes > 1 and figure == "accuracy" else 0.0  # one class is always right
-            text = f"near chance ({level:.3f})"
+            text = f"near chance ({100 * level:.1f} %)"
         if value < near(level):
-            found.setdefault("chance-level", f"{name} is {value:.3f}, {text}: {retry}")
+            found.setdefault("chance-level", f"{is_low}, {text}: {retry}")
     for name in MAIN_FIGURES:
         now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
         if now is not None and top is not None and top - now > FALL:
             found[f"falling-{name}"] = (
-                f"Validation {name} fell from {top:.3f} to {now:.3f}: lower the learning rate or stop earlier."
+                f"Validation {short_title(name)} fell from {100 * top:.1f} % to {100 * now:.1f} %: lower the learning "
+                "rate or stop earlier."
             )
     return found
+
+
+def _statement(name: str, value: float, own: Collection[str]) -> str:
+    """A fraction as a part of a sentence: ``"accuracy on the held-out client is 10.0 %"``."""
+    test_set, figure = split_metric(name, own)
+    return f"{short_title(figure)}{f' on the {set_noun(test_set)}' if test_set else ''} is {100 * value:.1f} %"
 
 
 def missing_metrics(config: RunConfig, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
@@ -234,15 +239,15 @@ def undefined_figures(
     texts: dict[str, str] = {}
     for prefix, data in sets.items():
         if figure := undefined(data):
-            name = prefix.removesuffix("_") or "test"
-            texts[f"no-{prefix}{figure}"] = f'The set "{name}" has {reasons[figure]}, and so no {figure}.'
+            name, lacks = set_noun(prefix[:-1]), short_title(figure)
+            texts[f"no-{prefix}{figure}"] = f"The {name} has {reasons[figure]}, and so no {lacks}."
     lacking = [k for k, figures in own.items() if None in figures.values()]
     if lacking:
         figure = next(name for name, value in own[lacking[0]].items() if value is None)
         some = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         texts[f"no-client-{figure}"] = (
             f"{len(lacking)} of {len(own)} clients ({some}) have {reasons[figure]} in their test sets, and so no "
-            f"{figure}: its mean and the worst client are of the others."
+            f"{short_title(figure)}: its mean and the worst client are of the others."
         )
     return texts
 

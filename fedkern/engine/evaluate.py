@@ -17,6 +17,7 @@ from fedkern.data.types import FederatedData, Split, client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
+from fedkern.methods.common.figure_names import set_noun
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.models.precision import computing
@@ -52,11 +53,11 @@ def check_sets(data: Any) -> None:
     """
     if data.task != "segmentation":
         return
-    sets = {f"The test set{f' {name}' if name else ''}": split for name, split in data.tests.items()}
-    sets["The validation set"] = data.validation
-    for what, split in sets.items():
+    for name, split in {**data.tests, "validation": data.validation}.items():
         if len(split) and not _any_known(split):
-            raise UserError(f"{what} has no pixel whose class is known: give it other images, or more of them.")
+            raise UserError(
+                f"The {set_noun(name)} has no pixel whose class is known: give it other images, or more of them."
+            )
     for k, split in enumerate(data.client_tests):
         if not _any_known(split):
             raise UserError(
@@ -234,8 +235,7 @@ def evaluate(
     """
 
     def figures(prefix: str) -> dict[str, float]:
-        name = prefix.removesuffix("_")
-        what = "The validation set" if name == "validation" else f'The test set "{name}"' if name else "The test set"
+        what = f"The {set_noun(prefix[:-1])}"
         with _explained(what, sets[prefix]), sets[prefix].keeping() if keep else nullcontext(), code():
             return method.evaluate(network, sets[prefix])
 

@@ -34,7 +34,7 @@ from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
-from fedkern.methods.common.figure_names import figure_title, set_title, short_title, split_metric
+from fedkern.methods.common.figure_names import figure_title, set_noun, set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.options import as_typed
 from fedkern.report import html_page, pictures
@@ -312,9 +312,7 @@ def _values(run: Contents, names: Iterable[str]) -> list[str]:
 
 
 def _on(test_set: str) -> str:
-    if test_set in ("id", "ood"):
-        return set_title(test_set)
-    return f"on the {set_title(test_set)} test set" if test_set else "on the test set"
+    return set_title(test_set) if test_set in ("id", "ood") else f"on the {set_noun(test_set)}"
 
 
 def constants(run: Contents) -> dict[str, float]:

@@ -123,10 +123,10 @@ def test_warnings_about_a_network_that_tells_nothing():
     def warned(area):
         return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {})
 
-    assert "macro_auroc is 0.500, and scoring all images alike gives 0.500" in warned(0.5)["chance-level"]
+    assert "macro AUROC is 50.0 %, and scoring all images alike gives 50.0 %" in warned(0.5)["chance-level"]
     assert warned(0.7) == {}
     falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {})
-    assert "fell from 0.900 to 0.600" in falling["falling-macro_auroc"]
+    assert "Validation macro AUROC fell from 90.0 % to 60.0 %" in falling["falling-macro_auroc"]
     labels = torch.zeros(2, 2, dtype=torch.uint8)
     alike, varied = torch.tensor([[1.0, -1.0], [2.0, -1.0]]), torch.tensor([[1.0, -1.0], [-2.0, -1.0]])
 
@@ -138,7 +138,7 @@ def test_warnings_about_a_network_that_tells_nothing():
         found = Kept(task=task, labels=labels, kept=[(None, each) for each in kept])
         return diagnostics.unvaried_labels({"id_": found, "validation_": found})
 
-    assert "for all images of the id test set or for none" in told(alike)["unvaried-labels"]
+    assert "for all images of the in-distribution test set or for none" in told(alike)["unvaried-labels"]
     assert told(alike, varied) == told() == told(alike, task="classification") == {}
 
 

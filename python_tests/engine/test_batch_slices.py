@@ -58,7 +58,7 @@ def test_an_evaluation_without_running_statistics_leaves_no_image_alone(make_dat
     ("name", "changes"),
     [
         ("The test set has", {"tests": {"": some(1)}}),
-        ('The test set "ood" has', {"tests": {"id": some(4), "ood": some(1)}}),
+        ("The out-of-distribution test set has", {"tests": {"id": some(4), "ood": some(1)}}),
         ("The validation set has", {"validation": some(1)}),
         ("The test set of client 1 has", {"client_tests": (some(4), some(1), some(4))}),
     ],

@@ -40,7 +40,7 @@ def test_collapsed_class():
     labels = torch.tensor([0, 1, 2, 2])
     sets = {"id_": types.SimpleNamespace(labels=labels, predictions=torch.tensor([0, 0, 2, 2]))}
     text = diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"])["collapsed-class"]
-    assert text.startswith('1 of 3 classes ("dog") are never predicted on the id test set')
+    assert text.startswith('1 of 3 classes ("dog") are never predicted on the in-distribution test set')
     sets["id_"].predictions = torch.tensor([1, 0, 0, 2])
     assert diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"]) == {}
 
@@ -83,19 +83,25 @@ def labelled(*counts):
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        ({"id_accuracy": 0.9}, 'id_accuracy is 0.900, and predicting "b" everywhere gives 0.900'),
-        ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 0.900'),
+        (
+            {"id_accuracy": 0.9},
+            'accuracy on the in-distribution test set is 90.0 %, and predicting "b" everywhere gives 90.0 %',
+        ),
+        ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 90.0 %'),
         ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
         (
             {"id_accuracy": 0.93, "id_balanced_accuracy": 0.36},
-            "id_balanced_accuracy is 0.360, and predicting one class",
+            "balanced accuracy on the in-distribution test set is 36.0 %, and predicting one class",
         ),
         ({"id_accuracy": 0.93, "id_balanced_accuracy": 0.5}, None),
-        ({"id_lowest_accuracy": 0.9}, '"b" everywhere gives 0.900'),
-        ({"ood_accuracy": 0.36}, "ood_accuracy is 0.360, and predicting one class everywhere gives 0.333"),
+        ({"id_lowest_accuracy": 0.9}, '"b" everywhere gives 90.0 %'),
+        (
+            {"ood_accuracy": 0.36},
+            "accuracy on the out-of-distribution test set is 36.0 %, and predicting one class everywhere gives 33.3 %",
+        ),
         ({"ood_accuracy": 0.6}, None),
         ({"worst_client_accuracy": 0.6}, None),  # a client's own set has shares of its own
-        ({"worst_client_accuracy": 0.34}, "near chance (0.333)"),
+        ({"worst_client_accuracy": 0.34}, "worst client: accuracy is 34.0 %, near chance (33.3 %)"),
         ({"validation_accuracy": 0.1, "validation_balanced_accuracy": 0.1}, None),
     ],
 )
@@ -121,7 +127,7 @@ def test_a_dice_is_compared_with_that_of_a_single_class():
     constant = diagnostics.constants({"": data, "validation_": data}, ("membrane", "cell"))
     assert constant[""].figures["dice"] == pytest.approx(6 / 7)
     text = diagnostics.poor_metrics({"dice": 0.863}, {}, 2, constant)["chance-level"]
-    assert text.startswith('dice is 0.863, and predicting "cell" everywhere gives 0.857: ')
+    assert text.startswith('Dice is 86.3 %, and predicting "cell" everywhere gives 85.7 %: ')
     assert diagnostics.poor_metrics({"dice": 0.93}, {}, 2, constant) == {}
     assert diagnostics.poor_metrics({"worst_client_dice": 0.86}, {}, 2, constant) == {}
     assert "hardly anything but background" in diagnostics.poor_metrics({"dice": 0.01}, {}, 2, constant)["chance-level"]
@@ -135,7 +141,7 @@ def test_a_run_that_always_says_the_same_is_warned_of(make_data, make_config, tm
     data = dataclasses.replace(data, tests={"": dataclasses.replace(data.tests[""], labels=labels)})
     summary = run(make_config(lr=1e-9), out=tmp_path / "still", data=data)
     assert summary["diagnostics"]["chance-level"].startswith("accuracy is ")
-    assert 'predicting "a" everywhere gives 0.875' in summary["diagnostics"]["chance-level"]
+    assert 'predicting "a" everywhere gives 87.5 %' in summary["diagnostics"]["chance-level"]
 
 
 def test_observations_keep_count_mean_and_range_through_json():

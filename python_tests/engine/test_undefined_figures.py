@@ -94,7 +94,7 @@ def test_a_test_set_without_a_figure_has_none(tmp_path, make):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert f"id_{FIGURES[make]}" in run.metrics
     assert f"ood_{FIGURES[make]}" not in run.metrics
-    assert 'The set \\"ood\\" has no' in json.dumps(summary["diagnostics"])
+    assert "The out-of-distribution test set has no" in json.dumps(summary["diagnostics"])
     assert f"ood_{FIGURES[make]}" not in run.evaluate()
 
 

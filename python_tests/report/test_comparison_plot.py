@@ -28,4 +28,4 @@ def test_many_groups_and_odd_names_are_drawn(tmp_path):
 
 def test_axes_have_the_figure_s_name_for_people():
     figure = curves({"a": [[{"round": 1, "ood_macro_auroc": 0.5}]]}, ["ood_macro_auroc"])
-    assert figure.axes[0].get_ylabel() == "AUROC, mean of the labels, out of distribution (%)"
+    assert figure.axes[0].get_ylabel() == "macro AUROC, out of distribution (%)"

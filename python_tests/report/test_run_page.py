@@ -247,7 +247,7 @@ def test_data_and_names_of_a_python_program(tmp_path, monkeypatch):
     assert {"<i>ill", "%{x}", "<b>north</b>"} <= {*page.text("text")}
     assert "Data, network or method of this run were in the memory of a Python program." in page.words
     assert {"test", "far"} <= {*page.text("text")}
-    assert "the far test set" in page.words
+    assert 'the test set "far"' in page.words
 
 
 SMALL = {"--clients": "3", "--train-samples": "120", "--threads": "1", "--workers": "1", "--grad-cam": "0"}

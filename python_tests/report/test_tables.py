@@ -81,7 +81,7 @@ def test_final_table_of_a_single_test_set():
     lines = [line.split() for line in text(tables.final_table(summary)).splitlines()]
     assert ["accuracy", "50.0", "%"] in lines
     assert ["loss", "1.23"] in lines
-    assert ["worst", "client", "loss", "2"] in lines
+    assert ["worst", "client:", "loss", "2"] in lines
     assert ["sent", "once,", "before", "training", "(up)", "5", "B"] in lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from fedkern.privacy.guarantee import PART
 
@@ -30,9 +30,20 @@ _FIGURES = {
     "gallery": "candidates in retrieval",
     PART: "epsilon of the covered part alone",
     **RECALLS,
-    **{f"{which}_client_{name}": f"{which} client: {text}"
-       for which in ("mean", "worst") for name, text in RECALLS.items()},
+    "ensemble_uniform": "teachers' ensemble with equal weights",
+    "ensemble_weighted": "teachers' ensemble with the student's weights",
+    "holdout": "teachers on their clients' hold-outs",
+}
+_SHORT = {
+    "dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC", "macro_auroc": "macro AUROC",
 }  # fmt: skip
+_OF_CLIENTS = {
+    "mean_client": "mean client: ",
+    "worst_client": "worst client: ",
+    "lowest": "lowest ",
+    "highest": "highest ",
+}
+"""Beginnings of the names of figures over the clients."""
 
 
 def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
@@ -50,14 +61,36 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
 
 def figure_title(name: str) -> str:
     """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``; unknown names stay."""
-    return _FIGURES.get(name, name.replace("_", " "))
+    return _titled(name, _FIGURES)
 
 
 def short_title(name: str) -> str:
-    """A figure's name for an axis or a column."""
-    return {"dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC"}.get(name, figure_title(name))
+    """A figure's name for a line, an axis or a column."""
+    return _titled(name, {**_FIGURES, **_SHORT})
+
+
+def _titled(name: str, known: Mapping[str, str]) -> str:
+    for which, words in _OF_CLIENTS.items():
+        if name.startswith(f"{which}_"):
+            return words + _titled(name[len(which) + 1 :], known)
+    return known.get(name, name.replace("_", " "))
 
 
 def set_title(name: str) -> str:
     """A test set's name for people: ``"id"`` is ``"in distribution"``; a name without a longer one stays."""
     return _TEST_SETS.get(name, name)
+
+
+def short_set_title(name: str) -> str:
+    """A test set's name for a line or a column: ``"ID"``, ``"OOD"``, ``"held-out client"``."""
+    return name.upper() if name in ("id", "ood") else set_title(name)
+
+
+def set_noun(name: str) -> str:
+    """A test set behind an article: ``"in-distribution test set"``, ``"held-out client"``, ``'test set "north"'``."""
+    title = set_title(name)
+    if name not in TEST_SETS:
+        return f'test set "{name}"'
+    if title.endswith("client"):
+        return title
+    return f"{title.replace(' ', '-')} {'set' if name == 'validation' else 'test set'}".strip()
