@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -14,17 +14,14 @@ from rich.text import Text
 
 from fedkern.comparison.cell_runner import Board
 from fedkern.comparison.cells import Cell
+from fedkern.engine import RunInfo
 from fedkern.errors import MESSAGE
 from fedkern.report.names import plain, say
 from fedkern.report.progress import main_figures, terminal
-from fedkern.report.tables import human_metric, human_time
+from fedkern.report.tables import human_time
 
 SHOWN_SEEDS = 8
 """Most seeds with a column of their own in the live table."""
-
-
-def _figures(metrics: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {human_metric('accuracy', value)}" for name, value in main_figures(metrics))
 
 
 class LineBoard(Board):
@@ -36,6 +33,10 @@ class LineBoard(Board):
         self.start = time.monotonic()
         self.began = self.start
         self.done = self.played = 0
+        self.tests: Collection[str] = ()
+
+    def on_start(self, run: RunInfo) -> None:
+        self.tests = run.test_sets
 
     def on_cells(self, planned: Sequence[Cell]) -> None:
         self.planned, self.done = planned, 0
@@ -46,7 +47,7 @@ class LineBoard(Board):
     def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
         self._count(again)
         took = "finished before" if again else human_time(time.monotonic() - self.began)
-        self._line(cell, f"{_figures(metrics) or 'no figures told'}  {took}{self._left(again)}")
+        self._line(cell, f"{main_figures(metrics, self.tests) or 'no figures told'}  {took}{self._left(again)}")
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
         self._count(False)
@@ -87,8 +88,7 @@ class LiveBoard(LineBoard):
         self._tell("starts", "cyan")
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        figures = f"  {_figures(record)}" if _figures(record) else ""
-        self._tell(f"{record['round']}/{record['rounds']}{figures}", "cyan")
+        self._tell(f"{record['round']}/{record['rounds']}  {main_figures(record, self.tests)}".rstrip(), "cyan")
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
         super().on_cell_failed(cell, message)
@@ -104,7 +104,7 @@ class LiveBoard(LineBoard):
         self._count(again)
         self.left = self._left(again) or ("" if self.done >= len(self.planned) else self.left)
         self.running = cell
-        self._tell(_figures(metrics) or "done", "bold")
+        self._tell(main_figures(metrics, self.tests) or "done", "bold")
 
     def _line(self, cell: Cell, text: str) -> None:
         if text.startswith("failed"):  # printed above the table, where it stays

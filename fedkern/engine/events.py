@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkern.engine.config import RunConfig
+    from fedkern.methods.base import Round
     from fedkern.privacy import Guarantee
 
 
@@ -24,7 +25,7 @@ class RunInfo:
         parameters: number of parameters of one network of the run.
         test_sets: sizes of the test sets by name ("" for a single one).
         data: the federated data, for pictures and tables of its partition.
-        rounds: names of the communication rounds planned, in order.
+        rounds: the communication rounds planned, in order.
         private: ``--records private``: nothing of a single client's data may be shown.
         guarantee: what the run's epsilon covers and what not; None where the run has no epsilon.
         model: name of the network, or of its two encoders; empty: the name in ``config``.
@@ -39,7 +40,7 @@ class RunInfo:
     parameters: int
     test_sets: Mapping[str, int]
     data: Any = None
-    rounds: tuple[str, ...] = ()
+    rounds: tuple[Round, ...] = ()
     private: bool = False
     model: str = ""
     guarantee: Guarantee | None = None
@@ -78,7 +79,7 @@ class Listener:
         """Data and model are ready."""
 
     def on_notice(self, text: str) -> None:
-        """Progress of something long (a detector looking for objects, a teacher that is trained or asked)."""
+        """Progress of something long (a detector looking for objects, a set-up round, a teacher that is trained)."""
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         """A round begins; ``round`` is negative for one-off set-up rounds."""

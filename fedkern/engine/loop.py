@@ -306,7 +306,7 @@ class Run:
                 first_round=self.done,
                 samples=self.context.federation.samples,
                 parameters=self._parameters,
-                rounds=tuple(entry.name for entry in self._plan),
+                rounds=tuple(self._plan),
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
                 data=self.context.data,
                 private=not self.context.disclosure.clients,
@@ -331,6 +331,8 @@ class Run:
             participants = self._sample(index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
+        if entry.one_off and entry.trains:
+            self.listener.on_notice(f"set-up: {entry.trains}")
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
         self.server.showing = self.context.disclosure.server and not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}

@@ -131,10 +131,10 @@ class FedDRA(Robust):
         if o.stages == "two" and not self.paired:
             first = min(o.alignment_rounds or max(1, count // 4), count - 1)
         for _ in range(first):
-            yield Round("alignment", ("alignment", *losses))
+            yield Round("alignment", ("alignment", *losses), trains="alignment modules")
         stages = ("alignment", "joint") if self.paired else ("joint",)
         for _ in range(count - first):
-            yield Round("joint" if first else "train", (*stages, *losses))
+            yield Round("joint" if first else "train", (*stages, *losses), trains="whole networks" if first else "")
 
     def statistics_at(self, entry: Round) -> int | None:
         at = super().statistics_at(entry)

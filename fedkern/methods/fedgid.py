@@ -248,7 +248,8 @@ class FedGID(LocalTraining):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         if self.options.background_pool == "shared" and self.options.intervention and not self._own_only():
-            yield Round("backgrounds", exchanges=("collect", "distribute"), participants="all", one_off=True)
+            names = ("collect", "distribute")
+            yield Round("backgrounds", names, participants="all", one_off=True, trains="shared backgrounds")
         yield from super().rounds(federation)
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:

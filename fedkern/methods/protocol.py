@@ -30,6 +30,8 @@ class Round:
         states: when the clients' states are written: after every ``"exchange"``, or once at the end of the ``"round"``
             (for rounds of many exchanges).
         cohort: whether all clients are computed together in the server's process (:meth:`Method.cohort_update`).
+        trains: what the round trains or sets up, in words for displays: ``"generator"``.  Rounds that train the same
+            take about the same time, from which displays estimate the time left.
     """
 
     name: str = "train"
@@ -39,6 +41,7 @@ class Round:
     booked: bool = True
     states: Literal["exchange", "round"] = "exchange"
     cohort: bool = False
+    trains: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, outcome
 
-from fedkern.engine import RunConfig, run
+from fedkern.engine import Listener, RunConfig, run
 from fedkern.methods import METHODS, Method, Round, option, register
 from fedkern.methods.base import Number
 
@@ -25,7 +25,7 @@ class Probe(Method):
         server.state.update(vectors=server.initial(), total=0, log={"rounds": []})
 
     def rounds(self, federation):
-        yield Round("hello", exchanges=("hello",), participants="all", one_off=True)
+        yield Round("hello", exchanges=("hello",), participants="all", one_off=True, trains="greetings")
         for r in range(federation.rounds):
             yield Round("train", exchanges=("ask", "tell"), participants="all" if r == 1 else "sampled")
 
@@ -104,6 +104,20 @@ def test_exchanges_messages_and_states(probe, make_data, make_config, tmp_path):
         except Kill:
             run(RunConfig.load(out), out=out, resume=True, data=data)
         assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def test_listeners_hear_what_set_up_rounds_make(probe, make_data, make_config, tmp_path):
+    heard = []
+
+    class Hear(Listener):
+        def on_start(self, run):
+            heard.append([(entry.name, entry.exchanges) for entry in run.rounds])
+
+        def on_notice(self, text):
+            heard.append(text)
+
+    run(make_config("probe", rounds=2), out=tmp_path, data=make_data(), listener=Hear())
+    assert heard == [[("train", ("ask", "tell"))] * 2, "set-up: greetings"]
 
 
 def test_a_client_left_out_by_send_is_an_error(probe, make_data, make_config, tmp_path, monkeypatch):

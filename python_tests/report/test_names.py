@@ -20,6 +20,7 @@ from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.confusions import Confusions
 from fedkern.errors import UserError
 from fedkern.listeners.tensorboard import TensorBoard, scalars
+from fedkern.methods.base import Round
 from fedkern.report import (
     artifact_sheet,
     confusion_sheet,
@@ -181,8 +182,9 @@ def test_progress(name, terminal, tmp_path):
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
     run = RunInfo(
-        config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, SimpleNamespace(statistics=statistics), (name,)
-    )
+        config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, SimpleNamespace(statistics=statistics),
+        (Round(trains=name), Round()),
+    )  # fmt: skip
     listener.on_notice(name)
     listener.on_start(run)
     listener.on_round_start(1, name, [0, 1])

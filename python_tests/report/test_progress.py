@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from fedkern.data import PartitionStatistics
 from fedkern.engine import RunConfig, RunInfo
+from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
 from fedkern.report import progress
 
@@ -20,10 +22,11 @@ class Data:
     statistics = PartitionStatistics(np.full((2, 2), 7), ("cat", "dog"), "iid")
 
 
-def info(rounds: int = 3, first_round: int = 0) -> RunInfo:
+def info(rounds: int = 3, first_round: int = 0, trains: Sequence[str] = ()) -> RunInfo:
+    plan = tuple(Round("distil", trains=each) for each in trains) or (Round(),) * rounds
     config = RunConfig.make("fedavg", clients=2, rounds=rounds, threads=1)
     sets = {"id": 5, "ood": 6, "validation": 9}
-    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, sets, Data(), ("train",) * rounds)
+    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, sets, Data(), plan)
 
 
 def record(round: int, rounds: int = 3, **metrics) -> dict:
@@ -62,7 +65,7 @@ def test_lines_away_from_a_terminal():
     shown = out.file.getvalue()
     assert type(listener) is progress.Lines
     assert "\x1b" not in shown
-    assert "fedavg on colordigits: 2 clients, 28 training, 9 validation, 5 id test, 6 ood test images" in shown
+    assert "fedavg on colordigits: 2 clients, 28 training, 9 validation, 5 ID test, 6 OOD test images" in shown
     assert "looking for objects [3 of 9]" in shown
     assert "round 2/3  ID 90.0 %  OOD 80.0 %  loss 0.500  up 1.00 kB down 2.00 kB  4.0 s" in shown
     assert "11.1" not in shown
@@ -73,10 +76,73 @@ def test_lines_away_from_a_terminal():
 def test_rounds_that_were_not_evaluated_give_no_line():
     out = console(False)
     listener = progress.Lines(out)
+    listener.on_start(info())
     listener.on_round(record(1))
-    assert out.file.getvalue() == ""
+    assert "round" not in out.file.getvalue()
     listener.on_round(record(2, accuracy=0.25))
     assert "accuracy 25.0 %" in out.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("figures", "shown"),
+    [
+        ({"held_out_accuracy": 0.5, "unseen_accuracy": 0.25}, "held-out client 50.0 %  unseen client 25.0 %"),
+        ({"i2t_r1": 0.5, "t2i_r1": 0.1}, "recall at 1, image to text 50.0 %"),
+        ({"macro_auroc": 0.5}, "macro AUROC 50.0 %"),
+        ({"dice": 0.5, "dice_1": 0.1}, "Dice 50.0 %"),
+        ({"north_accuracy": 0.5, "teacher_accuracy": 0.9}, "north 50.0 %"),
+    ],
+)
+def test_figures_and_test_sets_have_names_for_people(figures, shown):
+    assert progress.main_figures(figures, ["north"]) == shown
+
+
+def test_a_plan_of_several_parts_says_what_is_trained_when():
+    out = console(False)
+    listener = progress.Lines(out)
+    listener.on_start(info(4, trains=["generator", "generator", "generator and student", "generator and student"]))
+    listener.on_round(record(2, 4))
+    shown = out.file.getvalue()
+    assert "trained: generator (rounds 1 to 2), generator and student (rounds 3 to 4)" in shown
+    assert "round 2/4 (generator)  loss 0.500" in shown
+    live = progress.Live(console(True))
+    live.on_start(info(2, trains=["networks", "classifier"]))
+    live.on_round_start(2, "distil", [0, 1])
+    assert live.progress.tasks[0].fields["name"] == " (classifier)"
+    live.close()
+
+
+def test_a_plan_of_equal_rounds_says_nothing_of_them():
+    assert progress.schedule(progress.trained(info(2, trains=["student", "student"]))) == []
+    assert progress.trained(info(3)) == ["", "", ""]
+    assert progress.schedule([str(number) for number in range(progress.STAGES + 1)]) == []
+
+
+def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    clock = progress._Clock(["generator"] * 3 + ["student"] * 3)
+
+    def played(done: int, seconds: float) -> float | None:
+        clock.begin()
+        now[0] += seconds
+        return clock.remaining(done)
+
+    now[0] += 100.0  # set-up rounds
+    assert played(1, 2.0) is None
+    assert played(2, 4.0) == 3.0 * 4
+    assert played(3, 3.0) == 3.0 * 3
+    assert played(4, 7.0) == 7.0 * 2
+    assert played(5, 5.0) == 6.0
+    assert played(6, 5.0) == 0.0
+
+
+def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypatch):
+    now = iter([0.0, 100.0, 102.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    clock = progress._Clock([""] * 10)
+    clock.begin()
+    assert clock.remaining(1) == 18.0
 
 
 def test_the_headline_says_what_an_epsilon_does_not_cover():

@@ -70,9 +70,9 @@ class OneShot(FedAvg):
             )
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        yield Round("train", participants="all")
+        yield Round("train", participants="all", trains="clients' networks")
         if self.options.calibrate:
-            yield Round("calibrate", exchanges=("statistics",), participants="all")
+            yield Round("calibrate", exchanges=("statistics",), participants="all", trains="classifier")
 
     def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
         return self.publish(server) if step.exchange == "statistics" else super().send(server, step)

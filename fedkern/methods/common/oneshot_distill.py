@@ -150,7 +150,7 @@ class Distilled(OwnNetworks, OneShot):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         train, *calibration = super().rounds(federation)
         yield train
-        yield Round("distil", exchanges=("distil",), participants="all")
+        yield Round("distil", exchanges=("distil",), participants="all", trains="student")
         yield from calibration
 
     def send(self, server: Server, step: Step) -> Message | dict[int, Message]:

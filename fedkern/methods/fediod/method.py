@@ -60,7 +60,7 @@ from fedkern.methods.fediod.comparisons import oracle_metrics
 from fedkern.methods.fediod.local_teachers import build, histogram, make_teacher, split, teacher
 from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
 from fedkern.methods.fediod.presets import IODOptions, settle
-from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, make_generator
+from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
@@ -96,13 +96,18 @@ class FedIOD(Objective, OwnNetworks):
         if private.draws_secrets(self.settings):
             # The secrets are stored before anything is released, so that an interrupted round releases the same again.
             yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
-        yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True)
+        yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True, trains="clients' teachers")
         if not self._generates:
-            yield Round("answers", exchanges=("answers",), participants="all", one_off=True)
+            asked = "teachers' answers to the public images"
+            yield Round("answers", exchanges=("answers",), participants="all", one_off=True, trains=asked)
         each = ("images", "gradients", "distil") if self._generates else ("distil",)
-        names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
-        for _ in range(federation.rounds):
-            yield Round("distil", exchanges=names, states="round", cohort=self.options.batched or not self._generates)
+        every = self.iterations(federation)
+        names = tuple(f"{name} {i}" for i in range(every) for name in each)
+        cohort = self.options.batched or not self._generates
+        for number in range(1, federation.rounds + 1):
+            teaches = number * every > first_taught(self.settings, federation.rounds * every)
+            trained = [*["generator"] * self._generates, *["student"] * teaches]
+            yield Round("distil", exchanges=names, states="round", cohort=cohort, trains=" and ".join(trained))
 
     def check(self, client: Client) -> None:
         private.check(client, lambda: build(client, self.architectures), self.settings)

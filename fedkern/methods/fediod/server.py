@@ -85,6 +85,11 @@ class Ensemble:
     mask: Tensor | None
 
 
+def first_taught(options: Any, total: int) -> int:
+    """The student's first iteration among ``total`` of a run."""
+    return int(options.warmup * total) if options.mode == "generator" else 0
+
+
 class Workshop:
     """Generator, student, their optimisers and averages: read from ``server.state``, written back by :meth:`keep`.
 
@@ -111,7 +116,7 @@ class Workshop:
         self._student_vector = vector
         restore(self._optimiser, vector, state.get("student_moments"))
         self.generates = options.mode == "generator"
-        self.first = int(options.warmup * total) if self.generates else 0  # the student's first iteration
+        self.first = first_taught(options, total)
         self.running = Means()
         self.x: Tensor | None = None  # images with the generator's graph, until the gradients are back
         self.to_x: Tensor | None = None  # the gradient for x through the student (adversarial term)

@@ -136,9 +136,9 @@ class FuseFL(Objective, Method):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for level in range(1, self._levels() + 1):
-            yield Round(f"level{level}", participants="all")
+            yield Round(f"level{level}", participants="all", trains="blocks")
         if self.options.calibrate:
-            yield Round(CALIBRATE, participants="all")
+            yield Round(CALIBRATE, participants="all", trains="classifier")
 
     def epochs(self, level: int, budget: int) -> int:
         """Local epochs of a level (counted from 1) out of a client's whole budget."""

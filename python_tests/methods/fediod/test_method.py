@@ -235,6 +235,8 @@ def test_images_of_a_byte_per_channel(make_data, make_config, tmp_path):
 def test_the_student_begins_after_the_warm_up(world):
     """Until then nobody is asked for it, and its learning rate falls over its own iterations."""
     w = world(warmup=0.5, iterations=4)  # two rounds: eight iterations
+    plan = [entry for entry in w.method.rounds(w.bench.federation) if not entry.one_off]
+    assert [entry.trains for entry in plan] == ["generator", "generator and student"]
     w.server.showing, rates = True, []
     for number in range(2):
         for step in w.steps(w.round(), number):
