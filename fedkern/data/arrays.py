@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def from_arrays(
             )
     names = _label_names(every, classes) if first.labels.dim() == 2 else _class_names(every, classes)
     channels = int(shape[0])
+    sites = tuple(named) if isinstance(clients, Mapping) else None
+    statistics = PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute")
     return FederatedData(
         name=NAME,
         classes=names,
@@ -75,8 +78,8 @@ def from_arrays(
         mean=tuple(mean) if mean is not None else (0.5,) * channels,
         std=tuple(std) if std is not None else (0.25,) * channels,
         augment=augment,
-        statistics=PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute"),
-        client_names=tuple(named) if isinstance(clients, Mapping) else None,
+        statistics=replace(statistics, names=sites),
+        client_names=sites,
     )
 
 

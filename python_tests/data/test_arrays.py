@@ -43,6 +43,8 @@ def test_columns_are_labels(dtype):
         assert split.labels.tolist() == pair(len(split), seed)[1].tolist()
     assert data.statistics.counts.tolist() == [pair(5)[1].sum(0).tolist()]
     assert data.statistics.sizes.tolist() == [5]
+    assert data.statistics.names is None
+    assert sites().statistics.names == ("north", "south")
 
 
 @pytest.mark.parametrize(
