@@ -54,8 +54,8 @@ def write_pictures(
     Returns:
         The files written: ``accuracy.png``, ``confusion.png`` of a classifier, ``partition.png``, ``weights.png`` if
         the method has client weights, a picture per name of the method's artifacts (such as ``generated.png``), and
-        ``gradcam.png`` if the network has stages.  A run with several labels an image has neither ``confusion.png`` nor
-        ``gradcam.png``.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
+        ``gradcam.png`` if the network has stages and is no MLP.  A run with several labels an image has neither
+        ``confusion.png`` nor ``gradcam.png``.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
         of accuracy, confusion and Grad-CAM.  A run with private records has neither ``confusion.png`` nor
         ``partition.png``, which hold exact counts; older ones are deleted.
 
@@ -115,6 +115,7 @@ def _draw(
 ) -> list[Path]:
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
+    from fedkern.models.mlp import MLP
     from fedkern.report import confusion_sheet, gradcam, plots, segmentation_sheet
     from fedkern.report.weights import weights_picture
 
@@ -162,7 +163,8 @@ def _draw(
     if data.task == "multilabel":  # Grad-CAM shows what speaks for the single class of an image
         return written
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
-    if not isinstance(model, StagedNetwork) or not model.maps or not config.statistics:
+    # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
+    if not isinstance(model, StagedNetwork) or isinstance(model, MLP) or not model.maps or not config.statistics:
         return written
     panels = {}
     for key, split in data.tests.items():
