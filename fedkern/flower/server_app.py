@@ -21,7 +21,6 @@ from fedkern.flower.node_executor import Nodes
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.own_data import declared
 from fedkern.methods import registry
-from fedkern.methods.common.figures import is_main
 
 app = ServerApp()
 
@@ -134,7 +133,11 @@ class Told(Listener):
         log(INFO, "%s", text)
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        figures = [f"{name} {value:.4f}" for name, value in record.items() if name == "loss" or is_main(name)]
+        from fedkern.report.progress import main_figures
+
+        figures = [f"loss {record['loss']:.3f}"] if "loss" in record else []
+        if shown := main_figures(record, self.data.tests):
+            figures.append(shown)
         seconds = f"{record['round_seconds']:.1f} s"
         if left := sorted({entry["client"] for entry in record.get("dropped", [])}):
             seconds += f", without client{'s' * (len(left) > 1)} {', '.join(map(str, left))}"

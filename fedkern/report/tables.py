@@ -17,11 +17,11 @@ from fedkern.methods.common.figure_names import RECALLS, TEST_SETS, figure_title
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain
 
-# Metrics that are fractions and read best in per cent.
-_FRACTIONS = (
-    "accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "recall", "ece", "confidence",
-    "gradcam_in_object", "object_area", "dice", "iou",
-    "_r1", "_r5", "_r10",
+# What the names of shares, which are shown in per cent, end in.
+_SHARES = (
+    "accuracy", "auroc", "auc", "mean_average_precision", "macro_f1", "exact_match", "recall", "ece", "confidence",
+    "gradcam_in_object", "object_area", "dice", "iou", "best_teacher", "mean_teacher", "ensemble_uniform",
+    "ensemble_weighted", "holdout", "_agreement", *RECALLS,
 )  # fmt: skip
 _ORDER = (
     "accuracy", "balanced_accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "auroc",
@@ -60,19 +60,26 @@ def human_time(seconds: float) -> str:
 
 
 def human_metric(name: str, value: float) -> str:
-    """Fractions in per cent with one decimal, everything else with three significant digits."""
+    """Shares in per cent with one decimal, bytes and operations with their unit, whole numbers in full.
+
+    Everything else has three significant digits.
+    """
     _, figure = split_metric(name)
-    fraction = figure.endswith(_FRACTIONS) or figure.startswith("dice_")
-    return f"{100 * value:.1f} %" if fraction else f"{value:.3g}"
+    if figure.endswith(_SHARES) or figure.startswith("dice_"):
+        return f"{100 * value:.1f} %"
+    if figure.endswith(("_bytes", "_mbytes")):
+        return human_bytes(value * (1e6 if figure.endswith("_mbytes") else 1))
+    if figure.endswith("_mflops"):
+        return f"{value:,.1f} MFLOP"
+    return f"{value:,.0f}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.3g}"
 
 
 def _rank(name: str) -> tuple[int, int, str, int]:
     test_set, figure = split_metric(name)
-    sets = TEST_SETS
     # Numbered figures are sorted by number.
     stem, _, number = name.rpartition("_")
     plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
-    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), sets.index(test_set), plain, place)
+    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), TEST_SETS.index(test_set), plain, place)
 
 
 def ordered(metrics: Mapping[str, Any]) -> list[str]:
@@ -95,7 +102,7 @@ def covering(private: Mapping[str, Any]) -> str:
     if finite and "rounds" in private:
         figure += f" after {private['rounds']} round{'s' * (private['rounds'] != 1)}"
     if name == PART:
-        return f"NO epsilon of the whole release: {name}{figure} covers {covers} alone, not {leaves}"
+        return f"NO epsilon of the whole release: a partial epsilon{figure} covers {covers} alone, not {leaves}"
     if value is not ... and not finite:
         return "no finite epsilon: a release had no noise"
     who = "the server releases" if private.get("unit") == "client" else "clients release"
@@ -188,7 +195,6 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
         shown = sorted((each for each in names if known[each]), key=lambda each: min(known[each]))[:LOWEST]
     labels = figure == "auroc"
     called = short_title(figure)
-    shown_as = "macro_auroc" if labels else figure
     title = f"{called} of every {'label' if labels else 'class'}"
     if len(shown) < len(names):
         many = f"{len(names)} {'labels' if labels else 'classes'}"
@@ -209,7 +215,7 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
         values = [table.get(each) for table in tables.values()]
         made.add_row(
             plain(each, most=TICK),
-            *("none" if value is None else human_metric(shown_as, value) for value in values),
+            *("none" if value is None else human_metric(figure, value) for value in values),
         )
     # The title is no part of the table, which would break it at the width of the columns.
     notes = [plain("; ".join(missing), most=MESSAGE)] if missing else []
@@ -336,16 +342,14 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     rows = result["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
-        table.add_column(
-            plain({"set": "test set", "auc": "AUC"}.get(name, name)), justify="left" if name == "set" else "right"
-        )
+        called = {"set": "test set", "auc": "AUC"}.get(name, figure_title(name))
+        table.add_column(plain(called), justify="left" if name == "set" else "right")
     for row in rows:
         table.add_row(*(plain(_cell(name, row.get(name, ""))) for name in columns))
     return table
 
 
 def _cell(name: str, value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    fraction = name.startswith(("i2t_", "t2i_", "dice", "iou", "accuracy"))
-    return f"{100 * value:.1f} %" if fraction else f"{value:.3g}" if name != "auc" else f"{value:.3f}"
+    if isinstance(value, float):
+        return human_metric(name, value)
+    return set_title(value) if name == "set" else str(value)

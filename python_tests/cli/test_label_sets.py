@@ -79,7 +79,7 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
     assert metrics["exact_match"] > 0.5
     assert "accuracy" not in metrics
     assert "ece" not in metrics
-    assert "macro_auroc" in shown
+    assert "macro AUROC" in shown
     flat = " ".join(told.split())
     assert "AUROC, mean of the labels" in flat
     assert "AUROC of every label" in flat

@@ -101,7 +101,7 @@ def labelled(*counts):
         ),
         ({"ood_accuracy": 0.6}, None),
         ({"worst_client_accuracy": 0.6}, None),  # a client's own set has shares of its own
-        ({"worst_client_accuracy": 0.34}, "worst client: accuracy is 34.0 %, near chance (33.3 %)"),
+        ({"worst_client_accuracy": 0.34}, "worst client accuracy is 34.0 %, near chance (33.3 %)"),
         ({"validation_accuracy": 0.1, "validation_balanced_accuracy": 0.1}, None),
     ],
 )

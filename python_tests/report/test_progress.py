@@ -148,7 +148,7 @@ def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypat
 def test_the_headline_says_what_an_epsilon_does_not_cover():
     said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"})
     text = "\n".join(progress.headline(dataclasses.replace(info(), guarantee=said)))
-    assert "NO epsilon of the whole release: epsilon_covered covers noise alone, not labels" in text
+    assert "NO epsilon of the whole release: a partial epsilon covers noise alone, not labels" in text
     whole = "\n".join(progress.headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"}))))
     assert "epsilon covers everything that clients release: noise" in whole
     assert "epsilon" not in "\n".join(progress.headline(info()))

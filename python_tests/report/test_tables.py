@@ -81,7 +81,7 @@ def test_final_table_of_a_single_test_set():
     lines = [line.split() for line in text(tables.final_table(summary)).splitlines()]
     assert ["accuracy", "50.0", "%"] in lines
     assert ["loss", "1.23"] in lines
-    assert ["worst", "client:", "loss", "2"] in lines
+    assert ["worst", "client", "loss", "2"] in lines
     assert ["sent", "once,", "before", "training", "(up)", "5", "B"] in lines
 
 
@@ -104,9 +104,28 @@ def test_final_table_of_retrieval():
 def test_metrics_of_the_final_network():
     assert tables.human_metric("id_macro_f1", 0.5) == "50.0 %"
     assert tables.human_metric("ece", 0.0321) == "3.2 %"
-    assert tables.human_metric("ood_auroc", 0.98765) == "0.988"
+    assert tables.human_metric("ood_auroc", 0.98765) == "98.8 %"
     names = ["id_accuracy", "id_balanced_accuracy", "id_macro_f1", "id_auroc", "id_confidence", "id_ece", "id_loss"]
     assert tables.ordered(dict.fromkeys(reversed(names), 0.5)) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("best_teacher", 0.481, "48.1 %"),
+        ("ood_ensemble_weighted", 0.92, "92.0 %"),
+        ("teacher_agreement", 0.5, "50.0 %"),
+        ("north_t2i_r20", 0.25, "25.0 %"),
+        ("levels_up_bytes", 1_234_567.0, "1.23 MB"),
+        ("proxy_inference_mbytes", 0.5, "500 kB"),
+        ("proxy_training_mflops", 1234.56, "1,234.6 MFLOP"),
+        ("proxy_parameters", 19_810.0, "19,810"),
+        ("memory_ratio", 1.0, "1"),
+        ("loss", 1234.5, "1.23e+03"),
+    ],
+)
+def test_a_kind_of_figure_has_one_unit(name, value, shown):
+    assert tables.human_metric(name, value) == shown
 
 
 def test_class_table_of_few_classes():
@@ -159,8 +178,8 @@ def test_downstream_table():
     lines = [" ".join(line.split()) for line in text(tables.downstream_table(result)).splitlines()]
     assert lines[0] == "probe: local on captions, mean over 5 networks"
     assert "test set shots accuracy AUC" in lines
-    assert "seen 5 50.0 % 0.750" in lines
-    assert "unseen all 100.0 %" in lines
+    assert "seen 5 50.0 % 75.0 %" in lines
+    assert "unseen client all 100.0 %" in lines
 
 
 def test_partition_table_lists_a_few_clients_and_the_totals():

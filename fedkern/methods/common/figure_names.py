@@ -12,8 +12,11 @@ _TEST_SETS = {
 }  # fmt: skip
 TEST_SETS = ("", *_TEST_SETS)
 """Test sets that data of fedkern may have, in the order of tables; a single test set is ``""``."""
-RECALLS = {f"{way}_r{k}": f"{text}, recall at {k}"
-           for way, text in (("i2t", "image to text"), ("t2i", "text to image")) for k in (1, 5, 10)}  # fmt: skip
+RECALLS = {
+    f"{way}_r{k}": f"{text}, recall at {k}"
+    for way, text in (("i2t", "image to text"), ("t2i", "text to image"))
+    for k in (1, 2, 3, 5, 10, 20, 50, 100)
+}
 _FIGURES = {
     "macro_auroc": "AUROC, mean of the labels",
     "mean_average_precision": "average precision, mean of the labels",
@@ -37,13 +40,10 @@ _FIGURES = {
 _SHORT = {
     "dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC", "macro_auroc": "macro AUROC",
 }  # fmt: skip
-_OF_CLIENTS = {
-    "mean_client": "mean client: ",
-    "worst_client": "worst client: ",
-    "lowest": "lowest ",
-    "highest": "highest ",
-}
-"""Beginnings of the names of figures over the clients."""
+_ENDINGS = {
+    "_up_bytes": " (sent by a client)", "_down_bytes": " (sent to a client)", "_bytes": " (size)",
+    "_mbytes": " (memory)", "_mflops": " (operations)",
+}  # fmt: skip
 
 
 def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
@@ -60,7 +60,10 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
 
 
 def figure_title(name: str) -> str:
-    """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``; unknown names stay."""
+    """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
+
+    An unknown name stays, but for what it ends in: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) ..."``.
+    """
     return _titled(name, _FIGURES)
 
 
@@ -70,10 +73,12 @@ def short_title(name: str) -> str:
 
 
 def _titled(name: str, known: Mapping[str, str]) -> str:
-    for which, words in _OF_CLIENTS.items():
-        if name.startswith(f"{which}_"):
-            return words + _titled(name[len(which) + 1 :], known)
-    return known.get(name, name.replace("_", " "))
+    figure = max((each for each in known if f"_{name}".endswith(f"_{each}")), key=len, default="")
+    ending = next((each for each in _ENDINGS if name.endswith(each)), "")
+    if not figure:
+        return name.removesuffix(ending).replace("_", " ") + _ENDINGS.get(ending, "")
+    which = name.removesuffix(figure).replace("_", " ").strip()
+    return f"{which}: {known[figure]}" if which else known[figure]
 
 
 def set_title(name: str) -> str:

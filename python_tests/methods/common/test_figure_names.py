@@ -24,9 +24,12 @@ def test_a_metric_is_split_into_test_set_and_figure():
     [
         ("macro_auroc", "AUROC, mean of the labels", "macro AUROC"),
         ("i2t_r1", "image to text, recall at 1", "recall at 1, image to text"),
-        ("lowest_i2t_r1", "lowest image to text, recall at 1", "lowest recall at 1, image to text"),
+        ("lowest_i2t_r1", "lowest: image to text, recall at 1", "lowest: recall at 1, image to text"),
         ("worst_client_dice", "worst client: Dice, mean of the classes", "worst client: Dice"),
-        ("worst_client_loss", "worst client: loss", "worst client: loss"),
+        ("worst_client_loss", "worst client loss", "worst client loss"),
+        ("north_t2i_r20", "north: text to image, recall at 20", "north: text to image, recall at 20"),
+        ("level1_up_bytes", "level1 (sent by a client)", "level1 (sent by a client)"),
+        ("proxy_inference_mflops", "proxy inference (operations)", "proxy inference (operations)"),
         ("my_figure", "my figure", "my figure"),
     ],
 )
