@@ -25,11 +25,20 @@ from fedkern.methods import Method, given_classes, registry
 class History:
     """The records of a run's rounds, in order."""
 
-    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, records: Sequence[Mapping[str, Any]], tests: Collection[str] = ()) -> None:
         self.records = [dict(record) for record in records]
+        self._tests = tests  # names of the test sets
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"<fedkern.History, rounds: {len(self)}>"
+
+    def _repr_html_(self) -> str:
+        from fedkern.report.notebook import rounds_table
+
+        return rounds_table(self.records, f"rounds: {len(self)}", tests=self._tests)
 
     def __getitem__(self, name: str) -> list[Any]:
         """A figure of every round, None where the round has none: ``history["accuracy"]``.
@@ -98,6 +107,12 @@ class Run:
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
 
+    def _repr_html_(self) -> str:
+        from fedkern.report.notebook import run_table
+
+        summary = engine.read_summary(self.out)
+        return self.history._repr_html_() if summary is None else run_table(summary, self.out)
+
     @property
     def summary(self) -> dict[str, Any]:
         """Contents of ``summary.json``.
@@ -118,7 +133,7 @@ class Run:
     @property
     def history(self) -> History:
         """The records of the rounds so far."""
-        return History(engine.read_metrics(self.out))
+        return History(engine.read_metrics(self.out), () if self._data is None else self._data.tests)
 
     def model(self) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
@@ -217,14 +232,19 @@ class Run:
 
     @reproducible()
     def plot(self) -> list[Path]:
-        """Draws the run's pictures into its folder, over older ones, and returns their paths."""
+        """Draws the run's pictures into its folder, over older ones.
+
+        Returns:
+            Their paths, in a list that a notebook shows as pictures where it is the result of a cell.
+        """
+        from fedkern.report.notebook import Pictures
         from fedkern.report.pictures import write_pictures
 
         self._give_method()
         data = self._kept_data()
         network = None if self._model is None else self.model()
         root = self.config.data_root
-        return write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
+        return Pictures(write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted))
 
     @reproducible()
     def report(self) -> Path:

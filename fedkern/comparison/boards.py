@@ -1,4 +1,4 @@
-"""Progress of a comparison: a live table on a terminal, a line for every run elsewhere."""
+"""Progress of a comparison: a live table on a terminal and in a notebook, a line for every run elsewhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedkern.comparison.cells import Cell
 from fedkern.engine import RunInfo
 from fedkern.errors import MESSAGE
 from fedkern.report.names import plain, say
+from fedkern.report.notebook import Output
 from fedkern.report.progress import main_figures, terminal
 from fedkern.report.tables import human_time
 
@@ -74,7 +75,7 @@ class LiveBoard(LineBoard):
         super().__init__(console)
         self.texts: dict[tuple[str, int], Text] = {}
         self.running: Cell | None = None
-        self.live = Live(console=console, transient=True, refresh_per_second=4)
+        self.live = Output() if console.is_jupyter else Live(console=console, transient=True, refresh_per_second=4)
         self.left = ""
 
     def on_cells(self, planned: Sequence[Cell]) -> None:
@@ -145,7 +146,7 @@ def board(*, quiet: bool, json: bool) -> Board:
     console = terminal(stderr=True)
     if quiet or (json and not console.is_terminal):
         return Board()
-    return LiveBoard(console) if console.is_terminal else LineBoard(console)
+    return LiveBoard(console) if console.is_terminal or console.is_jupyter else LineBoard(console)
 
 
 def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

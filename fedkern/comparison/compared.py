@@ -26,6 +26,7 @@ from fedkern.engine import RunConfig, given_paths
 from fedkern.errors import RunFailed, UserError
 from fedkern.extras import pandas
 from fedkern.files import expand
+from fedkern.html_table import html_table
 from fedkern.methods import METHODS, Method, registry
 
 
@@ -45,6 +46,10 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"<fedkern.Comparison of {len(self.result.groups)} groups in {str(self.folder)!r}>"
+
+    def _repr_html_(self) -> str:
+        notes = [*self.result.told(), f"files in {self.folder}"]
+        return html_table(self.result.title(), self.result.header(), self.result.text_rows(), notes)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -68,6 +73,12 @@ class Comparison:
             UserError: pandas is not installed.
         """
         return pandas().DataFrame(self.table)
+
+    def plot(self) -> list[Path]:
+        """The path of the picture of the curves, in a list that a notebook shows; empty where nothing was drawn."""
+        from fedkern.report.notebook import Pictures
+
+        return Pictures(path for path in self.files if path.suffix == ".png")
 
     def report(self) -> Path:
         """Writes ``report.html``, one file of the comparison to read in a browser, and returns its path.

@@ -128,7 +128,8 @@ class Result:
             told.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*told, *self.notes]
 
-    def _told(self) -> list[str]:
+    def told(self) -> list[str]:
+        """:meth:`sentences`, and a sentence for every failed run."""
         return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
 
     def header(self) -> list[str]:
@@ -206,12 +207,12 @@ class Result:
                 lines.append("|---|" + "---:|" * (len(header) - 1))
             else:
                 lines.append("| " + " | ".join(_markdown(cell) for cell in row) + " |")
-        return "\n".join([*lines, "", *(f"{_markdown(text)}\n" for text in self._told())])
+        return "\n".join([*lines, "", *(f"{_markdown(text)}\n" for text in self.told())])
 
     def to_latex(self) -> str:
         """The table as LaTeX (package booktabs); the sentences are comments."""
         header = self.header()
-        lines = [f"% {' '.join(text.split())}" for text in (self.title(), *self._told())]
+        lines = [f"% {' '.join(text.split())}" for text in (self.title(), *self.told())]
         lines += [f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", "\\toprule", _latex_row(header), "\\midrule"]
         lines += [*map(_latex_row, self.text_rows()), "\\bottomrule", "\\end{tabular}"]
         return "\n".join(lines) + "\n"

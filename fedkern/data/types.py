@@ -11,10 +11,13 @@ from torch import Tensor
 
 from fedkern.data.full_masks import FullMasks
 from fedkern.data.image_rows import in_parts
-from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.statistics import SKEW, PartitionStatistics
+from fedkern.html_table import html_table
 
 IGNORE = -100
 """Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
+LISTED = 12
+"""Most clients that a notebook's table of the data lists."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,22 @@ class FederatedData:
     drawn_validation: bool = False
     grey_bits: int = 16
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<fedkern.FederatedData {self._about()}>"
+
+    def _repr_html_(self) -> str:
+        shown = self.statistics
+        words = 1 + (shown.names is not None)
+        notes = [f"partition: {shown.partition}", SKEW]
+        return html_table(self._about(), shown.header(), shown.rows(LISTED), notes, words=words)
+
+    def _about(self) -> str:
+        clients, held = len(self.clients), len(self.validation)
+        sizes = [f"{sum(self.client_sizes):,} training", *([f"{held:,} validation"] if held else [])]
+        sizes += [f"{len(split):,} {f'{name} ' if name else ''}test" for name, split in self.tests.items()]
+        shape = "×".join(map(str, self.image_shape))
+        return f"{self.name}: {clients} client{'s' * (clients != 1)}, {', '.join(sizes)} images of {shape}"
 
     def client_label(self, client: int) -> str:
         """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""

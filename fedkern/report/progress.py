@@ -1,4 +1,4 @@
-"""Progress of a run: a live display on a terminal and in a notebook with ipywidgets, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal and in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -125,19 +124,24 @@ def schedule(words: Sequence[str]) -> list[str]:
     return [f"trained: {', '.join(parts)}"] if 1 < len(parts) <= STAGES else []
 
 
-def main_figures(record: Mapping[str, Any], tests: Collection[str] = ()) -> str:
-    """The accuracy (or Dice, or recall at 1) of a record per test set: ``"ID 93.0 %  OOD 71.2 %"``.
+def figures_by_set(record: Mapping[str, Any], tests: Collection[str] = ()) -> dict[str, str]:
+    """The accuracy (or Dice, or recall at 1) of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``.
 
     Args:
         record: record of a round, or final figures.
         tests: names of the run's test sets.
     """
-    found = []
+    found = {}
     for name, value in record.items():
         test_set, figure = split_metric(name, tests)
         if figure in MAIN_FIGURES and test_set != "validation" and isinstance(value, (int, float)):
-            found.append(f"{short_set_title(test_set) or short_title(figure)} {human_metric(figure, value)}")
-    return "  ".join(found)
+            found[short_set_title(test_set) or short_title(figure)] = human_metric(figure, value)
+    return found
+
+
+def main_figures(record: Mapping[str, Any], tests: Collection[str] = ()) -> str:
+    """:func:`figures_by_set` as a text: ``"ID 93.0 %  OOD 71.2 %"``."""
+    return "  ".join(f"{title} {value}" for title, value in figures_by_set(record, tests).items())
 
 
 def line(record: Mapping[str, Any], what: str, tests: Collection[str], remaining: float | None) -> str:
@@ -156,7 +160,7 @@ def _in_parentheses(what: str) -> str:
     return f" ({label(what, TITLE)})" if what else ""
 
 
-class _Clock:
+class Clock:
     """Estimates the time left from the rounds of this process alone, as a resumed run may have changed machines.
 
     Set-up rounds do not count.  A round is taken to last as long as those so far that trained the same, or, where none
@@ -209,7 +213,7 @@ class Lines(Warnings):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.clock = _Clock(())
+        self.clock = Clock(())
         self.tests: Collection[str] = ()
 
     def on_start(self, run: RunInfo) -> None:
@@ -219,7 +223,7 @@ class Lines(Warnings):
             say(self.console, UNSHOWN)
         elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
-        self.clock, self.tests = _Clock(trained(run)), run.test_sets
+        self.clock, self.tests = Clock(trained(run)), run.test_sets
 
     def on_notice(self, text: str) -> None:
         say(self.console, text)
@@ -235,7 +239,7 @@ class Lines(Warnings):
 
 
 class Live(Lines):
-    """Display on a terminal or in a notebook: a bar that moves with every client; accuracies, bytes, time left."""
+    """Display on a terminal: a bar that moves with every client; accuracies, bytes, time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -366,6 +370,12 @@ def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warni
     console = console or terminal(stderr=True)
     if quiet:
         return Warnings(console)
-    if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None):
+    if console.is_terminal:
         return Live(console)
-    return Warnings(console) if json else Lines(console)
+    if json:
+        return Warnings(console)
+    if console.is_jupyter:
+        from fedkern.report.notebook import Notebook
+
+        return Notebook(console)
+    return Lines(console)

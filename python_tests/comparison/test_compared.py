@@ -38,6 +38,8 @@ def test_methods_are_compared_over_seeds(tmp_path):
     rows = list(csv.DictReader((tmp_path / "x/comparison.csv").open()))
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("fedprox", "fedavg") for s in "01"]
     assert "rests on 2 seeds" in " ".join(found.notes)
+    assert found.plot() == [found.folder / "comparison.png"]
+    assert all(word in found._repr_html_() for word in ("<td", "fedprox", " ± ", "rests on 2 seeds", "files in x"))
 
     again = fedkern.compare(["x/fedavg_seed=0", "x/fedprox_seed=0"], out="y")
     assert [row["accuracy_low"] for row in again.table] == [None, None]

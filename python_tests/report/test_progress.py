@@ -16,6 +16,7 @@ from fedkern.engine import RunConfig, RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
 from fedkern.report import progress
+from fedkern.report.notebook import Notebook
 
 
 class Data:
@@ -121,7 +122,7 @@ def test_a_plan_of_equal_rounds_says_nothing_of_them():
 def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    clock = progress._Clock(["generator"] * 3 + ["student"] * 3)
+    clock = progress.Clock(["generator"] * 3 + ["student"] * 3)
 
     def played(done: int, seconds: float) -> float | None:
         clock.begin()
@@ -140,7 +141,7 @@ def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
 def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypatch):
     now = iter([0.0, 100.0, 102.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    clock = progress._Clock([""] * 10)
+    clock = progress.Clock([""] * 10)
     clock.begin()
     assert clock.remaining(1) == 18.0
 
@@ -173,12 +174,11 @@ def test_a_bar_on_a_terminal(json):
     assert listener.progress.tasks[0].fields["accuracy"] == "ID 90.0 %  OOD 80.0 %"
 
 
-@pytest.mark.parametrize(("widgets", "kind"), [(object(), progress.Live), (None, progress.Lines)])
-def test_a_notebook_shows_the_bar_where_it_has_widgets(widgets, kind, monkeypatch):
-    monkeypatch.setattr(progress, "find_spec", lambda name: widgets)
+@pytest.mark.parametrize(("json", "kind"), [(False, Notebook), (True, progress.Warnings)])
+def test_a_notebook_has_a_display_of_its_own(json, kind):
     out = Console(file=io.StringIO(), force_jupyter=True)
     assert not out.is_terminal
-    assert type(progress.display(quiet=False, json=False, console=out)) is kind
+    assert type(progress.display(quiet=False, json=json, console=out)) is kind
 
 
 def test_the_bar_moves_with_every_client_and_never_past_the_round():
