@@ -1,7 +1,8 @@
-"""Every script under examples/ runs as it stands, and is short."""
+"""Every script and notebook under examples/ runs as it stands, and is short."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SAYS = {
     "averaging": "of the trimmed mean",
     "distillation": "The student agrees with the labels on 9",
@@ -42,3 +44,30 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert SAYS[path.stem] in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def _shown(notebook: Any) -> list[set[str]]:
+    """Kinds of content that every cell of code shows."""
+    code = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [{kind for output in outputs for kind in output.get("data", {"error": ""})} for outputs in code]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_with_its_tables_and_pictures(path: Path) -> None:
+    assert path.stat().st_size < 150_000
+    kinds = set().union(*(shown := _shown(json.loads(path.read_text()))))
+    assert all(shown)
+    assert {"text/html", "image/png"} <= kinds
+    assert "error" not in kinds
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+    from benchmarks.notebooks import play
+
+    for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    assert _shown(play(path, tmp_path)) == _shown(json.loads(path.read_text()))
