@@ -78,7 +78,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
 
 
 def run(request: Request) -> int:
-    """Starts or resumes a run, draws its pictures and prints its result; with ``--flower`` writes a project instead.
+    """Starts or resumes a run, prints its result and draws its pictures; with ``--flower`` writes a project instead.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
@@ -111,7 +111,6 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern import engine
     from fedkern.report.names import say
-    from fedkern.report.pictures import finished_pictures
     from fedkern.report.progress import display
 
     if request.resume is None:  # the user named this code, in flags or in --config
@@ -121,6 +120,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     trackers = _trackers(request)
     shown = display(quiet=request.quiet, json=request.json)
     tee = Listeners(*trackers, shown)  # a tracker that asks something at its start does so before the progress bar
+    complete = False
     try:
         summary = engine.run(
             config,
@@ -131,42 +131,60 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
             profile=request.profile,
             predictions=request.predictions,
         )
+        complete = True
+        shown.close()
         data: Any = None if tee.info is None else tee.info.data
-        pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code)
-        report, unwritten = _report(config, out, data, code) if request.report else (None, None)
+        if data is not None and config.augment == data.augment:
+            config = config.replace(augment=None)  # the data set's default, not the user's choice
+        _close(request, config, out, summary)
+        _illustrate(request, config, out, data, code)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():
             again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
-            say(shown.console, f"{how}; continue with: {PROGRAM} --resume {again}")
+            way = "the run is complete, draw its pictures with" if complete else "continue with"
+            say(shown.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
         else:
             say(shown.console, f"{how} before anything was written; start again.")
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         shown.close()
-    if data is not None and config.augment == data.augment:
-        config = config.replace(augment=None)  # the data set's default, not the user's choice
-    _close(request, config, out, summary, pictures, report)
-    if undrawn is not None:
-        again = f"draw them with {PROGRAM} --resume {quote(out)}"
-        raise UserError(f"The run is complete, but not its pictures ({undrawn}): {again}.")
-    if unwritten is not None:
-        again = f"write it with {PROGRAM} report {quote(out)}"
-        raise UserError(f"The run is complete, but not its report ({unwritten}): {again}.")
     return 0
 
 
-def _report(config: RunConfig, out: Path, data: Any, code: tuple[str, ...]) -> tuple[Path | None, str | None]:
-    """Writes the report of a finished run; returns its path, or why it cannot be written, without a full stop."""
-    from fedkern.report.run_page import write_report
+def _illustrate(request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...]) -> None:
+    """Draws the pictures of a finished run, and writes its report where it was asked for.
 
-    try:
-        command = reporting.repeating(out)
-        return write_report(out, data=data, data_root=config.data_root, command=command, trusted=code), None
-    except UserError as error:
-        return None, str(error).rstrip(".")
+    Raises:
+        UserError: pictures or report cannot be written; the message says how to try again.
+    """
+    from fedkern.report.names import say
+    from fedkern.report.pictures import finished_pictures
+    from fedkern.report.progress import terminal
+
+    def tell(text: str) -> None:
+        if not request.quiet and not request.json:
+            say(terminal(), text)
+
+    missing: list[str] = []
+    pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code)
+    if undrawn is not None:
+        missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {quote(out)}")
+    elif pictures:
+        tell(f"pictures:   {', '.join(path.name for path in pictures)}")
+    if request.report:
+        from fedkern.report.run_page import write_report
+
+        try:
+            command = reporting.repeating(out)
+            report = write_report(out, data=data, data_root=config.data_root, command=command, trusted=code)
+            tell(f"report:     {report}")
+        except UserError as error:
+            missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {quote(out)}")
+    if missing:
+        raise UserError(f"The run is complete, but not its {missing[0]}.")
 
 
 def _trackers(request: Request) -> list[Listener]:
@@ -218,19 +236,13 @@ def _stored(request: Request) -> RunConfig:
     return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in ANYHOW})
 
 
-def _close(
-    request: Request,
-    config: RunConfig,
-    out: Path,
-    summary: Mapping[str, Any],
-    pictures: list[Path],
-    report: Path | None,
-) -> None:
+def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any]) -> None:
+    """Prints the result of a finished run."""
     if request.json:
-        print(json.dumps(plain(summary), indent=2, allow_nan=False))
+        print(json.dumps(plain(summary), indent=2, allow_nan=False), flush=True)
         return
     if request.quiet:
-        print(out)
+        print(out, flush=True)
         return
     from fedkern.report.names import say
     from fedkern.report.progress import terminal
@@ -246,13 +258,6 @@ def _close(
             say(console, worst)
     if names := sorted(summary.get("diagnostics") or ()):
         say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
-    say(console, f"run folder: {out}")
-    if pictures:
-        say(console, f"pictures:   {', '.join(path.name for path in pictures)}")
-    if request.predictions and (out / PREDICTIONS).exists():
-        say(console, f"answers:    {PREDICTIONS}")
-    if report is not None:
-        say(console, f"report:     {report}")
     from fedkern.methods import METHODS
 
     one_shot = METHODS[config.method].one_shot
@@ -260,6 +265,9 @@ def _close(
     if config.method != baseline:
         same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
         say(console, f"{name} on the same split: {command_line(baseline, same)}")
+    say(console, f"run folder: {out}")
+    if request.predictions and (out / PREDICTIONS).exists():
+        say(console, f"answers:    {PREDICTIONS}")
 
 
 def show_help(request: Request) -> int:

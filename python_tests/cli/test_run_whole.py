@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from fedkern import run as command_line
 from fedkern.cli import flags, request
 from fedkern.data import load
-from fedkern.report import plots, progress
+from fedkern.report import pictures, plots, progress
 from fedkern.run import main
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
@@ -260,6 +260,23 @@ def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, result, monkey
     assert not list((tmp_path / "full").glob("*.png"))
     result("--resume", "full", "--quiet")
     assert len(list((tmp_path / "full").glob("*.png"))) == 4
+
+
+def test_ctrl_c_while_drawing_comes_after_the_result(capsys, finished, monkeypatch):
+    folder, _, _ = finished
+    told = []
+
+    def stop(*_):
+        told.append(capsys.readouterr().out)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(pictures, "drawn", lambda _: [])
+    monkeypatch.setattr(pictures, "_draw", stop)
+    assert main(["--resume", str(folder), "--quiet", "--report"]) == 130
+    assert told == [f"{folder}\n"]
+    out, err = capsys.readouterr()
+    again = f"draw its pictures with: python -m fedkern.run --resume {folder} --report"
+    assert (out, err.splitlines()[-1]) == ("", f"interrupted; the run is complete, {again}")
 
 
 def test_an_unwritable_folder(fails, tmp_path):
