@@ -22,6 +22,8 @@ from fedkern.report.names import TITLE, label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
 
 PIPE_WIDTH = 120
+WIDE = 100
+"""Least columns of a terminal whose bar has room for the bytes sent."""
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.02
 """Least time, and least share of the task, between two lines of `advancing`."""
 SITES, STAGES = 8, 6
@@ -292,8 +294,9 @@ class Live(Lines):
         self.done = record["round"]
         if self.task is None:
             return
+        wide = self.console.width >= WIDE
         fields: dict[str, Any] = {
-            "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}",
+            "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}" * wide,
             "left": "" if remaining is None else f"{human_time(remaining)} left",
         }
         if shown := main_figures(record, self.tests):

@@ -113,6 +113,24 @@ def test_a_plan_of_several_parts_says_what_is_trained_when():
     live.close()
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_nothing_of_the_bar_is_cut_off(width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    live = progress.Live(console)
+    live.on_start(info(32, trains=["generator"] * 16 + ["generator and student"] * 16))
+    for number in range(1, 19):
+        live.on_round_start(number, "distil", [0, 1])
+        live.on_round(record(number, 32, accuracy=0.314))
+    with console.capture() as capture:
+        console.print(live.progress.get_renderable())
+    shown = capture.get()
+    live.close()
+    assert "round 18/32 (generator and student)" in shown
+    assert "accuracy 31.4 %" in shown
+    assert ("up 1.00 kB down 2.00 kB" in shown) == (width == 100)
+    assert "s left\n" in shown
+
+
 def test_a_plan_of_equal_rounds_says_nothing_of_them():
     assert progress.schedule(progress.trained(info(2, trains=["student", "student"]))) == []
     assert progress.trained(info(3)) == ["", "", ""]
