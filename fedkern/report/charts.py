@@ -10,16 +10,29 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from fedkern.report.fitting import fitted
 from fedkern.report.html_page import Chart, Table
-from fedkern.report.names import label
-from fedkern.report.plots import COLOURS, DASHES, GREY, MARKERS, frame, new_figure, over_rounds, svg
+from fedkern.report.names import TITLE, label
+from fedkern.report.plots import (
+    COLOURS,
+    DASHES,
+    GREY,
+    LOW,
+    MARKERS,
+    NARROW,
+    frame,
+    from_zero,
+    legend_below,
+    new_figure,
+    over_rounds,
+    svg,
+)
 from fedkern.report.tables import human_bytes, human_time
 
 WIDTH = 5.2
 """Inches of a chart of bars or dots: so narrow that a phone shows the whole of it with letters large enough."""
-NARROW, LOW = 0.72, 0.8
-"""Width and height of a figure of curves on a page, as shares of those of its PNG, which leaves more room."""
 ROWS, COLUMNS, TOLD = 30, 20, 6
 """Most rows and columns of a chart's table, and series that a chart's text tells of."""
 BARS = 40
@@ -83,9 +96,17 @@ def of_rounds(
     return Chart(name, title, _told(series, unit), svg(figure, name), [rounds_table(series, unit)], note)
 
 
-def curves(name: str, title: str, series: Sequence[Series], *, axis: str, unit: str = "", note: str = "") -> Chart:
-    """Curves over the communication rounds; see :func:`of_rounds`.  ``axis`` is the title of the vertical axis."""
-    figure = new_figure(WIDTH / NARROW, (2.9 + 0.1 * len(series)) / LOW)
+def curves(
+    name: str, title: str, series: Sequence[Series], *, axis: str, unit: str = "", note: str = "", zero: bool = True
+) -> Chart:
+    """Curves over the communication rounds.
+
+    Args:
+        name, title, series, unit, note: see :func:`of_rounds`.
+        axis: title of the vertical axis.
+        zero: whether the vertical axis begins at 0, which would flatten a loss that stays far above.
+    """
+    figure = new_figure(WIDTH / NARROW, 2.9 / LOW)
     axes = figure.subplots()
     number = 0
     for one in series:
@@ -102,9 +123,10 @@ def curves(name: str, title: str, series: Sequence[Series], *, axis: str, unit: 
     over_rounds(axes)
     rounds = [x for one in series for x in one.x]
     axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
-    axes.set_ylim(bottom=min([0.0, *(value for one in series for value in _finite(one.y))]))
+    from_zero(axes, zero)
     _name(axes.yaxis, axis, unit)
-    _legend(figure, axes, len(series))
+    if len(series) > 1:
+        legend_below(figure)
     return of_rounds(name, title, figure, series, unit=unit, note=note)
 
 
@@ -125,7 +147,7 @@ def bars(
         lowest = [min(_finite([one.y[i] for one in series]), default=math.inf) for i in order]
         order = sorted(order, key=lambda i: lowest[i])[:BARS]
         note = " ".join(filter(None, [f"The {BARS} lowest of {len(labels)}.", note]))
-    figure = new_figure(WIDTH, 0.8 + 0.1 * len(series) + len(order) * (0.12 + 0.18 * len(series)))
+    figure = new_figure(WIDTH, 0.8 + len(order) * (0.12 + 0.18 * len(series)))
     axes = figure.subplots()
     high = 0.85 / len(series)
     for number, one in enumerate(series):
@@ -136,8 +158,11 @@ def bars(
         axes.bar_label(drawn, [shown(value, unit) for value in values], padding=3, fontsize=9)
     _rows(axes, [labels[i] for i in order])
     axes.margins(x=0.12)
-    _name(axes.xaxis, axis, unit)
-    _legend(figure, axes, len(series))
+    _name(axes.xaxis, axis, unit, room=3.5)
+    if unit in ("B", "s"):
+        axes.xaxis.set_major_locator(MaxNLocator(4))  # texts such as "3 min 20 s" are long
+    if len(series) > 1:
+        legend_below(figure, 1, 1)
     rows = [[labels[i], *(shown(one.y[i], unit) for one in series)] for i in order]
     text = "; ".join(
         f"{one.name + ': ' if len(series) > 1 else ''}lowest {shown(low, unit)} ({labels[where]}), highest "
@@ -166,7 +191,7 @@ def dots(
         axes.plot(values, [number] * len(values), "o", color=colour, mfc="none", ms=7)
         axes.errorbar(mean, number, xerr=deviation, fmt=MARKERS[number % len(MARKERS)], color=colour, ms=9, capsize=5)
     _rows(axes, [group for group, *_ in groups])
-    _name(axes.xaxis, axis, "%")
+    _name(axes.xaxis, axis, "%", room=3.5)
     rows = [
         [group, ", ".join(shown(value, "%") for value in values), shown(mean, "%"), shown(deviation, "%")]
         for group, values, mean, deviation in groups
@@ -240,15 +265,9 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _name(axis: Axis, title: str, unit: str) -> None:
-    """Gives an axis its title and, where a unit has prefixes, ticks that name their own."""
-    axis.set_label_text(f"{label(title)} (%)" if unit == "%" else label(title), fontsize=12)
+def _name(axis: Axis, title: str, unit: str, room: float = 2.2) -> None:
+    """Gives an axis its title, in lines of ``room`` inches, and ticks with units where a unit has prefixes."""
+    text = fitted(label(title, TITLE), 12, room)
+    axis.set_label_text(f"{text} (%)" if unit == "%" else text, fontsize=12)
     if unit in ("B", "s"):
         axis.set_major_formatter(lambda value, _: shown(value, unit))
-
-
-def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    """Names the series under the axes, where there are several."""
-    if count > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=10, frameon=False, ncols=2, loc="outside lower center")

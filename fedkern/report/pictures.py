@@ -114,9 +114,10 @@ def _draw(
     run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: str | None, trusted: Collection[str]
 ) -> list[Path]:
     from fedkern.data import normalise
+    from fedkern.data.partition import parse_partition
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
-    from fedkern.report import confusion_sheet, gradcam, plots, segmentation_sheet
+    from fedkern.report import chance, confusion_sheet, gradcam, plots, segmentation_sheet
     from fedkern.report.weights import weights_picture
 
     moved = {} if data_root is None else {"data_root": data_root}
@@ -126,28 +127,33 @@ def _draw(
     written = []
     target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
     title = f"{name}, seed {config.seed}"
-    figure = plots.accuracy_curves(read_metrics(run_dir), title=title, tests=data.tests)
+    records = read_metrics(run_dir)
+    private = config.records == "private"
+    found = None if private else confusions.read(run_dir)
+    lines = chance.of_rounds(records, {} if private else data.tests, found, len(data.classes))
+    figure = plots.accuracy_curves(records, title=title, tests=data.tests, chance=lines)
     if figure is not None:
         plots.save(figure, target)
         written.append(target)
     target = run_dir / PICTURES["confusion"]
-    if config.records == "private":
+    if private:
         target.unlink(missing_ok=True)
-    elif (found := confusions.read(run_dir)) is not None and found.matrices and found.classes:
+    elif found is not None and found.matrices and found.classes:
         plots.save(confusion_sheet.draw(found, title=f"Confusion of {name}, seed {config.seed}"), target)
         written.append(target)
     target = run_dir / PICTURES["partition"]
-    if config.records == "private":
+    if private:
         target.unlink(missing_ok=True)
     else:
         held = data.statistics.held_out
-        title = f"{config.data}: {data.statistics.partition}" + (f"; held out: {held[0]}" if held is not None else "")
+        title = f"{config.data}: {parse_partition(data.statistics.partition).title}"
+        title += f"; held out: {held[0]}" if held is not None else ""
         plots.save(plots.partition_picture(data.statistics, title=title), target)
         written.append(target)
     target = run_dir / PICTURES["weights"]
     by_samples = config.options.get("weighting") == "samples"
     title = f"Clients of {name}, seed {config.seed}"
-    figure = weights_picture(read_metrics(run_dir), title=title, by_samples=by_samples)
+    figure = weights_picture(records, title=title, by_samples=by_samples)
     if figure is not None:
         plots.save(figure, target)
         written.append(target)

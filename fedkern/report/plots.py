@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from fedkern.engine.store import atomic
 from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
+from fedkern.report.fitting import fitted, width
 from fedkern.report.names import TITLE, label
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -46,6 +47,8 @@ _STYLES = {
     "validation": (GREY, "--", "", "validation"),
 }
 
+NARROW, LOW = 0.72, 0.8
+"""Width and height of a figure of curves on a page, as shares of those of its PNG, which leaves more room."""
 DRAWN = 200
 """Most clients in the picture of a partition; rows of more could not be told apart."""
 
@@ -105,6 +108,36 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def entitle(figure: Figure, text: str) -> None:
+    """Gives the first axes of a figure a title, in as many lines as the figure's width asks for."""
+    figure.axes[0].set_title(fitted(label(text, TITLE), 13, figure.get_figwidth() - 1.0), fontsize=13, loc="left")
+
+
+def legend_below(figure: Figure, narrow: float = NARROW, low: float = LOW) -> None:
+    """Names all curves of a figure under its axes, where the names cover no curve, and makes room for the names.
+
+    Args:
+        figure: the figure, with all its curves.
+        narrow, low: shares of the figure's width and height that are left on a page.
+    """
+    named = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {text: handle for each in named for handle, text in zip(*each, strict=True)}
+    if not handles:
+        return
+    room = narrow * figure.get_figwidth() // (max(width(text, 10) for text in handles) + 0.65)
+    columns = int(min(max(room, 1), len(handles), 4))
+    rows = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.21 * rows / low)
+    figure.legend(
+        [*handles.values()], [*handles], fontsize=10, frameon=False, ncols=columns, loc="outside lower center"
+    )
+
+
+def ink(share: float) -> str:
+    """Colour of a number on the colour of "Blues" at ``share`` of its scale."""
+    return "white" if share > 0.65 else "#222222"
+
+
 def whole() -> MaxNLocator:
     """A locator of ticks at whole numbers only, even on a short axis."""
     return MaxNLocator(integer=True, min_n_ticks=1)
@@ -117,6 +150,13 @@ def frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def from_zero(axes: Axes, always: bool) -> None:
+    """Lets the vertical axis begin at 0 ``always``, or only where it would begin below without a value below."""
+    low, high = axes.dataLim.intervaly
+    if low >= 0 and (always or axes.get_ylim()[0] < 0):
+        axes.set_ylim(0, 1.05 * high if high > 0 else 1)
+
+
 def over_rounds(axes: Axes) -> None:
     """Gives axes of curves over the communication rounds their frame and their horizontal axis."""
     axes.set_xlabel("communication round", fontsize=12)
@@ -125,7 +165,11 @@ def over_rounds(axes: Axes) -> None:
 
 
 def accuracy_curves(
-    records: Sequence[Mapping[str, Any]], *, title: str = "", tests: Collection[str] = ()
+    records: Sequence[Mapping[str, Any]],
+    *,
+    title: str = "",
+    tests: Collection[str] = (),
+    chance: Mapping[str, float] | None = None,
 ) -> Figure | None:
     """Draws the accuracy (or Dice, or recall at 1) on every test set over the communication rounds.
 
@@ -135,6 +179,7 @@ def accuracy_curves(
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
         title: title of the picture.
         tests: names of the run's test sets.
+        chance: see :func:`fedkern.report.chance.constants`.
 
     Returns:
         None if there was nothing to draw.
@@ -160,18 +205,33 @@ def accuracy_curves(
     figure = new_figure(7.2 if len(panels) == 1 else 5.4 * len(panels), 4.2)
     spans = [rounds for rounds, _ in curves.values()]
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
+    top = 1.02 * highest(value for _, values in curves.values() for value in values)
     for axes, (gallery, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _curves(axes, {name: curves[name] for name in names})
+        _curves(axes, {name: curves[name] for name in names}, top)
+        chance_lines(axes, main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in names])
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""
         axes.set_ylabel(f"{short_title(main)}{among} (%)", fontsize=12)
         axes.set_xlim(first - 0.5, last + 0.5)
-        axes.legend(fontsize=11, frameon=False, loc="lower right" if last > 1 else "best")
-    figure.axes[0].set_title(label(title, TITLE), fontsize=13, loc="left")
+    entitle(figure, title)
+    legend_below(figure)
     return figure
 
 
-def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
-    """Draws rounds and per cent of every test set, with the last value of each at its end."""
+def highest(values: Iterable[float]) -> float:
+    """Upper end of an axis in per cent: 100, or a round number above the values where all are small."""
+    most = max(values, default=100)
+    return next((end for end in (5, 10, 20, 50) if most < 0.9 * end), 100)
+
+
+def chance_lines(axes: Axes, figure_name: str, values: Iterable[float | None]) -> None:
+    """Draws dotted lines at figures that need no learning, fractions; equal ones once, None not at all."""
+    for number, value in enumerate(dict.fromkeys(round(100 * value, 1) for value in values if value is not None)):
+        text = {"accuracy": "commonest class", "dice": "one class everywhere"}.get(figure_name, "chance")
+        axes.axhline(value, color=GREY, lw=1.5, ls=":", label="" if number else text)
+
+
+def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]], top: float) -> None:
+    """Draws rounds and per cent of every test set up to ``top``, with the last value of each at its end."""
     ends = []
     others = [name for name in curves if name not in _STYLES]
     own = {name: (COLOURS[(2 + i) % len(COLOURS)], "-", MARKERS[(3 + i) % len(MARKERS)], name)
@@ -183,14 +243,14 @@ def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> 
         if name != "validation":
             ends.append((values[-1], colour))
     # Each curve's last value stands beside the curve's end, moved down if it would cover the value above.
-    at = 110.0
+    at = 2 * top
     for value, colour in sorted(ends, reverse=True):
-        at = min(value, at - 5)
+        at = min(value, at - top / 20)
         axes.annotate(
             f"{value:.1f}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
             color=colour, fontsize=12, fontweight="bold", va="center", annotation_clip=False,
         )  # fmt: skip
-    axes.set_ylim(0, 102)
+    axes.set_ylim(0, top)
     over_rounds(axes)
 
 
@@ -222,7 +282,7 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
     if numbers:
         for k in range(clients):
             for c in range(classes):
-                colour = "white" if counts[k, c] > 0.55 * top else "#222222" if counts[k, c] else "#aaaaaa"
+                colour = ink(counts[k, c] / top) if counts[k, c] else "#aaaaaa"
                 axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
     for panel in below:
         _colours(panel, statistics, shown)
@@ -242,7 +302,7 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
         panel.tick_params(labelsize=11, length=0 if numbers else 3)
         for spine in panel.spines.values():
             spine.set_visible(False)
-    axes.set_title(label(title, TITLE), fontsize=13, loc="left")
+    entitle(figure, title)
     bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=whole())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)

@@ -13,11 +13,11 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from fedkern.data import DATASETS, Split
 from fedkern.data.arrays import NAME as ARRAYS
+from fedkern.data.partition import parse_partition
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.diagnostics import near
@@ -37,7 +37,7 @@ from fedkern.methods import registry
 from fedkern.methods.common.figure_names import figure_title, set_noun, set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.options import as_typed
-from fedkern.report import html_page, pictures
+from fedkern.report import chance, html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
@@ -112,6 +112,16 @@ class Contents:
     def statistics(self) -> Any:
         """The partition's statistics, or None where they are not known or must not be told."""
         return None if self.data is None or self.private else self.data.statistics
+
+    @property
+    def counted(self) -> Mapping[str, Split]:
+        """The test sets of which counts may be told."""
+        return {} if self.data is None or self.private else self.data.tests
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 where the data cannot be had."""
+        return 0 if self.data is None else len(self.data.classes)
 
     @property
     def tests(self) -> Collection[str]:
@@ -316,34 +326,8 @@ def _on(test_set: str) -> str:
 
 
 def constants(run: Contents) -> dict[str, float]:
-    """The main figures that predicting one class everywhere gives, or for pairs picking at random, by their names."""
-    found: dict[str, float] = {}
-    for name in run.main:
-        test_set, figure = run.split(name)
-        split = run.data.tests.get(test_set) if run.data is not None and not run.private else None
-        if figure == "accuracy":
-            counts = _class_counts(run, test_set, split)
-            if counts is not None and counts.sum():
-                found[name] = float(counts.max() / counts.sum())
-        elif figure == "dice" and split is not None:
-            from fedkern.methods.common.segmentation_figures import constant_dice
-
-            found[name] = constant_dice(split.labels, len(run.data.classes), split.cases, split.full)[0]
-        elif figure == "macro_auroc":
-            found[name] = 0.5
-        elif figure == "i2t_r1":
-            gallery = run.metrics.get(f"{test_set}_gallery" if test_set else "gallery")
-            if gallery:
-                found[name] = 1 / gallery
-    return found
-
-
-def _class_counts(run: Contents, test_set: str, split: Split | None) -> npt.NDArray[np.int64] | None:
-    """Number of test images by true class, from the confusion matrix or the data; None where neither is known."""
-    matrix = run.confusion.matrices.get(set_name(test_set)) if run.confusion is not None else None
-    if matrix is not None:
-        return np.asarray(matrix.sum(1))
-    return None if split is None or split.labels.dim() != 1 else np.bincount(split.labels.numpy())
+    """What the main figures are without learning, by their names; see :func:`fedkern.report.chance.constants`."""
+    return chance.constants(run.main, run.counted, run.confusion, run.metrics, run.classes)
 
 
 def baseline(run: Contents, *, judged: bool = True) -> list[str]:
@@ -504,11 +488,12 @@ def _curves(run: Contents) -> Section:
             called = f"{set_title(test_set) or 'test'}{among}"
             series.append(Series(called, *by_set[test_set], soft=test_set == "validation"))
         if figure == "loss":
-            section.charts.append(curves("loss", "Loss over the rounds", series, axis="loss"))
+            section.charts.append(curves("loss", "Loss over the rounds", series, axis="loss", zero=False))
         else:
             called = figure_title(figure)
             title = f"{called[0].upper()}{called[1:]} on every test set"
-            drawn = accuracy_curves(run.records, tests=run.tests)
+            lines = chance.of_rounds(run.records, run.counted, run.confusion, run.classes)
+            drawn = accuracy_curves(run.records, tests=run.tests, chance=lines)
             assert drawn is not None
             section.charts.insert(0, of_rounds("main", title, drawn, series, unit="%"))
     return section
@@ -557,7 +542,7 @@ def clients(run: Contents) -> Section:
             some = statistics.spread(DRAWN)
             which = "every client" if len(some) == count else f"{len(some)} of {count:,} clients"
             note = "" if len(some) == count else "Clients evenly spaced by number of samples, the largest first."
-            title = f"Label distribution of {which} ({statistics.partition})"
+            title = f"Label distribution of {which} ({parse_partition(statistics.partition).title})"
             names = [run.client(str(k)) for k in some]
             table = counts_table(statistics.counts[some], names, statistics.classes, row="client", column="class")
             drawn = svg(partition_picture(statistics), "labels")
@@ -586,7 +571,8 @@ def clients(run: Contents) -> Section:
     ):
         series, note = _of_clients(run, key)
         if series:
-            section.charts.append(curves(f"client-{key}", title, series, axis=axis, note=note))
+            zero = key != "loss"
+            section.charts.append(curves(f"client-{key}", title, series, axis=axis, note=note, zero=zero))
     return section
 
 

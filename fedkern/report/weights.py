@@ -7,8 +7,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fedkern.report.names import TITLE, label
-from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, frame, new_figure, over_rounds
+from fedkern.report.names import label
+from fedkern.report.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    entitle,
+    frame,
+    from_zero,
+    legend_below,
+    new_figure,
+    over_rounds,
+)
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#F0E442", "#000000")
 NAMED = len(COLOURS)
@@ -66,17 +78,15 @@ def weights_picture(
                 *panel[client], color=colour, lw=width, alpha=alpha, label=text, marker="o" if named else "", ms=4
             )
             if name == "weight" and by_samples and named:
-                axes.axhline(centres[client], color=colour, lw=1, ls=":")
+                axes.axhline(centres[client], color=colour, lw=1, ls=":", label="share of samples")
         if name == "weight" and not by_samples:
-            axes.axhline(1 / len(clients), color=GREY, lw=1, ls=":")
+            axes.axhline(1 / len(clients), color=GREY, lw=1.5, ls=":", label="equal weights")
         axes.set_ylabel(PANELS[name], fontsize=12)
-        axes.set_ylim(bottom=0)
+        from_zero(axes, name == "weight")
         frame(axes)
-    panels[0].set_title(label(title, TITLE), fontsize=13, loc="left")
-    # The legend stands outside the panels, as the curves may fill every corner.
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=10, frameon=False, ncols=2, loc="outside lower center")
+    entitle(figure, title)
     over_rounds(panels[-1])
+    legend_below(figure)
     return figure
 
 

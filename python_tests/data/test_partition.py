@@ -305,3 +305,12 @@ def test_clients_that_stand_for_all() -> None:
     assert (np.diff(sizes) <= 0).all()
     assert (sizes[0], sizes[-1]) == (statistics.sizes.max(), statistics.sizes.min())
     np.testing.assert_array_equal(statistics.spread(500), np.arange(500))
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [("iid", "equal random shares"), ("attribute", "attribute skew"), ("classes:2", "label skew, 2 classes a client"),
+     ("dirichlet:0.10:fill", "label skew, Dirichlet(0.1), fill"), ("stratified", "equal shares of every class")],
+)  # fmt: skip
+def test_a_partition_in_words(text, title):
+    assert parse_partition(text).title == title

@@ -3,6 +3,7 @@
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,6 +42,27 @@ def test_curves_have_colours_dashes_and_marks_of_their_own(drawn):
     assert chart.text.endswith("; and 4 more.")
     assert chart.tables[0].rows[0] == ["1", "0", "1", "2", "3", "4", "5", "6", "7", "8", "2"]
     assert chart.tables[0].rows[2][1] == "–"
+
+
+def test_a_loss_far_from_zero_fills_its_axis(drawn):
+    series = [Series("a", [1, 2], [5.01, 5.0]), Series("b", [1, 2], [5.02, 5.0])]
+    for zero in (False, True):
+        curves("a", "A", series, axis="loss", zero=zero)
+    free, whole = (figure.axes[0].get_ylim() for figure in drawn)
+    assert 4.9 < free[0] < 5 < free[1] < 5.1
+    assert whole[0] == 0
+
+
+def test_the_ticks_of_times_stand_apart(drawn):
+    bars("a", "A", ["x", "y"], [Series("time", y=[201.0, 179.0])], axis="time", unit="s")
+    drawn[0].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in drawn[0].axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_an_axis_has_its_whole_title(drawn):
+    bars("a", "A", ["x"], [Series("r", y=[20.0])], axis="image to text, recall at 1", unit="%")
+    assert drawn[0].axes[0].get_xlabel() == "image to text, recall at 1 (%)"
 
 
 def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():

@@ -200,6 +200,39 @@ def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
     assert plots.accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], title="t") is not None
 
 
+def test_the_names_of_curves_stand_under_the_axes():
+    """FedDRA's recall rises into every corner of the axes."""
+    records = [{"round": i, "i2t_r1": 0.01 * i, "minority_i2t_r1": 0.2 - 0.01 * i} for i in range(1, 16)]
+    figure = plots.accuracy_curves(records, title="t", chance={"i2t_r1": 0.002})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["test", "minority", "chance"]
+    axes = figure.axes[0].get_tightbbox()
+    assert 0 <= legend.get_window_extent().y0 < legend.get_window_extent().y1 <= axes.y0
+
+
+def test_a_long_title_stays_inside_the_picture():
+    title = "a method with a name of many words on " + "the-folder-of-a-data-set" * 3
+    figure = plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title=title)
+    figure.draw_without_rendering()
+    assert figure.axes[0].title.get_text() == ""
+    assert figure.axes[0]._left_title.get_window_extent().x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize(("most", "end"), [(0.02, 5), (0.3, 50), (0.97, 100)])
+def test_the_axis_ends_above_small_values(most, end):
+    records = [{"round": 1, "i2t_r1": 0.01, "minority_i2t_r1": most, "validation_i2t_r1": 0.01}]
+    assert plots.accuracy_curves(records).axes[0].get_ylim() == pytest.approx((0, 1.02 * end))
+
+
+def test_figures_that_need_no_learning_are_dotted_lines():
+    records = [{"round": 1, "id_accuracy": 0.5, "ood_accuracy": 0.5, "validation_accuracy": 0.4}]
+    figure = plots.accuracy_curves(records, chance={"id_accuracy": 0.25, "ood_accuracy": 0.25, "accuracy": 0.9})
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+    assert list(line.get_ydata()) == [25, 25]
+    assert line.get_label() == "commonest class"
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (5, 10), (120, 3), (3, 100)])
 def test_any_partition_can_be_drawn(tmp_path, shape):
     counts = np.arange(shape[0] * shape[1]).reshape(shape)

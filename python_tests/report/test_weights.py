@@ -56,8 +56,20 @@ def test_the_lines_of_weights_by_samples(settings, tmp_path, monkeypatch):
     seen = {}
     for record in read_metrics(tmp_path):
         seen |= {client: info["samples"] for client, info in record["clients"].items()}
-    assert found == [pytest.approx(seen[client] / 90) for client in sorted(seen)]
-    assert len(set(found)) == 3
+    chance, *weights = found
+    assert chance > 1  # of accuracy.png, in per cent
+    assert weights == [pytest.approx(seen[client] / 90) for client in sorted(seen)]
+    assert len(set(weights)) == 3
+
+
+def test_weights_begin_at_zero_and_losses_where_they_are():
+    found = list(records(3))
+    for record in found:
+        for info in record["clients"].values():
+            info["own_loss"] += 100
+    weight, loss = weights_picture(found, title="t").axes
+    assert weight.get_ylim()[0] == 0
+    assert loss.get_ylim()[0] > 100
 
 
 def test_other_methods_have_no_such_picture():

@@ -1,0 +1,28 @@
+"""Texts broken into lines that fit a width."""
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedkern.report.fitting import fitted, width
+
+
+@pytest.mark.parametrize("text", ["accuracy", "WWW iii", "$a_{$", ""])
+def test_widths_are_those_of_drawn_texts(text):
+    figure = Figure(figsize=(4, 2), dpi=100)
+    drawn = figure.text(0, 0.5, text, fontsize=12, parse_math=False)
+    if text:
+        box = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        assert width(text, 12) == pytest.approx(box.width / 100, abs=0.04)
+    else:
+        assert width(text, 12) == 0
+
+
+def test_lines_are_broken_between_words_and_inside_long_ones():
+    assert fitted("one two", 9, 10) == "one two"
+    assert fitted("malignant melanoma, taken for nevus", 9, 1.2) == "malignant\nmelanoma, taken\nfor nevus"
+    lines = fitted("W" * 30, 9, 1.0).split("\n")
+    assert "".join(lines) == "W" * 30
+    assert max(width(line, 9) for line in lines) <= 1.0
+    assert fitted("WW", 9, 0.01) == "W\nW"
+    assert fitted("", 9, 1.0) == ""
