@@ -331,7 +331,7 @@ class Server(_Node):
         self.state: dict[str, Any] = {} if state is None else state
         self.refused: list[tuple[int, str]] = []  # in the current exchange
         self.showing = False  # whether log_image keeps the artifacts of this round
-        self.artifacts: dict[str, tuple[Tensor, tuple[str, str]]] = {}
+        self.artifacts: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
         self.traffic: Mapping[str, Mapping[str, int]] = {}
         rule = Rule(context.config.aggregator)
         self.aggregator = rule if rule.entry.function is not None else None
@@ -365,7 +365,7 @@ class Server(_Node):
         own = ops.Accumulator(size, exact=self._context.config.sums == "exact")
         return own if self.summing is None else self.summing(own)
 
-    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
+    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:
             self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
 

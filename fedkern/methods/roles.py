@@ -330,7 +330,7 @@ class Server(Node, Protocol):
         """A streaming weighted mean of vectors with ``size`` elements."""
         ...
 
-    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
+    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         """Logs images or a table as ``<name>.png``; the engine keeps them in a few rounds of the run only.
 
         Args:
@@ -338,7 +338,8 @@ class Server(Node, Protocol):
                 picture.
             value: images in [0, 1], fp ``[n, C, H, W]``, or a table, fp ``[rows, columns]``; or a function that returns
                 either, called only in a round whose pictures are kept.
-            axes: labels of a table's rows and columns, for example ``("client", "class")``.
+            axes: labels of a table's rows, columns and values, for example ``("client", "class", "weight")``; without
+                a third one the values are labelled with the name.
 
         Raises:
             ValueError: another shape, or a name that is no file name.

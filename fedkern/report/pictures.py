@@ -208,6 +208,7 @@ def draw_artifacts(entries: Iterable[Artifact], folder: Path, title: str, classe
     written = []
     for name, those in by_name.items():
         target = artifact_path(folder, name)
-        artifact_sheet.draw(those, target, title=f"{name.replace('_', ' ')}, {title}", classes=classes)
+        called = name.replace("_", " ")
+        artifact_sheet.draw(those, target, title=f"{called[:1].upper()}{called[1:]}, {title}", classes=classes)
         written.append(target)
     return written

@@ -26,13 +26,14 @@ class Artifact:
         name: what the artifact shows; the stem of its picture's file name.
         round: number of communication rounds done, this round included.
         value: uint8 ``[n, C, H, W]`` (images) or fp32 ``[rows, columns]`` (a table).
-        axes: what a table's rows and columns are, for example ``("client", "class")``.
+        axes: what a table's rows, columns and, where a third one is given, values are, for example
+            ``("client", "class", "weight")``.
     """
 
     name: str
     round: int
     value: Tensor
-    axes: tuple[str, str]
+    axes: tuple[str, ...]
 
 
 def prepared(name: str, value: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def _entries(path: Path) -> list[Artifact]:
         return []
     try:
         rows = state.load(path)["shown"]
-        entries = [Artifact(name, round, value, (axes[0], axes[1])) for name, round, value, axes in rows]
+        entries = [Artifact(name, round, value, (axes[0], axes[1], *axes[2:])) for name, round, value, axes in rows]
         kinds: dict[str, int] = {}
         if all(
             _sound(entry) and kinds.setdefault(entry.name, entry.value.dim()) == entry.value.dim() for entry in entries

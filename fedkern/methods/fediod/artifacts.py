@@ -33,9 +33,15 @@ def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None
     if ensemble is None:
         return
     ids, logits, weights = ensemble.ids, ensemble.logits, normalised(ensemble.weights, ensemble.mask)
-    server.log_image("teacher_weights", lambda: _rows(weights.mean(1), ids, everyone), axes=("client", "class"))
     server.log_image(
-        "agreement", lambda: _rows(_rows(agreement(logits), ids, everyone).T, ids, everyone), axes=("client", "client")
+        "teacher_weights",
+        lambda: _rows(weights.mean(1), ids, everyone),
+        axes=("client", "class", "weight of the client's teacher"),
+    )
+    server.log_image(
+        "agreement",
+        lambda: _rows(_rows(agreement(logits), ids, everyone).T, ids, everyone),
+        axes=("client", "client", "share of images with the same predicted class"),
     )
 
 
