@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from fedkern.engine.store.confusions import Confusions
 from fedkern.methods.common.figure_names import set_title
+from fedkern.report.fitting import fitted
 from fedkern.report.names import TITLE, label
-from fedkern.report.plots import GREY
+from fedkern.report.plots import GREY, ink
 
 NUMBERS = 20
 """Classes up to which counts are written into the matrix; of more classes the commonest mistakes are listed."""
@@ -41,15 +42,17 @@ def draw(found: Confusions, *, title: str = "") -> Figure:
     upright = room > cell * every
     below = (room if upright else size / 72 + 0.1) + _AXIS
     listed = [] if numbers else [mistakes(matrix, found.classes) for matrix in found.matrices.values()]
-    top = _TOP if title else 0.0
     notes = 0.1 + _LINE * (1 + max(len(lines) for lines in listed)) if listed else 0.0
     across = min(2 if numbers else 1, len(found.matrices))
     down = -(-len(found.matrices) // across)
     side, left = classes * cell, _AXIS + room
     wide, high = left + side + _GAP, _HEAD + side + below + notes
-    width, height = max(across * wide + 0.8, 5.0), top + down * high
+    width = max(across * wide + 0.8, 5.0)
+    told = fitted(label(title, TITLE), 12, width - 0.2)
+    top = _TOP + 0.19 * told.count("\n") if title else 0.0
+    height = top + down * high
     figure = Figure(figsize=(width, height), dpi=150)
-    figure.text(0.1 / width, 1 - 0.22 / height, label(title, TITLE), fontsize=12, ha="left", va="center")
+    figure.text(0.1 / width, 1 - (top / 2 + 0.02) / height, told, fontsize=12, ha="left", va="center")
     for number, (name, matrix) in enumerate(found.matrices.items()):
         x = number % across * wide + left
         y = top + number // across * high + _HEAD + side  # downwards, to the lower edge
@@ -101,8 +104,7 @@ def _panel(axes: Axes, matrix: npt.NDArray[np.int64], number_size: float) -> Non
         digits = len(str(int(matrix.max(initial=0))))
         size = min(10.0, 1.4 * number_size / digits)
         for i, j in np.argwhere(matrix):
-            colour = "white" if share[i, j] > 0.55 else "#222222"
-            axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=size, color=colour)
+            axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=size, color=ink(share[i, j]))
     for spine in axes.spines.values():
         spine.set_color("#cccccc")
 

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from fedkern.models import StagedNetwork, grad_cam, mass_inside
+from fedkern.report.fitting import fitted
 from fedkern.report.names import label
-from fedkern.report.sheet import Sheet, rgb
+from fedkern.report.sheet import LINE, Sheet, rgb
 
+SIDE = 1.14
+"""Inches of an image's longer side."""
+SCALE = "Grad-CAM of the predicted class, relative to the largest value in the image"
 _NAMES = {"id": "in distribution", "ood": "out of distribution", "": "test"}
 
 
@@ -52,24 +56,30 @@ def draw(
         title: title of the picture.
     """
     columns = max(len(labels) for _, _, labels, _ in panels.values())
-    sheet = Sheet(columns, [0.36, 0.2] * len(panels), side=1.14, left=0.36, title=title)
     reference = next(model.parameters())
-    for block, (name, (images, inputs, labels, masks)) in enumerate(panels.items()):
-        top, bottom = 2 * block, 2 * block + 1
-        sheet.beside(top, label(_NAMES.get(name, name)), upright=True)
+    maps, heads, room = [], [], []
+    for _, inputs, labels, _ in panels.values():
+        cams, predicted = grad_cam(model, inputs.to(device=reference.device, dtype=reference.dtype))
+        above = []
+        for truth, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
+            wrong = f", taken for {label(classes[guess])}" if truth != guess else ""
+            above.append((fitted(f"{label(classes[truth])}{wrong}", 9, SIDE), "#D55E00" if wrong else "#222222"))
+        maps.append(cams)
+        heads.append(above)
+        room += [0.06 + LINE * max(1 + text.count("\n") for text, _ in above), 0.2]
+    sides = [fitted(label(_NAMES.get(name, name)), 10, 1.2 * SIDE) for name in panels]
+    left = 0.2 + 0.16 * max(1 + text.count("\n") for text in sides)
+    sheet = Sheet(columns, room, side=SIDE, left=left, title=title, scale=SCALE)
+    for block, (images, _, labels, masks) in enumerate(panels.values()):
+        top, bottom, cams = 2 * block, 2 * block + 1, maps[block]
+        sheet.beside(top, sides[block], upright=True)
         sheet.beside(bottom, "Grad-CAM", upright=True)
-        inputs = inputs.to(device=reference.device, dtype=reference.dtype)
-        cams, predicted = grad_cam(model, inputs)
         shares = None if masks is None else mass_inside(cams.cpu(), masks)
         cams = (cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)).cpu()
         for i in range(len(labels)):
             picture = rgb(images[i].numpy())
             sheet.picture(top, i, picture)
-            truth, guess = label(classes[int(labels[i])]), label(classes[int(predicted[i])])
-            if int(labels[i]) == int(predicted[i]):
-                sheet.above(top, i, truth)
-            else:
-                sheet.above(top, i, f"{truth}, taken\nfor {guess}", color="#D55E00")
+            sheet.above(top, i, heads[block][i][0], color=heads[block][i][1])
             # The image in dark grey (white at 400 instead of 255), so that the map stands out.
             sheet.picture(bottom, i, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)
             sheet.picture(

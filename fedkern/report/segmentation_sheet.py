@@ -18,6 +18,8 @@ from fedkern.report.names import label
 from fedkern.report.sheet import Sheet, rgb
 
 ROWS = ("image", "truth", "model")
+LISTED = 20
+"""Most classes that are named; from the eleventh on, colours come again."""
 
 
 @torch.no_grad()
@@ -35,18 +37,15 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
     reference = next(model.parameters())
     predicted = model(inputs.to(device=reference.device, dtype=reference.dtype)).argmax(1).cpu()
     columns = len(split.images)
-    sheet = Sheet(columns, [0.0] * len(ROWS), side=1.15, left=0.75, below=0.3, title=title)
     colours = colormaps["tab10"](np.arange(max(len(classes) - 1, 1)) % 10)[:, :3]
+    legend = [(label(name), colour) for name, colour in zip(classes[1:], colours[:LISTED], strict=False)]
+    sheet = Sheet(columns, [0.0] * len(ROWS), side=1.15, left=0.75, title=title, legend=legend)
     for row, name in enumerate(ROWS):
         sheet.beside(row, name)
     for column in range(columns):
         image = rgb(split.images[column].numpy()) / 255.0
         for row, laid in enumerate((None, split.labels[column], predicted[column])):
             sheet.picture(row, column, image if laid is None else over(image, laid.numpy(), colours))
-    for number, name in enumerate(classes[1:11]):
-        sheet.figure.text(
-            0.02 + 0.95 * number / min(len(classes) - 1, 10), 0.02, label(name), color=colours[number], fontsize=11
-        )
     sheet.save(path)
 
 

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from fedkern import models
-from fedkern.data import PartitionStatistics, load
+from fedkern.data import PartitionStatistics, Split, load
 from fedkern.engine import RunConfig
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.report import gradcam, pictures, plots, segmentation_sheet
+from fedkern.report import gradcam, pictures, plots, segmentation_sheet, sheet
+from fedkern.report.names import label
 from fedkern.report.sheet import rgb
 
 
@@ -138,6 +139,34 @@ def test_grey_images_without_masks(tmp_path):
     panel = (data.tests[""].images[:3], torch.zeros(3, 1, 32, 32), data.tests[""].labels[:3], None)
     gradcam.draw(model, {"": panel}, tmp_path / "gradcam.png", classes=data.classes, title="t")
     assert opened(tmp_path / "gradcam.png").std() > 10
+
+
+def apart(texts) -> bool:
+    """Whether no text lies over another, and all are inside their picture."""
+    boxes = [text.get_window_extent() for text in texts]
+    inside = texts[0].figure.bbox.padded(1)
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 for box in boxes)
+    return not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_long_names_of_classes_stand_apart(tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(sheet, "save", lambda figure, path: sheets.append(figure))
+    names = [f"{kind} adenocarcinoma of the colon" for kind in ("mucinous", "tubular", "W" * 20, "other")]
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    model = models.build("cnn", classes=4, channels=3, image_size=16, seed=0, width=2)
+    panel = (images, images / 255, torch.arange(4), torch.ones(4, 16, 16, dtype=torch.bool))
+    title = "Grad-CAM of a method on the data in a folder with a long name"
+    panels = {"id": panel, "a hospital of many words": panel}
+    gradcam.draw(model, panels, tmp_path / "g.png", classes=names, title=title)
+    split = Split(images, torch.zeros(4, 16, 16, dtype=torch.int64))
+    network = models.build("unet-small", classes=9, channels=3, image_size=16, seed=0)
+    segmentation_sheet.draw(network, split, images / 255, tmp_path / "s.png", classes=names * 3, title=title * 2)
+    for figure in sheets:
+        assert apart(figure.axes[0].texts)
+    texts = [text.get_text() for text in sheets[0].axes[0].texts]
+    assert any("relative to the largest" in text for text in texts)
+    assert [text.get_text() for text in sheets[1].axes[0].texts][1:12] == [label(name) for name in (names * 3)[1:]]
 
 
 def test_a_segmentation_is_laid_over_its_images(tmp_path):
