@@ -233,9 +233,9 @@ def _markdown(folder: Path) -> tuple[list[str], list[list[str]], list[str]] | No
 
 def _curves(result: Result) -> Section:
     section = Section("curves", "Curves")
-    histories = result.histories()
+    histories, chance = result.histories(), result.chance()
     for number, figure in enumerate(result.figures):
-        drawn = curves(histories, [figure])
+        drawn = curves(histories, [figure], chance=chance)
         if drawn is None:
             continue
         found = {name: mean_curve(runs, figure) for name, runs in histories.items()}

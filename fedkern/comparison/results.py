@@ -13,10 +13,11 @@ from typing import Any
 
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures
 from fedkern.comparison.seed_statistics import Target, paired, spread
-from fedkern.engine.store import atomic
+from fedkern.engine.store import atomic, confusions
 from fedkern.errors import UserError, nearest, printable_name
 from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.registry import short
+from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
 
@@ -180,7 +181,7 @@ class Result:
         texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}
         for name, text in texts.items():
             atomic.write_bytes(folder / name, text.encode())
-        drawn = curves(self.histories(), self.figures, title=self.title())
+        drawn = curves(self.histories(), self.figures, title=self.title(), chance=self.chance())
         if drawn is not None:
             save(drawn, folder / PICTURE)
         return [folder / name for name in (*texts, *([] if drawn is None else [PICTURE]))]
@@ -188,6 +189,14 @@ class Result:
     def histories(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
         """Records of the rounds of every run, by the group's name."""
         return {group.label: [run.records for run in group.runs.values()] for group in self.groups}
+
+    def chance(self) -> dict[str, float]:
+        """The main figures that need no learning, by the first run; empty where runs are of several data sets."""
+        runs = [run for group in self.groups for run in group.runs.values()]
+        if len({run.config.data for run in runs}) > 1:
+            return {}
+        confusion = None if runs[0].config.records == "private" else confusions.read(runs[0].folder)
+        return constants(self.figures, {}, confusion, runs[0].summary["metrics"], 0)
 
     def to_csv(self) -> str:
         """:meth:`run_rows` as CSV."""

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedkern.methods.common.figure_names import set_title, short_title, split_metric
-from fedkern.report.names import TITLE, label
-from fedkern.report.plots import COLOURS, DASHES, MARKERS, new_figure, over_rounds
+from fedkern.report.fitting import fitted
+from fedkern.report.names import label
+from fedkern.report.plots import COLOURS, DASHES, MARKERS, chance_lines, entitle, legend_below, new_figure, over_rounds
 
 NAMED, LEGEND = 24, 40
 """Most groups in the legend, and most characters of a group's name there."""
@@ -37,7 +38,11 @@ def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], figure: str) -> tupl
 
 
 def curves(
-    groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], figures: Sequence[str], *, title: str = ""
+    groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    figures: Sequence[str],
+    *,
+    title: str = "",
+    chance: Mapping[str, float] | None = None,
 ) -> Figure | None:
     """Draws every main figure in axes of its own: a curve for each group, with one standard deviation as its band.
 
@@ -45,6 +50,7 @@ def curves(
         groups: records of the rounds of every run, by the group's name.
         figures: names of the figures; fractions, drawn in per cent.
         title: title of the picture.
+        chance: see :func:`fedkern.report.chance.constants`.
 
     Returns:
         None if there was nothing to draw.
@@ -73,11 +79,14 @@ def curves(
                 if len(rounds) == 1:  # a band over one round has no width
                     axes.errorbar(rounds, mean, band, color=colour, capsize=4, lw=1.5)
         test_set, figure_name = split_metric(name)
-        axes.set_ylabel(f"{short_title(figure_name)}{f', {set_title(test_set)}' if test_set else ''} (%)", fontsize=12)
+        chance_lines(axes, figure_name, [(chance or {}).get(name)])
+        called = f"{short_title(figure_name)}{f', {set_title(test_set)}' if test_set else ''} (%)"
+        axes.set_ylabel(fitted(called, 12, 3.4), fontsize=12)
         axes.set_xlim(0.5, last + 0.5)
         over_rounds(axes)
-        axes.legend(fontsize=10, frameon=False, loc="best")  # not every group has every figure
-    many = any(len(values) > 1 for drawn in found.values() for _, values in drawn.values())
-    told = label(title, TITLE) + ("\nmean and standard deviation over seeds" if many else "")
-    panels[0].set_title(told.strip(), fontsize=13, loc="left")
+    entitle(figure, title)
+    if any(len(values) > 1 for drawn in found.values() for _, values in drawn.values()):
+        told = panels[0].get_title(loc="left")
+        panels[0].set_title(f"{told}\nmean and standard deviation over seeds".strip(), fontsize=13, loc="left")
+    legend_below(figure)
     return figure

@@ -29,3 +29,19 @@ def test_many_groups_and_odd_names_are_drawn(tmp_path):
 def test_axes_have_the_figure_s_name_for_people():
     figure = curves({"a": [[{"round": 1, "ood_macro_auroc": 0.5}]]}, ["ood_macro_auroc"])
     assert figure.axes[0].get_ylabel() == "macro AUROC, out of distribution (%)"
+
+
+def test_names_of_groups_stand_under_the_axes():
+    groups = {f"fedgid lr=0.01 alpha=0.{i} rounds=100 x": [run(0.1 * i, 0.9 - 0.1 * i)] * 2 for i in range(9)}
+    figure = curves(
+        groups, ["accuracy"], title="a title that is longer than its picture " * 2, chance={"accuracy": 0.1}
+    )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*groups, "commonest class"]
+    box, (axes,) = legend.get_window_extent(), figure.axes
+    assert 0 <= box.y0 < box.y1 <= axes.get_tightbbox().y0
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert axes._left_title.get_window_extent().x1 <= figure.bbox.width
+    assert axes.get_title(loc="left").endswith("\nmean and standard deviation over seeds")
+    assert [10, 10] in [list(line.get_ydata()) for line in axes.get_lines()]
