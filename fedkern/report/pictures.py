@@ -31,6 +31,7 @@ PICTURES = {
     "gradcam": "gradcam.png",
     "weights": "weights.png",
     "segmentation": "segmentation.png",
+    "retrieval": "retrieval.png",
 }
 
 
@@ -56,8 +57,8 @@ def write_pictures(
         the method has client weights, a picture per name of the method's artifacts (such as ``generated.png``), and
         ``gradcam.png`` if the network has stages and is no MLP.  A run with several labels an image has neither
         ``confusion.png`` nor ``gradcam.png``.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
-        of accuracy, confusion and Grad-CAM.  A run with private records has neither ``confusion.png`` nor
-        ``partition.png``, which hold exact counts; older ones are deleted.
+        of accuracy, confusion and Grad-CAM; one on image-text pairs has ``retrieval.png``.  A run with private records
+        has neither ``confusion.png`` nor ``partition.png``, which hold exact counts; older ones are deleted.
 
     Raises:
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
@@ -118,6 +119,8 @@ def _draw(
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
     from fedkern.report import chance, confusion_sheet, gradcam, plots, segmentation_sheet
+    from fedkern.report.retrieval_examples import draw as draw_captions
+    from fedkern.report.retrieval_examples import retrieval_examples
     from fedkern.report.weights import weights_picture
 
     moved = {} if data_root is None else {"data_root": data_root}
@@ -165,6 +168,14 @@ def _draw(
         target = run_dir / PICTURES["segmentation"]
         inputs = normalise(split.images, data.mean, data.std)
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
+        return [*written, target]
+    if data.task == "retrieval":
+        try:
+            found_captions, _ = retrieval_examples(run_dir, config, data, model=model, trusted=trusted)
+        except UserError:  # the method has no pair of encoders, as the report says
+            return written
+        target = run_dir / PICTURES["retrieval"]
+        draw_captions(found_captions, target, title=f"Nearest captions of test images, {name}")
         return [*written, target]
     if data.task == "multilabel":  # Grad-CAM shows what speaks for the single class of an image
         return written

@@ -42,7 +42,7 @@ from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds,
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, partition_picture, svg
-from fedkern.report.retrieval_examples import retrieval_examples
+from fedkern.report.retrieval_examples import examples, retrieval_examples
 from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
 
@@ -757,7 +757,8 @@ def _retrieval(run: Contents, model: nn.Module | None, trusted: Collection[str])
     if run.summary is None or run.data is None or run.data.task != "retrieval":
         return section
     try:
-        section.examples, text = retrieval_examples(run.folder, run.config, run.data, model=model, trusted=trusted)
+        found, text = retrieval_examples(run.folder, run.config, run.data, model=model, trusted=trusted)
+        section.examples = examples(found)
     except UserError as error:
         text = f"No examples: {error}"
     section.texts.append(text)
