@@ -26,6 +26,7 @@ EXAMPLES = 8
 PICTURES = {
     "accuracy": "accuracy.png",
     "dice": "dice.png",
+    "clients": "clients.png",
     "confusion": "confusion.png",
     "partition": "partition.png",
     "gradcam": "gradcam.png",
@@ -53,11 +54,12 @@ def write_pictures(
         trusted: code that may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
-        The files written: ``accuracy.png``, ``confusion.png`` of a classifier, ``partition.png``, ``weights.png`` if
-        the method has client weights, a picture per name of the method's artifacts (such as ``generated.png``), and
-        ``gradcam.png`` if the network has stages and is no MLP.  A run with several labels an image has neither
-        ``confusion.png`` nor ``gradcam.png``.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead
-        of accuracy, confusion and Grad-CAM; one on image-text pairs has ``retrieval.png``.  A run with private records
+        The files written: ``accuracy.png``, ``clients.png`` if the clients have test sets, ``confusion.png`` of a
+        classifier, ``partition.png``, ``weights.png`` if the method has client weights, a picture per name of the
+        method's artifacts (such as ``generated.png``), and ``gradcam.png`` if the network has stages and is no MLP.  A
+        run with several labels an image has neither ``confusion.png`` nor ``gradcam.png``.  A segmentation run has
+        ``dice.png`` and ``segmentation.png`` instead of accuracy, confusion and Grad-CAM; one on image-text pairs has
+        ``retrieval.png`` instead of confusion and Grad-CAM.  A run with private records
         has neither ``confusion.png`` nor ``partition.png``, which hold exact counts; older ones are deleted.
 
     Raises:
@@ -136,6 +138,11 @@ def _draw(
     lines = chance.of_rounds(records, {} if private else data.tests, found, len(data.classes))
     figure = plots.accuracy_curves(records, title=title, tests=data.tests, chance=lines)
     if figure is not None:
+        plots.save(figure, target)
+        written.append(target)
+    figure = plots.clients_picture(records, title=f"Clients of {title}")
+    if figure is not None:
+        target = run_dir / PICTURES["clients"]
         plots.save(figure, target)
         written.append(target)
     target = run_dir / PICTURES["confusion"]

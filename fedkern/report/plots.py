@@ -217,6 +217,39 @@ def accuracy_curves(
     return figure
 
 
+def client_points(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, tuple[list[int], list[float]]]]:
+    """The clients' main figure, and rounds and per cent of the mean and the worst client on their own test sets.
+
+    Both are empty where the records have no such figure, such as those of clients without test sets.
+    """
+    for figure_name in MAIN_FIGURES:
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for which in ("mean", "worst"):
+            name = f"{which}_client_{figure_name}"
+            known = [record for record in records if isinstance(record.get(name), (int, float))]
+            if known:
+                found[f"{which} client"] = [int(r["round"]) for r in known], [100 * float(r[name]) for r in known]
+        if found:
+            return figure_name, found
+    return "", {}
+
+
+def clients_picture(records: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure | None:
+    """Draws :func:`client_points`; None if there are none."""
+    figure_name, curves = client_points(records)
+    if not curves:
+        return None
+    figure = new_figure(7.2, 4.2)
+    axes = figure.subplots()
+    rounds = [at for points, _ in curves.values() for at in points]
+    _curves(axes, curves, 1.02 * highest(value for _, values in curves.values() for value in values))
+    axes.set_ylabel(f"{short_title(figure_name)}\non the clients' own test sets (%)", fontsize=12)
+    axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
+    entitle(figure, title)
+    legend_below(figure)
+    return figure
+
+
 def highest(values: Iterable[float]) -> float:
     """Upper end of an axis in per cent: 100, or a round number above the values where all are small."""
     most = max(values, default=100)

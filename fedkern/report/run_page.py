@@ -41,7 +41,7 @@ from fedkern.report import chance, html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
-from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, partition_picture, svg
+from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, client_points, clients_picture, partition_picture, svg
 from fedkern.report.retrieval_examples import examples, retrieval_examples
 from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
@@ -565,6 +565,11 @@ def clients(run: Contents) -> Section:
         section.charts.append(
             bars("client-final", title, labels, [Series(name, y=y)], axis=figure_title(name), unit="%" * percent)
         )
+    if (curve := clients_picture(run.records)) is not None:
+        name, points = client_points(run.records)
+        title = f"{short_title(name)} of the mean and the worst client on their own test sets"
+        series = [Series(which, *each) for which, each in points.items()]
+        section.charts.append(of_rounds("client-rounds", f"{title[:1].upper()}{title[1:]}", curve, series, unit="%"))
     for key, title, axis in (
         ("loss", "Training loss of the clients", "training loss"),
         ("drift", "Length of the clients' updates", "norm of the update"),

@@ -210,6 +210,15 @@ def test_test_sets_that_the_user_named_have_a_curve_each():
     assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 3
 
 
+def test_the_mean_and_the_worst_client_have_a_curve_each():
+    records = [{"round": i, "mean_client_accuracy": 0.1 * i, "worst_client_accuracy": 0.05 * i} for i in (1, 2)]
+    axes = plots.clients_picture([*records, {"round": 3, "loss": 1.0}], title="t").axes[0]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert lines == {"mean client": ([1, 2], [10, 20]), "worst client": ([1, 2], [5, 10])}
+    assert axes.get_ylabel() == "accuracy\non the clients' own test sets (%)"
+    assert plots.clients_picture([{"round": 1, "accuracy": 0.5, "worst_client_loss": 1.0}]) is None
+
+
 def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
     """Recall at 1 among 40 texts and among 400 are different questions."""
     sizes = {"": 40.0, "unseen_": 40.0, "validation_": 400.0}
