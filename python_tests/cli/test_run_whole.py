@@ -247,11 +247,11 @@ def test_a_full_disk_is_one_sentence(fails, result, monkeypatch, tmp_path):
 
 
 def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, result, monkeypatch, tmp_path):
-    def full(self, file):
+    def full(self, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plots.FigureCanvasAgg, "print_png", full)
+        patch.setattr(plots.Image.Image, "save", full)
         assert main(["fedavg", *TINY, "--out", "full", "--quiet"]) == 2
     out, sentence = capsys.readouterr()
     assert out == "full\n"
