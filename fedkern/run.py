@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
@@ -198,8 +199,8 @@ def _told(text: str) -> Iterator[None]:
 def _uncollected() -> Iterator[None]:
     """Keeps the garbage collector off while the block imports torch and fedkern, and from what was imported ever after.
 
-    It would look through objects that stay, several times: a quarter of what the imports take.  A script that calls
-    :func:`main` with words keeps its collector as it is.
+    It would look through objects that stay, several times: a quarter of what the imports take.  At exit it leaves out
+    what is there by then.  A script that calls :func:`main` with words keeps its collector as it is.
     """
     from fedkern.interrupts import whole_process
 
@@ -212,6 +213,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.freeze)
 
 
 def _say(text: str, code: int = USAGE) -> int:
