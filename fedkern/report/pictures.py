@@ -121,8 +121,6 @@ def _draw(
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
     from fedkern.report import chance, confusion_sheet, gradcam, plots, segmentation_sheet
-    from fedkern.report.retrieval_examples import draw as draw_captions
-    from fedkern.report.retrieval_examples import retrieval_examples
     from fedkern.report.weights import weights_picture
 
     moved = {} if data_root is None else {"data_root": data_root}
@@ -177,6 +175,9 @@ def _draw(
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
         return [*written, target]
     if data.task == "retrieval":
+        from fedkern.report.retrieval_examples import draw as draw_captions
+        from fedkern.report.retrieval_examples import retrieval_examples
+
         try:
             found_captions, _ = retrieval_examples(run_dir, config, data, model=model, trusted=trusted)
         except UserError:  # the method has no pair of encoders, as the report says

@@ -13,18 +13,24 @@ from fedkern.methods import METHODS
 
 LOADED = "import sys; from fedkern.run import main; code = main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
 
-FIRST_ROUND = """
+RUN = """
 import sys
 from fedkern.engine.events import Listeners
 from fedkern.run import main
-Listeners.on_round = lambda self, record: print(*sys.modules, file=sys.stderr)
-sys.exit(main(sys.argv[1:]))
+def tell(*_):
+    print("modules", *sys.modules, file=sys.stderr)
+Listeners.on_round = tell
+code = main(sys.argv[1:])
+tell()
+sys.exit(code)
 """
+"""A run that tells the modules that its first round and its end find."""
 LATER = {
     "contourpy", "jinja2", "matplotlib", "networkx", "onnx", "pandas", "scipy", "sympy", "tensorboard", "tokenizers",
     "torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.cpp_extension", "transformers", "triton", "wandb",
 }  # fmt: skip
 """What only pictures, reports, trackers, exports, pretrained networks and torch.compile need."""
+PICTURES = {"contourpy", "matplotlib"}
 
 
 def command(*words: str) -> tuple[str, set[str]]:
@@ -68,12 +74,11 @@ print(gc.get_freeze_count() > 0, gc.isenabled())
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedgid", "fedavg", "scaffold"])
-def test_a_first_round_imports_nothing_that_comes_later(method, tmp_path):
+def test_a_run_imports_what_it_needs_when_it_needs_it(method, tmp_path):
     small = ["--train-samples", "60", "--clients", "2", "--rounds", "1", "--local-steps", "1", "--width", "4",
              "--grad-cam", "2", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_ROUND, method, *small], capture_output=True, text=True, check=True
-    )
-    modules = set(done.stderr.split())
-    assert {"torch", f"fedkern.methods.{'fedgid' if method == 'fedgid' else 'baselines.' + method}"} <= modules
-    assert not modules & LATER
+    done = subprocess.run([sys.executable, "-c", RUN, method, *small], capture_output=True, text=True, check=True)
+    first, end = (set(line.split()) for line in done.stderr.splitlines() if line.startswith("modules "))
+    assert {"torch", f"fedkern.methods.{'fedgid' if method == 'fedgid' else 'baselines.' + method}"} <= first
+    assert not first & LATER
+    assert end & LATER == PICTURES
