@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import bench_methods, comparisons, profile_methods, sources
 from benchmarks.comparisons import Comparison, read_results
-from benchmarks.pages import Page
+from benchmarks.page import Page
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import commands

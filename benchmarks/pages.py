@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.page import Page
+from benchmarks.page_figures import PAGES
 
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"(<!-- figures: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -28,21 +30,6 @@ RESULT = re.compile(
     re.IGNORECASE,
 )
 SENTENCE = re.compile(r"(?<=[.:!?])\s+(?=[A-Z*`\[])|\n\n|\n(?=[|*#])")
-
-
-@dataclass(frozen=True)
-class Page:
-    """What vouches for a page's numbers.
-
-    Attributes:
-        path: from the repository's root.
-        tables: makes the lines of every generated section, by name.
-        part: heading of the only section that is looked at; empty: the whole page.
-    """
-
-    path: str
-    tables: Mapping[str, Callable[[], Sequence[str]]]
-    part: str = ""
 
 
 def fill(text: str, page: Page) -> str:
@@ -85,8 +72,6 @@ def _blank(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    from benchmarks.page_figures import PAGES
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a page is not up to date")
     given = parser.parse_args(arguments)
