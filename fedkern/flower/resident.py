@@ -15,13 +15,10 @@ import errno
 import hashlib
 import json
 import os
-import select
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,12 +31,10 @@ from fedkern.inputs import parse_json
 
 STAYS = 600.0
 """Seconds that a resident waits for the next message, where the run-config does not say."""
-PATIENCE = 10.0
-"""Seconds that a resident waits for the bytes of a message that has begun; others wait behind that message."""
 _TRIES = 3
 _LOOKS, _PAUSE = 100, 0.02
 _MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedkern.flower.resident import live; "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedkern.flower.resident_process import live; "
     "live(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))"
 )
 _LENGTH = struct.Struct(">Q")
@@ -111,8 +106,8 @@ def end(run: str, node: Mapping[str, Any]) -> None:
     """
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
-        if _user(link) == os.geteuid():
-            _send(link, {"end": True})
+        if user_of(link) == os.geteuid():
+            send(link, {"end": True})
 
 
 def _run(header: str) -> str:
@@ -143,7 +138,7 @@ def _connected(name: bytes, stays: float) -> socket.socket | None:
         except BaseException:
             link.close()
             raise
-        if _user(link) != os.geteuid():
+        if user_of(link) != os.geteuid():
             link.close()
             return None
         return link
@@ -175,13 +170,13 @@ def _asked(
     link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], parcel: Parcel, notice: Notice
 ) -> Parcel:
     try:
-        _send(link, request, parcel)
-        _receive(replies)  # that it has begun
+        send(link, request, parcel)
+        receive(replies)  # that it has begun
     except (EOFError, OSError) as error:
         raise _Gone from error
     while True:
         try:
-            found, answer = _receive(replies)
+            found, answer = receive(replies)
         except (EOFError, OSError):
             raise Lost(
                 "The process of this client ended before it had answered: the machine's log says why; it may have had "
@@ -199,75 +194,16 @@ def _asked(
             return answer
 
 
-# -- the resident ------------------------------------------------------------------------------------------------------
-
-
-def live(door: int, parent: int, stays: float) -> None:
-    """Answers messages until none has come for a while.
-
-    Args:
-        door: descriptor of the listening socket.
-        parent: descriptor of the process with which this one ends.
-        stays: seconds to wait for a message.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the SuperNode decides, and this process follows it
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    from fedkern.flower import node_process
-
-    with socket.socket(fileno=door) as listening:
-        listening.settimeout(stays)
-        while True:
-            try:
-                link, _ = listening.accept()
-            except TimeoutError:
-                return
-            with link, suppress(EOFError, OSError):  # whoever asked is gone, or silent
-                link.settimeout(PATIENCE)
-                if _user(link) == os.geteuid():
-                    with link.makefile("rb") as requests:
-                        if not _serve(link, requests, node_process.answer):
-                            return
-
-
-def _end_with(process: int) -> None:
-    select.select([process], [], [])
-    os._exit(0)  # whatever the main thread is computing: nobody waits for it
-
-
-def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel]) -> bool:
-    """Answers one message; False where the run has ended and no other will come."""
-    request, parcel = _receive(requests)
-    if request.get("end"):
-        return False
-    _send(link, {"begun": True})
-
-    def notice(text: str) -> None:
-        with suppress(OSError):
-            _send(link, {"notice": text})
-
-    try:
-        found = answer(request["header"], parcel, request["run_config"], request["node"], notice)
-    except Malformed as why:
-        _send(link, {"malformed": str(why)})
-    except UserError as error:
-        _send(link, {"refused": str(error)})
-    except Exception as error:  # of a message that no server of fedkern sends
-        _send(link, {"failed": f"{type(error).__name__}: {error}"})
-    else:
-        _send(link, {}, found)
-    return True
-
-
 # -- what both ends send -----------------------------------------------------------------------------------------------
 
 
-def _user(link: socket.socket) -> int:
+def user_of(link: socket.socket) -> int:
     """The user whose process is at the other end."""
     found = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(found)[1])
 
 
-def _send(link: socket.socket, told: Mapping[str, Any], parcel: Parcel | None = None) -> None:
+def send(link: socket.socket, told: Mapping[str, Any], parcel: Parcel | None = None) -> None:
     """Sends plain values and a parcel: a length, that much JSON, and the arrays' bytes."""
     parcel = parcel or Parcel("", {})
     forms = [[name, raw.dtype, list(raw.shape), len(raw.data)] for name, raw in parcel.tensors.items()]
@@ -277,7 +213,7 @@ def _send(link: socket.socket, told: Mapping[str, Any], parcel: Parcel | None = 
         link.sendall(raw.data)
 
 
-def _receive(stream: BinaryIO) -> tuple[dict[str, Any], Parcel]:
+def receive(stream: BinaryIO) -> tuple[dict[str, Any], Parcel]:
     head = json.loads(_exactly(stream, *_LENGTH.unpack(_exactly(stream, _LENGTH.size))))
     tensors = {name: Raw(dtype, tuple(shape), _exactly(stream, size)) for name, dtype, shape, size in head["tensors"]}
     return head["told"], Parcel(head["text"], tensors)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.flower import node_process, resident
+from fedkern.flower import node_process, resident, resident_process
 from fedkern.flower.node_client import PROTOCOL
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
@@ -81,7 +81,7 @@ def residents(of: str = "parent", number: int = 0) -> list[int]:
         with contextlib.suppress(OSError, IndexError):
             state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
             whose = int(group) == number if of == "group" else int(parent) == os.getpid()
-            if whose and state != "Z" and b"resident import live" in (folder / "cmdline").read_bytes():
+            if whose and state != "Z" and b"resident_process import live" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -160,10 +160,9 @@ def test_a_resident_ends_with_its_run(message, tmp_path):
 
 
 def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
-    impatient = "from fedkern.flower import resident; resident.PATIENCE = 0.3; from fedkern.flower.resident import live"
-    monkeypatch.setattr(
-        resident, "_MAIN", resident._MAIN.replace("from fedkern.flower.resident import live", impatient)
-    )
+    live = "from fedkern.flower.resident_process import live"
+    impatient = f"from fedkern.flower import resident_process as process; process.PATIENCE = 0.3; {live}"
+    monkeypatch.setattr(resident, "_MAIN", resident._MAIN.replace(live, impatient))
     resident.ask(header(), message, RUN, node(tmp_path), print, 60)
     (first,) = residents()
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as silent:
@@ -223,19 +222,19 @@ PARCEL = Parcel('{"list":[]}', {"a": Raw("float32", (2, 1), bytes(range(8))), "e
 
 def test_messages_come_as_they_were_sent(ends):
     ours, replies, theirs, requests = ends
-    resident._send(ours, {"header": "é"}, PARCEL)
-    assert resident._receive(requests) == ({"header": "é"}, PARCEL)
-    resident._send(theirs, {"begun": True})
-    assert resident._receive(replies) == ({"begun": True}, Parcel("", {}))
+    resident.send(ours, {"header": "é"}, PARCEL)
+    assert resident.receive(requests) == ({"header": "é"}, PARCEL)
+    resident.send(theirs, {"begun": True})
+    assert resident.receive(replies) == ({"begun": True}, Parcel("", {}))
 
 
 def test_notices_reach_whoever_asks(ends):
     ours, replies, theirs, _ = ends
     heard = []
     for text in ("decoding", "decoded"):
-        resident._send(theirs, {"begun": True} if not heard else {"notice": text})
+        resident.send(theirs, {"begun": True} if not heard else {"notice": text})
         heard.append(text)
-    resident._send(theirs, {}, PARCEL)
+    resident.send(theirs, {}, PARCEL)
     said = []
     assert resident._asked(ours, replies, {}, PARCEL, said.append) == PARCEL
     assert said == ["decoded"]
@@ -246,7 +245,7 @@ def test_a_resident_that_is_lost(ends, begun, error):
     """Before it has taken the message another one may answer; afterwards only the server can ask again."""
     ours, replies, theirs, _ = ends
     if begun:
-        resident._send(theirs, {"begun": True})
+        resident.send(theirs, {"begun": True})
     theirs.sendall(b"\0")  # a part of a frame
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(error):
@@ -260,7 +259,7 @@ def test_what_a_resident_raises_is_raised_where_it_was_asked(ends, error):
     def answer(*_):
         raise KeyError("step") if isinstance(error, RuntimeError) else error
 
-    served = threading.Thread(target=resident._serve, args=(theirs, requests, answer))
+    served = threading.Thread(target=resident_process._serve, args=(theirs, requests, answer))
     served.start()
     with pytest.raises(type(error), match=re.escape(str(error))):
         resident._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
@@ -270,7 +269,7 @@ def test_what_a_resident_raises_is_raised_where_it_was_asked(ends, error):
 def test_nobody_waits_for_an_answer(ends):
     """A resident whose asker is killed ends the work in peace, and hears the next one."""
     ours, replies, theirs, requests = ends
-    resident._send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
+    resident.send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
 
     def answer(header, parcel, run_config, node, notice):
         replies.close()
@@ -279,7 +278,7 @@ def test_nobody_waits_for_an_answer(ends):
         return parcel
 
     with pytest.raises(BrokenPipeError):
-        resident._serve(theirs, requests, answer)
+        resident_process._serve(theirs, requests, answer)
 
 
 def test_no_resident_of_somebody_else(message, tmp_path, monkeypatch):
