@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks.folded import Folded
 from fedkern.ops._fuse.blocks.layers import FusedConv
 from fedkern.ops._fuse.kernels import FuseKernels
-
-if TYPE_CHECKING:
-    from fedkern.ops._fuse.blocks.lowering import Folded
 
 # kFuseConvColumns of csrc/include/fedkern/fuse.h: a map's width with its border; wider maps take another lowering.
 MAX_COLUMNS = 256
@@ -40,20 +38,6 @@ def fits(conv: FusedConv, columns: int) -> bool:
         and conv.dilation[0] == conv.dilation[1]
         and columns + (int(conv.kernel[1]) - 1) * conv.dilation[1] // conv.stride[1] <= MAX_COLUMNS
     )
-
-
-def pack(weight: Tensor, branches: int, largest: int) -> Tensor:
-    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``.
-
-    The output channels are cut into equal blocks of at most ``largest``, the last one filled up with zeros.
-    """
-    rows = weight.shape[0] // branches
-    blocks = max(1, math.ceil(rows / largest))
-    block = max(1, math.ceil(rows / blocks))
-    taps = math.prod(weight.shape[1:])
-    padded = weight.new_zeros((branches, blocks * block, taps))
-    padded[:, :rows] = weight.reshape(branches, rows, taps)
-    return padded.unflatten(1, (blocks, block)).transpose(2, 3).contiguous()
 
 
 def convolve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fedkern.ops._core.memory import fresh
 from fedkern.ops._core.private_torch import may_be_transformed
 from fedkern.ops._fuse.blocks import conv
-from fedkern.ops._fuse.blocks.layers import FusedBatchNorm, FusedConv
-from fedkern.ops._fuse.blocks.onednn import Prepared, convolve
+from fedkern.ops._fuse.blocks.folded import Folded
+from fedkern.ops._fuse.blocks.layers import FusedBatchNorm
+from fedkern.ops._fuse.blocks.onednn import convolve
 from fedkern.ops._fuse.blocks.shapes import POOLS
 from fedkern.ops._fuse.blocks.trace import Step
 from fedkern.ops._fuse.fuse import fuse_concat
@@ -81,64 +82,6 @@ def fold_steps(steps: Sequence[Step], foldable: dict[str, nn.Module]) -> list[Fo
 
 def _folds(layer: nn.Module | None) -> bool:
     return isinstance(layer, FusedBatchNorm) and layer.track
-
-
-class Folded:
-    """Weights of one folded convolution in evaluation mode, computed again when a source tensor has changed."""
-
-    def __init__(self, conv: FusedConv, norm: FusedBatchNorm | None) -> None:
-        self.conv, self.norm = conv, norm
-        self._key: tuple[Any, ...] = ()
-        self._packed: Tensor | None = None
-        self._largest = 0
-
-    def refresh(self) -> None:
-        conv, norm = self.conv, self.norm
-        sources = [conv.weight, conv.bias]
-        if norm is not None:
-            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        key: tuple[Any, ...]
-        try:
-            key = tuple((t.data_ptr(), t._version, t.dtype) for t in sources if isinstance(t, Tensor))
-        except RuntimeError:
-            # Inference tensors do not count their changes, so that every call folds again.
-            key = (object(),)
-        if key == self._key:
-            return
-        weight = cast(Tensor, conv.weight).detach()
-        bias = None if conv.bias is None else conv.bias.detach()
-        if norm is not None:
-            scale, shift = (t.detach() for t in norm.affine())
-            weight = weight * scale.to(weight.dtype).reshape(-1, 1, 1, 1)
-            bias = shift if bias is None else bias * scale + shift
-        rows = weight.shape[0] // conv.branches
-        if weight.shape != conv.shape or (bias is not None and bias.shape != weight.shape[:1]):
-            # The core reads by address, and would read more values than there are.
-            shapes = f"{list(weight.shape)}" if bias is None else f"{list(weight.shape)} and {list(bias.shape)}"
-            raise ValueError(
-                f"folded, a convolution must have weights {list(conv.shape)} and a bias each, not {shapes}"
-            )
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = None if bias is None else bias.to(weight.dtype).contiguous().resolve_neg()
-        tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        self.plain = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
-        self._packed = None
-        self.prepared = Prepared()
-        self.weights = [w.contiguous(memory_format=torch.channels_last) for w in self.weight.split(rows)]
-        self.biases = [None] * conv.branches if self.bias is None else list(self.bias.split(rows))
-        # Kept alive, so that no other tensor can take the same addresses and pass for unchanged.
-        self._sources = [t.detach() for t in sources if isinstance(t, Tensor)]
-        self._key = key
-
-    def forget(self) -> None:
-        """Makes the next :meth:`refresh` compute the weights again."""
-        self._key = (None,)
-
-    def packed(self, largest: int) -> Tensor:
-        """The weights for the direct algorithm with blocks of at most ``largest`` channels."""
-        if self._packed is None or self._largest != largest:
-            self._packed, self._largest = conv.pack(self.weight, self.conv.branches, largest), largest
-        return self._packed
 
 
 class FoldedBlocks:
