@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkern import interrupts, plugins
 from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, overview, reporting
+from fedkern.cli.backend_check import check_backend
 from fedkern.cli.flags import quote
 from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.repeat import command_line
@@ -23,31 +24,6 @@ from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
-
-
-def check_backend() -> None:
-    """Checks ``FEDKERN_BACKEND`` and ``FEDKERN_CPU_ISA`` before any work is done.
-
-    Raises:
-        UserError: a variable names something that does not exist or cannot be used on this machine.
-    """
-    from fedkern.ops._core import backend, loading
-
-    try:
-        backend.cpu_core()
-    except loading.Unavailable:
-        pass  # the reference serves; doctor says why
-    except ValueError as error:
-        raise UserError(f"{error}.") from None
-    try:
-        forced = backend.forced_backend()
-    except ValueError as error:
-        raise UserError(f"{error}.") from None
-    if forced is not None:
-        rows = [row for row in backend.status() if row.backend == forced]
-        if not any(row.serves for row in rows):
-            reason = next((row.reason for row in rows if row.reason != "not implemented"), "it implements nothing")
-            raise UserError(f"FEDKERN_BACKEND={forced} cannot be used: {reason}.")
 
 
 @contextmanager
@@ -110,8 +86,8 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern import engine
+    from fedkern.report.display import display
     from fedkern.report.names import say
-    from fedkern.report.progress import display
 
     if request.resume is None:  # the user named this code, in flags or in --config
         code = tuple(part for _, part in config.code())
@@ -270,6 +246,11 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         say(console, f"answers:    {PREDICTIONS}")
 
 
+def extend(request: Request) -> int:
+    """Gives the run more rounds and goes on with it."""
+    return run(finished_runs.extended(request))
+
+
 def show_help(request: Request) -> int:
     """Prints the help that was asked for."""
     print(request.help)
@@ -285,5 +266,6 @@ COMMANDS = {
     **overview.COMMAND_TABLE,
     "run": run,
     "resume": run,
+    "extend": extend,
     "help": show_help,
 }

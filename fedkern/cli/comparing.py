@@ -150,7 +150,7 @@ def compare(request: Request) -> int:
     Returns:
         The exit code: 0, 1 if a run failed, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    from fedkern.cli.commands import check_backend
+    from fedkern.cli.backend_check import check_backend
     from fedkern.comparison.boards import board
     from fedkern.comparison.cell_runner import Runner
     from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unused_rounds

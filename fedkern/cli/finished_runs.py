@@ -127,12 +127,13 @@ def attack(request: Request) -> int:
 
 def evaluate(request: Request) -> int:
     """Evaluates a finished run's network, prints its figures and writes them into the run folder."""
-    from fedkern.cli.commands import check_backend
+    from fedkern.cli.backend_check import check_backend
     from fedkern.downstream.evaluation import evaluate_run
     from fedkern.engine.allocator import keep_freed_memory
     from fedkern.engine.store import atomic
     from fedkern.engine.store.records import plain
-    from fedkern.report.progress import display, terminal
+    from fedkern.report.display import display
+    from fedkern.report.progress import terminal
     from fedkern.report.tables import figures_table
 
     check_backend()
@@ -153,10 +154,9 @@ def evaluate(request: Request) -> int:
     return 0
 
 
-def extend(request: Request) -> int:
-    """Gives the run more rounds and goes on with it."""
+def extended(request: Request) -> Request:
+    """Gives the run more rounds; the request to go on with it."""
     from fedkern import engine
-    from fedkern.cli.commands import run
     from fedkern.methods import METHODS
     from fedkern.report.names import say
     from fedkern.report.progress import terminal
@@ -171,11 +171,10 @@ def extend(request: Request) -> int:
     spans = METHODS[config.method].spans
     if spans and not (request.quiet or request.json):
         say(terminal(), f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
-    again = Request(
+    return Request(
         "resume", resume=folder, settings=request.settings, options=request.options, plugins=request.plugins,
         quiet=request.quiet, json=request.json,
     )  # fmt: skip
-    return run(again)
 
 
 def predict(request: Request) -> int:
@@ -250,4 +249,4 @@ def _check_free(out: Path, command: str) -> None:
         raise UserError(f"{out.parent} is no folder that {command} could write to: make it, or name another --out.")
 
 
-COMMAND_TABLE = {"attack": attack, "evaluate": evaluate, "predict": predict, "export": export, "extend": extend}
+COMMAND_TABLE = {"attack": attack, "evaluate": evaluate, "predict": predict, "export": export}

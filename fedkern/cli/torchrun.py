@@ -39,7 +39,7 @@ def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable
         return done(request) if place.rank == 0 else 0
     if place.size == 1:
         return done(_again(request, place))
-    from fedkern.cli.commands import check_backend
+    from fedkern.cli.backend_check import check_backend
 
     check_backend()
     _take_gpu(request, place)

@@ -1,0 +1,30 @@
+"""The check of the variables that choose kernels, before a command does any work."""
+
+from __future__ import annotations
+
+from fedkern.errors import UserError
+
+
+def check_backend() -> None:
+    """Checks ``FEDKERN_BACKEND`` and ``FEDKERN_CPU_ISA`` before any work is done.
+
+    Raises:
+        UserError: a variable names something that does not exist or cannot be used on this machine.
+    """
+    from fedkern.ops._core import backend, loading
+
+    try:
+        backend.cpu_core()
+    except loading.Unavailable:
+        pass  # the reference serves; doctor says why
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    try:
+        forced = backend.forced_backend()
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    if forced is not None:
+        rows = [row for row in backend.status() if row.backend == forced]
+        if not any(row.serves for row in rows):
+            reason = next((row.reason for row in rows if row.reason != "not implemented"), "it implements nothing")
+            raise UserError(f"FEDKERN_BACKEND={forced} cannot be used: {reason}.")
