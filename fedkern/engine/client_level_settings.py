@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fedkern.errors import UserError
-
-if TYPE_CHECKING:
-    from fedkern.engine.config import RunConfig
 
 USUAL_DELTA = 1e-5
 _MEAN = "mean"
 
 
-def delta_of(config: RunConfig) -> float:
+class Settings(Protocol):
+    """What of a run's settings is looked at here (`fedkern.engine.config.RunConfig`)."""
+
+    @property
+    def trained_clients(self) -> int: ...
+    @property
+    def dp_clip(self) -> float | None: ...
+    @property
+    def dp_noise(self) -> float | None: ...
+    @property
+    def dp_delta(self) -> float | None: ...
+    @property
+    def dp_draws(self) -> str: ...
+    @property
+    def aggregator(self) -> str: ...
+    @property
+    def clip_update_norm(self) -> float: ...
+    @property
+    def fix_statistics(self) -> int | None: ...
+    @property
+    def privacy_unit(self) -> str: ...
+
+
+def delta_of(config: Settings) -> float:
     """The delta at which epsilon is told: ``dp_delta``, or where that is open 1e-5 or clients^-1.1, the smaller."""
     return min(USUAL_DELTA, config.trained_clients**-1.1) if config.dp_delta is None else config.dp_delta
 
 
-def check(config: RunConfig) -> None:
+def check(config: Settings) -> None:
     """Checks the settings against each other; what depends on the method's plan is checked before the run starts.
 
     Raises:

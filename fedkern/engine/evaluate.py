@@ -13,7 +13,8 @@ from torch import nn
 
 from fedkern import models
 from fedkern.data.image_rows import in_parts
-from fedkern.data.types import FederatedData, Split, client_label
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData, client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,8 @@ from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
-from fedkern.methods.base import Message, Objective, Step
+from fedkern.methods.base import Client, Message, Objective, Step
 from fedkern.methods.terms import Terms
-
-if TYPE_CHECKING:
-    from fedkern.engine.parties import Client
 
 
 class Diverged(ArithmeticError):

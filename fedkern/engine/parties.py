@@ -19,6 +19,7 @@ from fedkern.engine.absences import share_of_work
 from fedkern.engine.context import RunContext
 from fedkern.engine.local import Context, Schedule, train
 from fedkern.engine.network import Part, Trainable
+from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.samples import BackgroundBank, Samples
 from fedkern.engine.store.artifacts import prepared
 from fedkern.errors import UserError
@@ -230,8 +231,6 @@ class Client(_Node):
         *,
         rows: np.ndarray | None = None,
     ) -> dict[str, float]:
-        from fedkern.engine.private_training import declared, train_privately
-
         limit = self._context.config.local_steps
         epochs = self._epochs(limit, declared(self.samples, rows, spending))
         received, schedule = self._received(step, {}, epochs, None), self._schedule(step, epochs, limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
 from fedkern.interrupts import check
-from fedkern.methods.base import Objective, Step
+from fedkern.methods.base import Client, Objective, Step
 from fedkern.models.precision import computing
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import (
@@ -25,9 +24,6 @@ from fedkern.privacy.dpsgd import (
     stream_name,
     sum_patients,
 )
-
-if TYPE_CHECKING:
-    from fedkern.engine.parties import Client
 
 
 @computing("fp32")  # clipping bounds the computed gradients, so they are not rounded to bf16 before it

@@ -18,8 +18,8 @@ from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.identity import of_memory
 from fedkern.data.patients import limited
+from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.types import Split
 from fedkern.engine import config as settings
 from fedkern.engine import own_model
 from fedkern.engine.allocator import keep_freed_memory
