@@ -435,8 +435,8 @@ def _play(
     resume: bool,
     trusted: Collection[str] = (),
 ) -> None:
+    from fedkern.report.display import display
     from fedkern.report.pictures import drawn, finished_pictures
-    from fedkern.report.progress import display
 
     given = _listeners(listener)
     shown = display(quiet=not progress, json=False)

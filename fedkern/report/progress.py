@@ -360,25 +360,3 @@ def terminal(*, stderr: bool = False) -> Console:
     # FORCE_COLOR and TTY_COMPATIBLE ask for colours; a bar that moves belongs on a terminal alone.
     console = _Console(stderr=stderr, force_terminal=None if stream.isatty() else False)
     return console if console.is_terminal else _Console(stderr=stderr, force_terminal=False, width=PIPE_WIDTH)
-
-
-def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:
-    """Chooses the display, which writes to standard error, so that standard output holds only results.
-
-    Args:
-        quiet: warnings only.
-        json: warnings only, unless a person watches a terminal.
-        console: where to write; None is standard error.
-    """
-    console = console or terminal(stderr=True)
-    if quiet:
-        return Warnings(console)
-    if console.is_terminal:
-        return Live(console)
-    if json:
-        return Warnings(console)
-    if console.is_jupyter:
-        from fedkern.report.notebook import Notebook
-
-        return Notebook(console)
-    return Lines(console)

@@ -28,11 +28,11 @@ from fedkern.report import (
     doctor,
     gradcam,
     plots,
-    progress,
     segmentation_sheet,
     tables,
     weights,
 )
+from fedkern.report.display import display
 from fedkern.report.names import TICK, TITLE, label
 
 NAMES = {
@@ -179,7 +179,7 @@ def test_tables(name):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(name, terminal, tmp_path):
     out = console(terminal)
-    listener = progress.display(quiet=False, json=False, console=out)
+    listener = display(quiet=False, json=False, console=out)
     config = RunConfig.make("fedavg", clients=2, rounds=1, threads=1)
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)

@@ -20,6 +20,7 @@ from fedkern.engine.events import Listener
 from fedkern.html_table import html_table
 from fedkern.methods.base import Round
 from fedkern.report import notebook, progress
+from fedkern.report.display import display
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def console() -> Console:
 
 
 def started(trains: Sequence[str] = ("", "", ""), **given) -> Listener:
-    listener = progress.display(quiet=False, json=False, console=console())
+    listener = display(quiet=False, json=False, console=console())
     config = RunConfig.make("fedavg", clients=2, rounds=len(trains), threads=1)
     plan = tuple(Round(trains=each) for each in trains)
     listener.on_start(RunInfo(config, Path("runs/<x>"), 0, (14, 14), 1234, {"": 5}, None, plan, **given))
@@ -108,7 +109,7 @@ def test_a_run_that_stops_says_where(cells):
 
 
 def test_a_run_that_was_finished_before_shows_nothing(cells):
-    listener = progress.display(quiet=False, json=False, console=console())
+    listener = display(quiet=False, json=False, console=console())
     listener.on_end({})
     listener.close()
     assert not cells

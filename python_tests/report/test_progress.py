@@ -16,6 +16,7 @@ from fedkern.engine import RunConfig, RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
 from fedkern.report import progress
+from fedkern.report.display import display
 from fedkern.report.notebook import Notebook
 
 
@@ -61,7 +62,7 @@ def console(terminal: bool) -> Console:
 
 def test_lines_away_from_a_terminal():
     out = console(False)
-    listener = progress.display(quiet=False, json=False, console=out)
+    listener = display(quiet=False, json=False, console=out)
     play(listener)
     shown = out.file.getvalue()
     assert type(listener) is progress.Lines
@@ -185,7 +186,7 @@ def test_class_counts_are_shown_but_with_private_records():
 @pytest.mark.parametrize("json", [False, True])
 def test_a_bar_on_a_terminal(json):
     out = console(True)
-    listener = progress.display(quiet=False, json=json, console=out)
+    listener = display(quiet=False, json=json, console=out)
     assert type(listener) is progress.Live
     play(listener)
     assert listener.progress.tasks[0].completed == 3
@@ -196,7 +197,7 @@ def test_a_bar_on_a_terminal(json):
 def test_a_notebook_has_a_display_of_its_own(json, kind):
     out = Console(file=io.StringIO(), force_jupyter=True)
     assert not out.is_terminal
-    assert type(progress.display(quiet=False, json=json, console=out)) is kind
+    assert type(display(quiet=False, json=json, console=out)) is kind
 
 
 def test_the_bar_moves_with_every_client_and_never_past_the_round():
@@ -218,7 +219,7 @@ def test_the_bar_moves_with_every_client_and_never_past_the_round():
 @pytest.mark.parametrize(("quiet", "json"), [(True, False), (True, True), (False, True)])
 def test_only_warnings_are_left(quiet, json):
     out = console(False)
-    listener = progress.display(quiet=quiet, json=json, console=out)
+    listener = display(quiet=quiet, json=json, console=out)
     play(listener)
     assert out.file.getvalue() == "warning (bank): no background [at all]\n"
 
