@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkern.engine import RunConfig, run
-from fedkern.methods.base import Batch, LocalTraining, Received, option, register
+from fedkern.methods.base import Batch, LocalTraining, Received, option
+from fedkern.methods.registry import register
 
 
 @register("smoothed")

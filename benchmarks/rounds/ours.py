@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from fedkern import engine
+from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.types import FederatedData, Split
+from fedkern.data.types import FederatedData
 from fedkern.engine.events import Listener
 
 from .setting import MEAN, STD, register

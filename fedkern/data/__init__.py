@@ -2,14 +2,15 @@
 
 from fedkern.data.background import extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.data_function import register_data
+from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS, DataOption
 from fedkern.data.detections import Detections
 from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, parse_partition, partition, partition_like
-from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DETECTION_OPTIONS, DataOption, lookup
+from fedkern.data.registry import DATASETS, lookup, register_data
+from fedkern.data.split import IGNORE, Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
-from fedkern.data.types import IGNORE, FederatedData, Pool, Source, Split, memory_pool
+from fedkern.data.types import FederatedData, Pool, Source, memory_pool
 
 __all__ = [
     "AUGMENTATIONS",

@@ -6,21 +6,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.types import FederatedData, Source, Split
 from fedkern.errors import UserError
 
 NAME = "arrays"
 Labelled = tuple[Any, Any]
 
 
-def open_arrays(root: str | Path | None) -> Source:
+def open_arrays(root: str | Path | None) -> NoReturn:
     """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
     raise UserError(
         'data set "arrays" is given through Python: fedkern.simulate(METHOD, data=FederatedData.from_arrays(...)), and '
@@ -28,7 +28,7 @@ def open_arrays(root: str | Path | None) -> Source:
     )
 
 
-def from_arrays(
+def parts_of_arrays(
     clients: Mapping[str, Labelled] | Sequence[Labelled],
     test: Labelled | Mapping[str, Labelled],
     validation: Labelled | None,
@@ -36,8 +36,8 @@ def from_arrays(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     augment: str,
-) -> FederatedData:
-    """See :meth:`fedkern.data.FederatedData.from_arrays`."""
+) -> dict[str, Any]:
+    """The attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes of these arguments."""
     changes: list[float] = []
     named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
     if not named:
@@ -69,18 +69,18 @@ def from_arrays(
     channels = int(shape[0])
     sites = tuple(named) if isinstance(clients, Mapping) else None
     statistics = PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute")
-    return FederatedData(
-        name=NAME,
-        classes=names,
-        clients=tuple(splits.values()),
-        validation=held,
-        tests=tests,
-        mean=tuple(mean) if mean is not None else (0.5,) * channels,
-        std=tuple(std) if std is not None else (0.25,) * channels,
-        augment=augment,
-        statistics=replace(statistics, names=sites),
-        client_names=sites,
-    )
+    return {
+        "name": NAME,
+        "classes": names,
+        "clients": tuple(splits.values()),
+        "validation": held,
+        "tests": tests,
+        "mean": tuple(mean) if mean is not None else (0.5,) * channels,
+        "std": tuple(std) if std is not None else (0.25,) * channels,
+        "augment": augment,
+        "statistics": replace(statistics, names=sites),
+        "client_names": sites,
+    }
 
 
 def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.data.types import FederatedData, Split
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData
 
 _CHUNK = 256  # images rasterised at once
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.background import rasterise
-from fedkern.data.types import Split
+from fedkern.data.split import Split
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import parse_json, read_text

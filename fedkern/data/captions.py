@@ -19,8 +19,9 @@ from fedkern.data.digits import TRAIN, VALIDATION
 from fedkern.data.listing import interleaved
 from fedkern.data.partition import PartitionSpec
 from fedkern.data.partition import partition as share_out
+from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.types import FederatedData, Split, fixed_rows
+from fedkern.data.types import FederatedData, fixed_rows
 from fedkern.errors import UserError
 from fedkern.streams import stream
 

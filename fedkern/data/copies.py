@@ -9,7 +9,7 @@ import numpy as np
 
 from fedkern.data.identity import Sets
 from fedkern.data.spelling import SHOWN
-from fedkern.data.types import Split
+from fedkern.data.split import Split
 from fedkern.errors import UserError, first_of
 
 OWN = ("folder", "csv", "segmentation", "pairs", "reports")

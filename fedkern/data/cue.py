@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.types import FederatedData, Split
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
 from fedkern.streams import stream
 

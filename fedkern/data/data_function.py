@@ -1,4 +1,4 @@
-"""Data sets that users register as a function: ``@register_data("name")``."""
+"""The function of a data set that a user registers: its options, and what it may return."""
 
 from __future__ import annotations
 
@@ -6,81 +6,21 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern import plugins
+from fedkern.data.data_option import COMMON_OPTIONS, DataOption
 from fedkern.data.partition import PartitionSpec, parse_partition
-from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetInfo, Root
-from fedkern.data.types import FederatedData, Pool, Source, Split
-from fedkern.docstrings import docstring
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
 
-TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 PARAMETERS = ("root", "clients", "partition", "seed")
 """Parameters of a registered function that are no options of the data set."""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def register_data(
-    name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification"
-) -> Callable[[F], F]:
-    """Decorates a function that makes a data set, so that ``--data NAME`` knows it.
-
-    The function returns one of two things:
-
-    - :class:`fedkern.data.Source`: fixed pools, which the partition shares out;
-    - :class:`fedkern.data.FederatedData`: samples that the clients have already.
-
-    It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
-    ``seed`` that its signature has.  Every other parameter is an option of the data set, given as ``--data-option
-    key=value``; its default is a text, a number or a :class:`fedkern.data.DataOption`, and decides the option's type.
-
-    Args:
-        name: the data set's name; the docstring's first line is what ``list`` says of it.
-        clients: default number of clients.
-        partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
-        task: ``"classification"``, ``"multilabel"`` (labels uint8 ``[n, L]``, 1 where an image has the label),
-            ``"segmentation"`` or ``"retrieval"``.
-
-    Raises:
-        ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
-        TypeError: there is no docstring, or a parameter cannot be an option.
-    """
-    shares = partition or ("iid" if task == "multilabel" else "dirichlet:0.5")
-    parse_partition(shares)
-    if task not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
-    if clients < 1:
-        raise ValueError(f"clients: expected at least 1, given {clients}")
-
-    def add(function: F) -> F:
-        if name in DATASETS and not _again(DATASETS[name], function):
-            raise ValueError(f'data set "{name}" is already registered')
-        lines = docstring(function).splitlines()
-        if not lines:
-            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
-        made = DataFunction(name, function, task)
-        DATASETS[name] = DatasetInfo(
-            description=lines[0].strip(),
-            open=None,
-            clients=clients,
-            partition=shares,
-            options=made.options,
-            task=task,
-            function=made,
-        )
-        return function
-
-    return add
-
-
-def _again(info: DatasetInfo, function: Callable[..., Any]) -> bool:
-    """Whether a notebook's cell is run again."""
-    return info.function is not None and info.function.function.__qualname__ == function.__qualname__
 
 
 class DataFunction:
@@ -91,8 +31,8 @@ class DataFunction:
         options: the other parameters.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], task: str) -> None:
-        self.name, self.function, self._task = name, function, task
+    def __init__(self, name: str, function: Callable[..., Any], task: str, clients: int, partition: str) -> None:
+        self.name, self.function, self._task, self._clients, self._partition = name, function, task, clients, partition
         self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
         self.options = {
             key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
@@ -108,8 +48,7 @@ class DataFunction:
 
     def make(
         self,
-        root: Root,
-        info: DatasetInfo,
+        root: str | Path | None,
         clients: int | None,
         partition: str | None,
         seed: int,
@@ -119,16 +58,15 @@ class DataFunction:
 
         Args:
             root: folder of the data's files, or None.
-            info: the data set's entry, which has the defaults of ``clients`` and ``partition``.
-            clients, partition, seed: as the user gives them.
+            clients, partition, seed: as the user gives them; None: the data set's defaults.
             options: every option of the data set.
 
         Raises:
             UserError: the function raises an exception, what it returns is no such data or contradicts itself, or the
                 clients are not those that the user asks for.
         """
-        spec = parse_partition(info.partition if partition is None else partition)
-        clients = info.clients if clients is None else clients
+        spec = parse_partition(self._partition if partition is None else partition)
+        clients = self._clients if clients is None else clients
         given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
         try:
             made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
@@ -144,17 +82,17 @@ class DataFunction:
         if not isinstance(made, FederatedData):
             raise self._wrong(f"returns {type(made).__name__}, expected fedkern.data.Source or FederatedData")
         self._check_federated(made)
-        self._check_given(made, info, clients, spec)
+        self._check_given(made, clients, spec)
         return dataclasses.replace(made, name=self.name)
 
-    def _check_given(self, data: FederatedData, info: DatasetInfo, clients: int, spec: PartitionSpec) -> None:
-        if clients not in (len(data.clients), info.clients) or (
+    def _check_given(self, data: FederatedData, clients: int, spec: PartitionSpec) -> None:
+        if clients not in (len(data.clients), self._clients) or (
             "clients" in self.takes and clients != len(data.clients)
         ):
             raise UserError(
                 f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
             )
-        if "partition" not in self.takes and spec.text != parse_partition(info.partition).text:
+        if "partition" not in self.takes and spec.text != parse_partition(self._partition).text:
             raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')
 
     def _check_source(self, source: Source) -> None:

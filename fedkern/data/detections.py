@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.background import rasterise
-from fedkern.data.types import Split
+from fedkern.data.split import Split
 from fedkern.errors import UserError, same_format
 from fedkern.files import cache_folder, expand, one_writer, replace
 from fedkern.inputs import read_json

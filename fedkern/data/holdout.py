@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fedkern.data.cases import drawn_rows, grouped_rows
+from fedkern.data.split import Split, joined
 from fedkern.data.transforms import central
-from fedkern.data.types import FederatedData, Split, joined
+from fedkern.data.types import FederatedData
 from fedkern.errors import UserError, nearest
 from fedkern.streams import stream
 

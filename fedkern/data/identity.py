@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkern.data.image_rows import in_parts
-from fedkern.data.types import FederatedData, Pool, Source, Split
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.streams import stream
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20

@@ -19,15 +19,17 @@ from fedkern.data.cases import grouped_rows, share_cases, share_units, training_
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.copies import OWN, copies
 from fedkern.data.cue import add_cues
+from fedkern.data.data_option import DETECTION_OPTIONS
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.identity import of_memory, of_source, sampled
 from fedkern.data.image_cache import on_disk, tell_unused
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
-from fedkern.data.registry import DATASETS, DETECTION_OPTIONS, DatasetInfo, lookup, read_options
+from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
+from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import central
-from fedkern.data.types import FederatedData, Pool, Source, Split
+from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
@@ -99,7 +101,7 @@ def load(
     asked = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
     if info.function is not None:
-        made = info.function.make(root, info, clients, partition, seed, own_options)
+        made = info.function.make(root, clients, partition, seed, own_options)
         drawn = info.function.identity() if "seed" in info.function.takes else None
         if isinstance(made, FederatedData):
             if identify:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from fedkern.data.cases import Rows, rows_of_units
-from fedkern.data.types import FederatedData, Split
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
 from fedkern.streams import stream
 

@@ -6,19 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from fedkern.data.arrays import open_arrays
 from fedkern.data.brats import open_brats
 from fedkern.data.captions import PROMPTS, make_captions
 from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
+from fedkern.data.data_function import DataFunction
+from fedkern.data.data_option import COMMON_OPTIONS, DataOption
 from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
 from fedkern.data.images import MAX_PIXELS
 from fedkern.data.nico import open_nico
 from fedkern.data.pairs import open_pairs
+from fedkern.data.partition import parse_partition
 from fedkern.data.reports import open_reports
 from fedkern.data.segdigits import open_segdigits
 from fedkern.data.segmentation import open_segmentation
@@ -27,68 +30,13 @@ from fedkern.data.svhn import open_svhn
 from fedkern.data.table import AUTO, open_csv
 from fedkern.data.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
+from fedkern.docstrings import docstring
 from fedkern.errors import UserError, nearest
-from fedkern.files import absolute, absolute_folder
-
-if TYPE_CHECKING:
-    from fedkern.data.data_function import DataFunction
 
 Root = str | Path | None
 
-MOST = 2**31 - 1
-"""Largest count: larger sizes overflow in torch and NumPy."""
 SIDE = 8192
 """Largest side of an image in pixels: a thousand images of this side take 200 GB."""
-
-
-@dataclass(frozen=True)
-class DataOption:
-    """One option of a data set, given as ``key=value``.
-
-    Attributes:
-        default: value when the option is not given; its type is the option's type.
-        help: one line on the option's effect.
-        choices: the only values allowed, if limited.
-        low, high: inclusive range of a number; a whole number without ``high`` is at most `MOST`.
-        path: function that makes a path absolute; the stored run holds the value that the function returns.
-    """
-
-    default: str | int | float
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    path: Callable[[str], str] | None = None
-
-    def read(self, data: str, key: str, value: object) -> str | int | float:
-        """Converts and checks a value, given as text or already typed.
-
-        Raises:
-            UserError: a value of the wrong type, out of range or not among the choices.
-        """
-        where = f'option {key} of data set "{data}"'
-        kind = type(self.default)
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            read: str | int | float = kind(str(value)) if kind is not str else str(value)
-        except ValueError:
-            raise UserError(f"{where}: expected {_KINDS[kind]}, got {value!r}") from None
-        if isinstance(read, str):
-            match = {choice.lower(): choice for choice in self.choices}
-            if self.choices and read.lower() not in match:
-                expected = ", ".join(self.choices)
-                raise UserError(f"{where}: expected one of {expected}, got {value!r}.{nearest(read, self.choices)}")
-            return match.get(read.lower(), read)
-        high = MOST if self.high is None and kind is int else self.high
-        if (self.low is not None and not read >= self.low) or (high is not None and not read <= high):
-            limits = f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
-            limits += f" and at most {MOST}" if self.high is None and read > MOST else ""
-            raise UserError(f"{where}: expected {_KINDS[kind]} {limits}, got {value!r}")
-        return read
-
-
-_KINDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -125,37 +73,6 @@ class DatasetInfo:
     @property
     def coloured(self) -> bool:
         return self.correlation is not None
-
-
-COMMON_OPTIONS: dict[str, DataOption] = {
-    "test_samples": DataOption(0, "images kept of every test set, 0 for all (a fixed random choice)", low=0),
-    "validation_samples": DataOption(
-        0, "images kept of the validation set, 0 for its usual share of the training samples", low=0
-    ),
-    "cue_clients": DataOption(
-        0, "the first so many clients see a coloured shape that tells the class; tests cue_tied, cue_random", low=0
-    ),
-    "cue_size": DataOption(10, "side of those shapes in pixels", low=3),
-    "backdoor_clients": DataOption(
-        0,
-        "on the first so many clients a white patch says backdoor_target; test backdoor: its success",
-        low=0,
-    ),
-    "backdoor_target": DataOption(0, "the class, by position, that the patch says", low=0),
-    "backdoor_size": DataOption(4, "side of that patch in pixels", low=1),
-    "boxes": DataOption("", "JSON or CSV file with the object boxes of the training images", path=absolute),
-    "detector": DataOption(
-        "", "folder or name of a Grounding DINO that finds the objects of the training images", path=absolute_folder
-    ),
-    "box_threshold": DataOption(0.35, "smallest score of a detected box", low=0, high=1),
-    "text_threshold": DataOption(0.25, "smallest score of the class name in a detected box", low=0, high=1),
-    "detector_cache": DataOption(
-        "", "folder for detected boxes (default: fedkern/detections in the user's cache)", path=absolute
-    ),
-}
-
-DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
-"""The common options that only locate the objects in the training images."""
 
 
 def _embedded(root: Root) -> Source:
@@ -411,3 +328,66 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
             )
     values = {key: known[key].read(name, key, options.get(key, known[key].default)) for key in known}
     return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}
+
+
+TASKS = ("classification", "multilabel", "segmentation", "retrieval")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def register_data(
+    name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification"
+) -> Callable[[F], F]:
+    """Decorates a function that makes a data set, so that ``--data NAME`` knows it.
+
+    The function returns one of two things:
+
+    - :class:`fedkern.data.Source`: fixed pools, which the partition shares out;
+    - :class:`fedkern.data.FederatedData`: samples that the clients have already.
+
+    It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
+    ``seed`` that its signature has.  Every other parameter is an option of the data set, given as ``--data-option
+    key=value``; its default is a text, a number or a :class:`fedkern.data.DataOption`, and decides the option's type.
+
+    Args:
+        name: the data set's name; the docstring's first line is what ``list`` says of it.
+        clients: default number of clients.
+        partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
+        task: ``"classification"``, ``"multilabel"`` (labels uint8 ``[n, L]``, 1 where an image has the label),
+            ``"segmentation"`` or ``"retrieval"``.
+
+    Raises:
+        ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
+        TypeError: there is no docstring, or a parameter cannot be an option.
+    """
+    shares = partition or ("iid" if task == "multilabel" else "dirichlet:0.5")
+    parse_partition(shares)
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
+    if clients < 1:
+        raise ValueError(f"clients: expected at least 1, given {clients}")
+
+    def add(function: F) -> F:
+        if name in DATASETS and not _again(DATASETS[name], function):
+            raise ValueError(f'data set "{name}" is already registered')
+        lines = docstring(function).splitlines()
+        if not lines:
+            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
+        made = DataFunction(name, function, task, clients, shares)
+        DATASETS[name] = DatasetInfo(
+            description=lines[0].strip(),
+            open=None,
+            clients=clients,
+            partition=shares,
+            options=made.options,
+            task=task,
+            function=made,
+        )
+        return function
+
+    return add
+
+
+def _again(info: DatasetInfo, function: Callable[..., Any]) -> bool:
+    """Whether a notebook's cell is run again."""
+    return info.function is not None and info.function.function.__qualname__ == function.__qualname__

@@ -17,9 +17,10 @@ from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Splits, check_folders, check_images, find_sites, listed, trees
+from fedkern.data.split import IGNORE
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import in_tiles
-from fedkern.data.types import IGNORE, Source
+from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.files import expand
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.data.image_rows import ImageRows
-from fedkern.data.types import IGNORE, Split
+from fedkern.data.split import IGNORE, Split
 from fedkern.errors import UserError, nearest
 from fedkern.transfer import send
 

@@ -9,148 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.data.arrays import parts_of_arrays
 from fedkern.data.full_masks import FullMasks
-from fedkern.data.image_rows import in_parts
+from fedkern.data.split import Split, joined
 from fedkern.data.statistics import SKEW, PartitionStatistics
 from fedkern.html_table import html_table
 
-IGNORE = -100
-"""Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
 LISTED = 12
 """Most clients that a notebook's table of the data lists."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with their labels and, where known, object masks.
-
-    Attributes:
-        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.data.image_rows.ImageRows`.
-        labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
-            (`IGNORE` where it is unknown), a `fedkern.data.image_rows.PixelClasses` where masks are in a file; for
-            several labels an image uint8 ``[n, L]``, 1 where it has the label.
-        masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
-            was detected in that image; the image stays out of the background bank.
-        ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), as a boxes file uses it.
-        sizes: int64 ``[n, 2]``, width and height of every image before loading resized it, turned as its EXIF
-            orientation says.
-        texts: the caption or report of every image; an image with several texts has a row for each, under one name in
-            ``ids``.
-        cases: int64 ``[n]``, the case of every image, where several images form one case, such as the slices of a
-            volume or the tiles of a picture.  Metrics are means over cases.
-        full: the class of every pixel in the size in which the masks are given, where they were resized (segmentation).
-        patients: int64 ``[n]``, the patient of every image, where the data name patients; an image without a named
-            patient counts as a patient of its own.  A held-out set has all images of a patient or none.
-        homes: int64 ``[n]``, of images that no client trains on the client whose site or look they show, -1 where they
-            show none's; None where nothing is known.  With ``--held-out-client`` they leave with their client.
-    """
-
-    images: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-    ids: tuple[str, ...] | None = None
-    sizes: Tensor | None = None
-    texts: tuple[str, ...] | None = None
-    cases: Tensor | None = None
-    patients: Tensor | None = None
-    homes: Tensor | None = None
-    full: FullMasks | None = None
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise ValueError(f"images: expected uint8 [n, C, H, W], got {_describe(self.images)}")
-        n, _, height, width = self.images.shape
-        several = self.labels.dtype == torch.uint8 and self.labels.dim() == 2 and len(self.labels) == n
-        single = self.labels.dtype == torch.int64 and tuple(self.labels.shape) in ((n,), (n, height, width))
-        if not several and not single:
-            raise ValueError(
-                f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, or uint8 [{n}, L] for "
-                f"several labels, got {_describe(self.labels)}"
-            )
-        if self.labels.dim() == 1 and n and int(self.labels.min()) < 0:
-            raise ValueError(
-                f"labels: expected the class of every image, a number from 0, got {int(self.labels.min())}; leave out "
-                f"images without a class ({IGNORE} is for pixels)"
-            )
-        if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
-            raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
-        if self.ids is not None and len(self.ids) != n:
-            raise ValueError(f"ids: expected {n} names, got {len(self.ids)}")
-        if self.texts is not None and len(self.texts) != n:
-            raise ValueError(f"texts: expected {n}, one for every image, got {len(self.texts)}")
-        if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
-            raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
-        for name, numbers in (("cases", self.cases), ("patients", self.patients), ("homes", self.homes)):
-            if numbers is not None and tuple(numbers.shape) != (n,):
-                raise ValueError(f"{name}: expected [{n}], got {_describe(numbers)}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def image_labels(self) -> Tensor:
-        """int64 ``[n]``: the class of every image; for segmentation the object class with most pixels, else 0.
-
-        Where an image may have several labels, the labels themselves, uint8 ``[n, L]``.
-        """
-        if self.labels.dim() == 2:
-            return self.labels
-        if self.labels.dim() == 1 or len(self) == 0:
-            return self.labels.reshape(len(self))
-        return torch.cat([_largest_classes(part) for part in in_parts(self.labels)])
-
-    def subset(self, indices: Tensor) -> Split:
-        """A new split with copies of the rows ``indices``, int64 ``[m]``."""
-        return Split(
-            self.images[indices],
-            self.labels[indices],
-            None if self.masks is None else self.masks[indices],
-            None if self.ids is None else tuple(self.ids[i] for i in indices.tolist()),
-            None if self.sizes is None else self.sizes[indices],
-            None if self.texts is None else tuple(self.texts[i] for i in indices.tolist()),
-            None if self.cases is None else self.cases[indices],
-            None if self.patients is None else self.patients[indices],
-            None if self.homes is None else self.homes[indices],
-            None if self.full is None else self.full.subset(indices),
-        )
-
-
-def _largest_classes(labels: Tensor) -> Tensor:
-    """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
-    top = int(labels.max())
-    counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
-    return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
-
-
-def joined(splits: Sequence[Split]) -> Split:
-    """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
-
-    def together(parts: list[Tensor | None]) -> Tensor | None:
-        known = [part for part in parts if part is not None]
-        return torch.cat(known) if len(known) == len(parts) else None
-
-    ids = [name for split in splits for name in split.ids or ()]
-    texts = [text for split in splits for text in split.texts or ()]
-    return Split(
-        torch.cat([split.images for split in splits]),
-        torch.cat([split.labels for split in splits]),
-        together([split.masks for split in splits]),
-        tuple(ids) if all(split.ids is not None for split in splits) else None,
-        together([split.sizes for split in splits]),
-        tuple(texts) if all(split.texts is not None for split in splits) else None,
-        together([split.cases for split in splits]),
-        together([split.patients for split in splits]),
-        together([split.homes for split in splits]),
-        _full_of([split.full for split in splits]),
-    )
-
-
-def _full_of(parts: Sequence[FullMasks | None]) -> FullMasks | None:
-    """The concatenation of masks of one store; None for others."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({id(part.store) for part in known}) != 1:
-        return None
-    return FullMasks(known[0].store, torch.cat([part.rows for part in known]))
 
 
 @dataclass(frozen=True)
@@ -379,9 +245,7 @@ class FederatedData:
         Warns:
             UserWarning: floats are no multiples of 1/255, and are rounded to these.
         """
-        from fedkern.data.arrays import from_arrays
-
-        return from_arrays(clients, test, validation, classes, mean, std, augment)
+        return cls(**parts_of_arrays(clients, test, validation, classes, mean, std, augment))
 
     def pooled(self) -> FederatedData:
         """The data with one client that holds all training samples; statistics and names remain the partition's."""
@@ -393,7 +257,3 @@ def fixed_rows(order: Sequence[int], *counts: int) -> list[Tensor]:
     rows = torch.as_tensor(order, dtype=torch.int64)
     pieces = torch.split(rows, [*counts, len(rows) - sum(counts)])
     return [torch.sort(piece).values for piece in pieces]
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

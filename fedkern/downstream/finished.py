@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import Split, load, normalise
+from fedkern.data.split import joined
 from fedkern.data.transforms import central
-from fedkern.data.types import joined
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.config import RunConfig
 from fedkern.engine.run import finished_data

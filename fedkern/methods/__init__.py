@@ -2,7 +2,6 @@
 
 from fedkern.methods.aggregators import AGGREGATORS, register_aggregator
 from fedkern.methods.base import (
-    METHODS,
     Backgrounds,
     Batch,
     Client,
@@ -20,10 +19,8 @@ from fedkern.methods.base import (
     Step,
     Upload,
     Values,
-    get,
     like,
     option,
-    register,
 )
 from fedkern.methods.baselines.afl import AFL
 from fedkern.methods.baselines.alone import Local
@@ -47,6 +44,7 @@ from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
 from fedkern.methods.fedlpfm import FedLPFM
 from fedkern.methods.fusefl import FuseFL
+from fedkern.methods.registry import METHODS, get, register
 from fedkern.methods.terms import GradientSum, Terms
 
 __all__ = [

@@ -33,7 +33,6 @@ from fedkern.methods.protocol import (
     Step,
     Upload,
 )
-from fedkern.methods.registry import METHODS, get, register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration, Maybe, Number, Values, like
 from fedkern.privacy import Guarantee
@@ -48,7 +47,6 @@ def vectors_of(message: Mapping[str, Any]) -> Message:
 
 
 __all__ = [
-    "METHODS",
     "OUTSIDE",
     "VECTORS",
     "Backgrounds",
@@ -71,10 +69,8 @@ __all__ = [
     "Step",
     "Upload",
     "Values",
-    "get",
     "like",
     "option",
-    "register",
     "vectors_of",
 ]  # fmt: skip
 

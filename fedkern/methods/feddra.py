@@ -49,11 +49,11 @@ from fedkern.methods.base import (
     Step,
     Upload,
     option,
-    register,
 )
 from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
 from fedkern.methods.common.frozen import remembered
 from fedkern.methods.common.supervised import TEMPERATURE
+from fedkern.methods.registry import register
 from fedkern.methods.uploads import once
 from fedkern.models.towers import PARTS
 

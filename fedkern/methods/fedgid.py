@@ -43,9 +43,9 @@ from fedkern.methods.base import (
     Upload,
     Values,
     option,
-    register,
 )
 from fedkern.methods.common.frozen import remembered
+from fedkern.methods.registry import register
 from fedkern.models import resolve_stage
 from fedkern.transfer import send
 

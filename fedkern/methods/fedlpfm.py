@@ -43,9 +43,9 @@ from fedkern.methods.base import (
     Step,
     Upload,
     option,
-    register,
 )
 from fedkern.methods.protocol import BEFORE
+from fedkern.methods.registry import register
 from fedkern.models import prompts as templates
 from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops

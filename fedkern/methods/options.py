@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
-from fedkern.data.registry import MOST
+from fedkern.data.data_option import MOST
 from fedkern.errors import UserError, nearest
 
 Value = bool | int | float | str

@@ -11,7 +11,7 @@ from fedkern.data.canvas import CELL, INK, SIDE, Ground, Placed, draw
 from fedkern.data.captions import CLASSES, WORDS, make_captions
 from fedkern.data.digits import read_digits
 from fedkern.data.partition import parse_partition
-from fedkern.data.types import joined
+from fedkern.data.split import joined
 from fedkern.errors import UserError
 
 SMALL = {"test_samples": 20, "validation_samples": 10}

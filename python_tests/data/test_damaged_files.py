@@ -19,7 +19,7 @@ from scipy.io import savemat
 from fedkern.data import load
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.detections import Detections
-from fedkern.data.types import Split
+from fedkern.data.split import Split
 from fedkern.engine.config import RunConfig
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints

@@ -12,8 +12,8 @@ import torch
 from fedkern.data import Split, normalise
 from fedkern.data import image_rows as module
 from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, loaded
+from fedkern.data.split import joined
 from fedkern.data.transforms import central
-from fedkern.data.types import joined
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
 

@@ -10,7 +10,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
-from fedkern.data.types import joined
+from fedkern.data.split import joined
 from fedkern.engine import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client

@@ -491,7 +491,7 @@ import torch
 
 from fedkern.engine import RunConfig, run
 from fedkern.methods import FedAvg
-from fedkern.methods.base import register
+from fedkern.methods.registry import register
 
 @register("mine")
 class Mine(FedAvg):

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fedkern.methods.base import Batch, Federation, Received, Round, register
+from fedkern.methods.base import Batch, Federation, Received, Round
 from fedkern.methods.common.dro import LOSSES, Robust
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.registry import register
 
 
 @register("afl")

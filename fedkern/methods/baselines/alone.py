@@ -23,10 +23,10 @@ from fedkern.methods.base import (
     Step,
     Upload,
     like,
-    register,
 )
 from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.methods.common.supervised import pair_figures, supervised_loss
+from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
 from fedkern.methods.uploads import once
 from fedkern.models import Ensemble

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedkern.methods.base import option, register
+from fedkern.methods.base import option
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+from fedkern.methods.registry import register
 
 
 @register("ccvr")

@@ -20,9 +20,9 @@ from fedkern.methods.base import (
     Server,
     Step,
     Upload,
-    register,
 )
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
 
 

@@ -16,21 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.methods.base import (
-    Client,
-    ClientId,
-    Declaration,
-    Message,
-    Server,
-    Step,
-    Upload,
-    option,
-    register,
-    vectors_of,
-)
+from fedkern.methods.base import Client, ClientId, Declaration, Message, Server, Step, Upload, option, vectors_of
 from fedkern.methods.common.figures import classification
 from fedkern.methods.common.oneshot import OneShot, exhaust
 from fedkern.methods.common.oneshot_members import Members, OwnNetworks, member_vectors, train_member
+from fedkern.methods.registry import register
 from fedkern.models.cost import memory_ratio
 
 

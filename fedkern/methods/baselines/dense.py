@@ -18,9 +18,10 @@ from itertools import islice
 import torch
 from torch import nn
 
-from fedkern.methods.base import Server, Step, option, register
+from fedkern.methods.base import Server, Step, option
 from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
+from fedkern.methods.registry import register
 from fedkern.models.ensemble import Ensemble
 
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedkern.methods.base import Client, ClientId, Message, Received, Server, Step, Upload, option, register, vectors_of
+from fedkern.methods.base import Client, ClientId, Message, Received, Server, Step, Upload, option, vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.registry import register
 from fedkern.methods.terms import Terms
 
 

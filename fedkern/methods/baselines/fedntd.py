@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkern import ops
-from fedkern.methods.base import Batch, LocalTraining, Received, option, register
+from fedkern.methods.base import Batch, LocalTraining, Received, option
 from fedkern.methods.common.frozen import remembered
+from fedkern.methods.registry import register
 
 
 @register("fedntd")

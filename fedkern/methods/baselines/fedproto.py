@@ -50,8 +50,8 @@ from fedkern.methods.base import (
     Values,
     like,
     option,
-    register,
 )
+from fedkern.methods.registry import register
 from fedkern.methods.uploads import once
 
 

@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Server, Step, option, register
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Server, Step, option
+from fedkern.methods.registry import register
 
 
 class Pair(nn.Module):

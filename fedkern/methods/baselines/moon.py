@@ -20,8 +20,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Step, option, register
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Step, option
 from fedkern.methods.common.frozen import frozen_copy, remembered
+from fedkern.methods.registry import register
 
 
 @register("moon")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedkern.methods.base import register
 from fedkern.methods.common.oneshot import OneShot
+from fedkern.methods.registry import register
 
 
 @register("oneshot-fedavg")

@@ -27,21 +27,10 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.data.image_rows import in_parts
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    VECTORS,
-    Client,
-    ClientId,
-    Declaration,
-    Message,
-    Received,
-    Server,
-    Step,
-    Upload,
-    option,
-    register,
-)
+from fedkern.methods.base import VECTORS, Client, ClientId, Declaration, Message, Received, Server, Step, Upload, option
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.registry import register
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.models.norms import fix_statistics
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from fedkern import ops
-from fedkern.data.types import IGNORE
+from fedkern.data.split import IGNORE
 from fedkern.methods.common.retrieval import Gallery, recalls
 
 TEMPERATURE = 0.07

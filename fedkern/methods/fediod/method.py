@@ -47,7 +47,6 @@ from fedkern.methods.base import (
     Step,
     Upload,
     Values,
-    register,
 )
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
@@ -62,6 +61,7 @@ from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
 from fedkern.methods.protocol import BEFORE
+from fedkern.methods.registry import register
 from fedkern.models.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
 

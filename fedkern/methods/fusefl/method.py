@@ -39,10 +39,10 @@ from fedkern.methods.base import (
     Step,
     Upload,
     option,
-    register,
 )
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
 from fedkern.methods.fusefl.levels import BothHeads, LocalPart, linear_of, plain_head, scaled_width, tensors_of
+from fedkern.methods.registry import register
 from fedkern.methods.uploads import once
 from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
