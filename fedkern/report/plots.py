@@ -133,6 +133,7 @@ def legend_below(figure: Figure, narrow: float = NARROW, low: float = LOW) -> No
     room = narrow * figure.get_figwidth() // (max(width(text, 10) for text in handles) + 0.65)
     columns = int(min(max(room, 1), len(handles), 4))
     rows = -(-len(handles) // columns)
+    columns = -(-len(handles) // rows)  # rows of nearly equal length
     figure.set_figheight(figure.get_figheight() + 0.21 * rows / low)
     figure.legend(
         [*handles.values()], [*handles], fontsize=10, frameon=False, ncols=columns, loc="outside lower center"

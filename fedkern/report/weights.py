@@ -75,12 +75,15 @@ def weights_picture(
             text = label(names[client]) if named else None
             width, alpha = (2.0, 1.0) if named else (0.7, 0.4)
             axes.plot(
-                *panel[client], color=colour, lw=width, alpha=alpha, label=text, marker="o" if named else "", ms=4
-            )
+                *panel[client], color=colour, lw=width, alpha=alpha, label=text, marker="o" if named else "", ms=4,
+                zorder=2.5 if named else 2,
+            )  # fmt: skip
             if name == "weight" and by_samples and named:
-                axes.axhline(centres[client], color=colour, lw=1, ls=":", label="share of samples")
+                axes.axhline(centres[client], color=colour, lw=1, ls=":")
         if name == "weight" and not by_samples:
             axes.axhline(1 / len(clients), color=GREY, lw=1.5, ls=":", label="equal weights")
+        elif name == "weight":
+            axes.plot([], [], color=GREY, lw=1, ls=":", label="share of the samples")
         axes.set_ylabel(PANELS[name], fontsize=12)
         from_zero(axes, name == "weight")
         frame(axes)

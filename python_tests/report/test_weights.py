@@ -62,6 +62,17 @@ def test_the_lines_of_weights_by_samples(settings, tmp_path, monkeypatch):
     assert len(set(weights)) == 3
 
 
+@pytest.mark.parametrize(("by_samples", "called"), [(False, "equal weights"), (True, "share of the samples")])
+def test_the_legend_names_the_dotted_lines_last(by_samples, called):
+    found = list(records(3))
+    for record in found:
+        for info in record["clients"].values():
+            info["samples"] = 5
+    (legend,) = weights_picture(found, title="t", by_samples=by_samples).legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["client 0", "client 1", "client 2", called]
+
+
 def test_weights_begin_at_zero_and_losses_where_they_are():
     found = list(records(3))
     for record in found:
