@@ -177,6 +177,7 @@ def accuracy_curves(
     title: str = "",
     tests: Collection[str] = (),
     chance: Mapping[str, float] | None = None,
+    stacked: bool = False,
 ) -> Figure | None:
     """Draws the accuracy (or Dice, or recall at 1) on every test set over the communication rounds.
 
@@ -187,6 +188,7 @@ def accuracy_curves(
         title: title of the picture.
         tests: names of the run's test sets.
         chance: see :func:`fedkern.report.chance.constants`.
+        stacked: put axes of other numbers of candidates below each other, for a narrow page, rather than side by side.
 
     Returns:
         None if there was nothing to draw.
@@ -209,11 +211,12 @@ def accuracy_curves(
     panels: dict[float, list[str]] = {}  # test sets by number of candidates
     for name in sorted(curves, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
         panels.setdefault(galleries.get(name, 0.0), []).append(name)
-    figure = new_figure(7.2 if len(panels) == 1 else 5.4 * len(panels), 4.2)
+    down, across = (len(panels), 1) if stacked else (1, len(panels))
+    figure = new_figure(7.2 if across == 1 else 5.4 * across, 4.2 * down)
     spans = [rounds for rounds, _ in curves.values()]
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
     top = 1.02 * highest(value for _, values in curves.values() for value in values)
-    for axes, (gallery, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (gallery, names) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items(), strict=True):
         _curves(axes, {name: curves[name] for name in names}, top)
         chance_lines(axes, main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in names])
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""

@@ -493,7 +493,7 @@ def _curves(run: Contents) -> Section:
             called = figure_title(figure)
             title = f"{called[0].upper()}{called[1:]} on every test set"
             lines = chance.of_rounds(run.records, run.counted, run.confusion, run.classes)
-            drawn = accuracy_curves(run.records, tests=run.tests, chance=lines)
+            drawn = accuracy_curves(run.records, tests=run.tests, chance=lines, stacked=True)
             assert drawn is not None
             section.charts.insert(0, of_rounds("main", title, drawn, series, unit="%"))
     return section

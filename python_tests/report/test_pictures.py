@@ -232,6 +232,9 @@ def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
         "recall at 1, image to text\namong 40 candidates (%)": ["test", "unseen client"],
         "recall at 1, image to text\namong 400 candidates (%)": ["validation"],
     }
+    stacked = plots.accuracy_curves(records, stacked=True)
+    assert stacked.get_figwidth() < figure.get_figwidth()
+    assert [axes.get_subplotspec().rowspan.start for axes in stacked.axes] == [0, 1]
     assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
     same = [{name: 40.0 if "gallery" in name else value for name, value in record.items()} for record in records]
     assert [len(axes.get_lines()) for axes in plots.accuracy_curves(same, title="t").axes] == [3]

@@ -62,6 +62,7 @@ def reports(tmp_path_factory) -> dict[str, Path]:
         assert main(words) == 0
     begun = shutil.copytree(folder / "run", folder / "begun")
     (begun / "summary.json").unlink()
+    shutil.rmtree(begun / "checkpoints")  # which say that the run is finished
     assert main(["report", str(begun)]) == 0
     return {name: folder / name / "report.html" for name in ("run", "comparison", "pairs", "begun")}
 
