@@ -473,6 +473,8 @@ class Run:
                 self._check_network(network)
                 self._evaluate(network, last=self.done == self._rounds)
                 record.update(self.latest)
+                if self.own_figures:
+                    record["client_metrics"] = {str(k): figures for k, figures in self.own_figures.items()}
                 for name, value in self.latest.items():
                     if is_main(name):
                         self.best[name] = max(value, self.best.get(name, 0.0))

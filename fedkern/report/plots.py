@@ -245,14 +245,24 @@ def client_points(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, 
 
 
 def clients_picture(records: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure | None:
-    """Draws :func:`client_points`; None if there are none."""
+    """Draws :func:`client_points` over thin curves of at most `DRAWN` single clients; None if there are none."""
     figure_name, curves = client_points(records)
     if not curves:
         return None
     figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     rounds = [at for points, _ in curves.values() for at in points]
-    _curves(axes, curves, 1.02 * highest(value for _, values in curves.values() for value in values))
+    each: dict[str, tuple[list[int], list[float]]] = {}
+    for record in records:
+        for k, figures in record.get("client_metrics", {}).items():
+            if figure_name in figures:
+                points, values = each.setdefault(k, ([], []))
+                points.append(int(record["round"]))
+                values.append(100 * float(figures[figure_name]))
+    for number, (points, values) in enumerate(list(each.values())[:: -(-len(each) // DRAWN) or 1]):
+        axes.plot(points, values, color=GREY, lw=0.8, alpha=0.6, label="" if number else "single clients")
+    top = highest(value for _, values in (*curves.values(), *each.values()) for value in values)
+    _curves(axes, curves, 1.02 * top)
     axes.set_ylabel(f"{short_title(figure_name)}\non the clients' own test sets (%)", fontsize=12)
     axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
     entitle(figure, title)

@@ -567,7 +567,7 @@ def clients(run: Contents) -> Section:
         )
     if (curve := clients_picture(run.records)) is not None:
         name, points = client_points(run.records)
-        title = f"{figure_title(name)}: mean and worst client on their own test sets"
+        title = f"{figure_title(name)}: every client, their mean and the worst on their own test sets"
         series = [Series(which, *each) for which, each in points.items()]
         section.charts.append(of_rounds("client-rounds", f"{title[:1].upper()}{title[1:]}", curve, series, unit="%"))
     for key, title, axis in (

@@ -77,6 +77,7 @@ def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
     values = [float(row["value"]) for row in tests[1:]]
     assert summary["metrics"]["mean_client_accuracy"] == pytest.approx(sum(values) / 3)
     assert [summary["client_metrics"][str(k)]["accuracy"] for k in range(3)] == values
+    assert [record["client_metrics"][str(k)]["accuracy"] for k in range(3)] == values
     worst = summary["worst_client"]
     assert (worst["metric"], worst["value"]) == ("accuracy", min(values))
     assert values[SITES.index(worst["name"])] == min(values)  # the loss decides between equals
@@ -240,7 +241,7 @@ def test_private_records_withhold_the_figures_of_clients(listed, result, tmp_pat
     told, shown = result(*words)
     assert {row["client"] for row in evaluation(out)} == {""}
     summary = json.loads((out / "summary.json").read_text())
-    assert not {"client_metrics", "worst_client"} & set(summary)
+    assert not {"client_metrics", "worst_client"} & {*summary, *records(out)[0]}
     assert "worst client" not in told
     assert "own test" not in shown
     assert not any(site in (out / "metrics.jsonl").read_text() for site in SITES)

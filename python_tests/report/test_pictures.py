@@ -219,6 +219,20 @@ def test_the_mean_and_the_worst_client_have_a_curve_each():
     assert plots.clients_picture([{"round": 1, "accuracy": 0.5, "worst_client_loss": 1.0}]) is None
 
 
+def test_every_client_has_a_thin_curve_and_of_very_many_some():
+    def records(clients):
+        means = {"mean_client_accuracy": 0.2, "worst_client_accuracy": 0.1}
+        own = {str(k): {"accuracy": k / clients, "loss": 1.0} for k in range(clients)}
+        return [{"round": i, **means, "client_metrics": own} for i in (1, 2)]
+
+    lines = plots.clients_picture(records(4)).axes[0].get_lines()
+    assert [list(line.get_ydata()) for line in lines[:4]] == [[0, 0], [25, 25], [50, 50], [75, 75]]
+    assert [line.get_label() for line in lines if line.get_label()[0] != "_"] == [
+        "single clients", "mean client", "worst client",
+    ]  # fmt: skip
+    assert len(plots.clients_picture(records(450)).axes[0].get_lines()) == 150 + 2
+
+
 def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
     """Recall at 1 among 40 texts and among 400 are different questions."""
     sizes = {"": 40.0, "unseen_": 40.0, "validation_": 400.0}
