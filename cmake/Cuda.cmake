@@ -62,6 +62,26 @@ function(fedkern_try_nvcc nvcc problem)
   endif()
 endfunction()
 
+# Sets `result` to the kinds of this machine's GPUs that the kernels and `nvcc` know, or to the oldest where it has none. All of
+# them also as PTX, which newer GPUs translate; the core tells fedkern.ops._core.devices what it was built for.
+function(fedkern_architectures nvcc result)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE gpus ERROR_QUIET RESULT_VARIABLE absent)
+  execute_process(COMMAND ${nvcc} --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" gpus "${gpus}")
+  set(found "")
+  foreach(gpu IN LISTS gpus)
+    string(REPLACE "." "" gpu ${gpu})
+    if(gpu GREATER_EQUAL 80 AND known MATCHES "sm_${gpu}\n")
+      list(APPEND found ${gpu})
+    endif()
+  endforeach()
+  if(NOT found)
+    set(found 80)
+  endif()
+  list(REMOVE_DUPLICATES found)
+  set(${result} ${found} PARENT_SCOPE)
+endfunction()
+
 if(NOT FEDKERN_CUDA STREQUAL "0")
   fedkern_find_nvcc()
   if(FEDKERN_NVCC)
@@ -83,22 +103,12 @@ endif()
 
 if(FEDKERN_CUDA_ENABLED)
   set(CMAKE_CUDA_COMPILER ${FEDKERN_NVCC})
-  # CMake's own variable of the environment, with which pip can ask for one architecture.
+  # CMake's own variable of the environment, with which pip can ask for others.
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND "$ENV{CUDAARCHS}" STREQUAL "")
-    # Replaced below, once the compiler's version is known; CMake insists on a value before it looks.
-    set(CMAKE_CUDA_ARCHITECTURES 80)
-    set(FEDKERN_DEFAULT_ARCHITECTURES ON)
+    fedkern_architectures(${FEDKERN_NVCC} CMAKE_CUDA_ARCHITECTURES)
   endif()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
-  if(FEDKERN_DEFAULT_ARCHITECTURES)
-    # The last one also as PTX, which newer GPUs translate; the core tells fedkern.ops._core.devices what it was built for.
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
-    else()
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
-    endif()
-  endif()
   message(STATUS "fedkern: building the CUDA core with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 endif()
 

@@ -72,12 +72,11 @@ def resources() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
-def test_kernels_are_compiled_for_every_gpu() -> None:
+def test_every_gpu_that_the_core_was_built_for_has_all_kernels() -> None:
     elf = set(re.findall(r"\.(sm_\d+)\.cubin", dump("--list-elf")))
     ptx = set(re.findall(r"\.(sm_\d+)\.ptx", dump("--list-ptx")))
     newest = max(elf, key=lambda name: int(name.removeprefix("sm_")))
-    assert {"sm_80", "sm_90"} <= elf
-    assert ptx == {newest}, "PTX of the newest architecture lets later GPUs translate it"
+    assert newest in ptx, "PTX of the newest architecture lets later GPUs translate it"
     core = loading.load_core("_cuda")
     assert {f"sm_{number}" for number in core.architectures()} == elf
     assert core.versions()[0] >= 12000

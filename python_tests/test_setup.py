@@ -233,6 +233,27 @@ def test_an_nvcc_that_was_insisted_on_is_an_error(tmp_path: Path) -> None:
     assert f"FEDKERN_CUDA=1, but {tmp_path / 'bin' / 'nvcc'} cannot build the CUDA core: it does not run" in told.stderr
 
 
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [("9.0\n8.6\n9.0\n", "90;86"), ("7.5\n12.0\n", "120"), ("7.5\n99.9\n", "80"), ("No devices were found\n", "80")],
+)
+def test_the_cuda_core_is_built_for_this_machines_gpus(tmp_path: Path, gpus: str, expected: str) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    for name, said in (("nvidia-smi", gpus), ("nvcc", "sm_75\nsm_80\nsm_86\nsm_90\nsm_120\n")):
+        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ask.cmake").write_text(
+        f'include("{ROOT}/cmake/Cuda.cmake")\nfedkern_architectures(nvcc found)\nmessage("${{found}}")\n'
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    command = ["cmake", "-DFEDKERN_CUDA=0", "-P", tmp_path / "ask.cmake"]
+    told = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert told.stderr == f"{expected}\n"
+
+
 @pytest.mark.parametrize("version", ["65.5.0", "76.1", "9"])
 def test_an_old_setuptools_is_one_sentence(version, monkeypatch):
     monkeypatch.setattr("setuptools.__version__", version)
