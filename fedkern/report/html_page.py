@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from fedkern.engine.store import atomic
 from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError
@@ -143,6 +141,8 @@ def data_uri(content: bytes) -> str:
 
 def render(page: Page) -> str:
     """The HTML text of a page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # charts without a page need none
+
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
