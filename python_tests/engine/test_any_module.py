@@ -100,7 +100,7 @@ def test_a_plan_of_levels_is_recorded_level_by_level(stack, data, make_config, t
 
     class Names(Listener):
         def on_start(self, run):
-            names.append(run.rounds)
+            names.append(tuple(entry.name for entry in run.rounds))
 
         def on_round_start(self, round, name, participants):
             names.append(name)

@@ -282,7 +282,7 @@ def test_nobody_waits_for_an_answer(ends):
 
 
 def test_no_resident_of_somebody_else(message, tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "_user", lambda link: os.geteuid() + 1)
+    monkeypatch.setattr(resident, "user_of", lambda link: os.geteuid() + 1)
     assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
 
 

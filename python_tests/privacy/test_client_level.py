@@ -88,8 +88,8 @@ def test_what_the_guarantee_says():
     part = said.with_records()
     assert part.to_dict()["leaves_uncovered"] == ["records"]
     assert covering(part.to_dict()) == (
-        "NO epsilon of the whole release: epsilon_covered 3 at delta 1e-05 after 20 rounds covers networks alone, not "
-        "records"
+        "NO epsilon of the whole release: a partial epsilon 3 at delta 1e-05 after 20 rounds covers networks alone, "
+        "not records"
     )
     assert str(said.unit.change) == "the whole data set of one is replaced"
 

@@ -42,7 +42,7 @@ def test_the_headline_never_shows_a_part_as_the_whole(known):
     assert covering({**whole, **at}) == f"epsilon{value} covers everything that clients release: a, b"
     at = {"delta": 1e-5, "epsilon_covered": 8.0} if known else {}
     assert covering({**part, **at}) == (
-        f"NO epsilon of the whole release: epsilon_covered{value} covers a alone, not b, c"
+        f"NO epsilon of the whole release: a partial epsilon{value} covers a alone, not b, c"
     )
     for nothing in (None, math.inf):
         assert covering({**whole, "delta": 1e-5, "epsilon": nothing}) == "no finite epsilon: a release had no noise"

@@ -92,8 +92,10 @@ def test_a_lock_file_that_nobody_changes_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config, tmp_path):
+def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config, tmp_path, monkeypatch):
     from fedkern.engine import Listener
+
+    monkeypatch.setattr(folder_lock, "BEAT", 60)  # a beat that has just looked would write over the other's name
 
     class TakenOver(Listener):
         def on_round(self, record):
