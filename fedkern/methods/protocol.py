@@ -31,7 +31,7 @@ class Round:
             (for rounds of many exchanges).
         cohort: whether all clients are computed together in the server's process (:meth:`Method.cohort_update`).
         trains: what the round trains or sets up, in words for displays: ``"generator"``.  Rounds that train the same
-            take about the same time, from which displays estimate the time left.
+            take about the same time, from which displays estimate the time left.  Rounds are equal whatever it says.
     """
 
     name: str = "train"
@@ -41,7 +41,7 @@ class Round:
     booked: bool = True
     states: Literal["exchange", "round"] = "exchange"
     cohort: bool = False
-    trains: str = ""
+    trains: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
