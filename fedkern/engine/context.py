@@ -107,6 +107,10 @@ class RunContext:
         unit = self.config.unit
         return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
 
+    def named(self, client: int) -> dict[str, str]:
+        """A training client's name as an entry of a record; empty where clients have none."""
+        return {"name": self.data.client_names[client]} if self.data.client_label(client) != str(client) else {}
+
     def pool(self) -> None:
         """Puts the data of all clients together, for a method that is not federated."""
         self.uploaded = [

@@ -6,7 +6,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from itertools import islice
@@ -16,9 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedkern.engine import device_use, diagnostics
-from fedkern.engine.absences import absent_clients
 from fedkern.engine.audience import Audience
-from fedkern.engine.client_privacy import RELEASED, ClientPrivacy
+from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
@@ -36,40 +35,45 @@ from fedkern.engine.evaluate import (
     worst_client,
 )
 from fedkern.engine.events import RunInfo
-from fedkern.engine.exchange import Exchange, fewest_uploads, message_for, sample_clients
+from fedkern.engine.exchange import Exchange
 from fedkern.engine.executors import team
-from fedkern.engine.executors.base import Answer, Executor
+from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes, workers_for
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.final_figures import answers, final_figures, set_name, unique_names
-from fedkern.engine.ledger import Ledger
-from fedkern.engine.local import Diverged
+from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.network import cpu_threads
+from fedkern.engine.participants import absent_clients, fewest_uploads, sample_clients
 from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy_report import guarantee, privacy_figures
+from fedkern.engine.progress import Progress
+from fedkern.engine.round_log import RoundLog
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store import confusions, predictions, records, server_secret
 from fedkern.engine.store.artifacts import Artifact, Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.evaluation_file import ONLY, OWN, rows, write_evaluation
-from fedkern.engine.store.releases import DIVERGED, Releases
+from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.resuming import changes, repairs
 from fedkern.engine.store.saved_model import about_network, lacks_statistics, results, write_model
 from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.tracing import FILE as TRACE
 from fedkern.engine.tracing import traced
-from fedkern.errors import RAISED, ClientFailed, RunFailed, UserError, named, origin
+from fedkern.engine.uploads.bytes import Ledger
+from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.private_mean import PrivateMean
+from fedkern.errors import RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
-from fedkern.methods.base import Message, Method, Round, Step, Upload
+from fedkern.methods.base import Method, Round, Step
 from fedkern.methods.common.figures import is_main
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.protocol import BEFORE
 from fedkern.methods.uploads import all_finite, infinite_as_sent
-from fedkern.privacy import LEDGER, Guarantee
+from fedkern.privacy import Guarantee
 from fedkern.privacy.guarantee import EPSILON, PART
 
 
@@ -86,27 +90,28 @@ class Run:
         resume: bool,
         profile: bool = False,
         predictions: bool = False,
-        elsewhere: Callable[[Run], Executor] | None = None,
+        elsewhere: Callable[[ServerSide], Executor] | None = None,
+        filters: Callable[[Run], Sequence[Filter]],
     ) -> None:
         self.config, self.context, self.out, self.listener, self._resume = config, context, out, listener, resume
-        self._elsewhere = elsewhere
+        self._elsewhere, self._make_filters = elsewhere, filters
+        self.progress = Progress()
         kind = registry.get(config.method)
         if kind.pooled:
             context.pool()
         self.method = kind(kind.Options.parse(config.options, method=config.method))
         self._pooling = Pooling(self.method, on=config.buffers == "pool")
+        self.method_code = MethodCode(kind, config.method, self.progress)
         self.ledger = Ledger(config.trained_clients)
         self.wire: dict[str, int] = {}  # bytes that left and reached this machine; empty where nothing travels
         self._scribe = Scribe()
         self.checkpoints = Checkpoints(out, self._scribe, config.trained_clients)
         self.releases: Releases | None = None  # None without differential privacy
-        self.private: ClientPrivacy | None = None  # of whole clients
+        self.private: PrivateMean | None = None  # of whole clients
         self.metrics = records.Metrics(out)
         self.alone: Callable[[], object] = lambda: None  # raises where another process has taken over the folder
         self.observed = diagnostics.Observations()
         self.server = Server(context)
-        self.done = 0  # communication rounds
-        self.planned = 0  # rounds of the plan, one-off ones included
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.last_clients: dict[str, Any] = {}
@@ -114,24 +119,24 @@ class Run:
         self.tracing = False
         self._until_trace = 1 if profile else None  # communication rounds to play before the traced one
         self._predictions = predictions  # whether predictions.csv is written at the end
-        self.dropped_since: list[dict[str, Any]] = []  # clients dropped since the last recorded round
+        self._dropped: list[dict[str, Any]] = []  # clients dropped before this process and since the last record
         self.sets: dict[str, TestSet] = {}
         self.client_sets: dict[int, TestSet] = {}
         # Of every client on its own test set or its part of the run's; empty in private runs.
         self.own_figures: dict[int, dict[str, float]] = {}
         self.askers: dict[str, Any] = {"method": self.method, "pooling": self._pooling}
+        self.hooks = {
+            name: Hooks(name, asked, self.server, context, self.method_code) for name, asked in self.askers.items()
+        }
         here = Serial(context, self.askers, self.checkpoints.reader, config.client_threads)
         self.executor: Executor = here
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # whether self.latest describes the present state
         self._final_warnings: list[str] = []  # names of those about the final network
-        self.last_exchange = True  # whether the present exchange is the last of its round
         self._elapsed = 0.0
         self._started = time.perf_counter()
         self._told: set[str] = set()
         self.said: Guarantee | None = None  # which of the run's releases the epsilon covers
-        self._round: dict[str, Any] = {}
-        self._from_uploads: BaseException | None = None
 
     def prepare(self, *, known: bool = True) -> None:
         """Checks everything that can fail because of the user's input, before anything is written.
@@ -152,7 +157,7 @@ class Run:
         with self.context.drawing(self.server, BEFORE), self.method_code("start"):
             self.method.start(self.server)
         if self.config.dp_clip is not None:
-            self.private = ClientPrivacy(self.config, self.method, self.server, self.context)
+            self.private = PrivateMean(self.config, self.method, self.server, self.context)
             self.said = self.private.guarantee()
         else:
             with self.method_code("guarantee"):
@@ -204,6 +209,13 @@ class Run:
         self.context.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.context), client_sets(self.context)
         self.executor = self._executor()
+        memoryless = self.private is not None and self.private.amplified
+        states = ClientStates(self.executor, self.checkpoints, self.context, self.progress, memoryless)
+        self.log = RoundLog(
+            self.context, self.progress, states, self.listener, silent=self.silent, hint=self._undeclared()
+        )
+        self.log.dropped, self.states = self._dropped, states
+        self.filters = self._make_filters(self)
         try:
             self._announce()
             self._play_all()
@@ -220,8 +232,8 @@ class Run:
             check()
             self.alone()
             play = self._trace if self._traces(entry_round) else self._play
-            play(entry_round, number)
-            self.planned = number + 1
+            play(entry_round)
+            self.progress.planned = number + 1
             if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
                 self._commit()
         self.checkpoints.write_at_once()
@@ -235,16 +247,16 @@ class Run:
         self._until_trace -= 1
         return False
 
-    def _trace(self, entry: Round, number: int) -> None:
+    def _trace(self, entry: Round) -> None:
         self.tracing, self._until_trace = True, None
         with traced(self.out / TRACE):
-            self._play(entry, number)
+            self._play(entry)
         self.tracing = False
 
     def _executor(self) -> Executor:
         """Chooses the executor; the rest of the plan says how often clients will be asked."""
         if self._elsewhere is not None:
-            return self._elsewhere(self)
+            return self._elsewhere(self._server_side())
         here, config = self.executor.here, self.config
         left = islice(self.method.rounds(self.context.federation), self.planned, None)
         asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
@@ -255,6 +267,20 @@ class Run:
             return here
         expected = asks if config.workers == "auto" else None
         return Workers(self.context, here, self.askers, self.checkpoints.reader, count, asks=expected)
+
+    def _server_side(self) -> ServerSide:
+        """What an executor of clients elsewhere works with."""
+        return ServerSide(
+            context=self.context,
+            here=self.executor.here,
+            hooks=self.hooks,
+            checkpoints=self.checkpoints,
+            progress=self.progress,
+            out=self.out,
+            data=self.fingerprint,
+            promised=self.said is not None,
+            wire=self.wire,
+        )
 
     def _on_ranks(self, ranks: team.Team, asks: int) -> Executor:
         """The executor of several ranks; this process alone, where others would have nothing to do."""
@@ -277,6 +303,16 @@ class Run:
             for k, own in enumerate(words[0]):
                 self.ledger.book(k, "up", own)
                 self.ledger.book(k, "down", words[1])
+
+    @property
+    def done(self) -> int:
+        """Communication rounds done."""
+        return self.progress.done
+
+    @property
+    def planned(self) -> int:
+        """Rounds of the plan done, one-off ones included."""
+        return self.progress.planned
 
     @property
     def _rounds(self) -> int:
@@ -319,21 +355,21 @@ class Run:
 
     # -- one round -------------------------------------------------------------------------------------------------
 
-    def _play(self, entry: Round, number: int) -> None:
+    def _play(self, entry: Round) -> None:
         start = time.perf_counter()
         device_use.begin(self.context.device)
-        index = -1 - number if entry.one_off else self.done
+        self.progress.begin(entry)
+        self.log.begin()
+        index, shown = self.progress.index, self.progress.shown
         if isinstance(entry.participants, tuple):
             participants = list(entry.participants)
         elif entry.participants == "all":
             participants = list(range(self.context.federation.clients))
         else:
             participants = self._sample(index)
-        shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
         if entry.one_off and entry.trains:
             self.listener.on_notice(f"set-up: {entry.trains}")
-        self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
         self.server.showing = self.context.disclosure.server and not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         travelled: dict[str, dict[str, int]] = {}
@@ -343,43 +379,41 @@ class Run:
         absent = {} if entry.one_off else absent_clients(self.config, index, participants)
         asked = len(participants)
         participants = [k for k in participants if k not in absent]
-        for exchange_name, asker in exchanges:
-            step = Step(index, entry.name, exchange_name)
-            self._round["exchange"] = exchange_name
-            self.last_exchange = exchange_name == exchanges[-1][0]
+        for name, asker in exchanges:
+            self.progress.exchange, self.progress.last_exchange = name, name == exchanges[-1][0]
             begun, before = time.perf_counter(), (self.ledger.total_up, self.ledger.total_down)
-            with self.context.drawing(self.server, step), self.method_code("send"):
-                outgoing = asker.send(self.server, step)
-            exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
-            exchange.lose(outgoing, absent)
+            step = Step(index, entry.name, name)
+            hooks = self.hooks["method" if asker is self.method else "pooling"]
+            outgoing = hooks.send(step)
+            sent_now = hooks.messages(outgoing, participants)
+            exchange = Exchange(
+                Asked(step, entry, self.planned, asked, tuple(participants), hooks, sent_now),
+                self.filters,
+                self._here_where_needed(entry),
+                self.log,
+                self.context.federation.samples,
+            )
+            exchange.lose(hooks.messages(outgoing, absent), absent)
             absent = {}
-            uploads: Iterator[Upload] = exchange.uploads(outgoing)
-            if self.private is not None and asker is self.method:
-                uploads = self._mean_of(self.private, uploads, outgoing, step, participants[0], asked)
-            uploads = self._passing(uploads)
-            with self.context.drawing(self.server, step), self.method_code("server_update"):
-                asker.server_update(self.server, step, uploads)
-            for _ in uploads:  # every client works, even where server_update stops reading
-                pass
+            hooks.server_update(step, exchange.uploads())
             for k, reason in self.server.refused:
-                self._leave_out(k, {"exchange": exchange_name, "reason": reason})
+                self.log.leave_out(k, {"exchange": name, "reason": reason})
             self.server.refused.clear()
             phases["train"] += exchange.seconds
             if len(exchanges) > 1:
-                phases[f"train/{exchange_name}"] = exchange.seconds
+                phases[f"train/{name}"] = exchange.seconds
                 up, down = self.ledger.total_up - before[0], self.ledger.total_down - before[1]
-                travelled[f"train/{exchange_name}"] = {"up": up, "down": down}
+                travelled[f"train/{name}"] = {"up": up, "down": down}
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
-            participants = [k for k in participants if k not in self._round["dropped"]]
+            participants = [k for k in participants if k not in self.log.left]
             if not participants:
-                self.none_left()
+                self.log.none_left()
         with self.method_code("vectors"):
             vectors = self.method.vectors(self.server)
-        self._check_finite({**self.server.state, **vectors}, when_of(entry, self.done))
-        if entry.states == "round":
-            for k in self.executor.working():
-                self._write_state(k)
-        self.executor.end_round()
+        self._check_finite({**self.server.state, **vectors}, self.progress.when())
+        self.states.end_round()
+        for report in self.log.reports:
+            self.observed.add(report)
         self.server.round_cache.clear()
         for name, (value, axes) in self.server.artifacts.items():
             self.gallery.add(Artifact(name, shown, value, axes))
@@ -387,56 +421,16 @@ class Run:
         self._evaluated = False
         if entry.one_off:
             return
-        self.done += 1
+        self.progress.done += 1
         self._record(entry, start, sent, phases, travelled, due)
 
-    @contextmanager
-    def method_code(self, part: str) -> Iterator[None]:
-        """Names method and round where a part of the method raises (see :func:`fedkern.errors.named`).
-
-        An error that comes out of the uploads is that of the engine and of clients.  A UserError of fedkern's own
-        methods before the first round is about settings, and stands alone.
-        """
-        kind = type(self.method)
-        try:
-            yield
-        except RAISED as error:
-            entry, shown = self._round.get("entry"), self._round.get("shown", 0)
-            if entry is None:
-                when = f"after round {self.done}" if self.done else "before the first round"
-            else:
-                when = when_of(entry, self.done if entry.one_off else max(shown - 1, 0))
-            settings = entry is None and isinstance(error, UserError) and not origin(error, kind)
-            if error is self._from_uploads or settings:
-                raise
-            with named(f"The method's {part} of {self.config.method} {when}", kind):
-                raise
-
-    def _passing(self, uploads: Iterator[Upload]) -> Iterator[Upload]:
-        try:
-            yield from uploads
-        except BaseException as error:
-            self._from_uploads = error
-            raise
+    def _here_where_needed(self, entry: Round) -> Executor:
+        """The executor of a round: this process's, where a cohort works together or a trace is made."""
+        together = (entry.cohort or self.tracing) and not self.executor.apart
+        return self.executor.here if together else self.executor
 
     def _sample(self, index: int) -> list[int]:
         return sample_clients(self.config, index) if self.private is None else self.private.participants(index)
-
-    def _mean_of(
-        self, private: ClientPrivacy, uploads: Iterator[Upload], outgoing: Any, step: Step, client: int, asked: int
-    ) -> Iterator[Upload]:
-        """The one upload that the server sees with client-level differential privacy."""
-        message = message_for(outgoing, client, self.method.selective) or {}
-
-        def note(k: int, figures: Mapping[str, float]) -> None:
-            self._round["clients"][str(k)].update(figures)
-
-        def book(released: Message) -> None:
-            if self.releases is not None:
-                self.releases.add(self.planned, step.exchange, RELEASED, released)
-
-        declared = self.method.expects(self.server, step, client, message)
-        return private.released(uploads, declared, step=step, number=self.planned, asked=asked, note=note, book=book)
 
     def _record(
         self,
@@ -447,7 +441,7 @@ class Run:
         travelled: dict[str, dict[str, int]],
         due: bool,
     ) -> None:
-        clients = {k: self.context.disclosure.client(info) for k, info in self._round["clients"].items()}
+        clients = {k: self.context.disclosure.client(info) for k, info in self.log.clients.items()}
         losses = [info["loss"] for info in clients.values() if "loss" in info]
         record: dict[str, Any] = {
             "round": self.done,
@@ -481,9 +475,9 @@ class Run:
             phases["evaluate"] = time.perf_counter() - begun
         self._add_report(record)
         if self.context.disclosure.clients:
-            record["clients"] = {k: {**self._named(int(k)), **info} for k, info in clients.items()}
-        if self.dropped_since:
-            record["dropped"] = self.dropped_since
+            record["clients"] = {k: {**self.context.named(int(k)), **info} for k, info in clients.items()}
+        if self.log.dropped:
+            record["dropped"] = self.log.dropped
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
         self._add_phases(phases)
         if used := device_use.figures(self.context.device):
@@ -491,8 +485,8 @@ class Run:
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
         self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
-        self.dropped_since = []
-        self.last_clients = self._round["clients"]
+        self.log.dropped = []
+        self.last_clients = self.log.clients
         self._tell_warnings()
         self.listener.on_round(record)
 
@@ -549,137 +543,16 @@ class Run:
         """The server's report; empty where ``--records private`` withholds it."""
         return dict(self.server.report) if self.context.disclosure.server else {}
 
-    def _named(self, k: int) -> dict[str, str]:
-        """A training client's name as an entry of a record; empty where clients have none."""
-        data = self.context.data
-        return {"name": data.client_names[k]} if data.client_label(k) != str(k) else {}
-
-    # -- called by the exchange ------------------------------------------------------------------------------------
-
-    def heard(self, answer: Answer) -> None:
-        """Takes in the warnings of a client's answer; called in client order."""
-        for name, text in answer.warnings.items():
-            self.context.warn(name, text)
-
-    def _write_state(self, k: int) -> None:
-        state = self.executor.changed(k)
-        if state and self.private is not None and self.private.amplified:
-            raise UserError(
-                f"Epsilon counts that the clients of a round are drawn in secret, as {self.config.method} is declared "
-                f"memoryless, but client {self.context.data.client_label(k)} keeps state: declare memoryless = False."
-            )
-        if state is not None:
-            self.checkpoints.write_client(k, self.planned + 1, state)
-
-    def client_done(self, k: int, info: dict[str, Any], seconds: float) -> None:
-        late = self._round["late"]
-        if not late:
-            self._write_state(k)
-        self.observed.add(info)
-        if self.last_exchange and not late:
-            self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
-        self._round["clients"].setdefault(str(k), {}).update(info)
-        told = self.context.disclosure.client({**info, "seconds": seconds})
-        self.listener.on_client(self._round["shown"], k, told)
-
-    def released(self, client: int, message: Any) -> None:
-        """Keeps the digest of a private run's message before the message leaves its client."""
-        if self.releases is not None and self.private is None:  # the server alone releases anything else
-            self.releases.add(self.planned, self._round["exchange"], client, message)
-
-    def dropped(self, k: int, problem: Diverged | ClientFailed) -> None:
-        """A client diverged or failed: stops the run or leaves the client out of the rest of the round."""
-        self.released(k, DIVERGED)
-        entry: Round = self._round["entry"]
-        when = when_of(entry, self.done)
-        left = "what it would have made is missing from the run" if entry.one_off else "it was left out of that round"
-        why: dict[str, Any] = {}
-        shown = self.context.data.client_label(k)
-        if isinstance(problem, ClientFailed):
-            where, name = f"Client {shown} failed {when}: {problem.what}", f"failing-client-{k}"
-            if self.config.on_error == "stop":
-                raise problem.at(when, shown) from problem.__cause__
-            if self.context.disclosure.clients:
-                why = {"reason": problem.what}
-            else:
-                where = f"Client {shown} failed {when}"
-        else:
-            where, name = f"Client {shown} diverged {when}", "diverging-client"
-            if self.context.disclosure.clients:  # that the upload is missing is visible anyway; the reason is private
-                where += f", batch {problem.batch}: {problem.what}"
-                why = {"batch": problem.batch, "reason": problem.what}
-            if self.config.on_nan == "stop":
-                raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
-        self._leave_out(k, why)
-        if not self.silent:
-            self.context.warn(name, f"{where}; {left}.")
-
-    def refused(self, client: int, exchange: str, why: str) -> None:
-        """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
-        if self.silent or not self.context.disclosure.server:
-            why = "is not as declared"
-        shown, when = self.context.data.client_label(client), when_of(self._round["entry"], self.done, exchange)
-        said = f"Client {shown}'s upload {when} {why}"
-        if self.config.on_nan == "stop":
-            raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._undeclared()}")
-        self._leave_out(client, {"exchange": exchange, "reason": why})
-        if not self.silent:
-            self.context.warn(f"refused-upload-{client}", f"{said}; it was left out.")
-
     def _undeclared(self) -> str:
         """Hint for the author of a method that does not override ``Method.expects``; else empty."""
         if type(self.method).expects is not Method.expects:
             return ""
         return f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
 
-    def missed(self, k: int, exchange: str, why: str) -> None:
-        """Leaves out a client, which works elsewhere and of whom nothing came, from the rest of the round."""
-        self._leave_out(k, {"exchange": exchange, "reason": why})
-        when = when_of(self._round["entry"], self.done, exchange)
-        shown = self.context.data.client_label(k)
-        if not self.silent:
-            self.context.warn(f"missing-client-{k}", f"Client {shown} was left out {when}, as {why}.")
-
-    def lost(self, k: int, exchange: str, why: str) -> None:
-        """Notes a client that was sent a message and never answers in this round."""
-        self._note_dropped(k, {"exchange": exchange, "reason": why})
-
     @property
     def silent(self) -> bool:
         """Whether nothing is told of a client that is left out: no noise covers that its upload was no good."""
         return self.private is not None and not self.context.disclosure.clients
-
-    def _leave_out(self, k: int, why: dict[str, Any]) -> None:
-        state = self.executor.changed(k)
-        self.executor.forget(k)
-        # The state of a client that is left out is dropped, with two exceptions: a privacy ledger, as releases count
-        # in any case, and a round whose earlier exchanges are not written yet.
-        if state is not None and (self._round["late"] or LEDGER in state):
-            self.checkpoints.write_client(k, self.planned + 1, state)
-        if self.silent:
-            self._round["dropped"].add(k)
-        else:
-            self._note_dropped(k, why)
-
-    def _note_dropped(self, k: int, why: dict[str, Any]) -> None:
-        self._round["dropped"].add(k)
-        at = 0 if self._round["entry"].one_off else self.done + 1
-        self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **self._named(k), **why}]
-
-    def none_left(self) -> None:
-        """Raises UserError where the round has no client left.
-
-        A set-up round of named clients may lose all of them: other clients remain for the run.
-        """
-        entry: Round = self._round["entry"]
-        if not (entry.one_off and isinstance(entry.participants, tuple)):
-            last: dict[str, Any] = self.dropped_since[-1] if self.dropped_since else {}
-            label = self.context.data.client_label(last["client"]) if "reason" in last else ""
-            why = f" (client {label}: {last['reason']})" if label else ""
-            raise UserError(
-                f"No client is left {when_of(entry, self.done)}, as all diverged, were refused or dropped out{why}: "
-                "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
-            )
 
     def _check_finite(self, tensors: Mapping[str, Any], when: str) -> None:
         """Raises RunFailed where the server's new model is not finite."""
@@ -725,7 +598,7 @@ class Run:
             "report": dict(self.server.report),
             "clients": self.last_clients,
             "phases": self.phases,
-            "dropped": self.dropped_since,
+            "dropped": self.log.dropped,
             "config": self.config.to_dict(),
             "data": self.fingerprint,
             "names": self._name_sums,
@@ -776,7 +649,7 @@ class Run:
                 "rounds: go on with that version, or start the run again."
             )
         self.server.state = self.checkpoints.server_state()
-        self.done, self.planned = entry["round"], entry["plan"]
+        self.progress.done, self.progress.planned = entry["round"], entry["plan"]
         self.gallery.restore(self.done, info["shown_sha256"])
         self.ledger = self._ledger(entry)
         self.wire = dict(info.get("wire", {}))
@@ -787,7 +660,7 @@ class Run:
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
         self.server.report = dict(info["report"])
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
-        self.dropped_since = info["dropped"]
+        self._dropped = info["dropped"]
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"], info["metrics_sha256"])
         self.listener.restore_all(info.get("listeners", {}))
@@ -883,8 +756,8 @@ class Run:
             "records": self.config.records,
             "versions": records.versions(),
         }
-        if self.dropped_since:  # clients dropped after the last record
-            summary["dropped"] = self.dropped_since
+        if self.log.dropped:  # clients dropped after the last record
+            summary["dropped"] = self.log.dropped
         if private:
             summary["privacy"] = private
         records.write_summary(self.out, summary)
@@ -955,19 +828,3 @@ class Run:
             if name not in self._told:
                 self._told.add(name)
                 self.listener.on_warning(name, text)
-
-
-def when_of(entry: Round, done: int, exchange: str | None = None) -> str:
-    """When something happened, as a part of a sentence.
-
-    Args:
-        entry: the round.
-        done: communication rounds before it.
-        exchange: the exchange, to be named in the text; None names only set-up rounds.  Default names (``"train"``,
-            ``"update"``) are left out: where the exchange has one, the round is named instead.
-    """
-    named = [name for name in (entry.name, exchange) if name not in ("train", "update", None)]
-    told = f' ("{named[-1]}")' if named and (entry.one_off or exchange is not None) else ""
-    if entry.one_off:
-        return (f"after round {done}" if done else "before the first round") + told
-    return f"in round {done + 1}{told}"

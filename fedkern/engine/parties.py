@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.data.cases import grouped_rows
 from fedkern.data.patients import numbered
-from fedkern.engine.absences import share_of_work
 from fedkern.engine.context import RunContext
 from fedkern.engine.local import Context, Schedule, train
 from fedkern.engine.network import Part, Trainable
+from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.samples import BackgroundBank, Samples
 from fedkern.engine.store.artifacts import prepared

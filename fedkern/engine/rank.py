@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from fedkern import interrupts, plugins
-from fedkern.engine.exchange import examined
-from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.team import GO_ON, LEAVING, Team
 from fedkern.engine.executors.wire import Unpacker
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Reducing, Setup, Sum, Task
+from fedkern.engine.executors.worker_messages import Cleared, Forget, Setup, Sum
 from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
-from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 
 FAILED = 1
@@ -73,6 +70,7 @@ class RankWorker(Worker):
         super().__init__(setup, link)
         self._team = team
         self._kept: dict[tuple[int, str], Tensor] = {}  # by client and name, until the next exchange
+        self._serial.keep = self._keep
 
     def _heed(self, asked: Any) -> None:
         if isinstance(asked, Sum):
@@ -89,22 +87,8 @@ class RankWorker(Worker):
             self._kept.clear()
         super()._heed(asked)
 
-    def _done(self, task: Task) -> Done:
-        done = super()._done(task)
-        if task.reducing is not None and done.failed is None and done.answer.problem is None:
-            self._keep(task, task.reducing, done.answer)
-        return done
-
-    def _keep(self, task: Task, reducing: Reducing, answer: Answer) -> None:
-        """Checks an upload and keeps its vectors; an upload that does not fit travels whole, and rank 0 says why."""
-        found: dict[str, Any] = {}
-        if examined(task.message, answer.message, reducing.declared, found) or not answer.message:
-            return
-        stay = {name: answer.message[name] for name in reducing.names if name in answer.message}
-        for name, vector in stay.items():
-            self._kept[task.client, name] = vector.clone()  # the next client may train in the same memory
-        stand_ins = {name: Kept(task.client, name, vector.numel(), vector.dtype) for name, vector in stay.items()}
-        answer.message, answer.checked = {**answer.message, **stand_ins}, found
+    def _keep(self, client: int, name: str, vector: Tensor) -> None:
+        self._kept[client, name] = vector.clone()  # the next client may train in the same memory
 
 
 def _serve(team: Team, link: Link) -> None:

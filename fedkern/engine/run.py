@@ -27,7 +27,8 @@ from fedkern.engine.audience import Audience
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
-from fedkern.engine.executors.base import Executor
+from fedkern.engine.executors.base import Executor, ServerSide
+from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.grounds import files_identity
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
@@ -37,6 +38,12 @@ from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
 from fedkern.engine.torch_modes import reproducible
+from fedkern.engine.uploads.bytes import Bytes
+from fedkern.engine.uploads.declared import Declared
+from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
+from fedkern.engine.uploads.filters import Filter
+from fedkern.engine.uploads.norm_bounds import NormBounds
+from fedkern.engine.uploads.reduction import Reduction
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
@@ -55,7 +62,7 @@ def run(
     profile: bool = False,
     predictions: bool = False,
     model: nn.Module | None = None,
-    elsewhere: Callable[[Run], Executor] | None = None,
+    elsewhere: Callable[[ServerSide], Executor] | None = None,
     check: Callable[[RunConfig], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
@@ -108,7 +115,7 @@ def _run(
     profile: bool,
     predictions: bool,
     model: nn.Module | None,
-    elsewhere: Callable[[Run], Executor] | None,
+    elsewhere: Callable[[ServerSide], Executor] | None,
     check: Callable[[RunConfig], None] | None,
 ) -> dict[str, Any]:
     if model is not None:
@@ -166,6 +173,7 @@ def _run(
             profile=profile,
             predictions=predictions,
             elsewhere=elsewhere,
+            filters=upload_filters,
         )
         runner.prepare(known=known)
         with (
@@ -178,6 +186,24 @@ def _run(
             if not resume:
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
             return runner.go()
+
+
+def upload_filters(run: Run) -> list[Filter]:
+    """What the uploads of a run pass on their way to the server, in order."""
+    config, releases, private = run.config, run.releases, run.private
+    bounds = NormBounds(config.max_update_norm, config.clip_update_norm)
+    bounded = bool(config.max_update_norm or config.clip_update_norm)
+    # Vectors can stay on their ranks where nobody but the server's sum wants to see them.
+    unseen = isinstance(run.executor, Ranks) and config.sums == "exact" and run.server.aggregator is None
+    return [
+        *([ClientDigests(releases)] if releases is not None and private is None else []),
+        Bytes(run.ledger, hidden=run.silent),
+        *([Reduction()] if unseen and not (bounded or releases is not None or private is not None) else []),
+        Declared(),
+        *([bounds] if bounded else []),
+        *([private] if private is not None else []),
+        *([ServerDigests(releases)] if releases is not None and private is not None else []),
+    ]
 
 
 def _check_place(out: Path, elsewhere: bool) -> None:

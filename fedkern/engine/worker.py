@@ -97,7 +97,7 @@ class Worker:
         for asker, step, message in task.played:
             self._serial.ask(task.client, asker, step, message)
         try:
-            answer = self._serial.ask(task.client, task.asker, task.step, task.message)
+            answer = self._serial.ask(task.client, task.asker, task.step, task.message, task.encoder)
         except Exception as error:
             return Done(None, failed=portable(error))
         answer.warnings = dict(self._context.warnings)

@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.base import Answer, ServerSide
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.loop import Run
 from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NODES
+from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import ClientFailed, UserError, printable_name
 from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
 from fedkern.flower.node_client import MOST_NAMES, Letter, read_reply
@@ -56,7 +56,7 @@ class Nodes:
     """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.base.Executor`).
 
     Args:
-        run: the run.
+        run: the server's side of the run.
         post: the connection to the nodes.
         roll: which node is which client.
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
@@ -69,12 +69,12 @@ class Nodes:
 
     apart = True
 
-    def __init__(self, run: Run, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
-        self.here: Serial = run.executor.here
+    def __init__(self, run: ServerSide, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
+        self.here: Serial = run.here
         self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
         self.count = roll.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
-        self._data = None if own_data else run.fingerprint
+        self._data = None if own_data else run.data
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
         # State of this round:
@@ -101,7 +101,14 @@ class Nodes:
 
     # -- the executor ----------------------------------------------------------------------------------------------
 
-    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+    def answers(
+        self,
+        asker: str,
+        step: Step,
+        messages: Mapping[ClientId, Message],
+        encoders: Mapping[ClientId, Encoder] | None = None,
+    ) -> Iterator[Answer]:
+        assert not encoders  # no filter of a run over Flower has any: an encoder is code, which no node takes
         self._roll.find()
         end = time.monotonic() + self._deadline if self._deadline else None
         found: dict[ClientId, Answer] = {}
@@ -146,7 +153,7 @@ class Nodes:
         try:
             return pack(message, half=self._half)
         except TypeError as error:
-            method = self._run.config.method
+            method = self._run.context.config.method
             raise UserError(
                 f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
             ) from None
@@ -156,7 +163,7 @@ class Nodes:
         if k not in self._begin:
             name = run.checkpoints.reader(k)().get(STATE)
             self._begin[k] = None if name is None else Version(*name)
-        version = Version(run.planned + 1, self._sent.get(k, 0))
+        version = Version(run.progress.planned + 1, self._sent.get(k, 0))
         self._sent[k] = version.number + 1
         oldest = run.checkpoints.oldest(k)
         letter = Letter(
@@ -168,9 +175,9 @@ class Nodes:
             version=version,
             begin=self._begin[k],
             oldest=version.plan if oldest is None else oldest,
-            last=run.last_exchange,
-            threads=run.config.threads,
-            client_threads=run.config.client_threads,
+            last=run.progress.last_exchange,
+            threads=run.context.config.threads,
+            client_threads=run.context.config.client_threads,
             data=self._data,
         )
         return version, letter
@@ -207,7 +214,7 @@ class Nodes:
         return reply.answer
 
     def _check_size(self, parcel: Parcel, asker: str, step: Step, k: ClientId, message: Message) -> None:
-        declared = self._run.askers[asker].expects(self._run.server, step, k, message)
+        declared = self._run.hooks[asker].declared(step, k, message)
         most = _bytes(declared)
         most = LARGEST_REPLY if most is None else most + SLACK
         if parcel.size > most:
@@ -215,7 +222,7 @@ class Nodes:
 
     def _checked(self, ledger: Any) -> Any:
         """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
-        if ledger is None or self._run.said is None:
+        if ledger is None or not self._run.promised:
             return None
         try:
             state = Accountant(ledger).state

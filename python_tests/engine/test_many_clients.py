@@ -15,7 +15,7 @@ from interrupted import Kill, KillAt, killed_at_rename, outcome, without
 
 from fedkern import files
 from fedkern.data import FederatedData
-from fedkern.engine import Listener, RunConfig, context, exchange, run
+from fedkern.engine import Listener, RunConfig, context, hooks, run
 from fedkern.engine.evaluate import _alike
 from fedkern.engine.loop import Run
 from fedkern.engine.store import checkpoints as module
@@ -352,15 +352,15 @@ class Counted(dict):
 
 def test_messages_of_all_clients_are_looked_through_once():
     outgoing = Counted({k: {"n": k} for k in range(100)})
-    found = exchange.messages_for(outgoing, range(0, 100, 2))
+    found = hooks.messages_for(outgoing, range(0, 100, 2))
     assert found == {k: {"n": k} for k in range(0, 100, 2)}
     assert outgoing.looks == 1
-    assert exchange.messages_for({"x": 1}, [3, 4]) == {3: {"x": 1}, 4: {"x": 1}}
-    assert exchange.messages_for(None, [3], selective=True) == {3: None}
-    assert exchange.message_for(outgoing, 7) == {"n": 7}
-    assert exchange.messages_for({1: {}}, [1, 3], selective=True) == {1: {}, 3: None}
+    assert hooks.messages_for({"x": 1}, [3, 4]) == {3: {"x": 1}, 4: {"x": 1}}
+    assert hooks.messages_for(None, [3], selective=True) == {3: None}
+    assert hooks.message_for(outgoing, 7) == {"n": 7}
+    assert hooks.messages_for({1: {}}, [1, 3], selective=True) == {1: {}, 3: None}
     with pytest.raises(ValueError, match="a message for client 3"):
-        exchange.messages_for({1: {}}, [1, 3])
+        hooks.messages_for({1: {}}, [1, 3])
 
 
 class Samples(tuple):

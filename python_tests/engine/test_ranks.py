@@ -15,10 +15,10 @@ import torch.distributed as dist
 from interrupted import outcome, without
 
 from fedkern import plugins
-from fedkern.engine.exchange import reduced
 from fedkern.engine.executors import team
 from fedkern.engine.executors.links import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
+from fedkern.engine.hooks import reduced
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
 from fedkern.methods.base import Step
 from fedkern.methods.uploads import Kept

@@ -8,9 +8,9 @@ import pytest
 import torch
 from smallest import SETTINGS
 
-from fedkern.engine import exchange as exchanging
 from fedkern.engine import read_metrics, read_model, run
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.uploads.declared import Declared
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
 from fedkern.methods.base import Maybe, Number, Values
@@ -93,17 +93,16 @@ def hostile(message):
 def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypatch):
     """Honest uploads of every exchange pass; nothing else does, and no server sees it."""
     seen = {}
-    checked = exchanging.Exchange._checked
+    decode = Declared.decode
 
-    def watch(self, client, message, answer, info):
-        declared = self.method.expects(self.engine.server, self.step, client, message)
-        kind = self.step.name.split()[0], self.step.exchange.split()[0]
-        seen.setdefault(kind, (declared, answer))
-        return checked(self, client, message, answer, info)
+    def watch(self, arrival):
+        step = arrival.asked.step
+        seen.setdefault((step.name.split()[0], step.exchange.split()[0]), (arrival.declared, arrival.message))
+        return decode(self, arrival)
 
     config, data = settle(method)
     with monkeypatch.context() as patch:
-        patch.setattr(exchanging.Exchange, "_checked", watch)
+        patch.setattr(Declared, "decode", watch)
         run(config, out=tmp_path / "honest", data=data)
     assert any(declared for declared, _ in seen.values())
     for declared, answer in seen.values():
@@ -124,14 +123,14 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
     # A whole run of which client 1 sends NaN once.
     spoilt = []
 
-    def spoil(self, client, message, answer, info):
-        path, value = first(answer) if answer else ((), None)
-        if client == 1 and not spoilt and isinstance(value, torch.Tensor) and value.is_floating_point():
-            spoilt.append(self.step.exchange)
-            answer = changed(answer, path, torch.full_like(value, torch.nan))
-        return checked(self, client, message, answer, info)
+    def spoil(self, arrival):
+        path, value = first(arrival.message) if arrival.message else ((), None)
+        if arrival.client == 1 and not spoilt and isinstance(value, torch.Tensor) and value.is_floating_point():
+            spoilt.append(arrival.asked.step.exchange)
+            arrival.message = changed(arrival.message, path, torch.full_like(value, torch.nan))
+        return decode(self, arrival)
 
-    monkeypatch.setattr(exchanging.Exchange, "_checked", spoil)
+    monkeypatch.setattr(Declared, "decode", spoil)
     if METHODS[method].pooled:
         return  # a single client
     with pytest.raises(UserError, match=r"^Client 1's upload .*(NaN or infinite|is expected).*--on-nan skip"):

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, sof
 
 from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine.context import RunContext
-from fedkern.engine.ledger import message_bytes
 from fedkern.engine.parties import Client, Server
 from fedkern.engine.store.records import read_metrics
+from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Step
 from fedkern.methods.protocol import BEFORE

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+from fedkern.engine.context import RunContext
+from fedkern.engine.hooks import Hooks
 from fedkern.engine.local import Diverged
+from fedkern.engine.progress import Progress
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import ClientFailed
 from fedkern.methods.base import ClientId, Message, Step
 
@@ -26,7 +32,7 @@ class Answer:
         report: named figures of the client.
         warnings: diagnostics by name, from a client in a worker process; empty where this process has them already.
         seconds: duration of the client's own work.
-        checked: figures of the upload's check, where a rank that keeps vectors of the upload has checked it; else None.
+        checked: figures of the upload's check, where an encoder has checked it; else None.
         refused: why what came cannot be read as an answer, as the end of a sentence about the upload; empty: it can.
         absent: why nothing came, as the end of a sentence about the client; empty: something came.
     """
@@ -40,6 +46,33 @@ class Answer:
     checked: dict[str, Any] | None = None
     refused: str = ""
     absent: str = ""
+
+
+@dataclass(frozen=True)
+class ServerSide:
+    """What a run gives to the executor of clients that keep their data and states to themselves.
+
+    Attributes:
+        context: of the run.
+        here: the executor of the server's process.
+        hooks: what is asked of the method and of the pooling, by the names of the askers.
+        checkpoints: of the run.
+        progress: where the run stands.
+        out: the run folder.
+        data: fingerprint of the data that the server knows.
+        promised: whether the run has a privacy guarantee, so that clients keep ledgers.
+        wire: bytes that left and reached this machine; the executor adds to them.
+    """
+
+    context: RunContext
+    here: Any
+    hooks: Mapping[str, Hooks]
+    checkpoints: Checkpoints
+    progress: Progress
+    out: Path
+    data: int
+    promised: bool
+    wire: dict[str, int]
 
 
 class Executor(Protocol):
@@ -59,13 +92,20 @@ class Executor(Protocol):
         """The :class:`~fedkern.engine.executors.serial.Serial` of this process."""
         ...
 
-    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+    def answers(
+        self,
+        asker: str,
+        step: Step,
+        messages: Mapping[ClientId, Message],
+        encoders: Mapping[ClientId, Encoder] | None = None,
+    ) -> Iterator[Answer]:
         """Yields the clients' answers in the order of ``messages``, each as soon as it and all before it are there.
 
         Args:
             asker: name of the object whose ``client_update`` is called, ``"method"`` or ``"pooling"``.
             step: the exchange.
             messages: the message of every client.
+            encoders: changes a client's upload where the client works, by client; none where it travels as it is.
         """
         ...
 

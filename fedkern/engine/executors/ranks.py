@@ -27,8 +27,9 @@ from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.team import GO_ON, Team
 from fedkern.engine.executors.wire import NotPortable, Packer, Unpacker
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Reducing, Sum, Task
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Sum, Task
 from fedkern.engine.executors.workers import setup_of
+from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
@@ -67,6 +68,7 @@ class Ranks:
         self._played: dict[ClientId, list[tuple[str, Step, Message]]] = {}
         self._changed: dict[ClientId, dict[str, Any]] = {}
         # State of this exchange:
+        self._encoders: Mapping[ClientId, Encoder] = {}
         self._todo: list[ClientId] = []  # clients of this rank that have not worked yet
         self._ahead: dict[ClientId, Done] = {}  # answers of this rank's clients before their turn
         for rank, level in team.odd.items():
@@ -107,23 +109,20 @@ class Ranks:
         asker: str,
         step: Step,
         messages: Mapping[ClientId, Message],
-        reducing: Mapping[ClientId, Reducing] | None = None,
+        encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
         """See :class:`~fedkern.engine.executors.base.Executor`.
 
-        Args:
-            asker, step, messages: see there.
-            reducing: how every client's upload is checked and kept on its rank; None: whole uploads travel.  Vectors
-                that stay are added up by the accumulators of :meth:`accumulator`, until the next exchange begins.
+        Vectors that encoders keep are added up by the accumulators of :meth:`accumulator`, until the next exchange
+        begins.
         """
-        self._deal(asker, step, messages, reducing or {})
+        self._encoders = encoders or {}
+        self._deal(asker, step, messages)
         for k in messages:
             yield self._answer(k, asker, step, messages)
             self._played.setdefault(k, []).append((asker, step, messages[k]))
 
-    def _deal(
-        self, asker: str, step: Step, messages: Mapping[ClientId, Message], reducing: Mapping[ClientId, Reducing]
-    ) -> None:
+    def _deal(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> None:
         """Deals the clients out, and sends the other ranks what their clients are asked."""
         self._packer.clear()
         cleared = self._packer.pack(Cleared())
@@ -135,20 +134,18 @@ class Ranks:
         for k in messages:
             self._readers.setdefault(k, self._states(k))
             rank = self._at.setdefault(k, len(self._at) % self.count)
-            if rank and not self._sent(k, rank, asker, step, messages[k], reducing.get(k)):
+            if rank and not self._sent(k, rank, asker, step, messages[k]):
                 self._at[k] = rank = 0
             self._home[k] = rank
             if not rank:
                 self._todo.append(k)
 
-    def _sent(
-        self, k: ClientId, rank: int, asker: str, step: Step, message: Message, reducing: Reducing | None
-    ) -> bool:
+    def _sent(self, k: ClientId, rank: int, asker: str, step: Step, message: Message) -> bool:
         """Sends a client's message to its rank; False where the message cannot be sent."""
         fresh = k not in self._begun
         try:
             state = self._readers[k]() if fresh else None
-            packet = self._packer.pack(Task(k, asker, step, message, fresh, state, reducing=reducing))
+            packet = self._packer.pack(Task(k, asker, step, message, fresh, state, encoder=self._encoders.get(k)))
         except NotPortable:
             return False
         self._links[rank].send(packet)
@@ -184,7 +181,7 @@ class Ranks:
                 self.here.take(k, self._readers[k]())
                 for played in self._played.get(k, []):
                     self.here.ask(k, *played)
-            answer = self.here.ask(k, asker, step, message)
+            answer = self.here.ask(k, asker, step, message, self._encoders.get(k))
             answer.warnings = self._context.warnings
         except Exception as error:
             return Done(None, failed=error)

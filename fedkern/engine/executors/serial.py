@@ -12,6 +12,7 @@ from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client
 from fedkern.engine.store.state import fingerprint
+from fedkern.engine.uploads.filters import Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.methods.base import ClientId, Message, Step
 
@@ -24,6 +25,10 @@ class Serial:
         askers: objects whose ``client_update`` may be called, by name.
         states: where a client's state comes from when the client first works in a round.
         threads: CPU threads while a client works.
+
+    Attributes:
+        keep: keeps vectors of uploads in this process (see :class:`~fedkern.engine.uploads.filters.Encoder`); None:
+            uploads leave whole.
     """
 
     count = 1
@@ -31,6 +36,7 @@ class Serial:
 
     def __init__(self, context: RunContext, askers: Mapping[str, Any], states: States, threads: int) -> None:
         self._context, self._askers, self._states, self._threads = context, askers, states, threads
+        self.keep: Keep | None = None
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Any] = {}  # fingerprints of their states
 
@@ -50,12 +56,18 @@ class Serial:
         self._before[k] = fingerprint(state)
         return client
 
-    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+    def answers(
+        self,
+        asker: str,
+        step: Step,
+        messages: Mapping[ClientId, Message],
+        encoders: Mapping[ClientId, Encoder] | None = None,
+    ) -> Iterator[Answer]:
         for k, message in messages.items():
-            yield self.ask(k, asker, step, message)
+            yield self.ask(k, asker, step, message, encoders[k] if encoders and k in encoders else None)
 
-    def ask(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
-        """One client's answer to a message."""
+    def ask(self, k: ClientId, asker: str, step: Step, message: Message, encoder: Encoder | None = None) -> Answer:
+        """One client's answer to a message, which an encoder may change."""
         start = time.perf_counter()
         client = self.client(k)
         client.report = {}
@@ -67,6 +79,8 @@ class Serial:
                 answer.problem = problem
             except RAISED as error:
                 answer.problem = ClientFailed.of(k, error, type(self._askers[asker]))
+        if encoder is not None and answer.problem is None:
+            answer.message, answer.checked = encoder.encode(k, message, answer.message, self.keep)
         answer.report = client.report
         answer.seconds = time.perf_counter() - start
         return answer

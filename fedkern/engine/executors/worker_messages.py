@@ -38,19 +38,6 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Reducing:
-    """How an upload is checked, and which of its vectors stay, on a rank of torchrun.
-
-    Attributes:
-        names: names of the vectors that stay.
-        declared: declaration of the upload, without tensors (see `fedkern.methods.uploads`).
-    """
-
-    names: tuple[str, ...]
-    declared: Any
-
-
-@dataclass(frozen=True)
 class Sum:
     """Tells a rank of torchrun to add up vectors that have stayed there, and to take part in the reduction.
 
@@ -76,7 +63,7 @@ class Task:
         state: the client's state at the beginning of the round, where the task is ``fresh``.
         played: the client's earlier messages of the round, as (asker, step, message), which a lost worker answered;
             they are played again first.
-        reducing: how vectors of the upload stay on a rank of torchrun; None: the whole upload travels.
+        encoder: changes the upload before it leaves; None: it travels as it is.
     """
 
     client: int
@@ -86,7 +73,7 @@ class Task:
     fresh: bool
     state: dict[str, Any] | None = None
     played: tuple[tuple[str, Any, Any], ...] = ()
-    reducing: Reducing | None = None
+    encoder: Any = None
 
 
 @dataclass

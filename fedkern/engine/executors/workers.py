@@ -25,6 +25,7 @@ from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, modes
+from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
@@ -93,6 +94,7 @@ class Workers:
         self._changed: dict[ClientId, dict[str, Any]] = {}
         self._losses: dict[ClientId, int] = {}
         # State of this exchange:
+        self._encoders: Mapping[ClientId, Encoder] = {}
         self._todo: list[ClientId] = []  # clients that are not at work yet
         self._found: dict[ClientId, tuple[Done, int]] = {}  # replies, with the bytes of their tensors
         if asks is None:
@@ -100,8 +102,15 @@ class Workers:
 
     # -- the executor ----------------------------------------------------------------------------------------------
 
-    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+    def answers(
+        self,
+        asker: str,
+        step: Step,
+        messages: Mapping[ClientId, Message],
+        encoders: Mapping[ClientId, Encoder] | None = None,
+    ) -> Iterator[Answer]:
         self._exchange += 1
+        self._encoders = encoders or {}
         self._packer.clear()
         self._found.clear()
         self._todo = list(messages)
@@ -178,7 +187,7 @@ class Workers:
             self.here.take(k, self._readers[k]())
             for played in self._played.get(k, []):
                 self.here.ask(k, *played)
-        return self.here.ask(k, asker, step, message)
+        return self.here.ask(k, asker, step, message, self._encoders.get(k))
 
     def _count(self, answer: Answer) -> None:
         """Counts an answer, and starts workers if enough work is left for them to pay."""
@@ -247,7 +256,7 @@ class Workers:
             if not self._tell(worker, Cleared()):
                 return False
         try:
-            if not self._tell(worker, Task(k, asker, step, message, fresh, state, played)):
+            if not self._tell(worker, Task(k, asker, step, message, fresh, state, played, self._encoders.get(k))):
                 return False
         except NotPortable:
             self._at[k] = None  # the message cannot be sent, so the client works in this process in this round

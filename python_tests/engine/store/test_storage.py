@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from fedkern.engine import RunConfig, read_model
-from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import atomic, records, state
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
+from fedkern.engine.uploads.bytes import Ledger, message_bytes
 from fedkern.errors import UserError
 from fedkern.methods.base import Step
 

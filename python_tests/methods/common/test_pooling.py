@@ -7,9 +7,9 @@ from torch import nn
 
 from fedkern.engine import run
 from fedkern.engine.context import RunContext
-from fedkern.engine.ledger import message_bytes
 from fedkern.engine.parties import Client, Server
 from fedkern.engine.store.records import read_metrics
+from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Round, Step, Upload
 from fedkern.methods.common.pooling import EXCHANGES, HEADS, Pooling

@@ -10,7 +10,7 @@ from fusefl_play import PLAIN, Play, config_of, equal, flat
 from torch import nn
 
 from fedkern.engine import parties, read_metrics, read_model, run
-from fedkern.engine.ledger import message_bytes
+from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.methods import FuseFL, Step
 from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
 from fedkern.models import Ensemble, build

@@ -1,14 +1,30 @@
-"""Clients that fail or are slow (``--dropout-rate``, ``--straggler-rate``), drawn from streams of their own."""
+"""Who takes part in a round, and who of them fails or is slow: drawn from streams of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedkern.engine.config import RunConfig
+from fedkern.engine.config import RunConfig, clients_of_a_round
+from fedkern.privacy.dpsgd import stream_name
 from fedkern.streams import stream
 
 DROPPED_OUT = "it dropped out of the round"
 LATE = "it had not finished by the deadline"
+
+
+def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]:
+    """The clients of a round in ascending order, drawn from the round's own stream.
+
+    Args:
+        config: the run's settings.
+        round: communication round, from 0.
+        secret: mixed into the stream, so that nobody foresees the clients; empty: they follow from the seed.
+    """
+    count = config.sampled_clients
+    if count >= config.trained_clients:
+        return list(range(config.trained_clients))
+    draws = stream(config.seed, stream_name("sampling", secret), round=round)
+    return sorted(int(k) for k in draws.choice(config.trained_clients, size=count, replace=False))
 
 
 def share_of_work(config: RunConfig, round: int, client: int) -> float:
@@ -49,3 +65,17 @@ def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -
         spared = stream(config.seed, "dropout", round=round).integers(len(participants))
         del missing[participants[int(spared)]]
     return missing
+
+
+def fewest_uploads(config: RunConfig, rounds: int) -> int:
+    """The smallest number of uploads of any round, as far as absences decide.
+
+    Args:
+        config: the run's settings.
+        rounds: communication rounds.
+    """
+    most = clients_of_a_round(config)
+    if not config.dropout_rate and (config.late_work != "drop" or not config.straggler_rate):
+        return most
+    drawn = ((each, sample_clients(config, each)) for each in range(rounds))
+    return min((len(them) - len(absent_clients(config, each, them)) for each, them in drawn), default=most)

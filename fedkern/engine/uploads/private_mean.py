@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +19,12 @@ from fedkern import ops
 from fedkern.engine.client_level_settings import delta_of
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
-from fedkern.engine.exchange import message_for, reduced, sample_clients
+from fedkern.engine.hooks import message_for, reduced
+from fedkern.engine.participants import sample_clients
 from fedkern.engine.parties import Server
+from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import UserError
-from fedkern.methods.base import VECTORS, Declaration, Message, Method, Step, Upload
+from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Step, Upload
 from fedkern.methods.uploads import Values, like
 from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
@@ -78,8 +80,8 @@ class ClippedSum:
         }
 
 
-class ClientPrivacy:
-    """Client-level differential privacy of one run.
+class PrivateMean(Filter):
+    """Client-level differential privacy of one run: in place of the uploads the server gets their private mean.
 
     Args:
         config: the settings, with ``dp_clip`` and ``dp_noise``.
@@ -186,45 +188,34 @@ class ClientPrivacy:
 
     # -- a round ---------------------------------------------------------------------------------------------------
 
-    def released(
-        self,
-        uploads: Iterable[Upload],
-        declared: Declaration,
-        *,
-        step: Step,
-        number: int,
-        asked: int,
-        note: Callable[[int, Mapping[str, float]], None],
-        book: Callable[[Message], None],
+    def together(
+        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        """Yields one upload, the released mean of all ``uploads``.
+        """Yields one upload, the private mean of all of them; see :meth:`Filter.together`.
 
-        Args:
-            uploads: the clients' uploads, which fit ``declared``.
-            declared: the declaration of an upload.
-            step: the exchange.
-            number: number of the round in the plan, for the noise's key.
-            asked: number of clients that the server asked, whoever answers.
-            note: gets every client's id, and ``update_norm`` and, where it is below 1, ``clipped``: the norm of the
-                client's change and the factor on it.
-            book: gets the message before it is yielded.
+        ``note`` gets ``update_norm`` and, where it is below 1, ``clipped``: the norm of a client's change and the
+        factor on it.
         """
-        state = self._server.state
-        start = self._start(declared, step)
+        return self._mean(asked, uploads, note) if asked.hooks.own else uploads
+
+    def _mean(
+        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    ) -> Iterator[Upload]:
+        declared, state = asked.declared(asked.participants[0]), self._server.state
+        start = self._start(declared, asked.step)
         total = ClippedSum(self.level, start, self._config.sums == "exact")
         for upload in uploads:
             norm, factor = total.add(upload.message)
             note(upload.client_id, {"update_norm": norm, **({"clipped": factor} if factor < 1 else {})})
             del upload  # free this upload before the next one arrives
-        message = total.release(asked, self._key(number, step))
+        message = total.release(asked.clients, self._key(asked.plan, asked.step))
         if "buffers" in message and self.level.noise:
             own = message["buffers"][self._variances]
             keep_variances(own, start["buffers"][self._variances])
             message["buffers"][self._variances] = own
         if "integers" in declared:  # numbers of batches, which no noise covers, stay as they are
             message["integers"] = state["integers"]
-        book(message)
-        yield Upload(RELEASED, 1, message, share=asked / self._server.federation.clients)
+        yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
 
     def _start(self, declared: Declaration, step: Step) -> dict[str, Tensor]:
         """What clients' vectors are counted from: the global network's, zero for vectors that are changes already."""

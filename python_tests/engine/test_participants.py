@@ -9,7 +9,7 @@ import torch
 from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine import RunConfig, read_metrics, run
-from fedkern.engine.absences import DROPPED_OUT, LATE, absent_clients, share_of_work
+from fedkern.engine.participants import DROPPED_OUT, LATE, absent_clients, share_of_work
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
 

@@ -1,4 +1,4 @@
-"""Byte ledger: bytes sent up and down, per client."""
+"""Bytes sent up and down, per client: the ledger, and the filter that keeps it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedkern.methods.base import Step
+from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.methods.base import ClientId, Message, Step
 from fedkern.methods.uploads import Kept
 
 NUMBER_BYTES = 8
@@ -123,3 +124,30 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COLUMNS} | self.sums()
+
+
+class Bytes(Filter):
+    """Books messages and uploads of the rounds whose bytes count.
+
+    Args:
+        ledger: the ledger.
+        hidden: whether it is secret which client has no upload: as many bytes are then booked as with one.
+    """
+
+    def __init__(self, ledger: Ledger, hidden: bool) -> None:
+        self._ledger, self._hidden = ledger, hidden
+
+    def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
+        self._book(asked, client, "down", message)
+
+    def lacking(self, arrival: Arrival, failed: bool) -> None:
+        if self._hidden:
+            self._book(arrival.asked, arrival.client, "up", dict(arrival.declared))
+
+    def decode(self, arrival: Arrival) -> str:
+        self._book(arrival.asked, arrival.client, "up", arrival.message)
+        return ""
+
+    def _book(self, asked: Asked, client: ClientId, direction: str, message: Any) -> None:
+        if asked.entry.booked:
+            self._ledger.book(client, direction, message, step=None if asked.entry.one_off else asked.step)

@@ -1,0 +1,71 @@
+"""What becomes of the clients' states of a round: when they go to the checkpoint, and which are dropped."""
+
+from __future__ import annotations
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.executors.base import Executor
+from fedkern.engine.progress import Progress
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.methods.base import ClientId
+from fedkern.privacy import LEDGER
+
+
+class ClientStates:
+    """Writes states that have changed, as soon as their client is done; at the end of rounds that ask for it.
+
+    Args:
+        executor: has the clients of the round.
+        checkpoints: of the run.
+        context: of the run.
+        progress: of the run.
+        memoryless: whether epsilon counts that clients keep no state.
+    """
+
+    def __init__(
+        self, executor: Executor, checkpoints: Checkpoints, context: RunContext, progress: Progress, memoryless: bool
+    ) -> None:
+        self._executor, self._checkpoints, self._context = executor, checkpoints, context
+        self._progress, self._memoryless = progress, memoryless
+
+    @property
+    def _late(self) -> bool:
+        """Whether the states of this round are written at its end."""
+        return self._progress.entry is not None and self._progress.entry.states == "round"
+
+    def done(self, k: ClientId) -> None:
+        """A client has done its part of an exchange."""
+        if self._late:
+            return
+        self._write(k)
+        if self._progress.last_exchange:
+            self._executor.forget(k)  # its state is on disk; its round_cache is needed no more
+
+    def left_out(self, k: ClientId) -> None:
+        """A client is left out of the rest of the round: its state is dropped, with two exceptions.
+
+        These are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not written
+        yet.
+        """
+        state = self._executor.changed(k)
+        self._executor.forget(k)
+        if state is not None and (self._late or LEDGER in state):
+            self._checkpoints.write_client(k, self._progress.planned + 1, state)
+
+    def end_round(self) -> None:
+        """The round is over."""
+        if self._late:
+            for k in self._executor.working():
+                self._write(k)
+        self._executor.end_round()
+
+    def _write(self, k: ClientId) -> None:
+        state = self._executor.changed(k)
+        if state and self._memoryless:
+            raise UserError(
+                "Epsilon counts that the clients of a round are drawn in secret, as "
+                f"{self._context.config.method} is declared memoryless, but client "
+                f"{self._context.data.client_label(k)} keeps state: declare memoryless = False."
+            )
+        if state is not None:
+            self._checkpoints.write_client(k, self._progress.planned + 1, state)

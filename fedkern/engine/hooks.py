@@ -1,0 +1,150 @@
+"""The server's half of a method as the engine calls it: in its own random streams, and named where it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.parties import Client, Server
+from fedkern.engine.progress import Progress
+from fedkern.errors import RAISED, UserError, named, origin
+from fedkern.methods.base import ClientId, Declaration, Message, Method, Step, Upload
+
+_SUMMING = ("reduce", "server_update", "average", "weight")
+
+
+class MethodCode:
+    """Names method and round where a part of the method raises (see :func:`fedkern.errors.named`).
+
+    An error that comes out of the uploads is that of the engine and of clients.  A UserError of fedkern's own methods
+    before the first round is about settings, and stands alone.
+
+    Args:
+        kind: the method's class.
+        name: the method's name.
+        progress: of the run.
+    """
+
+    def __init__(self, kind: type, name: str, progress: Progress) -> None:
+        self._kind, self._name, self._progress = kind, name, progress
+        self._from_uploads: BaseException | None = None
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        try:
+            yield
+        except RAISED as error:
+            settings = self._progress.entry is None and isinstance(error, UserError) and not origin(error, self._kind)
+            if error is self._from_uploads or settings:
+                raise
+            with named(f"The method's {part} of {self._name} {self._progress.when()}", self._kind):
+                raise
+
+    def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
+        """The uploads, whose errors are not the method's."""
+        try:
+            yield from uploads
+        except BaseException as error:
+            self._from_uploads = error
+            raise
+
+
+class Hooks:
+    """What the engine asks of a method's server, or of the pooling of statistics, in an exchange.
+
+    Args:
+        asker: name of the object in the executors' tables, ``"method"`` or ``"pooling"``.
+        asked: the object.
+        server: the server.
+        context: of the run.
+        code: names the method in an exception.
+    """
+
+    def __init__(self, asker: str, asked: Any, server: Server, context: RunContext, code: MethodCode) -> None:
+        self.asker, self._asked, self._server, self._context, self._code = asker, asked, server, context, code
+
+    @property
+    def own(self) -> bool:
+        """Whether the exchange is one of the method."""
+        return self.asker == "method"
+
+    def send(self, step: Step) -> Any:
+        """What the server sends (see :meth:`messages`)."""
+        with self._context.drawing(self._server, step), self._code("send"):
+            return self._asked.send(self._server, step)
+
+    def messages(self, outgoing: Any, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
+        """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
+        found = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
+        return {k: message for k, message in found.items() if message is not None}
+
+    def declared(self, step: Step, client: ClientId, message: Message) -> Declaration:
+        """The declaration of a client's upload."""
+        with self._code("expects"):
+            return self._asked.expects(self._server, step, client, message)
+
+    def reduced(self, step: Step) -> tuple[str, ...]:
+        """The vectors of an upload that the server only adds up; none of the pooling's."""
+        if not self.own:
+            return ()
+        with self._code("reduce"):
+            return reduced(self._asked, step)
+
+    def cohort_update(
+        self, clients: Mapping[ClientId, Client], step: Step, sent: Mapping[ClientId, Message]
+    ) -> dict[ClientId, Any] | None:
+        """The uploads of a cohort that works together; None where its clients work on their own."""
+        if not self.own:
+            return None
+        with self._context.drawing(self._server, step), self._code("cohort_update"):
+            found = self._asked.cohort_update(clients, step, sent)
+            return None if found is None else dict(found)
+
+    def server_update(self, step: Step, uploads: Iterator[Upload]) -> None:
+        """Hands the server all uploads of an exchange."""
+        passing = self._code.passing(uploads)
+        with self._context.drawing(self._server, step), self._code("server_update"):
+            self._asked.server_update(self._server, step, passing)
+        for _ in passing:  # every client works, even where server_update stops reading
+            pass
+
+
+def reduced(method: Method, step: Step) -> tuple[str, ...]:
+    """The vectors of an upload that the method's server only adds up (see `Method.reduce`).
+
+    Empty where a class has a ``server_update``, ``average`` or ``weight`` of its own and inherits ``reduce``: what it
+    does with uploads is not declared.
+    """
+    kinds = type(method).__mro__
+    at = {name: next((i for i, kind in enumerate(kinds) if name in vars(kind)), len(kinds)) for name in _SUMMING}
+    return method.reduce(step) if at["reduce"] == min(at.values()) else ()
+
+
+def messages_for(outgoing: Any, clients: Iterable[int], selective: bool = False) -> dict[int, Message | None]:
+    """The clients' messages out of what ``send`` returned: one message for all clients, or a dict by client id.
+
+    Args:
+        outgoing: what ``send`` returned.
+        clients: ids of the clients.
+        selective: whether ``send`` may leave clients out, or return None for all clients.  The message of such a client
+            is None.
+
+    Raises:
+        ValueError: a client has no message, and the method is not ``selective``.
+    """
+    # Looked at once for all clients: a message for every client of a large federation is a long dict.
+    if not outgoing or not all(isinstance(key, int) for key in outgoing):
+        return dict.fromkeys(clients, outgoing)
+    found: dict[int, Message | None] = {}
+    for k in clients:
+        if k not in outgoing and not selective:
+            raise ValueError(f"send: expected a message for client {k}, which takes part; given none")
+        found[k] = outgoing.get(k)
+    return found
+
+
+def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
+    """One client's message out of what ``send`` returned (see :func:`messages_for`)."""
+    return messages_for(outgoing, [client], selective)[client]

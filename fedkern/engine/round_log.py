@@ -1,0 +1,170 @@
+"""What happened to the clients of a round: who is done with which figures, who was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.engine.client_states import ClientStates
+from fedkern.engine.context import RunContext
+from fedkern.engine.events import Listener
+from fedkern.engine.executors.base import Answer
+from fedkern.engine.local import Diverged
+from fedkern.engine.progress import Progress
+from fedkern.errors import ClientFailed, UserError
+from fedkern.methods.base import ClientId
+
+
+class RoundLog:
+    """The clients of a round.
+
+    Args:
+        context: gives settings, names of clients, and what may be told; takes warnings.
+        progress: of the run.
+        states: told which client is done or left out.
+        listener: told which client is done.
+        silent: whether nothing is told of a client that is left out: no noise covers that its upload was no good.
+        hint: end of the sentence about an upload that is not as declared, for the author of the method.
+
+    Attributes:
+        clients: what each client reported in this round, by its id as a text.
+        reports: what clients reported in this round, one exchange after another.
+        left: clients of this round that are left out of the rest of it.
+        dropped: an entry for every client left out since the last record.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        progress: Progress,
+        states: ClientStates,
+        listener: Listener,
+        *,
+        silent: bool = False,
+        hint: str = "",
+    ) -> None:
+        self._context, self._progress, self._states, self._listener = context, progress, states, listener
+        self._silent, self._hint = silent, hint
+        self.clients: dict[str, dict[str, Any]] = {}
+        self.reports: list[dict[str, Any]] = []
+        self.left: set[ClientId] = set()
+        self.dropped: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """A round begins."""
+        self.clients, self.reports, self.left = {}, [], set()
+
+    # -- who is done -----------------------------------------------------------------------------------------------
+
+    def heard(self, answer: Answer) -> None:
+        """Takes in the warnings of a client's answer; called in client order."""
+        for name, text in answer.warnings.items():
+            self._context.warn(name, text)
+
+    def done(self, k: ClientId, info: dict[str, Any], seconds: float) -> None:
+        """A client's upload has passed all checks, with these figures."""
+        self._states.done(k)
+        self.reports.append(info)
+        self.clients.setdefault(str(k), {}).update(info)
+        told = self._context.disclosure.client({**info, "seconds": seconds})
+        self._listener.on_client(self._progress.shown, k, told)
+
+    def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
+        """Adds figures to a client that is done."""
+        self.clients[str(k)].update(figures)
+
+    # -- who is left out -------------------------------------------------------------------------------------------
+
+    def lost(self, k: ClientId, exchange: str, why: str) -> None:
+        """A client was sent a message and never answers in this round."""
+        self._note_dropped(k, {"exchange": exchange, "reason": why})
+
+    def lacks(self, answer: Answer) -> None:
+        """No upload came from a client.
+
+        Raises:
+            UserError, ClientFailed: the run is to stop.
+        """
+        if answer.absent:
+            self._missed(answer.client, answer.absent)
+        elif answer.problem is not None:
+            self._broke(answer.client, answer.problem)
+        else:
+            self.refused(answer.client, answer.refused)
+
+    def refused(self, k: ClientId, why: str) -> None:
+        """A client's upload is not as declared, or larger than allowed.
+
+        Raises:
+            UserError: the run is to stop.
+        """
+        if self._silent or not self._context.disclosure.server:
+            why = "is not as declared"
+        shown, exchange = self._context.data.client_label(k), self._progress.exchange
+        said = f"Client {shown}'s upload {self._progress.when(exchange)} {why}"
+        if self._context.config.on_nan == "stop":
+            raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._hint}")
+        self.leave_out(k, {"exchange": exchange, "reason": why})
+        self._warn(f"refused-upload-{k}", f"{said}; it was left out.")
+
+    def leave_out(self, k: ClientId, why: dict[str, Any]) -> None:
+        """Leaves a client out of the rest of the round."""
+        self._states.left_out(k)
+        if self._silent:
+            self.left.add(k)
+        else:
+            self._note_dropped(k, why)
+
+    def none_left(self) -> None:
+        """Raises UserError where the round has no client left.
+
+        A set-up round of named clients may lose all of them: other clients remain for the run.
+        """
+        entry = self._progress.entry
+        if entry is None or not (entry.one_off and isinstance(entry.participants, tuple)):
+            last: dict[str, Any] = self.dropped[-1] if self.dropped else {}
+            label = self._context.data.client_label(last["client"]) if "reason" in last else ""
+            why = f" (client {label}: {last['reason']})" if label else ""
+            raise UserError(
+                f"No client is left {self._progress.when()}, as all diverged, were refused or dropped out{why}: "
+                "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
+            )
+
+    def _missed(self, k: ClientId, why: str) -> None:
+        """A client works elsewhere and nothing came of it."""
+        exchange = self._progress.exchange
+        self.leave_out(k, {"exchange": exchange, "reason": why})
+        shown, when = self._context.data.client_label(k), self._progress.when(exchange)
+        self._warn(f"missing-client-{k}", f"Client {shown} was left out {when}, as {why}.")
+
+    def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
+        """A client diverged or failed."""
+        when, config = self._progress.when(), self._context.config
+        shown, told = self._context.data.client_label(k), self._context.disclosure.clients
+        why: dict[str, Any] = {}
+        if isinstance(problem, ClientFailed):
+            if config.on_error == "stop":
+                raise problem.at(when, shown) from problem.__cause__
+            where, name = f"Client {shown} failed {when}", f"failing-client-{k}"
+            if told:
+                where, why = f"{where}: {problem.what}", {"reason": problem.what}
+        else:
+            where, name = f"Client {shown} diverged {when}", "diverging-client"
+            if told:  # that the upload is missing is visible anyway; the reason is private
+                where += f", batch {problem.batch}: {problem.what}"
+                why = {"batch": problem.batch, "reason": problem.what}
+            if config.on_nan == "stop":
+                raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
+        self.leave_out(k, why)
+        one_off = self._progress.entry is not None and self._progress.entry.one_off
+        left = "what it would have made is missing from the run" if one_off else "it was left out of that round"
+        self._warn(name, f"{where}; {left}.")
+
+    def _warn(self, name: str, text: str) -> None:
+        if not self._silent:
+            self._context.warn(name, text)
+
+    def _note_dropped(self, k: ClientId, why: dict[str, Any]) -> None:
+        self.left.add(k)
+        at = max(self._progress.shown, 0)
+        self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.named(k), **why}]

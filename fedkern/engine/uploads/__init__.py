@@ -1,0 +1,1 @@
+"""What every upload passes on its way to the server, a file each; `fedkern.engine.run` puts them in their order."""

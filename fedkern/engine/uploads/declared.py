@@ -1,0 +1,53 @@
+"""Uploads are what the method declares, and finite: no server sees any other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.engine.uploads.filters import Arrival, Filter
+from fedkern.methods.base import Declaration, Message
+from fedkern.methods.uploads import why_refused
+
+
+class Declared(Filter):
+    """Refuses uploads of other names, kinds, shapes or dtypes than declared, and values that are not finite."""
+
+    def decode(self, arrival: Arrival) -> str:
+        if arrival.checked is not None:
+            arrival.info.update(arrival.checked)
+            return ""
+        why = examined(arrival.sent, arrival.message, arrival.declared, arrival.info)
+        if not why and arrival.declared and not arrival.message:
+            arrival.message = None
+        return why
+
+
+def examined(message: Message, answer: Any, declared: Declaration, info: dict[str, Any]) -> str:
+    """Checks a client's upload against the method's declaration.
+
+    Args:
+        message: the message that the client was sent.
+        answer: the upload.
+        declared: its declaration.
+        info: gets ``drift``, the norm of the update, where parameters were sent and came back.
+
+    Returns:
+        Why the upload is refused, else ``""``.
+    """
+    given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
+    seen: Tensor | None = None
+    if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
+        info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
+        seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
+    return why_refused(answer, declared, seen)
+
+
+def is_alike(value: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype, device and layout."""
+    alike = value.shape == tensor.shape and value.dtype == tensor.dtype
+    return alike and value.device == tensor.device and value.layout is tensor.layout

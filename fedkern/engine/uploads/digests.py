@@ -1,0 +1,41 @@
+"""Digests of what a private run releases, on the disk before the server has it (`fedkern.engine.store.releases`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from fedkern.engine.store.releases import DIVERGED, Releases
+from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.methods.base import ClientId, Upload
+
+
+class ClientDigests(Filter):
+    """Clients release: every client's message, or that it has none, is noted before it is looked at."""
+
+    def __init__(self, releases: Releases) -> None:
+        self._releases = releases
+
+    def lacking(self, arrival: Arrival, failed: bool) -> None:
+        if failed:
+            self._note(arrival, DIVERGED)
+
+    def decode(self, arrival: Arrival) -> str:
+        self._note(arrival, arrival.message)
+        return ""
+
+    def _note(self, arrival: Arrival, message: object) -> None:
+        self._releases.add(arrival.asked.plan, arrival.asked.step.exchange, arrival.client, message)
+
+
+class ServerDigests(Filter):
+    """The server releases: what the filters before this one hand on is noted before it goes on."""
+
+    def __init__(self, releases: Releases) -> None:
+        self._releases = releases
+
+    def together(
+        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    ) -> Iterator[Upload]:
+        for upload in uploads:
+            self._releases.add(asked.plan, asked.step.exchange, upload.client_id, upload.message)
+            yield upload

@@ -1,0 +1,129 @@
+"""Base class of the filters that uploads pass, and what a filter is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedkern.engine.hooks import Hooks
+from fedkern.methods.base import ClientId, Declaration, Message, Round, Step, Upload
+
+Keep = Callable[[ClientId, str, Tensor], None]
+"""Keeps a vector of a client's upload, by name, in the process where the client works."""
+
+
+class Encoder(Protocol):
+    """The client's half of a filter; it travels to where the client works, so it holds plain values and tensors."""
+
+    def encode(
+        self, client: ClientId, sent: Message, upload: Any, keep: Keep | None
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """Changes an upload before it leaves.
+
+        Args:
+            client: the client's id.
+            sent: the message that the client was sent.
+            upload: what the client answered, not checked yet.
+            keep: keeps a vector where the client works; None where that is the server's own process.
+
+        Returns:
+            What travels instead of the upload; and the figures of its check, where it was checked here, else None.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One exchange: what the clients of a round are asked.
+
+    Attributes:
+        step: the exchange.
+        entry: the round in the method's plan.
+        plan: number of the round in the plan.
+        clients: number of clients that the server asks, whoever answers.
+        participants: those of them that are expected to answer.
+        hooks: the method, or the pooling of statistics, whose exchange it is.
+        sent: the message of every participant that gets one.
+    """
+
+    step: Step
+    entry: Round
+    plan: int
+    clients: int
+    participants: tuple[ClientId, ...]
+    hooks: Hooks
+    sent: Mapping[ClientId, Message]
+
+    def declared(self, client: ClientId) -> Declaration:
+        """The declaration of a client's upload."""
+        return self.hooks.declared(self.step, client, self.sent.get(client, {}))
+
+
+@dataclass
+class Arrival:
+    """What came from a client.
+
+    Attributes:
+        asked: the exchange.
+        client: the client's id.
+        message: the upload; a filter may replace it.  None: it is empty, as the method allows, or nothing came.
+        checked: figures of its check where it was checked at the client (:meth:`Encoder.encode`), else None.
+        info: the client's entry in the round's record, to which filters add figures.
+    """
+
+    asked: Asked
+    client: ClientId
+    message: Any = None
+    checked: dict[str, Any] | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sent(self) -> Message:
+        """The message that the client was sent."""
+        return self.asked.sent[self.client]
+
+    @cached_property
+    def declared(self) -> Declaration:
+        """The declaration of the upload."""
+        return self.asked.declared(self.client)
+
+
+class Filter:
+    """A part of an upload's way to the server; every method lets all pass until overridden.
+
+    Filters are asked in the order of the run's list.
+    """
+
+    def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
+        """A message has left for a client, which may never answer."""
+
+    def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
+        """The client's half, by client; no entry where an upload travels as it is."""
+        return {}
+
+    def lacking(self, arrival: Arrival, failed: bool) -> None:
+        """No upload came from a client: it ``failed`` or diverged, or was not heard or not understood."""
+
+    def decode(self, arrival: Arrival) -> str:
+        """The server's half: checks an upload, or changes it.
+
+        Returns:
+            Why the upload is refused, as the end of a sentence about it; empty where it is not.
+        """
+        return ""
+
+    def together(
+        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    ) -> Iterator[Upload]:
+        """All uploads of an exchange in client order, lazily; others in their place may be handed on.
+
+        Args:
+            asked: the exchange.
+            uploads: what the filters before this one hand on.
+            note: adds figures to a client's entry in the round's record.
+        """
+        return uploads

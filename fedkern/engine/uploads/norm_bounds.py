@@ -1,0 +1,34 @@
+"""Bounds on the norm of an update (``--max-update-norm``, ``--clip-update-norm``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedkern.engine.uploads.filters import Arrival, Filter
+
+
+class NormBounds(Filter):
+    """Refuses or clips uploads whose update, the change of the sent parameters, has a larger norm than allowed.
+
+    Args:
+        largest: the norm beyond which an upload is refused; 0: none is.
+        clip: the norm to which a longer update is clipped; 0: none is.
+    """
+
+    def __init__(self, largest: float, clip: float) -> None:
+        self._largest, self._clip = largest, clip
+
+    def decode(self, arrival: Arrival) -> str:
+        start = arrival.declared.get("parameters")
+        if not isinstance(start, Tensor) or arrival.message is None:
+            return ""
+        sent = arrival.message["parameters"]
+        update = sent.to(start.device).double() - start.double()
+        norm = float(torch.linalg.vector_norm(update))
+        if self._largest and norm > self._largest:
+            return f"has an update of norm {norm:.6g} where --max-update-norm allows {self._largest:g}"
+        if self._clip and norm > self._clip:
+            arrival.info["clipped"] = factor = self._clip / norm
+            arrival.message = {**arrival.message, "parameters": (start + update * factor).to(sent)}
+        return ""

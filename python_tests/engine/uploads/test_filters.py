@@ -1,0 +1,172 @@
+"""The filters that uploads pass, each on its own: no run is played."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedkern.engine.store.releases import DIVERGED, Releases
+from fedkern.engine.uploads.bytes import Bytes, Ledger
+from fedkern.engine.uploads.declared import Declared
+from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
+from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.engine.uploads.norm_bounds import NormBounds
+from fedkern.engine.uploads.reduction import Reducing, Reduction
+from fedkern.errors import UserError
+from fedkern.methods.base import Round, Step, Upload
+from fedkern.methods.uploads import Kept, Maybe, like
+
+START = torch.tensor([1.0, 2.0, 2.0])
+
+
+class Hooks:
+    """An exchange in which every client returns the parameters that it was sent."""
+
+    own, asker = True, "method"
+
+    def declared(self, step, client, message):
+        return message
+
+    def reduced(self, step):
+        return ("parameters",)
+
+
+def asked(entry=None, clients=(0, 1), sent=None):
+    sent = {k: {"parameters": START} for k in clients} if sent is None else sent
+    return Asked(Step(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent)
+
+
+def arrived(upload, **given):
+    return Arrival(asked(**given), 0, upload)
+
+
+def test_a_filter_that_overrides_nothing_lets_all_pass():
+    upload, uploads = arrived({"parameters": START}), iter([Upload(0, 1, {})])
+    assert Filter().decode(upload) == ""
+    assert upload.message["parameters"] is START
+    assert Filter().together(asked(), uploads, None) is uploads
+    assert Filter().encoders(asked()) == {}
+
+
+@pytest.mark.parametrize(
+    ("upload", "why"),
+    [
+        ({"parameters": START + 1}, ""),
+        ({"parameters": START, "more": 1}, "should not hold more"),
+        ({"parameters": START.double()}, "has parameters of shape"),
+        ({"parameters": START * math.nan}, "holds NaN or infinite values in parameters"),
+        ({}, "is empty"),
+        (None, "is NoneType where a dict"),
+    ],
+)
+def test_what_is_not_as_declared_is_refused(upload, why):
+    arrival = arrived(upload)
+    said = Declared().decode(arrival)
+    assert said.startswith(why)
+    assert bool(said) == bool(why)
+    if not why:
+        assert arrival.info == {"drift": pytest.approx(3**0.5)}
+
+
+def test_what_was_checked_at_the_client_is_not_checked_again():
+    arrival = Arrival(asked(), 0, {"parameters": "stays there"}, {"drift": 2.0})
+    assert Declared().decode(arrival) == ""
+    assert arrival.info == {"drift": 2.0}
+
+
+def test_an_empty_upload_that_is_allowed_has_no_message():
+    arrival = arrived({}, sent={0: {"parameters": Maybe(START)}})
+    assert Declared().decode(arrival) == ""
+    assert arrival.message is None
+    nothing = arrived({}, sent={0: {}})
+    assert Declared().decode(nothing) == ""
+    assert nothing.message == {}  # all that is declared
+
+
+@pytest.mark.parametrize("length", [0.5, 4.0, 6.0])
+def test_long_updates_are_clipped_and_longer_ones_refused(length):
+    change = torch.tensor([0.0, 0.6, 0.8]) * length
+    arrival = arrived({"parameters": START + change})
+    said = NormBounds(largest=5.0, clip=2.0).decode(arrival)
+    if length > 5:
+        assert said == "has an update of norm 6 where --max-update-norm allows 5"
+        return
+    assert said == ""
+    torch.testing.assert_close(arrival.message["parameters"] - START, change * min(1.0, 2.0 / length))
+    assert arrival.info == ({"clipped": pytest.approx(0.5)} if length > 2 else {})
+
+
+def test_bounds_look_at_parameters_alone():
+    arrival = arrived({"histogram": START * 1e9}, sent={0: {"histogram": START}, 1: {}})
+    assert NormBounds(largest=1.0, clip=1.0).decode(arrival) == ""
+    assert arrival.info == {}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_bytes_are_booked_and_a_missing_upload_where_nobody_may_know(hidden):
+    ledger = Ledger(2)
+    each = Bytes(ledger, hidden)
+    each.sent(asked(), 0, {"parameters": START})
+    assert (ledger.total_down, ledger.total_up) == (12, 0)
+    each.decode(arrived({"parameters": START, "samples": 3}))
+    assert ledger.total_up == 12 + 8
+    each.lacking(arrived(None), failed=True)
+    assert ledger.total_up == 12 + 8 + 12 * hidden
+    assert ledger.rounds == {"train": {"up": ledger.total_up, "down": 12}}
+
+
+def test_set_up_rounds_are_booked_apart_and_others_not_at_all():
+    ledger = Ledger(2)
+    each = Bytes(ledger, hidden=False)
+    each.sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
+    assert (ledger.total_down, ledger.one_off_down) == (0, [0, 12])
+    each.sent(asked(Round("audit", booked=False)), 1, {"parameters": START})
+    assert ledger.summary()["total"] == 12
+
+
+def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
+    first = Releases(tmp_path)
+    first.open(0)
+    ClientDigests(first).decode(arrived({"parameters": START}))
+    ClientDigests(first).lacking(Arrival(asked(), 1), failed=True)
+    ClientDigests(first).lacking(Arrival(asked(), 0), failed=False)  # nothing was released
+    again = Releases(tmp_path)
+    again.open(0)
+    ClientDigests(again).decode(arrived({"parameters": START.clone()}))
+    with pytest.raises(UserError, match="after client 1 had released its answer"):
+        ClientDigests(again).decode(Arrival(asked(), 1, {"parameters": START}))
+    assert len((tmp_path / "releases.jsonl").read_text().splitlines()) == 2
+    assert DIVERGED not in (tmp_path / "releases.jsonl").read_text()  # a digest
+
+
+def test_where_the_server_releases_every_upload_is_noted_before_it_goes_on(tmp_path):
+    releases = Releases(tmp_path)
+    releases.open(0)
+    handed = ServerDigests(releases).together(asked(), iter([Upload(-1, 1, {"parameters": START})]), None)
+    assert not (tmp_path / "releases.jsonl").exists()
+    assert next(handed).message["parameters"] is START
+    assert len((tmp_path / "releases.jsonl").read_text().splitlines()) == 1
+
+
+def test_vectors_that_are_only_added_up_stay_where_the_client_works():
+    encoders = Reduction().encoders(asked())
+    assert [encoders[k] for k in (0, 1)] == 2 * [Reducing(("parameters",), {"parameters": like(START)})]
+    kept = {}
+    upload, checked = encoders[1].encode(
+        1, {"parameters": START}, {"parameters": START + 1}, lambda k, name, vector: kept.update({(k, name): vector})
+    )
+    assert upload["parameters"] == Kept(1, "parameters", 3, torch.float32)
+    assert checked == {"drift": pytest.approx(3**0.5)}
+    torch.testing.assert_close(kept[1, "parameters"], START + 1)
+
+
+@pytest.mark.parametrize("upload", [{"parameters": START * math.inf}, {}, {"parameters": START}])
+def test_an_upload_travels_whole_where_it_does_not_fit_or_is_there_already(upload):
+    kept = []
+    keep = None if torch.isfinite(upload.get("parameters", torch.zeros(1))).all() and upload else kept.append
+    found, checked = Reduction().encoders(asked())[0].encode(0, {"parameters": START}, upload, keep)
+    assert found is upload
+    assert checked is None
+    assert kept == []
