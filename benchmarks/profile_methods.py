@@ -41,7 +41,7 @@ REGIONS = {
     "fedkern.engine.loop:Run._evaluate": EVALUATE,
     "fedkern.engine.loop:Run._commit": KEEP,
     "fedkern.engine.loop:Run._write_state": KEEP,
-    "fedkern.engine.local:stepper": STEP,
+    "fedkern.engine.training:stepper": STEP,
 }
 """Functions whose time is one part, as module:name; of `stepper` it is what it returns."""
 OPERATORS = (

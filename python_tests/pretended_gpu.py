@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fedkern.engine import local, network, parties
+from fedkern.engine import client, network, training
+from fedkern.engine.context import RunContext
 from fedkern.ops import flat
 
 META = torch.device("meta")
@@ -78,15 +79,15 @@ class Waits(TorchDispatchMode):
 def pretend(monkeypatch) -> Waits:
     """Puts all clients on the meta device; the server, and what it gets from them (zeros), stay on the CPU."""
     waits = Waits()
-    made: dict[int, tuple[parties.RunContext, parties.RunContext]] = {}
+    made: dict[int, tuple[RunContext, RunContext]] = {}
     numbers = itertools.count(1)
-    own_init, own_train, own_check = parties.Client.__init__, local.train, local.check
+    own_init, own_train, own_check = client.Client.__init__, training.train, training.check
     own_pointer = Tensor.data_ptr
     step = 0
 
     def init(self, context, *rest):
         if id(context) not in made:
-            twin = parties.RunContext(context.config, context.data)
+            twin = RunContext(context.config, context.data)
             twin.device, twin.teachers = META, context.teachers
             made[id(context)] = twin, context
         own_init(self, made[id(context)][0], *rest)
@@ -106,16 +107,16 @@ def pretend(monkeypatch) -> Waits:
         waits.steps += waits.inside
         own_check()
 
-    def digest(client, step, rows, names, done, totals, seen):  # reads an epoch's figures: a wait by design
+    def digest(number, step, rows, names, done, totals, seen):  # reads an epoch's figures: a wait by design
         waits.inside = False
         for name in {"loss", *(name for own in names for name in own)}:
             totals[name], seen[name] = 1.0, 1
         return done + len(rows)
 
-    monkeypatch.setattr(parties.Client, "__init__", init)
-    monkeypatch.setattr(parties, "train", train)
-    monkeypatch.setattr(local, "check", check)
-    monkeypatch.setattr(local, "_digest", digest)
+    monkeypatch.setattr(client.Client, "__init__", init)
+    monkeypatch.setattr(client, "train", train)
+    monkeypatch.setattr(training, "check", check)
+    monkeypatch.setattr(training, "_digest", digest)
     for kind in (network.Network, network.Part, network.Trainable):
         monkeypatch.setattr(kind, "finite", lambda self: True)
     # FlatParameters takes no tensors without values, and tells tensors apart by their addresses, of which these have

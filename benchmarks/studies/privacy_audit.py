@@ -34,9 +34,9 @@ from benchmarks.studies.audit import audit, claimed_mu
 from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
 from fedkern.engine import private_training
-from fedkern.engine.local import Schedule
 from fedkern.engine.samples import ClientData
 from fedkern.engine.store.records import versions
+from fedkern.engine.training import Schedule
 from fedkern.methods.base import Objective, Step
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.presets import IODOptions, settle

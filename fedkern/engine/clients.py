@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedkern.data.image_rows import in_parts
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.base import Method
 

@@ -55,17 +55,23 @@ class RunContext:
     """What all clients and the server of a run share: settings, data, three networks, named warnings.
 
     One network trains, one is the frozen global copy, one is the server's; each is made on first use and reused.
+
+    Pickled are the settings, the data and the disclosure.  Another process makes a context of its own from them, with
+    its own networks, and sets ``on_notice``.
+
+    Attributes:
+        on_notice: called with the text of every notice; None: nobody listens.
     """
 
     def __init__(
         self,
         config: RunConfig,
         data: Any,
-        notice: Callable[[str], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
         pair: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.data = config, data
-        self._notice = notice
+        self.on_notice = on_notice
         self.device = torch.device(config.device)
         self.federation = self._federation()
         splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
@@ -86,6 +92,10 @@ class RunContext:
         self._init: dict[str, Tensor] | None = None
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pair = self.pair if self.data.task == "retrieval" else None
+        return RunContext, (self.config, self.data, None, pair), {"disclosure": self.disclosure}
 
     def _federation(self) -> Federation:
         splits = self.data.clients
@@ -295,5 +305,5 @@ class RunContext:
         self.warnings.setdefault(name, text)
 
     def notice(self, text: str) -> None:
-        if self._notice is not None:
-            self._notice(text)
+        if self.on_notice is not None:
+            self.on_notice(text)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
 from fedkern.engine.progress import Progress
+from fedkern.engine.server import Server
 from fedkern.errors import RAISED, UserError, named, origin
 from fedkern.methods.base import ClientId, Declaration, Message, Method, Step, Upload
 

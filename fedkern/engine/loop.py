@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedkern.engine import device_use, diagnostics
 from fedkern.engine.audience import Audience
+from fedkern.engine.client import Client
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.config import RunConfig, clients_of_a_round
@@ -46,11 +47,11 @@ from fedkern.engine.final_figures import answers, final_figures, set_name, uniqu
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.participants import absent_clients, fewest_uploads, sample_clients
-from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.progress import Progress
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.samples import TestSet
+from fedkern.engine.server import Server
 from fedkern.engine.store import confusions, predictions, records, server_secret
 from fedkern.engine.store.artifacts import Artifact, Gallery
 from fedkern.engine.store.checkpoints import Checkpoints

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split, normalise
 from fedkern.data.image_rows import in_parts
+from fedkern.engine.client import Client
 from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client
 from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.samples import BATCH
 from fedkern.engine.store import atomic, checkpoints

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
+from fedkern.engine.training import Context, Diverged, Schedule
 from fedkern.interrupts import check
 from fedkern.methods.base import Client, Objective, Step
 from fedkern.models.precision import computing

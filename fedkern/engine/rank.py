@@ -94,7 +94,7 @@ class RankWorker(Worker):
 def _serve(team: Team, link: Link) -> None:
     plugins.receive(link.told())
     setup: Setup = Unpacker().unpack(link.receive()[0])
-    if setup.config.device == "cuda" and not torch.cuda.is_available():
+    if setup.context.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
     with as_in_the_run(setup):
         RankWorker(setup, link, team).serve()

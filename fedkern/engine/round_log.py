@@ -9,8 +9,8 @@ from fedkern.engine.client_states import ClientStates
 from fedkern.engine.context import RunContext
 from fedkern.engine.events import Listener
 from fedkern.engine.executors.base import Answer
-from fedkern.engine.local import Diverged
 from fedkern.engine.progress import Progress
+from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods.base import ClientId
 

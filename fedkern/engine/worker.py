@@ -31,11 +31,9 @@ import torch
 
 from fedkern import plugins
 from fedkern.engine.allocator import keep_freed_memory
-from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker, portable
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, set_modes
-from fedkern.engine.parties import Elsewhere
 from fedkern.engine.torch_modes import reproducible
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
@@ -62,11 +60,11 @@ class Worker:
         self._channel = channel
         set_modes(setup.modes)
         MODELS.update({entry.name: entry for entry in setup.entries})
-        torch.set_num_threads(setup.config.client_threads)
-        self._context = RunContext(setup.config, setup.data, self._notice, pair=setup.pair)
-        self._context.disclosure = setup.disclosure
-        Elsewhere.context = self._context
-        self._serial = Serial(self._context, setup.askers, lambda _: dict, setup.config.client_threads)
+        self._context = setup.context
+        self._context.on_notice = self._notice
+        threads = self._context.config.client_threads
+        torch.set_num_threads(threads)
+        self._serial = Serial(self._context, setup.askers, lambda _: dict, threads)
         self._packer, self._unpacker = Packer(), Unpacker()
 
     def serve(self) -> None:
@@ -133,7 +131,7 @@ def as_in_the_run(setup: Setup) -> Iterator[None]:
             forced.enter_context(backend.use_isa(setup.isa))
         if setup.backend is not None:
             forced.enter_context(backend.use_backend(setup.backend))
-        forced.enter_context(computing(setup.config.precision))
+        forced.enter_context(computing(setup.context.config.precision))
         forced.enter_context(reproducible())
         yield
 
@@ -142,7 +140,7 @@ def _work(setup: Setup, end: socket.socket) -> None:
     """Runs a forked worker, from its beginning to its end."""
     warnings.simplefilter("ignore", loading.Slower)  # the run's own process says it
     with as_in_the_run(setup):
-        if setup.config.client_threads > 1:
+        if setup.context.config.client_threads > 1:
             backend.trust_fork()
         with suppress(EOFError, ConnectionError):
             Worker(setup, Channel(end)).serve()

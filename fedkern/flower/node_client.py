@@ -19,18 +19,19 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.engine.allocator import keep_freed_memory
+from fedkern.engine.client import Client
 from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.config import RunConfig
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.run import on_node
+from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.torch_modes import reproducible
+from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, UserError, printable
 from fedkern.flower.node_folder import NodeFolder, Version
 from fedkern.flower.parcel import Malformed, Parcel

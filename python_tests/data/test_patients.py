@@ -10,8 +10,8 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.holdout import hold_out
 from fedkern.engine import RunConfig
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
 from fedkern.methods.fediod import local_teachers

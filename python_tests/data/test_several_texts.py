@@ -12,8 +12,8 @@ from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
 from fedkern.data.split import joined
 from fedkern.engine import RunConfig
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
 from fedkern.methods.protocol import OUTSIDE

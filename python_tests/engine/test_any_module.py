@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Round, Step, register
 from fedkern.methods.base import Number, like

@@ -12,10 +12,10 @@ from smallest import SETTINGS
 
 from benchmarks.studies.audit import audit
 from fedkern.engine import Listener, RunConfig, extend, read_metrics, read_summary, run
-from fedkern.engine.local import Diverged
 from fedkern.engine.participants import absent_clients, sample_clients
 from fedkern.engine.store import server_secret
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.private_mean import ClippedSum, variances
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg

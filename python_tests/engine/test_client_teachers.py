@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from fedkern import models
 from fedkern.engine import RunConfig, clients, read_model, run
+from fedkern.engine.client import Client
 from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client
 from fedkern.engine.store import state
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError

@@ -16,12 +16,12 @@ from torch import nn
 from fedkern.data import Split
 from fedkern.data.patients import limited
 from fedkern.engine import RunConfig, run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.local import Schedule
-from fedkern.engine.parties import Client
 from fedkern.engine.private_training import train_privately
 from fedkern.engine.run import kept_data
 from fedkern.engine.samples import ClientData
+from fedkern.engine.training import Schedule
 from fedkern.errors import UserError
 from fedkern.methods.base import Objective, Step
 from fedkern.methods.fediod import private_messages as privacy

@@ -14,9 +14,9 @@ from torch import nn
 
 from fedkern import models
 from fedkern.data import IGNORE, Split
-from fedkern.engine.local import Diverged, Schedule
 from fedkern.engine.private_training import train_privately
 from fedkern.engine.samples import ClientData
+from fedkern.engine.training import Diverged, Schedule
 from fedkern.errors import UserError
 from fedkern.interrupts import Terminated, in_order
 from fedkern.methods import METHODS

@@ -8,7 +8,9 @@ import torch
 
 from fedkern import models
 from fedkern.engine import Listener, RunConfig, load_data, read_metrics, read_model, run
-from fedkern.engine.parties import Client, RunContext, Server
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
+from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Step, register
 

@@ -1,7 +1,8 @@
 """FedDRA's two sides without the engine's loop."""
 
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.methods import FedDRA, Step, Upload
 from fedkern.models.towers import PARTS
 

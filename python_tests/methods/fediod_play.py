@@ -2,8 +2,9 @@
 
 import torch
 
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.methods import FedIOD, Step, Upload
 
 TINY = {

@@ -6,8 +6,9 @@ import copy
 
 import torch
 
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.methods import FuseFL, Step, Upload
 
 PLAIN = {"model": "cnn", "local_epochs": 3, "grad_cam": 0, "rounds": None}

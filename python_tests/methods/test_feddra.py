@@ -11,7 +11,7 @@ from feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 from fedkern import ops
 from fedkern.engine import RunConfig, run
-from fedkern.engine.parties import Client
+from fedkern.engine.client import Client
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes

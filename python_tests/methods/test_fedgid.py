@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import models
 from fedkern.engine import read_metrics, run
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Client, RunContext
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedGID, Step
 from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
 from fedkern.engine import Listener, RunConfig, run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError

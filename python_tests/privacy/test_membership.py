@@ -18,8 +18,8 @@ from fedkern.cli import commands, finished_runs
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
 from fedkern.engine import RunConfig
 from fedkern.engine import membership_attack as attacking
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.methods.fediod import local_teachers

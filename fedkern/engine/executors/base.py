@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import Hooks
-from fedkern.engine.local import Diverged
 from fedkern.engine.progress import Progress
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import ClientFailed
 from fedkern.methods.base import ClientId, Message, Step

@@ -123,7 +123,8 @@ class Nursery:
         self._channel = Channel(ours)
         self._ready = False
         try:
-            self._channel.say(([path or str(Path.cwd()) for path in sys.path], plugins.sent(setup.config.plugins)))
+            paths = [path or str(Path.cwd()) for path in sys.path]
+            self._channel.say((paths, plugins.sent(setup.context.config.plugins)))
             self._channel.send(packet)
         except OSError:
             pass  # ready() will find that the process is lost

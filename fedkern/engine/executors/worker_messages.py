@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedkern.engine.context import RunContext
 from fedkern.models import ModelEntry
 
 
@@ -15,23 +16,17 @@ class Setup:
     """Everything that a worker needs about the run, sent once.
 
     Attributes:
-        config: every setting.
-        data: the federated data.
+        context: the settings, the federated data and what the records may tell.
         askers: objects whose ``client_update`` may be called, by name.
-        pair: arguments of ``build_pair`` for image-text data; None for other data.
         entries: entries of ``fedkern.models.MODELS`` that the user added, and that the settings name.
-        disclosure: what the records may tell.
         backend: the forced backend of the operators; None where none is.
         isa: the ISA level of the CPU core, "none" where there is no core.
         modes: process-wide settings of PyTorch that change bits.
     """
 
-    config: Any
-    data: Any
+    context: RunContext
     askers: dict[str, Any]
-    pair: dict[str, Any] | None
     entries: tuple[ModelEntry, ...]
-    disclosure: Any
     backend: str | None
     isa: str
     modes: dict[str, Any]

@@ -330,12 +330,9 @@ def _kill(process: int) -> None:
 def setup_of(context: RunContext, askers: dict[str, Any]) -> Setup:
     """Everything that clients in another process need about the run."""
     return Setup(
-        config=context.config,
-        data=context.data,
+        context=context,
         askers=askers,
-        pair=context.pair if context.data.task == "retrieval" else None,
         entries=context.added_models,
-        disclosure=context.disclosure,
         backend=backend.forced_backend(),
         isa=backend.active_isa(),
         modes=modes(),

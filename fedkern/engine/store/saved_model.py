@@ -18,7 +18,7 @@ from fedkern import models, named_code
 from fedkern.engine.config import RunConfig, check_regular, check_run_folder, load_plugins
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
-from fedkern.engine.parties import Server
+from fedkern.engine.server import Server
 from fedkern.engine.store import atomic
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_format, check_results, checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION

@@ -21,7 +21,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import message_for, reduced
 from fedkern.engine.participants import sample_clients
-from fedkern.engine.parties import Server
+from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Step, Upload

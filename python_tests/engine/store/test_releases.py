@@ -6,10 +6,11 @@ import pytest
 import torch
 from interrupted import Kill, KillAt
 
-from fedkern.engine import RunConfig, parties, run
-from fedkern.engine.local import Diverged
+from fedkern.engine import RunConfig, run
+from fedkern.engine import client as engine_client
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.releases import NAME, Releases, digest
+from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
 from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
@@ -133,14 +134,14 @@ def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_con
     """With --on-nan skip it is left out, and its noise is spent: the figure of the run counts it."""
     pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
-    train = parties.train_privately
+    train = engine_client.train_privately
 
     def diverging(client, method, step, *rest):
         train(client, method, step, *rest)
         if client.id == 1:
             raise Diverged(1, step.round, 1, "the parameters are not finite")
 
-    monkeypatch.setattr(parties, "train_privately", lambda *a: diverging(*a) or {})
+    monkeypatch.setattr(engine_client, "train_privately", lambda *a: diverging(*a) or {})
     options = {**OPTIONS, "sigma_d": 0.0, "teacher_dp": True}
     config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0, on_nan="skip")
     summary = run(config, out=tmp_path / "run", data=make_data(two_tests=False))

@@ -87,7 +87,7 @@ def test_what_is_evaluated_and_what_it_costs(make_data, make_config, tmp_path):
 
 
 def _network(make_config, data):
-    from fedkern.engine.parties import RunContext
+    from fedkern.engine.context import RunContext
 
     return RunContext(make_config("feddyn"), data).build()
 

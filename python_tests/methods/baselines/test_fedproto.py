@@ -12,8 +12,9 @@ from fedkern import models
 from fedkern.data import normalise
 from fedkern.data.holdout import hold_out
 from fedkern.engine import read_model, run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.methods import Batch, FedProto, Step, Upload

@@ -11,8 +11,9 @@ from torch.nn.functional import one_hot, softmax
 
 from fedkern import models
 from fedkern.engine import RunConfig, run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods import FML, FedLPFM, Step
 from fedkern.methods.baselines.fml import Pair

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from fedkern.engine import run
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Client, RunContext
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Scaffold, Step

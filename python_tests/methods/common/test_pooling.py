@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from fedkern.engine import run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.parties import Client, Server
+from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError

@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig, read_model, run
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Client, RunContext
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Scaffold, Step

@@ -7,9 +7,9 @@ import torch
 
 from fedkern.data.holdout import hold_out
 from fedkern.engine import RunConfig, read_model, run
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network, Part
-from fedkern.engine.parties import Client
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Step

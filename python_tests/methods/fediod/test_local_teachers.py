@@ -85,7 +85,7 @@ def test_mistakes_with_teachers_end_in_a_sentence(make_data, make_config, tmp_pa
 
 
 def test_a_cosine_of_the_teachers_rate():
-    from fedkern.engine.local import Schedule
+    from fedkern.engine.training import Schedule
 
     schedule = Schedule(lr=1.0, momentum=0, weight_decay=0, clip_norm=0, epochs=5, batch_size=1, end=0.2)
     assert [round(schedule.lr_at(epoch), 6) for epoch in (0, 2, 4)] == [1.0, 0.6, 0.2]

@@ -10,8 +10,8 @@ from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 from fedkern.data import Split
 from fedkern.engine import read_metrics, read_model, run
-from fedkern.engine.local import Diverged
-from fedkern.engine.parties import Client
+from fedkern.engine.client import Client
+from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.common.oneshot_members import flatten, load, vectors

@@ -9,7 +9,8 @@ import torch
 from fusefl_play import PLAIN, Play, config_of, equal, flat
 from torch import nn
 
-from fedkern.engine import parties, read_metrics, read_model, run
+from fedkern.engine import client as engine_client
+from fedkern.engine import read_metrics, read_model, run
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.methods import FuseFL, Step
 from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
@@ -123,13 +124,13 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
 def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_config, monkeypatch):
     """Five epochs over two levels are three and two, so the fourth epoch of the run begins level two."""
     seen = []
-    real = parties.train
+    real = engine_client.train
 
     def spy(client, method, step, network, data, received, schedule, *more):
         seen.append([schedule.lr_at(epoch) for epoch in range(schedule.epochs)])
         return real(client, method, step, network, data, received, schedule, *more)
 
-    monkeypatch.setattr(parties, "train", spy)
+    monkeypatch.setattr(engine_client, "train", spy)
     config = config_of(make_config, {"blocks": 2, "width": "2"}, local_epochs=5, lr=0.5, lr_steps="2,3")
     play = Play(config, make_data())
     play.order = [0]

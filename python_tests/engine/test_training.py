@@ -12,11 +12,13 @@ from torch.nn.functional import cross_entropy
 from fedkern import data as fedkern_data
 from fedkern.data import normalise
 from fedkern.engine import Listener, read_model, run
-from fedkern.engine.local import Diverged
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Client, RunContext, Server
 from fedkern.engine.samples import batch_plan
+from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
+from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
 from fedkern.methods import FML, METHODS, FedAvg, Step
 

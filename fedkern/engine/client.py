@@ -1,4 +1,4 @@
-"""Client and Server as the engine implements them (protocols: `fedkern.methods.roles`)."""
+"""Client as the engine implements it (protocol: :class:`fedkern.methods.roles.Client`)."""
 
 from __future__ import annotations
 
@@ -12,79 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import ops
 from fedkern.data.cases import grouped_rows
 from fedkern.data.patients import numbered
 from fedkern.engine.context import RunContext
-from fedkern.engine.local import Context, Schedule, train
 from fedkern.engine.network import Part, Trainable
+from fedkern.engine.node import Node
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
-from fedkern.engine.samples import BackgroundBank, Samples
-from fedkern.engine.store.artifacts import prepared
-from fedkern.errors import UserError
-from fedkern.methods.aggregators import Rule
+from fedkern.engine.samples import BackgroundBank
+from fedkern.engine.training import Context, Schedule, train
 from fedkern.methods.base import Batch, Message, Objective, Step
 from fedkern.methods.protocol import BEFORE, batch_slices
-from fedkern.methods.server_rules import ServerRule
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
 
-class Elsewhere:
-    """Stand-in for a client or the server that a method has kept, in a worker process.
-
-    A client and the server are pickled as this class.  It has ``notice``, ``warn``, and ``build`` or ``network``, which
-    make networks.
-
-    Attributes:
-        context: the RunContext of this process; None until there is one.
-    """
-
-    context: RunContext | None = None
-
-    def notice(self, text: str) -> None:
-        if self.context is not None:
-            self.context.notice(text)
-
-    def warn(self, name: str, text: str) -> None:
-        if self.context is not None:
-            self.context.warn(name, text)
-
-    def build(self, **wanted: Any) -> Any:
-        assert self.context is not None  # no network is built while a setup is unpickled
-        return self.context.place(self.context.build(**wanted))
-
-    network = build
-
-
-class _Node:
-    """What client and server have in common (see :class:`fedkern.methods.roles.Node`)."""
-
-    def __init__(self, context: RunContext) -> None:
-        self._context = context
-        self.device = context.device
-        self.task: str = context.data.task
-        self.classes: tuple[str, ...] = context.data.classes
-        self.image_shape: tuple[int, int, int] = context.data.image_shape
-        self.mean: tuple[float, ...] = context.data.mean
-        self.std: tuple[float, ...] = context.data.std
-        self.report: dict[str, float] = {}
-        self.round_cache: dict[str, Any] = {}
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Elsewhere, ()
-
-    @property
-    def public(self) -> Samples | None:
-        return self._context.public
-
-    def notice(self, text: str) -> None:
-        self._context.notice(text)
-
-
-class Client(_Node):
-    """A client (see :class:`fedkern.methods.base.Client`)."""
+class Client(Node):
+    """A client (see :class:`fedkern.methods.roles.Client`)."""
 
     def __init__(self, context: RunContext, client: int, state: dict[str, Any]) -> None:
         super().__init__(context)
@@ -318,60 +262,3 @@ class Client(_Node):
     def rng(self, purpose: str, step: Step) -> np.random.Generator:
         name = purpose if step.exchange == "update" else f"{purpose}/{step.exchange}"
         return stream(self._context.config.seed, name, round=step.round, client=self.id)
-
-
-class Server(_Node):
-    """The server (see :class:`fedkern.methods.base.Server`)."""
-
-    def __init__(self, context: RunContext, state: dict[str, Any] | None = None) -> None:
-        super().__init__(context)
-        self.federation = context.federation
-        self.trained_vectors = context.trained_vectors
-        self.state: dict[str, Any] = {} if state is None else state
-        self.refused: list[tuple[int, str]] = []  # in the current exchange
-        self.showing = False  # whether log_image keeps the artifacts of this round
-        self.artifacts: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
-        self.traffic: Mapping[str, Mapping[str, int]] = {}
-        rule = Rule(context.config.aggregator)
-        self.aggregator = rule if rule.entry.function is not None else None
-        optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
-        self.optimiser = None if optimiser.plain else optimiser
-        self.summing: Callable[[Any], Any] | None = None  # makes an accumulator add what has stayed on ranks
-
-    def warn(self, name: str, text: str) -> None:
-        if self._context.disclosure.server:
-            self._context.warn(name, text)
-
-    def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
-        return self._context.place(self._context.build(model=model, width=width, classes=classes))
-
-    def rng(self, purpose: str, step: Step) -> np.random.Generator:
-        name = f"server/{purpose}" + ("" if step.exchange == "update" else f"/{step.exchange}")
-        return stream(self._context.config.seed, name, round=step.round)
-
-    def initial(self) -> Message:
-        vectors = self._context.initial()
-        return vectors if self._context.config.statistics else {"parameters": vectors["parameters"]}
-
-    def network(self, message: Message) -> nn.Module:
-        network = self._context.network("server")
-        network.write(message)
-        network.statistics = self._context.config.statistics
-        network.eval_mode()
-        return network.module
-
-    def accumulator(self, size: int) -> Any:
-        own = ops.Accumulator(size, exact=self._context.config.sums == "exact")
-        return own if self.summing is None else self.summing(own)
-
-    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
-        if self.showing:
-            self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
-
-    def refuse(self, client: int, reason: str) -> None:
-        if not self._context.disclosure.server:
-            reason = f"The upload of client {self._context.data.client_label(client)} was refused"
-        if self._context.config.on_nan == "stop":
-            raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
-        self.refused.append((client, reason))
-        self._context.warn(f"refused-upload-{client}", f"{reason}; it was left out.")

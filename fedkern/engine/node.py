@@ -1,0 +1,40 @@
+"""Node: what the engine's client and server have in common (protocol: :class:`fedkern.methods.roles.Node`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.samples import Samples
+
+
+class Node:
+    """Base of :class:`~fedkern.engine.client.Client` and :class:`~fedkern.engine.server.Server`.
+
+    A method that goes to worker processes may have kept a client, the server or a function of theirs
+    (``server.notice``).  Only the context of a node is pickled.  In a worker a kept node thus shares the context of the
+    worker's own clients: it warns, gives notice and builds networks as they do.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self.device = context.device
+        self.task: str = context.data.task
+        self.classes: tuple[str, ...] = context.data.classes
+        self.image_shape: tuple[int, int, int] = context.data.image_shape
+        self.mean: tuple[float, ...] = context.data.mean
+        self.std: tuple[float, ...] = context.data.std
+        self.report: dict[str, float] = {}
+        self.round_cache: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # State, report and caches stay behind: a worker's changes to copies of them would be lost without a word.
+        # In a worker they are an AttributeError.
+        return {"_context": self._context}
+
+    @property
+    def public(self) -> Samples | None:
+        return self._context.public
+
+    def notice(self, text: str) -> None:
+        self._context.notice(text)

@@ -1,0 +1,76 @@
+"""Server as the engine implements it (protocol: :class:`fedkern.methods.roles.Server`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedkern import ops
+from fedkern.engine.context import RunContext
+from fedkern.engine.node import Node
+from fedkern.engine.store.artifacts import prepared
+from fedkern.errors import UserError
+from fedkern.methods.aggregators import Rule
+from fedkern.methods.base import Message, Step
+from fedkern.methods.server_rules import ServerRule
+from fedkern.streams import stream
+
+
+class Server(Node):
+    """The server (see :class:`fedkern.methods.roles.Server`)."""
+
+    def __init__(self, context: RunContext, state: dict[str, Any] | None = None) -> None:
+        super().__init__(context)
+        self.federation = context.federation
+        self.trained_vectors = context.trained_vectors
+        self.state: dict[str, Any] = {} if state is None else state
+        self.refused: list[tuple[int, str]] = []  # in the current exchange
+        self.showing = False  # whether log_image keeps the artifacts of this round
+        self.artifacts: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+        self.traffic: Mapping[str, Mapping[str, int]] = {}
+        rule = Rule(context.config.aggregator)
+        self.aggregator = rule if rule.entry.function is not None else None
+        optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
+        self.optimiser = None if optimiser.plain else optimiser
+        self.summing: Callable[[Any], Any] | None = None  # makes an accumulator add what has stayed on ranks
+
+    def warn(self, name: str, text: str) -> None:
+        if self._context.disclosure.server:
+            self._context.warn(name, text)
+
+    def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
+        return self._context.place(self._context.build(model=model, width=width, classes=classes))
+
+    def rng(self, purpose: str, step: Step) -> np.random.Generator:
+        name = f"server/{purpose}" + ("" if step.exchange == "update" else f"/{step.exchange}")
+        return stream(self._context.config.seed, name, round=step.round)
+
+    def initial(self) -> Message:
+        vectors = self._context.initial()
+        return vectors if self._context.config.statistics else {"parameters": vectors["parameters"]}
+
+    def network(self, message: Message) -> nn.Module:
+        network = self._context.network("server")
+        network.write(message)
+        network.statistics = self._context.config.statistics
+        network.eval_mode()
+        return network.module
+
+    def accumulator(self, size: int) -> Any:
+        own = ops.Accumulator(size, exact=self._context.config.sums == "exact")
+        return own if self.summing is None else self.summing(own)
+
+    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
+        if self.showing:
+            self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
+
+    def refuse(self, client: int, reason: str) -> None:
+        if not self._context.disclosure.server:
+            reason = f"The upload of client {self._context.data.client_label(client)} was refused"
+        if self._context.config.on_nan == "stop":
+            raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
+        self.refused.append((client, reason))
+        self._context.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
