@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.playing import wait
-from fedkern.engine.config import NAME
 from fedkern.engine.store.records import METRICS, read_metrics
+from fedkern.settings.config import NAME
 
 PAPERS = {"fusefl": "85.92 %", "fediod": "82.78 %"}
 """Accuracies in the papers; FedGID's are of another colouring."""

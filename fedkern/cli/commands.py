@@ -17,13 +17,13 @@ from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
 from fedkern.data.registry import read_options
 from fedkern.engine import Listener, Listeners, RunConfig, Terminated
-from fedkern.engine.config import ANYHOW
-from fedkern.engine.given_paths import absolute, named_options
 from fedkern.engine.store.extending import REPORT
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
+from fedkern.settings.config import ANYHOW
+from fedkern.settings.given_paths import absolute, named_options
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def load(words: Sequence[str]) -> None:
     for file in _values(words, "--config"):
         plugins.given(_named(expand(file)))
     for folder in _values(words, "--resume"):
-        from fedkern.engine.config import load_plugins
+        from fedkern.settings.config import load_plugins
 
         load_plugins(expand(folder))
 

@@ -14,10 +14,10 @@ from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
 from fedkern.engine import RunConfig, membership_attack
-from fedkern.engine.given_paths import absolute
 from fedkern.engine.store.records import plain
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
+from fedkern.settings.given_paths import absolute
 
 FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds")
 NAMES = ("attack", "evaluate", "predict", "export", "extend")

@@ -13,10 +13,10 @@ from fedkern.cli.front_page import COMMANDS, PROGRAM, front_page
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
 from fedkern.engine import RunConfig
-from fedkern.engine.defaults import default_data, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
 from fedkern.methods.options import Knob, as_typed
+from fedkern.settings.defaults import default_data, defaults
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""

@@ -8,8 +8,8 @@ from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.engine import RunConfig
-from fedkern.engine.config import FOUND
 from fedkern.methods.options import as_typed
+from fedkern.settings.config import FOUND
 
 
 def command_line(method: str, config: RunConfig) -> str:

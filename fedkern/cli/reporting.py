@@ -13,10 +13,10 @@ from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, trusted
 from fedkern.engine import RunConfig
-from fedkern.engine.config import check_run_folder
-from fedkern.engine.given_paths import absolute
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.settings.config import check_run_folder
+from fedkern.settings.given_paths import absolute
 
 if TYPE_CHECKING:
     from fedkern.comparison.results import Result

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from fedkern.cli.request import Request
 from fedkern.engine import RunConfig
-from fedkern.engine.config import NAME
 from fedkern.engine.executors import team
 from fedkern.engine.executors.team import Place
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
+from fedkern.settings.config import NAME
 
 RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""

@@ -17,15 +17,15 @@ from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig, own_model
-from fedkern.engine.config import NAME as SETTINGS
-from fedkern.engine.config import check_regular
-from fedkern.engine.grounds import difference
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.registry import short
 from fedkern.report.tables import human_metric
+from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.config import check_regular
+from fedkern.settings.grounds import difference
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""

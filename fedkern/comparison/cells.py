@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkern.engine import RunConfig
-from fedkern.engine.config import ANYHOW, FOUND
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.methods.options import as_typed
+from fedkern.settings.config import ANYHOW, FOUND
 
 MOST_CELLS = 100_000
 _FIXED = {

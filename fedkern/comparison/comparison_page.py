@@ -13,7 +13,6 @@ from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import FoundRun, Group, grouped, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
-from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.store.records import SUMMARY, versions
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import read_text
@@ -24,6 +23,7 @@ from fedkern.report.comparison_plot import curves, mean_curve
 from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
+from fedkern.settings.config import NAME as SETTINGS
 
 TOLD = 6
 """Most differences that the headline tells of."""

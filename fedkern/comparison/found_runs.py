@@ -11,9 +11,6 @@ from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.engine import RunConfig, read_metrics, read_summary
-from fedkern.engine.config import ANYHOW, FOUND
-from fedkern.engine.config import NAME as SETTINGS
-from fedkern.engine.grounds import code_identity, difference, other_data
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, first_of
@@ -22,6 +19,9 @@ from fedkern.methods.common.figure_names import split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
+from fedkern.settings.config import ANYHOW, FOUND
+from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.grounds import code_identity, difference, other_data
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
 """Settings that part no groups: the seed, and what decides where and how fast a run computes.

@@ -13,7 +13,6 @@ from torch import nn
 from fedkern.data import FederatedData, load
 from fedkern.data.registry import lookup
 from fedkern.downstream.image_shapes import check_shape
-from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
 from fedkern.engine.final_figures import final_figures
 from fedkern.engine.network import cpu_threads
@@ -26,6 +25,7 @@ from fedkern.files import absolute
 from fedkern.methods import registry
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
+from fedkern.settings.config import RunConfig
 
 
 @reproducible()

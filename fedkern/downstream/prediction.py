@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fedkern import files
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
-from fedkern.engine.config import RunConfig
 from fedkern.engine.store import atomic
 from fedkern.engine.store.saved_model import read_model
 from fedkern.engine.torch_modes import reproducible
@@ -25,6 +24,7 @@ from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing
 from fedkern.methods.protocol import batch_slices
+from fedkern.settings.config import RunConfig
 
 Value = TypeVar("Value")
 

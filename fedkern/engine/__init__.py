@@ -1,6 +1,5 @@
 """Engine that runs a method: round loop, local training, checkpoints, records."""
 
-from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, Listeners, RunInfo
 from fedkern.engine.membership_attack import attack
 from fedkern.engine.run import load_data, run
@@ -9,6 +8,7 @@ from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.saved_model import read_model
 from fedkern.interrupts import Terminated
+from fedkern.settings.config import RunConfig
 
 __all__ = [
     "Listener",

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from fedkern.engine.network import place
 from fedkern.engine.store import state
-from fedkern.engine.store.checkpoints import FOLDER, Checkpoints, checksum
+from fedkern.engine.store.checkpoints import Checkpoints, checksum
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import special
 from fedkern.methods.base import VECTORS
 from fedkern.ops import FlatParameters
+from fedkern.settings.run_format import FOLDER
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 OF_DATA = (

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.engine import initial_weights
 from fedkern.engine.client_teachers import Teachers
-from fedkern.engine.config import RunConfig
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
@@ -25,6 +24,7 @@ from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.registry import added
 from fedkern.models.vocabulary import split_words
+from fedkern.settings.config import RunConfig
 
 PREPARED = 1000
 """Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fedkern.data.image_rows import in_parts
-from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import undefined
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
@@ -19,6 +18,7 @@ from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.multilabel_figures import MAIN as AREA
 from fedkern.methods.common.multilabel_figures import unvaried
 from fedkern.methods.common.segmentation_figures import constant_dice
+from fedkern.settings.config import RunConfig
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1

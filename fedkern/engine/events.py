@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedkern.engine.config import RunConfig
     from fedkern.methods.base import Round
     from fedkern.privacy import Guarantee
+    from fedkern.settings.config import RunConfig
 
 
 @dataclass(frozen=True)

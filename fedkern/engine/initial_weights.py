@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedkern.engine.config import NAME as CONFIG
 from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, standing
+from fedkern.settings.config import NAME as CONFIG
 
 MODEL = "model.safetensors"
 """File with the network of a finished run."""

@@ -20,7 +20,6 @@ from fedkern.engine.audience import Audience
 from fedkern.engine.client import Client
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
-from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import (
@@ -76,6 +75,7 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.methods.uploads import all_finite, infinite_as_sent
 from fedkern.privacy import Guarantee
 from fedkern.privacy.guarantee import EPSILON, PART
+from fedkern.settings.config import RunConfig, clients_of_a_round
 
 
 class Run:

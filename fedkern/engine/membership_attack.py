@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from fedkern.data import FederatedData, Split, normalise
 from fedkern.data.image_rows import in_parts
 from fedkern.engine.client import Client
-from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.samples import BATCH
-from fedkern.engine.store import atomic, checkpoints
+from fedkern.engine.store import atomic
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
 from fedkern.engine.store.saved_model import read_model
@@ -29,6 +28,8 @@ from fedkern.methods import registry
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_format import FOLDER
 
 
 @reproducible()
@@ -153,7 +154,7 @@ def place(out: Path | str) -> Path:
         UserError: there is no run in the folder.
     """
     private = RunConfig.load(out, device="cpu").records == "private"
-    return Path(out) / checkpoints.FOLDER / ATTACK if private else Path(out) / ATTACK
+    return Path(out) / FOLDER / ATTACK if private else Path(out) / ATTACK
 
 
 def write(out: Path | str, result: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.engine import initial_weights
-from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.own import LEVELS, check_module, digest, level
 from fedkern.models.registry import unknown
+from fedkern.settings.config import RunConfig
 
 INSTANCE = "module:"
 """Beginning of the name of a network that is given as a module."""

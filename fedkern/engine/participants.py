@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.privacy.dpsgd import stream_name
+from fedkern.settings.config import RunConfig, clients_of_a_round
 from fedkern.streams import stream
 
 DROPPED_OUT = "it dropped out of the round"

@@ -20,16 +20,13 @@ from fedkern.data.identity import of_memory
 from fedkern.data.patients import limited
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.engine import config as settings
 from fedkern.engine import own_model
 from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.audience import Audience
-from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
 from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.ranks import Ranks
-from fedkern.engine.grounds import files_identity
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.store import atomic, records, saved_model, used_cache
@@ -49,6 +46,9 @@ from fedkern.interrupts import in_order
 from fedkern.methods import registry
 from fedkern.models import available
 from fedkern.models.precision import computing
+from fedkern.settings import config as settings
+from fedkern.settings.config import RunConfig
+from fedkern.settings.grounds import files_identity
 
 
 def run(

@@ -21,7 +21,6 @@ from torch import Tensor
 from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.client import Client
 from fedkern.engine.clients import data_fingerprint
-from fedkern.engine.config import RunConfig
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
@@ -43,6 +42,7 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
+from fedkern.settings.config import RunConfig
 
 PROTOCOL = 3
 """Version of the messages; both ends must have the same."""

@@ -17,9 +17,7 @@ from typing import Any
 
 from fedkern import named_code
 from fedkern.data import COMMON_OPTIONS, lookup
-from fedkern.engine.config import RunConfig
-from fedkern.engine.defaults import default_data, defaults
-from fedkern.engine.store import atomic, toml
+from fedkern.engine.store import atomic
 from fedkern.errors import UserError, printable_name
 from fedkern.flower.run_settings import (
     DATA_OPTION,
@@ -30,6 +28,9 @@ from fedkern.flower.run_settings import (
     setting_key,
 )
 from fedkern.methods import registry
+from fedkern.settings import toml
+from fedkern.settings.config import RunConfig
+from fedkern.settings.defaults import default_data, defaults
 
 SERVER_APP = "fedkern.flower.server_app:app"
 GOES_ON = {"on_nan": "skip", "on_error": "skip"}

@@ -19,11 +19,11 @@ from typing import Any
 
 from fedkern import named_code, plugins
 from fedkern.data import lookup
-from fedkern.engine.config import RunConfig
-from fedkern.engine.given_paths import absolute, named_options
 from fedkern.errors import UserError, nearest
 from fedkern.flower.resident import STAYS
 from fedkern.methods.options import as_typed
+from fedkern.settings.config import RunConfig
+from fedkern.settings.given_paths import absolute, named_options
 
 METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
 SWITCHES = {

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown, read_summary
-from fedkern.engine.config import load_plugins
 from fedkern.engine.run import kept_data
 from fedkern.engine.store import atomic, confusions
 from fedkern.engine.store.artifacts import Artifact
@@ -21,6 +20,7 @@ from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
+from fedkern.settings.config import load_plugins
 
 EXAMPLES = 8
 PICTURES = {

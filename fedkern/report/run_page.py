@@ -19,7 +19,6 @@ from fedkern.data import DATASETS, Split
 from fedkern.data.arrays import NAME as ARRAYS
 from fedkern.data.partition import parse_partition
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
-from fedkern.engine.config import NAME as SETTINGS
 from fedkern.engine.diagnostics import near
 from fedkern.engine.final_figures import set_name
 from fedkern.engine.own_model import INSTANCE
@@ -45,6 +44,7 @@ from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, client_points,
 from fedkern.report.retrieval_examples import examples, retrieval_examples
 from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
+from fedkern.settings.config import NAME as SETTINGS
 
 NAMED = 12
 """Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""

@@ -15,7 +15,7 @@ from benchmarks.studies import (
     study_fusefl,
 )
 from fedkern.cli import flags, request
-from fedkern.engine import config
+from fedkern.settings import config
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",

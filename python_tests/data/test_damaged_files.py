@@ -20,13 +20,13 @@ from fedkern.data import load
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.detections import Detections
 from fedkern.data.split import Split
-from fedkern.engine.config import RunConfig
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.models.prompts import read_prompts
+from fedkern.settings.config import RunConfig
 
 JSON = (
     "", "null", "[]", "{}", "1", '"x"', "NaN", "[[[", "[" * 50_000, '{"a":' * 50_000, "9" * 5000, "1e999", "\ufeff{}",

@@ -13,10 +13,10 @@ from fedkern.data import Split, image_cache, image_rows, load
 from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.engine import RunConfig, load_data, run
 from fedkern.engine.clients import data_fingerprint
-from fedkern.engine.config import NAME
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
+from fedkern.settings.config import NAME
 
 IMAGES, SIDE = 60, 8
 WIDE = 16

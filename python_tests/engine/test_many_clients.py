@@ -20,11 +20,12 @@ from fedkern.engine.evaluate import _alike
 from fedkern.engine.loop import Run
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table
-from fedkern.engine.store.checkpoints import FORMAT, Checkpoints
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import ClientTable
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
+from fedkern.settings.run_format import FORMAT
 
 WORKING = 5
 STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}
@@ -131,7 +132,7 @@ def lengths(run):
         seen.add(id(value))
         if isinstance(value, (list, dict, set, deque)):
             found[where] = len(value)
-        elif type(value).__module__.startswith("fedkern.engine"):
+        elif type(value).__module__.startswith(("fedkern.engine", "fedkern.settings")):
             todo += [(f"{where}.{name}", each) for name, each in getattr(value, "__dict__", {}).items()]
     return found
 

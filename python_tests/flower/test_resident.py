@@ -58,12 +58,12 @@ def header(client=1, round=0, run="0" * 32):
 @pytest.fixture(scope="module")
 def message(tmp_path_factory):
     """What a server sends in the first round."""
-    from fedkern.engine.config import RunConfig
     from fedkern.engine.run import on_node
     from fedkern.engine.server import Server
     from fedkern.methods import registry
     from fedkern.methods.base import Step
     from fedkern.methods.protocol import BEFORE
+    from fedkern.settings.config import RunConfig
 
     kind = registry.get("fedavg")
     settings = {name.replace("-", "_"): value for name, value in RUN.items() if name != "method"}

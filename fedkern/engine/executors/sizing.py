@@ -7,8 +7,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
+from fedkern.settings.config import RunConfig, clients_of_a_round
 
 BASE_BYTES = 400 << 20
 """Memory of a worker beside networks and images: the interpreter, PyTorch's own tables, a batch's activations."""

@@ -9,7 +9,6 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from fedkern import files
 from fedkern.engine.store import atomic, releases, server_secret, state
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
-from fedkern.errors import OtherFormat, UserError, same_format
-from fedkern.inputs import open_regular, read_json, standing
+from fedkern.errors import OtherFormat, UserError
+from fedkern.inputs import open_regular, standing
+from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
 
-FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-FORMAT = 6
 KEEP = 2
 _SERVER = re.compile(r"server-\d{6,}\.safetensors")
 _DIGITS = re.compile(r"[0-9]+")
@@ -179,7 +176,7 @@ class Checkpoints:
         if not path.exists():
             return None
         try:
-            entries = list(_read(path)["entries"])
+            entries = list(read_manifest(path)["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
         sound = [entry for entry in entries if _sound(entry)]
@@ -440,19 +437,6 @@ def newest(out: Path) -> dict[str, Any] | None:
         raise
     except UserError:  # a damaged manifest says nothing about the other files
         return None
-
-
-def check_format(out: Path) -> None:
-    """Raises OtherFormat where a run folder has another format; a missing or damaged manifest says nothing."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        _read(out / FOLDER / MANIFEST)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A manifest of this format, whose entries are not checked."""
-    manifest: dict[str, Any] = read_json(path)
-    same_format(path, manifest["format"], FORMAT)
-    return manifest
 
 
 def check_results(out: Path, needed: str) -> None:

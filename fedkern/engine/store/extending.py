@@ -8,10 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine import config as settings
-from fedkern.engine.config import RunConfig
-from fedkern.engine.store import atomic, toml
-from fedkern.engine.store.checkpoints import FOLDER, Checkpoints
+from fedkern.engine.store import atomic
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACK, NODES
@@ -20,6 +18,10 @@ from fedkern.errors import UserError
 from fedkern.inputs import read_json, read_text, standing
 from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
+from fedkern.settings import config as settings
+from fedkern.settings import toml
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_format import FOLDER
 
 REPORT = "report.html"
 PICTURE_LIST = "pictures.json"

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from fedkern.engine import config as settings
-from fedkern.engine.config import RunConfig
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
+from fedkern.settings import config as settings
+from fedkern.settings.config import RunConfig
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkern import files
-from fedkern.engine import config, tracing
+from fedkern.engine import tracing
 from fedkern.engine.store import (
     artifacts,
     atomic,
@@ -24,6 +24,8 @@ from fedkern.engine.store import (
 )
 from fedkern.errors import UserError
 from fedkern.methods import registry
+from fedkern.settings import config
+from fedkern.settings.run_format import FOLDER
 
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
@@ -31,7 +33,7 @@ ATTACK = "attack.json"
 NODES = "flower.json"
 """File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
-    config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
+    config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
     ATTACK, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
@@ -143,7 +145,7 @@ def _take_back(out: Path) -> None:
     with suppress(OSError):
         checkpoints.Checkpoints(out).discard()
         for name in (*NAMES, folder_lock.NAME):
-            if name != checkpoints.FOLDER:
+            if name != FOLDER:
                 (out / name).unlink(missing_ok=True)
 
 

@@ -15,12 +15,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import models, named_code
-from fedkern.engine.config import RunConfig, check_regular, check_run_folder, load_plugins
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
 from fedkern.engine.server import Server
 from fedkern.engine.store import atomic
-from fedkern.engine.store.checkpoints import Checkpoints, again, check_format, check_results, checksum
+from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
@@ -29,6 +28,8 @@ from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
 from fedkern.methods import registry
+from fedkern.settings.config import RunConfig, check_regular, check_run_folder, load_plugins
+from fedkern.settings.run_format import check_format
 
 MODEL = "model.safetensors"
 FORMAT = 1

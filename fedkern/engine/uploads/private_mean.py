@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.engine.client_level_settings import delta_of
-from fedkern.engine.config import RunConfig
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import message_for, reduced
 from fedkern.engine.participants import sample_clients
@@ -28,6 +26,8 @@ from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method
 from fedkern.methods.uploads import Values, like
 from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
+from fedkern.settings.client_level_settings import delta_of
+from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 RELEASED = -1

@@ -7,11 +7,11 @@ import pytest
 
 from fedkern.data import DATASETS
 from fedkern.engine import RunConfig
-from fedkern.engine.defaults import DATA, METHOD, METHOD_ON, defaults
-from fedkern.engine.store import toml
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
+from fedkern.settings import toml
+from fedkern.settings.defaults import DATA, METHOD, METHOD_ON, defaults
 
 
 @pytest.mark.sampled(7)

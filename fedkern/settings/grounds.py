@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import fedkern
-from fedkern.engine.config import NAME, RunConfig
-from fedkern.engine.store.checkpoints import FOLDER
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular
+from fedkern.settings.config import NAME, RunConfig
+from fedkern.settings.run_format import FOLDER
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "function")
 """Entries of a run's identity that are the data's (`fedkern.data.identity`); others have the name of a setting."""

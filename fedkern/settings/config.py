@@ -18,10 +18,6 @@ from fedkern import named_code
 from fedkern import plugins as plugin_room
 from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
-from fedkern.engine import client_level_settings
-from fedkern.engine.defaults import COMMON, default_data, defaults
-from fedkern.engine.store import toml
-from fedkern.engine.store.checkpoints import check_format
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder, check_text
 from fedkern.inputs import read_text, special
@@ -34,6 +30,9 @@ from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
 from fedkern.named_code import FORMS
 from fedkern.privacy import IMAGE, UNITS, Unit
+from fedkern.settings import client_level_settings, toml
+from fedkern.settings.defaults import COMMON, default_data, defaults
+from fedkern.settings.run_format import check_format
 
 NAME = "config.toml"
 PATIENT_IMAGES = 4

@@ -11,7 +11,7 @@ _MEAN = "mean"
 
 
 class Settings(Protocol):
-    """What of a run's settings is looked at here (`fedkern.engine.config.RunConfig`)."""
+    """What of a run's settings is looked at here (`fedkern.settings.config.RunConfig`)."""
 
     @property
     def trained_clients(self) -> int: ...

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedkern.data import COMMON_OPTIONS
-from fedkern.engine.config import RunConfig
 from fedkern.methods import registry
+from fedkern.settings.config import RunConfig
 
 PATHS = {
     **{knob.field: knob.path for knob in RunConfig.knobs() if knob.path is not None},

@@ -1,0 +1,32 @@
+"""Format of a run folder, named by the manifest of its checkpoints."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedkern.errors import same_format
+from fedkern.inputs import read_json
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+FORMAT = 6
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest of this format, whose entries are not checked.
+
+    Raises:
+        OtherFormat: the manifest has another format.
+        OSError, ValueError, KeyError, TypeError: the file is missing or damaged.
+    """
+    manifest: dict[str, Any] = read_json(path)
+    same_format(path, manifest["format"], FORMAT)
+    return manifest
+
+
+def check_format(out: Path) -> None:
+    """Raises OtherFormat where a run folder has another format; a missing or damaged manifest says nothing."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        read_manifest(out / FOLDER / MANIFEST)
