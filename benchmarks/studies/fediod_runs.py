@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.study import Case, Runs, best_rate
-from fedkern import engine
-from fedkern.engine import membership_attack
+from fedkern.downstream import membership_attack
 
 IOD, REFERENCE, AVERAGE = "FedIOD", "FedAvg, many rounds", "one-shot FedAvg"
 STUDENTS: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
@@ -172,7 +171,7 @@ class IODRuns(Runs):
         """The membership attack on a finished run, made once."""
         path = membership_attack.place(self.folder / case.name)
         if not path.exists():
-            engine.attack(self.folder / case.name)
+            membership_attack.attack(self.folder / case.name)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 

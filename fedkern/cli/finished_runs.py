@@ -13,7 +13,7 @@ from fedkern.cli.flags import Parser, check_filled, first, key_values
 from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
-from fedkern.engine import RunConfig, membership_attack
+from fedkern.engine import RunConfig
 from fedkern.engine.store.records import plain
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
@@ -109,10 +109,10 @@ def parse(words: Sequence[str]) -> Request | None:
 
 def attack(request: Request) -> int:
     """Runs the membership attack on a finished run's model, prints the result and keeps it in the run folder."""
-    from fedkern import engine
+    from fedkern.downstream import membership_attack
 
     folder, root = _folder(request), request.settings["data_root"]
-    found = engine.attack(folder, data_root=root, keep=False, trusted=_code(request))
+    found = membership_attack.attack(folder, data_root=root, keep=False, trusted=_code(request))
     if request.json:
         print(json.dumps(plain(found), indent=2, allow_nan=False))
     else:

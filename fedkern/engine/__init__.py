@@ -1,7 +1,6 @@
 """Engine that runs a method: round loop, local training, checkpoints, records."""
 
 from fedkern.engine.events import Listener, Listeners, RunInfo
-from fedkern.engine.membership_attack import attack
 from fedkern.engine.run import load_data, run
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.extending import extend
@@ -16,7 +15,6 @@ __all__ = [
     "RunConfig",
     "RunInfo",
     "Terminated",
-    "attack",
     "extend",
     "load_data",
     "read_metrics",

@@ -290,7 +290,7 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
     """The table of a membership attack's result.
 
     Args:
-        found: the result of `fedkern.engine.attack`.
+        found: the result of `fedkern.downstream.membership_attack.attack`.
         name: the run attacked, for the title.
     """
     table = Table(

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedkern.cli.front_page import TASKS
-from fedkern.engine import RunConfig, attack, read_model, run
+from fedkern.downstream.membership_attack import attack
+from fedkern.engine import RunConfig, read_model, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.run import main

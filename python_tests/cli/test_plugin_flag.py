@@ -12,7 +12,8 @@ from interrupted import Kill, KillAt, outcome
 from plugin_files import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
 
 from fedkern import plugins
-from fedkern.engine import RunConfig, attack, read_metrics, read_model, run
+from fedkern.downstream.membership_attack import attack
+from fedkern.engine import RunConfig, read_metrics, read_model, run
 from fedkern.errors import UserError
 from fedkern.run import main
 

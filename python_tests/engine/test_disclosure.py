@@ -11,10 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedkern import engine
+from fedkern.downstream import membership_attack
 from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.membership_attack import place
 from fedkern.engine.run import kept_data
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, register
@@ -267,10 +266,10 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
     for records in ("all", "private"):
         out = tmp_path / records
         run(make_config("fedavg", rounds=1, records=records), out=out, data=data)
-        found = engine.attack(out, data=data)
+        found = membership_attack.attack(out, data=data)
         inside = out / "checkpoints" / "attack.json"
-        assert place(out) == (inside if records == "private" else out / "attack.json")
-        assert json.loads(place(out).read_text())["auc"] == found["auc"]
+        assert membership_attack.place(out) == (inside if records == "private" else out / "attack.json")
+        assert json.loads(membership_attack.place(out).read_text())["auc"] == found["auc"]
     assert not (tmp_path / "private" / "attack.json").exists()
 
 

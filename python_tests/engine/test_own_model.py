@@ -14,7 +14,8 @@ from own_networks import Plain, Raw, Staged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedkern.engine import Listener, RunConfig, attack, extend, read_model, run
+from fedkern.downstream.membership_attack import attack
+from fedkern.engine import Listener, RunConfig, extend, read_model, run
 from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
 from fedkern.errors import UserError

@@ -11,8 +11,9 @@ import fedkern
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.export import export
+from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
-from fedkern.engine import attack, load_data, read_model
+from fedkern.engine import load_data, read_model
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip

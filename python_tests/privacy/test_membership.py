@@ -13,11 +13,11 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from fedkern import engine, models
+from fedkern import models
 from fedkern.cli import commands, finished_runs
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
+from fedkern.downstream import membership_attack as attacking
 from fedkern.engine import RunConfig
-from fedkern.engine import membership_attack as attacking
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import saved_model
@@ -220,13 +220,13 @@ def release(folder, data, steps):
 
 
 def test_an_overfitted_model_tells_and_an_untrained_one_does_not(tmp_path, data):
-    told = engine.attack(release(tmp_path / "trained", data, 40), data=data)
+    told = attacking.attack(release(tmp_path / "trained", data, 40), data=data)
     assert told["low"] > 0.7
     assert told["member_loss"] < told["other_loss"]
     assert all(area > 0.7 for area in told["clients"])
     assert (told["members"], told["others"]) == (100, 300)
     assert json.loads((tmp_path / "trained" / "attack.json").read_text()) == told
-    silent = engine.attack(release(tmp_path / "untrained", data, 0), data=data)
+    silent = attacking.attack(release(tmp_path / "untrained", data, 0), data=data)
     assert silent["low"] <= 0.5 <= silent["high"]
     assert silent["tpr"] < 0.1
 
@@ -286,14 +286,14 @@ def test_images_without_a_known_pixel_are_left_out_and_told(tmp_path, data, monk
     )
     folder = release(tmp_path / "run", data, 0)
     monkeypatch.setattr(attacking, "read_model", lambda *_: (Sure(1.0), {}))
-    found = engine.attack(folder, data=whole)
+    found = attacking.attack(folder, data=whole)
     assert (found["members"], found["others"], found["left_out"]) == (8, 6, 2)
     assert json.loads((folder / "attack.json").read_text()) == found
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: whole)
     assert commands.COMMANDS["attack"](finished_runs.parse(["attack", str(folder)])) == 0
     assert "images left out, without a known pixel" in capsys.readouterr().out
     complete = dataclasses.replace(whole, clients=(clients[0],))
-    assert "left_out" not in engine.attack(folder, data=complete)
+    assert "left_out" not in attacking.attack(folder, data=complete)
 
 
 def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_sentence(tmp_path, data, monkeypatch, capsys):
@@ -309,7 +309,7 @@ def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_senten
 
     monkeypatch.setattr(attacking, "read_model", lambda *_: (Certain(), {}))
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
-    found = engine.attack(folder, data=data)
+    found = attacking.attack(folder, data=data)
     assert found["member_loss"] == math.inf
     stored = json.loads((folder / "attack.json").read_text())
     assert stored["member_loss"] is None
@@ -319,16 +319,16 @@ def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_senten
     assert commands.COMMANDS["attack"](finished_runs.parse(["attack", str(folder)])) == 0
     monkeypatch.setattr(Certain, "said", math.nan)
     with pytest.raises(UserError, match=r"The model of .*run has losses that are not numbers .*lower learning rate"):
-        engine.attack(folder, data=data)
+        attacking.attack(folder, data=data)
 
 
 def test_a_single_image_is_too_few_to_compare(tmp_path, data):
     folder = release(tmp_path / "run", data, 0)
     one = dataclasses.replace(data, tests={"": noise(1, 9)})
     with pytest.raises(UserError, match=r"run has 1 test images with known answers: attack a run on more data"):
-        engine.attack(folder, data=one)
+        attacking.attack(folder, data=one)
     with pytest.raises(UserError, match=r"run has 1 training samples with known answers"):
-        engine.attack(folder, data=dataclasses.replace(data, clients=(noise(1, 9),)))
+        attacking.attack(folder, data=dataclasses.replace(data, clients=(noise(1, 9),)))
 
 
 def test_the_command(tmp_path, data, monkeypatch, capsys):
@@ -357,13 +357,13 @@ def test_the_command(tmp_path, data, monkeypatch, capsys):
 
 def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
     folder = release(tmp_path / "run", data, 3)
-    whole = engine.attack(folder, data=data)
+    whole = attacking.attack(folder, data=data)
     assert whole["members"] == 100
     config = RunConfig.load(folder)
     (folder / "config.toml").write_text(config.replace(client_test=0.25).to_toml())
-    assert engine.attack(folder, data=data)["members"] == 75
+    assert attacking.attack(folder, data=data)["members"] == 75
     (folder / "config.toml").write_text(config.replace(held_out_client=0).to_toml())
-    found = engine.attack(folder, data=data)
+    found = attacking.attack(folder, data=data)
     assert (found["members"], len(found["clients"])) == (60, 1)
     assert found["clients"][0] == pytest.approx(whole["clients"][1])
 
@@ -380,18 +380,18 @@ def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
         test = dataclasses.replace(data.tests[""], **{name: torch.arange(300) // 4 + (0 if name == "cases" else 500)})
         return dataclasses.replace(data, clients=clients, tests={"": test})
 
-    plain, found = engine.attack(folder, data=data), engine.attack(folder, data=named("patients"))
+    plain, found = attacking.attack(folder, data=data), attacking.attack(folder, data=named("patients"))
     assert (plain["independent"], plain["member_groups"], plain["other_groups"]) == ("image", 100, 300)
     assert (found["independent"], found["member_groups"], found["other_groups"]) == ("patient", 25, 75)
     assert found["auc"] == plain["auc"]
     assert found["high"] - found["low"] > plain["high"] - plain["low"]
-    cases = engine.attack(folder, data=named("cases"))  # their numbers are those of each pool
+    cases = attacking.attack(folder, data=named("cases"))  # their numbers are those of each pool
     assert (cases["independent"], cases["low"], cases["high"]) == ("case", found["low"], found["high"])
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: named("patients"))
     assert commands.COMMANDS["attack"](finished_runs.parse(["attack", str(folder)])) == 0
     assert "taken as independent: patients of members, of others 25, 75" in re.sub(r"\s+", " ", capsys.readouterr().out)
     half = dataclasses.replace(named("patients"), tests=data.tests)
-    assert engine.attack(folder, data=half)["independent"] == "image"
+    assert attacking.attack(folder, data=half)["independent"] == "image"
 
 
 def test_too_few_patients_have_no_interval(tmp_path, data, monkeypatch, capsys):
@@ -409,7 +409,7 @@ def test_too_few_patients_have_no_interval(tmp_path, data, monkeypatch, capsys):
 def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monkeypatch, capsys):
     """FedIOD's hold-out and the samples that client weights are learnt on; not a training sample of either."""
     folder = release(tmp_path / "run", data, 3)
-    whole = engine.attack(folder, data=data)
+    whole = attacking.attack(folder, data=data)
     assert "untrained" not in whole
 
     def stored(method, **settings):
@@ -418,7 +418,7 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
         return config
 
     config = stored("fediod", options={"holdout": 0.2})
-    found = engine.attack(folder, data=data)
+    found = attacking.attack(folder, data=data)
     assert (found["members"], found["untrained"]) == (80, 20)
     splits, _ = attacking.trained(config, data)
     for k, split in enumerate(splits):  # those that the teacher is trained on
@@ -429,6 +429,6 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     assert "images left out, which the method kept from the training" in capsys.readouterr().out
     assert attacking.trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
     stored("fediod", options={"holdout": 0.0})
-    assert engine.attack(folder, data=data) == whole
+    assert attacking.attack(folder, data=data) == whole
     assert attacking.trained(stored("afl", options={"loss_share": 0.3}), data)[1] == 30
     assert attacking.trained(stored("afl", options={"loss_split": "train"}), data)[1] == 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, forge, outcome, without
 
-from fedkern.engine import RunConfig, attack, read_model, run
+from fedkern.downstream.membership_attack import attack
+from fedkern.engine import RunConfig, read_model, run
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import changes, check_kernels
