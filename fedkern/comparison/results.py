@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkern import atomic
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures
 from fedkern.comparison.seed_statistics import Target, paired, spread
-from fedkern.engine.store import atomic, confusions
+from fedkern.engine.store import confusions
 from fedkern.errors import UserError, nearest, printable_name
 from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.registry import short

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkern import atomic
 from fedkern.downstream.prediction import Predictor
-from fedkern.engine.store import atomic
 from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 

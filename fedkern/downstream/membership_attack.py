@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern import atomic
 from fedkern.data import FederatedData, Split, normalise
 from fedkern.data.image_rows import in_parts
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.samples import BATCH
-from fedkern.engine.store import atomic
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
 from fedkern.engine.store.saved_model import read_model

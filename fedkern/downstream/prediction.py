@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedkern import files
+from fedkern import atomic, files
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
-from fedkern.engine.store import atomic
 from fedkern.engine.store.saved_model import read_model
 from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError

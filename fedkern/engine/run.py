@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkern import plugins
+from fedkern import atomic, plugins
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.identity import of_memory
@@ -29,7 +29,7 @@ from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.store import atomic, records, saved_model, used_cache
+from fedkern.engine.store import records, saved_model, used_cache
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited

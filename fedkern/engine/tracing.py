@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 
 FILE = "profile.json.gz"
 

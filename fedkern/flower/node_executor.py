@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fedkern import atomic
 from fedkern.engine.executors.base import Answer, ServerSide
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.store import atomic
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import ClientFailed, UserError, printable_name

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedkern.engine.store import atomic, state
+from fedkern import atomic
+from fedkern.engine.store import state
 from fedkern.errors import UserError
 from fedkern.files import one_writer
 from fedkern.flower.parcel import Parcel, Raw

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkern import named_code
+from fedkern import atomic, named_code
 from fedkern.data import COMMON_OPTIONS, lookup
-from fedkern.engine.store import atomic
 from fedkern.errors import UserError, printable_name
 from fedkern.flower.run_settings import (
     DATA_OPTION,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkern import atomic
 from fedkern.engine.events import Listener, RunInfo
-from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.inputs import read_json
 from fedkern.listeners.scalars import scalars

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError
 

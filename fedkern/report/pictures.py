@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from fedkern import atomic
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown, read_summary
 from fedkern.engine.run import kept_data
-from fedkern.engine.store import atomic, confusions
+from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.extending import PICTURE_LIST

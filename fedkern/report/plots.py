@@ -26,7 +26,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.fitting import fitted, width

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from fedkern import atomic
 from fedkern.engine import RunConfig, read_metrics, read_model
-from fedkern.engine.store import atomic, extending
+from fedkern.engine.store import extending
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--quiet"]  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedkern import atomic
 from fedkern.cli import commands, downstream, flags, request
-from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.run import main
 

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from fedkern import files
-from fedkern.engine.store import atomic, releases, server_secret, state
+from fedkern import atomic, files
+from fedkern.engine.store import releases, server_secret, state
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import OtherFormat, UserError

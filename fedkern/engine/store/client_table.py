@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.inputs import open_regular, parse_json
 
 INLINE = 256

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.engine.store.checkpoints import check_results
 from fedkern.errors import UserError
 from fedkern.inputs import read_json, standing

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 
 EVALUATION = "evaluation.csv"
 COLUMNS = ("client", "test_set", "metric", "value")

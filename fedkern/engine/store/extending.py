@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.engine.store.resuming import check_unedited

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.errors import UserError
 
 NAME = ".lock"

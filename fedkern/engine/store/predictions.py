@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.errors import UserError
 
 FILE = "predictions.csv"

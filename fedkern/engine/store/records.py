@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 import fedkern
+from fedkern import atomic
 from fedkern.commit import commit
-from fedkern.engine.store import atomic, checkpoints
+from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
 from fedkern.ops._core import backend, crossovers

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.errors import UserError
 
 NAME = "releases.jsonl"

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedkern import files
+from fedkern import atomic, files
 from fedkern.engine import tracing
 from fedkern.engine.store import (
     artifacts,
-    atomic,
     checkpoints,
     confusions,
     evaluation_file,

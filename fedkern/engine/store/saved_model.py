@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern import models, named_code
+from fedkern import atomic, models, named_code
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
 from fedkern.engine.server import Server
-from fedkern.engine.store import atomic
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION

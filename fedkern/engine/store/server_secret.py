@@ -10,7 +10,7 @@ import re
 import secrets
 from pathlib import Path
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.errors import UserError
 from fedkern.inputs import read_text
 from fedkern.privacy.keys import SECRET_BYTES

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkern.engine.store import atomic
+from fedkern import atomic
 from fedkern.errors import same_format
 from fedkern.inputs import parse_json, special
 

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from fedkern import atomic
 from fedkern.engine import RunConfig, run
-from fedkern.engine.store import atomic, folder_lock
+from fedkern.engine.store import folder_lock
 from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.errors import UserError
 

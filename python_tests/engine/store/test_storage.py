@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from fedkern import atomic
 from fedkern.engine import RunConfig, read_model
-from fedkern.engine.store import atomic, records, state
+from fedkern.engine.store import records, state
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
 from fedkern.engine.uploads.bytes import Ledger, message_bytes

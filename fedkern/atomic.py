@@ -1,4 +1,4 @@
-"""Files and folders of a run: written completely or not at all, and never through a link."""
+"""Files and folders written completely or not at all, and never through a link; failures are UserErrors."""
 
 from __future__ import annotations
 
