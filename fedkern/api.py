@@ -16,11 +16,11 @@ from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig
 from fedkern.engine.run import kept_data
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, nearest
 from fedkern.extras import pandas
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
+from fedkern.torch_modes import reproducible
 
 
 class History:

@@ -109,9 +109,9 @@ def result_name(request: Request) -> str:
 def run(request: Request) -> int:
     """Runs a downstream task, prints its figures and writes them into the run folder (:func:`result_name`)."""
     from fedkern import atomic
+    from fedkern.allocator import keep_freed_memory
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-    from fedkern.engine.allocator import keep_freed_memory
     from fedkern.report.display import display
 
     check_backend()

@@ -128,9 +128,9 @@ def attack(request: Request) -> int:
 def evaluate(request: Request) -> int:
     """Evaluates a finished run's network, prints its figures and writes them into the run folder."""
     from fedkern import atomic
+    from fedkern.allocator import keep_freed_memory
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream.evaluation import evaluate_run
-    from fedkern.engine.allocator import keep_freed_memory
     from fedkern.engine.store.records import plain
     from fedkern.report.display import display
     from fedkern.report.progress import terminal

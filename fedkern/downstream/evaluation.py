@@ -19,13 +19,13 @@ from fedkern.engine.network import cpu_threads
 from fedkern.engine.run import finished_data
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import read_model
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
 from fedkern.methods import registry
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
+from fedkern.torch_modes import reproducible
 
 
 @reproducible()

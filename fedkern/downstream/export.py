@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedkern import atomic
 from fedkern.downstream.prediction import Predictor
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
+from fedkern.torch_modes import reproducible
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 """Formats, and how the names of their files end."""

@@ -15,11 +15,11 @@ from fedkern.data.transforms import central
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.engine.run import finished_data
 from fedkern.engine.store.saved_model import read_model
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
 from fedkern.settings.config import RunConfig
+from fedkern.torch_modes import reproducible
 
 SEEN = "seen"
 BATCH = 250

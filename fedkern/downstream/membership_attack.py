@@ -22,7 +22,6 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
 from fedkern.engine.store.saved_model import read_model
 from fedkern.engine.store.used_cache import remembered
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Method
@@ -30,6 +29,7 @@ from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER
+from fedkern.torch_modes import reproducible
 
 
 @reproducible()

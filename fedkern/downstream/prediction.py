@@ -18,12 +18,12 @@ from fedkern import atomic, files
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.engine.store.saved_model import read_model
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing
 from fedkern.methods.protocol import batch_slices
 from fedkern.settings.config import RunConfig
+from fedkern.torch_modes import reproducible
 
 Value = TypeVar("Value")
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedkern import atomic, plugins
+from fedkern.allocator import keep_freed_memory
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.holdout import hold_out
 from fedkern.data.identity import of_memory
@@ -21,7 +22,6 @@ from fedkern.data.patients import limited
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.engine import own_model
-from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.audience import Audience
 from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
@@ -34,7 +34,6 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
-from fedkern.engine.torch_modes import reproducible
 from fedkern.engine.uploads.bytes import Bytes
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
@@ -49,6 +48,7 @@ from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
+from fedkern.torch_modes import reproducible
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
     ``GOMP_SPINCOUNT=10000`` where nothing else runs.
 
     From here on, memory that this process frees stays with it (see
-    :func:`~fedkern.engine.allocator.keep_freed_memory`).
+    :func:`~fedkern.allocator.keep_freed_memory`).
 
     Args:
         config: all settings.  A resumed run must have its stored settings; only the data folder, the cache of

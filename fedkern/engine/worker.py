@@ -30,15 +30,15 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from fedkern import plugins
-from fedkern.engine.allocator import keep_freed_memory
+from fedkern.allocator import keep_freed_memory
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker, portable
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, set_modes
-from fedkern.engine.torch_modes import reproducible
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
 from fedkern.standard_streams import tolerate
+from fedkern.torch_modes import reproducible, set_modes
 
 _PR_SET_PDEATHSIG = 1
 

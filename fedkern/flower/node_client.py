@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedkern.engine.allocator import keep_freed_memory
+from fedkern.allocator import keep_freed_memory
 from fedkern.engine.client import Client
 from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.disclosure import Disclosure
@@ -29,7 +29,6 @@ from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.run import on_node
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.engine.torch_modes import reproducible
 from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, UserError, printable
 from fedkern.flower.node_folder import NodeFolder, Version
@@ -43,6 +42,7 @@ from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
 from fedkern.settings.config import RunConfig
+from fedkern.torch_modes import reproducible
 
 PROTOCOL = 3
 """Version of the messages; both ends must have the same."""

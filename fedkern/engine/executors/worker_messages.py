@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from fedkern.engine.context import RunContext
 from fedkern.models import ModelEntry
 
@@ -97,21 +95,3 @@ class Forget:
     """Tells a worker to drop these clients, which work no more in this round.  No clients: the round is over."""
 
     clients: tuple[int, ...] = field(default=())
-
-
-def modes() -> dict[str, Any]:
-    """The process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
-    return {
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "mkldnn": torch.backends.mkldnn.enabled,
-    }
-
-
-def set_modes(given: dict[str, Any]) -> None:
-    """Sets the process-wide settings that :func:`modes` returned in another process."""
-    now = modes()
-    if (now["deterministic"], now["warn_only"]) != (given["deterministic"], given["warn_only"]):
-        # Called only for a change: the call imports torch's compiler, which takes a second.
-        torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
-    torch.backends.mkldnn.enabled = given["mkldnn"]

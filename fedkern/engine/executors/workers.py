@@ -24,12 +24,13 @@ from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task, modes
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.ops._core import backend
+from fedkern.torch_modes import modes
 
 HELD_BYTES = 1 << 30
 """Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a

@@ -23,12 +23,12 @@ from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
-from fedkern.engine.torch_modes import reproducible
 from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
 from fedkern.methods import registry
 from fedkern.settings.config import RunConfig, check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
+from fedkern.torch_modes import reproducible
 
 MODEL = "model.safetensors"
 FORMAT = 1

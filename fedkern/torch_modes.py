@@ -1,9 +1,10 @@
-"""PyTorch's process-wide settings: those that a run needs, in place of its caller's while it runs."""
+"""PyTorch's process-wide settings: those of a run in place of its caller's, and those that its workers take over."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -41,3 +42,21 @@ def reproducible() -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
             if moved:
                 torch.set_default_device(device)
+
+
+def modes() -> dict[str, Any]:
+    """The process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+    }
+
+
+def set_modes(given: dict[str, Any]) -> None:
+    """Sets the process-wide settings that :func:`modes` returned in another process."""
+    now = modes()
+    if (now["deterministic"], now["warn_only"]) != (given["deterministic"], given["warn_only"]):
+        # Called only for a change: the call imports torch's compiler, which takes a second.
+        torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
+    torch.backends.mkldnn.enabled = given["mkldnn"]
