@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedkern import interrupts, plugins
+from fedkern import interrupts, machine, plugins
 from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, overview, reporting
 from fedkern.cli.backend_check import check_backend
 from fedkern.cli.flags import quote
@@ -75,7 +75,7 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
     alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
     alone = alone or bool(plugins.loaded())  # a plugin may have computed already
     alone = alone or team.present() is not None  # clients work on ranks
-    idle = min(sizing.usable_cores(), config.threads) > 1 or config.workers != "auto"
+    idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
     if interrupts.whole_process() and idle and not alone:
         nursery.fork_early()
     try:

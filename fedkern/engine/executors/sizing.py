@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
-from pathlib import Path
 
+from fedkern import machine
 from fedkern.engine.context import RunContext
 from fedkern.settings.config import RunConfig, clients_of_a_round
 
@@ -14,8 +13,6 @@ BASE_BYTES = 400 << 20
 """Memory of a worker beside networks and images: the interpreter, PyTorch's own tables, a batch's activations."""
 NETWORKS = 8
 """Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
-GROUPS = Path("/sys/fs/cgroup")
-"""Where control groups usually are."""
 
 
 def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: int) -> int:
@@ -37,8 +34,9 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     most = clients_of_a_round(config)
     if config.workers != "auto":
         return min(int(config.workers), most)
-    cores = min(usable_cores(), config.threads)  # fewer --threads than cores: the user leaves the others to other work
-    return min(most, cores // config.client_threads, free_memory() // worker_bytes(context, parameters))
+    # Fewer --threads than cores: the user leaves the others to other work.
+    cores = min(machine.usable_cores(), config.threads)
+    return min(most, cores // config.client_threads, machine.free_memory() // worker_bytes(context, parameters))
 
 
 def unavailable(device: str) -> str:
@@ -54,83 +52,3 @@ def worker_bytes(context: RunContext, parameters: int) -> int:
     """Estimated bytes of a worker, without the data, which all workers map."""
     images = sum(4 * split.images.numel() for split in context.data.clients) if context.cache else 0
     return BASE_BYTES + NETWORKS * 4 * parameters + images
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: those of its affinity mask, at most the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
-    return max(1, min(cores, int(quota))) if quota else cores
-
-
-def _quota() -> float:
-    """Smallest CPU quota of the control group and those above it, in CPUs; 0 for no limit."""
-    quotas = []
-    for folder in _groups(""):
-        with suppress(OSError, ValueError, ZeroDivisionError):
-            quota, period = (folder / "cpu.max").read_text().split()[:2]
-            quotas.append(int(quota) / int(period))
-    for folder in _groups("cpu"):
-        with suppress(OSError, ValueError, ZeroDivisionError):
-            limit = int((folder / "cpu.cfs_quota_us").read_text())
-            quotas += [limit / int((folder / "cpu.cfs_period_us").read_text())] if limit > 0 else []
-    return min(quotas, default=0.0)
-
-
-_MEMORY = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-"""Files of a control group with its limit and its use, and the part of its use that gives way, by controller."""
-
-
-def free_memory() -> int:
-    """Free memory in bytes: what the system has left, at most what the control group and those above it have left."""
-    found = []
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
-    for controller, (limit, used, reclaimable) in _MEMORY.items():
-        for folder in _groups(controller):
-            with suppress(OSError, ValueError):
-                left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                found.append(left + _statistic(folder, reclaimable))
-    return max(0, min(found, default=sys.maxsize))
-
-
-def _statistic(folder: Path, name: str) -> int:
-    with suppress(OSError, ValueError):
-        for line in (folder / "memory.stat").read_text().splitlines():
-            if line.split()[:1] == [name]:
-                return int(line.split()[1])
-    return 0
-
-
-def _groups(controller: str) -> list[Path]:
-    """Folders of this process's control group and of all above it; some may not exist.
-
-    Args:
-        controller: of version 1 of control groups; empty for version 2.
-    """
-    group, mounts = "/", {(str(GROUPS / controller), "/")}
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, _, rest = line.partition(":")
-            names, _, path = rest.partition(":")
-            if controller in names.split(",") and (controller or number == "0"):
-                group = path
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            mount, _, rest = line.partition(" - ")
-            kind, _, *options = [*rest.split(), ""]
-            if kind == ("cgroup" if controller else "cgroup2") and (
-                not controller or controller in options[0].split(",")
-            ):
-                mounts.add((mount.split()[4], mount.split()[3]))
-    folders = dict[Path, None]()
-    for place, root in sorted(mounts):
-        inside = Path(os.path.relpath(group, root))  # a container without a namespace mounts its own group alone
-        below = [] if ".." in inside.parts else [inside, *inside.parents]
-        folders.update(dict.fromkeys(Path(place) / each for each in [*below, Path()]))
-    return list(folders)

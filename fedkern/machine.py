@@ -1,0 +1,91 @@
+"""Cores and memory that this process may use, with the limits of its control groups."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+GROUPS = Path("/sys/fs/cgroup")
+"""Where control groups usually are."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity mask, at most the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return max(1, min(cores, int(quota))) if quota else cores
+
+
+def _quota() -> float:
+    """Smallest CPU quota of the control group and those above it, in CPUs; 0 for no limit."""
+    quotas = []
+    for folder in _groups(""):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (folder / "cpu.max").read_text().split()[:2]
+            quotas.append(int(quota) / int(period))
+    for folder in _groups("cpu"):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            limit = int((folder / "cpu.cfs_quota_us").read_text())
+            quotas += [limit / int((folder / "cpu.cfs_period_us").read_text())] if limit > 0 else []
+    return min(quotas, default=0.0)
+
+
+_MEMORY = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Files of a control group with its limit and its use, and the part of its use that gives way, by controller."""
+
+
+def free_memory() -> int:
+    """Free memory in bytes: what the system has left, at most what the control group and those above it have left."""
+    found = []
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+    for controller, (limit, used, reclaimable) in _MEMORY.items():
+        for folder in _groups(controller):
+            with suppress(OSError, ValueError):
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                found.append(left + _statistic(folder, reclaimable))
+    return max(0, min(found, default=sys.maxsize))
+
+
+def _statistic(folder: Path, name: str) -> int:
+    with suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            if line.split()[:1] == [name]:
+                return int(line.split()[1])
+    return 0
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders of this process's control group and of all above it; some may not exist.
+
+    Args:
+        controller: of version 1 of control groups; empty for version 2.
+    """
+    group, mounts = "/", {(str(GROUPS / controller), "/")}
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, _, rest = line.partition(":")
+            names, _, path = rest.partition(":")
+            if controller in names.split(",") and (controller or number == "0"):
+                group = path
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, rest = line.partition(" - ")
+            kind, _, *options = [*rest.split(), ""]
+            if kind == ("cgroup" if controller else "cgroup2") and (
+                not controller or controller in options[0].split(",")
+            ):
+                mounts.add((mount.split()[4], mount.split()[3]))
+    folders = dict[Path, None]()
+    for place, root in sorted(mounts):
+        inside = Path(os.path.relpath(group, root))  # a container without a namespace mounts its own group alone
+        below = [] if ".." in inside.parts else [inside, *inside.parents]
+        folders.update(dict.fromkeys(Path(place) / each for each in [*below, Path()]))
+    return list(folders)
