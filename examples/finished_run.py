@@ -7,7 +7,8 @@ import tempfile
 
 import torch
 
-from fedkern.engine import RunConfig, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, read_metrics, run
 
 config = RunConfig.make("fedprox", data="digits", rounds=3, clients=4, partition="dirichlet:0.3", options={"mu": 0.1})
 with tempfile.TemporaryDirectory() as folder:

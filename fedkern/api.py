@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedkern import engine, plugins
 from fedkern.data import FederatedData
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine import Listener, RunConfig
 from fedkern.engine.run import kept_data
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
@@ -143,7 +144,7 @@ class Run:
             UserError: the run is not finished, or a file is damaged.
         """
         self._give_method()
-        return engine.read_model(self.out, self._trusted, self._model)[0]
+        return read_model(self.out, self._trusted, self._model)[0]
 
     def predict(self, images: Any) -> Tensor:
         """Probabilities of the classes.
@@ -449,7 +450,7 @@ def _play(
     if not pictures:
         return
     code = trusted if resume else [part for _, part in config.code()]
-    network = None if model is None else engine.read_model(out, code, model)[0]
+    network = None if model is None else read_model(out, code, model)[0]
     shared = None if everybody.info is None else everybody.info.data
     if shared is None and data is not None and not drawn(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)

@@ -13,6 +13,7 @@ from benchmarks.studies.fusefl_runs import CALIBRATED, ONE_SHOT, PUBLISHED, REFE
 from benchmarks.studies.study import Case, spread, table
 from fedkern import engine
 from fedkern.data import normalise
+from fedkern.downstream.saved_network import read_model
 from fedkern.models import Ensemble
 
 Section = tuple[str, dict[str, Any]]
@@ -101,7 +102,7 @@ def patched(folder: Path, *, calibrated: bool, target: int = 0, size: int = 4, b
         batch: images at a time.
     """
     config = engine.RunConfig.load(folder)
-    network, about = engine.read_model(folder)
+    network, about = read_model(folder)
     if config.method != "fusefl" and not calibrated:
         if not isinstance(network, Ensemble):
             return None

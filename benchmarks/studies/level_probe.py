@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern import engine, models
 from fedkern.data import normalise
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import load_data
 from fedkern.models.blocks import cut
 from fedkern.models.fused import FusedNetwork
@@ -38,7 +39,7 @@ def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
     from sklearn.preprocessing import StandardScaler
 
     config = engine.RunConfig.load(folder)
-    network, about = engine.read_model(folder)
+    network, about = read_model(folder)
     data = load_data(config)
     levels = level_features(network, blocks)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedkern import engine
 from fedkern.data import normalise
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import load_data
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.common.calibration import CalibrationOptions, ClassStatistics, calibrate
@@ -81,7 +82,7 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     missing = [one for one in wanted if one.name not in done]
     if missing:
         config = engine.RunConfig.load(folder)
-        network, about = engine.read_model(folder)
+        network, about = read_model(folder)
         data = load_data(config)
         branches = _branches(network)
         _refuse_calibrated(network, config.options, folder)

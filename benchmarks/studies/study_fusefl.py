@@ -51,7 +51,7 @@ from benchmarks.studies.study import (
     transfer_seconds,
     tried_rates,
 )
-from fedkern import engine
+from fedkern.downstream.saved_network import read_model
 
 Section = tuple[str, dict[str, Any]]
 
@@ -207,7 +207,7 @@ def width(runs: FuseFLRuns) -> Section:
 
 
 def _parameters(folder: Path) -> int:
-    return sum(p.numel() for p in engine.read_model(folder)[0].parameters())
+    return sum(p.numel() for p in read_model(folder)[0].parameters())
 
 
 PARTS: Mapping[str, Mapping[str, Any]] = {

@@ -13,12 +13,12 @@ from torch import nn
 from fedkern.data import FederatedData, load
 from fedkern.data.registry import lookup
 from fedkern.downstream.image_shapes import check_shape
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
 from fedkern.engine.final_figures import final_figures
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.run import finished_data
 from fedkern.engine.samples import TestSet
-from fedkern.engine.store.saved_model import read_model
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
 from fedkern.methods import registry

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedkern import atomic, files
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
-from fedkern.engine.store.saved_model import read_model
+from fedkern.downstream.saved_network import read_model
 from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing

@@ -5,7 +5,6 @@ from fedkern.engine.run import load_data, run
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.saved_model import read_model
 from fedkern.interrupts import Terminated
 from fedkern.settings.config import RunConfig
 
@@ -18,7 +17,6 @@ __all__ = [
     "extend",
     "load_data",
     "read_metrics",
-    "read_model",
     "read_shown",
     "read_summary",
     "run",

@@ -246,7 +246,8 @@ class Method:
         """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
 
         Use only ``server.state``, ``server.build`` and ``server.network``, never ``round_cache`` or data:
-        ``engine.read_model`` calls this method too, on a run folder, and loads model.safetensors into the module.
+        `fedkern.downstream.saved_network` calls this method too, on a run folder, and loads model.safetensors into the
+        module.
         """
         raise NotImplementedError
 

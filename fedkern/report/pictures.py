@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fedkern import atomic
-from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown, read_summary
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.run import kept_data
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact

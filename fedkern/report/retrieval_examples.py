@@ -18,7 +18,8 @@ from torch import nn
 
 from fedkern.data import FederatedData
 from fedkern.downstream.finished import Finished
-from fedkern.engine import RunConfig, read_model
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig
 from fedkern.errors import printable_name
 from fedkern.methods.common.figure_names import set_title
 from fedkern.methods.common.retrieval import Gallery
@@ -92,7 +93,7 @@ def retrieval_examples(
     Args:
         folder, config: the finished run.
         data: the run's image-text data.
-        model, trusted: see :func:`fedkern.engine.read_model`.
+        model, trusted: see :func:`fedkern.downstream.saved_network.read_model`.
 
     Returns:
         The examples, and a sentence on them.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedkern import atomic
-from fedkern.engine import RunConfig, read_metrics, read_model
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, read_metrics
 from fedkern.engine.store import extending
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",

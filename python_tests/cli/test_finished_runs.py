@@ -11,8 +11,8 @@ from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.data.digits import open_digits
 from fedkern.downstream import prediction
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig
-from fedkern.engine.store.saved_model import read_model
 from fedkern.report import progress
 from fedkern.run import main
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from fedkern.cli.front_page import TASKS
 from fedkern.downstream.membership_attack import attack
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.run import main

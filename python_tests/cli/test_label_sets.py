@@ -13,7 +13,8 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load
-from fedkern.engine import RunConfig, diagnostics, read_model
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, diagnostics
 from fedkern.run import main
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from fedkern.data import load, normalise
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.report.pictures import write_pictures
 from fedkern.run import main
 

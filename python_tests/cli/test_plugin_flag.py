@@ -13,7 +13,8 @@ from plugin_files import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all 
 
 from fedkern import plugins
 from fedkern.downstream.membership_attack import attack
-from fedkern.engine import RunConfig, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, read_metrics, run
 from fedkern.errors import UserError
 from fedkern.run import main
 

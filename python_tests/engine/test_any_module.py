@@ -6,7 +6,8 @@ from interrupted import Kill, KillAt, outcome
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network

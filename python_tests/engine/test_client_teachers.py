@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedkern import models
-from fedkern.engine import RunConfig, clients, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, clients, run
 from fedkern.engine.client import Client
 from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.context import RunContext

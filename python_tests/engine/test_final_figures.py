@@ -15,7 +15,8 @@ from smallest import SETTINGS
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.transforms import normalise
-from fedkern.engine import RunConfig, final_figures, read_model, read_summary, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, final_figures, read_summary, run
 from fedkern.engine.store import confusions
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedkern.downstream.membership_attack import attack
-from fedkern.engine import Listener, RunConfig, extend, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import Listener, RunConfig, extend, run
 from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
 from fedkern.errors import UserError

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from smallest import SETTINGS
 
 from fedkern import models
-from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.store.checkpoints import Checkpoints

@@ -14,7 +14,8 @@ import torch
 from interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
 from smallest import SETTINGS
 
-from fedkern.engine import Listener, RunConfig, Terminated, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import Listener, RunConfig, Terminated, run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedkern import models
-from fedkern.engine import Listener, RunConfig, load_data, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import Listener, RunConfig, load_data, read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server

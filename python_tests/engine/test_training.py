@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import data as fedkern_data
 from fedkern.data import normalise
-from fedkern.engine import Listener, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import Listener, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network

@@ -8,7 +8,8 @@ import pytest
 import torch
 from smallest import SETTINGS
 
-from fedkern.engine import read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import read_metrics, run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.uploads.declared import Declared
 from fedkern.errors import RunFailed, UserError

@@ -7,7 +7,8 @@ import torch
 from smallest import SETTINGS
 
 from fedkern import ops
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
 from fedkern.methods.aggregators import Gathered, Rule

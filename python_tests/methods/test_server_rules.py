@@ -8,7 +8,8 @@ from interrupted import Kill, KillAt, outcome
 from smallest import SETTINGS
 
 from fedkern import ops
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.server_rules import ServerRule

@@ -13,7 +13,8 @@ import torch
 from pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
 from safetensors.torch import load_file, save_file
 
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork, build_pair, pretrained_pair
 from fedkern.models.preprocessing import Preprocessing

@@ -1,53 +1,29 @@
-"""model.safetensors: writes the network that a run has learnt, and reads it back as a module."""
+"""model.safetensors: the network that a run has learnt (`fedkern.downstream.saved_network` reads it)."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern import atomic, models, named_code
+from fedkern import atomic, models
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import state_dict
-from fedkern.engine.server import Server
-from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum
+from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
-from fedkern.errors import UserError, same_format
-from fedkern.inputs import parse_json
-from fedkern.methods import registry
-from fedkern.settings.config import RunConfig, check_regular, check_run_folder, load_plugins
-from fedkern.settings.run_format import check_format
-from fedkern.torch_modes import reproducible
+from fedkern.settings.config import RunConfig
 
 MODEL = "model.safetensors"
 FORMAT = 1
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True)
-class Outline:
-    """Stand-in for a run's federated data without images: what a method needs to build its module again."""
-
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    client_sizes: tuple[int, ...]
-    clients: tuple[()] = ()
-    tests: Mapping[str, Any] = field(default_factory=dict)
-    public: None = None
-    task: str = "classification"
 
 
 def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> dict[str, Any]:
@@ -96,7 +72,7 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     metadata = {"fedkern": json.dumps({"format": FORMAT, **about}, sort_keys=True)}
     tensors = state_dict(module)
     if about.get("statistics") == "batch":
-        for name, _ in _norms(module):
+        for name, _ in norms(module):
             for buffer in RUNNING:
                 tensors.pop(f"{name}.{buffer}" if name else buffer, None)
     atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -122,217 +98,8 @@ def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
     return [name for name in RESULTS if name in stored and checksum(out / name) != stored[name]]
 
 
-def _list(kind: Callable[[Any], bool], length: int | None = None, least: int = 1) -> Callable[[Any], bool]:
-    return lambda x: (
-        isinstance(x, list)
-        and len(x) >= least
-        and (length is None or len(x) == length)
-        and all(kind(each) for each in x)
-    )
-
-
-def _text(x: Any) -> bool:
-    return isinstance(x, str)
-
-
-def _count(x: Any) -> bool:
-    return type(x) is int and x >= 0
-
-
-def _size(x: Any) -> bool:
-    return type(x) is int and 1 <= x < 1 << 16
-
-
-def _width(x: Any) -> bool:
-    return x is None or _size(x)
-
-
-def _number(x: Any) -> bool:
-    return type(x) in (int, float) and abs(x) < 1e9  # not NaN either
-
-
-_TASKS = ("classification", "multilabel", "segmentation", "retrieval")
-_IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
-_ABOUT: dict[str, Callable[[Any], bool]] = {
-    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in _TASKS, "classes": _list(_text),
-    "grey_bits": lambda x: _count(x) and x <= 16, "method": _text, "rounds": _count,
-}  # fmt: skip
-"""Keys that the description in model.safetensors must have, each with a check of its value."""
-_ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
-    "statistics": lambda x: x == "batch",
-    "samples": _list(_count),
-    "pair": lambda x: isinstance(x, dict),
-}
-_PAIR: dict[str, Callable[[Any], bool]] = {
-    **_IMAGES, "image_encoder": _text, "text_encoder": _text,
-    "vocabulary": lambda x: x is None or _list(_text, least=0)(x), "width": _width,
-}  # fmt: skip
-
-
-def checked(text: str | None, path: Path) -> dict[str, Any]:
-    """The description in model.safetensors, from the JSON of its metadata.
-
-    Raises:
-        OtherFormat: the file at ``path`` has another format.
-        ValueError: the text is no JSON object, or a key is missing or has a wrong value; the message names the key.
-    """
-    if text is None:
-        raise ValueError("it does not say what network it holds")
-    about = parse_json(text)
-    if not isinstance(about, dict):
-        raise ValueError("what it says of its network is no table")
-    same_format(path, about.pop("format", None), FORMAT)
-    _check_keys(about, _ABOUT, _ABOUT_SOME, "")
-    if ("pair" in about) != (about["task"] == "retrieval"):
-        raise ValueError('"pair" belongs to a retrieval network alone')
-    if "pair" in about:
-        _check_keys(about["pair"], _PAIR, {"longest": _size}, "pair.")
-        unknown = sorted(set(about["pair"]) - {*_PAIR, "longest"})
-        if unknown:
-            raise ValueError(f'it says something unknown: "pair.{unknown[0]}"')
-    for prefix, each in (("", about), ("pair.", about.get("pair"))):
-        for name in ("mean", "std"):
-            if each is not None and len(each[name]) != each["channels"]:
-                raise ValueError(f'"{prefix}{name}" does not have a number for each of {each["channels"]} channels')
-    return about
-
-
-def _check_keys(
-    table: Mapping[str, Any],
-    must: Mapping[str, Callable[[Any], bool]],
-    may: Mapping[str, Callable[[Any], bool]],
-    prefix: str,
-) -> None:
-    for name, fits in {**must, **may}.items():
-        if name not in table and name in must:
-            raise ValueError(f'it does not say "{prefix}{name}"')
-        if name in table and not fits(table[name]):
-            raise ValueError(f'it says {json.dumps(table[name])} for "{prefix}{name}"')
-
-
-@reproducible()
-def read_model(
-    out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads the network that a finished run evaluated last, in eval mode on the CPU.
-
-    The run's own network is built from its name alone.  Any other module (fused clients, an ensemble) is built by the
-    method from the checkpoint in the run folder, and then loads the tensors of model.safetensors.  A network that was
-    evaluated without running statistics (``--buffers drop`` or ``local``) has none: its batch norm uses those of each
-    batch.
-
-    Args:
-        out: the run folder.
-        trusted: code that may be imported (see :func:`fedkern.engine.run`).
-        model: a module like the one that the run was given instead of a network's name.
-
-    Returns:
-        The module, and its description: ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in
-        [0, 1]), ``model``, ``width``, ``method`` and ``rounds``; for image-text data also ``pair``, the arguments of
-        ``build_pair``.
-
-    Raises:
-        UserError: the folder does not exist or has no finished run, the file is damaged or of another network, or the
-            method would run code that only the folder names.
-    """
-    check_regular(out)
-    check_format(Path(out))
-    path = Path(out) / MODEL
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = checked((file.metadata() or {}).get("fedkern"), path)
-        tensors = load_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        check_run_folder(out)
-        way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
-        raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): {again(out)}.") from None
-    _check_code(Path(out), about["model"], trusted, model)
-    try:
-        with models.available(about["model"], model if about["model"].startswith("module:") else None):
-            fresh = "samples" in about
-            network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
-    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
-    check_results(Path(out), MODEL)
-    if about.get("statistics") == "batch":
-        _forget_statistics(network)
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError:
-        name = "pair of encoders" if "pair" in about else about["model"]
-        kind = f"module of {about['method']}" if "samples" in about else name
-        raise UserError(f"{path} does not hold the parameters of a {kind}: {again(out)}.") from None
-    return network.eval(), about
-
-
-def _check_code(out: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
-    """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
-    own = named_code.parse(name) is not None
-    if own and named_code.absolute(name) not in {named_code.absolute(part) for part in trusted}:
-        raise UserError(
-            f"{out / MODEL} names code to run, {name}, and a run folder may come from anyone: where you trust that "
-            f"code, give it again, --model {shlex.quote(name)} (in Python trusted=[...])."
-        )
-    if model is None and name.startswith("module:"):
-        raise UserError(
-            f"{out / MODEL} holds a module that a script made ({name.removeprefix('module:')}): give such a module to "
-            "fedkern.engine.read_model(..., model=MODULE)."
-        )
-
-
-def _norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+def norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     """The batch norms, with their names in the state dict."""
     if isinstance(module, models.OwnNetwork):
         module = module.module
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))
-
-
-def _forget_statistics(module: nn.Module) -> None:
-    for _, layer in _norms(module):
-        layer.track_running_stats = False
-        for buffer in RUNNING:
-            setattr(layer, buffer, None)
-
-
-def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
-    if "pair" in about:
-        return models.build_pair(**about["pair"])
-    if about["model"] not in models.MODELS:
-        load_plugins(out, trusted)
-    return models.build(
-        about["model"],
-        classes=len(about["classes"]),
-        channels=about["channels"],
-        image_size=min(about["image_size"]),
-        seed=0,
-        width=about["width"],
-        sides=about["image_size"],
-    )
-
-
-def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
-    """The module that the method makes of the server's state at the end of the run."""
-    config = RunConfig.load(out, trusted=trusted, device="cpu")
-    config.check_code(out, trusted)
-    config = config.replace(init=None)  # the weights are the run's, and that file may be gone
-    kind = registry.get(config.method)
-    method = kind(kind.Options.parse(config.options, method=config.method))
-    height, width = about["image_size"]
-    outline = Outline(
-        classes=tuple(about["classes"]),
-        image_shape=(about["channels"], height, width),
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
-        client_sizes=tuple(about["samples"]),
-        task=about["task"],
-    )
-    state = Checkpoints(out).last_server_state()
-    if state is None:
-        raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")
-    context = RunContext(config, outline, pair=about.get("pair"))
-    module = method.model(Server(context, state))
-    if module is None:
-        raise UserError(f"{out} holds the checkpoint of a run that is not finished.")
-    return module

@@ -7,7 +7,8 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, unvouched
 
-from fedkern.engine import RunConfig, read_metrics, read_model, read_shown, read_summary, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, read_metrics, read_shown, read_summary, run
 from fedkern.engine.store import artifacts, state
 from fedkern.engine.store.artifacts import Artifact, Gallery, prepared
 from fedkern.errors import UserError

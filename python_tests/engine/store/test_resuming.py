@@ -10,7 +10,8 @@ import torch
 from interrupted import Kill, KillAt, forge, outcome, without
 
 from fedkern.downstream.membership_attack import attack
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import changes, check_kernels

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedkern import models
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.run import main

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from fedkern import atomic
-from fedkern.engine import RunConfig, read_model
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig
 from fedkern.engine.store import records, state
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedkern.engine import RunConfig, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, read_metrics, run
 from fedkern.engine.samples import TestSet
 from fedkern.methods import METHODS
 from fedkern.methods.common.figures import classification

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from fedkern import models
 from fedkern.data import normalise
 from fedkern.data.holdout import hold_out
-from fedkern.engine import read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from fedkern import models
-from fedkern.engine import read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import read_metrics, run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import Distilled, Pool

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedkern.data.holdout import hold_out
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network, Part

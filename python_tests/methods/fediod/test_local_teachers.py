@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedkern.engine import RunConfig, read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, read_metrics, run
 from fedkern.errors import UserError
 
 TINY = {

@@ -9,7 +9,8 @@ import torch
 from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 from fedkern.data import Split
-from fedkern.engine import read_metrics, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.training import Diverged
 from fedkern.errors import UserError

@@ -9,8 +9,9 @@ import torch
 from fusefl_play import PLAIN, Play, config_of, equal, flat
 from torch import nn
 
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine import client as engine_client
-from fedkern.engine import read_metrics, read_model, run
+from fedkern.engine import read_metrics, run
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.methods import FuseFL, Step
 from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width

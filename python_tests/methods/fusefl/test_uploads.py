@@ -7,7 +7,8 @@ import torch
 from fusefl_play import Play, config_of, equal
 from torch import nn
 
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FuseFL, Step, Upload
 from fedkern.methods.fusefl.levels import tensors_of
