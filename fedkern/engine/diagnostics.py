@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fedkern.data.image_rows import in_parts
-from fedkern.engine.evaluate import undefined
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
+from fedkern.methods.common.client_figures import undefined
 from fedkern.methods.common.figure_names import set_noun, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.multilabel_figures import MAIN as AREA
@@ -232,7 +232,7 @@ def undefined_figures(
 
     Args:
         sets: the test sets by the prefix of their figures' names.
-        own: the clients' figures, None where one is not defined (`fedkern.engine.evaluate.with_undefined`).
+        own: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
         label: names a client.
     """
     reasons = {"dice": "no mask with an object", "macro_auroc": "no label that some images have and others lack"}

@@ -22,18 +22,7 @@ from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.evaluate import (
-    check_sets,
-    client_sets,
-    evaluate,
-    evaluate_clients,
-    gradcam,
-    over_clients,
-    site_sets,
-    test_sets,
-    with_undefined,
-    worst_client,
-)
+from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, site_sets, test_sets
 from fedkern.engine.events import RunInfo
 from fedkern.engine.exchange import Exchange
 from fedkern.engine.executors import team
@@ -69,6 +58,7 @@ from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round, Step
+from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import is_main
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.protocol import BEFORE
