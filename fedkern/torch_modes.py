@@ -44,6 +44,17 @@ def reproducible() -> Iterator[None]:
                 torch.set_default_device(device)
 
 
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Runs with ``count`` CPU threads and restores the caller's number.  The number changes the bits of a run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def modes() -> dict[str, Any]:
     """The process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
     return {

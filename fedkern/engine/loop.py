@@ -33,7 +33,6 @@ from fedkern.engine.executors.sizing import worker_bytes, workers_for
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.final_figures import answers, final_figures, set_name, unique_names
 from fedkern.engine.hooks import Hooks, MethodCode
-from fedkern.engine.network import cpu_threads
 from fedkern.engine.participants import absent_clients, fewest_uploads, sample_clients
 from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.progress import Progress
@@ -66,6 +65,7 @@ from fedkern.methods.uploads import all_finite, infinite_as_sent
 from fedkern.privacy import Guarantee
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.settings.config import RunConfig, clients_of_a_round
+from fedkern.torch_modes import cpu_threads
 
 
 class Run:

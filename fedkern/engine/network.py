@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -207,22 +206,3 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
     if channels_last(module):
         return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.to(device)
-
-
-def state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict as contiguous copies on the CPU, each with storage of its own."""
-    return {
-        name: value.detach().cpu().contiguous().clone(memory_format=torch.contiguous_format)
-        for name, value in module.state_dict().items()
-    }
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Runs with ``count`` CPU threads and restores the caller's number.  The number changes the bits of a run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

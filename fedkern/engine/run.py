@@ -28,7 +28,6 @@ from fedkern.engine.events import Listener
 from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.loop import Run
-from fedkern.engine.network import cpu_threads
 from fedkern.engine.store import records, saved_model, used_cache
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
@@ -48,7 +47,7 @@ from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
-from fedkern.torch_modes import reproducible
+from fedkern.torch_modes import cpu_threads, reproducible
 
 
 def run(

@@ -24,7 +24,6 @@ from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.network import cpu_threads
 from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.run import on_node
 from fedkern.engine.server import Server
@@ -42,7 +41,7 @@ from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
 from fedkern.settings.config import RunConfig
-from fedkern.torch_modes import reproducible
+from fedkern.torch_modes import cpu_threads, reproducible
 
 PROTOCOL = 3
 """Version of the messages; both ends must have the same."""

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import atomic, models
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import state_dict
 from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
@@ -70,7 +70,9 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     """
     # One metadata key only: the order of several keys in the file would be random.
     metadata = {"fedkern": json.dumps({"format": FORMAT, **about}, sort_keys=True)}
-    tensors = state_dict(module)
+    # Copies on the CPU, each with memory of its own: safetensors refuses tensors that share theirs.
+    state = module.state_dict().items()
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
     if about.get("statistics") == "batch":
         for name, _ in norms(module):
             for buffer in RUNNING:
