@@ -30,7 +30,7 @@ from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
 from fedkern.named_code import FORMS
 from fedkern.privacy import IMAGE, UNITS, Unit
-from fedkern.settings import client_level_settings, toml
+from fedkern.settings import toml
 from fedkern.settings.defaults import COMMON, default_data, defaults
 from fedkern.settings.run_format import check_format
 
@@ -38,6 +38,7 @@ NAME = "config.toml"
 PATIENT_IMAGES = 4
 """Default of ``--patient-images``: the most images of a patient that ``--privacy-unit patient`` uses."""
 MOST_WORKERS = 1024
+USUAL_DELTA = 1e-5
 _SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
 ANYHOW = ("data_root", "workers", "cache")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
@@ -378,7 +379,7 @@ class RunConfig:
                 f"--clip-update-norm is not for {self.method}, whose clients keep a gradient of their whole update: "
                 "take --max-update-norm, which refuses an update that is too large."
             )
-        client_level_settings.check(self)
+        _check_client_level(self)
         if self.patient_images is not None and self.privacy_unit != "patient":
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
         if self.momentum >= 1:
@@ -674,6 +675,44 @@ def _plugin_table(given: Any, source: str) -> dict[str, str]:
 def clients_of_a_round(config: RunConfig) -> int:
     """Number of clients in a round; 1 for a pooled method, whose single client has all data."""
     return 1 if registry.get(config.method).pooled else config.sampled_clients
+
+
+def delta_of(config: RunConfig) -> float:
+    """The delta at which epsilon is told: ``dp_delta``, or where that is open 1e-5 or clients^-1.1, the smaller."""
+    return min(USUAL_DELTA, config.trained_clients**-1.1) if config.dp_delta is None else config.dp_delta
+
+
+def _check_client_level(config: RunConfig) -> None:
+    """Raises UserError where settings of client-level privacy do not fit together.
+
+    What depends on the method's plan is checked before the run starts.
+    """
+    if (config.dp_clip is None) != (config.dp_noise is None):
+        given, other = ("--dp-clip", "--dp-noise") if config.dp_noise is None else ("--dp-noise", "--dp-clip")
+        raise UserError(f"{given} needs {other}: give both, or leave both out.")
+    if config.dp_clip is None:
+        for flag, there in (("--dp-delta", config.dp_delta is not None), ("--dp-draws", config.dp_draws != "secret")):
+            if there:
+                raise UserError(f"{flag} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave "
+                                "it out.")  # fmt: skip
+        return
+    if config.aggregator != MEAN:
+        raise UserError(
+            f"--aggregator {config.aggregator} is not for --dp-clip, which bounds what a client changes in a sum of "
+            "updates: leave one of the two out."
+        )
+    if config.clip_update_norm:
+        raise UserError("--clip-update-norm clips what --dp-clip clips already: leave it out.")
+    if config.fix_statistics is not None and config.dp_noise:
+        raise UserError(
+            "--fix-statistics keeps batch norm's running statistics as they are, and the noise of --dp-noise moves "
+            "them: leave one of the two out."
+        )
+    if config.privacy_unit != "image":
+        raise UserError(
+            f"--privacy-unit {config.privacy_unit} is for methods that protect a client's samples, and --dp-noise "
+            "protects whole clients: leave one of the two out."
+        )
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:

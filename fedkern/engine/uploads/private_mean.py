@@ -26,8 +26,7 @@ from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method
 from fedkern.methods.uploads import Values, like
 from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
-from fedkern.settings.client_level_settings import delta_of
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, delta_of
 from fedkern.streams import stream
 
 RELEASED = -1
