@@ -489,11 +489,8 @@ class RunConfig:
         if kind.one_shot:
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
-        chosen = options if isinstance(options, Mapping) else list(options)
-        explicit = kind.Options.parse(chosen, method=method).to_dict()
-        names = _given_names(kind, chosen)
-        merged = {name: explicit[name] if name in names else default_options[name] for name in explicit}
-        merged = kind.Options.settled(merged, names)
+        explicit = kind.Options.parse(options, method=method).given()
+        merged = kind.Options.settled({**default_options, **explicit}, explicit.keys())
         typed = [pair for part in read_options(str(base["data"]), data_options or {}) for pair in part.items()]
         merged_data = {key: value for key, value in typed if key in (data_options or {})}
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
@@ -748,12 +745,6 @@ def check_networks(given: Mapping[str, Any], data: str) -> None:
                 f"--{name.replace('_', '-')} {given[name]} is for image-text data ({', '.join(pairs)}), and the data "
                 f'set "{data}" has no texts: leave {name} out and choose the network with --model.'
             )
-
-
-def _given_names(kind: Any, chosen: Mapping[str, Any] | list[str]) -> set[str]:
-    words = [word.partition("=")[0] if isinstance(word, str) else str(word) for word in chosen]
-    plain = {word.strip().replace("-", "_") for word in words}
-    return {knob.name for knob in kind.Options.knobs() if knob.name in plain or knob.field in plain}
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:

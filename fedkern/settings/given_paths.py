@@ -42,11 +42,6 @@ def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict
         UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
     """
     kind = registry.get(method).Options
-    given = as_texts(given) if isinstance(given, Mapping) else given
-    parsed = kind.parse(given, method=method)
-    words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
-    plain = {str(word).strip().replace("-", "_") for word in words}
-    named = [knob for knob in kind.knobs() if {knob.name, knob.field} & plain]
-    values = {knob.name: getattr(parsed, knob.field) for knob in named}
-    paths = {knob.name: knob.path for knob in named if knob.path is not None and values[knob.name]}
+    values = kind.parse(as_texts(given) if isinstance(given, Mapping) else given, method=method).given()
+    paths = {knob.name: knob.path for knob in kind.knobs() if knob.path is not None and values.get(knob.name)}
     return {**values, **{name: make(str(values[name])) for name, make in paths.items()}}
