@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +17,15 @@ from fedkern.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an error of the file or folder ``path`` becomes an Unwritable."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from None
+
+
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
     """Lets ``fill`` write a new file beside ``path``, flushes it to the disk and renames it to ``path``.
 
@@ -23,22 +34,32 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
     Raises:
         Unwritable: the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
-    try:
+    with writing(path):
         files.replace(path, fill, durable=durable)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(path, error) from None
 
 
-def change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
-    """Opens a file to change it in place (see :func:`fedkern.files.open_to_change`).
+@contextmanager
+def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file that is changed in place inside (see :func:`fedkern.files.open_to_change`), on the disk if ``durable``.
 
     Raises:
-        Unwritable: the file is a link or cannot be opened.
+        Unwritable: the file is a link, or cannot be opened or written.
     """
-    try:
-        return files.open_to_change(path, mode, make=make)
-    except OSError as error:
-        raise unwritable(path, error) from None
+    with writing(path), files.open_to_change(path, mode) as file:
+        yield file
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def flush(path: Path) -> None:
+    """Flushes a file to the disk.
+
+    Raises:
+        Unwritable: the file cannot be flushed.
+    """
+    with writing(path), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def make_folder(path: Path, *, fresh: bool = False) -> None:
@@ -47,10 +68,8 @@ def make_folder(path: Path, *, fresh: bool = False) -> None:
     Raises:
         Unwritable: the folder is a link, or cannot be made.
     """
-    try:
+    with writing(path):
         files.make_folder(path, fresh=fresh)
-    except OSError as error:
-        raise unwritable(path, error) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

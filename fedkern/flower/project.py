@@ -74,10 +74,8 @@ class Project:
             raise UserError(f"{folder} exists and is not an empty folder: name a new one with --flower.")
         code = self._code()
         made = not folder.exists()
-        try:
+        with atomic.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise atomic.unwritable(folder, error) from None
         try:
             for path in code.values():
                 shutil.copyfile(path, folder / path.name)

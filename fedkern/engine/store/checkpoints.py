@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import zlib
@@ -356,11 +355,7 @@ class Checkpoints:
         """Flushes files and their names to the disk that were written in the background."""
         loose, self._loose = self._loose, []
         for path in loose:
-            try:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise atomic.unwritable(path, error) from None
+            atomic.flush(path)
         if loose:
             files.sync_folder(self.folder)
 

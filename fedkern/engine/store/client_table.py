@@ -101,16 +101,10 @@ class ClientTable:
             atomic.write_bytes(self._folder / place["file"], line)
             self._first = len(line)
         else:
-            path = self._folder / place["file"]
-            try:
-                with atomic.change(path, "r+b") as file:
-                    file.truncate(place["bytes"])  # an interrupted commit may have left a line
-                    file.seek(place["bytes"])
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise atomic.unwritable(path, error) from None
+            with atomic.changing(self._folder / place["file"], "r+b", durable=True) as file:
+                file.truncate(place["bytes"])  # an interrupted commit may have left a line
+                file.seek(place["bytes"])
+                file.write(line)
         self._place = {**place, "bytes": place["bytes"] + len(line), "sum": zlib.crc32(line, place["sum"])}
         return dict(self._place)
 

@@ -131,10 +131,8 @@ def set_aside(out: Path, round: int) -> None:
         target = aside(out, round) / name
         atomic.make_folder(aside(out, round))
         atomic.make_folder(target.parent)
-        try:
+        with atomic.writing(target):
             (out / name).replace(target)
-        except OSError as error:
-            raise atomic.unwritable(target, error) from None
 
 
 def _plan(method: Any, config: RunConfig, rounds: int, done: int) -> list[Round]:

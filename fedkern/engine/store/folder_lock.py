@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fedkern import atomic
+from fedkern import atomic, files
 from fedkern.errors import UserError
 
 NAME = ".lock"
@@ -49,24 +49,22 @@ class FolderLock:
         self._beats = 0
 
     def __enter__(self) -> FolderLock:
-        file = atomic.change(self.path, "r+b", make=True)
-        try:
-            sure = self._locked(file)
-            if not _dead(before := self._read()):
-                self._watch(before)
-                sure = False
-            self._owner = f"{os.getpid()}\n{platform.node()}\n{_machine()}\n{secrets.token_hex(8)}\n"
-            os.ftruncate(file.fileno(), 0)
-            self._write(file)
-            if not sure:
-                time.sleep(SETTLE)
-                self.check()
-        except OSError as error:
-            file.close()
-            raise atomic.unwritable(self.path, error) from None
-        except BaseException:
-            file.close()
-            raise
+        with atomic.writing(self.path):
+            file = files.open_to_change(self.path, "r+b", make=True)
+            try:
+                sure = self._locked(file)
+                if not _dead(before := self._read()):
+                    self._watch(before)
+                    sure = False
+                self._owner = f"{os.getpid()}\n{platform.node()}\n{_machine()}\n{secrets.token_hex(8)}\n"
+                os.ftruncate(file.fileno(), 0)
+                self._write(file)
+                if not sure:
+                    time.sleep(SETTLE)
+                    self.check()
+            except BaseException:
+                file.close()
+                raise
         self._file = file
         threading.Thread(target=self._beat, args=(file,), daemon=True, name="fedkern-lock").start()
         return self

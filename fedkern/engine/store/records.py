@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,31 +87,21 @@ class Metrics:
         """
         if digest is not None:
             self.check(size, digest)
-        try:
-            with atomic.change(self.path, "ab") as file:
-                file.truncate(size)
-        except OSError as error:
-            raise atomic.unwritable(self.path, error) from None
+        with atomic.changing(self.path, "ab") as file:
+            file.truncate(size)
         self.size = size
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one line."""
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
-        try:
-            with atomic.change(self.path, "ab") as file:
-                file.write(line)
-        except OSError as error:
-            raise atomic.unwritable(self.path, error) from None
+        with atomic.changing(self.path, "ab") as file:
+            file.write(line)
         self.size += len(line)
         self._sum.update(line)
 
     def sync(self) -> None:
         """Flushes everything added so far to the disk."""
-        try:
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise atomic.unwritable(self.path, error) from None
+        atomic.flush(self.path)
 
 
 def read_metrics(out: Path | str) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,13 +75,8 @@ class Releases:
         before = self._due.pop(key, None)
         if before is None:
             line = json.dumps([*key, found]) + "\n"
-            try:
-                with atomic.change(self._path, "ab") as file:
-                    file.write(line.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise atomic.unwritable(self._path, error) from None
+            with atomic.changing(self._path, "ab", durable=True) as file:
+                file.write(line.encode())
         elif before != found:
             who, what = ("the server", "the mean of a round") if client < 0 else (f"client {client}", "its answer")
             raise UserError(

@@ -109,10 +109,8 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     begun = not fresh
     try:
-        try:
+        with atomic.writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise atomic.unwritable(out, error) from None
         with folder_lock.FolderLock(out) as lock:
             if fresh:
                 check_vacant(out)
