@@ -254,7 +254,8 @@ class Channel:
         spilt = None
         if len(payload) > _INLINE:
             spilt = os.memfd_create("fedkern", os.MFD_CLOEXEC)
-            _pour(spilt, payload)
+            with os.fdopen(spilt, "wb", closefd=False) as file:
+                file.write(payload)
         descriptors = [*([spilt] if spilt is not None else []), *new.values(), *more]
         if len(descriptors) > _MOST_FILES:
             raise ValueError(f"packet: expected at most {_MOST_FILES} files, given {len(descriptors)}")
@@ -287,7 +288,12 @@ class Channel:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     whole = len(content) - len(content) % 4
                     descriptors += array.array("i", content[:whole]).tolist()
-            payload = self._exactly(size) if size else _poured(descriptors.pop(0))
+            if size:
+                payload = self._exactly(size)
+            else:
+                with os.fdopen(descriptors.pop(0), "rb") as file:
+                    file.seek(0)
+                    payload = file.read()
         except ConnectionError:
             raise EOFError from None
         numbers, inner = pickle.loads(payload)
@@ -336,19 +342,3 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(described(error))
     return copy if type(copy) is type(error) else RuntimeError(described(error))
-
-
-def _pour(descriptor: int, content: bytes) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
-
-
-def _poured(descriptor: int) -> bytes:
-    try:
-        size, parts = os.fstat(descriptor).st_size, bytearray()
-        while len(parts) < size:
-            parts += os.pread(descriptor, size - len(parts), len(parts))
-        return bytes(parts)
-    finally:
-        os.close(descriptor)
