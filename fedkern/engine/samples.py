@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,22 +132,29 @@ class Samples:
             return self.pixels.take(indices, rng), labels
         return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
 
+    def batch(
+        self, indices: np.ndarray, step: Step = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Batch:
+        """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
+        images, labels = self.pairs(indices, rng)
+        return Batch(
+            images=images,
+            labels=labels,
+            indices=indices,
+            step=step,
+            epoch=epoch,
+            augmented=rng is not None,
+            tokens=take_tokens(self.tokens, indices, self._device),
+        )
+
     def batches(
         self, size: int = BATCH, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
-        augments = augment and self.pixels.augment != "none"
+        rng = rng if augment and self.pixels.augment != "none" else None
         for part in batch_slices(len(self), size):
-            rows = np.arange(part.start, part.stop)
-            images, labels = self.pairs(rows, rng if augments else None)
-            yield Batch(
-                images=images,
-                labels=labels,
-                indices=rows,
-                augmented=augments,
-                tokens=take_tokens(self.tokens, rows, self._device),
-            )
+            yield self.batch(np.arange(part.start, part.stop), rng=rng)
 
 
 class BackgroundBank:
@@ -178,16 +186,9 @@ class ClientData:
         tokens: Any = None,
         sides: tuple[int, int] | None = None,
     ) -> None:
-        self.split, self.mean, self.std, self.device, self.augment, self.cache = (
-            split,
-            mean,
-            std,
-            device,
-            augment,
-            cache,
-        )
-        self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment, sides=sides)
-        self.tokens = tokens
+        self.split, self.augment, self._mean, self._std = split, augment, mean, std
+        self._make_pixels = partial(Pixels, mean=mean, std=std, device=device, cache=cache, augment=augment)
+        self.pixels = self._make_pixels(split.images, sides=sides)
         self.samples = Samples(self.pixels, split.labels, device, tokens)
         self.labels: Tensor = self.samples.there
         self._banks: dict[str, BackgroundBank] = {}
@@ -198,17 +199,8 @@ class ClientData:
     def batch(
         self, indices: np.ndarray, step: Step = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Batch:
-        """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
-        images, labels = self.samples.pairs(indices, rng)
-        return Batch(
-            images=images,
-            labels=labels,
-            indices=indices,
-            step=step,
-            epoch=epoch,
-            augmented=rng is not None,
-            tokens=take_tokens(self.tokens, indices, self.device),
-        )
+        """See :meth:`Samples.batch`."""
+        return self.samples.batch(indices, step, epoch, rng)
 
     def background_images(self) -> dict[str, Tensor]:
         """Images with a detected object, the object's pixels black: uint8 images, bool masks, int64 labels.
@@ -239,12 +231,9 @@ class ClientData:
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
         """Erases the objects and normalises; ``fill`` is ``"mean"`` (0 after normalisation) or ``"zero"`` (black)."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        mean, std = torch.tensor(self._mean), torch.tensor(self._std)
         value = torch.zeros_like(mean) if fill == "mean" else -mean / std
-        pixels = Pixels(
-            message["images"], self.mean, self.std, self.device,
-            cache=self.cache, augment=self.augment, erased=message["masks"], fill=value,
-        )  # fmt: skip
+        pixels = self._make_pixels(message["images"], erased=message["masks"], fill=value)
         return BackgroundBank(pixels, message["labels"].cpu().numpy())
 
 
