@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -127,3 +128,16 @@ def _digest(rows: Iterable[bytes]) -> str:
     for row in rows:
         found.update(len(row).to_bytes(8, "little") + row)
     return found.hexdigest()
+
+
+def data_fingerprint(data: Any) -> int:
+    """CRC-32 over all images, labels, masks and texts of a federation: a resumed run must have the same data."""
+    value = 0
+    public = () if data.public is None else (data.public,)
+    for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
+        for tensor in (split.images, split.labels, split.masks):
+            for part in () if tensor is None else in_parts(tensor):
+                value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
+        if split.texts is not None:
+            value = zlib.crc32("\0".join(split.texts).encode(), value)
+    return value

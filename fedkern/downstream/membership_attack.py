@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedkern import atomic
 from fedkern.data import FederatedData, Split, normalise
 from fedkern.data.image_rows import in_parts
+from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -21,7 +22,6 @@ from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.samples import BATCH
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
-from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Method

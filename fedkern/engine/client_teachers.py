@@ -71,7 +71,7 @@ class Teachers:
 
         Args:
             config: this run's settings, as the manifest of a checkpoint has them.
-            fingerprint: of this run's data (see :func:`fedkern.engine.clients.data_fingerprint`).
+            fingerprint: of this run's data (see :func:`fedkern.data.identity.data_fingerprint`).
         """
         if not self._asked_run or self._entry is None or self._entry["info"]["data"] == fingerprint:
             return None

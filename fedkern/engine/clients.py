@@ -1,12 +1,10 @@
-"""Views of all clients at once, which only a simulation has: states, teachers, a fingerprint of the data."""
+"""Views of all clients at once, which only a simulation has: states and teachers."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedkern.data.image_rows import in_parts
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -57,16 +55,3 @@ def compare_teachers(context: RunContext, fingerprint: int) -> None:
     other = None if context.teachers is None else context.teachers.other_data(context.config.to_dict(), fingerprint)
     if other is not None:
         context.warn("teachers-of-other-data", other)
-
-
-def data_fingerprint(data: Any) -> int:
-    """CRC-32 over all images, labels, masks and texts of a federation: a resumed run must have the same data."""
-    value = 0
-    public = () if data.public is None else (data.public,)
-    for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
-        for tensor in (split.images, split.labels, split.masks):
-            for part in () if tensor is None else in_parts(tensor):
-                value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
-        if split.texts is not None:
-            value = zlib.crc32("\0".join(split.texts).encode(), value)
-    return value

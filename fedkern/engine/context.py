@@ -18,37 +18,15 @@ from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
-from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, Federation, Message, Step
 from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
-from fedkern.models.registry import added
+from fedkern.models.registry import added, check_task
 from fedkern.models.vocabulary import split_words
 from fedkern.settings.config import RunConfig
 
 PREPARED = 1000
 """Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""
-
-
-def check_task(model: str, task: str, data: str, where: str) -> None:
-    """Checks that a network is for the task of the data: classes or labels of images, or classes of pixels.
-
-    Args:
-        model: the network's name; a name that is not in ``fedkern.models.MODELS`` passes.
-        task: the data's task.
-        data: the data set's name, for the error message.
-        where: how the user names another network, for the error message.
-
-    Raises:
-        UserError: the network is for another task; the message lists the networks that fit.
-    """
-    kind = "classification" if task == "multilabel" else task  # a logit for every label, as for every class
-    fitting = [name for name, entry in models.MODELS.items() if entry.task in (kind, "any")]
-    if fitting and model in models.MODELS and model not in fitting:
-        raise UserError(
-            f'The network {model} is for {models.MODELS[model].task}, but the data set "{data}" is for {task}: choose '
-            f"one of {', '.join(fitting)} {where}."
-        )
 
 
 class RunContext:

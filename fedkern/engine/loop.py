@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedkern.data.identity import data_fingerprint
 from fedkern.engine import device_use, diagnostics
 from fedkern.engine.audience import Audience
 from fedkern.engine.client import Client
 from fedkern.engine.client_states import ClientStates
-from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
+from fedkern.engine.clients import Everybody, check_teachers, compare_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, site_sets, test_sets

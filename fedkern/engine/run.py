@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkern import atomic, plugins
 from fedkern.allocator import keep_freed_memory
-from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
+from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
 from fedkern.data.holdout import hold_out
 from fedkern.data.identity import of_memory
 from fedkern.data.patients import limited
@@ -23,12 +23,12 @@ from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.engine import own_model
 from fedkern.engine.audience import Audience
-from fedkern.engine.context import RunContext, check_task
+from fedkern.engine.context import RunContext
 from fedkern.engine.events import Listener
 from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.loop import Run
-from fedkern.engine.store import records, saved_model, used_cache
+from fedkern.engine.store import records, saved_model
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.resuming import check_kernels, check_unedited
@@ -44,6 +44,7 @@ from fedkern.interrupts import in_order
 from fedkern.methods import registry
 from fedkern.models import available
 from fedkern.models.precision import computing
+from fedkern.models.registry import check_task
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity

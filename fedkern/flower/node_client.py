@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.allocator import keep_freed_memory
+from fedkern.data.identity import data_fingerprint
 from fedkern.engine.client import Client
-from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial

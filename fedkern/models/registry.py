@@ -370,3 +370,24 @@ def _word(seed: int | torch.Generator) -> int:
     if isinstance(seed, torch.Generator):
         return int(torch.randint(2**63 - 1, (), generator=seed))
     return int(stream(seed, "model", round=-1).integers(2**63))
+
+
+def check_task(model: str, task: str, data: str, where: str) -> None:
+    """Checks that a network is for the task of the data: classes or labels of images, or classes of pixels.
+
+    Args:
+        model: the network's name; a name that is not in ``MODELS`` passes.
+        task: the data's task.
+        data: the data set's name, for the error message.
+        where: how the user names another network, for the error message.
+
+    Raises:
+        UserError: the network is for another task; the message lists the networks that fit.
+    """
+    kind = "classification" if task == "multilabel" else task  # a logit for every label, as for every class
+    fitting = [name for name, entry in MODELS.items() if entry.task in (kind, "any")]
+    if fitting and model in MODELS and model not in fitting:
+        raise UserError(
+            f'The network {model} is for {MODELS[model].task}, but the data set "{data}" is for {task}: choose '
+            f"one of {', '.join(fitting)} {where}."
+        )

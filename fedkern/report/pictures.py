@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedkern import atomic
+from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.run import kept_data
@@ -20,7 +21,6 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.resuming import check_unedited
-from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError
 from fedkern.settings.config import load_plugins
 

@@ -18,6 +18,7 @@ from torch import nn
 from fedkern.data import DATASETS, Split
 from fedkern.data.arrays import NAME as ARRAYS
 from fedkern.data.partition import parse_partition
+from fedkern.data.used_cache import remembered
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.diagnostics import near
 from fedkern.engine.final_figures import set_name
@@ -29,7 +30,6 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, versions
 from fedkern.engine.store.resuming import check_unedited
-from fedkern.engine.store.used_cache import remembered
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry

@@ -15,7 +15,7 @@ import fedkern
 from fedkern import engine
 from fedkern.data import image_cache
 from fedkern.data.image_rows import ImageStore
-from fedkern.engine.store.used_cache import remembered
+from fedkern.data.used_cache import remembered
 from fedkern.errors import UserError
 
 IMAGES, SIDE = 60, 8

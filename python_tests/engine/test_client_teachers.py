@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedkern import models
+from fedkern.data.identity import data_fingerprint
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, clients, run
 from fedkern.engine.client import Client
-from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import state
 from fedkern.engine.store.checkpoints import Checkpoints

@@ -10,9 +10,9 @@ from interrupted import Kill, KillAt, outcome
 from PIL import Image
 
 from fedkern.data import Split, image_cache, image_rows, load
+from fedkern.data.identity import data_fingerprint
 from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.engine import RunConfig, load_data, run
-from fedkern.engine.clients import data_fingerprint
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
