@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedkern.engine.network import place
@@ -19,8 +17,8 @@ from fedkern.engine.store import state
 from fedkern.engine.store.checkpoints import Checkpoints, checksum
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.inputs import special
 from fedkern.methods.base import VECTORS
+from fedkern.models.weight_files import read_state_dict
 from fedkern.ops import FlatParameters
 from fedkern.settings.run_format import FOLDER
 
@@ -53,7 +51,7 @@ class Teachers:
         for suffix in SUFFIXES:
             path = self.root / f"client-{client}{suffix}"
             if path.exists():
-                _load_state(path, client, _read(path), module)
+                _load_state(path, client, read_state_dict(path), module)
                 break
         else:
             self._load_of_run(client, module)
@@ -159,29 +157,6 @@ class Teachers:
 # -- the user's own files ----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if kind := special(path):
-        raise UserError(f"--teachers: {path} is {kind}, not a regular file: put the file there.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"--teachers: {path} cannot be read: {error.strerror or error}.") from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"--teachers: {path} is damaged: {_first_sentence(error)}.") from None
-    except Exception:
-        # pickle raises anything for a file that it has not written, a KeyError for example.  torch's message is not
-        # shown: it is long and recommends to execute whatever the file holds.
-        loaded = None
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(
-            f"--teachers: {path} does not hold a state dict, tensors by name and nothing else: save "
-            "module.state_dict() with torch.save, or as safetensors."
-        )
-    return loaded
-
-
 def _load_state(path: Path, client: int, tensors: Mapping[str, Any], module: nn.Module) -> None:
     try:
         module.load_state_dict(dict(tensors))
@@ -192,7 +167,3 @@ def _load_state(path: Path, client: int, tensors: Mapping[str, Any], module: nn.
             f"({textwrap.shorten(first, 160, placeholder=' ...')}): give the --model and the models it was trained "
             "with."
         ) from None
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__

@@ -23,6 +23,7 @@ from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.registry import added, check_task
 from fedkern.models.vocabulary import split_words
+from fedkern.models.weight_files import load_by_name
 from fedkern.settings.config import RunConfig
 
 PREPARED = 1000
@@ -121,7 +122,7 @@ class RunContext:
         if self.config.init is not None and model in (None, self.config.model) and classes is None:
             if self._init is None:
                 self._init = initial_weights.read(self.config.init, self.config.init_sha256)
-            initial_weights.load(network, self._init, self.config.init, self.model_name)
+            load_by_name(network, self._init, self.config.init, self.model_name)
         return network
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
@@ -80,32 +79,3 @@ def read(path: str, expected: str | None) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"--init {path}: {name} has values that are not finite.")
     return tensors
-
-
-@torch.no_grad()
-def load(module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: str) -> None:
-    """Copies the tensors into a network whose state dict has exactly their names and shapes.
-
-    Args:
-        module: the network.
-        tensors: by name in the state dict.
-        path: the file or folder they are from, for messages.
-        network: the network's name, for messages.
-
-    Raises:
-        UserError: a name or shape differs; the message names the first that does.
-    """
-    own = module.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise UserError(f"--init {path} is not for {network}: it has no {name}, of shape {list(tensor.shape)}.")
-        if tensors[name].shape != tensor.shape:
-            given = list(tensors[name].shape)
-            raise UserError(
-                f"--init {path} is not for {network}: its {name} has shape {given}, not {list(tensor.shape)}."
-            )
-        if tensors[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"--init {path} is not for {network}: its {name} is {tensors[name].dtype}.")
-    if foreign := [name for name in tensors if name not in own]:
-        raise UserError(f"--init {path} is not for {network}, which has no {foreign[0]}.")
-    module.load_state_dict(dict(tensors))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern.engine import initial_weights
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
-from fedkern.models.own import LEVELS, check_module, digest, level
+from fedkern.models.own import LEVELS, check_module, check_output, digest, level
 from fedkern.models.registry import unknown
 from fedkern.settings.config import RunConfig
 
@@ -75,7 +74,7 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     if entry is None or not own:
         return config, []
     make: Any = entry.make
-    _check_output(network, context, make.text)
+    check_output(network, make.text, context.federation.classes, data, config.data)
     _check_method(network, config, data.task, make.text)
     state = network.state_dict()
     layout = digest(state, values=False)
@@ -95,42 +94,6 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
             )
         layout, sha = stored.model_layout or layout, stored.model_sha256
     return config.replace(model_layout=layout, model_sha256=sha), said
-
-
-@torch.no_grad()
-def _check_output(network: nn.Module, context: RunContext, text: str) -> None:
-    """Raises UserError where a network has no logits for the classes of the data."""
-    shape = context.data.image_shape
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((2, *shape), generator=generator)
-    size = "x".join(map(str, shape))
-    network.eval()
-    try:
-        logits: Any = network(images)
-    except Exception as error:  # a network's code may raise anything
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(
-            f"the network {text} cannot take the images of {context.config.data}, {size} (channels, height, width): "
-            f"{type(error).__name__}: {reason}."
-        ) from None
-    network.train()
-    classes = context.federation.classes
-    expected = [2, classes, *(shape[1:] if context.data.task == "segmentation" else ())]
-    if not isinstance(logits, Tensor):
-        raise UserError(
-            f"the network {text} must give a tensor of logits, or an object with the attribute logits, and gives "
-            "neither."
-        )
-    if list(logits.shape) != expected:
-        way = "let it take the argument classes" if logits.shape[1:2] != (classes,) else (
-            "let it give logits of every pixel" if len(expected) == 4 else "let it give one row of logits an image"
-        )  # fmt: skip
-        raise UserError(
-            f"the network {text} gives {list(logits.shape)} for 2 images, where the {classes} classes of "
-            f"{context.config.data} need {expected}: {way}."
-        )
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError(f"the network {text} gives values that are not finite for random images.")
 
 
 def _check_method(network: nn.Module, config: RunConfig, task: str, text: str) -> None:

@@ -340,6 +340,49 @@ def check_module(module: nn.Module, text: str) -> None:
         raise UserError(f"the model {text} has no parameters, so there is nothing to train.")
 
 
+@torch.no_grad()
+def check_output(network: nn.Module, text: str, classes: int, data: Any, source: str) -> None:
+    """Raises UserError where a network has no logits for the classes of the data.
+
+    Args:
+        network: is left in train mode.
+        text: the network's name.
+        classes: number of classes that the network is to tell.
+        data: the federated data.
+        source: name of the data set.
+    """
+    shape = data.image_shape
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((2, *shape), generator=generator)
+    size = "x".join(map(str, shape))
+    network.eval()
+    try:
+        logits: Any = network(images)
+    except Exception as error:  # a network's code may raise anything
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise UserError(
+            f"the network {text} cannot take the images of {source}, {size} (channels, height, width): "
+            f"{type(error).__name__}: {reason}."
+        ) from None
+    network.train()
+    expected = [2, classes, *(shape[1:] if data.task == "segmentation" else ())]
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network {text} must give a tensor of logits, or an object with the attribute logits, and gives "
+            "neither."
+        )
+    if list(logits.shape) != expected:
+        way = "let it take the argument classes" if logits.shape[1:2] != (classes,) else (
+            "let it give logits of every pixel" if len(expected) == 4 else "let it give one row of logits an image"
+        )  # fmt: skip
+        raise UserError(
+            f"the network {text} gives {list(logits.shape)} for 2 images, where the {classes} classes of "
+            f"{source} need {expected}: {way}."
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"the network {text} gives values that are not finite for random images.")
+
+
 def digest(tensors: Mapping[str, Tensor], *, values: bool) -> str:
     """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
     found = hashlib.sha256()
