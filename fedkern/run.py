@@ -10,10 +10,12 @@ import errno
 import gc
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
+from typing import NoReturn
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -49,6 +51,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (ranks := _ranks()) is not None and argv is None:
             ranks.end_process(code)
         return code
+
+
+def command() -> int:
+    """Runs the command of this process, as ``python -m fedkern.run`` and ``fedkern`` do, and ends the process.
+
+    Where torch is loaded the interpreter takes 0.4 seconds to take all modules apart, which leaves nothing behind.
+    This function then ends the process itself.
+
+    Returns:
+        The exit code of :func:`main`, where the interpreter has to end the process: torch is not loaded, something
+        else is done after the command, or code that is not of this package may count on how the interpreter ends.
+    """
+    code = main()
+    if _nothing_follows() and _modules_need_no_end():
+        _end_process(code)
+    return code
+
+
+def _nothing_follows() -> bool:
+    """Whether the process ends when the caller's caller has ended, a module that ``python`` was started with.
+
+    A profiler or a debugger that runs the module has something to do afterwards, as has ``python -i``.
+    """
+    if sys.flags.inspect or "PYTHONINSPECT" in os.environ:
+        return False
+    above = sys._getframe(2).f_back
+    while above is not None and above.f_globals.get("__name__") == "runpy":  # python -m
+        above = above.f_back
+    return above is None
+
+
+def _modules_need_no_end() -> bool:
+    """Whether torch is loaded, and no module has work left for the interpreter's end.
+
+    Libraries of a plugin, such as HDF5 with its open files, and profilers of CUDA write what they hold when the C
+    library ends the process.
+    """
+    torch, plugins = sys.modules.get("torch"), sys.modules.get("fedkern.plugins")
+    if torch is None or torch.cuda.is_initialized():
+        return False
+    return plugins is None or not plugins.loaded()
+
+
+def _end_process(code: int) -> NoReturn:
+    """Ends the process as the interpreter does, except for taking modules apart and for what C registered for exit."""
+    import ctypes
+
+    with suppress(KeyboardInterrupt):  # as in the interpreter, Ctrl-C only ends the wait
+        threading._shutdown()  # type: ignore[attr-defined]  # joins threads, those of executors as well
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()  # type: ignore[union-attr]
+    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    os._exit(code)
 
 
 def _guarded(words: list[str], leftover: bool) -> int:
@@ -245,4 +302,4 @@ def _told_elsewhere() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
