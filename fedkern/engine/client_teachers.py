@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.engine.network import place
-from fedkern.engine.store import state
 from fedkern.engine.store.checkpoints import Checkpoints, checksum
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.messages import states
 from fedkern.methods.base import VECTORS
 from fedkern.models.weight_files import read_state_dict
 from fedkern.ops import FlatParameters
@@ -149,7 +149,7 @@ class Teachers:
             raise UserError(f"--teachers: {path} is missing or damaged: bring the networks of another run.")
         self._sound.add(name)
         try:
-            return state.part(path, *keys)
+            return states.part(path, *keys)
         except ValueError as error:
             raise UserError(f"--teachers: {error}.") from None
 

@@ -32,8 +32,9 @@ import torch
 from fedkern import plugins
 from fedkern.allocator import keep_freed_memory
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker, portable
+from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task
+from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker, portable
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fedkern import atomic
-from fedkern.engine.store import state
 from fedkern.errors import UserError
 from fedkern.files import one_writer
 from fedkern.flower.parcel import Parcel, Raw
+from fedkern.messages import states
 
 KEPT_RUNS = 16
 """Runs whose states stay on a node: those in which a client of the node has worked last."""
@@ -71,7 +71,7 @@ class NodeFolder:
         if version is None:
             return {}
         try:
-            return state.load(self._state(version))
+            return states.load(self._state(version))
         except ValueError as error:
             raise UserError(
                 f"The client's state cannot be read ({error}): put the folder back, or start the run again."
@@ -85,7 +85,7 @@ class NodeFolder:
             content: the state.
             oldest: oldest round of the plan whose states are still needed.
         """
-        state.save(self._state(version), content)
+        states.save(self._state(version), content)
         names = [Version(*found) for found in self._numbered(_STATE)]
         before = max((each for each in names if each.plan == version.plan and each < version), default=None)
         for each in names:
@@ -102,7 +102,7 @@ class NodeFolder:
         """Keeps a message, in case the client's next one of this round meets another process."""
         flat = {name: torch.frombuffer(bytearray(raw.data), dtype=torch.uint8) for name, raw in _filled(parcel)}
         forms = {name: [raw.dtype, list(raw.shape)] for name, raw in parcel.tensors.items()}
-        state.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
+        states.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
 
     def message(self, version: Version) -> tuple[dict[str, Any], Parcel]:
         """A kept message.
@@ -111,7 +111,7 @@ class NodeFolder:
             UserError: it is missing or damaged.
         """
         try:
-            kept = state.load(self._message(version))
+            kept = states.load(self._message(version))
             data = kept["data"]
             tensors = {
                 name: Raw(dtype, tuple(shape), data[name].numpy().tobytes() if name in data else b"")

@@ -13,9 +13,9 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, clients, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.store import state
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
+from fedkern.messages import states
 from fedkern.methods import METHODS
 from fedkern.run import main
 
@@ -245,14 +245,14 @@ def test_the_command_line_ends_in_a_sentence(given, tmp_path, capsys):
 def test_a_part_of_a_state(tmp_path, monkeypatch):
     """What is under some keys, without a look at the rest."""
     members = {k: {"parameters": torch.full((4,), float(k)), "samples": k} for k in range(3)}
-    state.save(tmp_path / "x", {"members": members, "1": "text"})
-    found = state.part(tmp_path / "x", "members", 1)
+    states.save(tmp_path / "x", {"members": members, "1": "text"})
+    found = states.part(tmp_path / "x", "members", 1)
     assert found["samples"] == 1
     assert torch.equal(found["parameters"], members[1]["parameters"])
     for keys in (("members", 7), ("members", "1"), ("none",), ("1", "deeper"), ("members", 1, "samples", "deeper")):
-        assert state.part(tmp_path / "x", *keys) is None
+        assert states.part(tmp_path / "x", *keys) is None
     read = []
-    real = state.safe_open
+    real = states.safe_open
 
     class Watched:
         def __init__(self, *given, **named):
@@ -272,8 +272,8 @@ def test_a_part_of_a_state(tmp_path, monkeypatch):
             read.append(name)
             return self.inner.get_tensor(name)
 
-    monkeypatch.setattr(state, "safe_open", Watched)
-    state.part(tmp_path / "x", "members", 2)
+    monkeypatch.setattr(states, "safe_open", Watched)
+    states.part(tmp_path / "x", "members", 2)
     assert len(read) == 1
 
 

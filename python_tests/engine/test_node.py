@@ -5,8 +5,8 @@ import pytest
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.executors.wire import Packer, Unpacker
 from fedkern.engine.server import Server
+from fedkern.messages.packets import Packer, Unpacker
 
 
 def sent(value):

@@ -242,15 +242,15 @@ def test_no_masks_is_said_in_one_sentence(make_data, make_config, tmp_path):
 def test_full_disk_is_one_sentence_and_leaves_no_half_file(make_data, make_config, tmp_path, monkeypatch):
     import errno
 
-    from fedkern.engine.store import state
+    from fedkern.messages import states
 
-    real = state.save_file
+    real = states.save_file
 
     def full(tensors, path, metadata=None):
         real(tensors, path, metadata=metadata)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(states, "save_file", full)
     with pytest.raises(UserError, match="the disk is full"):
         run(make_config(), out=tmp_path / "run", data=make_data())
     assert not list((tmp_path / "run").rglob("*.part"))

@@ -535,7 +535,7 @@ def test_open_files_do_not_follow_the_clients(method, make_data, make_config, tm
 
 
 def test_a_tensor_that_is_packed_again_and_again_is_sent_once():
-    from fedkern.engine.executors.wire import Packer, Unpacker
+    from fedkern.messages.packets import Packer, Unpacker
 
     packer, unpacker, shared = Packer(), Unpacker(), torch.arange(5.0)
     first = None

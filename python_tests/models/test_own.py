@@ -301,7 +301,7 @@ def test_code_that_fails(tmp_path, text):
 
 
 def test_a_pickled_maker_is_the_name_of_its_code(file):
-    from fedkern.engine.executors.wire import Packer, Unpacker
+    from fedkern.messages.packets import Packer, Unpacker
 
     with available(f"{file}:Net"):
         make = MODELS[f"{file}:Net"].make

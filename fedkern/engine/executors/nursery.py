@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import fedkern
 from fedkern import plugins
-from fedkern.engine.executors.wire import Channel, Packer
+from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Setup
+from fedkern.messages.packets import Packer
 
 
 class _Process(Protocol):

@@ -26,12 +26,12 @@ from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.team import GO_ON, Team
-from fedkern.engine.executors.wire import NotPortable, Packer, Unpacker
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Sum, Task
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed, UserError
 from fedkern.interrupts import check
+from fedkern.messages.packets import NotPortable, Packer, Unpacker
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator

@@ -9,10 +9,10 @@ from typing import Any
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
-from fedkern.engine.store.state import fingerprint
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.filters import Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
+from fedkern.messages.states import fingerprint
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.torch_modes import cpu_threads
 

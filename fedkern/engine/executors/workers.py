@@ -23,11 +23,12 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
+from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
+from fedkern.messages.packets import NotPortable, Packer, Unpacker
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.ops._core import backend
 from fedkern.torch_modes import modes

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedkern.engine.store import checkpoints, state
+from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
+from fedkern.messages import states
 
 FILE = "shown.safetensors"
 ROUNDS = 8  # artifacts are kept of at most this many rounds and of round 1, whatever the length of the run
@@ -111,7 +112,7 @@ class Gallery:
         if not self._changed:
             return
         rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
-        state.save(self.path, {"shown": rows})
+        states.save(self.path, {"shown": rows})
         self._changed = False
 
 
@@ -132,7 +133,7 @@ def _entries(path: Path) -> list[Artifact]:
     if not path.exists():
         return []
     try:
-        rows = state.load(path)["shown"]
+        rows = states.load(path)["shown"]
         entries = [Artifact(name, round, value, (axes[0], axes[1], *axes[2:])) for name, round, value, axes in rows]
         kinds: dict[str, int] = {}
         if all(

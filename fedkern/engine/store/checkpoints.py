@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import atomic, files
-from fedkern.engine.store import releases, server_secret, state
+from fedkern.engine.store import releases, server_secret
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import OtherFormat, UserError
 from fedkern.inputs import open_regular, standing
+from fedkern.messages import states
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
 
 KEEP = 2
@@ -60,7 +61,7 @@ class Checkpoints:
         self.clients: dict[int, str] = {}
         self.skipped: list[str] = []
         self._sums: dict[str, int] = {}
-        self._waiting: dict[str, state.Packed] = {}  # to be written
+        self._waiting: dict[str, states.Packed] = {}  # to be written
         self._last: Future[None] | None = None  # the last commit
         self._loose: list[Path] = []  # written, and not yet flushed to the disk
         self._table = ClientTable(self.folder) if clients > INLINE else None
@@ -230,7 +231,7 @@ class Checkpoints:
             path = self.folder / name
             raise UserError(f"{path} is missing or damaged: put the file back, or start the run again.")
         try:
-            return state.load(self.folder / name)
+            return states.load(self.folder / name)
         except ValueError as error:
             raise UserError(f"The checkpoint cannot be read: {error}.") from None
 
@@ -382,7 +383,7 @@ class Checkpoints:
     def _write(self, name: str, content: dict[str, Any]) -> str:
         # In the background the disk is waited for once, before the commit, and not for every file.
         path, at_once = self.folder / name, self._scribe is None
-        packed = state.Packed(content, durable=at_once)
+        packed = states.Packed(content, durable=at_once)
         self._waiting[name] = packed
 
         def write() -> None:

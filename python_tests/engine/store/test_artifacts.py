@@ -9,9 +9,10 @@ from interrupted import Kill, KillAt, unvouched
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, read_metrics, read_shown, read_summary, run
-from fedkern.engine.store import artifacts, state
+from fedkern.engine.store import artifacts
 from fedkern.engine.store.artifacts import Artifact, Gallery, prepared
 from fedkern.errors import UserError
+from fedkern.messages import states
 from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
@@ -167,7 +168,7 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
     def other(whole):
         entries = read_shown(out)
         rows = [[e.name, e.round, 255 - e.value, list(e.axes)] for e in entries]
-        state.save(tmp_path / "other", {"shown": rows})
+        states.save(tmp_path / "other", {"shown": rows})
         return (tmp_path / "other").read_bytes()
 
     refused(artifacts.FILE, lambda _: b"{", read_shown)
@@ -178,10 +179,10 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
     for row in (["../outside", 1, table, ["a", "b"]], ["x", 1.5, table, ["a", "b"]], ["x", 1, 3, ["a", "b"]],
                 ["x", 1, table.double(), ["a", "b"]], ["x", 1, image[:, :0], ["", ""]], ["x", 1, image[0], ["", ""]],
                 ["x", 1, table, [1, "b"]], ["x", 1, table, []], ["x"]):  # fmt: skip
-        state.save(out / artifacts.FILE, {"shown": [row]})
+        states.save(out / artifacts.FILE, {"shown": [row]})
         with pytest.raises(UserError, match="is damaged: delete it, only pictures are lost"):
             read_shown(out)
-    state.save(out / artifacts.FILE, {"shown": [["x", 1, table, ["a", "b"]], ["x", 2, image, ["", ""]]]})
+    states.save(out / artifacts.FILE, {"shown": [["x", 1, table, ["a", "b"]], ["x", 2, image, ["", ""]]]})
     with pytest.raises(UserError, match="is damaged: delete it, only pictures are lost"):
         write_pictures(out, data=data)
     assert not (tmp_path / "outside.png").exists()

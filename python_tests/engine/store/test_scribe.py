@@ -10,8 +10,8 @@ import torch
 from fedkern.engine.store import scribe as module
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.scribe import Scribe
-from fedkern.engine.store.state import Packed
 from fedkern.errors import UserError
+from fedkern.messages.states import Packed
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_what_could_not_be_written_is_not_committed(tmp_path, scribe, monkeypatc
     def full(self, path):
         raise UserError(f"{path} cannot be written, the disk is full.")
 
-    monkeypatch.setattr("fedkern.engine.store.state.Packed.save", full)
+    monkeypatch.setattr("fedkern.messages.states.Packed.save", full)
     commit(checkpoints, 2)
     with pytest.raises(UserError, match="disk is full"):
         checkpoints.settle()

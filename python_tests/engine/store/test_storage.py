@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from fedkern import atomic
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig
-from fedkern.engine.store import records, state
+from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
 from fedkern.engine.uploads.bytes import Ledger, message_bytes
 from fedkern.errors import UserError
+from fedkern.messages import states
 from fedkern.methods.base import Step
 
 DTYPES = [
@@ -68,8 +69,8 @@ tree = st.recursive(
 @given(st.dictionaries(st.text(max_size=6), tree, max_size=4))
 def test_any_state_round_trips(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("state") / "x.safetensors"
-    state.save(path, content)
-    assert same(state.load(path), content)
+    states.save(path, content)
+    assert same(states.load(path), content)
 
 
 def test_awkward_tensors_round_trip(tmp_path):
@@ -85,49 +86,49 @@ def test_awkward_tensors_round_trip(tmp_path):
         "array": np.arange(4),
         "dict": {"$tensor": 1, "tensor": "t0", 3: {"dict": []}},
     }
-    state.save(tmp_path / "x.safetensors", content)
-    back = state.load(tmp_path / "x.safetensors")
+    states.save(tmp_path / "x.safetensors", content)
+    back = states.load(tmp_path / "x.safetensors")
     assert same({**content, "grad": content["grad"].detach()}, back)
     assert (tmp_path / "x.safetensors").stat().st_size < 6000  # the small view did not drag its base along
 
 
 def test_same_state_same_bytes(tmp_path):
     content = {"b": torch.ones(3), "a": {"x": 1, "y": torch.zeros(2)}}
-    state.save(tmp_path / "1", content)
-    state.save(tmp_path / "2", content)
+    states.save(tmp_path / "1", content)
+    states.save(tmp_path / "2", content)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
 @pytest.mark.parametrize("bad", [{"x": object()}, {"x": {1.5: 2}}, {"x": [{True: 1}]}, {"x": {1, 2}}])
 def test_what_cannot_be_stored_is_named(bad, tmp_path):
     with pytest.raises(TypeError, match=r"state\['x'\]"):
-        state.save(tmp_path / "x", bad)
+        states.save(tmp_path / "x", bad)
     assert not list(tmp_path.iterdir())
 
 
 def test_damaged_state(tmp_path):
-    state.save(tmp_path / "x", {"a": torch.ones(100)})
+    states.save(tmp_path / "x", {"a": torch.ones(100)})
     content = (tmp_path / "x").read_bytes()
     for cut in (b"", content[:50], b"\xff" * 100):
         (tmp_path / "x").write_bytes(cut)
         with pytest.raises(ValueError, match="missing or damaged"):
-            state.load(tmp_path / "x")
+            states.load(tmp_path / "x")
     with pytest.raises(ValueError, match="missing or damaged"):
-        state.load(tmp_path / "y")
+        states.load(tmp_path / "y")
 
 
 def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
-    state.save(tmp_path / "x", {"a": torch.ones(1)})
+    monkeypatch.setattr(states, "FORMAT", states.FORMAT + 1)
+    states.save(tmp_path / "x", {"a": torch.ones(1)})
     monkeypatch.undo()
-    with pytest.raises(UserError, match=rf"x has format 2, and this version of fedkern reads format {state.FORMAT}:"):
-        state.load(tmp_path / "x")
+    with pytest.raises(UserError, match=rf"x has format 2, and this version of fedkern reads format {states.FORMAT}:"):
+        states.load(tmp_path / "x")
 
 
 def test_fingerprint_sees_every_change():
     content = {"a": torch.zeros(3), "n": 1, "d": {"x": [1.5, torch.ones(2)]}, "w": np.zeros(2)}
-    before = state.fingerprint(content)
-    assert state.fingerprint(content) == before
+    before = states.fingerprint(content)
+    assert states.fingerprint(content) == before
     for change in (
         lambda: content["a"].add_(1),
         lambda: content.update(n=2),
@@ -136,19 +137,19 @@ def test_fingerprint_sees_every_change():
         lambda: content["w"].__setitem__(0, 1),
         lambda: content.pop("n"),
     ):
-        now = state.fingerprint(content)
+        now = states.fingerprint(content)
         change()
-        assert state.fingerprint(content) != now
+        assert states.fingerprint(content) != now
 
 
 def test_fingerprint_knows_a_tensor_in_the_memory_of_the_last():
     content = {"a": torch.zeros(20_000_000)}
-    before, place = state.fingerprint(content), content["a"].data_ptr()
+    before, place = states.fingerprint(content), content["a"].data_ptr()
     for _ in range(3):
         del content["a"]
         content["a"] = torch.zeros(20_000_000)
         assert content["a"].data_ptr() != place, "it may have the number and the version of the old one as well"
-        assert state.fingerprint(content) != before
+        assert states.fingerprint(content) != before
 
 
 def test_writes_are_complete_or_absent(tmp_path):
