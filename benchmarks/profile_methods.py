@@ -36,7 +36,7 @@ WHOLE = "whole run"  # the region around all others
 
 REGIONS = {
     "fedkern.engine.run:load_data": LOAD,
-    "fedkern.engine.samples:Pixels.take": BATCHES,
+    "fedkern.data.pixels:Pixels.take": BATCHES,
     "fedkern.engine.samples:take_tokens": BATCHES,
     "fedkern.engine.loop:Run._evaluate": EVALUATE,
     "fedkern.engine.loop:Run._commit": KEEP,

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.data.pixels import Pixels
 from fedkern.engine import initial_weights
 from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
-from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
+from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
 from fedkern.methods.base import VECTORS, Federation, Message, Step
 from fedkern.models.own import seeded
 from fedkern.models.precision import frozen

@@ -1,0 +1,92 @@
+"""Images of a split as networks see them: normalised, channels-last, cached where small; their labels and texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data import transforms
+from fedkern.data.image_rows import FileRows, ImageRows
+from fedkern.transfer import send
+
+
+class Pixels:
+    """uint8 images [n, C, H, W] that become normalised fp32 batches, channels-last.
+
+    ``sides`` (height, width), where given, is the window that a network sees: at a random place in an image that is
+    augmented, else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one
+    value per channel).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        *,
+        cache: bool,
+        augment: str = "none",
+        erased: Tensor | None = None,
+        fill: Tensor | None = None,
+        sides: tuple[int, int] | None = None,
+    ) -> None:
+        # Images in a file stay there, unless their normalised values are kept in memory.
+        self._file = images if isinstance(images, ImageRows) and not cache else None
+        # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
+        self._rows = images[:0] if self._file is not None else images.permute(0, 2, 3, 1).contiguous().to(device)
+        self._count = len(images)
+        self._mean, self._std, self._device = mean, std, device
+        self._erased = None if erased is None else erased.to(device)
+        self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
+        self.augment = augment
+        self._cache = cache
+        self._sides = sides or (int(images.shape[2]), int(images.shape[3]))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _normalise(self, rows: Tensor, erased: Tensor | None) -> Tensor:
+        out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
+        return out if erased is None else torch.where(erased[..., None], self._fill, out)
+
+    def _read(self, indices: np.ndarray | None) -> Tensor:
+        """uint8 [B, H, W, C] on the device, of images in a file."""
+        assert self._file is not None
+        if indices is None:
+            return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
+        return send(self._file.nhwc(torch.from_numpy(np.ascontiguousarray(indices))), self._device)
+
+    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
+        if self._cache and self._rows.dtype == torch.uint8:
+            self._rows, self._erased = self._normalise(self._rows, self._erased), None
+        rows, erased = self._rows, self._erased
+        if self._file is not None:
+            rows = self._read(indices)
+        if indices is not None:
+            index = send(torch.from_numpy(np.ascontiguousarray(indices)), self._device)
+            rows = rows if self._file is not None else rows.index_select(0, index)
+            erased = None if erased is None else erased[index]
+        if rows.dtype == torch.uint8:
+            rows = self._normalise(rows, erased)
+        if self.augment == "none":
+            rng = None
+        images = transforms.window(rows.permute(0, 3, 1, 2), self._sides, rng)
+        return images if rng is None else transforms.augment(images, self.augment, rng)
+
+
+def placed(labels: Tensor, device: torch.device) -> Tensor:
+    """Labels on the device; classes of pixels that are in a file stay there."""
+    return labels if isinstance(labels, FileRows) else labels.to(device)
+
+
+def take_tokens(tokens: Any, rows: np.ndarray, device: torch.device) -> Any:
+    """The tokens, on the device, of the texts at ``rows`` (int64); None where there are no texts.
+
+    All tokens stay on the CPU: the length of a batch's longest text is read from them, which nobody then waits for.
+    """
+    return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows))).to(device)
