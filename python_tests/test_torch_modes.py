@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedkern
+from fedkern import torch_modes
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.export import export
@@ -205,3 +206,22 @@ def test_a_finished_run_is_used_as_ever(use, mode, plain, tmp_path, request):
 def test_a_failed_run_puts_the_settings_back(tmp_path):
     with dtype(torch.float64), device("meta"), pytest.raises(fedkern.UserError):
         fedkern.simulate("fedavg", out=tmp_path / "run", **{**TINY, "train_samples": 10_000_000})
+
+
+def test_what_a_worker_takes_over_is_set_where_it_changes(monkeypatch):
+    calls = []
+
+    def use(mode, *, warn_only):  # torch's own also imports its compiler, which takes a second
+        calls.append((mode, warn_only))
+        torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", use)
+    before = torch_modes.modes()
+    try:
+        for change in ({"mkldnn": False}, {"deterministic": True}, {"deterministic": True, "warn_only": True}):
+            torch_modes.set_modes({**before, **change})
+            assert torch_modes.modes() == {**before, **change}
+    finally:
+        torch_modes.set_modes(before)
+    assert torch_modes.modes() == before
+    assert calls == [(True, False), (True, True), (False, False)]
