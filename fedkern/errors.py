@@ -118,7 +118,6 @@ def origin(error: BaseException, code: Any) -> str:
     Empty where it did not pass there, and for a :class:`UserError` that fedkern raised: it says itself what is wrong.
 
     Args:
-        error: the exception.
         code: the class, whose bases are searched after it, or the function.
     """
     frames = [

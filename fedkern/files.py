@@ -142,7 +142,6 @@ def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
     """Opens a file that is changed in place, never through a link: a run folder may come from anyone.
 
     Args:
-        path: the file.
         mode: ``"ab"``, which makes a missing file, or ``"r+b"``.
         make: whether ``"r+b"`` makes a missing file too.
 

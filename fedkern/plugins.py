@@ -570,7 +570,6 @@ def keyword_options(function: Callable[..., Any], own: Collection[str]) -> dict[
     """The options that a registered function has: its keyword parameters with their defaults.
 
     Args:
-        function: the function.
         own: names of parameters that fedkern gives itself; they are no options.
 
     Raises:

@@ -25,7 +25,6 @@ def add_data(parser: Parser, options: str) -> None:
     """Adds the flags of another data set than the run's own.
 
     Args:
-        parser: gets the flags.
         options: help of ``--data-option``.
     """
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
@@ -41,7 +40,6 @@ def add_code(parser: Parser, *, data: bool) -> None:
     """Adds the flags that name the code of a stored run again.
 
     Args:
-        parser: gets the flags.
         data: whether the command reads another data set, which a plugin may have.
     """
     own = "code that registers the run's method or network"
@@ -55,7 +53,6 @@ def add_common(parser: Parser, printed: str) -> None:
     """Adds ``--json`` and ``--help``.
 
     Args:
-        parser: gets the flags.
         printed: what ``--json`` prints.
     """
     parser.add_argument("--json", action="store_true", help=f"print {printed} as JSON")

@@ -22,7 +22,6 @@ def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable
 
     Args:
         request: the parsed command line.
-        words: the command line.
         commands: the function of every command.
 
     Raises:

@@ -109,7 +109,6 @@ class Runner:
         """Runs those cells that are not finished; a failed cell is noted, and the others are run.
 
         Args:
-            planned: the cells.
             check: called with every finished cell and its run; its UserError ends the comparison.
 
         Raises:
@@ -205,8 +204,6 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
 
     Args:
         runner: runs the variants; a failed one is not chosen.
-        by_method: the variants of every method.
-        seed: the seed.
 
     Returns:
         A variant for every method with a finished run, and a sentence for every method that had a choice.

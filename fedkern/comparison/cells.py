@@ -188,8 +188,6 @@ def cells(chosen: Iterable[Variant], seeds: Sequence[int], make: Callable[[Varia
     """The runs of some variants, seed by seed: after the first pass every variant has one.
 
     Args:
-        chosen: the variants.
-        seeds: the seeds.
         make: makes the settings of a run.
 
     Raises:

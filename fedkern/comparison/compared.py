@@ -105,7 +105,6 @@ def play(
 
     Args:
         runner: folder, settings and display.
-        by_method: the variants of every method.
         seeds: the seeds; the first one serves for ``select``.
         select: ``"validation"`` runs only the best variant of every method with all seeds; None runs all.
         target: see :class:`~fedkern.comparison.results.Result`.
@@ -161,7 +160,6 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
     """Compares runs that exist, grouped by method and settings but for the seed.
 
     Args:
-        folders: run folders, and folders of runs.
         out: folder to write to; None: a new one in ``comparisons``.
         target: see :class:`~fedkern.comparison.results.Result`.
 

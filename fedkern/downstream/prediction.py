@@ -73,7 +73,6 @@ class Predictor:
         """Reads the network of a run folder.
 
         Args:
-            out: the run folder.
             trusted: what may be imported, see :func:`fedkern.engine.run`.
             model: the run's network, where a script made it.
 

@@ -141,7 +141,6 @@ def read_model(
     batch.
 
     Args:
-        out: the run folder.
         trusted: code that may be imported (see :func:`fedkern.engine.run`).
         model: a module like the one that the run was given instead of a network's name.
 

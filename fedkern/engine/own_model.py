@@ -50,9 +50,7 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
 
     Args:
         config: the settings; ``MODELS`` has the network.
-        data: the federated data.
         stored: the settings of the run that is resumed, or None.
-        out: the run folder.
 
     Returns:
         The settings, and sentences on what has changed since the run began.

@@ -178,7 +178,6 @@ class Arrivals:
 
     Args:
         grid: where the messages go.
-        messages: the messages.
         timeout: seconds from now after which no more is waited for; None: no limit.
         group: most replies that are asked for at once.
     """

@@ -272,7 +272,6 @@ class FedAvg(flower.FedAvg):
 
         Args:
             server_round: the round, from 1.
-            replies: the replies.
 
         Returns:
             The metrics; None where no reply counts and none is left out.

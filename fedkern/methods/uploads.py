@@ -102,7 +102,6 @@ def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None
 
     Args:
         message: the upload.
-        declared: its declaration.
         known_finite: a tensor of the upload that is already known to be finite.
     """
     sizes: dict[str, int] = {}

@@ -115,9 +115,6 @@ def krum(models: Sequence[Tree], byzantine: int, keep: int = 1) -> Tree:
 class _Forest:
     """M models of one form as rows: ``rows[i][m]`` is entry i of model m, a tensor or a NumPy array.
 
-    Args:
-        models: the models.
-
     Attributes:
         first: a model of the form.
         keys: names or positions of the entries.

@@ -31,7 +31,6 @@ def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKe
 
     Args:
         secret: 16 bytes that nobody else knows.
-        client: the client's id.
         channel: the channel of the release.
         release: number of earlier releases in the channel; no number may be used twice.
 

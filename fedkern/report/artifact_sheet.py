@@ -23,7 +23,6 @@ def draw(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequen
 
     Args:
         entries: the artifacts in the order of their rounds, all images or all tables.
-        path: the PNG.
         title: title of the picture.
         classes: class names, for an axis called ``"class"``.
     """

@@ -28,7 +28,6 @@ def constants(
         tests: the test sets by name; empty where they are not known, or their counts must not be told.
         confusion: the run's confusion matrices, where they are known.
         metrics: figures with the numbers of candidates in retrieval.
-        classes: number of classes.
     """
     found: dict[str, float] = {}
     for name in names:

@@ -51,7 +51,6 @@ def draw(
         model: the global model.
         panels: test set name to (uint8 images ``[n, C, H, W]``, the same images normalised, labels int64 ``[n]``, masks
             bool ``[n, H, W]`` or None).
-        path: the PNG.
         classes: class names.
         title: title of the picture.
     """

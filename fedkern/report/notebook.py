@@ -38,7 +38,6 @@ def run_table(summary: Mapping[str, Any], out: Path) -> str:
 
     Args:
         summary: contents of ``summary.json``.
-        out: the run folder.
     """
     warned = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)

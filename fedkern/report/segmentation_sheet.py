@@ -30,7 +30,6 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
         model: gives logits ``[n, C, H, W]``.
         split: has the uint8 images ``[n, C, H, W]`` and labels int64 ``[n, H, W]`` to show.
         inputs: the images, normalised.
-        path: the PNG.
         classes: class names, the background first.
         title: title of the picture.
     """

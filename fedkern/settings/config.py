@@ -567,7 +567,6 @@ class RunConfig:
         """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
 
         Args:
-            folder: the run folder.
             trusted: plugins that may be executed in any case (see :func:`fedkern.plugins.restore`).
             given: the class of the run's method, where a script gave it (`fedkern.methods.given_classes`).
             **replaced: settings.

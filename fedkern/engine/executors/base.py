@@ -104,7 +104,6 @@ class Executor(Protocol):
         Args:
             asker: name of the object whose ``client_update`` is called, ``"method"`` or ``"pooling"``.
             step: the exchange.
-            messages: the message of every client.
             encoders: changes a client's upload where the client works, by client; none where it travels as it is.
         """
         ...

@@ -19,8 +19,6 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     """The number of workers of a run; below 2 its clients work in the run's process.
 
     Args:
-        config: every setting.
-        context: of the run.
         asks: how often clients will be asked one by one, not as a cohort; with 0 a worker would have nothing to do.
         parameters: number of parameters of the network.
     """

@@ -108,9 +108,6 @@ class Team:
     def meet(self, words: Sequence[str]) -> None:
         """Connects the ranks and compares what they were started with.
 
-        Args:
-            words: the command line.
-
         Raises:
             UserError: a rank was started with another command line, or has another version of fedkern or PyTorch.
             RunFailed: the ranks cannot be connected.

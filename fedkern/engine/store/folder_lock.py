@@ -35,9 +35,6 @@ class FolderLock:
     Where the process of a lock file ran on this machine and has ended, the lock is free at once.  Any other lock file
     that names a process is watched for up to `WATCH` seconds.
 
-    Args:
-        folder: the run folder.
-
     Raises:
         UserError: another process is at work in the folder, or the lock file is a link or cannot be written.
     """

@@ -50,7 +50,6 @@ def write(
     class (``p_NAME``), rounded to 8 digits.  Networks of clients add the column ``client`` behind the test set.
 
     Args:
-        out: the run folder.
         names: class names, each once.
         sets: by test set the images' names (None: their row numbers are written), labels int64 [n], and the logits
             [n, C] of every network with its client.

@@ -30,8 +30,6 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
     """The description that model.safetensors carries.
 
     Args:
-        context: of the run.
-        config: every setting.
         rounds: communication rounds done.
         flat: whether the module is the run's own network, which can be built from its name.
     """
@@ -93,7 +91,6 @@ def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
     """Which of the files that a finished run wrote at its end are missing or changed.
 
     Args:
-        out: the run folder.
         entry: the run's last checkpoint.
     """
     stored = entry["info"]["results"]

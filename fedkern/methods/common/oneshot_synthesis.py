@@ -135,7 +135,6 @@ def synthesise(
         student: the network of the adversarial term, for which the images should be hard; None: no such term.
         how: the settings.
         draw: CPU random generator of noise, labels and new weights.
-        classes: number of classes.
 
     Returns:
         normalised images fp32 [size, C, H, W] and their target labels int64 [size].

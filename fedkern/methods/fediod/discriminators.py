@@ -23,10 +23,6 @@ class Discriminators:
 
     ``client.state["critics"]`` holds every shard's parameters, Adam moments and step count.  For the shard in use these
     are views of the live tensors, so that nothing is copied during a round.
-
-    Args:
-        clients: the clients.
-        options: the method's options.
     """
 
     def __init__(self, clients: Sequence[Client], options: Any) -> None:
