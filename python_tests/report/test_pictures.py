@@ -349,11 +349,12 @@ def test_names_with_dollars_are_no_formulas(tmp_path, data):
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "p.png").write_bytes(b"older")
 
-    def full(self, file, *_, **__):
-        Path(file).write_bytes(b"half")
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots.Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"p\.png cannot be written, the disk is full"):
         plots.save(plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title="t"), tmp_path / "p.png")
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
