@@ -12,7 +12,7 @@ from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
-from fedkern.models.own import LEVELS, check_module, check_output, digest, level
+from fedkern.models.own import check_module, check_output, digest
 from fedkern.models.registry import unknown
 from fedkern.settings.config import RunConfig
 
@@ -73,7 +73,7 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
         return config, []
     make: Any = entry.make
     check_output(network, make.text, context.federation.classes, data, config.data)
-    _check_method(network, config, data.task, make.text)
+    registry.check_network(config.method, config.options, network, data.task, make.text)
     state = network.state_dict()
     layout = digest(state, values=False)
     sha = digest(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256
@@ -92,25 +92,3 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
             )
         layout, sha = stored.model_layout or layout, stored.model_sha256
     return config.replace(model_layout=layout, model_sha256=sha), said
-
-
-def _check_method(network: nn.Module, config: RunConfig, task: str, text: str) -> None:
-    """Raises UserError where the method needs more of a network than this one has."""
-    kind = registry.get(config.method)
-    needs = kind(kind.Options.parse(config.options, method=config.method)).needs
-    has = level(network)
-    if LEVELS.index(needs) <= LEVELS.index(has):
-        return
-    fitting = sorted(
-        name
-        for name, other in registry.METHODS.items()
-        if other.learns(task) and LEVELS.index(other().needs) <= LEVELS.index(has)
-    )
-    lacks = {
-        "features": "a linear layer with a bias as its last step",
-        "stages": "modules that run one after another and end in a linear layer (its attribute stages names them)",
-    }
-    raise UserError(
-        f"{config.method} needs {lacks[needs]}, which the network {text} has not: methods that can use it are "
-        f"{', '.join(fitting)}."
-    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
 
 from fedkern.docstrings import docstring
 from fedkern.errors import UserError, nearest
+from fedkern.models.own import LEVELS, level
 
 if TYPE_CHECKING:
     from fedkern.methods.base import Method
@@ -63,3 +66,32 @@ def get(name: str) -> type[Method]:
 def short(name: str) -> str:
     """A method's name; that of a class without its module."""
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
+
+
+def check_network(method: str, options: Mapping[str, Any], network: nn.Module, task: str, text: str) -> None:
+    """Raises UserError where a method needs more of a network than this one has.
+
+    Args:
+        method, options: name and options of the method.
+        network: a user's network.
+        task: of the data.
+        text: the network's name, for the message.
+    """
+    kind = get(method)
+    needs = kind(kind.Options.parse(options, method=method)).needs
+    has = level(network)
+    if LEVELS.index(needs) <= LEVELS.index(has):
+        return
+    fitting = sorted(
+        name
+        for name, other in METHODS.items()
+        if other.learns(task) and LEVELS.index(other().needs) <= LEVELS.index(has)
+    )
+    lacks = {
+        "features": "a linear layer with a bias as its last step",
+        "stages": "modules that run one after another and end in a linear layer (its attribute stages names them)",
+    }
+    raise UserError(
+        f"{method} needs {lacks[needs]}, which the network {text} has not: methods that can use it are "
+        f"{', '.join(fitting)}."
+    )
