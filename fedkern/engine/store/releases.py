@@ -15,18 +15,13 @@ a message that differs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from fedkern import atomic
 from fedkern.errors import UserError
+from fedkern.messages.digest import digest
 
 NAME = "releases.jsonl"
 DIVERGED = "diverged"
@@ -92,31 +87,3 @@ class Releases:
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         atomic.write_bytes(self._path, "".join(line for line in lines if json.loads(line)[0] >= plan).encode())
-
-
-def digest(message: Any) -> str:
-    """BLAKE2b of a message: names, dtypes, shapes and bits of all its contents."""
-    total = hashlib.blake2b(digest_size=16)
-
-    def put(value: Any) -> None:
-        if isinstance(value, Mapping):
-            total.update(f"{{{len(value)}".encode())
-            for name in sorted(value, key=repr):
-                total.update(repr(name).encode())
-                put(value[name])
-        elif isinstance(value, (list, tuple)):
-            total.update(f"[{len(value)}".encode())
-            for item in value:
-                put(item)
-        elif isinstance(value, Tensor):
-            total.update(f"{value.dtype}{list(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        elif isinstance(value, np.ndarray):
-            total.update(f"{value.dtype}{list(value.shape)}".encode())
-            total.update(value.tobytes())
-        else:
-            total.update(repr(value).encode())
-
-    put(message)
-    return total.hexdigest()

@@ -9,9 +9,10 @@ from interrupted import Kill, KillAt
 from fedkern.engine import RunConfig, run
 from fedkern.engine import client as engine_client
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.releases import NAME, Releases, digest
+from fedkern.engine.store.releases import NAME, Releases
 from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
+from fedkern.messages.digest import digest
 from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.privacy import Accountant
