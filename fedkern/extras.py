@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from fedkern.errors import UserError
 
 
-def pandas() -> Any:
-    """The module pandas.
+def needed(sentence: str, *modules: str) -> Any:
+    """The first of the modules, all of which are imported.
+
+    Args:
+        sentence: says what needs the modules, and how to install them.
+        modules: names of modules.
 
     Raises:
-        UserError: it is not installed.
+        UserError: a module is not installed.
     """
     try:
-        import pandas as found
+        found = [import_module(name) for name in modules]
     except ImportError:
-        raise UserError("to_pandas needs pandas: pip install pandas.") from None
-    return found
+        raise UserError(sentence) from None
+    return found[0]
+
+
+def pandas() -> Any:
+    """The module pandas; raises UserError where it is not installed."""
+    return needed("to_pandas needs pandas: pip install pandas.", "pandas")
+
+
+def transformers(what: str) -> Any:
+    """The module transformers; raises UserError, which names ``what`` needs it, where it is not installed."""
+    return needed(f"{what} needs transformers: install it with pip install 'fedkern[foundation]'", "transformers")

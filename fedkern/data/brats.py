@@ -25,6 +25,7 @@ from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, held_out_first
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.inputs import open_regular, real_file
 
 PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
@@ -419,10 +420,5 @@ def _slices(
 
 
 def _nibabel() -> Any:
-    try:
-        import nibabel
-    except ImportError:
-        raise UserError(
-            'data set "brats" reads NIfTI files with nibabel, which is not installed: pip install "fedkern[medical]"'
-        ) from None
-    return nibabel
+    sentence = 'data set "brats" reads NIfTI files with nibabel, which is not installed: pip install "fedkern[medical]"'
+    return needed(sentence, "nibabel")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedkern import atomic
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.torch_modes import reproducible
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
@@ -112,13 +113,7 @@ def _program(deployed: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--format onnx needs the packages onnx and onnxscript: pip install 'fedkern[export]'."
-        ) from None
+    needed("--format onnx needs the packages onnx and onnxscript: pip install 'fedkern[export]'.", "onnx", "onnxscript")
     _traced(deployed, example)  # its sentence is clearer than that of the exporter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts

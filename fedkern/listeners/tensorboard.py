@@ -9,6 +9,7 @@ from typing import Any
 from fedkern import atomic
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.listeners.scalars import scalars
 
 FOLDER = "tensorboard"
@@ -20,13 +21,8 @@ def check() -> Any:
     Raises:
         UserError: the package tensorboard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "TensorBoard files (--tensorboard) need tensorboard: pip install 'fedkern[tensorboard]'."
-        ) from None
-    return SummaryWriter
+    sentence = "TensorBoard files (--tensorboard) need tensorboard: pip install 'fedkern[tensorboard]'."
+    return needed(sentence, "torch.utils.tensorboard").SummaryWriter
 
 
 class TensorBoard(Listener):

@@ -12,6 +12,7 @@ from typing import Any
 from fedkern import atomic
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.inputs import read_json
 from fedkern.listeners.scalars import scalars
 
@@ -25,11 +26,7 @@ def check() -> Any:
     Raises:
         UserError: the package wandb is not installed.
     """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("Weights & Biases (--wandb) needs wandb: pip install 'fedkern[wandb]'.") from None
-    return wandb
+    return needed("Weights & Biases (--wandb) needs wandb: pip install 'fedkern[wandb]'.", "wandb")
 
 
 class WandB(Listener):

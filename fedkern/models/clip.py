@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedkern import extras
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import read_json
@@ -82,13 +83,7 @@ class ClipTeacher(Teacher):
         return identity
 
     def load(self) -> tuple[nn.Module, nn.Linear]:
-        try:
-            import transformers
-            from transformers.utils import cached_file
-        except ImportError as error:
-            raise UserError(
-                f"the teacher {self.name} needs transformers: install it with pip install 'fedkern[foundation]'"
-            ) from error
+        transformers = extras.transformers(f"the teacher {self.name}")
         local = self._folder.is_dir()
         if local:
             check_folder(self._folder, "CLIP")
@@ -100,7 +95,7 @@ class ClipTeacher(Teacher):
                     check_adapter(transformers, where)
                 network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                found = cached_file(
+                found = transformers.utils.cached_file(
                     where,
                     "preprocessor_config.json",
                     local_files_only=local,

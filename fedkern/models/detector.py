@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedkern import extras
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import read_json
@@ -127,13 +128,7 @@ class GroundingDino:
     def _load(self) -> None:
         if self._network is not None:
             return
-        try:
-            import transformers
-            from transformers.utils import cached_file
-        except ImportError as error:
-            raise UserError(
-                f"the detector {self.model_name} needs transformers: install it with pip install 'fedkern[foundation]'"
-            ) from error
+        transformers = extras.transformers(f"the detector {self.model_name}")
         where = str(self._folder) if self._folder.is_dir() else self.model_name
         local = self._folder.is_dir()
         if local:
@@ -144,7 +139,7 @@ class GroundingDino:
                     check_adapter(transformers, where)
                 network = transformers.GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                settings = cached_file(
+                settings = transformers.utils.cached_file(
                     where,
                     "preprocessor_config.json",
                     local_files_only=local,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkern import extras
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import read_json
@@ -138,7 +139,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     """
     path = _existing(folder, "text")
     network = _network(path, "text", "text_model")
-    transformers = _transformers(path, "text")
+    transformers = extras.transformers(f"the text encoder {path}")
     try:
         with quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
@@ -194,22 +195,12 @@ def _existing(folder: str | Path, kind: str) -> Path:
     return path
 
 
-def _transformers(path: Path, kind: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"the {kind} encoder {path} needs transformers: install it with pip install 'fedkern[foundation]'"
-        ) from error
-    return transformers
-
-
 def _network(path: Path, kind: str, part: str) -> nn.Module:
     """The base model in a folder, in float32, without pooler and dropout; of an image-text model only its ``part``.
 
     Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
-    transformers = _transformers(path, kind)
+    transformers = extras.transformers(f"the {kind} encoder {path}")
     try:
         with quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from fedkern.errors import UserError
+from fedkern.extras import needed
 
 GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
 SPLITS = (0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
@@ -65,12 +65,8 @@ def need_accounting() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import dp_accounting
-        import dp_accounting.rdp
-    except ImportError:
-        raise UserError("Privacy accounting needs dp-accounting: pip install 'fedkern[privacy]'.") from None
-    return dp_accounting
+    sentence = "Privacy accounting needs dp-accounting: pip install 'fedkern[privacy]'."
+    return needed(sentence, "dp_accounting", "dp_accounting.rdp")
 
 
 def replaced(entries: Entries, delta: float) -> float:

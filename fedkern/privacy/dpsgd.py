@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
+from fedkern.extras import needed
 
 WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
 
@@ -46,12 +47,8 @@ def need_opacus() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import opacus
-        import opacus.optimizers
-    except ImportError:
-        raise UserError("Training with DP-SGD needs opacus: pip install 'fedkern[privacy]'.") from None
-    return opacus
+    sentence = "Training with DP-SGD needs opacus: pip install 'fedkern[privacy]'."
+    return needed(sentence, "opacus", "opacus.optimizers")
 
 
 def check_network(module: nn.Module, name: str) -> None:
