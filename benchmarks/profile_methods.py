@@ -35,12 +35,12 @@ PARTS = (FORWARD, BACKWARD, NORM, PRODUCTS, OTHER, OURS, BATCHES, STEP, EVALUATE
 WHOLE = "whole run"  # the region around all others
 
 REGIONS = {
-    "fedkern.engine.run:load_data": LOAD,
+    "fedkern.engine.run_data:load_data": LOAD,
     "fedkern.data.pixels:Pixels.take": BATCHES,
     "fedkern.engine.samples:take_tokens": BATCHES,
-    "fedkern.engine.loop:Run._evaluate": EVALUATE,
-    "fedkern.engine.loop:Run._commit": KEEP,
-    "fedkern.engine.loop:Run._write_state": KEEP,
+    "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
+    "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
+    "fedkern.engine.client_states:ClientStates._write": KEEP,
     "fedkern.engine.training:stepper": STEP,
 }
 """Functions whose time is one part, as module:name; of `stepper` it is what it returns."""

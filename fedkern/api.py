@@ -15,7 +15,7 @@ from fedkern import engine, plugins
 from fedkern.data import FederatedData
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import Listener, RunConfig
-from fedkern.engine.run import kept_data
+from fedkern.engine.run_data import kept_data
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest
 from fedkern.extras import pandas

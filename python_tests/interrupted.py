@@ -49,7 +49,7 @@ def unvouched(out):
     def forget(entry):
         if "results" in entry["info"]:
             entry["info"]["results"] = {}
-        del entry["info"]["shown_sha256"]
+        del entry["info"]["parts"]["artifacts"]
 
     forge(out, forget)
 

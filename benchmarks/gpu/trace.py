@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.playing import wait
-from fedkern.engine.tracing import FILE
+from fedkern.engine.store.run_folder import TRACE
 
 HOST, RUNTIME = "cpu_op", {"cuda_runtime", "cuda_driver"}
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -145,7 +145,7 @@ def main(words: Sequence[str]) -> int:
     code = wait(subprocess.Popen([sys.executable, "-m", "fedkern.run", *asked, "--profile", "--out", str(run)]))
     if code:
         return code
-    events = read(run / FILE)
+    events = read(run / TRACE)
     found = {"method": method, "flags": asked[1:], **figures(events)}
     (out / "trace.json").write_text(json.dumps(found, indent=1) + "\n")
     busy = "no GPU" if found["busy"] is None else f"GPU busy {100 * found['busy']:.0f} %"

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern import engine, models
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.run import load_data
+from fedkern.engine.run_data import load_data
 from fedkern.models.blocks import cut
 from fedkern.models.fused import FusedNetwork
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedkern import engine
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.run import load_data
+from fedkern.engine.run_data import load_data
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.common.calibration import CalibrationOptions, ClassStatistics, calibrate
 from fedkern.methods.fusefl.levels import linear_of, plain_head

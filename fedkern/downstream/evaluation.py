@@ -16,7 +16,7 @@ from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
 from fedkern.engine.final_figures import final_figures
-from fedkern.engine.run import finished_data
+from fedkern.engine.run_data import finished_data
 from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute

@@ -18,7 +18,7 @@ from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.run import kept_data, load_data
+from fedkern.engine.run_data import kept_data, load_data
 from fedkern.engine.samples import BATCH
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK

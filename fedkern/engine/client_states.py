@@ -15,7 +15,7 @@ class ClientStates:
     """Writes states that have changed, as soon as their client is done; at the end of rounds that ask for it.
 
     Args:
-        executor: has the clients of the round.
+        executor: has the clients of the round; the run puts the one that it chooses in its place.
         checkpoints: of the run.
         context: of the run.
         progress: of the run.
@@ -25,7 +25,7 @@ class ClientStates:
     def __init__(
         self, executor: Executor, checkpoints: Checkpoints, context: RunContext, progress: Progress, memoryless: bool
     ) -> None:
-        self._executor, self._checkpoints, self._context = executor, checkpoints, context
+        self.executor, self._checkpoints, self._context = executor, checkpoints, context
         self._progress, self._memoryless = progress, memoryless
 
     @property
@@ -39,7 +39,7 @@ class ClientStates:
             return
         self._write(k)
         if self._progress.last_exchange:
-            self._executor.forget(k)  # its state is on disk; its round_cache is needed no more
+            self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
 
     def left_out(self, k: ClientId) -> None:
         """A client is left out of the rest of the round: its state is dropped, with two exceptions.
@@ -47,20 +47,20 @@ class ClientStates:
         These are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not written
         yet.
         """
-        state = self._executor.changed(k)
-        self._executor.forget(k)
+        state = self.executor.changed(k)
+        self.executor.forget(k)
         if state is not None and (self._late or LEDGER in state):
             self._checkpoints.write_client(k, self._progress.planned + 1, state)
 
     def end_round(self) -> None:
         """The round is over."""
         if self._late:
-            for k in self._executor.working():
+            for k in self.executor.working():
                 self._write(k)
-        self._executor.end_round()
+        self.executor.end_round()
 
     def _write(self, k: ClientId) -> None:
-        state = self._executor.changed(k)
+        state = self.executor.changed(k)
         if state and self._memoryless:
             raise UserError(
                 "Epsilon counts that the clients of a round are drawn in secret, as "

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from fedkern.privacy import Guarantee
+
+
+class About(Enum):
+    """What an entry of a record or a summary tells of."""
+
+    RUN = "the run and its network"
+    SERVER = "what the server computes from the clients' messages"
+    CLIENTS = "single clients"
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,11 @@ class Disclosure:
             return dict(figures)
         told = {prefix + name for prefix in prefixes for name in self.appraised}
         return {name: value for name, value in figures.items() if name in told}
+
+    def told(self, entries: Mapping[str, tuple[About, Any]]) -> dict[str, Any]:
+        """The entries that may be told, by name, of those that parts of the run have written."""
+        withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
+        return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 
     def client(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """A client's report; empty where nothing of it may be told."""

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.finite import check_finite
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.errors import RAISED, UserError, named, origin
@@ -29,7 +32,7 @@ class MethodCode:
     """
 
     def __init__(self, kind: type, name: str, progress: Progress) -> None:
-        self._kind, self._name, self._progress = kind, name, progress
+        self._kind, self._name, self.progress = kind, name, progress
         self._from_uploads: BaseException | None = None
 
     @contextmanager
@@ -37,10 +40,10 @@ class MethodCode:
         try:
             yield
         except RAISED as error:
-            settings = self._progress.entry is None and isinstance(error, UserError) and not origin(error, self._kind)
+            settings = self.progress.entry is None and isinstance(error, UserError) and not origin(error, self._kind)
             if error is self._from_uploads or settings:
                 raise
-            with named(f"The method's {part} of {self._name} {self._progress.when()}", self._kind):
+            with named(f"The method's {part} of {self._name} {self.progress.when()}", self._kind):
                 raise
 
     def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
@@ -110,6 +113,25 @@ class Hooks:
             self._asked.server_update(self._server, step, passing)
         for _ in passing:  # every client works, even where server_update stops reading
             pass
+
+    def check_model(self) -> None:
+        """Checks that the server's state and the vectors of its network are finite (see :func:`check_finite`)."""
+        with self._code("vectors"):
+            vectors = self._asked.vectors(self._server)
+        check_finite({**self._server.state, **vectors}, self._code.progress.when(), self._context)
+
+    def network(self) -> nn.Module | None:
+        """The network that the method evaluates and saves, in eval mode; None while there is none.
+
+        Raises:
+            RunFailed: it is not finite.
+        """
+        with self._code("model"):
+            network: nn.Module | None = self._asked.model(self._server)
+        if network is not None and not self._context.is_flat(network):  # :meth:`check_model` has checked a flat one
+            network.eval()
+            check_finite(network.state_dict(), f"in round {self._code.progress.done}", self._context)
+        return network
 
 
 def reduced(method: Method, step: Step) -> tuple[str, ...]:

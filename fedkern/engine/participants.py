@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedkern.privacy.dpsgd import stream_name
 from fedkern.settings.config import RunConfig, clients_of_a_round
 from fedkern.streams import stream
 
+Draw = Callable[[int], list[int]]
+"""Gives the clients of a communication round, counted from 0, in ascending order."""
 DROPPED_OUT = "it dropped out of the round"
 LATE = "it had not finished by the deadline"
 

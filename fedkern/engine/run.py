@@ -3,37 +3,60 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import closing
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from fedkern import atomic, plugins
 from fedkern.allocator import keep_freed_memory
-from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
-from fedkern.data.holdout import hold_out
-from fedkern.data.identity import of_memory
-from fedkern.data.patients import limited
-from fedkern.data.split import Split
-from fedkern.data.statistics import PartitionStatistics
+from fedkern.data import used_cache
+from fedkern.data.identity import data_fingerprint, of_memory
 from fedkern.engine import own_model
 from fedkern.engine.audience import Audience
+from fedkern.engine.client_states import ClientStates
+from fedkern.engine.clients import Everybody, compare_teachers
 from fedkern.engine.context import RunContext
-from fedkern.engine.events import Listener
+from fedkern.engine.evaluate import client_sets, test_sets
+from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.executors.base import Executor, ServerSide
+from fedkern.engine.executors.choice import executor_of
 from fedkern.engine.executors.ranks import Ranks
-from fedkern.engine.loop import Run
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.executors.sizing import worker_bytes
+from fedkern.engine.loop import Loop
+from fedkern.engine.participants import Draw, sample_clients
+from fedkern.engine.parts.answers import Answers
+from fedkern.engine.parts.artifacts import Artifacts
+from fedkern.engine.parts.base import Part
+from fedkern.engine.parts.checkpointing import Checkpointing
+from fedkern.engine.parts.diagnoses import Diagnoses
+from fedkern.engine.parts.evaluation import Evaluation
+from fedkern.engine.parts.listening import Listening
+from fedkern.engine.parts.oracle import Oracle
+from fedkern.engine.parts.privacy import Privacy
+from fedkern.engine.parts.records import Records
+from fedkern.engine.parts.results import Results
+from fedkern.engine.parts.server_figures import ServerFigures
+from fedkern.engine.parts.trace import Trace
+from fedkern.engine.parts.traffic import Traffic
+from fedkern.engine.parts.warnings import Warnings
+from fedkern.engine.preparing import Prepared, prepare
+from fedkern.engine.round_log import RoundLog
+from fedkern.engine.run_data import check_data, decided, effective, kept_data, load_data
 from fedkern.engine.store import records, saved_model
+from fedkern.engine.store.artifacts import Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
-from fedkern.engine.store.resuming import check_kernels, check_unedited
+from fedkern.engine.store.releases import Releases
+from fedkern.engine.store.resuming import changes, check_kernels, check_same, check_unedited, facts_of, repairs
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
-from fedkern.engine.uploads.bytes import Bytes
+from fedkern.engine.store.scribe import Scribe
+from fedkern.engine.timing import Timing
+from fedkern.engine.uploads.bytes import Bytes, Ledger
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
 from fedkern.engine.uploads.filters import Filter
@@ -41,10 +64,9 @@ from fedkern.engine.uploads.norm_bounds import NormBounds
 from fedkern.engine.uploads.reduction import Reduction
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
-from fedkern.methods import registry
+from fedkern.methods.base import Method
 from fedkern.models import available
 from fedkern.models.precision import computing
-from fedkern.models.registry import check_task
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
@@ -152,32 +174,22 @@ def _run(
             config, identity = decided(config, data), data.identity
         else:
             identity = of_memory(data) if known and not resume else data.identity
-        config = _effective(config, data)
+        config = effective(config, data)
         data = kept_data(config, data)
         config = config.replace(identity=stored.identity if resume else {**identity, **files_identity(config)})
         if resume:
             _compare(config, stored, out)
-        _check(config, data)
+        check_data(config, data)
         config, changed = own_model.settled(config, data, stored if resume else None, out)
         for sentence in changed:
             listener.on_notice(sentence)
         if check is not None:
             check(config)
         context = RunContext(config, data, listener.on_notice)
-        runner = Run(
-            config,
-            context,
-            out,
-            listener,
-            resume=resume,
-            profile=profile,
-            predictions=predictions,
-            elsewhere=elsewhere,
-            filters=upload_filters,
-        )
-        runner.prepare(known=known)
+        begun = resume and Checkpoints(out).peek() is not None
+        prepared = prepare(config, context, known=known, begun=begun, profile=profile, predictions=predictions)
         with (
-            writing(out, fresh=not resume) as runner.alone,
+            writing(out, fresh=not resume) as alone,
             closing(listener),
         ):  # closed first: what a listener takes back is gone then
             plugins.remember(config.plugins)
@@ -185,25 +197,152 @@ def _run(
                 used_cache.remember(out, config.cache)
             if not resume:
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
-            return runner.go()
+            return _played(
+                prepared, out, listener, alone,
+                resume=resume, profile=profile, predictions=predictions, elsewhere=elsewhere,
+            )  # fmt: skip
 
 
-def upload_filters(run: Run) -> list[Filter]:
+def _upload_filters(prepared: Prepared, executor: Executor, ledger: Ledger, releases: Releases | None) -> list[Filter]:
     """What the uploads of a run pass on their way to the server, in order."""
-    config, releases, private = run.config, run.releases, run.private
+    config, private = prepared.config, prepared.private
     bounds = NormBounds(config.max_update_norm, config.clip_update_norm)
     bounded = bool(config.max_update_norm or config.clip_update_norm)
     # Vectors can stay on their ranks where nobody but the server's sum wants to see them.
-    unseen = isinstance(run.executor, Ranks) and config.sums == "exact" and run.server.aggregator is None
+    unseen = isinstance(executor, Ranks) and config.sums == "exact" and prepared.server.aggregator is None
     return [
         *([ClientDigests(releases)] if releases is not None and private is None else []),
-        Bytes(run.ledger, hidden=run.silent),
+        Bytes(ledger, hidden=prepared.silent),
         *([Reduction()] if unseen and not (bounded or releases is not None or private is not None) else []),
         Declared(),
         *([bounds] if bounded else []),
         *([private] if private is not None else []),
         *([ServerDigests(releases)] if releases is not None and private is not None else []),
     ]
+
+
+def _played(
+    prepared: Prepared,
+    out: Path,
+    listener: Audience,
+    alone: Callable[[], object],
+    *,
+    resume: bool,
+    profile: bool,
+    predictions: bool,
+    elsewhere: Callable[[ServerSide], Executor] | None,
+) -> dict[str, Any]:
+    """Plays the rounds that are left, and returns the summary."""
+    config, context, server, progress = prepared.config, prepared.context, prepared.server, prepared.progress
+    scribe, metrics, timing = Scribe(), records.Metrics(out), Timing()
+    store, ledger = Checkpoints(out, scribe, config.trained_clients), Ledger(config.trained_clients)
+    entry = store.open(fresh=not resume, begun=resume and metrics.path.exists())
+    facts, wire = facts_of(config, context.data, data_fingerprint(context.data)), dict[str, int]()
+    if entry is not None:
+        check_same(entry, facts, prepared.plan, out)
+        server.state = store.server_state()
+        progress.done, progress.planned = entry["round"], entry["plan"]
+    here = Serial(context, prepared.askers, store.reader, config.client_threads)
+    states = ClientStates(here, store, context, progress, prepared.amplified)
+    log = RoundLog(context, progress, states, listener, silent=prepared.silent, hint=_undeclared(prepared))
+    releases = None if prepared.said is None else Releases(store.folder)
+    parameters = sum(parameter.numel() for parameter in context.build().parameters())
+    sets, own_sets, told = test_sets(context), client_sets(context), context.disclosure
+    everybody, gallery = Everybody(context, store), Gallery(out, prepared.rounds)
+    method, code, rounds = prepared.method, prepared.code, prepared.rounds
+
+    def info() -> RunInfo:
+        executor = states.executor
+        workers = 1 if isinstance(executor, Ranks) or executor.apart else executor.count
+        return RunInfo(
+            config=config,
+            out=out,
+            first_round=progress.done,
+            samples=context.federation.samples,
+            parameters=parameters,
+            rounds=tuple(entry for entry in prepared.plan if not entry.one_off),
+            test_sets={prefix.rstrip("_"): len(data) for prefix, data in sets.items()},
+            data=context.data,
+            private=not told.clients,
+            guarantee=prepared.said,
+            model=context.model_name,
+            workers=workers,
+            worker_bytes=worker_bytes(context, parameters) if workers > 1 else 0,
+        )
+
+    words = any(one.booked for one in prepared.plan if not one.one_off)
+    parts: list[Part] = [
+        Traffic(ledger, context, server, store, wire, shared_words=words, secret=prepared.amplified),
+        Artifacts(server, gallery, progress, told.server),
+        Evaluation(method, prepared.hooks["method"], code, context, sets, own_sets, clients=told.clients),
+        ServerFigures(server, told),
+        *([] if elsewhere is not None else [Oracle(method, server, code, everybody, sets, told)]),
+        Privacy(prepared.said, prepared.private, releases, context, store, progress, rounds),
+        Diagnoses(method, code, context, sets, clients=told.clients),
+        Answers(out, context, sets, alone, counts=told.clients, each=predictions),
+        Records(metrics, context, log, timing),
+        Warnings(context, listener),
+        Listening(listener, info),
+        Results(out, context, sets, progress, timing),
+        *([Trace(out)] if profile else []),
+    ]
+
+    def kept() -> dict[str, Any]:
+        return {part.name: state for part in parts if (state := part.state())}
+
+    parts.append(
+        Checkpointing(
+            store, out, facts=facts, states=kept, every=config.checkpoint_every, server=server, progress=progress,
+            timing=timing, ledger=ledger, metrics=metrics, releases=releases, alone=alone,
+        )
+    )  # fmt: skip
+    if entry is None:
+        compare_teachers(context, facts["data"])
+    else:
+        for part in parts:
+            if part.name in entry["info"]["parts"]:
+                part.restore(entry["info"]["parts"][part.name])
+        for name, text in {**changes(entry["info"], config), **repairs(store, entry, out)}.items():
+            context.warn(name, text)
+    if elsewhere is None:
+        executor = executor_of(prepared, here, store.reader, parameters)
+    else:
+        promised = prepared.said is not None
+        executor = elsewhere(
+            ServerSide(context, here, prepared.hooks, store, progress, out, facts["data"], promised, wire)
+        )
+    states.executor = executor
+    loop = Loop(
+        prepared.plan, prepared.hooks, prepared.pooling, context, server, progress, _draw(prepared), executor, states,
+        log, _upload_filters(prepared, executor, ledger, releases), parts,
+    )  # fmt: skip
+    try:
+        for part in parts:
+            part.begin(resumed=entry is not None)
+        stop = loop.play()
+        store.write_at_once()
+    finally:
+        executor.close()
+        scribe.close()
+        for part in parts:
+            part.close()
+    summary = loop.finish(stop).entries
+    listener.on_end(summary)
+    return summary
+
+
+def _draw(prepared: Prepared) -> Draw:
+    """Draws the clients of a round."""
+    if prepared.private is not None:
+        return prepared.private.participants
+    return partial(sample_clients, prepared.config)
+
+
+def _undeclared(prepared: Prepared) -> str:
+    """Hint for the author of a method that does not override ``Method.expects``; else empty."""
+    if type(prepared.method).expects is not Method.expects:
+        return ""
+    return f" ({prepared.config.method} declares no uploads of its own; Method.expects is where a method does.)"
 
 
 def _check_place(out: Path, elsewhere: bool) -> None:
@@ -216,65 +355,6 @@ def _check_place(out: Path, elsewhere: bool) -> None:
         )
     if elsewhere and not there:
         raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
-
-
-def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
-    """What all clients of a run share, as :func:`run` makes it, for a client that works elsewhere.
-
-    Args:
-        config: the run's settings.
-        notice: called with the progress of something long.
-        alone: the client whose data this machine has, and no others'; None: this machine has the data of all clients.
-
-    Raises:
-        UserError: the data, or the files that the settings name, are not on this machine.
-    """
-    if alone is None:
-        data = load_data(config, notice=notice)
-        config = _effective(decided(config, data), data)
-        data = kept_data(config, data)
-    else:
-        data = data_of_one(config, notice=notice, node=True)
-        (own,) = data.clients
-        none = own.subset(torch.zeros(0, dtype=torch.int64))
-        data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
-        config = _effective(config, data)
-    _check(config, data, alone)
-    config, _ = own_model.settled(config, data, None, Path())
-    return RunContext(config, data, notice)
-
-
-def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
-    """The data in this machine's folder, with all training samples as those of one client.
-
-    On a node nothing is held out of them: no set but the server's judges the network.
-    """
-    if node:
-        shares = [name for name in ("test_share", "validation_share") if name in lookup(config.data).options]
-        config = config.replace(data_options={**config.data_options, **dict.fromkeys(shares, 0.0)})
-    data = load_data(config.replace(clients=1, partition="iid"), notice=notice)
-    return replace(data, client_names=None, client_tests=())
-
-
-def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
-    """Federated data whose clients' samples are elsewhere: of each client only the number of samples is known.
-
-    Args:
-        data: gives everything but the clients, test sets included.
-        samples: number of training samples of every client.
-    """
-    count = len(data.classes)
-    several = data.task == "multilabel"
-
-    def stand_in(n: int) -> Split:
-        shape = {"multilabel": (n, count), "segmentation": (n, 1, 1)}.get(data.task, (n,))
-        labels = torch.zeros(shape, dtype=torch.uint8 if several else torch.int64)
-        return Split(torch.zeros((n, data.image_shape[0], 1, 1), dtype=torch.uint8), labels)
-
-    statistics = PartitionStatistics(
-        np.zeros((len(samples), count), dtype=np.int64), data.classes, "own data", samples=tuple(samples)
-    )
-    return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
 
 
 def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
@@ -294,159 +374,7 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
     """
     if entry is None or not entry["info"]["finished"]:
         return None
-    records.Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"]["metrics_sha256"])
+    records.Metrics(out).check_entry(entry)
     if saved_model.damaged(out, entry):
         return None
     return records.read_summary(out)
-
-
-@reproducible()
-def load_data(
-    config: RunConfig,
-    *,
-    masks: bool = True,
-    notice: Callable[[str], None] | None = None,
-    progress: Callable[[str], None] | None = None,
-    identify: bool = False,
-) -> FederatedData:
-    """The federated data that the settings name.
-
-    Args:
-        config: every setting; a detector runs on its device.
-        masks: False leaves out the boxes file or detector that finds the objects of the training images.
-        notice, progress, identify: see :func:`fedkern.data.load`.
-
-    Raises:
-        UserError: see :func:`fedkern.data.load`.
-    """
-
-    def detector(name: str, box_threshold: float, text_threshold: float) -> Any:
-        from fedkern.models.detector import GroundingDino
-
-        return GroundingDino(name, box_threshold, text_threshold, device=config.device)
-
-    options, info = config.data_options, lookup(config.data)
-    # A default of the method stays; the data set's own gives way to sites that the data name.
-    usual = {"clients": info.clients, "partition": info.partition}
-    free = {name for name, value in usual.items() if name in config.left_open and getattr(config, name) == value}
-    return load(
-        config.data,
-        root=config.data_root,
-        clients=None if "clients" in free else config.clients,
-        partition=None if "partition" in free else config.partition or info.partition,
-        seed=config.seed,
-        train_samples=config.train_samples,
-        public_samples=config.public_samples,
-        correlation=config.correlation,
-        options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
-        make_detector=detector,
-        notice=notice,
-        progress=progress,
-        cache=config.cache,
-        identify=identify,
-    )
-
-
-def decided(config: RunConfig, data: FederatedData) -> RunConfig:
-    """The settings with what the loaded data decide where nobody gave it: partition, clients, ``client_test``.
-
-    Own test sets that the data have stay, unless the user asks for others.
-    """
-    found: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
-    if data.client_tests:
-        found["client_test"] = 0.0
-    return config.replace(**{name: value for name, value in found.items() if name in config.left_open})
-
-
-def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
-    """The training data of a run.
-
-    Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
-    unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.  With private records
-    there is no validation set where its images were drawn from the clients': no noise covers figures on them.
-
-    Raises:
-        UserError: see :func:`fedkern.data.holdout.hold_out` and :func:`fedkern.data.patients.limited`.
-    """
-    kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
-    if config.records == "private" and kept.drawn_validation:
-        kept = replace(kept, validation=kept.validation.subset(torch.zeros(0, dtype=torch.int64)))
-    return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
-
-
-def finished_data(
-    config: RunConfig,
-    out: str | Path,
-    *,
-    cache: str | None,
-    progress: Callable[[str], None] | None,
-) -> FederatedData:
-    """The training data of a run in a folder, without masks of objects that would have to be found.
-
-    Args:
-        config: the run's settings.
-        out: the run folder.
-        cache: folder that keeps decoded images; None: the folder that the run used, if it is there.
-        progress: called with the progress of a long decoding.
-
-    Raises:
-        UserError: see :func:`load_data` and :func:`kept_data`.
-    """
-    config = config.replace(cache=cache or used_cache.remembered(out))
-    return kept_data(config, load_data(config, masks=False, progress=progress))
-
-
-def _effective(config: RunConfig, data: Any) -> RunConfig:
-    """The settings, completed by what follows from the data: clients, augmentation, threads of a client."""
-    return config.replace(clients=len(data.clients), augment=config.augment or data.augment).settled()
-
-
-def _check(config: RunConfig, data: Any, alone: int | None = None) -> None:
-    kind = registry.get(config.method)
-    if data.task == "multilabel" and not kind.learns(data.task):
-        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.learns(data.task)))
-        raise UserError(
-            f'{config.method} learns a single class of every image, and the data set "{config.data}" has several '
-            f"labels an image: methods for several labels are {able}."
-        )
-    if not kind.learns(data.task):
-        raise UserError(
-            f'{config.method} is for {" and ".join(kind.tasks)}, but the data set "{config.data}" is for {data.task}.'
-        )
-    check_task(config.model, data.task, config.data, "with --model")
-    if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):
-        raise UserError(
-            "--augment window draws the place of a window that is smaller than the images: give one with --data-option "
-            "crop=N, which image-text data have, or take another augmentation."
-        )
-    if config.buffers == "pool" and data.task != "retrieval":
-        raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
-    if config.teachers is not None and not registry.get(config.method).takes_teachers:
-        able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
-        raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
-    _check_pairs(config, data)
-    if alone is None and not all(map(len, data.tests.values())):
-        raise UserError("There is no test image: name a test split in the data, or a test_share above 0.")
-    for k, split in enumerate(data.clients):
-        if len(split) == 0 and alone in (None, k):
-            raise UserError(
-                f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
-                f'--partition than "{config.partition}".'
-            )
-
-
-def _check_pairs(config: RunConfig, data: Any) -> None:
-    """Raises UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
-    if data.task != "retrieval":
-        return
-    if config.batch_size < 2:
-        raise UserError(
-            "--batch-size 1 is too small for image-text data, where every pair is told from the others of its batch: "
-            "give 2 or more."
-        )
-    for k, split in enumerate(data.clients):
-        if len(split) == 1 and not registry.get(config.method).pooled:
-            raise UserError(
-                f"Client {data.client_label(k)} has a single image-text pair, and every pair is told from the others "
-                "of its batch: use fewer clients, more samples, or another --partition."
-            )

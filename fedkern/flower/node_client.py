@@ -25,7 +25,7 @@ from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.privacy_report import guarantee
-from fedkern.engine.run import on_node
+from fedkern.engine.run_data import on_node
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged

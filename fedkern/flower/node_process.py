@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.run import data_of_one
+from fedkern.engine.run_data import data_of_one
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
 from fedkern.flower import node_config, run_settings

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedkern.data.types import FederatedData
-from fedkern.engine.run import data_of_one, declared_data
+from fedkern.engine.run_data import data_of_one, declared_data
 from fedkern.errors import UserError, printable_name
 from fedkern.settings.config import RunConfig
 

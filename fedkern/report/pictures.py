@@ -14,7 +14,7 @@ from fedkern import atomic
 from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
-from fedkern.engine.run import kept_data
+from fedkern.engine.run_data import kept_data
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest

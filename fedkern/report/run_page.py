@@ -23,7 +23,7 @@ from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_
 from fedkern.engine.diagnostics import near
 from fedkern.engine.final_figures import set_name
 from fedkern.engine.own_model import INSTANCE
-from fedkern.engine.run import kept_data
+from fedkern.engine.run_data import kept_data
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
@@ -173,7 +173,7 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
     return Contents(
         run_dir, config, read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else [], summary, data, no_data,
         confusion=None if private else confusions.read(run_dir),
-        warnings=found.get("diagnostics" if summary is not None else "warnings") or {},
+        warnings=info.get("parts", {}).get("warnings", {}) if summary is None else summary.get("diagnostics", {}),
         shown=read_shown(run_dir), built=found.get("versions") or {},
     )  # fmt: skip
 

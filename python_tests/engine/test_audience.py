@@ -65,7 +65,7 @@ def test_states_go_on_with_a_resumed_run(make_config, make_data, tmp_path):
     assert third.given == fourth.given == {"rounds": [1, 2]}
     assert third.rounds == [1, 2, 5]
     manifest = json.loads((tmp_path / "checkpoints" / "manifest.json").read_text())
-    kept = manifest["entries"][-1]["info"]["listeners"]
+    kept = manifest["entries"][-1]["info"]["parts"]["listeners"]
     assert kept == {"Keeping": {"rounds": [1, 2, 5]}, "Keeping-2": {"rounds": [1, 2, 5]}}
 
 

@@ -572,7 +572,7 @@ def test_python_takes_the_settings(tmp_path):
     assert made.history["epsilon"] == [ClientLevel(0.5, 4.0, 1e-5).epsilon(rounds) for rounds in (1, 2)]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["records"] == "private"
     checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.peek()["info"]["planned"] == {"rounds": 2, "epsilon": made.metrics["epsilon"]}
+    assert checkpoints.peek()["info"]["parts"]["privacy"] == {"rounds": 2, "epsilon": made.metrics["epsilon"]}
 
 
 @pytest.mark.exhaustive

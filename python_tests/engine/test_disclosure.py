@@ -14,7 +14,7 @@ from rich.console import Console
 from fedkern.downstream import membership_attack
 from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.run import kept_data
+from fedkern.engine.run_data import kept_data
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg

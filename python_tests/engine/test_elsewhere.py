@@ -8,7 +8,7 @@ from interrupted import outcome
 from fedkern.engine import run
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.run import declared_data
+from fedkern.engine.run_data import declared_data
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 
@@ -19,15 +19,19 @@ class Elsewhere(Serial):
     apart = True
     faults: ClassVar[dict] = {}
 
-    def answers(self, asker, step, messages):
-        for answer in super().answers(asker, step, messages):
+    def answers(self, asker, step, messages, encoders=None):
+        for answer in super().answers(asker, step, messages, encoders):
             fault = self.faults.get((step.round, answer.client))
             yield answer if fault is None else Answer(answer.client, **fault)
 
 
 def elsewhere(**faults):
     kind = type("Faulty", (Elsewhere,), {"faults": {tuple(map(int, at[1:].split("_"))): f for at, f in faults.items()}})
-    return lambda run: kind(run.context, run.askers, run.checkpoints.reader, run.config.client_threads)
+
+    def made(side):
+        return kind(side.context, side.here._askers, side.checkpoints.reader, side.context.config.client_threads)
+
+    return made
 
 
 def test_the_bits_are_those_of_clients_here(make_data, make_config, tmp_path):

@@ -81,7 +81,7 @@ def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, mak
     run(config, out=tmp_path / "one", data=data, predictions=True)
     run(config.replace(workers="2"), out=tmp_path / "two", data=data, predictions=True)
     with monkeypatch.context() as patch:
-        patch.setattr("fedkern.engine.loop.write_model", lambda *_: 1 / 0)
+        patch.setattr("fedkern.engine.parts.results.write_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(config, out=tmp_path / "cut", data=data)
     run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True, predictions=True)

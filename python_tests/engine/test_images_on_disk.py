@@ -112,7 +112,7 @@ def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, me
 
 @pytest.mark.exhaustive
 def test_the_same_with_workers(root, on_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
     run(settings(root), out=tmp_path / "memory")
     on_disk()
     run(settings(root, workers="2"), out=tmp_path / "disk")

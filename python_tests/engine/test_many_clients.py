@@ -17,7 +17,7 @@ from fedkern import files
 from fedkern.data import FederatedData
 from fedkern.engine import Listener, RunConfig, context, hooks, run
 from fedkern.engine.evaluate import _alike
-from fedkern.engine.loop import Run
+from fedkern.engine.loop import Loop
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -132,35 +132,37 @@ def lengths(run):
         seen.add(id(value))
         if isinstance(value, (list, dict, set, deque)):
             found[where] = len(value)
+            if isinstance(value, list):  # of filters and parts
+                todo += [(f"{where}.{type(each).__name__}", each) for each in value[:20]]
         elif type(value).__module__.startswith(("fedkern.engine", "fedkern.settings")):
             todo += [(f"{where}.{name}", each) for name, each in getattr(value, "__dict__", {}).items()]
     return found
 
 
 ROWS_OF_CLIENTS = {
-    "run.checkpoints._table.rows",  # a row per client that ever worked
-    "run.checkpoints.clients",
-    "run.context._clients",  # up to PREPARED
+    "run._states._checkpoints._table.rows",  # a row per client that ever worked
+    "run._states._checkpoints.clients",
+    "run._context._clients",  # up to PREPARED
 }
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path, monkeypatch):
     running = []
-    go = Run.go
+    play = Loop.play
 
     def noted(self):
         running.append(self)
-        return go(self)
+        return play(self)
 
-    monkeypatch.setattr(Run, "go", noted)
+    monkeypatch.setattr(Loop, "play", noted)
     watch = Watch((8, 16), running)
     run(small(500, rounds=17, workers=workers), out=tmp_path, data=make_many(500), listener=watch)
     first, *_, last = watch.lengths
-    assert "run.checkpoints._due" in first
+    assert "run._states._checkpoints._due" in first
     grown = {name for name, length in last.items() if length > first.get(name, 0) + 3 * WORKING}
     assert grown <= ROWS_OF_CLIENTS
-    assert {"run.checkpoints._table.rows"} <= grown  # the test would see it
+    assert {"run._states._checkpoints._table.rows"} <= grown  # the test would see it
     assert watch.descriptors[-1] <= watch.descriptors[0] + 3  # a file may be on its way to the disk
 
 
@@ -168,12 +170,12 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
     """Where a round has few of many clients; the bits are those of images that are all kept."""
     data, config = make_many(40), small(40, rounds=25, sample_fraction=1 / 40)
     running, kept = [], []
-    go = Run.go
-    monkeypatch.setattr(Run, "go", lambda self: (running.append(self), go(self))[1])
+    play = Loop.play
+    monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])
 
     class Prepared(Listener):
         def on_round(self, record):
-            kept.append(len(running[-1].context._clients))
+            kept.append(len(running[-1]._context._clients))
 
     run(config, out=tmp_path / "all", data=data, listener=Prepared())
     assert max(kept) > 12

@@ -324,7 +324,7 @@ def test_networks_that_draw_leave_the_global_generators_alone(own, make_data, tm
 @pytest.fixture
 def forked(monkeypatch):
     """The worker processes that were forked; they have started before the first client works."""
-    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
     found = []
     fork = Nursery.fork
 

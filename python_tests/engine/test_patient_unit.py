@@ -19,7 +19,7 @@ from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.private_training import train_privately
-from fedkern.engine.run import kept_data
+from fedkern.engine.run_data import kept_data
 from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Schedule
 from fedkern.errors import UserError

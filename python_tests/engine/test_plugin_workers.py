@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("plugged")
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
     """Workers have started before the first client works."""
-    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
 
 
 @pytest.mark.exhaustive

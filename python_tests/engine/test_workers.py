@@ -38,7 +38,7 @@ EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.s
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
     """Workers, where there are any, have started before the first client works."""
-    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
 
 
 @pytest.fixture
@@ -402,7 +402,7 @@ def test_how_many(settings, cores, memory, count, make_data, make_config, monkey
 @pytest.mark.exhaustive
 def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypatch, processes):
     """With ``auto`` the first client works in the run's process, and tells how long the run will take."""
-    monkeypatch.setattr("fedkern.engine.loop.workers_for", lambda *_: 2)
+    monkeypatch.setattr("fedkern.engine.executors.choice.workers_for", lambda *_: 2)
     monkeypatch.setattr(module, "WORTH_STARTING", 0.0)
     config, data = make_config(rounds=3), make_data()
     run(config, out=tmp_path / "auto", data=data)
@@ -412,7 +412,7 @@ def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypa
 
 
 def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatch, processes):
-    monkeypatch.setattr("fedkern.engine.loop.Workers", Workers)
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", Workers)
     monkeypatch.setattr(Nursery, "ready", lambda self, wait: False)
     config, data = make_config(rounds=2), make_data()
     serial, side_by_side = compared(config, data, tmp_path)

@@ -16,7 +16,7 @@ from interrupted import outcome
 from node_grid import NodeGrid
 
 from fedkern.engine import run
-from fedkern.engine.run import data_of_one
+from fedkern.engine.run_data import data_of_one
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower import node_process, run_settings, server_app
@@ -69,11 +69,11 @@ def test_a_stopped_run_goes_on(folders, monkeypatch):
     over_flower(folders)
     expected = outcome(folders / "run")
     (folders / "run").rename(folders / "whole")
-    from fedkern.engine.loop import Run
+    from fedkern.engine.parts.checkpointing import Checkpointing
 
-    commit = Run._commit
+    commit = Checkpointing.round_end
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "_commit", lambda self, data: (commit(self, data), _stop())[0])
+        patched.setattr(Checkpointing, "round_end", lambda self, record: (commit(self, record), _stop())[0])
         with pytest.raises(KeyError):
             over_flower(folders)
     over_flower(folders, resume=True)

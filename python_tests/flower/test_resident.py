@@ -58,7 +58,7 @@ def header(client=1, round=0, run="0" * 32):
 @pytest.fixture(scope="module")
 def message(tmp_path_factory):
     """What a server sends in the first round."""
-    from fedkern.engine.run import on_node
+    from fedkern.engine.run_data import on_node
     from fedkern.engine.server import Server
     from fedkern.methods import registry
     from fedkern.methods.base import Step

@@ -125,7 +125,7 @@ def read(out: Path | str) -> list[Artifact]:
     out = Path(out)
     entries, last = _entries(out / FILE), checkpoints.newest(out)
     if entries and last is not None:
-        Gallery(out, 1).restore(last["round"], last["info"]["shown_sha256"])
+        Gallery(out, 1).restore(last["round"], last["info"]["parts"]["artifacts"]["sha256"])
     return entries
 
 

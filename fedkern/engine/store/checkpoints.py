@@ -36,7 +36,7 @@ class Checkpoints:
     * ``files``: CRC-32 by file name.
     * ``server``: file of the server's state.
     * ``clients``: file of every client's state, by client id.
-    * ``info``: numbers that the engine continues with.
+    * ``info``: what a resumed run is compared with, and the states of the run's parts by name.
     * ``sum``: CRC-32 of all these.
 
     A run of more than `INLINE` clients has ``table`` instead of ``clients``: the place of a :class:`ClientTable`, which

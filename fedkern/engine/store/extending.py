@@ -96,8 +96,11 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         text = toml.dumps({**table, "rounds": rounds})
         info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
         info.pop("results", None)
-        ended = info.pop("final_warnings", ())  # about a network that is not the final one any more
-        info["warnings"] = {name: text for name, text in info["warnings"].items() if name not in ended}
+        parts = dict(info["parts"])
+        ended = parts["diagnoses"]["final"]  # about a network that is not the final one any more
+        parts["diagnoses"] = {**parts["diagnoses"], "final": []}
+        warned = parts.get("warnings", {})
+        info["parts"] = {**parts, "warnings": {name: text for name, text in warned.items() if name not in ended}}
         checkpoints.amend(info)
         set_aside(out, entry["round"])
         atomic.write_bytes(out / settings.NAME, text.encode())

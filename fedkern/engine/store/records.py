@@ -79,6 +79,12 @@ class Metrics:
                 "again with another --out."
             )
 
+    def check_entry(self, entry: Mapping[str, Any]) -> int:
+        """Compares the file with what the entry of a checkpoint says of it, as :meth:`check`; returns the size."""
+        kept = entry["info"]["parts"]["records"]
+        self.check(kept["bytes"], kept["sha256"])
+        return int(kept["bytes"])
+
     def truncate(self, size: int, digest: str | None = None) -> None:
         """Drops what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
 
@@ -117,8 +123,8 @@ def read_metrics(out: Path | str) -> list[dict[str, Any]]:
     path = out / METRICS
     entry = checkpoints.newest(out)
     if entry is not None:
-        Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"]["metrics_sha256"])
-        if entry["info"]["finished"] and path.stat().st_size != entry["info"]["metrics_bytes"]:
+        size = Metrics(out).check_entry(entry)
+        if entry["info"]["finished"] and path.stat().st_size != size:
             raise UserError(f"{path} has lines that the run did not write: put the file back.")
     try:
         lines = read_text(path).splitlines()

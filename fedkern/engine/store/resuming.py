@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedkern.data import FederatedData
+from fedkern.engine.executors import team
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
+from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
 from fedkern.settings import config as settings
@@ -46,6 +51,48 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         raise UserError(
             f"{out / settings.NAME} was changed after the run began ({'; '.join(changed)}): put back what stood there, "
             "or start a new run with the other settings."
+        )
+
+
+def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[str, Any]:
+    """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
+    names = {"clients": data.client_names or (), "classes": data.classes}
+    place = team.place()
+    return {
+        "config": config.to_dict(),
+        "data": fingerprint,
+        "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
+        "versions": records.versions(),
+        "kernels": records.kernels(config.device),
+        **({} if place is None else {"torchrun": place.job}),  # by which a restart knows the run
+    }
+
+
+def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequence[Round], out: Path) -> None:
+    """Compares data and method with those that the run was started with.
+
+    Args:
+        entry: the checkpoint that the run goes on from.
+        facts: what :func:`facts_of` returns now.
+        plan: the method's rounds.
+        out: the run folder.
+
+    Raises:
+        UserError: the data, their names or the method's rounds are others.
+    """
+    info = entry["info"]
+    if info["data"] != facts["data"]:
+        raise UserError(f"The data are not those that {out} was started with: restore the files, or start anew.")
+    for what, total in facts["names"].items():
+        if info["names"][what] != total:
+            raise UserError(
+                f"The {what} of the data have other names than when the run in {out} began: put the names back, or "
+                "start a new run with another --out."
+            )
+    if sum(not one.one_off for one in plan[: entry["plan"]]) != entry["round"]:
+        raise UserError(
+            f"The run in {out} was begun by a version of fedkern in which {facts['config']['method']} had other "
+            "rounds: go on with that version, or start the run again."
         )
 
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkern import atomic, files
-from fedkern.engine import tracing
 from fedkern.engine.store import (
     artifacts,
     checkpoints,
@@ -29,10 +28,12 @@ from fedkern.settings.run_format import FOLDER
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
 ATTACK = "attack.json"
+TRACE = "profile.json.gz"
+"""Trace of one round (``--profile``)."""
 NODES = "flower.json"
 """File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
-    config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
+    config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     ATTACK, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""

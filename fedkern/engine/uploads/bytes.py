@@ -34,7 +34,7 @@ class Ledger:
     """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
 
     ``exchanges`` holds the bytes of the rounds by name of the exchange, ``rounds`` those by name of the round, both
-    summed over clients.
+    summed over clients; ``round_sums`` holds those of the present round by name of the exchange.
     """
 
     clients: int
@@ -44,6 +44,7 @@ class Ledger:
     one_off_down: list[int] = field(default_factory=list)
     exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
     rounds: dict[str, dict[str, int]] = field(default_factory=dict)
+    round_sums: dict[str, dict[str, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     # Kept beside the lists, so that a round's bookkeeping does not run over clients that are absent.
     _totals: dict[str, int] = field(init=False, repr=False, compare=False)
     _changed: set[int] = field(init=False, repr=False, compare=False)
@@ -55,22 +56,23 @@ class Ledger:
         self._totals = {name: sum(getattr(self, name)) for name in _COLUMNS}
         self._changed = {k for k in range(self.clients) if any(self._row(k))}
 
-    @classmethod
-    def of_rows(cls, clients: int, rows: Mapping[int, Sequence[int]], totals: Mapping[str, Any]) -> Ledger:
-        """The ledger that :meth:`changed_rows` and :meth:`sums` described.
+    def restore(self, stored: Mapping[str, Any], rows: Mapping[int, Sequence[int]] | None) -> None:
+        """Goes on from what was stored.
 
         Args:
-            clients: number of clients.
-            rows: the last row of every client that has one.
-            totals: what :meth:`sums` returned.
+            stored: what :meth:`to_dict` returned; with ``rows``, what :meth:`sums` did.
+            rows: the last row of every client that has one, as :meth:`changed_rows` gave it.
         """
-        columns = {name: [0] * clients for name in _COLUMNS}
-        for k, row in ((k, row) for k, row in rows.items() if k < clients):
+        columns = {name: [0] * self.clients for name in _COLUMNS} if rows is not None else stored
+        for k, row in ((k, row) for k, row in (rows or {}).items() if k < self.clients):
             for name, value in zip(_COLUMNS, row, strict=True):
                 columns[name][k] = value
-        made = cls(clients, **columns, exchanges=totals["exchanges"], rounds=totals["rounds"])
-        made._changed.clear()
-        return made
+        for name in _COLUMNS:
+            setattr(self, name, columns[name])
+        self.exchanges, self.rounds = stored["exchanges"], stored["rounds"]
+        self.__post_init__()
+        if rows is not None:
+            self._changed.clear()
 
     def _row(self, client: int) -> list[int]:
         return [getattr(self, name)[client] for name in _COLUMNS]
@@ -88,8 +90,13 @@ class Ledger:
         self._changed.add(client)
         if step is not None:
             self.exchanges.setdefault(step.exchange, {"up": 0, "down": 0})[direction] += size
+            self.round_sums.setdefault(step.exchange, {"up": 0, "down": 0})[direction] += size
             self.rounds.setdefault(step.name, {"up": 0, "down": 0})[direction] += size
         return size
+
+    def begin_round(self) -> None:
+        """A round begins."""
+        self.round_sums = {}
 
     @property
     def total_up(self) -> int:

@@ -68,21 +68,21 @@ class Pooling:
                     "--buffers average."
                 )
 
-    def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, Any]]:
-        """The exchanges of a round, each with its handler: the method or this object.
+    def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, str]]:
+        """The exchanges of a round, each with whose it is: ``"method"``, or ``"pooling"`` for this object.
 
         Args:
             entry: the round.
             evaluated: whether the network is evaluated at the end of the round.
         """
-        exchanges: list[tuple[str, Any]] = [(name, self.method) for name in entry.exchanges]
+        exchanges = [(name, "method") for name in entry.exchanges]
         if not self.on or entry.one_off:
             return exchanges
         at = self.method.statistics_at(entry)
         if at is None and not evaluated:
             return exchanges
         at = len(exchanges) if at is None else at
-        return [*exchanges[:at], *((name, self) for name in EXCHANGES), *exchanges[at:]]
+        return [*exchanges[:at], *((name, "pooling") for name in EXCHANGES), *exchanges[at:]]
 
     def send(self, server: Server, step: Step) -> Message:
         """The network in the first exchange, only the statistics in the second."""

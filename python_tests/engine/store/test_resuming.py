@@ -90,7 +90,7 @@ def test_rounds_that_metrics_have_lost_are_not_made_up(left, cut, make_data):
         path.unlink()
     else:
         path.write_bytes(content[:left])
-    size = Checkpoints(cut).peek()["info"]["metrics_bytes"]
+    size = Checkpoints(cut).peek()["info"]["parts"]["records"]["bytes"]
     with pytest.raises(UserError, match=rf"metrics\.jsonl has lost rounds .*\({left or 0} of {size:,} bytes"):
         go_on(cut, make_data())
     assert (path.read_bytes() if path.exists() else b"") == content[: left or 0]
@@ -99,7 +99,7 @@ def test_rounds_that_metrics_have_lost_are_not_made_up(left, cut, make_data):
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("key", ["info", "finished", "ledger", "entry", "round", "files", "clients"])
+@pytest.mark.parametrize("key", ["info", "finished", "parts", "entry", "round", "files", "clients"])
 def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_config, tmp_path):
     run(make_config(rounds=3), out=tmp_path / "whole", data=make_data())
     manifest = cut / "checkpoints" / "manifest.json"
@@ -161,8 +161,8 @@ def test_records_of_the_same_length_are_told(cut, make_data):
 
 def test_the_manifest_has_the_sum_of_the_records(cut):
     entry = Checkpoints(cut).peek()
-    lines = (cut / "metrics.jsonl").read_bytes()[: entry["info"]["metrics_bytes"]]
-    assert entry["info"]["metrics_sha256"] == hashlib.sha256(lines).hexdigest()
+    lines = (cut / "metrics.jsonl").read_bytes()[: entry["info"]["parts"]["records"]["bytes"]]
+    assert entry["info"]["parts"]["records"]["sha256"] == hashlib.sha256(lines).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "summary.json"])

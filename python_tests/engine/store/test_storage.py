@@ -195,7 +195,8 @@ def test_ledger_tells_what_has_changed():
         assert list(changed) == [number % 7, 900]
         rows |= changed
     assert (ledger.total_up, ledger.total_down) == (29 * 8, 0)
-    again = Ledger.of_rows(1000, rows, ledger.sums())
+    again = Ledger(1000)
+    again.restore(ledger.sums(), rows)
     assert again == ledger
     assert again.summary() == ledger.summary()
     assert again.changed_rows() == {}

@@ -122,7 +122,7 @@ def test_feddyn_is_asked_about_the_network_that_it_evaluates(sides):
 def test_when_clients_are_asked(method, entry, evaluated, plan):
     held = Pooling(method).exchanges(entry, evaluated)
     assert [name for name, _ in held] == plan
-    assert all((asker is method) == (name not in EXCHANGES) for name, asker in held)
+    assert all((asker == "method") == (name not in EXCHANGES) for name, asker in held)
     assert [name for name, _ in Pooling(method, on=False).exchanges(entry, evaluated)] == list(entry.exchanges)
 
 

@@ -1,0 +1,42 @@
+"""What the server shows of a round (``Server.log_image``): pictures that the run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.progress import Progress
+from fedkern.engine.server import Server
+from fedkern.engine.store.artifacts import Artifact, Gallery
+
+
+class Artifacts(Part):
+    """Has the server show some rounds, evenly over the run, and keeps what it shows.
+
+    Args:
+        server: the server.
+        gallery: where they are kept.
+        progress: of the run.
+        told: whether what the server computes may be told.
+    """
+
+    name = "artifacts"
+
+    def __init__(self, server: Server, gallery: Gallery, progress: Progress, told: bool) -> None:
+        self._server, self._gallery, self._progress, self._told = server, gallery, progress, told
+
+    def before_round(self, record: Record) -> None:
+        self._server.showing = self._told and not record.entry.one_off and self._gallery.wants(record.number)
+
+    def round_end(self, record: Record) -> None:
+        for name, (value, axes) in self._server.artifacts.items():
+            self._gallery.add(Artifact(name, record.number, value, axes))
+        self._server.artifacts.clear()
+
+    def state(self) -> dict[str, Any]:
+        self._gallery.write()
+        return {"sha256": self._gallery.digest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._gallery.restore(self._progress.done, state["sha256"])

@@ -1,0 +1,71 @@
+"""Warnings about the final network and about what clients reported (`fedkern.engine.diagnostics`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.engine import diagnostics
+from fedkern.engine.context import RunContext
+from fedkern.engine.hooks import MethodCode
+from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.samples import TestSet
+from fedkern.engine.store.saved_model import lacks_statistics
+from fedkern.methods.base import Method
+
+
+class Diagnoses(Part):
+    """Looks for the failure signatures that a user should know.
+
+    Args:
+        method: may know signatures of its own.
+        code: names the method in an exception.
+        context: of the run; takes the warnings.
+        sets: the test sets by metric prefix.
+        clients: whether anything may be told that follows from what single clients have.
+    """
+
+    name = "diagnoses"
+
+    def __init__(
+        self, method: Method, code: MethodCode, context: RunContext, sets: dict[str, TestSet], *, clients: bool
+    ) -> None:
+        self._method, self._code, self._context, self._sets, self._clients = method, code, context, sets, clients
+        self._observed = diagnostics.Observations()
+        self._last: dict[str, Any] = {}  # what clients reported in the last communication round
+        self._final: list[str] = []  # names of the warnings about the final network
+
+    def round_end(self, record: Record) -> None:
+        for report in record.reports:
+            self._observed.add(report)
+        if not record.entry.one_off:
+            self._last = record.clients
+
+    def finish(self, summary: Summary) -> None:
+        context, sets, config = self._context, self._sets, self._context.config
+        classes = context.data.classes
+        flat = context.is_flat(summary.network)
+        constant = diagnostics.constants(sets, classes) if self._clients else {}
+        with self._code("diagnose"):
+            observed = self._method.diagnose(self._observed.summary()) if self._clients else {}
+        for texts in (
+            diagnostics.collapsed_classes(sets, classes),
+            diagnostics.unvaried_labels(sets),
+            diagnostics.outlying_drift(self._last, context.data.client_label) if self._clients else {},
+            diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant),
+            diagnostics.missing_statistics(config, flat and lacks_statistics(context, config)),
+            diagnostics.missing_metrics(config, sets, summary.latest),
+            diagnostics.undefined_figures(sets, summary.own, context.data.client_label),
+            observed,
+        ):
+            for name, text in texts.items():
+                if name not in context.warnings:
+                    self._final.append(name)
+                context.warn(name, text)
+
+    def state(self) -> dict[str, Any]:
+        return {"observed": self._observed.to_dict(), "clients": self._last, "final": self._final}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._observed = diagnostics.Observations(state["observed"])
+        self._last, self._final = state["clients"], list(state["final"])

@@ -1,0 +1,168 @@
+"""The global network's figures on the test sets, in the rounds after which it is evaluated and at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.disclosure import About
+from fedkern.engine.evaluate import evaluate, evaluate_clients, gradcam, site_sets
+from fedkern.engine.final_figures import final_figures
+from fedkern.engine.hooks import Hooks, MethodCode
+from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.samples import TestSet
+from fedkern.engine.store import records
+from fedkern.engine.store.evaluation_file import ONLY, OWN
+from fedkern.methods.base import Method
+from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
+from fedkern.methods.common.figures import is_main
+from fedkern.torch_modes import cpu_threads
+
+
+class Evaluation(Part):
+    """Evaluates the network that the method hands out.
+
+    Args:
+        method: gives the figures.
+        hooks: hands out the network.
+        code: names the method in an exception.
+        context: of the run.
+        sets: the test sets by metric prefix; those of the end keep the network's answers.
+        client_sets: every client's own test set.
+        clients: whether figures of single clients may be told.
+
+    Attributes:
+        latest: the figures of the last evaluation, by name.
+        best: the largest value so far of every main figure.
+        own: figures of every client on its own test set or its part of the run's; empty where they may not be told.
+    """
+
+    name = "evaluation"
+
+    def __init__(
+        self,
+        method: Method,
+        hooks: Hooks,
+        code: MethodCode,
+        context: RunContext,
+        sets: dict[str, TestSet],
+        client_sets: dict[int, TestSet],
+        *,
+        clients: bool,
+    ) -> None:
+        self._method, self._hooks, self._code, self._context = method, hooks, code, context
+        self._sets, self._client_sets, self._clients = sets, client_sets, clients
+        self._kept = False  # whether the test sets have kept the present network's answers
+        self.latest: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.own: dict[int, dict[str, float]] = {}
+
+    def round_end(self, record: Record) -> None:
+        self._kept = False
+        if record.entry.one_off:
+            return
+        losses = [info["loss"] for info in record.clients.values() if "loss" in info]
+        if losses:
+            record.put({"loss": sum(losses) / len(losses)}, About.CLIENTS)
+        if not record.due:
+            return
+        begun = time.perf_counter()
+        network = self._hooks.network()
+        if network is not None:
+            self._evaluate(network, last=record.last)
+            record.put(self.latest)
+            if self.own:
+                record.put({"client_metrics": {str(k): figures for k, figures in self.own.items()}}, About.CLIENTS)
+            for name, value in self.latest.items():
+                if is_main(name):
+                    self.best[name] = max(value, self.best.get(name, 0.0))
+        record.phases["evaluate"] = time.perf_counter() - begun
+
+    def finish(self, summary: Summary) -> None:
+        network = summary.network
+        if not self._kept:  # resumed after the last round, or ended before it
+            self._evaluate(network, last=True)
+        own, own_sets = OWN, self._client_sets
+        if not own_sets and (own_sets := site_sets(self._context)):
+            own = ONLY
+            self._evaluate_clients(network, own_sets)
+        summary.own, summary.own_set = with_undefined(self.own, own_sets), own
+        summary.final = final_figures(self._sets, self._context.data.classes)
+        # The method's own figures come first, and stay where one has the name of a figure of ours.
+        summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
+        summary.latest, summary.best = self.latest, self.best
+        summary.metrics.update(summary.of_tests)
+        summary.entries.update(self._of_clients(own, own_sets))
+        if summary.final.per_class:
+            summary.entries["per_class"] = summary.final.per_class
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "latest": records.plain(self.latest)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best.update(state["best"])
+        self.latest.update(state["latest"])
+
+    def _evaluate(self, network: nn.Module, last: bool) -> None:
+        """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
+        code = partial(self._code, "evaluate")
+        with self._at_once(network) as at_once:
+            found = evaluate(self._method, network, self._sets, code, at_once, keep=last)
+        self._evaluate_clients(network, self._client_sets)
+        self.latest.clear()
+        self.latest.update(found)
+        self.latest.update(over_clients(self.own, self._client_sets))
+        self._kept = last
+
+    def _evaluate_clients(self, network: nn.Module, sets: dict[int, TestSet]) -> None:
+        if self._clients:
+            names = self._context.data.client_names
+            with self._at_once(network) as at_once:
+                self.own = evaluate_clients(self._method, network, sets, at_once, names, self._own_code)
+
+    def _own_code(self, label: str) -> AbstractContextManager[None]:
+        return self._code(f"evaluate_own for client {label}")
+
+    @contextmanager
+    def _at_once(self, network: nn.Module) -> Iterator[int]:
+        """Sets the threads of an evaluation; yields how many sets are evaluated side by side."""
+        config, at_once = self._context.config, 1
+        # Several sets at a time only with the run's own network.  A module of the method may be traced at its first
+        # call, and torch.fx patches every module's call while it traces.
+        if self._context.device.type == "cpu" and self._context.is_flat(network):
+            at_once = config.threads // config.client_threads
+        with cpu_threads(config.client_threads if at_once > 1 else config.threads):
+            yield at_once
+
+    def _of_clients(self, test_set: str, sets: dict[int, TestSet]) -> dict[str, Any]:
+        """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
+
+        ``test_set`` says what these sets are, as in evaluation.csv.
+        """
+        if not self.own:
+            return {}
+        names, worst = self._context.data.client_names, worst_client(self.own, sets)
+
+        def named(k: int) -> dict[str, Any]:
+            return {} if names is None else {"name": names[k]}
+
+        own = with_undefined(self.own, sets)
+        found: dict[str, Any] = {
+            "client_test_set": test_set,
+            "client_metrics": {str(k): {**named(k), **figures} for k, figures in own.items()},
+        }
+        if worst is not None:
+            k, figure = worst
+            found["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.own[k][figure]}
+        return found
+
+    def _gradcam(self, network: Any) -> dict[str, float]:
+        # Grad-CAM takes single images in eval mode, which needs running statistics.
+        count = self._context.config.grad_cam if self._context.config.statistics else 0
+        return gradcam(network, self._sets, count)

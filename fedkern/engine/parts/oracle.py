@@ -1,0 +1,42 @@
+"""Figures that only an experimenter can have, who sees all clients (``Method.oracle_metrics``)."""
+
+from __future__ import annotations
+
+from fedkern.engine.clients import Everybody
+from fedkern.engine.disclosure import Disclosure
+from fedkern.engine.hooks import MethodCode
+from fedkern.engine.parts.base import Part, Summary
+from fedkern.engine.samples import TestSet
+from fedkern.engine.server import Server
+from fedkern.methods.base import Method
+
+
+class Oracle(Part):
+    """Adds these figures to the summary.
+
+    Args:
+        method, server: give the figures.
+        code: names the method in an exception.
+        everybody: all clients.
+        sets: the test sets by metric prefix.
+        disclosure: which figures may be told.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        server: Server,
+        code: MethodCode,
+        everybody: Everybody,
+        sets: dict[str, TestSet],
+        disclosure: Disclosure,
+    ) -> None:
+        self._method, self._server, self._code, self._everybody = method, server, code, everybody
+        self._sets, self._disclosure = sets, disclosure
+
+    def finish(self, summary: Summary) -> None:
+        if self._disclosure.appraised is not None and not self._disclosure.appraised:
+            return
+        with self._code("oracle_metrics"):
+            found = self._method.oracle_metrics(self._server, self._everybody, self._sets)
+        summary.metrics.update(self._disclosure.oracle_metrics(found, ("", *self._sets)))

@@ -1,0 +1,83 @@
+"""Differential privacy of a run: what its releases need before they begin, and its figures in records and summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.privacy_report import privacy_figures
+from fedkern.engine.progress import Progress
+from fedkern.engine.store import server_secret
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.releases import Releases
+from fedkern.engine.uploads.private_mean import PrivateMean
+from fedkern.privacy import Guarantee
+from fedkern.privacy.guarantee import EPSILON, PART
+
+
+class Privacy(Part):
+    """Keeps the promises of a run that has a guarantee, or whole clients of which are private.
+
+    Args:
+        said: the run's guarantee; None without noise.
+        private: client-level privacy; None without it.
+        releases: digests of what is released; None without a guarantee.
+        context: of the run.
+        checkpoints: have the clients' ledgers.
+        progress: of the run.
+        rounds: communication rounds of the plan.
+    """
+
+    name = "privacy"
+
+    def __init__(
+        self,
+        said: Guarantee | None,
+        private: PrivateMean | None,
+        releases: Releases | None,
+        context: RunContext,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        rounds: int,
+    ) -> None:
+        self._said, self._private, self._releases, self._context = said, private, releases, context
+        self._checkpoints, self._progress, self._rounds = checkpoints, progress, rounds
+        self._before: Mapping[str, Any] = {}  # what the run was planned for when it was begun
+
+    def begin(self, resumed: bool) -> None:
+        if self._private is not None and self._before.get("rounds", self._rounds) != self._rounds:
+            self._context.warn(
+                "larger-epsilon",
+                f"The run was planned for {self._before['rounds']} rounds with epsilon {self._before['epsilon']:.3g}: "
+                f"its {self._rounds} rounds have epsilon {self._private.planned:.3g}.",
+            )
+        if self._releases is None:
+            return
+        self._releases.open(self._progress.planned)
+        if self._private is not None and self._context.config.dp_draws == "secret":
+            self._private.secret = server_secret.of_a_run(self._checkpoints.folder, begun=resumed)
+        self._checkpoints.write_at_once()  # a release may leave a client only after its privacy cost is on disk
+
+    def round_end(self, record: Record) -> None:
+        if self._private is not None and not record.entry.one_off:
+            record.put(self._private.spent(self._progress.done))
+
+    def finish(self, summary: Summary) -> None:
+        if self._private is not None:
+            found = self._private.report(self._progress.done)
+        else:
+            clients = self._context.config.trained_clients
+            found = privacy_figures(self._said, self._checkpoints.client_state, clients)
+        summary.metrics.update({name: found[name] for name in (EPSILON, PART, "delta") if name in found})
+        if found:
+            summary.entries["privacy"] = found
+
+    def state(self) -> dict[str, Any]:
+        if self._private is None or self._said is None:
+            return {}
+        return {"rounds": self._rounds, "epsilon": self._private.planned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._before = state

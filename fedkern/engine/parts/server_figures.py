@@ -1,0 +1,46 @@
+"""Figures that the method's server reports of a round (``server.report``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.engine.disclosure import About, Disclosure
+from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.server import Server
+
+
+class ServerFigures(Part):
+    """Puts the server's figures into records and summary, where they may be told.
+
+    Args:
+        server: the server.
+        disclosure: what may be told.
+    """
+
+    name = "server"
+
+    def __init__(self, server: Server, disclosure: Disclosure) -> None:
+        self._server, self._disclosure = server, disclosure
+
+    def round_end(self, record: Record) -> None:
+        if record.entry.one_off:
+            return
+        known = self._disclosure.told(record.entries)
+        for name, value in self._server.report.items():
+            if name in known or name in ("round", "rounds", "name", "seconds", "evaluated"):
+                raise ValueError(f'server.report: expected names of its own, given "{name}", which the engine writes')
+            # JSON has no NaN or infinity: such a value is None after a resume.
+            self._server.report[name] = math.nan if value is None else float(value)
+        record.put(self._server.report, About.SERVER)
+
+    def finish(self, summary: Summary) -> None:
+        entries = {name: (About.SERVER, value) for name, value in self._server.report.items()}
+        summary.metrics.update(self._disclosure.told(entries))
+
+    def state(self) -> dict[str, Any]:
+        return dict(self._server.report)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._server.report = dict(state)

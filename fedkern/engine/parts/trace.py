@@ -1,0 +1,61 @@
+"""``--profile``: a trace of one round, the time that every operator took, to view in a browser."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fedkern import atomic
+from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.store.run_folder import TRACE
+
+
+class Trace(Part):
+    """Traces the second communication round that is played, or the only one, and writes a gzipped trace.
+
+    It opens in chrome://tracing or ui.perfetto.dev.  All clients of the round work in the server's process.
+
+    Args:
+        out: the run folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / TRACE
+        self._wait = 1  # communication rounds to play before the traced one
+        self._running: profile | None = None
+
+    def before_round(self, record: Record) -> None:
+        if record.entry.one_off:
+            return
+        if self._wait == 0 or (record.last and self._wait > 0):
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library prints when it begins
+            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._running = profile(activities=[ProfilerActivity.CPU, *cuda])
+            self._running.start()
+            record.together = True
+        self._wait -= 1
+
+    def round_end(self, record: Record) -> None:
+        """Writes the trace of this round.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if self._running is None:
+            return
+        seen, self._running = self._running, None
+        seen.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "trace.json"
+            seen.export_chrome_trace(str(plain))
+            atomic.write_bytes(self._path, gzip.compress(plain.read_bytes(), 6))
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+            self._running = None

@@ -1,0 +1,154 @@
+"""Everything that can fail because of what the user gave, before anything is written; and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedkern.engine import diagnostics
+from fedkern.engine.client import Client
+from fedkern.engine.clients import check_teachers
+from fedkern.engine.context import RunContext
+from fedkern.engine.disclosure import Disclosure
+from fedkern.engine.evaluate import check_sets
+from fedkern.engine.hooks import Hooks, MethodCode
+from fedkern.engine.participants import fewest_uploads
+from fedkern.engine.privacy_report import guarantee
+from fedkern.engine.progress import Progress
+from fedkern.engine.server import Server
+from fedkern.engine.store import predictions as predictions_file
+from fedkern.engine.uploads.private_mean import PrivateMean
+from fedkern.errors import UserError
+from fedkern.methods import registry
+from fedkern.methods.aggregators import Rule
+from fedkern.methods.base import Method, Round
+from fedkern.methods.common.pooling import Pooling
+from fedkern.methods.protocol import BEFORE
+from fedkern.privacy import Guarantee
+from fedkern.settings.config import RunConfig
+
+
+@dataclass
+class Prepared:
+    """A method and its server, checked against data and settings.
+
+    Attributes:
+        config, context: of the run.
+        method: the method.
+        pooling: the pooling of statistics.
+        server: the server, as the method's ``start`` has left it.
+        progress: where the run stands.
+        code: names the method in an exception.
+        hooks: what is asked of method and pooling in an exchange, by the names of the askers.
+        plan: the rounds, one-off ones included.
+        private: privacy of whole clients; None without it.
+        said: which of the run's releases its epsilon covers; None where it promises none.
+    """
+
+    config: RunConfig
+    context: RunContext
+    method: Method
+    pooling: Pooling
+    server: Server
+    progress: Progress
+    code: MethodCode
+    hooks: dict[str, Hooks]
+    plan: list[Round]
+    private: PrivateMean | None
+    said: Guarantee | None
+
+    @property
+    def rounds(self) -> int:
+        """Communication rounds of the plan."""
+        return sum(not entry.one_off for entry in self.plan)
+
+    @property
+    def askers(self) -> dict[str, object]:
+        """Objects whose ``client_update`` may be called, by name."""
+        return {"method": self.method, "pooling": self.pooling}
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is told of a client that is left out: no noise covers that its upload was no good."""
+        return self.private is not None and not self.context.disclosure.clients
+
+    @property
+    def amplified(self) -> bool:
+        """Whether epsilon counts that nobody knows who takes part in a round."""
+        return self.private is not None and self.private.amplified
+
+
+def prepare(
+    config: RunConfig, context: RunContext, *, known: bool, begun: bool, profile: bool, predictions: bool
+) -> Prepared:
+    """Makes method and server, and checks them.
+
+    Args:
+        config: every setting.
+        context: of the run.
+        known: whether the clients' samples are in this process.
+        begun: whether the run goes on from a checkpoint.
+        profile, predictions: what the user asks for beside.
+
+    Raises:
+        UserError: data, network or settings do not fit the method.
+    """
+    kind = registry.get(config.method)
+    if kind.pooled:
+        context.pool()
+    method = kind(kind.Options.parse(config.options, method=config.method))
+    pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
+    code = MethodCode(kind, config.method, progress)
+    check_sets(context.data)
+    for k in range(context.federation.clients) if known else ():
+        with code("check"):
+            method.check(Client(context, k, {}))
+    if context.data.task == "retrieval":
+        network = context.network("server")  # raises where an encoder's folder cannot be read
+        pooling.check(network.module)
+    with context.drawing(server, BEFORE), code("start"):
+        method.start(server)
+    private, said = _privacy(config, context, method, server, code)
+    context.disclosure = Disclosure.of(config.records, said)
+    if profile and not context.disclosure.clients:
+        raise UserError(
+            "--profile writes what every client computed, step by step, and the records of this run are private: "
+            "leave it out, or profile the same run with --records all."
+        )
+    if predictions:
+        predictions_file.check(context.data.task, told=context.disclosure.clients)
+    if said is not None and not said.complete:
+        context.warn("partly-covered", said.warning())
+    for name, text in diagnostics.emulated(config.precision, config.device).items():
+        context.warn(name, text)
+    if not begun:  # a run that goes on has loaded most of them already
+        check_teachers(method, context)
+    with code("rounds"):
+        plan = list(method.rounds(context.federation))
+    hooks = {
+        name: Hooks(name, asked, server, context, code) for name, asked in (("method", method), ("pooling", pooling))
+    }
+    found = Prepared(config, context, method, pooling, server, progress, code, hooks, plan, private, said)
+    rule = Rule(config.aggregator)
+    if rule.entry.function is not None:
+        rule.check(fewest_uploads(config, found.rounds))
+    return found
+
+
+def _privacy(
+    config: RunConfig, context: RunContext, method: Method, server: Server, code: MethodCode
+) -> tuple[PrivateMean | None, Guarantee | None]:
+    """Privacy of whole clients, and the guarantee of the run."""
+    private: PrivateMean | None = None
+    said: Guarantee | None
+    if config.dp_clip is not None:
+        private = PrivateMean(config, method, server, context)
+        said = private.guarantee()
+    else:
+        with code("guarantee"):
+            said = guarantee(method, server, config.records)
+    if config.privacy_unit != "image" and said is None:
+        raise UserError(
+            f"--privacy-unit {config.privacy_unit} says what an epsilon protects, and this run of {config.method} "
+            "promises none: ask for one with a privacy option of its method (fediod has some), or leave it out."
+        )
+    return private, said

@@ -1,0 +1,236 @@
+"""The data of a run: loaded as the settings say, completed by what they decide, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
+from fedkern.data.holdout import hold_out
+from fedkern.data.patients import limited
+from fedkern.data.split import Split
+from fedkern.data.statistics import PartitionStatistics
+from fedkern.engine import own_model
+from fedkern.engine.context import RunContext
+from fedkern.errors import UserError
+from fedkern.methods import registry
+from fedkern.models.registry import check_task
+from fedkern.settings.config import RunConfig
+from fedkern.torch_modes import reproducible
+
+
+@reproducible()
+def load_data(
+    config: RunConfig,
+    *,
+    masks: bool = True,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    identify: bool = False,
+) -> FederatedData:
+    """The federated data that the settings name.
+
+    Args:
+        config: every setting; a detector runs on its device.
+        masks: False leaves out the boxes file or detector that finds the objects of the training images.
+        notice, progress, identify: see :func:`fedkern.data.load`.
+
+    Raises:
+        UserError: see :func:`fedkern.data.load`.
+    """
+
+    def detector(name: str, box_threshold: float, text_threshold: float) -> Any:
+        from fedkern.models.detector import GroundingDino
+
+        return GroundingDino(name, box_threshold, text_threshold, device=config.device)
+
+    options, info = config.data_options, lookup(config.data)
+    # A default of the method stays; the data set's own gives way to sites that the data name.
+    usual = {"clients": info.clients, "partition": info.partition}
+    free = {name for name, value in usual.items() if name in config.left_open and getattr(config, name) == value}
+    return load(
+        config.data,
+        root=config.data_root,
+        clients=None if "clients" in free else config.clients,
+        partition=None if "partition" in free else config.partition or info.partition,
+        seed=config.seed,
+        train_samples=config.train_samples,
+        public_samples=config.public_samples,
+        correlation=config.correlation,
+        options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
+        make_detector=detector,
+        notice=notice,
+        progress=progress,
+        cache=config.cache,
+        identify=identify,
+    )
+
+
+def decided(config: RunConfig, data: FederatedData) -> RunConfig:
+    """The settings with what the loaded data decide where nobody gave it: partition, clients, ``client_test``.
+
+    Own test sets that the data have stay, unless the user asks for others.
+    """
+    found: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
+    if data.client_tests:
+        found["client_test"] = 0.0
+    return config.replace(**{name: value for name, value in found.items() if name in config.left_open})
+
+
+def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
+    """The training data of a run.
+
+    Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
+    unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.  With private records
+    there is no validation set where its images were drawn from the clients': no noise covers figures on them.
+
+    Raises:
+        UserError: see :func:`fedkern.data.holdout.hold_out` and :func:`fedkern.data.patients.limited`.
+    """
+    kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    if config.records == "private" and kept.drawn_validation:
+        kept = replace(kept, validation=kept.validation.subset(torch.zeros(0, dtype=torch.int64)))
+    return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
+
+
+def finished_data(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    cache: str | None,
+    progress: Callable[[str], None] | None,
+) -> FederatedData:
+    """The training data of a run in a folder, without masks of objects that would have to be found.
+
+    Args:
+        config: the run's settings.
+        out: the run folder.
+        cache: folder that keeps decoded images; None: the folder that the run used, if it is there.
+        progress: called with the progress of a long decoding.
+
+    Raises:
+        UserError: see :func:`load_data` and :func:`kept_data`.
+    """
+    config = config.replace(cache=cache or used_cache.remembered(out))
+    return kept_data(config, load_data(config, masks=False, progress=progress))
+
+
+def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
+    """What all clients of a run share, as :func:`run` makes it, for a client that works elsewhere.
+
+    Args:
+        config: the run's settings.
+        notice: called with the progress of something long.
+        alone: the client whose data this machine has, and no others'; None: this machine has the data of all clients.
+
+    Raises:
+        UserError: the data, or the files that the settings name, are not on this machine.
+    """
+    if alone is None:
+        data = load_data(config, notice=notice)
+        config = effective(decided(config, data), data)
+        data = kept_data(config, data)
+    else:
+        data = data_of_one(config, notice=notice, node=True)
+        (own,) = data.clients
+        none = own.subset(torch.zeros(0, dtype=torch.int64))
+        data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
+        config = effective(config, data)
+    check_data(config, data, alone)
+    config, _ = own_model.settled(config, data, None, Path())
+    return RunContext(config, data, notice)
+
+
+def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
+    """The data in this machine's folder, with all training samples as those of one client.
+
+    On a node nothing is held out of them: no set but the server's judges the network.
+    """
+    if node:
+        shares = [name for name in ("test_share", "validation_share") if name in lookup(config.data).options]
+        config = config.replace(data_options={**config.data_options, **dict.fromkeys(shares, 0.0)})
+    data = load_data(config.replace(clients=1, partition="iid"), notice=notice)
+    return replace(data, client_names=None, client_tests=())
+
+
+def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
+    """Federated data whose clients' samples are elsewhere: of each client only the number of samples is known.
+
+    Args:
+        data: gives everything but the clients, test sets included.
+        samples: number of training samples of every client.
+    """
+    count = len(data.classes)
+    several = data.task == "multilabel"
+
+    def stand_in(n: int) -> Split:
+        shape = {"multilabel": (n, count), "segmentation": (n, 1, 1)}.get(data.task, (n,))
+        labels = torch.zeros(shape, dtype=torch.uint8 if several else torch.int64)
+        return Split(torch.zeros((n, data.image_shape[0], 1, 1), dtype=torch.uint8), labels)
+
+    statistics = PartitionStatistics(
+        np.zeros((len(samples), count), dtype=np.int64), data.classes, "own data", samples=tuple(samples)
+    )
+    return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
+
+
+def effective(config: RunConfig, data: Any) -> RunConfig:
+    """The settings, completed by what follows from the data: clients, augmentation, threads of a client."""
+    return config.replace(clients=len(data.clients), augment=config.augment or data.augment).settled()
+
+
+def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
+    """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
+    kind = registry.get(config.method)
+    if data.task == "multilabel" and not kind.learns(data.task):
+        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.learns(data.task)))
+        raise UserError(
+            f'{config.method} learns a single class of every image, and the data set "{config.data}" has several '
+            f"labels an image: methods for several labels are {able}."
+        )
+    if not kind.learns(data.task):
+        raise UserError(
+            f'{config.method} is for {" and ".join(kind.tasks)}, but the data set "{config.data}" is for {data.task}.'
+        )
+    check_task(config.model, data.task, config.data, "with --model")
+    if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):
+        raise UserError(
+            "--augment window draws the place of a window that is smaller than the images: give one with --data-option "
+            "crop=N, which image-text data have, or take another augmentation."
+        )
+    if config.buffers == "pool" and data.task != "retrieval":
+        raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
+    if config.teachers is not None and not registry.get(config.method).takes_teachers:
+        able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
+        raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
+    _check_pairs(config, data)
+    if alone is None and not all(map(len, data.tests.values())):
+        raise UserError("There is no test image: name a test split in the data, or a test_share above 0.")
+    for k, split in enumerate(data.clients):
+        if len(split) == 0 and alone in (None, k):
+            raise UserError(
+                f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
+                f'--partition than "{config.partition}".'
+            )
+
+
+def _check_pairs(config: RunConfig, data: Any) -> None:
+    """Raises UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
+    if data.task != "retrieval":
+        return
+    if config.batch_size < 2:
+        raise UserError(
+            "--batch-size 1 is too small for image-text data, where every pair is told from the others of its batch: "
+            "give 2 or more."
+        )
+    for k, split in enumerate(data.clients):
+        if len(split) == 1 and not registry.get(config.method).pooled:
+            raise UserError(
+                f"Client {data.client_label(k)} has a single image-text pair, and every pair is told from the others "
+                "of its batch: use fewer clients, more samples, or another --partition."
+            )
