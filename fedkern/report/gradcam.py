@@ -80,10 +80,9 @@ def draw(
             sheet.picture(top, i, picture)
             sheet.above(top, i, heads[block][i][0], color=heads[block][i][1])
             # The image in dark grey (white at 400 instead of 255), so that the map stands out.
-            sheet.picture(bottom, i, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)
-            sheet.picture(
-                bottom, i, cams[i].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.75, interpolation="bilinear"
-            )
+            grey = (picture.mean(axis=2, keepdims=True) * (255 / 400)).astype(np.uint8)
+            sheet.picture(bottom, i, grey.repeat(3, axis=2))
+            sheet.map(bottom, i, cams[i].numpy())
             if masks is not None and shares is not None and bool(masks[i].any()):
                 sheet.outline(bottom, i, masks[i].numpy())
                 if not bool(shares[i].isnan()):

@@ -163,10 +163,10 @@ def test_long_names_of_classes_stand_apart(tmp_path, monkeypatch):
     network = models.build("unet-small", classes=9, channels=3, image_size=16, seed=0)
     segmentation_sheet.draw(network, split, images / 255, tmp_path / "s.png", classes=names * 3, title=title * 2)
     for figure in sheets:
-        assert apart(figure.axes[0].texts)
-    texts = [text.get_text() for text in sheets[0].axes[0].texts]
+        assert apart(figure.texts)
+    texts = [text.get_text() for text in sheets[0].texts]
     assert any("relative to the largest" in text for text in texts)
-    assert [text.get_text() for text in sheets[1].axes[0].texts][1:12] == [label(name) for name in (names * 3)[1:]]
+    assert [text.get_text() for text in sheets[1].texts][1:12] == [label(name) for name in (names * 3)[1:]]
 
 
 def test_a_segmentation_is_laid_over_its_images(tmp_path):

@@ -35,7 +35,7 @@ def test_long_captions_stay_beside_their_image(tmp_path, monkeypatch):
     monkeypatch.setattr(sheet, "save", lambda figure, path: sheets.append(figure))
     lines = [("W" * 300, False), ("short", True), ("many words " * 30, False), ("place 9: " + "word " * 60, True)]
     draw([Found(np.zeros((8, 8, 3), np.uint8), "short", lines)] * 2, tmp_path / "r.png", title="t")
-    _, _, *texts = sheets[0].axes[0].texts
+    _, _, *texts = sheets[0].texts
     boxes = [text.get_window_extent() for text in texts]
     assert [text.get_text()[:2] for text in texts[:4]] == ["WW", "✓ ", "ma", "✓ "]
     assert all(upper.y0 >= lower.y1 - 2 for upper, lower in pairwise(boxes))
