@@ -18,7 +18,7 @@ from fedkern import engine
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import FederatedData
-from fedkern.engine.events import Listener
+from fedkern.listeners.events import Listener
 
 from .setting import MEAN, STD, register
 from .task import CLASSES, Contest, Task, contest

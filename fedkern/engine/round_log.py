@@ -7,11 +7,11 @@ from typing import Any
 
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.context import RunContext
-from fedkern.engine.events import Listener
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.progress import Progress
 from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, UserError
+from fedkern.listeners.events import Listener
 from fedkern.methods.base import ClientId
 
 

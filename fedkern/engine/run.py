@@ -16,12 +16,10 @@ from fedkern.allocator import keep_freed_memory
 from fedkern.data import used_cache
 from fedkern.data.identity import data_fingerprint, of_memory
 from fedkern.engine import own_model
-from fedkern.engine.audience import Audience
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, compare_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.evaluate import client_sets, test_sets
-from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.choice import executor_of
 from fedkern.engine.executors.ranks import Ranks
@@ -64,6 +62,8 @@ from fedkern.engine.uploads.norm_bounds import NormBounds
 from fedkern.engine.uploads.reduction import Reduction
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
+from fedkern.listeners.audience import Audience
+from fedkern.listeners.events import Listener, RunInfo
 from fedkern.methods.base import Method
 from fedkern.models import available
 from fedkern.models.precision import computing

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import engine
-from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.store.run_folder import RUNS, reserve, run_name
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.flower import run_settings
@@ -20,6 +19,7 @@ from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, Se
 from fedkern.flower.node_executor import Nodes
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.own_data import declared
+from fedkern.listeners.events import Listener, RunInfo
 from fedkern.methods import registry
 
 app = ServerApp()

@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedkern.engine.events import Listener, Listeners, RunInfo
+    from fedkern.listeners.events import Listener, Listeners, RunInfo
     from fedkern.listeners.tensorboard import TensorBoard
     from fedkern.listeners.wandb import WandB
 
 __all__ = ["Listener", "Listeners", "RunInfo", "TensorBoard", "WandB"]
 
 _LAZY = {
-    **dict.fromkeys(("Listener", "Listeners", "RunInfo"), "fedkern.engine.events"),
+    **dict.fromkeys(("Listener", "Listeners", "RunInfo"), "fedkern.listeners.events"),
     "TensorBoard": "fedkern.listeners.tensorboard",
     "WandB": "fedkern.listeners.wandb",
 }

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import atomic
-from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import UserError
 from fedkern.extras import needed
+from fedkern.listeners.events import Listener, RunInfo
 from fedkern.listeners.scalars import scalars
 
 FOLDER = "tensorboard"

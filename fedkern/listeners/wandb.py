@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import atomic
-from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import UserError
 from fedkern.extras import needed
 from fedkern.inputs import read_json
+from fedkern.listeners.events import Listener, RunInfo
 from fedkern.listeners.scalars import scalars
 
 FOLDER, LOGGED = "wandb", "fedkern.json"

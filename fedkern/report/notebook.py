@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedkern.engine import read_metrics
-from fedkern.engine.events import RunInfo
 from fedkern.errors import printable_name
 from fedkern.html_table import LINE, html_table
+from fedkern.listeners.events import RunInfo
 from fedkern.methods.common.figures import is_main
 from fedkern.report.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, trained
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import MESSAGE
+from fedkern.listeners.events import Listener, RunInfo
 from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label, plain, say

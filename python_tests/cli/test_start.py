@@ -15,7 +15,7 @@ LOADED = "import sys; from fedkern.run import main; code = main(sys.argv[1:]); p
 
 RUN = """
 import sys
-from fedkern.engine.events import Listeners
+from fedkern.listeners.events import Listeners
 from fedkern.run import main
 def tell(*_):
     print("modules", *sys.modules, file=sys.stderr)

@@ -16,8 +16,8 @@ from rich.console import Console
 import fedkern
 from fedkern.comparison.boards import LiveBoard
 from fedkern.engine import RunConfig, RunInfo
-from fedkern.engine.events import Listener
 from fedkern.html_table import html_table
+from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
 from fedkern.report import notebook, progress
 from fedkern.report.display import display

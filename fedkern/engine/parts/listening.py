@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedkern.engine.audience import Audience
-from fedkern.engine.events import RunInfo
 from fedkern.engine.parts.base import Part, Record
+from fedkern.listeners.audience import Audience
+from fedkern.listeners.events import RunInfo
 
 
 class Listening(Part):

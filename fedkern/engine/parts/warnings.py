@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine.audience import Audience
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.listeners.audience import Audience
 
 
 class Warnings(Part):

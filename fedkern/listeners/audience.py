@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fedkern.engine.events import Listener, Listeners, RunInfo
 from fedkern.errors import RAISED, UserError, described, origin, told
+from fedkern.listeners.events import Listener, Listeners, RunInfo
 
 
 class Audience(Listeners):
