@@ -15,12 +15,12 @@ from fedkern import engine, plugins
 from fedkern.data import FederatedData
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import Listener, RunConfig
-from fedkern.engine.run_data import kept_data
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest
 from fedkern.extras import pandas
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
+from fedkern.settings.run_data import kept_data
 from fedkern.torch_modes import reproducible
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from fedkern import engine, models
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.run_data import load_data
 from fedkern.models.blocks import cut
 from fedkern.models.fused import FusedNetwork
+from fedkern.settings.run_data import load_data
 
 if find_spec("sklearn") is None:  # said before the study's runs, not after them
     raise SystemExit("The linear probes of study_fusefl need scikit-learn: pip install scikit-learn.")

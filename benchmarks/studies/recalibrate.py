@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from fedkern import engine
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.run_data import load_data
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.common.calibration import CalibrationOptions, ClassStatistics, calibrate
 from fedkern.methods.fusefl.levels import linear_of, plain_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
+from fedkern.settings.run_data import load_data
 from fedkern.streams import stream
 
 Pool = Literal["mean", "concat"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fedkern.cli.request import Given, Request, given
-from fedkern.engine.run_data import decided, kept_data, load_data
 from fedkern.errors import UserError
 from fedkern.flower.project import Project
 from fedkern.flower.run_settings import check_own_data
 from fedkern.methods import registry
 from fedkern.settings.config import check_networks
+from fedkern.settings.run_data import decided, kept_data, load_data
 
 
 def write(request: Request) -> int:

@@ -18,7 +18,6 @@ from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.run_data import kept_data, load_data
 from fedkern.engine.samples import BATCH
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import ATTACK
@@ -28,6 +27,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.run_format import FOLDER
 from fedkern.torch_modes import reproducible
 

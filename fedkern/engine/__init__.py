@@ -1,13 +1,13 @@
 """Engine that runs a method: round loop, local training, checkpoints, records."""
 
 from fedkern.engine.run import run
-from fedkern.engine.run_data import load_data
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.interrupts import Terminated
 from fedkern.listeners.events import Listener, Listeners, RunInfo
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import load_data
 
 __all__ = [
     "Listener",

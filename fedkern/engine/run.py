@@ -44,7 +44,6 @@ from fedkern.engine.parts.traffic import Traffic
 from fedkern.engine.parts.warnings import Warnings
 from fedkern.engine.preparing import Prepared, prepare
 from fedkern.engine.round_log import RoundLog
-from fedkern.engine.run_data import check_data, decided, effective, kept_data, load_data
 from fedkern.engine.store import records, saved_model
 from fedkern.engine.store.artifacts import Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -70,6 +69,7 @@ from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
+from fedkern.settings.run_data import check_data, decided, effective, kept_data, load_data
 from fedkern.torch_modes import cpu_threads, reproducible
 
 

@@ -12,20 +12,22 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedkern.allocator import keep_freed_memory
 from fedkern.data.identity import data_fingerprint
+from fedkern.engine import own_model
 from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.privacy_report import guarantee
-from fedkern.engine.run_data import on_node
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
@@ -41,6 +43,7 @@ from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
 from fedkern.torch_modes import cpu_threads, reproducible
 
 PROTOCOL = 3
@@ -351,6 +354,32 @@ class Reply:
     answer: Answer
     changed: bool
     ledger: Any
+
+
+def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
+    """What all clients of a run share, as :func:`fedkern.engine.run` makes it, for a client that works elsewhere.
+
+    Args:
+        config: the run's settings.
+        notice: called with the progress of something long.
+        alone: the client whose data this machine has, and no others'; None: this machine has the data of all clients.
+
+    Raises:
+        UserError: the data, or the files that the settings name, are not on this machine.
+    """
+    if alone is None:
+        data = load_data(config, notice=notice)
+        config = effective(decided(config, data), data)
+        data = kept_data(config, data)
+    else:
+        data = data_of_one(config, notice=notice, node=True)
+        (own,) = data.clients
+        none = own.subset(torch.zeros(0, dtype=torch.int64))
+        data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
+        config = effective(config, data)
+    check_data(config, data, alone)
+    config, _ = own_model.settled(config, data, None, Path())
+    return RunContext(config, data, notice)
 
 
 def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.run_data import data_of_one
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
 from fedkern.flower import node_config, run_settings
@@ -15,6 +14,7 @@ from fedkern.flower.node_client import Letter, NodeClients, failed
 from fedkern.flower.own_data import form_of
 from fedkern.flower.parcel import Malformed, Parcel
 from fedkern.inputs import parse_json
+from fedkern.settings.run_data import data_of_one
 
 STATES = "flower"
 """Folder of the clients' states in the user's cache."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedkern.data.types import FederatedData
-from fedkern.engine.run_data import data_of_one, declared_data
 from fedkern.errors import UserError, printable_name
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import data_of_one, declared_data
 
 if TYPE_CHECKING:
     from fedkern.flower.node_roll import Roll

@@ -14,7 +14,6 @@ from fedkern import atomic
 from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
-from fedkern.engine.run_data import kept_data
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
@@ -23,6 +22,7 @@ from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
 from fedkern.settings.config import load_plugins
+from fedkern.settings.run_data import kept_data
 
 EXAMPLES = 8
 PICTURES = {

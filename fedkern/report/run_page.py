@@ -23,7 +23,6 @@ from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_
 from fedkern.engine.diagnostics import near
 from fedkern.engine.final_figures import set_name
 from fedkern.engine.own_model import INSTANCE
-from fedkern.engine.run_data import kept_data
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
@@ -45,6 +44,7 @@ from fedkern.report.retrieval_examples import examples, retrieval_examples
 from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
 from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.run_data import kept_data
 
 NAMED = 12
 """Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""

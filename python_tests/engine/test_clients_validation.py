@@ -5,7 +5,7 @@ from PIL import Image
 
 from fedkern.data import FederatedData, load
 from fedkern.engine import RunConfig, read_metrics, read_summary, run
-from fedkern.engine.run_data import kept_data
+from fedkern.settings.run_data import kept_data
 
 PRIVATE = {
     "client-level": ("fedavg", {"dp_clip": 0.5, "dp_noise": 2.0}),

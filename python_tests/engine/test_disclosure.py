@@ -14,7 +14,6 @@ from rich.console import Console
 from fedkern.downstream import membership_attack
 from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.run_data import kept_data
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
@@ -22,6 +21,7 @@ from fedkern.privacy import Guarantee
 from fedkern.report.pictures import write_pictures
 from fedkern.report.progress import Live
 from fedkern.report.tables import final_table
+from fedkern.settings.run_data import kept_data
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install 'fedkern[privacy]')"

@@ -14,7 +14,7 @@ from federation import SCRIPT, commands, deployment, surroundings
 from flower_processes import processes_of
 
 from fedkern.engine import RunConfig, run
-from fedkern.engine.run_data import data_of_one
+from fedkern.settings.run_data import data_of_one
 
 pytestmark = pytest.mark.flower
 

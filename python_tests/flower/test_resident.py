@@ -58,8 +58,8 @@ def header(client=1, round=0, run="0" * 32):
 @pytest.fixture(scope="module")
 def message(tmp_path_factory):
     """What a server sends in the first round."""
-    from fedkern.engine.run_data import on_node
     from fedkern.engine.server import Server
+    from fedkern.flower.node_client import on_node
     from fedkern.methods import registry
     from fedkern.methods.base import Step
     from fedkern.methods.protocol import BEFORE

@@ -15,8 +15,6 @@ from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.engine import own_model
-from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.models.registry import check_task
@@ -118,32 +116,6 @@ def finished_data(
     """
     config = config.replace(cache=cache or used_cache.remembered(out))
     return kept_data(config, load_data(config, masks=False, progress=progress))
-
-
-def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
-    """What all clients of a run share, as :func:`run` makes it, for a client that works elsewhere.
-
-    Args:
-        config: the run's settings.
-        notice: called with the progress of something long.
-        alone: the client whose data this machine has, and no others'; None: this machine has the data of all clients.
-
-    Raises:
-        UserError: the data, or the files that the settings name, are not on this machine.
-    """
-    if alone is None:
-        data = load_data(config, notice=notice)
-        config = effective(decided(config, data), data)
-        data = kept_data(config, data)
-    else:
-        data = data_of_one(config, notice=notice, node=True)
-        (own,) = data.clients
-        none = own.subset(torch.zeros(0, dtype=torch.int64))
-        data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
-        config = effective(config, data)
-    check_data(config, data, alone)
-    config, _ = own_model.settled(config, data, None, Path())
-    return RunContext(config, data, notice)
 
 
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
