@@ -12,7 +12,6 @@ from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import check_sets
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.participants import fewest_uploads
-from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
@@ -22,6 +21,7 @@ from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
 from fedkern.methods.common.pooling import Pooling
+from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
 from fedkern.privacy import Guarantee
 from fedkern.settings.config import RunConfig

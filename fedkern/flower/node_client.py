@@ -27,7 +27,6 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.privacy_report import guarantee
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
@@ -38,6 +37,7 @@ from fedkern.flower.portable import pack, unpack
 from fedkern.methods import registry
 from fedkern.methods.base import Step
 from fedkern.methods.common.pooling import Pooling
+from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
 from fedkern.models.precision import computing

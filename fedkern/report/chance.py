@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fedkern.data import Split
-from fedkern.engine.final_figures import set_name
 from fedkern.engine.store.confusions import Confusions
 from fedkern.methods.common.figures import MAIN_FIGURES
+from fedkern.methods.common.final_figures import set_name
 from fedkern.report.tables import split_metric
 
 

@@ -21,7 +21,6 @@ from fedkern.data.partition import parse_partition
 from fedkern.data.used_cache import remembered
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.diagnostics import near
-from fedkern.engine.final_figures import set_name
 from fedkern.engine.own_model import INSTANCE
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
@@ -34,6 +33,7 @@ from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
 from fedkern.methods.common.figure_names import figure_title, set_noun, set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
+from fedkern.methods.common.final_figures import set_name
 from fedkern.methods.options import as_typed
 from fedkern.report import chance, html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown

@@ -16,10 +16,11 @@ from smallest import SETTINGS
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.transforms import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, final_figures, read_summary, run
+from fedkern.engine import RunConfig, read_summary, run
 from fedkern.engine.store import confusions
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register
+from fedkern.methods.common import final_figures
 
 FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
 FILES = ("summary.json", "confusion.json", "predictions.csv")

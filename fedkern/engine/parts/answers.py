@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.final_figures import answers, set_name, unique_names
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store import confusions, predictions
+from fedkern.methods.common.final_figures import answers, set_name, unique_names
 
 
 class Answers(Part):

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from fedkern.engine.disclosure import About
-from fedkern.engine.final_figures import FinalFigures
 from fedkern.methods.base import Round
+from fedkern.methods.common.final_figures import FinalFigures
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import nn
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import About
 from fedkern.engine.evaluate import evaluate, evaluate_clients, gradcam, site_sets
-from fedkern.engine.final_figures import final_figures
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.samples import TestSet
@@ -22,6 +21,7 @@ from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import is_main
+from fedkern.methods.common.final_figures import final_figures
 from fedkern.torch_modes import cpu_threads
 
 

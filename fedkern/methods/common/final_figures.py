@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.engine.samples import TestSet
 from fedkern.methods.common import classification_figures as of_classes
 from fedkern.methods.common import multilabel_figures as of_labels
 
@@ -36,7 +36,7 @@ class FinalFigures:
     confusion: dict[str, Tensor] = field(default_factory=dict)
 
 
-def final_figures(sets: Mapping[str, TestSet], classes: Sequence[str]) -> FinalFigures:
+def final_figures(sets: Mapping[str, Any], classes: Sequence[str]) -> FinalFigures:
     """The figures that follow from what the last evaluation kept (``TestSet.kept``); no network is asked again.
 
     A set has none of them if it is of image-text pairs, or if the method's own ``evaluate`` kept no :func:`answers`.
@@ -76,7 +76,7 @@ def final_figures(sets: Mapping[str, TestSet], classes: Sequence[str]) -> FinalF
     return found
 
 
-def answers(data: TestSet, classes: int) -> list[tuple[int | None, Tensor]]:
+def answers(data: Any, classes: int) -> list[tuple[int | None, Tensor]]:
     """What ``data`` kept, if that is a logit for every sample and class (segmentation: a Dice for every class)."""
     shape = (classes,) if data.task == "segmentation" else (len(data), classes)
     return data.kept if all(answer.shape == shape for _, answer in data.kept) else []
