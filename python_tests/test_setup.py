@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from fedkern import versions
 from fedkern.commit import commit
-from fedkern.engine.store import records
 from fedkern.files import one_writer
 from fedkern.report import doctor
 
@@ -287,9 +287,9 @@ def test_a_build_notes_the_commit_and_records_and_doctor_tell_it(script: Any, tm
     script["note_commit"](tmp_path)
     noted = tmp_path / "commit.txt"
     assert (noted.read_text().strip() if noted.exists() else "") == known
-    monkeypatch.setattr(records, "commit", lambda: "abc1234")
+    monkeypatch.setattr(versions, "commit", lambda: "abc1234")
     monkeypatch.setattr(doctor, "commit", lambda: "abc1234")
-    assert records.versions()["commit"] == "abc1234"
+    assert versions.versions()["commit"] == "abc1234"
     assert doctor.versions()["fedkern"].endswith(" (commit abc1234)")
-    monkeypatch.setattr(records, "commit", lambda: "")
-    assert "commit" not in records.versions()
+    monkeypatch.setattr(versions, "commit", lambda: "")
+    assert "commit" not in versions.versions()

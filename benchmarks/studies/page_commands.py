@@ -28,7 +28,7 @@ from fedkern.cli.flags import parse
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import effective
 from fedkern.engine import RunConfig
-from fedkern.engine.store.records import versions
+from fedkern.versions import versions
 
 FILE = RESULTS / "page_commands.json"
 NOWHERE = Path("runs-of-the-pages")  # names of folders are made of it, nothing is run there

@@ -35,7 +35,6 @@ from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
 from fedkern.engine import private_training
 from fedkern.engine.samples import ClientData
-from fedkern.engine.store.records import versions
 from fedkern.engine.training import Schedule
 from fedkern.methods.base import Objective, Step
 from fedkern.methods.fediod import private_messages
@@ -43,6 +42,7 @@ from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, IMAGE, LEDGER
 from fedkern.report import plots
 from fedkern.streams import stream
+from fedkern.versions import versions
 
 ROOT = Path(__file__).parents[2]
 RESULT = RESULTS / "privacy_audit.json"

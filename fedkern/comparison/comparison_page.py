@@ -13,7 +13,7 @@ from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import FoundRun, Group, grouped, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
-from fedkern.engine.store.records import SUMMARY, versions
+from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import read_text
 from fedkern.methods.common.figure_names import figure_title, set_title, split_metric
@@ -24,6 +24,7 @@ from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.config import NAME as SETTINGS
+from fedkern.versions import versions
 
 TOLD = 6
 """Most differences that the headline tells of."""

@@ -26,7 +26,7 @@ from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
-from fedkern.engine.store.records import METRICS, versions
+from fedkern.engine.store.records import METRICS
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
@@ -45,6 +45,7 @@ from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
 from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.run_data import kept_data
+from fedkern.versions import versions
 
 NAMED = 12
 """Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""

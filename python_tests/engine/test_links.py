@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fedkern import versions
 from fedkern.engine.executors import links, team
 from fedkern.engine.executors.links import SILENCE, WINDOW, Ended, Link, Lost, drained, how
 from fedkern.engine.executors.ranks import Spread
@@ -268,7 +269,7 @@ def test_ranks_that_were_started_otherwise_are_refused(meet):
 
 
 def test_ranks_with_other_versions_are_refused(meet):
-    own = records.versions()
+    own = versions.versions()
     with pytest.raises(UserError) as found:
         meet(fedkern="0.0")
     both = f"fedkern 0.0, torch {own['torch']}, and rank 0 fedkern {own['fedkern']}, torch {own['torch']}"

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from fedkern import versions
 from fedkern.engine.executors.links import SILENCE, Ended, Link, Lost, drained, how, silence
-from fedkern.engine.store import records
 from fedkern.errors import RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.ops import Accumulator
@@ -87,7 +87,7 @@ class Team:
     Attributes:
         place: of this process.
         links: by rank: on rank 0 to all others, on another rank to rank 0.
-        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `records.kernels`).
+        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `fedkern.versions.kernels`).
     """
 
     def __init__(self, place: Place) -> None:
@@ -128,11 +128,11 @@ class Team:
         _met = True
         others = range(1, self.size) if self.rank == 0 else [0]
         self.links = {other: Link(other, serving=self.rank != 0) for other in others}
-        versions = {name: records.versions()[name] for name in ("fedkern", "torch")}
+        installed = {name: versions.versions()[name] for name in ("fedkern", "torch")}
         if self.rank:
-            self.links[0].say((list(words), versions, records.kernels()))
+            self.links[0].say((list(words), installed, versions.kernels()))
             return
-        own = records.kernels()
+        own = versions.kernels()
         for rank, link in self.links.items():
             theirs, their_versions, kernels = self._told(link)
             if theirs != list(words):
@@ -140,9 +140,9 @@ class Team:
                     f"Rank {rank} was started with other arguments than rank 0 ({' '.join(theirs)}): start torchrun "
                     "with the same command on every machine."
                 )
-            if their_versions != versions:
+            if their_versions != installed:
                 raise UserError(
-                    f"Rank {rank} has {_listed(their_versions)}, and rank 0 {_listed(versions)}: install the same "
+                    f"Rank {rank} has {_listed(their_versions)}, and rank 0 {_listed(installed)}: install the same "
                     "versions on every machine."
                 )
             # Rank 0 sends the others its own backend and instruction set to compute with.

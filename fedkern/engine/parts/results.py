@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedkern import versions
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.progress import Progress
@@ -46,7 +47,7 @@ class Results(Part):
             **self._names(),
             "metrics": summary.metrics,
         }
-        last = {"seconds": self._timing.seconds(), "records": config.records, "versions": records.versions()}
+        last = {"seconds": self._timing.seconds(), "records": config.records, "versions": versions.versions()}
         summary.entries = {**first, **summary.entries, **last}
         records.write_summary(self._out, summary.entries)
 

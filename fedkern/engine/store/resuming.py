@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from fedkern import versions
 from fedkern.data import FederatedData
 from fedkern.engine.executors import team
-from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
@@ -62,8 +62,8 @@ def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[s
         "config": config.to_dict(),
         "data": fingerprint,
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
-        "versions": records.versions(),
-        "kernels": records.kernels(config.device),
+        "versions": versions.versions(),
+        "kernels": versions.kernels(config.device),
         **({} if place is None else {"torchrun": place.job}),  # by which a restart knows the run
     }
 
@@ -112,7 +112,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
     Raises:
         UserError: the kernels differ, and this machine could have the same ones; the message says how.
     """
-    now = records.kernels(device)
+    now = versions.kernels(device)
     stored = info["kernels"]
     if device != info["config"]["device"]:
         return
@@ -169,7 +169,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             f"The run goes on with {', '.join(other)} as it is now, not as the run was started with: its bits may "
             "differ from an uninterrupted one."
         )
-    now = records.kernels(config.device)
+    now = versions.kernels(config.device)
     stored = info["kernels"]
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
     if differ:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, forge, outcome, without
 
+from fedkern import versions
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, run
-from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
@@ -254,9 +254,9 @@ def test_an_isa_that_this_machine_lacks_is_a_warning(cut, make_data):
 
 
 def test_other_sizes_between_cuda_and_triton_are_told_on_a_gpu_alone(monkeypatch):
-    on_a_cpu = records.kernels()
+    on_a_cpu = versions.kernels()
     now = {**on_a_cpu, "crossovers": "new"}
-    monkeypatch.setattr(records, "kernels", lambda device: now if device == "cuda" else on_a_cpu)
+    monkeypatch.setattr(versions, "kernels", lambda device: now if device == "cuda" else on_a_cpu)
 
     def told(stored: dict[str, str], device: str) -> dict[str, str]:
         info = {"versions": {"torch": torch.__version__}, "config": {"device": device}, "kernels": stored}

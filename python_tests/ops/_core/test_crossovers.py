@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkern.engine.store import records
+from fedkern import versions
 from fedkern.ops._core import backend, crossovers, dispatch
 from fedkern.ops._core.crossovers import Entry, Times, read_entries, write_entries
 
@@ -66,15 +66,15 @@ def test_the_file_is_read_once(table: Path) -> None:
 
 
 def test_runs_on_a_gpu_tell_their_sizes(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "crossovers" not in records.kernels()
-    assert records.kernels("cpu") == records.kernels()
+    assert "crossovers" not in versions.kernels()
+    assert versions.kernels("cpu") == versions.kernels()
     gpu = ["NVIDIA H200", (9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu[1])
-    assert records.kernels("cuda") == {**records.kernels(), "crossovers": H200.digest}
+    assert versions.kernels("cuda") == {**versions.kernels(), "crossovers": H200.digest}
     gpu[:] = ["NVIDIA H100", (9, 0)]
-    assert records.kernels("cuda")["crossovers"] == H100.digest != H200.digest
+    assert versions.kernels("cuda")["crossovers"] == H100.digest != H200.digest
     gpu[:] = ["NVIDIA B200", (10, 0)]
-    assert records.kernels("cuda")["crossovers"] == "estimated"
+    assert versions.kernels("cuda")["crossovers"] == "estimated"
     monkeypatch.setattr(backend, "_forced", "reference")
-    assert "crossovers" not in records.kernels("cuda")
+    assert "crossovers" not in versions.kernels("cuda")
