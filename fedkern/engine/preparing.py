@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedkern.engine import diagnostics
 from fedkern.engine.client import Client
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
@@ -20,6 +19,7 @@ from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
+from fedkern.methods.common import diagnostics
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE

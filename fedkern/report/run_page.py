@@ -20,7 +20,6 @@ from fedkern.data.arrays import NAME as ARRAYS
 from fedkern.data.partition import parse_partition
 from fedkern.data.used_cache import remembered
 from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
-from fedkern.engine.diagnostics import near
 from fedkern.engine.own_model import INSTANCE
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
@@ -31,6 +30,7 @@ from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
+from fedkern.methods.common.diagnostics import near
 from fedkern.methods.common.figure_names import figure_title, set_noun, set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.common.final_figures import set_name

@@ -14,7 +14,8 @@ from PIL import Image
 import fedkern
 from fedkern.data import load
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, diagnostics
+from fedkern.engine import RunConfig
+from fedkern.methods.common import diagnostics
 from fedkern.run import main
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from fedkern.engine import Listener, diagnostics, run
+from fedkern.engine import Listener, run
+from fedkern.methods.common import diagnostics
 
 
 def test_a_healthy_run_has_none(make_data, make_config, tmp_path):

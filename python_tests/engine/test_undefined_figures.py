@@ -12,8 +12,8 @@ import torch
 
 import fedkern
 from fedkern.data import FederatedData, Split
-from fedkern.engine.diagnostics import undefined_figures
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
+from fedkern.methods.common.diagnostics import undefined_figures
 
 rng = np.random.default_rng(0)
 

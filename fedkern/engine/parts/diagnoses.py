@@ -1,17 +1,17 @@
-"""Warnings about the final network and about what clients reported (`fedkern.engine.diagnostics`)."""
+"""Warnings about the final network and about what clients reported (`fedkern.methods.common.diagnostics`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine import diagnostics
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.saved_model import lacks_statistics
 from fedkern.methods.base import Method
+from fedkern.methods.common import diagnostics
 
 
 class Diagnoses(Part):
@@ -53,8 +53,8 @@ class Diagnoses(Part):
             diagnostics.unvaried_labels(sets),
             diagnostics.outlying_drift(self._last, context.data.client_label) if self._clients else {},
             diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant),
-            diagnostics.missing_statistics(config, flat and lacks_statistics(context, config)),
-            diagnostics.missing_metrics(config, sets, summary.latest),
+            diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
+            diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),
             diagnostics.undefined_figures(sets, summary.own, context.data.client_label),
             observed,
         ):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fedkern.data.image_rows import in_parts
-from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
 from fedkern.methods.common.client_figures import undefined
 from fedkern.methods.common.figure_names import set_noun, short_title, split_metric
@@ -18,7 +17,6 @@ from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.multilabel_figures import MAIN as AREA
 from fedkern.methods.common.multilabel_figures import unvaried
 from fedkern.methods.common.segmentation_figures import constant_dice
-from fedkern.settings.config import RunConfig
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1
@@ -67,7 +65,7 @@ def emulated(precision: str, device: str) -> dict[str, str]:
     return {"emulated-bf16": f"This {lacks}, so that --precision bf16 is emulated and slower than fp32: leave it out."}
 
 
-def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, str]:
+def collapsed_classes(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
     """Warning about classes of a test set that were never predicted."""
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
@@ -83,7 +81,7 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
     return {}
 
 
-def unvaried_labels(sets: Mapping[str, TestSet]) -> dict[str, str]:
+def unvaried_labels(sets: Mapping[str, Any]) -> dict[str, str]:
     """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
     for prefix, data in sets.items():
         kept = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
@@ -126,7 +124,7 @@ class Constant:
     name: str
 
 
-def constants(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, Constant]:
+def constants(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Constant]:
     """What predicting one class everywhere gives, by the prefix of the test set's figures.
 
     Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
@@ -206,11 +204,11 @@ def _statement(name: str, value: float, own: Collection[str]) -> str:
     return f"{short_title(figure)}{f' on the {set_noun(test_set)}' if test_set else ''} is {100 * value:.1f} %"
 
 
-def missing_metrics(config: RunConfig, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
+def missing_metrics(method: str, source: str, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
     """Warnings about metrics of plugins that an evaluation did not compute.
 
     Args:
-        config: the run's settings.
+        method, source: names of the method and the data set.
         sets: the test sets by the prefix of their figures' names.
         found: the figures of all test sets.
     """
@@ -221,12 +219,12 @@ def missing_metrics(config: RunConfig, sets: Mapping[str, Any], found: Mapping[s
     named = f"The metric {missing[0]} is" if len(missing) == 1 else f"The metrics {', '.join(missing)} are"
     return {
         "missing-metric": f"{named} not computed: metrics of plugins are for classification by one network, and "
-        f"{config.method} on {config.data} has other figures."
+        f"{method} on {source} has other figures."
     }
 
 
 def undefined_figures(
-    sets: Mapping[str, TestSet], own: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
+    sets: Mapping[str, Any], own: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
 ) -> dict[str, str]:
     """Warnings about main figures that are not defined on a test set or for a client.
 
@@ -252,11 +250,11 @@ def undefined_figures(
     return texts
 
 
-def missing_statistics(config: RunConfig, missing: bool) -> dict[str, str]:
+def missing_statistics(buffers: str, missing: bool) -> dict[str, str]:
     """Warning about a saved network without running statistics."""
     if not missing:
         return {}
     return {
-        "no-running-statistics": f"With --buffers {config.buffers} the global model has no batch norm statistics: it "
+        "no-running-statistics": f"With --buffers {buffers} the global model has no batch norm statistics: it "
         "was evaluated with those of each test batch, and so is what model.safetensors holds."
     }
