@@ -23,6 +23,7 @@ NUMBERS = 20
 MISTAKES = 5
 _TOP, _HEAD, _AXIS, _GAP, _LINE = 0.4, 0.5, 0.3, 0.35, 0.2  # inches: titles, names of axes, between panels, a line
 _LEAST = 0.08  # inches from one readable name to the next
+_PAD = 2 / 72  # inches from a matrix to its names
 
 
 def draw(found: Confusions, *, title: str = "") -> Figure:
@@ -62,11 +63,13 @@ def draw(found: Confusions, *, title: str = "") -> Figure:
         share = f"{100 * right / max(count, 1):.1f} % of {count:,} right"
         for line, up in ((label(set_title(name)), 0.29), (share, 0.1)):
             figure.text(x / width, 1 - (y - side - up) / height, line, fontsize=10 if up > 0.2 else 9, va="center")
-        ticks = range(0, classes, every)
         turned: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-        axes.set_xticks(ticks, names[::every], fontsize=size, **(turned if upright else {}))
-        axes.set_yticks(ticks, names[::every], fontsize=size)
-        axes.tick_params(length=0, pad=2)
+        under = turned if upright else {"ha": "center", "va": "top"}
+        for c in range(0, classes, every):  # as texts, which take half the time of ticks
+            along = (c + 0.5) * cell
+            left_of, beside = (x - _PAD) / width, 1 - (y - side + along) / height
+            figure.text(left_of, beside, names[c], fontsize=size, ha="right", va="center")
+            figure.text((x + along) / width, 1 - (y + _PAD) / height, names[c], fontsize=size, **under)
         _axis_name(figure, (x + side / 2) / width, 1 - (y + below - 0.13) / height, "predicted class")
         _axis_name(figure, (x - left + 0.15) / width, 1 - (y - side / 2) / height, "true class", rotation=90)
         for row, line in enumerate(("most frequent mistakes", *listed[number]) if listed else ()):
@@ -105,6 +108,8 @@ def _panel(axes: Axes, matrix: npt.NDArray[np.int64], number_size: float) -> Non
         size = min(10.0, 1.4 * number_size / digits)
         for i, j in np.argwhere(matrix):
             axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=size, color=ink(share[i, j]))
+    axes.set_xticks([])
+    axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("#cccccc")
 

@@ -32,13 +32,28 @@ def test_counts_and_names_are_written():
     figure = confusion_sheet.draw(found, title="t")
     first = figure.axes[0]
     assert sorted(text.get_text() for text in first.texts) == ["3", "50", "7"]  # nought is an empty cell
-    assert [text.get_text() for text in first.get_yticklabels()] == ["nevus", "melanoma"]
     image = next(child for child in first.get_children() if isinstance(child, AxesImage))
     np.testing.assert_allclose(image.get_array(), [[50 / 53, 3 / 53], [0, 1]])
     assert image.get_clim() == (0, 1)
     assert image.get_cmap().name == "Blues"  # one hue, from light to dark: safe for colour-blind readers
     said = {"in distribution", "95.0 % of 60 right", "out of distribution", "50.0 % of 4 right"}
     assert said | {"predicted class", "true class"} <= set(texts(figure))
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("nevus", "a melanoma", "anything else")])
+def test_names_stand_beside_their_row_and_under_their_column(names):
+    figure = confusion_sheet.draw(Confusions(names, {"id": matrix(3), "ood": matrix(3)}), title="t")
+    figure.draw_without_rendering()
+    for number, axes in enumerate(figure.axes[:2]):
+        labels = [text for text in figure.texts if text.get_text() in names][6 * number :]
+        for c in range(3):
+            middle = axes.transData.transform((c, c))
+            row, column = (text.get_window_extent() for text in labels[2 * c : 2 * c + 2])
+            assert labels[2 * c].get_text() == labels[2 * c + 1].get_text() == names[c]
+            assert row.y0 < middle[1] < row.y1
+            assert 2 < axes.bbox.x0 - row.x1 < 8
+            assert column.x0 < middle[0] < column.x1
+            assert 2 < axes.bbox.y0 - column.y1 < 8
 
 
 def test_a_class_without_images_has_no_colour():
@@ -54,8 +69,8 @@ def test_many_classes_have_a_list_of_mistakes():
     figure = confusion_sheet.draw(Confusions(names, {"test": counts}), title="t")
     assert len(figure.axes[0].texts) == 0
     assert "class 3 taken for class 7: 25" in texts(figure)
-    labels = figure.axes[0].get_yticklabels()
-    assert [text.get_text() for text in labels] == list(names)
+    labels = [text for text in figure.texts if text.get_text() in names]
+    assert [text.get_text() for text in labels] == [name for name in names for _ in ("row", "column")]
     assert all(text.get_fontsize() >= 5 for text in labels)
 
 

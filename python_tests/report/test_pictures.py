@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import rcParams
+from matplotlib.artist import Artist
 from PIL import Image
 
 from fedkern import models
@@ -296,6 +298,19 @@ def test_any_partition_can_be_drawn(tmp_path, shape):
     assert opened(tmp_path / "p.png").std() > 10
 
 
+def test_the_layout_leaves_out_the_numbers_of_a_partition_which_lie_in_their_axes():
+    statistics = PartitionStatistics(np.full((20, 20), 1234), tuple(f"class number {i}" for i in range(20)), "iid")
+    figure = plots.partition_picture(statistics, title="t")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert len(axes.texts) == 400
+    for number in axes.texts:
+        box = number.get_window_extent()
+        assert axes.bbox.contains(box.x0, box.y0)
+        assert axes.bbox.contains(box.x1, box.y1)
+        assert not number.get_in_layout()
+
+
 def test_the_partition_of_many_clients_is_that_of_some():
     counts = np.random.default_rng(0).integers(0, 9, size=(10_000, 4))
     colours = np.zeros((10_000, 4, 3), dtype=np.uint8)
@@ -344,6 +359,20 @@ def test_names_with_dollars_are_no_formulas(tmp_path, data):
     gradcam.draw(model, {"id": panel}, tmp_path / "g.png", classes=names, title="$ a_{$")
     for name in ("p.png", "g.png"):
         assert opened(tmp_path / name).std() > 10
+
+
+def test_letters_are_drawn_without_hints(tmp_path):
+    before, seen = rcParams["text.hinting"], []
+
+    class Letters(Artist):
+        def draw(self, renderer):
+            seen.append(rcParams["text.hinting"])
+
+    figure = plots.new_figure(2, 2)
+    figure.add_artist(Letters())
+    plots.save(figure, tmp_path / "p.png")
+    assert seen == ["none"]
+    assert rcParams["text.hinting"] == before != "none"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
