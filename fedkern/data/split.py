@@ -94,6 +94,10 @@ class Split:
             return self.labels.reshape(len(self))
         return torch.cat([_largest_classes(part) for part in in_parts(self.labels)])
 
+    def any_known(self) -> bool:
+        """Whether the class of an image or of a pixel is known."""
+        return any(bool((part >= 0).any()) for part in in_parts(self.labels))
+
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
         return Split(

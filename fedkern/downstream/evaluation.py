@@ -14,7 +14,7 @@ from fedkern.data import FederatedData, load
 from fedkern.data.registry import lookup
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.evaluate import batch_size, check_sets, evaluate, prefixed
+from fedkern.engine.evaluate import batch_size, evaluate, prefixed
 from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
@@ -23,7 +23,7 @@ from fedkern.methods.common.final_figures import final_figures
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import finished_data
+from fedkern.settings.run_data import check_sets, finished_data
 from fedkern.torch_modes import cpu_threads, reproducible
 
 

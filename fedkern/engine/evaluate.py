@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from fedkern import models
-from fedkern.data.image_rows import in_parts
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, client_label
 from fedkern.engine.samples import BATCH, TestSet
@@ -44,26 +43,6 @@ def prefixed(data: FederatedData) -> dict[str, Split]:
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
-def check_sets(data: Any) -> None:
-    """Raises UserError where a segmentation set that the run is evaluated on has no pixel whose class is known.
-
-    Called before the training, because such a set has no figures and the training would be lost.
-    """
-    if data.task != "segmentation":
-        return
-    for name, split in {**data.tests, "validation": data.validation}.items():
-        if len(split) and not _any_known(split):
-            raise UserError(
-                f"The {set_noun(name)} has no pixel whose class is known: give it other images, or more of them."
-            )
-    for k, split in enumerate(data.client_tests):
-        if not _any_known(split):
-            raise UserError(
-                f"Client {client_label(data.client_names, k)}'s own test set has no pixel whose class is known: use a "
-                "larger --client-test, or 0."
-            )
-
-
 def client_sets(context: Any) -> dict[int, TestSet]:
     """Every client's own test set, where clients have one."""
     return _alike({k: _test_set(context, split) for k, split in enumerate(context.data.client_tests)})
@@ -80,13 +59,8 @@ def site_sets(context: Any) -> dict[int, TestSet]:
         return {}
     homes = test.homes
     parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(data.client_names))}
-    fit = {k: split for k, split in parts.items() if len(split) > 1 and _any_known(split)}
+    fit = {k: split for k, split in parts.items() if len(split) > 1 and split.any_known()}
     return _alike({k: _test_set(context, split) for k, split in fit.items()})
-
-
-def _any_known(split: Split) -> bool:
-    """Whether the class of an image or of a pixel is known."""
-    return any(bool((part >= 0).any()) for part in in_parts(split.labels))
 
 
 def _alike(sets: dict[int, TestSet]) -> dict[int, TestSet]:

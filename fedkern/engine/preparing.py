@@ -8,7 +8,6 @@ from fedkern.engine.client import Client
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
-from fedkern.engine.evaluate import check_sets
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.participants import fewest_uploads
 from fedkern.engine.progress import Progress
@@ -25,6 +24,7 @@ from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
 from fedkern.privacy import Guarantee
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import check_sets
 
 
 @dataclass

@@ -15,8 +15,10 @@ from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.types import client_label
 from fedkern.errors import UserError
 from fedkern.methods import registry
+from fedkern.methods.common.figure_names import set_noun
 from fedkern.models.registry import check_task
 from fedkern.settings.config import RunConfig
 from fedkern.torch_modes import reproducible
@@ -205,4 +207,24 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
             raise UserError(
                 f"Client {data.client_label(k)} has a single image-text pair, and every pair is told from the others "
                 "of its batch: use fewer clients, more samples, or another --partition."
+            )
+
+
+def check_sets(data: Any) -> None:
+    """Raises UserError where a segmentation set that the run is evaluated on has no pixel whose class is known.
+
+    Called before the training, because such a set has no figures and the training would be lost.
+    """
+    if data.task != "segmentation":
+        return
+    for name, split in {**data.tests, "validation": data.validation}.items():
+        if len(split) and not split.any_known():
+            raise UserError(
+                f"The {set_noun(name)} has no pixel whose class is known: give it other images, or more of them."
+            )
+    for k, split in enumerate(data.client_tests):
+        if not split.any_known():
+            raise UserError(
+                f"Client {client_label(data.client_names, k)}'s own test set has no pixel whose class is known: use a "
+                "larger --client-test, or 0."
             )
