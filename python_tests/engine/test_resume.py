@@ -17,8 +17,8 @@ from smallest import SETTINGS
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import Listener, RunConfig, Terminated, run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.errors import UserError
+from fedkern.folder_lock import FolderLock
 from fedkern.methods import METHODS, FedAvg
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}

@@ -10,11 +10,11 @@ from typing import Any
 
 from fedkern import atomic
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACK, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
+from fedkern.folder_lock import FolderLock
 from fedkern.inputs import read_json, read_text, standing
 from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round

@@ -9,17 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedkern import atomic, files
-from fedkern.engine.store import (
-    artifacts,
-    checkpoints,
-    confusions,
-    evaluation_file,
-    folder_lock,
-    predictions,
-    records,
-    saved_model,
-)
+from fedkern import atomic, files, folder_lock
+from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.settings import config

@@ -8,16 +8,15 @@ import sys
 
 import pytest
 
-from fedkern import atomic
+from fedkern import atomic, folder_lock
 from fedkern.engine import RunConfig, run
-from fedkern.engine.store import folder_lock
-from fedkern.engine.store.folder_lock import FolderLock
 from fedkern.errors import UserError
+from fedkern.folder_lock import FolderLock
 
 HOLDER = """
 import errno, fcntl, sys, time
 from pathlib import Path
-from fedkern.engine.store import folder_lock
+from fedkern import folder_lock
 
 def flock(file, operation):
     raise OSError(errno.ENOTSUP, "no locks here")
