@@ -83,11 +83,7 @@ def open_cifar10(root: str | Path | None) -> Source:
 
 
 def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
-    """Reads CIFAR-100 from ``root``, ``root/cifar100`` or ``root/cifar-100-binary``.
-
-    Args:
-        labels: ``"fine"`` (100 classes) or ``"coarse"`` (20 superclasses).
-    """
+    """Reads CIFAR-100 from ``root``, ``root/cifar100`` or ``root/cifar-100-binary``."""
     folder = find_folder(root, "cifar100", ("cifar-100-binary", "cifar100", "CIFAR100"), ["train.bin", "test.bin"])
     column = 1 if labels == "fine" else 0
     train_images, train_labels = read_records(folder, "train.bin", "cifar100", (20, 100))

@@ -46,12 +46,9 @@ def open_folder(
             the test set.  `SPLITS` has the other accepted names, in any case.  Or ``root`` holds a folder for every
             site with such a tree in it, and the sites are the clients.  The test folder of a site is then the own test
             set of that client; the test set of the run joins them.
-        size: side in pixels to which every image is resized.
-        colour: ``"rgb"`` or ``"grey"``.
-        test_share, validation_share: share of the images held out where there is no such folder.
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
-        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
+
+    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: no such tree, fewer than two classes, a class without images, a test class unknown in training, or

@@ -55,15 +55,10 @@ def open_pairs(
     Args:
         root: the CSV file, a folder with one CSV file, or the folder of images.
         size: side in pixels to which every image is resized, with black bars where it is not square.
-        colour: ``"rgb"`` or ``"grey"``.
-        longest: words kept of a text.
-        test_share, validation_share: share of the images held out where there is no such split.
-        crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
-            images.
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
-        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``LABEL/PATIENT/image``.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
+
+    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.

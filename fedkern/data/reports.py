@@ -69,19 +69,15 @@ def open_reports(
     Args:
         root: the CSV file, or a folder with that one CSV file.
         size: side in pixels to which every image is resized, with black bars where it is not square.
-        colour: ``"rgb"`` or ``"grey"``.
         views: which rows are kept.  ``"frontal"``: rows whose view is PA or AP, alone or with the patient's posture
             ("AP portable"), but not lying on one side or axial ("AP LLD", "AP AXIAL").  ``"known"``: frontal rows and
             rows that name no view.  ``"all"``: all rows.
-        longest: tokens kept of a report.
-        shortest: rows whose report has fewer tokens are left out.
-        test_share, validation_share: share of the images held out where no row belongs to such a split.
         crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
             images.  The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
-        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         **chosen: columns of the file, see `fedkern.data.table.read_table`; a chosen ``report`` replaces ``impression``
             and ``findings`` too.
+
+    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: anything wrong with the file or an image it names, or no row left.

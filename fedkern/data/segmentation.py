@@ -61,18 +61,15 @@ def open_segmentation(
     Args:
         root: the CSV file, a folder with one CSV file, or the folder of images and masks.
         size: side in pixels to which images and, by the nearest pixel, masks are resized.
-        colour: ``"rgb"`` or ``"grey"``.
         names: the classes, separated by ``|``, the background first; by default they are numbered.
         tile: side of the tiles that images are cut into after resizing, 0 for none; ``size`` is a multiple of ``tile``.
             The tiles of an image are one case: they are held out, given to a client and scored together.
-        ignore: value of mask pixels whose class is unknown (often 255), -1 for none.
-        test_share, validation_share: share of the images held out where there is no such split.
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
-        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
         cache: folder that keeps decoded masks.
         notice: called with the progress of a long decoding.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
+
+    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: anything wrong with a file, an image without a mask, or a class number beyond ``names``.

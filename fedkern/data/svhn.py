@@ -59,11 +59,7 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
 
 
 def open_svhn(root: str | Path | None, extra: str = "no") -> Source:
-    """Reads SVHN from ``root``, ``root/svhn`` or ``root/SVHN``.
-
-    Args:
-        extra: ``"yes"`` adds the 531,131 easier training images of extra_32x32.mat.
-    """
+    """Reads SVHN from ``root``, ``root/svhn`` or ``root/SVHN``."""
     names = ["train_32x32.mat", *(["extra_32x32.mat"] if extra == "yes" else [])]
     folder = find_folder(root, "svhn", ("svhn", "SVHN"), [*names, "test_32x32.mat"])
     parts = [read_mat(folder, name) for name in names]

@@ -321,12 +321,9 @@ def open_csv(
 
     Args:
         root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
-        size: side in pixels to which every image is resized.
-        colour: ``"rgb"`` or ``"grey"``.
-        test_share, validation_share: share of the images held out where no row belongs to such a split.
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
-        bits: bits of a grey value in files with more than eight; 0: the least that hold the values.
         **chosen: columns of the file, see `read_table`.
+
+    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: anything wrong with the file or an image it names.
