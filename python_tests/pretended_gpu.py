@@ -107,7 +107,7 @@ def pretend(monkeypatch) -> Waits:
         waits.steps += waits.inside
         own_check()
 
-    def digest(number, step, rows, names, done, totals, seen):  # reads an epoch's figures: a wait by design
+    def digest(number, phase, rows, names, done, totals, seen):  # reads an epoch's figures: a wait by design
         waits.inside = False
         for name in {"loss", *(name for own in names for name in own)}:
             totals[name], seen[name] = 1.0, 1

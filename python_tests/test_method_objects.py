@@ -29,9 +29,9 @@ class Slow(FedAvg):
     class Options(FedAvg.Options):
         share: float = option(1.0, "share of the way", above=0, high=1)
 
-    def server_update(self, server, step, uploads):
+    def server_update(self, server, phase, uploads):
         before = server.state["parameters"]
-        super().server_update(server, step, uploads)
+        super().server_update(server, phase, uploads)
         server.state["parameters"] = torch.lerp(before, server.state["parameters"], self.options.share)
 
 

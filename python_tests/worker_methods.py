@@ -20,36 +20,36 @@ NARROW = ModelEntry("narrow", "a cnn of half the width", 8, 8, narrow)
 class Raising(FedAvg):
     """Client 1 raises in the second round."""
 
-    def client_update(self, client, step, message):
-        if client.id == 1 and step.round == 1:
+    def client_update(self, client, phase, message):
+        if client.id == 1 and phase.round == 1:
             raise ZeroDivisionError("nothing to divide by")
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
 
 class Dying(FedAvg):
     """Client 1 ends its process, every time."""
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         if client.id == 1 and os.environ.get("FEDKERN_TEST_PARENT") != str(os.getpid()):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
 
 class Telling(FedAvg):
     """Clients warn and notice, each with its own words."""
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         client.warn("one-name", f"client {client.id} warned first")
-        client.warn(f"name-{client.id}", f"round {step.round}")
+        client.warn(f"name-{client.id}", f"round {phase.round}")
         client.notice(f"client {client.id} is at work")
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
 
 class Writing(FedAvg):
     """Clients write into what they were sent, after their training."""
 
-    def client_update(self, client, step, message):
-        result = super().client_update(client, step, message)
+    def client_update(self, client, phase, message):
+        result = super().client_update(client, phase, message)
         message["parameters"].zero_()
         return result
 
@@ -57,27 +57,27 @@ class Writing(FedAvg):
 class Unportable(FedAvg):
     """Clients answer with what no process can be sent."""
 
-    def client_update(self, client, step, message):
-        return {**super().client_update(client, step, message), "more": lambda: 0}
+    def client_update(self, client, phase, message):
+        return {**super().client_update(client, phase, message), "more": lambda: 0}
 
 
 class Counting(FedAvg):
     """Clients say on how many threads they work."""
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         client.warn("threads", str(torch.get_num_threads()))
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
 
 class Sending(FedAvg):
     """The server sends what no process can be sent, in the first round."""
 
-    def send(self, server, step):
-        message = super().send(server, step)
-        return {**message, "more": lambda: 0} if step.round == 0 else message
+    def send(self, server, phase):
+        message = super().send(server, phase)
+        return {**message, "more": lambda: 0} if phase.round == 0 else message
 
-    def expects(self, server, step, client, message):
-        return super().expects(server, step, client, {k: v for k, v in message.items() if k != "more"})
+    def expects(self, server, phase, client, message):
+        return super().expects(server, phase, client, {k: v for k, v in message.items() if k != "more"})
 
 
 class Keeping(FedAvg):
@@ -87,6 +87,6 @@ class Keeping(FedAvg):
         super().start(server)
         self.notice = server.notice
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         self.notice(f"client {client.id}")
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)

@@ -129,8 +129,8 @@ def refused(runs: FuseFLRuns) -> Section:
     rates, alpha, numbers, rows = runs.rates(), runs.study.alphas[-1], {}, []
     sound = {n: [runs.one_shot(n, alpha, rates[n, CALIBRATED], seed) for seed in SEEDS] for n in ONE_SHOT}
     spoiled = {
-        title: [runs.spoiled(name, kind, step, alpha, rates[name, CALIBRATED], seed) for seed in SEEDS]
-        for title, (name, kind, step) in SPOILED.items()
+        title: [runs.spoiled(name, kind, round_name, alpha, rates[name, CALIBRATED], seed) for seed in SEEDS]
+        for title, (name, kind, round_name) in SPOILED.items()
     }
     runs.run(case for of in (sound, spoiled) for several in of.values() for case in several)
     for title, cases in spoiled.items():

@@ -36,7 +36,7 @@ from fedkern.data import Split
 from fedkern.engine import private_training
 from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Schedule
-from fedkern.methods.base import Objective, Step
+from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, IMAGE, LEDGER
@@ -76,8 +76,8 @@ class Client:
         self.report: dict[str, Any] = {}
         self.labels = torch.zeros(samples, dtype=torch.int64)
 
-    def rng(self, purpose: str, step: Step) -> np.random.Generator:
-        return stream(self.seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
+    def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
+        return stream(self.seed, f"{purpose}/{phase.exchange}", round=phase.round, client=self.id)
 
 
 # -- FedIOD's channels -------------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ def _serves(client: Client, t: int, repeat: int, options: Any) -> float:
     """1 where the shard that holds the canary serves, as a step of its own draws it."""
     if options.shards == 1:
         return 1.0
-    step = Step(repeat, "round", f"images {t}")
-    return float(private_messages.serving(client, step, options) == 0)  # type: ignore[arg-type]
+    phase = Phase(repeat, "round", f"images {t}")
+    return float(private_messages.serving(client, phase, options) == 0)  # type: ignore[arg-type]
 
 
 def _of_one(ledger: Ledger, repeats: int, score: str) -> Ledger:
@@ -181,8 +181,8 @@ def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
             module, canaries = nn.Linear(each, 1, bias=False), _Canaries(sign)
             nn.init.zeros_(module.weight)
             spending = DPSGD(1.0, lambda rate, steps: noise, "dp-sgd", "")
-            step = Step(0, "teachers", "teachers")
-            private_training.train_privately(client, canaries, step, module, data, None, schedule, spending, None)  # type: ignore[arg-type]
+            phase = Phase(0, "teachers", "teachers")
+            private_training.train_privately(client, canaries, phase, module, data, None, schedule, spending, None)  # type: ignore[arg-type]
             path = torch.stack([*canaries.seen, next(module.parameters()).detach().flatten()]).double()
             flips = 1.0 - 2.0 * (torch.arange(steps) % 2)
             scores.append(batch * (flips[:, None] * -path.diff(dim=0)).sum(0))
@@ -241,8 +241,8 @@ def unsampled() -> Iterator[None]:
     """The shard that holds the canary always serves, and every sample is in every batch."""
     right = Client.rng
 
-    def rng(self: Client, purpose: str, step: Step) -> Any:
-        return _Zeros() if purpose.startswith(("serving", "batches")) else right(self, purpose, step)
+    def rng(self: Client, purpose: str, phase: Phase) -> Any:
+        return _Zeros() if purpose.startswith(("serving", "batches")) else right(self, purpose, phase)
 
     with mock.patch.object(Client, "rng", rng):
         yield

@@ -1,9 +1,9 @@
 """``python -m fedkern.run`` with a client whose uploads cannot be used, to see what the others make without it.
 
-    python -m benchmarks.studies.spoiled KIND STEP METHOD [flags of fedkern.run]
+    python -m benchmarks.studies.spoiled KIND ROUND METHOD [flags of fedkern.run]
 
 KIND is ``nan`` (every floating-point tensor of the upload becomes NaN) or ``shape`` (its first tensor of two rows or
-more loses one), STEP the name of the round whose upload client 0 spoils, for example ``train`` or ``level1``.  With
+more loses one), ROUND the name of the round whose upload client 0 spoils, for example ``train`` or ``level1``.  With
 ``--on-nan skip`` the server leaves the upload out and says so; ``--resume DIR`` instead of METHOD spoils it again.
 """
 
@@ -43,21 +43,22 @@ def _shape(message: Any) -> Any:
 KINDS: Mapping[str, Callable[[Any], Any]] = {"nan": _nan, "shape": _shape}
 
 
-def spoil(kind: str, step: str) -> None:
-    """Makes client 0 of every registered method spoil what it uploads in the rounds named ``step``."""
+def spoil(kind: str, round_name: str) -> None:
+    """Makes client 0 of every registered method spoil what it uploads in the rounds named ``round_name``."""
     change = KINDS[kind]
     for name, method in list(METHODS.items()):
 
         def client_update(self: Any, client: Any, asked: Any, message: Any, of: Any = method) -> Any:
             upload = of.client_update(self, client, asked, message)
-            return change(upload) if client.id == CLIENT and asked.name == step else upload
+            return change(upload) if client.id == CLIENT and asked.name == round_name else upload
 
         METHODS[name] = type(method.__name__, (method,), {"client_update": client_update, "__doc__": method.__doc__})
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 4 or sys.argv[1] not in KINDS:
-        print(f"usage: python -m benchmarks.studies.spoiled {{{','.join(KINDS)}}} STEP METHOD [flags]", file=sys.stderr)
+        words = f"{{{','.join(KINDS)}}} ROUND METHOD [flags]"
+        print(f"usage: python -m benchmarks.studies.spoiled {words}", file=sys.stderr)
         sys.exit(USAGE)
     spoil(sys.argv[1], sys.argv[2])
     sys.exit(main(sys.argv[3:]))

@@ -21,7 +21,7 @@ from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.samples import BackgroundBank
 from fedkern.engine.training import Context, Schedule, train
-from fedkern.methods.base import Batch, Message, Objective, Step
+from fedkern.methods.base import Batch, Message, Objective, Phase
 from fedkern.methods.protocol import BEFORE, batch_slices
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
@@ -71,7 +71,7 @@ class Client(Node):
     def train(
         self,
         method: Objective,
-        step: Step,
+        phase: Phase,
         message: Message,
         *,
         parts: Sequence[str] | None = None,
@@ -91,13 +91,13 @@ class Client(Node):
         network.write(message)
         limit = config.local_steps if steps is None else steps
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
-        received = self._received(step, message, epochs, own, anchor)
+        received = self._received(phase, message, epochs, own, anchor)
         received.extras = extras or {}
-        schedule = self._until_the_deadline(step, self._schedule(step, epochs, limit), rows)
-        network.fixed = self.statistics_fixed(step)
+        schedule = self._until_the_deadline(phase, self._schedule(phase, epochs, limit), rows)
+        network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
-        self.report.update(train(self, method, step, trained, data, received, schedule, rows))
+        self.report.update(train(self, method, phase, trained, data, received, schedule, rows))
         result = {name: value.cpu() for name, value in trained.read().items()}
         if config.buffers == "average":
             return result
@@ -106,9 +106,9 @@ class Client(Node):
             self.state["buffers_local"] = {name: value for name, value in whole.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
 
-    def _until_the_deadline(self, step: Step, schedule: Schedule, rows: np.ndarray | None) -> Schedule:
+    def _until_the_deadline(self, phase: Phase, schedule: Schedule, rows: np.ndarray | None) -> Schedule:
         """The schedule, cut short where the client is slow in this round (``--straggler-rate``)."""
-        share = share_of_work(self._context.config, step.round, self.id) if step.round >= 0 else 1.0
+        share = share_of_work(self._context.config, phase.round, self.id) if phase.round >= 0 else 1.0
         if share == 1:
             return schedule
         self.report["work_done"] = share
@@ -116,9 +116,9 @@ class Client(Node):
         whole = schedule.epochs * epoch if schedule.limit is None else schedule.limit
         return replace(schedule, limit=max(1, math.floor(share * whole)))
 
-    def statistics_fixed(self, step: Step) -> bool:
+    def statistics_fixed(self, phase: Phase) -> bool:
         after = self._context.config.fix_statistics
-        return after is not None and step.round >= after
+        return after is not None and phase.round >= after
 
     def _own_buffers(self) -> Message | None:
         return self.state.get("buffers_local") if self._context.config.buffers == "local" else None
@@ -138,7 +138,7 @@ class Client(Node):
     def fit(
         self,
         method: Objective,
-        step: Step,
+        phase: Phase,
         module: nn.Module,
         *,
         message: Message | None = None,
@@ -153,14 +153,14 @@ class Client(Node):
         limit = self._context.config.local_steps if epochs is None else None
         epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
         trainable = Trainable(module)
-        trainable.fixed = self.statistics_fixed(step)
-        received = self._received(step, {} if message is None else message, epochs, None)
-        data, schedule = self._context.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
+        trainable.fixed = self.statistics_fixed(phase)
+        received = self._received(phase, {} if message is None else message, epochs, None)
+        data, schedule = self._context.client_data(self.id), replace(self._schedule(phase, epochs, limit), end=lr_end)
         if first is not None:
             schedule = replace(schedule, first=first)
-        schedule = self._until_the_deadline(step, schedule, rows)
+        schedule = self._until_the_deadline(phase, schedule, rows)
         try:
-            figures = train(self, method, step, trainable, data, received, schedule, rows, after_epoch)
+            figures = train(self, method, phase, trainable, data, received, schedule, rows, after_epoch)
         finally:
             trainable.release()
         self.report.update(figures)
@@ -169,7 +169,7 @@ class Client(Node):
     def fit_privately(
         self,
         method: Objective,
-        step: Step,
+        phase: Phase,
         module: nn.Module,
         spending: DPSGD,
         *,
@@ -177,19 +177,19 @@ class Client(Node):
     ) -> dict[str, float]:
         limit = self._context.config.local_steps
         epochs = self._epochs(limit, declared(self.samples, rows, spending))
-        received, schedule = self._received(step, {}, epochs, None), self._schedule(step, epochs, limit)
+        received, schedule = self._received(phase, {}, epochs, None), self._schedule(phase, epochs, limit)
         data = self._context.client_data(self.id)
-        figures = train_privately(self, method, step, module, data, received, schedule, spending, rows)
+        figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
 
     def _received(
-        self, step: Step, message: Message, epochs: int, buffers: Message | None, anchor: Message | None = None
+        self, phase: Phase, message: Message, epochs: int, buffers: Message | None, anchor: Message | None = None
     ) -> Context:
         flat = message.get("parameters")
         return Context(
             message=message,
-            step=step,
+            phase=phase,
             samples=self.samples,
             epochs=epochs,
             flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
@@ -203,8 +203,8 @@ class Client(Node):
             return config.local_epochs
         return math.ceil(limit / len(batch_slices(samples, config.batch_size)))
 
-    def _schedule(self, step: Step, epochs: int, limit: int | None) -> Schedule:
-        config, round = self._context.config, max(step.round, 0)
+    def _schedule(self, phase: Phase, epochs: int, limit: int | None) -> Schedule:
+        config, round = self._context.config, max(phase.round, 0)
         lr, steps = config.lr * config.lr_decay**round, config.lr_epochs
         if limit is not None:
             # A number of steps is another number of epochs at every client.  The rate drops by the run's rounds (or
@@ -259,6 +259,6 @@ class Client(Node):
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> BackgroundBank:
         return self._context.client_data(self.id).make_backgrounds(message, fill)
 
-    def rng(self, purpose: str, step: Step) -> np.random.Generator:
-        name = purpose if step.exchange == "update" else f"{purpose}/{step.exchange}"
-        return stream(self._context.config.seed, name, round=step.round, client=self.id)
+    def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
+        name = purpose if phase.exchange == "update" else f"{purpose}/{phase.exchange}"
+        return stream(self._context.config.seed, name, round=phase.round, client=self.id)

@@ -19,7 +19,7 @@ from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
-from fedkern.methods.base import VECTORS, Federation, Message, Step
+from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.registry import added, check_task
@@ -149,7 +149,7 @@ class RunContext:
         """The networks that the settings name and that are not fedkern's."""
         return added(" ".join(map(str, (self.config.model, *self.config.options.values()))))
 
-    def drawing(self, node: Any, step: Step) -> AbstractContextManager[None]:
+    def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.
 
         A user's network may draw from global generators (dropout).  They begin anew at a word of the node's own stream,
@@ -157,7 +157,7 @@ class RunContext:
         """
         if not any(isinstance(entry.make, models.Own) for entry in self.added_models):
             return nullcontext()
-        return seeded(int(node.rng("layers", step).integers(2**63)), self.device)
+        return seeded(int(node.rng("layers", phase).integers(2**63)), self.device)
 
     @property
     def model_name(self) -> str:

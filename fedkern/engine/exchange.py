@@ -44,7 +44,7 @@ class Exchange:
         for k, why in absent.items():
             if k in messages:
                 self._leave(k, messages[k])
-            self._log.lost(k, self._asked.step.exchange, why)
+            self._log.lost(k, self._asked.phase.exchange, why)
 
     def uploads(self) -> Iterator[Upload]:
         """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
@@ -114,11 +114,11 @@ class Exchange:
             clients = {k: here.client(k) for k in asked.participants}
             for client in clients.values():
                 client.report = {}
-            found = asked.hooks.cohort_update(clients, asked.step, asked.sent)
+            found = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
             if found is not None:
                 each = (time.perf_counter() - start) / len(asked.sent)
                 return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(asked.sent))
         encoders: dict[ClientId, Any] = {}
         for one in self._filters:
             encoders.update(one.encoders(asked))
-        return self._executor.answers(asked.hooks.asker, asked.step, asked.sent, encoders)
+        return self._executor.answers(asked.hooks.asker, asked.phase, asked.sent, encoders)

@@ -14,7 +14,7 @@ from fedkern.engine.finite import check_finite
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.errors import RAISED, UserError, named, origin
-from fedkern.methods.base import ClientId, Declaration, Message, Method, Step, Upload
+from fedkern.methods.base import ClientId, Declaration, Message, Method, Phase, Upload
 
 _SUMMING = ("reduce", "server_update", "average", "weight")
 
@@ -74,43 +74,43 @@ class Hooks:
         """Whether the exchange is one of the method."""
         return self.asker == "method"
 
-    def send(self, step: Step) -> Any:
+    def send(self, phase: Phase) -> Any:
         """What the server sends (see :meth:`messages`)."""
-        with self._context.drawing(self._server, step), self._code("send"):
-            return self._asked.send(self._server, step)
+        with self._context.drawing(self._server, phase), self._code("send"):
+            return self._asked.send(self._server, phase)
 
     def messages(self, outgoing: Any, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
         """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
         found = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
         return {k: message for k, message in found.items() if message is not None}
 
-    def declared(self, step: Step, client: ClientId, message: Message) -> Declaration:
+    def declared(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """The declaration of a client's upload."""
         with self._code("expects"):
-            return self._asked.expects(self._server, step, client, message)
+            return self._asked.expects(self._server, phase, client, message)
 
-    def reduced(self, step: Step) -> tuple[str, ...]:
+    def reduced(self, phase: Phase) -> tuple[str, ...]:
         """The vectors of an upload that the server only adds up; none of the pooling's."""
         if not self.own:
             return ()
         with self._code("reduce"):
-            return reduced(self._asked, step)
+            return reduced(self._asked, phase)
 
     def cohort_update(
-        self, clients: Mapping[ClientId, Client], step: Step, sent: Mapping[ClientId, Message]
+        self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
     ) -> dict[ClientId, Any] | None:
         """The uploads of a cohort that works together; None where its clients work on their own."""
         if not self.own:
             return None
-        with self._context.drawing(self._server, step), self._code("cohort_update"):
-            found = self._asked.cohort_update(clients, step, sent)
+        with self._context.drawing(self._server, phase), self._code("cohort_update"):
+            found = self._asked.cohort_update(clients, phase, sent)
             return None if found is None else dict(found)
 
-    def server_update(self, step: Step, uploads: Iterator[Upload]) -> None:
+    def server_update(self, phase: Phase, uploads: Iterator[Upload]) -> None:
         """Hands the server all uploads of an exchange."""
         passing = self._code.passing(uploads)
-        with self._context.drawing(self._server, step), self._code("server_update"):
-            self._asked.server_update(self._server, step, passing)
+        with self._context.drawing(self._server, phase), self._code("server_update"):
+            self._asked.server_update(self._server, phase, passing)
         for _ in passing:  # every client works, even where server_update stops reading
             pass
 
@@ -134,7 +134,7 @@ class Hooks:
         return network
 
 
-def reduced(method: Method, step: Step) -> tuple[str, ...]:
+def reduced(method: Method, phase: Phase) -> tuple[str, ...]:
     """The vectors of an upload that the method's server only adds up (see `Method.reduce`).
 
     Empty where a class has a ``server_update``, ``average`` or ``weight`` of its own and inherits ``reduce``: what it
@@ -142,7 +142,7 @@ def reduced(method: Method, step: Step) -> tuple[str, ...]:
     """
     kinds = type(method).__mro__
     at = {name: next((i for i, kind in enumerate(kinds) if name in vars(kind)), len(kinds)) for name in _SUMMING}
-    return method.reduce(step) if at["reduce"] == min(at.values()) else ()
+    return method.reduce(phase) if at["reduce"] == min(at.values()) else ()
 
 
 def messages_for(outgoing: Any, clients: Iterable[int], selective: bool = False) -> dict[int, Message | None]:

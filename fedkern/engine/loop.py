@@ -17,7 +17,7 @@ from fedkern.engine.round_log import RoundLog
 from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.interrupts import check
-from fedkern.methods.base import Round, Step
+from fedkern.methods.base import Phase, Round
 from fedkern.methods.common.pooling import Pooling
 
 
@@ -99,7 +99,7 @@ class Loop:
         """Plays a round."""
         entry, clients = record.entry, record.participants
         absent = {} if entry.one_off else absent_clients(self._context.config, self._progress.index, clients)
-        record.phases.update({"train": 0.0, "aggregate": 0.0, "evaluate": 0.0})
+        record.seconds.update({"train": 0.0, "aggregate": 0.0, "evaluate": 0.0})
         present = [k for k in clients if k not in absent]
         exchanges = self._pooling.exchanges(entry, record.due)
         record.exchanges = tuple(name for name, _ in exchanges)
@@ -107,23 +107,23 @@ class Loop:
         for name, asker in exchanges:
             self._progress.exchange, self._progress.last_exchange = name, name == exchanges[-1][0]
             begun, hooks = time.perf_counter(), self._hooks[asker]
-            step = Step(self._progress.index, entry.name, name)
-            outgoing = hooks.send(step)
+            phase = Phase(self._progress.index, entry.name, name)
+            outgoing = hooks.send(phase)
             sent = hooks.messages(outgoing, present)
-            asked = Asked(step, entry, self._progress.planned, len(clients), tuple(present), hooks, sent)
+            asked = Asked(phase, entry, self._progress.planned, len(clients), tuple(present), hooks, sent)
             exchange = Exchange(
                 asked, self._filters, self._at_work(record), self._log, self._context.federation.samples
             )
             exchange.lose(hooks.messages(outgoing, absent), absent)
             absent = {}
-            hooks.server_update(step, exchange.uploads())
+            hooks.server_update(phase, exchange.uploads())
             for k, reason in self._server.refused:
                 self._log.leave_out(k, {"exchange": name, "reason": reason})
             self._server.refused.clear()
-            record.phases["train"] += exchange.seconds
+            record.seconds["train"] += exchange.seconds
             if len(exchanges) > 1:
-                record.phases[f"train/{name}"] = exchange.seconds
-            record.phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
+                record.seconds[f"train/{name}"] = exchange.seconds
+            record.seconds["aggregate"] += time.perf_counter() - begun - exchange.seconds
             present = [k for k in present if k not in self._log.left]
             if not present:
                 self._log.none_left()

@@ -12,7 +12,7 @@ from torch import nn
 from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Context, Diverged, Schedule
 from fedkern.interrupts import check
-from fedkern.methods.base import Client, Objective, Step
+from fedkern.methods.base import Client, Objective, Phase
 from fedkern.models.precision import computing
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import (
@@ -30,7 +30,7 @@ from fedkern.privacy.dpsgd import (
 def train_privately(
     client: Client,
     method: Objective,
-    step: Step,
+    phase: Phase,
     module: nn.Module,
     data: ClientData,
     received: Context,
@@ -65,8 +65,8 @@ def train_privately(
     count = size // spending.images  # number of samples, or of patients
     noise = spending.noise(rate, steps)
     secret = spending.secret
-    draws = client.rng(stream_name("batches", secret), step)
-    augmentation = client.rng("augmentation", step) if data.augment != "none" else None
+    draws = client.rng(stream_name("batches", secret), phase)
+    augmentation = client.rng("augmentation", phase) if data.augment != "none" else None
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
     if schedule.optimizer == "adamw":
@@ -78,7 +78,7 @@ def train_privately(
     module.train()
     total, batches = 0.0, 0
     device = next(module.parameters()).device
-    generator = generator_of(client.rng(stream_name("dp-sgd", secret), step), device, whole=bool(secret))
+    generator = generator_of(client.rng(stream_name("dp-sgd", secret), phase), device, whole=bool(secret))
     expected = rate * count
     # Booked before the first step: however the training ends, and whatever is told of that, costs no more than this.
     accountant = Accountant(client.state.get(LEDGER))
@@ -94,7 +94,7 @@ def train_privately(
             drawn = rows[chosen if owners is None else chosen[owners]]
             private.zero_grad()
             if len(drawn):
-                batch = replace(data.batch(drawn, step, done // each, augmentation), per_sample=True)
+                batch = replace(data.batch(drawn, phase, done // each, augmentation), per_sample=True)
                 result = method.loss(module, batch, received)
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()
@@ -108,7 +108,7 @@ def train_privately(
                 empty_batch(module)
             private.step()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
-        raise Diverged(client.id, step.round, steps, "the parameters are not finite")
+        raise Diverged(client.id, phase.round, steps, "the parameters are not finite")
     return {"loss": total / max(batches, 1), "noise": noise}
 
 

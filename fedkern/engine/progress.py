@@ -15,7 +15,7 @@ class Progress:
         done: communication rounds done.
         planned: rounds of the method's plan done, one-off ones included.
         entry: the round being played, or the last one; None before this process plays its first.
-        index: number of that round as `Step` has it: from 0, negative for one-off rounds.
+        index: number of that round as `Phase` has it: from 0, negative for one-off rounds.
         exchange: name of the exchange.
         last_exchange: whether it is the last one of its round.
     """

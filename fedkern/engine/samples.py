@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data import transforms
 from fedkern.data.image_rows import loaded
 from fedkern.data.pixels import Pixels, placed, take_tokens
-from fedkern.methods.base import OUTSIDE, Batch, Step
+from fedkern.methods.base import OUTSIDE, Batch, Phase
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.methods.protocol import batch_slices
 from fedkern.transfer import send
@@ -55,7 +55,7 @@ class Samples:
         return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
 
     def batch(
-        self, indices: np.ndarray, step: Step = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+        self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Batch:
         """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
         images, labels = self.pairs(indices, rng)
@@ -63,7 +63,7 @@ class Samples:
             images=images,
             labels=labels,
             indices=indices,
-            step=step,
+            phase=phase,
             epoch=epoch,
             augmented=rng is not None,
             tokens=take_tokens(self.tokens, indices, self._device),
@@ -119,10 +119,10 @@ class ClientData:
         return len(self.samples)
 
     def batch(
-        self, indices: np.ndarray, step: Step = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+        self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Batch:
         """See :meth:`Samples.batch`."""
-        return self.samples.batch(indices, step, epoch, rng)
+        return self.samples.batch(indices, phase, epoch, rng)
 
     def background_images(self) -> dict[str, Tensor]:
         """Images with a detected object, the object's pixels black: uint8 images, bool masks, int64 labels.

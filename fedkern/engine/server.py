@@ -14,7 +14,7 @@ from fedkern.engine.node import Node
 from fedkern.engine.store.artifacts import prepared
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Rule
-from fedkern.methods.base import Message, Step
+from fedkern.methods.base import Message, Phase
 from fedkern.methods.server_rules import ServerRule
 from fedkern.streams import stream
 
@@ -44,9 +44,9 @@ class Server(Node):
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         return self._context.place(self._context.build(model=model, width=width, classes=classes))
 
-    def rng(self, purpose: str, step: Step) -> np.random.Generator:
-        name = f"server/{purpose}" + ("" if step.exchange == "update" else f"/{step.exchange}")
-        return stream(self._context.config.seed, name, round=step.round)
+    def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
+        name = f"server/{purpose}" + ("" if phase.exchange == "update" else f"/{phase.exchange}")
+        return stream(self._context.config.seed, name, round=phase.round)
 
     def initial(self) -> Message:
         vectors = self._context.initial()

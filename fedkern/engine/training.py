@@ -16,7 +16,7 @@ from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
-from fedkern.methods.base import Client, Message, Objective, Step
+from fedkern.methods.base import Client, Message, Objective, Phase
 from fedkern.methods.terms import Terms
 
 
@@ -71,7 +71,7 @@ class Context:
     """What a client received in this exchange (see :class:`fedkern.methods.base.Received`)."""
 
     message: Message
-    step: Step
+    phase: Phase
     samples: int
     epochs: int
     flat: Tensor | None
@@ -142,7 +142,7 @@ def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator
 def train(
     client: Client,
     method: Objective,
-    step: Step,
+    phase: Phase,
     network: Network | Part | Trainable,
     data: ClientData,
     received: Context,
@@ -166,9 +166,9 @@ def train(
     """
     network.train_mode()
     theta, gradients = network.parameters, network.gradients
-    orders = client.rng("batches", step)
-    draws = client.rng("background", step) if type(method).draw is not Objective.draw else None
-    augmentation = client.rng("augmentation", step) if data.augment != "none" else None
+    orders = client.rng("batches", phase)
+    draws = client.rng("background", phase) if type(method).draw is not Objective.draw else None
+    augmentation = client.rng("augmentation", phase) if data.augment != "none" else None
     kind = type(method)
     adjusts = kind.adjust_gradient is not Objective.adjust_gradient
     apply = stepper(network, schedule, None if adjusts else method.terms(received))
@@ -183,7 +183,7 @@ def train(
         for chosen in plan:
             check()
             indices = chosen if rows is None else rows[chosen]
-            batch = data.batch(indices, step, epoch, augmentation)
+            batch = data.batch(indices, phase, epoch, augmentation)
             if draws is not None:
                 batch.drawn = method.draw(client, batch, draws)
             try:
@@ -199,12 +199,12 @@ def train(
             stepped = apply(lr)
             observations.append(torch.stack([loss.detach(), stepped.squared_norm, *observed.values()]))
             names.append(tuple(observed))
-        done = _digest(client.id, step, observations, names, done, totals, seen)
+        done = _digest(client.id, phase, observations, names, done, totals, seen)
         if after_epoch is not None:
             after_epoch(epoch)
             network.train_mode()
     if not network.finite():
-        raise Diverged(client.id, step.round, done, "the parameters are not finite")
+        raise Diverged(client.id, phase.round, done, "the parameters are not finite")
     return {name: totals[name] / seen[name] for name in totals}
 
 
@@ -218,7 +218,7 @@ def _too_small(client: Client) -> str:
 
 def _digest(
     client: int,
-    step: Step,
+    phase: Phase,
     rows: list[Tensor],
     names: list[tuple[str, ...]],
     done: int,
@@ -232,7 +232,7 @@ def _digest(
         done += 1
         for value, what in ((loss, "the loss"), (squared, "the gradient")):
             if not math.isfinite(value):
-                raise Diverged(client, step.round, done, f"{what} is {value}")
+                raise Diverged(client, phase.round, done, f"{what} is {value}")
         for name, value in zip(("loss", *observed), (loss, *rest), strict=True):
             totals[name] = totals.get(name, 0.0) + value
             seen[name] = seen.get(name, 0) + 1

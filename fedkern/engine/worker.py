@@ -93,10 +93,10 @@ class Worker:
         self._context.warnings.clear()
         if task.fresh:
             self._serial.take(task.client, dict(task.state or {}))
-        for asker, step, message in task.played:
-            self._serial.ask(task.client, asker, step, message)
+        for asker, phase, message in task.played:
+            self._serial.ask(task.client, asker, phase, message)
         try:
-            answer = self._serial.ask(task.client, task.asker, task.step, task.message, task.encoder)
+            answer = self._serial.ask(task.client, task.asker, task.phase, task.message, task.encoder)
         except Exception as error:
             return Done(None, failed=portable(error))
         answer.warnings = dict(self._context.warnings)

@@ -35,7 +35,7 @@ from fedkern.flower.node_folder import NodeFolder, Version
 from fedkern.flower.parcel import Malformed, Parcel
 from fedkern.flower.portable import pack, unpack
 from fedkern.methods import registry
-from fedkern.methods.base import Step
+from fedkern.methods.base import Phase
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
@@ -46,7 +46,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
 from fedkern.torch_modes import cpu_threads, reproducible
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
@@ -65,7 +65,7 @@ class Letter:
         attempt: name of the server's process; a resumed run has another one.
         client: the client's id.
         asker: name of the object whose ``client_update`` is called.
-        step: the exchange.
+        phase: the exchange.
         version: round of the plan, from 1, and number of the client's message in the round, from 0.
         begin: name of the state that the round begins with; None: the client has none yet.
         oldest: oldest round of the plan whose states the server's checkpoints name.
@@ -78,7 +78,7 @@ class Letter:
     attempt: str
     client: int
     asker: str
-    step: Step
+    phase: Phase
     version: Version
     begin: Version | None
     oldest: int
@@ -91,8 +91,8 @@ class Letter:
         """Plain values, which :meth:`read` reads."""
         return {
             "protocol": PROTOCOL,
-            **{name: value for name, value in vars(self).items() if name not in ("step", "version", "begin")},
-            "step": [self.step.round, self.step.name, self.step.exchange],
+            **{name: value for name, value in vars(self).items() if name not in ("phase", "version", "begin")},
+            "phase": [self.phase.round, self.phase.name, self.phase.exchange],
             "version": list(self.version),
             "begin": None if self.begin is None else list(self.begin),
         }
@@ -124,11 +124,11 @@ class Letter:
             raise Malformed("has no fingerprint of data")
         if table["asker"] not in ASKERS:
             raise Malformed("asks for nothing that a client does")
-        step = table["step"]
-        if not (isinstance(step, list) and [type(part) for part in step] == [int, str, str]):
+        phase = table["phase"]
+        if not (isinstance(phase, list) and [type(part) for part in phase] == [int, str, str]):
             raise Malformed("names no exchange")
         begin = None if table["begin"] is None else _version(table["begin"])
-        return cls(**{**table, "step": Step(*step), "version": _version(table["version"]), "begin": begin})
+        return cls(**{**table, "phase": Phase(*phase), "version": _version(table["version"]), "begin": begin})
 
 
 def _version(given: Any) -> Version:
@@ -268,13 +268,13 @@ class NodeClients:
         self._serial.take(letter.client, folder.read_state(letter.begin))
         for header, parcel in earlier:
             played = Letter.read(header)
-            self._serial.ask(played.client, played.asker, played.step, unpack(parcel))
+            self._serial.ask(played.client, played.asker, played.phase, unpack(parcel))
 
     def _ask(self, letter: Letter, message: dict[str, Any], folder: NodeFolder) -> Parcel:
         assert self._serial is not None  # answer
         context, k = self._context, letter.client
         context.warnings.clear()
-        answer = self._serial.ask(k, letter.asker, letter.step, message)
+        answer = self._serial.ask(k, letter.asker, letter.phase, message)
         self._places[k] = _Place(letter.attempt, letter.version)
         state = self._serial.changed(k)
         if state is not None:
@@ -312,7 +312,7 @@ class NodeClients:
         releases.open(letter.oldest)
         releases.add(
             letter.version.plan,
-            f"{letter.step.exchange} {letter.asker}",
+            f"{letter.phase.exchange} {letter.asker}",
             letter.client,
             answer.message if answer.problem is None else DIVERGED,
         )

@@ -34,7 +34,7 @@ from fedkern.flower.parcel import Malformed, Parcel
 from fedkern.flower.portable import pack
 from fedkern.inputs import read_json
 from fedkern.interrupts import check
-from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Maybe, Number, Values
 from fedkern.privacy import LEDGER, Accountant
 
@@ -104,7 +104,7 @@ class Nodes:
     def answers(
         self,
         asker: str,
-        step: Step,
+        phase: Phase,
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
@@ -116,7 +116,7 @@ class Nodes:
         waiting: dict[str, ClientId] = {}
         packed: dict[int, Parcel] = {}
         for k, message in messages.items():
-            versions[k], letter = self._letter(k, asker, step)
+            versions[k], letter = self._letter(k, asker, phase)
             if id(message) not in packed:
                 packed[id(message)] = self._packed(message)
             node = self._roll.home.get(k)
@@ -139,7 +139,7 @@ class Nodes:
                 heard = self._heard(k, waiting)
                 for name, arrived in heard:
                     client = waiting.pop(name)
-                    found[client] = self._answer(client, arrived, asker, step, messages[client], versions[client])
+                    found[client] = self._answer(client, arrived, asker, phase, messages[client], versions[client])
                 if k in found:
                     break
                 if late:
@@ -158,7 +158,7 @@ class Nodes:
                 f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
             ) from None
 
-    def _letter(self, k: ClientId, asker: str, step: Step) -> tuple[Version, Letter]:
+    def _letter(self, k: ClientId, asker: str, phase: Phase) -> tuple[Version, Letter]:
         run = self._run
         if k not in self._begin:
             name = run.checkpoints.reader(k)().get(STATE)
@@ -171,7 +171,7 @@ class Nodes:
             attempt=self._attempt,
             client=k,
             asker=asker,
-            step=step,
+            phase=phase,
             version=version,
             begin=self._begin[k],
             oldest=version.plan if oldest is None else oldest,
@@ -189,7 +189,7 @@ class Nodes:
         return [(name, each) for name, each in found if name in waiting]
 
     def _answer(
-        self, k: ClientId, arrived: Arrived, asker: str, step: Step, message: Message, version: Version
+        self, k: ClientId, arrived: Arrived, asker: str, phase: Phase, message: Message, version: Version
     ) -> Answer:
         if arrived.lost:
             return Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})")
@@ -198,7 +198,7 @@ class Nodes:
         try:
             if arrived.parcel is None:
                 raise Malformed(arrived.malformed)
-            self._check_size(arrived.parcel, asker, step, k, message)
+            self._check_size(arrived.parcel, asker, phase, k, message)
             reply = read_reply(arrived.parcel, k, version)
             ledger = self._checked(reply.ledger)
             names = self._names.setdefault(k, set())
@@ -213,8 +213,8 @@ class Nodes:
             self._changed[k] = {STATE: list(version), **({} if ledger is None else {LEDGER: ledger})}
         return reply.answer
 
-    def _check_size(self, parcel: Parcel, asker: str, step: Step, k: ClientId, message: Message) -> None:
-        declared = self._run.hooks[asker].declared(step, k, message)
+    def _check_size(self, parcel: Parcel, asker: str, phase: Phase, k: ClientId, message: Message) -> None:
+        declared = self._run.hooks[asker].declared(phase, k, message)
         most = _bytes(declared)
         most = LARGEST_REPLY if most is None else most + SLACK
         if parcel.size > most:

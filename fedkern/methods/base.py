@@ -27,10 +27,10 @@ from fedkern.methods.protocol import (
     Federation,
     Message,
     Observed,
+    Phase,
     Received,
     Round,
     Samples,
-    Step,
     Upload,
 )
 from fedkern.methods.roles import Client, Objective, Server
@@ -62,11 +62,11 @@ __all__ = [
     "Number",
     "Objective",
     "Observed",
+    "Phase",
     "Received",
     "Round",
     "Samples",
     "Server",
-    "Step",
     "Upload",
     "Values",
     "like",
@@ -183,15 +183,15 @@ class Method:
         for _ in range(federation.rounds):
             yield Round()
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message] | None:
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
         """One message for all participants, or one for each (a dict whose keys are client ids)."""
         raise NotImplementedError
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         """A client's answer to a message, made from the client's own data and state."""
         raise NotImplementedError
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """Declaration of a client's upload (see `fedkern.methods.uploads`); by default the tensors that it was sent.
 
         The engine checks the keys, shapes, dtypes and finite values of every upload before ``server_update`` sees it.
@@ -201,14 +201,14 @@ class Method:
 
         Args:
             server: the server; earlier uploads of this exchange may have changed its state.
-            step: the exchange.
+            phase: the exchange.
             client: the uploading client.
             message: the message that the client was sent.
         """
         return {name: value for name, value in message.items() if isinstance(value, Tensor)}
 
     def cohort_update(
-        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+        self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message] | None:
         """Answers of all clients of a ``cohort`` round, computed together.
 
@@ -223,14 +223,14 @@ class Method:
         """
         return None
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         """Updates the server's state from the uploads, which arrive one by one and need not be kept.
 
         Every upload fits the declaration of ``expects``.  An upload is empty only where nothing is expected.
         """
         raise NotImplementedError
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
         """Names of the vectors of an upload that ``server_update`` only hands to accumulators of the server.
 
         With ``--sums exact`` these vectors stay on the rank of torchrun that made them.  The upload holds stand-ins
@@ -353,22 +353,22 @@ class LocalTraining(Objective, Method):
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {name: server.state[name] for name in server.trained_vectors if name in server.state}
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         return vectors_of(server.state)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        return client.train(self, step, message)
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        return client.train(self, phase, message)
 
     def weight(self, server: Server, upload: Upload) -> float:
         return 1.0 if self.options.weighting == "uniform" else float(upload.samples)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         server.state.update(self.average(server, uploads))
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
         return ("parameters", "buffers")
 
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:

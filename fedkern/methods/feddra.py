@@ -43,10 +43,10 @@ from fedkern.methods.base import (
     Declaration,
     Federation,
     Message,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     option,
 )
@@ -142,43 +142,43 @@ class FedDRA(Robust):
 
     # -- the server ------------------------------------------------------------------------------------------------
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        if self.paired and step.exchange == "joint":
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
+        if self.paired and phase.exchange == "joint":
             sizes = server.state["part"] if self.averaged else {}
             part = {name: server.state[name][-size:] for name, size in sizes.items()}
             return {k: {**part, **own} for k, own in self.shares(server).items()}
-        return super().send(server, step)
+        return super().send(server, phase)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        if step.exchange != "alignment":
-            return super().expects(server, step, client, message)
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.exchange != "alignment":
+            return super().expects(server, phase, client, message)
         if not self.averaged:
             return {}
-        whole = super().expects(server, step, client, message)
+        whole = super().expects(server, phase, client, message)
         sizes = once(server.round_cache, "alignment", lambda: part_sizes(server.build()))
         return {name: vector[-sizes[name] :] for name, vector in whole.items() if sizes[name]}
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == LOSSES:
-            super().server_update(server, step, uploads)
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange == LOSSES:
+            super().server_update(server, phase, uploads)
             return
         mean = self.average(server, uploads)
-        if step.exchange == "alignment" and mean:
+        if phase.exchange == "alignment" and mean:
             server.state["part"] = {name: vector.numel() for name, vector in mean.items()}
             mean = spliced(server.state, mean)
         server.state.update(mean)
 
     # -- a client --------------------------------------------------------------------------------------------------
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == LOSSES:
-            return super().client_update(client, step, message)
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == LOSSES:
+            return super().client_update(client, phase, message)
         client.report["weight"] = message["weight"]
         rows = self.rows(client)[0]
-        if step.exchange == "alignment":
+        if phase.exchange == "alignment":
             client.round_cache["model"] = model = self.held(client, message)
             steps = self.options.alignment_steps
-            result = client.train(self, step, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
+            result = client.train(self, phase, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
             client.round_cache["alignment"] = result
             return result if self.averaged else {}
         if self.paired:
@@ -187,13 +187,13 @@ class FedDRA(Robust):
             start, anchor = spliced(model, own), spliced(model, part)
         else:
             model = start = anchor = self.held(client, message)
-        result = client.train(self, step, {**message, **start}, rows=rows, anchor=anchor)
+        result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor)
         client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
         return result
 
     def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.options
-        frozen = batch.step.exchange == "alignment"
+        frozen = batch.phase.exchange == "alignment"
         with torch.set_grad_enabled(not frozen):
             image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
         mask = batch.tokens.mask

@@ -36,10 +36,10 @@ from fedkern.methods.base import (
     LocalTraining,
     Message,
     Observed,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     Values,
     option,
@@ -99,21 +99,21 @@ class FedGID(LocalTraining):
 
     # -- terms of the loss in a round ------------------------------------------------------------------------------
 
-    def intervenes(self, step: Step) -> bool:
+    def intervenes(self, phase: Phase) -> bool:
         """Whether this round's loss includes the intervention term L_GI."""
-        return self.options.intervention and step.round >= self.options.gi_start_round
+        return self.options.intervention and phase.round >= self.options.gi_start_round
 
-    def mixes(self, step: Step) -> bool:
+    def mixes(self, phase: Phase) -> bool:
         """Whether features are mixed in this round; with a constant alpha of 1 a mixture is the sample itself."""
-        return self.intervenes(step) and not self._own_only()
+        return self.intervenes(phase) and not self._own_only()
 
     def _own_only(self) -> bool:
         return self.options.alpha == 1 and self.options.alpha_sampling != "beta"
 
-    def distillation_weight(self, step: Step) -> float:
+    def distillation_weight(self, phase: Phase) -> float:
         """Lambda of this round, after the warm-up and the ramp."""
         o = self.options
-        done = step.round - o.gd_start_round
+        done = phase.round - o.gd_start_round
         if not o.distillation or done < 0:
             return 0.0
         return o.lam * min(1.0, (done + 1) / o.gd_ramp) if o.gd_ramp else o.lam
@@ -123,7 +123,7 @@ class FedGID(LocalTraining):
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
         """A random background for every sample, and alpha: one number, or drawn for every sample."""
         o = self.options
-        if not self.mixes(batch.step):
+        if not self.mixes(batch.phase):
             return {}
         bank = self._bank(client)
         if not len(bank):
@@ -139,8 +139,8 @@ class FedGID(LocalTraining):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o = self.options
-        intervenes = self.intervenes(received.step) and ("index" in batch.drawn or not self.mixes(received.step))
-        weight = self.distillation_weight(received.step)
+        intervenes = self.intervenes(received.phase) and ("index" in batch.drawn or not self.mixes(received.phase))
+        weight = self.distillation_weight(received.phase)
         stage = resolve_stage(model, o.mix_stage)
 
         own = model.stages(batch.images, upto=stage)
@@ -252,44 +252,44 @@ class FedGID(LocalTraining):
             yield Round("backgrounds", names, participants="all", one_off=True, trains="shared backgrounds")
         yield from super().rounds(federation)
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        if step.exchange == "collect":
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
+        if phase.exchange == "collect":
             return {}
-        if step.exchange == "distribute":
+        if phase.exchange == "distribute":
             return {"pool": server.round_cache["pool"]}
-        return super().send(server, step)
+        return super().send(server, phase)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "collect":
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == "collect":
             return client.background_images()
-        if step.exchange == "distribute":
+        if phase.exchange == "distribute":
             client.state["pool"] = message["pool"]
             return {}
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        if step.exchange == "collect":
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.exchange == "collect":
             channels, height, width = server.image_shape
             return {
                 "images": Values(("images", channels, height, width), torch.uint8),
                 "masks": Values(("images", height, width), torch.bool),
                 "labels": Values(("images",), torch.int64, low=0, high=server.federation.classes - 1),
             }
-        return {} if step.exchange == "distribute" else super().expects(server, step, client, message)
+        return {} if phase.exchange == "distribute" else super().expects(server, phase, client, message)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == "collect":
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange == "collect":
             banks = [upload.message for upload in uploads]
             server.round_cache["pool"] = {name: torch.cat([bank[name] for bank in banks]) for name in banks[0]}
-        elif step.exchange == "distribute":
+        elif phase.exchange == "distribute":
             for _ in uploads:
                 pass
             server.round_cache.pop("pool")
         else:
-            super().server_update(server, step, uploads)
+            super().server_update(server, phase, uploads)
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
-        return super().reduce(step) if step.exchange not in ("collect", "distribute") else ()
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
+        return super().reduce(phase) if phase.exchange not in ("collect", "distribute") else ()
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         changed = observed.get("intervention_changed")

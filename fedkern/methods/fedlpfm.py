@@ -37,10 +37,10 @@ from fedkern.methods.base import (
     Message,
     Number,
     Observed,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     option,
 )
@@ -195,22 +195,22 @@ class FedLPFM(LocalTraining):
             yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, booked=False, trains="teachers")
         yield from super().rounds(federation)
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        return {} if step.exchange == TUNE else super().send(server, step)
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
+        return {} if phase.exchange == TUNE else super().send(server, phase)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        if step.exchange == TUNE:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.exchange == TUNE:
             return {"right": Maybe(Number(0, 1))}
-        return super().expects(server, step, client, message)
+        return super().expects(server, phase, client, message)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange != TUNE:
-            super().server_update(server, step, uploads)
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange != TUNE:
+            super().server_update(server, phase, uploads)
         elif right := [upload.message["right"] for upload in uploads]:
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
-        return super().reduce(step) if step.exchange != TUNE else ()
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
+        return super().reduce(phase) if phase.exchange != TUNE else ()
 
     def _tune(self, client: Client) -> Message:
         """Tunes the teachers that the client may use; uploads their mean validation accuracy as ``right``, if any."""
@@ -220,19 +220,19 @@ class FedLPFM(LocalTraining):
         right = client.state.get("tuned_right", {}).values()
         return {"right": sum(right) / len(right)} if right else {}
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if self.options.lam:
             self._install(client, client.network)
-            if step.exchange == TUNE:
+            if phase.exchange == TUNE:
                 return self._tune(client)
-            chosen = self.backbones(client, step)
+            chosen = self.backbones(client, phase)
             client.round_cache["chosen"] = chosen
             if self.options.teacher_view == "cached":
                 stacked = torch.stack([self._own_logits(client, index) for index in chosen])
                 client.round_cache["teacher"] = self._mixture(stacked).to(client.device)
                 found = stacked.softmax(2).mean(0).argmax(1)
                 client.report["teacher_right"] = float((found == client.labels).float().mean())
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
         """The teacher's logits of the batch's samples."""
@@ -243,12 +243,12 @@ class FedLPFM(LocalTraining):
         known: Tensor = client.round_cache["teacher"]
         return {"teacher": known.index_select(known.dim() - 2, send(torch.from_numpy(batch.indices), known.device))}
 
-    def backbones(self, client: Client, step: Step) -> list[int]:
+    def backbones(self, client: Client, phase: Phase) -> list[int]:
         """Positions of the teachers that a client uses in this round."""
         o = self.options
         if o.backbone == "consistent":
             return list(range(o.teachers))
-        when = BEFORE if o.backbone == "random" else Step(step.round, "", "update")
+        when = BEFORE if o.backbone == "random" else Phase(phase.round, "", "update")
         drawn = client.rng("backbone", when).choice(len(self._specs), size=o.teachers, replace=False)
         return sorted(int(index) for index in drawn)
 

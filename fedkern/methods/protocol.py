@@ -45,7 +45,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Step:
+class Phase:
     """Position of a call in the run; ``round`` counts from 0 and is negative for one-off rounds."""
 
     round: int
@@ -53,10 +53,10 @@ class Step:
     exchange: str
 
 
-OUTSIDE = Step(-1, "", "")
-"""Step of work outside every round: a batch that is not trained on, or a draw made once in a run."""
-BEFORE = Step(-1, "", "update")
-"""Step of what is drawn before the rounds of a run: initial weights, a client's choice of teachers."""
+OUTSIDE = Phase(-1, "", "")
+"""Phase of work outside every round: a batch that is not trained on, or a draw made once in a run."""
+BEFORE = Phase(-1, "", "update")
+"""Phase of what is drawn before the rounds of a run: initial weights, a client's choice of teachers."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Batch:
         images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
         labels: int64 [B], or [B, H, W] for segmentation (negative: unknown).
         indices: int64 [B] (NumPy), the samples' positions in the client's split.
-        step: the round and exchange that the batch is trained in.
+        phase: the round and exchange that the batch is trained in.
         epoch: local epoch within the round, from 0.
         augmented: whether the images were augmented, so that the same index gives different images.
         drawn: the random draws that the method's ``draw`` returned for this batch.
@@ -145,7 +145,7 @@ class Batch:
     images: Tensor
     labels: Tensor
     indices: np.ndarray
-    step: Step = OUTSIDE
+    phase: Phase = OUTSIDE
     epoch: int = 0
     augmented: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class Received(Protocol):
     """A client's input of this exchange, as ``loss`` and ``adjust_gradient`` see it."""
 
     message: Message
-    step: Step
+    phase: Phase
     samples: int
     """Training samples of the client."""
     epochs: int

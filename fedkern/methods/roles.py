@@ -16,9 +16,9 @@ from fedkern.methods.protocol import (
     ClientId,
     Federation,
     Message,
+    Phase,
     Received,
     Samples,
-    Step,
 )
 from fedkern.methods.server_rules import ServerRule
 from fedkern.methods.terms import Terms
@@ -73,7 +73,7 @@ class Node(Protocol):
     @property
     def public(self) -> Samples | None: ...
 
-    def rng(self, purpose: str, step: Step) -> np.random.Generator:
+    def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         """The client's (or the server's) own random stream for a purpose, round and exchange."""
         ...
 
@@ -160,7 +160,7 @@ class Client(Node, Protocol):
     def train(
         self,
         method: Objective,
-        step: Step,
+        phase: Phase,
         message: Message,
         *,
         parts: Sequence[str] | None = None,
@@ -185,7 +185,7 @@ class Client(Node, Protocol):
         """
         ...
 
-    def statistics_fixed(self, step: Step) -> bool:
+    def statistics_fixed(self, phase: Phase) -> bool:
         """Whether batch norm trains with the received statistics in this round (``--fix-statistics``)."""
         ...
 
@@ -200,7 +200,7 @@ class Client(Node, Protocol):
     def fit(
         self,
         method: Objective,
-        step: Step,
+        phase: Phase,
         module: nn.Module,
         *,
         message: Message | None = None,
@@ -213,7 +213,7 @@ class Client(Node, Protocol):
         """Trains any module in place with the loop of :meth:`train`: all its parameters that require gradients.
 
         The loop minimises ``method.loss(module, batch, received)`` with the run's optimiser settings, a fresh optimiser
-        state and the random streams of ``step``.  It calls ``module.train()`` first: a module whose frozen parts must
+        state and the random streams of ``phase``.  It calls ``module.train()`` first: a module whose frozen parts must
         stay in eval mode overrides ``train``.  ``adjust_gradient`` sees the trained parameters as one vector.
 
         Args:
@@ -237,7 +237,7 @@ class Client(Node, Protocol):
     def fit_privately(
         self,
         method: Objective,
-        step: Step,
+        phase: Phase,
         module: nn.Module,
         spending: DPSGD,
         *,

@@ -20,13 +20,13 @@ from fedkern import models
 from fedkern.cli import flags, request
 from fedkern.data import load
 from fedkern.engine import RunConfig, run
-from fedkern.methods import FedGID, FedIOD, FedLPFM, Step, registry
+from fedkern.methods import FedGID, FedIOD, FedLPFM, Phase, registry
 from fedkern.methods.base import Batch
 from fedkern.methods.common.robust_weights import exponentiated_step, project
 from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
 from fedkern.models.vocabulary import Tokens
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -38,11 +38,11 @@ def network(seed=0):
 def batch(**drawn):
     torch.manual_seed(1)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
-    return Batch(images=images, labels=labels, indices=labels.numpy(), step=STEP, drawn=drawn)
+    return Batch(images=images, labels=labels, indices=labels.numpy(), phase=PHASE, drawn=drawn)
 
 
 def received(model):
-    return SimpleNamespace(model=model, step=STEP, round_cache={}, samples=6, epochs=1, message={})
+    return SimpleNamespace(model=model, phase=PHASE, round_cache={}, samples=6, epochs=1, message={})
 
 
 def same_loss_and_gradients(theirs, ours, model):

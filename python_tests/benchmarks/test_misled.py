@@ -22,7 +22,7 @@ TINY = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("method", "kind", "step", "said"),
+    ("method", "kind", "round_name", "said"),
     [
         (
             "fusefl",
@@ -33,9 +33,9 @@ TINY = {
         ("oneshot-fedavg", "nan", "train", r"Client 0's upload in round 1 holds NaN .*; it was left out"),
     ],
 )
-def test_a_spoiled_upload_is_named_and_left_out(method, kind, step, said, tmp_path):
+def test_a_spoiled_upload_is_named_and_left_out(method, kind, round_name, said, tmp_path):
     case = Case(
-        "bad", (*arguments(method, TINY), "--on-nan", "skip"), program=("benchmarks.studies.spoiled", kind, step)
+        "bad", (*arguments(method, TINY), "--on-nan", "skip"), program=("benchmarks.studies.spoiled", kind, round_name)
     )
     summary = run([case], tmp_path, workers=1)["bad"]
     assert summary["metrics"]["accuracy"] > 0
@@ -62,7 +62,7 @@ def test_only_one_client_and_round_are_spoiled(monkeypatch):
 
         name = "echo"
 
-        def client_update(self, client, step, message):
+        def client_update(self, client, phase, message):
             return message
 
     monkeypatch.setattr(spoiled, "METHODS", {"echo": Echo})
@@ -70,8 +70,8 @@ def test_only_one_client_and_round_are_spoiled(monkeypatch):
     method = spoiled.METHODS["echo"]()
     assert method.name == "echo"
     message = {"w": torch.ones(2)}
-    for client, step in ((1, "train"), (0, "calibrate")):
-        assert method.client_update(SimpleNamespace(id=client), SimpleNamespace(name=step), message) is message
+    for client, round_name in ((1, "train"), (0, "calibrate")):
+        assert method.client_update(SimpleNamespace(id=client), SimpleNamespace(name=round_name), message) is message
     assert method.client_update(SimpleNamespace(id=0), SimpleNamespace(name="train"), message)["w"].isnan().all()
 
 
@@ -81,7 +81,7 @@ def test_a_wrong_kind_is_a_usage_error():
         env=dict(os.environ),
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: python -m benchmarks.studies.spoiled {nan,shape} STEP METHOD")
+    assert done.stderr.startswith("usage: python -m benchmarks.studies.spoiled {nan,shape} ROUND METHOD")
 
 
 @pytest.mark.parametrize("method", ["fusefl", "ensemble", "oneshot-fedavg"])

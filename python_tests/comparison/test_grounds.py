@@ -27,9 +27,9 @@ from fedkern.methods import FedAvg
 class Halved(FedAvg):
     """FedAvg that goes a share of the way."""
 
-    def server_update(self, server, step, uploads):
+    def server_update(self, server, phase, uploads):
         before = server.state["parameters"].clone()
-        super().server_update(server, step, uploads)
+        super().server_update(server, phase, uploads)
         server.state["parameters"] = before + SHARE * (server.state["parameters"] - before)
 '''
 NETWORK = """

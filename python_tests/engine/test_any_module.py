@@ -13,10 +13,10 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedAvg, Method, Objective, Round, Step, register
+from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.base import Number, like
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 WIDTHS = (2, 3, 2)
 
 
@@ -40,16 +40,16 @@ class Stack(Objective, Method):
         yield Round("level 1", participants="all")
         yield Round("level 2", participants="all")
 
-    def send(self, server, step):
-        return {} if step.round == 0 else {k: {"network": server.state[str(k)]} for k in range(3)}
+    def send(self, server, phase):
+        return {} if phase.round == 0 else {k: {"network": server.state[str(k)]} for k in range(3)}
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         network = client.network(width=WIDTHS[client.id])
-        if step.round:
+        if phase.round:
             network.load_state_dict(message["network"])
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(name.startswith("head"))
-        client.fit(self, step, network, message={"weight": 0.5}, epochs=client.id + 1)
+        client.fit(self, phase, network, message={"weight": 0.5}, epochs=client.id + 1)
         network.eval()
         with torch.no_grad():
             right = sum(int((network(b.images).argmax(1) == b.labels).sum()) for b in client.batches(7))
@@ -61,16 +61,16 @@ class Stack(Objective, Method):
         loss = cross_entropy(model(batch.images), batch.labels)
         return received.message["weight"] * loss, {"seen": loss.detach()}
 
-    def expects(self, server, step, client, message):
+    def expects(self, server, phase, client, message):
         return {"network": like(server.build(width=WIDTHS[client]).state_dict()), "right": Number(low=0, whole=True)}
 
-    def server_update(self, server, step, uploads):
+    def server_update(self, server, phase, uploads):
         total = 0
         for upload in uploads:
             server.state[str(upload.client_id)] = upload.message["network"]
             total += upload.message["right"]
-        noise = float(server.rng("noise", step).random())
-        server.report[f"right_{step.round}"] = total / sum(server.federation.samples) + noise
+        noise = float(server.rng("noise", phase).random())
+        server.report[f"right_{phase.round}"] = total / sum(server.federation.samples) + noise
 
     def model(self, server):
         if any("head.weight" not in server.state.get(str(k), {}) for k in range(3)):
@@ -172,7 +172,7 @@ def test_a_diverging_client_is_named(stack, data, make_config, tmp_path):
 
 
 def test_a_name_that_the_engine_writes_cannot_be_reported(stack, data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(stack, "server_update", lambda self, server, step, uploads: server.report.update(rounds=1))
+    monkeypatch.setattr(stack, "server_update", lambda self, server, phase, uploads: server.report.update(rounds=1))
     with pytest.raises(ValueError, match='given "rounds"'):
         run(make(make_config), out=tmp_path, data=data)
 
@@ -199,12 +199,12 @@ def test_fit_is_train_on_a_module(model, kind, make_data, make_config):
     config = make_config(
         model=model, local_epochs=2, weight_decay=1e-3, clip_norm=1.0, augment="crop-flip", lr_decay=0.9
     )
-    bench, step = RunContext(config, make_data()), Step(1, "train", "update")
+    bench, phase = RunContext(config, make_data()), Phase(1, "train", "update")
     message = bench.initial()
-    answer = Client(bench, 1, {}).train(kind(), step, message)
+    answer = Client(bench, 1, {}).train(kind(), phase, message)
     client = Client(bench, 1, {})
     network = client.network()
-    figures = client.fit(kind(), step, network, message=message)
+    figures = client.fit(kind(), phase, network, message=message)
     result = Network(network, bench.device).read()
     for name in message:
         assert torch.equal(result[name], answer[name])
@@ -218,14 +218,14 @@ def test_fit_trains_what_requires_gradients_alone(make_data, make_config):
     network = client.network()
     network.requires_grad_(False)
     with pytest.raises(ValueError, match="expected a parameter that requires gradients"):
-        client.fit(FedAvg(), STEP, network)
+        client.fit(FedAvg(), PHASE, network)
     network.head.requires_grad_(True)
     before = {name: value.clone() for name, value in network.named_parameters()}
-    client.fit(FedAvg(), STEP, network)
+    client.fit(FedAvg(), PHASE, network)
     changed = {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {"head.weight", "head.bias"}
     assert all(parameter.grad is None for parameter in network.parameters())
-    client.fit(FedAvg(), STEP, network)  # what is flat already can be trained again
+    client.fit(FedAvg(), PHASE, network)  # what is flat already can be trained again
 
 
 def test_without_flat_vectors_nothing_was_received(make_data, make_config):
@@ -237,7 +237,7 @@ def test_without_flat_vectors_nothing_was_received(make_data, make_config):
 
     client = Client(RunContext(make_config(), make_data()), 0, {})
     with pytest.raises(ValueError, match='expected a message with "parameters"'):
-        client.fit(Looks(), STEP, client.network())
+        client.fit(Looks(), PHASE, client.network())
 
 
 def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, make_config):
@@ -256,7 +256,7 @@ def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, ma
         assert (side.mean, side.std, side.image_shape) == (data.mean, data.std, (3, 8, 8))
         assert torch.equal(side.public.labels, data.public.labels)
     assert torch.equal(client.labels, data.clients[2].labels)
-    assert server.rng("x", STEP).random() != client.rng("x", STEP).random()
+    assert server.rng("x", PHASE).random() != client.rng("x", PHASE).random()
 
 
 def test_batches_are_the_stored_samples_in_order(make_data, make_config):
@@ -269,7 +269,7 @@ def test_batches_are_the_stored_samples_in_order(make_data, make_config):
     torch.testing.assert_close(images, (data.clients[0].images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.cat([batch.labels for batch in found]), client.labels)
     assert not any(batch.augmented for batch in found)
-    rng = client.rng("view", STEP)
+    rng = client.rng("view", PHASE)
     changed = torch.cat([batch.images for batch in client.batches(6, augment=True, rng=rng)])
     assert not torch.equal(changed, images)
     with pytest.raises(ValueError, match="expected a generator"):

@@ -122,24 +122,24 @@ def watched(monkeypatch, name):
     class Seeing(kind):
         memoryless = kind.memoryless
 
-        def send(self, server, step):
+        def send(self, server, phase):
             kept = {key: value.clone() for key, value in server.state.items() if isinstance(value, torch.Tensor)}
             seen.append({"start": kept, "uploads": {}})
-            return super().send(server, step)
+            return super().send(server, phase)
 
-        def client_update(self, client, step, message):
-            made = super().client_update(client, step, message)
+        def client_update(self, client, phase, message):
+            made = super().client_update(client, phase, message)
             seen[-1]["uploads"][client.id] = {key: value.clone() for key, value in made.items()}
             return made
 
-        def server_update(self, server, step, uploads):
+        def server_update(self, server, phase, uploads):
             got = list(uploads)
             seen[-1]["got"] = got
-            super().server_update(server, step, iter(got))
+            super().server_update(server, phase, iter(got))
             seen[-1]["end"] = dict(server.state)
 
-        def reduce(self, step):
-            return super().reduce(step)
+        def reduce(self, phase):
+            return super().reduce(phase)
 
     Seeing.__doc__ = kind.__doc__
     Seeing.name = kind.name
@@ -494,9 +494,9 @@ def test_clients_that_remember_although_their_method_says_they_do_not(make_data,
     class Remembering(FedAvg):
         """FedAvg whose clients count their rounds."""
 
-        def client_update(self, client, step, message):
+        def client_update(self, client, phase, message):
             client.state["rounds"] = client.state.get("rounds", 0) + 1
-            return super().client_update(client, step, message)
+            return super().client_update(client, phase, message)
 
     monkeypatch.setitem(METHODS, "fedavg", Remembering)
     config = make_config("fedavg", clients=4, sample_fraction=0.5, **NOISED)
@@ -511,10 +511,10 @@ def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_
     class Ailing(FedAvg):
         """FedAvg one of whose clients diverges, and another of which sends nonsense."""
 
-        def client_update(self, client, step, message):
-            made = super().client_update(client, step, message)
+        def client_update(self, client, phase, message):
+            made = super().client_update(client, phase, message)
             if client.id == 0:
-                raise Diverged(0, step.round, 3, "the loss is not finite")
+                raise Diverged(0, phase.round, 3, "the loss is not finite")
             return {**made, "parameters": made["parameters"] * float("nan")} if client.id == 1 else made
 
     seen = {}
@@ -553,8 +553,8 @@ def test_a_failed_first_round_leaves_nothing(make_data, make_config, tmp_path, m
     class Failing(FedAvg):
         """FedAvg whose clients diverge."""
 
-        def client_update(self, client, step, message):
-            raise Diverged(client.id, step.round, 3, "the loss is not finite")
+        def client_update(self, client, phase, message):
+            raise Diverged(client.id, phase.round, 3, "the loss is not finite")
 
     monkeypatch.setitem(METHODS, "fedavg", Failing)
     with pytest.raises(UserError, match="diverged in round 1"):

@@ -164,15 +164,15 @@ def test_an_epsilon_of_the_whole_release_is_told_with_private_records_alone(make
 class Talking(FedAvg):
     """FedAvg that says at every turn what it should not."""
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         client.warn("client-said", f"client {client.id} has {len(client.labels)} samples")
         client.report["secret"] = 0.123456789
         if client.id == 1:
             message = {**message, "parameters": message["parameters"] * math.nan}
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
-    def server_update(self, server, step, uploads):
-        super().server_update(server, step, uploads)
+    def server_update(self, server, phase, uploads):
+        super().server_update(server, phase, uploads)
         server.report["made_of_uploads"] = 0.987654321
         server.warn("server-said", "an upload was 0.987654321")
 

@@ -19,9 +19,9 @@ class Elsewhere(Serial):
     apart = True
     faults: ClassVar[dict] = {}
 
-    def answers(self, asker, step, messages, encoders=None):
-        for answer in super().answers(asker, step, messages, encoders):
-            fault = self.faults.get((step.round, answer.client))
+    def answers(self, asker, phase, messages, encoders=None):
+        for answer in super().answers(asker, phase, messages, encoders):
+            fault = self.faults.get((phase.round, answer.client))
             yield answer if fault is None else Answer(answer.client, **fault)
 
 

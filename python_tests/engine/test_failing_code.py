@@ -53,10 +53,10 @@ class Failing(FedAvg):
 
     raised = staticmethod(lambda: None)
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         if client.id == 1:
             raise type(self).raised()
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
 
 @pytest.mark.sampled(4)
@@ -168,25 +168,25 @@ class Failing(FedAvg):
         fail("start")
         super().start(server)
 
-    def send(self, server, step):
-        fail("send", step.round)
-        return super().send(server, step)
+    def send(self, server, phase):
+        fail("send", phase.round)
+        return super().send(server, phase)
 
-    def expects(self, server, step, client, message):
-        fail("expects", step.round)
-        return super().expects(server, step, client, message)
+    def expects(self, server, phase, client, message):
+        fail("expects", phase.round)
+        return super().expects(server, phase, client, message)
 
-    def client_update(self, client, step, message):
-        fail(f"client {client.id}", step.round)
-        return super().client_update(client, step, message)
+    def client_update(self, client, phase, message):
+        fail(f"client {client.id}", phase.round)
+        return super().client_update(client, phase, message)
 
-    def cohort_update(self, clients, step, messages):
-        fail("cohort_update", step.round)
+    def cohort_update(self, clients, phase, messages):
+        fail("cohort_update", phase.round)
 
-    def server_update(self, server, step, uploads):
-        fail("server_update", step.round)
-        super().server_update(server, step, uploads)
-        server.state["rounds"] = step.round + 1
+    def server_update(self, server, phase, uploads):
+        fail("server_update", phase.round)
+        super().server_update(server, phase, uploads)
+        server.state["rounds"] = phase.round + 1
 
     def vectors(self, server):
         fail("vectors", server.state["rounds"] - 1)

@@ -378,11 +378,11 @@ def test_scaffold_adds_the_samples_up_once_a_round(make_many, small, tmp_path, m
     update = METHODS["scaffold"].server_update
     looks = []
 
-    def counted(self, server, step, uploads):
+    def counted(self, server, phase, uploads):
         samples = Samples(server.federation.samples)
         monkeypatch.setattr(server, "federation", replace(server.federation, samples=samples))
         Samples.looks = 0
-        update(self, server, step, uploads)
+        update(self, server, phase, uploads)
         looks.append(Samples.looks)
 
     monkeypatch.setattr(METHODS["scaffold"], "server_update", counted)

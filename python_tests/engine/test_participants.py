@@ -100,7 +100,7 @@ def steps_of(config, data, out, monkeypatch):
         """FedAvg that counts batches."""
 
         def loss(self, model, batch, received):
-            key = (received.step.round, received.samples)
+            key = (received.phase.round, received.samples)
             found[key] = found.get(key, 0) + 1
             return super().loss(model, batch, received)
 

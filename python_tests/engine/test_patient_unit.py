@@ -22,7 +22,7 @@ from fedkern.engine.private_training import train_privately
 from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Schedule
 from fedkern.errors import UserError
-from fedkern.methods.base import Objective, Step
+from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.local_teachers import histogram
 from fedkern.methods.fediod.local_teachers import split as held_out
@@ -32,7 +32,7 @@ from fedkern.report.progress import Lines
 from fedkern.settings.run_data import kept_data
 from fedkern.streams import stream
 
-STEP = Step(0, "teachers", "teachers")
+PHASE = Phase(0, "teachers", "teachers")
 NORM = 0.01
 COUNTS = (1, 4, 2, 6, 3, 5, 4, 2, 1, 4)
 
@@ -76,13 +76,13 @@ def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NOR
     module = network()
     method = Supervised()
     method.seen = []
-    who = SimpleNamespace(id=0, state={}, report={}, rng=lambda name, step: stream(0, name, client=0))
+    who = SimpleNamespace(id=0, state={}, report={}, rng=lambda name, phase: stream(0, name, client=0))
     schedule = Schedule(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=epochs, batch_size=batch_size)
     owner = np.unique(split.patients.numpy(), return_inverse=True)[1]
     unit = {"patients": owner, "images": images} if by_patient else {}
     before = torch.cat([p.detach().flatten().double() for p in module.parameters()])
     spending = DPSGD(norm, lambda rate, steps: noise, "teacher", **unit)
-    train_privately(who, method, STEP, module, data, None, schedule, spending, None)
+    train_privately(who, method, PHASE, module, data, None, schedule, spending, None)
     after = torch.cat([p.detach().flatten().double() for p in module.parameters()])
     count = int(owner.max()) + 1 if by_patient else len(split)
     return (before - after) * count / norm, method.seen, who.state[LEDGER]["teacher"]

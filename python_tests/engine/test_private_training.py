@@ -20,13 +20,13 @@ from fedkern.engine.training import Diverged, Schedule
 from fedkern.errors import UserError
 from fedkern.interrupts import Terminated, in_order
 from fedkern.methods import METHODS
-from fedkern.methods.base import Objective, Step
+from fedkern.methods.base import Objective, Phase
 from fedkern.privacy import DPSGD, LEDGER
 from fedkern.privacy.dpsgd import check_network, generator_of, private_steps
 from fedkern.streams import stream
 
 pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
-STEP = Step(0, "teachers", "teachers")
+PHASE = Phase(0, "teachers", "teachers")
 
 
 class Supervised(Objective):
@@ -43,7 +43,7 @@ def data(make_data):
 def client(seed=0):
     return SimpleNamespace(
         id=0, state={}, report={},
-        rng=lambda purpose, step: stream(seed, f"{purpose}/{step.exchange}", round=step.round, client=0),
+        rng=lambda purpose, phase: stream(seed, f"{purpose}/{phase.exchange}", round=phase.round, client=0),
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def train(
         lr=lr, momentum=momentum, weight_decay=0.01, clip_norm=0.0, epochs=epochs, batch_size=batch_size
     )
     spending = DPSGD(max_norm, lambda rate, steps: noise, "teacher", secret)
-    figures = train_privately(who, Supervised(), STEP, module, data, None, schedule, spending, rows)
+    figures = train_privately(who, Supervised(), PHASE, module, data, None, schedule, spending, rows)
     return who, figures
 
 
@@ -105,9 +105,8 @@ def test_a_segmentation_network_and_adamw():
     schedule = Schedule(
         lr=0.01, momentum=0.0, weight_decay=0.01, clip_norm=0.0, epochs=2, batch_size=3, optimizer="adamw"
     )
-    train_privately(
-        client(), Supervised(), STEP, module, data, None, schedule, DPSGD(1e6, lambda rate, steps: 0.0, "teacher"), None
-    )
+    spending = DPSGD(1e6, lambda rate, steps: 0.0, "teacher")
+    train_privately(client(), Supervised(), PHASE, module, data, None, schedule, spending, None)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.01)
     batch = data.batch(np.arange(3))
     for _ in range(2):
@@ -228,7 +227,7 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, 
     schedule = Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=1, batch_size=3)
     spending = DPSGD(1e6, lambda rate, steps: 0.0, "teacher")
     broken, without = network(), network()
-    figures = train_privately(client(), Broken(), STEP, broken, data, None, schedule, spending, np.arange(3))
+    figures = train_privately(client(), Broken(), PHASE, broken, data, None, schedule, spending, np.arange(3))
     assert math.isfinite(figures["loss"])
     batch = data.batch(np.arange(2))
     optimizer = torch.optim.SGD(without.parameters(), lr=0.1)
@@ -254,7 +253,7 @@ def test_steps_are_paid_for_before_the_first_one(data):
     who, schedule = client(), Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=2, batch_size=4)
     spending = DPSGD(1.0, lambda rate, steps: 2.0, "teacher")
     with pytest.raises(KeyboardInterrupt):
-        train_privately(who, Broken(), STEP, network(), data, None, schedule, spending, None)
+        train_privately(who, Broken(), PHASE, network(), data, None, schedule, spending, None)
     assert who.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 4 / 12, 6]]}
 
 
@@ -269,7 +268,7 @@ def test_a_batch_without_samples_is_a_step_of_noise(data):
             return 7
 
     who = client()
-    who.rng = lambda purpose, step: Nobody()
+    who.rng = lambda purpose, phase: Nobody()
     train(module, data, noise=1.0, max_norm=0.01, batch_size=4, who=who)
     assert not torch.equal(vector(module), vector(empty))
     assert torch.isfinite(vector(module)).all()
@@ -287,7 +286,7 @@ def test_only_the_rows_that_are_given_are_drawn(data):
     rows = np.array([3, 5, 8])
     spending = DPSGD(1.0, lambda rate, steps: 1.0, "teacher")
     who = client()
-    train_privately(who, Watching(), STEP, network(), data, None, schedule, spending, rows)
+    train_privately(who, Watching(), PHASE, network(), data, None, schedule, spending, rows)
     assert set(seen) == {3, 5, 8}
     assert len(seen) == pytest.approx(40 * 2, abs=25)  # 40 steps of 2 of 3 samples in the mean
     assert who.state[LEDGER]["teacher"] == [["dp-sgd", 1.0, 2 / 3, 40]]
@@ -353,7 +352,7 @@ def test_private_training_takes_every_images_own_mean():
         models.build("unet-small-gn", classes=3, channels=3, image_size=8, width=4, seed=0) for _ in range(2)
     )
     spending = DPSGD(1e6, lambda rate, steps: 0.0, "teacher")
-    train_privately(client(), Methods(), STEP, module, data, None, schedule, spending, None)
+    train_privately(client(), Methods(), PHASE, module, data, None, schedule, spending, None)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     batch = data.batch(np.arange(3))
     for _ in range(2):

@@ -29,40 +29,40 @@ class Probe(Method):
         for r in range(federation.rounds):
             yield Round("train", exchanges=("ask", "tell"), participants="all" if r == 1 else "sampled")
 
-    def send(self, server, step):
-        if step.exchange == "tell":
+    def send(self, server, phase):
+        if phase.exchange == "tell":
             return {k: {"yours": torch.full((k + 1,), float(k))} for k in server.round_cache["answers"]}
         return {"total": server.state["total"]}
 
-    def client_update(self, client, step, message):
-        self.trace.append((step.round, step.exchange, client.id, client.state.get("visits", 0)))
-        if step.exchange == "hello":
+    def client_update(self, client, phase, message):
+        self.trace.append((phase.round, phase.exchange, client.id, client.state.get("visits", 0)))
+        if phase.exchange == "hello":
             client.state["visits"] = 0
             return {"n": client.samples}
-        if step.exchange == "ask":
+        if phase.exchange == "ask":
             client.round_cache["asked"] = message["total"]
-            return {"draw": float(client.rng("noise", step).random())}
+            return {"draw": float(client.rng("noise", phase).random())}
         assert torch.equal(message["yours"], torch.full((client.id + 1,), float(client.id)))
         assert "asked" in client.round_cache  # kept between the exchanges of a round
         client.state["visits"] += 1
         return {"visits": client.state["visits"]}
 
-    def expects(self, server, step, client, message):
+    def expects(self, server, phase, client, message):
         return {
             "hello": {"n": Number(low=1, whole=True)},
             "ask": {"draw": Number(0, 1)},
             "tell": {"visits": Number(low=1, whole=True)},
-        }[step.exchange]
+        }[phase.exchange]
 
-    def server_update(self, server, step, uploads):
-        if step.exchange == "ask":
+    def server_update(self, server, phase, uploads):
+        if phase.exchange == "ask":
             server.round_cache["answers"] = {u.client_id: u.message["draw"] for u in uploads}
             vectors = server.state["vectors"]
             vectors["parameters"] = vectors["parameters"] * (1 - 0.01 * sum(server.round_cache["answers"].values()))
-        elif step.exchange == "tell":
+        elif phase.exchange == "tell":
             for upload in uploads:
                 server.state["total"] += upload.message["visits"]
-            server.state["log"]["rounds"].append(step.round)
+            server.state["log"]["rounds"].append(phase.round)
 
     def model(self, server):
         return server.network(server.state["vectors"])
@@ -121,13 +121,13 @@ def test_listeners_hear_what_set_up_rounds_make(probe, make_data, make_config, t
 
 
 def test_a_client_left_out_by_send_is_an_error(probe, make_data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "send", lambda self, server, step: {0: {}, 2: {}})
+    monkeypatch.setattr(probe, "send", lambda self, server, phase: {0: {}, 2: {}})
     with pytest.raises(ValueError, match="message for client 1"):
         run(make_config("probe"), out=tmp_path, data=make_data())
 
 
 def test_a_server_that_reads_nothing_still_lets_clients_work(probe, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "rounds", lambda self, federation: iter([Round(exchanges=("hello",))]))
-    monkeypatch.setattr(probe, "server_update", lambda self, server, step, uploads: None)
+    monkeypatch.setattr(probe, "server_update", lambda self, server, phase, uploads: None)
     run(make_config("probe"), out=tmp_path, data=make_data())
     assert len(probe.trace) == 3

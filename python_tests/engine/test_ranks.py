@@ -20,7 +20,7 @@ from fedkern.engine.executors.links import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
 from fedkern.engine.hooks import reduced
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
-from fedkern.methods.base import Step
+from fedkern.methods.base import Phase
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 from fedkern.run import main
@@ -40,12 +40,12 @@ from fedkern.methods import FedAvg
 class Dying(FedAvg):
     "FedAvg whose rank FEDKERN_TEST_RANK dies once, in the third round."
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         given = os.environ.get
-        if step.round == 2 and given("RANK") == given("FEDKERN_TEST_RANK", "-") and given("FEDKERN_TEST_END"):
+        if phase.round == 2 and given("RANK") == given("FEDKERN_TEST_RANK", "-") and given("FEDKERN_TEST_END"):
             if given("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 os.kill(os.getpid(), int(given("FEDKERN_TEST_END")))
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 """
 RAISING = """
 from fedkern import register
@@ -55,11 +55,11 @@ from fedkern.methods import FedAvg
 class Raising(FedAvg):
     "FedAvg whose client 1 raises."
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         client.warn(f"seen-{client.id}", "as its turn comes")
         if client.id == 1:
             raise ZeroDivisionError("nothing to divide by")
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 """
 
 
@@ -340,17 +340,17 @@ from fedkern.methods.uploads import Kept
 class Seeing(Scaffold):
     "SCAFFOLD that reports how many vectors of uploads its server did not see."
 
-    def reduce(self, step):
-        return super().reduce(step)
+    def reduce(self, phase):
+        return super().reduce(phase)
 
-    def server_update(self, server, step, uploads):
+    def server_update(self, server, phase, uploads):
         server.report["unseen"] = 0.0
 
         def counted(upload):
             server.report["unseen"] += sum(isinstance(value, Kept) for value in upload.message.values())
             return upload
 
-        super().server_update(server, step, map(counted, uploads))
+        super().server_update(server, phase, map(counted, uploads))
 """
 
 
@@ -385,8 +385,8 @@ def test_vectors_stay_on_their_ranks(tmp_path):
 
 
 class Looking(FedAvg):
-    def server_update(self, server, step, uploads):
-        super().server_update(server, step, uploads)
+    def server_update(self, server, phase, uploads):
+        super().server_update(server, phase, uploads)
 
 
 class Weighing(FedProx):
@@ -395,16 +395,16 @@ class Weighing(FedProx):
 
 
 class Declaring(Looking):
-    def reduce(self, step):
+    def reduce(self, phase):
         return ("parameters",)
 
 
 def test_what_a_method_declares_holds_for_its_own_class():
-    step = Step(0, "", "update")
-    assert reduced(FedAvg(), step) == reduced(FedProx(), step) == ("parameters", "buffers")
-    assert reduced(Scaffold(), step) == ("parameters", "buffers", "control")
-    assert reduced(Looking(), step) == reduced(Weighing(), step) == reduced(AFL(), step) == ()
-    assert reduced(Declaring(), step) == ("parameters",)
+    phase = Phase(0, "", "update")
+    assert reduced(FedAvg(), phase) == reduced(FedProx(), phase) == ("parameters", "buffers")
+    assert reduced(Scaffold(), phase) == ("parameters", "buffers", "control")
+    assert reduced(Looking(), phase) == reduced(Weighing(), phase) == reduced(AFL(), phase) == ()
+    assert reduced(Declaring(), phase) == ("parameters",)
 
 
 def test_a_spread_accumulator_has_the_bits_of_one():

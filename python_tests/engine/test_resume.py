@@ -317,8 +317,8 @@ def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_da
 
     class Loses(FedAvg):
         def loss(self, model, batch, received):
-            calls.append(received.step.round)
-            if received.step.round == 1:
+            calls.append(received.phase.round)
+            if received.phase.round == 1:
                 lose(number)
             return super().loss(model, batch, received)
 

@@ -13,7 +13,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedAvg, Step, register
+from fedkern.methods import METHODS, FedAvg, Phase, register
 
 
 class Recorder(Listener):
@@ -158,7 +158,7 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
         def draw(self, client, batch, rng):
             drawn = super().draw(client, batch, rng)
             entry = (batch.indices.tolist(), drawn["index"].tolist())
-            seen.setdefault((client.id, batch.step.round), []).append(entry)
+            seen.setdefault((client.id, batch.phase.round), []).append(entry)
             return drawn
 
     monkeypatch.setitem(METHODS, "fedgid", Spy)
@@ -170,8 +170,8 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
         assert seen[key] == draws
     assert seen[0, 0] != seen[0, 1]
     bench = RunContext(make_config(), make_data())
-    step = Step(0, "train", "update")
-    draws = [Client(bench, k, {}).rng(p, step).random() for k in (0, 1) for p in ("batches", "background")]
+    phase = Phase(0, "train", "update")
+    draws = [Client(bench, k, {}).rng(p, phase).random() for k in (0, 1) for p in ("batches", "background")]
     assert len(set(draws)) == 4
 
 
@@ -183,9 +183,9 @@ def test_the_server_holds_one_upload_at_a_time(make_data, make_config, tmp_path,
     class Spy(FedAvg):
         """Counts the uploads that are alive whenever a client has finished."""
 
-        def client_update(self, client, step, message):
+        def client_update(self, client, phase, message):
             most.append(sum(ref() is not None for ref in alive))
-            answer = super().client_update(client, step, message)
+            answer = super().client_update(client, phase, message)
             alive.append(weakref.ref(answer["parameters"]))
             return answer
 

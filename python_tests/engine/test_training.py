@@ -21,16 +21,16 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
-from fedkern.methods import FML, METHODS, FedAvg, Step
+from fedkern.methods import FML, METHODS, FedAvg, Phase
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 
 
 def one_client(config, data, method=None):
     bench = RunContext(config, data)
     message = bench.initial()
     client = Client(bench, 0, {})
-    return bench, message, client, (method or FedAvg()).client_update(client, STEP, message)
+    return bench, message, client, (method or FedAvg()).client_update(client, PHASE, message)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -49,7 +49,7 @@ def test_equals_plain_sgd(model, momentum, weight_decay, clip_norm, make_data, m
     optimiser = torch.optim.SGD(oracle.parameters(), lr=config.lr, momentum=momentum, weight_decay=weight_decay)
     split = data.clients[0]
     images = fedkern_data.normalise(split.images, data.mean, data.std, channels_last=True)
-    rng = client.rng("batches", STEP)
+    rng = client.rng("batches", PHASE)
     for _ in range(2):
         for rows in batch_plan(len(split), 8, rng):
             optimiser.zero_grad()
@@ -69,10 +69,10 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
 
     def trained(round, **more):
         bench = RunContext(make_config(**settings, **more), data)
-        step = Step(round, "train", "update")
-        answer = Client(bench, 0, {}).train(FedAvg(), step, bench.initial())
+        phase = Phase(round, "train", "update")
+        answer = Client(bench, 0, {}).train(FedAvg(), phase, bench.initial())
         network = Client(bench, 0, {}).network()
-        Client(bench, 0, {}).fit(FedAvg(), step, network)
+        Client(bench, 0, {}).fit(FedAvg(), phase, network)
         assert torch.equal(Network(network, bench.device).read()["parameters"], answer["parameters"])
         return answer["parameters"]
 
@@ -87,7 +87,7 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     assert torch.equal(trained(2, **few), trained(2, local_steps=3))
     assert torch.equal(trained(3, **few), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
     quarter = RunContext(make_config(**{**settings, "lr": 0.0025}), data)
-    same = Client(quarter, 0, {}).train(FedAvg(), Step(3, "train", "update"), quarter.initial())
+    same = Client(quarter, 0, {}).train(FedAvg(), Phase(3, "train", "update"), quarter.initial())
     torch.testing.assert_close(trained(3, **steps), same["parameters"])
 
 
@@ -164,7 +164,7 @@ class Drawing(FedAvg):
 def test_only_a_method_that_draws_has_a_stream_for_it(method, draws, make_data, make_config, monkeypatch):
     asked = []
     real = Client.rng
-    monkeypatch.setattr(Client, "rng", lambda self, name, step: asked.append(name) or real(self, name, step))
+    monkeypatch.setattr(Client, "rng", lambda self, name, phase: asked.append(name) or real(self, name, phase))
     one_client(make_config(batch_size=8), make_data(), method())
     assert ("background" in asked) == draws
 
@@ -176,14 +176,14 @@ class Bomb(FedAvg):
     kind = "loss"
     count = 0
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         self.client, self.count = client.id, 0
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
     def loss(self, model, batch, received):
         self.count += 1
         loss = super().loss(model, batch, received)
-        if (self.client, received.step.round, self.count) != self.where:
+        if (self.client, received.phase.round, self.count) != self.where:
             return loss
         if self.kind == "loss":
             return loss * float("nan")
@@ -280,7 +280,7 @@ def test_local_buffers_stay_with_their_client(make_data, make_config):
     assert set(answer) == {"parameters"}
     kept = copy.deepcopy(client.state["buffers_local"])
     assert kept["integers"].tolist() == [5] * 3
-    FedAvg().client_update(client, Step(1, "train", "update"), {"parameters": message["parameters"]})
+    FedAvg().client_update(client, Phase(1, "train", "update"), {"parameters": message["parameters"]})
     assert client.state["buffers_local"]["integers"].tolist() == [10] * 3
     assert not torch.equal(kept["buffers"], client.state["buffers_local"]["buffers"])
 
@@ -308,7 +308,7 @@ def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config
     for fixed in (None, 0):
         bench = RunContext(make_config("fml", model="resnet8", fix_statistics=fixed), data)
         client, message = Client(bench, 0, {}), bench.initial()
-        answer = FML().client_update(client, Step(0, "train", "update"), message)
+        answer = FML().client_update(client, Phase(0, "train", "update"), message)
         assert torch.equal(answer["buffers"], message["buffers"]) == (fixed is not None)
         fresh = client.network().state_dict()
         means = [name for name in fresh if name.endswith("running_mean")]

@@ -97,8 +97,8 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
     decode = Declared.decode
 
     def watch(self, arrival):
-        step = arrival.asked.step
-        seen.setdefault((step.name.split()[0], step.exchange.split()[0]), (arrival.declared, arrival.message))
+        phase = arrival.asked.phase
+        seen.setdefault((phase.name.split()[0], phase.exchange.split()[0]), (arrival.declared, arrival.message))
         return decode(self, arrival)
 
     config, data = settle(method)
@@ -127,7 +127,7 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
     def spoil(self, arrival):
         path, value = first(arrival.message) if arrival.message else ((), None)
         if arrival.client == 1 and not spoilt and isinstance(value, torch.Tensor) and value.is_floating_point():
-            spoilt.append(arrival.asked.step.exchange)
+            spoilt.append(arrival.asked.phase.exchange)
             arrival.message = changed(arrival.message, path, torch.full_like(value, torch.nan))
         return decode(self, arrival)
 
@@ -149,9 +149,9 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
 
 def poisoned(kind, value, client=1, rounds=None):
     class Poisoned(kind):
-        def client_update(self, place, step, message):
-            answer = super().client_update(place, step, message)
-            if place.id == client and (rounds is None or step.round in rounds):
+        def client_update(self, place, phase, message):
+            answer = super().client_update(place, phase, message)
+            if place.id == client and (rounds is None or phase.round in rounds):
                 answer = value(answer)
             return answer
 
@@ -190,13 +190,14 @@ def test_a_client_that_has_nothing_and_may_is_nobodys(make_data, make_config, tm
     seen = []
 
     class Watched(FedProto):
-        def client_update(self, client, step, message):
-            return {} if step.exchange == "collect" and client.id == 1 else super().client_update(client, step, message)
+        def client_update(self, client, phase, message):
+            silent = phase.exchange == "collect" and client.id == 1
+            return {} if silent else super().client_update(client, phase, message)
 
-        def server_update(self, server, step, uploads):
+        def server_update(self, server, phase, uploads):
             kept = list(uploads)
-            seen.append((step.exchange, [upload.client_id for upload in kept]))
-            super().server_update(server, step, iter(kept))
+            seen.append((phase.exchange, [upload.client_id for upload in kept]))
+            super().server_update(server, phase, iter(kept))
 
     monkeypatch.setitem(METHODS, "fedproto", Watched)
     config = make_config("fedproto", rounds=1, options={"networks": "personal"})
@@ -207,9 +208,9 @@ def test_a_client_that_has_nothing_and_may_is_nobodys(make_data, make_config, tm
 
 def test_a_model_that_is_not_finite_is_not_written(make_data, make_config, tmp_path, monkeypatch):
     class Overflow(Scaffold):
-        def server_update(self, server, step, uploads):
-            super().server_update(server, step, uploads)
-            if step.round == 1:
+        def server_update(self, server, phase, uploads):
+            super().server_update(server, phase, uploads)
+            if phase.round == 1:
                 server.state["parameters"] = server.state["parameters"] * torch.inf
 
     monkeypatch.setitem(METHODS, "scaffold", Overflow)
@@ -222,8 +223,8 @@ def test_a_model_that_is_not_finite_is_not_written(make_data, make_config, tmp_p
 
 def test_the_command_line_ends_with_1(tmp_path, monkeypatch, capsys):
     class Overflow(FedAvg):
-        def server_update(self, server, step, uploads):
-            super().server_update(server, step, uploads)
+        def server_update(self, server, phase, uploads):
+            super().server_update(server, phase, uploads)
             server.state["parameters"] = server.state["parameters"] * torch.inf
 
     monkeypatch.setitem(METHODS, "fedavg", Overflow)
@@ -276,12 +277,12 @@ def test_a_large_update_is_clipped(method, make_data, make_config, tmp_path, mon
     kind, sent = METHODS[method], {}
 
     class Watched(poisoned(kind, lambda answer: boosted(answer) if "parameters" in answer else answer)):
-        def server_update(self, server, step, uploads):
-            if step.exchange == "update":
+        def server_update(self, server, phase, uploads):
+            if phase.exchange == "update":
                 start, uploads = server.state["parameters"].double(), list(uploads)
                 norms = {u.client_id: float((u.message["parameters"] - start).norm()) for u in uploads}
                 sent.update(norms)
-            super().server_update(server, step, iter(uploads))
+            super().server_update(server, phase, iter(uploads))
 
     monkeypatch.setitem(METHODS, method, Watched)
     run(make_config(method, rounds=1, clip_update_norm=2.0), out=tmp_path, data=make_data())

@@ -174,7 +174,7 @@ def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
     from fedkern.run import main
 
     (tmp_path / "halved.py").write_text(
-        PLUGIN.replace("return message", "return super().client_update(client, step, message)")
+        PLUGIN.replace("return message", "return super().client_update(client, phase, message)")
     )
     (tmp_path / "net.py").write_text(MODEL)
     code = ("--plugin", str(tmp_path / "halved.py"), "--model", f"{tmp_path / 'net.py'}:Net")
@@ -442,11 +442,11 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
         def _replied(self, message):
             with monkeypatch.context() as patched:
                 if message.metadata.dst_node_id in self.older:
-                    patched.setattr(node_client, "PROTOCOL", 2)
+                    patched.setattr(node_client, "PROTOCOL", 3)
                 return super()._replied(message)
 
     sentence = (
-        "Node 101 has form 2 of fedkern's messages, and the server has form 3: install one version of fedkern on all "
+        "Node 101 has form 3 of fedkern's messages, and the server has form 4: install one version of fedkern on all "
         "machines; it takes no part."
     )
     grid = Mixed(settings("fedavg", out=str(tmp_path / "run")), range(3))
@@ -457,7 +457,7 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
     }
     grid = Mixed(settings("fedavg", out=str(tmp_path / "nobody")), range(3))
     grid.older = (100, 101, 102)
-    with pytest.raises(UserError, match="has form 2 of fedkern's messages, and the server has form 3"):
+    with pytest.raises(UserError, match="has form 3 of fedkern's messages, and the server has form 4"):
         server_app.play(grid, grid.run_config)
 
 
@@ -482,7 +482,7 @@ def test_a_node_that_comes_back_as_another(tmp_path):
 def test_a_failing_client(tmp_path, monkeypatch, caplog):
     """Stops the run or is left out, as --on-error says; the server shows the client's traceback."""
 
-    def raising(self, client, step, message):
+    def raising(self, client, phase, message):
         if client.id == 1:
             raise ZeroDivisionError("nothing to divide by")
         return message
@@ -571,7 +571,7 @@ def test_clients_computed_together_in_one_process_are_alone_on_nodes(tmp_path):
 def letter(**changed):
     found = {
         "protocol": node_client.PROTOCOL, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
-        "step": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
+        "phase": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
         "threads": 1, "client_threads": 1, "data": None,
     }  # fmt: skip
     return {**found, **changed}
@@ -587,7 +587,7 @@ def test_letters_are_read_back():
     "changed",
     [{"protocol": 1}, {"data": -1}, {"data": "0"}, {"data": 1 << 32},
      {"run": "../../etc"}, {"attempt": ""}, {"client": -1}, {"client": "1"}, {"client": True},
-     {"asker": "__class__"}, {"step": [0, "train"]}, {"version": [0, 0]}, {"version": [1, -1]}, {"begin": [1]},
+     {"asker": "__class__"}, {"phase": [0, "train"]}, {"version": [0, 0]}, {"version": [1, -1]}, {"begin": [1]},
      {"threads": 0}, {"more": 1}, {"last": 1}],
     ids=str,
 )  # fmt: skip

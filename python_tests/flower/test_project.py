@@ -25,7 +25,7 @@ from fedkern.methods import FedAvg
 class Halved(FedAvg):
     "FedAvg whose clients do nothing."
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         return message
 """
 MODEL = """

@@ -49,7 +49,7 @@ def node(tmp_path, client=1):
 def header(client=1, round=0, run="0" * 32):
     found = {
         "protocol": PROTOCOL, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
-        "step": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
+        "phase": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
         "threads": 1, "client_threads": 1, "data": None,
     }  # fmt: skip
     return json.dumps(found)
@@ -61,7 +61,7 @@ def message(tmp_path_factory):
     from fedkern.engine.server import Server
     from fedkern.flower.node_client import on_node
     from fedkern.methods import registry
-    from fedkern.methods.base import Step
+    from fedkern.methods.base import Phase
     from fedkern.methods.protocol import BEFORE
     from fedkern.settings.config import RunConfig
 
@@ -71,7 +71,7 @@ def message(tmp_path_factory):
     method, server = kind(kind.Options.parse(context.config.options, method="fedavg")), Server(context)
     with context.drawing(server, BEFORE):
         method.start(server)
-    return pack(method.send(server, Step(0, "train", "update")))
+    return pack(method.send(server, Phase(0, "train", "update")))
 
 
 def residents(of: str = "parent", number: int = 0) -> list[int]:
@@ -252,12 +252,12 @@ def test_a_resident_that_is_lost(ends, begun, error):
         resident._asked(ours, replies, {"header": ""}, PARCEL, print)
 
 
-@pytest.mark.parametrize("error", [Malformed("is none"), UserError("no data"), RuntimeError("KeyError: 'step'")])
+@pytest.mark.parametrize("error", [Malformed("is none"), UserError("no data"), RuntimeError("KeyError: 'phase'")])
 def test_what_a_resident_raises_is_raised_where_it_was_asked(ends, error):
     ours, replies, theirs, requests = ends
 
     def answer(*_):
-        raise KeyError("step") if isinstance(error, RuntimeError) else error
+        raise KeyError("phase") if isinstance(error, RuntimeError) else error
 
     served = threading.Thread(target=resident_process._serve, args=(theirs, requests, answer))
     served.start()

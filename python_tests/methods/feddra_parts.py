@@ -3,10 +3,10 @@
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
-from fedkern.methods import FedDRA, Step, Upload
+from fedkern.methods import FedDRA, Phase, Upload
 from fedkern.models.towers import PARTS
 
-ALIGN, JOINT, LOSSES = (Step(0, "train", name) for name in ("alignment", "joint", "losses"))
+ALIGN, JOINT, LOSSES = (Phase(0, "train", name) for name in ("alignment", "joint", "losses"))
 SETTINGS = {"width": 4, "batch_size": 6, "local_steps": 2, "optimizer": "adamw", "lr": 0.003}
 
 
@@ -20,13 +20,13 @@ class Parts:
         self.method.start(self.server)
         self.clients = [Client(self.bench, k, {}) for k in range(len(data.clients))]
 
-    def exchange(self, step, chosen=None):
-        sent = self.method.send(self.server, step)
+    def exchange(self, phase, chosen=None):
+        sent = self.method.send(self.server, phase)
         uploads = []
         for client in self.clients if chosen is None else [self.clients[k] for k in chosen]:
             message = sent.get(client.id, sent)
-            uploads.append(Upload(client.id, client.samples, self.method.client_update(client, step, message)))
-        self.method.server_update(self.server, step, iter(uploads))
+            uploads.append(Upload(client.id, client.samples, self.method.client_update(client, phase, message)))
+        self.method.server_update(self.server, phase, iter(uploads))
         return sent, uploads
 
     def sizes(self):

@@ -5,7 +5,7 @@ import torch
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
-from fedkern.methods import FedIOD, Step, Upload
+from fedkern.methods import FedIOD, Phase, Upload
 
 TINY = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
@@ -28,30 +28,30 @@ class World:
             if entry.one_off:
                 self.play(entry, -1 - number)
 
-    def steps(self, entry, number):
-        return [Step(number, entry.name, exchange) for exchange in entry.exchanges]
+    def phases(self, entry, number):
+        return [Phase(number, entry.name, exchange) for exchange in entry.exchanges]
 
-    def play(self, entry, number, lost=lambda step: ()):
+    def play(self, entry, number, lost=lambda phase: ()):
         ids = entry.participants if isinstance(entry.participants, tuple) else tuple(self.clients)
-        for step in self.steps(entry, number):
-            self.exchange(step, ids, lost(step))
+        for phase in self.phases(entry, number):
+            self.exchange(phase, ids, lost(phase))
         for client in self.clients.values():
             client.round_cache.clear()
         self.server.round_cache.clear()
 
-    def exchange(self, step, ids=None, lost=()):
+    def exchange(self, phase, ids=None, lost=()):
         ids = tuple(self.clients) if ids is None else ids
-        outgoing = self.method.send(self.server, step)
+        outgoing = self.method.send(self.server, phase)
         if outgoing and all(isinstance(key, int) for key in outgoing):
             messages = {k: outgoing[k] for k in ids if k in outgoing}
         else:
             messages = dict.fromkeys(ids, outgoing) if outgoing is not None else {}
         chosen = {k: self.clients[k] for k in ids}
-        answers = self.method.cohort_update(chosen, step, messages) if messages else {}
+        answers = self.method.cohort_update(chosen, phase, messages) if messages else {}
         if answers is None:
-            answers = {k: self.method.client_update(chosen[k], step, messages[k]) for k in messages}
+            answers = {k: self.method.client_update(chosen[k], phase, messages[k]) for k in messages}
         uploads = [Upload(k, chosen[k].samples, answers[k]) for k in answers if k not in lost]
-        self.method.server_update(self.server, step, iter(uploads))
+        self.method.server_update(self.server, phase, iter(uploads))
         return messages, answers
 
     def round(self):
@@ -77,8 +77,8 @@ def cleared_and_live(world, rounds, **options):
         cleared.play(cleared.round(), number)
         for client in cleared.clients.values():  # as read from the disk
             client.state["critics"] = frozen(client.state["critics"])
-        for step in live.steps(live.round(), number):
-            live.exchange(step)
+        for phase in live.phases(live.round(), number):
+            live.exchange(phase)
         for client in live.clients.values():
             client.round_cache.clear()
     return cleared, live

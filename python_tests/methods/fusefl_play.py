@@ -9,7 +9,7 @@ import torch
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
-from fedkern.methods import FuseFL, Step, Upload
+from fedkern.methods import FuseFL, Phase, Upload
 
 PLAIN = {"model": "cnn", "local_epochs": 3, "grad_cam": 0, "rounds": None}
 
@@ -32,14 +32,14 @@ class Play:
         self.method.start(self.server)
 
     def round(self, number, name):
-        step = Step(number, name, "update")
-        sent = self.method.send(self.server, step)
-        answers = {k: self.method.client_update(self.clients[k], step, sent[k]) for k in self.order}
+        phase = Phase(number, name, "update")
+        sent = self.method.send(self.server, phase)
+        answers = {k: self.method.client_update(self.clients[k], phase, sent[k]) for k in self.order}
         self.down.append(sent)
         self.up.append({k: copy.deepcopy(answers[k]) for k in sorted(answers)})
         order = sorted(answers, reverse=self.backwards)
         uploads = (Upload(k, self.bench.federation.samples[k], answers[k]) for k in order)
-        self.method.server_update(self.server, step, uploads)
+        self.method.server_update(self.server, phase, uploads)
 
     def go(self):
         for number, entry in enumerate(self.method.rounds(self.bench.federation)):

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from fedkern.methods.base import Batch, Step
+from fedkern.methods.base import Batch, Phase
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 
 
 class Fixed(torch.nn.Module):
@@ -24,4 +24,4 @@ def scene(teachers=1, seed=0):
     proxy = Fixed(2 * torch.randn(7, 5, generator=g, dtype=torch.float64))
     teacher = 3 * torch.randn(teachers, 7, 5, generator=g, dtype=torch.float64)
     labels = torch.randint(0, 5, (7,), generator=g)
-    return proxy, teacher, Batch(torch.zeros(7, 1, 8, 8), labels, np.arange(7), STEP)
+    return proxy, teacher, Batch(torch.zeros(7, 1, 8, 8), labels, np.arange(7), PHASE)

@@ -5,7 +5,7 @@ import types
 import torch
 
 from fedkern import ops
-from fedkern.methods import Federation, Step, Upload
+from fedkern.methods import Federation, Phase, Upload
 
 DIMENSION, RATE, STEPS = 6, 0.1, 10
 SAMPLES = (10, 30, 20, 40)
@@ -26,10 +26,10 @@ class Client:
     def gradient(self, theta):
         return self.curvature @ (theta - self.optimum)
 
-    def train(self, method, step, message, extras=None):
+    def train(self, method, phase, message, extras=None):
         theta = message["parameters"].clone()
         received = types.SimpleNamespace(
-            message=message, parameters=message["parameters"], step=step, extras=extras, round_cache={}
+            message=message, parameters=message["parameters"], phase=phase, extras=extras, round_cache={}
         )
         for _ in range(STEPS):
             gradient = self.gradient(theta)
@@ -55,11 +55,11 @@ def distance(method, rounds, weights, partial=False):
     server, clients = Server(rounds), [Client(k) for k in range(len(SAMPLES))]
     method.start(server)
     for r in range(rounds):
-        step = Step(r, "train", "update")
-        sent = method.send(server, step)
+        phase = Phase(r, "train", "update")
+        sent = method.send(server, phase)
         chosen = [c for c in clients if not partial or (c.id + r) % 2]
-        uploads = [Upload(c.id, c.samples, method.client_update(c, step, sent.get(c.id, sent))) for c in chosen]
-        method.server_update(server, step, iter(uploads))
+        uploads = [Upload(c.id, c.samples, method.client_update(c, phase, sent.get(c.id, sent))) for c in chosen]
+        method.server_update(server, phase, iter(uploads))
     curvature = sum(w * c.curvature for w, c in zip(weights, clients, strict=True))
     pull = sum(w * c.curvature @ c.optimum for w, c in zip(weights, clients, strict=True))
     return float(torch.linalg.vector_norm(server.state["parameters"] - torch.linalg.solve(curvature, pull)))

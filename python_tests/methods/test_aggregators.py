@@ -98,8 +98,8 @@ def trained(make_data, make_config, out, **settings):
 class Hostile(FedAvg):
     """FedAvg with a client whose upload is far away."""
 
-    def client_update(self, client, step, message):
-        answer = super().client_update(client, step, message)
+    def client_update(self, client, phase, message):
+        answer = super().client_update(client, phase, message)
         if client.id == 2:
             answer["parameters"] = answer["parameters"] + 1e3
         return answer
@@ -134,9 +134,9 @@ def test_krum_takes_a_client_with_its_running_statistics(make_data, make_config,
     class Keeping(FedAvg):
         """FedAvg that looks at its uploads."""
 
-        def server_update(self, server, step, uploads):
+        def server_update(self, server, phase, uploads):
             kept = list(uploads)
-            super().server_update(server, step, iter(kept))
+            super().server_update(server, phase, iter(kept))
             whole = {name: server.state[name] for name in ("parameters", "buffers")}
             seen.append([all(torch.equal(each.message[name], value) for name, value in whole.items()) for each in kept])
 

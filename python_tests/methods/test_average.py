@@ -7,9 +7,9 @@ import torch
 
 from fedkern import ops
 from fedkern.engine import run
-from fedkern.methods import FedAvg, FedProx, Step, Upload
+from fedkern.methods import FedAvg, FedProx, Phase, Upload
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 
 
 class Server:
@@ -37,7 +37,7 @@ def vectors(seed):
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_average_of_equal_models_is_that_model(weighting):
     server, method = Server(), FedAvg(FedAvg.Options(weighting=weighting))
-    method.server_update(server, STEP, uploads(7, [3, 1, 4, 1, 5, 9, 2], lambda k: vectors(0)))
+    method.server_update(server, PHASE, uploads(7, [3, 1, 4, 1, 5, 9, 2], lambda k: vectors(0)))
     for name, value in vectors(0).items():
         assert torch.equal(server.state[name], value)
         assert server.state[name].dtype == value.dtype
@@ -46,7 +46,7 @@ def test_average_of_equal_models_is_that_model(weighting):
 @pytest.mark.parametrize(("weighting", "weights"), [("samples", [3, 1, 6]), ("uniform", [1, 1, 1])])
 def test_weighted_average_and_maximum_of_integers(weighting, weights):
     server, method = Server(), FedAvg(FedAvg.Options(weighting=weighting))
-    method.server_update(server, STEP, uploads(3, [3, 1, 6], vectors))
+    method.server_update(server, PHASE, uploads(3, [3, 1, 6], vectors))
     for name in ("parameters", "buffers"):
         expected = sum(w * vectors(k)[name].double() for k, w in enumerate(weights)) / sum(weights)
         torch.testing.assert_close(server.state[name], expected.float(), rtol=1e-6, atol=1e-7)
@@ -57,7 +57,7 @@ def test_weighted_average_and_maximum_of_integers(weighting, weights):
 def test_no_upload_changes_nothing():
     server = Server()
     server.state["parameters"] = torch.ones(3)
-    FedAvg().server_update(server, STEP, iter(()))
+    FedAvg().server_update(server, PHASE, iter(()))
     assert torch.equal(server.state["parameters"], torch.ones(3))
 
 
@@ -75,7 +75,7 @@ def test_uploads_are_not_kept():
             del message
             yield handover.pop()
 
-    FedAvg().server_update(Server(), STEP, stream())
+    FedAvg().server_update(Server(), PHASE, stream())
     assert len(alive) == 12
 
 

@@ -45,9 +45,9 @@ def test_what_clients_go_on_from_and_that_they_anchor_on_the_average(start_from,
     seen, own = [], start_from == "own"
     real = Client.train
 
-    def train(client, method, step, message, **settings):
+    def train(client, method, phase, message, **settings):
         seen.append((message["parameters"].clone(), settings["anchor"]["parameters"].clone()))
-        return real(client, method, step, message, **settings)
+        return real(client, method, phase, message, **settings)
 
     monkeypatch.setattr(Client, "train", train)
     encoders, _ = p.sizes()
@@ -109,7 +109,7 @@ def test_loss_at_a_random_start_and_of_identical_pairs(parts):
 @pytest.mark.parametrize("reduction", ["mean", "sum_dim"])
 def test_the_local_objective(reduction, parts):
     p = parts(align_reduction=reduction, mu=3.0, lambda1=2.0)
-    batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), step=JOINT)
+    batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), phase=JOINT)
     model, glob = p.bench.build().train(), p.bench.build().eval()
     for parameter in glob.parameters():
         parameter.data.mul_(1.1)
@@ -128,7 +128,7 @@ def test_no_gradient_reaches_the_anchors_or_frozen_encoders(parts):
     p = parts()
     model, glob = p.bench.build().train(), p.bench.build().eval()
     received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
-    batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), step=ALIGN)
+    batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), phase=ALIGN)
     p.method.loss(model, batch, received)[0].backward()
     assert all(parameter.grad is None for parameter in glob.parameters())
     assert all(parameter.grad is None for name in PARTS[:2] for parameter in getattr(model, name).parameters())
@@ -170,14 +170,14 @@ def test_bytes_of_a_round_are_those_of_the_notes(parts):
     extra = {name: len(p.server.state[name]) for name in ("buffers", "integers")}  # all of them of the heads
     model, part = (4 * (n + extra["buffers"]) + 8 * extra["integers"] for n in (encoders + alignment, alignment))
 
-    def booked(step):
-        sent, uploads = p.exchange(step)
+    def booked(phase):
+        sent, uploads = p.exchange(phase)
         own = sent.get(0, sent)
         return message_bytes(own), message_bytes(uploads[0].message)
 
-    first = [booked(step) for step in (ALIGN, JOINT, LOSSES)]
+    first = [booked(phase) for phase in (ALIGN, JOINT, LOSSES)]
     assert first == [(model + 8, part), (part + 8, model), (model + 8, 8)]
-    assert [booked(step) for step in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
+    assert [booked(phase) for phase in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
 
 
 def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
@@ -186,8 +186,8 @@ def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
     def played():
         p = parts(anchors=False)
         travelled = []
-        for step in (ALIGN, JOINT, LOSSES) * 2:
-            sent, uploads = p.exchange(step)
+        for phase in (ALIGN, JOINT, LOSSES) * 2:
+            sent, uploads = p.exchange(phase)
             travelled.append((message_bytes(sent.get(0, sent)), message_bytes(uploads[0].message)))
         return p.server.state, travelled
 

@@ -15,19 +15,19 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.errors import UserError
-from fedkern.methods import Batch, FedGID, Step
+from fedkern.methods import Batch, FedGID, Phase
 from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 
 
 class Received:
-    def __init__(self, model, samples=20, epochs=1, step=STEP):
-        self.model, self.samples, self.epochs, self.step, self.round_cache, self.message = (
+    def __init__(self, model, samples=20, epochs=1, phase=PHASE):
+        self.model, self.samples, self.epochs, self.phase, self.round_cache, self.message = (
             model,
             samples,
             epochs,
-            step,
+            phase,
             {},
             {},
         )
@@ -40,7 +40,7 @@ def network(seed, model="cnn", width=4, side=16, dtype=torch.float32):
 class Scene:
     """A local and a global network, a batch, and a bank, in float64 so that oracles can be compared closely."""
 
-    def __init__(self, make_data, make_config, model="cnn", same=False, step=STEP, epochs=1, **options):
+    def __init__(self, make_data, make_config, model="cnn", same=False, phase=PHASE, epochs=1, **options):
         self.method = FedGID(FedGID.Options.parse(options))
         self.bench = RunContext(make_config("fedgid"), make_data())
         self.client = Client(self.bench, 0, {})
@@ -54,11 +54,11 @@ class Scene:
                     g2 = g if not same else torch.Generator().manual_seed(6)
                     layer.running_mean += 0.1 * torch.randn(layer.running_mean.shape, generator=g2)
         self.frozen.eval()
-        self.received = Received(self.frozen, step=step, epochs=epochs)
+        self.received = Received(self.frozen, phase=phase, epochs=epochs)
         data = self.bench.client_data(0)
         data.pixels._normalise = _double(data.pixels._normalise)
         rows = np.array([3, 1, 4, 11, 5])
-        self.batch = Batch(data.pixels.take(rows), data.labels[rows], rows, step)
+        self.batch = Batch(data.pixels.take(rows), data.labels[rows], rows, phase)
         self.batch.drawn = self.method.draw(self.client, self.batch, np.random.default_rng(0))
         if "bank" in self.batch.drawn:
             pixels = self.batch.drawn["bank"].pixels
@@ -207,7 +207,7 @@ def test_the_engines_global_copy_is_frozen_in_eval_mode_and_built_once(make_data
         def loss(self, model, batch, received):
             frozen = received.model
             vector = torch.cat([p.detach().flatten() for p in frozen.parameters()])
-            seen.append((batch.step.round, id(frozen), vector))
+            seen.append((batch.phase.round, id(frozen), vector))
             assert not frozen.training
             assert not any(p.requires_grad for p in frozen.parameters())
             return super().loss(model, batch, received)
@@ -291,14 +291,14 @@ def test_alpha_per_sample(alpha, sampling, make_data, make_config):
 def test_warm_up_and_ramp():
     def weights(**options):
         method = FedGID(FedGID.Options.parse({"lambda": 2.0, **options}))
-        return [method.distillation_weight(Step(r, "train", "update")) for r in range(6)]
+        return [method.distillation_weight(Phase(r, "train", "update")) for r in range(6)]
 
     assert weights() == [2.0] * 6
     assert weights(gd_start_round=2) == [0, 0, 2, 2, 2, 2]
     assert weights(gd_start_round=1, gd_ramp=4) == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
     assert weights(distillation=False) == [0] * 6
     method = FedGID(FedGID.Options(gi_start_round=2))
-    assert [method.intervenes(Step(r, "train", "update")) for r in range(4)] == [False, False, True, True]
+    assert [method.intervenes(Phase(r, "train", "update")) for r in range(4)] == [False, False, True, True]
 
 
 def test_random_backgrounds_are_uniform_over_the_bank():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from interrupted import Kill, KillAt, outcome
-from proxies import STEP, scene
+from proxies import PHASE, scene
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
@@ -19,7 +19,7 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
-from fedkern.methods import Batch, FedLPFM, Step
+from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import finetune, probe
@@ -180,7 +180,7 @@ def started(data, config):
 
 def batch_of(bench, client, rows):
     data = bench.client_data(client)
-    return Batch(data.pixels.take(rows), data.labels[rows], rows, STEP)
+    return Batch(data.pixels.take(rows), data.labels[rows], rows, PHASE)
 
 
 @pytest.mark.parametrize("tuning", ["zero-shot", "probe"])
@@ -190,7 +190,7 @@ def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_
         options = {"teacher_view": view, "teacher_tuning": tuning, "tuning_lr": 0.05}
         method, bench, server = started(data, small(make_config, options=options))
         client = Client(bench, 1, {})
-        method.client_update(client, STEP, method.send(server, STEP))
+        method.client_update(client, PHASE, method.send(server, PHASE))
         drawn[view] = method.draw(client, batch_of(bench, 1, rows), np.random.default_rng(0))["teacher"]
     torch.testing.assert_close(drawn["cached"], drawn["same"], rtol=1e-4, atol=1e-4)
     assert drawn["same"].shape == (4, 3)
@@ -199,7 +199,7 @@ def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_
 def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
     method, bench, server = started(data, small(make_config, augment="crop"))
     client = Client(bench, 0, {})
-    method.client_update(client, STEP, method.send(server, STEP))
+    method.client_update(client, PHASE, method.send(server, PHASE))
     plain = torch.cat([batch.images for batch in client.batches()])
     torch.testing.assert_close(
         client.state["teacher_logits"][0], method._teacher(0).logits(plain), rtol=1e-5, atol=1e-5
@@ -209,8 +209,8 @@ def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
 def test_the_teacher_neither_changes_nor_travels(data, make_config):
     method, bench, server = started(data, small(make_config))
     before = {name: value.clone() for name, value in method._teacher(0).network.state_dict().items()}
-    client, message = Client(bench, 0, {}), method.send(server, STEP)
-    upload = method.client_update(client, STEP, message)
+    client, message = Client(bench, 0, {}), method.send(server, PHASE)
+    upload = method.client_update(client, PHASE, message)
     assert set(upload) == set(message)
     proxy = bench.network("server")
     assert message_bytes(upload) == 4 * (proxy.parameters.numel() + proxy.buffers.numel()) + 8 * 3
@@ -225,7 +225,7 @@ def test_backbones(data, make_config):
     for backbone in ("consistent", "random", "random-each-round"):
         method, bench, _ = started(data, small(make_config, options={**specs, "backbone": backbone}))
         drawn[backbone] = [
-            [tuple(method.backbones(Client(bench, k % 3, {}), Step(r, "train", "update"))) for r in range(8)]
+            [tuple(method.backbones(Client(bench, k % 3, {}), Phase(r, "train", "update"))) for r in range(8)]
             for k in range(3)
         ]
     assert {pair for rounds in drawn["consistent"] for pair in rounds} == {(0, 1)}

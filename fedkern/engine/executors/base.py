@@ -14,7 +14,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import ClientFailed
-from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.base import ClientId, Message, Phase
 
 States = Callable[[ClientId], Callable[[], dict[str, Any]]]
 """Function of a client id.  It returns a reader of the client's state at the beginning of the round; the reader may be
@@ -95,7 +95,7 @@ class Executor(Protocol):
     def answers(
         self,
         asker: str,
-        step: Step,
+        phase: Phase,
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
@@ -103,7 +103,7 @@ class Executor(Protocol):
 
         Args:
             asker: name of the object whose ``client_update`` is called, ``"method"`` or ``"pooling"``.
-            step: the exchange.
+            phase: the exchange.
             encoders: changes a client's upload where the client works, by client; none where it travels as it is.
         """
         ...

@@ -32,7 +32,7 @@ from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.messages.packets import NotPortable, Packer, Unpacker
-from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 
@@ -65,7 +65,7 @@ class Ranks:
         self._home: dict[ClientId, int] = {}  # as _at, with clients that are done
         self._begun: set[ClientId] = set()  # clients that have their state of the round on another rank
         self._readers: dict[ClientId, Any] = {}  # readers of the states that clients began the round with
-        self._played: dict[ClientId, list[tuple[str, Step, Message]]] = {}
+        self._played: dict[ClientId, list[tuple[str, Phase, Message]]] = {}
         self._changed: dict[ClientId, dict[str, Any]] = {}
         # State of this exchange:
         self._encoders: Mapping[ClientId, Encoder] = {}
@@ -107,7 +107,7 @@ class Ranks:
     def answers(
         self,
         asker: str,
-        step: Step,
+        phase: Phase,
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
@@ -117,12 +117,12 @@ class Ranks:
         begins.
         """
         self._encoders = encoders or {}
-        self._deal(asker, step, messages)
+        self._deal(asker, phase, messages)
         for k in messages:
-            yield self._answer(k, asker, step, messages)
-            self._played.setdefault(k, []).append((asker, step, messages[k]))
+            yield self._answer(k, asker, phase, messages)
+            self._played.setdefault(k, []).append((asker, phase, messages[k]))
 
-    def _deal(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> None:
+    def _deal(self, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> None:
         """Deals the clients out, and sends the other ranks what their clients are asked."""
         self._packer.clear()
         cleared = self._packer.pack(Cleared())
@@ -134,25 +134,25 @@ class Ranks:
         for k in messages:
             self._readers.setdefault(k, self._states(k))
             rank = self._at.setdefault(k, len(self._at) % self.count)
-            if rank and not self._sent(k, rank, asker, step, messages[k]):
+            if rank and not self._sent(k, rank, asker, phase, messages[k]):
                 self._at[k] = rank = 0
             self._home[k] = rank
             if not rank:
                 self._todo.append(k)
 
-    def _sent(self, k: ClientId, rank: int, asker: str, step: Step, message: Message) -> bool:
+    def _sent(self, k: ClientId, rank: int, asker: str, phase: Phase, message: Message) -> bool:
         """Sends a client's message to its rank; False where the message cannot be sent."""
         fresh = k not in self._begun
         try:
             state = self._readers[k]() if fresh else None
-            packet = self._packer.pack(Task(k, asker, step, message, fresh, state, encoder=self._encoders.get(k)))
+            packet = self._packer.pack(Task(k, asker, phase, message, fresh, state, encoder=self._encoders.get(k)))
         except NotPortable:
             return False
         self._links[rank].send(packet)
         self._begun.add(k)
         return True
 
-    def _answer(self, k: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Answer:
+    def _answer(self, k: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> Answer:
         """The answer of the next client in order; meanwhile this rank goes on with its later clients."""
         done = self._ahead.pop(k, None)
         while done is None:
@@ -160,20 +160,20 @@ class Ranks:
             self._team.check()
             if not self._at[k]:
                 self._todo.remove(k)
-                done = self._work(k, asker, step, messages[k])
+                done = self._work(k, asker, phase, messages[k])
                 break
             idle = bool(self._todo) and len(self._ahead) < AHEAD
             done = self._heard(self._links[self._at[k]], 0.0 if idle else 0.5)
             if done is None and idle:
                 later = self._todo.pop(0)
-                self._ahead[later] = self._work(later, asker, step, messages[later])
+                self._ahead[later] = self._work(later, asker, phase, messages[later])
         if done.failed is not None:
             raise done.failed
         if done.state is not None:
             self._changed[k] = done.state
         return done.answer
 
-    def _work(self, k: ClientId, asker: str, step: Step, message: Message) -> Done:
+    def _work(self, k: ClientId, asker: str, phase: Phase, message: Message) -> Done:
         """Has a client work on this rank.  Its warnings and its exception wait for its turn, as another rank's do."""
         told, self._context.warnings = self._context.warnings, {}
         try:
@@ -181,7 +181,7 @@ class Ranks:
                 self.here.take(k, self._readers[k]())
                 for played in self._played.get(k, []):
                     self.here.ask(k, *played)
-            answer = self.here.ask(k, asker, step, message, self._encoders.get(k))
+            answer = self.here.ask(k, asker, phase, message, self._encoders.get(k))
             answer.warnings = self._context.warnings
         except Exception as error:
             return Done(None, failed=error)

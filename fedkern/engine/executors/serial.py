@@ -13,7 +13,7 @@ from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.filters import Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.states import fingerprint
-from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.torch_modes import cpu_threads
 
 
@@ -59,22 +59,22 @@ class Serial:
     def answers(
         self,
         asker: str,
-        step: Step,
+        phase: Phase,
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
         for k, message in messages.items():
-            yield self.ask(k, asker, step, message, encoders[k] if encoders and k in encoders else None)
+            yield self.ask(k, asker, phase, message, encoders[k] if encoders and k in encoders else None)
 
-    def ask(self, k: ClientId, asker: str, step: Step, message: Message, encoder: Encoder | None = None) -> Answer:
+    def ask(self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None = None) -> Answer:
         """One client's answer to a message, which an encoder may change."""
         start = time.perf_counter()
         client = self.client(k)
         client.report = {}
         answer = Answer(k)
-        with cpu_threads(self._threads), self._context.drawing(client, step):
+        with cpu_threads(self._threads), self._context.drawing(client, phase):
             try:
-                answer.message = self._askers[asker].client_update(client, step, message)
+                answer.message = self._askers[asker].client_update(client, phase, message)
             except Diverged as problem:
                 answer.problem = problem
             except RAISED as error:

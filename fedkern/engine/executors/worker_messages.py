@@ -50,18 +50,18 @@ class Task:
     Attributes:
         client: the client's id.
         asker: name of the object whose ``client_update`` is called.
-        step: the exchange.
+        phase: the exchange.
         message: the client's message.
         fresh: whether the client begins its round in this worker.
         state: the client's state at the beginning of the round, where the task is ``fresh``.
-        played: the client's earlier messages of the round, as (asker, step, message), which a lost worker answered;
+        played: the client's earlier messages of the round, as (asker, phase, message), which a lost worker answered;
             they are played again first.
         encoder: changes the upload before it leaves; None: it travels as it is.
     """
 
     client: int
     asker: str
-    step: Any
+    phase: Any
     message: Any
     fresh: bool
     state: dict[str, Any] | None = None

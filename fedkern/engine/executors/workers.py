@@ -29,7 +29,7 @@ from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.messages.packets import NotPortable, Packer, Unpacker
-from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.ops._core import backend
 from fedkern.torch_modes import modes
 
@@ -92,7 +92,7 @@ class Workers:
         # State of this round:
         self._at: dict[ClientId, _Worker | None] = {}  # where a client works; None is this process
         self._readers: dict[ClientId, Any] = {}  # readers of the states that clients began the round with
-        self._played: dict[ClientId, list[tuple[str, Step, Message]]] = {}
+        self._played: dict[ClientId, list[tuple[str, Phase, Message]]] = {}
         self._changed: dict[ClientId, dict[str, Any]] = {}
         self._losses: dict[ClientId, int] = {}
         # State of this exchange:
@@ -107,7 +107,7 @@ class Workers:
     def answers(
         self,
         asker: str,
-        step: Step,
+        phase: Phase,
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
@@ -119,16 +119,16 @@ class Workers:
         for k in messages:
             self._readers.setdefault(k, self._states(k))
         for k in messages:
-            yield self._answer(k, asker, step, messages)
-            self._played.setdefault(k, []).append((asker, step, messages[k]))
+            yield self._answer(k, asker, phase, messages)
+            self._played.setdefault(k, []).append((asker, phase, messages[k]))
 
-    def _answer(self, k: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Answer:
+    def _answer(self, k: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> Answer:
         """The answer of the next client in order; meanwhile workers go on with later clients."""
         while True:
             check()
             self._hear(0.0)
             self._hire()
-            self._hand_out(k, asker, step, messages)
+            self._hand_out(k, asker, phase, messages)
             if k in self._found:
                 done, _ = self._found.pop(k)
                 if done.failed is not None:
@@ -139,7 +139,7 @@ class Workers:
                 break
             if k in self._todo:
                 self._todo.remove(k)
-                answer = self._ask_here(k, asker, step, messages[k])
+                answer = self._ask_here(k, asker, phase, messages[k])
                 break
             self._hear(1.0)
         self._count(answer)
@@ -183,13 +183,13 @@ class Workers:
 
     # -- this process ----------------------------------------------------------------------------------------------
 
-    def _ask_here(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
+    def _ask_here(self, k: ClientId, asker: str, phase: Phase, message: Message) -> Answer:
         if k not in self.here.working():  # the client begins its round here
             self._at[k] = None
             self.here.take(k, self._readers[k]())
             for played in self._played.get(k, []):
                 self.here.ask(k, *played)
-        return self.here.ask(k, asker, step, message, self._encoders.get(k))
+        return self.here.ask(k, asker, phase, message, self._encoders.get(k))
 
     def _count(self, answer: Answer) -> None:
         """Counts an answer, and starts workers if enough work is left for them to pay."""
@@ -232,7 +232,7 @@ class Workers:
             self._nursery = None
             self._give_up(str(error), "")
 
-    def _hand_out(self, first: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> None:
+    def _hand_out(self, first: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> None:
         """Gives every idle worker the next client that it may have."""
         for worker in list(self._workers):
             if worker.client is not None:
@@ -242,13 +242,13 @@ class Workers:
                     continue  # another worker or this process has the client in this round
                 if k != first and sum(size for _, size in self._found.values()) > HELD_BYTES:
                     break
-                if self._send(worker, k, asker, step, messages[k]):
+                if self._send(worker, k, asker, phase, messages[k]):
                     self._todo.remove(k)
                     break
                 if worker not in self._workers:
                     break
 
-    def _send(self, worker: _Worker, k: ClientId, asker: str, step: Step, message: Message) -> bool:
+    def _send(self, worker: _Worker, k: ClientId, asker: str, phase: Phase, message: Message) -> bool:
         fresh = self._at.get(k) is not worker
         state = self._readers[k]() if fresh else None
         played = tuple(self._played.get(k, ())) if fresh else ()
@@ -258,7 +258,7 @@ class Workers:
             if not self._tell(worker, Cleared()):
                 return False
         try:
-            if not self._tell(worker, Task(k, asker, step, message, fresh, state, played, self._encoders.get(k))):
+            if not self._tell(worker, Task(k, asker, phase, message, fresh, state, played, self._encoders.get(k))):
                 return False
         except NotPortable:
             self._at[k] = None  # the message cannot be sent, so the client works in this process in this round

@@ -41,7 +41,7 @@ class Record:
         together: whether all clients work in the server's process.
         clients: what every client reported, by its id as a text; filled when the round is over.
         reports: the same one exchange after another.
-        phases: seconds by phase.
+        seconds: by what was done in them, such as "train".
         started: when the round began, as ``time.perf_counter`` has it.
         entries: what the record says, by name; with what each entry is about.
         told: the record as it may be told.
@@ -57,7 +57,7 @@ class Record:
     together: bool = False
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     entries: dict[str, tuple[About, Any]] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)

@@ -82,7 +82,7 @@ class Evaluation(Part):
             for name, value in self.latest.items():
                 if is_main(name):
                     self.best[name] = max(value, self.best.get(name, 0.0))
-        record.phases["evaluate"] = time.perf_counter() - begun
+        record.seconds["evaluate"] = time.perf_counter() - begun
 
     def finish(self, summary: Summary) -> None:
         network = summary.network

@@ -55,8 +55,8 @@ class Records(Part):
         if self._log.dropped:
             record.put({"dropped": self._log.dropped})
             self._log.dropped = []
-        record.put({"phases": {name: round(value, 6) for name, value in record.phases.items()}})
-        self._timing.add(record.phases)
+        record.put({"phases": {name: round(value, 6) for name, value in record.seconds.items()}})
+        self._timing.add(record.seconds)
         if used := device_use.figures(self._context.device):
             record.put({"device": used})
         record.put({"round_seconds": time.perf_counter() - record.started, "seconds": self._timing.seconds()})

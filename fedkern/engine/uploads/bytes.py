@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter
-from fedkern.methods.base import ClientId, Message, Step
+from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Kept
 
 NUMBER_BYTES = 8
@@ -77,21 +77,21 @@ class Ledger:
     def _row(self, client: int) -> list[int]:
         return [getattr(self, name)[client] for name in _COLUMNS]
 
-    def book(self, client: int, direction: str, message: Any, *, step: Step | None = None) -> int:
+    def book(self, client: int, direction: str, message: Any, *, phase: Phase | None = None) -> int:
         """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes.
 
         Args:
-            step: the communication round and the exchange; None for a one-off exchange.
+            phase: the communication round and the exchange; None for a one-off exchange.
         """
         size = message_bytes(message)
-        column = direction if step is not None else f"one_off_{direction}"
+        column = direction if phase is not None else f"one_off_{direction}"
         getattr(self, column)[client] += size
         self._totals[column] += size
         self._changed.add(client)
-        if step is not None:
-            self.exchanges.setdefault(step.exchange, {"up": 0, "down": 0})[direction] += size
-            self.round_sums.setdefault(step.exchange, {"up": 0, "down": 0})[direction] += size
-            self.rounds.setdefault(step.name, {"up": 0, "down": 0})[direction] += size
+        if phase is not None:
+            self.exchanges.setdefault(phase.exchange, {"up": 0, "down": 0})[direction] += size
+            self.round_sums.setdefault(phase.exchange, {"up": 0, "down": 0})[direction] += size
+            self.rounds.setdefault(phase.name, {"up": 0, "down": 0})[direction] += size
         return size
 
     def begin_round(self) -> None:
@@ -157,4 +157,4 @@ class Bytes(Filter):
 
     def _book(self, asked: Asked, client: ClientId, direction: str, message: Any) -> None:
         if asked.entry.booked:
-            self._ledger.book(client, direction, message, step=None if asked.entry.one_off else asked.step)
+            self._ledger.book(client, direction, message, phase=None if asked.entry.one_off else asked.phase)

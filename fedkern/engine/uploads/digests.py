@@ -24,7 +24,7 @@ class ClientDigests(Filter):
         return ""
 
     def _note(self, arrival: Arrival, message: object) -> None:
-        self._releases.add(arrival.asked.plan, arrival.asked.step.exchange, arrival.client, message)
+        self._releases.add(arrival.asked.plan, arrival.asked.phase.exchange, arrival.client, message)
 
 
 class ServerDigests(Filter):
@@ -37,5 +37,5 @@ class ServerDigests(Filter):
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         for upload in uploads:
-            self._releases.add(asked.plan, asked.step.exchange, upload.client_id, upload.message)
+            self._releases.add(asked.plan, asked.phase.exchange, upload.client_id, upload.message)
             yield upload

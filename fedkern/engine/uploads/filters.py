@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedkern.engine.hooks import Hooks
-from fedkern.methods.base import ClientId, Declaration, Message, Round, Step, Upload
+from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
 
 Keep = Callable[[ClientId, str, Tensor], None]
 """Keeps a vector of a client's upload, by name, in the process where the client works."""
@@ -41,7 +41,7 @@ class Asked:
     """One exchange: what the clients of a round are asked.
 
     Attributes:
-        step: the exchange.
+        phase: the exchange.
         entry: the round in the method's plan.
         plan: number of the round in the plan.
         clients: number of clients that the server asks, whoever answers.
@@ -50,7 +50,7 @@ class Asked:
         sent: the message of every participant that gets one.
     """
 
-    step: Step
+    phase: Phase
     entry: Round
     plan: int
     clients: int
@@ -60,7 +60,7 @@ class Asked:
 
     def declared(self, client: ClientId) -> Declaration:
         """The declaration of a client's upload."""
-        return self.hooks.declared(self.step, client, self.sent.get(client, {}))
+        return self.hooks.declared(self.phase, client, self.sent.get(client, {}))
 
 
 @dataclass

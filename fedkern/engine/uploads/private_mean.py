@@ -22,7 +22,7 @@ from fedkern.engine.participants import sample_clients
 from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import UserError
-from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Step, Upload
+from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
 from fedkern.methods.uploads import Values, like
 from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
@@ -201,13 +201,13 @@ class PrivateMean(Filter):
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         declared, state = asked.declared(asked.participants[0]), self._server.state
-        start = self._start(declared, asked.step)
+        start = self._start(declared, asked.phase)
         total = ClippedSum(self.level, start, self._config.sums == "exact")
         for upload in uploads:
             norm, factor = total.add(upload.message)
             note(upload.client_id, {"update_norm": norm, **({"clipped": factor} if factor < 1 else {})})
             del upload  # free this upload before the next one arrives
-        message = total.release(asked.clients, self._key(asked.plan, asked.step))
+        message = total.release(asked.clients, self._key(asked.plan, asked.phase))
         if "buffers" in message and self.level.noise:
             own = message["buffers"][self._variances]
             keep_variances(own, start["buffers"][self._variances])
@@ -216,16 +216,16 @@ class PrivateMean(Filter):
             message["integers"] = state["integers"]
         yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
 
-    def _start(self, declared: Declaration, step: Step) -> dict[str, Tensor]:
+    def _start(self, declared: Declaration, phase: Phase) -> dict[str, Tensor]:
         """What clients' vectors are counted from: the global network's, zero for vectors that are changes already."""
-        names = [name for name in reduced(self._method, step) if name in declared]
+        names = [name for name in reduced(self._method, phase) if name in declared]
         state = self._server.state
         return {name: state[name] if name in VECTORS else torch.zeros(_size(declared[name])) for name in names}
 
-    def _key(self, number: int, step: Step) -> NoiseKey:
+    def _key(self, number: int, phase: Phase) -> NoiseKey:
         own = self.secret
         material = bytes.fromhex(own) if own else stream(self._config.seed, "privacy").bytes(SECRET_BYTES)
-        return noise_key(material, RELEASED, f"{CHANNEL}/{step.exchange}", number)
+        return noise_key(material, RELEASED, f"{CHANNEL}/{phase.exchange}", number)
 
     @cached_property
     def _variances(self) -> Tensor:
@@ -260,15 +260,15 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
                 f'--dp-clip is not for {name} with these options, whose clients upload more ("{more}") than a change '
                 "of the network: leave it out, or choose other options."
             )
-        step = Step(0, entry.name, entry.exchanges[0])
-        summed = reduced(method, step)
+        phase = Phase(0, entry.name, entry.exchanges[0])
+        summed = reduced(method, phase)
         if "parameters" not in summed or entry.cohort or isinstance(entry.participants, tuple):
             raise UserError(
                 f"--dp-clip is not for {name} with these options, whose server does more with uploads than adding them "
                 "up: leave it out."
             )
-    message = message_for(method.send(server, step), 0, method.selective) or {}
-    for key, due in method.expects(server, step, 0, message).items():
+    message = message_for(method.send(server, phase), 0, method.selective) or {}
+    for key, due in method.expects(server, phase, 0, message).items():
         fits = key in summed and (key not in VECTORS or _size(due) == server.state[key].numel())
         if not fits and key != "integers":
             raise UserError(

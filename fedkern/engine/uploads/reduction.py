@@ -18,7 +18,7 @@ class Reduction(Filter):
     """Has ranks keep the vectors that the method's server only adds up; they are added up there."""
 
     def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
-        names = asked.hooks.reduced(asked.step)
+        names = asked.hooks.reduced(asked.phase)
         if not names:
             return {}
         return {k: Reducing(names, _without_tensors(asked.declared(k))) for k in asked.sent}

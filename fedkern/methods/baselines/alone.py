@@ -17,10 +17,10 @@ from fedkern.methods.base import (
     Message,
     Method,
     Objective,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     like,
 )
@@ -52,23 +52,23 @@ class Local(Objective, Method):
         for _ in range(federation.rounds):
             yield Round(participants="all", booked=False)
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         return {k: {"network": server.state.get(str(k))} for k in range(server.federation.clients)}
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         network = client.network()
         if message["network"] is not None:
             network.load_state_dict(message["network"])
-        client.fit(self, step, network)
+        client.fit(self, phase, network)
         return {"network": network.state_dict()}
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         return supervised_loss(model, batch)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {"network": once(server.round_cache, "network", lambda: like(server.build().state_dict()))}
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         for upload in uploads:
             server.state[str(upload.client_id)] = upload.message["network"]
 

@@ -15,10 +15,10 @@ from fedkern.methods.base import (
     Message,
     Method,
     Objective,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
 )
 from fedkern.methods.common.supervised import supervised_loss
@@ -46,19 +46,19 @@ class Centralised(Objective, Method):
         for _ in range(federation.rounds):
             yield Round(participants="all", booked=False)
 
-    def send(self, server: Server, step: Step) -> Message:
+    def send(self, server: Server, phase: Phase) -> Message:
         return self.vectors(server)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        return client.train(self, step, message)
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        return client.train(self, phase, message)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {name: server.state[name] for name in server.trained_vectors if name in server.state}
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         return supervised_loss(model, batch)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         for upload in uploads:
             server.state.update(upload.message)
 

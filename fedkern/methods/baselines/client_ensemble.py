@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.methods.base import Client, ClientId, Declaration, Message, Server, Step, Upload, option, vectors_of
+from fedkern.methods.base import Client, ClientId, Declaration, Message, Phase, Server, Upload, option, vectors_of
 from fedkern.methods.common.figures import classification
 from fedkern.methods.common.oneshot import OneShot, exhaust
 from fedkern.methods.common.oneshot_members import Members, OwnNetworks, member_vectors, train_member
@@ -67,28 +67,28 @@ class Ensemble(OwnNetworks, OneShot):
 
     # -- training: nothing is averaged -----------------------------------------------------------------------------
 
-    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
-        if step.exchange == "update" and self.options.models:
+    def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
+        if phase.exchange == "update" and self.options.models:
             return {}  # every client starts from fresh weights of its own architecture
-        return super().send(server, step)
+        return super().send(server, phase)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "update":
-            trained = train_member(self, client, step, message, self.architectures)
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == "update":
+            trained = train_member(self, client, phase, message, self.architectures)
             if self.options.calibrate:
                 client.state["own"] = vectors_of(trained)
             return trained
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        own = member_vectors(server, self.architectures, client) if step.exchange == "update" else None
-        return super().expects(server, step, client, message) if own is None else own
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        own = member_vectors(server, self.architectures, client) if phase.exchange == "update" else None
+        return super().expects(server, phase, client, message) if own is None else own
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange != "update":
-            super().server_update(server, step, uploads)
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange != "update":
+            super().server_update(server, phase, uploads)
             return
-        exhaust(self.members(server).collect(step, uploads))
+        exhaust(self.members(server).collect(phase, uploads))
         ensemble = self.model(server)
         server.report["members"] = float(len(ensemble.members))
         server.report["memory_ratio"] = memory_ratio(ensemble, server.build())

@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-from fedkern.methods.base import Server, Step, option
+from fedkern.methods.base import Phase, Server, option
 from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
 from fedkern.methods.registry import register
@@ -56,9 +56,9 @@ class DENSE(Distilled):
         )
         restart: bool = option(True, "reset the generator's weights before every batch")
 
-    def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
+    def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
         o, classes = self.options, server.federation.classes
-        draw = torch_stream(server, "generator", step)
+        draw = torch_stream(server, "generator", phase)
         generator = self.generator(server, draw)
         pool = Pool(teachers, o.distill_epochs * o.synthesis_batch, server.image_shape)
         settings = self.synthesis(adversarial=o.adv_weight, restart=o.restart)

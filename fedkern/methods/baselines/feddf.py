@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import Server, Step, option
+from fedkern.methods.base import Phase, Server, option
 from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
 from fedkern.methods.registry import register
@@ -53,10 +53,10 @@ class FedDF(Distilled):
             raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")
         super().start(server)
 
-    def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
+    def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
         o = self.options
-        pool = self._pool(server, step, teachers)
-        draw = torch_stream(server, "distil", step)
+        pool = self._pool(server, phase, teachers)
+        draw = torch_stream(server, "distil", phase)
         optimiser = torch.optim.Adam(student.parameters(), o.distill_lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimiser, o.distill_epochs * -(-len(pool) // o.distill_batch)
@@ -66,7 +66,7 @@ class FedDF(Distilled):
             server.report.update(self.follow(student, teachers, batches, optimiser, schedule))
         server.report["distil_images"] = float(len(pool))
 
-    def _pool(self, server: Server, step: Step, teachers: Ensemble) -> Pool:
+    def _pool(self, server: Server, phase: Phase, teachers: Ensemble) -> Pool:
         o, classes = self.options, server.federation.classes
         if o.source == "public" and server.public is not None:
             pool = Pool(teachers, len(server.public), server.image_shape)
@@ -75,7 +75,7 @@ class FedDF(Distilled):
                 pool.add(batch.images)
             return pool
         pool = Pool(teachers, o.synthetic, server.image_shape)
-        draw = torch_stream(server, "generator", step)
+        draw = torch_stream(server, "generator", phase)
         generator = self.generator(server, draw)
         while len(pool) < o.synthetic:
             images, _ = synthesise(generator, teachers, None, self.synthesis(), draw, classes)

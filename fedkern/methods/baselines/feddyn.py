@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedkern.methods.base import Client, ClientId, Message, Received, Server, Step, Upload, option, vectors_of
+from fedkern.methods.base import Client, ClientId, Message, Phase, Received, Server, Upload, option, vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.registry import register
 from fedkern.methods.terms import Terms
@@ -50,7 +50,7 @@ class FedDyn(FedAvg):
         server.state["average"] = server.state["parameters"]
         server.state["shift"] = torch.zeros_like(server.state["parameters"])
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         message = vectors_of(server.state)
         samples = server.federation.samples
         even = sum(samples) / len(samples)
@@ -59,9 +59,9 @@ class FedDyn(FedAvg):
             k: {**message, "alpha": self.options.alpha * (1.0 if uniform else even / n)} for k, n in enumerate(samples)
         }
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
-        result = client.train(self, step, message, extras={"correction": -before.to(client.device)})
+        result = client.train(self, phase, message, extras={"correction": -before.to(client.device)})
         client.state["gradient"] = before - message["alpha"] * (result["parameters"] - message["parameters"])
         return result
 
@@ -72,7 +72,7 @@ class FedDyn(FedAvg):
             proximal=received.message["alpha"],
         )
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         before, present = server.state["parameters"], 0
 
         def count(upload: Upload) -> Upload:
@@ -80,7 +80,7 @@ class FedDyn(FedAvg):
             present += 1
             return upload
 
-        super().server_update(server, step, map(count, uploads))  # map keeps no upload while the next one arrives
+        super().server_update(server, phase, map(count, uploads))  # map keeps no upload while the next one arrives
         if present:
             average = server.state["parameters"]
             share = present / server.federation.clients
@@ -88,8 +88,8 @@ class FedDyn(FedAvg):
             server.state["shift"] = server.state["shift"] + share * (average - before)
             server.state["parameters"] = average + server.state["shift"]
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
-        return super().reduce(step)  # server_update only counts the uploads
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
+        return super().reduce(phase)  # server_update only counts the uploads
 
     @property
     def steps_once(self) -> bool:

@@ -42,10 +42,10 @@ from fedkern.methods.base import (
     LocalTraining,
     Maybe,
     Message,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     Values,
     like,
@@ -95,19 +95,19 @@ class FedProto(LocalTraining):
         targets: tuple[Tensor, Tensor] = received.round_cache["targets"]
         return targets
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "collect":
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == "collect":
             return {"network": client.state["network"]} if "network" in client.state else {}
         network = client.network()
         answer: Message = {}
         if self.options.networks == "personal":
             if "network" in client.state:
                 network.load_state_dict(client.state["network"])
-            client.fit(self, step, network, message=message)
+            client.fit(self, phase, network, message=message)
             client.state["network"] = {name: value.cpu().clone() for name, value in network.state_dict().items()}
             statistics = True
         else:
-            answer = super().client_update(client, step, message)
+            answer = super().client_update(client, phase, message)
             flat = ops.FlatParameters(network)
             flat.load_parameters(answer["parameters"])
             buffers = {**client.state.get("buffers_local", {}), **answer}.get("buffers")
@@ -128,17 +128,17 @@ class FedProto(LocalTraining):
         if self.options.networks == "personal":
             yield Round("collect", exchanges=("collect",), participants="all", one_off=True)
 
-    def send(self, server: Server, step: Step) -> Message:
-        if step.exchange == "collect":
+    def send(self, server: Server, phase: Phase) -> Message:
+        if phase.exchange == "collect":
             return {}
         travels = ("prototypes",) if self.options.networks == "personal" else (*VECTORS, "prototypes")
         return {name: server.state[name] for name in travels if name in server.state}
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         network: Any = once(server.round_cache, "network", server.build)
-        if step.exchange == "collect":  # a client that never took part has no network
+        if phase.exchange == "collect":  # a client that never took part has no network
             return {"network": Maybe(once(server.round_cache, "state", lambda: like(network.state_dict())))}
-        own = {} if self.options.networks == "personal" else super().expects(server, step, client, message)
+        own = {} if self.options.networks == "personal" else super().expects(server, phase, client, message)
         known = {
             "classes": Values(("classes present",), torch.int64, low=0, high=server.federation.classes - 1),
             "means": Values(("classes present", network.head.in_features)),
@@ -146,8 +146,8 @@ class FedProto(LocalTraining):
         }
         return {**own, "prototypes": known}
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == "collect":
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange == "collect":
             server.state["networks"] = {u.client_id: u.message["network"] for u in uploads}
             return
         uniform = self.options.weighting == "uniform"
@@ -170,7 +170,7 @@ class FedProto(LocalTraining):
             for upload in counted:
                 del upload
         else:
-            super().server_update(server, step, counted)
+            super().server_update(server, phase, counted)
         if sums is not None:
             means, known = table(server.state.get("prototypes"), classes, sums.shape[1])
             seen = weights > 0  # a class that no client sent in this round keeps its prototype

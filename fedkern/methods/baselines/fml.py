@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Server, Step, option
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Phase, Received, Server, option
 from fedkern.methods.registry import register
 
 
@@ -56,7 +56,7 @@ class FML(LocalTraining):
         loss_z = o.beta * shared + (1 - o.beta) * to_proxy
         return loss_h + loss_z, {"loss_private": loss_h.detach(), "loss_proxy": loss_z.detach()}
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         pair = Pair(self._private(client), client.network())
         proxy = ops.FlatParameters(pair.proxy)
         proxy.load_parameters(message["parameters"])
@@ -65,7 +65,7 @@ class FML(LocalTraining):
             proxy.load_buffers(message["buffers"])
         if "integers" in message:
             proxy.load_integers(message["integers"])
-        client.fit(self, step, pair)
+        client.fit(self, phase, pair)
         client.state["private"] = {name: value.detach().cpu() for name, value in pair.private.state_dict().items()}
         proxy.flatten()  # the training loop has moved the parameters
         trained = {"parameters": proxy.parameters, "buffers": proxy.buffers, "integers": proxy.integers}

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Step, option
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Phase, Received, option
 from fedkern.methods.common.frozen import frozen_copy, remembered
 from fedkern.methods.registry import register
 
@@ -38,11 +38,11 @@ class Moon(LocalTraining):
     def needs(self) -> str:
         return "features"
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if not self.options.mu:
-            return super().client_update(client, step, message)
+            return super().client_update(client, phase, message)
         extras = {"previous": client.state["previous"]} if "previous" in client.state else {}
-        result = client.train(self, step, message, extras=extras)
+        result = client.train(self, phase, message, extras=extras)
         client.state["previous"] = {name: result[name] for name in ("parameters", "buffers") if name in result}
         return result
 

@@ -27,7 +27,18 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.data.image_rows import in_parts
 from fedkern.errors import UserError
-from fedkern.methods.base import VECTORS, Client, ClientId, Declaration, Message, Received, Server, Step, Upload, option
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Phase,
+    Received,
+    Server,
+    Upload,
+    option,
+)
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.registry import register
@@ -63,32 +74,32 @@ class Scaffold(FedAvg):
         super().start(server)
         server.state["control"] = torch.zeros_like(server.state["parameters"])
 
-    def send(self, server: Server, step: Step) -> Message:
+    def send(self, server: Server, phase: Phase) -> Message:
         return {name: server.state[name] for name in (*VECTORS, "control") if name in server.state}
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         own = client.state.get("control", torch.zeros_like(message["control"]))
         path = GradientSum(torch.zeros_like(own, device=client.device))
         correction = (message["control"] - own).to(client.device)
-        result = client.train(self, step, message, extras={"correction": correction, "path": path})
-        new = self.gradient(client, step, message) if self.options.control == "I" else path.mean()
+        result = client.train(self, phase, message, extras={"correction": correction, "path": path})
+        new = self.gradient(client, phase, message) if self.options.control == "I" else path.mean()
         client.state["control"] = new.cpu()
         return {**result, "control": new.cpu() - own}
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        return {**super().expects(server, step, client, message), "control": server.state["control"]}
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        return {**super().expects(server, phase, client, message), "control": server.state["control"]}
 
     def terms(self, received: Received) -> Terms:
         return Terms(correction=received.extras["correction"], gradient_sum=received.extras["path"])
 
-    def gradient(self, client: Client, step: Step, message: Message) -> Tensor:
+    def gradient(self, client: Client, phase: Phase, message: Message) -> Tensor:
         """Gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
         network = client.network()
         flat = ops.FlatParameters(network)
         flat.load_parameters(message["parameters"])
         if "buffers" in message:
             flat.load_buffers(message["buffers"])
-        if client.statistics_fixed(step):
+        if client.statistics_fixed(phase):
             fix_statistics(network)
         total = flat.gradients()
         # Samples; in a segmentation, pixels.
@@ -98,10 +109,10 @@ class Scaffold(FedAvg):
             (share * supervised_loss(network, batch)).backward()
         return total
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
-        return (*super().reduce(step), "control")
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
+        return (*super().reduce(phase), "control")
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         samples = server.federation.samples
         uniform = self.options.weighting == "uniform"
         total = sum(samples)
@@ -116,7 +127,8 @@ class Scaffold(FedAvg):
             return upload
 
         before = server.state["parameters"]
-        super().server_update(server, step, map(add_control, uploads))  # map keeps no upload while the next one arrives
+        # map keeps no upload while the next one arrives
+        super().server_update(server, phase, map(add_control, uploads))
         if present:
             server.state["control"] = server.state["control"] + present * change.mean()
             if self.options.server_lr != 1:

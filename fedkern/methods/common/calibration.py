@@ -7,7 +7,7 @@ samples virtual features from one Gaussian per class and trains only the classif
               statistics.add(features, labels)                         # batch by batch
               return statistics.message()
     server:   pooled = pool(uploads, head, options, refuse)
-              head = calibrate(head, pooled, server.rng("calibration", step), options)
+              head = calibrate(head, pooled, server.rng("calibration", phase), options)
 """
 
 from __future__ import annotations

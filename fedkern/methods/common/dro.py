@@ -31,10 +31,10 @@ from fedkern.methods.base import (
     LocalTraining,
     Message,
     Number,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     option,
     vectors_of,
@@ -90,23 +90,23 @@ class Robust(LocalTraining):
 
     # -- the exchanges: one for training, one for the losses -------------------------------------------------------
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        return self.ask(server) if step.exchange == LOSSES else self.assign(server)
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
+        return self.ask(server) if phase.exchange == LOSSES else self.assign(server)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == LOSSES:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == LOSSES:
             return self.own_loss(client, message)
         client.report["weight"] = message["weight"]
-        return client.train(self, step, {**message, **self.held(client, message)}, rows=self.rows(client)[0])
+        return client.train(self, phase, {**message, **self.held(client, message)}, rows=self.rows(client)[0])
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        return {"loss": Number()} if step.exchange == LOSSES else super().expects(server, step, client, message)
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        return {"loss": Number()} if phase.exchange == LOSSES else super().expects(server, phase, client, message)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == LOSSES:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange == LOSSES:
             self.learn(server, uploads)
         else:
-            super().server_update(server, step, uploads)
+            super().server_update(server, phase, uploads)
 
     def statistics_at(self, entry: Round) -> int | None:
         return entry.exchanges.index(LOSSES) if LOSSES in entry.exchanges else None

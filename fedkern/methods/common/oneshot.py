@@ -23,9 +23,9 @@ from fedkern.methods.base import (
     Declaration,
     Federation,
     Message,
+    Phase,
     Round,
     Server,
-    Step,
     Upload,
     option,
     vectors_of,
@@ -74,30 +74,30 @@ class OneShot(FedAvg):
         if self.options.calibrate:
             yield Round("calibrate", exchanges=("statistics",), participants="all", trains="classifier")
 
-    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
-        return self.publish(server) if step.exchange == "statistics" else super().send(server, step)
+    def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
+        return self.publish(server) if phase.exchange == "statistics" else super().send(server, phase)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "statistics":
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == "statistics":
             network = self.published(client, message)
             return collect(network.features, client.batches(), len(client.classes), self.options)
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        if step.exchange == "statistics":
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.exchange == "statistics":
             return once(server.round_cache, "statistics", lambda: statistics_of(self.head(server), self.options))
-        return super().expects(server, step, client, message)
+        return super().expects(server, phase, client, message)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == "statistics":
-            self._calibrate(server, step, uploads)
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange == "statistics":
+            self._calibrate(server, phase, uploads)
         else:
-            super().server_update(server, step, uploads)
+            super().server_update(server, phase, uploads)
 
-    def reduce(self, step: Step) -> tuple[str, ...]:
-        return super().reduce(step) if step.exchange != "statistics" else ()
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
+        return super().reduce(phase) if phase.exchange != "statistics" else ()
 
-    def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def _calibrate(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         o, head = self.options, self.head(server)
 
         def refuse(k: ClientId, error: ValueError) -> None:
@@ -106,7 +106,7 @@ class OneShot(FedAvg):
         pooled = pool(uploads, head, o, refuse)
         if not int(pooled.counts.sum()):
             raise UserError("The class statistics of every client were refused: run without calibrate.")
-        self.replace_head(server, calibrate(head, pooled, server.rng("calibration", step), o))
+        self.replace_head(server, calibrate(head, pooled, server.rng("calibration", phase), o))
 
     # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 

@@ -18,9 +18,9 @@ from fedkern.methods.base import (
     Declaration,
     Federation,
     Message,
+    Phase,
     Round,
     Server,
-    Step,
     Upload,
     option,
 )
@@ -91,7 +91,7 @@ class Distilled(OwnNetworks, OneShot):
         return Members(server, self.architectures)
 
     @abstractmethod
-    def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
+    def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
         """Trains ``student`` in place on the logits of ``teachers``; both are on the server's device."""
 
     def follow(
@@ -153,49 +153,49 @@ class Distilled(OwnNetworks, OneShot):
         yield Round("distil", exchanges=("distil",), participants="all", trains="student")
         yield from calibration
 
-    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
-        if step.exchange == "distil" or (step.exchange == "update" and self.options.models):
+    def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
+        if phase.exchange == "distil" or (phase.exchange == "update" and self.options.models):
             return {}
-        return super().send(server, step)
+        return super().send(server, phase)
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "distil":
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange == "distil":
             return {}
-        if step.exchange == "update":
-            return train_member(self, client, step, message, self.architectures)
-        return super().client_update(client, step, message)
+        if phase.exchange == "update":
+            return train_member(self, client, phase, message, self.architectures)
+        return super().client_update(client, phase, message)
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        if step.exchange == "distil":
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.exchange == "distil":
             return {}
-        own = member_vectors(server, self.architectures, client) if step.exchange == "update" else None
-        return super().expects(server, step, client, message) if own is None else own
+        own = member_vectors(server, self.architectures, client) if phase.exchange == "update" else None
+        return super().expects(server, phase, client, message) if own is None else own
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == "update":
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.exchange == "update":
             sizes = {name: server.state[name].shape for name in VECTORS if name in server.state}
-            sound = self.members(server).collect(step, uploads)
+            sound = self.members(server).collect(phase, uploads)
             own = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
             # Averages the accepted networks of the student's architecture; without any, the state stays fresh.
-            super(OneShot, self).server_update(server, step, own)
-        elif step.exchange == "distil":
+            super(OneShot, self).server_update(server, phase, own)
+        elif phase.exchange == "distil":
             exhaust(uploads)
             flat = flatten(server.build())
             student = flat.module
             if self.options.student_init == "average":
                 load(flat, server.state)
             student.requires_grad_(True).train()
-            self.distil(server, step, self.members(server).ensemble(), student)
+            self.distil(server, phase, self.members(server).ensemble(), student)
             refuse_diverged(student)
             server.state.update(vectors(flat))
             del server.state["members"]  # later rounds do not need the members
         else:
-            super().server_update(server, step, uploads)
+            super().server_update(server, phase, uploads)
 
 
-def torch_stream(server: Server, purpose: str, step: Step) -> torch.Generator:
+def torch_stream(server: Server, purpose: str, phase: Phase) -> torch.Generator:
     """A CPU ``torch.Generator``, seeded by the server's own stream for a purpose and round."""
-    return torch.Generator().manual_seed(int(server.rng(purpose, step).integers(2**63)))
+    return torch.Generator().manual_seed(int(server.rng(purpose, phase).integers(2**63)))
 
 
 class Pool:

@@ -17,8 +17,8 @@ from fedkern.methods.base import (
     LocalTraining,
     Message,
     Method,
+    Phase,
     Server,
-    Step,
     Upload,
     like,
     vectors_of,
@@ -117,16 +117,16 @@ def member_vectors(server: Server, architectures: Architectures, client: int) ->
 def train_member(
     method: LocalTraining,
     client: Client,
-    step: Step,
+    phase: Phase,
     message: Message,
     architectures: Architectures,
 ) -> Message:
     """Runs a client's local training on the run's network or the client's own architecture; returns its upload."""
     own = architecture(architectures, client.id)
     if not own:
-        return client.train(method, step, message)
+        return client.train(method, phase, message)
     module = client.network(**own)
-    client.fit(method, step, module)
+    client.fit(method, phase, module)
     return vectors(flatten(module))
 
 
@@ -155,7 +155,7 @@ class Members:
         for client in range(len(self.architectures)):
             self.build(client)
 
-    def collect(self, step: Step, uploads: Iterable[Upload]) -> Iterator[Upload]:
+    def collect(self, phase: Phase, uploads: Iterable[Upload]) -> Iterator[Upload]:
         """Stores and yields every upload whose network has finite logits, and refuses the others.
 
         Raises:
@@ -163,7 +163,7 @@ class Members:
         """
         kept = self.server.state["members"] = {}
         for upload in uploads:
-            if not self._sound(step, upload):
+            if not self._sound(phase, upload):
                 k = upload.client_id
                 self.server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
                 continue
@@ -173,12 +173,12 @@ class Members:
             raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
 
     @torch.no_grad()
-    def _sound(self, step: Step, upload: Upload) -> bool:
+    def _sound(self, phase: Phase, upload: Upload) -> bool:
         """Whether the network has finite logits on noise."""
         module = self.build(upload.client_id)
         load(flatten(module), upload.message)
         shape = (PROBES, *self.server.image_shape)
-        noise = torch.from_numpy(self.server.rng("probe", step).standard_normal(shape, dtype="float32"))
+        noise = torch.from_numpy(self.server.rng("probe", phase).standard_normal(shape, dtype="float32"))
         logits = module.eval()(noise.to(self.server.device))
         return all_finite(logits)
 

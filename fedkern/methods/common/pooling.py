@@ -37,9 +37,9 @@ from fedkern.methods.base import (
     Message,
     Method,
     Number,
+    Phase,
     Round,
     Server,
-    Step,
     Upload,
     Values,
 )
@@ -84,37 +84,37 @@ class Pooling:
         at = len(exchanges) if at is None else at
         return [*exchanges[:at], *((name, "pooling") for name in EXCHANGES), *exchanges[at:]]
 
-    def send(self, server: Server, step: Step) -> Message:
+    def send(self, server: Server, phase: Phase) -> Message:
         """The network in the first exchange, only the statistics in the second."""
-        if step.exchange == EXCHANGES[0]:
+        if phase.exchange == EXCHANGES[0]:
             server.round_cache["asked"] = True
             return self.method.vectors(server)
         return {"buffers": server.state["buffers"]}
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         """``samples``, and by batch norm name fp64 [2, features]: the sums of its inputs and of their squares.
 
         The received network and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
         """
-        if step.exchange == EXCHANGES[0]:
+        if phase.exchange == EXCHANGES[0]:
             client.round_cache["asked"] = message
-            client.round_cache["heads"] = self._heads(client, client.frozen(message), step)
+            client.round_cache["heads"] = self._heads(client, client.frozen(message), phase)
         network = client.frozen({**client.round_cache["asked"], **message})
         answer: Message = {}
         with torch.no_grad():
             for head, x in client.round_cache["heads"].items():
                 layers = getattr(network, head)
-                name = _batch_norms(layers)[EXCHANGES.index(step.exchange)]
+                name = _batch_norms(layers)[EXCHANGES.index(phase.exchange)]
                 reached = layers[: int(name)](x).double()
                 answer[f"{head}.{name}"] = torch.stack([reached.sum(0), reached.square().sum(0)]).cpu()
                 answer["samples"] = len(x)
         return answer
 
-    def _heads(self, client: Client, network: Any, step: Step) -> dict[str, Tensor]:
+    def _heads(self, client: Client, network: Any, phase: Phase) -> dict[str, Tensor]:
         """Inputs of both heads, fp32 [n, d], for the samples drawn for this round."""
         rows = self.method.statistics_rows(client)
         if len(rows) > SAMPLES:
-            rows = np.sort(client.rng("statistics", step).choice(rows, SAMPLES, replace=False))
+            rows = np.sort(client.rng("statistics", phase).choice(rows, SAMPLES, replace=False))
         images, texts = [], []
         with torch.no_grad():
             for start in range(0, len(rows), CHUNK):
@@ -123,7 +123,7 @@ class Pooling:
                 texts.append(network.text_align.first(network.encode_text(batch.tokens), batch.tokens.mask))
         return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """Declaration of the upload of `client_update`."""
 
         def made() -> Declaration:
@@ -131,13 +131,13 @@ class Pooling:
             due: dict[str, Any] = {"samples": Number(low=1, whole=True)}
             for head in HEADS:
                 layers = getattr(network, head)
-                name = _batch_norms(layers)[EXCHANGES.index(step.exchange)]
+                name = _batch_norms(layers)[EXCHANGES.index(phase.exchange)]
                 due[f"{head}.{name}"] = Values((2, layers.get_submodule(name).num_features), torch.float64)
             return due
 
-        return once(server.round_cache, step.exchange, made)
+        return once(server.round_cache, phase.exchange, made)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         """Writes mean and variance of the mixture of clients into ``server.state["buffers"]``."""
         total = 0.0
         pooled: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.transforms import normalise
-from fedkern.methods.base import Client, ClientId, Message, Step
+from fedkern.methods.base import Client, ClientId, Message, Phase
 from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.discriminators import Discriminators
@@ -47,7 +47,7 @@ class Answers:
 
     # -- the three exchanges ---------------------------------------------------------------------------------------
 
-    def images(self, step: Step, iteration: int, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
+    def images(self, phase: Phase, iteration: int, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
         """Trains the discriminators on the images, then answers with logits and confidences.
 
         A client with shards trains one discriminator, which is public, and another one may serve the gradients, which
@@ -57,8 +57,8 @@ class Answers:
         present = [self.slots[k] for k in messages]
         message = next(iter(messages.values()))
         images = self.normalised(message["images"])
-        self._bring_training(step, iteration)
-        drawn = {slot: self.discriminators.real(slot, step, iteration) for slot in present}
+        self._bring_training(phase, iteration)
+        drawn = {slot: self.discriminators.real(slot, phase, iteration) for slot in present}
         trained = {slot: real for slot, real in drawn.items() if real is not None}
         losses = self.discriminators.train(images, trained, message["critic_lr"])
         if losses is not None:
@@ -66,7 +66,7 @@ class Answers:
         seen: tuple[Tensor, Tensor] | None = None
         if self.options.shards > 1:
             seen = self._look(images)  # before the serving discriminator is loaded: its figures would reveal it
-        self.discriminators.bring(lambda client: private.serving(client, step, self.options))
+        self.discriminators.bring(lambda client: private.serving(client, phase, self.options))
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
             logits = teacher_log_probs(self.bank.logits(images), self.options.mix)
@@ -76,7 +76,7 @@ class Answers:
         self._asked = Asked(iteration, images, logits, realism)
         return self._answers(messages, logits.detach(), told[1].detach())
 
-    def gradients(self, step: Step, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
+    def gradients(self, phase: Phase, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
         """Gradients with respect to the images: through the discriminator, and of the logits through the teacher.
 
         Both gradients are multiplied by B; the server divides their sum by B.  A cohort without privacy sums its
@@ -91,7 +91,7 @@ class Answers:
         self._report()
         if promise.private(self.options):
             return {k: self._own(asked, k, message) for k, message in messages.items()}
-        self._measure(step, asked, messages)
+        self._measure(phase, asked, messages)
         outputs: list[Tensor] = []
         given: list[Tensor] = []
         if self.options.w_real:
@@ -130,13 +130,13 @@ class Answers:
             total += u_t
         return {"gradients": message["share"] * total}
 
-    def _measure(self, step: Step, asked: Asked, messages: Mapping[ClientId, Message]) -> None:
+    def _measure(self, phase: Phase, asked: Asked, messages: Mapping[ClientId, Message]) -> None:
         """Reports the median norms of one client's rows, from which to choose the clipping norms of a private run.
 
         The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
         client's gradients alone cost as much as the sum over all clients, so only one client is measured.
         """
-        client = self.clients[step.round % len(self.clients)]
+        client = self.clients[phase.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
         if promise.claims(self.options) or client.id not in messages or asked.iteration != last:
             return  # in a private run these figures would be a release
@@ -147,7 +147,7 @@ class Answers:
 
     @torch.no_grad()
     def distil(
-        self, step: Step, iteration: int, messages: Mapping[ClientId, Message], logits: Tensor | None = None
+        self, phase: Phase, iteration: int, messages: Mapping[ClientId, Message], logits: Tensor | None = None
     ) -> dict[ClientId, Message]:
         """Answers with logits and confidences on the images that the student learns from.
 
@@ -157,15 +157,15 @@ class Answers:
         images = self.normalised(next(iter(messages.values()))["images"])
         scores: Tensor | None = None
         if promise.tells_scores(self.options):
-            self._bring_training(step, iteration)
+            self._bring_training(phase, iteration)
             scores = self.discriminators.judge(images)
         logits = self.bank.logits(images) if logits is None else logits
         return self._answers(messages, teacher_log_probs(logits, self.options.mix), scores)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _bring_training(self, step: Step, iteration: int) -> None:
-        self.discriminators.bring(lambda client: private.training(client, step.round, iteration, self.options))
+    def _bring_training(self, phase: Phase, iteration: int) -> None:
+        self.discriminators.bring(lambda client: private.training(client, phase.round, iteration, self.options))
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.methods.base import Client, Step
+from fedkern.methods.base import Client, Phase
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.losses import against, confidence
 from fedkern.methods.protocol import BEFORE, batch_slices
@@ -99,7 +99,7 @@ class Discriminators:
 
     # -- training and answers --------------------------------------------------------------------------------------
 
-    def real(self, slot: int, step: Step, iteration: int) -> Tensor | None:
+    def real(self, slot: int, phase: Phase, iteration: int) -> Tensor | None:
         """The client's real images of an iteration, ``[batch, C, H, W]``; None when its samples are used up.
 
         A round goes once through the client's samples in random order; the last batch is filled up from the start.
@@ -110,14 +110,14 @@ class Discriminators:
         if iteration >= batches:
             return None
         shards = self._shards[slot]
-        augmentation = client.rng("real-augmentation", step)
+        augmentation = client.rng("real-augmentation", phase)
         if len(shards) > 1:
             rows = shards[self._here[slot]]
-            chosen = np.resize(client.rng("real", step).permutation(rows), size)
+            chosen = np.resize(client.rng("real", phase).permutation(rows), size)
         else:
             order = client.round_cache.get("order")
             if order is None:
-                whole = Step(step.round, step.name, "update")
+                whole = Phase(phase.round, phase.name, "update")
                 order = client.round_cache["order"] = client.rng("real", whole).permutation(client.samples)
             chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
         return client.batch(chosen, augmentation).images

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.cases import drawn_rows
-from fedkern.methods.base import Client, Step
+from fedkern.methods.base import Client, Phase
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.protocol import batch_slices
 
-TRAIN = Step(0, "train", "update")
-"""Step whose random streams a teacher trains with.  The one-shot methods train their members with the same step, so
+TRAIN = Phase(0, "train", "update")
+"""Phase whose random streams a teacher trains with.  The one-shot methods train their members in the same phase, so
 without a hold-out the teachers equal these members bit for bit."""
 
 

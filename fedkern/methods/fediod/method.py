@@ -41,10 +41,10 @@ from fedkern.methods.base import (
     Maybe,
     Message,
     Objective,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     Values,
 )
@@ -147,8 +147,8 @@ class FedIOD(Objective, OwnNetworks):
             server.round_cache["workshop"] = Workshop(server, self.settings, total)
         return server.round_cache["workshop"]
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message] | None:
-        kind, _ = parts(step)
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
+        kind, _ = parts(phase)
         if kind == "teacher":
             terms = private.terms(server)
             return {"privacy": terms} if terms else {}
@@ -164,8 +164,8 @@ class FedIOD(Objective, OwnNetworks):
             return server.round_cache.pop("criticism", None)
         if kind == "distil" and not shop.teaches:
             return None
-        draw = torch_stream(server, "noise", step)
-        present = self._present(server, step)
+        draw = torch_stream(server, "noise", phase)
+        present = self._present(server, phase)
         images = shop.generate(draw) if kind == "images" else shop.examples(draw)
         server.round_cache["images"] = images
         message: Message = {"images": images}
@@ -173,17 +173,17 @@ class FedIOD(Objective, OwnNetworks):
             message["critic_lr"] = cosine(self.settings.critic_lr, 0.0, shop.progress)
         return dict.fromkeys(present, message) or None
 
-    def _present(self, server: Server, step: Step) -> list[ClientId]:
+    def _present(self, server: Server, phase: Phase) -> list[ClientId]:
         """The clients with a teacher that do not miss this iteration."""
         clients = sorted(server.state["classes"])
         if not self.options.absent:
             return clients
-        iteration = Step(step.round, step.name, f"iteration {parts(step)[1]}")
+        iteration = Phase(phase.round, phase.name, f"iteration {parts(phase)[1]}")
         there = server.rng("absent", iteration).random(server.federation.clients) >= self.options.absent
         return [k for k in clients if there[k]]
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        kind, _ = parts(step)
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        kind, _ = parts(phase)
         classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
         positions = (height, width) if server.task == "segmentation" else ()
         if kind == "secret":
@@ -203,8 +203,8 @@ class FedIOD(Objective, OwnNetworks):
         scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.settings) else {}
         return {"logits": Values((size, classes, *positions)), **scores}
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        kind, i = parts(step)
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        kind, i = parts(phase)
         if kind == "teacher":
             for upload in uploads:
                 server.state["classes"][upload.client_id] = upload.message.get("classes", torch.ones(1))
@@ -224,14 +224,14 @@ class FedIOD(Objective, OwnNetworks):
         elif kind == "gradients":
             shop.improve([message["gradients"] for message in answers.values()])
         else:
-            ensemble = self._teach(server, shop, step, answers)
+            ensemble = self._teach(server, shop, phase, answers)
             shop.iteration += 1
             if i + 1 == self.iterations(server.federation):
                 shop.keep()
                 show(server, shop.maker, self.settings, ensemble)
 
     def _teach(
-        self, server: Server, shop: Workshop, step: Step, answers: Mapping[ClientId, Message]
+        self, server: Server, shop: Workshop, phase: Phase, answers: Mapping[ClientId, Message]
     ) -> Ensemble | None:
         size = self.options.batch
         if self._generates:
@@ -242,7 +242,7 @@ class FedIOD(Objective, OwnNetworks):
             shop.teach(images, ensemble, size)
             return ensemble
         assert server.public is not None  # checked in start
-        order = server.rng("public", step).permutation(len(server.public))
+        order = server.rng("public", phase).permutation(len(server.public))
         rows = torch.from_numpy(order[: size * self.options.student_steps])
         if not answers:
             return None
@@ -257,18 +257,18 @@ class FedIOD(Objective, OwnNetworks):
         """The hold-out of the client's teacher; the client's discriminators do train on these images."""
         return split(client, self.settings.holdout)[1]
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        return self._update({client.id: client}, step, {client.id: message})[client.id]
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        return self._update({client.id: client}, phase, {client.id: message})[client.id]
 
     def cohort_update(
-        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+        self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message] | None:
-        kind, number = parts(step)
+        kind, number = parts(phase)
         if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
             return None
         clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # the others diverged
         if not promise.private(self.settings):
-            return self._update(clients, step, messages)
+            return self._update(clients, phase, messages)
         if kind != "distil":
             return None  # each client's gradients are needed alone
         alone = {k: self._answers({k: clients[k]}) for k in messages}
@@ -278,13 +278,13 @@ class FedIOD(Objective, OwnNetworks):
         found: dict[ClientId, Message] = {}
         for i, k in enumerate(clients):
             if k in messages:
-                found.update(alone[k].distil(step, number, {k: messages[k]}, logits[i : i + 1]))
+                found.update(alone[k].distil(phase, number, {k: messages[k]}, logits[i : i + 1]))
         return found
 
     def _update(
-        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+        self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message]:
-        kind, i = parts(step)
+        kind, i = parts(phase)
         if kind == "secret":
             for client in clients.values():
                 private.secret(client, self.settings)
@@ -300,10 +300,10 @@ class FedIOD(Objective, OwnNetworks):
             return {k: {} for k in messages}
         answers = self._answers(clients)
         if kind == "images":
-            return answers.images(step, i, messages)
+            return answers.images(phase, i, messages)
         if kind == "gradients":
-            return answers.gradients(step, messages)
-        return answers.distil(step, i, messages)
+            return answers.gradients(phase, messages)
+        return answers.distil(phase, i, messages)
 
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
@@ -368,7 +368,7 @@ class FedIOD(Objective, OwnNetworks):
         return oracle_metrics(self, server, clients, sets)
 
 
-def parts(step: Step) -> tuple[str, int]:
+def parts(phase: Phase) -> tuple[str, int]:
     """Kind and iteration of an exchange."""
-    kind, _, number = step.exchange.partition(" ")
+    kind, _, number = phase.exchange.partition(" ")
     return kind, int(number or 0)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Server, Step
+from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Phase, Server
 from fedkern.methods.fediod.losses import asks_teachers
 from fedkern.methods.fediod.privacy_options import asks_discriminators, claims, clip_d, private, tells_counts
 from fedkern.ops import clip_and_noise
@@ -169,9 +169,9 @@ def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
     return noise_key(material, client.id, channel, number)
 
 
-def hidden(client: Client, purpose: str, step: Step, options: Any) -> np.random.Generator:
+def hidden(client: Client, purpose: str, phase: Phase, options: Any) -> np.random.Generator:
     """``client.rng`` for draws that nobody else may foresee."""
-    return client.rng(stream_name(purpose, secret(client, options)), step)
+    return client.rng(stream_name(purpose, secret(client, options)), phase)
 
 
 def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
@@ -212,9 +212,9 @@ def training(client: Client, round: int, iteration: int, options: Any) -> int:
     return (round * trainings(client, options) + iteration) % options.shards
 
 
-def serving(client: Client, step: Step, options: Any) -> int:
-    """Shard whose discriminator gives the gradients of ``step``: drawn in secret, from a stream of its own."""
-    return 0 if options.shards == 1 else int(hidden(client, "serving", step, options).integers(options.shards))
+def serving(client: Client, phase: Phase, options: Any) -> int:
+    """Shard whose discriminator gives the gradients of ``phase``: drawn in secret, from a stream of its own."""
+    return 0 if options.shards == 1 else int(hidden(client, "serving", phase, options).integers(options.shards))
 
 
 # -- what leaves the client ----------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
 
 
 def train_teacher(
-    method: Objective, client: Client, step: Step, module: nn.Module, rows: np.ndarray, options: Any
+    method: Objective, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray, options: Any
 ) -> bool:
     """Trains the client's teacher with DP-SGD on the samples at ``rows``, in place.
 
@@ -346,5 +346,5 @@ def train_teacher(
 
     patients, images = client.patients, client.unit.images
     spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
-    client.fit_privately(method, step, module, spending, rows=rows)
+    client.fit_privately(method, phase, module, spending, rows=rows)
     return True

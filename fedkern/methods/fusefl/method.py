@@ -33,10 +33,10 @@ from fedkern.methods.base import (
     Message,
     Method,
     Objective,
+    Phase,
     Received,
     Round,
     Server,
-    Step,
     Upload,
     option,
 )
@@ -179,16 +179,16 @@ class FuseFL(Objective, Method):
 
     # -- what travels ----------------------------------------------------------------------------------------------
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         """Sends every client the other clients' (adaptor, block) pairs of the level before; it has kept its own.
 
         A client that missed a level (``--on-nan skip``) gets all levels since its last upload.
         """
-        level, state = step.round + 1, server.state
+        level, state = phase.round + 1, server.state
         messages: dict[ClientId, Message] = {}
         for k in range(server.federation.clients):
             message: Message = {"widths": list(state["widths"])}
-            if step.name != CALIBRATE:
+            if phase.name != CALIBRATE:
                 each = [self.epochs(i, server.federation.local_epochs) for i in range(1, level + 1)]
                 message.update(epochs=each[-1], first=sum(each[:-1]))
             new = {i: state["levels"][i] for i in range(max(1, state["seen"].get(k, 0)), level)}
@@ -198,11 +198,11 @@ class FuseFL(Objective, Method):
             messages[k] = message
         return messages
 
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        level = step.round + 1
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        level = phase.round + 1
         networks = _Networks(self, client, message["widths"])
         levels = _received(client, message)
-        if step.name == CALIBRATE:
+        if phase.name == CALIBRATE:
             fused = self._fused(client, networks, levels)
             return collect(fused.features, client.batches(), len(client.classes), self.options)
         network = networks.of(client.id)
@@ -212,13 +212,13 @@ class FuseFL(Objective, Method):
             network.head.load_state_dict(client.state["local"]["head"])
         adaptor = frozen = None
         if level > 1:
-            adaptor = self._fresh_adaptor(client, step, networks.shapes(client.id)[level - 2], len(levels[level - 1]))
+            adaptor = self._fresh_adaptor(client, phase, networks.shapes(client.id)[level - 2], len(levels[level - 1]))
             frozen = self._fused(client, networks, levels)
         batchwise = frozen is not None and self.options.frozen_bn != "owner"
         if frozen is not None and batchwise:
             frozen.normalise_by_batch()
         part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head, client.samples, batchwise)
-        client.fit(self, step, part, epochs=message["epochs"], first=message["first"])
+        client.fit(self, phase, part, epochs=message["epochs"], first=message["first"])
 
         pair: Message = {"block": tensors_of(network.blocks[level - 1])}
         if adaptor is not None and any(True for _ in adaptor.parameters()):
@@ -238,20 +238,20 @@ class FuseFL(Objective, Method):
             upload["statistics"] = _statistics(frozen, levels)
         return upload
 
-    def _fresh_adaptor(self, client: Client, step: Step, shape: tuple[int, ...], branches: int) -> nn.Module:
+    def _fresh_adaptor(self, client: Client, phase: Phase, shape: tuple[int, ...], branches: int) -> nn.Module:
         generator = None
         if self.options.adaptor_init == "random":
-            generator = torch.Generator().manual_seed(int(client.rng("adaptor", step).integers(2**63)))
+            generator = torch.Generator().manual_seed(int(client.rng("adaptor", phase).integers(2**63)))
         return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
 
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
         return cross_entropy(model(model.inputs(batch)), batch.labels)
 
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.name == CALIBRATE:
-            self._calibrate(server, step, uploads)
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        if phase.name == CALIBRATE:
+            self._calibrate(server, phase, uploads)
             return
-        level, state = step.round + 1, server.state
+        level, state = phase.round + 1, server.state
         accepted: dict[ClientId, Message] = {}
         for upload in uploads:
             state["seen"][upload.client_id] = level
@@ -272,10 +272,10 @@ class FuseFL(Objective, Method):
             server.report["parameters"] = sum(p.numel() for p in fused.parameters())
             server.report["memory_ratio"] = memory_ratio(fused, server.build())
 
-    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        if step.name == CALIBRATE:
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.name == CALIBRATE:
             return once(server.round_cache, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options))
-        level, levels = step.round + 1, server.state["levels"]
+        level, levels = phase.round + 1, server.state["levels"]
         networks = once(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
         network = networks.of(client)
         expected: dict[str, Any] = {"block": network.blocks[level - 1].state_dict()}
@@ -293,7 +293,7 @@ class FuseFL(Objective, Method):
             expected["head"] = network.head.state_dict()
         return expected
 
-    def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+    def _calibrate(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         head = self._plain_head(server)
 
         def refuse(k: ClientId, error: ValueError) -> None:
@@ -305,7 +305,7 @@ class FuseFL(Objective, Method):
                 "No client's class statistics could be used: leave it out with --method-option calibrate=false."
             )
         self._report_traffic(server)
-        trained = calibrate(head, pooled, server.rng("calibration", step), self.options)
+        trained = calibrate(head, pooled, server.rng("calibration", phase), self.options)
         server.state["head"] = tensors_of(trained)
 
     def _report_traffic(self, server: Server) -> None:

@@ -20,25 +20,25 @@ from fedkern.report.pictures import write_pictures
 
 
 class Telling(FedAvg):
-    """FedAvg that shows its step's number and releases something."""
+    """FedAvg that shows its round's number and releases something."""
 
     made = 0
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         accountant = Accountant(client.state.get(LEDGER))
         accountant.gaussian("noise", 10.0 + client.id)
         client.state[LEDGER] = accountant.state
-        return super().client_update(client, step, message)
+        return super().client_update(client, phase, message)
 
-    def server_update(self, server, step, uploads):
-        super().server_update(server, step, uploads)
+    def server_update(self, server, phase, uploads):
+        super().server_update(server, phase, uploads)
 
         def images():
             type(self).made += 1
-            return torch.full((2, 3, 4, 4), (step.round + 1) / 100)
+            return torch.full((2, 3, 4, 4), (phase.round + 1) / 100)
 
         server.log_image("generated", images)
-        server.log_image("weights", torch.arange(6.0).view(3, 2) + step.round, axes=("client", "class"))
+        server.log_image("weights", torch.arange(6.0).view(3, 2) + phase.round, axes=("client", "class"))
 
     def guarantee(self, server):
         return Guarantee(1e-5, {"noise": "the noise"}, {"parameters": "the parameters", "labels": "the labels"})

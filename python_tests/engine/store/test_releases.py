@@ -137,10 +137,10 @@ def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_con
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
     train = engine_client.train_privately
 
-    def diverging(client, method, step, *rest):
-        train(client, method, step, *rest)
+    def diverging(client, method, phase, *rest):
+        train(client, method, phase, *rest)
         if client.id == 1:
-            raise Diverged(1, step.round, 1, "the parameters are not finite")
+            raise Diverged(1, phase.round, 1, "the parameters are not finite")
 
     monkeypatch.setattr(engine_client, "train_privately", lambda *a: diverging(*a) or {})
     options = {**OPTIONS, "sigma_d": 0.0, "teacher_dp": True}

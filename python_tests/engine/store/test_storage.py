@@ -22,7 +22,7 @@ from fedkern.engine.store.client_table import INLINE
 from fedkern.engine.uploads.bytes import Ledger, message_bytes
 from fedkern.errors import UserError
 from fedkern.messages import states
-from fedkern.methods.base import Step
+from fedkern.methods.base import Phase
 
 DTYPES = [
     torch.float32,
@@ -176,8 +176,8 @@ def test_ledger_counts_tensors_numbers_and_texts():
     }
     assert message_bytes(message) == 20 + 6 + 8 + 3 + 8
     ledger = Ledger(2)
-    ledger.book(0, "up", message, step=Step(0, "level1", "update"))
-    ledger.book(1, "down", message, step=Step(1, "level2", "update"))
+    ledger.book(0, "up", message, phase=Phase(0, "level1", "update"))
+    ledger.book(1, "down", message, phase=Phase(1, "level2", "update"))
     ledger.book(1, "down", message)
     summary = ledger.summary()
     assert (summary["up"], summary["down"], summary["one_off_down"], summary["total"]) == (45, 45, 45, 135)
@@ -188,8 +188,8 @@ def test_ledger_counts_tensors_numbers_and_texts():
 def test_ledger_tells_what_has_changed():
     ledger, rows = Ledger(1000), {}
     for number in range(1, 30):
-        step = Step(number, "train", "update")
-        ledger.book(number % 7, "up", 1.0, step=step)
+        phase = Phase(number, "train", "update")
+        ledger.book(number % 7, "up", 1.0, phase=phase)
         ledger.book(900, "down", "abc")
         changed = ledger.changed_rows()
         assert list(changed) == [number % 7, 900]

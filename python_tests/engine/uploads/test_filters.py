@@ -15,7 +15,7 @@ from fedkern.engine.uploads.filters import Arrival, Asked, Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
 from fedkern.engine.uploads.reduction import Reducing, Reduction
 from fedkern.errors import UserError
-from fedkern.methods.base import Round, Step, Upload
+from fedkern.methods.base import Phase, Round, Upload
 from fedkern.methods.uploads import Kept, Maybe, like
 
 START = torch.tensor([1.0, 2.0, 2.0])
@@ -26,16 +26,16 @@ class Hooks:
 
     own, asker = True, "method"
 
-    def declared(self, step, client, message):
+    def declared(self, phase, client, message):
         return message
 
-    def reduced(self, step):
+    def reduced(self, phase):
         return ("parameters",)
 
 
 def asked(entry=None, clients=(0, 1), sent=None):
     sent = {k: {"parameters": START} for k in clients} if sent is None else sent
-    return Asked(Step(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent)
+    return Asked(Phase(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent)
 
 
 def arrived(upload, **given):

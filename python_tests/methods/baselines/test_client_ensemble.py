@@ -63,8 +63,8 @@ def test_a_member_is_the_network_that_its_client_trains(make_data, make_config, 
     real = FedAvg.client_update
 
     class Spy(FedAvg):
-        def client_update(self, client, step, message):
-            sent[client.id] = real(self, client, step, message)
+        def client_update(self, client, phase, message):
+            sent[client.id] = real(self, client, phase, message)
             return sent[client.id]
 
     data = make_data()
@@ -138,9 +138,9 @@ def test_weights_by_samples(make_data, make_config, tmp_path):
 def poison(how):
     real = Ensemble.client_update
 
-    def client_update(self, client, step, message):
-        answer = real(self, client, step, message)
-        if client.id == 1 and step.exchange == "update":
+    def client_update(self, client, phase, message):
+        answer = real(self, client, phase, message)
+        if client.id == 1 and phase.exchange == "update":
             how(answer)
         return answer
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from fedkern.engine import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.methods import FedAvg, FedDyn, Step, Upload
+from fedkern.methods import FedAvg, FedDyn, Phase, Upload
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 ALPHA = 0.3
 
 
@@ -29,12 +29,12 @@ def test_a_client_keeps_its_gradient():
     sent, before = torch.randn(9), torch.randn(9)
     theta = torch.randn(9)
 
-    def train(method, step, message, extras):
+    def train(method, phase, message, extras):
         assert torch.equal(extras["correction"], -before)
         return {"parameters": theta}
 
     client = types.SimpleNamespace(state={"gradient": before.clone()}, device=torch.device("cpu"), train=train)
-    answer = FedDyn().client_update(client, STEP, {"parameters": sent, "alpha": ALPHA})
+    answer = FedDyn().client_update(client, PHASE, {"parameters": sent, "alpha": ALPHA})
     torch.testing.assert_close(client.state["gradient"], before - ALPHA * (theta - sent))
     assert set(answer) == {"parameters"}
 
@@ -47,8 +47,8 @@ def test_server_follows_the_paper_with_h(absent):
     for r in range(5):
         present = [k for k in range(m) if k not in absent or r % 2]
         own = {k: torch.randn(6) for k in present}
-        assert torch.equal(method.send(server, STEP)[present[0]]["parameters"], server.state["parameters"])
-        method.server_update(server, STEP, iter([Upload(k, 7 * k + 1, {"parameters": own[k]}) for k in present]))
+        assert torch.equal(method.send(server, PHASE)[present[0]]["parameters"], server.state["parameters"])
+        method.server_update(server, PHASE, iter([Upload(k, 7 * k + 1, {"parameters": own[k]}) for k in present]))
         h = h - ALPHA / m * sum(own[k].double() - theta for k in present)
         average = sum(own[k].double() for k in present) / len(present)
         theta = average - h / ALPHA
@@ -61,7 +61,7 @@ def test_weighting_by_samples_scales_alpha():
     for weighting, expected in (("uniform", [0.3] * 4), ("samples", [0.75, 0.25, 0.375, 0.1875])):
         method = FedDyn(FedDyn.Options(alpha=ALPHA, weighting=weighting))
         method.start(server)
-        sent = method.send(server, STEP)
+        sent = method.send(server, PHASE)
         assert [sent[k]["alpha"] for k in range(4)] == pytest.approx(expected)  # samples 10, 30, 20, 40
 
 

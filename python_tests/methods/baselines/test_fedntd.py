@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from fedkern.engine import run
-from fedkern.methods import Batch, FedNTD, Step
+from fedkern.methods import Batch, FedNTD, Phase
 from fedkern.methods.baselines.fedntd import not_true
 
-STEP = Step(1, "train", "update")
+PHASE = Phase(1, "train", "update")
 
 
 class Logits(torch.nn.Module):
@@ -28,8 +28,8 @@ class Logits(torch.nn.Module):
 
 def parts(beta, temperature, local, glob, labels):
     n = len(labels)
-    received = types.SimpleNamespace(message={}, model=Logits(glob), round_cache={}, samples=n, epochs=1, step=STEP)
-    batch = Batch(torch.zeros(n, 3, 4, 4), labels, np.arange(n), STEP)
+    received = types.SimpleNamespace(message={}, model=Logits(glob), round_cache={}, samples=n, epochs=1, phase=PHASE)
+    batch = Batch(torch.zeros(n, 3, 4, 4), labels, np.arange(n), PHASE)
     return FedNTD(FedNTD.Options(beta=beta, temperature=temperature)).loss(local, batch, received)
 
 

@@ -18,10 +18,10 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
-from fedkern.methods import Batch, FedProto, Step, Upload
+from fedkern.methods import Batch, FedProto, Phase, Upload
 from fedkern.methods.baselines.fedproto import Nearest, Personal, prototypes, table
 
-STEP = Step(1, "train", "update")
+PHASE = Phase(1, "train", "update")
 
 
 def network(seed=1):
@@ -34,7 +34,7 @@ def test_loss_is_the_published_one(lam):
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 2, 1])
     sent = {"classes": torch.tensor([0, 2]), "means": torch.randn(2, local.width)}
     received = SimpleNamespace(message={"prototypes": sent}, round_cache={})
-    loss, seen = FedProto(FedProto.Options(lam=lam)).loss(local, Batch(images, labels, np.arange(6), STEP), received)
+    loss, seen = FedProto(FedProto.Options(lam=lam)).loss(local, Batch(images, labels, np.arange(6), PHASE), received)
 
     features = local.features(images)
     means = {0: sent["means"][0].double(), 2: sent["means"][1].double()}
@@ -75,12 +75,12 @@ def test_the_server_averages_what_clients_have_and_keeps_what_nobody_brought(wei
         return Upload(k, 9, {"prototypes": {"classes": torch.tensor(classes), "means": means,
                                             "counts": torch.tensor(counts)}})  # fmt: skip
 
-    method.server_update(server, STEP, iter([upload(0, [0, 1], [1, 5], [1.0, 2.0]), upload(1, [0], [3], [5.0])]))
+    method.server_update(server, PHASE, iter([upload(0, [0, 1], [1, 5], [1.0, 2.0]), upload(1, [0], [3], [5.0])]))
     got = server.state["prototypes"]
     assert got["classes"].tolist() == [0, 1]
     first = 4.0 if weighting == "samples" else 3.0
     assert got["means"][:, 0].tolist() == [first, 2.0]
-    method.server_update(server, STEP, iter([upload(2, [1, 2], [5, 5], [8.0, 7.0])]))
+    method.server_update(server, PHASE, iter([upload(2, [1, 2], [5, 5], [8.0, 7.0])]))
     got = server.state["prototypes"]
     assert got["classes"].tolist() == [0, 1, 2]
     assert got["means"][:, 0].tolist() == [first, 8.0, 7.0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from interrupted import Kill, KillAt, outcome
-from proxies import STEP, Fixed, scene
+from proxies import PHASE, Fixed, scene
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot, softmax
 
@@ -15,7 +15,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
-from fedkern.methods import FML, FedLPFM, Step
+from fedkern.methods import FML, FedLPFM, Phase
 from fedkern.methods.baselines.fml import Pair
 
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
@@ -46,11 +46,11 @@ def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_conf
     method, server = FML(), Server(RunContext(make_config("fml"), data))
     method.start(server)
     for client in states:
-        method.client_update(client, STEP, method.send(server, STEP))
+        method.client_update(client, PHASE, method.send(server, PHASE))
     first, second = (client.state["private"]["head.weight"] for client in states)
     assert not torch.equal(first, second)
     before = first.clone()
-    method.client_update(states[0], Step(1, "train", "update"), method.send(server, STEP))
+    method.client_update(states[0], Phase(1, "train", "update"), method.send(server, PHASE))
     assert not torch.equal(states[0].state["private"]["head.weight"], before)
 
 

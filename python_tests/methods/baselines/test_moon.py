@@ -11,9 +11,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from fedkern import models
 from fedkern.engine import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.methods import Batch, Moon, Step
+from fedkern.methods import Batch, Moon, Phase
 
-STEP = Step(1, "train", "update")
+PHASE = Phase(1, "train", "update")
 
 
 def network(seed):
@@ -35,10 +35,10 @@ def test_loss_is_the_published_one(mu, temperature):
         round_cache={"network": previous},
         samples=6,
         epochs=1,
-        step=STEP,
+        phase=PHASE,
     )
     method = Moon(Moon.Options(mu=mu, temperature=temperature))
-    loss, seen = method.loss(local, Batch(images, labels, np.arange(6), STEP), received)
+    loss, seen = method.loss(local, Batch(images, labels, np.arange(6), PHASE), received)
 
     z, z_glob, z_prev = (net.features(images) for net in (local, glob, previous))
     towards = torch.exp(cosine_similarity(z, z_glob) / temperature)
@@ -55,9 +55,9 @@ def test_previous_equal_to_global_gives_log_two_and_no_gradient():
     local, glob = network(1), network(2).eval()
     images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 3, (6,))
     received = types.SimpleNamespace(
-        message={}, extras={"previous": {}}, model=glob, round_cache={"network": glob}, samples=6, epochs=1, step=STEP
+        message={}, extras={"previous": {}}, model=glob, round_cache={"network": glob}, samples=6, epochs=1, phase=PHASE
     )
-    loss, seen = Moon().loss(local, Batch(images, labels, np.arange(6), STEP), received)
+    loss, seen = Moon().loss(local, Batch(images, labels, np.arange(6), PHASE), received)
     torch.testing.assert_close(seen["loss_con"], torch.tensor(2.0, dtype=torch.float64).log())
     loss.backward()
     with_contrast = [p.grad.clone() for p in local.parameters()]
@@ -89,16 +89,16 @@ def test_the_previous_model_stays_with_the_client(buffers, make_data, make_confi
     kept = {}
 
     class Watched(Moon):
-        def client_update(self, client, step, message):
-            if step.round:
+        def client_update(self, client, phase, message):
+            if phase.round:
                 assert torch.equal(client.state["previous"]["parameters"], kept[client.id])
-            result = super().client_update(client, step, message)
+            result = super().client_update(client, phase, message)
             kept[client.id] = result["parameters"].clone()
             return result
 
         def loss(self, model, batch, received):
             result = super().loss(model, batch, received)
-            if received.step.round:
+            if received.phase.round:
                 # Sorted, because the layout of a flat vector is its own affair.
                 flat = torch.cat([p.flatten() for p in self._previous(received).parameters()])
                 vector = received.extras["previous"]["parameters"]

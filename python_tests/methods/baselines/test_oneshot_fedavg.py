@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 from fedkern.engine import read_metrics, run
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, Step
+from fedkern.methods import METHODS, Phase
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 
 
 def tensors(out):
@@ -63,8 +63,8 @@ def test_bytes_of_calibration(make_data, make_config, tmp_path):
 def test_a_poisoned_upload_is_left_out_and_named(make_data, make_config, tmp_path, monkeypatch):
     real = OneShotFedAvg.client_update
 
-    def poisoned(self, client, step, message):
-        answer = real(self, client, step, message)
+    def poisoned(self, client, phase, message):
+        answer = real(self, client, phase, message)
         if client.id == 1:
             answer["parameters"][5] = float("nan")
         return answer
@@ -91,8 +91,8 @@ def test_a_poisoned_upload_is_left_out_and_named(make_data, make_config, tmp_pat
 def test_bad_statistics_are_left_out_and_named(value, why, nobody, make_data, make_config, tmp_path, monkeypatch):
     real = OneShotFedAvg.client_update
 
-    def poisoned(self, client, step, message):
-        answer = real(self, client, step, message)
+    def poisoned(self, client, phase, message):
+        answer = real(self, client, phase, message)
         if "scatters" in answer and client.id in bad:
             answer["scatters"][0, 0] = value
         return answer

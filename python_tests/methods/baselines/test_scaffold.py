@@ -13,9 +13,9 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.methods import FedAvg, Scaffold, Step
+from fedkern.methods import FedAvg, Phase, Scaffold
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 LR = 0.05
 
 
@@ -28,7 +28,7 @@ def trained(make_data, make_config, option, **settings):
     size = message["parameters"].numel()
     own, message["control"] = (1e-2 * torch.randn(size, generator=g) for _ in range(2))
     client = Client(bench, 0, {"control": own.clone()})
-    answer = Scaffold(Scaffold.Options(control=option)).client_update(client, STEP, message)
+    answer = Scaffold(Scaffold.Options(control=option)).client_update(client, PHASE, message)
     return message, own, answer, client, bench
 
 
@@ -70,8 +70,8 @@ def test_option_one_follows_fixed_statistics(make_data, make_config):
 def test_a_variate_that_is_not_finite_is_refused_and_forgotten(make_data, make_config, tmp_path, monkeypatch):
     honest = Scaffold.gradient
 
-    def gradient(self, client, step, message):
-        return honest(self, client, step, message) * (torch.nan if client.id == 1 else 1)
+    def gradient(self, client, phase, message):
+        return honest(self, client, phase, message) * (torch.nan if client.id == 1 else 1)
 
     monkeypatch.setattr(Scaffold, "gradient", gradient)
     settings = {"options": {"control": "I"}, "rounds": 3}
@@ -89,7 +89,7 @@ def test_a_variate_that_is_not_finite_is_refused_and_forgotten(make_data, make_c
 
 def test_local_steps_are_corrected_by_both_variates(make_data, make_config):
     message, own, answer, _, bench = trained(make_data, make_config, "II", batch_size=20)  # a single step
-    plain = Client(bench, 0, {}).train(FedAvg(), STEP, {k: v for k, v in message.items() if k != "control"})
+    plain = Client(bench, 0, {}).train(FedAvg(), PHASE, {k: v for k, v in message.items() if k != "control"})
     expected = plain["parameters"] - LR * (message["control"] - own)
     torch.testing.assert_close(answer["parameters"], expected, rtol=1e-5, atol=1e-7)
 

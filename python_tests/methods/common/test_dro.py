@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from fedkern import ops
 from fedkern.engine import run
 from fedkern.errors import UserError
-from fedkern.methods import AFL, Federation, Step, Upload
+from fedkern.methods import AFL, Federation, Phase, Upload
 from fedkern.methods.common.robust_weights import distance
 
 # Client weights.
@@ -123,9 +123,9 @@ class Quadratic(AFL):
     def radius(self):
         return self.rho
 
-    def client_update(self, client, step, message):
+    def client_update(self, client, phase, message):
         theta = self.held(client, message)["parameters"]
-        if step.exchange == "losses":
+        if phase.exchange == "losses":
             client.state["model"] = {"parameters": theta}
             away = theta.double().numpy() - OPTIMA[client.id]
             return {"loss": float(away @ away / 2 + OFFSETS[client.id])}
@@ -156,10 +156,10 @@ def test_weights_approach_those_of_the_worst_mixture(rho):
     method.start(server)
     for r in range(800):
         for name in ("update", "losses"):
-            step = Step(r, "train", name)
-            sent = method.send(server, step)
-            uploads = [Upload(c.id, 5, method.client_update(c, step, sent.get(c.id, sent))) for c in clients]
-            method.server_update(server, step, iter(uploads))
+            phase = Phase(r, "train", name)
+            sent = method.send(server, phase)
+            uploads = [Upload(c.id, 5, method.client_update(c, phase, sent.get(c.id, sent))) for c in clients]
+            method.server_update(server, phase, iter(uploads))
     truth = best_weights(min(rho, 100.0))
     assert np.abs(method.weights(server) - truth).max() < 0.01
     assert np.abs(truth - 0.25).max() > 0.1

@@ -8,10 +8,10 @@ import torch
 
 from fedkern import models
 from fedkern.engine.network import Network
-from fedkern.methods import Batch, Step
+from fedkern.methods import Batch, Phase
 from fedkern.methods.common.frozen import frozen_copy, remembered
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 
 
 def network(seed):
@@ -26,7 +26,7 @@ def test_rows_are_kept_over_epochs_where_images_stay_the_same(epochs, augmented,
         for rows in ([3, 1, 4], [0, 2]) if epoch == 0 else ([0, 4], [1, 2, 3]):
             rows = np.array(rows)
             images = torch.zeros(len(rows), 1, 1, 1)
-            batch = Batch(images, torch.zeros(len(rows), dtype=torch.int64), rows, STEP, epoch, augmented)
+            batch = Batch(images, torch.zeros(len(rows), dtype=torch.int64), rows, PHASE, epoch, augmented)
 
             def compute(rows=rows):
                 asked.append(rows)

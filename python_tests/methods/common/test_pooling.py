@@ -12,21 +12,21 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
-from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Round, Step, Upload
+from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Phase, Round, Upload
 from fedkern.methods.common.pooling import EXCHANGES, HEADS, Pooling
 from fedkern.methods.uploads import why_refused
 
 SETTINGS = {"width": 4, "batch_size": 6, "local_steps": 1, "optimizer": "adamw", "lr": 0.003, "buffers": "pool"}
-STEPS = [Step(0, "train", name) for name in EXCHANGES]
+PHASES = [Phase(0, "train", name) for name in EXCHANGES]
 
 
-def exchange(asker, server, clients, step):
+def exchange(asker, server, clients, phase):
     """What every client is sent and what it answers."""
-    sent, answers = asker.send(server, step), []
+    sent, answers = asker.send(server, phase), []
     for client in clients:
         message = sent.get(client.id, sent)
-        answers.append(asker.client_update(client, step, message))
-    asker.server_update(server, step, iter(Upload(c.id, c.samples, a) for c, a in zip(clients, answers, strict=True)))
+        answers.append(asker.client_update(client, phase, message))
+    asker.server_update(server, phase, iter(Upload(c.id, c.samples, a) for c, a in zip(clients, answers, strict=True)))
     return sent, answers
 
 
@@ -51,8 +51,8 @@ def statistics(server):
 def test_pooled_statistics_are_those_of_all_samples_together(sides):
     method, server, clients = sides("fedavg", weighting="samples")
     pooling = Pooling(method)
-    for step in STEPS:
-        exchange(pooling, server, clients, step)
+    for phase in PHASES:
+        exchange(pooling, server, clients, phase)
     network = server.build().train()
     everything = [client.batch(np.arange(client.samples)) for client in clients]
     features = {
@@ -75,7 +75,7 @@ def test_the_weights_are_those_of_the_average(sides):
     found = {}
     for weighting in ("samples", "uniform"):
         method, server, clients = sides("fedavg", weighting=weighting)
-        _, answers = exchange(Pooling(method), server, clients, STEPS[0])
+        _, answers = exchange(Pooling(method), server, clients, PHASES[0])
         found[weighting] = statistics(server)["image_head.1"].running_mean.double()
         means = torch.stack([answer["image_head.1"][0] / answer["samples"] for answer in answers])
         shares = torch.tensor([20.0, 13, 9] if weighting == "samples" else [1.0, 1, 1]).double()
@@ -87,11 +87,11 @@ def test_robust_weights_weigh_the_statistics_too_and_the_model_travels_once(side
     method, server, clients = sides("feddra", kind=FedDRA)
     server.state["weights"] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     pooling = Pooling(method)
-    (model, answers), (rest, _) = (exchange(pooling, server, clients, step) for step in STEPS)
+    (model, answers), (rest, _) = (exchange(pooling, server, clients, phase) for phase in PHASES)
     own = answers[0]["image_head.1"][0] / answers[0]["samples"]
     assert answers[0]["samples"] == 18  # two are kept for its loss
     assert torch.allclose(statistics(server)["image_head.1"].running_mean.double(), own, atol=1e-6)
-    asked, _ = exchange(method, server, clients, Step(0, "train", "losses"))
+    asked, _ = exchange(method, server, clients, Phase(0, "train", "losses"))
     assert set(rest) == {"buffers"}
     assert set(asked) == {"buffers", "batch"}
     assert message_bytes(model) > 9 * message_bytes(asked)
@@ -103,7 +103,7 @@ def test_robust_weights_weigh_the_statistics_too_and_the_model_travels_once(side
 def test_feddyn_is_asked_about_the_network_that_it_evaluates(sides):
     method, server, clients = sides("feddyn", kind=FedDyn)
     server.state["average"] = server.state["parameters"] * 2
-    sent, _ = exchange(Pooling(method), server, clients, STEPS[0])
+    sent, _ = exchange(Pooling(method), server, clients, PHASES[0])
     assert torch.equal(sent["parameters"], server.state["average"])
 
 
@@ -140,9 +140,9 @@ def test_a_run_books_the_exchanges_and_sends_no_statistics_of_its_own(make_pairs
 def test_damaged_statistics_are_refused(sides):
     method, server, clients = sides("fedavg")
     pooling = Pooling(method)
-    sent = pooling.send(server, STEPS[0])
-    honest = pooling.client_update(clients[0], STEPS[0], sent)
-    declared = pooling.expects(server, STEPS[0], 0, sent)
+    sent = pooling.send(server, PHASES[0])
+    honest = pooling.client_update(clients[0], PHASES[0], sent)
+    declared = pooling.expects(server, PHASES[0], 0, sent)
     assert why_refused(honest, declared) == ""
     head = next(name for name in honest if name != "samples")
     spoiled = {**honest, head: honest[head] * torch.nan}

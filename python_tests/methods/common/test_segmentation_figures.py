@@ -19,7 +19,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, Scaffold, Step
+from fedkern.methods import METHODS, Phase, Scaffold
 from fedkern.methods.base import Batch
 from fedkern.methods.common.figures import figures
 from fedkern.methods.common.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
@@ -334,7 +334,7 @@ def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():
     data = dataclasses.replace(data, clients=(half, data.clients[1]))
     bench = RunContext(settings("scaffold", clients=2, fix_statistics=0), data)  # or every part has its own statistics
     message, client = bench.initial(), Client(bench, 0, {})
-    found = Scaffold(Scaffold.Options(control="I")).gradient(client, Step(0, "train", "update"), message)
+    found = Scaffold(Scaffold.Options(control="I")).gradient(client, Phase(0, "train", "update"), message)
     network = Network(bench.build(), torch.device("cpu"))
     network.write(message)
     network.fixed = True

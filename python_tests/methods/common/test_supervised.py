@@ -13,11 +13,11 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network, Part
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.methods import FedAvg, Step
+from fedkern.methods import FedAvg, Phase
 from fedkern.methods.common.supervised import contrastive_among, supervised_loss
 from fedkern.models.towers import PARTS
 
-STEP = Step(0, "train", "update")
+PHASE = Phase(0, "train", "update")
 TINY = {"width": 8, "batch_size": 6, "lr": 0.01}
 
 
@@ -117,7 +117,7 @@ def test_a_part_is_trained_alone(make_pairs, make_config):
             x, y = model.project_image(images), model.project_text(texts, batch.tokens.mask)
             return (x - y).square().sum()
 
-    result = client.train(Heads(), STEP, message, parts=PARTS[2:])
+    result = client.train(Heads(), PHASE, message, parts=PARTS[2:])
     encoders = message["parameters"].numel() - result["parameters"].numel()
     assert encoders == sum(p.numel() for name in PARTS[:2] for p in getattr(network.module, name).parameters())
     assert torch.equal(network.parameters[:encoders], message["parameters"][:encoders])
@@ -143,7 +143,7 @@ def test_a_limit_of_steps_replaces_epochs(steps, batches, make_data, make_config
             return super().loss(model, batch, received)
 
     client = Client(RunContext(make_config(local_steps=steps), make_data()), 0, {})
-    client.train(Counting(), STEP, client._context.initial())
+    client.train(Counting(), PHASE, client._context.initial())
     assert len(seen) == batches
     assert len(set(map(int, torch.cat([torch.from_numpy(i) for i in seen[:5]])))) == sum(map(len, seen[:5]))
 
@@ -158,7 +158,7 @@ def test_adamw_is_torchs(make_data, make_config):
             batches.append(batch)
             return super().loss(model, batch, received)
 
-    result = Client(bench, 0, {}).train(Recording(), STEP, bench.initial())
+    result = Client(bench, 0, {}).train(Recording(), PHASE, bench.initial())
     network = bench.build().to(memory_format=torch.channels_last)
     adam = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.05)
     for batch in list(batches):
@@ -179,7 +179,7 @@ def test_only_chosen_rows_are_trained_on(make_data, make_config):
 
     bench = RunContext(make_config(), make_data())
     rows = torch.tensor([1, 4, 5, 8, 11]).numpy()
-    Client(bench, 0, {}).train(Recording(), STEP, bench.initial(), rows=rows)
+    Client(bench, 0, {}).train(Recording(), PHASE, bench.initial(), rows=rows)
     assert seen == set(rows.tolist())
 
 
@@ -201,7 +201,7 @@ def test_fixed_statistics_are_trained_with_and_stay(make_pairs, make_config, tmp
         bench = RunContext(make_config(**TINY, local_steps=2, fix_statistics=fixed), make_pairs())
         message = bench.initial()
         for r in range(2):
-            result = Client(bench, 0, {}).train(FedAvg(), Step(r, "train", "update"), message)
+            result = Client(bench, 0, {}).train(FedAvg(), Phase(r, "train", "update"), message)
             results[fixed, r] = result
             assert torch.equal(result["buffers"], message["buffers"]) == (fixed is not None and r >= fixed)
     assert torch.equal(results[None, 0]["parameters"], results[1, 0]["parameters"])

@@ -60,7 +60,7 @@ def test_reports_are_means_over_what_a_client_took_part_in(world):
 def test_messages_give_the_gradient_of_a_single_graph(world):
     """L_G as one autograd graph from the noise through every discriminator, teacher and the student."""
     w = world(models=MIXED, batched=False, **EVERY_TERM)
-    images, gradients = w.steps(w.round(), 0)[:2]
+    images, gradients = w.phases(w.round(), 0)[:2]
     w.exchange(images)
     shop, s = w.server.round_cache["workshop"], w.method.settings
     x, ensemble = shop.x, shop.server.round_cache["criticism"]
@@ -96,14 +96,14 @@ def test_an_exchange_changes_what_it_may(world):
     probe = torch.randn(3, *w.bench.data.image_shape)
     said = TeacherStack([teacher(client, w.method.architectures) for client in w.clients.values()]).logits(probe)
     live = None
-    for step in w.steps(w.round(), 0)[:3]:
+    for phase in w.phases(w.round(), 0)[:3]:
         before = {k: frozen(c.state.get("critics", {})) for k, c in w.clients.items()}
         teachers = {k: frozen(c.state["teacher"]) for k, c in w.clients.items()}
         if live is not None:
             g, s = live.generator, live.student
             weights = [[p.detach().clone() for p in m.parameters()] for m in (g, s)]
-        w.exchange(step)
-        kind = step.exchange.split()[0]
+        w.exchange(phase)
+        kind = phase.exchange.split()[0]
         for k, client in w.clients.items():
             assert same(client.state["teacher"], teachers[k])
             if kind != "images":
@@ -130,15 +130,15 @@ def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
 
 def test_nobody_but_the_client_sees_its_networks(world):
     w = world()
-    for step in w.steps(w.round(), 0)[:3]:
-        messages, answers = w.exchange(step)
+    for phase in w.phases(w.round(), 0)[:3]:
+        messages, answers = w.exchange(phase)
         down = {name for message in messages.values() for name in message}
         up = {name for answer in answers.values() for name in answer}
         assert (down, up) == {
             "images": ({"images", "critic_lr"}, {"logits", "scores"}),
             "gradients": ({"logits", "share"}, {"gradients"}),
             "distil": ({"images"}, {"logits", "scores"}),
-        }[step.exchange.split()[0]]
+        }[phase.exchange.split()[0]]
     keys = set(w.server.state)
     assert keys == {"student", "generator", "iteration", "classes"}
 
@@ -148,7 +148,7 @@ def test_nobody_but_the_client_sees_its_networks(world):
 
 def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
     w = world()
-    images, gradients, distil = w.steps(w.round(), 0)[:3]
+    images, gradients, distil = w.phases(w.round(), 0)[:3]
     w.exchange(images, lost=(1,))
     messages = w.server.round_cache["criticism"]
     assert set(messages) == {0, 2}
@@ -163,10 +163,10 @@ def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
 def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_config, monkeypatch, tmp_path):
     fit = Client.fit
 
-    def diverging(self, method, step, *rest, **named):
+    def diverging(self, method, phase, *rest, **named):
         if self.id in lost:
-            raise Diverged(self.id, step.round, 1, "the loss is nan")
-        return fit(self, method, step, *rest, **named)
+            raise Diverged(self.id, phase.round, 1, "the loss is nan")
+        return fit(self, method, phase, *rest, **named)
 
     monkeypatch.setattr(Client, "fit", diverging)
     data = make_public(make_data())
@@ -183,7 +183,7 @@ def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_
 
 def test_a_share_of_the_iterations_is_missed(world):
     w = world(absent=0.5, iterations=4)
-    asked = [set(w.exchange(step)[0]) for step in w.steps(w.round(), 0)]
+    asked = [set(w.exchange(phase)[0]) for phase in w.phases(w.round(), 0)]
     assert asked[0] == asked[1] == asked[2]
     assert len({tuple(sorted(ids)) for ids in asked}) > 1
     assert [c.state["critics"][0]["steps"] if "critics" in c.state else 0 for c in w.clients.values()] == [
@@ -201,7 +201,7 @@ def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
         disclosed = w.method.disclosed(w.server, [0, 1, 2])
         assert disclosed.shape == (3, 3)
         assert disclosed[0, 1:].tolist() == [0, 0]
-        w.exchange(w.steps(w.round(), 0)[0])
+        w.exchange(w.phases(w.round(), 0)[0])
         shop = w.server.round_cache["workshop"]
         logits = torch.randn(3, 4, 3)
         answers = {k: {"logits": logits[k], "scores": torch.ones(4)} for k in range(3)}
@@ -240,10 +240,10 @@ def test_the_student_begins_after_the_warm_up(world):
     assert [entry.trains for entry in plan] == ["generator", "generator and student"]
     w.server.showing, rates = True, []
     for number in range(2):
-        for step in w.steps(w.round(), number):
+        for phase in w.phases(w.round(), number):
             before = frozen(w.server.state["student"])
-            messages, _ = w.exchange(step)
-            kind, i = step.exchange.split()
+            messages, _ = w.exchange(phase)
+            kind, i = phase.exchange.split()
             assert bool(messages) == (kind != "distil" or number == 1)
             if kind == "distil":
                 shop = w.server.round_cache["workshop"]
@@ -290,8 +290,8 @@ def test_a_saturated_generator_is_told_of(world, bias):
 def test_memory_does_not_grow_with_the_iterations(world):
     w = world(iterations=8, **EVERY_TERM)
     counts = []
-    for i, step in enumerate(w.steps(w.round(), 0)):
-        w.exchange(step)
+    for i, phase in enumerate(w.phases(w.round(), 0)):
+        w.exchange(phase)
         if i in (8, 20):  # the end of an iteration
             gc.collect()
             counts.append(sum(1 for thing in gc.get_objects() if torch.Tensor in type(thing).__mro__))

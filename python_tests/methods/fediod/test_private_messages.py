@@ -13,7 +13,7 @@ import torch
 
 from fedkern.data import IGNORE
 from fedkern.errors import UserError
-from fedkern.methods.base import Federation, Step
+from fedkern.methods.base import Federation, Phase
 from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.presets import IODOptions, settle
@@ -21,7 +21,7 @@ from fedkern.privacy import IMAGE, LEDGER, Accountant
 from fedkern.privacy.keys import noise_key
 from fedkern.streams import stream
 
-STEP = Step(0, "round", "gradients")
+PHASE = Phase(0, "round", "gradients")
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None,
     reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
@@ -41,8 +41,8 @@ class Client:
         self.labels = torch.zeros(1, dtype=torch.int64).expand(samples, *sides)
         self.declared, self.patients, self.unit = samples, None, IMAGE
 
-    def rng(self, purpose, step):
-        return stream(self._seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
+    def rng(self, purpose, phase):
+        return stream(self._seed, f"{purpose}/{phase.exchange}", round=phase.round, client=self.id)
 
 
 def place(rounds):
@@ -72,7 +72,7 @@ def test_off_is_the_identity():
     assert out[1] is u_t
     assert privacy.release_histogram(client, histogram, options) is histogram
     assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
-    assert privacy.serving(client, STEP, options) == 0
+    assert privacy.serving(client, PHASE, options) == 0
     assert promise.tells_scores(options)
     assert not promise.private(options)
     assert promise.guarantee(options) is None
@@ -191,7 +191,7 @@ def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     options = Options(sigma_d=1.0, sigma_t=1.0, shards=5, histogram_noise=2.0, noise="secret")
 
     def released(client):
-        drawn = [privacy.serving(client, Step(r, "round", "images 0"), options) for r in range(40)]
+        drawn = [privacy.serving(client, Phase(r, "round", "images 0"), options) for r in range(40)]
         counts = privacy.release_histogram(client, torch.full((50,), 100.0), options)
         return [*privacy.sanitise(client, *gradients(), options), counts, torch.tensor(drawn)]
 
@@ -209,12 +209,12 @@ def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
     seen = []
 
     class Training(Client):
-        def fit_privately(self, method, step, module, spending, *, rows):
+        def fit_privately(self, method, phase, module, spending, *, rows):
             seen.append(spending)
 
     for noise in ("secret", "seed"):
         client = Training()
-        privacy.train_teacher(None, client, STEP, None, np.arange(3), Options(teacher_dp=True, noise=noise))
+        privacy.train_teacher(None, client, PHASE, None, np.arange(3), Options(teacher_dp=True, noise=noise))
         assert seen[-1].secret == client.state.get(privacy.SECRET, "")
     assert seen[0].secret
     assert seen[0].secret not in repr(seen[0])
@@ -224,7 +224,7 @@ def test_nobody_draws_bits_where_nothing_is_private():
     options, client = Options(noise="secret"), Client()
     privacy.sanitise(client, *gradients(), options)
     privacy.release_histogram(client, torch.ones(2), options)
-    privacy.serving(client, STEP, options)
+    privacy.serving(client, PHASE, options)
     assert privacy.secret(client, options) == ""
     assert client.state == {}
 
@@ -263,8 +263,8 @@ def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
     table = np.zeros((7, 7))
     for r in range(1000):
         for i in range(7):
-            step = Step(r, "round", f"images {i}")
-            table[privacy.training(client, r, i, options), privacy.serving(client, step, options)] += 1
+            phase = Phase(r, "round", f"images {i}")
+            table[privacy.training(client, r, i, options), privacy.serving(client, phase, options)] += 1
     assert (table.sum(1) == 1000).all()
     assert (abs(table - 1000 / 7) < 5 * math.sqrt(1000 / 7)).all()
 
@@ -336,10 +336,10 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
     spent = []
 
     class Training(Client):
-        def fit_privately(self, method, step, module, spending, *, rows):
+        def fit_privately(self, method, phase, module, spending, *, rows):
             spent.append(spending.noise(0.1, 100))
 
-    assert privacy.train_teacher(None, Training(), STEP, None, np.arange(3), options)
+    assert privacy.train_teacher(None, Training(), PHASE, None, np.arange(3), options)
     accountant = Accountant()
     accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
     assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4

@@ -37,9 +37,9 @@ def test_a_row_is_the_gradient_of_an_images_own_loss(world, bce):
     """Neither the batch nor the number of clients is in it; told are the medians of the rows that would be clipped."""
     w = world(w_real=8.0, w_diverse=0.0, bce=bce, iterations=3)
     rows = {}
-    for step in w.steps(w.round(), 0):
-        messages, _ = w.exchange(step)
-        if step.exchange == "images 2":  # client 0, whose turn it is, trains for the last time
+    for phase in w.phases(w.round(), 0):
+        messages, _ = w.exchange(phase)
+        if phase.exchange == "images 2":  # client 0, whose turn it is, trains for the last time
             images = messages[0]["images"].clone().requires_grad_()
             discriminators, network = (
                 w.clients[0].round_cache["answers"].discriminators,
@@ -50,10 +50,10 @@ def test_a_row_is_the_gradient_of_an_images_own_loss(world, bce):
             rows = {name: torch.autograd.grad(own.sum(), images)[0]
                     for name, own in (("norm_d", realism), ("norm_t", entropy))}  # fmt: skip
         for name, own in rows.items():
-            if step.exchange == "gradients 2":
+            if phase.exchange == "gradients 2":
                 assert w.clients[0].report[name] == pytest.approx(float(norms(own).median()), rel=1e-3)
                 assert name not in w.clients[1].report
-            elif step.exchange != "distil 2":
+            elif phase.exchange != "distil 2":
                 assert name not in w.clients[0].report
 
 
@@ -99,9 +99,9 @@ def kept_whoever_serves(world, monkeypatch, iterations):
     for serves in (0, 2):
         monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
         w = world(iterations=iterations, batched=False, **SHARDED)
-        for step in w.steps(w.round(), 0):
-            if step.exchange.startswith("images"):  # without the others the generator stays as it is
-                w.exchange(step)
+        for phase in w.phases(w.round(), 0):
+            if phase.exchange.startswith("images"):  # without the others the generator stays as it is
+                w.exchange(phase)
         states.append(frozen(w.clients[0].state["critics"]))
     return states
 
@@ -150,8 +150,8 @@ def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch, scores):
     for serves in (0, 1, 2):
         monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
         w = world(iterations=2, scores=scores, **SHARDED)
-        for step in w.steps(w.round(), 0)[:2]:  # the gradients' answers report
-            w.exchange(step)
+        for phase in w.phases(w.round(), 0)[:2]:  # the gradients' answers report
+            w.exchange(phase)
         told.append([dict(w.clients[k].report) for k in range(3)])
     assert {"critic_loss", "realism"} <= set(told[0][0])
     assert told[0] == told[1] == told[2]
@@ -163,7 +163,7 @@ def test_the_gradient_comes_through_the_shard_that_serves(world, monkeypatch):
     monkeypatch.setattr(privacy, "sanitise", lambda client, *rows: given.append(rows[0]) or rows[:2])
     monkeypatch.setattr(privacy, "serving", lambda *a: 2)
     w = world(iterations=1, **SHARDED)
-    images, gradients = w.steps(w.round(), 0)[:2]
+    images, gradients = w.phases(w.round(), 0)[:2]
     sent = w.exchange(images)[0][0]["images"].clone().requires_grad_()
     module = copy.deepcopy(w.clients[0].round_cache["answers"].discriminators.module)
     for name, tensor in module.parts()[0].items():
@@ -180,7 +180,7 @@ def test_a_confidence_that_is_told_does_not_tell_who_serves(world, monkeypatch):
     for serves in (1, 2):
         monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
         w = world(iterations=1, scores="release", w_real=1.0, **SHARDED)
-        images, gradients, distil = w.steps(w.round(), 0)
+        images, gradients, distil = w.phases(w.round(), 0)
         told.append([w.exchange(images)[1][k]["scores"] for k in range(3)])
         monkeypatch.setattr(Discriminators, "judge", lambda self, x: torch.full((1, len(x)), float(self._here[0])))
         w.exchange(gradients)
@@ -221,8 +221,8 @@ def test_withheld_confidence_is_neither_judged_nor_sent(world, monkeypatch):
     monkeypatch.setattr(Discriminators, "judge", judge)
     w = world(iterations=2, disc_weight=True, **SHARDED)
     w.play(w.round(), 0)
-    for step in w.steps(w.round(), 1)[:3]:
-        _, answers = w.exchange(step)
+    for phase in w.phases(w.round(), 1)[:3]:
+        _, answers = w.exchange(phase)
         assert {name for answer in answers.values() for name in answer} == (
-            {"gradients"} if step.exchange == "gradients 0" else {"logits"}
+            {"gradients"} if phase.exchange == "gradients 0" else {"logits"}
         )

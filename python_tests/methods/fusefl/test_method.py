@@ -13,7 +13,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine import client as engine_client
 from fedkern.engine import read_metrics, run
 from fedkern.engine.uploads.bytes import message_bytes
-from fedkern.methods import FuseFL, Step
+from fedkern.methods import FuseFL, Phase
 from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
 from fedkern.models import Ensemble, build
 from fedkern.models.blocks import cut
@@ -127,9 +127,9 @@ def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_
     seen = []
     real = engine_client.train
 
-    def spy(client, method, step, network, data, received, schedule, *more):
+    def spy(client, method, phase, network, data, received, schedule, *more):
         seen.append([schedule.lr_at(epoch) for epoch in range(schedule.epochs)])
-        return real(client, method, step, network, data, received, schedule, *more)
+        return real(client, method, phase, network, data, received, schedule, *more)
 
     monkeypatch.setattr(engine_client, "train", spy)
     config = config_of(make_config, {"blocks": 2, "width": "2"}, local_epochs=5, lr=0.5, lr_steps="2,3")
@@ -224,7 +224,7 @@ def test_statistics_of_frozen_levels(make_data, make_config):
 def test_features_are_kept_where_images_are_not_augmented(make_data, make_config, monkeypatch):
     play = Play(config_of(make_config, {"blocks": 2, "width": "2"}), make_data())
     play.round(0, "level1")
-    sent = play.method.send(play.server, Step(1, "level2", "update"))
+    sent = play.method.send(play.server, Phase(1, "level2", "update"))
     seen = []
     inputs = LocalPart.inputs
 
@@ -238,10 +238,10 @@ def test_features_are_kept_where_images_are_not_augmented(make_data, make_config
 
     monkeypatch.setattr(LocalPart, "inputs", spy)
     message = {**sent[0], "epochs": 2}
-    play.method.client_update(play.clients[0], Step(1, "level2", "update"), message)
+    play.method.client_update(play.clients[0], Phase(1, "level2", "update"), message)
     assert seen[-1] == (True, True)
     monkeypatch.setattr("fedkern.methods.fusefl.levels.CACHE_BYTES", 0)
-    play.method.client_update(play.clients[0], Step(1, "level2", "update"), message)
+    play.method.client_update(play.clients[0], Phase(1, "level2", "update"), message)
     assert seen[-1] == (False, False)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FuseFL, Step, Upload
+from fedkern.methods import METHODS, FuseFL, Phase, Upload
 from fedkern.methods.fusefl.levels import tensors_of
 from fedkern.models.blocks import BlockNetwork
 
@@ -19,9 +19,9 @@ from fedkern.models.blocks import BlockNetwork
 
 def tampering(level, change, client=1):
     class Tampering(FuseFL):
-        def client_update(self, place, step, message):
-            upload = super().client_update(place, step, message)
-            if step.name == level and place.id == client:
+        def client_update(self, place, phase, message):
+            upload = super().client_update(place, phase, message)
+            if phase.name == level and place.id == client:
                 change(upload)
             return upload
 
@@ -73,8 +73,8 @@ def test_bad_uploads_are_named_or_left_out(level, change, said, make_data, make_
 
 def test_nobody_left_is_an_error(make_data, make_config, tmp_path, monkeypatch):
     class Everybody(FuseFL):
-        def client_update(self, place, step, message):
-            upload = super().client_update(place, step, message)
+        def client_update(self, place, phase, message):
+            upload = super().client_update(place, phase, message)
             nan(upload)
             return upload
 
@@ -88,7 +88,7 @@ def test_no_statistics_left_is_an_error(make_data, make_config):
     play.round(0, "level1")
     play.round(1, "level2")
     with pytest.raises(UserError, match="No client's class statistics could be used"):
-        play.method.server_update(play.server, Step(2, "calibrate", "update"), iter([Upload(0, 20, {})]))
+        play.method.server_update(play.server, Phase(2, "calibrate", "update"), iter([Upload(0, 20, {})]))
 
 
 def test_a_backdoored_block_is_one_branch_and_touches_no_other(make_data, make_config):
@@ -112,7 +112,7 @@ def test_a_client_that_diverges_at_one_level_takes_part_in_the_next(make_data, m
     class Bomb(FuseFL):
         def loss(self, model, batch, received):
             value = super().loss(model, batch, received)
-            return value * torch.nan if received.samples == 13 and received.step.name == "level2" else value
+            return value * torch.nan if received.samples == 13 and received.phase.name == "level2" else value
 
     monkeypatch.setitem(METHODS, "fusefl", Bomb)
     config = config_of(make_config, {"blocks": 3, "width": "2"}, on_nan="skip")
