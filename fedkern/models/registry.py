@@ -62,23 +62,18 @@ class ModelEntry:
     task: str = "classification"
 
 
-def _cnn(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
-    return CNN(classes=classes, channels=channels, width=width)
+def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
+    """Wraps the ``make`` of a network whose first layers are the same for images of any size."""
+
+    def made(*, stem: Stem, **settings: Any) -> Network:
+        return make(**settings)
+
+    return made
 
 
+_cnn, _vgg16, _mlp, _vit = _any_size(CNN), _any_size(VGG), _any_size(MLP), _any_size(ViT)
+_unet, _unet_small = _any_size(partial(UNet, depth=4)), _any_size(partial(UNet, depth=3))
 _resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 1), (1, 1, 1, 1), (2, 2, 2, 2)))
-
-
-def _vgg16(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
-    return VGG(classes=classes, channels=channels, width=width)
-
-
-def _mlp(*, classes: int, channels: int, width: int, stem: Stem, image_size: int) -> StagedNetwork:
-    return MLP(classes=classes, channels=channels, width=width, image_size=image_size)
-
-
-def _vit(*, classes: int, channels: int, width: int, stem: Stem, image_size: int) -> StagedNetwork:
-    return ViT(classes=classes, channels=channels, width=width, image_size=image_size)
 
 
 def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
@@ -100,14 +95,6 @@ def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
         return network
 
     return made
-
-
-def _unet(*, classes: int, channels: int, width: int, stem: Stem) -> UNet:
-    return UNet(classes=classes, channels=channels, width=width, depth=4)
-
-
-def _unet_small(*, classes: int, channels: int, width: int, stem: Stem) -> UNet:
-    return UNet(classes=classes, channels=channels, width=width, depth=3)
 
 
 MODELS: dict[str, ModelEntry] = {
