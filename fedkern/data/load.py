@@ -396,9 +396,14 @@ def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Sp
 def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> None:
     if public_samples:
         raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
+    _check_unused(common, f'classification, and data set "{name}" is for retrieval')
+
+
+def _check_unused(common: Mapping[str, Any], why: str) -> None:
+    """Raises UserError for an option that is only for images of single classes; ``why`` ends the sentence."""
     for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
         if common[option]:
-            raise UserError(f'option {option} is for classification, and data set "{name}" is for retrieval')
+            raise UserError(f"option {option} is for {why}")
 
 
 def _check_federated(
@@ -408,9 +413,7 @@ def _check_federated(
         if value:
             raise UserError(f'data set "{data.name}" shares its samples out by itself: leave {flag} out')
     if data.task != "classification":
-        for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
-            if common[option]:
-                raise UserError(f'option {option} is for classification, and data set "{data.name}" is for {data.task}')
+        _check_unused(common, f'classification, and data set "{data.name}" is for {data.task}')
 
 
 def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
@@ -421,9 +424,7 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
             f'data set "{name}" has a class for every pixel and none for an image, so "{spec.text}" cannot share it '
             "out; take iid, or attribute with a column client"
         )
-    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
-        if common[option]:
-            raise UserError(f'option {option} is for classification, and data set "{name}" is for segmentation')
+    _check_unused(common, f'classification, and data set "{name}" is for segmentation')
 
 
 def _check_label_sets(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
@@ -434,9 +435,7 @@ def _check_label_sets(name: str, source: Source, spec: PartitionSpec, common: Ma
             f'data set "{name}" has several labels an image and no single class, so "{spec.text}" cannot share it out; '
             "take iid, or attribute with a column client"
         )
-    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
-        if common[option]:
-            raise UserError(f'option {option} is for single classes, and data set "{name}" has several labels an image')
+    _check_unused(common, f'single classes, and data set "{name}" has several labels an image')
 
 
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
