@@ -45,7 +45,7 @@ def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
         UserError: a neighbour cannot be read.
     """
     parts = sorted((path.relative_to(file.parent).as_posix(), path) for path in {*neighbours} - {file})
-    return "; ".join([sha256(source), *(f"{name} {sha256(_read(path))}" for name, path in parts)])
+    return "; ".join([sha256(source), *(f"{name} {sha256(content(path))}" for name, path in parts)])
 
 
 def parsed(text: str) -> dict[str, str]:
@@ -73,7 +73,7 @@ def present(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, s
         path = PurePosixPath(name)
         try:
             outside = path.is_absolute() or ".." in path.parts
-            found[name] = "" if outside else sha256(_read(file.parent / path) if name else source)
+            found[name] = "" if outside else sha256(content(file.parent / path) if name else source)
         except UserError:
             found[name] = ""
     return found
@@ -117,7 +117,7 @@ def imported(file: Path, source: bytes) -> dict[Path, str]:
                 if path not in found and path != file and _counts(path, folder, foreign) and path.is_file():
                     found[path] = name
                     if path.suffix == ".py":
-                        todo.append((path, _read(path)))
+                        todo.append((path, content(path)))
     return found
 
 
@@ -180,9 +180,15 @@ def _with_parents(parts: list[str]) -> Iterator[str]:
     return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
-def _read(path: Path) -> bytes:
+def content(path: Path, what: str = "") -> bytes:
+    """The content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         with open_regular(path) as file:
             return file.read()
     except OSError as error:
-        raise UserError(f"{path}, which a plugin imports, cannot be read: {error.strerror or error}.") from None
+        name = what or f"{path}, which a plugin imports,"
+        raise UserError(f"{name} cannot be read: {error.strerror or error}.") from None

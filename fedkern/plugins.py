@@ -33,7 +33,6 @@ from fedkern import named_code
 from fedkern import plugin_neighbours as neighbours
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, check_text, expand
-from fedkern.inputs import open_regular
 
 GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
@@ -102,7 +101,7 @@ def load(name: str) -> Plugin:
     if path is None:
         plugin = known if known is not None else _execute(Plugin(name, _module_identity(name)))
     else:
-        source = _content(path)
+        source = neighbours.content(path, f"The plugin {path}")
         if known is not None and _change(known.name, path, known.identity) is None:
             plugin = known
         else:
@@ -180,14 +179,6 @@ def _located(text: str) -> tuple[str, Path | None]:
     if not text or not all(part.isidentifier() for part in text.split(".")):
         raise UserError(f'--plugin must name a file FILE.py or a module, not "{text}".')
     return text, None
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"The plugin {path} cannot be read: {error.strerror or error}.") from None
 
 
 def _module_identity(name: str) -> str:
@@ -468,7 +459,7 @@ def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str]
     if path is None:
         now = _module_identity(name)
         return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
-    source, stored = _content(path), neighbours.parsed(identity)
+    source, stored = neighbours.content(path, f"The plugin {path}"), neighbours.parsed(identity)
     if not stored:
         return f"The plugin {name}", _short(identity), _short(neighbours.sha256(source))
     present = neighbours.present(path, source, stored)
