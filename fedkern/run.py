@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import gc
 import os
 import sys
 import threading
@@ -208,8 +207,10 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         if _first():
             print(front_page.front_page())
         return OK
+    from fedkern.garbage import uncollected
+
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
-    with _told("loading torch ..."), _uncollected():
+    with _told("loading torch ..."), uncollected():
         from fedkern.cli import (
             commands,
             comparing,
@@ -250,27 +251,6 @@ def _told(text: str) -> Iterator[None]:
         yield
     finally:
         print(" " * len(text), end="\r", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keeps the garbage collector off while the block imports torch and fedkern, and from what was imported ever after.
-
-    It would look through objects that stay, several times: a quarter of what the imports take.  At exit it leaves out
-    what is there by then.  A script that calls :func:`main` with words keeps its collector as it is.
-    """
-    from fedkern.interrupts import whole_process
-
-    if not whole_process() or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.freeze)
 
 
 def _say(text: str, code: int = USAGE) -> int:

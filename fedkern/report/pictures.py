@@ -21,6 +21,7 @@ from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
+from fedkern.report.matplotlib_import import undocumented
 from fedkern.settings.config import load_plugins
 from fedkern.settings.run_data import kept_data
 
@@ -122,8 +123,10 @@ def _draw(
     from fedkern.data.partition import parse_partition
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
-    from fedkern.report import chance, confusion_sheet, gradcam, plots, segmentation_sheet
-    from fedkern.report.weights import weights_picture
+
+    with undocumented():
+        from fedkern.report import chance, confusion_sheet, gradcam, plots, segmentation_sheet
+        from fedkern.report.weights import weights_picture
 
     moved = {} if data_root is None else {"data_root": data_root}
     config = RunConfig.load(run_dir, device="cpu", cache=remembered(run_dir), **moved)

@@ -1,0 +1,42 @@
+"""Import of matplotlib at the end of a command, and in a process that goes on."""
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys
+{before}
+from fedkern.interrupts import in_order
+from fedkern.report.matplotlib_import import undocumented
+with in_order(to_the_end={last}):
+    try:
+        with undocumented():
+            import matplotlib.lines
+            {inside}
+    except KeyError:
+        pass
+from matplotlib.artist import kwdoc
+from matplotlib.lines import Line2D
+print("solid_capstyle" in Line2D.set.__doc__, "solid_capstyle" in kwdoc(Line2D))
+"""
+
+
+def documented(last: bool, before: str = "", inside: str = "pass") -> str:
+    """Whether a line's properties are in its docstring, and whether matplotlib can tell them."""
+    code = CODE.format(last=last, before=before, inside=inside)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("inside", ["pass", "raise KeyError"])
+def test_a_command_imports_it_without_tables_of_properties(inside):
+    assert documented(True, inside=inside) == "False True"
+
+
+def test_a_script_has_them():
+    assert documented(False) == "True True"
+
+
+def test_who_has_imported_it_keeps_them():
+    assert documented(True, before="import matplotlib.lines") == "True True"
