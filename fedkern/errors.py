@@ -52,11 +52,7 @@ class RunFailed(UserError):
 
 
 class CodeFailed(RunFailed):
-    """Code of a method raised what would otherwise be taken for an error of fedkern or the machine.
-
-    Attributes:
-        traceback: traceback of the exception, as text.
-    """
+    """Code of a method raised what would otherwise be taken for an error of fedkern or the machine."""
 
     def __init__(self, where: str, error: BaseException, code: Any) -> None:
         what = f"{described(error)}{origin(error, code)}"
@@ -69,7 +65,6 @@ class ClientFailed(RunFailed):
     """A client's part of a method raised an exception.
 
     Attributes:
-        client: number of the client.
         what: the exception, in one line.
         traceback: traceback of the exception, as text; empty for a UserError, whose sentence is enough.
         exit_code: that of a UserError, and otherwise 1.
@@ -91,8 +86,6 @@ class ClientFailed(RunFailed):
         """The error of a client whose part of a method has raised ``error``.
 
         Args:
-            client: number of the client.
-            error: what was raised.
             code: the method's class, whose file and line are named.
         """
         named = told(error)

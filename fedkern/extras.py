@@ -13,7 +13,6 @@ def needed(sentence: str, *modules: str) -> Any:
 
     Args:
         sentence: says what needs the modules, and how to install them.
-        modules: names of modules.
 
     Raises:
         UserError: a module is not installed.

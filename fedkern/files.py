@@ -193,7 +193,6 @@ def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Itera
     file system without locks, nothing waits.
 
     Args:
-        lock: the file.
         waiting: called where another process is inside, before the wait.
 
     Raises:

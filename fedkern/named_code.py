@@ -64,7 +64,6 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
     A file is run once for each content, as a module of its own; modules beside the file can be imported.
 
     Args:
-        named: the class or function.
         what: subject of the error messages, such as ``"the teacher"``.
 
     Returns:

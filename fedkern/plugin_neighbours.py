@@ -64,8 +64,6 @@ def present(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, s
     """The hashes that files have now, ``""`` for one that cannot be read; nothing is executed.
 
     Args:
-        file: absolute path of the plugin.
-        source: content of the plugin.
         stored: hashes by relative path.  A path that leaves the plugin's folder is not read.
     """
     found = {}
@@ -99,10 +97,6 @@ def loaded(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def imported(file: Path, source: bytes) -> dict[Path, str]:
     """Modules by file, in the plugin's folder or below, that import statements lead to, from one file to the next.
-
-    Args:
-        file: absolute path of the plugin.
-        source: content of the plugin.
 
     Raises:
         UserError: a file cannot be read.

@@ -16,7 +16,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
     Args:
         tensor: any shape and dtype, on any device; a tensor that is on ``device`` already is returned as it is.
-        device: where it is to be.
     """
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)

@@ -23,12 +23,9 @@ class Request:
     Attributes:
         command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"``, ``"help"`` or the name of
             a downstream task.
-        method: the method, if given.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
-        data_options: options of the data set.
         config: the ``--config`` file.
-        out: the run folder, if given.
         resume: the run folder to continue.
         flower: folder of the Flower project to write instead of a run.
         own_data: whether each node of that project has the data of its client alone.
@@ -80,10 +77,7 @@ class Given:
     """What the ``--config`` file and the flags say about a new run, without defaults.
 
     Attributes:
-        method: name of the method.
         settings: fields of RunConfig.
-        options: options of the method.
-        data_options: options of the data set.
         plugins: identities of plugins by name.
     """
 

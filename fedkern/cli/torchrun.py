@@ -21,7 +21,6 @@ def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable
     """Does what the command line asks, on all ranks where torchrun has started this process; returns the exit code.
 
     Args:
-        request: the parsed command line.
         commands: the function of every command.
 
     Raises:

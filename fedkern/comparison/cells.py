@@ -32,7 +32,6 @@ class Variant:
     """A method with the swept settings of one point of the sweep.
 
     Attributes:
-        method: name of the method.
         settings: swept fields of :class:`~fedkern.engine.RunConfig`, by name.
         options: swept method options, and those that an object of the method was made with, by name.
     """
@@ -54,13 +53,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        variant: method and swept settings.
-        seed: the run's seed.
-        config: every setting of the run.
-    """
+    """One run of a comparison."""
 
     variant: Variant
     seed: int

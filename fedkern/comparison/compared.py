@@ -38,7 +38,6 @@ class Comparison:
     Attributes:
         result: groups of runs, and what is told of them.
         folder: folder of ``comparison.csv``, ``comparison.md``, ``comparison.tex`` and ``comparison.png``.
-        files: the files that were written.
     """
 
     result: Result

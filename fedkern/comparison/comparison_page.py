@@ -76,7 +76,6 @@ def write_report(
     """Writes ``report.html`` of a comparison into its folder, and returns its path.
 
     Args:
-        result: the comparison.
         commands: the command that repeats a group's first run, by the group's name.
         data_root: current folder of the data files.
 

@@ -35,14 +35,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A finished run.
-
-    Attributes:
-        folder: the run folder.
-        config: every setting.
-        summary: contents of ``summary.json``.
-        records: records of the rounds, in order.
-    """
+    """A finished run."""
 
     folder: Path
     config: RunConfig
@@ -73,7 +66,6 @@ class Group:
 
     Attributes:
         label: name of the group for people.
-        method: name of the method.
         runs: the runs by seed, in the order of the seeds.
     """
 
@@ -128,7 +120,6 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
     """Runs grouped by method and by all settings but the seed, in the order of each group's first run.
 
     Args:
-        runs: finished runs.
         label: name of a run's group; None: the method, and the settings in which its groups differ.
 
     Raises:

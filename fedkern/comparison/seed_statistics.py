@@ -19,7 +19,6 @@ class Difference:
     """Mean difference of two methods, paired by seed.
 
     Attributes:
-        mean: mean of the differences.
         low, high: ends of the interval; None with a single pair.
     """
 
@@ -96,9 +95,6 @@ class Target:
 
     def reached(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         """Rounds, bytes and seconds up to the first round that has the target; None where no round has it.
-
-        Args:
-            records: records of a run's rounds, in order.
 
         Returns:
             ``rounds``; ``bytes``, sent in both directions; ``seconds``.

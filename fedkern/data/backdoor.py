@@ -32,11 +32,8 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
     """Backdoors the training images of the first ``clients`` clients and adds a ``backdoor`` copy of every test set.
 
     Args:
-        data: the federation.
         clients: how many clients are backdoored; 0 changes nothing.
         target: the class, by position, that the patch stands for.
-        size: side of the patch in pixels.
-        seed: the run's root seed.
 
     Raises:
         UserError: more backdoored clients than clients, no such class, a test set without any other class, or a patch

@@ -58,7 +58,6 @@ def extract_background(data: FederatedData, source: MaskSource | Callable[[Tenso
 
     Args:
         data: a federation; its tests and validation set are left as they are.
-        source: a `MaskSource`, or a callable for `MaskFunction`.
 
     Raises:
         UserError: from the source (unknown image, boxes outside their image).

@@ -43,7 +43,6 @@ class BoxesFile:
     """Object boxes read from a JSON or CSV file; the suffix decides which.
 
     Args:
-        path: the file.
         known: names of all images of the data set; a box for any other image is an error.
 
     Raises:

@@ -89,14 +89,8 @@ def open_brats(
     Args:
         root: holds the case folders, at any depth; ``train``, ``val`` and ``test`` at the top are the splits.
         size: side in pixels of the slices, which are padded to squares before they are resized.
-        modalities: the channels, as the names of their files end before ``.nii`` or ``.nii.gz``.
-        target: ending of the name of the mask file.
         labels: ``whole`` (any value above 0 is the object), ``parts`` (the three classes of BraTS), or the values that
             are classes, such as ``1|2|5``; all other values are then background.
-        slices: slices with an ``object``, slices with any ``tissue``, or ``all``.
-        every: keep one slice in ``every``.
-        test_share, validation_share: share of the cases held out where there is no such folder.
-        max_image_pixels: most voxels of a volume; a file whose header announces more is not decoded.
 
     Intensities are mapped to bytes volume by volume, from the 0.5th to the 99.5th percentile of the non-zero voxels.
     Voxels of value 0 stay 0.

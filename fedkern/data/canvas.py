@@ -93,7 +93,6 @@ def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> 
     """Draws one canvas.
 
     Args:
-        ground: the background.
         digits: the digits, each in a cell of its own and at a random place inside the cell.
         rng: draws the texture's phase and scale, a jitter of its brightness, and the places.
 

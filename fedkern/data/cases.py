@@ -44,7 +44,6 @@ def rows_by_owner(owners: Rows, count: int) -> list[Rows]:
 
     Args:
         owners: int64 ``[n]``, the owner of every row; a row whose number is below 0 or not below ``count`` has none.
-        count: number of owners.
     """
     order = np.argsort(owners, kind="stable").astype(np.int64)
     cuts = np.searchsorted(owners[order], np.arange(count + 1))

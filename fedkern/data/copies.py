@@ -48,8 +48,6 @@ def copies(data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes
     """Looks for images whose decoded pixels are equal and whose names differ.
 
     Args:
-        data: the data set's name, for the message.
-        classes: class names, in label order.
         sets: the samples by the name of their set; the parts of the training set are the clients.
         pixels: a hash of every sample's image, in the order of the sets.
         sites: the clients' names, where the data name them.

@@ -51,7 +51,6 @@ def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: n
     Args:
         images: uint8 ``[n, C, H, W]``, not changed.
         shapes: int64 ``[n]``, positions in `SHAPES`.
-        size: side of the shapes in pixels.
         rng: draws the places (whole pixels, inside the image) and the colours (uniform in every channel).
 
     Returns:
@@ -84,8 +83,6 @@ def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> Federat
     Args:
         data: a federation of at most 10 classes.
         clients: how many clients see the cue; 0 changes nothing.
-        size: side of the shapes in pixels.
-        seed: the run's root seed.
 
     Raises:
         UserError: more cue clients than clients, more classes than shapes, or shapes larger than the images.

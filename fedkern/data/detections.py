@@ -46,7 +46,6 @@ class Detections:
         cache: folder of the cache files (default: ``fedkern/detections`` in the user's cache folder).  Every detector
             identity has its own file (attribute ``path``).  Entries are keyed by image content and class name, so they
             serve any partition and seed.
-        notice: called with a progress message during a long detection.
     """
 
     def __init__(

@@ -37,11 +37,6 @@ def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], f
 def need_root(root: str | Path | None, data: str, example: str) -> Path:
     """Returns ``root`` as an existing folder.
 
-    Args:
-        root: the folder that the user gave.
-        data: the data set's name, for the message.
-        example: a file that the folder should hold, for the message.
-
     Raises:
         UserError: no root given, or root is not a folder.
     """
@@ -69,8 +64,6 @@ def read_bytes(
     """Reads ``folder/name`` or ``folder/name.gz``, decompressed, and returns the content and the path of the file.
 
     Args:
-        folder, name: where the file is.
-        data: the data set's name, for messages.
         due, header: limit of the decompressed size, see :func:`gunzip`; ``due`` is also given the path.
 
     Raises:
@@ -96,10 +89,8 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
     Decompression stops at the limit: otherwise a small file could fill the memory.
 
     Args:
-        file: open at its beginning.
         due: maps the first ``header`` bytes of the content to the most bytes that the content may have.  Not called
             where the content has fewer than ``header`` bytes.
-        header: how many bytes ``due`` needs.
 
     Raises:
         ValueError: the file is cut off, a checksum or length is wrong, other bytes follow the end, or there is more

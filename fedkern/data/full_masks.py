@@ -114,7 +114,6 @@ class FullMasks:
             predicted: int64 ``[B, h, w]``, the predicted class of every pixel that the network sees; it counts for all
                 pixels of the full mask that lie in it.
             first: the row of the first image.
-            classes: C.
         """
         found = np.zeros((len(predicted), 3, classes), dtype=np.int64)
         for row, guess in enumerate(predicted.cpu().numpy()):

@@ -25,7 +25,6 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
     """The federation without one client, and with an own test set for every other client.
 
     Args:
-        data: all clients.
         held_out: name or number of the client that never trains, or None.  All its samples become the test set
             ``"held_out"``, and the numbers of the clients after it fall by one.  No other set keeps an image of it: in
             the validation, public and test sets `Split.homes` tells them, and where images have no names, equal
@@ -76,8 +75,6 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
     """The data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
 
     Args:
-        data: all clients.
-        absent: the client.
         others: the numbers of all other clients, which count anew in the homes of images.
     """
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1

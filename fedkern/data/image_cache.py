@@ -60,10 +60,8 @@ def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | 
     The images that are wanted, and not yet in the file, are decoded first.
 
     Args:
-        source: the data set.
         wanted: the pools with the rows (int64 ``[m]``) that will be read.
         cache: folder that keeps the decoded images; None: images of more than `MEMORY_BYTES` go to a temporary file.
-        notice: called with progress messages.
 
     Returns:
         A source whose pools read :class:`~fedkern.data.image_rows.ImageRows`; ``source`` itself where its images stay
@@ -103,7 +101,6 @@ def masks_on_disk(files: MaskFiles, cache: str | Path | None, notice: Notice) ->
         files: the masks; those that are not yet in the file are decoded first.
         cache: folder that keeps the decoded masks; None: masks whose classes would take more than `MEMORY_BYTES` in
             memory, at eight bytes a pixel, go to a temporary file.
-        notice: called with progress messages.
 
     Returns:
         The decoded masks, uint8 ``[N, H, W, 1]``; None where they stay in memory.

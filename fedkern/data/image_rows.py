@@ -32,7 +32,6 @@ class ImageStore:
 
     Args:
         descriptor: of the file, open for reading; the store closes it.
-        shape: of the images.
 
     Raises:
         OSError: the file cannot be mapped.
@@ -165,7 +164,6 @@ class ImageRows(FileRows):
         """The images at ``rows`` of a store.
 
         Args:
-            store: holds the images.
             rows: int64 ``[n]``.
             box: top, left, height and width of the part of every image that is seen; None for whole images.
         """

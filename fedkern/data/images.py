@@ -83,8 +83,6 @@ def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> No
     Such names come from links, and from folders that are linked into each other or into themselves.
 
     Args:
-        data: the data set's name, for the message.
-        paths: the files.
         names: the name of every file in the data set; an image with several texts occurs several times under one name.
     """
     known: dict[object, str] = {}
@@ -159,9 +157,6 @@ def read_images(
     from 0 to 1.
 
     Args:
-        paths: the files.
-        size: side in pixels.
-        data: the data set's name, for messages.
         grey: one channel instead of three.
         pad: keep the proportions of an image that is not square, with black bars on both sides.
         max_pixels: most pixels of an image, as its file announces them.
@@ -320,9 +315,6 @@ def read_masks(
         images: the image of every mask; both must have the same size.
         masks: images of one channel (grey, palette or black-and-white) that hold class numbers.  Of a palette of greys
             the grey counts, of one with colours the position in it.
-        size: side in pixels.
-        data: the data set's name, for messages.
-        max_pixels: most pixels of a mask or an image, as its file announces them.
 
     Returns:
         uint8 ``[n, size, size]``, the class numbers or greys.

@@ -19,7 +19,6 @@ def has_sets(names: Sequence[str], chosen: Mapping[str, str]) -> bool:
     """Whether a CSV file with these columns names several labels an image.
 
     Args:
-        names: the file's columns.
         chosen: the columns that the user chose, by option.
     """
     if chosen.get("label"):
@@ -33,7 +32,6 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
     Args:
         cells: the values of the column; an empty one has no label.
         where: the column and its file in words, for messages.
-        data: the data set's name, for messages.
 
     Returns:
         The names of the labels, sorted, as numbers if all of them are numbers; uint8 ``[n, L]``, 1 where the row has

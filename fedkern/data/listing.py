@@ -40,7 +40,6 @@ class Reading:
     """How files become images.
 
     Attributes:
-        size: side in pixels.
         colour: ``"rgb"`` or ``"grey"``.
         test_share: share of the images held out as test set where the files have no split of their own; 0: none, and
             the test set may be empty.
@@ -66,8 +65,6 @@ class Listing:
     """Files of a data set; every attribute has one entry per image.
 
     Attributes:
-        paths: the image files.
-        ids: names of the images.
         labels: int64 ``[n]``; or uint8 ``[n, L]``, 1 where the image has the label.
         splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
         clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
@@ -193,11 +190,9 @@ def check_one(
     """Raises UserError where two rows of one key have different values; empty keys and values say nothing.
 
     Args:
-        data: the data set's name, for the message.
         keys, values: of every row.
         what: words for a key and its values, such as ``"the image {} has two labels"``.
         lines: the line of every row, or nothing.
-        advice: how the message ends.
     """
     first: dict[str, int] = {}
     for row, (key, value) in enumerate(zip(keys, values, strict=True)):
@@ -268,8 +263,6 @@ def held_out_first(
     Args:
         kinds: int64 ``[m]``, the class of every unit.
         homes: the site of every unit.
-        share: share of the units.
-        purpose: names the random stream.
     """
     if 1 < max(Counter(homes).values(), default=0) < len(homes):
         held = _by_site(kinds, homes, share, stream(0, purpose))
@@ -282,12 +275,6 @@ def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, r
 
     Among the classes of a site, the class is taken that lacks most of its share of the whole set; a class with a single
     unit stays in training where it can.
-
-    Args:
-        kinds: int64 ``[m]``, the class of every unit.
-        homes: the site of every unit.
-        share: share of a site's units.
-        rng: orders the units.
     """
     total = np.bincount(kinds)
     due = np.where(total > 1, np.maximum(share * total, 1), 0)

@@ -60,12 +60,10 @@ def open_nico(
 
     Args:
         root: the tree, or a folder that holds it as ``nico`` or ``NICO``.
-        protocol: ``"F7"`` or ``"L7"``.
         size: side in pixels to which every image is resized (the whole image, without cropping).
         part: subfolder to descend into, for a download that keeps ``Animal`` and ``Vehicle`` side by side (any case).
         held_out: share of the training contexts' images that goes to the in-distribution test; as many again go to the
             validation set.  The images are the same for every seed.
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: no such tree, a class with fewer than eight contexts, a context without images, or one image in two

@@ -44,7 +44,6 @@ class DatasetInfo:
     """Entry of a data set for `list`, the command line and `load`.
 
     Attributes:
-        description: one line.
         open: reads the fixed pools: ``open(root, **options)``; None for a set with ``make`` or ``function``.
         clients: default number of clients.
         partition: default partition specification.

@@ -66,7 +66,6 @@ def open_segmentation(
             The tiles of an image are one case: they are held out, given to a client and scored together.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
         cache: folder that keeps decoded masks.
-        notice: called with the progress of a long decoding.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
     The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).

@@ -78,8 +78,6 @@ def find_sites(
     split folders that are.
 
     Args:
-        base: the data root.
-        data: the data set's name, for messages.
         layout: one of `LAYOUTS`; with ``patients`` the folders are read alike and the caller knows better.
         plain: whether a folder in ``base`` is part of a tree without sites, such as a class folder with images.
         whole: whether a folder has the layout of the data set without splits, such as class folders with images.
@@ -216,7 +214,6 @@ def listed(
     """What the layout says of every image beside its label: attributes of a `fedkern.data.listing.Listing`.
 
     Args:
-        base: the data root.
         sites: from `find_sites`.
         splits, clients: split and site folder of every image.
         used: all files that are read.

@@ -48,7 +48,6 @@ class Table:
     """A CSV file.
 
     Attributes:
-        path: the file.
         names: the columns, those included that the user chose.
         rows: the stripped values of every row by column name.
         lines: line number of every row in the file.
@@ -198,8 +197,6 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
     """Reads a CSV file with a header (separated by comma, semicolon or tab).
 
     Args:
-        path: the file.
-        data: the data set's name, for messages.
         columns: the required columns, filled in every row.
         chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
             ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.

@@ -27,7 +27,6 @@ def tiled(pool: Pool, tile: int) -> Pool:
 
     Args:
         pool: images whose height and width are multiples of ``tile``.
-        tile: side in pixels.
 
     Raises:
         ValueError: the pool has no pixel classes.

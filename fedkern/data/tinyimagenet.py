@@ -27,7 +27,6 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
 
     Args:
         root: the data set's folder, or the folder above.
-        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: a missing folder or file, or an annotation that names an unknown class or a missing image.

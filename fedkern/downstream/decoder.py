@@ -25,7 +25,6 @@ class TokenDecoder(nn.Module):
 
     Args:
         network: the pair, whose image encoder is used and never trained.
-        classes: C.
         image_size: height and width in pixels.
     """
 
@@ -66,8 +65,6 @@ def train_decoder(
         network: a pair in eval mode.
         images: normalised images in consecutive parts.
         labels: int64 ``[n, H, W]`` of all images; negative labels are unknown.
-        classes: C.
-        epochs: passes over the images.
         seed: draws the initial weights and the order.
 
     Returns:

@@ -42,7 +42,6 @@ def evaluate_run(
     """Evaluates the network of a finished run.
 
     Args:
-        out: the run folder.
         data: name of another data set, or federated data in memory; None: the run's own.  Only the test sets and the
             validation set are looked at.
         data_root: folder of the data's files; for the run's own data the folder where they are now.
@@ -51,7 +50,6 @@ def evaluate_run(
             that the run used, if it is there.
         trusted: what may be imported, see :func:`fedkern.engine.run`.
         model: the run's network, where a script made it.
-        progress: called with the progress of a long decoding.
 
     Returns:
         The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...

@@ -29,8 +29,6 @@ class Finished:
     """A finished run and the data of one of its downstream tasks.
 
     Attributes:
-        out: the run folder.
-        config: the run's settings.
         networks: the global pair of encoders, or every client's own pair where there is no global one; in eval mode.
         data: the run's federated data, or another data set.
         device: where the networks run.
@@ -65,14 +63,12 @@ class Finished:
         """Reads a run folder, and the run's own data or another data set.
 
         Args:
-            out: the run folder.
             data: another data set for the downstream task; all of its training samples form one pool.
             data_root: folder of the data's files; for the run's own data the folder where they are now.
             data_options: options of the other data set.  For the run's own data only ``labels``, which moves no sample
                 to another client or split.
             cache: folder that keeps decoded images; None: for the run's own data the folder that the run used.
             trusted: what may be imported, see :func:`fedkern.engine.run`.
-            progress: called with the progress of a long decoding.
 
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.

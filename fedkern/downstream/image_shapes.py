@@ -14,9 +14,7 @@ def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> Non
     """Checks that the images of a data set have the shape of those that a run saw.
 
     Args:
-        data: the data set.
         about: the facts that the run stored of its network.
-        out: the run folder, for the message.
 
     Raises:
         UserError: other channels, height or width.

@@ -26,7 +26,6 @@ class LinearProbe:
     Args:
         features: ``[n, d]``.
         labels: int64 ``[n]`` in ``[0, classes)``; a class without samples gets a weight like any other.
-        classes: C.
         penalty: above 0.
     """
 

@@ -121,7 +121,6 @@ class StreamedGrid(Grid):
     Everything else is the grid's own.
 
     Args:
-        grid: the grid of the ServerApp.
         strategy: a `fedkern.flower.averaging.FedAvg`, whose ``begin`` is told what is sent.
     """
 
@@ -234,7 +233,6 @@ def record(
     """A model as Flower's arrays.
 
     Args:
-        layout: the model's layout, plain or flat.
         vector: ``[P]``, the floating entries; or the bytes of their arrays, by key.
         whole: the other entries by key.
     """
@@ -338,9 +336,6 @@ class Arrived:
 class Post:
     """Messages to nodes, and their replies.
 
-    Args:
-        grid: the grid of the ServerApp.
-
     Attributes:
         sent, received: bytes of tensors and texts so far, without what Flower itself puts around them.
     """
@@ -358,10 +353,8 @@ class Post:
         """Sends a message.
 
         Args:
-            node: to whom.
             kind: `TRAIN` or `QUERY`.
             header: text beside the parcel.
-            parcel: the content.
             ttl: seconds after which message and reply are worthless; None: Flower's own, 12 hours.
 
         Returns:

@@ -55,7 +55,6 @@ class Header(NamedTuple):
 
     Attributes:
         dtype: the dtype's name, as in ``numpy.dtype.name``; "bfloat16" too.
-        shape: sizes.
         order: "C" or "F", the order of the elements in memory.
         begin: place of the first element in the bytes.
         swapped: whether the bytes of an element are in the other order than this machine's.

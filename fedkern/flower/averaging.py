@@ -77,7 +77,6 @@ def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
     """Decorates a strategy so that its signature shows the arguments of Flower's and fedkern's own.
 
     Args:
-        original: Flower's strategy.
         extra: further arguments by name, which are given by name.
     """
 
@@ -541,13 +540,7 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 class _Content(NamedTuple):
-    """A reply that counts, without its arrays in training.
-
-    Attributes:
-        node: the node that sent it.
-        record: its records.
-        weight: its weight.
-    """
+    """A reply that counts, without its arrays in training."""
 
     node: int
     record: RecordDict

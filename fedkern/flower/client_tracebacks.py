@@ -18,11 +18,6 @@ def with_traceback(message: Any, context: Any, call_next: Callable[[Any, Any], A
     paths, source lines and the exception's message, which may hold data: a site that keeps these to itself leaves the
     mod out.
 
-    Args:
-        message: Flower's message.
-        context: Flower's context.
-        call_next: the ClientApp, or the next mod.
-
     Returns:
         The reply of ``call_next``.
 

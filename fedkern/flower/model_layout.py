@@ -36,8 +36,6 @@ class Entry:
     """An entry of a model.
 
     Attributes:
-        key: name.
-        shape: sizes.
         dtype: name of the dtype, as in ``numpy.dtype.name``; "bfloat16" too.
         begin, end: place in the flat vector; both 0 for an entry that is not floating.
     """
@@ -72,10 +70,8 @@ class Layout:
         flat: None for a plain model; for a flat one the name of the vector's dtype.
 
     Attributes:
-        entries: the entries.
         size: P, number of elements of all floating entries.
         dtype: dtype of the flat vector: the widest of the floating entries (fp32 where there is none).
-        flat: as given.
     """
 
     def __init__(self, forms: Sequence[tuple[str, tuple[int, ...], str]], flat: str | None = None) -> None:

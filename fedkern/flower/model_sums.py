@@ -29,7 +29,6 @@ class NewModel:
     """Memory for the floating entries of a new model.
 
     Args:
-        layout: the model's layout.
         as_arrays: whether the entries are written straight to the bytes of new arrays, where their dtypes allow it.
         dtype: dtype of a vector; None: the layout's.
 
@@ -83,7 +82,6 @@ class RunningMean:
     added.
 
     Args:
-        layout: the models' layout.
         start: the model that was sent; None: norms of updates are not wanted.
     """
 
@@ -149,11 +147,9 @@ class AllModels:
     Memory: M models.
 
     Args:
-        layout: the models' layout.
         start: the model that was sent; None where it is not known.
 
     Attributes:
-        layout: as given.
         refused: models that turned out not to be finite, by the place at which they were added.
     """
 

@@ -63,7 +63,6 @@ class Letter:
     Attributes:
         run: name of the run, 32 hexadecimal digits.
         attempt: name of the server's process; a resumed run has another one.
-        client: the client's id.
         asker: name of the object whose ``client_update`` is called.
         phase: the exchange.
         version: round of the plan, from 1, and number of the client's message in the round, from 0.
@@ -384,11 +383,6 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
 
 def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
     """Unpacks a reply and checks everything but the upload itself, which the engine checks.
-
-    Args:
-        parcel: what came.
-        client: who was asked.
-        version: by which message.
 
     Raises:
         Malformed: the reply is none of fedkern's, or answers another message.

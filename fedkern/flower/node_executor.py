@@ -57,7 +57,6 @@ class Nodes:
 
     Args:
         run: the server's side of the run.
-        post: the connection to the nodes.
         roll: which node is which client.
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
         half: whether messages travel as bf16 (:func:`~fedkern.flower.portable.pack`).

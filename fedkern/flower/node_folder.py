@@ -42,8 +42,6 @@ class NodeFolder:
 
     Args:
         base: folder of all runs on this node.
-        run: the run's name.
-        client: the client's id.
     """
 
     def __init__(self, base: Path, run: str, client: int) -> None:
@@ -81,8 +79,6 @@ class NodeFolder:
         """Writes a state, and deletes those that no checkpoint of the server can name.
 
         Args:
-            version: the state's name.
-            content: the state.
             oldest: oldest round of the plan whose states are still needed.
         """
         states.save(self._state(version), content)

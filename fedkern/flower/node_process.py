@@ -32,7 +32,6 @@ def answer(
         parcel: the message.
         run_config: settings of the run (`fedkern.flower.run_settings`).
         node: the node's configuration (`fedkern.flower.node_config`).
-        notice: called with the progress of something long.
 
     Raises:
         Malformed: the message is none of fedkern's, or is for another client.

@@ -28,7 +28,6 @@ class Roll:
     """The nodes of a run's clients.
 
     Args:
-        post: the connection to the nodes.
         wait: seconds to wait for the nodes of all clients.
         own_data: whether nodes are asked about their data too.
 

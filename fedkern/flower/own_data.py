@@ -35,8 +35,6 @@ def declared(config: RunConfig, roll: Roll, warn: Callable[[str, str], None]) ->
     """The federation as the server sees it: its own test sets, and the number of samples of every node.
 
     Args:
-        config: the run's settings.
-        roll: the nodes.
         warn: takes warnings, a name and a sentence.
 
     Raises:

@@ -17,7 +17,6 @@ class Raw(NamedTuple):
 
     Attributes:
         dtype: a key of `fedkern.flower.portable.DTYPES`.
-        shape: sizes.
         data: the elements in the order of memory, in this machine's byte order (little-endian).
     """
 

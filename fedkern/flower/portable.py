@@ -51,7 +51,6 @@ def pack(value: Any, *, half: bool = False) -> Parcel:
     A tensor that stands in several places travels once.
 
     Args:
-        value: what is packed.
         half: whether fp32 tensors of at least `LEAST_HALVED` elements travel as bf16, rounded to nearest; they arrive
             as fp32 again.
 

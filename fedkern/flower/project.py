@@ -42,10 +42,7 @@ class Project:
     """What a project is made of: what the user gave, without defaults (compare `fedkern.cli.request.Given`).
 
     Attributes:
-        method: name of the method.
         settings: fields of RunConfig.
-        options: options of the method.
-        data_options: options of the data set.
         plugins: names of plugins: absolute paths of files, or modules.
         out: the run folder; None: a new one for every run.
         own_data: whether each node has the data of its client alone.

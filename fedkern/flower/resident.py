@@ -101,7 +101,6 @@ def end(run: str, node: Mapping[str, Any]) -> None:
     """Ends the resident of a run, if there is one.
 
     Args:
-        run: the run's name.
         node: the node's configuration (`fedkern.flower.node_config`).
     """
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:

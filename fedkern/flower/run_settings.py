@@ -51,7 +51,6 @@ class RunSettings:
     """What a run-config says.
 
     Attributes:
-        config: the run's settings.
         out: the run folder; None: a new one in ``runs``.
         resume, report, predictions: see `SWITCHES`.
         deadline, wait, own_data, transport, state: see `FLOWER`.

@@ -36,7 +36,6 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     """Plays a run and returns its summary.
 
     Args:
-        grid: Flower's grid.
         run_config: the flat run-config (`fedkern.flower.run_settings`).
 
     Raises:

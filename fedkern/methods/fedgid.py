@@ -307,8 +307,6 @@ def draw_backgrounds(
     """Draws ``size`` positions of the bank uniformly, int64 [size].
 
     Args:
-        rng: the client's own stream.
-        size: number of draws.
         bank_labels: int64 [N], N >= 1.
         exclude: int64 [size], the class that each draw avoids; ignored if the bank has no other class.
     """

@@ -52,9 +52,7 @@ def give_again(kind: type[Method], name: str, sha256: str | None, folder: str | 
     """Makes the class of a stored run known to this process.
 
     Args:
-        kind: the class that the user gives.
         name, sha256: name and fingerprint of the run's method.
-        folder: the run folder, for error messages.
 
     Raises:
         UserError: the run has another method, or the class has other code than when the run began.

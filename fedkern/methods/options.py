@@ -140,7 +140,6 @@ def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
     """Options of a dataclass: its fields declared with :func:`option`.
 
     Args:
-        cls: the dataclass.
         label: how error messages name an option; ``{}`` stands for the option's name.
     """
     return _knobs(cls, label)
@@ -162,8 +161,6 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Knob]]) ->
     """Reads a value of the form ``NAME`` or ``NAME:key=value,...``.
 
     Args:
-        flag: the flag, for messages.
-        text: the value.
         entries: the options of every name.
 
     Returns:

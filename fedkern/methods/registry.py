@@ -73,8 +73,6 @@ def check_network(method: str, options: Mapping[str, Any], network: nn.Module, t
 
     Args:
         method, options: name and options of the method.
-        network: a user's network.
-        task: of the data.
         text: the network's name, for the message.
     """
     kind = get(method)

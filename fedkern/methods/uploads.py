@@ -101,7 +101,6 @@ def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None
     """Reason why an upload does not fit its declaration, as the end of a sentence; empty if the upload fits.
 
     Args:
-        message: the upload.
         known_finite: a tensor of the upload that is already known to be finite.
     """
     sizes: dict[str, int] = {}

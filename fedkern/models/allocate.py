@@ -16,7 +16,6 @@ def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.dev
 
     Args:
         kind: the layer's class, or a function that makes the layer on its argument ``device``.
-        arguments: positional arguments of ``kind``.
         device: device of the layer; None is the CPU.
     """
     made = kind(*arguments, device="meta")

@@ -30,7 +30,6 @@ class BlockNetwork(nn.Module):
     Args:
         blocks: K >= 1 modules.  The first block takes images, every other block the result of the one before: a map
             ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, d]``.  The last block gives features ``[B, d]``.
-        head: the classifier.
     """
 
     head: nn.Linear

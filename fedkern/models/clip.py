@@ -45,10 +45,8 @@ class ClipTeacher(Teacher):
         model: local folder (config.json, model.safetensors or pytorch_model.bin, tokenizer files,
             preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
             pytorch_model.bin is loaded with ``weights_only=True``.
-        classes: class names.
         mean, std: normalisation of the images that the teacher gets, per channel.
         prompts: see :func:`fedkern.models.prompts.read_prompts`.
-        device: device of the network.
 
     Raises:
         UserError: transformers is not installed, the folder holds no CLIP, or prompts that do not fit the classes.

@@ -68,7 +68,6 @@ class Cost:
     A multiplication and an addition are two operations.  Only matrix products and convolutions are counted.
 
     Attributes:
-        parameters: number of parameters.
         inference_flops: operations of a forward pass.
         training_flops: operations of a forward and a backward pass.
         inference_bytes: parameters, buffers, and the input and output of the layer where their sum is largest.

@@ -37,7 +37,6 @@ class GroundingDino:
             pytorch_model.bin is loaded with ``weights_only=True``.
         box_threshold: a box is kept only if its best token scores more than this.
         text_threshold: a box is kept only if a token of the class name itself scores more than this.
-        device: device of the network.
 
     Raises:
         UserError: transformers is not installed, the folder holds no Grounding DINO, or a threshold outside [0, 1].

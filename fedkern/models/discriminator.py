@@ -24,7 +24,6 @@ class PatchDiscriminators(nn.Module):
     Args:
         generators: K CPU generators, one per discriminator.  Each draws initial weights from N(0, 0.02) and batch
             norm's scales from N(1, 0.02); the global generator is neither read nor moved.
-        channels: image channels.
         ndf: channels of the first map.
         layers: convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
 

@@ -51,8 +51,6 @@ class EfficientNetB0(StagedNetwork):
     Without the paper's dropout and stochastic depth: a run's bits must not depend on the global generator.
 
     Args:
-        classes: number of classes.
-        channels: image channels.
         width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
         stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
             stem, so that 32-pixel images end in 2x2 maps (methods note 5.5).

@@ -54,7 +54,6 @@ class ConvTokens(ImageEncoder):
     ``width / 4`` up to ``width``.
 
     Args:
-        channels: image channels.
         width: d, channels of a token; a multiple of 4.
         image_size: height and width in pixels.
     """

@@ -53,7 +53,6 @@ def make_adaptor(
     M c^2 + c parameters.  ``"avg"`` and ``"sum"`` have no parameters.
 
     Args:
-        kind: kind of adaptor.
         shape: shape of one block's result: (C, H, W), (N, C) or (d,).
         branches: M.
         generator: draws random initial values, uniform in ±1 / sqrt(M c); None makes it the exact mean,

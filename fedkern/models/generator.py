@@ -27,7 +27,6 @@ class Generator(nn.Module):
     Args:
         nz: dimensions of the noise.
         ngf: unit of the channels.
-        channels: image channels.
         image_size: side in pixels, or (height, width), at least 4.
         widths: channels of the maps in units of ``ngf``; images above 32 pixels repeat the first for more doublings.
         mean, std: normalisation of the output, per channel, for images in [0, 1]; by default none.

@@ -14,8 +14,6 @@ class MLP(StagedNetwork):
     feature maps work on them.  The first layer is a convolution as large as the image, the others are 1x1 convolutions.
 
     Args:
-        classes: number of classes.
-        channels: image channels.
         width: units of every hidden layer.
         image_size: side of the images in pixels; images of another shape are first averaged to this size.
     """

@@ -79,8 +79,6 @@ class MobileNetV2(StagedNetwork):
     Without the paper's dropout: a run's bits must not depend on the global generator.
 
     Args:
-        classes: number of classes.
-        channels: image channels.
         width: channels of the stem.  width / 32 is the paper's width multiplier; channels are rounded to multiples of
             8, and there are always at least 1280 features.
         stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the

@@ -45,7 +45,6 @@ class SGD(_Optimiser):
 
     Args:
         parameters: tensors with ``grad``, of one dtype and device.
-        lr: learning rate.
         momentum: momentum factor; 0 keeps no momentum buffer.
         weight_decay: this times the parameter is added to the gradient.
         nesterov: whether to use Nesterov momentum.
@@ -90,7 +89,6 @@ class Adam(_Optimiser):
 
     Args:
         parameters: tensors with ``grad``, of one dtype and device.
-        lr: learning rate.
         betas: decay rates of the two moments.
         weight_decay: see ``decoupled``.
         decoupled: whether parameters shrink by the factor ``1 - lr * weight_decay``, as in AdamW (arXiv 1711.05101).

@@ -206,7 +206,6 @@ class Own:
         Args:
             classes, channels: of the data.
             sides: height and width of the images.
-            seed: the run's seed.
             word: seed of the initial weights.
             width: ``--width``, or None.
 
@@ -346,10 +345,7 @@ def check_output(network: nn.Module, text: str, classes: int, data: Any, source:
 
     Args:
         network: is left in train mode.
-        text: the network's name.
         classes: number of classes that the network is to tell.
-        data: the federated data.
-        source: name of the data set.
     """
     shape = data.image_shape
     generator = torch.Generator().manual_seed(0)

@@ -41,10 +41,6 @@ def check_folder(folder: Path, what: str) -> None:
 
     transformers would wait for a named pipe.  It would also load a kernel that config.json names on the hub, or the
     base network of a PEFT adapter.
-
-    Args:
-        folder: a local folder.
-        what: name of the network, for the error.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
         if kind := special(path):

@@ -364,8 +364,6 @@ def check_task(model: str, task: str, data: str, where: str) -> None:
 
     Args:
         model: the network's name; a name that is not in ``MODELS`` passes.
-        task: the data's task.
-        data: the data set's name, for the error message.
         where: how the user names another network, for the error message.
 
     Raises:

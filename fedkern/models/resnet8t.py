@@ -17,8 +17,6 @@ class ResNet8T(StagedNetwork):
     and 512 channels, 2,048 features, and 4.91 million parameters for ten classes.
 
     Args:
-        classes: number of classes.
-        channels: image channels.
         width: channels of the stem and the first block.
         stem: as for :class:`fedkern.models.ResNet`.
     """

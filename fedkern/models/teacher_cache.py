@@ -181,8 +181,6 @@ def read_logits(path: Path, classes: int, identity: Identity | None = None) -> d
     """Reads a file of logits: image key to logits fp32 ``[classes]``.
 
     Args:
-        path: the file.
-        classes: number of classes of the run.
         identity: of a cache file; None: a file that the user names, which may come from elsewhere.
 
     Raises:

@@ -41,9 +41,7 @@ class Setting:
     """Settings shared by all teachers of a run.
 
     Attributes:
-        classes: class names of the data.
         mean, std: normalisation of the images, per channel.
-        device: where teachers run.
         build: makes a freshly initialised network: ``build(model=, width=)``.
         public: public images that embedded (``pretrained``) teachers are trained on; None if there are none.
         prompts: prompts of zero-shot (``clip``) teachers.

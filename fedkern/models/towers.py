@@ -144,7 +144,6 @@ def build_pair(
     Args:
         image_encoder: a name of ``IMAGE_ENCODERS``, or a local folder that transformers can read.
         text_encoder: a name of ``TEXT_ENCODERS``, or a local folder that transformers can read.
-        channels: image channels.
         image_size: height and width of the images in pixels.
         mean, std: normalisation of the images, per channel.
         vocabulary: tokens of the built-in text encoders, ``learn_vocabulary(texts, kind).tokens``.

@@ -66,7 +66,6 @@ class UNet(nn.Module):
 
     Args:
         classes: number of classes, the background included.
-        channels: image channels.
         width: channels of the largest maps; they double whenever the size halves.  The paper's network has 64.
         depth: how many times the size halves; 4 in the paper's network.
     """

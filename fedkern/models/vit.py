@@ -58,8 +58,6 @@ class ViT(StagedNetwork):
     5,362,378 parameters.
 
     Args:
-        classes: number of classes.
-        channels: image channels.
         width: channels of a token; a head has 64 of them (more or fewer if 64 does not divide ``width``).
         image_size: side of the images in pixels.
     """

@@ -48,10 +48,8 @@ def load_by_name(module: nn.Module, tensors: Mapping[str, Tensor], path: str, ne
     """Copies the tensors into a network whose state dict has exactly their names and shapes.
 
     Args:
-        module: the network.
         tensors: by name in the state dict.
         path: the file or folder they are from, for messages.
-        network: the network's name, for messages.
 
     Raises:
         UserError: a name or shape differs; the message names the first that does.

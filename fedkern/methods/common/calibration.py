@@ -266,8 +266,6 @@ def virtual_features(
 
     Args:
         statistics: pooled over the clients.
-        rng: random stream of all draws.
-        per_class: features per class.
         compat: use the covariances unchanged, neither shrunk nor raised by ``JITTER``.
 
     Yields:

@@ -22,7 +22,6 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     Args:
         labels: int64 [n] in [0, C).
         predicted: int64 [n] in [0, C).
-        classes: C.
     """
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 

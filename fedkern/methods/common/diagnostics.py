@@ -160,7 +160,6 @@ def poor_metrics(
     Args:
         metrics: figures of the final network, by prefixed name.
         best: the best validation figures of the run.
-        classes: number of classes.
         constant: see :func:`constants`.
     """
     found: dict[str, str] = {}
@@ -231,7 +230,6 @@ def undefined_figures(
     Args:
         sets: the test sets by the prefix of their figures' names.
         own: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
-        label: names a client.
     """
     reasons = {"dice": "no mask with an object", "macro_auroc": "no label that some images have and others lack"}
     texts: dict[str, str] = {}

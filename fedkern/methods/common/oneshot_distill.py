@@ -202,7 +202,6 @@ class Pool:
     """Pool of images with every member's logits, computed once per image.
 
     Args:
-        teachers: the members.
         capacity: number of images that the pool can hold.
         shape: (channels, height, width).
     """

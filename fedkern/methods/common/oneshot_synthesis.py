@@ -131,9 +131,7 @@ def synthesise(
 
     Args:
         generator: the generator, on the teachers' device.
-        teachers: the frozen ensemble.
         student: the network of the adversarial term, for which the images should be hard; None: no such term.
-        how: the settings.
         draw: CPU random generator of noise, labels and new weights.
 
     Returns:

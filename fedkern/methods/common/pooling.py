@@ -72,7 +72,6 @@ class Pooling:
         """The exchanges of a round, each with whose it is: ``"method"``, or ``"pooling"`` for this object.
 
         Args:
-            entry: the round.
             evaluated: whether the network is evaluated at the end of the round.
         """
         exchanges = [(name, "method") for name in entry.exchanges]

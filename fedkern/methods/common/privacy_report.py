@@ -21,9 +21,7 @@ def privacy_figures(
     """The ``privacy`` entry of summary.json; empty where the run has no guarantee.
 
     Args:
-        said: the run's guarantee.
         state_of: a client's state, by the client's id.
-        clients: number of clients.
 
     Returns:
         These entries:

@@ -106,7 +106,6 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     Args:
         predicted: int64 [B, *positions].
         truth: int64 of the same shape; pixels of a negative class are left out of all three counts.
-        classes: C.
     """
     rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
     guess, label = predicted.reshape(-1), truth.reshape(-1)
@@ -141,7 +140,6 @@ def constant_dice(
 
     Args:
         labels: int64 [n, H, W], negative where the class is unknown.
-        classes: C.
         cases: int64 [n], the case of every image; None: every image is a case.
         full: the masks in the size in which they are given; None: ``labels`` are.
     """

@@ -23,7 +23,6 @@ def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None
 
     Args:
         generator: the generator that makes the student's images, in train mode; None with ``mode=public``.
-        options: the method's options, settled by `presets.settle`.
         ensemble: the clients that answered and their teachers' logits on the student's images. None where no client
             answered: then only the generated images are logged.
     """

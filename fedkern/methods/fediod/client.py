@@ -34,7 +34,6 @@ class Answers:
     Args:
         clients: the clients, in the order of every axis K below.
         bank: the clients' teachers.
-        options: the method's options, settled by `presets.settle`.
     """
 
     def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: Any) -> None:

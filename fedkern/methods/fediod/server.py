@@ -69,7 +69,6 @@ class Ensemble:
     """The answers of the K clients of an exchange, in the order of their ids.
 
     Attributes:
-        ids: the clients' ids.
         logits: ``[K, B, C, *positions]``.
         pi: client weights ``[K]``, which sum to 1.
         shares: the same numbers, which nobody has to wait for.

@@ -29,7 +29,6 @@ class LocalPart(nn.Module):
         frozen: the fused levels before; None at level 1.
         adaptor: the client's adaptor in front of this level's block; None at level 1.
         blocks: this level's block and the later ones.
-        head: the classifier.
         samples: the client's training samples n.
         batchwise: whether frozen features depend on the batch (batch norm uses the batch's statistics).
     """
