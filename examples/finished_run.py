@@ -7,17 +7,16 @@ import tempfile
 
 import torch
 
-from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_metrics, run
+import fedkern
 
-config = RunConfig.make("fedprox", data="digits", rounds=3, clients=4, partition="dirichlet:0.3", options={"mu": 0.1})
 with tempfile.TemporaryDirectory() as folder:
-    run(config, out=folder)
-    for record in read_metrics(folder):
+    fedkern.simulate("fedprox", data="digits", rounds=3, clients=4, partition="dirichlet:0.3", mu=0.1, out=folder)
+    run = fedkern.load(folder)  # simulate returns the same; a script that begins later opens the folder
+    for record in run.history.records:
         if "accuracy" in record:  # a round that was evaluated
             print(f"round {record['round']}: accuracy {record['accuracy']:.1%}")
-    network, info = read_model(folder)
+    network = run.model()
 with torch.no_grad():
-    logits = network.eval()(torch.zeros(1, 1, 8, 8))
+    logits = network(torch.zeros(1, 1, 8, 8))
 size = sum(parameter.numel() for parameter in network.parameters())
-print(f"{info['model']} of {size} parameters, logits {list(logits.shape)}")
+print(f"{run.config.model} of {size} parameters, logits {list(logits.shape)}")

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedkern.engine import RunConfig, run
-from fedkern.methods.base import Batch, LocalTraining, Received, option
-from fedkern.methods.registry import register
+import fedkern
+from fedkern.methods import Batch, LocalTraining, Received, option, register
 
 
 @register("smoothed")
@@ -27,7 +26,6 @@ class Smoothed(LocalTraining):
 
 
 if __name__ == "__main__":
-    config = RunConfig.make("smoothed", data="digits", rounds=3, options={"smoothing": 0.2})
     with tempfile.TemporaryDirectory() as folder:
-        summary = run(config, out=folder)
-    print(f"accuracy after {config.rounds} rounds: {summary['metrics']['accuracy']:.1%}")
+        run = fedkern.simulate("smoothed", smoothing=0.2, data="digits", rounds=3, out=folder, pictures=False)
+        print(f"accuracy after {run.config.rounds} rounds: {run.metrics['accuracy']:.1%}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import fedkern
-from fedkern.engine import RunConfig, run
 
 
 @fedkern.register_model("patches")
@@ -29,7 +28,6 @@ class Patches(nn.Module):
 
 
 if __name__ == "__main__":
-    config = RunConfig.make("fedavg", data="digits", model="patches", rounds=3)
     with tempfile.TemporaryDirectory() as folder:
-        summary = run(config, out=folder)
-    print(f"accuracy after {config.rounds} rounds: {summary['metrics']['accuracy']:.1%}")
+        run = fedkern.simulate("fedavg", data="digits", model="patches", rounds=3, out=folder, pictures=False)
+        print(f"accuracy after {run.config.rounds} rounds: {run.metrics['accuracy']:.1%}")
