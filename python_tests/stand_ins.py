@@ -1,0 +1,88 @@
+"""Stand-ins for what the pieces of a run share, so that each piece is tested without a run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from fedkern.engine.disclosure import Disclosure
+
+PRIVATE = Disclosure(clients=False, server=False, appraised=())
+SETTINGS = {"on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "late_work": "keep"}
+
+
+class Context:
+    """Stands for a run's context.
+
+    Args:
+        clients: number of clients.
+        disclosure: what may be told; all of it where it is None.
+        **settings: of the run, beside or instead of those that do nothing.
+    """
+
+    def __init__(self, clients=3, disclosure=None, **settings):
+        self.config = SimpleNamespace(**{**SETTINGS, **settings})
+        self.disclosure = Disclosure() if disclosure is None else disclosure
+        self.federation = SimpleNamespace(clients=clients, samples=[10 * (k + 1) for k in range(clients)])
+        self.data = SimpleNamespace(client_names=None, client_label=str, classes=("cat", "dog"))
+        self.device, self.warnings, self.uploaded = torch.device("cpu"), {}, []
+
+    def named(self, k):
+        return {} if self.data.client_names is None else {"name": self.data.client_names[k]}
+
+    def warn(self, name, text):
+        self.warnings.setdefault(name, text)
+
+    def is_flat(self, module):
+        return False
+
+
+class Executor:
+    """Stands for an executor.
+
+    Args:
+        work: a client's answer to a message.
+        states: the states that clients have changed, by client.
+        calls: gets ``(name, client)`` of every call.
+    """
+
+    count, apart = 1, False
+
+    def __init__(self, work=None, states=None, calls=None):
+        self._work, self._states = work, {} if states is None else states
+        self.calls = [] if calls is None else calls
+        self.asked, self.encoders = [], None
+
+    @property
+    def here(self):
+        return self
+
+    def answers(self, asker, phase, messages, encoders=None):
+        self.encoders = encoders
+        for k, message in messages.items():
+            self.calls.append(("works", k))
+            self.asked.append((asker, phase.exchange, k))
+            yield self._work(k, message)
+
+    def changed(self, k):
+        return self._states.pop(k, None)
+
+    def working(self):
+        return sorted(self._states)
+
+    def forget(self, k):
+        self.calls.append(("forget", k))
+
+    def end_round(self):
+        self.calls.append(("end round", None))
+
+
+class Checkpoints:
+    """Stands for the checkpoints: remembers which clients' states were written, and for which round of the plan."""
+
+    def __init__(self):
+        self.written = []
+
+    def write_client(self, k, plan, state):
+        self.written.append((k, plan, state))
