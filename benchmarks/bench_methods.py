@@ -40,7 +40,7 @@ import torch
 
 from benchmarks import comparisons, gpu_use, machines, processes
 from benchmarks.studies import study
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = comparisons.RESULTS

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import comparisons, machines
-from fedkern.engine import Listener, RunConfig
-from fedkern.engine import run as play
+from fedkern.engine.run import run as play
+from fedkern.listeners import Listener
+from fedkern.settings.config import RunConfig
 
 METHODS = ("fedavg", "scaffold")
 CLIENTS, FRACTION, ROUNDS = 10_000, 0.01, 1000

@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import engine, plugins
+from fedkern import plugins
 from fedkern.data import FederatedData
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, RunConfig
+from fedkern.engine.run import run
+from fedkern.engine.store.extending import extend
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest
 from fedkern.extras import pandas
+from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 from fedkern.torch_modes import reproducible
 
@@ -112,7 +116,7 @@ class Run:
     def _repr_html_(self) -> str:
         from fedkern.report.notebook import run_table
 
-        summary = engine.read_summary(self.out)
+        summary = read_summary(self.out)
         return self.history._repr_html_() if summary is None else run_table(summary, self.out)
 
     @property
@@ -122,7 +126,7 @@ class Run:
         Raises:
             UserError: the run is not finished.
         """
-        found = engine.read_summary(self.out)
+        found = read_summary(self.out)
         if found is None:
             raise UserError(f"The run in {self.out} is not finished: go on with it by resume().")
         return found
@@ -135,7 +139,7 @@ class Run:
     @property
     def history(self) -> History:
         """The records of the rounds so far."""
-        return History(engine.read_metrics(self.out), () if self._data is None else self._data.tests)
+        return History(read_metrics(self.out), () if self._data is None else self._data.tests)
 
     def model(self) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
@@ -183,7 +187,20 @@ class Run:
     ) -> dict[str, float]:
         """The network's figures on the run's test sets, or on those of other ``data``.
 
-        See :func:`fedkern.downstream.evaluation.evaluate_run`.
+        Args:
+            data: name of another data set, or federated data in memory, with the run's classes; None: the run's own.
+                Only the test sets and the validation set are looked at.
+            data_root: folder of the data's files; for the run's own data the folder where they are now.
+            data_options: options of the other data set.
+            cache: folder that keeps decoded images.  None: for the run's own data the folder that the run used, if it
+                is there.
+
+        Returns:
+            The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...
+
+        Raises:
+            UserError: the run is not finished, the data have other classes, another image size or another task, or
+                there is a cache for data in memory.
         """
         from fedkern.downstream.evaluation import evaluate_run
 
@@ -226,10 +243,19 @@ class Run:
         workers: str | int = "auto",
         cache: str | Path | None = None,
     ) -> Run:
-        """Goes on up to ``rounds`` communication rounds in all (:func:`fedkern.engine.extend`).  Returns the run."""
+        """Gives the run, finished or not, more rounds: ``rounds`` communication rounds in all.  Returns the run.
+
+        Where the method has no schedule over all rounds, the network is then, bit for bit, that of a run that had this
+        number of rounds from the start.  What was made of the former network, such as the pictures, is moved to a
+        folder ``round-NNNN`` of the run folder.  Other arguments are those of :meth:`resume`.
+
+        Raises:
+            UserError: the run has no checkpoint, or not fewer rounds; or its method plans its own rounds, its rounds
+                depend on their number, or it promises differential privacy for them.
+        """
         _listeners(listener)  # before anything is written
         self._give_method()
-        self.config = engine.extend(self.out, rounds, trusted=self._trusted)
+        self.config = extend(self.out, rounds, trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
     @reproducible()
@@ -259,7 +285,7 @@ class Run:
 
         self._give_method()
         data = self._kept_data()
-        network = None if self._model is None or engine.read_summary(self.out) is None else self.model()
+        network = None if self._model is None or read_summary(self.out) is None else self.model()
         root = self.config.data_root
         return write_report(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
 
@@ -291,7 +317,7 @@ def simulate(
         progress: show the run's progress on standard error.
         listener: receives the run's events too (docs/listeners.md); one, or a list.
         pictures: draw the pictures into the run folder at the end.  A picture that fails is a warning.
-        **settings: settings of the run (fields of :class:`fedkern.engine.RunConfig`), options of the method, and
+        **settings: settings of the run (docs/running.md; ``fedkern METHOD --help``), options of the method, and
             ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  Paths may be
             texts or ``Path``.  A name that both the run and the method have means the run's.
 
@@ -442,9 +468,9 @@ def _play(
 
     given = _listeners(listener)
     shown = display(quiet=not progress, json=False)
-    everybody = engine.Listeners(*given, shown)
+    everybody = Listeners(*given, shown)
     try:
-        engine.run(config, out=out, resume=resume, listener=everybody, data=data, model=model, trusted=trusted)
+        run(config, out=out, resume=resume, listener=everybody, data=data, model=model, trusted=trusted)
     finally:
         shown.close()
     if not pictures:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.engine import Listener
 from fedkern.engine.store.checkpoints import entry_sum
 from fedkern.engine.store.records import read_metrics
+from fedkern.listeners import Listener
 
 TIMES = ("seconds", "round_seconds", "phases", "device", "wire")
 """What no two runs have alike: times, and the bytes around the messages, of which a resumed run has more."""

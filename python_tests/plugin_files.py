@@ -9,7 +9,8 @@ import pytest
 from interrupted import Kill, KillAt
 
 from fedkern import plugins
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
+from fedkern.settings.config import RunConfig
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "plugins"
 

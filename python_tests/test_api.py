@@ -12,7 +12,7 @@ from PIL import Image
 
 import fedkern
 from fedkern import plugins
-from fedkern.engine import Listener
+from fedkern.listeners import Listener
 from fedkern.report import plots
 from fedkern.run import main
 

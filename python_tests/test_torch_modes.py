@@ -15,7 +15,7 @@ from fedkern.downstream.export import export
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import load_data
+from fedkern.settings.run_data import load_data
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip

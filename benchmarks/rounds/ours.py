@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedkern import engine
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import FederatedData
+from fedkern.engine.run import run
 from fedkern.listeners.events import Listener
+from fedkern.settings.config import RunConfig
 
 from .setting import MEAN, STD, register
 from .task import CLASSES, Contest, Task, contest
@@ -57,9 +58,9 @@ class Marked(Listener):
         self.contested.begin()
 
 
-def settings(task: Task, threads: int, workers: str) -> engine.RunConfig:
+def settings(task: Task, threads: int, workers: str) -> RunConfig:
     """The run's settings."""
-    return engine.RunConfig.make(
+    return RunConfig.make(
         "fedavg",
         data="cifar10",
         clients=task.clients,
@@ -89,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rounds-", dir=contested.out) as folder:
         out = Path(folder) / "run"
         config = settings(contested.task, contested.threads, workers)
-        engine.run(config, out=out, listener=Marked(contested), data=federated_data(contested.task))
+        run(config, out=out, listener=Marked(contested), data=federated_data(contested.task))
         state = read_state(out)
     contested.finish(state)
 

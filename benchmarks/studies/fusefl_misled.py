@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.studies.fusefl_runs import CALIBRATED, ONE_SHOT, PUBLISHED, REFERENCE, SEEDS, Column, FuseFLRuns
 from benchmarks.studies.study import Case, spread, table
-from fedkern import engine
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.models import Ensemble
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import load_data
 
 Section = tuple[str, dict[str, Any]]
 BOTH: tuple[Column, ...] = (PUBLISHED, CALIBRATED)
@@ -101,14 +102,14 @@ def patched(folder: Path, *, calibrated: bool, target: int = 0, size: int = 4, b
         target, size: of the attack, as in :func:`fedkern.data.backdoor.add_backdoor`.
         batch: images at a time.
     """
-    config = engine.RunConfig.load(folder)
+    config = RunConfig.load(folder)
     network, about = read_model(folder)
     if config.method != "fusefl" and not calibrated:
         if not isinstance(network, Ensemble):
             return None
         network.head = None  # its members' mean logits
     attack = {"backdoor_clients": 1, "backdoor_target": target, "backdoor_size": size}
-    data = engine.load_data(config.replace(data_options={**config.data_options, **attack}))
+    data = load_data(config.replace(data_options={**config.data_options, **attack}))
     split = data.tests["backdoor"]  # every label is the target
     said = [network(normalise(part, about["mean"], about["std"])).argmax(1) for part in split.images.split(batch)]
     return float((torch.cat(said) == split.labels).double().mean())

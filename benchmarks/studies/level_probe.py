@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern import engine, models
+from fedkern import models
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.models.blocks import cut
 from fedkern.models.fused import FusedNetwork
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
 if find_spec("sklearn") is None:  # said before the study's runs, not after them
@@ -38,7 +39,7 @@ def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    config = engine.RunConfig.load(folder)
+    config = RunConfig.load(folder)
     network, about = read_model(folder)
     data = load_data(config)
     levels = level_features(network, blocks)

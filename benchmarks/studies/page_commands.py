@@ -27,7 +27,7 @@ from benchmarks.studies.study import RESULTS, Case
 from fedkern.cli.flags import parse
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import effective
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 from fedkern.versions import versions
 
 FILE = RESULTS / "page_commands.json"

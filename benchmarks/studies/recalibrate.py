@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern import engine
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -26,6 +25,7 @@ from fedkern.methods.common.calibration import CalibrationOptions, ClassStatisti
 from fedkern.methods.fusefl.levels import linear_of, plain_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.streams import stream
 
@@ -81,7 +81,7 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     done: dict[str, dict[str, float]] = kept["found"] if kept.get("made_with") == MADE_WITH else {}
     missing = [one for one in wanted if one.name not in done]
     if missing:
-        config = engine.RunConfig.load(folder)
+        config = RunConfig.load(folder)
         network, about = read_model(folder)
         data = load_data(config)
         branches = _branches(network)

@@ -25,8 +25,8 @@ from typing import Any
 
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
-from fedkern.engine import RunConfig
 from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.settings.config import RunConfig
 from fedkern.versions import versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.studies.study import publish, spread, table
 from fedkern.cli import downstream
-from fedkern.engine import RunConfig
 from fedkern.engine.store.records import read_summary
+from fedkern.settings.config import RunConfig
 
 TASKS: Mapping[str, tuple[str, ...]] = {
     "retrieval": (),

@@ -16,13 +16,15 @@ from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
 from fedkern.data.registry import read_options
-from fedkern.engine import Listener, Listeners, RunConfig, Terminated
+from fedkern.engine.run import run as play
 from fedkern.engine.store.extending import REPORT
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
-from fedkern.settings.config import ANYHOW
+from fedkern.interrupts import Terminated
+from fedkern.listeners.events import Listener, Listeners
+from fedkern.settings.config import ANYHOW, RunConfig
 from fedkern.settings.given_paths import absolute, named_options
 
 
@@ -85,7 +87,6 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
-    from fedkern import engine
     from fedkern.report.display import display
     from fedkern.report.names import say
 
@@ -98,7 +99,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     tee = Listeners(*trackers, shown)  # a tracker that asks something at its start does so before the progress bar
     complete = False
     try:
-        summary = engine.run(
+        summary = play(
             config,
             out=out,
             resume=request.resume is not None,

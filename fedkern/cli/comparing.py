@@ -15,10 +15,10 @@ from fedkern.cli import flags
 from fedkern.cli.flags import Parser, check_filled, first, key_values, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request, effective
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError, nearest, printable
 from fedkern.files import expand
 from fedkern.methods import METHODS
+from fedkern.settings.config import RunConfig
 
 NAME = "compare"
 _NOT_HERE = {

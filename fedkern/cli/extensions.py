@@ -41,7 +41,7 @@ def _values(words: Sequence[str], flag: str) -> Iterator[str]:
 
 def _named(path: Path) -> dict[str, str]:
     """The plugins in a file of settings; none where the file is missing or damaged, which its reader says later."""
-    from fedkern.engine import RunConfig  # here, since the front page is printed without torch
+    from fedkern.settings.config import RunConfig  # here, since the front page is printed without torch
 
     try:
         table = RunConfig.table(read_text(path, "utf-8-sig"), source=str(path))

@@ -13,10 +13,10 @@ from fedkern.cli.flags import Parser, check_filled, first, key_values
 from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
-from fedkern.engine import RunConfig
 from fedkern.engine.store.records import plain
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
+from fedkern.settings.config import RunConfig
 from fedkern.settings.given_paths import absolute
 
 FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds")
@@ -156,7 +156,7 @@ def evaluate(request: Request) -> int:
 
 def extended(request: Request) -> Request:
     """Gives the run more rounds; the request to go on with it."""
-    from fedkern import engine
+    from fedkern.engine.store.extending import extend
     from fedkern.methods import METHODS
     from fedkern.report.names import say
     from fedkern.report.progress import terminal
@@ -164,7 +164,7 @@ def extended(request: Request) -> Request:
     folder = _folder(request)
     plugins.check_given(request.plugins, RunConfig.load(folder, device="cpu").plugins, folder)
     before = {path.name for path in folder.iterdir()}
-    config = engine.extend(folder, request.arguments["rounds"])
+    config = extend(folder, request.arguments["rounds"])
     for name in sorted({path.name for path in folder.iterdir()} - before):
         if not (request.quiet or request.json):
             say(terminal(), f"results of the former network: {folder / name}")

@@ -1,4 +1,4 @@
-"""The flags, derived from :class:`fedkern.engine.RunConfig`, so that a setting is declared once."""
+"""The flags, derived from :class:`fedkern.settings.config.RunConfig`, so that a setting is declared once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 from fedkern.cli.front_page import COMMANDS, PROGRAM, front_page
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
 from fedkern.methods.options import Knob, as_typed
+from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")

@@ -7,9 +7,8 @@ import dataclasses
 from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
-from fedkern.engine import RunConfig
 from fedkern.methods.options import as_typed
-from fedkern.settings.config import FOUND
+from fedkern.settings.config import FOUND, RunConfig
 
 
 def command_line(method: str, config: RunConfig) -> str:

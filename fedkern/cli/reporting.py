@@ -12,10 +12,9 @@ from fedkern.cli.flags import Parser, check_filled, first, quote
 from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, trusted
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.settings.config import check_run_folder
+from fedkern.settings.config import RunConfig, check_run_folder
 from fedkern.settings.given_paths import absolute
 
 if TYPE_CHECKING:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import read_text
 from fedkern.methods import METHODS
-from fedkern.settings.config import FOUND, check_networks
+from fedkern.settings.config import FOUND, RunConfig, check_networks
 from fedkern.settings.given_paths import absolute, named_options
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from fedkern.cli.request import Request
-from fedkern.engine import RunConfig
 from fedkern.engine.executors import team
 from fedkern.engine.executors.team import Place
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.settings.config import NAME
+from fedkern.settings.config import NAME, RunConfig
 
 RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from fedkern.comparison.cell_runner import Board
 from fedkern.comparison.cells import Cell
-from fedkern.engine import RunInfo
 from fedkern.errors import MESSAGE
+from fedkern.listeners.events import RunInfo
 from fedkern.report.names import plain, say
 from fedkern.report.notebook import Output
 from fedkern.report.progress import main_figures, terminal

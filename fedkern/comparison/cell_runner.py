@@ -12,19 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from fedkern import engine, interrupts
+from fedkern import interrupts
 from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.data import FederatedData
-from fedkern.engine import Listener, RunConfig, own_model
+from fedkern.engine import own_model
+from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
+from fedkern.listeners.events import Listener
 from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.registry import short
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import NAME as SETTINGS
-from fedkern.settings.config import check_regular
+from fedkern.settings.config import RunConfig, check_regular
 from fedkern.settings.grounds import difference
 
 COMPARISONS = Path("comparisons")
@@ -65,7 +67,7 @@ class Runner:
         make: makes the settings of a run.
         given: names of the settings that the user gave.
         board: receives the progress.
-        data, model: as in :func:`fedkern.engine.run`.
+        data, model: as in :func:`fedkern.engine.run.run`.
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
         begun: run folders so far, with their settings.
@@ -156,7 +158,7 @@ class Runner:
         folder = self.folder(cell)
         resume = (folder / SETTINGS).exists()
         config = cell.config if not resume else self._stored(cell)
-        engine.run(
+        run(
             config, out=folder, resume=resume, listener=self.board, data=self.data, model=self.model,
             trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
         )  # fmt: skip

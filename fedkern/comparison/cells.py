@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.methods.options import as_typed
-from fedkern.settings.config import ANYHOW, FOUND
+from fedkern.settings.config import ANYHOW, FOUND, RunConfig
 
 MOST_CELLS = 100_000
 _FIXED = {
@@ -32,7 +31,7 @@ class Variant:
     """A method with the swept settings of one point of the sweep.
 
     Attributes:
-        settings: swept fields of :class:`~fedkern.engine.RunConfig`, by name.
+        settings: swept fields of :class:`~fedkern.settings.config.RunConfig`, by name.
         options: swept method options, and those that an object of the method was made with, by name.
     """
 

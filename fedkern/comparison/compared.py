@@ -22,13 +22,13 @@ from fedkern.comparison.cells import (
 from fedkern.comparison.found_runs import FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
-from fedkern.engine import RunConfig
 from fedkern.errors import RunFailed, UserError
 from fedkern.extras import pandas
 from fedkern.files import expand
 from fedkern.html_table import html_table
 from fedkern.methods import METHODS, Method, registry
 from fedkern.settings import given_paths
+from fedkern.settings.config import RunConfig
 
 
 @dataclass

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
-from fedkern.engine import RunConfig, read_metrics, read_summary
 from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
@@ -19,7 +19,7 @@ from fedkern.methods.common.figure_names import split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
-from fedkern.settings.config import ANYHOW, FOUND
+from fedkern.settings.config import ANYHOW, FOUND, RunConfig
 from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.grounds import code_identity, difference, other_data
 

@@ -48,7 +48,7 @@ def evaluate_run(
         data_options: options of the other data set.
         cache: folder that keeps decoded images (:func:`fedkern.data.load`).  None: for the run's own data the folder
             that the run used, if it is there.
-        trusted: what may be imported, see :func:`fedkern.engine.run`.
+        trusted: what may be imported, see :func:`fedkern.load`.
         model: the run's network, where a script made it.
 
     Returns:

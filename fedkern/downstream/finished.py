@@ -68,7 +68,7 @@ class Finished:
             data_options: options of the other data set.  For the run's own data only ``labels``, which moves no sample
                 to another client or split.
             cache: folder that keeps decoded images; None: for the run's own data the folder that the run used.
-            trusted: what may be imported, see :func:`fedkern.engine.run`.
+            trusted: what may be imported, see :func:`fedkern.load`.
 
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.

@@ -59,7 +59,7 @@ def attack(
         data: the federated data of the run in memory, instead of loading them.
         data_root: where the data files are now.
         keep: write the result into the run folder (see :func:`write`).
-        trusted: code that may be imported (see :func:`fedkern.engine.run`).
+        trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
 
     Returns:

@@ -73,7 +73,7 @@ class Predictor:
         """Reads the network of a run folder.
 
         Args:
-            trusted: what may be imported, see :func:`fedkern.engine.run`.
+            trusted: what may be imported, see :func:`fedkern.load`.
             model: the run's network, where a script made it.
 
         Raises:

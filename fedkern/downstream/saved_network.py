@@ -141,7 +141,7 @@ def read_model(
     batch.
 
     Args:
-        trusted: code that may be imported (see :func:`fedkern.engine.run`).
+        trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
 
     Returns:

@@ -102,7 +102,7 @@ def run(
             decoded images, the device and the number of workers may differ.
         out: the run folder; unless ``resume`` it must hold nothing that a run writes.
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
-        listener: receives the run's events; several go into :class:`fedkern.engine.Listeners`.
+        listener: receives the run's events; several go into :class:`fedkern.listeners.Listeners`.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
         trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]`` or the name of a plugin; any
             other code that the run folder names is refused.

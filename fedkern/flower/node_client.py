@@ -204,7 +204,7 @@ class NodeClients:
     # -- once in a process -----------------------------------------------------------------------------------------
 
     def _prepared(self, letter: Letter) -> Serial:
-        """Makes data and method, as `fedkern.engine.loop.Run` does before its first round."""
+        """Makes data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
         config = self.config.replace(threads=letter.threads, client_threads=letter.client_threads)
         enter = self._stack.enter_context
@@ -356,7 +356,7 @@ class Reply:
 
 
 def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
-    """What all clients of a run share, as :func:`fedkern.engine.run` makes it, for a client that works elsewhere.
+    """What all clients of a run share, as :func:`fedkern.engine.run.run` makes it, for a client that works elsewhere.
 
     Args:
         config: the run's settings.

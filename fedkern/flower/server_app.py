@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedkern import engine
+from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import RUNS, reserve, run_name
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.flower import run_settings
@@ -57,7 +57,7 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     post, told = Post(grid), Told()
     roll = Roll(post, wait=settings.wait, own_data=settings.own_data)
     try:
-        summary = engine.run(
+        summary = run(
             config,
             data=declared(config, roll, _warn) if settings.own_data else None,
             out=out,

@@ -246,8 +246,7 @@ class Method:
         """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
 
         Use only ``server.state``, ``server.build`` and ``server.network``, never ``round_cache`` or data:
-        `fedkern.downstream.saved_network` calls this method too, on a run folder, and loads model.safetensors into the
-        module.
+        :meth:`fedkern.Run.model` calls this method too, on a run folder, and loads model.safetensors into the module.
         """
         raise NotImplementedError
 

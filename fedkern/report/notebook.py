@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedkern.engine import read_metrics
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
 from fedkern.html_table import LINE, html_table
 from fedkern.listeners.events import RunInfo

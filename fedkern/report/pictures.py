@@ -13,17 +13,18 @@ import torch
 from fedkern import atomic
 from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
+from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
 from fedkern.report.matplotlib_import import undocumented
-from fedkern.settings.config import load_plugins
-from fedkern.settings.run_data import kept_data
+from fedkern.settings.config import RunConfig, load_plugins
+from fedkern.settings.run_data import kept_data, load_data
 
 EXAMPLES = 8
 PICTURES = {
@@ -54,7 +55,7 @@ def write_pictures(
         data: the ``FederatedData`` of the run, without its holdout; None loads the data again.
         model: the global model; None loads ``model.safetensors``.
         data_root: current folder of the data files, for loading them.
-        trusted: code that may be imported, see :func:`fedkern.engine.run`.
+        trusted: code that may be imported, see :func:`fedkern.load`.
 
     Returns:
         The files written: ``accuracy.png``, ``clients.png`` if the clients have test sets, ``confusion.png`` of a

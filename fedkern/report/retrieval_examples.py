@@ -19,7 +19,6 @@ from torch import nn
 from fedkern.data import FederatedData
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig
 from fedkern.errors import printable_name
 from fedkern.methods.common.figure_names import set_title
 from fedkern.methods.common.retrieval import Gallery
@@ -29,6 +28,7 @@ from fedkern.report.html_page import Example, data_uri
 from fedkern.report.names import label
 from fedkern.report.plots import GREEN
 from fedkern.report.sheet import Sheet, rgb
+from fedkern.settings.config import RunConfig
 
 EXAMPLES, FOUND, CAPTION = 6, 3, 160
 """Images shown, captions shown of each, and most characters of a caption."""

@@ -19,13 +19,13 @@ from fedkern.data import DATASETS, Split
 from fedkern.data.arrays import NAME as ARRAYS
 from fedkern.data.partition import parse_partition
 from fedkern.data.used_cache import remembered
-from fedkern.engine import RunConfig, load_data, read_metrics, read_shown, read_summary
 from fedkern.engine.own_model import INSTANCE
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
+from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
-from fedkern.engine.store.records import METRICS
+from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
@@ -44,7 +44,8 @@ from fedkern.report.retrieval_examples import examples, retrieval_examples
 from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
 from fedkern.settings.config import NAME as SETTINGS
-from fedkern.settings.run_data import kept_data
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import kept_data, load_data
 from fedkern.versions import versions
 
 NAMED = 12
@@ -148,7 +149,7 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
         run_dir: the run folder.
         data: the run's ``FederatedData`` without its holdout; None loads the data again.
         data_root: current folder of the data files.
-        trusted: code that may be imported (see :func:`fedkern.engine.run`).
+        trusted: code that may be imported (see :func:`fedkern.load`).
 
     Raises:
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.

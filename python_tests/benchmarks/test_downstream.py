@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.studies import study_downstream
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 ROWS = {
     "retrieval": [

@@ -19,12 +19,13 @@ from benchmarks.plain.fedavg import main as plain_main
 from fedkern import models
 from fedkern.cli import flags, request
 from fedkern.data import load
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.methods import FedGID, FedIOD, FedLPFM, Phase, registry
 from fedkern.methods.base import Batch
 from fedkern.methods.common.robust_weights import exponentiated_step, project
 from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
 from fedkern.models.vocabulary import Tokens
+from fedkern.settings.config import RunConfig
 
 PHASE = Phase(0, "train", "update")
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.studies import fusefl_misled, spoiled
 from benchmarks.studies.study import Case, arguments, run
-from fedkern.engine import RunConfig
-from fedkern.engine import run as run_one
+from fedkern.engine.run import run as run_one
+from fedkern.settings.config import RunConfig
 
 TINY = {
     "data": "digits", "clients": 3, "train_samples": 150, "model": "cnn",

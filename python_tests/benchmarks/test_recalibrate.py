@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks.studies.recalibrate import FILE, Classifier, recalibrate
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
+from fedkern.settings.config import RunConfig
 
 TINY = {
     "data": "digits", "clients": 3, "train_samples": 300, "model": "cnn",

@@ -12,11 +12,12 @@ from image_files import two_brightnesses, watched
 from PIL import Image
 
 import fedkern
-from fedkern import engine
 from fedkern.data import image_cache
 from fedkern.data.image_rows import ImageStore
 from fedkern.data.used_cache import remembered
+from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 IMAGES, SIDE = 60, 8
 SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threads": 1, "workers": "1", "model": "mlp",
@@ -39,7 +40,7 @@ def played(cache=None, **data):
     """A run in the folder ``run``, without pictures."""
     folder = {"data": "folder", "data_root": str(Path("root").absolute()), "data_options": {"size": SIDE}}
     where = None if cache is None else str(Path(cache).absolute())
-    engine.run(engine.RunConfig.make("fedavg", cache=where, **(data or folder), **SMALL), out="run")
+    run(RunConfig.make("fedavg", cache=where, **(data or folder), **SMALL), out="run")
 
 
 def figures(result, *words):

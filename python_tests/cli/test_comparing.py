@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern import engine
+from fedkern.comparison import cell_runner
 from fedkern.run import main
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
@@ -18,7 +18,7 @@ TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model
 
 def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, capsys):
     words = ["compare", "fedprox", "fedavg", *TINY, "--seeds", "2", "--method-option", "mu=0.5"]
-    played, real = [], engine.run
+    played, real = [], cell_runner.run
 
     def interrupted(config, **more):
         played.append((config.method, config.seed))
@@ -26,7 +26,7 @@ def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, ca
             raise KeyboardInterrupt
         return real(config, **more)
 
-    monkeypatch.setattr(engine, "run", interrupted)
+    monkeypatch.setattr(cell_runner, "run", interrupted)
     assert main(words) == 130
     assert played == [("fedprox", 0), ("fedavg", 0), ("fedprox", 1)]
     said = capsys.readouterr().err.splitlines()[-1]

@@ -3,7 +3,7 @@
 import pytest
 
 from fedkern.cli import flags, request
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 
 def test_a_config_file_with_a_mistake(fails, tmp_path):

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
+from fedkern.settings.config import RunConfig
 
 TINY = ["--data", "digits", "--train-samples", "80", "--clients", "2", "--model", "mlp", "--threads", "1", "--grad-cam",
         "0", "--local-steps", "2", "--workers", "1", "--rounds", "2", "--predictions", "--quiet"]  # fmt: skip

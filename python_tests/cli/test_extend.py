@@ -7,8 +7,9 @@ import torch
 
 from fedkern import atomic
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_metrics
 from fedkern.engine.store import extending
+from fedkern.engine.store.records import read_metrics
+from fedkern.settings.config import RunConfig
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--quiet"]  # fmt: skip

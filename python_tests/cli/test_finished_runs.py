@@ -12,9 +12,9 @@ from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 from fedkern.data.digits import open_digits
 from fedkern.downstream import prediction
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig
 from fedkern.report import progress
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]
 

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from fedkern.cli.front_page import TASKS
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 TINY = ("--train-samples", "60", "--clients", "2", "--rounds", "1", "--width", "4", "--local-steps", "1",
         "--data-option", "test_samples=10", "--data-option", "validation_samples=10")  # fmt: skip

@@ -14,9 +14,9 @@ from PIL import Image
 import fedkern
 from fedkern.data import load
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig
 from fedkern.methods.common import diagnostics
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",
         "--data-option", "size=8", "--grad-cam", "0")  # fmt: skip

@@ -10,9 +10,10 @@ from PIL import Image
 
 from fedkern.data import load, normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.report.pictures import write_pictures
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 SITES = ("Aachen", "Bonn", "Celle")
 TINY = ("--rounds", "1", "--local-epochs", "1", "--threads", "1", "--width", "2", "--grad-cam", "0", "--workers", "1",

@@ -12,7 +12,7 @@ import own_networks
 import pytest
 
 from fedkern.cli import flags, request
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip

@@ -14,9 +14,11 @@ from plugin_files import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all 
 from fedkern import plugins
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_metrics, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

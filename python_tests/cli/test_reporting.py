@@ -8,8 +8,8 @@ from html_reader import Reader
 
 from fedkern.cli import flags, reporting
 from fedkern.cli.request import effective
-from fedkern.engine import RunConfig
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip

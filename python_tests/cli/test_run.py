@@ -16,8 +16,8 @@ import torch
 
 import fedkern
 from fedkern.cli import flags, repeat, request
-from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
+from fedkern.settings.config import RunConfig
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
 TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]

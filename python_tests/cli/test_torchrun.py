@@ -5,10 +5,10 @@ import torch
 
 from fedkern.cli import torchrun
 from fedkern.cli.request import Request
-from fedkern.engine import RunConfig
 from fedkern.engine.executors.team import Place
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 
 def place(**given):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fedkern
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
         "workers": 1, "rounds": 1, "progress": False}  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fedkern
-from fedkern.engine import RunConfig
 from fedkern.methods import FedAvg, FedProx, option, registry
+from fedkern.settings.config import RunConfig
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
         "local_steps": 2, "workers": 1, "rounds": 1, "progress": False}  # fmt: skip

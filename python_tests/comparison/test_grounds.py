@@ -14,8 +14,8 @@ from plugin_files import unload_all
 
 import fedkern
 from fedkern import UserError
-from fedkern.engine import RunConfig
 from fedkern.methods import registry
+from fedkern.settings.config import RunConfig
 
 TINY = {"model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 1, "workers": 1, "rounds": 1, "progress": False}
 DIGITS = {"data": "digits", "train_samples": 120, "clients": 3, **TINY}

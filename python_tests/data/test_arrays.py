@@ -11,7 +11,7 @@ import torch
 import fedkern
 from fedkern.data import FederatedData, Split
 from fedkern.data.types import memory_pool
-from fedkern.engine import read_summary
+from fedkern.engine.store.records import read_summary
 
 NAMES = ("left", "right", "top")
 SMALL = {"model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, "progress": False, "pictures": False}

@@ -11,8 +11,9 @@ import torch
 from fedkern.data import load
 from fedkern.data.brats import read_volume, square, to_bytes
 from fedkern.data.holdout import hold_out
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 nibabel = pytest.importorskip("nibabel", reason="writes volumes with nibabel (the extra medical)")
 

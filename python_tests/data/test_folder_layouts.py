@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.report.progress import headline
+from fedkern.settings.config import RunConfig
 
 
 def picture(path, value=1, text=True):

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from fedkern.data import IGNORE, load
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 
 def picture(path, value, size=(12, 10)):

@@ -9,9 +9,10 @@ from fedkern.data import load
 from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
 from fedkern.data.texts import clean, impression_and_findings
-from fedkern.engine import RunConfig, run
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 REPORT = """EXAMINATION:  CHEST (PA AND LAT)
 

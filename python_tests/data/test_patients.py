@@ -9,12 +9,12 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.data.holdout import hold_out
-from fedkern.engine import RunConfig
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
 from fedkern.methods.fediod import local_teachers
+from fedkern.settings.config import RunConfig
 
 PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "classes:1"]
 EACH = 5  # images of a patient

@@ -8,8 +8,9 @@ from fedkern.data import load
 from fedkern.data.cases import share_cases, training_cases
 from fedkern.data.digits import read_digits
 from fedkern.data.segdigits import CONTRAST, MEAN, STD, read_segdigits
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from fedkern.data import load
 from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
 from fedkern.data.split import joined
-from fedkern.engine import RunConfig
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
 from fedkern.methods.protocol import OUTSIDE
+from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "dirichlet:0.5:fill:min=5", "dirichlet:1:plain", "classes:1"]

@@ -15,11 +15,12 @@ from PIL import Image
 from fedkern.cli.front_page import TASKS
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, probe, retrieve, zero_shot
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods.baselines.alone import Pairs
 from fedkern.models import PairNetwork, Tokens, build_pair
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 CLASSES = ("ant", "bee", "cow")
 SMALL = {"test_samples": 12, "validation_samples": 6}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
-from fedkern.engine import RunConfig
+from fedkern.settings.config import RunConfig
 
 CLASSES = 3
 SIDE = 8

@@ -7,14 +7,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.base import Number, like
+from fedkern.settings.config import RunConfig
 
 PHASE = Phase(0, "train", "update")
 WIDTHS = (2, 3, 2)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from interrupted import Kill, KillAt, outcome, without
 
-from fedkern.engine import Listener, Listeners, read_summary, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_summary
 from fedkern.errors import UserError
+from fedkern.listeners import Listener, Listeners
 
 
 class Keeping(Listener):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedkern.data import Split
-from fedkern.engine import run
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError
 

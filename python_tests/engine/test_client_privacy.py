@@ -11,18 +11,22 @@ from interrupted import Kill, KillAt, outcome
 from smallest import SETTINGS
 
 from benchmarks.studies.audit import audit
-from fedkern.engine import Listener, RunConfig, extend, read_metrics, read_summary, run
 from fedkern.engine.participants import absent_clients, sample_clients
+from fedkern.engine.run import run
 from fedkern.engine.store import server_secret
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.extending import extend
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.private_mean import ClippedSum, variances
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.models import build
 from fedkern.privacy import ClientLevel
 from fedkern.privacy.keys import noise_key
 from fedkern.report.progress import headline
+from fedkern.settings.config import RunConfig
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))

@@ -10,14 +10,16 @@ from safetensors.torch import save_file
 from fedkern import models
 from fedkern.data.identity import data_fingerprint
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, clients, run
+from fedkern.engine import clients
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods import METHODS
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 1, "synthesis_batch": 4, "distill_batch": 4, "distill_epochs": 1}
 OPTIONS = {

@@ -4,7 +4,9 @@ import pytest
 from PIL import Image
 
 from fedkern.data import FederatedData, load
-from fedkern.engine import RunConfig, read_metrics, read_summary, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 
 PRIVATE = {

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from fedkern.engine import Listener, run
+from fedkern.engine.run import run
+from fedkern.listeners import Listener
 from fedkern.methods.common import diagnostics
 
 

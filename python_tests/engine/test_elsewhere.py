@@ -5,9 +5,9 @@ from typing import ClassVar
 import pytest
 from interrupted import outcome
 
-from fedkern.engine import run
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
+from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.settings.run_data import declared_data

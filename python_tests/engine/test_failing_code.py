@@ -11,8 +11,9 @@ import pytest
 import fedkern
 from fedkern import UserError, plugins
 from fedkern.data import DATASETS, register_data
-from fedkern.engine import Listener, read_summary
+from fedkern.engine.store.records import read_summary
 from fedkern.errors import MESSAGE, ClientFailed, RunFailed
+from fedkern.listeners import Listener
 from fedkern.methods import FedAvg, registry
 from fedkern.run import main
 

@@ -16,11 +16,13 @@ from smallest import SETTINGS
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.transforms import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_summary, run
+from fedkern.engine.run import run
 from fedkern.engine.store import confusions
+from fedkern.engine.store.records import read_summary
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register
 from fedkern.methods.common import final_figures
+from fedkern.settings.config import RunConfig
 
 FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
 FILES = ("summary.json", "confusion.json", "predictions.csv")

@@ -12,11 +12,12 @@ from PIL import Image
 from fedkern.data import Split, image_cache, image_rows, load
 from fedkern.data.identity import data_fingerprint
 from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses
-from fedkern.engine import RunConfig, load_data, run
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.run import run
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
-from fedkern.settings.config import NAME
+from fedkern.settings.config import NAME, RunConfig
+from fedkern.settings.run_data import load_data
 
 IMAGES, SIDE = 60, 8
 WIDE = 16

@@ -15,16 +15,19 @@ from interrupted import Kill, KillAt, killed_at_rename, outcome, without
 
 from fedkern import files
 from fedkern.data import FederatedData
-from fedkern.engine import Listener, RunConfig, context, hooks, run
+from fedkern.engine import context, hooks
 from fedkern.engine.evaluate import _alike
 from fedkern.engine.loop import Loop
+from fedkern.engine.run import run
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import ClientTable
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FORMAT
 
 WORKING = 5

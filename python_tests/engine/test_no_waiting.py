@@ -8,8 +8,9 @@ import torch
 from pretended_gpu import META, pretend
 from smallest import SETTINGS
 
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.methods import METHODS, FedAvg
+from fedkern.settings.config import RunConfig
 from fedkern.transfer import send
 
 STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}

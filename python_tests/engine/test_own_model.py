@@ -16,13 +16,16 @@ from torch import nn
 
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, RunConfig, extend, run
 from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.run import run
+from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS, register_model
 from fedkern.models.own import LEVELS
+from fedkern.settings.config import RunConfig
 
 STAGED, PLAIN, RAW = (f"python:own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
 HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}

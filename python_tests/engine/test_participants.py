@@ -8,10 +8,12 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, outcome
 
-from fedkern.engine import RunConfig, read_metrics, run
 from fedkern.engine.participants import DROPPED_OUT, LATE, absent_clients, share_of_work
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
+from fedkern.settings.config import RunConfig
 
 SIZES = (20, 13, 9, 15)
 

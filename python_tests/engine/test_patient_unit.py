@@ -15,10 +15,10 @@ from torch import nn
 
 from fedkern.data import Split
 from fedkern.data.patients import limited
-from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.private_training import train_privately
+from fedkern.engine.run import run
 from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Schedule
 from fedkern.errors import UserError
@@ -29,6 +29,7 @@ from fedkern.methods.fediod.local_teachers import split as held_out
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.report.progress import Lines
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 from fedkern.streams import stream
 

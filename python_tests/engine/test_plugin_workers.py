@@ -9,9 +9,10 @@ from interrupted import outcome
 from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 from fedkern import plugins
-from fedkern.engine import RunConfig, run
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.run import run
 from fedkern.methods import METHODS
+from fedkern.settings.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

@@ -13,14 +13,17 @@ from smallest import SETTINGS
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, RunConfig, read_metrics, run
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import ClientFailed, UserError
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import computing, lower
+from fedkern.settings.config import RunConfig
 
 BF16 = {"precision": "bf16"}
 

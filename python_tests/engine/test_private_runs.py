@@ -7,10 +7,12 @@ import pytest
 import torch
 from interrupted import Kill, KillAt
 
-from fedkern.engine import RunConfig, read_shown, run
+from fedkern.engine.run import run
 from fedkern.engine.store import artifacts
+from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.fediod import private_messages
+from fedkern.settings.config import RunConfig
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, outcome
 
-from fedkern.engine import Listener, RunConfig, run
+from fedkern.engine.run import run
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS, Method, Round, option, register
 from fedkern.methods.base import Number
+from fedkern.settings.config import RunConfig
 
 
 class Probe(Method):

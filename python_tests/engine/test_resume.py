@@ -15,11 +15,14 @@ from interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
 from smallest import SETTINGS
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, RunConfig, Terminated, run
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.folder_lock import FolderLock
+from fedkern.interrupts import Terminated
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
+from fedkern.settings.config import RunConfig
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -256,7 +259,10 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {here!r})
 from conftest import federation
-from fedkern.engine import Listener, RunConfig, Terminated, run
+from fedkern.engine.run import run
+from fedkern.interrupts import Terminated
+from fedkern.listeners import Listener
+from fedkern.settings.config import RunConfig
 
 class Tell(Listener):
     def on_client(self, round, client, info):

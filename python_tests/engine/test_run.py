@@ -8,12 +8,16 @@ import torch
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, RunConfig, load_data, read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Phase, register
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import load_data
 
 
 class Recorder(Listener):

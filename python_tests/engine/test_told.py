@@ -13,8 +13,10 @@ import torch
 from interrupted import outcome
 from smallest import SETTINGS
 
-from fedkern.engine import Listener, device_use, run
+from fedkern.engine import device_use
+from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 
 
 def test_the_bytes_of_several_exchanges_stand_apart(make_config, make_pairs, tmp_path):

@@ -12,15 +12,16 @@ from torch.nn.functional import cross_entropy
 from fedkern import data as fedkern_data
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import Listener, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.run import run
 from fedkern.engine.samples import batch_plan
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import FML, METHODS, FedAvg, Phase
 
 PHASE = Phase(0, "train", "update")

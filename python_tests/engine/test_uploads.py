@@ -9,8 +9,9 @@ import torch
 from smallest import SETTINGS
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import read_metrics, run
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.declared import Declared
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold

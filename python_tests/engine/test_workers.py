@@ -19,17 +19,19 @@ from interrupted import Kill, KillAt, outcome, without
 from smallest import SETTINGS
 
 from fedkern import machine, ops
-from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine import evaluate as evaluation
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import sizing
 from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.run import run
 from fedkern.errors import ClientFailed, RunFailed
+from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
+from fedkern.settings.config import RunConfig
 
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
@@ -210,7 +212,7 @@ def test_a_client_that_raises(workers, make_data, make_config, tmp_path, monkeyp
 
 
 def _records(out):
-    from fedkern.engine import read_metrics
+    from fedkern.engine.store.records import read_metrics
 
     return read_metrics(out)
 
@@ -426,7 +428,8 @@ from pathlib import Path
 
 import torch
 
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
+from fedkern.settings.config import RunConfig
 from fedkern.methods import FedAvg
 from fedkern.methods.registry import register
 

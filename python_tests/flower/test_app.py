@@ -16,7 +16,7 @@ from interrupted import outcome
 from node_grid import NodeGrid, lost, silent
 from safetensors.torch import load_file
 
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError

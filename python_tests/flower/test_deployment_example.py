@@ -13,7 +13,8 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[
 from federation import SCRIPT, commands, deployment, surroundings
 from flower_processes import processes_of
 
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import data_of_one
 
 pytestmark = pytest.mark.flower

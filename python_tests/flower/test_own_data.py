@@ -15,7 +15,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[
 from interrupted import outcome
 from node_grid import NodeGrid
 
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower import node_process, run_settings, server_app

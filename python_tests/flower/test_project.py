@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedkern import plugins
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.flower import run_settings
 from fedkern.flower.project import simulation
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 FLAGS = ("--data", "digits", "--clients", "4", "--rounds", "3", "--lr", "0.05", "--partition", "dirichlet:0.5")
 PLUGIN = """

@@ -9,7 +9,7 @@ import pytest
 from interrupted import Kill, KillAt
 
 from fedkern.cli import commands, flags
-from fedkern.engine import read_metrics
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners.tensorboard import FOLDER, TensorBoard, scalars
 

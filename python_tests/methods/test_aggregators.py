@@ -8,10 +8,11 @@ from smallest import SETTINGS
 
 from fedkern import ops
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
 from fedkern.methods.aggregators import Gathered, Rule
+from fedkern.settings.config import RunConfig
 
 SIZES = (20, 13, 9, 15, 11)
 PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}

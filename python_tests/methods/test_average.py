@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedkern import ops
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.methods import FedAvg, FedProx, Phase, Upload
 
 PHASE = Phase(0, "train", "update")

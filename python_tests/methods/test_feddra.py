@@ -10,8 +10,8 @@ import torch
 from feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 from fedkern import ops
-from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes
@@ -19,6 +19,7 @@ from fedkern.errors import UserError
 from fedkern.methods import FedDRA, Federation
 from fedkern.methods.feddra import ALIGNMENT, spliced
 from fedkern.models.towers import PARTS
+from fedkern.settings.config import RunConfig
 
 # Stages.
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from fedkern import models
-from fedkern.engine import read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedGID, Phase
 from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds

@@ -12,17 +12,19 @@ from proxies import PHASE, scene
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
-from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import finetune, probe
+from fedkern.settings.config import RunConfig
 
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
 SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedkern.data import Split
-from fedkern.engine import run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod.discriminators import Discriminators

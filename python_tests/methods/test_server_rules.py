@@ -9,10 +9,11 @@ from smallest import SETTINGS
 
 from fedkern import ops
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.server_rules import ServerRule
+from fedkern.settings.config import RunConfig
 
 SIZES = (20, 13, 9)
 PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}

@@ -16,7 +16,7 @@ from pretrained_pictures import SCALE, normalised, pictures
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.models import clip
 from fedkern.models.clip import ClipTeacher

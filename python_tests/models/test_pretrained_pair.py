@@ -14,11 +14,12 @@ from pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
 from safetensors.torch import load_file, save_file
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork, build_pair, pretrained_pair
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 

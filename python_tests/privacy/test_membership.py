@@ -17,13 +17,13 @@ from fedkern import models
 from fedkern.cli import commands, finished_runs
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
 from fedkern.downstream import membership_attack as attacking
-from fedkern.engine import RunConfig
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.methods.fediod import local_teachers
 from fedkern.privacy import membership, membership_attack
+from fedkern.settings.config import RunConfig
 
 
 def brute(x, y):

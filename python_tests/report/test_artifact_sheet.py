@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.engine import RunConfig
 from fedkern.engine.store.artifacts import Artifact, Gallery
 from fedkern.report import artifact_sheet, pictures
+from fedkern.settings.config import RunConfig
 
 
 def opened(path):

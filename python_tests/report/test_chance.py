@@ -4,9 +4,10 @@ import numpy as np
 import torch
 
 from fedkern.data import load
-from fedkern.engine import RunConfig, load_data
 from fedkern.engine.store.confusions import Confusions
 from fedkern.report import chance
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import load_data
 
 
 def test_figures_of_a_prediction_that_is_always_the_same():

@@ -11,10 +11,10 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.engine import RunConfig
 from fedkern.engine.store.confusions import Confusions
 from fedkern.errors import UserError
 from fedkern.report import confusion_sheet, pictures, plots
+from fedkern.settings.config import RunConfig
 
 
 def matrix(classes: int, seed: int = 0) -> np.ndarray:

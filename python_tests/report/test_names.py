@@ -16,10 +16,10 @@ from rich.console import Console
 
 from fedkern import models
 from fedkern.data import PartitionStatistics
-from fedkern.engine import RunConfig, RunInfo
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.confusions import Confusions
 from fedkern.errors import UserError
+from fedkern.listeners import RunInfo
 from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
 from fedkern.report import (
@@ -34,6 +34,7 @@ from fedkern.report import (
 )
 from fedkern.report.display import display
 from fedkern.report.names import TICK, TITLE, label
+from fedkern.settings.config import RunConfig
 
 NAMES = {
     "formula": "US$ a_{$",

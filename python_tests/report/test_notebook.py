@@ -15,12 +15,13 @@ from rich.console import Console
 
 import fedkern
 from fedkern.comparison.boards import LiveBoard
-from fedkern.engine import RunConfig, RunInfo
 from fedkern.html_table import html_table
+from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
 from fedkern.report import notebook, progress
 from fedkern.report.display import display
+from fedkern.settings.config import RunConfig
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_results_as_html(tmp_path, monkeypatch):
     assert shown.text("strong") == ["fedavg on arrays, seed 0, 2 rounds"]
     assert ["accuracy", f"{100 * run.metrics['accuracy']:.1f} %"] in cells_of(run._repr_html_())
     assert shown.text("p")[-1].endswith("run folder run")
-    monkeypatch.setattr("fedkern.engine.read_summary", lambda out: None)
+    monkeypatch.setattr("fedkern.api.read_summary", lambda out: None)
     assert run._repr_html_() == run.history._repr_html_()  # of a run that is not finished
 
 

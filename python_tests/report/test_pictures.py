@@ -15,12 +15,12 @@ from PIL import Image
 
 from fedkern import models
 from fedkern.data import PartitionStatistics, Split, load
-from fedkern.engine import RunConfig
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.report import gradcam, pictures, plots, segmentation_sheet, sheet
 from fedkern.report.names import label
 from fedkern.report.sheet import rgb
+from fedkern.settings.config import RunConfig
 
 
 @pytest.fixture(scope="module")

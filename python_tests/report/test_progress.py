@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 
 from fedkern.data import PartitionStatistics
-from fedkern.engine import RunConfig, RunInfo
+from fedkern.listeners import RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
 from fedkern.report import progress
 from fedkern.report.display import display
 from fedkern.report.notebook import Notebook
+from fedkern.settings.config import RunConfig
 
 
 class Data:

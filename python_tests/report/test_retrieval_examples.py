@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from fedkern.engine import RunConfig, load_data, run
+from fedkern.engine.run import run
 from fedkern.report import plots, sheet
 from fedkern.report.pictures import write_pictures
 from fedkern.report.retrieval_examples import EXAMPLES, FOUND, Found, draw, examples, retrieval_examples
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import load_data
 
 
 def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):

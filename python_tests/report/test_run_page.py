@@ -10,10 +10,11 @@ from html_reader import Reader
 from scipy.stats import binomtest
 
 import fedkern
-from fedkern import engine
-from fedkern.engine import Listener, read_metrics
 from fedkern.engine.store import confusions
+from fedkern.engine.store.extending import extend
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.report import pictures, run_page
 from fedkern.run import main
 
@@ -284,5 +285,5 @@ def test_an_extended_run_is_not_finished_until_its_last_round(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     run = fedkern.simulate("fedavg", data="digits", model="mlp", train_samples=100, clients=2, rounds=1, out="run",
                            threads=1, workers=1, progress=False, pictures=False)  # fmt: skip
-    engine.extend("run", 3)
+    extend("run", 3)
     assert "This run is not finished: 1 of 3 rounds are done" in Reader(run.report().read_text()).words

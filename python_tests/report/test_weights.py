@@ -5,11 +5,13 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from fedkern.engine import RunConfig, read_metrics, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.report.charts import Series, of_rounds
 from fedkern.report.pictures import write_pictures
 from fedkern.report.plots import ORANGE, save
 from fedkern.report.weights import FAINT, weights_picture
+from fedkern.settings.config import RunConfig
 
 
 def records(clients, rounds=3):

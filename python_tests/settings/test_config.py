@@ -6,11 +6,11 @@ import tomllib
 import pytest
 
 from fedkern.data import DATASETS
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.settings import toml
+from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import DATA, METHOD, METHOD_ON, defaults
 
 

@@ -39,9 +39,9 @@ OF_A_NETWORK = (
 def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> RunConfig:
     """Gives a run, finished or not, a larger number of rounds.
 
-    Call :func:`fedkern.engine.run` with the returned settings and ``resume=True`` afterwards.  Where the method has no
-    schedule over all rounds (``Method.spans``), the network is then, bit for bit, that of a run that had this number of
-    rounds from the start.
+    Call :func:`fedkern.engine.run.run` with the returned settings and ``resume=True`` afterwards.  Where the method has
+    no schedule over all rounds (``Method.spans``), the network is then, bit for bit, that of a run that had this number
+    of rounds from the start.
 
     Args:
         out: the run folder.

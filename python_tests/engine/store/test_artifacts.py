@@ -8,15 +8,18 @@ import torch
 from interrupted import Kill, KillAt, unvouched
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_metrics, read_shown, read_summary, run
+from fedkern.engine.run import run
 from fedkern.engine.store import artifacts
 from fedkern.engine.store.artifacts import Artifact, Gallery, prepared
+from fedkern.engine.store.artifacts import read as read_shown
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.pictures import write_pictures
+from fedkern.settings.config import RunConfig
 
 
 class Telling(FedAvg):

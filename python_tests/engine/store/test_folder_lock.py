@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from fedkern import atomic, folder_lock
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.folder_lock import FolderLock
+from fedkern.settings.config import RunConfig
 
 HOLDER = """
 import errno, fcntl, sys, time
@@ -93,7 +94,7 @@ def test_a_lock_file_that_nobody_changes_is_taken_over(tmp_path):
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config, tmp_path, monkeypatch):
-    from fedkern.engine import Listener
+    from fedkern.listeners import Listener
 
     monkeypatch.setattr(folder_lock, "BEAT", 60)  # a beat that has just looked would write over the other's name
 
@@ -115,7 +116,7 @@ def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config
 
 
 def cut_short(round):
-    from fedkern.engine import Listener
+    from fedkern.listeners import Listener
 
     class Stop(Listener):
         essential = True

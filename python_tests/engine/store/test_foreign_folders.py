@@ -7,8 +7,10 @@ import zlib
 import pytest
 from interrupted import Kill, KillAt, forge
 
-from fedkern.engine import RunConfig, extend, run
+from fedkern.engine.run import run
+from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 NAMES = ("../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from interrupted import Kill, KillAt
 
-from fedkern.engine import RunConfig, run
 from fedkern.engine import client as engine_client
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.releases import NAME, Releases
 from fedkern.engine.training import Diverged
@@ -16,6 +16,7 @@ from fedkern.messages.digest import digest
 from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.privacy import Accountant
+from fedkern.settings.config import RunConfig
 
 OPTIONS = {
     "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 9.0,

@@ -12,12 +12,13 @@ from interrupted import Kill, KillAt, forge, outcome, without
 from fedkern import versions
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
+from fedkern.settings.config import RunConfig
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from interrupted import Kill, KillAt, outcome
 
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 FOREIGN = ("README.md", "notes.part", "data.safetensors")
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 
 PLAIN = {
     "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_metrics, run
+from fedkern.engine.run import run
 from fedkern.engine.samples import TestSet
+from fedkern.engine.store.records import read_metrics
 from fedkern.methods import METHODS
 from fedkern.methods.common.figures import classification
+from fedkern.settings.config import RunConfig
 
 SETTINGS = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 4, "threads": 1, "grad_cam": 0}
 

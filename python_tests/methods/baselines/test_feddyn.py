@@ -7,7 +7,7 @@ import torch
 from quadratics import WEIGHTS, Server, distance
 from safetensors.torch import load_file
 
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods import FedAvg, FedDyn, Phase, Upload
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.methods import Batch, FedNTD, Phase
 from fedkern.methods.baselines.fedntd import not_true
 

@@ -12,9 +12,9 @@ from fedkern import models
 from fedkern.data import normalise
 from fedkern.data.holdout import hold_out
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics

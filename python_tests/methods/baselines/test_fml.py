@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import one_hot, softmax
 
 from fedkern import models
-from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods import FML, FedLPFM, Phase
 from fedkern.methods.baselines.fml import Pair
+from fedkern.settings.config import RunConfig
 
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from fedkern import models
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods import Batch, Moon, Phase
 

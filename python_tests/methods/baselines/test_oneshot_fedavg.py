@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedkern.engine import read_metrics, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg

@@ -7,10 +7,10 @@ from quadratics import WEIGHTS, distance
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from fedkern.engine import run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase, Scaffold

@@ -10,7 +10,7 @@ from feddra_parts import JOINT, LOSSES, SETTINGS
 from scipy.optimize import minimize
 
 from fedkern import ops
-from fedkern.engine import run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import AFL, Federation, Phase, Upload
 from fedkern.methods.common.robust_weights import distance

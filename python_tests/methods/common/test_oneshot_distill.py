@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import read_metrics, run
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import Distilled, Pool
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedkern.engine import run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.bytes import message_bytes

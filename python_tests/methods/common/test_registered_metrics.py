@@ -7,9 +7,11 @@ import torch
 from interrupted import Kill, KillAt, outcome
 from smallest import SETTINGS
 
-from fedkern.engine import RunConfig, read_metrics, read_summary, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods import register_metric
+from fedkern.settings.config import RunConfig
 
 
 @pytest.fixture

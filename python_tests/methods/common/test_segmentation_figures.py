@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.run import run
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase, Scaffold
@@ -24,6 +24,7 @@ from fedkern.methods.base import Batch
 from fedkern.methods.common.figures import figures
 from fedkern.methods.common.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
 from fedkern.methods.common.supervised import pixelwise_loss
+from fedkern.settings.config import RunConfig
 
 METHODS_HERE = sorted(name for name, kind in METHODS.items() if "segmentation" in kind.tasks)
 

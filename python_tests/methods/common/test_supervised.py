@@ -7,15 +7,16 @@ import torch
 
 from fedkern.data.holdout import hold_out
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network, Part
+from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase
 from fedkern.methods.common.supervised import contrastive_among, supervised_loss
 from fedkern.models.towers import PARTS
+from fedkern.settings.config import RunConfig
 
 PHASE = Phase(0, "train", "update")
 TINY = {"width": 8, "batch_size": 6, "lr": 0.01}

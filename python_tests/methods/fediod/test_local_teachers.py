@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, read_metrics, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 TINY = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,

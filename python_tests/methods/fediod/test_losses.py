@@ -8,11 +8,11 @@ import torch
 from benchmarks.studies import study_fediod_segment
 from benchmarks.studies.study_fediod import STUDIES
 from fedkern import ops
-from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod import losses
 from fedkern.methods.fediod.presets import PRESETS, settle
+from fedkern.settings.config import RunConfig
 
 K, B, C = 3, 5, 4
 

@@ -10,8 +10,9 @@ from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 from fedkern.data import Split
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import read_metrics, run
 from fedkern.engine.client import Client
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
 from fedkern.methods.base import Federation
 from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.settings.config import RunConfig
 
 THROUGH_D, THROUGH_T, LOGITS = "discriminator_gradients", "teacher_gradients", "teacher_logits"
 COUNTS, KNOWN, SCORES = "class_counts", "known_classes", "scores"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from fediod_play import TINY, World, cleared_and_live, frozen, same
 
-from fedkern.engine import read_metrics, run
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.local_teachers import teacher

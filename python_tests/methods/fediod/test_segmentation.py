@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fedkern.data import IGNORE
-from fedkern.engine import read_metrics, run
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
 from fedkern.methods.fediod.local_teachers import histogram, split
 from fedkern.methods.fediod.losses import distillation, diversity, importance, mixture, normalised, teacher_terms
 from fedkern.methods.fediod.presets import IODOptions, settle

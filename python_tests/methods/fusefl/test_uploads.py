@@ -8,11 +8,12 @@ from fusefl_play import Play, config_of, equal
 from torch import nn
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import RunConfig, run
+from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FuseFL, Phase, Upload
 from fedkern.methods.fusefl.levels import tensors_of
 from fedkern.models.blocks import BlockNetwork
+from fedkern.settings.config import RunConfig
 
 # -- uploads that cannot be used -----------------------------------------------------------------------------------
 
