@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from fedkern import run as command_line
 from fedkern.cli import flags, request
 from fedkern.data import load
-from fedkern.report import pictures, plots, progress
+from fedkern.report import pictures, progress
 from fedkern.run import main
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
@@ -247,11 +247,15 @@ def test_a_full_disk_is_one_sentence(fails, result, monkeypatch, tmp_path):
 
 
 def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, result, monkeypatch, tmp_path):
-    def full(self, *_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    write_bytes = Path.write_bytes
+
+    def full(self, content):
+        if ".png" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(self, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(plots.Image.Image, "save", full)
+        patch.setattr(Path, "write_bytes", full)
         assert main(["fedavg", *TINY, "--out", "full", "--quiet"]) == 2
     out, sentence = capsys.readouterr()
     assert out == "full\n"
