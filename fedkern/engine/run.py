@@ -319,7 +319,8 @@ def _played(
     try:
         for part in parts:
             part.begin(resumed=entry is not None)
-        stop = loop.play()
+        if (stop := loop.play()) is not None:
+            listener.on_notice(f"the run ends here: {stop.reason}")
         store.write_at_once()
     finally:
         executor.close()

@@ -294,6 +294,8 @@ def headline(run: Contents) -> list[str]:
         )
     else:
         told.append("The run tells no main figure.")
+    if stopped := (run.summary or {}).get("stopped"):
+        told.append(f"It ended before its {run.config.rounds} rounds were over: {stopped['reason']}.")
     told += baseline(run)
     if run.summary is None:
         python = f"fedkern.load({str(run.folder)!r}, ...).resume() in Python"

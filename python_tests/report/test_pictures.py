@@ -51,7 +51,7 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
         "method": "fedavg",
         "rounds": 2,
     }
-    saved_model.write_model(folder, model, about)
+    saved_model.write_model(folder / saved_model.MODEL, model, about)
 
 
 def opened(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import rows, write_evaluation
-from fedkern.engine.store.saved_model import about_network, write_model
+from fedkern.engine.store.saved_model import MODEL, about_network, write_model
 from fedkern.engine.timing import Timing
 
 
@@ -36,7 +36,7 @@ class Results(Part):
         names = context.data.client_names
         write_evaluation(self._out, rows(summary.of_tests, [*self._sets], summary.own, names, summary.own_set))
         flat = context.is_flat(summary.network)
-        write_model(self._out, summary.network, about_network(context, config, done, flat))
+        write_model(self._out / MODEL, summary.network, about_network(context, config, done, flat))
         first: dict[str, Any] = {
             "method": config.method,
             "data": config.data,
@@ -48,6 +48,8 @@ class Results(Part):
             "metrics": summary.metrics,
         }
         last = {"seconds": self._timing.seconds(), "records": config.records, "versions": versions.versions()}
+        if summary.stop is not None:
+            last["stopped"] = {"by": summary.stop.name, "reason": summary.stop.reason}
         summary.entries = {**first, **summary.entries, **last}
         records.write_summary(self._out, summary.entries)
 

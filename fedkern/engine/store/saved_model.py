@@ -61,8 +61,10 @@ def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
     return not config.statistics and context.network("server").buffers.numel() > 0
 
 
-def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
-    """Writes model.safetensors: contiguous tensors by state-dict key; format and ``about`` as JSON in the metadata.
+def write_model(path: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
+    """Writes a network, such as model.safetensors.
+
+    The tensors are contiguous, by state-dict key; format and ``about`` are JSON in the metadata.
 
     Where ``about["statistics"]`` is ``"batch"``, batch norm's running statistics are left out.
     """
@@ -75,7 +77,7 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
         for name, _ in norms(module):
             for buffer in RUNNING:
                 tensors.pop(f"{name}.{buffer}" if name else buffer, None)
-    atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    atomic.write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 RESULTS = (MODEL, SUMMARY, EVALUATION, CONFUSION, PREDICTIONS)

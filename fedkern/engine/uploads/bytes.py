@@ -106,6 +106,11 @@ class Ledger:
     def total_down(self) -> int:
         return self._totals["down"]
 
+    @property
+    def total(self) -> int:
+        """All bytes so far, one-off exchanges included."""
+        return sum(self._totals.values())
+
     def changed_rows(self) -> dict[int, list[int]]:
         """``up``, ``down``, ``one_off_up`` and ``one_off_down`` of every client booked since the last call."""
         rows = {k: self._row(k) for k in sorted(self._changed)}
@@ -124,7 +129,7 @@ class Ledger:
         """
         return {
             **self._totals,
-            "total": sum(self._totals.values()),
+            "total": self.total,
             **({"exchanges": self.exchanges} if len(self.exchanges) > 1 else {}),
             "clients": {str(k): dict(zip(_COLUMNS, self._row(k), strict=True)) for k in range(self.clients)},
         }

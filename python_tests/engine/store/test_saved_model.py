@@ -96,7 +96,7 @@ def test_what_is_whole_is_read(folder):
     for about in (PLAIN, {**PLAIN, "statistics": "batch"}, PAIRED):
         if "statistics" in about:
             network = models.build("cnn", classes=2, channels=3, image_size=16, seed=0, width=4)
-            saved_model.write_model(folder, network, about)
+            saved_model.write_model(folder / saved_model.MODEL, network, about)
         else:
             write(folder, about)
         assert read_model(folder)[1] == about
