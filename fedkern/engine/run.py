@@ -39,6 +39,7 @@ from fedkern.engine.parts.privacy import Privacy
 from fedkern.engine.parts.records import Records
 from fedkern.engine.parts.results import Results
 from fedkern.engine.parts.server_figures import ServerFigures
+from fedkern.engine.parts.stopping import Patience, StopAt
 from fedkern.engine.parts.trace import Trace
 from fedkern.engine.parts.traffic import Traffic
 from fedkern.engine.parts.warnings import Warnings
@@ -278,6 +279,8 @@ def _played(
         ServerFigures(server, told),
         *([] if elsewhere is not None else [Oracle(method, server, code, everybody, sets, told)]),
         Privacy(prepared.said, prepared.private, releases, context, store, progress, rounds),
+        *([StopAt(config.stop_at, context)] if config.stop_at is not None else []),
+        *([Patience(config.patience, out, context, prepared.hooks["method"])] if config.patience is not None else []),
         Diagnoses(method, code, context, sets, clients=told.clients),
         Answers(out, context, sets, alone, counts=told.clients, each=predictions),
         Records(metrics, context, log, timing),

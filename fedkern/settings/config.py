@@ -260,6 +260,16 @@ class RunConfig:
     )  # fmt: skip
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
+    stop_at: str | None = option(
+        None, "figure of the records and its value with which the run ends: accuracy>=0.9, loss<=0.1", type=str
+    )
+    patience: int | None = option(
+        None,
+        "evaluations without a better main figure on the validation set after which the run ends; the best round's "
+        "network stays in best.safetensors",
+        low=1,
+        type=int,
+    )
     grad_cam: int = option(200, "number of test images for the share of Grad-CAM inside the object; 0: none", low=0)
     sums: str = option(
         "ordered",
@@ -341,6 +351,12 @@ class RunConfig:
             raise UserError(
                 f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
             )
+        for name in ("stop_at", "patience"):
+            if kind.one_shot and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is not for {self.method}, a one-shot method, whose rounds belong "
+                    "together: leave it out."
+                )
         object.__setattr__(self, "aggregator", Rule(self.aggregator).text)
         object.__setattr__(self, "server_rule", ServerRule(self.server_rule).text)
         averaging = "that average the clients' parameters"

@@ -21,11 +21,14 @@ RUNS = Path("runs")
 ATTACK = "attack.json"
 TRACE = "profile.json.gz"
 """Trace of one round (``--profile``)."""
+BEST = "best.safetensors"
+"""The network of the best round (``--patience``), and its files until the run ends."""
+BEST_SO_FAR = ("best-a.safetensors", "best-b.safetensors")
 NODES = "flower.json"
 """File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
     config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
-    ATTACK, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
+    ATTACK, BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

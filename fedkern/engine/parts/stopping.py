@@ -1,0 +1,155 @@
+"""``--stop-at`` and ``--patience``: a run ends once a figure is reached, or no longer improves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.hooks import Hooks
+from fedkern.engine.parts.base import Part, Record, Stop, Summary
+from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
+from fedkern.engine.store.saved_model import about_network, checksum, write_model
+from fedkern.errors import UserError
+from fedkern.methods.common.figures import is_main
+
+_TARGET = re.compile(r"\s*(?P<figure>[A-Za-z]\w*)\s*(?P<sign>>=|<=)\s*(?P<value>[-+0-9.eE]+)\s*")
+
+
+class StopAt(Part):
+    """Ends the run with the first evaluated round in which a figure has reached a value.
+
+    Args:
+        target: ``FIGURE>=VALUE`` or ``FIGURE<=VALUE``, with a figure of the records.
+        context: knows which figures may be told; no other one may end a run.
+
+    Raises:
+        UserError: the target is something else.
+    """
+
+    name = "stop_at"
+
+    def __init__(self, target: str, context: RunContext) -> None:
+        found = _TARGET.fullmatch(target)
+        try:
+            self._value = float(found["value"]) if found else float("nan")
+        except ValueError:
+            self._value = float("nan")
+        if found is None or self._value != self._value:
+            raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{target}".')
+        self._context, self._figure, self._at_least = context, found["figure"], found["sign"] == ">="
+        self._reason = ""  # once the value is reached
+
+    def before_round(self, record: Record) -> Stop | None:
+        return Stop("stop-at", self._reason) if self._reason else None
+
+    def round_end(self, record: Record) -> Stop | None:
+        if not record.due:
+            return None
+        told = self._context.disclosure.told(record.entries)
+        figures = {name: value for name, value in told.items() if isinstance(value, float) and name != "seconds"}
+        if self._figure not in figures:
+            raise UserError(
+                f'--stop-at: the records of this run have no figure "{self._figure}", but {", ".join(sorted(figures))}.'
+            )
+        value = figures[self._figure]
+        if value >= self._value if self._at_least else value <= self._value:
+            sign = ">=" if self._at_least else "<="
+            self._reason = f"{self._figure} is {value:.4g} in round {record.number} (--stop-at {self._figure}{sign}"
+            self._reason += f"{self._value:g})"
+            return Stop("stop-at", self._reason)
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {"reason": self._reason} if self._reason else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._reason = state["reason"]
+
+
+class Patience(Part):
+    """Ends the run once the main figure on the validation set has not improved for some evaluations.
+
+    The best round's network stays in ``best.safetensors`` beside the last round's.  Until the run ends it is in one of
+    two files, of which the other is written when a better one comes: a checkpoint finds the network that it tells of.
+
+    Args:
+        evaluations: evaluations without an improvement after which the run ends.
+        out: the run folder.
+        context: of the run.
+        hooks: hands out the network.
+    """
+
+    name = "patience"
+
+    def __init__(self, evaluations: int, out: Path, context: RunContext, hooks: Hooks) -> None:
+        self._most, self._out, self._context, self._hooks = evaluations, out, context, hooks
+        self._best: dict[str, Any] = {}  # the best round: figure, value, round, file and its CRC-32
+        self._kept = ""  # the file of the last checkpoint
+        self._without = 0  # evaluations since the best
+
+    def before_round(self, record: Record) -> Stop | None:
+        return self._stop()
+
+    def round_end(self, record: Record) -> Stop | None:
+        if not record.due:
+            return None
+        figure, value = self._main(self._context.disclosure.told(record.entries))
+        if self._best and not value > self._best["value"]:
+            self._without += 1
+            return self._stop()
+        name = next(name for name in BEST_SO_FAR if name != self._kept)
+        network = self._hooks.network()
+        if network is None:
+            return None
+        about = about_network(self._context, self._context.config, record.number, self._context.is_flat(network))
+        write_model(self._out / name, network, about)
+        self._best = {"figure": figure, "value": value, "round": record.number, "file": name}
+        self._best["sum"], self._without = checksum(self._out / name), 0
+        return None
+
+    def finish(self, summary: Summary) -> None:
+        if not self._best:
+            return
+        if self._best["file"] != BEST:
+            (self._out / self._best["file"]).replace(self._out / BEST)
+            self._best["file"] = BEST
+        for name in BEST_SO_FAR:
+            (self._out / name).unlink(missing_ok=True)
+        summary.entries["best"] = {name: self._best[name] for name in ("round", "figure", "value", "file")}
+
+    def state(self) -> dict[str, Any]:
+        self._kept = self._best.get("file", "")
+        return {"best": self._best, "without": self._without} if self._best else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._best, self._without = dict(state["best"]), state["without"]
+        there = [name for name in (self._best["file"], BEST) if checksum(self._out / name) == self._best["sum"]]
+        if not there:
+            raise UserError(
+                f"{self._out / self._best['file']} is not what the run wrote of its best round: put the file back, or "
+                "start the run again with another --out."
+            )
+        self._best["file"] = self._kept = there[0]
+
+    def _main(self, told: Mapping[str, Any]) -> tuple[str, float]:
+        """The main figure on the validation set."""
+        for name, value in told.items():
+            if name.startswith("validation_") and is_main(name):
+                return name, float(value)
+        raise UserError(
+            "--patience looks at the main figure on a validation set, and this run has none: give the data one, or end "
+            "the run with --stop-at."
+        )
+
+    def _stop(self) -> Stop | None:
+        if self._without < self._most:
+            return None
+        best = self._best
+        return Stop(
+            "patience",
+            f"{best['figure']} has not improved on {best['value']:.4g} of round {best['round']} in {self._without} "
+            f"evaluations (--patience {self._most})",
+        )

@@ -1,0 +1,138 @@
+"""``--stop-at`` and ``--patience``: when a run ends, what it keeps, and that an interrupted one ends alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from safetensors.torch import load_file
+
+from fedkern.engine.disclosure import About, Disclosure
+from fedkern.engine.parts.base import Record
+from fedkern.engine.parts.stopping import StopAt
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
+from fedkern.errors import UserError
+from fedkern.methods.base import Round
+from fedkern.report.run_page import headline, read
+from fedkern.settings.config import RunConfig
+
+
+def record(number, due=True, about=About.RUN, **figures):
+    made = Record(Round(), number, 9, [0], due)
+    made.put(figures, about)
+    return made
+
+
+def stop_at(target, **told):
+    return StopAt(target, SimpleNamespace(disclosure=Disclosure(**told)))
+
+
+@pytest.mark.parametrize(
+    ("target", "before", "reached"),
+    [("accuracy>=0.5", 0.4999, 0.5), ("accuracy >= 5e-1", 0.2, 0.9), ("loss<=0.1", 0.11, 0.1), ("loss<=-1", 0.0, -1.5)],
+)
+def test_a_run_ends_with_the_round_that_reaches_the_value(target, before, reached):
+    part, figure = stop_at(target), target.split("=")[0].strip(" <>")
+    assert part.round_end(record(1, **{figure: before})) is None
+    assert part.round_end(record(2, due=False, **{figure: reached})) is None  # the figure of an earlier round
+    assert part.before_round(record(3)) is None
+    stop = part.round_end(record(3, **{figure: reached}))
+    assert stop.name == "stop-at"
+    assert stop.reason.startswith(f"{figure} is {reached:.4g} in round 3 (--stop-at {figure}")
+    again = stop_at(target)
+    again.restore(part.state())
+    assert again.before_round(record(4)) == stop  # killed before its end, it does not go on
+
+
+@pytest.mark.parametrize(
+    "target", ["accuracy", "accuracy>0.5", ">=0.5", "accuracy>=", "accuracy>=e", "a>=nan", "a>=1>=2"]
+)
+def test_another_target_is_refused(target):
+    with pytest.raises(UserError, match="--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as "):
+        stop_at(target)
+
+
+def test_a_figure_that_may_not_be_told_ends_no_run():
+    part = stop_at("weight>=0.5", clients=False, server=False)
+    with pytest.raises(UserError, match='have no figure "weight", but accuracy\\.'):
+        part.round_end(dataclasses.replace(record(1, about=About.SERVER, weight=0.9), entries={
+            "weight": (About.SERVER, 0.9), "accuracy": (About.RUN, 0.1)}))  # fmt: skip
+
+
+@pytest.fixture
+def data(make_data):
+    return make_data()
+
+
+def patient(make_config, **settings):
+    return make_config("fedavg", **{"rounds": 12, "patience": 2, "lr": 0.2, **settings})
+
+
+def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
+    config = patient(make_config)
+    summary = run(config, out=tmp_path / "patient", data=data)
+    values = [each["validation_accuracy"] for each in read_metrics(tmp_path / "patient")]
+    best = values.index(max(values)) + 1
+    assert len(values) == best + 2 < 12
+    assert summary["best"] == {
+        "round": best, "figure": "validation_accuracy", "value": max(values), "file": "best.safetensors",
+    }  # fmt: skip
+    assert summary["stopped"]["by"] == "patience"
+    run(config.replace(patience=None, rounds=best), out=tmp_path / "short", data=data)
+    expected = load_file(tmp_path / "short" / "model.safetensors")
+    found = load_file(tmp_path / "patient" / "best.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not list((tmp_path / "patient").glob("best-*"))
+    assert f"It ended before its 12 rounds were over: {summary['stopped']['reason']}." in headline(
+        read(tmp_path / "patient", data=data)
+    )
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("flag", ["patience", "stop_at"])
+@pytest.mark.parametrize("at", [("round-start", 1), ("client", 4), ("end", 0)])
+def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
+    config = patient(make_config)
+    if flag == "stop_at":
+        run(config.replace(patience=None, rounds=4), out=tmp_path / "four", data=data)
+        losses = [each["loss"] for each in read_metrics(tmp_path / "four")]
+        assert min(losses) < losses[0]
+        config = config.replace(patience=None, stop_at=f"loss<={min(losses)!r}")
+    summary = run(config, out=tmp_path / "whole", data=data)
+    assert 1 < summary["rounds"] < 12
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt(*at))
+    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    best = [tmp_path / name / "best.safetensors" for name in ("cut", "whole")]
+    assert [path.exists() for path in best] == 2 * [flag == "patience"]
+    if best[0].exists():
+        assert best[0].read_bytes() == best[1].read_bytes()
+
+
+def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
+    with pytest.raises(Kill):
+        run(patient(make_config, patience=9), out=tmp_path, data=data, listener=KillAt("round-start", 5))
+    for path in tmp_path.glob("best-*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="is not what the run wrote of its best round: put the file back"):
+        run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+
+
+def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, tmp_path):
+    none = dataclasses.replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
+    with pytest.raises(UserError, match="--patience looks at the main figure on a validation set, and this run has"):
+        run(patient(make_config), out=tmp_path / "run", data=none)
+    with pytest.raises(UserError, match='have no figure "acuracy", but id_accuracy, '):
+        run(make_config(stop_at="acuracy>=0.5"), out=tmp_path / "run", data=data)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [{"stop_at": "accuracy>=0.5"}, {"patience": 3}])
+def test_rounds_that_belong_together_are_not_cut(given, make_config):
+    with pytest.raises(UserError, match="is not for fusefl, a one-shot method, whose rounds belong together"):
+        make_config("fusefl", rounds=None, **given)
