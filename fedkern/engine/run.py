@@ -30,6 +30,7 @@ from fedkern.engine.participants import Draw, sample_clients
 from fedkern.engine.parts.answers import Answers
 from fedkern.engine.parts.artifacts import Artifacts
 from fedkern.engine.parts.base import Part
+from fedkern.engine.parts.budgets import MaxBytes, MaxSeconds
 from fedkern.engine.parts.checkpointing import Checkpointing
 from fedkern.engine.parts.diagnoses import Diagnoses
 from fedkern.engine.parts.evaluation import Evaluation
@@ -281,6 +282,8 @@ def _played(
         Privacy(prepared.said, prepared.private, releases, context, store, progress, rounds),
         *([StopAt(config.stop_at, context)] if config.stop_at is not None else []),
         *([Patience(config.patience, out, context, prepared.hooks["method"])] if config.patience is not None else []),
+        *([MaxSeconds(config.max_seconds, timing)] if config.max_seconds is not None else []),
+        *([MaxBytes(config.max_bytes, ledger)] if config.max_bytes is not None else []),
         Diagnoses(method, code, context, sets, clients=told.clients),
         Answers(out, context, sets, alone, counts=told.clients, each=predictions),
         Records(metrics, context, log, timing),

@@ -270,6 +270,15 @@ class RunConfig:
         low=1,
         type=int,
     )
+    max_seconds: float | None = option(
+        None, "seconds of work, over all resumptions: a round that would pass them is not begun", above=0, type=float
+    )
+    max_bytes: float | None = option(
+        None,
+        "bytes up and down, set-up rounds included: a round that would pass them is not begun",
+        above=0,
+        type=float,
+    )
     grad_cam: int = option(200, "number of test images for the share of Grad-CAM inside the object; 0: none", low=0)
     sums: str = option(
         "ordered",
@@ -351,7 +360,7 @@ class RunConfig:
             raise UserError(
                 f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
             )
-        for name in ("stop_at", "patience"):
+        for name in ("stop_at", "patience", "max_seconds", "max_bytes"):
             if kind.one_shot and getattr(self, name) is not None:
                 raise UserError(
                     f"--{name.replace('_', '-')} is not for {self.method}, a one-shot method, whose rounds belong "

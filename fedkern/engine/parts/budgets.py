@@ -1,0 +1,84 @@
+"""``--max-seconds`` and ``--max-bytes``: the round that would pass the budget is not begun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.engine.parts.base import Part, Record, Stop
+from fedkern.engine.timing import Timing
+from fedkern.engine.uploads.bytes import Ledger
+
+
+class _Budget(Part):
+    """Ends the run before a communication round for which less is left than the most expensive one so far took.
+
+    Nothing is known of the first round, which begins while anything is left.
+
+    Args:
+        most: the budget.
+    """
+
+    unit = ""
+
+    def __init__(self, most: float) -> None:
+        self._most, self._dearest = most, 0.0
+
+    def spent(self) -> float:
+        """What the run has spent."""
+        raise NotImplementedError
+
+    def of_round(self, record: Record) -> float:
+        """What a round that is over took."""
+        raise NotImplementedError
+
+    def before_round(self, record: Record) -> Stop | None:
+        spent = self.spent()
+        if record.entry.one_off or (spent < self._most and spent + self._dearest <= self._most):
+            return None
+        flag = f"--{self.name.replace('_', '-')}"
+        reason = f"{spent:,.0f} {self.unit} are spent, and a round takes up to {self._dearest:,.0f}"
+        return Stop(self.name.replace("_", "-"), f"{reason} ({flag} {self._most:g})")
+
+    def round_end(self, record: Record) -> None:
+        if not record.entry.one_off:
+            self._dearest = max(self._dearest, self.of_round(record))
+
+    def state(self) -> dict[str, Any]:
+        return {"dearest": self._dearest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._dearest = state["dearest"]
+
+
+class MaxSeconds(_Budget):
+    """A budget of seconds of work, over all resumptions of the run."""
+
+    name, unit = "max_seconds", "seconds"
+
+    def __init__(self, most: float, timing: Timing) -> None:
+        super().__init__(most)
+        self._timing = timing
+
+    def spent(self) -> float:
+        return self._timing.seconds()
+
+    def of_round(self, record: Record) -> float:
+        return time.perf_counter() - record.started
+
+
+class MaxBytes(_Budget):
+    """A budget of bytes that clients send and receive, set-up rounds included."""
+
+    name, unit = "max_bytes", "bytes"
+
+    def __init__(self, most: float, ledger: Ledger) -> None:
+        super().__init__(most)
+        self._ledger = ledger
+
+    def spent(self) -> float:
+        return self._ledger.total
+
+    def of_round(self, record: Record) -> float:
+        return sum(each["up"] + each["down"] for each in self._ledger.round_sums.values())
