@@ -1,0 +1,58 @@
+"""What a user reads names nothing of fedkern's private packages: pages, examples and the docstrings of public names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PRIVATE = re.compile(r"(?:fedkern\.|from fedkern import [^\n]*\b)(?:engine|settings|downstream|messages)\b")
+DEVELOPERS = {"docs/architecture.md"}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".ipynb", ".md", ".toml"))
+PUBLIC = ("fedkern", "fedkern.ops", "fedkern.methods", "fedkern.listeners", "fedkern.data", "fedkern.models")
+
+
+def for_users(path: Path) -> str:
+    """The text of a file without its parts for developers."""
+    text = path.read_text()
+    return text[text.index("## Compatibility") :] if path.name == "CONTRIBUTING.md" else text
+
+
+def docstrings(module: str) -> Iterator[tuple[str, str]]:
+    """The docstrings of a module, of its public names and of their public members, by name."""
+    found = importlib.import_module(module)
+    yield module, inspect.getdoc(found) or ""
+    for name in found.__all__:
+        value = getattr(found, name)
+        yield f"{module}.{name}", inspect.getdoc(value) or ""
+        for member, what in vars(value).items() if isinstance(value, type) else ():
+            if not member.startswith("_"):
+                yield f"{module}.{name}.{member}", inspect.getdoc(what) or ""
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in (*PAGES, *EXAMPLES) if str(path.relative_to(ROOT)) not in DEVELOPERS],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)  # fmt: skip
+def test_a_page_names_no_private_package(path: Path) -> None:
+    assert PRIVATE.findall(for_users(path)) == []
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_a_docstring_names_no_private_package(module: str) -> None:
+    texts = dict(docstrings(module))
+    assert len(texts) > 5
+    assert [name for name, text in texts.items() if PRIVATE.search(text)] == []
+
+
+def test_events_of_a_run_come_from_a_public_place() -> None:
+    from fedkern import listeners
+
+    assert {"Listener", "RunInfo"} <= set(listeners.__all__)
+    assert inspect.signature(listeners.Listener.on_start).parameters["run"].annotation == "RunInfo"
