@@ -45,18 +45,16 @@ class Executor:
         work: a client's answer to a message.
         states: the states that clients have changed, by client.
         calls: gets ``(name, client)`` of every call.
+        here: the executor of the server's process; None: it is this one.
     """
 
     count, apart = 1, False
 
-    def __init__(self, work=None, states=None, calls=None):
+    def __init__(self, work=None, states=None, calls=None, here=None):
         self._work, self._states = work, {} if states is None else states
+        self.here = self if here is None else here
         self.calls = [] if calls is None else calls
         self.asked, self.encoders = [], None
-
-    @property
-    def here(self):
-        return self
 
     def answers(self, asker, phase, messages, encoders=None):
         self.encoders = encoders
