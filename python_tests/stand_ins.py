@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fedkern.engine.disclosure import Disclosure
+from fedkern.privacy.disclosure import Disclosure
 
 PRIVATE = Disclosure(clients=False, server=False, appraised=())
 SETTINGS = {"on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "late_work": "keep"}

@@ -16,7 +16,6 @@ from fedkern import models
 from fedkern.data.pixels import Pixels
 from fedkern.engine import initial_weights
 from fedkern.engine.client_teachers import Teachers
-from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
@@ -25,6 +24,7 @@ from fedkern.models.precision import frozen
 from fedkern.models.registry import added, check_task
 from fedkern.models.vocabulary import split_words
 from fedkern.models.weight_files import load_by_name
+from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 
 PREPARED = 1000

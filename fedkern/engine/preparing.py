@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fedkern.engine.client import Client
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
-from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.participants import fewest_uploads
 from fedkern.engine.progress import Progress
@@ -23,6 +22,7 @@ from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
 from fedkern.privacy import Guarantee
+from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets
 

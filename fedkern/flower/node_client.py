@@ -24,7 +24,6 @@ from fedkern.data.identity import data_fingerprint
 from fedkern.engine import own_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.server import Server
@@ -42,6 +41,7 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.privacy import LEDGER
+from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
 from fedkern.torch_modes import cpu_threads, reproducible

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from fedkern.downstream import membership_attack
-from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
@@ -20,6 +19,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import Guarantee
+from fedkern.privacy.disclosure import Disclosure
 from fedkern.report.pictures import write_pictures
 from fedkern.report.progress import Live
 from fedkern.report.tables import final_table

@@ -4,9 +4,9 @@ import pytest
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.server import Server
 from fedkern.messages.packets import Packer, Unpacker
+from fedkern.privacy.disclosure import Disclosure
 
 
 def sent(value):

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from fedkern.engine.disclosure import About
 from fedkern.methods.base import Round
 from fedkern.methods.common.final_figures import FinalFigures
+from fedkern.privacy.disclosure import About
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fedkern.engine.clients import Everybody
-from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.hooks import MethodCode
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.samples import TestSet
 from fedkern.engine.server import Server
 from fedkern.methods.base import Method
+from fedkern.privacy.disclosure import Disclosure
 
 
 class Oracle(Part):

@@ -8,11 +8,11 @@ from typing import Any
 
 from fedkern.engine import device_use
 from fedkern.engine.context import RunContext
-from fedkern.engine.disclosure import About
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.timing import Timing
+from fedkern.privacy.disclosure import About
 
 
 class Records(Part):

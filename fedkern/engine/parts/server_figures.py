@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine.disclosure import About, Disclosure
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.server import Server
+from fedkern.privacy.disclosure import About, Disclosure
 
 
 class ServerFigures(Part):

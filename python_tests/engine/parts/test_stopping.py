@@ -10,13 +10,13 @@ import torch
 from interrupted import Kill, KillAt, outcome
 from safetensors.torch import load_file
 
-from fedkern.engine.disclosure import About, Disclosure
 from fedkern.engine.parts.base import Record
 from fedkern.engine.parts.stopping import StopAt
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.base import Round
+from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.report.run_page import headline, read
 from fedkern.settings.config import RunConfig
 

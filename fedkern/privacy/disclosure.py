@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from fedkern.privacy import Guarantee
+from fedkern.privacy.guarantee import Guarantee
 
 
 class About(Enum):
