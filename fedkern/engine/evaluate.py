@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedkern import models
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, client_label
 from fedkern.engine.samples import BATCH, TestSet
@@ -20,7 +19,6 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.figure_names import set_noun
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.methods.common.supervised import LOSS_BATCH
-from fedkern.models.precision import computing
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -192,16 +190,3 @@ def _explained(what: str, data: TestSet) -> Iterator[None]:
                 "per channel: give it at least 2, or keep running statistics with --buffers average."
             ) from None
         raise
-
-
-@computing("fp32")
-def gradcam(network: nn.Module, sets: dict[str, TestSet], count: int) -> dict[str, float]:
-    """The share of Grad-CAM mass inside the object, on the first ``count`` images of every test set with masks."""
-    metrics: dict[str, float] = {}
-    if not count or not isinstance(network, models.StagedNetwork) or not network.maps:
-        return metrics
-    for prefix, data in sets.items():
-        if prefix != "validation_" and data.split.masks is not None and bool(data.split.masks.any()):
-            for name, value in models.object_share(network, data.masked_batches(count)).items():
-                metrics[prefix + name] = float(value)
-    return metrics

@@ -13,7 +13,7 @@ import torch
 from interrupted import outcome
 from smallest import SETTINGS
 
-from fedkern.engine import device_use
+from fedkern import device_use
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.listeners import Listener

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.evaluate import evaluate, evaluate_clients, gradcam, site_sets
+from fedkern.engine.evaluate import evaluate, evaluate_clients, site_sets
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.samples import TestSet
@@ -19,7 +19,7 @@ from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
-from fedkern.methods.common.figures import is_main
+from fedkern.methods.common.figures import gradcam, is_main
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About
 from fedkern.torch_modes import cpu_threads

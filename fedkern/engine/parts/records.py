@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine import device_use
+from fedkern import device_use
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.round_log import RoundLog

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -16,6 +16,8 @@ from fedkern.methods.common.multilabel_figures import multilabel
 from fedkern.methods.common.registered_metrics import Answers
 from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.methods.common.supervised import pair_figures
+from fedkern.models import StagedNetwork, object_share
+from fedkern.models.precision import computing
 
 MAIN_FIGURES = ("accuracy", "dice", "i2t_r1", "macro_auroc")
 """Main figures, one per task; the metrics of every run include one of them."""
@@ -92,3 +94,16 @@ def classification(model: nn.Module, data: Any) -> dict[str, float]:
         keep(torch.cat(kept))
     found = {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}
     return {**found, **gathered.figures()}
+
+
+@computing("fp32")
+def gradcam(network: nn.Module, sets: Mapping[str, Any], count: int) -> dict[str, float]:
+    """The share of Grad-CAM mass inside the object, on the first ``count`` images of every test set with masks."""
+    metrics: dict[str, float] = {}
+    if not count or not isinstance(network, StagedNetwork) or not network.maps:
+        return metrics
+    for prefix, data in sets.items():
+        if prefix != "validation_" and data.split.masks is not None and bool(data.split.masks.any()):
+            for name, value in object_share(network, data.masked_batches(count)).items():
+                metrics[prefix + name] = float(value)
+    return metrics
