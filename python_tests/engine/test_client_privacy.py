@@ -13,7 +13,6 @@ from smallest import SETTINGS
 from benchmarks.studies.audit import audit
 from fedkern.engine.participants import absent_clients, sample_clients
 from fedkern.engine.run import run
-from fedkern.engine.store import server_secret
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
@@ -23,7 +22,7 @@ from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.models import build
-from fedkern.privacy import ClientLevel
+from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.progress import headline
 from fedkern.settings.config import RunConfig

@@ -8,12 +8,11 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.progress import Progress
-from fedkern.engine.store import server_secret
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.releases import Releases
 from fedkern.engine.uploads.private_mean import PrivateMean
 from fedkern.methods.common.privacy_report import privacy_figures
-from fedkern.privacy import Guarantee
+from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.guarantee import EPSILON, PART
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import atomic, files
-from fedkern.engine.store import releases, server_secret
+from fedkern.engine.store import releases
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import OtherFormat, UserError
 from fedkern.inputs import open_regular, standing
 from fedkern.messages import states
+from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
 
 KEEP = 2

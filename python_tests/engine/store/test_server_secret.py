@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedkern.engine.store import server_secret
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
+from fedkern.privacy import server_secret
 
 
 def test_a_secret_is_drawn_once(tmp_path):
