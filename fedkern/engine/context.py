@@ -62,9 +62,7 @@ class RunContext:
         self.disclosure = Disclosure(clients=config.records != "private")
         self._networks: dict[str, Network] = {}
         self._clients: dict[int, ClientData] = {}
-        self._prepared = max(PREPARED, 10 * config.sampled_clients)
-        self._frozen_key: tuple[Any, ...] = ()
-        self._frozen: Any = None
+        self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
         self._public: Samples | None = None
         self._tokeniser: Any = None
@@ -264,7 +262,7 @@ class RunContext:
             made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, tokens, sides)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
-            elif len(self._clients) >= self._prepared:
+            elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):
                 del self._clients[next(iter(self._clients))]
             self._clients[client] = made
         return self._clients[client]
@@ -274,12 +272,13 @@ class RunContext:
         network = self.network("frozen")
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
         key = (message["parameters"], *(buffers or {}).values(), *message.values())
-        if len(key) != len(self._frozen_key) or any(a is not b for a, b in zip(key, self._frozen_key, strict=True)):
+        known, _ = self._frozen
+        if len(key) != len(known) or any(a is not b for a, b in zip(key, known, strict=True)):
             network.write({**message, **(buffers or {})})
             network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
-            self._frozen_key, self._frozen = key, frozen(network.module)
-        return self._frozen
+            self._frozen = key, frozen(network.module)
+        return self._frozen[1]
 
     def warn(self, name: str, text: str) -> None:
         self.warnings.setdefault(name, text)

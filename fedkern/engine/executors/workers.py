@@ -16,7 +16,7 @@ import os
 import select
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedkern.engine.context import RunContext
@@ -54,6 +54,25 @@ class _Worker:
     exchange: int = 0
 
 
+@dataclass
+class _Round:
+    """The clients of a round.
+
+    Attributes:
+        at: where a client works; None is this process.
+        readers: readers of the states that clients began the round with.
+        played: the messages that a client has answered, as (asker, phase, message).
+        changed: states that clients have changed.
+        losses: how often a client's worker was lost.
+    """
+
+    at: dict[ClientId, _Worker | None] = field(default_factory=dict)
+    readers: dict[ClientId, Any] = field(default_factory=dict)
+    played: dict[ClientId, list[tuple[str, Phase, Message]]] = field(default_factory=dict)
+    changed: dict[ClientId, dict[str, Any]] = field(default_factory=dict)
+    losses: dict[ClientId, int] = field(default_factory=dict)
+
+
 class Workers:
     """The executor of several processes (see :class:`~fedkern.engine.executors.base.Executor`).
 
@@ -89,12 +108,7 @@ class Workers:
         self._workers: list[_Worker] = []
         self._packer = Packer()
         self._exchange = 0
-        # State of this round:
-        self._at: dict[ClientId, _Worker | None] = {}  # where a client works; None is this process
-        self._readers: dict[ClientId, Any] = {}  # readers of the states that clients began the round with
-        self._played: dict[ClientId, list[tuple[str, Phase, Message]]] = {}
-        self._changed: dict[ClientId, dict[str, Any]] = {}
-        self._losses: dict[ClientId, int] = {}
+        self._round = _Round()
         # State of this exchange:
         self._encoders: Mapping[ClientId, Encoder] = {}
         self._todo: list[ClientId] = []  # clients that are not at work yet
@@ -117,10 +131,10 @@ class Workers:
         self._found.clear()
         self._todo = list(messages)
         for k in messages:
-            self._readers.setdefault(k, self._states(k))
+            self._round.readers.setdefault(k, self._states(k))
         for k in messages:
             yield self._answer(k, asker, phase, messages)
-            self._played.setdefault(k, []).append((asker, phase, messages[k]))
+            self._round.played.setdefault(k, []).append((asker, phase, messages[k]))
 
     def _answer(self, k: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> Answer:
         """The answer of the next client in order; meanwhile workers go on with later clients."""
@@ -134,7 +148,7 @@ class Workers:
                 if done.failed is not None:
                     raise done.failed
                 if done.state is not None:
-                    self._changed[k] = done.state
+                    self._round.changed[k] = done.state
                 answer = done.answer
                 break
             if k in self._todo:
@@ -146,19 +160,19 @@ class Workers:
         return answer
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
-        if client in self._changed:
-            return self._changed.pop(client)
+        if client in self._round.changed:
+            return self._round.changed.pop(client)
         return self.here.changed(client)
 
     def working(self) -> list[ClientId]:
-        return sorted({*self._at, *self.here.working()})
+        return sorted({*self._round.at, *self.here.working()})
 
     def forget(self, client: ClientId) -> None:
-        worker = self._at.pop(client, None)
+        worker = self._round.at.pop(client, None)
         if worker is not None:
             self._tell(worker, Forget((client,)))
-        self._changed.pop(client, None)
-        self._played.pop(client, None)
+        self._round.changed.pop(client, None)
+        self._round.played.pop(client, None)
         self.here.forget(client)
 
     def end_round(self) -> None:
@@ -166,8 +180,7 @@ class Workers:
             self._tell(worker, Forget())
             worker.channel.forget()
         self._packer.clear()
-        for table in (self._at, self._readers, self._played, self._changed, self._losses):
-            table.clear()
+        self._round = _Round()
         self.here.end_round()
 
     def close(self) -> None:
@@ -185,9 +198,9 @@ class Workers:
 
     def _ask_here(self, k: ClientId, asker: str, phase: Phase, message: Message) -> Answer:
         if k not in self.here.working():  # the client begins its round here
-            self._at[k] = None
-            self.here.take(k, self._readers[k]())
-            for played in self._played.get(k, []):
+            self._round.at[k] = None
+            self.here.take(k, self._round.readers[k]())
+            for played in self._round.played.get(k, []):
                 self.here.ask(k, *played)
         return self.here.ask(k, asker, phase, message, self._encoders.get(k))
 
@@ -238,7 +251,7 @@ class Workers:
             if worker.client is not None:
                 continue
             for k in list(self._todo):
-                if self._at.get(k, worker) is not worker:
+                if self._round.at.get(k, worker) is not worker:
                     continue  # another worker or this process has the client in this round
                 if k != first and sum(size for _, size in self._found.values()) > HELD_BYTES:
                     break
@@ -249,9 +262,9 @@ class Workers:
                     break
 
     def _send(self, worker: _Worker, k: ClientId, asker: str, phase: Phase, message: Message) -> bool:
-        fresh = self._at.get(k) is not worker
-        state = self._readers[k]() if fresh else None
-        played = tuple(self._played.get(k, ())) if fresh else ()
+        fresh = self._round.at.get(k) is not worker
+        state = self._round.readers[k]() if fresh else None
+        played = tuple(self._round.played.get(k, ())) if fresh else ()
         if worker.exchange != self._exchange:
             worker.exchange = self._exchange
             worker.channel.forget()
@@ -261,9 +274,9 @@ class Workers:
             if not self._tell(worker, Task(k, asker, phase, message, fresh, state, played, self._encoders.get(k))):
                 return False
         except NotPortable:
-            self._at[k] = None  # the message cannot be sent, so the client works in this process in this round
+            self._round.at[k] = None  # the message cannot be sent, so the client works in this process in this round
             return False
-        worker.client, self._at[k] = k, worker
+        worker.client, self._round.at[k] = k, worker
         return True
 
     def _tell(self, worker: _Worker, what: Any) -> bool:
@@ -308,13 +321,13 @@ class Workers:
         self._workers.remove(worker)
         worker.channel.close()
         how = self._nursery.how(worker.process) if self._nursery is not None else "it ended"
-        for k in [k for k, at in self._at.items() if at is worker]:
-            del self._at[k]
+        for k in [k for k, at in self._round.at.items() if at is worker]:
+            del self._round.at[k]
         if worker.client is None:
             return
         k = worker.client
-        self._losses[k] = self._losses.get(k, 0) + 1
-        if self._losses[k] >= LOSSES:
+        self._round.losses[k] = self._round.losses.get(k, 0) + 1
+        if self._round.losses[k] >= LOSSES:
             raise RunFailed(
                 f"The worker process of client {self._context.data.client_label(k)} was lost {LOSSES} times in this "
                 f"round ({how}): give fewer --workers, or a smaller --batch-size, --model or --width."
