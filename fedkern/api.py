@@ -411,11 +411,7 @@ def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
 
 
 def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Any]]:
-    """The class of a method that the caller gives, and the options that an object of it was made with.
-
-    Raises:
-        UserError: it is neither a class of methods nor an object of one, or has values beside its options.
-    """
+    """The class of a method that the caller gives, and the options that an object of it was made with."""
     if isinstance(method, Method):
         return type(method), dict(given_classes.options_of(method))
     if isinstance(method, type) and issubclass(method, Method):
@@ -487,11 +483,7 @@ def _play(
 
 
 def _listeners(given: Listener | Sequence[Listener] | None) -> list[Listener]:
-    """The listeners of an argument ``listener``.
-
-    Raises:
-        UserError: something in it is no listener.
-    """
+    """The listeners of an argument ``listener``."""
     found = [] if given is None else [given] if isinstance(given, Listener) else given
     for each in found if isinstance(found, (list, tuple)) else [found]:
         if not isinstance(each, Listener):

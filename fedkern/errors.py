@@ -83,11 +83,7 @@ class ClientFailed(RunFailed):
 
     @staticmethod
     def of(client: int, error: BaseException, code: Any) -> ClientFailed:
-        """The error of a client whose part of a method has raised ``error``.
-
-        Args:
-            code: the method's class, whose file and line are named.
-        """
+        """The error of a client whose part of a method, the class ``code``, has raised ``error``."""
         named = told(error)
         what = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
         trace, exit_code = (traced(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]

@@ -11,11 +11,8 @@ from fedkern.errors import UserError
 def needed(sentence: str, *modules: str) -> Any:
     """The first of the modules, all of which are imported.
 
-    Args:
-        sentence: says what needs the modules, and how to install them.
-
     Raises:
-        UserError: a module is not installed.
+        UserError: a module is not installed; ``sentence`` says what needs the modules, and how to install them.
     """
     try:
         found = [import_module(name) for name in modules]

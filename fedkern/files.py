@@ -80,12 +80,7 @@ def check_working_folder() -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises UserError for a string with bytes that are not UTF-8, because a run's files could not store the string.
-
-    Args:
-        text: the string as the operating system gives it.
-        what: what the string is, for the message.
-    """
+    """Raises UserError for a string with bytes that are not UTF-8, because a run's files could not store the string."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -18,12 +18,8 @@ def html_table(
 ) -> str:
     """A title, a table and lines below the table, in the notebook's own colours.
 
-    Args:
-        title: lines, of which the first one stands out; may be empty.
-        header: titles of the columns; no table where it is empty.
-        rows: cells, as many in a row as the header has.
-        notes: lines below the table.
-        words: number of columns, from the left, that hold words.  The others hold numbers and are set to the right.
+    The first line of the title stands out; without a header there is no table.  The first ``words`` columns hold words.
+    The others hold numbers and are set to the right.
     """
 
     def text(name: str, most: int = LINE) -> str:

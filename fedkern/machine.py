@@ -63,11 +63,7 @@ def _statistic(folder: Path, name: str) -> int:
 
 
 def _groups(controller: str) -> list[Path]:
-    """Folders of this process's control group and of all above it; some may not exist.
-
-    Args:
-        controller: of version 1 of control groups; empty for version 2.
-    """
+    """Folders of this process's control group and of all above it (version 2, or of a controller of version 1)."""
     group, mounts = "/", {(str(GROUPS / controller), "/")}
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

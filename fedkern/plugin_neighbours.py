@@ -34,12 +34,7 @@ def sha256(content: bytes) -> str:
 
 
 def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
-    """The identity of a plugin.
-
-    Args:
-        file: absolute path of the plugin.
-        source: content of the plugin.
-        neighbours: files in the plugin's folder or below.
+    """The identity of a plugin, whose path is absolute, with ``neighbours``, files in its folder or below.
 
     Raises:
         UserError: a neighbour cannot be read.
@@ -61,10 +56,9 @@ def parsed(text: str) -> dict[str, str]:
 
 
 def present(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that files have now, ``""`` for one that cannot be read; nothing is executed.
+    """The hashes that files have now, by relative path; nothing is executed.
 
-    Args:
-        stored: hashes by relative path.  A path that leaves the plugin's folder is not read.
+    The hash is ``""`` for a file that cannot be read, and for a path that leaves the plugin's folder.
     """
     found = {}
     for name in stored:
@@ -116,12 +110,7 @@ def imported(file: Path, source: bytes) -> dict[Path, str]:
 
 
 def in_the_place_of(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """Files that Python may load instead of others, such as a package or an extension beside a module of its name.
-
-    Args:
-        folder: the plugin's folder.
-        names: relative paths of files.
-    """
+    """Files that Python may load instead of others, such as a package or an extension beside a module of its name."""
     for name in names:
         path = PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts:

@@ -115,8 +115,7 @@ def load(name: str) -> Plugin:
 def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
     """Loads the plugins of installed packages (entry points of `GROUP`), once in a process.
 
-    Args:
-        warn: called with a sentence for every plugin that cannot be loaded; the others are loaded all the same.
+    Calls ``warn`` with a sentence for every plugin that cannot be loaded; the others are loaded all the same.
     """
     global _installed
     if _installed:
@@ -182,11 +181,7 @@ def _located(text: str) -> tuple[str, Path | None]:
 
 
 def _module_identity(name: str) -> str:
-    """Version, SHA-256 and origin of a module, found without importing the module or its packages.
-
-    Raises:
-        UserError: there is no such module.
-    """
+    """Version, SHA-256 and origin of a module, found without importing the module or its packages."""
     spec = _spec(name)
     if spec is None:
         file = f" (or --plugin {name}.py)" if Path(f"{name}.py").is_file() else ""
@@ -235,13 +230,9 @@ def _tables() -> dict[str, dict[str, Any]]:
 
 
 def _execute(plugin: Plugin) -> Plugin:
-    """Runs a plugin's code and finds out what it registers; an exception leaves nothing registered.
+    """Runs a plugin's code; returns the plugin with what it registers, the modules it has loaded and its identity.
 
-    Returns:
-        The plugin, with what it registers, the modules that it has loaded and, for a file, its identity.
-
-    Raises:
-        UserError: see :func:`load`.
+    An exception leaves nothing registered.
     """
     tables, module = _tables(), _module_name(plugin)
     before = {kind: dict(table) for kind, table in tables.items()}
@@ -265,11 +256,7 @@ def _execute(plugin: Plugin) -> Plugin:
 
 
 def _with_neighbours(plugin: Plugin, before: Collection[str]) -> Plugin:
-    """A plugin that has been executed, with the modules of its folder that it has loaded and its identity.
-
-    Raises:
-        UserError: a module that it imports from its folder was loaded by another plugin, from another folder.
-    """
+    """A plugin that has been executed, with the modules of its folder that it has loaded and its identity."""
     if plugin.source is None:
         return plugin
     file = Path(plugin.name)
@@ -325,11 +312,7 @@ def _line(error: BaseException, plugin: Plugin) -> str:
 def _added(
     plugin: Plugin, before: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[str, ...]]:
-    """The names that a plugin has registered, by kind.
-
-    Raises:
-        UserError: a name is taken, is that of a command, or is not one that a command line can have.
-    """
+    """The names that a plugin has registered, by kind."""
     added: dict[str, tuple[str, ...]] = {}
     for kind, table in tables.items():
         for name, entry in table.items():
@@ -386,11 +369,7 @@ def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
 
 
 def used(names: Mapping[str, str]) -> dict[str, str]:
-    """The identities, by name, of the loaded plugins that registered one of ``names``, or a metric.
-
-    Args:
-        names: the name that a run uses, by kind (a key of `REGISTRIES`).
-    """
+    """Identities, by name, of the loaded plugins that registered one of ``names`` (by kind), or a metric."""
     return {
         plugin.name: plugin.identity
         for plugin in _LOADED.values()
@@ -452,9 +431,6 @@ def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str]
 
     Returns:
         The subject of a sentence, and the identity then and now; None where nothing has changed.
-
-    Raises:
-        UserError: the plugin is not there.
     """
     if path is None:
         now = _module_identity(name)
@@ -558,10 +534,7 @@ def receive(plugins: Iterable[Plugin]) -> None:
 
 
 def keyword_options(function: Callable[..., Any], own: Collection[str]) -> dict[str, Any]:
-    """The options that a registered function has: its keyword parameters with their defaults.
-
-    Args:
-        own: names of parameters that fedkern gives itself; they are no options.
+    """The keyword parameters of a registered function with their defaults, without fedkern's ``own`` parameters.
 
     Raises:
         TypeError: a parameter has no default, or the function takes any keywords or any further arguments.

@@ -22,11 +22,7 @@ def command_parser(command: str, description: str) -> Parser:
 
 
 def add_data(parser: Parser, options: str) -> None:
-    """Adds the flags of another data set than the run's own.
-
-    Args:
-        options: help of ``--data-option``.
-    """
+    """Adds the flags of another data set than the run's own; ``options`` is the help of ``--data-option``."""
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
     parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
     parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images; by default the run's "
@@ -37,11 +33,7 @@ def add_data(parser: Parser, options: str) -> None:
 
 
 def add_code(parser: Parser, *, data: bool) -> None:
-    """Adds the flags that name the code of a stored run again.
-
-    Args:
-        data: whether the command reads another data set, which a plugin may have.
-    """
+    """Adds the flags that name the code of a stored run again, and with ``data`` that of another data set."""
     own = "code that registers the run's method or network"
     parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
                         help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
@@ -50,11 +42,7 @@ def add_code(parser: Parser, *, data: bool) -> None:
 
 
 def add_common(parser: Parser, printed: str) -> None:
-    """Adds ``--json`` and ``--help``.
-
-    Args:
-        printed: what ``--json`` prints.
-    """
+    """Adds ``--help``, and ``--json``, which prints what ``printed`` names."""
     parser.add_argument("--json", action="store_true", help=f"print {printed} as JSON")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
 

@@ -30,11 +30,7 @@ from fedkern.settings.given_paths import absolute, named_options
 
 @contextmanager
 def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
-    """The run folder; the default folder is made at once, so that no other run takes it, and removed if left empty.
-
-    Raises:
-        UserError: the folder cannot be made, or holds files that a new run would overwrite.
-    """
+    """The run folder; the default folder is made at once, so that no other run takes it, and removed if left empty."""
     from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
     if request.resume is not None:
@@ -132,11 +128,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
 
 
 def _illustrate(request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...]) -> None:
-    """Draws the pictures of a finished run, and writes its report where it was asked for.
-
-    Raises:
-        UserError: pictures or report cannot be written; the message says how to try again.
-    """
+    """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.names import say
     from fedkern.report.pictures import finished_pictures
     from fedkern.report.progress import terminal
@@ -165,11 +157,7 @@ def _illustrate(request: Request, config: RunConfig, out: Path, data: Any, code:
 
 
 def _trackers(request: Request) -> list[Listener]:
-    """The trackers that ``--tensorboard`` and ``--wandb`` name.
-
-    Raises:
-        UserError: the package of a tracker is not installed.
-    """
+    """The trackers that ``--tensorboard`` and ``--wandb`` name."""
     found: list[Listener] = []
     if request.tensorboard:
         from fedkern.listeners import TensorBoard
@@ -186,9 +174,6 @@ def _stored(request: Request) -> RunConfig:
     """The settings of the run to resume.
 
     Flags may repeat stored settings.  Only --data-root, --cache, --device and --workers may differ from them.
-
-    Raises:
-        UserError: the folder holds no run, or a run with settings other than the flags.
     """
     assert request.resume is not None
     wanted = absolute(request.settings)

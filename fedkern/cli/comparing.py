@@ -125,11 +125,7 @@ def parse(words: Sequence[str]) -> Request | None:
 
 
 def _settings(method: str, rest: Sequence[str], parser: argparse.ArgumentParser) -> Request:
-    """The run's settings behind the methods, as a request for one of the methods.
-
-    Raises:
-        UserError: an unknown flag, an invalid value, or a flag that a comparison does not take.
-    """
+    """The run's settings behind the methods, as a request for one of the methods."""
     own = [name for action in parser._actions for name in action.option_strings]
     try:
         run = flags.parse([method, *rest])

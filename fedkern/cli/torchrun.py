@@ -19,9 +19,6 @@ RUNS = ("run", "resume", "extend")
 def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable[[Request], int]]) -> int:
     """Does what the command line asks, on all ranks where torchrun has started this process; returns the exit code.
 
-    Args:
-        commands: the function of every command.
-
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
@@ -52,11 +49,7 @@ def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable
 
 
 def _take_gpu(request: Request, place: Place) -> None:
-    """Gives this rank the GPU of its number on this machine, where there are GPUs.
-
-    Raises:
-        UserError: the machine has fewer GPUs than ranks.
-    """
+    """Gives this rank the GPU of its number on this machine, where there are GPUs."""
     import torch
 
     if request.settings.get("device") == "cpu" or not torch.cuda.is_available():
@@ -71,11 +64,7 @@ def _take_gpu(request: Request, place: Place) -> None:
 
 
 def _again(request: Request, place: Place) -> Request:
-    """The request of this start of the ranks: after a restart, that goes on with the run which was begun before.
-
-    Raises:
-        UserError: the run has no folder that a restart would find.
-    """
+    """The request of this start of the ranks: after a restart, that goes on with the run which was begun before."""
     if request.command == "run":
         if request.out is None:
             if not place.most_restarts:

@@ -137,12 +137,7 @@ class LiveBoard(LineBoard):
 
 
 def board(*, quiet: bool, json: bool) -> Board:
-    """Chooses the display, which writes to standard error.
-
-    Args:
-        quiet: show nothing.
-        json: show nothing, unless a person watches a terminal.
-    """
+    """Chooses the display, which writes to standard error: none if ``quiet``, for ``json`` one on a terminal alone."""
     console = terminal(stderr=True)
     if quiet or (json and not console.is_terminal):
         return Board()

@@ -178,11 +178,7 @@ class Runner:
         return [*(part for _, part in cell.config.code()), *cell.config.plugins]
 
     def _stored(self, cell: Cell) -> RunConfig:
-        """The settings to go on with a cell's run.
-
-        Raises:
-            UserError: the run has other settings, or its folder is damaged.
-        """
+        """The settings to go on with a cell's run."""
         folder = self.folder(cell)
         check_regular(folder)
         stored = RunConfig.load(folder, trusted=self._trusted(cell), device=cell.config.device)
@@ -202,10 +198,7 @@ class Runner:
 def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
     """The best variant of every method, by the main figure on the validation set of one seed's runs.
 
-    Test figures choose nothing.  Of equally good variants the first is taken.
-
-    Args:
-        runner: runs the variants; a failed one is not chosen.
+    Test figures choose nothing.  Of equally good variants the first is taken, a failed one never.
 
     Returns:
         A variant for every method with a finished run, and a sentence for every method that had a choice.

@@ -164,11 +164,7 @@ def _variant(method: str, point: Iterable[tuple[str, str, Any]]) -> Variant:
 
 
 def _distinct(knob: Any, values: Sequence[Any], name: str) -> list[Any]:
-    """The values as the setting's type.
-
-    Raises:
-        UserError: a value out of range, or two equal values.
-    """
+    """The values as the setting's type."""
     found = [knob.convert(value) for value in values]
     for value in found:
         if found.count(value) > 1:
@@ -178,9 +174,6 @@ def _distinct(knob: Any, values: Sequence[Any], name: str) -> list[Any]:
 
 def cells(chosen: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
     """The runs of some variants, seed by seed: after the first pass every variant has one.
-
-    Args:
-        make: makes the settings of a run.
 
     Raises:
         UserError: settings that a method does not take, or more than `MOST_CELLS` runs.

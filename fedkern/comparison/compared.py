@@ -103,11 +103,9 @@ def play(
     """Runs a comparison and writes its files; finished runs in the folder are not run again.
 
     Args:
-        runner: folder, settings and display.
         seeds: the seeds; the first one serves for ``select``.
         select: ``"validation"`` runs only the best variant of every method with all seeds; None runs all.
         target: see :class:`~fedkern.comparison.results.Result`.
-        notes: sentences for the result.
 
     Raises:
         UserError: settings that cannot be run, a run folder of other settings, every run failed, or no round tells the
@@ -265,14 +263,7 @@ def compare(
 
 
 def _distinct_names(given: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """The methods' names, each once.
-
-    Args:
-        given: name of every method, and the options that an object of it was made with.
-
-    Raises:
-        UserError: no method, one that is given twice with the same options, or two classes of one name.
-    """
+    """The methods' names, each once, of names with the options that an object of the method was made with."""
     plain = [name for name, options in given if not options]
     check_methods(plain if len(plain) == len(given) else list(dict.fromkeys(name for name, _ in given)))
     for entry in given:
@@ -291,11 +282,7 @@ def _distinct_names(given: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]
 def _of_objects(
     name: str, given: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
 ) -> list[Variant]:
-    """The variants of a method: of every object that is given, with all points of the sweep.
-
-    Raises:
-        UserError: an option that an object was made with is swept, or given beside the methods.
-    """
+    """The variants of a method: of every object that is given, with all points of the sweep."""
     beside = given_paths.named_options(name, {key: options[key] for key in option_names(name) & options.keys()})
     taken = {*beside, *(key for variant in swept for key in variant.options)}
     found = []

@@ -33,16 +33,9 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """The differences ``own - other`` over the seeds that both have, with Student's t interval.
+    """The differences ``own - other`` over the seeds that both have, with Student's t interval; None without any.
 
     The interval assumes that the differences are normally distributed over seeds.
-
-    Args:
-        own: figure by seed.
-        other: figure of the method to compare with, by seed.
-
-    Returns:
-        None where the two have no seed in common.
     """
     seeds = own.keys() & other.keys()
     if not seeds:

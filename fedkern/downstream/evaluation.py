@@ -41,22 +41,8 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Evaluates the network of a finished run.
 
-    Args:
-        data: name of another data set, or federated data in memory; None: the run's own.  Only the test sets and the
-            validation set are looked at.
-        data_root: folder of the data's files; for the run's own data the folder where they are now.
-        data_options: options of the other data set.
-        cache: folder that keeps decoded images (:func:`fedkern.data.load`).  None: for the run's own data the folder
-            that the run used, if it is there.
-        trusted: what may be imported, see :func:`fedkern.load`.
-        model: the run's network, where a script made it.
-
-    Returns:
-        The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...
-
-    Raises:
-        UserError: the folder has no finished run, the data have other classes, another image size or another task, or
-            there is a cache for data in memory.
+    Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
+    ``model`` are those of :func:`fedkern.load`.
     """
     if cache is not None and isinstance(data, FederatedData):
         raise UserError("cache is for image files, and these data are in memory: leave it out.")

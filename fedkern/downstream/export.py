@@ -47,19 +47,11 @@ class Deployed(nn.Module):
 
 @reproducible()
 def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
-    """Writes the network to a file, and what it is to a JSON file beside it.
+    """Writes the network to a file in one of the `FORMATS`, and what it is to a JSON file beside it; returns both.
 
     ``onnx`` and ``torch-export`` files take fp32 images ``[B, C, H, W]`` in [0, 1], of any number B, and return logits.
     A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are normalised by the
     ``mean`` and ``std`` that the JSON file has.
-
-    Args:
-        predictor: the network.
-        out: the file.
-        kind: one of `FORMATS`.
-
-    Returns:
-        The two files.
 
     Raises:
         UserError: a package for the format is missing, the network cannot be written in it, or a file cannot be

@@ -11,14 +11,7 @@ from fedkern.errors import UserError
 
 
 def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
-    """Checks that the images of a data set have the shape of those that a run saw.
-
-    Args:
-        about: the facts that the run stored of its network.
-
-    Raises:
-        UserError: other channels, height or width.
-    """
+    """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
     expected = (about["channels"], *about["image_size"])
     if tuple(data.image_shape) != expected:
         shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]

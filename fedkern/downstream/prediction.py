@@ -70,11 +70,7 @@ class Predictor:
     @classmethod
     @reproducible()
     def open(cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None) -> Self:
-        """Reads the network of a run folder.
-
-        Args:
-            trusted: what may be imported, see :func:`fedkern.load`.
-            model: the run's network, where a script made it.
+        """Reads the network of a run folder; ``trusted`` and ``model`` as in :func:`fedkern.load`.
 
         Raises:
             UserError: the folder has no finished run, a run of image-text pairs, or one whose network saw parts of
@@ -237,7 +233,6 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, 
 
     Args:
         folder: is made; it must not exist.
-        paths: the images.
         rows: every image with the class of every pixel, uint8 ``[H, W]``, and its size (width, height), in the order
             of ``paths``.
 

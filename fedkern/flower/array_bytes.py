@@ -73,14 +73,10 @@ class Header(NamedTuple):
 
 
 def header(array: Any, name: str) -> Header:
-    """The form of an array, checked against the length of its bytes.
-
-    Args:
-        array: an array in Flower's own encoding, or a flat vector.
-        name: how messages call the array.
+    """The form of an array, plain or a flat vector, checked against the length of its bytes.
 
     Raises:
-        Misfit: the encoding, the header or the length is wrong.
+        Misfit: the encoding, the header or the length is wrong; ``name`` is how the message calls the array.
     """
     data = array.data
     if array.stype == FLAT:

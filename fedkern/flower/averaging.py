@@ -74,11 +74,7 @@ class Combined(NamedTuple):
 
 
 def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
-    """Decorates a strategy so that its signature shows the arguments of Flower's and fedkern's own.
-
-    Args:
-        extra: further arguments by name, which are given by name.
-    """
+    """Decorates a strategy so that its signature shows the arguments of Flower's, ``extra`` ones and fedkern's own."""
 
     def decorate(cls: C) -> C:
         inherited: Any = cls.__init__  # type: ignore[misc]
@@ -319,11 +315,7 @@ class FedAvg(flower.FedAvg):
         return made
 
     def begin(self, arrays: ArrayRecord | None, nodes: Sequence[int]) -> None:
-        """Notes what a round sends: replies must have the form of ``arrays``.
-
-        Args:
-            arrays: the arrays sent; None where the messages have none, so that the replies' own form counts.
-            nodes: the nodes that they are sent to.
+        """Notes the arrays and nodes of a round: replies must have the form of ``arrays``, or if None their own.
 
         Raises:
             UserError: the arrays do not hold real numbers.
@@ -347,11 +339,7 @@ class FedAvg(flower.FedAvg):
     # -- replies -------------------------------------------------------------------------------------------------------
 
     def _take(self, reply: Message, gathered: Any) -> _Content:
-        """Checks a reply and adds it to what the round keeps.
-
-        Raises:
-            Misfit: the reply does not count.
-        """
+        """Checks a reply and adds it to what the round keeps."""
         content, node = _content(reply), _node(reply)
         arrays = _only(content, ArrayRecord)
         weight = self._weight(content)
@@ -370,11 +358,7 @@ class FedAvg(flower.FedAvg):
         return _Content(node, adapter.without_arrays(content), weight)
 
     def _weight(self, content: RecordDict) -> float:
-        """The weight of a reply, whose metrics are checked.
-
-        Raises:
-            Misfit: the metrics are not numbers, or the weight is none.
-        """
+        """The weight of a reply, whose metrics are checked."""
         metrics = _only(content, MetricRecord)
         weight = metrics.get(self.weighted_by_key)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -400,11 +384,7 @@ class FedAvg(flower.FedAvg):
             adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
 
     def _tell(self, server_round: int, counted: int, left: list[LeftOut]) -> None:
-        """Logs which replies counted.
-
-        Raises:
-            UserError: no reply so far has had the form of the arrays sent.
-        """
+        """Logs which replies counted."""
         self._log(server_round, counted, left, "replies")
         self._ever_fitted |= bool(counted)
         if counted:
@@ -568,11 +548,7 @@ def _alike(contents: list[_Content]) -> list[_Content]:
 
 
 def _content(reply: Message) -> RecordDict:
-    """The records of a reply.
-
-    Raises:
-        Misfit: the reply is an error.
-    """
+    """The records of a reply."""
     if reply.has_error():
         raise Misfit("error", f"is an error: {reply.error.reason}")
     return reply.content

@@ -267,8 +267,7 @@ class Model:
     def check_finite(self, but_for_sums: bool = False) -> None:
         """Checks that all numbers are finite, also in the dtype of the new model, or infinite as they were sent.
 
-        Args:
-            but_for_sums: checks nothing where a sum in fp64 shows whether the numbers are good.
+        With ``but_for_sums`` nothing is checked where a sum in fp64 shows whether the numbers are good.
 
         Raises:
             Misfit: they are not.

@@ -196,13 +196,10 @@ class AllModels:
         return made
 
     def mean(self, as_arrays: bool) -> NewModel | None:
-        """The weighted mean of all models; None where all weights are 0.
+        """The weighted mean of all models (see :class:`NewModel`); None where all weights are 0.
 
         A model of NaN or infinity makes the mean infinite or NaN, so that only then all models are looked at.  Such
         models move to :attr:`refused`.  Numbers of which the mean does not tell must have been checked before.
-
-        Args:
-            as_arrays: see :class:`NewModel`.
         """
         while any(self.weights):
             made = NewModel(self.layout, as_arrays)

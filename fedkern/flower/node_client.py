@@ -358,10 +358,7 @@ class Reply:
 def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
     """What all clients of a run share, as :func:`fedkern.engine.run.run` makes it, for a client that works elsewhere.
 
-    Args:
-        config: the run's settings.
-        notice: called with the progress of something long.
-        alone: the client whose data this machine has, and no others'; None: this machine has the data of all clients.
+    ``alone`` is the client whose data alone this machine has; None: this machine has the data of all clients.
 
     Raises:
         UserError: the data, or the files that the settings name, are not on this machine.

@@ -38,11 +38,7 @@ class Version(NamedTuple):
 
 
 class NodeFolder:
-    """The folder of a client.
-
-    Args:
-        base: folder of all runs on this node.
-    """
+    """The folder of a client, in the folder ``base`` of all runs on this node."""
 
     def __init__(self, base: Path, run: str, client: int) -> None:
         self.path = base / run / f"client-{client:05d}"
@@ -76,11 +72,7 @@ class NodeFolder:
             ) from None
 
     def write_state(self, version: Version, content: dict[str, Any], oldest: int) -> None:
-        """Writes a state, and deletes those that no checkpoint of the server can name.
-
-        Args:
-            oldest: oldest round of the plan whose states are still needed.
-        """
+        """Writes a state, and deletes those that no checkpoint of the server can name: of rounds before ``oldest``."""
         states.save(self._state(version), content)
         names = [Version(*found) for found in self._numbered(_STATE)]
         before = max((each for each in names if each.plan == version.plan and each < version), default=None)

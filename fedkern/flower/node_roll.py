@@ -51,8 +51,7 @@ class Roll:
     def meet(self, warn: Warn) -> None:
         """Waits for the nodes of all clients; the run goes on without some of them.
 
-        Args:
-            warn: takes warnings, a name and a sentence, from now on.
+        From now on ``warn`` takes warnings, a name and a sentence.
 
         Raises:
             UserError: no node of a client is connected, or takes part.

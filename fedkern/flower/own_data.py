@@ -34,9 +34,6 @@ def form_of(data: FederatedData) -> dict[str, Any]:
 def declared(config: RunConfig, roll: Roll, warn: Callable[[str, str], None]) -> FederatedData:
     """The federation as the server sees it: its own test sets, and the number of samples of every node.
 
-    Args:
-        warn: takes warnings, a name and a sentence.
-
     Raises:
         UserError: a node is missing, or has data of another form.
     """

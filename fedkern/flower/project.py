@@ -261,14 +261,9 @@ Files that settings name by a path (data, initial weights, teachers) must be on 
 
 
 def simulation(folder: Path, given: Sequence[str]) -> list[str]:
-    """Flower's settings of a simulation of a project on this machine.
+    """Flower's settings of a simulation of a project on this machine: fedkern's, then the user's ``given`` ones.
 
-    Args:
-        folder: folder of any Flower project; of a :class:`Project`, each client needs a node.
-        given: the user's settings, ``"key=value ..."`` in TOML.
-
-    Returns:
-        The settings, the user's last.
+    In a :class:`Project`, each client needs a node; the folder may be that of any other Flower project too.
 
     Raises:
         UserError: Ray is not installed, or nobody says how many clients there are.

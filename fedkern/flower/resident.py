@@ -62,9 +62,7 @@ def ask(
 ) -> Parcel | None:
     """The answer of the resident (see `fedkern.flower.node_process.answer`), which is started where there is none.
 
-    Args:
-        header, parcel, run_config, node, notice: as for `fedkern.flower.node_process.answer`.
-        stays: seconds after a message at which the resident ends, if it is started now.
+    A resident that is started now ends ``stays`` seconds after its last message.
 
     Returns:
         The answer; None where no resident can be had.
@@ -98,11 +96,7 @@ def possible() -> bool:
 
 
 def end(run: str, node: Mapping[str, Any]) -> None:
-    """Ends the resident of a run, if there is one.
-
-    Args:
-        node: the node's configuration (`fedkern.flower.node_config`).
-    """
+    """Ends the resident of a run on the node of this configuration, if there is one."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
         if user_of(link) == os.geteuid():

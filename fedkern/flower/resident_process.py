@@ -20,12 +20,9 @@ PATIENCE = 10.0
 
 
 def live(door: int, parent: int, stays: float) -> None:
-    """Answers messages until none has come for a while.
+    """Answers messages at the listening socket ``door`` until none has come for ``stays`` seconds.
 
-    Args:
-        door: descriptor of the listening socket.
-        parent: descriptor of the process with which this one ends.
-        stays: seconds to wait for a message.
+    Both ``door`` and ``parent``, the process with which this one ends, are descriptors.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the SuperNode decides, and this process follows it
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

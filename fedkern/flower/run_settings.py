@@ -74,11 +74,9 @@ def setting_key(field: str) -> str:
 
 
 def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSettings:
-    """Reads a run-config, and loads the plugins that it names.
+    """Reads Flower's flat run-config, and loads the plugins that it names.
 
-    Args:
-        run_config: Flower's flat run-config.
-        data_root: folder of the data on this machine, instead of that of the run-config.
+    ``data_root`` is the folder of the data on this machine, instead of that of the run-config.
 
     Raises:
         UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.

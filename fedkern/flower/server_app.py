@@ -33,10 +33,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Plays a run and returns its summary.
-
-    Args:
-        run_config: the flat run-config (`fedkern.flower.run_settings`).
+    """Plays the run of a flat run-config (`fedkern.flower.run_settings`), and returns its summary.
 
     Raises:
         UserError: anything that the user can put right.

@@ -64,11 +64,7 @@ class Audience(Listeners):
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Gives every listener its state of a checkpoint; states of absent listeners stay for a later resumption.
-
-        Args:
-            states: what :meth:`states` returned at the checkpoint.
-        """
+        """Gives every listener its state of a checkpoint; states of absent listeners stay for a later resumption."""
         self._states = dict(states)
 
         def give(each: Listener) -> None:

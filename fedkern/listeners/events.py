@@ -133,12 +133,7 @@ class Listeners(Listener):
         self.info: RunInfo | None = None
 
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
-        """Passes an event to every listener.
-
-        Args:
-            hook: name of the event, and ``early``: whether a UserError in it is for the user; both for subclasses.
-            call: passes the event to one listener.
-        """
+        """Passes the event ``hook`` to every listener; subclasses read ``early``: a UserError in it is for the user."""
         for each in self.listeners:
             call(each)
 

@@ -52,10 +52,7 @@ def need_opacus() -> Any:
 
 
 def check_network(module: nn.Module, name: str) -> None:
-    """Checks that a network has per-sample gradients.
-
-    Args:
-        name: what the user calls the network.
+    """Checks that a network, which the user calls ``name``, has per-sample gradients.
 
     Raises:
         UserError: the network has batch norm or other layers that keep statistics, or opacus is not installed.
@@ -189,8 +186,7 @@ def keep_finite(module: nn.Module) -> None:
 def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
     """Sums the gradients of each patient's samples after a backward pass; rows of ``grad_sample`` become patients.
 
-    Args:
-        patients: int64 [B], the patient of every sample of the batch.
+    ``patients`` int64 ``[B]`` has the patient of every sample of the batch.
     """
     position = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
     for parameter in module.parameters():

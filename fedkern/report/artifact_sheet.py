@@ -19,12 +19,9 @@ TABLES = 4  # tables side by side, evenly over the run
 
 
 def draw(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:
-    """Draws all artifacts of one name.
+    """Draws all artifacts of one name, in the order of their rounds: all images, or all tables.
 
-    Args:
-        entries: the artifacts in the order of their rounds, all images or all tables.
-        title: title of the picture.
-        classes: class names, for an axis called ``"class"``.
+    ``classes`` names the positions of an axis called ``"class"``.
     """
     if entries[0].value.dim() == 4:
         images(entries, path, title=title)

@@ -84,14 +84,7 @@ def evenly(count: int, most: int) -> list[int]:
 def of_rounds(
     name: str, title: str, figure: Figure, series: Sequence[Series], *, unit: str = "", note: str = ""
 ) -> Chart:
-    """A figure of curves as a chart, with a text and a table of its series.
-
-    Args:
-        name, title, note: see `fedkern.report.html_page.Chart`.
-        figure: the figure; it is made smaller.
-        series: its curves; at least one, each with a point.
-        unit: see :func:`shown`.
-    """
+    """A figure of curves, which is made smaller, as a chart with a text and a table of its series."""
     figure.set_size_inches(NARROW * figure.get_figwidth(), LOW * figure.get_figheight())
     return Chart(name, title, _told(series, unit), svg(figure, name), [rounds_table(series, unit)], note)
 
@@ -101,10 +94,7 @@ def curves(
 ) -> Chart:
     """Curves over the communication rounds.
 
-    Args:
-        name, title, series, unit, note: see :func:`of_rounds`.
-        axis: title of the vertical axis.
-        zero: whether the vertical axis begins at 0, which would flatten a loss that stays far above.
+    The vertical axis begins at 0, unless not ``zero``: that would flatten a loss that stays far above.
     """
     figure = new_figure(WIDTH / NARROW, 2.9 / LOW)
     axes = figure.subplots()
@@ -133,15 +123,7 @@ def curves(
 def bars(
     name: str, title: str, labels: Sequence[str], series: Sequence[Series], *, axis: str, unit: str = "", note: str = ""
 ) -> Chart:
-    """Horizontal bars, a group of them for every label; of many labels those with the lowest values.
-
-    Args:
-        name, title, note: see `fedkern.report.html_page.Chart`.
-        labels: names beside the bars.
-        series: values by label.
-        axis: title of the horizontal axis.
-        unit: see :func:`shown`.
-    """
+    """Horizontal bars, a group of them for every label; of many labels those with the lowest values."""
     order = list(range(len(labels)))
     if len(order) > BARS:
         lowest = [min(_finite([one.y[i] for one in series]), default=math.inf) for i in order]
@@ -179,10 +161,7 @@ def dots(
 ) -> Chart:  # fmt: skip
     """A dot for every run, and the mean of every group with a bar of one standard deviation.
 
-    Args:
-        name, title, note: see `fedkern.report.html_page.Chart`.
-        groups: name, values of the runs, their mean, and their standard deviation or None; in per cent.
-        axis: title of the horizontal axis.
+    A group has a name, the values of its runs, their mean, and their standard deviation or None, in per cent.
     """
     figure = new_figure(WIDTH, 1.0 + 0.45 * len(groups))
     axes = figure.subplots()
@@ -204,13 +183,7 @@ def dots(
 def counts_table(
     counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], *, row: str, column: str
 ) -> Table:
-    """Numbers of images by row and column; of many rows or columns those evenly spread.
-
-    Args:
-        counts: the numbers.
-        rows, columns: names.
-        row, column: what rows and columns are.
-    """
+    """Numbers of images by row and column; of many rows or columns those evenly spread."""
     places, lines = evenly(len(columns), COLUMNS), evenly(len(rows), ROWS)
     body = [[rows[i], *(f"{int(counts[i][j]):,}" for j in places)] for i in lines]
     parts = [f"{len(lines)} of {len(rows)} rows" * (len(lines) < len(rows)),

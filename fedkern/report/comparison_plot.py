@@ -18,11 +18,7 @@ NAMED, LEGEND = 24, 40
 
 
 def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], figure: str) -> tuple[np.ndarray, np.ndarray]:
-    """A figure of several runs by round.
-
-    Args:
-        runs: records of the rounds of each run.
-        figure: name of the figure.
+    """A figure by round, of the records of several runs.
 
     Returns:
         int64 ``[n]``, the rounds in which every run that tells the figure does; fp64 ``[runs, n]``, its values.
@@ -49,7 +45,6 @@ def curves(
     Args:
         groups: records of the rounds of every run, by the group's name.
         figures: names of the figures; fractions, drawn in per cent.
-        title: title of the picture.
         chance: see :func:`fedkern.report.chance.constants`.
 
     Returns:

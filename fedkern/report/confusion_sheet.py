@@ -27,12 +27,7 @@ _PAD = 2 / 72  # inches from a matrix to its names
 
 
 def draw(found: Confusions, *, title: str = "") -> Figure:
-    """Draws the matrices on one scale of colours, which is the share of a true class's images.
-
-    Args:
-        found: at least one matrix, of at least one class.
-        title: title of the picture.
-    """
+    """Draws at least one matrix, of at least one class, on one scale of colours: the share of a true class's images."""
     classes = len(found.classes)
     numbers = classes <= NUMBERS
     cell = max(0.42 if classes <= 10 else 0.36, 2.1 / classes) if numbers else min(max(6 / classes, 0.1), 16 / classes)

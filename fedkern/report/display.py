@@ -10,10 +10,7 @@ from fedkern.report.progress import Lines, Live, Warnings, terminal
 def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:
     """Chooses the display, which writes to standard error, so that standard output holds only results.
 
-    Args:
-        quiet: warnings only.
-        json: warnings only, unless a person watches a terminal.
-        console: where to write; None is standard error.
+    Only warnings are shown if ``quiet``, and with ``json`` unless a person watches a terminal.
     """
     console = console or terminal(stderr=True)
     if quiet:

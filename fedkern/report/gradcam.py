@@ -21,12 +21,7 @@ _NAMES = {"id": "in distribution", "ood": "out of distribution", "": "test"}
 
 
 def choose(labels: Tensor, count: int) -> Tensor:
-    """Rows to show: the first image of every class in turn, then the second, until there are ``count``.
-
-    Args:
-        labels: int64 ``[n]``.
-        count: how many rows.
-    """
+    """Up to ``count`` rows of ``labels`` int64 ``[n]``: the first image of every class in turn, then the second."""
     order = labels.argsort(stable=True)
     grouped = labels[order]
     start = torch.searchsorted(grouped, grouped, right=False)
@@ -48,11 +43,8 @@ def draw(
     share of the map inside the object.
 
     Args:
-        model: the global model.
         panels: test set name to (uint8 images ``[n, C, H, W]``, the same images normalised, labels int64 ``[n]``, masks
             bool ``[n, H, W]`` or None).
-        classes: class names.
-        title: title of the picture.
     """
     columns = max(len(labels) for _, _, labels, _ in panels.values())
     reference = next(model.parameters())

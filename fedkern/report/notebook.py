@@ -34,11 +34,7 @@ def of_rich(table: Table, notes: Sequence[str] = ()) -> str:
 
 
 def run_table(summary: Mapping[str, Any], out: Path) -> str:
-    """The final figures of a run and its warnings as HTML.
-
-    Args:
-        summary: contents of ``summary.json``.
-    """
+    """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
     warned = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
     return of_rich(final_table(summary), [*([worst] if worst else []), *warned, f"run folder {out}"])
@@ -47,13 +43,7 @@ def run_table(summary: Mapping[str, Any], out: Path) -> str:
 def rounds_table(
     records: Sequence[Mapping[str, Any]], title: str, notes: Sequence[str] = (), tests: Collection[str] = ()
 ) -> str:
-    """The rounds with their main figures as HTML; of many rounds evaluated ones, evenly spaced, and the last one.
-
-    Args:
-        records: records of the rounds.
-        title, notes: lines above and below the table.
-        tests: names of the run's test sets.
-    """
+    """The rounds with their main figures as HTML; of many rounds evaluated ones, evenly spaced, and the last one."""
     few = len(records) <= ROUNDS
     known = [record for record in records if few or any(map(is_main, record)) or record is records[-1]]
     every = -(-len(known) // ROUNDS) or 1

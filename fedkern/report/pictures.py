@@ -89,7 +89,6 @@ def finished_pictures(
     """The pictures at the end of a run: draws them, or finds those of a run that was finished before.
 
     Args:
-        run_dir: the run folder.
         data: the data that the run announced to its listeners; None: the run was finished before.
         model, data_root, trusted: see :func:`write_pictures`.
 

@@ -84,9 +84,7 @@ def save(figure: Figure, path: Path) -> None:
 def svg(figure: Figure, name: str) -> str:
     """A figure as an SVG element of an HTML page, on the page's ground and in its font; equal figures give equal texts.
 
-    Args:
-        figure: the figure; its ground and those of its axes are taken away.
-        name: start of all ids inside, which must differ within a page.
+    The grounds of the figure and its axes are taken away.  All ids inside begin with ``name``, one of a kind on a page.
     """
     figure.set_facecolor("none")
     for axes in figure.axes:
@@ -123,9 +121,7 @@ def entitle(figure: Figure, text: str) -> None:
 def legend_below(figure: Figure, narrow: float = NARROW, low: float = LOW) -> None:
     """Names all curves of a figure under its axes, where the names cover no curve, and makes room for the names.
 
-    Args:
-        figure: the figure, with all its curves.
-        narrow, low: shares of the figure's width and height that are left on a page.
+    ``narrow`` and ``low`` are the shares of the figure's width and height that are left on a page.
     """
     named = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {text: handle for each in named for handle, text in zip(*each, strict=True)}
@@ -186,8 +182,6 @@ def accuracy_curves(
 
     Args:
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
-        title: title of the picture.
-        tests: names of the run's test sets.
         chance: see :func:`fedkern.report.chance.constants`.
         stacked: put axes of other numbers of candidates below each other, for a narrow page, rather than side by side.
 
@@ -309,14 +303,10 @@ def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]], top
 
 
 def partition_picture(statistics: Any, *, title: str = "") -> Figure:
-    """Draws how many training samples of each class every client holds.
+    """Draws how many training samples of each class every client holds, from ``PartitionStatistics``.
 
     Of more than `DRAWN` clients as many are drawn, evenly spaced by size (`PartitionStatistics.spread`).  Of a coloured
     data set a second panel has the background colour of every class of every client.
-
-    Args:
-        statistics: ``fedkern.data.statistics.PartitionStatistics``.
-        title: title of the picture.
     """
     shown = statistics.spread(DRAWN)
     counts = np.asarray(statistics.counts)[shown]

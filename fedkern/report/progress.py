@@ -127,12 +127,7 @@ def schedule(words: Sequence[str]) -> list[str]:
 
 
 def figures_by_set(record: Mapping[str, Any], tests: Collection[str] = ()) -> dict[str, str]:
-    """The accuracy (or Dice, or recall at 1) of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``.
-
-    Args:
-        record: record of a round, or final figures.
-        tests: names of the run's test sets.
-    """
+    """The accuracy (or Dice, or recall at 1) of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
     found = {}
     for name, value in record.items():
         test_set, figure = split_metric(name, tests)
@@ -165,11 +160,8 @@ def _in_parentheses(what: str) -> str:
 class Clock:
     """Estimates the time left from the rounds of this process alone, as a resumed run may have changed machines.
 
-    Set-up rounds do not count.  A round is taken to last as long as those so far that trained the same, or, where none
-    did, as long as those that trained what the last one did.
-
-    Args:
-        words: what every round trains.
+    Set-up rounds do not count.  A round is taken to last as long as those so far that trained the same (``words``), or,
+    where none did, as long as those that trained what the last one did.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -321,12 +313,7 @@ def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Ca
     """Shows on standard error how far a long task has come; yields a function to call after every part.
 
     On a terminal it shows a bar, elsewhere a line now and then, and none for a task of seconds: ``predicting: 2,000 of
-    100,000 images, 20 min 05 s left``.
-
-    Args:
-        total: number of parts.
-        doing, things: words for the task and for its parts.
-        json: show nothing, unless a person watches a terminal.
+    100,000 images, 20 min 05 s left``.  With ``json`` it shows nothing, unless a person watches a terminal.
     """
     console = terminal(stderr=True)
     if json and not console.is_terminal:

@@ -88,12 +88,7 @@ def retrieval_examples(
     model: nn.Module | None = None,
     trusted: Collection[str] = (),
 ) -> tuple[list[Found], str]:
-    """Images evenly spread over the first test set, each with its nearest captions.
-
-    Args:
-        folder, config: the finished run.
-        data: the run's image-text data.
-        model, trusted: see :func:`fedkern.downstream.saved_network.read_model`.
+    """Images evenly spread over the first test set of a finished image-text run, each with its nearest captions.
 
     Returns:
         The examples, and a sentence on them.

@@ -146,7 +146,6 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
     """Reads a run folder, and the run's data where they can be had.
 
     Args:
-        run_dir: the run folder.
         data: the run's ``FederatedData`` without its holdout; None loads the data again.
         data_root: current folder of the data files.
         trusted: code that may be imported (see :func:`fedkern.load`).
@@ -240,14 +239,7 @@ def page(
     model: nn.Module | None = None,
     trusted: Collection[str] = (),
 ) -> Page:
-    """The page of a run.
-
-    Args:
-        run: what is known of the run.
-        command: the command that repeats the run.
-        undrawn: why the run's pictures could not be drawn; None where they were.
-        model, trusted: see :func:`write_report`.
-    """
+    """The page of a run; ``undrawn`` is why its pictures could not be drawn, None where they were."""
     config = run.config
     state = "finished" if run.summary is not None else "not finished"
     count = config.trained_clients
@@ -337,9 +329,7 @@ def constants(run: Contents) -> dict[str, float]:
 def baseline(run: Contents, *, judged: bool = True) -> list[str]:
     """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell.
 
-    Args:
-        run: the run.
-        judged: also say whether the run's network is hardly better.
+    If ``judged``, a second sentence says whether the run's network is hardly better.
     """
     found = constants(run)
     if not found:

@@ -31,7 +31,6 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
         split: has the uint8 images ``[n, C, H, W]`` and labels int64 ``[n, H, W]`` to show.
         inputs: the images, normalised.
         classes: class names, the background first.
-        title: title of the picture.
     """
     reference = next(model.parameters())
     predicted = model(inputs.to(device=reference.device, dtype=reference.dtype)).argmax(1).cpu()

@@ -140,12 +140,9 @@ def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of a run: a row for each figure and a column for each test set, then bytes and time.
+    """The closing table of a run's ``summary.json``: figures by test set, then bytes and time.
 
     The validation set serves to choose settings.  Its figures are no results and are not shown.
-
-    Args:
-        summary: contents of ``summary.json``.
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
     rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
@@ -175,13 +172,7 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
     """Recall (Dice, or AUROC of labels) of the classes by test set; of many classes those with the lowest figures.
 
     A line below names classes without a figure, because a test set has no sample of them.  The figures of all classes
-    are in summary.json.
-
-    Args:
-        summary: contents of ``summary.json``.
-
-    Returns:
-        None where the summary has no such figures.
+    are in summary.json.  None where a summary has no such figures.
     """
     tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
     figure = next((name for name in ("recall", "dice", "auroc") if any(name in each for each in tables.values())), None)
@@ -253,8 +244,7 @@ def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
 def own_tests_table(summary: Mapping[str, Any]) -> Table:
     """Main figures of the first clients on their own test sets, or on their parts of the run's test set.
 
-    Args:
-        summary: contents of ``summary.json`` with ``client_metrics``; evaluation.csv lists all clients.
+    evaluation.csv lists all clients.
     """
     clients = summary["client_metrics"]
     own = summary.get("client_test_set") == "own"
@@ -287,12 +277,7 @@ def worst_client_line(summary: Mapping[str, Any]) -> str:
 
 
 def attack_table(found: Mapping[str, Any], name: str) -> Table:
-    """The table of a membership attack's result.
-
-    Args:
-        found: the result of `fedkern.downstream.membership_attack.attack`.
-        name: the run attacked, for the title.
-    """
+    """The table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
     table = Table(
         title=plain(f"membership attack on {name}", "table.title"),
         title_justify="left",
@@ -324,11 +309,7 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
-    """The table of a downstream task's figures, with a row for each test set.
-
-    Args:
-        result: ``command``, ``method``, ``data``, ``networks`` and ``rows``; fractions are shown in per cent.
-    """
+    """The table of a downstream task's figures, with a row for each test set; fractions are shown in per cent."""
     many = result["networks"]
     mean = f", mean over {many} networks" if many > 1 else ""
     title = plain(f"{result['command']}: {result['method']} on {result['data']}{mean}", "table.title")

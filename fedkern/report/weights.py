@@ -33,16 +33,10 @@ PANELS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
 def weights_picture(
     records: Sequence[Mapping[str, Any]], *, title: str = "", by_samples: bool = False
 ) -> Figure | None:
-    """Draws the client weights of each round above the clients' losses; dotted lines are the initial weights.
+    """Draws the client weights of each round above the clients' losses; None if there was nothing to draw.
 
-    Args:
-        records: the lines of ``metrics.jsonl``; ``clients`` of each line holds ``weight``, ``own_loss``, ``samples``
-            and, where clients have names, ``name`` of the clients that took part.
-        title: title of the picture.
-        by_samples: whether the initial weights are the clients' shares of the samples; otherwise they are equal.
-
-    Returns:
-        None if there was nothing to draw.
+    Dotted lines are the initial weights: the clients' shares of the samples if ``by_samples``, otherwise equal.
+    The ``clients`` of a record hold ``weight``, ``own_loss``, ``samples`` and, where clients have names, ``name``.
     """
     curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {name: {} for name in PANELS}
     for record in records:
