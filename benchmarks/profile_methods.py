@@ -35,7 +35,7 @@ PARTS = (FORWARD, BACKWARD, NORM, PRODUCTS, OTHER, OURS, BATCHES, STEP, EVALUATE
 WHOLE = "whole run"  # the region around all others
 
 REGIONS = {
-    "fedkern.settings.run_data:load_data": LOAD,
+    "fedkern.engine.run:load_data": LOAD,
     "fedkern.data.pixels:Pixels.take": BATCHES,
     "fedkern.engine.samples:take_tokens": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
@@ -43,7 +43,7 @@ REGIONS = {
     "fedkern.engine.client_states:ClientStates._write": KEEP,
     "fedkern.engine.training:stepper": STEP,
 }
-"""Functions whose time is one part, as module:name; of `stepper` it is what it returns."""
+"""Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is what it returns."""
 OPERATORS = (
     "Accumulator.add", "Accumulator.mean", "FlatParameters.load_parameters", "FlatParameters.load_buffers",
     "FusedBlocks.forward", "blend", "consensus", "contrastive", "dual_kl", "ensemble_kl", "entropy", "fuse_concat",

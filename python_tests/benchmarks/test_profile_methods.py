@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import fedkern
 from benchmarks import profile_methods
 from benchmarks.bench_methods import CASES
 from benchmarks.profile_methods import (
@@ -15,6 +16,8 @@ from benchmarks.profile_methods import (
     BATCHES,
     EVALUATE,
     FORWARD,
+    KEEP,
+    LOAD,
     NORM,
     OPERATORS,
     OTHER,
@@ -89,6 +92,25 @@ def test_what_is_marked_is_there(path):
     for part in name.split("."):
         found = getattr(found, part)
     assert callable(found)
+
+
+def test_a_run_passes_what_is_marked(monkeypatch, tmp_path):
+    simulate = profile_methods.marked(fedkern.simulate, WHOLE)  # everything is imported before it is marked
+    for path in (*REGIONS, *(f"fedkern.ops:{name}" for name in OPERATORS)):
+        module, _, name = path.partition(":")
+        holder = importlib.import_module(module)
+        *outer, last = name.split(".")
+        for one in outer:
+            holder = getattr(holder, one)
+        monkeypatch.setattr(holder, last, getattr(holder, last))  # taken back after the test
+    profile_methods.mark_all()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        simulate(
+            "fedavg", data="digits", model="mlp", train_samples=60, clients=2, rounds=1, local_steps=1, workers=1,
+            threads=1, grad_cam=0, out=tmp_path / "run", progress=False, pictures=False,
+        )  # fmt: skip
+    found = profile_methods.divided(profiler.events(), set())
+    assert [part for part in (LOAD, BATCHES, STEP, EVALUATE, OURS, KEEP) if not found[part]] == []
 
 
 def test_backward_passes_of_our_operators_are_known():
