@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import torch
 
+from fedkern.engine.parts.base import Record
+from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import Disclosure
 
 PRIVATE = Disclosure(clients=False, server=False, appraised=())
@@ -16,15 +19,15 @@ class Context:
     """Stands for a run's context.
 
     Args:
-        clients: number of clients.
+        count: number of clients.
         disclosure: what may be told; all of it where it is None.
         **settings: of the run, beside or instead of those that do nothing.
     """
 
-    def __init__(self, clients=3, disclosure=None, **settings):
+    def __init__(self, count=3, disclosure=None, **settings):
         self.config = SimpleNamespace(**{**SETTINGS, **settings})
         self.disclosure = Disclosure() if disclosure is None else disclosure
-        self.federation = SimpleNamespace(clients=clients, samples=[10 * (k + 1) for k in range(clients)])
+        self.federation = SimpleNamespace(clients=count, samples=[10 * (k + 1) for k in range(count)])
         self.data = SimpleNamespace(client_names=None, client_label=str, classes=("cat", "dog"))
         self.device, self.warnings, self.uploaded = torch.device("cpu"), {}, []
 
@@ -84,3 +87,23 @@ class Checkpoints:
 
     def write_client(self, k, plan, state):
         self.written.append((k, plan, state))
+
+
+def record(number=1, rounds=3, entry=None, **given):
+    """The record of a communication round, or of a set-up round where the number is negative."""
+    return Record(entry or Round(one_off=number < 0), number, rounds, [0, 1], **given)
+
+
+def values(record):
+    """What a record says, by name."""
+    return {name: value for name, (_, value) in record.entries.items()}
+
+
+def about(record, kind):
+    """Names of the entries of a record that are about one kind of thing."""
+    return {name for name, (found, _) in record.entries.items() if found is kind}
+
+
+def stored(state):
+    """The state of a part as a checkpoint gives it back."""
+    return json.loads(json.dumps(state, allow_nan=False))

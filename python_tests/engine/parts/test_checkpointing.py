@@ -1,0 +1,120 @@
+"""When checkpoints are made and what stands in them, without a run."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+from stand_ins import record
+from torch import nn
+
+from fedkern.engine.parts.base import Stop, Summary
+from fedkern.engine.parts.checkpointing import Checkpointing
+from fedkern.engine.progress import Progress
+from fedkern.engine.store.checkpoints import checksum
+from fedkern.engine.store.records import SUMMARY
+from fedkern.engine.timing import Timing
+from fedkern.methods.base import Round
+
+
+class Checkpoints:
+    """Notes the checkpoints that are made."""
+
+    def __init__(self, calls):
+        self._calls, self.commits, self.info = calls, [], None
+
+    @property
+    def entries(self):
+        return [{"plan": commit["plan"]} for commit in self.commits][-2:]
+
+    def commit(self, *, before, **given):
+        self._calls.append("commit")
+        before()
+        self.commits.append(given)
+
+    def amend(self, info):
+        self.info = info
+
+
+class Bench:
+    """The part with what it is made of."""
+
+    def __init__(self, out, every=3, releases=False):
+        self.calls, self.progress, self.timing = [], Progress(), Timing()
+        self.checkpoints, self.server = Checkpoints(self.calls), SimpleNamespace(state={"x": 1})
+        forget = SimpleNamespace(forget=lambda plan: self.calls.append(f"forget {plan}"))
+        self.part = Checkpointing(
+            self.checkpoints, out, facts={"data": 7}, states=lambda: {"server": {"spread": math.nan}}, every=every,
+            server=self.server, progress=self.progress, timing=self.timing,
+            ledger=SimpleNamespace(changed_rows=lambda: {1: [8, 0, 0, 0]}),
+            metrics=SimpleNamespace(sync=lambda: self.calls.append("sync")),
+            releases=forget if releases else None, alone=lambda: self.calls.append("alone"),
+        )  # fmt: skip
+
+    def round(self, number=1, rounds=10, stop=None):
+        """Plays a round of the plan; returns whether a checkpoint was made."""
+        made = len(self.checkpoints.commits)
+        one = record(number, rounds, Round(one_off=number < 0), stop=stop)
+        self.part.before_round(one)
+        self.progress.planned += 1
+        self.progress.done += number > 0
+        self.part.round_end(one)
+        return len(self.checkpoints.commits) > made
+
+
+def test_after_every_set_up_round_and_every_few_others_and_the_last(tmp_path):
+    bench = Bench(tmp_path)
+    made = [number for number in (-1, -2, *range(1, 9)) if bench.round(number, rounds=8)]
+    assert made == [-1, -2, 3, 6, 8]
+    assert [commit["round"] for commit in bench.checkpoints.commits] == [0, 0, 3, 6, 8]
+    assert [commit["plan"] for commit in bench.checkpoints.commits] == [1, 2, 5, 8, 10]
+
+
+def test_after_a_round_that_the_run_ends_with(tmp_path):
+    bench = Bench(tmp_path)
+    assert not bench.round(1)
+    assert bench.round(2, stop=Stop("enough", "It is enough."))
+
+
+def test_what_stands_in_a_checkpoint(tmp_path):
+    bench = Bench(tmp_path, every=1)
+    assert bench.round(1)
+    (commit,) = bench.checkpoints.commits
+    assert commit["server"] is bench.server.state
+    assert commit["booked"] == {1: [8, 0, 0, 0]}
+    assert commit["info"] == {"data": 7, "parts": {"server": {"spread": None}}, "finished": False}  # as JSON has it
+    assert bench.timing.phases["checkpoint"] > 0
+
+
+def test_the_folder_is_the_runs_own_before_a_round_and_before_a_checkpoint(tmp_path):
+    bench = Bench(tmp_path, every=2)
+    bench.round(1)
+    assert bench.calls == ["alone"]
+    bench.round(2)
+    assert bench.calls[1:] == ["alone", "alone", "commit", "sync"]
+
+    def taken():
+        raise RuntimeError("taken over")
+
+    bench.part._alone = taken
+    with pytest.raises(RuntimeError, match="taken over"):
+        bench.part.round_end(record(4))
+    assert len(bench.checkpoints.commits) == 1
+
+
+def test_digests_are_kept_as_long_as_a_checkpoint_may_replay_them(tmp_path):
+    bench = Bench(tmp_path, every=1, releases=True)
+    for number in (1, 2, 3):
+        bench.round(number)
+    assert [call for call in bench.calls if call.startswith("forget")] == ["forget 1", "forget 1", "forget 2"]
+
+
+def test_the_last_checkpoint_says_that_the_run_is_finished_and_with_which_files(tmp_path):
+    bench = Bench(tmp_path)
+    (tmp_path / SUMMARY).write_text("{}")
+    bench.part.finish(Summary(nn.Identity()))
+    assert bench.checkpoints.info == {
+        "data": 7, "parts": {"server": {"spread": None}}, "finished": True,
+        "results": {SUMMARY: checksum(tmp_path / SUMMARY)},
+    }  # fmt: skip
