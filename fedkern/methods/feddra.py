@@ -35,26 +35,15 @@ from torch.nn.functional import mse_loss
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    VECTORS,
-    Batch,
-    Client,
-    ClientId,
-    Declaration,
-    Federation,
-    Message,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-    option,
-)
+from fedkern.methods.base import VECTORS
 from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
 from fedkern.methods.common.frozen import remembered
 from fedkern.methods.common.supervised import TEMPERATURE
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.uploads import once
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, once
 from fedkern.models.towers import PARTS
 
 ALIGNMENT = PARTS[2:]

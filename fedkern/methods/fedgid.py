@@ -26,26 +26,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import (
+from fedkern.methods.base import LocalTraining
+from fedkern.methods.common.frozen import remembered
+from fedkern.methods.options import option
+from fedkern.methods.protocol import (
     Backgrounds,
     Batch,
-    Client,
     ClientId,
-    Declaration,
     Federation,
-    LocalTraining,
     Message,
     Observed,
     Phase,
     Received,
     Round,
-    Server,
     Upload,
-    Values,
-    option,
 )
-from fedkern.methods.common.frozen import remembered
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, Values
 from fedkern.models import resolve_stage
 from fedkern.transfer import send
 

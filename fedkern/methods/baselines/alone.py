@@ -9,26 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from fedkern.methods.base import (
-    Batch,
-    ClientId,
-    Declaration,
-    Federation,
-    Message,
-    Method,
-    Objective,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-    like,
-)
+from fedkern.methods.base import Method
 from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.methods.common.supervised import pair_figures, supervised_loss
+from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client
-from fedkern.methods.uploads import once
+from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.uploads import Declaration, like, once
 from fedkern.models import Ensemble
 
 

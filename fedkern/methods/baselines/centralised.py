@@ -7,23 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fedkern.methods.base import (
-    Batch,
-    ClientId,
-    Declaration,
-    Federation,
-    Message,
-    Method,
-    Objective,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-)
+from fedkern.methods.base import Method
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client
+from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.uploads import Declaration
 
 
 @register("centralised")

@@ -18,10 +18,12 @@ from itertools import islice
 import torch
 from torch import nn
 
-from fedkern.methods.base import Phase, Server, option
 from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Phase
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Server
 from fedkern.models.ensemble import Ensemble
 
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fedkern.methods.base import Batch, LocalTraining, Received
+from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
 
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkern import ops
-from fedkern.methods.base import Batch, LocalTraining, Received, option
+from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import remembered
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
 
 

@@ -32,27 +32,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedkern import ops
-from fedkern.methods.base import (
-    VECTORS,
-    Batch,
-    Client,
-    ClientId,
-    Declaration,
-    Federation,
-    LocalTraining,
-    Maybe,
-    Message,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-    Values,
-    like,
-    option,
-)
+from fedkern.methods.base import VECTORS, LocalTraining
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.uploads import once
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, Maybe, Values, like, once
 
 
 @register("fedproto")

@@ -21,8 +21,11 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Phase, Received, Server, option
+from fedkern.methods.base import LocalTraining
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Server
 
 
 class Pair(nn.Module):

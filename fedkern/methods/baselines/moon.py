@@ -20,9 +20,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, softplus
 
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Phase, Received, option
+from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import frozen_copy, remembered
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client
 
 
 @register("moon")

@@ -27,22 +27,15 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.data.image_rows import in_parts
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    VECTORS,
-    Client,
-    ClientId,
-    Declaration,
-    Message,
-    Phase,
-    Received,
-    Server,
-    Upload,
-    option,
-)
+from fedkern.methods.base import VECTORS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.options import option
+from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import GradientSum, Terms
+from fedkern.methods.uploads import Declaration
 from fedkern.models.norms import fix_statistics
 
 # Images per backward pass at the received model: of a classification, and of a segmentation (logits per pixel).

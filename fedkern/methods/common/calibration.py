@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.methods.base import Batch, ClientId, Declaration, Message, Upload, Values
 from fedkern.methods.options import Options, option
+from fedkern.methods.protocol import Batch, ClientId, Message, Upload
+from fedkern.methods.uploads import Declaration, Values
 from fedkern.models.optimisers import SGD
 
 JITTER = 1e-4  # added to every variance, so that no direction has zero variance

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fedkern.data.image_rows import in_parts
-from fedkern.methods.base import Observed
 from fedkern.methods.common.client_figures import undefined
 from fedkern.methods.common.figure_names import set_noun, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.multilabel_figures import MAIN as AREA
 from fedkern.methods.common.multilabel_figures import unvaried
 from fedkern.methods.common.segmentation_figures import constant_dice
+from fedkern.methods.protocol import Observed
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1

@@ -23,24 +23,13 @@ from torch import Tensor
 
 from fedkern.data.cases import drawn_rows
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    OUTSIDE,
-    Client,
-    ClientId,
-    Declaration,
-    LocalTraining,
-    Message,
-    Number,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-    option,
-    vectors_of,
-)
+from fedkern.methods.base import LocalTraining, vectors_of
 from fedkern.methods.common.robust_weights import Weights, distance, exponentiated_step, project
 from fedkern.methods.common.supervised import batches_of, supervised_loss
+from fedkern.methods.options import option
+from fedkern.methods.protocol import OUTSIDE, ClientId, Message, Phase, Received, Round, Upload
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, Number
 
 LOSSES = "losses"
 """Name of the exchange in which clients report their losses."""

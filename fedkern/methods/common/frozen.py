@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.methods.base import Batch, Received
+from fedkern.methods.protocol import Batch, Received
 from fedkern.models import precision
 from fedkern.transfer import send
 

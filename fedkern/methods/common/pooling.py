@@ -30,21 +30,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    Client,
-    ClientId,
-    Declaration,
-    Message,
-    Method,
-    Number,
-    Phase,
-    Round,
-    Server,
-    Upload,
-    Values,
-)
+from fedkern.methods.base import Method
 from fedkern.methods.common.oneshot_members import flatten, load
-from fedkern.methods.uploads import once
+from fedkern.methods.protocol import ClientId, Message, Phase, Round, Upload
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, Number, Values, once
 
 EXCHANGES = ("statistics", "normalised")
 HEADS = ("image_head", "text_head")

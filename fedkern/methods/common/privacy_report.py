@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedkern.methods.base import Method, Server
+from fedkern.methods.base import Method
+from fedkern.methods.roles import Server
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.methods.base import Server
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod.losses import normalised
 from fedkern.methods.fediod.server import Ensemble
 from fedkern.methods.protocol import BEFORE
+from fedkern.methods.roles import Server
 
 SHOWN = 8
 """Number of generated images in the picture."""

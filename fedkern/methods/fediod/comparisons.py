@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.methods.base import Client, ClientId, Server
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.local_teachers import main_figure
 from fedkern.methods.fediod.losses import importance, mixture, teacher_log_probs
 from fedkern.methods.fediod.privacy_options import tells_scores
+from fedkern.methods.protocol import ClientId
+from fedkern.methods.roles import Client, Server
 
 KEEP_BYTES = 1 << 30
 """Logits of a whole test set are kept up to this size; for a larger set the teachers run again for every figure."""

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.methods.base import Client, Phase
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.losses import against, confidence
-from fedkern.methods.protocol import BEFORE, batch_slices
+from fedkern.methods.protocol import BEFORE, Phase, batch_slices
+from fedkern.methods.roles import Client
 from fedkern.models.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.optimisers import Adam
 from fedkern.transfer import send

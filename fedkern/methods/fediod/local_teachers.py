@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.cases import drawn_rows
-from fedkern.methods.base import Client, Phase
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
 from fedkern.methods.fediod import private_messages as private
-from fedkern.methods.protocol import batch_slices
+from fedkern.methods.protocol import Phase, batch_slices
+from fedkern.methods.roles import Client
 
 TRAIN = Phase(0, "train", "update")
 """Phase whose random streams a teacher trains with.  The one-shot methods train their members in the same phase, so

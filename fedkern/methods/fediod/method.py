@@ -32,22 +32,6 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    Batch,
-    Client,
-    ClientId,
-    Declaration,
-    Federation,
-    Maybe,
-    Message,
-    Objective,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-    Values,
-)
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
 from fedkern.methods.common.supervised import supervised_loss
@@ -60,8 +44,10 @@ from fedkern.methods.fediod.local_teachers import build, histogram, make_teacher
 from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
-from fedkern.methods.protocol import BEFORE
+from fedkern.methods.protocol import BEFORE, Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.uploads import Declaration, Maybe, Values
 from fedkern.models.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
 

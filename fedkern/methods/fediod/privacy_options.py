@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkern.errors import UserError, listed
-from fedkern.methods.base import option
 from fedkern.methods.fediod.losses import asks_teachers
-from fedkern.methods.options import Options
+from fedkern.methods.options import Options, option
 from fedkern.privacy import IMAGE, Guarantee, Unit
 
 

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Phase, Server
 from fedkern.methods.fediod.losses import asks_teachers
 from fedkern.methods.fediod.privacy_options import asks_discriminators, claims, clip_d, private, tells_counts
+from fedkern.methods.protocol import OUTSIDE, Federation, Phase
+from fedkern.methods.roles import Client, Objective, Server
 from fedkern.ops import clip_and_noise
 from fedkern.privacy import DPSGD, LEDGER, Accountant, Unit, least_noise, need_accounting
 from fedkern.privacy.dpsgd import check_network, stream_name

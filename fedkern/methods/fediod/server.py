@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fedkern.data.transforms import normalise
 from fedkern.errors import UserError
-from fedkern.methods.base import Message, Server
 from fedkern.methods.common.oneshot_distill import Means
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.fediod.losses import distillation, importance, mixture, reached, teacher_terms
 from fedkern.methods.fediod.privacy_options import tells_scores
-from fedkern.methods.protocol import batch_slices
+from fedkern.methods.protocol import Message, batch_slices
+from fedkern.methods.roles import Server
 from fedkern.models.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
 from fedkern.transfer import send

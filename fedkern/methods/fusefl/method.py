@@ -24,26 +24,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    Batch,
-    Client,
-    ClientId,
-    Declaration,
-    Federation,
-    Message,
-    Method,
-    Objective,
-    Phase,
-    Received,
-    Round,
-    Server,
-    Upload,
-    option,
-)
+from fedkern.methods.base import Method
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
 from fedkern.methods.fusefl.levels import BothHeads, LocalPart, linear_of, plain_head, scaled_width, tensors_of
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.uploads import once
+from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.uploads import Declaration, once
 from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
