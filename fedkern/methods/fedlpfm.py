@@ -26,26 +26,23 @@ from torch.nn.functional import cross_entropy, linear, log_softmax
 
 from fedkern import files, ops
 from fedkern.errors import UserError
-from fedkern.methods.base import (
+from fedkern.methods.base import LocalTraining
+from fedkern.methods.options import option
+from fedkern.methods.protocol import (
+    BEFORE,
     Batch,
-    Client,
     ClientId,
-    Declaration,
     Federation,
-    LocalTraining,
-    Maybe,
     Message,
-    Number,
     Observed,
     Phase,
     Received,
     Round,
-    Server,
     Upload,
-    option,
 )
-from fedkern.methods.protocol import BEFORE
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, Maybe, Number
 from fedkern.models import prompts as templates
 from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
@@ -239,7 +236,8 @@ class FedLPFM(LocalTraining):
         if not self.options.lam:
             return {}
         if self.options.teacher_view == "same":
-            return {"teacher": self._mixture(torch.stack([self._live(client, i, batch) for i in self._chosen(client)]))}
+            live = [self._live(client, index, batch) for index in client.round_cache["chosen"]]
+            return {"teacher": self._mixture(torch.stack(live))}
         known: Tensor = client.round_cache["teacher"]
         return {"teacher": known.index_select(known.dim() - 2, send(torch.from_numpy(batch.indices), known.device))}
 
@@ -251,10 +249,6 @@ class FedLPFM(LocalTraining):
         when = BEFORE if o.backbone == "random" else Phase(phase.round, "", "update")
         drawn = client.rng("backbone", when).choice(len(self._specs), size=o.teachers, replace=False)
         return sorted(int(index) for index in drawn)
-
-    def _chosen(self, client: Client) -> list[int]:
-        chosen: list[int] = client.round_cache["chosen"]
-        return chosen
 
     def _mixture(self, logits: Tensor) -> Tensor:
         """Teacher logits [K, B, C] in the form that the divergence takes.

@@ -100,7 +100,7 @@ class Knob:
             return cast(Value, None)
         try:
             result = _convert(value, self.type)
-        except (TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
             raise UserError(f'{self.label} must be {kind}, not "{value}".') from None
         self.check(result)
@@ -189,7 +189,7 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Knob]]) ->
 
 def _convert(value: Any, kind: type) -> Value:
     if kind is bool:
-        return value if isinstance(value, bool) else _WORDS.get(str(value).strip().lower()) or _false(value)
+        return value if isinstance(value, bool) else _WORDS[str(value).strip().lower()]
     if isinstance(value, bool):
         raise TypeError
     if kind is int:
@@ -206,12 +206,6 @@ def _convert(value: Any, kind: type) -> Value:
 def as_typed(value: Any) -> str:
     """A setting's value as the command line takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _false(value: Any) -> bool:
-    if _WORDS.get(str(value).strip().lower()) is None:
-        raise ValueError
-    return False
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fedkern.methods.base import Batch, Federation, Received, Round
 from fedkern.methods.common.dro import LOSSES, Robust
 from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.protocol import Batch, Federation, Received, Round
 from fedkern.methods.registry import register
 
 
@@ -26,10 +25,6 @@ class AFL(Robust):
     """Weighs clients for the worst of all their mixtures: agnostic federated learning (arXiv 1902.00146)."""
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "retrieval")
-
-    @dataclass(frozen=True)
-    class Options(Robust.Options):
-        """Options of the client weights."""
 
     @property
     def radius(self) -> float:

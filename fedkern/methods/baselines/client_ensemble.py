@@ -16,20 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.methods.base import Client, ClientId, Declaration, Message, Phase, Server, Upload, option, vectors_of
+from fedkern.methods.base import vectors_of
 from fedkern.methods.common.figures import classification
-from fedkern.methods.common.oneshot import OneShot, exhaust
-from fedkern.methods.common.oneshot_members import Members, OwnNetworks, member_vectors, train_member
+from fedkern.methods.common.oneshot import MemberNetworks, exhaust
+from fedkern.methods.common.oneshot_members import Members
+from fedkern.methods.options import option
+from fedkern.methods.protocol import ClientId, Message, Phase, Upload
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Server
 from fedkern.models.cost import memory_ratio
 
 
 @register("ensemble")
-class Ensemble(OwnNetworks, OneShot):
+class Ensemble(MemberNetworks):
     """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
 
     @dataclass(frozen=True)
-    class Options(OneShot.Options):
+    class Options(MemberNetworks.Options):
         """Options of the ensemble."""
 
         weighting: str = option(
@@ -37,52 +40,19 @@ class Ensemble(OwnNetworks, OneShot):
             "weight of a member in the mean: its number of samples, or equal weights",
             choices=("samples", "uniform"),
         )
-        models: str = option(
-            "",
-            "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
-        )
         pool: str = option(
             "concat",
             "calibrated features: the members' features side by side, or their mean",
             choices=("concat", "mean"),
         )
 
-    needs_statistics = True
-
-    @property
-    def needs(self) -> str:
-        return "features"
-
-    @property
-    def averages(self) -> bool:
-        return False
-
-    def start(self, server: Server) -> None:
-        super().start(server)
-        self.members(server).check()
-
-    def members(self, server: Server) -> Members:
-        """The uploaded networks."""
-        return Members(server, self.architectures)
-
     # -- training: nothing is averaged -----------------------------------------------------------------------------
 
-    def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
-        if phase.exchange == "update" and self.options.models:
-            return {}  # every client starts from fresh weights of its own architecture
-        return super().send(server, phase)
-
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        if phase.exchange == "update":
-            trained = train_member(self, client, phase, message, self.architectures)
-            if self.options.calibrate:
-                client.state["own"] = vectors_of(trained)
-            return trained
-        return super().client_update(client, phase, message)
-
-    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        own = member_vectors(server, self.architectures, client) if phase.exchange == "update" else None
-        return super().expects(server, phase, client, message) if own is None else own
+        answer = super().client_update(client, phase, message)
+        if phase.exchange == "update" and self.options.calibrate:
+            client.state["own"] = vectors_of(answer)
+        return answer
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange != "update":

@@ -17,23 +17,14 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    Client,
-    ClientId,
-    Declaration,
-    Federation,
-    Message,
-    Phase,
-    Round,
-    Server,
-    Upload,
-    option,
-    vectors_of,
-)
+from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
-from fedkern.methods.common.oneshot_members import flatten, load, vectors
-from fedkern.methods.uploads import once
+from fedkern.methods.common.oneshot_members import Members, OwnNetworks, flatten, load, vectors
+from fedkern.methods.options import option
+from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, like, once
 
 
 class OneShot(FedAvg):
@@ -131,6 +122,57 @@ class OneShot(FedAvg):
         network.head.weight.copy_(head.weight)
         network.head.bias.copy_(head.bias)
         server.state.update(vectors(flat))
+
+
+class MemberNetworks(OwnNetworks, OneShot):
+    """One-shot methods whose server keeps every client's network; the networks may have different architectures."""
+
+    @dataclass(frozen=True)
+    class Options(OneShot.Options):
+        """Options of every method that keeps the clients' networks."""
+
+        models: str = option(
+            "",
+            "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
+        )
+
+    needs_statistics = True
+
+    @property
+    def needs(self) -> str:
+        return "features"
+
+    @property
+    def averages(self) -> bool:
+        return False  # every network also counts by itself
+
+    def members(self, server: Server) -> Members:
+        """The uploaded networks."""
+        return Members(server, self.architectures)
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        self.members(server).check()
+
+    def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
+        if phase.exchange == "update" and self.options.models:
+            return {}  # every client starts from fresh weights of its own architecture
+        return super().send(server, phase)
+
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        own = self.architecture(client.id)
+        if phase.exchange != "update" or not own:
+            return super().client_update(client, phase, message)
+        module = client.network(**own)
+        client.fit(self, phase, module)
+        return vectors(flatten(module))
+
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        own = self.architecture(client)
+        if phase.exchange != "update" or not own:
+            return super().expects(server, phase, client, message)
+        key = f"member {own['model']} {own['width']}"
+        return once(server.round_cache, key, lambda: like(vectors(flatten(server.build(**own)))))
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:

@@ -11,36 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.methods.base import (
-    VECTORS,
-    Client,
-    ClientId,
-    Declaration,
-    Federation,
-    Message,
-    Phase,
-    Round,
-    Server,
-    Upload,
-    option,
-)
-from fedkern.methods.common.oneshot import OneShot, exhaust
-from fedkern.methods.common.oneshot_members import (
-    Members,
-    OwnNetworks,
-    flatten,
-    load,
-    member_vectors,
-    train_member,
-    vectors,
-)
+from fedkern.methods.base import VECTORS
+from fedkern.methods.common.oneshot import MemberNetworks, OneShot, exhaust
+from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
+from fedkern.methods.options import option
+from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 from fedkern.transfer import send
 
 
-class Distilled(OwnNetworks, OneShot):
+class Distilled(MemberNetworks):
     """Clients train once; the server averages them and distils their ensemble into one network.
 
     The plan has separate rounds, so that a run interrupted during the distillation keeps the clients' training:
@@ -51,16 +35,12 @@ class Distilled(OwnNetworks, OneShot):
     """
 
     @dataclass(frozen=True)
-    class Options(OneShot.Options):
+    class Options(MemberNetworks.Options):
         """Options of every method that distils an ensemble on the server.
 
         From ``nz`` on they are the generator's; its first five have the published settings of DENSE as defaults.
         """
 
-        models: str = option(
-            "",
-            "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
-        )
         student_init: str = option(
             "average",
             "initial weights of the student: the average of the clients with its network, or fresh ones",
@@ -75,20 +55,6 @@ class Distilled(OwnNetworks, OneShot):
         synthesis_batch: int = option(256, "images made at a time", low=2)
         ce_weight: float = option(1.0, "weight of the ensemble's cross-entropy to random labels", low=0)
         bn_weight: float = option(1.0, "weight of the distance to the members' batch norm statistics", low=0)
-
-    needs_statistics = True
-
-    @property
-    def needs(self) -> str:
-        return "features"
-
-    @property
-    def averages(self) -> bool:
-        return False  # every network is also a teacher by itself
-
-    def members(self, server: Server) -> Members:
-        """The uploaded networks."""
-        return Members(server, self.architectures)
 
     @abstractmethod
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
@@ -143,10 +109,6 @@ class Distilled(OwnNetworks, OneShot):
 
     # -- the plan --------------------------------------------------------------------------------------------------
 
-    def start(self, server: Server) -> None:
-        super().start(server)
-        self.members(server).check()
-
     def rounds(self, federation: Federation) -> Iterator[Round]:
         train, *calibration = super().rounds(federation)
         yield train
@@ -154,22 +116,13 @@ class Distilled(OwnNetworks, OneShot):
         yield from calibration
 
     def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
-        if phase.exchange == "distil" or (phase.exchange == "update" and self.options.models):
-            return {}
-        return super().send(server, phase)
+        return {} if phase.exchange == "distil" else super().send(server, phase)
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        if phase.exchange == "distil":
-            return {}
-        if phase.exchange == "update":
-            return train_member(self, client, phase, message, self.architectures)
-        return super().client_update(client, phase, message)
+        return {} if phase.exchange == "distil" else super().client_update(client, phase, message)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        if phase.exchange == "distil":
-            return {}
-        own = member_vectors(server, self.architectures, client) if phase.exchange == "update" else None
-        return super().expects(server, phase, client, message) if own is None else own
+        return {} if phase.exchange == "distil" else super().expects(server, phase, client, message)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange == "update":
@@ -185,7 +138,7 @@ class Distilled(OwnNetworks, OneShot):
             if self.options.student_init == "average":
                 load(flat, server.state)
             student.requires_grad_(True).train()
-            self.distil(server, phase, self.members(server).ensemble(), student)
+            self.distil(server, phase, Ensemble(self.members(server).modules()), student)
             refuse_diverged(student)
             server.state.update(vectors(flat))
             del server.state["members"]  # later rounds do not need the members

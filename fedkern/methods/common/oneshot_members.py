@@ -10,21 +10,9 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.methods.base import (
-    Client,
-    ClientId,
-    Declaration,
-    LocalTraining,
-    Message,
-    Method,
-    Phase,
-    Server,
-    Upload,
-    like,
-    vectors_of,
-)
-from fedkern.methods.uploads import all_finite, once
-from fedkern.models.ensemble import Ensemble
+from fedkern.methods.base import Method, vectors_of
+from fedkern.methods.protocol import ClientId, Message, Phase, Upload
+from fedkern.methods.uploads import all_finite
 from fedkern.models.own import channels_last
 from fedkern.models.registry import unknown
 from fedkern.ops import FlatParameters
@@ -105,31 +93,6 @@ def load(flat: FlatParameters, message: Message) -> nn.Module:
     return flat.module
 
 
-def member_vectors(server: Server, architectures: Architectures, client: int) -> Declaration | None:
-    """Declaration of the upload of a client with its own architecture; None for a client with the run's network."""
-    own = architecture(architectures, client)
-    if not own:
-        return None
-    key = f"member {own['model']} {own['width']}"
-    return once(server.round_cache, key, lambda: like(vectors(flatten(server.build(**own)))))
-
-
-def train_member(
-    method: LocalTraining,
-    client: Client,
-    phase: Phase,
-    message: Message,
-    architectures: Architectures,
-) -> Message:
-    """Runs a client's local training on the run's network or the client's own architecture; returns its upload."""
-    own = architecture(architectures, client.id)
-    if not own:
-        return client.train(method, phase, message)
-    module = client.network(**own)
-    client.fit(method, phase, module)
-    return vectors(flatten(module))
-
-
 class Members:
     """The uploaded networks in ``server.state["members"]``: vectors and number of samples by client id.
 
@@ -195,7 +158,3 @@ class Members:
         """The members' networks in eval mode, in ascending order of client ids."""
         messages = self.messages() if messages is None else messages
         return [load(flatten(self.build(k)), messages[k]).eval() for k in sorted(messages)]
-
-    def ensemble(self) -> Ensemble:
-        """The ensemble of all members."""
-        return Ensemble(self.modules())

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fedkern.data.transforms import normalise
-from fedkern.methods.base import Client, ClientId, Message, Phase
 from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.losses import asks_teachers, reached, teacher_log_probs
+from fedkern.methods.protocol import ClientId, Message, Phase
+from fedkern.methods.roles import Client
 from fedkern.models.teacher_stack import TeacherStack
 
 
@@ -64,7 +65,8 @@ class Answers:
             self._count(0, losses, list(trained))
         seen: tuple[Tensor, Tensor] | None = None
         if self.options.shards > 1:
-            seen = self._look(images)  # before the serving discriminator is loaded: its figures would reveal it
+            with torch.no_grad():  # before the serving discriminator is loaded: its figures would reveal it
+                seen = self.discriminators.look(images)
         self.discriminators.bring(lambda client: private.serving(client, phase, self.options))
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
@@ -165,10 +167,6 @@ class Answers:
 
     def _bring_training(self, phase: Phase, iteration: int) -> None:
         self.discriminators.bring(lambda client: private.training(client, phase.round, iteration, self.options))
-
-    @torch.no_grad()
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.discriminators.look(images)
 
     def _answers(
         self, messages: Mapping[ClientId, Message], logits: Tensor, scores: Tensor | None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.methods.base import Method, option
+from fedkern.methods.base import Method
 from fedkern.methods.fediod.privacy_options import PrivacyOptions
+from fedkern.methods.options import option
 
 PUBLISHED: Mapping[str, Any] = {
     "iterations": 0, "batch": 64, "warmup": 0.0, "student_steps": 5, "nz": 100, "ngf": 64, "ndf": 128,
@@ -195,19 +196,6 @@ class IODOptions(PrivacyOptions, Method.Options):
 
 
 def settle(options: IODOptions) -> Any:
-    """The options as read-only attributes, with the preset's values for open options."""
-    values = {knob.field: getattr(options, knob.field) for knob in options.knobs()}
+    """The options with the preset's values for open ones."""
     preset = PRESETS[options.preset]
-    return Settings(
-        {name: preset[name] if value is None and name in preset else value for name, value in values.items()}
-    )
-
-
-class Settings:
-    """Options as read-only attributes."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name} is fixed")
+    return replace(options, **{name: value for name, value in preset.items() if getattr(options, name) is None})

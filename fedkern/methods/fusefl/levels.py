@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import Batch
+from fedkern.methods.protocol import Batch
 from fedkern.models.allocate import uninitialised
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
@@ -119,22 +119,16 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def mean_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The uniform average of the clients' classifiers."""
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in ("weight", "bias")
-    }
-
-
-def joined_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One classifier on all branches' features side by side; its logits are the mean of the clients' logits."""
-    weight = torch.cat([state["weight"] for state in states], 1) / len(states)
-    return {"weight": weight, "bias": mean_head(states)["bias"]}
-
-
 def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
-    """The clients' classifiers merged into one, before calibration, for features that are fused by ``final``."""
-    return joined_head(states) if final == "concat" else mean_head(states)
+    """The clients' classifiers merged into one, before calibration, for features that are fused by ``final``.
+
+    The uniform average; with ``concat`` its logits on all branches' features side by side are the mean of the clients'.
+    """
+    names = ("weight", "bias")
+    head = {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in names}
+    if final == "concat":
+        head["weight"] = torch.cat([state["weight"] for state in states], 1) / len(states)
+    return head
 
 
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
