@@ -53,11 +53,7 @@ def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[Binary
 
 
 def flush(path: Path) -> None:
-    """Flushes a file to the disk.
-
-    Raises:
-        Unwritable: the file cannot be flushed.
-    """
+    """Flushes a file to the disk; raises Unwritable where that fails."""
     with writing(path), path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -52,11 +52,7 @@ def cache_folder(name: str) -> Path:
 
 
 def absolute(path: str) -> str:
-    """Absolute form of a path, valid from any working folder.
-
-    Raises:
-        UserError: see :func:`expand`.
-    """
+    """Absolute form of a path, valid from any working folder."""
     return str(expand(path).absolute())
 
 
@@ -64,9 +60,6 @@ def absolute_folder(name: str) -> str:
     """Absolute form of a folder; a text that names no folder, such as a model's name, is returned unchanged.
 
     A text counts as a folder where such a folder exists or where the text begins with ``.`` or ``~``.
-
-    Raises:
-        UserError: see :func:`expand`.
     """
     return absolute(name) if name.startswith((".", "~")) or Path(name).is_dir() else name
 

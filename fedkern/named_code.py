@@ -40,11 +40,7 @@ class Named:
 
 
 def parse(text: str) -> Named | None:
-    """The class or function that ``text`` names; None where the text has neither form.
-
-    Raises:
-        UserError: see :func:`fedkern.files.expand`.
-    """
+    """The class or function that ``text`` names; None where the text has neither form."""
     if text.startswith("python:"):
         module, _, name = text.removeprefix("python:").rpartition(":")
         return Named(name, module=module) if module and name else None

@@ -6,11 +6,7 @@ from fedkern.errors import UserError
 
 
 def check_backend() -> None:
-    """Checks ``FEDKERN_BACKEND`` and ``FEDKERN_CPU_ISA`` before any work is done.
-
-    Raises:
-        UserError: a variable names something that does not exist or cannot be used on this machine.
-    """
+    """Raises UserError where ``FEDKERN_BACKEND`` or ``FEDKERN_CPU_ISA`` names what this machine cannot use."""
     from fedkern.ops._core import backend, loading
 
     try:

@@ -72,11 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads the command; None if the words are another command.
-
-    Raises:
-        UserError: an unknown method or flag, or an invalid value.
-    """
+    """Reads the command; None if the words are another command."""
     if first(words) != NAME:
         return None
     at, parser = words.index(NAME), _parser()

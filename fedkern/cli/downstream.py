@@ -49,11 +49,7 @@ def _parser(command: str) -> Parser:
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads a downstream command; None if the words are another command.
-
-    Raises:
-        UserError: an unknown flag, an invalid value, or no folder.
-    """
+    """Reads a downstream command; None if the words are another command."""
     command = first(words)
     if command not in TASKS:
         return None

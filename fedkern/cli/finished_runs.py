@@ -55,11 +55,7 @@ def _parser(command: str) -> Parser:
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads one of these commands; None if the words are another command.
-
-    Raises:
-        UserError: an unknown flag, an invalid value, or no folder.
-    """
+    """Reads one of these commands; None if the words are another command."""
     command = first(words)
     if command not in NAMES:
         return None

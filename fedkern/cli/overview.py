@@ -12,11 +12,7 @@ from fedkern.cli.request import Request
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads one of these commands; None if the words are another command.
-
-    Raises:
-        UserError: an unknown flag.
-    """
+    """Reads one of these commands; None if the words are another command."""
     command = first(words)
     if command not in COMMAND_TABLE:
         return None

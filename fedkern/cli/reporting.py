@@ -37,11 +37,7 @@ def _parser() -> Parser:
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads the command; None if the words are another command.
-
-    Raises:
-        UserError: an unknown flag, an invalid value, or no folder.
-    """
+    """Reads the command; None if the words are another command."""
     if first(words) != NAME:
         return None
     parser = _parser()

@@ -250,9 +250,5 @@ def check_out(out: Path) -> None:
 
 
 def reserved() -> Path:
-    """A new empty folder in `COMPARISONS`.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
+    """A new empty folder in `COMPARISONS`; raises UserError where it cannot be made."""
     return reserve(COMPARISONS, time.strftime("%Y%m%d-%H%M%S"), "name another folder with --out")

@@ -35,11 +35,7 @@ def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], f
 
 
 def need_root(root: str | Path | None, data: str, example: str) -> Path:
-    """Returns ``root`` as an existing folder.
-
-    Raises:
-        UserError: no root given, or root is not a folder.
-    """
+    """Returns ``root``, an existing folder; raises UserError where it is not given, or no folder."""
     if root is None:
         raise UserError(
             f'data set "{data}" is read from files such as {example}: name their folder with --data-root DIR'

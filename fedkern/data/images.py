@@ -51,11 +51,7 @@ def hidden(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder``, sorted, without hidden ones.
-
-    Raises:
-        UserError: a name is not UTF-8.
-    """
+    """Sorted names of the folders in ``folder`` that are not hidden; raises UserError where one is not UTF-8."""
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
     for path in found:
         check_text(str(path), "the folder")
@@ -372,9 +368,6 @@ def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
 
     A palette of greys stores what a viewer shows, in any order, so the grey counts.  A palette with colours paints
     class numbers, so the position counts.
-
-    Raises:
-        UserError: the palette leaves both open, or shows two values alike.
     """
     palette = np.array(mask.getpalette("RGB"), dtype=np.int64).reshape(-1, 3)
     indices = np.asarray(mask)

@@ -300,11 +300,7 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def lookup(name: str) -> DatasetInfo:
-    """The entry of a data set.
-
-    Raises:
-        UserError: an unknown name; the message suggests the nearest known one.
-    """
+    """The entry of a data set; raises UserError for an unknown name, and suggests the nearest known one."""
     if name not in DATASETS:
         raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{nearest(name, DATASETS)}')
     return DATASETS[name]

@@ -118,11 +118,7 @@ class Table:
         return classes, numbers
 
     def listed(self, data: str) -> dict[str, Any]:
-        """What the table says of every row beside its image and label: attributes of a `Listing`.
-
-        Raises:
-            UserError: see `splits`.
-        """
+        """What the table says of every row beside its image and label: attributes of a `Listing`."""
         named = {}
         for option, names in (("patient", () if self.nameless else PATIENT), (CLIENT_COLUMN, CLIENT)):
             column = next((name for name in names if any(self.column(name))), None)

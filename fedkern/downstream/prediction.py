@@ -141,11 +141,7 @@ class Predictor:
 
     @reproducible()
     def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
-        """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time.
-
-        Raises:
-            UserError: see :meth:`read`.
-        """
+        """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time."""
         slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
         return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
 

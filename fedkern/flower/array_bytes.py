@@ -207,9 +207,5 @@ def raw_bytes(vector: Tensor) -> bytes:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a floating dtype, as in `FLOATS`.
-
-    Raises:
-        KeyError: another dtype.
-    """
+    """The name of a floating dtype, as in `FLOATS`; raises KeyError for another dtype."""
     return _NAMES[dtype]

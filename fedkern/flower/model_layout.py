@@ -256,21 +256,14 @@ class Model:
         return torch.cat(parts).to(self._layout.dtype) if parts else torch.empty(0, dtype=self._layout.dtype)
 
     def check_numbers(self) -> None:
-        """Checks that all numbers are finite and running variances not negative.
-
-        Raises:
-            Misfit: they are not.
-        """
+        """Raises Misfit where a number is not finite, or a running variance is negative."""
         self.check_finite()
         self.check_variances()
 
     def check_finite(self, but_for_sums: bool = False) -> None:
-        """Checks that all numbers are finite, also in the dtype of the new model, or infinite as they were sent.
+        """Raises Misfit where a number is not finite in the new model's dtype, except for an infinity that was sent.
 
         With ``but_for_sums`` nothing is checked where a sum in fp64 shows whether the numbers are good.
-
-        Raises:
-            Misfit: they are not.
         """
         flat = self._layout.flat
         if but_for_sums and all(_shows_in_sums(FLOATS[own], FLOATS[flat or wanted]) for own, wanted in self._dtypes):

@@ -9,11 +9,7 @@ from fedkern.errors import UserError
 
 
 def own_client(node_config: Mapping[str, Any]) -> int:
-    """The client that the node is.
-
-    Raises:
-        UserError: the node's configuration does not say it.
-    """
+    """The client that the node is; raises UserError where the node's configuration does not say it."""
     given, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
     if type(given) is not int or given < 0 or (of is not None and (type(of) is not int or given >= of)):
         raise UserError(

@@ -57,11 +57,7 @@ class NodeFolder:
     # -- states ----------------------------------------------------------------------------------------------------
 
     def read_state(self, version: Version | None) -> dict[str, Any]:
-        """The state of that name; empty for None.
-
-        Raises:
-            UserError: the state is missing or damaged.
-        """
+        """The state of that name, empty for None; raises UserError where it is missing or damaged."""
         if version is None:
             return {}
         try:
@@ -93,11 +89,7 @@ class NodeFolder:
         states.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
 
     def message(self, version: Version) -> tuple[dict[str, Any], Parcel]:
-        """A kept message.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
+        """A kept message; raises UserError where it is missing or damaged."""
         try:
             kept = states.load(self._message(version))
             data = kept["data"]

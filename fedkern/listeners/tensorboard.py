@@ -16,11 +16,7 @@ FOLDER = "tensorboard"
 
 
 def check() -> Any:
-    """The class ``torch.utils.tensorboard.SummaryWriter``.
-
-    Raises:
-        UserError: the package tensorboard is not installed.
-    """
+    """The class ``torch.utils.tensorboard.SummaryWriter``; raises UserError where tensorboard is not installed."""
     sentence = "TensorBoard files (--tensorboard) need tensorboard: pip install 'fedkern[tensorboard]'."
     return needed(sentence, "torch.utils.tensorboard").SummaryWriter
 

@@ -21,11 +21,7 @@ FOLDER, LOGGED = "wandb", "fedkern.json"
 
 
 def check() -> Any:
-    """The module ``wandb``.
-
-    Raises:
-        UserError: the package wandb is not installed.
-    """
+    """The module ``wandb``; raises UserError where it is not installed."""
     return needed("Weights & Biases (--wandb) needs wandb: pip install 'fedkern[wandb]'.", "wandb")
 
 

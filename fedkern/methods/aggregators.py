@@ -166,11 +166,7 @@ class Gathered:
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """The combined vectors by name; empty where nothing was added.
-
-        Raises:
-            UserError: see :class:`Rule`.
-        """
+        """The combined vectors by name; empty where nothing was added."""
         if not self._vectors:
             return {}
         made = self._rule(self._vectors, self._weights)

@@ -68,11 +68,7 @@ def give_again(kind: type[Method], name: str, sha256: str | None, folder: str | 
 
 
 def check(name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
-    """Checks that the method of a stored run is known, and has the code that the run began with.
-
-    Raises:
-        UserError: the method is a class that nobody has given in this process, or whose code has changed.
-    """
+    """Raises UserError where a stored run's method is a class that is not given here, or whose code has changed."""
     if not name.startswith(CLASS):
         return
     if name not in GIVEN:

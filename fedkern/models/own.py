@@ -63,11 +63,7 @@ class OwnNetwork(nn.Module):
 
     @property
     def head(self) -> Any:
-        """The linear classifier ``[B, d] -> [B, C]``.
-
-        Raises:
-            AttributeError: the logits are not the result of a linear layer.
-        """
+        """The linear classifier ``[B, d] -> [B, C]``; raises AttributeError where no linear layer gives the logits."""
         if self._head is None:
             raise AttributeError("head: the logits of this network are not the result of a linear layer")
         return self.module.get_submodule(self._head)
@@ -288,11 +284,7 @@ class Own:
 
 
 def _opened(named: Named, sha256: str | None) -> Own:
-    """The same maker in another process.
-
-    Raises:
-        UserError: the file has changed meanwhile.
-    """
+    """The same maker in another process."""
     made = opened(named)
     if made.sha256 != sha256:
         raise UserError(f"the model {named} has changed since the run began")

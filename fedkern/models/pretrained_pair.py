@@ -228,11 +228,7 @@ def _without_dropout(config: Any) -> None:
 
 
 def _mean_pooled(path: Path) -> bool | None:
-    """Whether a sentence-embedding folder asks for the mean of all tokens; None if the folder has no pooling file.
-
-    Raises:
-        UserError: the file is not JSON.
-    """
+    """Whether a sentence-embedding folder asks for the mean of all tokens; None if the folder has no pooling file."""
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return None

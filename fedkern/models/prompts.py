@@ -48,11 +48,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def absolute(prompts: str) -> str:
-    """The absolute path of a prompts file; a template is returned unchanged.
-
-    Raises:
-        UserError: see :func:`fedkern.files.expand`.
-    """
+    """The absolute path of a prompts file; a template is returned unchanged."""
     return prompts if any(place in prompts for place in PLACES) else files.absolute(prompts)
 
 

@@ -360,14 +360,11 @@ def _word(seed: int | torch.Generator) -> int:
 
 
 def check_task(model: str, task: str, data: str, where: str) -> None:
-    """Checks that a network is for the task of the data: classes or labels of images, or classes of pixels.
+    """Raises UserError where a network is not for the task of the data, with the names of the networks that fit.
 
     Args:
         model: the network's name; a name that is not in ``MODELS`` passes.
         where: how the user names another network, for the error message.
-
-    Raises:
-        UserError: the network is for another task; the message lists the networks that fit.
     """
     kind = "classification" if task == "multilabel" else task  # a logit for every label, as for every class
     fitting = [name for name, entry in MODELS.items() if entry.task in (kind, "any")]

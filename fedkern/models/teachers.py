@@ -80,11 +80,7 @@ def parse(text: str) -> list[Spec]:
 
 
 def absolute(text: str) -> str:
-    """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are.
-
-    Raises:
-        UserError: see :func:`parse` and :func:`fedkern.files.expand`.
-    """
+    """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are."""
     words = []
     for spec in parse(text):
         make = {"clip": files.absolute_folder, "logits": files.absolute}.get(spec.kind, str)
@@ -94,11 +90,7 @@ def absolute(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """The teachers in a list that are Python code: making such a teacher imports, and so runs, a module.
-
-    Raises:
-        UserError: see :func:`parse`.
-    """
+    """The teachers in a list that are Python code: making such a teacher imports, and so runs, a module."""
     return [str(spec) for spec in parse(text) if spec.kind == "python"]
 
 

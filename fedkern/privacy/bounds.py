@@ -60,11 +60,7 @@ Entries = tuple[Entry, ...]
 
 
 def need_accounting() -> Any:
-    """The module ``dp_accounting``.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The module ``dp_accounting``; raises UserError where it is not installed."""
     sentence = "Privacy accounting needs dp-accounting: pip install 'fedkern[privacy]'."
     return needed(sentence, "dp_accounting", "dp_accounting.rdp")
 

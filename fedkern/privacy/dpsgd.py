@@ -42,11 +42,7 @@ class DPSGD:
 
 
 def need_opacus() -> Any:
-    """The package ``opacus``.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The package ``opacus``; raises UserError where it is not installed."""
     sentence = "Training with DP-SGD needs opacus: pip install 'fedkern[privacy]'."
     return needed(sentence, "opacus", "opacus.optimizers")
 

@@ -110,11 +110,7 @@ class Members:
         return self._build(**architecture(self.architectures, client))
 
     def check(self) -> None:
-        """Builds every architecture once.
-
-        Raises:
-            UserError: an architecture does not fit the images.
-        """
+        """Builds every architecture once; raises UserError where one does not fit the images."""
         for client in range(len(self.architectures)):
             self.build(client)
 

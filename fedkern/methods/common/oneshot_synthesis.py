@@ -172,11 +172,7 @@ def synthesise(
 
 
 def refuse_diverged(student: nn.Module) -> None:
-    """Checks that the student is finite.
-
-    Raises:
-        UserError: a parameter or a running statistic of the student is not finite.
-    """
+    """Raises UserError where a parameter or a running statistic of the student is not finite."""
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
 

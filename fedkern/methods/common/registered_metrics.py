@@ -107,11 +107,7 @@ class Answers:
             self._labels.append(labels.cpu())
 
     def figures(self) -> dict[str, float]:
-        """The metrics' values by name.
-
-        Raises:
-            UserError: a metric fails.
-        """
+        """The metrics' values by name; raises UserError where a metric fails."""
         if not self._metrics:
             return {}
         logits, labels = torch.cat(self._logits), torch.cat(self._labels)
