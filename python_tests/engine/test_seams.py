@@ -1,0 +1,68 @@
+"""The walls of the engine: how much a class holds, how much the loop knows, and which piece knows which other."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from test_imports import imported, modules
+
+FILES = modules("fedkern")
+ENGINE = {name.removeprefix("fedkern.engine."): path for name, path in FILES.items() if "fedkern.engine." in name}
+PIECES = sorted(name for name in ENGINE if name.startswith(("parts.", "uploads.")))
+
+SEAMS = {"parts.base", "uploads.filters"}
+"""The protocols, which every part and every filter is made on."""
+
+KNOWN = {
+    # A filter books bytes; parts tell them, keep them in checkpoints and bound them.  They share the ledger, an object
+    # that the run makes: no part has the filter itself.
+    "parts.budgets": {"uploads.bytes"},
+    "parts.checkpointing": {"uploads.bytes"},
+    "parts.traffic": {"uploads.bytes"},
+    # Noise and epsilon of client-level privacy follow from one object, which the run makes: the filter adds the noise,
+    # the part tells the epsilon.
+    "parts.privacy": {"uploads.private_mean"},
+    # A vector that stays with its client is checked there, by the function that the server checks all others with.
+    "uploads.reduction": {"uploads.declared"},
+}
+"""What single parts and filters know of others, and why."""
+
+
+def held(kind: ast.ClassDef) -> set[str]:
+    """Names that a class annotates or that its methods assign to ``self``."""
+    names = {node.target.id for node in kind.body if isinstance(node, ast.AnnAssign)}
+    for node in ast.walk(kind):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id == "self" else set()
+    return names
+
+
+def known(name: str) -> set[str]:
+    """The modules of fedkern that a module of the engine imports, those of the engine without its name."""
+    found = imported(f"fedkern.engine.{name}", ENGINE[name], FILES)
+    return {each.removeprefix("fedkern.engine.") for each in found}
+
+
+def test_no_class_of_the_engine_holds_more_than_18_things() -> None:
+    kinds = {
+        f"{name}.{node.name}": held(node)
+        for name, path in ENGINE.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert len(kinds) > 60
+    assert {"_plan", "_hooks", "_rounds"} <= kinds["loop.Loop"]  # also of assignments side by side
+    assert {"entry", "told"} <= kinds["parts.base.Record"]
+    assert {name: len(names) for name, names in kinds.items() if len(names) > 18} == {}
+
+
+def test_the_loop_is_short_and_knows_little() -> None:
+    assert len(ENGINE["loop"].read_text().splitlines()) <= 260
+    assert len(known("loop")) <= 16
+    assert known("loop") & {*PIECES} == SEAMS
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_part_or_filter_knows_no_other(name: str) -> None:
+    assert known(name) & {*PIECES} - SEAMS == KNOWN.get(name, set())
