@@ -109,9 +109,6 @@ def krum(models: Sequence[Tree], byzantine: int, keep: int = 1) -> Tree:
     return forest.model(forest.cut(distances.krum(forest.stacked(), byzantine, keep)))
 
 
-# -- models as tensors -------------------------------------------------------------------------------------------------
-
-
 class _Forest:
     """M models of one form as rows: ``rows[i][m]`` is entry i of model m, a tensor or a NumPy array.
 

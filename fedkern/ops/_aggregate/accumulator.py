@@ -295,9 +295,6 @@ class Accumulator:
         return f"Accumulator({self.size}{kind}: {self._count} vectors, weight {self.weight:g})"
 
 
-# Entries of a state.
-
-
 def _whole(state: Mapping[str, Any], name: str) -> int:
     """Returns the entry ``name`` as a whole number; a tensor of one element is accepted too."""
     value = state[name]

@@ -15,8 +15,6 @@ from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_dense, check_number, no_vmap, refuse_gradient, shown
 
-# The public functions.
-
 
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
     """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
@@ -135,9 +133,6 @@ def _rows(
 def _signed(value: int) -> int:
     """The same 64 bits as a signed integer, since operators of torch.library take no unsigned ones."""
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-# The same operator for torch.compile and opcheck.
 
 
 def _implementation(vectors: list[Tensor], numbers: Tensor, seed: int, offset: int) -> Tensor:

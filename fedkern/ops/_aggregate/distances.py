@@ -51,8 +51,6 @@ _MOST_ITERATIONS = 2**63 - 1
 # Up to this many vectors Krum's scores are summed in Python.
 FEW = 20
 
-# The public functions.
-
 
 def pairwise_distances(vectors: Vectors) -> Tensor:
     """Computes the Euclidean distances between all pairs of vectors.
@@ -384,9 +382,6 @@ def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor 
         return difference(_point(vectors, following), _point(vectors, shares)).norm()
     change = following - shares
     return (change @ (products @ change)).clamp_min_(0.0).sqrt_()
-
-
-# The same operators for torch.compile and opcheck.
 
 
 def _pairwise_fake(vectors: list[Tensor]) -> Tensor:

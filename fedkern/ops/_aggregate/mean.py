@@ -28,8 +28,6 @@ from fedkern.ops._core.backend import ready
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.memory import placed
 
-# The public function.
-
 
 def weighted_mean(
     vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None = None
@@ -103,9 +101,6 @@ def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
-# Eager autograd.
-
-
 class _WeightedMean(EagerFunction):
     """weighted_mean with its gradient; ``weights`` is a tensor, or a pair of checked numbers and their sum."""
 
@@ -168,9 +163,6 @@ def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return torch.where(counted, gradient, math.nan).to(weights.device, weights.dtype)
 
 
-# The same operator for torch.compile, torch.func and opcheck.
-
-
 def _implementation(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
     return _compute(vectors, weights, None if dtype is None else _fake(vectors, weights, dtype))
 
@@ -220,8 +212,6 @@ _weighted_mean = library.register(
     reference=weighted_mean_reference,
 )
 
-
-# Backends.
 
 backend.serve(
     "aggregate",

@@ -24,8 +24,6 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_count, no_vmap, shown
 
-# The public functions.
-
 
 def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
     """Averages every coordinate without its ``trim`` largest and ``trim`` smallest values (arXiv 1803.01498).
@@ -117,9 +115,6 @@ def _sorted_mean(
         return _sorted_mean_operator(rows_of(vectors), low, high, given)
     values = None if weights is None else kernel_weights(weights, count)
     return select(vectors).sorted_mean(vectors, low, high, values)
-
-
-# The same operators for torch.compile and opcheck.
 
 
 def _sorted_mean_implementation(vectors: list[Tensor], low: int, high: int, weights: Tensor | None) -> Tensor:

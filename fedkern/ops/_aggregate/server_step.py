@@ -48,8 +48,6 @@ class ServerStep(NamedTuple):
 
 _STATES = (torch.float32, torch.float64)
 
-# The public function.
-
 
 def server_step(
     global_: Tensor,
@@ -257,9 +255,6 @@ def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | No
     if not same:
         others.append(global_)
     return all(other.untyped_storage().data_ptr() != storage for other in others)
-
-
-# The same operator for torch.compile and opcheck.
 
 
 def _implementation(

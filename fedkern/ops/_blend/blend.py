@@ -15,8 +15,6 @@ from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._core.function import EagerFunction
 
-# The public function.
-
 
 def blend(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, *, index: Tensor | None = None
@@ -111,9 +109,6 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
         raise ValueError(f"alpha must be in [0, 1], not {shown(alpha)}")
 
 
-# Eager autograd.
-
-
 class _Blend(EagerFunction):
     @staticmethod
     def forward(
@@ -152,7 +147,5 @@ class _Blend(EagerFunction):
         )
         return None, own, other, per_sample, None, None
 
-
-# Backends.
 
 backend.serve("blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits")

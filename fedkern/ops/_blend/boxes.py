@@ -17,8 +17,6 @@ from fedkern.ops._core.checks import check_dense, check_device, check_memory, ch
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.memory import placed
 
-# Specification.
-
 
 def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
     """``bool [B, height, width]``: the pixels whose centre lies in any of ``boxes [B, n, 4]``."""
@@ -36,9 +34,6 @@ def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
     """The specification of :func:`erase_boxes` and (``keep``) :func:`keep_boxes`; ``fill`` is ``[1 or B, C]``."""
     mask = boxes_mask_reference(boxes, images.shape[2], images.shape[3])[:, None]
     return torch.where(mask != keep, fill[:, :, None, None].to(images.dtype), images)
-
-
-# The public functions.
 
 
 def erase_boxes(
@@ -188,9 +183,6 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
             raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {shown(value)}")
 
 
-# Eager autograd.
-
-
 class _FillBoxes(EagerFunction):
     @staticmethod
     def forward(
@@ -203,9 +195,6 @@ class _FillBoxes(EagerFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_backward(ctx, *grads)
-
-
-# The same operator for torch.compile, torch.func and opcheck.
 
 
 def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
@@ -281,8 +270,6 @@ _fill_boxes = library.register(
     reference=fill_boxes_reference,
 )
 
-
-# Backends.
 
 _DTYPES = frozenset(
     {

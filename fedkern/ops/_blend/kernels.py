@@ -15,8 +15,6 @@ from fedkern.ops._core.memory import HUGE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# What backends share.
-
 
 def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
     """Returns ``strides`` if a sample fills its memory without gaps or repeats, in any order of axes; else None."""
@@ -75,9 +73,6 @@ def users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
     """(start, order): the samples that use background row n are ``order[start[n] : start[n + 1]]``, ascending."""
     ordered, order = torch.sort(index, stable=True)
     return torch.searchsorted(ordered, torch.arange(background_rows + 1, device=index.device)), order
-
-
-# The launchers.
 
 
 class _Launcher(Launcher):

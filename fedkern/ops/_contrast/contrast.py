@@ -22,8 +22,6 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._core.private_torch import may_be_transformed
 
-# the public function: checks and choice of path
-
 
 def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
     """Symmetric in-batch contrastive loss of pairs (InfoNCE; CLIP, arXiv 2103.00020; FedDRA's L_NCE).
@@ -82,9 +80,6 @@ def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | T
     if may_be_transformed() or not (torch.is_grad_enabled() and any(needs)):
         return CONTRASTIVE(x, y, learnt, value)[0]
     return CONTRASTIVE_TRAINING(x, y, learnt, value, *needs)[0]
-
-
-# forward and backward
 
 
 class _Contrastive(EagerFunction):

@@ -68,9 +68,6 @@ def check_reduction(reduction: Any) -> int:
     return REDUCTIONS[reduction]
 
 
-# Stacks of K teachers.
-
-
 def check_stack(name: str, stack: Any) -> None:
     """Raises TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
     check_floating(stack, name, LOGITS)

@@ -17,8 +17,6 @@ from fedkern.ops._distill.kernels import DistillKernels
 from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.rows import MAX_DIMS, NONE, REDUCTIONS
 
-# the public functions: checks and choice of path
-
 
 def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> Tensor:
     """Generalised Jensen–Shannon divergence ``H(Σₖ Wₖ pₖ) − Σₖ Wₖ H(pₖ)``, ``pₖ = softmax(logitsₖ)`` (Lin, 1991), nats.
@@ -94,9 +92,6 @@ def _check(
         check_values(weights)
         weights = spread_row_weights(weights, logits, kernel is not None)
     return kernel, weights, code
-
-
-# forward and backward, each one call into the kernel
 
 
 class _JensenShannon(EagerFunction):

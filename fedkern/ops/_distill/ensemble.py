@@ -26,8 +26,6 @@ from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.reference import is_flat
 from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, NONE, PROBS, REDUCTIONS
 
-# the public function: checks and choice of path
-
 
 def ensemble_kl(
     student: Tensor,
@@ -143,9 +141,6 @@ def _mixture(mix: Any, mode: Any) -> int:
     if mix != "probs":
         raise ValueError('mode="mean_of_kl" mixes no logits: mix must be "probs"')
     return MEAN
-
-
-# forward and backward, each one call into the kernel
 
 
 class _Ensemble(EagerFunction):

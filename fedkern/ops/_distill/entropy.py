@@ -17,8 +17,6 @@ from fedkern.ops._distill.kernels import DistillKernels
 from fedkern.ops._distill.reference import entropy_rows_reference
 from fedkern.ops._distill.rows import NONE, REDUCTIONS
 
-# the public function: checks and choice of path
-
 
 def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
     """Entropy ``H(softmax(logits)) = −Σ p log p`` over classes, in nats.
@@ -53,9 +51,6 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
     if logits.requires_grad and torch.is_grad_enabled():
         return _Entropy.call(logits, code, kernel)
     return kernel.entropy_forward(logits, code)
-
-
-# forward and backward, each one call into the kernel
 
 
 class _Entropy(EagerFunction):

@@ -60,8 +60,6 @@ class Recomputes:
         return None
 
 
-# --- the compiled cores
-
 # Operators as numbered in csrc/include/fedkern/distill.h
 KL, LIMIT, ENTROPY = 0, 1, 2
 # Operators as numbered in csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN

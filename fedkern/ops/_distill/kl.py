@@ -21,8 +21,6 @@ from fedkern.ops._distill.kernels import DistillKernels, Divergence, divergence_
 from fedkern.ops._distill.reference import divergence_reference, is_flat, result_dtype
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
 
-# the public functions: checks and choice of path
-
 
 def kl_div(
     student: Tensor,
@@ -130,9 +128,6 @@ def _dispatch(
             if tensor.requires_grad:
                 return _Divergence.call((kernel, settings, other is not None), *tensors)
     return kernel.divergence_forward(student, other, teacher, weight, settings)
-
-
-# forward and backward, each one call into the kernel
 
 
 class _Divergence(EagerFunction):

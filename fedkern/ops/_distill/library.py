@@ -249,9 +249,6 @@ def reference_gradients(
     return tuple(x if x is None or graph else x.detach() for x in each)
 
 
-# --- folding the mapped axis into the batch
-
-
 def fold_rows(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
     """``[B, ...]`` of every call as ``[V * B, ...]``."""
     return None if x is None else unmapped(x, axis, count).flatten(0, 1)

@@ -24,9 +24,6 @@ Activation = Literal["relu"] | None
 _grad_enabled = torch.is_grad_enabled
 
 
-# The public functions.
-
-
 def fuse_concat(
     features: Sequence[Tensor],
     scale: Tensor | None = None,
@@ -187,9 +184,6 @@ def _alike(features: Sequence[Tensor]) -> bool:
     return True
 
 
-# Eager autograd.
-
-
 class _Fuse(EagerFunction):
     """fuse_concat and fuse_mean with their gradients; the tensors are the maps, [scale], [shift].
 
@@ -249,8 +243,6 @@ class _Fuse(EagerFunction):
             return (None, *to_maps)
         return (None, *to_maps, *([to_scale] if learned_scale else []), *([to_shift] if learned_shift else []))
 
-
-# The backends that serve it.
 
 for _name in ("fuse_concat", "fuse_mean"):
     backend.serve(_name, cpu=FuseKernels, cuda=FuseKernels, triton="_fuse.triton:TritonFuse", fits="fuse_fits")

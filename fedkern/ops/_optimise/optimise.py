@@ -48,9 +48,6 @@ class StepResult(NamedTuple):
     squared_norm: Tensor
 
 
-# The public functions.
-
-
 def sgd_step(
     parameters: Tensor,
     gradients: Tensor,
@@ -329,8 +326,6 @@ _operators = [
     for zero, (name, alias) in enumerate((("optimiser_step", ""), ("optimiser_step_and_zero", "(e!)")))
 ]
 
-
-# The backends that serve it.
 
 backend.serve(
     "optimise",
