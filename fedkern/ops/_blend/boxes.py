@@ -243,19 +243,15 @@ def _vmap(
     info: Any, in_dims: tuple[int | None, ...], images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
 ) -> tuple[Tensor, int]:
     count = info.batch_size
-
-    def folded(tensor: Tensor, axis: int | None) -> Tensor:
-        mapped = tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-        return mapped.flatten(0, 1)
-
     batch = images.movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else images.shape[0]
     if in_dims[2] is not None:
         # One fill per mapped call becomes one fill per image.
         fill = fill.movedim(in_dims[2], 0)
         fill = fill.expand(count, batch, fill.shape[2]).flatten(0, 1)
     elif len(fill) > 1:
-        fill = folded(fill, None)
-    out = _fill_boxes(folded(images, in_dims[0]), folded(boxes, in_dims[1]), fill, keep)
+        fill = library.fold_mapped(fill, None, count)
+    folded, padded = (library.fold_mapped(x, d, count) for x, d in ((images, in_dims[0]), (boxes, in_dims[1])))
+    out = _fill_boxes(folded, padded, fill, keep)
     return out.unflatten(0, (count, batch)), 0
 
 

@@ -28,49 +28,22 @@ def _fake(foreground: Tensor, background: Tensor, alpha: Tensor | None, value: f
     return torch.empty_strided(foreground.shape, strides, dtype=foreground.dtype, device=foreground.device)
 
 
-def _backward_implementation(
-    grad: Tensor,
-    foreground: Tensor | None,
-    background: Tensor | None,
-    alpha: Tensor | None,
-    value: float,
-    index: Tensor | None,
-    background_rows: int,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_implementation(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    foreground, background, alpha, _, index, _, *needs = others
     check_memory(index, foreground, background, alpha)
     kernel = backend.select("blend", grad)
-    if kernel is not None:
-        result = kernel.backward(grad, foreground, background, alpha, value, index, background_rows, needs)
-    else:
-        result = backward_reference(grad, foreground, background, alpha, value, index, background_rows, needs)
-    shapes = _backward_fake(grad, foreground, background, alpha, value, index, background_rows, *needs)
-    own, other, per_sample = (
-        empty if given is None else given if given.stride() == empty.stride() else empty.copy_(given)
-        for given, empty in zip(result, shapes, strict=True)
-    )
+    run: Any = backward_reference if kernel is None else kernel.backward
+    result = run(grad, *others[:6], tuple(needs))
+    own, other, per_sample = map(library.laid_out, result, _backward_fake(grad, *others))
     return own, other, per_sample
 
 
-def _backward_fake(
-    grad: Tensor,
-    foreground: Tensor | None,
-    background: Tensor | None,
-    alpha: Tensor | None,
-    value: float,
-    index: Tensor | None,
-    background_rows: int,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, alpha, _, _, background_rows, *needs = others
     strides = output_strides(grad.shape, grad.stride())
-    nothing = grad.new_empty(0)
-    own = grad.new_empty_strided(grad.shape, strides) if needs[0] else nothing
+    own = grad.new_empty_strided(grad.shape, strides) if needs[0] else grad.new_empty(0)
     other = grad.new_empty_strided((background_rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)
-    per_sample = grad.new_empty(0)
-    if needs[2]:
-        assert alpha is not None
-        per_sample = alpha.new_empty(alpha.shape)
-    return own, other, per_sample
+    return own, other, alpha.new_empty(alpha.shape) if needs[2] else grad.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,15 +66,9 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.value, ctx.background_rows, ctx.needs = value, background_rows, needs
 
 
-def _fold(tensor: Tensor, axis: int | None, count: int) -> Tensor:
-    """``tensor`` as ``[V * B, ...]``: the mapped axis, or V copies of an unmapped tensor, folded into the batch."""
-    mapped = tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-    return mapped.flatten(0, 1)
-
-
 def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
     """Indices into ``count`` backgrounds of ``rows`` rows in sequence; an index out of range stays out of range."""
-    mapped = index.expand(count, *index.shape) if axis is None else index.movedim(axis, 0)
+    mapped = library.mapped_first(index, axis, count)
     shifted = mapped + rows * torch.arange(count, device=index.device)[:, None]
     return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()
 
@@ -117,42 +84,33 @@ def _vmap(
 ) -> tuple[Tensor, int]:
     count = info.batch_size
     fore, back, weights, _, positions = in_dims
-    folded = _fold(foreground, fore, count)
+    folded = library.fold_mapped(foreground, fore, count)
     if back is None:
         # One background for all: index into it instead of repeating it.
         if index is None:
             index, positions = torch.arange(background.shape[0], device=background.device), None
-        index = _fold(index, positions, count)
+        index = library.fold_mapped(index, positions, count)
     else:
         if index is not None:
             index = _fold_index(index, positions, count, background.movedim(back, 0).shape[1])
-        background = _fold(background, back, count)
+        background = library.fold_mapped(background, back, count)
     if alpha is not None:
-        alpha = _fold(alpha, weights, count)
+        alpha = library.fold_mapped(alpha, weights, count)
     out = BLEND(folded, background, alpha, value, index)
     return out.unflatten(0, (count, -1) if len(out) else (count, 0)), 0
 
 
 def _vmap_backward(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    grad: Tensor,
-    foreground: Tensor | None,
-    background: Tensor | None,
-    alpha: Tensor | None,
-    value: float,
-    index: Tensor | None,
-    background_rows: int,
-    *needs: bool,
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    value, index, background_rows, *needs = arguments[4:]
     count = info.batch_size
-    dims = in_dims
     tensors: list[Tensor | None] = [
-        None if tensor is None else _fold(tensor, axis, count)
-        for tensor, axis in zip((grad, foreground, background, alpha), dims[:4], strict=True)
+        None if tensor is None else library.fold_mapped(tensor, axis, count)
+        for tensor, axis in zip(arguments[:4], in_dims[:4], strict=True)
     ]
     if index is not None:
-        index = _fold_index(index, dims[5], count, background_rows)
+        index = _fold_index(index, in_dims[5], count, background_rows)
     folded = BLEND_BACKWARD(*tensors, value, index, count * background_rows, *needs)
     results = tuple(
         result.unflatten(0, (count, len(result) // count)) if need else result

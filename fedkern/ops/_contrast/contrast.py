@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern.ops._contrast.checks import check_pair, check_temperature
 from fedkern.ops._contrast.kernels import CpuContrast, CudaContrast
-from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING
+from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING, reference_at
 from fedkern.ops._contrast.reference import contrastive_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
@@ -103,11 +103,7 @@ class _Contrastive(EagerFunction):
         saved = ctx.saved_tensors
         tensors, gradients = saved[:-3], saved[-3:]
         if not readable(grad):
-
-            def reference(x: Tensor, y: Tensor, learnt: Tensor | None = None) -> Tensor:
-                return contrastive_reference(x, y, ctx.temperature if learnt is None else learnt)
-
-            needs = ctx.needs_input_grad[2:]
+            reference, needs = reference_at(ctx.temperature), ctx.needs_input_grad[2:]
             return (None, None, *library.differentiate_reference(reference, tensors, needs, grad))
         scaled = ctx.kernel.scaled(gradients[: len(tensors)], grad, tensors)
         return (None, None, *handed_out(scaled, gradients))

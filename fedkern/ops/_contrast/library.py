@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._contrast.kernels import CpuContrast
-from fedkern.ops._contrast.reference import (
-    Gradients,
-    contrastive_reference,
-    gradients_reference,
-)
+from fedkern.ops._contrast.reference import Gradients, contrastive_reference, gradients_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import compute_dtype, select
@@ -38,7 +34,7 @@ def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tup
 
 def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
     """The reference of both operators: only the loss, of all that :func:`_run` and :func:`_run_training` return."""
-    return (contrastive_reference(x, y, temperature if learnt is None else learnt),)
+    return (reference_at(temperature)(x, y, learnt),)
 
 
 def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -58,16 +54,10 @@ def _run_backward(
         raw = kernel.gradients(x, y, given, sums, needs)
         raw = Gradients(*kernel.scaled(raw, grad, inputs))
     a, b, c = (
-        _nothing(x) if t is None or g is None or not need else _placed(g, t)
+        _nothing(x) if t is None or g is None or not need else library.laid_out(g, torch.empty_like(t))
         for g, t, need in zip(raw, inputs, needs, strict=True)
     )
     return a, b, c
-
-
-def _placed(gradient: Tensor, like: Tensor) -> Tensor:
-    """``gradient`` in the dtype and the layout of ``like``."""
-    to = torch.empty_like(like)
-    return gradient if (gradient.dtype, gradient.stride()) == (to.dtype, to.stride()) else to.copy_(gradient)
 
 
 def _fake_backward(
@@ -84,8 +74,10 @@ def _nothing(x: Tensor) -> Tensor:
     return torch.empty(0, device=x.device)
 
 
-def _reference(temperature: float) -> Any:
-    def loss(x: Tensor, y: Tensor, learnt: Tensor | None) -> Tensor:
+def reference_at(temperature: Any) -> Any:
+    """The reference at ``temperature``, or at a learnt one."""
+
+    def loss(x: Tensor, y: Tensor, learnt: Tensor | None = None) -> Tensor:
         return contrastive_reference(x, y, temperature if learnt is None else learnt)
 
     return loss
@@ -110,28 +102,8 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Derivative of the backward pass, through the reference, which computes the sums again."""
-    saved = ctx.saved_tensors
-    present = [i for i in range(4) if saved[i] is not None]
-    chosen = [i for i in range(1, 4) if ctx.needs[i - 1] and saved[i] is not None]
-
-    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-        full: list[Any] = [None] * 4
-        for i, tensor in zip(present, tensors, strict=True):
-            full[i] = tensor
-
-        def loss(*selected: Tensor) -> Tensor:
-            inputs = list(full)
-            for i, tensor in zip(chosen, selected, strict=True):
-                inputs[i] = tensor
-            return _reference(ctx.temperature)(*inputs[1:])
-
-        return torch.func.vjp(loss, *(full[i] for i in chosen))[1](full[0])
-
-    pull = torch.func.vjp(gradients, *(saved[i] for i in present))[1]
-    results: list[Tensor | None] = [None] * 4
-    for i, result in zip(present, pull(tuple(cotangents[i - 1] for i in chosen)), strict=True):
-        results[i] = result
-    return (*results, *[None] * 5)
+    loss = reference_at(ctx.temperature)
+    return (*library.second_derivative(loss, 1, ctx.saved_tensors, ctx.needs, cotangents), *[None] * 5)
 
 
 # The operator for training under a compiler or a mode: gradients in the forward pass, as in eager calls.
@@ -177,7 +149,7 @@ def _backward_training(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, 
     inputs, gradients = saved[:3], saved[3:]
     results: Sequence[Tensor | None]
     if torch.is_grad_enabled():  # create_graph=True
-        results = library.differentiate_reference(_reference(ctx.temperature), inputs, ctx.needs, grad)
+        results = library.differentiate_reference(reference_at(ctx.temperature), inputs, ctx.needs, grad)
     else:
         results = [
             (g * grad).to(t.dtype) if need and t is not None else None

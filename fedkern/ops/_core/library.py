@@ -91,6 +91,59 @@ def register(
     return call
 
 
+def second_derivative(
+    reference: Callable[..., Any], results: int, saved: Sequence[Any], needs: Sequence[bool], cotangents: Sequence[Any]
+) -> list[Tensor | None]:
+    """Derivatives, by all of ``saved``, of the gradients that the reference has by the inputs that ``needs`` names.
+
+    Args:
+        reference: function of the inputs; numbers and None are bound.
+        results: how many results the reference has: a tensor for 1, else a tuple.
+        saved: the results' gradients, then the inputs; None where an argument was not given.
+        needs: for the first inputs, whether a gradient was asked for.
+        cotangents: one for each of ``needs``.
+    """
+    floating = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
+    chosen = [results + i for i, need in enumerate(needs) if need and saved[results + i] is not None]
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        full = list(saved)
+        for i, x in zip(floating, tensors, strict=True):
+            full[i] = x
+
+        def value(*selected: Tensor) -> Any:
+            inputs = list(full)
+            for i, x in zip(chosen, selected, strict=True):
+                inputs[i] = x
+            return reference(*inputs[results:])
+
+        pull = torch.func.vjp(value, *(full[i] for i in chosen))[1]
+        return pull(full[0] if results == 1 else tuple(full[:results]))
+
+    pull = torch.func.vjp(gradients, *(saved[i] for i in floating))[1]
+    back: list[Tensor | None] = [None] * len(saved)
+    for i, x in zip(floating, pull(tuple(cotangents[i - results] for i in chosen)), strict=True):
+        back[i] = x
+    return back
+
+
+def fold_mapped(x: Tensor, axis: int | None, count: int) -> Tensor:
+    """``[V * B, ...]``: the mapped axis, or V repetitions of an unmapped tensor ``[B, ...]``, in the batch."""
+    return mapped_first(x, axis, count).flatten(0, 1)
+
+
+def mapped_first(x: Tensor, axis: int | None, count: int) -> Tensor:
+    """``[V, ...]``: the mapped axis in front, or V repetitions of an unmapped tensor."""
+    return x.expand(count, *x.shape) if axis is None else x.movedim(axis, 0)
+
+
+def laid_out(result: Tensor | None, like: Tensor) -> Tensor:
+    """``result`` with the dtype and strides of the fake result ``like``; ``like`` itself for None."""
+    if result is None:
+        return like
+    return result if (result.dtype, result.stride()) == (like.dtype, like.stride()) else like.copy_(result)
+
+
 def differentiate_reference(
     reference: Callable[..., Any],
     inputs: Sequence[Tensor | None],

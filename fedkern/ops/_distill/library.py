@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._distill.rows import NONE, REDUCTIONS, reduce_mapped, spread_mapped, unmapped
+from fedkern.ops._distill.rows import NONE, REDUCTIONS, reduce_mapped, spread_mapped
 
 Optionals = tuple[Any, ...]  # tensors, and None where an optional one was not given
 
@@ -29,14 +29,13 @@ class Loss:
         differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
         results: number of results.
-        stacked: whether the first tensor is ``[K, B, C, *positions]``, not ``[B, C, *positions]``.
-        run: (tensors, settings) to the results.
-        run_backward: (grads, tensors, settings, needs) to the gradients of the differentiable tensors.
-        reference: like ``run``, in plain PyTorch, with tensors and settings as separate arguments.
+        stacked: for each tensor that folds, whether its batch is axis 1, as of ``[K, B, C, *positions]``, and not 0.
+        kernel: (tensors, settings) to the kernel that serves, or None: the reference does.
+        method: the kernel's methods are ``<method>_forward`` and ``<method>_backward``.
+        how: (settings) to the last arguments of these methods.
+        reference: the loss in plain PyTorch, with tensors and settings as separate arguments.
         dtype: (tensors) to the dtype of the results.
-        fold: (tensors, mapped axes, number of calls) to tensors whose batch holds the batches of all calls.
-        unfold: (index of a differentiable tensor, gradient of the folded tensor, number of calls) to the gradient with
-            the mapped axis.
+        fold: as :func:`fold_tensors`, for tensors that do not all fold alike.
     """
 
     name: str
@@ -44,17 +43,17 @@ class Loss:
     differentiable: int
     settings: tuple[str, ...]
     results: int
-    stacked: bool
-    run: Callable[[Optionals, Sequence[Any]], Any]
-    run_backward: Callable[[Sequence[Tensor], Optionals, Sequence[Any], Sequence[bool]], Sequence[Tensor | None]]
+    stacked: tuple[bool, ...]
+    kernel: Callable[[Optionals, Sequence[Any]], Any]
+    method: str
+    how: Callable[[Sequence[Any]], tuple[Any, ...]]
     reference: Callable[..., Any]
     dtype: Callable[[Optionals], torch.dtype]
-    fold: Callable[[Optionals, Sequence[int | None], int], Optionals]
-    unfold: Callable[[int, Tensor, int], Tensor]
+    fold: Callable[[Loss, Optionals, Sequence[int | None], int], Optionals] | None = None
 
     def rows(self, tensors: Optionals) -> tuple[int, ...]:
         """``[B, *positions]``."""
-        shape = tensors[0].shape[1:] if self.stacked else tensors[0].shape
+        shape = tensors[0].shape[1:] if self.stacked[0] else tensors[0].shape
         return (shape[0], *shape[2:])
 
 
@@ -69,7 +68,7 @@ def define(loss: Loss) -> Callable[..., Any]:
     asked = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:wanted]] if wanted > 1 else []
     grads_arguments = ", ".join(f"Tensor grad{i}" for i in range(loss.results))
     result = "Tensor" if loss.results == 1 else f"({', '.join(['Tensor'] * loss.results)})"
-    results = loss.results
+    results, fold = loss.results, loss.fold or fold_tensors
 
     def many(value: Any) -> tuple[Tensor, ...]:
         return (value,) if results == 1 else tuple(value)
@@ -97,8 +96,12 @@ def define(loss: Loss) -> Callable[..., Any]:
         return loss.reference(*inputs[:count], *plain(inputs[count:]))
 
     def run(*inputs: Any) -> Any:
-        check(inputs[:count], inputs[-1])
-        return loss.run(inputs[:count], plain(inputs[count:]))
+        tensors, settings = inputs[:count], plain(inputs[count:])
+        check(tensors, settings[-1])
+        kernel = loss.kernel(tensors, settings)
+        if kernel is None:
+            return loss.reference(*tensors, *settings)
+        return getattr(kernel, f"{loss.method}_forward")(*tensors, *loss.how(settings))
 
     def fake(*inputs: Any) -> Any:
         tensors = inputs[:count]
@@ -118,7 +121,7 @@ def define(loss: Loss) -> Callable[..., Any]:
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size, *settings, reduction = (info.batch_size, *inputs[count:])
-        folded = loss.fold(inputs[:count], in_dims[:count], size)
+        folded = fold(loss, inputs[:count], in_dims[:count], size)
         rows = many(value_of(*folded, *settings, NONE))
         reduced = [reduce_mapped(x.unflatten(0, (size, x.shape[0] // size)), reduction) for x in rows]
         return one(reduced), one([0] * results)
@@ -132,7 +135,15 @@ def define(loss: Loss) -> Callable[..., Any]:
     def run_backward(*inputs: Any) -> Any:
         grads, tensors, settings, needs = split(inputs)
         check(tuple(tensors), settings[-1], grads)
-        given = place(loss.run_backward(grads, tuple(tensors), plain(settings), needs), tensors[:wanted], needs)
+        settings = plain(settings)
+        kernel = loss.kernel(tuple(tensors), settings)
+        if kernel is None:
+            gradients = reference_gradients(loss.reference, grads, tensors, settings, needs)
+        elif wanted == 1:
+            gradients = (getattr(kernel, f"{loss.method}_backward")(*grads, *tensors, *loss.how(settings)),)
+        else:
+            gradients = getattr(kernel, f"{loss.method}_backward")(*grads, *tensors, *loss.how(settings), needs)
+        given = place(gradients, tensors[:wanted], needs)
         return given[0] if wanted == 1 else given
 
     def fake_backward(*inputs: Any) -> Any:
@@ -145,41 +156,25 @@ def define(loss: Loss) -> Callable[..., Any]:
         _, _, ctx.settings, ctx.needs = split(inputs)
 
     def second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        floating = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
-        chosen = [results + i for i in range(wanted) if ctx.needs[i] and saved[results + i] is not None]
+        def value(*tensors: Any) -> Any:
+            return reference(*tensors, *ctx.settings)
 
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            full = list(saved)
-            for i, x in zip(floating, tensors, strict=True):
-                full[i] = x
-
-            def value(*selected: Tensor) -> Any:
-                inputs = list(full)
-                for i, x in zip(chosen, selected, strict=True):
-                    inputs[i] = x
-                return reference(*inputs[results:], *ctx.settings)
-
-            pull = torch.func.vjp(value, *(full[i] for i in chosen))[1]
-            return pull(one(full[:results]))
-
-        pull = torch.func.vjp(gradients, *(saved[i] for i in floating))[1]
-        given = pull(tuple(cotangents[i - results] for i in chosen))
-        back: list[Tensor | None] = [None] * (results + count)
-        for i, x in zip(floating, given, strict=True):
-            back[i] = x
+        back = library.second_derivative(value, results, ctx.saved_tensors, ctx.needs, cotangents)
         return (*back, *[None] * (len(ctx.settings) + len(asked)))
 
     def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size = info.batch_size
         grads, tensors, settings, needs = split(inputs)
-        folded = loss.fold(tuple(tensors), in_dims[results : results + count], size)
+        folded = fold(loss, tuple(tensors), in_dims[results : results + count], size)
         rows = loss.rows(folded)
         rows = (rows[0] // size, *rows[1:])
         spread = [spread_mapped(g, d, size, rows, settings[-1]) for g, d in zip(grads, in_dims, strict=False)]
         given = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs[: len(asked)])
         given = (given,) if wanted == 1 else given
-        back = tuple(loss.unfold(i, g, size) if needs[i] else g for i, g in enumerate(given))
+        back = tuple(
+            g if not need else unfold_stack(g, size) if stacked else g.unflatten(0, (size, len(g) // size))
+            for g, need, stacked in zip(given, needs, loss.stacked, strict=True)
+        )
         dims = tuple(0 if need else None for need in needs)
         return (back[0], dims[0]) if wanted == 1 else (back, dims)
 
@@ -221,11 +216,7 @@ def place(gradients: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequ
     return tuple(
         torch.empty(0, device=device)
         if x is None or not need
-        else torch.empty_like(x)
-        if gradient is None
-        else torch.empty_like(x).copy_(gradient)
-        if gradient.stride() != x.stride()
-        else gradient.detach()
+        else library.laid_out(None if gradient is None else gradient.detach(), torch.empty_like(x))
         for gradient, x, need in zip(gradients, inputs, needs, strict=True)
     )
 
@@ -251,16 +242,18 @@ def reference_gradients(
 
 def fold_rows(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
     """``[B, ...]`` of every call as ``[V * B, ...]``."""
-    return None if x is None else unmapped(x, axis, count).flatten(0, 1)
+    return None if x is None else library.fold_mapped(x, axis, count)
 
 
 def fold_stack(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
     """``[K, B, ...]`` of every call as ``[K, V * B, ...]``."""
-    return None if x is None else unmapped(x, axis, count).transpose(0, 1).flatten(1, 2)
+    return None if x is None else library.mapped_first(x, axis, count).transpose(0, 1).flatten(1, 2)
 
 
-def unfold_rows(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(0, (count, x.shape[0] // count))
+def fold_tensors(loss: Loss, tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
+    """``tensors`` of ``count`` mapped calls as one call's, whose batch holds the batches of all."""
+    folds = [fold_stack if stacked else fold_rows for stacked in loss.stacked]
+    return tuple(fold(x, axis, count) for fold, x, axis in zip(folds, tensors, axes, strict=True))
 
 
 def unfold_stack(x: Tensor, count: int) -> Tensor:

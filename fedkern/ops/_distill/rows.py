@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.library import mapped_first
+
 # Reductions of row losses to the result. Schemas of torch.library carry the numbers.
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2}
 NONE, SUM, BATCHMEAN = 0, 1, 2
@@ -39,11 +41,6 @@ def mean_scale(logits: Tensor, reduction: int) -> float:
 # Batching rules fold the mapped axis into the rows, compute a value per row, and reduce afterwards.
 
 
-def unmapped(tensor: Tensor, axis: int | None, count: int) -> Tensor:
-    """``tensor`` as ``[V, ...]``: the mapped axis in front, or V repetitions of an unmapped tensor."""
-    return tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-
-
 def reduce_mapped(rows: Tensor, reduction: int) -> Tensor:
     """The results ``[V, ...]`` from the row losses ``[V, B, *positions]`` of V mapped calls."""
     if reduction == NONE:
@@ -54,7 +51,7 @@ def reduce_mapped(rows: Tensor, reduction: int) -> Tensor:
 
 def spread_mapped(grad: Tensor, axis: int | None, count: int, rows: Sequence[int], reduction: int) -> Tensor:
     """grad_output per row, ``[V * B, *positions]``, from those of V mapped calls whose rows have the shape ``rows``."""
-    grad = unmapped(grad, axis, count)
+    grad = mapped_first(grad, axis, count)
     if reduction != NONE:
         if reduction == BATCHMEAN:
             grad = grad / max(math.prod(rows), 1)

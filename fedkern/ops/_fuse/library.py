@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def _implementation(
         out = kernel.forward(features, scale, shift, relu, mean, channels, wants_channels_last(features))
         # A mean has the first map's strides, which may be any along axes of size 1 or without elements.
         odd = mean and (1 in out.shape or 0 in out.shape)
-        return _into(_fake(features, scale, shift, relu, mean), out) if odd else out
+        return library.laid_out(out, _fake(features, scale, shift, relu, mean)) if odd else out
     return _fake(features, scale, shift, relu, mean).copy_(_reference(features, scale, shift, relu, mean))
 
 
@@ -55,49 +55,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _backward_implementation(
-    grad: Tensor,
-    features: list[Tensor],
-    out: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: bool,
-    channels: Sequence[int],
-    need_features: Sequence[bool],
-    need_scale: bool,
-    need_shift: bool,
+    grad: Tensor, features: list[Tensor], out: Tensor | None, *others: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    if (need_scale and scale is None) or (need_shift and shift is None):
+    scale, shift, _, mean, _, *needs = others
+    if (needs[1] and scale is None) or (needs[2] and shift is None):
         raise ValueError("a scale or shift that is not given has no gradient")
-    needs = (need_features, need_scale, need_shift)
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", grad)
-    arguments = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
+    arguments = (grad, features or None, out, *others[:5], tuple(needs))
     result = fuse_backward_reference(*arguments) if kernel is None else kernel.backward(*arguments, order_of(grad) == 1)
-    maps, to_scale, to_shift = _backward_fake(
-        grad, features, out, scale, shift, relu, mean, channels, need_features, need_scale, need_shift
-    )
-    filled = [_into(empty, x) for empty, x in zip(maps, result[0], strict=True)]
-    return filled, _into(to_scale, result[1]), _into(to_shift, result[2])
-
-
-def _into(empty: Tensor, result: Tensor | None) -> Tensor:
-    """``result`` with the strides of the fake result ``empty``; ``empty`` itself if no gradient was wanted."""
-    return empty if result is None else result if result.stride() == empty.stride() else empty.copy_(result)
+    maps, to_scale, to_shift = _backward_fake(grad, features, out, *others)
+    filled = [library.laid_out(x, empty) for x, empty in zip(result[0], maps, strict=True)]
+    return filled, library.laid_out(result[1], to_scale), library.laid_out(result[2], to_shift)
 
 
 def _backward_fake(
-    grad: Tensor,
-    features: list[Tensor],
-    out: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: bool,
-    channels: Sequence[int],
-    need_features: Sequence[bool],
-    need_scale: bool,
-    need_shift: bool,
+    grad: Tensor, features: list[Tensor], out: Tensor | None, *others: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    scale, shift, _, _, channels, need_features, need_scale, need_shift = others
     channels_last = order_of(grad) == 1
     maps = [
         empty_map((grad.shape[0], count, *grad.shape[2:]), channels_last, grad) if need else grad.new_empty(0)
@@ -126,11 +100,7 @@ def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shi
         given = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
         maps, by_scale, by_shift = fuse_backward_reference(*given)
         total = grad.new_zeros((), dtype=torch.float64)
-        for x, seed in (
-            *zip(maps, to_maps, strict=True),
-            (by_scale, to_scale),
-            (by_shift, to_shift),
-        ):
+        for x, seed in (*zip(maps, to_maps, strict=True), (by_scale, to_scale), (by_shift, to_shift)):
             if x is not None and seed is not None:
                 total = total + (x.double() * seed.double()).sum()
         return total
