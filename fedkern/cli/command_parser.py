@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fedkern.cli.flags import Parser
+from fedkern.cli.flags import Parser, add_repeatable
 from fedkern.cli.front_page import PROGRAM
 from fedkern.errors import UserError, nearest
 
@@ -27,18 +27,16 @@ def add_data(parser: Parser, options: str) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
     parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images; by default the run's "
                                                       "own data are read from that of the run")  # fmt: skip
-    parser.add_argument(
-        "--data-option", action="append", default=[], metavar="key=value", help=f"{options}; repeatable"
-    )
+    add_repeatable(parser, "--data-option", "key=value", f"{options}; repeatable")
 
 
 def add_code(parser: Parser, *, data: bool) -> None:
     """Adds the flags that name the code of a stored run again, and with ``data`` that of another data set."""
     own = "code that registers the run's method or network"
-    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
-                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
-                        help=f"{own}{', or that other data set' if data else ''}; repeatable")  # fmt: skip
+    text = "an option of the run again, where it names code that may run; repeatable"
+    add_repeatable(parser, "--method-option", "key=value", text)
+    text = f"{own}{', or that other data set' if data else ''}; repeatable"
+    add_repeatable(parser, "--plugin", "FILE.py|MODULE", text)
 
 
 def add_common(parser: Parser, printed: str) -> None:

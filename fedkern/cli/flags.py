@@ -76,6 +76,21 @@ DATA_FLAGS: dict[str, DataOption] = {
     "client_column": DATASETS["csv"].options["client_column"],
 }
 METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
+RUN_FLAGS = {
+    "config": ("FILE.toml", "settings from a file; flags override it"),
+    "out": ("DIR", "run folder; default runs/<method>-<data>-<time>"),
+    "resume": ("DIR", "continue the run in this folder"),
+    "flower": ("DIR", "write a project of the Flower framework that plays this run on nodes (docs/flower-app.md)"),
+    "own_data": ("", "with --flower: a node's folder holds its client's data alone"),
+    "tensorboard": ("", "write every round's figures as TensorBoard event files too"),
+    "wandb": ("PROJECT", "log every round's figures to a project of Weights & Biases"),
+    "profile": ("", "write a trace of one round, for chrome://tracing, to the run folder"),
+    "predictions": ("", "write the final network's class and probabilities for every test image to predictions.csv"),
+    "report": ("", "write report.html at the end, one file to read in a browser"),
+    "quiet": ("", "no display; only the run folder at the end"),
+    "json": ("", "print the summary, as JSON, and nothing else"),
+}
+"""Flags of a request that are no settings of the run, with the name of their value ("" for a switch) and their help."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,6 +117,11 @@ def first(words: Sequence[str]) -> str:
 def flag(name: str) -> str:
     """``train_samples`` -> ``--train-samples``."""
     return "--" + name.replace("_", "-")
+
+
+def add_repeatable(group: argparse._ActionsContainer, name: str, metavar: str, text: str) -> None:
+    """Adds a flag that may be given several times."""
+    group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
 
 
 def _describe(knob: Knob, default: Any, *, choices: bool = False) -> str:
@@ -169,62 +189,15 @@ def _parser(method: str | None, data: str) -> Parser:
                 group.add_argument(
                     flag(name), dest=f"data:{name}", metavar=_data_metavar(name, given), help=_data_help(name, given)
                 )
-            group.add_argument(
-                "--data-option",
-                action="append",
-                default=[],
-                metavar="key=value",
-                help=f"an option of one data set: {_other_data_options()}",
-            )
+            text = f"an option of one data set: {_other_data_options()}"
+            add_repeatable(group, "--data-option", "key=value", text)
         if title == "run":
-            group.add_argument(
-                "--method-option",
-                action="append",
-                default=[],
-                metavar="key=value",
-                help="a knob of the method; repeatable",
-            )
-            group.add_argument(
-                "--plugin",
-                action="append",
-                default=[],
-                metavar="FILE.py|MODULE",
-                help="Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable",
-            )
-            group.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags override it")
-            group.add_argument("--out", metavar="DIR", help="run folder; default runs/<method>-<data>-<time>")
-            group.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
-            group.add_argument(
-                "--flower",
-                metavar="DIR",
-                help="write a project of the Flower framework that plays this run on nodes (docs/flower-app.md)",
-            )
-            group.add_argument(
-                "--own-data", action="store_true", help="with --flower: a node's folder holds its client's data alone"
-            )
-            group.add_argument(
-                "--tensorboard", action="store_true", help="write every round's figures as TensorBoard event files too"
-            )
-            group.add_argument(
-                "--wandb", metavar="PROJECT", help="log every round's figures to a project of Weights & Biases"
-            )
-            group.add_argument(
-                "--profile",
-                action="store_true",
-                help="write a trace of one round, for chrome://tracing, to the run folder",
-            )
-            group.add_argument(
-                "--predictions",
-                action="store_true",
-                help="write the final network's class and probabilities for every test image to predictions.csv",
-            )
-            group.add_argument(
-                "--report",
-                action="store_true",
-                help="write report.html at the end, one file to read in a browser",
-            )
-            group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
-            group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
+            add_repeatable(group, "--method-option", "key=value", "a knob of the method; repeatable")
+            text = "Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable"
+            add_repeatable(group, "--plugin", "FILE.py|MODULE", text)
+            for name, (metavar, text) in RUN_FLAGS.items():
+                kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
+                group.add_argument(flag(name), help=text, **kind)
             group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
 
@@ -338,19 +311,8 @@ def parse(argv: Sequence[str]) -> Request:
         settings=settings,
         options=tuple(values.method_option),
         data_options=data_options,
-        config=Path(values.config) if values.config else None,
-        out=Path(values.out) if values.out else None,
-        resume=Path(values.resume) if values.resume else None,
-        flower=Path(values.flower) if values.flower else None,
-        own_data=values.own_data,
-        tensorboard=values.tensorboard,
-        wandb=values.wandb,
-        profile=values.profile,
-        predictions=values.predictions,
-        report=values.report,
-        quiet=values.quiet,
-        json=values.json,
         plugins=tuple(values.plugin),
+        **{name: getattr(values, name) for name in RUN_FLAGS},
     )
     _check(request)
     return request
