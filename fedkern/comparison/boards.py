@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -19,7 +18,7 @@ from fedkern.listeners.events import RunInfo
 from fedkern.report.names import plain, say
 from fedkern.report.notebook import Output
 from fedkern.report.progress import main_figures, terminal
-from fedkern.report.tables import human_time
+from fedkern.report.tables import human_time, new_table
 
 SHOWN_SEEDS = 8
 """Most seeds with a column of their own in the live table."""
@@ -118,10 +117,7 @@ class LiveBoard(LineBoard):
         """The table as it is now."""
         seeds = list(dict.fromkeys(cell.seed for cell in self.planned))
         shown = seeds if len(seeds) <= SHOWN_SEEDS else []
-        made = Table(
-            title=plain(f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"),
-            title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-        )  # fmt: skip
+        made = new_table(plain(f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"))
         made.add_column("")
         for seed in shown:
             made.add_column(f"seed {seed}", justify="right")
@@ -146,7 +142,7 @@ def board(*, quiet: bool, json: bool) -> Board:
 
 def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """The result's table for a terminal, a row for every group."""
-    table = Table(title=plain(title, "table.title"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table(plain(title, "table.title"))
     for number, name in enumerate(header):
         table.add_column(plain(name), justify="right" if number else "left", overflow="fold")
     for row in rows:

@@ -126,17 +126,18 @@ def bars(
     """Horizontal bars, a group of them for every label; of many labels those with the lowest values."""
     order = list(range(len(labels)))
     if len(order) > BARS:
-        lowest = [min(_finite([one.y[i] for one in series]), default=math.inf) for i in order]
+        finite = [[y for one in series if (y := one.y[i]) is not None and math.isfinite(y)] for i in order]
+        lowest = [min(values, default=math.inf) for values in finite]
         order = sorted(order, key=lambda i: lowest[i])[:BARS]
         note = " ".join(filter(None, [f"The {BARS} lowest of {len(labels)}.", note]))
     figure = new_figure(WIDTH, 0.8 + len(order) * (0.12 + 0.18 * len(series)))
     axes = figure.subplots()
-    high = 0.85 / len(series)
+    thick = 0.85 / len(series)
     for number, one in enumerate(series):
         values = [one.y[i] for i in order]
-        places = np.arange(len(order)) + high * (number - (len(series) - 1) / 2)
+        places = np.arange(len(order)) + thick * (number - (len(series) - 1) / 2)
         widths = [0.0 if value is None or not math.isfinite(value) else value for value in values]
-        drawn = axes.barh(places, widths, 0.9 * high, color=COLOURS[number % len(COLOURS)], label=label(one.name))
+        drawn = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=label(one.name))
         axes.bar_label(drawn, [shown(value, unit) for value in values], padding=3, fontsize=9)
     _rows(axes, [labels[i] for i in order])
     axes.margins(x=0.12)
@@ -146,13 +147,16 @@ def bars(
     if len(series) > 1:
         legend_below(figure, 1, 1)
     rows = [[labels[i], *(shown(one.y[i], unit) for one in series)] for i in order]
-    text = "; ".join(
-        f"{one.name + ': ' if len(series) > 1 else ''}lowest {shown(low, unit)} ({labels[where]}), highest "
-        f"{shown(high, unit)} ({labels[other]})"
-        for one in series
-        for low, where, high, other in _extremes(one.y)
-    )
-    return Chart(name, title, f"{text}.", svg(figure, name), [Table(["", *(one.name for one in series)], rows)], note)
+    told = []
+    for one in series:
+        if known := [(value, i) for i, value in enumerate(one.y) if value is not None and math.isfinite(value)]:
+            (low, where), (high, other) = min(known), max(known, key=lambda pair: (pair[0], -pair[1]))
+            told.append(
+                f"{one.name + ': ' if len(series) > 1 else ''}lowest {shown(low, unit)} ({labels[where]}), highest "
+                f"{shown(high, unit)} ({labels[other]})"
+            )
+    table = Table(["", *(one.name for one in series)], rows)
+    return Chart(name, title, f"{'; '.join(told)}.", svg(figure, name), [table], note)
 
 
 def dots(
@@ -214,18 +218,6 @@ def _told(series: Sequence[Series], unit: str) -> str:
         parts.append(f"{one.name}: {so}" + (f", {shown(end, unit)} in round {last}" if last != first else ""))
     more = f"; and {len(series) - TOLD} more" if len(series) > TOLD else ""
     return f"{'; '.join(parts)}{more}."
-
-
-def _finite(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None and math.isfinite(value)]
-
-
-def _extremes(values: Sequence[float | None]) -> list[tuple[float, int, float, int]]:
-    known = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
-    if not known:
-        return []
-    low, high = min(known), max(known, key=lambda pair: (pair[0], -pair[1]))
-    return [(*low, *high)]
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:

@@ -11,14 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fedkern.commit import commit
 from fedkern.errors import MESSAGE
 from fedkern.report.names import plain, say
-from fedkern.report.tables import human_bytes
+from fedkern.report.tables import human_bytes, new_table
 
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
@@ -302,7 +301,7 @@ def _backends(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _operator_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table(None)
     table.add_column("operator")
     backends = _backends(rows)
     for name in backends:

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from fedkern.errors import UserError
 from fedkern.report.matplotlib_import import undocumented
 from fedkern.settings.config import RunConfig, load_plugins
 from fedkern.settings.run_data import kept_data, load_data
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXAMPLES = 8
 PICTURES = {
@@ -132,44 +135,33 @@ def _draw(
     config = RunConfig.load(run_dir, device="cpu", cache=remembered(run_dir), **moved)
     data = kept_data(config, load_data(config, masks=False)) if data is None else data
     name = f"{config.method} on {config.data}"
-    written = []
-    target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
+    written: list[Path] = []
+
+    def keep(figure: Figure | None, picture: str) -> None:
+        if figure is not None:
+            written.append(run_dir / PICTURES[picture])
+            plots.save(figure, written[-1])
+
     title = f"{name}, seed {config.seed}"
     records = read_metrics(run_dir)
     private = config.records == "private"
     found = None if private else confusions.read(run_dir)
     lines = chance.of_rounds(records, {} if private else data.tests, found, len(data.classes))
     figure = plots.accuracy_curves(records, title=title, tests=data.tests, chance=lines)
-    if figure is not None:
-        plots.save(figure, target)
-        written.append(target)
-    figure = plots.clients_picture(records, title=f"Clients of {title}")
-    if figure is not None:
-        target = run_dir / PICTURES["clients"]
-        plots.save(figure, target)
-        written.append(target)
-    target = run_dir / PICTURES["confusion"]
+    keep(figure, "dice" if data.task == "segmentation" else "accuracy")
+    keep(plots.clients_picture(records, title=f"Clients of {title}"), "clients")
     if private:
-        target.unlink(missing_ok=True)
-    elif found is not None and found.matrices and found.classes:
-        plots.save(confusion_sheet.draw(found, title=f"Confusion of {name}, seed {config.seed}"), target)
-        written.append(target)
-    target = run_dir / PICTURES["partition"]
-    if private:
-        target.unlink(missing_ok=True)
+        for picture in ("confusion", "partition"):
+            (run_dir / PICTURES[picture]).unlink(missing_ok=True)
     else:
+        if found is not None and found.matrices and found.classes:
+            keep(confusion_sheet.draw(found, title=f"Confusion of {title}"), "confusion")
         held = data.statistics.held_out
-        title = f"{config.data}: {parse_partition(data.statistics.partition).title}"
-        title += f"; held out: {held[0]}" if held is not None else ""
-        plots.save(plots.partition_picture(data.statistics, title=title), target)
-        written.append(target)
-    target = run_dir / PICTURES["weights"]
+        parts = f"{config.data}: {parse_partition(data.statistics.partition).title}"
+        parts += f"; held out: {held[0]}" if held is not None else ""
+        keep(plots.partition_picture(data.statistics, title=parts), "partition")
     by_samples = config.options.get("weighting") == "samples"
-    title = f"Clients of {name}, seed {config.seed}"
-    figure = weights_picture(records, title=title, by_samples=by_samples)
-    if figure is not None:
-        plots.save(figure, target)
-        written.append(target)
+    keep(weights_picture(records, title=f"Clients of {title}", by_samples=by_samples), "weights")
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes)
     model = read_model(run_dir, trusted)[0] if model is None else model
     if data.task == "segmentation":

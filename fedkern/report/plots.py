@@ -54,6 +54,9 @@ NARROW, LOW = 0.72, 0.8
 DRAWN = 200
 """Most clients in the picture of a partition; rows of more could not be told apart."""
 
+Points = tuple[list[int], list[float]]
+"""Rounds and values of a curve."""
+
 
 @contextmanager
 def _literal_texts(figure: Figure) -> Iterator[None]:
@@ -168,6 +171,13 @@ def over_rounds(axes: Axes) -> None:
     frame(axes)
 
 
+def add_point(curves: dict[str, Points], name: str, at: int, value: float) -> None:
+    """Adds the value of a round to the curve of a name."""
+    rounds, values = curves.setdefault(name, ([], []))
+    rounds.append(int(at))
+    values.append(float(value))
+
+
 def accuracy_curves(
     records: Sequence[Mapping[str, Any]],
     *,
@@ -188,7 +198,7 @@ def accuracy_curves(
     Returns:
         None if there was nothing to draw.
     """
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+    curves: dict[str, Points] = {}
     galleries: dict[str, float] = {}
     main = "accuracy"
     for record in records:
@@ -196,9 +206,7 @@ def accuracy_curves(
             test_set, figure_name = split_metric(name, tests)
             if figure_name in MAIN_FIGURES and isinstance(value, (int, float)):
                 main = figure_name
-                rounds, values = curves.setdefault(test_set, ([], []))
-                rounds.append(int(record["round"]))
-                values.append(100 * float(value))
+                add_point(curves, test_set, record["round"], 100 * float(value))
             elif figure_name == "gallery" and isinstance(value, (int, float)):
                 galleries[test_set] = float(value)
     if not curves:
@@ -222,13 +230,13 @@ def accuracy_curves(
     return figure
 
 
-def client_points(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, tuple[list[int], list[float]]]]:
+def client_points(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Points]]:
     """The clients' main figure, and rounds and per cent of the mean and the worst client on their own test sets.
 
     Both are empty where the records have no such figure, such as those of clients without test sets.
     """
     for figure_name in MAIN_FIGURES:
-        found: dict[str, tuple[list[int], list[float]]] = {}
+        found: dict[str, Points] = {}
         for which in ("mean", "worst"):
             name = f"{which}_client_{figure_name}"
             known = [record for record in records if isinstance(record.get(name), (int, float))]
@@ -247,13 +255,11 @@ def clients_picture(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
     figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     rounds = [at for points, _ in curves.values() for at in points]
-    each: dict[str, tuple[list[int], list[float]]] = {}
+    each: dict[str, Points] = {}
     for record in records:
         for k, figures in record.get("client_metrics", {}).items():
             if figure_name in figures:
-                points, values = each.setdefault(k, ([], []))
-                points.append(int(record["round"]))
-                values.append(100 * float(figures[figure_name]))
+                add_point(each, k, record["round"], 100 * float(figures[figure_name]))
     for number, (points, values) in enumerate(list(each.values())[:: -(-len(each) // DRAWN) or 1]):
         axes.plot(points, values, color=GREY, lw=0.8, alpha=0.6, label="" if number else "single clients")
     top = highest(value for _, values in (*curves.values(), *each.values()) for value in values)
@@ -278,7 +284,7 @@ def chance_lines(axes: Axes, figure_name: str, values: Iterable[float | None]) -
         axes.axhline(value, color=GREY, lw=1.5, ls=":", label="" if number else text)
 
 
-def _curves(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]], top: float) -> None:
+def _curves(axes: Axes, curves: Mapping[str, Points], top: float) -> None:
     """Draws rounds and per cent of every test set up to ``top``, with the last value of each at its end."""
     ends = []
     others = [name for name in curves if name not in _STYLES]

@@ -39,7 +39,17 @@ from fedkern.report import chance, html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
-from fedkern.report.plots import COLOURS, DRAWN, accuracy_curves, client_points, clients_picture, partition_picture, svg
+from fedkern.report.plots import (
+    COLOURS,
+    DRAWN,
+    Points,
+    accuracy_curves,
+    add_point,
+    client_points,
+    clients_picture,
+    partition_picture,
+    svg,
+)
 from fedkern.report.retrieval_examples import examples, retrieval_examples
 from fedkern.report.tables import covering, human_metric, human_time, ordered
 from fedkern.report.weights import PANELS, weights_picture
@@ -56,8 +66,6 @@ _SETS = ("id", "ood", "", "minority", "unseen", "held_out", "validation")
 _LARGEST = 32 << 20
 """Bytes of a picture from which on it is left out."""
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-_Points = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -321,17 +329,12 @@ def _on(test_set: str) -> str:
     return set_title(test_set) if test_set in ("id", "ood") else f"on the {set_noun(test_set)}"
 
 
-def constants(run: Contents) -> dict[str, float]:
-    """What the main figures are without learning, by their names; see :func:`fedkern.report.chance.constants`."""
-    return chance.constants(run.main, run.counted, run.confusion, run.metrics, run.classes)
-
-
 def baseline(run: Contents, *, judged: bool = True) -> list[str]:
     """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell.
 
     If ``judged``, a second sentence says whether the run's network is hardly better.
     """
-    found = constants(run)
+    found = chance.constants(run.main, run.counted, run.confusion, run.metrics, run.classes)
     if not found:
         if run.summary is None or not run.main:
             return []
@@ -462,7 +465,7 @@ def _figures(run: Contents) -> Section:
 
 def _curves(run: Contents) -> Section:
     section = Section("curves", "Curves")
-    found: dict[str, dict[str, _Points]] = {}
+    found: dict[str, dict[str, Points]] = {}
     galleries: dict[str, float] = {}
     for record in run.records:
         for name, value in record.items():
@@ -470,11 +473,11 @@ def _curves(run: Contents) -> Section:
             if figure == "gallery" and isinstance(value, (int, float)):
                 galleries[test_set] = float(value)
             elif figure in MAIN_FIGURES and isinstance(value, (int, float)):
-                _add(found, figure, test_set, record["round"], 100 * value)
+                add_point(found.setdefault(figure, {}), test_set, record["round"], 100 * value)
             elif figure == "loss" and isinstance(value, (int, float)) and (test_set or _tested(record)):
-                _add(found, figure, test_set, record["round"], value)
+                add_point(found.setdefault(figure, {}), test_set, record["round"], value)
         if (loss := _training_loss(record)) is not None:
-            _add(found, "loss", "training", record["round"], loss)
+            add_point(found.setdefault("loss", {}), "training", record["round"], loss)
     for figure, by_set in found.items():
         series = []
         for test_set in sorted(by_set, key=_place):
@@ -491,12 +494,6 @@ def _curves(run: Contents) -> Section:
             assert drawn is not None
             section.charts.insert(0, of_rounds("main", title, drawn, series, unit="%"))
     return section
-
-
-def _add(found: dict[str, dict[str, _Points]], figure: str, name: str, at: int, value: float) -> None:
-    rounds, values = found.setdefault(figure, {}).setdefault(name, ([], []))
-    rounds.append(int(at))
-    values.append(float(value))
 
 
 def _tested(record: Mapping[str, Any]) -> bool:
@@ -616,20 +613,17 @@ def _client_table(run: Contents) -> list[Table]:
 
 def _of_clients(run: Contents, key: str) -> tuple[list[Series], str]:
     """A figure's curve for every client, or for many clients of the lowest, middle and highest one; and a note."""
-    found: dict[str, _Points] = {}
-    spread: dict[str, _Points] = {"highest": ([], []), "middle": ([], []), "lowest": ([], [])}
+    found: dict[str, Points] = {}
+    spread: dict[str, Points] = {}
     for record in run.records:
         told = record.get("clients", {}).items()
         known = {k: info[key] for k, info in told if isinstance(info.get(key), (int, float))}
         for k, value in known.items():
-            rounds, values = found.setdefault(k, ([], []))
-            rounds.append(int(record["round"]))
-            values.append(float(value))
+            add_point(found, k, record["round"], value)
         if known:
-            three = max(known.values()), float(np.median([*known.values()])), min(known.values())
-            for (rounds, values), value in zip(spread.values(), three, strict=True):
-                rounds.append(int(record["round"]))
-                values.append(float(value))
+            three = {"highest": max(known.values()), "middle": float(np.median([*known.values()]))}
+            for called, value in {**three, "lowest": min(known.values())}.items():
+                add_point(spread, called, record["round"], value)
     if len(found) <= NAMED:
         return [Series(run.client(k), *found[k]) for k in sorted(found, key=int)], ""
     note = f"{len(found)} clients: the highest, the middle and the lowest value of each round."

@@ -109,6 +109,11 @@ def covering(private: Mapping[str, Any]) -> str:
     return f"{name}{figure} covers everything that {who}: {covers}"
 
 
+def new_table(title: Text | str | None, **how: Any) -> Table:
+    """An empty table as fedkern prints them; ``how``: further arguments of rich's."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, **how)
+
+
 def figures_table(title: str, metrics: Mapping[str, float]) -> Table:
     """A row for each figure and a column for each test set; the validation set's figures are no results."""
     return _figures(plain(title, "table.title"), metrics, by_name=False)
@@ -124,13 +129,7 @@ def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
     columns = [test_set for test_set in TEST_SETS if test_set in present] or [""]
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_header=columns != [""],
-        pad_edge=False,
-    )
+    table = new_table(title, show_header=columns != [""])
     table.add_column("")
     for test_set in columns:
         table.add_column(set_title(test_set) or "test", justify="right", style="bold")
@@ -198,7 +197,7 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
             only = "" if len(tables) == 1 else f" ({set_title(name)})"
             what = "labels that all images have, or none" if labels else "classes without samples"
             missing.append(f"means leave out {len(none)} of {len(names)} {what}{only}: {some}")
-    made = Table(box=box.SIMPLE_HEAD, show_header=len(tables) > 1, pad_edge=False)
+    made = new_table(None, show_header=len(tables) > 1)
     made.add_column("")
     for name in tables:
         made.add_column(plain(set_title(name), most=TICK), justify="right", style="bold")
@@ -214,20 +213,9 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
 
 
 def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
-    """Client x class counts of a partition.
-
-    Args:
-        statistics: ``fedkern.data.statistics.PartitionStatistics``.
-        limit: most clients to list (the picture shows all).
-    """
-    table = Table(
-        title=plain(f"training samples per client and class ({statistics.partition})", "table.title"),
-        title_justify="left",
-        caption=plain(SKEW, "table.caption"),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    """Client x class counts of a partition's ``PartitionStatistics``, for at most ``limit`` clients."""
+    title = plain(f"training samples per client and class ({statistics.partition})", "table.title")
+    table = new_table(title, caption=plain(SKEW, "table.caption"), caption_justify="left")
     header = statistics.header()
     # More than twelve classes do not fit a terminal.
     columns = len(header) - (len(statistics.classes) if len(statistics.classes) > 12 else 0)
@@ -249,7 +237,7 @@ def own_tests_table(summary: Mapping[str, Any]) -> Table:
     clients = summary["client_metrics"]
     own = summary.get("client_test_set") == "own"
     title = "own test sets of the clients" if own else "the clients' parts of the test set"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table(title)
     named = any("name" in figures for figures in clients.values())
     known = [name for name in _OF_A_CLIENT if any(name in figures for figures in clients.values())]
     table.add_column("client", justify="right")
@@ -278,13 +266,7 @@ def worst_client_line(summary: Mapping[str, Any]) -> str:
 
 def attack_table(found: Mapping[str, Any], name: str) -> Table:
     """The table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
-    table = Table(
-        title=plain(f"membership attack on {name}", "table.title"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-        pad_edge=False,
-    )
+    table = new_table(plain(f"membership attack on {name}", "table.title"), show_header=False)
     table.add_column("")
     table.add_column("", justify="right", style="bold")
     unit, groups = found["independent"], (found["member_groups"], found["other_groups"])
@@ -313,13 +295,7 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     many = result["networks"]
     mean = f", mean over {many} networks" if many > 1 else ""
     title = plain(f"{result['command']}: {result['method']} on {result['data']}{mean}", "table.title")
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        min_width=len(title),
-    )
+    table = new_table(title, min_width=len(title))
     rows = result["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:

@@ -14,6 +14,8 @@ from fedkern.report.plots import (
     GREY,
     ORANGE,
     PINK,
+    Points,
+    add_point,
     entitle,
     frame,
     from_zero,
@@ -38,14 +40,12 @@ def weights_picture(
     Dotted lines are the initial weights: the clients' shares of the samples if ``by_samples``, otherwise equal.
     The ``clients`` of a record hold ``weight``, ``own_loss``, ``samples`` and, where clients have names, ``name``.
     """
-    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {name: {} for name in PANELS}
+    curves: dict[str, dict[str, Points]] = {name: {} for name in PANELS}
     for record in records:
         for client, info in record.get("clients", {}).items():
             for name, panel in curves.items():
                 if isinstance(info.get(name), (int, float)):
-                    rounds, values = panel.setdefault(client, ([], []))
-                    rounds.append(int(record["round"]))
-                    values.append(float(info[name]))
+                    add_point(panel, client, record["round"], info[name])
     shown = {name: panel for name, panel in curves.items() if panel}
     if "weight" not in shown:
         return None
