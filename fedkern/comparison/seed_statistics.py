@@ -64,11 +64,7 @@ class Target:
 
     @classmethod
     def read(cls, text: str) -> Target:
-        """The target in ``FIGURE=VALUE``.
-
-        Raises:
-            UserError: another form, or no finite number.
-        """
+        """The target in ``FIGURE=VALUE``; raises UserError for another form, or no finite number."""
         name, equals, number = text.partition("=")
         try:
             value = float(number)

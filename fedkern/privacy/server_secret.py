@@ -27,11 +27,7 @@ def draw(folder: Path) -> str:
 
 
 def read(folder: Path) -> str:
-    """The secret that :func:`draw` has written.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """The secret that :func:`draw` has written; raises UserError where the file is missing or damaged."""
     path = folder / NAME
     try:
         text = read_text(path, "ascii")
