@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -39,7 +40,7 @@ class Evaluation(Part):
 
     Attributes:
         latest: the figures of the last evaluation, by name.
-        best: the largest value so far of every main figure.
+        best: the largest finite value so far of every main figure.
         own: figures of every client on its own test set or its part of the run's; empty where they may not be told.
     """
 
@@ -80,7 +81,7 @@ class Evaluation(Part):
             if self.own:
                 record.put({"client_metrics": {str(k): figures for k, figures in self.own.items()}}, About.CLIENTS)
             for name, value in self.latest.items():
-                if is_main(name):
+                if is_main(name) and math.isfinite(value):  # a checkpoint has no other values
                     self.best[name] = max(value, self.best.get(name, 0.0))
         record.seconds["evaluate"] = time.perf_counter() - begun
 

@@ -181,6 +181,21 @@ def test_the_network_is_evaluated_at_the_end_only_where_it_has_to_be():
     assert early.method.evaluated == 4  # the answers of round 2 of 3 were not kept
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_figure_that_is_not_finite_is_never_the_best(first):
+    bench, again = Bench(), Bench()
+    for undefined in (first, not first):
+        bench.method.evaluate = (lambda model, data: {"accuracy": math.nan}) if undefined else Judged().evaluate
+        bench.round()
+    assert bench.part.best["id_accuracy"] == 1.0
+    bench.part.best.clear()
+    bench.method.evaluate = lambda model, data: {"accuracy": math.inf}
+    bench.round()
+    again.part.restore(stored(bench.part.state() | {"latest": {}}))
+    again.round()
+    assert again.part.best["id_accuracy"] == 1.0
+
+
 def test_the_evaluation_goes_on_from_a_checkpoint():
     bench, again = Bench(), Bench()
     bench.round(1)
