@@ -152,15 +152,10 @@ def variants(
             elif name in own or name in fields:
                 key = fields.get(name, name)
                 axes.append([("options", key, value) for value in _distinct(own[key], values, name)])
-        result[method] = [_variant(method, point) for point in itertools.product(*axes)]
+        for point in itertools.product(*axes):
+            settings, options = ({n: value for p, n, value in point if p == part} for part in ("settings", "options"))
+            result.setdefault(method, []).append(Variant(method, settings, options))
     return result
-
-
-def _variant(method: str, point: Iterable[tuple[str, str, Any]]) -> Variant:
-    parts: dict[str, dict[str, Any]] = {"settings": {}, "options": {}}
-    for part, name, value in point:
-        parts[part][name] = value
-    return Variant(method, **parts)
 
 
 def _distinct(knob: Any, values: Sequence[Any], name: str) -> list[Any]:

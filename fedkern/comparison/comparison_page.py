@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
-from fedkern.comparison.found_runs import FoundRun, Group, grouped, read_run, read_runs
+from fedkern.comparison.found_runs import Group, grouped, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
@@ -100,7 +100,9 @@ def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: s
         for name, (count, text) in warned.items()
     ]
     about = [f"{len(groups)} group{'s' * (len(groups) != 1)}", f"{len(runs)} run{'s' * (len(runs) != 1)}"]
-    if unfinished := _unfinished(folder, runs):
+    known = {run.folder.resolve() for run in runs}
+    inside = [file.parent for file in folder.glob(f"*/{SETTINGS}")]
+    if unfinished := sum(path.resolve() not in known and not (path / SUMMARY).exists() for path in inside):
         about.append(f"{unfinished} not finished and left out")
     clients = run_page.clients(first)
     clients.title = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
@@ -331,9 +333,3 @@ def _settings(result: Result, commands: Mapping[str, str]) -> Section:
     built.append(["this report", f"fedkern {versions()['fedkern']}"])
     section.tables.append(Table(["package", "version"], built, "Versions", words=2))
     return section
-
-
-def _unfinished(folder: Path, runs: Sequence[FoundRun]) -> int:
-    known = {run.folder.resolve() for run in runs}
-    inside = [file.parent for file in folder.glob(f"*/{SETTINGS}")]
-    return sum(path.resolve() not in known and not (path / SUMMARY).exists() for path in inside)

@@ -136,9 +136,9 @@ class Result:
 
     def header(self) -> list[str]:
         """Titles of the columns of :meth:`text_rows`."""
-        titles = [_title(figure) for figure in self.figures]
         columns = ["", "seeds"]
-        for title in titles:
+        for test_set, figure in map(split_metric, self.figures):
+            title = f"{short_set_title(test_set)} {short_title(figure)}".strip()
             columns += [title, *([f"{title}: difference"] if len(self.groups) > 1 else [])]
         if self.target is not None:
             columns += [f"{name} to target" for name in TAKEN]
@@ -237,11 +237,6 @@ class Result:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _title(figure: str) -> str:
-    test_set, name = split_metric(figure)
-    return f"{short_set_title(test_set)} {short_title(name)}".strip()
 
 
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:

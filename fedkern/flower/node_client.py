@@ -113,9 +113,8 @@ class Letter:
         for name, kind in kinds.items():
             if kind in ("str", "int", "bool") and type(table[name]).__name__ != kind:
                 raise Malformed(f"has {name} of the wrong type")
-        if table["client"] < 0 or table["oldest"] < 0 or not 1 <= table["threads"] <= 1024:
-            raise Malformed("has a number out of range")
-        if not 1 <= table["client_threads"] <= 1024:
+        threads = table["threads"], table["client_threads"]
+        if table["client"] < 0 or table["oldest"] < 0 or not all(1 <= count <= 1024 for count in threads):
             raise Malformed("has a number out of range")
         if not all(_NAME.fullmatch(table[name]) for name in ("run", "attempt")):
             raise Malformed("names no run")

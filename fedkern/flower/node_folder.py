@@ -84,7 +84,8 @@ class NodeFolder:
 
     def keep_message(self, version: Version, header: dict[str, Any], parcel: Parcel) -> None:
         """Keeps a message, in case the client's next one of this round meets another process."""
-        flat = {name: torch.frombuffer(bytearray(raw.data), dtype=torch.uint8) for name, raw in _filled(parcel)}
+        filled = {name: raw.data for name, raw in parcel.tensors.items() if raw.data}
+        flat = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in filled.items()}
         forms = {name: [raw.dtype, list(raw.shape)] for name, raw in parcel.tensors.items()}
         states.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
 
@@ -120,7 +121,3 @@ def _drop_runs(base: Path) -> None:
     runs = [path for path in base.iterdir() if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _filled(parcel: Parcel) -> Iterator[tuple[str, Raw]]:
-    return ((name, raw) for name, raw in parcel.tensors.items() if raw.data)
