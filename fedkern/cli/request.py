@@ -17,23 +17,14 @@ from fedkern.settings.given_paths import absolute, named_options
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line.
+    """A parsed command line; the flags of a run are in `fedkern.cli.flags.RUN_FLAGS`.
 
     Attributes:
         command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"``, ``"help"`` or the name of
             a downstream task.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
-        config: the ``--config`` file.
-        resume: the run folder to continue.
-        flower: folder of the Flower project to write instead of a run.
-        own_data: whether each node of that project has the data of its client alone.
         folder: the run folder of a command about a finished run.
-        tensorboard: whether event files are written beside metrics.jsonl.
-        wandb: project of Weights & Biases to log to, if given.
-        profile: whether a trace of one round is written.
-        predictions: whether the final network's answers to the test images are written.
-        report: whether report.html is written at the end.
         arguments: arguments of a downstream task.
         plugins: names of plugins, which are loaded already.
     """
@@ -73,12 +64,7 @@ def one_shot(method: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """What the ``--config`` file and the flags say about a new run, without defaults.
-
-    Attributes:
-        settings: fields of RunConfig.
-        plugins: identities of plugins by name.
-    """
+    """What the ``--config`` file and the flags say about a new run, without defaults; plugins have their identities."""
 
     method: str
     settings: Mapping[str, Any]

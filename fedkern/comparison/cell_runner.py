@@ -64,9 +64,7 @@ class Runner:
 
     Attributes:
         out: folder of the run folders.
-        make: makes the settings of a run.
         given: names of the settings that the user gave.
-        board: receives the progress.
         data, model: as in :func:`fedkern.engine.run.run`.
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.

@@ -62,12 +62,7 @@ class FoundRun:
 
 @dataclass
 class Group:
-    """Runs of one method with the same settings but for the seed.
-
-    Attributes:
-        label: name of the group for people.
-        runs: the runs by seed, in the order of the seeds.
-    """
+    """Runs of one method with the same settings, by seed and in its order, and the name of the group for people."""
 
     label: str
     method: str

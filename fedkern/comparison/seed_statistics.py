@@ -16,11 +16,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of two methods, paired by seed.
-
-    Attributes:
-        low, high: ends of the interval; None with a single pair.
-    """
+    """Mean difference of two methods, paired by seed, and the ends of its interval; None with a single pair."""
 
     mean: float
     low: float | None

@@ -19,13 +19,10 @@ BATCH, LR = 32, 3e-3
 
 
 class TokenDecoder(nn.Module):
-    """Decoder from the frozen image encoder's patch tokens to logits of every pixel.
+    """Decoder from the frozen image encoder's patch tokens to logits of every pixel of images of ``image_size``.
 
-    Two 3x3 convolutions, each with ReLU and bilinear upsampling, then a 1x1 convolution.
-
-    Args:
-        network: the pair, whose image encoder is used and never trained.
-        image_size: height and width in pixels.
+    Two 3x3 convolutions, each with ReLU and bilinear upsampling, then a 1x1 convolution.  The pair's image encoder is
+    used and never trained.
     """
 
     def __init__(self, network: PairNetwork, classes: int, image_size: Sequence[int]) -> None:

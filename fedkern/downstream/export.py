@@ -25,12 +25,7 @@ TOLERANCE = 1e-4
 
 
 class Deployed(nn.Module):
-    """The network with the normalisation of its images: from images in [0, 1] to logits.
-
-    Args:
-        module: the network.
-        mean, std: per channel, of images in [0, 1].
-    """
+    """The network with the normalisation of its images, per channel: from images in [0, 1] to logits."""
 
     def __init__(self, module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

@@ -118,10 +118,7 @@ def streaming(method: F) -> F:
 class StreamedGrid(Grid):
     """A grid that gives a strategy the replies to training messages one by one, as they arrive.
 
-    Everything else is the grid's own.
-
-    Args:
-        strategy: a `fedkern.flower.averaging.FedAvg`, whose ``begin`` is told what is sent.
+    The ``begin`` of a `fedkern.flower.averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
     """
 
     def __init__(self, grid: Grid, strategy: Any) -> None:

@@ -56,8 +56,6 @@ class Nodes:
     """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.base.Executor`).
 
     Args:
-        run: the server's side of the run.
-        roll: which node is which client.
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
         half: whether messages travel as bf16 (:func:`~fedkern.flower.portable.pack`).
         own_data: whether nodes have data of their own, which the server does not know.
@@ -244,15 +242,11 @@ class Nodes:
     def end_round(self) -> None:
         for table in (self._begin, self._sent, self._changed):
             table.clear()
-        self._book_wire()
+        if self._run.context.disclosure.clients:  # lengths of texts depend on what a client does not tell
+            for direction, total in (("up", self._post.received), ("down", self._post.sent)):
+                self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
+                self._booked[direction] = total
         self.here.end_round()
-
-    def _book_wire(self) -> None:
-        if not self._run.context.disclosure.clients:
-            return  # lengths of texts depend on what a client does not tell
-        for direction, total in (("up", self._post.received), ("down", self._post.sent)):
-            self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
-            self._booked[direction] = total
 
     def close(self) -> None:
         """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""

@@ -42,7 +42,6 @@ class Project:
     """What a project is made of: what the user gave, without defaults (compare `fedkern.cli.request.Given`).
 
     Attributes:
-        settings: fields of RunConfig.
         plugins: names of plugins: absolute paths of files, or modules.
         out: the run folder; None: a new one for every run.
         own_data: whether each node has the data of its client alone.

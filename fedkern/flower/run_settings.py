@@ -48,13 +48,7 @@ ELSEWHERE = ("workers",)
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run-config says.
-
-    Attributes:
-        out: the run folder; None: a new one in ``runs``.
-        resume, report, predictions: see `SWITCHES`.
-        deadline, wait, own_data, transport, state: see `FLOWER`.
-    """
+    """What a run-config says: see `SWITCHES` and `FLOWER`; without a run folder ``out`` it is a new one in ``runs``."""
 
     config: RunConfig
     out: Path | None

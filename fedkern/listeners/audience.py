@@ -12,19 +12,14 @@ from fedkern.listeners.events import Listener, Listeners, RunInfo
 
 
 class Audience(Listeners):
-    """Passes the events of a run to its listeners.
+    """Passes the events of a run to its listeners; the parts of a :class:`Listeners` are looked after one by one.
 
-    A listener that raises is left out from then on, and one warning has its name and the error.  Three errors pass:
+    A listener that raises is left out from then on, and one of ``warnings`` has its name and the error.  Three errors
+    pass:
 
     * anything that code does not raise by mistake, such as ``KeyboardInterrupt``;
     * an error of an ``essential`` listener;
     * a :class:`UserError` of ``restore`` or ``on_start``, when nothing of a run can be lost yet.
-
-    Args:
-        listener: one listener; the parts of a :class:`Listeners` are looked after one by one.
-
-    Attributes:
-        warnings: the warnings about listeners that were left out, by name.
     """
 
     def __init__(self, listener: Listener) -> None:

@@ -41,13 +41,9 @@ BARS = 40
 
 @dataclass(frozen=True)
 class Series:
-    """A curve or a set of bars.
+    """A curve over rounds ``x``, or a set of bars without them; a value that is not finite leaves a gap.
 
-    Attributes:
-        name: name in the legend.
-        x: rounds of a curve; empty for bars.
-        y: values; None or a number that is not finite leaves a gap.
-        soft: drawn in grey, dashed and without markers.
+    A ``soft`` curve is drawn in grey, dashed and without markers.
     """
 
     name: str

@@ -37,15 +37,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, with what stands for it where it cannot be seen.
+    """A chart, with a text and tables for readers who cannot see it, and a sentence below it.
 
-    Attributes:
-        name: identifier, unique on the page: lower-case letters, digits, hyphens.
-        title: what the chart shows.
-        text: the chart in a sentence or two, for readers who cannot see it.
-        svg: the chart as an SVG element.
-        tables: figures of the chart.
-        note: a sentence below the chart.
+    Its name is unique on the page: lower-case letters, digits, hyphens.  ``svg`` is the chart as an SVG element.
     """
 
     name: str
@@ -58,13 +52,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture.
-
-    Attributes:
-        title: what the picture shows.
-        alt: the picture in a sentence, for readers who cannot see it.
-        source: data URI.
-    """
+    """A picture as a data URI, with its title and, for readers who cannot see it, a sentence."""
 
     title: str
     alt: str
@@ -73,12 +61,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """A small picture with lines of text, such as an image and the captions found for it.
+    """A small picture (a data URI) with lines of text, such as an image and the captions found for it.
 
-    Attributes:
-        source: data URI of the picture.
-        alt: the picture in a sentence.
-        lines: texts, each with a mark: ``"right"``, ``"wrong"`` or ``""``.
+    Every line has a mark: ``"right"``, ``"wrong"`` or ``""``.
     """
 
     source: str
@@ -110,13 +95,8 @@ class Section:
 class Page:
     """A report.
 
-    Attributes:
-        title: title of the page.
-        about: a line below the title.
-        headline: what a sceptic concludes, sentence by sentence; the first one is the result.
-        warnings: name and text of every warning.
-        tiles: main figures, as pairs of name and value.
-        sections: the rest.
+    The headline is what a sceptic concludes, sentence by sentence; the first one is the result.  Warnings have a name
+    and a text, tiles the name and the value of a main figure.
     """
 
     title: str

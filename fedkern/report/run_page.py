@@ -73,15 +73,10 @@ class Contents:
     """What is known of a run.
 
     Attributes:
-        folder: the run folder.
-        config: every setting.
-        records: records of the rounds.
         summary: contents of ``summary.json``; None where the run is not finished.
         data: the run's ``FederatedData``; None where it cannot be had.
         no_data: why there are no data, as a sentence; empty where there are.
         confusion: confusion matrices, where the run has them.
-        warnings: texts of the run's warnings by name.
-        shown: the method's artifacts.
         built: versions that the run was made with.
     """
 
