@@ -6,19 +6,13 @@ import argparse
 from collections.abc import Sequence
 
 from fedkern.cli.flags import Parser, add_repeatable
-from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.front_page import COMMANDS, PROGRAM
 from fedkern.errors import UserError, nearest
 
 
-def command_parser(command: str, description: str) -> Parser:
-    """A parser without flags."""
-    return Parser(
-        prog=f"{PROGRAM} {command}",
-        description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        add_help=False,
-    )
+def command_parser(command: str, description: str = "") -> Parser:
+    """A parser without flags; the description is by default that of the front page."""
+    return Parser(f"{PROGRAM} {command}", description or f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.")
 
 
 def add_data(parser: Parser, options: str) -> None:

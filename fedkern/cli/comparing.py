@@ -12,7 +12,7 @@ from typing import Any
 
 from fedkern import interrupts
 from fedkern.cli import flags
-from fedkern.cli.flags import Parser, check_filled, first, key_values, quote
+from fedkern.cli.flags import Parser, add_repeatable, check_filled, first, key_values, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request, effective
 from fedkern.errors import UserError, nearest, printable
@@ -39,19 +39,14 @@ methods that have it. The same command with the same --out goes on where it stop
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"{PROGRAM} {NAME}",
-        usage=argparse.SUPPRESS,
-        description=USAGE,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        add_help=False,
-    )
+    parser = Parser(f"{PROGRAM} {NAME}", USAGE, raw=True)
     parser.add_argument("--seeds", metavar="N", help="number of seeds, from --seed on, or a list such as 0,4,7; "
                                                      "default 3")  # fmt: skip
-    parser.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V",
-                        help="values of a setting or a method option; repeatable, all combinations are run; values "
-                             "with commas are parted by ;")  # fmt: skip
+    text = (
+        "values of a setting or a method option; repeatable, all combinations are run; values with commas are parted "
+        "by ;"
+    )
+    add_repeatable(parser, "--sweep", "NAME=V,V", text)
     parser.add_argument("--select", metavar="validation",
                         help="run a sweep with the first seed only, and all seeds with every method's best setting by "
                              "its validation figure")  # fmt: skip
@@ -60,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIGURE=VALUE",
         help="tell rounds, bytes and seconds up to this figure of a round, such as accuracy=0.8",
     )
-    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
-                        help="an option of the methods that have it; repeatable")  # fmt: skip
+    add_repeatable(parser, "--method-option", "key=value", "an option of the methods that have it; repeatable")
     parser.add_argument("--out", metavar="DIR", help="folder of the runs and of comparison.csv, .md, .tex and .png; "
                                                      "default comparisons/<time>")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write report.html of the comparison")
@@ -220,18 +214,13 @@ def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
     for text in found.failures:
         print(f"error: {text}", file=sys.stderr)
     if request.arguments["report"]:
-        written = _report(found)
+        from fedkern.cli.reporting import first_commands
+        from fedkern.comparison.comparison_page import write_report
+
+        written = write_report(found.folder, found.result, commands=first_commands(found.result))
         if not (request.json or request.quiet):
             say(terminal(), f"report: {written}")
     return 1 if found.failures else 0
-
-
-def _report(found: Any) -> Path:
-    """Writes the report of a comparison, and returns its path."""
-    from fedkern.cli.reporting import first_commands
-    from fedkern.comparison.comparison_page import write_report
-
-    return write_report(found.folder, found.result, commands=first_commands(found.result))
 
 
 COMMAND_TABLE = {NAME: compare}

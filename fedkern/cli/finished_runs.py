@@ -10,7 +10,7 @@ from typing import Any
 from fedkern import plugins
 from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
 from fedkern.cli.flags import Parser, check_filled, first, key_values
-from fedkern.cli.front_page import COMMANDS, PROGRAM
+from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
 from fedkern.engine.store.records import plain
@@ -26,7 +26,7 @@ SHOWN = 5
 
 
 def _parser(command: str) -> Parser:
-    parser = command_parser(command, f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.")
+    parser = command_parser(command)
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
     if command == "predict":
         parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")

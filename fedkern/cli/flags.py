@@ -94,7 +94,17 @@ RUN_FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises :class:`UserError` instead of exiting."""
+    """An argument parser that raises :class:`UserError` instead of exiting.
+
+    A ``raw`` description is printed as it is, in the place of the usage.
+    """
+
+    def __init__(self, prog: str, description: str | None, *, raw: bool = False) -> None:
+        kind = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
+        super().__init__(
+            prog, argparse.SUPPRESS if raw else None, description, allow_abbrev=False, add_help=False,
+            formatter_class=lambda prog: kind(prog, max_help_position=32, width=110),
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message[:1].upper() + message[1:] + ".")
@@ -157,14 +167,8 @@ def _other_data_options() -> str:
 
 
 def _parser(method: str | None, data: str) -> Parser:
-    parser = Parser(
-        prog=PROGRAM,
-        usage=argparse.SUPPRESS,
-        description=None if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        add_help=False,
-    )
+    about = None if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}"
+    parser = Parser(PROGRAM, about, raw=True)
     # The parser keeps values as strings; knobs convert them, with messages that name the flag and the allowed range.
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))

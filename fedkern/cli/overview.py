@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 
 from fedkern.cli.command_parser import add_common, command_parser, read
-from fedkern.cli.flags import first
-from fedkern.cli.front_page import COMMANDS, PROGRAM
+from fedkern.cli.flags import add_repeatable, first
+from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 
 
@@ -16,10 +16,10 @@ def parse(words: Sequence[str]) -> Request | None:
     command = first(words)
     if command not in COMMAND_TABLE:
         return None
-    parser = command_parser(command, f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.")
+    parser = command_parser(command)
     if command == "list":
-        parser.add_argument("--plugin", action="append", metavar="FILE.py|MODULE",
-                            help="code whose methods, data sets ... are listed too; repeatable")  # fmt: skip
+        text = "code whose methods, data sets ... are listed too; repeatable"
+        add_repeatable(parser, "--plugin", "FILE.py|MODULE", text)
     add_common(parser, {"list": "the names", "doctor": "the report"}[command])
     found = read(parser, command, words)
     return Request("help", help=parser.format_help()) if found.help else Request(command, json=found.json)

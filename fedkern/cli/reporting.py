@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedkern.cli.command_parser import add_code, add_common, command_parser, read
 from fedkern.cli.flags import Parser, check_filled, first, quote
-from fedkern.cli.front_page import COMMANDS, PROGRAM
+from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, trusted
 from fedkern.errors import UserError
@@ -24,7 +24,7 @@ NAME = "report"
 
 
 def _parser() -> Parser:
-    parser = command_parser(NAME, f"{COMMANDS[NAME][:1].upper()}{COMMANDS[NAME][1:]}.")
+    parser = command_parser(NAME)
     parser.usage = f"{PROGRAM} {NAME} DIR [DIR ...] [flags]"
     parser.add_argument("folders", nargs="*", metavar="DIR",
                         help="folder of a run, finished or not, or of a comparison; report.html is written into "
