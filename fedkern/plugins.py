@@ -315,24 +315,18 @@ def _added(
     """The names that a plugin has registered, by kind."""
     added: dict[str, tuple[str, ...]] = {}
     for kind, table in tables.items():
-        for name, entry in table.items():
-            if name in before[kind] and entry is not before[kind][name]:
-                raise UserError(
-                    f'The plugin {plugin.name} registers the {kind} "{name}", which is registered already: choose '
-                    "another name."
-                )
+        replaced = [name for name, entry in before[kind].items() if table.get(name, entry) is not entry]
         names = tuple(name for name in table if name not in before[kind])
-        for name in names:
-            if name in COMMANDS:
-                raise UserError(
-                    f'The plugin {plugin.name} registers the {kind} "{name}", which is the name of a command: choose '
-                    "another name."
-                )
-            if not _NAME.fullmatch(name):
-                raise UserError(
-                    f'The plugin {plugin.name} registers the {kind} "{name}": a name has letters, digits, ".", "-" and '
-                    '"_", and begins with a letter or digit.'
-                )
+        for name in (*replaced, *names):
+            if name in replaced:
+                why = ", which is registered already: choose another name."
+            elif name in COMMANDS:
+                why = ", which is the name of a command: choose another name."
+            elif not _NAME.fullmatch(name):
+                why = ': a name has letters, digits, ".", "-" and "_", and begins with a letter or digit.'
+            else:
+                continue
+            raise UserError(f'The plugin {plugin.name} registers the {kind} "{name}"{why}')
         if names:
             added[kind] = names
     return added

@@ -19,16 +19,6 @@ def own_client(node_config: Mapping[str, Any]) -> int:
     return given
 
 
-def data_root(node_config: Mapping[str, Any]) -> str | None:
-    """Folder of the data on this machine; None: that of the run-config."""
-    return _text(node_config, "data-root")
-
-
-def state_dir(node_config: Mapping[str, Any]) -> str | None:
-    """Folder of the client's states on this machine; None: that of the run-config."""
-    return _text(node_config, "state-dir")
-
-
-def _text(node_config: Mapping[str, Any], name: str) -> str | None:
-    given = node_config.get(name)
-    return str(given) if given else None
+def folder(node_config: Mapping[str, Any], name: str) -> str | None:
+    """The folder on this machine that an entry names; None: that of the run-config."""
+    return str(node_config[name]) if node_config.get(name) else None

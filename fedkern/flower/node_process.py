@@ -52,7 +52,7 @@ def answer(
 
 def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> dict[str, Any]:
     """Number of samples and form of the data of a node whose folder holds its own data alone."""
-    data = data_of_one(run_settings.read(run_config, node_config.data_root(node)).config, notice, node=True)
+    data = data_of_one(run_settings.read(run_config, node_config.folder(node, "data-root")).config, notice, node=True)
     return {"samples": len(data.clients[0]), **form_of(data)}
 
 
@@ -66,8 +66,8 @@ def _clients(letter: Letter, run_config: Mapping[str, Any], node: Mapping[str, A
         _here[1].notice = notice
         return _here[1]
     forget()
-    settings = run_settings.read(run_config, node_config.data_root(node))
-    given = node_config.state_dir(node) or settings.state
+    settings = run_settings.read(run_config, node_config.folder(node, "data-root"))
+    given = node_config.folder(node, "state-dir") or settings.state
     base = expand(given) if given else cache_folder(STATES)
     clients = NodeClients(
         settings.config, Path(base), notice, own_data=settings.own_data, half=settings.transport == "bf16"
