@@ -42,22 +42,10 @@ class Ensemble:
     reduction: int
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 divergence_settings = functools.lru_cache(maxsize=256)(Divergence)
 ensemble_settings = functools.lru_cache(maxsize=256)(Ensemble)
-
-
-class Recomputes:
-    """Base of Triton's launcher: gradients are recomputed from the logits in the backward pass.
-
-    Reading grad_output on the host would wait for the device. A gradient from the forward pass would have to be read,
-    scaled and written again. That is as much traffic as computing it from the logits, which rounds it only once.
-    """
-
-    fused = False
-    short_weights = False
-
-    def consensus_kept(self, logits: Tensor) -> Tensor | None:
-        return None
 
 
 # Operators as numbered in csrc/include/fedkern/distill.h
@@ -83,7 +71,7 @@ _FEW, _MANY = 4, 1024
 
 
 class DistillKernels(Launcher):
-    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``; Triton's launcher has the same methods.
+    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``; Triton's launcher overrides what calls a core.
 
     The public functions have checked the arguments.  Kernels allocate what they return.  Sums and losses are computed
     in float32 (float64 where an input is float64) and rounded once.
@@ -96,14 +84,15 @@ class DistillKernels(Launcher):
 
     Gradients for a grad_output of 1 can be computed in the forward pass, into the ``to_...`` tensors. Autograd asks for
     this where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the backward pass.
-    Otherwise it gives no ``to_...`` tensors, which Triton's methods do not take, and calls ``..._backward``, which
-    recomputes from the logits and takes ``grad`` as a tensor of the result's shape, any strides. On CUDA the kernel
-    reads ``grad`` through its device pointer: no method there may read a tensor's values on the host.
+    Otherwise it gives no ``to_...`` tensors and calls ``..._backward``, which recomputes from the logits and takes
+    ``grad`` as a tensor of the result's shape, any strides. On CUDA the kernel reads ``grad`` through its device
+    pointer: no method there may read a tensor's values on the host.
 
     Weights of ensemble_kl may also be ``[K]`` where :attr:`short_weights` is true, unless they want a gradient.
 
     On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
-    forward pass computes gradients too.  On a GPU the backward pass recomputes them, see :class:`Recomputes`.
+    forward pass computes gradients too.  On a GPU reading grad_output would wait for the device. A gradient from the
+    forward pass would have to be read, scaled and written again, as much traffic as computing it from the logits.
     """
 
     # The cores read weights [K] for every row through a stride of 0.
@@ -154,30 +143,10 @@ class DistillKernels(Launcher):
         ``weight`` has one value per row. A row of weight 0 contributes exactly 0, whatever it holds. ``raw_loss``
         receives the rows' unweighted losses, 0 where the weight is 0.
         """
-        reduction = settings.reduction
         dtype = result_dtype(student, other, teacher)
-        result = self._result(student, dtype, reduction)
-        self._distill(
-            LIMIT if settings.temperature == math.inf else KL,
-            1 if dtype is torch.float64 else 0,
-            student,
-            settings.temperature,
-            settings.reverse,
-            None if reduction == BATCHMEAN else 1.0,
-            1 if other is None else 2,
-            teacher,
-            student,
-            other,
-            to_teacher,
-            to_student,
-            to_other,
-            weight,
-            None,
-            result if reduction == NONE else None,
-            (raw_loss, None if reduction == NONE else result),
-            self._space(student) if self.gpu else None,
-            self.at(student),
-        )
+        result = self._result(student, dtype, settings.reduction)
+        gradients = (to_student, to_other, to_teacher)
+        self._divergence(None, student, other, teacher, weight, settings, dtype, gradients, raw_loss, result)
         return result
 
     def divergence_backward(
@@ -195,16 +164,39 @@ class DistillKernels(Launcher):
             self.empty_gradient(x) if need and x is not None else None
             for x, need in zip((student, other, teacher), needs[:3], strict=True)
         )
-        compute = compute_dtype(result_dtype(student, other, teacher))
-        raw = _empty(row_shape(student), dtype=compute, device=student.device) if needs[3] else None
+        dtype = result_dtype(student, other, teacher)
+        raw = _empty(row_shape(student), dtype=compute_dtype(dtype), device=student.device) if needs[3] else None
         grad = grad.resolve_neg()  # bound to a name: its memory must outlive the call
+        gradients = (to_student, to_other, to_teacher)
+        self._divergence(grad, student, other, teacher, weight, settings, dtype, gradients, raw, None)
+        to_weight = None
+        if raw is not None and weight is not None:
+            to_weight = (raw * grad.to(raw.dtype) * mean_scale(student, settings.reduction)).to(weight.dtype)
+        return to_student, to_other, to_teacher, to_weight
+
+    def _divergence(
+        self,
+        grad: Tensor | None,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        dtype: torch.dtype,
+        gradients: Gradients,
+        raw: Tensor | None,
+        result: Tensor | None,
+    ) -> None:
+        """Writes the gradients, the rows' unweighted losses and the result, where they are not None."""
+        temperature, reduction = settings.temperature, settings.reduction
+        to_student, to_other, to_teacher = gradients
         self._distill(
-            LIMIT if settings.temperature == math.inf else KL,
-            DTYPES[compute],
+            LIMIT if temperature == math.inf else KL,
+            1 if dtype is torch.float64 else 0,
             student,
-            settings.temperature,
+            temperature,
             settings.reverse,
-            None if settings.reduction == BATCHMEAN else 1.0,
+            None if reduction == BATCHMEAN else 1.0,
             1 if other is None else 2,
             teacher,
             student,
@@ -214,34 +206,26 @@ class DistillKernels(Launcher):
             to_other,
             weight,
             grad,
-            None,
-            (raw, None),
+            result if reduction == NONE else None,
+            (raw, None if reduction == NONE else result),
             self._space(student) if self.gpu else None,
             self.at(student),
         )
-        to_weight = weight_gradient(raw, grad, mean_scale(student, settings.reduction), weight)
-        return to_student, to_other, to_teacher, to_weight
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
         """entropy, in the logits' dtype."""
         result = self._result(logits, logits.dtype, reduction)
-        self._entropy(logits, reduction, to_logits, None, *((result, None) if reduction == NONE else (None, result)))
+        self._entropy(None, logits, reduction, to_logits, result)
         return result
 
     def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
         gradient = self.empty_gradient(logits)
         grad = grad.resolve_neg()
-        self._entropy(logits, reduction, gradient, grad, None, None)
+        self._entropy(grad, logits, reduction, gradient, None)
         return gradient
 
     def _entropy(
-        self,
-        logits: Tensor,
-        reduction: int,
-        gradient: Tensor | None,
-        grad: Tensor | None,
-        row_loss: Tensor | None,
-        total: Tensor | None,
+        self, grad: Tensor | None, logits: Tensor, reduction: int, gradient: Tensor | None, result: Tensor | None
     ) -> None:
         self._distill(
             ENTROPY,
@@ -259,8 +243,8 @@ class DistillKernels(Launcher):
             None,
             None,
             grad,
-            row_loss,
-            (None, total),
+            result if reduction == NONE else None,
+            (None, None if reduction == NONE else result),
             self._space(logits) if self.gpu else None,
             self.at(logits),
         )
@@ -284,30 +268,10 @@ class DistillKernels(Launcher):
         ``[K, C]`` or None.
         """
         dtype = result_dtype(student, None, teachers)
-        temperature, reduction = settings.temperature, settings.reduction
-        result = self._result(student, dtype, reduction)
-        self._distill_ensemble(
-            settings.mix,
-            temperature == math.inf,
-            settings.log_probs and temperature == 1.0,
-            class_mask is not None or (weights is not None and _by_class(weights)),
-            1 if dtype is torch.float64 else 0,
-            teachers,
-            temperature,
-            None if reduction == BATCHMEAN else 1.0,
-            student,
-            teachers,
-            weights,
-            class_mask,
-            to_student,
-            to_teachers,
-            None,
-            None,
-            None,
-            (reduction == NONE, result, None),
-            self._stack_space(teachers) if self.gpu else None,
-            self.at(teachers),
-        )
+        result = self._result(student, dtype, settings.reduction)
+        by_class = class_mask is not None or (weights is not None and _by_class(weights))
+        gradients = (to_student, to_teachers, None)
+        self._ensemble(None, student, teachers, weights, class_mask, settings, dtype, by_class, gradients, result)
         return result
 
     def ensemble_backward(
@@ -322,7 +286,6 @@ class DistillKernels(Launcher):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of student, teachers, weights (in the shape given); None where ``needs`` is false."""
         dtype = result_dtype(student, None, teachers)
-        temperature, reduction = settings.temperature, settings.reduction
         by_class = class_mask is not None or (weights is not None and _by_class(weights))
         grad = grad.resolve_neg()
         to_student = self.empty_gradient(student) if needs[0] else None
@@ -332,6 +295,30 @@ class DistillKernels(Launcher):
             # One gradient per class also where only the mask differs by class: the kernel then works by class.
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = _empty(shape, dtype=compute_dtype(dtype), device=weights.device)
+        gradients = (to_student, to_teachers, to_weights)
+        self._ensemble(grad, student, teachers, weights, class_mask, settings, dtype, by_class, gradients, None)
+        if to_weights is not None and weights is not None:
+            if to_weights.shape != weights.shape:
+                to_weights = to_weights.sum(2, keepdim=True)
+            to_weights = to_weights.to(weights.dtype)
+        return to_student, to_teachers, to_weights
+
+    def _ensemble(
+        self,
+        grad: Tensor | None,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        dtype: torch.dtype,
+        by_class: bool,
+        gradients: Gradients,
+        result: Tensor | None,
+    ) -> None:
+        """Writes the gradients of student, teachers and weights, and the result, where they are not None."""
+        temperature = settings.temperature
+        to_student, to_teachers, to_weights = gradients
         self._distill_ensemble(
             settings.mix,
             temperature == math.inf,
@@ -340,7 +327,7 @@ class DistillKernels(Launcher):
             1 if dtype is torch.float64 else 0,
             teachers,
             temperature,
-            None if reduction == BATCHMEAN else 1.0,
+            None if settings.reduction == BATCHMEAN else 1.0,
             student,
             teachers,
             weights,
@@ -350,15 +337,10 @@ class DistillKernels(Launcher):
             to_weights,
             grad,
             None,
-            (False, None, None),
+            (settings.reduction == NONE, result, None),
             self._stack_space(teachers) if self.gpu else None,
             self.at(teachers),
         )
-        if to_weights is not None and weights is not None:
-            if to_weights.shape != weights.shape:
-                to_weights = to_weights.sum(2, keepdim=True)
-            to_weights = to_weights.to(weights.dtype)
-        return to_student, to_teachers, to_weights
 
     def js_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
@@ -488,11 +470,6 @@ class DistillKernels(Launcher):
         slots = max(core.ensemble_slots, min(teachers.numel() // (count * teachers.shape[2]), _SLOTS[_lanes(teachers)]))
         size = core.ensemble_totals + slots * core.ensemble_numbers * count
         return _empty(size, dtype=torch.float64, device=teachers.device)
-
-
-def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:
-    """Gradient of the row weights, from the unweighted row losses ``raw``."""
-    return None if raw is None or weight is None else (raw * grad.to(raw.dtype) * scale).to(weight.dtype)
 
 
 def _by_class(weights: Tensor) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import double_bits, launch, power_of_two
 from fedkern.ops._core.triton.numbers import finish
-from fedkern.ops._distill.kernels import Divergence, Recomputes, weight_gradient
+from fedkern.ops._distill.kernels import CONSENSUS, DistillKernels, Divergence, Gradients
 from fedkern.ops._distill.reference import result_dtype
-from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_count, row_shape
-from fedkern.ops._distill.triton.ensemble import Mixtures
+from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count, row_shape
+from fedkern.ops._distill.triton.ensemble import ensemble, stack
 from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel
 from fedkern.ops._distill.triton.losses import divergence_kernel
 from fedkern.ops._distill.triton.rows import (
@@ -22,7 +22,7 @@ from fedkern.ops._distill.triton.rows import (
     SERIES,
     Rows,
     Steps,
-    empty_result,
+    clear,
     hand_over,
     known_steps,
     meta_of,
@@ -36,45 +36,13 @@ from fedkern.ops._distill.triton.rows import (
 )
 
 
-class TritonDistill(Recomputes, Mixtures):
-    """The methods of :class:`fedkern.ops._distill.kernels.DistillKernels` in Triton."""
+class TritonDistill(DistillKernels):
+    """The methods of :class:`fedkern.ops._distill.kernels.DistillKernels` that call a core, in Triton."""
 
-    def divergence_forward(
-        self,
-        student: Tensor,
-        other: Tensor | None,
-        teacher: Tensor,
-        weight: Tensor | None,
-        settings: Divergence,
-    ) -> Tensor:
-        result = self._divergence(None, student, other, teacher, weight, settings, (None, None, None), None, True)
-        assert result is not None
-        return result
+    short_weights = False
 
-    def divergence_backward(
-        self,
-        grad: Tensor,
-        student: Tensor,
-        other: Tensor | None,
-        teacher: Tensor,
-        weight: Tensor | None,
-        settings: Divergence,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        to_student, to_other, to_teacher = (
-            torch.empty_like(x) if need and x is not None else None
-            for x, need in zip((student, other, teacher), needs[:3], strict=True)
-        )
-        raw = None
-        grad = grad.resolve_neg()
-        if needs[3]:
-            compute = compute_dtype(result_dtype(student, other, teacher))
-            raw = torch.empty(row_shape(student), dtype=compute, device=student.device)
-        self._divergence(
-            grad, student, other, teacher, weight, settings, (to_student, to_other, to_teacher), raw, False
-        )
-        by_weight = weight_gradient(raw, grad, mean_scale(student, settings.reduction), weight)
-        return to_student, to_other, to_teacher, by_weight
+    def __init__(self) -> None:
+        self.gpu, self.fused = True, False  # also interpreted on CPU tensors
 
     def _divergence(
         self,
@@ -84,20 +52,19 @@ class TritonDistill(Recomputes, Mixtures):
         teacher: Tensor,
         weight: Tensor | None,
         settings: Divergence,
-        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        dtype: torch.dtype,
+        gradients: Gradients,
         raw: Tensor | None,
-        forward: bool,
-    ) -> Tensor | None:
-        dtype, reduction = result_dtype(student, other, teacher), settings.reduction
+        result: Tensor | None,
+    ) -> None:
+        reduction = settings.reduction
         compute, device = compute_dtype(dtype), student.device
         wanted, (to_student, to_other, to_teacher) = gradients, (writable(x) for x in gradients)
         gradients = (to_student, to_other, to_teacher)
         rows = row_count(student)
-        result = None
-        if forward:
-            result = empty_result(student, dtype, reduction)
         if not rows:
-            return result if result is None or reduction == NONE else result.zero_()
+            clear(result)
+            return
         student, teacher = readable(student, to_student), readable(teacher, to_teacher)
         other = None if other is None else readable(other, to_other)
         weight, grad = readable_rows(weight), readable_rows(grad)
@@ -147,7 +114,7 @@ class TritonDistill(Recomputes, Mixtures):
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
             hand_over(gradients, wanted)
-            return result
+            return
 
         # Rows split among programs: statistics first, then the rows' losses if wanted, or needed by a gradient.
         parts = _statistics(
@@ -161,7 +128,7 @@ class TritonDistill(Recomputes, Mixtures):
             for place, x in enumerate((student, other)):
                 if x is not None:
                     values[place] = self._row_values(x, teacher, settings)
-        if forward or raw is not None:
+        if result is not None or raw is not None:
             losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
             unweighted = torch.empty_like(losses) if raw is not None else None
             run(nothing, losses, unweighted, None, parts)
@@ -175,34 +142,21 @@ class TritonDistill(Recomputes, Mixtures):
         if any(x is not None for x in gradients):
             run(gradients, None, None, None, parts, values)
             hand_over(gradients, wanted)
-        return result
 
     def _row_values(self, student: Tensor, teacher: Tensor, settings: Divergence) -> Tensor:
         """KL of each row, without the factor T²."""
         none = Divergence(settings.temperature, settings.reverse, NONE)
-        raw = torch.empty(
-            row_shape(student), dtype=compute_dtype(result_dtype(student, None, teacher)), device=student.device
-        )
-        self._divergence(None, student, None, teacher, None, none, (None, None, None), raw, False)
+        dtype = result_dtype(student, None, teacher)
+        raw = torch.empty(row_shape(student), dtype=compute_dtype(dtype), device=student.device)
+        self._divergence(None, student, None, teacher, None, none, dtype, (None, None, None), raw, None)
         return raw.view(-1) / settings.temperature**2
-
-    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
-        result = empty_result(logits, logits.dtype, reduction)
-        self._entropy(None, logits, reduction, to_logits, result)
-        return result
-
-    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
-        gradient = torch.empty_like(logits)
-        self._entropy(grad.resolve_neg(), logits, reduction, gradient, None)
-        return gradient
 
     def _entropy(
         self, grad: Tensor | None, logits: Tensor, reduction: int, gradient: Tensor | None, result: Tensor | None
     ) -> None:
         rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
         if not rows:
-            if result is not None:
-                result.zero_()
+            clear(result)
             return
         wanted, gradient = gradient, writable(gradient)
         logits, grad = readable(logits, gradient), readable_rows(grad)
@@ -244,6 +198,24 @@ class TritonDistill(Recomputes, Mixtures):
         if gradient is not None:
             run(gradient, None, None, parts, values)
             hand_over((gradient,), (wanted,))
+
+    _ensemble = staticmethod(ensemble)
+
+    def _run_stack(
+        self,
+        kind: int,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        to_logits: Tensor | None,
+        to_weights: Tensor | None,
+        grads: tuple[Tensor, ...],
+        first: Tensor | None,
+        second: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> None:
+        gradients, one, two = (None, to_logits, to_weights), *(*grads, None, None)[:2]
+        stack(one, two, None, logits, weights, reduction, gradients, (first, second), consensus=kind == CONSENSUS)
 
 
 def _statistics(

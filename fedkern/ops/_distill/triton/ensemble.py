@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import double_bits, launch
 from fedkern.ops._core.triton.numbers import finish
-from fedkern.ops._distill.kernels import Ensemble
+from fedkern.ops._distill.kernels import Ensemble, Gradients
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
 from fedkern.ops._distill.triton.ensemble_limits import limit
@@ -23,7 +22,6 @@ from fedkern.ops._distill.triton.rows import (
     Rows,
     Steps,
     clear,
-    empty_result,
     hand_over,
     known_steps,
     meta_of,
@@ -35,114 +33,28 @@ from fedkern.ops._distill.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.triton.stacks import Call, Gradients
+from fedkern.ops._distill.triton.stacks import Call
 
 
-class Mixtures:
-    """The part of :class:`fedkern.ops._distill.kernels.DistillKernels` with K teachers."""
-
-    def ensemble_forward(
-        self,
-        student: Tensor,
-        teachers: Tensor,
-        weights: Tensor | None,
-        class_mask: Tensor | None,
-        settings: Ensemble,
-    ) -> Tensor:
-        dtype = result_dtype(student, None, teachers)
-        result = empty_result(student, dtype, settings.reduction)
-        _ensemble(None, student, teachers, weights, class_mask, settings, (None, None, None), result)
-        return result
-
-    def ensemble_backward(
-        self,
-        grad: Tensor,
-        student: Tensor,
-        teachers: Tensor,
-        weights: Tensor | None,
-        class_mask: Tensor | None,
-        settings: Ensemble,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        to_student = torch.empty_like(student) if needs[0] else None
-        to_teachers = torch.empty_like(teachers) if needs[1] else None
-        to_weights = None
-        if needs[2] and weights is not None:
-            # Per class also if the weights differ between classes only by the mask.
-            by_class = class_mask is not None or weights.shape[2] > 1
-            shape = (*weights.shape[:2], teachers.shape[2] if by_class else 1, *teachers.shape[3:])
-            compute = compute_dtype(result_dtype(student, None, teachers))
-            to_weights = torch.empty(shape, dtype=compute, device=student.device)
-        gradients = (to_student, to_teachers, to_weights)
-        _ensemble(grad.resolve_neg(), student, teachers, weights, class_mask, settings, gradients, None)
-        if to_weights is not None and weights is not None:
-            axes = [a for a in range(2, weights.dim()) if weights.shape[a] == 1 and to_weights.shape[a] > 1]
-            to_weights = (to_weights.sum(axes, keepdim=True) if axes else to_weights).to(weights.dtype)
-        return to_student, to_teachers, to_weights
-
-    def js_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
-        result = empty_result(logits[0], logits.dtype, reduction)
-        _stack(None, None, None, logits, weights, reduction, (None, None, None), (result, None))
-        return result
-
-    def js_backward(
-        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return _stack_backward((grad, None), logits, weights, reduction, needs, False)
-
-    def consensus_forward(
-        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        first, second = (empty_result(logits[0], logits.dtype, reduction) for _ in range(2))
-        _stack(None, None, None, logits, weights, reduction, (None, None, None), (first, second), consensus=True)
-        return first, second
-
-    def consensus_backward(
-        self,
-        grad_mixture: Tensor,
-        grad_mean: Tensor,
-        logits: Tensor,
-        weights: Tensor | None,
-        reduction: int,
-        needs: Sequence[bool],
-        kept: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return _stack_backward((grad_mixture, grad_mean), logits, weights, reduction, needs, True)
-
-
-def _stack_backward(
-    grads: tuple[Tensor, Tensor | None],
-    logits: Tensor,
-    weights: Tensor | None,
-    reduction: int,
-    needs: Sequence[bool],
-    consensus: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    to_logits = torch.empty_like(logits) if needs[0] else None
-    to_weights = None
-    if needs[1] and weights is not None:
-        to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
-    one, two = (None if grad is None else grad.resolve_neg() for grad in grads)
-    _stack(one, two, None, logits, weights, reduction, (None, to_logits, to_weights), (None, None), consensus=consensus)
-    return to_logits, None if to_weights is None or weights is None else to_weights.to(weights.dtype)
-
-
-def _ensemble(
+def ensemble(
     grad: Tensor | None,
     student: Tensor,
     teachers: Tensor,
     weights: Tensor | None,
     class_mask: Tensor | None,
     settings: Ensemble,
+    dtype: torch.dtype,
+    by_class: bool,
     gradients: Gradients,
     result: Tensor | None,
 ) -> None:
+    """:meth:`fedkern.ops._distill.kernels.DistillKernels._ensemble` in Triton."""
     if settings.temperature == math.inf:
-        limit(grad, student, teachers, weights, class_mask, settings, gradients, result)
+        limit(grad, student, teachers, weights, class_mask, settings, dtype, by_class, gradients, result)
         return
     if settings.mix == MEAN:
         to_student, to_teachers, to_weights = gradients
-        _stack(
+        stack(
             grad, None, student, teachers, None if weights is None else weights.squeeze(2), settings.reduction,
             (to_student, to_teachers, None if to_weights is None else to_weights.squeeze(2)), (result, None),
             temperature=settings.temperature, log_probs=settings.log_probs and settings.temperature == 1,
@@ -167,7 +79,7 @@ def _ensemble(
     call.close()
 
 
-def _stack(
+def stack(
     grad: Tensor | None,
     more_grad: Tensor | None,
     student: Tensor | None,

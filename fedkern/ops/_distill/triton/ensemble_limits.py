@@ -7,12 +7,11 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import launch
-from fedkern.ops._distill.kernels import Ensemble
-from fedkern.ops._distill.reference import result_dtype
+from fedkern.ops._distill.kernels import Ensemble, Gradients
 from fedkern.ops._distill.rows import MEAN, PROBS, row_count
 from fedkern.ops._distill.triton.mixture_limits import mean_limit_kernel, members_limit_kernel, mixture_limit_kernel
 from fedkern.ops._distill.triton.rows import clear, meta_of
-from fedkern.ops._distill.triton.stacks import Call, Gradients
+from fedkern.ops._distill.triton.stacks import Call
 
 
 def limit(
@@ -22,6 +21,8 @@ def limit(
     weights: Tensor | None,
     class_mask: Tensor | None,
     settings: Ensemble,
+    dtype: torch.dtype,
+    by_class: bool,
     gradients: Gradients,
     result: Tensor | None,
 ) -> None:
@@ -31,12 +32,11 @@ def limit(
         return
     # To first order in 1/T a softmax is (1 + (x − mean x) / T) / C. The mean matters if weights differ between
     # classes: then the logits are centred before they are mixed.
-    by_class = class_mask is not None or (weights is not None and weights.shape[2] > 1)
     centred = settings.mix == PROBS and by_class
     to_student, to_teachers, to_weights = gradients
     known = number = teachers
     if centred:
-        wide = teachers.to(compute_dtype(result_dtype(student, None, teachers)))
+        wide = teachers.to(compute_dtype(dtype))
         known = wide != -torch.inf
         number = known.sum(2, keepdim=True)
         teachers = wide - torch.where(known, wide, 0).sum(2, keepdim=True) / number

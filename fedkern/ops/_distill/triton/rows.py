@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.ops._core.triton.launch import cdiv, power_of_two, processors
 from fedkern.ops._core.triton.numbers import COMPUTE, double_of, join, narrow
-from fedkern.ops._distill.rows import NONE, row_shape
+from fedkern.ops._distill.rows import NONE
 
 # Terms of the series of e^u - 1 - u on |u| < 1/2.
 SERIES = {torch.float32: 9, torch.float64: 15}
@@ -247,11 +247,6 @@ def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
     steps = steps_of(x, axis)
     assert steps is not None
     return steps
-
-
-def empty_result(logits: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
-    """Memory for the losses of the rows of ``logits``, or for their sum."""
-    return torch.empty(row_shape(logits) if reduction == NONE else (), dtype=dtype, device=logits.device)
 
 
 def clear(*tensors: Tensor | None) -> None:

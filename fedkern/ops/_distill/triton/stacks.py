@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.numbers import finish
-from fedkern.ops._distill.kernels import Ensemble
+from fedkern.ops._distill.kernels import Ensemble, Gradients
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count
 from fedkern.ops._distill.triton.rows import (
@@ -25,9 +25,6 @@ from fedkern.ops._distill.triton.rows import (
     totals_of,
     writable,
 )
-
-# Gradients of the student, the teachers and the weights.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Call(NamedTuple):
