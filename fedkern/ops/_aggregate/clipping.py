@@ -10,6 +10,7 @@ from torch import Tensor
 from fedkern.ops._aggregate.checks import Vectors, check_vectors, eager, rows_of, rows_or_stack, size_of
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.philox import signed
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
@@ -100,7 +101,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     if eager(given):
         return _rows(select(given), vectors, given, max_norm, deviation, seed, offset)
     numbers = library.numbers_tensor((max_norm, deviation))
-    result = _operator(rows_of(given), numbers, _signed(seed), _signed(offset))
+    result = _operator(rows_of(given), numbers, signed(seed), signed(offset))
     return result[0] if single else result if isinstance(vectors, Tensor) else [row.clone() for row in result.unbind(0)]
 
 
@@ -128,11 +129,6 @@ def _rows(
         kernel.clip_and_noise([vector], max_norm, deviation, seed, place)[0]
         for vector, place in zip(vectors, places, strict=True)
     ]
-
-
-def _signed(value: int) -> int:
-    """The same 64 bits as a signed integer, since operators of torch.library take no unsigned ones."""
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _implementation(vectors: list[Tensor], numbers: Tensor, seed: int, offset: int) -> Tensor:

@@ -22,7 +22,7 @@ from fedkern.ops._aggregate.checks import (
     size_of,
 )
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
-from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.mean import fake_vector, select
 from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.robust_reference import (
     FAR,
@@ -341,13 +341,7 @@ def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, apart: T
 
     They follow from distances.  These are taken between vectors that are drawn towards the centre to a distance of at
     most ``scale``: beside a vector that is 1e8 times as far away as others, no digit of their products would be left.
-
-    Args:
-        kernel: takes the distances.
-        vectors: M vectors ``[P]``.
-        centre: ``[P]``.
-        apart: fp64 ``[M]``, the vectors' distances from the centre.
-        scale: fp64 ``[]``.
+    ``apart`` are the vectors' distances from the centre.
     """
     factors = (scale / apart).clamp_max_(1.0)
     count, size = len(apart), len(centre)
@@ -388,10 +382,6 @@ def _pairwise_fake(vectors: list[Tensor]) -> Tensor:
     return vectors[0].new_empty((len(vectors), len(vectors)), dtype=torch.float64)
 
 
-def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
-    return vectors[0].new_empty(vectors[0].shape)
-
-
 _pairwise_operator = library.register(
     "pairwise_distances",
     "(Tensor[] vectors) -> Tensor",
@@ -403,13 +393,13 @@ _krum_operator = library.register(
     "krum",
     "(Tensor[] vectors, int byzantine, int keep) -> Tensor",
     _run_krum,
-    fake=_fake,
+    fake=fake_vector,
     vmap=no_vmap("krum"),
 )
 _geometric_median_operator = library.register(
     "geometric_median",
     "(Tensor[] vectors, Tensor weights, int iterations, float tolerance, float smoothing) -> Tensor",
     _geometric_median,
-    fake=_fake,
+    fake=fake_vector,
     vmap=no_vmap("geometric_median"),
 )

@@ -101,6 +101,11 @@ def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
+def fake_vector(vectors: list[Tensor], *others: Any) -> Tensor:
+    """The fake result ``[P]`` of an operator that takes a list of vectors."""
+    return vectors[0].new_empty(vectors[0].shape)
+
+
 class _WeightedMean(EagerFunction):
     """weighted_mean with its gradient; ``weights`` is a tensor, or a pair of checked numbers and their sum."""
 

@@ -17,13 +17,15 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
+def signed(word: int) -> int:
+    """The same 64 bits as a signed integer: operators of torch.library and Triton take no unsigned ones."""
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
 def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four uniform 32-bit words (int64 tensors) for every 64-bit counter (int64, its bits taken as unsigned).
 
-    Args:
-        counter: the lower 64 of the 128 counter bits.
-        seed: the 64 key bits.
-        high: the upper 64 counter bits.
+    ``seed`` are the 64 key bits, ``high`` the upper 64 of the 128 counter bits.
     """
     c0, c1 = counter & _LOW, (counter >> 32) & _LOW
     c2, c3 = torch.full_like(c0, high & _LOW), torch.full_like(c0, high >> 32)
@@ -82,12 +84,7 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
 
 
 def uniform(word: Tensor, more: Callable[[Tensor], Tensor]) -> Tensor:
-    """Uniform numbers in (0, 1], fp32, from radius words; words below :data:`REFINED` are refined by a second word.
-
-    Args:
-        word: 32-bit words, int64.
-        more: returns the second words, int64 ``[n]``, for the indices of the words to refine, int64 ``[n]``.
-    """
+    """Uniform numbers in (0, 1], fp32, from radius words; ``more`` gives the words that refine those at its indices."""
     result = (word.to(torch.float32) + 0.5) * 2.0**-32
     rare = (word < REFINED).nonzero()[:, 0]
     if len(rare):

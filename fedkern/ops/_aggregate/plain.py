@@ -115,7 +115,7 @@ class PlainAggregate:
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
         """fp64 ``[M]``: the squared Euclidean norms."""
-        return robust.squared_norms_reference(vectors)
+        return self.squared_distances_to(vectors, torch.zeros_like(vectors[0], dtype=torch.float64))
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
         """:meth:`scale_and_noise` with the factors ``min(1, max_norm / |x_m|)``."""

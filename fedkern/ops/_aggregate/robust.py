@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from fedkern.ops._aggregate.checks import (
     rows_of,
 )
 from fedkern.ops._aggregate.kernels import AggregateKernels
-from fedkern.ops._aggregate.mean import select, weighted_mean
+from fedkern.ops._aggregate.mean import fake_vector, select, weighted_mean
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_count, no_vmap, shown
@@ -98,7 +97,7 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
         return _sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None, first, count)
     if not eager(vectors, weights):
         return _weighted_median_operator(rows_of(vectors), as_tensor(weights, first, count))
-    return select(vectors).weighted_median(vectors, kernel_weights(weights, count))
+    return _weighted_median_implementation(vectors, weights)
 
 
 def _check_trim(trim: int, count: int) -> None:
@@ -113,34 +112,31 @@ def _sorted_mean(
     if not eager(vectors, weights):
         given = None if weights is None else as_tensor(weights, first, count)
         return _sorted_mean_operator(rows_of(vectors), low, high, given)
-    values = None if weights is None else kernel_weights(weights, count)
-    return select(vectors).sorted_mean(vectors, low, high, values)
+    return _sorted_mean_implementation(vectors, low, high, weights)
 
 
-def _sorted_mean_implementation(vectors: list[Tensor], low: int, high: int, weights: Tensor | None) -> Tensor:
+def _sorted_mean_implementation(
+    vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None
+) -> Tensor:
     values = None if weights is None else kernel_weights(weights, len(vectors))
     return select(vectors).sorted_mean(vectors, low, high, values)
 
 
-def _weighted_median_implementation(vectors: list[Tensor], weights: Tensor) -> Tensor:
+def _weighted_median_implementation(vectors: Vectors, weights: Tensor | Sequence[float]) -> Tensor:
     return select(vectors).weighted_median(vectors, kernel_weights(weights, len(vectors)))
-
-
-def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
-    return vectors[0].new_empty(vectors[0].shape)
 
 
 _sorted_mean_operator = library.register(
     "sorted_mean",
     "(Tensor[] vectors, SymInt low, SymInt high, Tensor? weights) -> Tensor",
     _sorted_mean_implementation,
-    fake=_fake,
+    fake=fake_vector,
     vmap=no_vmap("trimmed_mean and median"),
 )
 _weighted_median_operator = library.register(
     "weighted_median",
     "(Tensor[] vectors, Tensor weights) -> Tensor",
     _weighted_median_implementation,
-    fake=_fake,
+    fake=fake_vector,
     vmap=no_vmap("median"),
 )

@@ -92,11 +92,6 @@ def squared_distances_to_reference(vectors: Vectors, point: Tensor) -> Tensor:
     return result
 
 
-def squared_norms_reference(vectors: Vectors) -> Tensor:
-    """fp64 ``[M]``: squared Euclidean norms."""
-    return squared_distances_to_reference(vectors, torch.zeros_like(vectors[0], dtype=torch.float64))
-
-
 def geometric_median_reference(
     vectors: Vectors, weights: Weights | None, iterations: int, tolerance: float, smoothing: float
 ) -> Tensor:
@@ -125,15 +120,10 @@ def geometric_median_reference(
 def start(apart: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Scale of a geometric median, and the shares of the point from which its iterations start.
 
-    Args:
-        apart: ``[M]``, distances of the vectors from a point that lies among most of them.
-        weights: fp64 ``[M]``, their weights; a vector of weight zero has no influence.
-        smoothing: lower bound of distances.
-
-    Returns:
-        The distance within which more than half of the weight lies, and ``[M]`` shares of sum one: those of the
-        weighted mean, unless a vector lies :data:`FAR` times that distance away or farther.  Such a vector would hold
-        the mean so far from the others that 100 iterations may not lead back.
+    The scale is the distance within which more than half of the weight lies, ``apart`` being the vectors' distances
+    from a point among most of them.  The shares are those of the weighted mean, unless a vector lies :data:`FAR` times
+    the scale away or farther.  Such a vector would hold the mean so far from the others that 100 iterations may not
+    lead back.
     """
     used = weights > 0
     order = torch.where(used, apart, math.inf).argsort(stable=True)

@@ -42,13 +42,10 @@ def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
     return (size, *inner)
 
 
-def _same_layout(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
-    return all(a == b or size == 1 for size, a, b in zip(shape, one, other, strict=True))
-
-
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``tensor``, copied if its samples have another layout than ``strides`` (of a result, batch first)."""
-    if _same_layout(tensor.shape[1:], tensor.stride()[1:], strides[1:]):
+    axes = zip(tensor.shape[1:], tensor.stride()[1:], strides[1:], strict=True)
+    if all(given == wanted or size == 1 for size, given, wanted in axes):
         return tensor
     if tensor.dim() and tensor.shape[0] > 1 and not any(tensor.stride()):
         # One value for everything (the gradient of a sum): one sample is enough.
@@ -96,13 +93,9 @@ class BlendKernels(_Launcher):
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
     ) -> Tensor:
-        """Returns the result, with :func:`output_strides` of the foreground.
+        """Returns the result, with :func:`output_strides` of the foreground; both maps have one dtype.
 
-        Args:
-            foreground, background: maps of one dtype, any strides.
-            alpha: ``[B]``, any floating dtype; None where ``value`` is the weight of every foreground.
-            value: see ``alpha``.
-            index: as in blend.
+        ``alpha`` is ``[B]``, or None where ``value`` is the weight of every foreground.
         """
         if alpha is not None:
             alpha = self.wide(alpha)
@@ -183,12 +176,8 @@ class BoxesKernels(_Launcher):
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
 
-        Args:
-            images: ``[B, C, H, W]``, any real dtype and strides.
-            boxes: ``[B, n, 4]``, any real dtype. A box with a NaN is empty on a GPU, a ValueError on the CPU.
-            fill: ``[1 or B, C]``, the images' dtype.
-            keep: whether the boxes are kept, as in keep_boxes, or erased.
-            out: like ``images``, just allocated; samples are dense in some order of axes.
+        ``fill`` is ``[1 or B, C]`` of the images' dtype. ``out`` was just allocated; its samples are dense in some
+        order of axes. A box with a NaN is empty on a GPU, a ValueError on the CPU.
         """
         boxes, fill = self.wide(boxes).contiguous(), fill.contiguous()
         if self.core.fill_boxes(images, boxes, fill, keep, self.fresh(out), self.at(out)):

@@ -52,13 +52,7 @@ CROSSOVER: dict[str, dict[int, int] | None] = {
 
 
 def threshold(operator: str, capability: tuple[int, int], gpu: str) -> int | None:
-    """Bytes of a call's first tensor from which Triton serves ``operator`` instead of the CUDA core, or None.
-
-    Args:
-        operator: name registered with :func:`fedkern.ops._core.backend.register`.
-        capability: the device's compute capability, (9, 0) for an H200.
-        gpu: the device's name, as torch tells it.
-    """
+    """Bytes of a call's first tensor from which Triton serves ``operator`` instead of the CUDA core, or None."""
     entry = crossovers.serving(gpu, capability)
     if entry is not None and operator in entry.thresholds:
         return entry.thresholds[operator]

@@ -46,7 +46,6 @@ def register(
     """Defines ``torch.ops.fedkern.<name>`` and returns the function to call it with.
 
     Args:
-        name: operator name.
         schema: arguments and results of the operator, for example ``"(Tensor a, float t) -> Tensor"``.
         implementation: computes the results of real tensors on the CPU and on CUDA.
         fake: gives the results' shapes, dtypes and strides on fake tensors.
@@ -155,11 +154,7 @@ def differentiate_reference(
     Kernels compute first derivatives only.  When a backward pass is itself recorded (``create_graph=True``), the
     gradient is taken through the plain PyTorch reference instead.
 
-    Args:
-        reference: function of ``inputs`` that returns one tensor or several.
-        inputs: the saved inputs with the graph they came with; None where an argument was not given.
-        needs: for every input, whether it wants a gradient.
-        grad: gradient of the result, or one for each result.
+    ``inputs`` are the saved ones with the graph they came with, None where an argument was not given.
     """
     with recording():
         result = reference(*inputs)

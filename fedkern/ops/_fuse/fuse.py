@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend
 from fedkern.ops._core.backend import eager, readable, ready, select
-from fedkern.ops._core.checks import check_device, check_floating, check_tensor
+from fedkern.ops._core.checks import check_device, check_floating
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.private_torch import may_be_transformed
 from fedkern.ops._fuse.kernels import FuseKernels
@@ -128,10 +128,9 @@ def _check(
     if not len(features):
         raise ValueError("features must hold at least one map, but hold none")
     first = features[0]
-    channels = 0 if not _alike(features) else len(features) * first.shape[1]
-    for m, x in enumerate(() if channels else features):
+    channels = 0
+    for m, x in enumerate(features):
         name = f"features[{m}]"
-        check_tensor(x, name)
         check_floating(x, name)
         if x.dim() < 2:
             raise ValueError(f"{name} must have shape [B, C, *S], but has {list(x.shape)}")
@@ -148,7 +147,6 @@ def _check(
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is None:
             continue
-        check_tensor(vector, name)
         check_floating(vector, name)
         if vector.shape != (channels,):
             raise ValueError(
@@ -157,31 +155,6 @@ def _check(
         check_device(vector, name, first, "the maps")
     if activation is not None and activation != "relu":
         raise ValueError(f'activation must be None or "relu", but is {activation!r}')
-
-
-def _alike(features: Sequence[Tensor]) -> bool:
-    """True for valid maps of one shape: the common case, checked in few steps."""
-    first = features[0]
-    if (
-        not isinstance(first, Tensor)
-        or first.layout is not torch.strided
-        or first.is_nested
-        or first.dtype not in backend.FLOATS
-        or first.dim() < 2
-    ):
-        return False
-    shape, dtype, device = first.shape, first.dtype, first.device
-    for x in features:
-        if (
-            not isinstance(x, Tensor)
-            or x.layout is not torch.strided
-            or x.is_nested
-            or x.dtype is not dtype
-            or x.shape != shape
-            or x.device != device
-        ):
-            return False
-    return True
 
 
 class _Fuse(EagerFunction):

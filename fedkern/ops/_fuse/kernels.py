@@ -51,11 +51,7 @@ class FuseKernels(Launcher):
     ) -> Tensor:
         """``act(scale * f_m + shift)``, concatenated along the channels or (``mean``) averaged over the maps.
 
-        Args:
-            features, scale, shift, relu, mean: as in the public functions.
-            channels: C_m of every map.
-            channels_last: layout of the result, which is dense; that of
-                :func:`fedkern.ops._fuse.maps.wants_channels_last`.
+        The result is dense, in the layout of :func:`fedkern.ops._fuse.maps.wants_channels_last`.
         """
         first = features[0]
         if mean and (first.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else first.is_contiguous()):
@@ -90,13 +86,8 @@ class FuseKernels(Launcher):
     ) -> FuseGradients:
         """The gradients that ``needs`` asks for, the same bits every time.
 
-        Args:
-            grad: gradient of the result, of any strides (0 included).
-            features: the maps, if scale's gradient or the gradient of a mean of ReLUs is wanted; else None.
-            out: the result of a concatenation with ReLU, if ``features`` is None; the gradient passes where it is
-                positive.
-            channels: C_m of every map.
-            channels_last: layout of the maps' gradients, which are dense.
+        ``features`` are given for scale's gradient and for that of a mean of ReLUs. Without them ``out``, the result of
+        a concatenation with ReLU, shows where the gradient passes. The maps' gradients are dense.
         """
         need_features, need_scale, need_shift = needs
         targets = self._targets(grad, mean, channels, need_features, channels_last)

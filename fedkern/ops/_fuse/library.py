@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend, library
-from fedkern.ops._fuse.maps import empty_map, fused_channels, order_of, wants_channels_last
+from fedkern.ops._fuse.maps import empty_map, order_of, wants_channels_last
 from fedkern.ops._fuse.reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
 
 
@@ -32,7 +32,7 @@ def _implementation(
 
 def _fake(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
     first = features[0]
-    channels = fused_channels([x.shape[1] for x in features], mean)
+    channels = first.shape[1] if mean else sum([x.shape[1] for x in features])
     return empty_map((first.shape[0], channels, *first.shape[2:]), wants_channels_last(features), first)
 
 

@@ -63,8 +63,3 @@ def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor
     if len(shape) == 4:
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     return torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device).movedim(-1, 1)
-
-
-def fused_channels(channels: Sequence[int], mean: bool) -> int:
-    """Channels of the result."""
-    return channels[0] if mean else sum(channels)

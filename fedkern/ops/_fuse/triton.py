@@ -17,7 +17,7 @@ from torch import Tensor
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
 from fedkern.ops._core.triton.numbers import COMPUTE
 from fedkern.ops._core.triton.offsets import pick, starts_of, tensor_starts, wholes
-from fedkern.ops._fuse.maps import empty_map, fused_channels
+from fedkern.ops._fuse.maps import empty_map
 from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds
 
 BLOCK = 1024
@@ -185,7 +185,7 @@ class TritonFuse:
         channels_last: bool,
     ) -> Tensor:
         first = features[0]
-        shape, width = first.shape, fused_channels(channels, mean)
+        shape, width = first.shape, channels[0] if mean else sum(channels)
         out = empty_map((shape[0], width, *shape[2:]), channels_last, first)
         if not out.numel():
             return out

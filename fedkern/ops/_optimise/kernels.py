@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,10 +55,6 @@ class Call(NamedTuple):
     max_norm: float | None
     zero: bool
     adamw: AdamW | None
-
-    def replaced(self, tensors: Mapping[str, Tensor]) -> Call:
-        """The same call with other tensors."""
-        return Call(**{**self._asdict(), **tensors})
 
     def written(self) -> dict[str, Tensor]:
         """The tensors that the step writes to, by name."""

@@ -259,7 +259,8 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         flat = call.parameters.dim() == 1
         copies: list[tuple[Tensor, Tensor]] = []
-        changed, prepared = call.written(), {}
+        changed = call.written()
+        prepared: dict[str, Any] = {}
         for name, tensor in call.tensors().items():
             rows = tensor.unsqueeze(0) if flat else tensor.expand(call.parameters.shape)
             unit = rows.shape[1] <= 1 or rows.stride(1) == 1
@@ -269,7 +270,7 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
                     copies.append((rows, copy))
                 rows = copy
             prepared[name] = rows
-        call = call.replaced(prepared)
+        call = call._replace(**prepared)
         kernel = backend.select("optimise", *prepared.values())
         finite, squared = optimise_reference(call) if kernel is None else kernel.step(call)
         for rows, copy in copies:

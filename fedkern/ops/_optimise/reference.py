@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def optimise_reference(call: Call) -> tuple[Tensor, Tensor]:
     """
     if call.parameters.dtype.itemsize > 2:
         return _step(call)
-    wide = call.replaced({name: tensor.float() for name, tensor in call.tensors().items()})
+    tensors: dict[str, Any] = {name: tensor.float() for name, tensor in call.tensors().items()}
+    wide = call._replace(**tensors)
     _, squared = _step(wide)
     for name, tensor in call.written().items():
         tensor.copy_(getattr(wide, name))

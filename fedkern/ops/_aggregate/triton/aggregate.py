@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target, rows_of
+from fedkern.ops._aggregate.philox import signed
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.robust_reference import HALF
 from fedkern.ops._aggregate.rules import ServerRule
@@ -190,17 +191,11 @@ class TritonAggregate(PlainAggregate):
             some = out[begin : begin + MEMBERS]
             launch(
                 noise_kernel, len(some) * tiles * bool(size), device, base, offsets, factors[begin:], some, size,
-                *strides, tiles, double_bits(deviation), _signed(seed), _signed(offset + begin * size),
+                *strides, tiles, double_bits(deviation), signed(seed), signed((offset + begin * size) % (1 << 64)),
                 NOISE=deviation != 0, COUNT=len(offsets), GROUPS=groups,
             )  # fmt: skip
             del kept
         return out
-
-
-def _signed(bits: int) -> int:
-    """A 64-bit word, modulo 2^64, as Triton's int64."""
-    bits &= (1 << 64) - 1
-    return bits - (1 << 64) if bits >> 63 else bits
 
 
 def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:

@@ -17,14 +17,12 @@ from torch import Tensor
 from fedkern.ops._blend.kernels import Gradients, in_layout, output_strides, users
 from fedkern.ops._blend.reference import check_values
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch, power_of_two, processors
-from fedkern.ops._core.triton.numbers import double_of
+from fedkern.ops._core.triton.numbers import COMPUTE, double_of
 
 # Elements that a program holds of each map: two 128-bit accesses per thread of four warps, in fp32.
 TILE = 1024
 # Sorted samples that a program reads at a time if many samples use the same row.
 MANY = 16
-
-COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
 
 @triton.jit

@@ -31,10 +31,7 @@ class Work(NamedTuple):
 def choose(works: Sequence[Work], channels_last: bool, direct: bool) -> str:
     """The lowering that suits more than half of a block's multiplications; ``"grouped"`` where none does.
 
-    Args:
-        works: the block's convolutions.
-        channels_last: layout of the blocks' input, which 1x1 convolutions (adaptors) are fastest in as they are.
-        direct: whether ``"direct"`` can serve.
+    In a channels-last input 1x1 convolutions (adaptors) are fastest as they are.
     """
     half = sum(work.amount for work in works) / 2
     narrow = (w.amount for w in works if w.size >= LARGE and (w.width < WIDE if w.kernel > 1 else not channels_last))

@@ -66,14 +66,7 @@ class Survey(NamedTuple):
 
 
 def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: Sequence[int], shared: bool) -> Survey:
-    """Follows an input of this shape through the layers.
-
-    Args:
-        steps: steps of a block.
-        layers: the fused layers by name.
-        count: M.
-        shape: shape of the input, with a number of axes that :func:`axes_of` allows.
-        shared: whether one input serves all branches.
+    """Follows an input of this shape, whose number of axes :func:`axes_of` allows, through the layers.
 
     Raises:
         ValueError: a layer does not accept the shape that reaches it.
