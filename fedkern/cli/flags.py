@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,16 +143,10 @@ def _describe(knob: Knob, default: Any, *, choices: bool = False) -> str:
     return "; ".join(parts)
 
 
-def _metavar(knob: Knob) -> str:
-    if knob.choices is not None:
-        return "|".join(str(choice) for choice in knob.choices)
-    return METAVARS.get(knob.field) or {int: "N", float: "F", bool: "true|false"}.get(knob.type, "NAME")
-
-
-def _data_metavar(name: str, given: DataOption) -> str:
-    if given.choices:
-        return "|".join(given.choices)
-    return METAVARS.get(name) or {int: "N", float: "F"}.get(type(given.default), "NAME")
+def _metavar(name: str, type_: Any, choices: Iterable[Any] | None) -> str:
+    if choices:
+        return "|".join(map(str, choices))
+    return METAVARS.get(name) or {int: "N", float: "F", bool: "true|false"}.get(type_, "NAME")
 
 
 def _data_help(name: str, given: DataOption) -> str:
@@ -185,14 +179,12 @@ def _parser(method: str | None, data: str) -> Parser:
                 continue
             knob = knobs[name]
             default = base.get(name, knob.default)
-            group.add_argument(
-                flag(name), dest=name, metavar=_metavar(knob), help=_describe(knob, default).replace("%", "%%")
-            )
+            shown, told = _metavar(name, knob.type, knob.choices), _describe(knob, default).replace("%", "%%")
+            group.add_argument(flag(name), dest=name, metavar=shown, help=told)
         if title == "data":
             for name, given in DATA_FLAGS.items():
-                group.add_argument(
-                    flag(name), dest=f"data:{name}", metavar=_data_metavar(name, given), help=_data_help(name, given)
-                )
+                shown = _metavar(name, type(given.default), given.choices)
+                group.add_argument(flag(name), dest=f"data:{name}", metavar=shown, help=_data_help(name, given))
             text = f"an option of one data set: {_other_data_options()}"
             add_repeatable(group, "--data-option", "key=value", text)
         if title == "run":

@@ -86,12 +86,7 @@ def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | 
         places, (store, sizes) = pool.read.places, stores[id(pool.read.files)]
         return replace(pool, read=lambda rows: (ImageRows.of(store, places[rows]), sizes[places[rows]]))
 
-    return replace(
-        source,
-        train=mapped(source.train),
-        validation=mapped(source.validation),
-        tests={name: mapped(pool) for name, pool in source.tests.items()},
-    )
+    return source.with_pools(mapped)
 
 
 def masks_on_disk(files: MaskFiles, cache: str | Path | None, notice: Notice) -> ImageStore | None:

@@ -111,7 +111,9 @@ def load(
             return _finished(_smaller(made, common), options or {}, common, make_detector, progress, seed)
         info, own_options = dataclasses.replace(info, open=lambda root: made), {}
     if info.make is not None:
-        _check_made(name, common, public_samples)
+        if public_samples:
+            raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
+        _check_unused(common, f'classification, and data set "{name}" is for retrieval')
         tell_unused(cache, progress)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
         spec = asked or parse_partition(info.partition)
@@ -391,12 +393,6 @@ def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Sp
                 f'data set "{name}": test_samples={len(rows)} leaves the site {site} without a test image; take more'
             )
     return own
-
-
-def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> None:
-    if public_samples:
-        raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
-    _check_unused(common, f'classification, and data set "{name}" is for retrieval')
 
 
 def _check_unused(common: Mapping[str, Any], why: str) -> None:

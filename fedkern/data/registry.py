@@ -74,14 +74,6 @@ class DatasetInfo:
         return self.correlation is not None
 
 
-def _embedded(root: Root) -> Source:
-    return open_digits()
-
-
-def _segdigits(root: Root) -> Source:
-    return open_segdigits()
-
-
 _mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
 
 
@@ -154,7 +146,7 @@ _CROP = DataOption(
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _embedded, 5, "attribute", correlation=0.7,
+        lambda root: open_digits(), 5, "attribute", correlation=0.7,
         options=_coloured_options("white"),
     ),
     "colormnist": DatasetInfo(
@@ -169,7 +161,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "digits": DatasetInfo(
         "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
-        _embedded, 5, "dirichlet:0.5",
+        lambda root: open_digits(), 5, "dirichlet:0.5",
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
@@ -185,7 +177,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        _segdigits, 5, "dirichlet:0.5", task="segmentation",
+        lambda root: open_segdigits(), 5, "dirichlet:0.5", task="segmentation",
     ),
     "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5"),
     "fashionmnist": DatasetInfo(

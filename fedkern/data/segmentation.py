@@ -19,7 +19,7 @@ from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Splits, check_folders, check_images, find_sites, listed, trees
 from fedkern.data.split import IGNORE
 from fedkern.data.table import check_unchosen, find_table, read_table
-from fedkern.data.tiles import in_tiles
+from fedkern.data.tiles import tiled
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.files import expand
@@ -130,7 +130,7 @@ def open_segmentation(
         classes,
         Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
     )
-    return in_tiles(source, tile) if tile else source
+    return source.with_pools(lambda pool: tiled(pool, tile)) if tile else source
 
 
 @dataclass(frozen=True)

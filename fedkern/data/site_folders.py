@@ -203,11 +203,6 @@ def check_images(base: Path, data: str, sites: dict[str, Splits], counts: dict[t
             raise UserError(f'data set "{data}": the site {site} has no image in {folder}; add some, or leave it out')
 
 
-def named_by(base: Path, sites: dict[str, Splits]) -> str:
-    """The layout that names the clients, in words, see `fedkern.data.types.Source.named_by`; "" without sites."""
-    return "" if "" in sites else f"the layout of {base}"
-
-
 def listed(
     base: Path, sites: dict[str, Splits], splits: Sequence[str], clients: Sequence[str], used: Iterable[Path]
 ) -> dict[str, Any]:
@@ -222,7 +217,7 @@ def listed(
     return {
         "splits": splits,
         "clients": clients,
-        "named_by": named_by(base, sites),
+        "named_by": "" if "" in sites else f"the layout of {base}",
         "own_tests": "" not in sites and "test" in splits,
         "notices": [*told, *left_out(base, used)],
     }

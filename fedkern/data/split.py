@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,18 +102,16 @@ class Split:
 
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
-        return Split(
-            self.images[indices],
-            self.labels[indices],
-            None if self.masks is None else self.masks[indices],
-            None if self.ids is None else tuple(self.ids[i] for i in indices.tolist()),
-            None if self.sizes is None else self.sizes[indices],
-            None if self.texts is None else tuple(self.texts[i] for i in indices.tolist()),
-            None if self.cases is None else self.cases[indices],
-            None if self.patients is None else self.patients[indices],
-            None if self.homes is None else self.homes[indices],
-            None if self.full is None else self.full.subset(indices),
-        )
+        return Split(**{each.name: rows_of(getattr(self, each.name), indices) for each in fields(self)})
+
+
+def rows_of(column: Any, rows: Tensor) -> Any:
+    """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; None of None."""
+    if isinstance(column, tuple):
+        return tuple(column[i] for i in rows.tolist())
+    if isinstance(column, FullMasks):
+        return column.subset(rows)
+    return None if column is None else column[rows]
 
 
 def _largest_classes(labels: Tensor) -> Tensor:
@@ -123,33 +123,16 @@ def _largest_classes(labels: Tensor) -> Tensor:
 
 def joined(splits: Sequence[Split]) -> Split:
     """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
-
-    def together(parts: list[Tensor | None]) -> Tensor | None:
-        known = [part for part in parts if part is not None]
-        return torch.cat(known) if len(known) == len(parts) else None
-
-    ids = [name for split in splits for name in split.ids or ()]
-    texts = [text for split in splits for text in split.texts or ()]
-    return Split(
-        torch.cat([split.images for split in splits]),
-        torch.cat([split.labels for split in splits]),
-        together([split.masks for split in splits]),
-        tuple(ids) if all(split.ids is not None for split in splits) else None,
-        together([split.sizes for split in splits]),
-        tuple(texts) if all(split.texts is not None for split in splits) else None,
-        together([split.cases for split in splits]),
-        together([split.patients for split in splits]),
-        together([split.homes for split in splits]),
-        _full_of([split.full for split in splits]),
-    )
+    return Split(**{each.name: _together([getattr(split, each.name) for split in splits]) for each in fields(Split)})
 
 
-def _full_of(parts: Sequence[FullMasks | None]) -> FullMasks | None:
-    """The concatenation of masks of one store; None for others."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({id(part.store) for part in known}) != 1:
+def _together(parts: list[Any]) -> Any:
+    if any(part is None for part in parts):
         return None
-    return FullMasks(known[0].store, torch.cat([part.rows for part in known]))
+    if isinstance(parts[0], FullMasks):
+        of_one_store = len({id(part.store) for part in parts}) == 1
+        return FullMasks(parts[0].store, torch.cat([part.rows for part in parts])) if of_one_store else None
+    return tuple(chain(*parts)) if isinstance(parts[0], tuple) else torch.cat(parts)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from fedkern.data.types import Pool, Source
-
-
-def in_tiles(source: Source, tile: int) -> Source:
-    """The data set with all its images cut into tiles, see :func:`tiled`."""
-    return dataclasses.replace(
-        source,
-        train=tiled(source.train, tile),
-        validation=tiled(source.validation, tile),
-        tests={name: tiled(pool, tile) for name, pool in source.tests.items()},
-    )
+from fedkern.data.types import Pool
 
 
 def tiled(pool: Pool, tile: int) -> Pool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.data.arrays import parts_of_arrays
 from fedkern.data.full_masks import FullMasks
-from fedkern.data.split import Split, joined
+from fedkern.data.split import Split, joined, rows_of
 from fedkern.data.statistics import SKEW, PartitionStatistics
 from fedkern.html_table import html_table
 
@@ -53,22 +53,8 @@ class Pool:
         """Reads ``rows`` (int64 ``[m]``)."""
         images, sizes = self.read(rows)
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
-        chosen = rows.tolist()
-        texts = None if self.texts is None else tuple(self.texts[i] for i in chosen)
-        cases, patients, homes = (None if x is None else x[rows] for x in (self.cases, self.patients, self.groups))
-        ids = tuple(self.ids[i] for i in chosen)
-        full = None if self.full is None else self.full.subset(rows)
-        return Split(
-            images,
-            labels,
-            ids=ids,
-            sizes=sizes,
-            texts=texts,
-            cases=cases,
-            patients=patients,
-            homes=homes,
-            full=full,
-        )
+        columns = {name: rows_of(getattr(self, name), rows) for name in ("ids", "texts", "cases", "patients", "full")}
+        return Split(images, labels, sizes=sizes, homes=rows_of(self.groups, rows), **columns)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
@@ -122,6 +108,11 @@ class Source:
     notices: tuple[str, ...] = ()
     drawn_validation: bool = False
     grey_bits: int | None = None
+
+    def with_pools(self, change: Callable[[Pool], Pool]) -> Source:
+        """The data set with every pool changed."""
+        tests = {name: change(pool) for name, pool in self.tests.items()}
+        return replace(self, train=change(self.train), validation=change(self.validation), tests=tests)
 
 
 def client_label(names: Sequence[str] | None, client: int) -> str:
