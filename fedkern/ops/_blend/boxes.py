@@ -76,7 +76,10 @@ def _boxes(
     if kernel is not None:
         padded, fills = cast(Tensor, boxes), _constant(cast(float, fill), images)
     else:
-        _check_images(images)
+        check_tensor(images, "images")
+        _check_real(images, "images")
+        if images.dim() != 4:
+            raise ValueError(f"images must have shape [B, C, H, W], but has {list(images.shape)}")
         padded, fills = _padded(boxes, images), _fills(fill, images)
         if not eager(images, padded, fills):
             return _fill_boxes(images, padded, fills, keep)
@@ -97,13 +100,6 @@ def _constant(fill: float, images: Tensor) -> Tensor:
         return _filled(fill, math.copysign(1.0, fill), images.dtype, channels)
     # One made while a CUDA graph is captured, or on another stream, may hold nothing yet when it is used again.
     return torch.full((1, channels), fill, dtype=images.dtype, device=images.device)
-
-
-def _check_images(images: Tensor) -> None:
-    check_tensor(images, "images")
-    _check_real(images, "images")
-    if images.dim() != 4:
-        raise ValueError(f"images must have shape [B, C, H, W], but has {list(images.shape)}")
 
 
 def _check_real(tensor: Tensor, name: str) -> None:

@@ -65,11 +65,7 @@ def serving(gpu: str, capability: tuple[int, int]) -> Entry | None:
 
 
 def write_entries(entries: Sequence[Entry], path: Path) -> None:
-    """Writes the file, completely or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes the file, completely or not at all."""
     each = []
     for entry in entries:
         head = asdict(entry)
@@ -83,12 +79,7 @@ def write_entries(entries: Sequence[Entry], path: Path) -> None:
 
 @functools.cache
 def read_entries(path: Path) -> tuple[Entry, ...]:
-    """Reads the file, once in a process.
-
-    Raises:
-        OSError: the file cannot be read.
-        TypeError, ValueError: the file is none of :func:`write_entries`.
-    """
+    """Reads the file, once in a process; TypeError or ValueError where it is none of :func:`write_entries`."""
     entries = json.loads(path.read_text())
     if not isinstance(entries, list):
         raise ValueError("it is no list of GPUs")

@@ -58,11 +58,7 @@ class Cache:
         self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """Returns a storage of ``size`` bytes; its memory comes back when nothing refers to the storage any more.
-
-        Raises:
-            OSError: the system has no memory left.
-        """
+        """Returns a storage of ``size`` bytes; its memory comes back when nothing refers to the storage any more."""
         memory = self._take(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         view = np.frombuffer(memory, np.uint8, size)
         back = _Lent(view, self._returned.append)
