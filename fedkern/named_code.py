@@ -23,13 +23,7 @@ _PREFIX = "fedkern_file_"
 
 @dataclass(frozen=True)
 class Named:
-    """The name of a class or function.
-
-    Attributes:
-        name: its name in the file or module.
-        file: absolute path of the Python file; "" where a module is named.
-        module: name of the module; "" where a file is named.
-    """
+    """The name of a class or function in a Python file, by its absolute path, or in a module; the other one is ""."""
 
     name: str
     file: str = ""

@@ -52,11 +52,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
 
 
 def run(request: Request) -> int:
-    """Starts or resumes a run, prints its result and draws its pictures; with ``--flower`` writes a project instead.
-
-    Returns:
-        The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
-    """
+    """Plays a run or, with ``--flower``, writes a project; returns 0, or 130 after Ctrl-C and 143 after SIGTERM."""
     if request.flower is not None:
         return flower_project.write(request)
     check_backend()

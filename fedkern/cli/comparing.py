@@ -131,11 +131,7 @@ def _settings(method: str, rest: Sequence[str], parser: argparse.ArgumentParser)
 
 
 def compare(request: Request) -> int:
-    """Runs and compares methods, or compares finished runs; prints the table.
-
-    Returns:
-        The exit code: 0, 1 if a run failed, or 130 after Ctrl-C and 143 after SIGTERM.
-    """
+    """Compares methods or finished runs; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison.boards import board
     from fedkern.comparison.cell_runner import Runner

@@ -14,9 +14,6 @@ from fedkern.settings.run_data import decided, kept_data, load_data
 def write(request: Request) -> int:
     """Writes the project that a command line describes, and prints its files.
 
-    Returns:
-        The exit code 0.
-
     Raises:
         UserError: a setting is wrong, the method needs all data in one place, the data are not on this machine and
             nobody says how many clients there are, or the folder is not empty.

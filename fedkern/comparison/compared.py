@@ -154,11 +154,7 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
 
 
 def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Target | None) -> Comparison:
-    """Compares runs that exist, grouped by method and settings but for the seed.
-
-    Args:
-        out: folder to write to; None: a new one in ``comparisons``.
-        target: see :class:`~fedkern.comparison.results.Result`.
+    """Compares runs that exist, grouped by method and settings but for the seed, into ``out`` or a new folder.
 
     Raises:
         UserError: a folder without a finished run, a run given twice, or no round tells the target's figure.

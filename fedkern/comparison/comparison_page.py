@@ -75,9 +75,7 @@ def write_report(
 ) -> Path:
     """Writes ``report.html`` of a comparison into its folder, and returns its path.
 
-    Args:
-        commands: the command that repeats a group's first run, by the group's name.
-        data_root: current folder of the data files.
+    ``commands`` has the command that repeats a group's first run, by the group's name.
 
     Raises:
         UserError: the folder cannot be written.

@@ -29,13 +29,10 @@ TAKEN = ("rounds", "bytes", "seconds")
 
 @dataclass
 class Result:
-    """Groups of finished runs, compared with the first group.
+    """Groups of finished runs, at least one group and each with a run, compared with the first group.
 
-    Attributes:
-        groups: the groups; at least one, each with a run.
-        target: the figure's value whose rounds, bytes and seconds are counted.
-        notes: sentences on how the groups came to be, such as chosen settings.
-        failures: a sentence for every failed run.
+    Rounds, bytes and seconds are counted up to the ``target``.  ``notes`` tell how the groups came to be, as by chosen
+    settings; ``failures`` has a sentence for every failed run.
     """
 
     groups: list[Group]

@@ -48,12 +48,7 @@ def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Difference |
 
 @dataclass(frozen=True)
 class Target:
-    """A figure's value that a run is to reach.
-
-    Attributes:
-        figure: name of a figure in the rounds' records, such as ``accuracy`` or ``ood_accuracy``.
-        value: at least this value is wanted; of a loss at most.
-    """
+    """A value that a figure of the rounds' records is to reach: at least this value, of a loss at most."""
 
     figure: str
     value: float
@@ -79,11 +74,7 @@ class Target:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"
 
     def reached(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-        """Rounds, bytes and seconds up to the first round that has the target; None where no round has it.
-
-        Returns:
-            ``rounds``; ``bytes``, sent in both directions; ``seconds``.
-        """
+        """Rounds, bytes in both directions and seconds up to the first round that has the target; None without one."""
         for record in records:
             value = record.get(self.figure)
             if isinstance(value, (int, float)) and (value <= self.value if self.falls else value >= self.value):

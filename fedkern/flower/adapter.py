@@ -172,10 +172,7 @@ class StreamedGrid(Grid):
 class Arrivals:
     """Replies to messages, which are sent at once; iteration waits for each, and keeps none.
 
-    Args:
-        grid: where the messages go.
-        timeout: seconds from now after which no more is waited for; None: no limit.
-        group: most replies that are asked for at once.
+    At most ``group`` replies are asked for at once.  After ``timeout`` seconds no more is waited for; None: no limit.
     """
 
     def __init__(self, grid: Grid, messages: Sequence[Message], timeout: float | None, group: int) -> None:
@@ -227,12 +224,7 @@ def nodes(grid: Grid) -> list[int]:
 def record(
     layout: Layout, vector: Tensor | Mapping[str, bytes], whole: Mapping[str, np.ndarray[Any, Any]]
 ) -> ArrayRecord:
-    """A model as Flower's arrays.
-
-    Args:
-        vector: ``[P]``, the floating entries; or the bytes of their arrays, by key.
-        whole: the other entries by key.
-    """
+    """A model as Flower's arrays: its floating entries ``[P]``, or the bytes of their arrays by key, and the others."""
     import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
 
     from fedkern.flower import array_bytes
@@ -331,11 +323,7 @@ class Arrived:
 
 
 class Post:
-    """Messages to nodes, and their replies.
-
-    Attributes:
-        sent, received: bytes of tensors and texts so far, without what Flower itself puts around them.
-    """
+    """Messages to nodes, and their replies; ``sent`` and ``received`` are bytes without what Flower adds."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid

@@ -167,10 +167,7 @@ class NodeClients:
     _known: set[int] = field(default_factory=set)  # clients whose data fit the method
 
     def answer(self, letter: Letter, parcel: Parcel) -> Parcel:
-        """A client's answer to a message of the server.
-
-        Returns:
-            The packed reply (see :func:`read_reply`).
+        """A client's answer to a message of the server, packed for :func:`read_reply`.
 
         Raises:
             UserError: data, settings or an earlier state are not as they must be on this node.

@@ -106,11 +106,7 @@ def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], rep
 
 
 class Told(Listener):
-    """Writes what happens in a run to Flower's log, a line each.
-
-    Attributes:
-        data: the run's data; None before the start.
-    """
+    """Writes what happens in a run to Flower's log, a line each; keeps the run's ``data``, None before the start."""
 
     data: Any = None
 

@@ -84,13 +84,7 @@ def keep_variances(new: Tensor, old: Tensor) -> None:
 
 @dataclass(frozen=True)
 class ClientGuarantee(Guarantee):
-    """The guarantee of a run with client-level differential privacy.
-
-    Attributes:
-        unit: a client.
-        planned: epsilon of all rounds of the run's plan.
-        rounds: their number.
-    """
+    """The guarantee of a run with client-level differential privacy; ``planned``: epsilon of all planned ``rounds``."""
 
     unit: Unit = CLIENT
     planned: float = math.inf

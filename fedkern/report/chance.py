@@ -23,11 +23,8 @@ def constants(
 ) -> dict[str, float]:
     """The main figures that predicting one class everywhere gives, or for pairs picking at random.
 
-    Args:
-        names: names of figures, such as ``ood_accuracy``; those without a known constant are left out.
-        tests: the test sets by name; empty where they are not known, or their counts must not be told.
-        confusion: the run's confusion matrices, where they are known.
-        metrics: figures with the numbers of candidates in retrieval.
+    Those of ``names`` without a known constant are left out.  There are no ``tests`` where they are not known, or where
+    their counts must not be told.  ``metrics`` have the numbers of candidates in retrieval.
     """
     found: dict[str, float] = {}
     for name in names:

@@ -20,13 +20,9 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts, with the columns' titles and as many cells in every row; the caption may be empty.
 
-    Attributes:
-        header: titles of the columns.
-        rows: cells; every row has as many as the header.
-        caption: what the table shows; may be empty.
-        words: number of columns, from the left, that hold words.  The others hold numbers and are set to the right.
+    The first ``words`` columns hold words.  The others hold numbers and are set to the right.
     """
 
     header: Sequence[str]

@@ -89,11 +89,7 @@ def finished_pictures(
     data_root: str | None = None,
     trusted: Collection[str] = (),
 ) -> tuple[list[Path], str | None]:
-    """The pictures at the end of a run: draws them, or finds those of a run that was finished before.
-
-    Args:
-        data: the data that the run announced to its listeners; None: the run was finished before.
-        model, data_root, trusted: see :func:`write_pictures`.
+    """Draws the pictures at the end of a run, or without ``data`` finds those of a run that was finished before.
 
     Returns:
         The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.

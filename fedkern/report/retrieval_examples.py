@@ -88,10 +88,7 @@ def retrieval_examples(
     model: nn.Module | None = None,
     trusted: Collection[str] = (),
 ) -> tuple[list[Found], str]:
-    """Images evenly spread over the first test set of a finished image-text run, each with its nearest captions.
-
-    Returns:
-        The examples, and a sentence on them.
+    """Images evenly spread over the first test set, each with its nearest captions, and a sentence on them.
 
     Raises:
         UserError: the run's encoders cannot be read.

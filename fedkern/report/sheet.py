@@ -165,11 +165,7 @@ class Sheet:
 
 
 class _Pictures(Artist):
-    """Images on a figure.
-
-    Attributes:
-        placed: the first column and row, in pixels from the top left corner, and the image uint8 ``[H, W, 4]``.
-    """
+    """Images uint8 ``[H, W, 4]`` on a figure, with their first column and row in pixels from the top left corner."""
 
     def __init__(self) -> None:
         super().__init__()
