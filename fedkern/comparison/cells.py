@@ -186,19 +186,15 @@ def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ..
         UserError: no positive number and no list of distinct integers.
     """
     wrong = f'--seeds must be a number of seeds, at least 1, or a list such as 0,4,7, not "{text}".'
-    if isinstance(text, str) and "," in text:
-        try:
-            text = [int(part) for part in text.split(",")]
-        except ValueError:
-            raise UserError(wrong) from None
-    if isinstance(text, (str, int)):
-        try:
-            count = int(text)
-        except ValueError:
-            raise UserError(wrong) from None
-        if isinstance(text, bool) or not 1 <= count <= MOST_CELLS:
+    try:
+        if isinstance(text, str):
+            text = [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        raise UserError(wrong) from None
+    if isinstance(text, int):
+        if isinstance(text, bool) or not 1 <= text <= MOST_CELLS:
             raise UserError(wrong)
-        return tuple(range(first, first + count))
+        return tuple(range(first, first + text))
     seeds = tuple(text)
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise UserError(wrong)

@@ -269,20 +269,11 @@ def _cost(result: Result) -> Section:
     sent = Series("sent", y=[row["bytes"] for row in table])
     title = "Sent in both directions, mean of the runs"
     section.charts.append(bars("bytes", title, labels, [sent], axis="sent", unit="B"))
-    names = dict.fromkeys(
-        name
-        for group in result.groups
-        for run in group.runs.values()
-        for name in run_page.merged(run.summary.get("phases") or {})
-        if "/" not in name
-    )
+    summaries = [[run.summary for run in group.runs.values()] for group in result.groups]
+    phases = [[run_page.merged(summary.get("phases") or {}) for summary in group] for group in summaries]
     series = [Series("whole run", y=[row["seconds"] for row in table])]
-    for name in names:
-        values = [
-            [run_page.merged(run.summary.get("phases") or {}).get(name, 0.0) for run in group.runs.values()]
-            for group in result.groups
-        ]
-        series.append(Series(name, y=[sum(each) / len(each) for each in values]))
+    for name in dict.fromkeys(name for group in phases for each in group for name in each if "/" not in name):
+        series.append(Series(name, y=[sum(each.get(name, 0.0) for each in group) / len(group) for group in phases]))
     section.charts.append(bars("time", "Time, mean of the runs", labels, series, axis="time", unit="s"))
     return section
 

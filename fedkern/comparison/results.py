@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,12 +118,8 @@ class Result:
                 f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "
                 "are those of the machine that ran."
             )
-        warned: dict[str, int] = {}
-        for group in self.groups:
-            for run in group.runs.values():
-                for name in run.summary.get("diagnostics") or ():
-                    warned[str(name)] = warned.get(str(name), 0) + 1
-        if warned:
+        runs = [run for group in self.groups for run in group.runs.values()]
+        if warned := Counter(str(name) for run in runs for name in run.summary.get("diagnostics") or ()):
             counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(warned.items()))
             told.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*told, *self.notes]

@@ -722,8 +722,6 @@ def _pictures(run: Contents, undrawn: str | None) -> Section:
         title = f"{called[:1].upper()}{called[1:]}, as the method logged it"
         found.append((pictures.artifact_path(run.folder, name), title, alt))
     for path, title, alt in found:
-        if run.summary is None and path.stem in fixed:
-            continue
         if run.summary is not None and (source := _picture(path)) is not None:
             section.pictures.append(Picture(title, alt, source))
     if run.summary is None and names:
@@ -758,12 +756,10 @@ def _settings(run: Contents, command: str) -> Section:
     config = run.config
     if in_memory(config):
         section.texts.append("Data, network or method of this run were in the memory of a Python program.")
-    elif command:
-        section.texts.append("The command that repeats this run:")
-        section.code.append(command)
     else:
         section.texts.append("The command that repeats this run:")
-        section.code.append(f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}")
+        by_file = f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}"
+        section.code.append(command or by_file)
     rows: list[list[str]] = []
     for name, value in {**config.to_dict(), "device": stored_device(run.folder)}.items():
         if isinstance(value, Mapping):
