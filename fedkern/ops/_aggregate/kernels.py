@@ -147,13 +147,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         self._call(self.core.squared_distances, vectors, root, result, self._workspace(one), self.at(one))
         return result
 
-    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
-        return self._squared_distances_to(vectors, point)
-
-    def squared_norms(self, vectors: Vectors) -> Tensor:
-        return self._squared_distances_to(vectors, None)
-
-    def _squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
+    def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
         one = rows_or_stack(vectors)[0]
         result = self._per_vector(count_of(vectors), one)
         self._call(self.core.squared_distances_to, vectors, point, result, self._workspace(one), self.at(one))

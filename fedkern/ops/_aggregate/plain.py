@@ -109,13 +109,15 @@ class PlainAggregate:
         """The square roots of :meth:`squared_distances`."""
         return self.squared_distances(vectors).sqrt_()
 
-    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
-        """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride."""
+    def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
+        """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride; None: to 0."""
+        if point is None:
+            point = torch.zeros_like(vectors[0], dtype=torch.float64)
         return robust.squared_distances_to_reference(vectors, point)
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
         """fp64 ``[M]``: the squared Euclidean norms."""
-        return self.squared_distances_to(vectors, torch.zeros_like(vectors[0], dtype=torch.float64))
+        return self.squared_distances_to(vectors, None)
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
         """:meth:`scale_and_noise` with the factors ``min(1, max_norm / |x_m|)``."""

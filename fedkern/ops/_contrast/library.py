@@ -15,17 +15,19 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import compute_dtype, select
 
 
-def _kernel(x: Tensor, y: Tensor, learnt: Tensor | None) -> CpuContrast | TiledContrast | None:
+def _kernel(
+    x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float
+) -> tuple[CpuContrast | TiledContrast | None, float | Tensor]:
+    """The kernel and the temperature of a call."""
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(f"x and y must have one shape [B, D], but have {list(x.shape)} and {list(y.shape)}")
     if learnt is not None and learnt.dim():
         raise ValueError(f"a learnt temperature must be a 0-d tensor, but has shape {list(learnt.shape)}")
-    return select("contrastive", x, y)
+    return select("contrastive", x, y), temperature if learnt is None else learnt
 
 
 def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    kernel = _kernel(x, y, learnt)
-    given = temperature if learnt is None else learnt
+    kernel, given = _kernel(x, y, learnt, temperature)
     if kernel is None:
         loss = contrastive_reference(x, y, given)
         return loss, x.new_zeros((4, x.shape[0]), dtype=compute_dtype(loss.dtype))  # gradients_reference needs none
@@ -45,9 +47,8 @@ def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tu
 def _run_backward(
     grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, sums: Tensor, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel(x, y, learnt)
+    kernel, given = _kernel(x, y, learnt, temperature)
     inputs = (x, y, learnt)
-    given = temperature if learnt is None else learnt
     if kernel is None:
         raw = gradients_reference(grad, x, y, given)
     else:
@@ -112,8 +113,7 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 def _run_training(
     x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel(x, y, learnt)
-    given = temperature if learnt is None else learnt
+    kernel, given = _kernel(x, y, learnt, temperature)
     if kernel is None:
         loss = contrastive_reference(x, y, given)
         gradients = gradients_reference(torch.ones_like(loss), x, y, given)

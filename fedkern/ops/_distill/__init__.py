@@ -1,8 +1,4 @@
-"""distill: losses on rows of class logits (class axis 1): divergences and entropies, of one teacher or of K.
-
-This module collects the family. References, public functions with their autograd, torch.library entries and kernels
-are in the other files.
-"""
+"""distill: losses on rows of class logits (class axis 1): divergences and entropies, of one teacher or of K."""
 
 from __future__ import annotations
 

@@ -156,16 +156,10 @@ class TritonAggregate(PlainAggregate):
         half = partial.sum(0)[:count, :count]
         return half + half.t()
 
-    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
-        return self._distances(vectors, point)
-
-    def squared_norms(self, vectors: Vectors) -> Tensor:
-        return self._distances(vectors, None)
-
-    def _distances(self, vectors: Vectors, point: Tensor | None) -> Tensor:
+    def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
         if len(vectors) > MEMBERS:
-            parts = [self._distances(vectors[k : k + MEMBERS], point) for k in range(0, len(vectors), MEMBERS)]
-            return torch.cat(parts)
+            some = (vectors[k : k + MEMBERS] for k in range(0, len(vectors), MEMBERS))
+            return torch.cat([self.squared_distances_to(part, point) for part in some])
         base, offsets, strides, kept = Table.of(vectors)
         size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
         if not size:

@@ -145,7 +145,7 @@ class FusedBlocks(nn.Module):
         training = self.training and not self._modeless
         # Autocast decides on every layer's dtype by itself, so that layers stay apart.
         folded = self.fold and not training and not torch.is_autocast_enabled(x.device.type)
-        folded = folded and not (torch.is_grad_enabled() and self._recorded(x))
+        folded = folded and not (torch.is_grad_enabled() and (x.requires_grad or self._trained()))
         direct = surveyed.direct and folded and self.lowering in (None, "direct") and self._folded.by_sample
         core = core_for(x) if direct else None
         way: str = self.lowering or self._choose(x, surveyed.works, folded, core)
@@ -178,9 +178,6 @@ class FusedBlocks(nn.Module):
     def maps(self, fused: Tensor) -> list[Tensor]:
         """The M blocks' parts of a result of :meth:`forward`, as views."""
         return list(fused.tensor_split(self.count, dim=1))
-
-    def _recorded(self, x: Tensor) -> bool:
-        return x.requires_grad or self._trained()
 
     def _trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters())
