@@ -88,7 +88,7 @@ def test_a_record_says_what_may_be_told(private, tmp_path):
     assert line["phases"] == {"train": 2.0}
     assert 0 <= line["round_seconds"] <= line["seconds"] + 1
     assert line["seconds"] > 0
-    noted.round(-1)  # which is no communication round
+    assert noted.round(-1).entries == {}  # which is no communication round
     assert "dropped" not in noted.round(2).told  # told once
     assert [line["round"] for line in noted.lines()] == [1, 2]
     assert noted.timing.phases == {"train": 4.0}
@@ -271,7 +271,7 @@ def test_listeners_hear_of_rounds_what_may_be_told():
     part = Listening(Audience(heard), lambda: info)
     part.begin(resumed=False)
     setup = record(-1, entry=Round("setup", one_off=True, trains="generator"))
-    one = record(1)
+    one = record(1, entry=Round("train", trains="network"))
     one.put({"secret": 1.0}, About.CLIENTS)
     one.told = {"round": 1}
     for each in (setup, one):
