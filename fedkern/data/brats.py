@@ -23,6 +23,7 @@ from fedkern.data.found_files import gunzip, need_root
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, held_out_first
+from fedkern.data.split import largest_classes
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
 from fedkern.extras import needed
@@ -330,8 +331,7 @@ def _pools(
     shares: tuple[float, float],
     max_voxels: int,
 ) -> dict[str, Pool]:
-    counts = torch.stack([(targets == c).sum((1, 2)) for c in range(int(targets.max()) + 1)], 1)
-    largest = torch.where(counts[:, 1:].any(1), counts[:, 1:].argmax(1) + 1, 0) if counts.shape[1] > 1 else counts[:, 0]
+    largest = largest_classes(targets)
     sites = sorted({case.site for case in cases})
     site = torch.tensor([sites.index(case.site) for case in cases])
 

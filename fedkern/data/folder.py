@@ -14,6 +14,7 @@ from fedkern.data.found_files import need_root
 from fedkern.data.images import MAX_PIXELS, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
+    Found,
     check_images,
     find_sites,
     holds_classes,
@@ -81,41 +82,27 @@ def open_folder(
             "so that they are no sites with the same task; put all classes into one folder, list the images in a CSV "
             "file with a column client or, for CLASS/PATIENT/image, give --data-option layout=patients"
         )
-    paths: list[Path] = []
-    labels: list[int] = []
-    belongs: list[str] = []
-    clients: list[str] = []
-    patients: list[str] = []
+    found: list[Found] = []
     for site, split, folder in parts:
         for own in subfolders(folder):
             if one[own] not in classes:
                 where = "no site has for training" if site else f"{training[site]} does not have"
                 raise UserError(f'data set "folder": {folder / own} is a class that {where}')
-            found = nested_images(folder / own, layout)
-            if not found and split in ("", "train") and not site:
+            images = nested_images(folder / own, layout)
+            if not images and split in ("", "train") and not site:
                 raise UserError(f'data set "folder": the class folder {folder / own} holds no image')
-            paths += [path for path, _ in found]
-            patients += [patient for _, patient in found]
-            labels += [classes.index(one[own])] * len(found)
-            belongs += [split] * len(found)
-            clients += [site] * len(found)
-    check_images(base, "folder", sites, Counter(zip(clients, belongs, strict=True)))
-    trained = {label for label, split in zip(labels, belongs, strict=True) if split in ("", "train")}
-    for label, name in enumerate(classes):
-        if label not in trained and "" not in sites:
+            found += [Found(path, split, site, one[own], patient) for path, patient in images]
+    check_images(base, "folder", sites, found)
+    trained = {image.label for image in found if image.split in ("", "train")}
+    for name in classes:
+        if name not in trained and "" not in sites:
             raise UserError(
                 f'data set "folder": no site has a training image of the class {name}; leave its folders out'
             )
-    rest = listed(base, sites, belongs, clients, paths)
+    rest = listed(base, sites, found)
     rest["notices"] += told
-    ids = tuple(path.relative_to(base).as_posix() for path in paths)
-    listing = Listing(
-        paths,
-        ids,
-        np.array(labels, dtype=np.int64),
-        patients=patients if any(patients) else None,
-        **rest,
-    )
+    number = {name: label for label, name in enumerate(classes)}
+    listing = Listing(labels=np.array([number[image.label] for image in found], dtype=np.int64), **rest)
     return to_source(
         "folder",
         listing,

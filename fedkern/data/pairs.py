@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from fedkern.data.images import MAX_PIXELS, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
+    Found,
     Splits,
     check_folders,
     check_images,
@@ -68,27 +68,19 @@ def open_pairs(
     if path is not None:
         check_folders("pairs", layout, path)
         table = read_table(path, "pairs", columns, chosen)
-        images, names, texts = table.files("image", "pairs"), table.names_of("image"), table.column("text")
+        images, texts = table.files("image", "pairs"), table.column("text")
         classes, labels = table.classes([label or ANY for label in table.column("label")])
-        rest = table.listed("pairs")
+        rest = {"paths": images, "ids": table.names_of("image"), **table.listed("pairs")}
     else:
         check_unchosen("pairs", chosen, root)
         base = expand(str(root))
         sites = _sites(base, layout)
-        images, labelled, splits, clients, patients = _found(base, sites, layout)
-        names = tuple(one.relative_to(base).as_posix() for one in images)
-        texts = [_read(image) for image in images]
-        classes, labels, told = classes_of([label or ANY for label in labelled], f"The layout of {base}")
-        rest = listed(base, sites, splits, clients, images)
-        rest["patients"] = patients if any(patients) else None
+        found = _found(base, sites, layout)
+        texts = [_read(image.path) for image in found]
+        classes, labels, told = classes_of([image.label or ANY for image in found], f"The layout of {base}")
+        rest = listed(base, sites, found)
         rest["notices"] += told
-    listing = Listing(
-        paths=images,
-        ids=names,
-        labels=labels,
-        texts=[" ".join(text.split()[:longest]) for text in texts],
-        **rest,
-    )
+    listing = Listing(labels=labels, texts=[" ".join(text.split()[:longest]) for text in texts], **rest)
     return to_source(
         "pairs",
         listing,
@@ -106,27 +98,16 @@ def _sites(base: Path, layout: str) -> dict[str, Splits]:
     return find_sites(base, "pairs", layout, plain=holds_images, whole=whole, mixed=True)
 
 
-def _found(
-    base: Path, sites: dict[str, Splits], layout: str
-) -> tuple[list[Path], list[str], list[str], list[str], list[str]]:
-    """The images under ``base``, their labels (``""`` without label folders), splits, sites and patients."""
-    images: list[Path] = []
-    labels: list[str] = []
-    belongs: list[str] = []
-    clients: list[str] = []
-    patients: list[str] = []
+def _found(base: Path, sites: dict[str, Splits], layout: str) -> list[Found]:
+    found: list[Found] = []
     for site, split, folder in trees(base, sites):
         for label in ("", *subfolders(folder)):
-            found = nested_images(folder / label, layout if label else "")
-            images += [path for path, _ in found]
-            patients += [patient for _, patient in found]
-            labels += [label] * len(found)
-            belongs += [split] * len(found)
-            clients += [site] * len(found)
-    check_images(base, "pairs", sites, Counter(zip(clients, belongs, strict=True)))
-    if not images:
+            images = nested_images(folder / label, layout if label else "")
+            found += [Found(path, split, site, label, patient) for path, patient in images]
+    check_images(base, "pairs", sites, found)
+    if not found:
         raise UserError(f'data set "pairs": no image found in {base} (expected image.jpg with image.txt beside it)')
-    return images, labels, belongs, clients, patients
+    return found
 
 
 def _read(image: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
-from fedkern.data.site_folders import Splits, check_folders, check_images, find_sites, listed, trees
+from fedkern.data.site_folders import Found, Splits, check_folders, check_images, find_sites, listed, trees
 from fedkern.data.split import IGNORE
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import tiled
@@ -79,18 +78,17 @@ def open_segmentation(
         check_folders("segmentation", layout, path)
         table = read_table(path, "segmentation", columns, chosen)
         images, masks = (table.files(column, "segmentation") for column in columns)
-        ids, rest = table.names_of("image"), table.listed("segmentation")
-        check_one("segmentation", ids, table.names_of("mask"), "the image {} has two masks", table.lines)
+        rest = {"paths": images, "ids": table.names_of("image"), **table.listed("segmentation")}
+        check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
     else:
         check_unchosen("segmentation", chosen, root)
         base = expand(str(root))
         sites = find_sites(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
-        images, masks, splits, clients = _pairs(base, sites)
-        ids = tuple(one.relative_to(base).as_posix() for one in images)
-        people = [*clients] if layout == "patients" and "" not in sites else None
-        if people:
-            sites, clients = {"": {}}, [""] * len(images)
-        rest = {**listed(base, sites, splits, clients, [*images, *masks]), "patients": people}
+        found, masks = _pairs(base, sites)
+        if layout == "patients" and "" not in sites:
+            sites, found = {"": {}}, [image._replace(site="", patient=image.site) for image in found]
+        rest = listed(base, sites, found, masks)
+        images = rest["paths"]
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
     files = MaskFiles(images, masks, size, "segmentation", max_image_pixels)
@@ -116,14 +114,7 @@ def open_segmentation(
     else:
         held = PixelClasses.of(store, everything, torch.from_numpy(meaning))
     full = FullMasks(MaskStore(Meanings(files, meaning.astype(np.int16), len(classes)), size), everything)
-    listing = Listing(
-        images,
-        ids,
-        _largest(counts, len(classes)),
-        masks=held,
-        **rest,
-        full=full,
-    )
+    listing = Listing(labels=_largest(counts, len(classes)), masks=held, full=full, **rest)
     source = to_source(
         "segmentation",
         listing,
@@ -162,12 +153,10 @@ def _has_pair(folder: Path) -> bool:
     return any(all((folder / name).is_dir() for name in pair) for pair in PAIRS)
 
 
-def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Path], list[Path], list[str], list[str]]:
-    """The images under ``base``, their masks, their splits and their sites."""
-    images: list[Path] = []
+def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Found], list[Path]]:
+    """The images under ``base``, and their masks."""
+    found: list[Found] = []
     masks: list[Path] = []
-    belongs: list[str] = []
-    clients: list[str] = []
     for site, split, tree in trees(base, sites):
         own = PAIRS[1] if (tree / PAIRS[1][0]).is_dir() else PAIRS[0]
         pair = tree / own[0], tree / own[1]
@@ -184,14 +173,12 @@ def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Path], list[Path]
         for image in list_images(pair[0]):
             if image.stem not in partners:
                 raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {pair[1]}')
-            images.append(image)
+            found.append(Found(image, split, site))
             masks.append(partners[image.stem])
-            belongs.append(split)
-            clients.append(site)
-    check_images(base, "segmentation", sites, Counter(zip(clients, belongs, strict=True)))
-    if not images:
+    check_images(base, "segmentation", sites, found)
+    if not found:
         raise UserError(f'data set "segmentation": no image found in {tree / own[0]}')
-    return images, masks, belongs, clients
+    return found, masks
 
 
 def _stored(store: ImageStore) -> Iterator[npt.NDArray[np.uint8]]:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedkern.data.images import SUFFIXES, hidden, list_images, subfolders
 from fedkern.data.listing import SPLITS
@@ -196,30 +196,41 @@ def trees(base: Path, sites: dict[str, Splits]) -> list[tuple[str, str, Path]]:
     ]
 
 
-def check_images(base: Path, data: str, sites: dict[str, Splits], counts: dict[tuple[str, str], int]) -> None:
-    """Raises UserError where a site has no image of a split; ``counts`` are the images by site and split."""
+class Found(NamedTuple):
+    """An image in folders; names that the layout does not tell are ``""``."""
+
+    path: Path
+    split: str
+    site: str
+    label: str = ""
+    patient: str = ""
+
+
+def check_images(base: Path, data: str, sites: dict[str, Splits], found: Iterable[Found]) -> None:
+    """Raises UserError where a site has no image of a split."""
+    there = {(image.site, image.split) for image in found}
     for site, split, folder in trees(base, sites) if "" not in sites else ():
-        if split != "validation" and not counts.get((site, split)):
+        if split != "validation" and (site, split) not in there:
             raise UserError(f'data set "{data}": the site {site} has no image in {folder}; add some, or leave it out')
 
 
-def listed(
-    base: Path, sites: dict[str, Splits], splits: Sequence[str], clients: Sequence[str], used: Iterable[Path]
-) -> dict[str, Any]:
+def listed(base: Path, sites: dict[str, Splits], found: Sequence[Found], masks: Sequence[Path] = ()) -> dict[str, Any]:
     """What the layout says of every image beside its label: attributes of a `fedkern.data.listing.Listing`.
 
-    Args:
-        sites: from `find_sites`.
-        splits, clients: split and site folder of every image.
-        used: all files that are read.
+    ``sites`` come from `find_sites`; ``masks`` are other files that are read.
     """
-    clients, told = unified(clients, f"The layout of {base}")
+    clients, told = unified([image.site for image in found], f"The layout of {base}")
+    paths, patients = [image.path for image in found], [image.patient for image in found]
+    splits = [image.split for image in found]
     return {
+        "paths": paths,
+        "ids": tuple(path.relative_to(base).as_posix() for path in paths),
         "splits": splits,
         "clients": clients,
+        "patients": patients if any(patients) else None,
         "named_by": "" if "" in sites else f"the layout of {base}",
         "own_tests": "" not in sites and "test" in splits,
-        "notices": [*told, *left_out(base, used)],
+        "notices": [*told, *left_out(base, [*paths, *masks])],
     }
 
 

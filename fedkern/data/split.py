@@ -94,7 +94,7 @@ class Split:
             return self.labels
         if self.labels.dim() == 1 or len(self) == 0:
             return self.labels.reshape(len(self))
-        return torch.cat([_largest_classes(part) for part in in_parts(self.labels)])
+        return torch.cat([largest_classes(part) for part in in_parts(self.labels)])
 
     def any_known(self) -> bool:
         """Whether the class of an image or of a pixel is known."""
@@ -114,7 +114,7 @@ def rows_of(column: Any, rows: Tensor) -> Any:
     return None if column is None else column[rows]
 
 
-def _largest_classes(labels: Tensor) -> Tensor:
+def largest_classes(labels: Tensor) -> Tensor:
     """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
     top = int(labels.max())
     counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)

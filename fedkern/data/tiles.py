@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedkern.data.split import largest_classes
 from fedkern.data.types import Pool
 
 
@@ -25,14 +26,13 @@ def tiled(pool: Pool, tile: int) -> Pool:
     classes = cut(pool.targets(whole)[:, None], tile)[:, 0]
     each = len(classes) // max(len(pool), 1)
     image = whole.repeat_interleave(each)
-    counts = torch.stack([(classes == c).sum((1, 2)) for c in range(1, max(int(classes.max()), 1) + 1)], 1)
 
     def read(wanted: Tensor) -> tuple[Tensor, None]:
         needed, position = image[wanted].unique(return_inverse=True)
         return cut(pool.read(needed)[0], tile)[position * each + wanted % each], None
 
     return Pool(
-        labels=torch.where(counts.any(1), counts.argmax(1) + 1, 0),
+        labels=largest_classes(classes),
         ids=tuple(f"{name}#{number}" for name in pool.ids for number in range(each)),
         read=read,
         groups=None if pool.groups is None else pool.groups.repeat_interleave(each),
