@@ -60,12 +60,10 @@ class Board(Listener):
 
 @dataclass
 class Runner:
-    """The runs of a comparison.
+    """The runs of a comparison, in folders in ``out``; ``data`` and ``model`` as in :func:`fedkern.engine.run.run`.
 
     Attributes:
-        out: folder of the run folders.
         given: names of the settings that the user gave.
-        data, model: as in :func:`fedkern.engine.run.run`.
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
         begun: run folders so far, with their settings.

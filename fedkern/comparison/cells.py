@@ -28,12 +28,7 @@ OF_ROUNDS = ("rounds", "local_steps")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with the swept settings of one point of the sweep.
-
-    Attributes:
-        settings: swept fields of :class:`~fedkern.settings.config.RunConfig`, by name.
-        options: swept method options, and those that an object of the method was made with, by name.
-    """
+    """A method with the settings and options of a point of the sweep, and the options of a given object of it."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)

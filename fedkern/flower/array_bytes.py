@@ -51,13 +51,10 @@ class Misfit(Exception):
 
 
 class Header(NamedTuple):
-    """Form of an array.
+    """Form of an array: the name of its dtype as in ``numpy.dtype.name`` ("bfloat16" too), its shape and its bytes.
 
-    Attributes:
-        dtype: the dtype's name, as in ``numpy.dtype.name``; "bfloat16" too.
-        order: "C" or "F", the order of the elements in memory.
-        begin: place of the first element in the bytes.
-        swapped: whether the bytes of an element are in the other order than this machine's.
+    ``order`` is that of the elements in memory, ``begin`` the place of the first one in the bytes.  Where
+    ``swapped``, the bytes of an element are in the other order than this machine's.
     """
 
     dtype: str

@@ -149,7 +149,6 @@ class NodeClients:
     """The clients of a run that work in this process: usually one, several in Flower's simulation.
 
     Args:
-        config: the run's settings, with the folder of this node's data.
         base: folder of the clients' states of all runs on this node.
         notice: called with the progress of something long; may be set anew between messages.
         own_data: whether this node's folder holds the data of its client alone.

@@ -25,16 +25,12 @@ Warn = Callable[[str, str], None]
 
 
 class Roll:
-    """The nodes of a run's clients.
-
-    Args:
-        wait: seconds to wait for the nodes of all clients.
-        own_data: whether nodes are asked about their data too.
+    """The nodes of a run's clients, for which :meth:`meet` waits ``wait`` seconds.
 
     Attributes:
         count: number of clients; set before :meth:`meet`.
         home: connected nodes by client; of several nodes of one client, the one that connected last.
-        facts: what a node says of its data, by client, where nodes are asked about them.
+        facts: what a node says of its data, by client, where nodes are asked about them (``own_data``).
     """
 
     def __init__(self, post: Post, *, wait: float, own_data: bool = False) -> None:

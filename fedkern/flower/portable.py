@@ -190,9 +190,8 @@ def _strided(name: str, raw: Raw, stride: list[Any]) -> Tensor:
     dtype, shape = DTYPES.get(raw.dtype), raw.shape
     if dtype is None:
         raise Malformed(f"has {name} of the type {raw.dtype[:80]!r}, which is not known")
-    if any(type(size) is not int or not 0 <= size < 1 << 48 for size in shape) or len(shape) > 16:
-        raise Malformed(f"has {name} in a shape that no tensor has")
-    if math.prod(size for size in shape if size) >= 1 << 48:  # PyTorch computes strides of empty tensors too
+    sizes = all(type(size) is int and 0 <= size < 1 << 48 for size in shape) and len(shape) <= 16
+    if not sizes or math.prod(size for size in shape if size) >= 1 << 48:  # PyTorch has strides of empty tensors too
         raise Malformed(f"has {name} in a shape that no tensor has")
     if len(raw.data) != math.prod(shape) * dtype.itemsize:
         raise Malformed(f"has {name} of {len(raw.data)} bytes where {math.prod(shape) * dtype.itemsize} belong to it")

@@ -45,7 +45,6 @@ class Project:
         plugins: names of plugins: absolute paths of files, or modules.
         out: the run folder; None: a new one for every run.
         own_data: whether each node has the data of its client alone.
-        report, predictions: whether the run writes them.
         clients: names of the clients, or their numbers.
     """
 

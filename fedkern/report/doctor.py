@@ -134,11 +134,10 @@ def threads() -> dict[str, Any]:
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:
-    """GPUs that the NVIDIA driver lists through NVML, or the reason why there are none.
+    """GPUs that the NVIDIA driver lists through NVML, and the reason why there are none, empty if there are.
 
-    Returns:
-        A dict per GPU with ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None if the driver
-        does not report it) and ``driver``; and the reason, empty if there are GPUs.
+    A GPU has ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None if the driver does not
+    report it) and ``driver``.
     """
     try:
         import pynvml
