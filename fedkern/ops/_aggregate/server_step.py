@@ -257,20 +257,11 @@ def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | No
     return all(other.untyped_storage().data_ptr() != storage for other in others)
 
 
-def _implementation(
-    global_: Tensor,
-    vectors: list[Tensor],
-    weights: Tensor,
-    rule: int,
-    numbers: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _implementation(global_: Tensor, vectors: list[Tensor], weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    rule, numbers, first, second, dtype = others
     settings = ServerRule(rule, *numbers.tolist())
     out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
-    model, norms, cosines = _compute(global_, vectors, weights, settings, first, second, out)
-    return model, norms, cosines
+    return tuple(_compute(global_, vectors, weights, settings, first, second, out))
 
 
 def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,15 +73,8 @@ def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tenso
     return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()
 
 
-def _vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    foreground: Tensor,
-    background: Tensor,
-    alpha: Tensor | None,
-    value: float,
-    index: Tensor | None,
-) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    foreground, background, alpha, value, index = arguments
     count = info.batch_size
     fore, back, weights, _, positions = in_dims
     folded = library.fold_mapped(foreground, fore, count)

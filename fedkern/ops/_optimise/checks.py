@@ -89,10 +89,6 @@ def check_betas(betas: Any) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def check_max_norm(max_norm: Any) -> float | None:
-    return None if max_norm is None else check_number(max_norm, "max_norm", above=True)
-
-
 def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:
     """Raises ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
 

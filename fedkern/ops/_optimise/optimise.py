@@ -16,7 +16,6 @@ from fedkern.ops._optimise.checks import (
     check_betas,
     check_like,
     check_lr,
-    check_max_norm,
     check_memory,
     check_parameters,
 )
@@ -220,7 +219,8 @@ def _take(
     check_like(gradients, "gradients", parameters)
     rate = check_lr(lr, parameters)
     weight_decay, proximal = check_number(weight_decay, "weight_decay"), check_number(proximal, "proximal")
-    max_norm = check_max_norm(max_norm)
+    if max_norm is not None:
+        max_norm = check_number(max_norm, "max_norm", above=True)
     if not isinstance(zero, bool):
         raise TypeError(f"zero must be True or False, not {type(zero).__name__}")
     if proximal and anchor is None:
@@ -283,19 +283,8 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
 # The same operator for torch.compile and opcheck.  Numbers travel as tensors: a schedule compiles nothing anew.
 
 
-def _implementation(
-    zero: bool,
-    parameters: Tensor,
-    gradients: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    anchor: Tensor | None,
-    correction: Tensor | None,
-    gradient_sum: Tensor | None,
-    lr: Tensor,
-    settings: Tensor,
-    step: int | None,
-) -> tuple[Tensor, Tensor]:
+def _implementation(zero: bool, parameters: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    gradients, first, second, anchor, correction, gradient_sum, lr, settings, step = others
     if step is not None and step < 1:
         raise ValueError(f"step must be at least 1, not {step}")
     momentum, weight_decay, proximal, max_norm, beta1, beta2, eps = settings.tolist()
