@@ -13,7 +13,10 @@ from fedkern.ops._contrast.contrast import contrastive
 from fedkern.ops._core.backend import use_backend, use_isa
 from fedkern.ops._core.memory import empty_cache
 from fedkern.ops._core.torchscript import unscriptable
-from fedkern.ops._distill import consensus, dual_kl, ensemble_kl, entropy, js_div, kl_div
+from fedkern.ops._distill.consensus import consensus, js_div
+from fedkern.ops._distill.ensemble import ensemble_kl
+from fedkern.ops._distill.entropy import entropy
+from fedkern.ops._distill.kl import dual_kl, kl_div
 from fedkern.ops._fuse.blocks.fused_blocks import FusedBlocks
 from fedkern.ops._fuse.fuse import fuse_concat, fuse_mean
 from fedkern.ops._optimise.optimise import StepResult, adamw_step, sgd_step

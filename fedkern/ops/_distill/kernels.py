@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, compute_dtype
+from fedkern.ops._core.backend import DTYPES, compute_dtype, serve
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
 from fedkern.ops._distill.reference import result_dtype
@@ -482,3 +482,10 @@ def _lanes(teachers: Tensor) -> int:
     if classes <= _FEW or (classes < _MANY and teachers.stride(2) != 1):
         return 1
     return 32 if classes < _MANY else 256
+
+
+for _name, _check in (
+    *[(name, "logits_fit") for name in ("kl_div", "dual_kl", "entropy")],
+    *[(name, "tensors_fit") for name in ("ensemble_kl", "js_div", "consensus")],
+):
+    serve(_name, cpu=DistillKernels, cuda=DistillKernels, triton="_distill.triton.distill:TritonDistill", fits=_check)
