@@ -150,8 +150,6 @@ class FlatParameters:
                 owner._state_dict_hooks.whole = True
         return self
 
-    # The vectors that clients and server exchange.
-
     @property
     def groups(self) -> dict[torch.dtype, FlatGroup]:
         """The vectors of each floating dtype."""
@@ -273,8 +271,6 @@ class FlatParameters:
         pieces = vector.split([slot.tensor.numel() for slot in inside])
         return {slot.name: _shaped(piece, slot) for slot, piece in zip(inside, pieces, strict=True)}
 
-    # Gradients.
-
     def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns one vector ``[P]`` that the ``.grad`` of every parameter in :attr:`parameters` views.
 
@@ -325,8 +321,6 @@ class FlatParameters:
                     view.copy_(grad)
                 slot.tensor.grad = view
         return flat
-
-    # Whether the module is still flat.
 
     @property
     def is_flat(self) -> bool:

@@ -124,8 +124,6 @@ class DistillKernels(Launcher):
         gradient = _empty_like(x)
         return gradient if gradient.numel() < _LARGE else self.fresh(gradient)
 
-    # --- rows of one teacher
-
     def divergence_forward(
         self,
         student: Tensor,
@@ -248,8 +246,6 @@ class DistillKernels(Launcher):
             self._space(logits) if self.gpu else None,
             self.at(logits),
         )
-
-    # --- stacks of teachers
 
     def ensemble_forward(
         self,
@@ -444,8 +440,6 @@ class DistillKernels(Launcher):
             self._stack_space(logits) if self.gpu else None,
             self.at(logits),
         )
-
-    # --- memory
 
     def _result(self, rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
         if reduction == NONE:
