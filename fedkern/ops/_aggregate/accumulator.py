@@ -276,7 +276,10 @@ class Accumulator:
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
         if exact:
             # The units are the exact sum.  "weight" is a rounded copy on which no result depends.
-            total = _exact_weight(state)
+            try:
+                total = _units(state["units"]) / _UNIT
+            except OverflowError:
+                raise ValueError("the state's units must be a sum of weights that a float can hold") from None
             if not math.isclose(total, weight, rel_tol=1e-6):
                 raise ValueError(f"the state's weight must be that of its units, {total:g}, not {weight:g}")
         if count < 0 or (exact and count > _MOST_EXACT) or (not count and weight):
@@ -316,13 +319,6 @@ def _check_entry(value: Any, name: str, dtype: torch.dtype, shape: list[int]) ->
 
 def _units(stored: Tensor) -> int:
     return int.from_bytes(bytes(stored.tolist()), "little")
-
-
-def _exact_weight(state: Mapping[str, Any]) -> float:
-    try:
-        return _units(state["units"]) / _UNIT
-    except OverflowError:
-        raise ValueError("the state's units must be a sum of weights that a float can hold") from None
 
 
 def _check_digits(digits: Tensor, top: Tensor, count: int) -> None:
