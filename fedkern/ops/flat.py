@@ -446,9 +446,6 @@ def _check_apart(slots: list[Slot]) -> None:
             )
 
 
-# -- state dicts as those of an ordinary module -----------------------------------------------------------------------
-
-
 class _StateDictHooks(OrderedDict[int, Any]):
     """Hooks of a flat module.  A copy or pickle of the module gets the others alone, so that it is an ordinary one.
 
@@ -505,9 +502,6 @@ def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _me
             # By .data, which keeps the version counter that the tensor shares with the module's.
             empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             tensor.data = empty.set_(storages[place], 0, tensor.shape, tensor.stride())
-
-
-# -- the place of each tensor in its vector --------------------------------------------------------------------------
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Entry]:

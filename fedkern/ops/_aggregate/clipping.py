@@ -136,14 +136,10 @@ def _implementation(vectors: list[Tensor], numbers: Tensor, seed: int, offset: i
     return select(vectors).clip_and_noise(vectors, max_norm, deviation, seed % (1 << 64), offset % (1 << 64))
 
 
-def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
-    return vectors[0].new_empty((len(vectors), vectors[0].shape[0]))
-
-
 _operator = library.register(
     "clip_and_noise",
     "(Tensor[] vectors, Tensor numbers, SymInt seed, SymInt offset) -> Tensor",
     _implementation,
-    fake=_fake,
+    fake=lambda vectors, *others: vectors[0].new_empty((len(vectors), vectors[0].shape[0])),
     vmap=no_vmap("clip_by_norm and clip_and_noise"),
 )

@@ -378,15 +378,11 @@ def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor 
     return (change @ (products @ change)).clamp_min_(0.0).sqrt_()
 
 
-def _pairwise_fake(vectors: list[Tensor]) -> Tensor:
-    return vectors[0].new_empty((len(vectors), len(vectors)), dtype=torch.float64)
-
-
 _pairwise_operator = library.register(
     "pairwise_distances",
     "(Tensor[] vectors) -> Tensor",
     _pairwise,
-    fake=_pairwise_fake,
+    fake=lambda vectors: vectors[0].new_empty((len(vectors), len(vectors)), dtype=torch.float64),
     vmap=no_vmap("pairwise_distances"),
 )
 _krum_operator = library.register(
