@@ -66,6 +66,7 @@ METAVARS = {
     "aggregator": "RULE",
     "server_rule": "RULE",
     "init": "FILE|DIR",
+    "stop_at": "FIGURE>=V",
 }
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
