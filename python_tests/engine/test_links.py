@@ -17,7 +17,6 @@ from fedkern.engine.executors import links, team
 from fedkern.engine.executors.links import SILENCE, WINDOW, Ended, Link, Lost, drained, how
 from fedkern.engine.executors.ranks import Spread
 from fedkern.engine.executors.team import Place, Team
-from fedkern.engine.store import records
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packer, Unpacker
 from fedkern.methods.uploads import Kept
@@ -227,16 +226,16 @@ def teams(size):
 
 @pytest.fixture
 def meet(wires, monkeypatch):
-    """Has two ranks meet; ``entries`` are what ``records`` tells otherwise on rank 1."""
+    """Has two ranks meet; ``entries`` are what `fedkern.versions` tells otherwise on rank 1."""
     monkeypatch.setattr(team, "_met", False)
     monkeypatch.setattr(team, "Link", wires.link)
     monkeypatch.setattr(Team, "_connect", lambda self, limit: None)
 
     def meet(words=WORDS, name="versions", **entries):
         zero, one = teams(2)
-        told = {**getattr(records, name)(), **entries}
+        told = {**getattr(versions, name)(), **entries}
         with monkeypatch.context() as patch:
-            patch.setattr(records, name, lambda: told)
+            patch.setattr(versions, name, lambda: told)
             one.meet(words)
         zero.meet(WORDS)
         return zero, one
