@@ -143,7 +143,7 @@ def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config
     forget, killed = Workers.forget, []
 
     def late(self, client):
-        worker = self._at.get(client)
+        worker = self._round.at.get(client)
         if not killed and worker is not None and worker.client is not None:
             killed.append(worker.process)
             os.kill(worker.process, signal.SIGKILL)
@@ -509,7 +509,7 @@ def test_a_worker_does_not_import_torchs_compiler():
     """It takes a second of both cores, in which no client works."""
     code = (
         "import sys, torch, fedkern.engine.worker\n"
-        "from fedkern.engine.executors.worker_messages import modes, set_modes\n"
+        "from fedkern.torch_modes import modes, set_modes\n"
         "set_modes(modes()); print('torch._dynamo' in sys.modules)\n"
         "set_modes({**modes(), 'deterministic': True, 'warn_only': True}); print(modes()['warn_only'])"
     )
