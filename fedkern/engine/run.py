@@ -188,7 +188,7 @@ def _run(
         if check is not None:
             check(config)
         context = RunContext(config, data, listener.on_notice)
-        begun = resume and Checkpoints(out).peek() is not None
+        begun = resume and entry is not None
         prepared = prepare(config, context, known=known, begun=begun, profile=profile, predictions=predictions)
         with (
             writing(out, fresh=not resume) as alone,

@@ -37,9 +37,9 @@ class _Budget(Part):
         spent = self.spent()
         if record.entry.one_off or (spent < self._most and spent + self._dearest <= self._most):
             return None
-        flag = f"--{self.name.replace('_', '-')}"
+        name = self.name.replace("_", "-")
         reason = f"{spent:,.0f} {self.unit} are spent, and a round takes up to {self._dearest:,.0f}"
-        return Stop(self.name.replace("_", "-"), f"{reason} ({flag} {self._most:g})")
+        return Stop(name, f"{reason} (--{name} {self._most:g})")
 
     def round_end(self, record: Record) -> None:
         if not record.entry.one_off:

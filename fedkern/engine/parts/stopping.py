@@ -15,7 +15,9 @@ from fedkern.engine.store.saved_model import about_network, checksum, write_mode
 from fedkern.errors import UserError
 from fedkern.methods.common.figures import is_main
 
-_TARGET = re.compile(r"\s*(?P<figure>[A-Za-z]\w*)\s*(?P<sign>>=|<=)\s*(?P<value>[-+0-9.eE]+)\s*")
+_TARGET = re.compile(
+    r"\s*(?P<figure>[A-Za-z]\w*)\s*(?P<sign>>=|<=)\s*(?P<value>[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?)\s*"
+)
 
 
 class StopAt(Part):
@@ -33,13 +35,10 @@ class StopAt(Part):
 
     def __init__(self, target: str, context: RunContext) -> None:
         found = _TARGET.fullmatch(target)
-        try:
-            self._value = float(found["value"]) if found else float("nan")
-        except ValueError:
-            self._value = float("nan")
-        if found is None or self._value != self._value:
+        if found is None:
             raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{target}".')
-        self._context, self._figure, self._at_least = context, found["figure"], found["sign"] == ">="
+        self._context, self._value = context, float(found["value"])
+        self._figure, self._sign = found["figure"], found["sign"]
         self._reason = ""  # once the value is reached
 
     def before_round(self, record: Record) -> Stop | None:
@@ -55,10 +54,9 @@ class StopAt(Part):
                 f'--stop-at: the records of this run have no figure "{self._figure}", but {", ".join(sorted(figures))}.'
             )
         value = figures[self._figure]
-        if value >= self._value if self._at_least else value <= self._value:
-            sign = ">=" if self._at_least else "<="
-            self._reason = f"{self._figure} is {value:.4g} in round {record.number} (--stop-at {self._figure}{sign}"
-            self._reason += f"{self._value:g})"
+        if value >= self._value if self._sign == ">=" else value <= self._value:
+            target = f"{self._figure}{self._sign}{self._value:g}"
+            self._reason = f"{self._figure} is {value:.4g} in round {record.number} (--stop-at {target})"
             return Stop("stop-at", self._reason)
         return None
 
