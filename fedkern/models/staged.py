@@ -50,7 +50,8 @@ class StagedNetwork(nn.Module):
             if position < pooling:
                 x = getattr(self, self.stage_names[position])(x)
             else:
-                x = x.mean(dim=(2, 3)) if lower() is None else x.mean(dim=(2, 3), dtype=torch.float32)
+                # As NHWC: the gradient of mean(dim=(2, 3)) is not channels-last, and the last stage would convert it.
+                x = x.permute(0, 2, 3, 1).mean(dim=(1, 2), dtype=None if lower() is None else torch.float32)
         return x
 
     def stage(self, name: str) -> nn.Module:

@@ -179,6 +179,15 @@ def test_channels_last_keeps_the_layout_and_the_result(name):
     torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_pooling_is_channels_last():
+    model = make("cnn", width=4)
+    h = torch.randn(2, 4, 4, 16).permute(0, 3, 1, 2).requires_grad_()
+    features = model.tail(h, after="layer3")
+    torch.testing.assert_close(features, h.mean(dim=(2, 3)))
+    (gradient,) = torch.autograd.grad(features.sum(), h)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_stem_follows_the_image_size():
     cifar, large = make("resnet18", image_size=64), make("resnet18", image_size=224)
     assert cifar.layer1[0].kernel_size == (3, 3)
