@@ -170,6 +170,28 @@ def test_only_a_method_that_draws_has_a_stream_for_it(method, draws, make_data, 
     assert ("background" in asked) == draws
 
 
+class Observing(FedAvg):
+    """Observes a count, one tensor that changes in place, in every ``every``-th batch."""
+
+    every = 1
+
+    def loss(self, model, batch, received):
+        found = super().loss(model, batch, received)
+        count = received.round_cache.setdefault("count", torch.zeros(())).add_(1)
+        self.losses.append(float(found.detach()))
+        return (found, {"count": count}) if count % self.every == 0 else found
+
+
+@pytest.mark.parametrize(("every", "mean"), [(1, 3.5), (2, 4.0), (7, None)])
+def test_figures_are_means_over_the_batches_that_have_them(every, mean, make_data, make_config):
+    method = Observing()
+    method.every, method.losses = every, []
+    _, _, client, _ = one_client(make_config(local_epochs=1, local_steps=6, batch_size=4), make_data(), method)
+    assert client.report["loss"] == pytest.approx(np.mean(method.losses), rel=1e-6)
+    assert len(method.losses) == 6
+    assert client.report.get("count") == mean
+
+
 class Bomb(FedAvg):
     """Diverges at a chosen client, round and batch."""
 
