@@ -17,6 +17,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     Args:
         tensor: any shape and dtype, on any device; a tensor that is on ``device`` already is returned as it is.
     """
+    if tensor.device == device:
+        return tensor
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
     # Tensor.pin_memory() refuses an expanded tensor. The allocator keeps page-locked memory until the copy is done.

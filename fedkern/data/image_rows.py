@@ -116,6 +116,9 @@ class FileRows(Tensor):
         picked = self.picked(chosen)
         return picked.plain()[(slice(None), *rest)] if rest else picked
 
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        return self[index] if dim == 0 else self.plain().index_select(dim, index)
+
     def __iter__(self) -> Iterator[Tensor]:
         return (self[row] for row in range(len(self)))
 

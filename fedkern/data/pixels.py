@@ -44,7 +44,7 @@ class Pixels:
         self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
         self.augment = augment
         self._cache = cache
-        self._sides = sides or (int(images.shape[2]), int(images.shape[3]))
+        self._sides = None if sides == tuple(images.shape[2:]) else sides
 
     def __len__(self) -> int:
         return self._count
@@ -53,14 +53,14 @@ class Pixels:
         out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
         return out if erased is None else torch.where(erased[..., None], self._fill, out)
 
-    def _read(self, indices: np.ndarray | None) -> Tensor:
+    def _read(self, indices: np.ndarray | Tensor | None) -> Tensor:
         """uint8 [B, H, W, C] on the device, of images in a file."""
         assert self._file is not None
         if indices is None:
             return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
-        return send(self._file.nhwc(torch.from_numpy(np.ascontiguousarray(indices))), self._device)
+        return send(self._file.nhwc(as_index(indices)), self._device)
 
-    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+    def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
         """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
         if self._cache and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
@@ -68,15 +68,22 @@ class Pixels:
         if self._file is not None:
             rows = self._read(indices)
         if indices is not None:
-            index = send(torch.from_numpy(np.ascontiguousarray(indices)), self._device)
+            index = send(as_index(indices), self._device)
             rows = rows if self._file is not None else rows.index_select(0, index)
             erased = None if erased is None else erased[index]
         if rows.dtype == torch.uint8:
             rows = self._normalise(rows, erased)
         if self.augment == "none":
             rng = None
-        images = transforms.window(rows.permute(0, 3, 1, 2), self._sides, rng)
+        images = rows.permute(0, 3, 1, 2)
+        if self._sides is not None:
+            images = transforms.window(images, self._sides, rng)
         return images if rng is None else transforms.augment(images, self.augment, rng)
+
+
+def as_index(indices: np.ndarray | Tensor) -> Tensor:
+    """Indices on the CPU as a tensor, which shares their memory."""
+    return indices if isinstance(indices, Tensor) else torch.from_numpy(np.ascontiguousarray(indices))
 
 
 def placed(labels: Tensor, device: torch.device) -> Tensor:
@@ -89,4 +96,4 @@ def take_tokens(tokens: Any, rows: np.ndarray, device: torch.device) -> Any:
 
     All tokens stay on the CPU: the length of a batch's longest text is read from them, which nobody then waits for.
     """
-    return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows))).to(device)
+    return None if tokens is None else tokens.take(as_index(rows)).to(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkern.data import transforms
 from fedkern.data.image_rows import loaded
-from fedkern.data.pixels import Pixels, placed, take_tokens
+from fedkern.data.pixels import Pixels, as_index, placed, take_tokens
 from fedkern.methods.base import OUTSIDE, Batch, Phase
 from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.methods.protocol import batch_slices
@@ -48,11 +48,11 @@ class Samples:
 
     def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
-        index = send(torch.from_numpy(np.ascontiguousarray(indices)), self.there.device)
-        labels = send(loaded(self.there[index]), self._device)
+        index = as_index(indices)
+        labels = send(loaded(self.there.index_select(0, send(index, self.there.device))), self._device)
         if rng is None or labels.dim() < 3:
-            return self.pixels.take(indices, rng), labels
-        return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
+            return self.pixels.take(index, rng), labels
+        return transforms.augment_pairs(self.pixels.take(index), labels, self.pixels.augment, rng)
 
     def batch(
         self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None

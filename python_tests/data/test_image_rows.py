@@ -74,6 +74,15 @@ def test_choosing(pair, key):
     assert torch.equal(rows[key], plain[key])
 
 
+def test_selecting_rows_reads_nothing(pair, read):
+    rows, plain = pair
+    index = torch.tensor([3, 0, 3])
+    found = rows.index_select(0, index)
+    assert read == []
+    assert torch.equal(found, plain[index])
+    assert torch.equal(rows.index_select(1, index[1:2]), plain[:, :1])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_values_and_strides_are_those_of_a_tensor_in_memory(tmp_path, channels):
     store, plain = stored(tmp_path / "images", channels)

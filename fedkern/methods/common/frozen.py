@@ -31,7 +31,7 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
     rows = torch.from_numpy(batch.indices)
     kept = received.round_cache.get(name)
     if kept is not None and batch.epoch > 0:
-        return kept[send(rows, kept.device)]
+        return kept.index_select(0, send(rows, kept.device))
     fresh = compute()
     if received.epochs > 1 and not batch.augmented and batch.epoch == 0:
         if kept is None:
