@@ -45,10 +45,9 @@ class StagedNetwork(nn.Module):
     @autocasts
     def _run(self, x: Tensor, first: int, last: int) -> Tensor:
         """Applies stages ``first`` to ``last``, both included."""
-        pooling = len(self.stage_names) - 1
-        for position in range(first, last + 1):
-            if position < pooling:
-                x = getattr(self, self.stage_names[position])(x)
+        for name in self.stage_names[first : last + 1]:
+            if name != "feature":
+                x = getattr(self, name)(x)
             else:
                 # As NHWC: the gradient of mean(dim=(2, 3)) is not channels-last, and the last stage would convert it.
                 x = x.permute(0, 2, 3, 1).mean(dim=(1, 2), dtype=None if lower() is None else torch.float32)
