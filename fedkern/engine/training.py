@@ -19,6 +19,7 @@ from fedkern.errors import UserError
 from fedkern.interrupts import check
 from fedkern.methods.base import Client, Message, Objective, Phase
 from fedkern.methods.terms import Terms
+from fedkern.ops._core.private_torch import backward
 
 
 class Diverged(ArithmeticError):
@@ -194,7 +195,7 @@ def train(
                     raise UserError(_too_small(client)) from None
                 raise
             loss, observed = result if isinstance(result, tuple) else (result, {})
-            loss.backward()
+            backward(loss)
             if adjusts:
                 method.adjust_gradient(theta.detach(), gradients, received)
             stepped = apply(lr)

@@ -68,6 +68,7 @@ def test_this_torch_is_as_expected() -> None:
     assert private_torch.table_problem(private_torch.exchange_table()) == ""
     assert private_torch.fused_adam(False) is torch._fused_adam_
     assert private_torch.fused_adam(True) is torch._fused_adamw_
+    assert private_torch._engine() is not torch.Tensor.backward
     if torch.backends.mkldnn.is_available():
         assert private_torch.onednn() is not None
 
@@ -147,6 +148,29 @@ def test_fused_adam_is_tried(decoupled: bool, change: str, monkeypatch: pytest.M
         adam = again().fused_adam(decoupled)
     for a, b in zip(stepped(adam), stepped(private_torch.fused_adam(decoupled)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("change", ["none", "gone", "changed", "another signature"])
+def test_backward_is_tried(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, engine = again(), torch.autograd.Variable._execution_engine
+    changed = {
+        "gone": object(),
+        "changed": types.SimpleNamespace(run_backward=lambda *given, **named: None),
+        "another signature": types.SimpleNamespace(run_backward=lambda loss: None),
+    }
+    loading.tell.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd.Variable, "_execution_engine", changed.get(change, engine))
+        with warnings.catch_warnings(record=True) as told:
+            assert (module._engine() is torch.Tensor.backward) == bool(told) == (change != "none")
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    for _ in range(2):
+        module.backward(x.square().sum())
+    assert torch.equal(x.grad, 4 * x)
+    with pytest.raises(RuntimeError, match="only for scalar outputs"):
+        module.backward(x.square())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        module.backward(x.detach().sum())
 
 
 def in_place(add: Callable[..., None], rows: Any, others: Any) -> list[torch.Tensor]:
