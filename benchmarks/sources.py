@@ -26,6 +26,7 @@ GROUPS = {
     ),
     "blend": ("blend", "boxes"),
     "contrast": ("contrast",),
+    "conv": ("conv",),
     "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
     "optimise": ("optimise",),
     "fuse": ("fuse_concat", "fuse_mean", "fused_adaptors", "fused_blocks"),
@@ -39,12 +40,13 @@ def family(group: str) -> str:
 
 
 def hash_of(folder: Path, core: str, name: str) -> str:
-    """A hash over ``folder`` (csrc/) but for the translation units of other families; headers are everybody's."""
+    """A hash over ``folder`` (csrc/) but for the files of other families and those that have a line for each."""
     if not name:
         return source_hash(folder, core)
     others = "|".join(one for one in GROUPS if one != name)
-    units = rf"^(?:cpu/|cuda/|bindings/cpu_|bindings/cuda_)(?:{others})\w*\.(?:cpp|cu)$"
-    return source_hash(folder, core, re.compile(units))
+    files = rf"^(?:cpu/|cuda/|bindings/(?:cpu_|cuda_)?|include/fedkern/)(?:{others})(?:_\w+)?\.\w+$"
+    shared = r"^bindings/(?:cpu|cuda|cpu_tensors)\.cpp$"  # register functions, ask whether tensors suit them
+    return source_hash(folder, core, re.compile(f"{files}|{shared}"))
 
 
 @functools.cache

@@ -9,6 +9,7 @@ namespace fedkern {
 
 void bind_blend(py::module_&);
 void bind_contrast(py::module_&);
+void bind_conv(py::module_&);
 void bind_distill(py::module_&);
 void bind_distill_ensemble(py::module_&);
 void bind_aggregate(py::module_&);
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("set_cache_bytes", [](std::int64_t bytes) { cache_bytes() = bytes; });
   bind_blend(module);
   bind_contrast(module);
+  bind_conv(module);
   bind_distill(module);
   bind_distill_ensemble(module);
   bind_aggregate(module);

@@ -2,6 +2,7 @@
 // kernel. Nothing of torch is needed but the attributes that a tensor shows to Python, and what exchange.h says.
 #include <limits>
 
+#include "conv_call.h"
 #include "exchange.h"
 #include "fedkern/distill.h"
 #include "optimise_call.h"
@@ -113,6 +114,25 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
     if (one.dims != 1 || one.shape[0] != first.shape[1] * count || !one.contiguous()) return kNo;
   }
   return first.device_type;
+}
+
+// Whether conv's kernel may take a call as it is given, and is the faster way. Where only one of x and weight is channels-last,
+// x is laid out anew; where neither is, so is not what PyTorch gives.
+int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle pool, py::handle stride) {
+  TensorView map, taps, one;
+  const auto fits = conv_kernels().fits;
+  if (!fits || !readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
+  const auto whole = [](py::handle given) { return PyLong_CheckExact(given.ptr()) ? PyLong_AsLong(given.ptr()) : 0; };
+  const long halved = whole(pool);
+  const ConvShape s = conv_shape(map, taps, whole(stride)), r = s.result();
+  if (r.positions() < 2 || (halved != 1 && halved != 2) || !fits(s)) return kNo;  // one value has no variance
+  if (!map.channels_last() && !taps.channels_last()) return kNo;
+  if (halved == 2 && (r.height < 2 || r.width < 2)) return kNo;
+  const auto counts = [&](py::handle vector) { return readable(vector.ptr(), one) && is_vector(one, s.out); };
+  if (!counts(scale) || !counts(shift)) return kNo;
+  if (mean.is_none() ? !variance.is_none() : !counts(mean) || !counts(variance)) return kNo;
+  if (residual.is_none()) return TensorView::kCpu;
+  return halved == 1 && readable(residual.ptr(), one) && is_map(one, r, s.out, false) ? TensorView::kCpu : kNo;
 }
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -260,6 +280,7 @@ void bind_tensors(py::module_& module) {
   module.def("blend_fits", blend_fits);
   module.def("boxes_fit", boxes_fit);
   module.def("fuse_fits", fuse_fits);
+  module.def("conv_fits", conv_fits);
   module.def("optimise_fits", optimise_fits);
   module.def("vectors_fit", vectors_fit);
 }

@@ -10,6 +10,7 @@ from fedkern.ops._aggregate.server_step import ServerStep, server_step
 from fedkern.ops._blend.blend import blend
 from fedkern.ops._blend.boxes import erase_boxes, keep_boxes
 from fedkern.ops._contrast.contrast import contrastive
+from fedkern.ops._conv.conv_norm import conv_norm
 from fedkern.ops._core.backend import use_backend, use_isa
 from fedkern.ops._core.memory import empty_cache
 from fedkern.ops._core.torchscript import unscriptable
@@ -34,6 +35,7 @@ __all__ = [
     "clip_by_norm",
     "consensus",
     "contrastive",
+    "conv_norm",
     "dual_kl",
     "empty_cache",
     "ensemble_kl",

@@ -173,9 +173,12 @@ def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
 
 
 def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
-    names = ("cpu/blend.cpp", "cpu/fuse.cpp", "cpu/stream.h", "bindings/cpu_fuse.cpp", "cuda/fuse.cu", "cpu/isa.cpp")
+    names = (
+        "cpu/blend.cpp", "cpu/fuse.cpp", "cpu/fuse_rows.h", "cpu/stream.h", "cpu/isa.cpp", "bindings/cpu_fuse.cpp",
+        "bindings/fuse_call.h", "bindings/cpu.cpp", "include/fedkern/fuse.h", "include/fedkern/simd.h", "cuda/fuse.cu",
+    )  # fmt: skip
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
 
     def changed(name: str) -> set[str]:
@@ -186,7 +189,12 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
 
     cores = {core: {sources.key(core, name) for name in ("", *sources.GROUPS)} for core in ("_cpu", "_cuda")}
     assert changed("cpu/blend.cpp") == {"_cpu", "_cpu blend"}
-    assert changed("bindings/cpu_fuse.cpp") == {"_cpu", "_cpu fuse"}
+    for name in ("bindings/cpu_fuse.cpp", "cpu/fuse_rows.h"):
+        assert changed(name) == {"_cpu", "_cpu fuse"}
+    for name in ("bindings/fuse_call.h", "include/fedkern/fuse.h"):
+        assert changed(name) == {"_cpu", "_cpu fuse", "_cuda", "_cuda fuse"}
+    assert changed("bindings/cpu.cpp") == {"_cpu"}
+    assert changed("include/fedkern/simd.h") == cores["_cpu"] | cores["_cuda"]
     assert changed("cuda/fuse.cu") == {"_cuda", "_cuda fuse"}
     assert changed("cpu/stream.h") == changed("cpu/isa.cpp") == cores["_cpu"]
     assert set(sources.hashes(tmp_path / "none").values()) == {""}

@@ -28,6 +28,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "permuted", "strided", "offset", "expanded", "channels_last", "negated")
 SIZES = st.sampled_from([1, 0, 1, 2, 3, 5, 7, 8, 16, 17, 33])
 FEW = st.sampled_from([1, 0, 2, 3, 4, 5])
+POOLS = st.sampled_from([1, 2])
 MANY = st.sampled_from([1, 0, 2, 3, 5, 8, 31, 64, 100, 257, 1000])
 SEEDS = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
@@ -1242,6 +1243,97 @@ def _check_step(case: Case, *, adamw: bool) -> None:
     assert bool(got.finite.all())
 
 
+# -- conv --------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def conv_case(draw: st.DrawFn) -> Case:
+    dtype, training, pool = draw(st.sampled_from(["float32", "float32", "float64"])), draw(st.booleans()), draw(POOLS)
+    stride = draw(st.sampled_from([1, 1, 2]))
+    sides = st.integers(1 + (pool - 1) * stride, 9)
+    shape = [draw(FEW), draw(st.sampled_from([3, 1, 2, 8, 16])), draw(sides), draw(sides)]
+    rows = [-(-size // stride) for size in shape[2:]]
+    if training and shape[0] * rows[0] * rows[1] == 1:
+        shape[0] = 2
+    out = draw(st.sampled_from([8, 1, 5, 16, 24]))
+    last = st.sampled_from(["channels_last", "channels_last", *LAYOUTS])
+    return {
+        "x": {**draw(tensor(shape, dtype)), "layout": draw(last)},
+        "weight": draw(tensor([out, shape[1], 3, 3], dtype)),
+        "scale": draw(tensor([out], dtype)),
+        "shift": draw(tensor([out], dtype)),
+        "mean": draw(tensor([out], dtype, grad=False)),
+        "variance": draw(tensor([out], dtype, "positive", grad=False)),
+        "statistics": not training or draw(st.booleans()),
+        "residual": {**draw(tensor([shape[0], out, *rows], dtype)), "layout": draw(last)},
+        "added": draw(st.booleans()),
+        "momentum": draw(st.sampled_from([0.1, 0, 1.0])),
+        "eps": draw(st.sampled_from([1e-5, 0.1])),
+        "stride": stride,
+        "relu": draw(st.booleans()),
+        "pool": pool,
+        "update": draw(st.booleans()),
+        "training": training,
+    }
+
+
+def check_conv_norm(case: Case) -> None:
+    x, weight, scale, shift, residual = (make(case[name]) for name in ("x", "weight", "scale", "shift", "residual"))
+    given = [make(case[name]).contiguous().resolve_neg().clone() for name in ("mean", "variance")]
+    running = [one.double() for one in given]
+    stride, pool, training = case["stride"], case["pool"], case["training"]
+    a, w, s, b, r = (exact(one) for one in (x, weight, scale, shift, residual))
+    assert a is not None
+    assert w is not None
+    assert s is not None
+    assert b is not None
+    assert r is not None
+    B, _, H, W = a.shape
+    padded = a.new_zeros(B, a.shape[1], H + 2, W + 2)
+    padded[:, :, 1:-1, 1:-1] = a
+    taps = [(i, j) for i in range(3) for j in range(3)]
+    y = sum(torch.einsum("bchw,oc->bohw", padded[:, :, i : i + H, j : j + W], w[:, :, i, j]) for i, j in taps)
+    assert isinstance(y, Tensor)
+    y = y[:, :, ::stride, ::stride]
+    H, W = y.shape[2:]
+    many = B * H * W
+    mean, variance = running
+    if training and many:
+        mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+        if case["update"]:
+            unbiased = variance.detach() * many / (many - 1)
+            for one, new in zip(running, (mean.detach(), unbiased), strict=True):
+                one += case["momentum"] * (new - one)
+    deviation = (variance + case["eps"]).sqrt()[:, None, None]
+    z = s[:, None, None] * (y - mean[:, None, None]) / deviation + b[:, None, None]
+    z = z + r if case["added"] else z
+    # What differences of large numbers lose.
+    size = max(1.0, float((y.detach().abs() / deviation.detach()).max())) if y.numel() else 1.0
+    size *= 1 + float(scale.detach().abs().max())
+    near = float((z.detach().abs() < 2e-5 * size).sum()) if case["relu"] else 0
+    z = torch.where(z > 0, z, 0.0) if case["relu"] else z
+    if pool == 2:
+        windows = z[:, :, : H // 2 * 2, : W // 2 * 2].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        windows = windows.transpose(3, 4).flatten(4)
+        first, second = windows.detach().topk(2, -1).values.unbind(-1)
+        near += float(((first - second < 2e-5 * size) & (first > 0 if case["relu"] else first == first)).sum())
+        z = windows.amax(-1)
+    got = ops.conv_norm(
+        x, weight, scale, shift, *(given if case["statistics"] else (None, None)), momentum=case["momentum"],
+        eps=case["eps"], stride=stride, relu=case["relu"], pool=pool, residual=residual if case["added"] else None,
+        update=case["update"], training=training,
+    )  # fmt: skip
+    inputs = {"x": (x, a), "weight": (weight, w), "scale": (scale, s), "shift": (shift, b)}
+    if case["added"]:
+        inputs["residual"] = (residual, r)
+    if near:  # rounding decides which maximum counts, and whether one does
+        got, inputs = got.detach(), {}
+    compare(got, z, inputs, absolute=2e-5 * size, gradient=2e-5 * size**2)
+    if case["statistics"]:
+        for name, ours, theirs in zip(("mean", "variance"), given, running, strict=True):
+            assert_close(name, ours, theirs, absolute=1e-5 * size**2)
+
+
 OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "blend": (blend_case(), check_blend),
     "erase_boxes": (boxes_case(), check_erase_boxes),
@@ -1268,4 +1360,5 @@ OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "fuse_concat": (fuse_case(), check_fuse),
     "fuse_mean": (fuse_case(), check_fuse),
     "FusedBlocks": (blocks_case(), check_fused_blocks),
+    "conv_norm": (conv_case(), check_conv_norm),
 }

@@ -34,6 +34,7 @@ DIFFERENTIABLE = {
     "weighted_mean": ("vectors", "weights"),
     "fuse_concat": ("features", "scale", "shift"),
     "fuse_mean": ("features", "scale", "shift"),
+    "conv_norm": ("x", "weight", "scale", "shift", "residual"),
 }
 
 
@@ -286,10 +287,31 @@ def _fused(draw: Draw) -> Iterator[Case]:
         yield Case("fuse_concat", {"features": features, **more})
 
 
+def _convolved(draw: Draw) -> Iterator[Case]:
+    for shape, relu, pool, mode in itertools.product(
+        ((0, 3, 4, 5), (0, 3, 1, 2), (2, 0, 4, 5), (2, 3, 0, 5)), (None, False), (None, 2), (None, "batch", "running")
+    ):
+        dtype = draw.dtype()
+        arguments: dict[str, Any] = {"x": draw(*shape, dtype=dtype), "weight": draw(8, shape[1], 3, 3, dtype=dtype)}
+        arguments |= {name: draw(8, dtype=dtype) for name in ("scale", "shift", "mean", "variance")}
+        arguments |= {"variance": arguments["variance"].abs() + 0.1} if mode else {"mean": None, "variance": None}
+        if relu is not None:
+            arguments |= {"relu": relu, "residual": draw(shape[0], 8, *shape[2:], dtype=dtype)}
+        if pool is not None:
+            arguments["pool"] = pool
+        if relu is None and pool is None:
+            arguments["stride"] = 2
+        if mode == "batch":
+            arguments |= {"update": False, "momentum": 0.3, "eps": 1e-3}
+        if mode == "running":
+            arguments["training"] = False
+        yield Case("conv_norm", arguments)
+
+
 def cases() -> Iterator[Case]:
     """All of them, the same every time."""
     draw = Draw()
-    for part in (_blend, _boxes, _divergences, _stacks, _contrastive, _aggregates, _optimised, _fused):
+    for part in (_blend, _boxes, _divergences, _stacks, _contrastive, _aggregates, _optimised, _fused, _convolved):
         yield from part(draw)
 
 

@@ -42,6 +42,8 @@ class Operator:
         alike: whether what it writes to has the dtype of the others, and any strides.
         compiled: whether one core computes all of it.  Parts that torch's own operators compute have bits that depend
             on the number of threads, and would wait for lost threads in a forked child.
+        only_cpu: whether there are kernels for fp32 on a CPU with AVX2 alone, and no operator of torch.library: GPUs,
+            other ISA levels and compilers meet the reference.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Operator:
     changed: tuple[int, ...] = ()
     alike: bool = False
     compiled: bool = True
+    only_cpu: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float32, *, large: bool = False, seed: int = 0) -> list[Tensor]:
         """Seeded inputs."""
@@ -116,6 +119,8 @@ def _adamw_step(p: Tensor, g: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 _LOGITS, _MANY = (4, 7), (2048, 300)
 _VECTORS, _UPLOADS = (5, 33), (5, 400_000)
 _MAP, _MAPS = (2, 3, 4, 5), (16, 8, 64, 64)
+# Channels last: x and weight of a convolution to 8 channels.
+_CONV, _CONVS = ((2, 6, 5, 3), (8, 3, 3, 3)), ((32, 32, 32, 8), (16, 8, 3, 3))
 
 OPERATORS = [
     Operator("blend", lambda x, y: ops.blend(x, y, 0.3), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
@@ -282,6 +287,35 @@ OPERATORS = [
         (_MAP, _MAP, (6,), (6,)),
         (_MAPS, _MAPS, (16,), (16,)),
     ),
+    Operator(
+        "conv_norm",
+        lambda x, w, a, b: ops.conv_norm(x.movedim(-1, 1), w, a / 8, b / 8, None, None, pool=2),
+        (*_CONV, (8,), (8,)),
+        (*_CONVS, (16,), (16,)),
+        only_cpu=True,
+    ),
+    Operator(
+        "conv_norm residual",
+        lambda x, w, a, b, r: ops.conv_norm(
+            x.movedim(-1, 1),
+            w,
+            a,
+            b,
+            torch.zeros_like(a),
+            torch.full_like(b, 30.0),
+            residual=r.movedim(-1, 1),
+            training=False,
+        ),
+        (*_CONV, (8,), (8,), (2, 6, 5, 8)),
+        (*_CONVS, (16,), (16,), (32, 32, 32, 16)),
+        only_cpu=True,
+    ),
 ]
 
-each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=[o.name.replace(" ", "-") for o in OPERATORS])
+
+def _each(operators: Sequence[Operator]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("operator", operators, ids=[o.name.replace(" ", "-") for o in operators])
+
+
+each_operator = _each(OPERATORS)
+each_gpu_operator = _each([o for o in OPERATORS if not o.only_cpu])

@@ -292,6 +292,14 @@ PUBLIC = {
     ),
     "fuse_concat": _FUSE,
     "fuse_mean": _FUSE,
+    "conv_norm": Public(
+        {"x": logits(2, 3, 4, 5), "weight": logits(8, 3, 3, 3), "scale": torch.ones(8), "shift": torch.zeros(8),
+         "mean": torch.zeros(8), "variance": torch.ones(8), "momentum": 0.2, "eps": 1e-3, "stride": 1, "relu": True,
+         "pool": 1, "residual": logits(2, 8, 4, 5), "update": False, "training": True},
+        {"x": "tensor", "weight": "tensor", "scale": "tensor", "shift": "tensor", "mean": "optional tensor",
+         "variance": "optional tensor", "momentum": "number", "eps": "number", "stride": "count", "relu": "flag",
+         "pool": "count", "residual": "optional tensor", "update": "flag", "training": "flag"},
+    ),
 }  # fmt: skip
 
 # 10**400 iterations are more than any, and stop as others do.

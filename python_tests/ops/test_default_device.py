@@ -12,6 +12,7 @@ import torch
 {before}
 a, b, k = (torch.randn(s, device="cpu", requires_grad=True) for s in ((40, 30), (40, 30), (12, 40, 30)))
 flat, images = b.detach(), torch.rand(1, 2, 4, 4, device="cpu")
+convolved = torch.rand(2, 8, 8, 3, device="cpu").permute(0, 3, 1, 2)
 calls = {{
     "kl_div": lambda: ops.kl_div(a, b),
     "kl_div, rows": lambda: ops.kl_div(a, b, reduction="none"),
@@ -26,6 +27,7 @@ calls = {{
     "blend": lambda: ops.blend(a, b),
     "boxes": lambda: ops.erase_boxes(images, torch.zeros(1, 1, 4, device="cpu")),
     "fuse_mean": lambda: ops.fuse_mean([a, b]),
+    "conv_norm": lambda: ops.conv_norm(convolved, a[:9].view(10, 3, 3, 3)[:8], a[0, :8], b[0, :8], None, None),
     "weighted_mean": lambda: ops.weighted_mean(flat, [1.0] * 40),
     "median": lambda: ops.median(flat),
     "krum": lambda: ops.krum(flat, 2),

@@ -47,6 +47,8 @@ def far_apart(x: Tensor, memory: Tensor, place: int) -> Tensor:
 @each_operator
 def test_inputs_far_apart(operator: Operator, memory: Tensor) -> None:
     """Also through the backward pass."""
+    if operator.only_cpu:
+        pytest.skip("its kernel takes dense maps of fp32 alone")
     near = operator.inputs(HALF)
     far = [far_apart(x, memory, 4096 * i) for i, x in enumerate(near)]
     assert any(x.dim() and x.stride(0) * (x.shape[0] - 1) > 2**31 for x in far)

@@ -324,7 +324,8 @@ def test_compiled_without_graph_break_or_recompilation(operator: Operator) -> No
     compiled = torch.compile(operator.call, fullgraph=True, dynamic=True, backend="eager")
     # Sizes that happen to be equal at first are not the same.
     distinct = torch.fx.experimental._config.patch(use_duck_shape=False)
-    with torch._dynamo.config.patch(error_on_recompile=True), distinct:
+    # torch's own convolution, which serves conv_norm here, may compile anew for another batch size.
+    with torch._dynamo.config.patch(error_on_recompile=not operator.only_cpu), distinct:
         few, many = operator.inputs(), operator.inputs(large=True, seed=1)
         if [x.dim() for x in few] != [x.dim() for x in many]:
             # The index is of a batch of its own.
@@ -332,7 +333,9 @@ def test_compiled_without_graph_break_or_recompilation(operator: Operator) -> No
             many = [torch.cat([x, x], axis) for x in few]
         for inputs in (few, many):
             got = compiled(*operator.fresh(inputs))
-            close(got if isinstance(got, tuple) else (got,), operator.results(*inputs))
+            with ops.use_backend("reference" if operator.only_cpu else None):
+                expected = operator.results(*inputs)
+            close(got if isinstance(got, tuple) else (got,), expected)
 
 
 @contextlib.contextmanager
@@ -354,6 +357,8 @@ def test_opcheck_of_every_library_operator(name: str) -> None:
 def check_library(name: str) -> None:
     checked = set()
     for operator in OPERATORS:
+        if operator.only_cpu:  # has none
+            continue
         dtype = torch.float32 if name == "cuda" else torch.float64  # its weighted sorts know no fp64
         inputs = [x.requires_grad_(operator.gradient) for x in operator.inputs(dtype)]
         with Calls() as calls:

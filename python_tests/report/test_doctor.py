@@ -36,6 +36,13 @@ def test_it_names_versions_processor_threads_and_operators():
     assert all(row["serves"] for row in report["operators"] if row["backend"] == "reference")
 
 
+def test_an_operator_without_kernels_for_gpus():
+    rows = {row["backend"]: row for row in doctor.collect()["operators"] if row["operator"] == "conv_norm"}
+    for name in ("triton", "cuda"):
+        assert not rows[name]["serves"]
+        assert f"{name} does not serve conv_norm: not implemented" in shown()
+
+
 def test_a_missing_core_is_explained(monkeypatch):
     def missing(name: str):
         raise loading.Unavailable(f"fedkern.{name} was not built (No module named 'fedkern.{name}')")

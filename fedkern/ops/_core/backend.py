@@ -104,8 +104,8 @@ def serve(
     operator: str,
     *,
     cpu: Callable[[Any], Any],
-    cuda: Callable[[Any], Any],
-    triton: str,
+    cuda: Callable[[Any], Any] | None = None,
+    triton: str = "",
     dtypes: frozenset[torch.dtype] = FLOATS,
     fits: str = "",
 ) -> None:
@@ -114,9 +114,9 @@ def serve(
     Args:
         operator: name of the operator.
         cpu: launcher of the CPU kernels; called with ``fedkern._cpu`` when a call first needs it.
-        cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``.
+        cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``. None: there are none.
         triton: module of ``fedkern.ops`` and class of the Triton launcher, for example ``"_fuse.triton:TritonFuse"``.
-            Triton is imported when a call first needs it.
+            Triton is imported when a call first needs it. "": there is none.
         dtypes: dtypes that the implementations take.
         fits: function of ``fedkern._cpu`` that tells ordinary calls from others, for :func:`ready`; "" where none does.
     """
@@ -125,8 +125,10 @@ def serve(
     module, _, name = triton.partition(":")
     on_cpu, on_cuda = frozenset({"cpu"}), frozenset({"cuda"})
     register(operator, "cpu", Kernel(lambda: cpu(cpu_core()), dtypes, on_cpu))
-    register(operator, "cuda", Kernel(lambda: cuda(cuda_core()), dtypes, on_cuda))
-    register(operator, "triton", Kernel(lambda: getattr(load_triton(module), name)(), dtypes, on_cuda))
+    if cuda is not None:
+        register(operator, "cuda", Kernel(lambda: cuda(cuda_core()), dtypes, on_cuda))
+    if triton:
+        register(operator, "triton", Kernel(lambda: getattr(load_triton(module), name)(), dtypes, on_cuda))
 
 
 def _forget() -> None:
@@ -176,7 +178,7 @@ def active_isa() -> str:
 
 
 # A function of each core that earlier ones lack.
-_NEWEST = {"_cpu": "tensors_fit", "_cuda": "take_tensors"}
+_NEWEST = {"_cpu": "conv_fits", "_cuda": "take_tensors"}
 
 
 def _show_tensors(core: Any, name: str) -> None:
@@ -410,6 +412,18 @@ def ready(operator: str, *given: Any) -> Any | None:
         return None
     known = _ordinary.get(operator)
     return None if known is None else known[1][known[0](*given)]
+
+
+def settle(operator: str, device: str) -> bool:
+    """Makes the choice that :func:`ready` looks up, where none was made yet; returns whether it did.
+
+    Raises:
+        RuntimeError: a backend was forced and cannot serve tensors on ``device``.
+    """
+    if (operator, device) in _chosen:
+        return False
+    _choose(operator, device)
+    return True
 
 
 def select(operator: str, *tensors: Tensor) -> Any | None:

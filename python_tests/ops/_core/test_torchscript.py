@@ -84,7 +84,7 @@ def test_export_records_the_operator(operator: Operator, strict: bool) -> None:
     torch._dynamo.reset()
     program = torch.export.export(Calling(operator), tuple(operator.inputs()), strict=strict)
     nodes = [node for node in program.graph.nodes if "fedkern" in str(node.target)]
-    assert nodes, program.graph
+    assert bool(nodes) != operator.only_cpu, program.graph
     for seed in (0, 1):
         inputs = operator.inputs(seed=seed)
         expected = operator.results(*inputs)

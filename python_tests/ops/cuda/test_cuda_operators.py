@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import Operator, each_operator
+from every_operator import Operator, each_gpu_operator
 from operator_runs import check_another_device, check_graph, check_nothing_waits, compare, gradients, run
 
 from fedkern import ops
 
 
-@each_operator
+@each_gpu_operator
 def test_each_operator_gives_the_reference_result(device: torch.device, operator: Operator) -> None:
     compare(operator, device)
 
 
-@each_operator
+@each_gpu_operator
 def test_same_bits_again(device: torch.device, operator: Operator) -> None:
     inputs = [x.to(device) for x in operator.inputs(large=device.type == "cuda")]
     for gradient in gradients(operator):
@@ -29,19 +29,19 @@ def test_same_bits_again(device: torch.device, operator: Operator) -> None:
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
     check_graph(operator, gpu, (1, 2))
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
     check_nothing_waits(operator, gpu)
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operator) -> None:
     """The inputs arrive late on that stream: who works on another one meets zeros."""
     late = [x.to(gpu) for x in operator.inputs(large=True)]
@@ -60,7 +60,7 @@ def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operat
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
     check_another_device(operator, gpu)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_operator import Operator, each_operator
+from every_operator import Operator, each_gpu_operator
 from operator_cases import BACKENDS, using
 from operator_runs import check_another_device, check_graph, check_nothing_waits, compare, gradients, run
 
@@ -31,7 +31,7 @@ def gpu() -> Iterator[torch.device]:
 
 @pytest.mark.sampled(11)
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
-@each_operator
+@each_gpu_operator
 def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
     with using("triton"):
         compare(operator, torch.device("cpu"))
@@ -62,7 +62,7 @@ def test_compiled_graphs_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, operator: Operator) -> None:
     compare(operator, gpu)
     inputs = [x.to(gpu) for x in operator.inputs(large=True)]
@@ -72,19 +72,19 @@ def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, op
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
     check_graph(operator, gpu, (1,))
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
     check_nothing_waits(operator, gpu)
 
 
 @pytest.mark.gpu
-@each_operator
+@each_gpu_operator
 def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
     check_another_device(operator, gpu)
 

@@ -1,0 +1,82 @@
+// fedkern._cpu.conv_*: a convolution with batch norm, forward and backward.
+#include "conv_call.h"
+
+namespace fedkern {
+namespace {
+
+float* conv_vector(py::handle given, std::int64_t size) {
+  if (given.is_none()) return nullptr;
+  const TensorView seen = checked_view(given.ptr());
+  require(is_vector(seen, size), "conv's vectors are float32 and contiguous, one number for each channel");
+  return static_cast<float*>(seen.data);
+}
+
+// Memory of so many floats, in any dense shape.
+float* conv_memory(py::handle given, std::int64_t size) {
+  if (given.is_none()) return nullptr;
+  const TensorView seen = checked_view(given.ptr());
+  std::int64_t all = 1;
+  for (int d = 0; d < seen.dims; ++d) all *= seen.shape[d];
+  require(is_f32(seen) && (seen.contiguous() || seen.channels_last()) && all == size, "what conv keeps has another size than its call");
+  return static_cast<float*>(seen.data);
+}
+
+float* conv_map(py::handle given, const ConvShape& s, std::int64_t channels, bool pool) {
+  if (given.is_none()) return nullptr;
+  const TensorView seen = checked_view(given.ptr());
+  require(is_map(seen, s, channels, pool) && seen.channels_last(), "conv's maps are float32 and channels-last, of its call's shape");
+  return static_cast<float*>(seen.data);
+}
+
+ConvNorm conv_call_of(py::handle x, py::handle weight, double eps, int stride, bool relu, int pool, bool training, int threads) {
+  const TensorView from = checked_view(x.ptr()), taps = checked_view(weight.ptr());
+  const ConvShape s = conv_shape(from, taps, stride);
+  const auto fits = conv_kernels().fits;
+  require(s.batch && (pool == 1 || pool == 2) && fits && fits(s), "conv's kernel does not take a call of this shape");
+  const bool last = taps.channels_last();
+  return {s, conv_map(x, s, s.in, false), static_cast<const float*>(taps.data), 9 * s.in, last ? 1 : 9, last ? s.in : 1, eps, relu, pool == 2, training, threads};
+}
+
+void conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle out,
+             py::handle y, py::handle raw, py::handle saved, double momentum, double eps, int stride, bool relu, int pool, bool update, bool training, int threads) {
+  ConvForward a{};
+  a.call = conv_call_of(x, weight, eps, stride, relu, pool, training, threads);
+  const ConvShape &s = a.call.shape, r = s.result();
+  a.scale = conv_vector(scale, s.out), a.shift = conv_vector(shift, s.out), a.mean = conv_vector(mean, s.out), a.variance = conv_vector(variance, s.out);
+  a.residual = conv_map(residual, r, s.out, false), a.out = conv_map(out, r, s.out, a.call.pool);
+  a.y = conv_memory(y, r.positions() * s.out), a.raw = conv_map(raw, r, s.out, true), a.saved = conv_memory(saved, 4 * s.out);
+  a.momentum = momentum, a.update = update && training;
+  require(a.scale && a.shift && a.out && a.saved, "conv needs scale, shift, and where its results go");
+  require((a.mean && a.variance) || (training && !update), "conv's running statistics are missing");
+  require(!a.call.pool || (!a.residual && !a.raw == !a.y), "conv pools no residual, and keeps what it pools with its convolution");
+  require(!training || r.positions() > 1, "conv's statistics need more than one value for each channel");
+  py::gil_scoped_release release;
+  conv_kernels().forward(a);
+}
+
+void conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle y, py::handle raw, py::handle saved, py::handle out, py::handle to_x,
+              py::handle to_weight, py::handle to_scale, py::handle to_shift, py::handle to_residual, int stride, bool relu, int pool, bool training, int threads) {
+  ConvBackward a{};
+  a.call = conv_call_of(x, weight, 0, stride, relu, pool, training, threads);
+  const ConvShape &s = a.call.shape, r = s.result();
+  a.grad = conv_map(grad, r, s.out, a.call.pool), a.y = conv_memory(y, r.positions() * s.out), a.raw = conv_map(raw, r, s.out, true);
+  a.saved = conv_memory(saved, 4 * s.out), a.out = conv_map(out, r, s.out, false), a.to_x = conv_map(to_x, s, s.in, false);
+  a.to_scale = conv_vector(to_scale, s.out), a.to_shift = conv_vector(to_shift, s.out), a.to_residual = conv_map(to_residual, r, s.out, false);
+  if (!to_weight.is_none()) {
+    const TensorView taps = checked_view(weight.ptr()), seen = checked_view(to_weight.ptr());
+    require(is_f32(seen) && seen.same_shape(taps) && (taps.channels_last() ? seen.channels_last() : seen.contiguous()), "the weight's gradient has another layout");
+    a.to_weight = static_cast<float*>(seen.data);
+  }
+  require(a.grad && a.y && a.saved && (!a.call.pool || (a.raw && !a.out && !a.to_residual)), "conv's backward pass lacks what its forward pass kept");
+  py::gil_scoped_release release;
+  conv_kernels().backward(a);
+}
+
+}  // namespace
+
+void bind_conv(py::module_& module) {
+  module.def("conv_forward", conv_forward);
+  module.def("conv_backward", conv_backward);
+}
+
+}  // namespace fedkern

@@ -1,0 +1,390 @@
+#include "fedkern/conv.h"
+
+#if !defined(FEDKERN_ISA_portable)
+
+#include <cmath>
+#include <optional>
+
+#include "conv_direct.h"
+#include "conv_norm.h"
+#include "conv_winograd.h"
+#include "fedkern/parallel.h"
+#include "scratch.h"
+
+#endif
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+#if !defined(FEDKERN_ISA_portable)
+
+// For convolutions whose results nobody looks at while they are in cache.
+constexpr auto nothing = [](auto...) {};
+
+// A batch's convolution with weights as pack() or pack_back() left them, one group of samples after another.
+class Convolution {
+ public:
+  Convolution(const ConvPlan& plan, std::int64_t in, std::int64_t out, const float* packed)
+      : plan_(plan), in_(in), out_(out), packed_(packed), transformed_(plan.winograd ? kPlanes * in * out : 0) {
+    if (plan.winograd) transform_weights(packed, in, out, transformed_.get());
+  }
+
+  // Floats that each thread works in: transformed tiles, and their products.
+  static std::int64_t tiles(const ConvPlan& plan, std::int64_t channels) { return plan.winograd ? kPlanes * plane_of(plan.tiles, channels) : 0; }
+  static std::int64_t products(const ConvPlan& plan, std::int64_t out) { return tiles(plan, block_of(out)); }
+
+  // Of a map with its border.
+  template <typename Done>
+  FEDKERN_INLINE void direct(const float* map, float* y, Done&& done) const {
+    const ConvShape &s = plan_.shape, &r = plan_.result;
+    const DirectConv conv(in_, out_, r.width, s.stride * in_);
+    conv.run(map, plan_.in_row, {s.stride * plan_.in_row, s.stride * in_, r.width * out_, out_}, r.height, r.width, packed_, y, done);
+  }
+  // Of a gradient with its border, back to x.
+  FEDKERN_INLINE void direct_back(const float* map, float* x) const {
+    const ConvShape& s = plan_.shape;
+    const std::int64_t row = plan_.out_row;
+    if (s.stride == 1) {
+      DirectConv(in_, out_, s.width, in_).run(map, row, {row, in_, s.width * out_, out_}, s.height, s.width, packed_, x, nothing);
+      return;
+    }
+    const float* weight = packed_;
+    for (const int down : {0, 1})
+      for (const int across : {0, 1}) {
+        const DirectConv conv(in_, out_, (s.width + 1 - across) / 2, in_, 1 + down, 1 + across);
+        conv.run(map + row + in_, row, {row, in_, 2 * s.width * out_, 2 * out_}, (s.height + 1 - down) / 2, (s.width + 1 - across) / 2, weight,
+                 x + (down * s.width + across) * out_, nothing);
+        weight += conv.weights();
+      }
+  }
+  template <typename Done>
+  FEDKERN_INLINE void winograd(const float* tiles, std::int64_t samples, const Band& band, float* products, float* y, Done&& done) const {
+    multiply(tiles, samples, band, plan_.shape.height * plan_.shape.width * out_, in_, out_, transformed_.get(), products, y, done);
+  }
+
+ private:
+  const ConvPlan& plan_;
+  std::int64_t in_, out_;
+  const float* packed_;
+  Scratch<float> transformed_;
+};
+
+// Work of a pass, as parallel_for wants it.
+double seconds(const ConvPlan& p, int products) { return 2e-11 * products * 9 * static_cast<double>(p.result.positions() * p.shape.in * p.shape.out); }
+
+// --- forward
+
+class Forward {
+ public:
+  explicit Forward(const ConvForward& a)
+      : a_(a), plan_(a.call.shape), s_(plan_.shape), r_(plan_.result), workers_(parallel_workers(plan_.pieces, 1, a.call.threads)),
+        kept_(a.y || a.call.training), packed_(plan_.weights()), whole_(a.y || !kept_ ? 0 : r_.positions() * s_.out),
+        border_(plan_.group * plan_.in_map, workers_), tiles_(Convolution::tiles(plan_, s_.in), workers_), products_(Convolution::products(plan_, s_.out), workers_),
+        map_(kept_ ? 0 : plan_.group * plan_.out_floats(), workers_), totals_(2 * s_.out * plan_.pieces), shift_(s_.out) {
+    pack(a.call, packed_.get());
+    for (int w = 0; w < workers_; ++w) std::fill_n(border_.get(w), plan_.group * plan_.in_map, 0.0f);
+  }
+
+  void run() {
+    const Convolution convolution(plan_, s_.in, s_.out, packed_.get());
+    const std::int64_t first = std::min(plan_.group, plan_.piece);
+    std::fill_n(totals_.get(), 2 * s_.out * plan_.pieces, 0.0);
+    if (a_.call.training) {
+      begin(convolution, first);
+    } else {
+      for (std::int64_t c = 0; c < s_.out; ++c) save(c, static_cast<double>(a_.mean[c]), static_cast<double>(a_.variance[c]));
+    }
+    auto work = [&](std::int64_t piece, std::int64_t end, int worker) {
+      for (; piece < end; ++piece) {
+        const std::int64_t last = std::min((piece + 1) * plan_.piece, s_.batch);
+        for (std::int64_t n = piece * plan_.piece + (a_.call.training && !piece ? first : 0); n < last; n += plan_.group)
+          group(convolution, n, std::min(plan_.group, last - n), worker, totals_.get() + 2 * s_.out * piece);
+      }
+    };
+    parallel_for(plan_.pieces, 1, a_.call.threads, seconds(plan_, 1), work);
+    if (a_.call.training) finish_statistics();
+    if (!kept_) return;
+    auto rest = [&](std::int64_t begin, std::int64_t end) { finish(y() + begin * plan_.out_floats(), begin, end - begin); };
+    parallel_for(s_.batch, plan_.piece, a_.call.threads, 1e-10 * static_cast<double>(r_.positions() * s_.out), rest);
+  }
+
+ private:
+  float* y() const { return a_.y ? a_.y : whole_.get(); }
+
+  template <typename Done>
+  FEDKERN_INLINE void convolve(const Convolution& convolution, std::int64_t n, std::int64_t samples, int worker, float* to, Done&& done) {
+    const std::int64_t size = plan_.in_floats();
+    for (std::int64_t i = 0; i < samples; ++i) {
+      float* const map = border_.get(worker) + i * plan_.in_map;
+      lay_out(a_.call.x + (n + i) * size, s_, plan_.in_row, map);
+      if (!plan_.winograd) convolution.direct(map, to + i * plan_.out_floats(), done);
+    }
+    if (!plan_.winograd) return;
+    float* const tiles = tiles_.get(worker);
+    plan_.bands([&](const Band& band) {
+      const std::int64_t count = band.tiles();
+      for (std::int64_t i = 0; i < samples; ++i)
+        transform_map(border_.get(worker) + i * plan_.in_map, plan_.in_row, band, s_.in, tiles + i * count * s_.in, plane_of(samples * count, s_.in));
+      convolution.winograd(tiles, samples, band, products_.get(worker), to, [&](const float* at, std::int64_t c) { done(at, band.positions(), c); });
+    });
+  }
+
+  // The first samples: their means are what all sums are taken from, or a mean far from zero would cancel all digits.
+  void begin(const Convolution& convolution, std::int64_t samples) {
+    convolve(convolution, 0, samples, 0, y(), nothing);
+    const std::int64_t positions = samples * r_.height * r_.width, C = s_.out;
+    std::fill_n(shift_.get(), C, 0.0f);
+    double* const total = totals_.get();
+    for (const bool again : {false, true}) {
+      std::fill_n(total, 2 * C, 0.0);
+      for (std::int64_t i = 0; i < positions; i += stretch(C))
+        by_lanes(C, [&](auto v) {
+          add_statistics<decltype(v)>(y() + i * C, std::min(stretch(C), positions - i), C, C, shift_.get(), total, total + C);
+        });
+      if (!again)
+        for (std::int64_t c = 0; c < C; ++c) shift_.get()[c] = static_cast<float>(total[c] / static_cast<double>(positions));
+    }
+  }
+
+  void group(const Convolution& convolution, std::int64_t n, std::int64_t samples, int worker, double* total) {
+    if (!kept_) {
+      convolve(convolution, n, samples, worker, map_.get(worker), nothing);
+      finish(map_.get(worker), n, samples);
+      return;
+    }
+    float* const to = y() + n * plan_.out_floats();
+    if (!a_.call.training) {
+      convolve(convolution, n, samples, worker, to, nothing);
+      return;
+    }
+    const std::int64_t block = block_of(s_.out);
+    convolve(convolution, n, samples, worker, to, [&](const float* at, std::int64_t positions, std::int64_t c) {
+      by_lanes(s_.out, [&](auto v) { add_statistics<decltype(v)>(at, positions, s_.out, block, shift_.get() + c, total + c, total + s_.out + c); });
+    });
+  }
+
+  void save(std::int64_t c, double mean, double variance) {
+    const double inverse = 1 / std::sqrt(variance + a_.call.eps), scale = static_cast<double>(a_.scale[c]) * inverse;
+    a_.saved[c] = static_cast<float>(mean);
+    a_.saved[s_.out + c] = static_cast<float>(inverse);
+    a_.saved[2 * s_.out + c] = static_cast<float>(scale);
+    a_.saved[3 * s_.out + c] = static_cast<float>(static_cast<double>(a_.shift[c]) - mean * scale);
+  }
+
+  void finish_statistics() {
+    const double count = static_cast<double>(r_.positions()), m = a_.momentum;
+    for (std::int64_t c = 0; c < s_.out; ++c) {
+      double sum = 0, squares = 0;
+      for (std::int64_t piece = 0; piece < plan_.pieces; ++piece) {
+        sum += totals_.get()[2 * s_.out * piece + c];
+        squares += totals_.get()[2 * s_.out * piece + s_.out + c];
+      }
+      const double off = sum / count, mean = static_cast<double>(shift_.get()[c]) + off;
+      const double spread = squares / count - off * off, variance = spread < 0 ? 0 : spread;  // NaN stays
+      save(c, mean, variance);
+      if (!a_.update) continue;
+      a_.mean[c] = static_cast<float>((1 - m) * static_cast<double>(a_.mean[c]) + m * mean);
+      a_.variance[c] = static_cast<float>((1 - m) * static_cast<double>(a_.variance[c]) + m * variance * (count / (count - 1)));
+    }
+  }
+
+  // Samples [n, n + samples), whose convolution is at `from`.
+  void finish(const float* from, std::int64_t n, std::int64_t samples) {
+    const float *a = a_.saved + 2 * s_.out, *b = a_.saved + 3 * s_.out;
+    by_lanes(s_.out, [&](auto v) {
+      using V = decltype(v);
+      if (a_.call.pool) {
+        const std::int64_t pooled = r_.height / 2 * (r_.width / 2) * s_.out;
+        const auto pass = a_.call.relu ? normalise_and_pool<true, V> : normalise_and_pool<false, V>;
+        for (std::int64_t i = 0; i < samples; ++i)
+          pass(from + i * plan_.out_floats(), r_, a, b, a_.raw ? a_.raw + (n + i) * pooled : nullptr, a_.out + (n + i) * pooled);
+      } else {
+        const std::int64_t at = n * plan_.out_floats();
+        const auto pass = a_.call.relu ? normalise<true, V> : normalise<false, V>;
+        pass(from, a_.residual ? a_.residual + at : nullptr, samples * r_.height * r_.width, s_.out, a, b, a_.out + at);
+      }
+    });
+  }
+
+  const ConvForward& a_;
+  const ConvPlan plan_;
+  const ConvShape &s_, &r_;
+  const int workers_;
+  const bool kept_;  // the whole convolution is there before it is normalised
+  const Scratch<float> packed_, whole_, border_, tiles_, products_, map_;
+  const Scratch<double> totals_;
+  const Scratch<float> shift_;
+};
+
+// --- backward
+
+class Backward {
+ public:
+  explicit Backward(const ConvBackward& a)
+      : a_(a), plan_(a.call.shape), s_(plan_.shape), r_(plan_.result), workers_(parallel_workers(plan_.pieces, 1, a.call.threads)), back_(rounded_up(s_.in)),
+        weight_size_(plan_.winograd ? kPlanes * s_.in * s_.out : plan_.weights()), packed_(a.to_x ? 9 * back_ * s_.out : 0),
+        in_border_(plan_.group * plan_.in_map, workers_), out_border_(plan_.group * plan_.out_map, workers_),
+        tiles_(Convolution::tiles(plan_, std::max(s_.in, s_.out)), workers_), gradient_tiles_(Convolution::tiles(plan_, s_.out), workers_),
+        products_(Convolution::products(plan_, s_.in), workers_), few_(back_ == s_.in ? 0 : s_.height * s_.width * back_, workers_),
+        weights_(a.to_weight ? weight_size_ * plan_.pieces : 0), coefficients_(2 * s_.out), totals_(2 * s_.out * plan_.pieces) {
+    if (a.to_x) pack_back(a.call, packed_.get());
+    for (int w = 0; w < workers_; ++w) {
+      std::fill_n(in_border_.get(w), plan_.group * plan_.in_map, 0.0f);
+      std::fill_n(out_border_.get(w), plan_.group * plan_.out_map, 0.0f);
+    }
+  }
+
+  void run() {
+    reduce_all();
+    if (a_.to_x || a_.to_weight || a_.to_residual) convolve();
+    if (a_.to_weight) finish_weights();
+  }
+
+ private:
+  // Both sums of the batch norm's gradient; what they make of y in it.
+  void reduce_all() {
+    const std::int64_t C = s_.out, positions = a_.call.pool ? r_.height / 2 * (r_.width / 2) : r_.height * r_.width;
+    const float* const y = a_.call.pool ? a_.raw : a_.y;
+    const Coefficients k = coefficients();
+    auto work = [&](std::int64_t begin, std::int64_t end) {
+      double* const total = totals_.get() + 2 * C * (begin / plan_.piece);
+      std::fill_n(total, 2 * C, 0.0);
+      const std::int64_t at = begin * positions * C;
+      by_lanes(C, [&](auto v) {
+        const auto pass = a_.call.relu ? reduce<true, decltype(v)> : reduce<false, decltype(v)>;
+        pass(a_.grad + at, y + at, a_.out ? a_.out + at : nullptr, (end - begin) * positions, C, k, total, total + C);
+      });
+    };
+    parallel_for(s_.batch, plan_.piece, a_.call.threads, 1e-10 * static_cast<double>(s_.batch * positions * C), work);
+    const double count = static_cast<double>(r_.positions());
+    for (std::int64_t c = 0; c < C; ++c) {
+      double sum = 0, products = 0;
+      for (std::int64_t piece = 0; piece < plan_.pieces; ++piece) {
+        sum += totals_.get()[2 * C * piece + c];
+        products += totals_.get()[2 * C * piece + C + c];
+      }
+      const double mean = static_cast<double>(a_.saved[c]), inverse = static_cast<double>(a_.saved[C + c]), scale = static_cast<double>(a_.saved[2 * C + c]);
+      if (a_.to_shift) a_.to_shift[c] = static_cast<float>(sum);
+      if (a_.to_scale) a_.to_scale[c] = static_cast<float>(products * inverse);
+      const double slope = a_.call.training ? -scale * products * inverse * inverse / count : 0;
+      coefficients_.get()[c] = static_cast<float>(slope);
+      coefficients_.get()[C + c] = static_cast<float>(a_.call.training ? -scale * sum / count - slope * mean : 0);
+    }
+  }
+
+  Coefficients coefficients() const {
+    const std::int64_t C = s_.out;
+    return {a_.saved, a_.saved + 2 * C, a_.saved + 3 * C, coefficients_.get(), coefficients_.get() + C};
+  }
+
+  void convolve() {
+    std::optional<Convolution> back;
+    if (a_.to_x) back.emplace(plan_, s_.out, back_, packed_.get());
+    auto work = [&](std::int64_t piece, std::int64_t end, int worker) {
+      for (; piece < end; ++piece) {
+        const std::int64_t begin = piece * plan_.piece, last = std::min(begin + plan_.piece, s_.batch);
+        float* const weights = weights_.get() + weight_size_ * piece;
+        for (std::int64_t n = begin; n < last; n += plan_.group) group(back, n, std::min(plan_.group, last - n), worker, weights, n == begin);
+      }
+    };
+    parallel_for(plan_.pieces, 1, a_.call.threads, seconds(plan_, 2), work);
+  }
+
+  void group(const std::optional<Convolution>& back, std::int64_t n, std::int64_t samples, int worker, float* weights, bool first) {
+    float *const maps = in_border_.get(worker), *const gradients = out_border_.get(worker);
+    for (std::int64_t i = 0; i < samples; ++i) {
+      spread_sample(n + i, gradients + i * plan_.out_map);
+      if (a_.to_weight) lay_out(a_.call.x + (n + i) * plan_.in_floats(), s_, plan_.in_row, maps + i * plan_.in_map);
+    }
+    float* const to_x = a_.to_x ? a_.to_x + n * plan_.in_floats() : nullptr;
+    if (plan_.winograd)
+      plan_.bands([&](const Band& band) {
+        this->band(back, band, samples, worker, to_x, weights, first);
+        first = false;
+      });
+    else
+      sample(back, worker, to_x, weights, first);
+  }
+
+  void sample(const std::optional<Convolution>& back, int worker, float* to_x, float* weights, bool first) {
+    const float* const gradient = out_border_.get(worker);
+    if (a_.to_weight) add_taps(in_border_.get(worker), plan_.in_row, gradient + plan_.out_row + s_.out, plan_.out_row, s_, weights, first);
+    if (!to_x) return;
+    float* const eight = few_.get(worker);
+    back->direct_back(gradient, back_ == s_.in ? to_x : eight);
+    if (back_ != s_.in)
+      for (std::int64_t p = 0; p < s_.height * s_.width; ++p) std::copy_n(eight + p * back_, s_.in, to_x + p * s_.in);
+  }
+
+  void band(const std::optional<Convolution>& back, const Band& band, std::int64_t samples, int worker, float* to_x, float* weights, bool first) {
+    float *const tiles = tiles_.get(worker), *const gradient_tiles = gradient_tiles_.get(worker);
+    const std::int64_t each = band.tiles(), count = samples * each;
+    if (a_.to_weight) {
+      for (std::int64_t i = 0; i < samples; ++i) {
+        transform_map(in_border_.get(worker) + i * plan_.in_map, plan_.in_row, band, s_.in, tiles + i * each * s_.in, plane_of(count, s_.in));
+        transform_gradient(out_border_.get(worker) + i * plan_.out_map, plan_.out_row, band, s_.out, gradient_tiles + i * each * s_.out, plane_of(count, s_.out));
+      }
+      add_outer(tiles, gradient_tiles, count, s_, weights, first);
+    }
+    if (!to_x) return;
+    for (std::int64_t i = 0; i < samples; ++i)
+      transform_map(out_border_.get(worker) + i * plan_.out_map, plan_.out_row, band, s_.out, tiles + i * each * s_.out, plane_of(count, s_.out));
+    back->winograd(tiles, samples, band, products_.get(worker), to_x, nothing);
+  }
+
+  void spread_sample(std::int64_t n, float* d) {
+    const std::int64_t at = n * plan_.out_floats(), pooled = r_.height / 2 * (r_.width / 2) * s_.out;
+    const Coefficients k = coefficients();
+    by_lanes(s_.out, [&](auto v) {
+      using V = decltype(v);
+      if (a_.call.pool)
+        (a_.call.relu ? spread_pooled<true, V> : spread_pooled<false, V>)(a_.grad + n * pooled, a_.y + at, a_.raw + n * pooled, r_, k, d, plan_.out_row);
+      else
+        (a_.call.relu ? spread<true, V> : spread<false, V>)(a_.grad + at, a_.y + at, a_.out ? a_.out + at : nullptr, r_, k, d, plan_.out_row,
+                                                           a_.to_residual ? a_.to_residual + at : nullptr);
+    });
+  }
+
+  // Adds the pieces in order, and lays the result out as the weights are.
+  void finish_weights() {
+    float* const sum = weights_.get();
+    for (std::int64_t piece = 1; piece < plan_.pieces; ++piece) {
+      const float* const more = sum + weight_size_ * piece;
+      for (std::int64_t i = 0; i < weight_size_; ++i) sum[i] += more[i];
+    }
+    if (plan_.winograd) transform_weights_back(sum, s_.in * s_.out);
+    unpack(sum, a_.call, a_.to_weight);
+  }
+
+  const ConvBackward& a_;
+  const ConvPlan plan_;
+  const ConvShape &s_, &r_;
+  const int workers_;
+  const std::int64_t back_, weight_size_;
+  const Scratch<float> packed_, in_border_, out_border_, tiles_, gradient_tiles_, products_, few_, weights_, coefficients_;
+  const Scratch<double> totals_;
+};
+
+void forward(const ConvForward& a) { Forward(a).run(); }
+void backward(const ConvBackward& a) { Backward(a).run(); }
+
+// Where PyTorch's own operators (oneDNN) are faster, or not slower: many channels that few tiles share, since transformed weights
+// leave the caches then, and channels that neither tiles of Winograd nor constants of the direct kernels fit.
+bool fits(const ConvShape& s) {
+  if (s.stride == 2) return s.in % 16 == 0 && s.out % 16 == 0 && s.in <= 32 && s.out <= 64 && s.width / 2 >= kLeastWidth;
+  if (s.in % 16 == 0 && s.out % 16 == 0) return 512 * s.batch * Band{0, s.height, s.width}.tiles() >= s.in * s.out;
+  if (s.out % 8 || s.width < kLeastWidth || s.height < 2) return false;
+  return s.in == 1 || s.in == 3 || ((s.in == 8 || s.in == 16) && s.out <= 32);
+}
+
+#endif
+
+}  // namespace
+
+#if defined(FEDKERN_ISA_portable)
+const ConvTable conv_table = {nullptr, nullptr, nullptr};
+#else
+const ConvTable conv_table = {fits, forward, backward};
+#endif
+
+}  // namespace fedkern::FEDKERN_ISA

@@ -1,0 +1,63 @@
+// conv: 3x3 convolution (stride 1 or 2, padding 1, no bias), batch norm, residual, ReLU and 2x2 max pooling.
+//
+// Maps are dense and channels-last, fp32. Samples are worked on in groups of fixed sizes, whose sums are added in order:
+// results do not depend on the number of threads. There is no portable level: where it is active, nothing fits.
+#pragma once
+
+#include "fedkern/isa.h"
+#include "fedkern/types.h"
+
+namespace fedkern {
+
+struct ConvShape {
+  std::int64_t batch, height, width, in, out;  // of x; in, out: channels
+  std::int64_t stride = 1;
+  // What the convolution gives, as a map of its own.
+  ConvShape result() const { return {batch, (height + stride - 1) / stride, (width + stride - 1) / stride, out, out}; }
+  std::int64_t positions() const { return batch * height * width; }
+};
+
+struct ConvNorm {
+  ConvShape shape;
+  const float* x;                                   // [batch, height, width, in]
+  const float* weight;                              // of `out`, `in` and nine taps, at these strides
+  std::int64_t weight_out, weight_in, weight_tap;
+  double eps;
+  bool relu, pool, training;
+  int threads;
+};
+
+// What a forward pass reads and writes beside; null where it is absent.
+struct ConvForward {
+  ConvNorm call;
+  const float *scale, *shift;  // [out]
+  float *mean, *variance;      // [out], running ones; read where not training, written where `update`
+  const float* residual;       // like y
+  double momentum;
+  bool update;
+  float* y;       // [batch, *result, out]: the convolution's result, for the backward pass
+  float* raw;     // like out, where pool: those of y that the maxima come from
+  float* saved;   // [4, out]: mean, 1 / deviation, and a and b of a y + b
+  float* out;     // like y, or of half the height and width
+};
+
+struct ConvBackward {
+  ConvNorm call;
+  const float *grad, *y, *raw, *saved;
+  const float* out;        // where a residual was added before the ReLU
+  float* to_x;             // null: not wanted, as all that follow
+  float* to_weight;        // at the weight's strides
+  float *to_scale, *to_shift;
+  float* to_residual;
+};
+
+struct ConvTable {
+  // Whether a call of this shape is faster than PyTorch's own operators; null: never.
+  bool (*fits)(const ConvShape&);
+  void (*forward)(const ConvForward&);
+  void (*backward)(const ConvBackward&);
+};
+
+FEDKERN_DECLARE_TABLE(ConvTable, conv)
+
+}  // namespace fedkern

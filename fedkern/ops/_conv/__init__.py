@@ -1,0 +1,1 @@
+"""conv: convolution, batch norm, residual, ReLU and max pooling as one operator."""

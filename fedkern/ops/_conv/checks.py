@@ -1,0 +1,82 @@
+"""Argument checks of conv_norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.checks import check_count, check_device, check_floating, check_number
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_settings(
+    momentum: Any, eps: Any, stride: Any, relu: Any, pool: Any, update: Any, training: Any
+) -> tuple[float, float, int, int]:
+    """Returns ``momentum``, ``eps``, ``stride`` and ``pool`` as numbers.
+
+    Raises:
+        TypeError, ValueError: a setting has the wrong type or value.
+    """
+    for name, flag in (("relu", relu), ("update", update), ("training", training)):
+        if flag is not True and flag is not False:
+            raise TypeError(f"{name} must be True or False, not {type(flag).__name__}")
+    numbers = check_number(momentum, "momentum", 1), check_number(eps, "eps", above=True)
+    return *numbers, check_count(stride, "stride", 1, 2), check_count(pool, "pool", 1, 2)
+
+
+def check_tensors(
+    x: Any, weight: Any, scale: Any, shift: Any, mean: Any, variance: Any, residual: Any, stride: int, pool: int,
+    training: bool,
+) -> None:  # fmt: skip
+    """Raises TypeError or ValueError unless all tensors fit together."""
+    check_floating(x, "x")
+    check_floating(weight, "weight")
+    if x.dim() != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
+    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight must have shape [out, {x.shape[1]}, 3, 3], nine taps for each channel of x, "
+            f"but has {list(weight.shape)}"
+        )
+    height, width = (-(-size // stride) for size in x.shape[2:])
+    if pool > min(height, width):
+        raise ValueError(f"x must have at least {stride + 1} rows and columns with pool=2, but has {list(x.shape)}")
+    if training and x.shape[0] * height * width == 1:
+        raise ValueError(f"x must have more than 1 value per channel in training, but has shape {list(x.shape)}")
+    if (mean is None) != (variance is None):
+        raise ValueError("mean and variance must both be given, or both be None")
+    if mean is None and not training:
+        raise ValueError("mean and variance must be given with training=False")
+    # Under autocast torch converts.
+    device = x.device.type
+    free = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    _check_like(weight, "weight", x, free)
+    for name, vector in (("scale", scale), ("shift", shift), ("mean", mean), ("variance", variance)):
+        if vector is None and name in ("mean", "variance"):
+            continue
+        check_floating(vector, name)
+        if vector.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{name} must have shape [{weight.shape[0]}], a value per channel of the result, "
+                f"but has {list(vector.shape)}"
+            )
+        wide = x.dtype in HALVES and scale.dtype is torch.float32
+        _check_like(vector, name, scale if wide else x, free, "scale" if wide else "x")
+    for name, vector in (("mean", mean), ("variance", variance)):
+        if vector is not None and vector.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, which conv_norm does not have; detach it")
+    if residual is not None:
+        check_floating(residual, "residual")
+        shape = (x.shape[0], weight.shape[0], height, width)
+        if residual.shape != shape:
+            raise ValueError(f"residual must have shape {list(shape)}, but has {list(residual.shape)}")
+        _check_like(residual, "residual", x, free)
+
+
+def _check_like(tensor: Tensor, name: str, like: Tensor, any_dtype: bool, other: str = "x") -> None:
+    check_device(tensor, name, like, other)
+    if tensor.dtype != like.dtype and not any_dtype:
+        raise TypeError(f"{name} must have dtype {like.dtype} like {other}, but has {tensor.dtype}")

@@ -1,0 +1,210 @@
+"""conv_norm: a 3x3 convolution, batch norm, residual, ReLU and max pooling in one call.
+
+The reference is in reference.py, the launcher in kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._conv.checks import check_settings, check_tensors
+from fedkern.ops._conv.kernels import ConvKernels, Settings
+from fedkern.ops._conv.reference import conv_norm_reference
+from fedkern.ops._core import backend, library
+from fedkern.ops._core.backend import eager, intercepted, readable, ready, select, settle
+from fedkern.ops._core.checks import written
+from fedkern.ops._core.function import EagerFunction
+
+_grad_enabled = torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
+_CHANNELS_LAST = torch.channels_last
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int = 1,
+    relu: bool = True,
+    pool: int = 1,
+    residual: Tensor | None = None,
+    update: bool = True,
+    training: bool = True,
+) -> Tensor:
+    """Convolution, batch norm, residual, ReLU and max pooling: a stage of a convolutional network in one call.
+
+    The same in PyTorch::
+
+        y = F.conv2d(x, weight, stride=stride, padding=1)
+        y = F.batch_norm(y, mean, variance, scale, shift, training, momentum, eps)
+        y = y if residual is None else y + residual
+        y = y.relu() if relu else y
+        y = F.max_pool2d(y, 2) if pool == 2 else y
+
+    The CPU kernel serves fp32 maps that are channels-last, of sizes at which it is faster than PyTorch; PyTorch's
+    operators serve all other calls.  They also serve under autocast, ``torch.compile`` and torch.func transforms, on
+    GPUs, and at the portable ISA level.
+
+    Args:
+        x: maps ``[B, in, H, W]``; fp32, fp64, bf16 or fp16, any strides.
+        weight: ``[out, in, 3, 3]``, of x's dtype; the convolution has padding 1 and no bias.
+        scale, shift: the batch norm's weight and bias ``[out]``; of x's dtype, or fp32 beside 16-bit maps.
+        mean, variance: running statistics ``[out]``, of scale's dtype, without gradient; read with ``training=False``
+            and updated in place in training. None: there are none.
+        momentum: weight of the batch's statistics in the update, in [0, 1].  The variance is updated with the unbiased
+            one of the batch.
+        eps: added to the variance, above 0.
+        stride: of the convolution, 1 or 2.
+        relu: whether a ReLU follows.
+        pool: 2 for max pooling of windows of 2 x 2, which leaves out an odd last row and column; 1 for none.
+        residual: of the norm's shape and x's dtype, added before the ReLU.
+        update: whether training updates the running statistics.
+        training: whether to normalise by the batch's statistics; else by the running ones.
+
+    Returns:
+        ``[B, out, H, W]``, with ``stride=2`` ``[B, out, ⌈H / 2⌉, ⌈W / 2⌉]``; with ``pool=2`` half of that, rounded
+        down. Channels-last where x or weight is, as in PyTorch.
+
+    Differentiable in x, weight, scale, shift and residual; retained graphs and second derivatives work as usual.  What
+    the kernel computes has the same bits every time, for any number of threads.  Under autocast dtypes may differ, as
+    PyTorch converts them.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    momentum, eps, stride, pool = check_settings(momentum, eps, stride, relu, pool, update, training)
+    kernel = serving(x, weight, scale, shift, mean, variance, residual, pool, stride)
+    if kernel is None or (mean is None and not training):
+        check_tensors(x, weight, scale, shift, mean, variance, residual, stride, pool, training)
+        _check_forced(x, weight, scale, shift, mean, variance, residual)
+        return conv_norm_reference(
+            x, weight, scale, shift, mean, variance, momentum=momentum, eps=eps, stride=stride, relu=relu,
+            pool=pool, residual=residual, update=update, training=training,
+        )  # fmt: skip
+    settings = Settings(mean, variance, momentum, eps, stride, relu, pool, update, training)
+    return run(kernel, settings, x, weight, scale, shift, residual)
+
+
+def serving(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None = None,
+    pool: int = 1,
+    stride: int = 1,
+) -> ConvKernels | None:
+    """The kernel that serves this call, for :func:`run`; None where there is none. Never raises."""
+    try:
+        given = x, weight, scale, shift, mean, variance, residual, pool, stride
+        kernel: ConvKernels | None = ready("conv_norm", *given)
+        if kernel is None and not intercepted() and settle("conv_norm", "cpu"):
+            kernel = ready("conv_norm", *given)
+    except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
+        return None
+    if kernel is None or _autocast("cpu"):
+        return None
+    if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):
+        return None
+    return kernel
+
+
+def run(
+    kernel: ConvKernels,
+    settings: Settings,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """:func:`conv_norm` by the kernel that :func:`serving` gave; the settings are not checked."""
+    if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
+        x = x.contiguous(memory_format=_CHANNELS_LAST)
+    if residual is not None and not residual.is_contiguous(memory_format=_CHANNELS_LAST):
+        residual = residual.contiguous(memory_format=_CHANNELS_LAST)
+    if _grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or scale.requires_grad
+        or shift.requires_grad
+        or (residual is not None and residual.requires_grad)
+    ):
+        result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, residual)
+    else:
+        result = kernel.forward(settings, x, weight, scale, shift, residual, False)[0]
+    if settings.training and settings.update and settings.mean is not None:
+        written(settings.mean, settings.variance)
+    return result
+
+
+def _check_forced(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not eager(*given):
+        if not backend.reference_alone("conv_norm"):
+            backend.only_reference("conv_norm", "torch.compile, torch.func transforms, modes and tensor subclasses")
+    elif select("conv_norm", *given) is not None:
+        where = "under autocast" if _autocast("cpu") else "of these sizes and strides, or at this ISA level"
+        backend.not_forced("conv_norm", "cpu", where)
+
+
+class _ConvNorm(EagerFunction):
+    """Autograd function of the kernel; its tensors are (x, weight, scale, shift, residual)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: ConvKernels,
+        settings: Settings,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
+        out, kept = kernel.forward(settings, x, weight, scale, shift, residual, True)
+        masked = residual is not None and settings.relu
+        ctx.save_for_backward(x, weight, scale, shift, *kept, out if masked else None)
+        ctx.settings = (kernel, settings, residual is not None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, settings, added = ctx.settings
+        x, weight, scale, shift, y, raw, saved, out = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if readable(grad):
+            return (None, None, *kernel.backward(settings, grad, x, weight, scale, (y, raw, saved), out, needs))
+        # Recorded (create_graph=True) or batched (is_grads_batched=True). The residual counts by its ReLU alone.
+        if out is not None:
+            grad = grad.masked_fill(out <= 0, 0)
+        eps, stride, pool, training = settings.eps, settings.stride, settings.pool, settings.training
+        # The running statistics may have changed since.
+        mean, variance = (None, None) if training else (saved[0], saved[1].pow(-2) - eps)
+        relu = settings.relu and not added
+
+        def reference(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return conv_norm_reference(
+                x, weight, scale, shift, mean, variance, eps=eps, stride=stride, relu=relu, pool=pool,
+                training=training,
+            )  # fmt: skip
+
+        with torch.autocast("cpu", enabled=False):
+            gradients = library.differentiate_reference(reference, (x, weight, scale, shift), needs[:4], grad)
+        return (None, None, *gradients, grad if needs[4] else None)
+
+
+backend.serve("conv_norm", cpu=ConvKernels, dtypes=frozenset({torch.float32}), fits="conv_fits")

@@ -1,0 +1,115 @@
+"""conv_norm: the launcher of the CPU core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
+
+_empty_like = torch.empty_like
+_CHANNELS_LAST = torch.channels_last
+_LARGE = HUGE // 4  # elements of float32; fresh() compares bytes
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Settings(NamedTuple):
+    """The settings of a call, checked, and the running statistics, which autograd does not see."""
+
+    mean: Tensor | None
+    variance: Tensor | None
+    momentum: float
+    eps: float
+    stride: int
+    relu: bool
+    pool: int
+    update: bool
+    training: bool
+
+
+# What a backward pass reads: y, the convolution's result; raw, those of y that the maxima come from, laid out as the
+# result (None without pooling); saved, fp32 [4, out]: mean, 1 / deviation, and a and b of the norm a y + b.
+Kept = tuple[Tensor | None, Tensor | None, Tensor]
+
+
+class ConvKernels(Launcher):
+    """conv_norm of ``fedkern._cpu``, for calls that ``conv_fits`` takes; maps are channels-last here, in and out."""
+
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self._forward, self._backward = core.conv_forward, core.conv_backward
+
+    def forward(
+        self,
+        settings: Settings,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Kept]:
+        """The result and what the backward pass reads; without ``keep`` only the last of that.
+
+        Writes the running statistics where the settings say so.
+        """
+        mean, variance, momentum, eps, stride, relu, pool, update, training = settings
+        update = update and mean is not None
+        batch, _, height, width = x.shape
+        height, width, channels = -(-height // stride), -(-width // stride), weight.shape[0]
+        high, wide = height // pool, width // pool
+        out = x.new_empty_strided((batch, channels, high, wide), (high * wide * channels, 1, wide * channels, channels))
+        y = raw = None
+        count = batch * height * width * channels
+        if keep:
+            y = x.new_empty(count)
+            raw = _empty_like(out) if pool > 1 else None
+        if count >= _LARGE:
+            for large in (out, y, raw):
+                if large is not None:
+                    self.fresh(large)
+        saved = x.new_empty(4, channels)
+        self._forward(
+            x, weight, scale, shift, mean, variance, residual, out, y, raw, saved, momentum, eps, stride, relu, pool,
+            update, training, self.at(x),
+        )  # fmt: skip
+        return out, (y, raw, saved)
+
+    def backward(
+        self,
+        settings: Settings,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        kept: Kept,
+        out: Tensor | None,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """The gradients of (x, weight, scale, shift, residual) that ``needs`` asks for, in the inputs' layouts.
+
+        ``out`` is the result where a residual was added before the ReLU, else None.
+        """
+        stride, relu, pool, training = settings.stride, settings.relu, settings.pool, settings.training
+        y, raw, saved = kept
+        need_x, need_weight, need_scale, need_shift, need_residual = needs
+        dense = grad
+        if not grad.is_contiguous(memory_format=_CHANNELS_LAST) or grad.is_neg():
+            dense = grad.resolve_neg().contiguous(memory_format=_CHANNELS_LAST)
+        to_x = _empty_like(x) if need_x else None
+        to_weight = _empty_like(weight) if need_weight else None
+        to_scale = _empty_like(scale) if need_scale else None
+        to_shift = _empty_like(scale) if need_shift else None
+        to_residual = _empty_like(dense) if need_residual and relu else None
+        if to_x is not None and x.numel() >= _LARGE:
+            self.fresh(to_x)
+        self._backward(
+            dense, x, weight, y, raw, saved, out, to_x, to_weight, to_scale, to_shift, to_residual, stride, relu,
+            pool, training, self.at(x),
+        )  # fmt: skip
+        return to_x, to_weight, to_scale, to_shift, to_residual if relu or not need_residual else grad

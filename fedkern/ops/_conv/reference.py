@@ -1,0 +1,39 @@
+"""Reference of conv_norm in plain PyTorch: the specification, the tests' oracle and the fallback."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int = 1,
+    relu: bool = True,
+    pool: int = 1,
+    residual: Tensor | None = None,
+    update: bool = True,
+    training: bool = True,
+) -> Tensor:
+    """The specification of :func:`fedkern.ops.conv_norm`."""
+    y = F.conv2d(x, weight, stride=stride, padding=1)
+    if training and not update:
+        mean = variance = None
+    if mean is not None and variance is not None and not training:
+        mean, variance = mean.contiguous(), variance.contiguous()
+    # Contiguous: PyTorch's gradient of channels-last maps reads other memory where these vectors have strides (2.13).
+    y = F.batch_norm(y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = torch.relu(y)
+    return F.max_pool2d(y, pool) if pool > 1 else y

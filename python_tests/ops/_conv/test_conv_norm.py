@@ -1,0 +1,236 @@
+"""conv_norm: results, gradients and running statistics of the kernels against the reference in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conv_cases import (
+    CONV,
+    LAST,
+    LEAVES,
+    SERVED,
+    STRIDED,
+    arguments,
+    assert_near,
+    assert_same,
+    exact,
+    grad_for,
+    results,
+)
+from operator_cases import describe, pairwise, using
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops._conv.conv_norm import serving
+
+each_kernel = pytest.mark.parametrize("name", CONV)
+needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
+
+CASES = [
+    case
+    for stride, shapes in ((1, SERVED), (2, STRIDED))
+    for case in pairwise(
+        {
+            "shape": shapes,
+            "stride": (stride,),
+            "batch": (1, 2, 5, 33),
+            "relu": (True, False),
+            "pool": (1, 2),
+            "residual": (False, True),
+            "training": (True, False),
+            "update": (True, False),
+            "statistics": (True, False),
+            "weight_last": (True, False),
+        }
+    )
+    if (case["statistics"] or case["training"]) and not (case["residual"] and case["pool"] == 2)
+]
+
+
+def test_the_reference_is_torchs_own_layers() -> None:
+    """Those of a network: bias-free convolution, batch norm with its running statistics, ReLU, pooling."""
+    given = arguments(3, 5, 8, 7, 6)
+    conv, norm = torch.nn.Conv2d(5, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8, eps=1e-3, momentum=0.3)
+    conv.weight, norm.weight, norm.bias = (torch.nn.Parameter(given[n]) for n in ("weight", "scale", "shift"))
+    norm.running_mean.copy_(given["mean"])
+    norm.running_var.copy_(given["variance"])
+    for training in (True, False):
+        expected = F.max_pool2d(norm.train(training)(conv(given["x"])).relu(), 2)
+        with ops.use_backend("reference"):
+            got = ops.conv_norm(**given, momentum=0.3, eps=1e-3, pool=2, training=training)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close((given["mean"], given["variance"]), (norm.running_mean, norm.running_var))
+
+
+@each_kernel
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
+    channels, out, height, width = case["shape"]
+    given = arguments(
+        case["batch"], channels, out, height, width, residual=case["residual"], stride=case["stride"],
+        weight_last=case["weight_last"],
+    )  # fmt: skip
+    if not case["statistics"]:
+        given |= {"mean": None, "variance": None}
+    settings = {name: case[name] for name in ("stride", "relu", "pool", "training", "update")} | {
+        "momentum": 0.3,
+        "eps": 1e-3,
+    }
+    grad = grad_for(given, **settings)
+    with ops.use_backend("reference"):
+        expected = results(exact(given), grad, **settings)
+    with using(name):
+        got = results(given, grad, **settings)
+    assert got["out"].is_contiguous(memory_format=LAST)
+    assert got["gradient of weight"].stride() == given["weight"].stride()
+    assert_near(got, expected)
+    with torch.no_grad(), using(name):
+        alone = results(given, **settings)
+    assert_same(got, alone, list(alone))
+
+
+@needs_core
+@pytest.mark.parametrize(("stride", "shape"), [*((1, shape) for shape in SERVED), *((2, shape) for shape in STRIDED)])
+def test_these_shapes_are_served(stride: int, shape: tuple[int, int, int, int]) -> None:
+    for batch, residual in itertools.product((1, 5, 33), (False, True)):
+        assert serving(**arguments(batch, *shape, residual=residual, stride=stride), stride=stride) is not None
+
+
+@each_kernel
+@pytest.mark.parametrize(("relu", "pool", "residual"), [(True, 2, False), (True, 1, True), (False, 1, True)])
+@pytest.mark.parametrize("training", [True, False])
+def test_only_the_gradients_that_are_asked_for(
+    name: str, relu: bool, pool: int, residual: bool, training: bool
+) -> None:
+    given = arguments(residual=residual)
+    leaves = [leaf for leaf in LEAVES if given[leaf] is not None]
+    settings = {"relu": relu, "pool": pool, "training": training}
+    grad = grad_for(given, **settings)
+    with using(name):
+        full = results(given, grad, **settings)
+        for count in range(1, len(leaves)):
+            for chosen in itertools.combinations(leaves, count):
+                some = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
+                got = results(some, grad, **settings)
+                assert {f"gradient of {n}" for n in chosen} == {n for n in got if n.startswith("gradient")}
+                assert_same(got, full, list(got))
+
+
+@each_kernel
+@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (8, 24, 9, 13), (32, 64, 16, 16)])
+def test_bits_do_not_depend_on_threads(name: str, shape: tuple[int, int, int, int]) -> None:
+    before = torch.get_num_threads()
+    try:
+        for pool, residual, training in ((2, False, True), (1, True, True), (1, True, False)):
+            given = arguments(37, *shape, residual=residual)
+            settings = {"pool": pool, "training": training}
+            grad = grad_for(given, **settings)
+            found = []
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                with using(name):
+                    found.append(results(given, grad, **settings))
+            for got in found[1:]:
+                assert_same(got, found[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_kernel
+def test_running_statistics(name: str) -> None:
+    given = arguments(5, 3, 8, 6, 5)
+    y = F.conv2d(given["x"], given["weight"], padding=1).detach().double()
+    batch = {"mean": y.mean((0, 2, 3)), "variance": y.var((0, 2, 3), correction=1)}
+    for momentum in (0.0, 0.1, 1.0):
+        expected = {n: (1 - momentum) * given[n].double() + momentum * x for n, x in batch.items()}
+        with using(name):
+            got = results(given, momentum=momentum)
+            assert_near({n: got[n] for n in batch}, expected, 1e-6)
+            kept = results(given, momentum=momentum, update=False)
+        assert_same(kept, given, list(batch))
+        assert_same(kept, got, ["out"])
+
+
+@each_kernel
+def test_two_values_per_channel_have_a_variance(name: str) -> None:
+    """The least that training takes; the unbiased variance is twice the batch's."""
+    given = arguments(2, 16, 16, 1, 1)
+    grad = grad_for(given)
+    with using(name):
+        got = results(given, grad)
+    with ops.use_backend("reference"):
+        assert_near(got, results(exact(given), grad), 1e-4)
+
+
+@each_kernel
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_ties_in_windows_go_to_the_first(name: str, training: bool, relu: bool) -> None:
+    """Channels without weights: all of a window's values are equal, and above or below 0."""
+    given = arguments(3, 8, 16, 7, 6)
+    with torch.no_grad():
+        given["weight"][::2] = 0
+        given["shift"][:8], given["shift"][8:] = 1.5, -1.5
+        given["mean"].zero_()
+    settings = {"pool": 2, "training": training, "relu": relu}
+    grad = torch.randn(3, 16, 3, 3)
+    dead = ops.conv_norm(**exact(given), **{**settings, "update": False})[:, 8::2] if relu else None
+    assert dead is None or not dead.any()
+    with using(name):
+        got = results(given, grad, **settings)
+    with ops.use_backend("reference"):
+        expected = results(given, grad, **settings)
+    # In the other channels rounding may choose otherwise than in torch.
+    torch.testing.assert_close(got["out"], expected["out"])
+    rows = "gradient of weight"
+    assert_near({rows: got[rows][::2]}, {rows: expected[rows][::2]})
+
+
+@each_kernel
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("pool", "residual"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_what_is_not_finite_spreads_as_in_torch(
+    name: str, value: float, pool: int, residual: bool, training: bool, relu: bool
+) -> None:
+    given = arguments(3, 3, 8, 9, 8, residual=residual)
+    with torch.no_grad():
+        given["x"][1, 2, 4, 3] = value
+        if given["residual"] is not None:
+            given["residual"][2, 5, 3, 3] = value
+    settings = {"pool": pool, "training": training, "relu": relu}
+    with using(name):
+        got = results(given, **settings)
+    with ops.use_backend("reference"):
+        expected = results(given, **settings)
+    for which in ("out", "mean", "variance"):
+        assert torch.equal(got[which].isnan(), expected[which].isnan()), which
+        assert torch.equal(got[which].isinf(), expected[which].isinf()), which
+
+
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()}
+
+
+@each_kernel
+@pytest.mark.parametrize("mean", [0, 100])
+def test_no_worse_than_eager(name: str, mean: float) -> None:
+    """Stages of the default network, and images far from 0, whose variance is a small difference of large sums."""
+    for shape in ((3, 32, 32, 32), (32, 64, 16, 16), (64, 128, 8, 8)):
+        given = arguments(8, *shape)
+        with torch.no_grad():
+            given["x"] += mean
+        grad = grad_for(given, pool=2)
+        with ops.use_backend("reference"):
+            expected, eager = results(exact(given), grad, pool=2), results(given, grad, pool=2)
+        with using(name):
+            ours = results(given, grad, pool=2)
+        theirs = errors(eager, expected)
+        for which, error in errors(ours, expected).items():
+            assert error <= max(3 * theirs[which], 1e-5), (shape, which, error, theirs[which])

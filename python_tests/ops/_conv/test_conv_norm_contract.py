@@ -1,0 +1,568 @@
+"""conv_norm under autograd, transforms, compilers and modes; what it refuses, and where its kernel serves."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conv_cases import CONV, LEAVES, arguments, assert_near, assert_same, exact, grad_for, results
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedkern import ops
+from fedkern.ops._conv.conv_norm import serving
+from fedkern.ops._conv.kernels import ConvKernels
+from fedkern.ops._core import backend
+
+needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
+
+# How a call ends, with what its gradient must know.
+ENDS: list[dict[str, Any]] = [
+    {"pool": 2},
+    {"pool": 2, "training": False},
+    {"residual": True},
+    {"residual": True, "training": False},
+    {"residual": True, "relu": False},
+    {"relu": False, "pool": 2},
+]
+
+
+def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = {name: value for name, value in end.items() if name != "residual"}
+    return arguments(residual=end.get("residual", False), **shape), settings
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by a name with every call of a kernel."""
+    seen: list[str] = []
+    for name in ("forward", "backward"):
+        before = getattr(ConvKernels, name)
+
+        def counted(*given: Any, before: Callable[..., Any] = before, name: str = name) -> Any:
+            seen.append(name)
+            return before(*given)
+
+        monkeypatch.setattr(ConvKernels, name, counted)
+    return seen
+
+
+# --- where the kernel serves
+
+
+@needs_core
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str], residual: bool) -> None:
+    """As torch's; the kernel lays maps out anew where only the weight is, and leaves the rest to the reference."""
+    for last in itertools.product((True, False), repeat=3 if residual else 2):
+        given = arguments(residual=residual)
+        for name, one in zip(("x", "weight", "residual"), last, strict=False):
+            if not one:
+                given[name] = given[name].detach().contiguous().requires_grad_()
+        grad = grad_for(given)
+        served.clear()
+        out = ops.conv_norm(**{**given, "update": False})
+        got = torch.autograd.grad(out, [given[name] for name in LEAVES if given[name] is not None], grad)
+        assert bool(served) == (last[0] or last[1])
+        with ops.use_backend("reference"):
+            expected = ops.conv_norm(**{**given, "update": False})
+        assert out.stride() == expected.stride()
+        assert got[1].stride() == given["weight"].stride() or not served
+        assert (serving(**given) is not None) == bool(served)
+        with ops.use_backend("cpu"):
+            if served:
+                ops.conv_norm(**{**given, "update": False})
+            else:
+                with pytest.raises(RuntimeError, match="'cpu' was forced, but it has no kernel for conv_norm of these"):
+                    ops.conv_norm(**{**given, "update": False})
+
+
+def test_maps_of_any_strides() -> None:
+    given = arguments(residual=True)
+    grad = grad_for(given)
+    with ops.use_backend("reference"):
+        expected = results(exact(given), grad)
+    wide = torch.full((4, 9, 17, 11), 7.0)
+    odd = {
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "sliced": lambda x: wide.new_full((*x.shape[:2], 17, 11), 7.0)[:, :, 1::2, 2:10].copy_(x),
+        "negated": lambda x: torch._neg_view(-x),
+        "channels in the middle": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    for lay_out in odd.values():
+        for which in (("x",), ("residual",), ("weight",), ("x", "weight", "residual")):
+            laid = {
+                n: lay_out(x.detach()).requires_grad_() if n in which and n != "weight" else x for n, x in given.items()
+            }
+            if "weight" in which:
+                laid["weight"] = given["weight"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+            assert_near(results(laid, grad), expected)
+            assert_near(results(laid, torch._neg_view(-grad)), expected)
+            assert_near(results(laid, lay_out(grad)), expected)
+
+
+def test_vectors_with_strides() -> None:
+    """torch's own gradient of channels-last maps is wrong for them (2.13): the reference does without."""
+    for training in (True, False):
+        given = arguments()
+        for name in ("scale", "shift", "mean", "variance"):
+            wide = torch.full((33,), 3.0)[1::2].copy_(given[name].detach())
+            given[name] = wide.requires_grad_(given[name].requires_grad)
+        grad = grad_for(given, training=training)
+        with ops.use_backend("reference"):
+            expected = results(exact(given), grad, training=training)
+            assert_near(results(given, grad, training=training), expected)
+        assert_near(results(given, grad, training=training), expected)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Overriding(TorchFunctionMode):
+    pass
+
+
+class Named(Tensor):
+    """A subclass without any behaviour of its own."""
+
+
+SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": Watching,
+    "function mode": Overriding,
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "forward-mode AD": forward_ad.dual_level,
+    "reference": lambda: ops.use_backend("reference"),
+    "triton": lambda: ops.use_backend("triton"),
+    "cuda": lambda: ops.use_backend("cuda"),
+}
+
+
+@needs_core
+def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
+    given = arguments()
+    assert serving(**given) is not None
+    assert serving(**{**given, "mean": None, "variance": None}) is not None
+    for what, enter in SURROUNDINGS.items():
+        with enter():
+            assert serving(**given) is None, what
+    assert serving(**given) is not None
+    changed: dict[str, dict[str, Any]] = {
+        "float64": exact(given),
+        "bfloat16": arguments(dtype=torch.bfloat16),
+        "meta": {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()},
+        "empty": arguments(0),
+        "a subclass": {**given, "x": given["x"].detach().as_subclass(Named)},
+        "no affine norm": {**given, "scale": None, "shift": None},
+        "one statistic": {**given, "variance": None},
+        "a gradient of a statistic": {**given, "mean": given["mean"].requires_grad_()},
+        "another stride": {**given, "stride": 3},
+        "another pooling": {**given, "pool": 3},
+        "pooled residual": {**arguments(residual=True), "pool": 2},
+        "one position": arguments(1, 16, 16, 1, 1),
+        "no window": {**arguments(4, 16, 16, 1, 8), "pool": 2},
+        "other channels": {**given, "weight": torch.randn(16, 4, 3, 3)},
+        "other taps": {**given, "weight": torch.randn(16, 8, 1, 1)},
+        "three axes": {**given, "x": given["x"][0]},
+        "text": {**given, "x": "x"},
+    }
+    for what, some in changed.items():
+        assert serving(**some) is None, what
+
+
+@needs_core
+def test_fits_under_compilers_and_transforms() -> None:
+    given = arguments()
+    asked: list[bool] = []
+
+    def call(x: Tensor) -> Tensor:
+        fit = serving(**{**given, "x": x}) is not None
+        asked.append(fit)
+        return x * 2 if fit else x
+
+    x = given["x"].detach()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), x)
+    torch.func.vmap(call)(torch.stack([x, x]))
+    torch.func.grad(lambda x: call(x).sum())(x)
+    torch.jit.trace(call, x, check_trace=False)
+    torch.export.export(Module(call), (x,), strict=False)
+    assert not any(asked)
+    assert serving(**given) is not None
+
+
+class Module(torch.nn.Module):
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.call(*given)
+
+
+@needs_core
+def test_fits_does_not_raise_for_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments()
+    monkeypatch.setenv("FEDKERN_BACKEND", "nope")
+    backend._forget()
+    try:
+        assert serving(**given) is None
+        with pytest.raises(ValueError, match="FEDKERN_BACKEND is 'nope'"):
+            ops.conv_norm(**given)
+    finally:
+        backend._forget()
+
+
+@needs_core
+def test_the_portable_level_has_no_kernel(served: list[str]) -> None:
+    given = arguments()
+    with ops.use_isa("portable"):
+        assert serving(**given) is None
+        ops.conv_norm(**given)
+        assert not served
+        with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="or at this ISA level; allow another"):
+            ops.conv_norm(**given)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("what", "given", "match"),
+    [
+        ("float64", arguments(dtype=torch.float64), "'cpu' was forced, but it cannot serve conv_norm for dtype"),
+        ("size", arguments(4, 5, 9), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
+        ("empty", arguments(0), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
+    ],
+)
+def test_a_forced_kernel_that_does_not_fit_is_an_error(what: str, given: dict[str, Any], match: str) -> None:
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=match):
+        ops.conv_norm(**given)
+
+
+@needs_core
+def test_a_forced_kernel_knows_no_autocast_and_no_transforms() -> None:
+    given = arguments()
+    given |= {"mean": None, "variance": None}
+    match = r"'cpu' was forced, but conv_norm runs through the reference under torch\.compile, torch\.func"
+    with ops.use_backend("cpu"):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="no kernel for conv_norm under"):
+            ops.conv_norm(**given)
+        with pytest.raises(RuntimeError, match=match):
+            torch.func.vmap(lambda x: ops.conv_norm(**{**given, "x": x}))(given["x"][None].detach())
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError):
+            torch.compile(lambda x: ops.conv_norm(**{**given, "x": x}), backend="eager", fullgraph=True)(given["x"])
+    for name in ("triton", "cuda"):
+        with ops.use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' was forced, but it does not impl"):
+            ops.conv_norm(**given)
+
+
+# --- autograd
+
+
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_second_derivatives(end: dict[str, Any]) -> None:
+    given, settings = split(end, batch=2, height=5, width=6)
+    leaves = [given[name] for name in LEAVES if given[name] is not None]
+    grad = grad_for(given, **settings)
+    found = []
+    for name in (None, "reference"):
+        with ops.use_backend(name):
+            out = ops.conv_norm(**given, **settings, update=False)
+            along = grad.clone().requires_grad_()
+            first = torch.autograd.grad(out, leaves, along, create_graph=True)
+            weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in first]
+            loss = torch.stack([(x * w).sum() for x, w in zip(first, weights, strict=True)]).sum()
+            second = torch.autograd.grad(loss, [*leaves, along], allow_unused=True)
+            found.append([x.detach() for x in first] + [
+                torch.zeros_like(y) if x is None else x for x, y in zip(second, [*leaves, along], strict=True)
+            ])  # fmt: skip
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_of_the_reference(training: bool) -> None:
+    given = arguments(2, 2, 3, 4, 4, residual=True, dtype=torch.float64)
+    leaves = [given[name] for name in LEAVES]
+
+    def call(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+        return ops.conv_norm(
+            x, weight, scale, shift, given["mean"], given["variance"], residual=residual, pool=2, training=training,
+            update=False,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_a_retained_graph_and_many_gradients_at_once(end: dict[str, Any]) -> None:
+    given, settings = split(end, batch=2, height=5, width=6)
+    leaves = [given[name] for name in LEAVES if given[name] is not None]
+    out = ops.conv_norm(**given, **settings)
+    many = torch.stack([grad_for(given, seed, **settings) for seed in range(3)])
+    single = [torch.autograd.grad(out, leaves, grad.clone(), retain_graph=True) for grad in many]
+    for x in single[0]:
+        x.add_(1)  # it is the caller's
+    again = torch.autograd.grad(out, leaves, many[0], retain_graph=True)
+    assert all(torch.equal(x, y + 1) for x, y in zip(single[0], again, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):  # the forward pass had none
+        batched = torch.autograd.grad(out, leaves, many, is_grads_batched=True)
+    for i in (1, 2):
+        for x, y in zip(single[i], batched, strict=True):
+            torch.testing.assert_close(x, y[i], rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("changed", ["x", "weight", "scale", "out"])
+def test_changing_what_was_saved_raises(changed: str) -> None:
+    given = arguments(residual=True)
+    out = ops.conv_norm(**given)
+    with torch.no_grad():
+        (out if changed == "out" else given[changed]).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_residual_and_statistics_may_change() -> None:
+    """Their values do not matter to the gradients."""
+    given = arguments(residual=True)
+    for training in (True, False):
+        grad = grad_for(given, training=training)
+        expected = results(given, grad, training=training)
+        out = ops.conv_norm(**given, training=training, update=False)
+        with torch.no_grad():
+            given["residual"].mul_(2)
+            given["mean"].add_(1)
+            given["variance"].mul_(3)
+        gradients = torch.autograd.grad(out, [given[name] for name in LEAVES], grad, retain_graph=True)
+        assert_same(dict(zip([f"gradient of {name}" for name in LEAVES], gradients, strict=True)),
+                    {name: x for name, x in expected.items() if name.startswith("gradient")})  # fmt: skip
+        recorded = torch.autograd.grad(out, [given[name] for name in LEAVES], grad, create_graph=True)
+        for x, y in zip(recorded, gradients, strict=True):
+            torch.testing.assert_close(x.detach(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+        given = arguments(residual=True)
+
+
+@needs_core
+def test_statistics_that_were_written_are_known_to_autograd(served: list[str]) -> None:
+    for settings, written in (({}, True), ({"update": False}, False), ({"training": False}, False)):
+        for recorded in (True, False):
+            given = arguments()
+            factor = torch.ones(16, requires_grad=True)
+            product = factor * given["mean"]
+            with torch.set_grad_enabled(recorded):
+                ops.conv_norm(**given, **settings)
+            assert [bool(given[name]._version) for name in ("mean", "variance")] == [written] * 2
+            with pytest.raises(RuntimeError, match="inplace") if written else contextlib.nullcontext():
+                product.sum().backward()
+    assert served == ["forward"] * 6
+
+
+def test_one_tensor_as_x_and_residual() -> None:
+    given = arguments(out=8, weight_last=False)
+    grad = grad_for({**given, "residual": given["x"]})
+    with ops.use_backend("reference"):
+        wide = exact(given)
+        out = ops.conv_norm(**{**wide, "residual": wide["x"]}, update=False)
+        (expected,) = torch.autograd.grad(out, wide["x"], grad.double())
+    out = ops.conv_norm(**{**given, "residual": given["x"]}, update=False)
+    assert_near({"x": torch.autograd.grad(out, given["x"], grad)[0]}, {"x": expected})
+
+
+def test_gradients_accumulate_as_those_of_layers() -> None:
+    given = arguments()
+    for _ in range(2):
+        ops.conv_norm(**given, update=False).sum().backward()
+    assert given["weight"].grad.stride() == given["weight"].stride()
+    once = torch.autograd.grad(ops.conv_norm(**given, update=False).sum(), given["shift"])[0]
+    torch.testing.assert_close(given["shift"].grad, 2 * once)
+
+
+def test_inference_mode_and_no_gradient() -> None:
+    given = arguments()
+    expected = ops.conv_norm(**given, update=False)
+    assert expected.requires_grad
+    frozen = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+    for enter in (torch.no_grad, torch.inference_mode):
+        with enter():
+            out = ops.conv_norm(**given, update=False)
+        assert not out.requires_grad
+        assert torch.equal(out, expected)
+    assert torch.equal(ops.conv_norm(**frozen, update=False), expected)
+    assert not ops.conv_norm(**frozen, update=False).requires_grad
+
+
+# --- what the reference serves
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_runs_the_convolution_in_16_bits(training: bool) -> None:
+    given = arguments(residual=True)
+    given["residual"] = given["residual"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.conv_norm(**given, training=training, update=False)
+        layers = torch.nn.functional.conv2d(given["x"], given["weight"], padding=1)
+    assert out.dtype is layers.dtype is torch.bfloat16
+    out.sum().backward()
+    assert given["weight"].grad.dtype is torch.float32
+    mixed = arguments(dtype=torch.bfloat16) | {"scale": given["scale"], "shift": given["shift"]}
+    mixed |= {"mean": given["mean"], "variance": given["variance"]}
+    assert ops.conv_norm(**mixed).dtype is torch.bfloat16
+
+
+def test_compiled() -> None:
+    """Without a graph break, statistics and gradients included; the reference's own layers are what it sees."""
+    for training in (True, False):
+        given = arguments()
+        grad = grad_for(given, pool=2, training=training)
+        with ops.use_backend("reference"):
+            expected = results(given, grad, pool=2, training=training)
+        torch._dynamo.reset()
+        compiled = torch.compile(ops.conv_norm, backend="aot_eager", fullgraph=True)
+        statistics = {name: given[name].clone() for name in ("mean", "variance")}
+        out = compiled(**{**given, **statistics}, pool=2, training=training)
+        leaves = [name for name in LEAVES if given[name] is not None]
+        gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad)
+        got = {"out": out.detach(), **statistics}
+        got |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+        for name, x in expected.items():
+            torch.testing.assert_close(got[name], x)
+
+
+def test_mapped_and_differentiated_by_torch_func() -> None:
+    given = {name: x if x is None else x.detach() for name, x in arguments().items()}
+    xs = torch.stack([given["x"], given["x"] * 2 + 1])
+    for settings in ({"training": False}, {"update": False}):
+        mapped = torch.func.vmap(lambda x, s=settings: ops.conv_norm(**{**given, "x": x}, pool=2, **s))(xs)
+        for x, got in zip(xs, mapped, strict=True):
+            expected = ops.conv_norm(**{**given, "x": x}, pool=2, **settings)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    (got,) = torch.func.grad(
+        lambda some: ops.conv_norm(**{**given, "scale": some[0]}, update=False).square().sum()
+    )((given["scale"],))  # fmt: skip
+    scale = given["scale"].clone().requires_grad_()
+    ops.conv_norm(**{**given, "scale": scale}, update=False).square().sum().backward()
+    torch.testing.assert_close(got, scale.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_forward_mode() -> None:
+    given = {name: x if x is None else x.detach() for name, x in exact(arguments()).items()}
+    direction = torch.randn_like(given["x"])
+    with forward_ad.dual_level():
+        out = ops.conv_norm(**{**given, "x": forward_ad.make_dual(given["x"], direction)}, training=False)
+        tangent = forward_ad.unpack_dual(out).tangent
+    step = 1e-6
+    ahead, behind = (
+        ops.conv_norm(**{**given, "x": given["x"] + s * step * direction}, training=False) for s in (1, -1)
+    )
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+def test_meta_and_fake_tensors() -> None:
+    given = arguments()
+    expected = ops.conv_norm(**given, update=False, pool=2)
+    meta = ops.conv_norm(**{n: x if x is None else x.to("meta") for n, x in given.items()}, update=False, pool=2)
+    assert (meta.shape, meta.dtype, meta.device.type) == (expected.shape, expected.dtype, "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {n: x if x is None else mode.from_tensor(x) for n, x in given.items()}
+        fake = ops.conv_norm(**fakes, update=False, pool=2)
+    assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_no_samples(end: dict[str, Any]) -> None:
+    given, settings = split(end, batch=0)
+    before = {name: given[name].clone() for name in ("mean", "variance")}
+    out = ops.conv_norm(**given, **settings)
+    size = 8 // settings.get("pool", 1)
+    assert out.shape == (0, 16, size, size)
+    out.sum().backward()
+    assert not any(given[name].grad.any() for name in LEAVES if given[name] is not None)
+    assert_same(given, before)
+
+
+# --- what is refused
+
+GIVEN = arguments(residual=True)
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": torch.randn(8, 8, 8)}, ValueError, r"x must have shape \[B, in, H, W\].*has \[8, 8, 8\]"),
+    ({"x": torch.randn(4, 8, 0, 8)}, ValueError, r"x must have shape .* where only B may be 0, but has \[4, 8, 0, 8\]"),
+    ({"x": torch.randn(4, 3, 8, 8)}, ValueError, r"weight must have shape \[out, 3, 3, 3\].*has \[16, 8, 3, 3\]"),
+    ({"weight": torch.randn(16, 8, 5, 5)}, ValueError, r"weight must have shape .* but has \[16, 8, 5, 5\]"),
+    ({"weight": torch.randn(0, 8, 3, 3)}, ValueError, r"weight must have shape .* but has \[0, 8, 3, 3\]"),
+    ({"weight": GIVEN["weight"].double()}, TypeError, "weight must have dtype torch.float32 like x, but has torch.fl"),
+    ({"scale": torch.ones(8)}, ValueError, r"scale must have shape \[16\], a value per channel of the result, but has"),
+    (
+        {"scale": torch.ones(16).double()},
+        TypeError,
+        "scale must have dtype torch.float32 like x, but has torch.float64",
+    ),
+    ({"shift": torch.ones(16, 1)}, ValueError, r"shift must have shape \[16\]"),
+    ({"mean": torch.ones(3)}, ValueError, r"mean must have shape \[16\]"),
+    ({"mean": None}, ValueError, "mean and variance must both be given, or both be None"),
+    (
+        {"mean": None, "variance": None, "training": False},
+        ValueError,
+        "mean and variance must be given with training=F",
+    ),
+    ({"variance": torch.ones(16).bfloat16()}, TypeError, "variance must have dtype torch.float32 like x, but has"),
+    ({"mean": torch.ones(16, requires_grad=True)}, ValueError, "mean must not require a gradient"),
+    ({"residual": torch.randn(4, 8, 8, 8)}, ValueError, r"residual must have shape \[4, 16, 8, 8\], but has \[4, 8, 8"),
+    ({"residual": torch.randn(4, 16, 8, 8).half()}, TypeError, "residual must have dtype torch.float32 like x"),
+    ({"residual": GIVEN["residual"].to("meta")}, ValueError, "residual must be on cpu like x, but is on meta"),
+    ({"stride": 3}, ValueError, "stride must be between 1 and 2, not 3"),
+    ({"pool": 3}, ValueError, "pool must be between 1 and 2, not 3"),
+    ({"pool": 2.0}, TypeError, "pool must be a whole number, not float"),
+    ({"relu": 1}, TypeError, "relu must be True or False, not int"),
+    ({"momentum": None}, TypeError, "momentum must be a number, not NoneType"),
+    ({"momentum": 1.5}, ValueError, "momentum must be at least 0 and at most 1, not 1.5"),
+    ({"eps": 0.0}, ValueError, "eps must be greater than 0, not 0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "match"), WRONG, ids=[str(n) for n in range(len(WRONG))])
+def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], match: str) -> None:
+    before = GIVEN["mean"].clone()
+    with pytest.raises(error, match=match):
+        ops.conv_norm(**{**GIVEN, **wrong})
+    assert torch.equal(GIVEN["mean"], before)
+
+
+def test_maps_too_small() -> None:
+    for channels in (3, 16):
+        with pytest.raises(ValueError, match=r"x must have more than 1 value per channel in training"):
+            ops.conv_norm(**arguments(1, channels, 16, 1, 1))
+        ops.conv_norm(**arguments(1, channels, 16, 1, 1), training=False)
+        for height, width in ((1, 8), (8, 1)):
+            with pytest.raises(ValueError, match="x must have at least 2 rows and columns with pool=2"):
+                ops.conv_norm(**arguments(4, channels, 16, height, width), pool=2)
+        with pytest.raises(ValueError, match="x must have at least 3 rows and columns with pool=2"):
+            ops.conv_norm(**arguments(4, channels, 16, 2, 8), pool=2, stride=2)
+
+
+@needs_core
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_nothing_is_computed_that_nobody_asked_for(end: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images have no gradient, which would take as long as the convolution."""
+    given, settings = split(end)
+    before, computed = ConvKernels.backward, []
+
+    def seen(*arguments: Any) -> Any:
+        computed.append(before(*arguments))
+        return computed[-1]
+
+    monkeypatch.setattr(ConvKernels, "backward", seen)
+    for place, name in enumerate(LEAVES):
+        if given[name] is not None:
+            asking = {n: x if x is None else x.detach().requires_grad_(n == name) for n, x in given.items()}
+            ops.conv_norm(**asking, **settings).sum().backward()
+            assert [i for i, x in enumerate(computed[-1]) if x is not None] == [place]
