@@ -45,8 +45,13 @@ SHOWN = {
     "bench_ensemble.py::test_js_div[(20, 256, 100)-near": Shown("", "256×100, nearly equal", threads=ONE, held=COPY),
     "bench_ensemble.py::test_consensus[(20, 256, 100)": Shown("`consensus`, K=20", "256×100", held=COPY),
     "bench_contrast.py::test_contrastive[256": Shown("`contrastive`", "B=256, D=128"),
-    "bench_contrast.py::test_contrastive_of_large_batches[4096-128": Shown("", "B=4096, D=128"),
+    "bench_contrast.py::test_contrastive_of_large_batches[4096-128": Shown("", "B=4096, D=128", threads=ONE),
     "bench_contrast.py::test_contrastive_of_large_batches[4096-512": Shown("", "B=4096, D=512", threads=ONE),
+    "bench_conv.py::test_conv_norm[cnn/8, stage 2-32": Shown("`conv_norm`, pooling", "32 of 8→16, 16×16", threads=ONE),
+    "bench_conv.py::test_conv_norm[cnn/32, stage 2-32": Shown("", "32 of 32→64, 16×16", threads=ONE),
+    "bench_conv.py::test_conv_norm[resnet8, width 16-32": Shown(
+        "`conv_norm`, residual", "32 of 16→16, 32×32", threads=ONE
+    ),
     "bench_blend.py::test_blend[(64, 256, 14, 14)-contiguous-permutation": Shown(
         "`blend`, index", "[64,256,14,14]", held=COPY
     ),
@@ -65,9 +70,9 @@ SHOWN = {
     "bench_robust.py::test_geometric_median[10-1000000": Shown(
         "`geometric_median`", "M=10, P=1 million", "torch", held=COPY
     ),
-    "bench_robust.py::test_krum[10-1000000": Shown("`krum`", "M=10, P=1 million", "torch", held=COPY),
+    "bench_robust.py::test_krum[10-1000000": Shown("`krum`", "M=10, P=1 million", "torch", ONE, held=COPY),
     "bench_robust.py::test_pairwise_distances[10-1000000": Shown(
-        "`pairwise_distances`", "M=10, P=1 million", "pdist", held=COPY
+        "`pairwise_distances`", "M=10, P=1 million", "pdist", ONE, held=COPY
     ),
     "bench_robust.py::test_clip_by_norm[10-1000000": Shown("`clip_by_norm`", "10 of 1 million", held=COPY),
     "bench_robust.py::test_clip_and_noise[1-11000000": Shown("`clip_and_noise`", "P=11 million", held=COPY),
