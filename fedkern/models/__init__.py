@@ -1,6 +1,7 @@
 """Networks with named stages, U-Nets, their registry, ensembles, generators of images, and Grad-CAM."""
 
 from fedkern.models.cnn import CNN
+from fedkern.models.conv_norm import ConvNorm
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 from fedkern.models.gradcam import grad_cam, mass_inside, object_share
@@ -16,6 +17,7 @@ __all__ = [
     "IMAGE_ENCODERS",
     "MODELS",
     "TEXT_ENCODERS",
+    "ConvNorm",
     "Ensemble",
     "Generator",
     "ModelEntry",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
+from fedkern.models.conv_norm import ConvSequential
 from fedkern.models.precision import autocasts, full
 from fedkern.models.resnet import ResNet
 from fedkern.models.staged import StagedNetwork
@@ -124,13 +125,13 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
         for child in stage if isinstance(stage, nn.Sequential) else [stage]:
             if any(True for _ in child.children()):
                 if run:
-                    parts.append(nn.Sequential(*run))
+                    parts.append(ConvSequential(*run))
                     run = []
                 parts.append(child)
             else:
                 run.append(child)
         if run:
-            parts.append(nn.Sequential(*run))
+            parts.append(ConvSequential(*run))
     return parts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fedkern.models.conv_norm import ConvSequential
 from fedkern.models.staged import StagedNetwork
 
 
@@ -17,7 +18,7 @@ class CNN(StagedNetwork):
     def __init__(self, *, classes: int, channels: int = 3, width: int = 32) -> None:
         sizes = (channels, width, 2 * width, 4 * width)
         stages: list[nn.Module] = [
-            nn.Sequential(
+            ConvSequential(
                 nn.Conv2d(sizes[i], sizes[i + 1], 3, padding=1, bias=False),
                 nn.BatchNorm2d(sizes[i + 1]),
                 nn.ReLU(),

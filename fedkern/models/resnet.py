@@ -8,6 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.conv_norm import ConvSequential, run_conv_norm
 from fedkern.models.staged import StagedNetwork
 
 Stem = Literal["cifar", "imagenet"]
@@ -28,8 +29,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = run_conv_norm(x, self.conv1, self.bn1, F.relu)
+        return run_conv_norm(y, self.conv2, self.bn2, F.relu, residual=self.shortcut(x))
 
 
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -77,5 +78,5 @@ class ResNet(StagedNetwork):
             for j in range(count):
                 layers.append(BasicBlock(current, after, stride=2 if i > 0 and j == 0 else 1))
                 current = after
-            stages.append(nn.Sequential(*layers))
+            stages.append(ConvSequential(*layers))
         super().__init__(stages, width=current, classes=classes)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.conv_norm import ConvSequential
 from fedkern.models.precision import autocasts, full
 
 
@@ -42,7 +43,7 @@ class UpConvolution(nn.ConvTranspose2d):
             nn.init.zeros_(self.bias)
 
 
-def double(channels_in: int, channels_out: int) -> nn.Sequential:
+def double(channels_in: int, channels_out: int) -> ConvSequential:
     """Two 3x3 convolutions with batch norm and ReLU, which keep the map's size."""
     layers: list[nn.Module] = []
     for entering in (channels_in, channels_out):
@@ -51,7 +52,7 @@ def double(channels_in: int, channels_out: int) -> nn.Sequential:
             nn.BatchNorm2d(channels_out),
             nn.ReLU(),
         ]
-    return nn.Sequential(*layers)
+    return ConvSequential(*layers)
 
 
 class UNet(nn.Module):

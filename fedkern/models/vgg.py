@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fedkern.models.conv_norm import ConvSequential
 from fedkern.models.staged import StagedNetwork
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # per stage, configuration D
@@ -32,5 +33,5 @@ class VGG(StagedNetwork):
                 current = times * width
             if i + 1 < len(CONVOLUTIONS):
                 layers.append(nn.MaxPool2d(2))
-            stages.append(nn.Sequential(*layers))
+            stages.append(ConvSequential(*layers))
         super().__init__(stages, width=current, classes=classes)
