@@ -50,8 +50,21 @@ functorch_active: Callable[[], bool] = _find("_C._are_functorch_transforms_activ
 dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", _no)
 """Number of active dispatch modes."""
 
-function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _no)
-"""Number of active torch-function modes."""
+_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _no)
+_function_mode: Callable[[int], Any] | None = getattr(torch._C, "_get_function_stack_at", None)
+
+
+def function_modes() -> bool:
+    """Whether a torch-function mode is active.
+
+    A default device (``torch.set_default_device``, ``with torch.device(...)``) does not count: operators name the
+    device of every tensor that they make.
+    """
+    count = _function_modes()
+    if not count or _function_mode is None:
+        return bool(count)
+    return any(type(_function_mode(i)).__module__ != "torch.utils._device" for i in range(count))
+
 
 is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _no)
 """Whether ``is_grads_batched=True`` made a tensor."""

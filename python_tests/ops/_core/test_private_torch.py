@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedkern
@@ -401,3 +402,16 @@ def test_private_names_stand_in_one_file() -> None:
         if private.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_a_default_device_is_no_mode_that_watches() -> None:
+    class Watching(TorchFunctionMode):
+        pass
+
+    assert not private_torch.function_modes()
+    with torch.device("meta"):
+        assert not private_torch.function_modes()
+        with Watching():
+            assert private_torch.function_modes()
+    with Watching():
+        assert private_torch.function_modes()

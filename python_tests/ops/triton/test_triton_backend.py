@@ -68,7 +68,7 @@ def test_estimated_sizes_choose_between_cuda_and_triton() -> None:
     assert dispatch.estimate("kl_div", (7, 5)) == sizes[8]
     assert dispatch.estimate("blend", (9, 0)) is None
     assert dispatch.estimate("unheard of", (9, 0)) is None
-    assert set(dispatch.CROSSOVER) == set(backend._kernels)
+    assert set(dispatch.CROSSOVER) == {name for name, kernels in backend._kernels.items() if "cuda" in kernels}
 
 
 def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
