@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def grad_for(given: dict[str, Any], seed: int = 1, **settings: Any) -> Tensor:
 
 def results(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
     """The result, the running statistics after the call, and with ``grad`` the gradients, by name."""
-    tensors = {**given, **{n: None if given[n] is None else given[n].clone() for n in ("mean", "variance")}}
+    tensors = {**given, **{n: copy.deepcopy(given[n]) for n in ("mean", "variance")}}
     out = ops.conv_norm(**tensors, **settings)
     found = {"out": out.detach(), **{n: tensors[n] for n in ("mean", "variance") if tensors[n] is not None}}
     leaves = {name: given[name] for name in LEAVES if given[name] is not None and given[name].requires_grad}
