@@ -72,6 +72,13 @@ class Convolution {
 // Work of a pass, as parallel_for wants it.
 double seconds(const ConvPlan& p, int products) { return 2e-11 * products * 9 * static_cast<double>(p.result.positions() * p.shape.in * p.shape.out); }
 
+// Adds what pieces have summed up, `size` numbers each, to that of the first: in their order.
+template <typename T>
+void add_pieces(T* sums, std::int64_t size, std::int64_t pieces) {
+  for (std::int64_t piece = 1; piece < pieces; ++piece)
+    for (std::int64_t i = 0; i < size; ++i) sums[i] += sums[size * piece + i];
+}
+
 // --- forward
 
 class Forward {
@@ -87,17 +94,16 @@ class Forward {
 
   void run() {
     const Convolution convolution(plan_, s_.in, s_.out, packed_.get());
-    const std::int64_t first = std::min(plan_.group, plan_.piece);
     std::fill_n(totals_.get(), 2 * s_.out * plan_.pieces, 0.0);
     if (a_.call.training) {
-      begin(convolution, first);
+      begin(convolution);
     } else {
       for (std::int64_t c = 0; c < s_.out; ++c) save(c, static_cast<double>(a_.mean[c]), static_cast<double>(a_.variance[c]));
     }
     auto work = [&](std::int64_t piece, std::int64_t end, int worker) {
       for (; piece < end; ++piece) {
         const std::int64_t last = std::min((piece + 1) * plan_.piece, s_.batch);
-        for (std::int64_t n = piece * plan_.piece + (a_.call.training && !piece ? first : 0); n < last; n += plan_.group)
+        for (std::int64_t n = piece * plan_.piece + (a_.call.training && !piece ? plan_.group : 0); n < last; n += plan_.group)
           group(convolution, n, std::min(plan_.group, last - n), worker, totals_.get() + 2 * s_.out * piece);
       }
     };
@@ -129,10 +135,10 @@ class Forward {
     });
   }
 
-  // The first samples: their means are what all sums are taken from, or a mean far from zero would cancel all digits.
-  void begin(const Convolution& convolution, std::int64_t samples) {
-    convolve(convolution, 0, samples, 0, y(), nothing);
-    const std::int64_t positions = samples * r_.height * r_.width, C = s_.out;
+  // The first group: its means are what all sums are taken from, or a mean far from zero would cancel all digits.
+  void begin(const Convolution& convolution) {
+    convolve(convolution, 0, plan_.group, 0, y(), nothing);
+    const std::int64_t positions = plan_.group * r_.height * r_.width, C = s_.out;
     std::fill_n(shift_.get(), C, 0.0f);
     double* const total = totals_.get();
     for (const bool again : {false, true}) {
@@ -147,14 +153,10 @@ class Forward {
   }
 
   void group(const Convolution& convolution, std::int64_t n, std::int64_t samples, int worker, double* total) {
-    if (!kept_) {
-      convolve(convolution, n, samples, worker, map_.get(worker), nothing);
-      finish(map_.get(worker), n, samples);
-      return;
-    }
-    float* const to = y() + n * plan_.out_floats();
+    float* const to = kept_ ? y() + n * plan_.out_floats() : map_.get(worker);
     if (!a_.call.training) {
       convolve(convolution, n, samples, worker, to, nothing);
+      if (!kept_) finish(to, n, samples);
       return;
     }
     const std::int64_t block = block_of(s_.out);
@@ -173,14 +175,10 @@ class Forward {
 
   void finish_statistics() {
     const double count = static_cast<double>(r_.positions()), m = a_.momentum;
+    add_pieces(totals_.get(), 2 * s_.out, plan_.pieces);
     for (std::int64_t c = 0; c < s_.out; ++c) {
-      double sum = 0, squares = 0;
-      for (std::int64_t piece = 0; piece < plan_.pieces; ++piece) {
-        sum += totals_.get()[2 * s_.out * piece + c];
-        squares += totals_.get()[2 * s_.out * piece + s_.out + c];
-      }
-      const double off = sum / count, mean = static_cast<double>(shift_.get()[c]) + off;
-      const double spread = squares / count - off * off, variance = spread < 0 ? 0 : spread;  // NaN stays
+      const double off = totals_.get()[c] / count, mean = static_cast<double>(shift_.get()[c]) + off;
+      const double spread = totals_.get()[s_.out + c] / count - off * off, variance = spread < 0 ? 0 : spread;  // NaN stays
       save(c, mean, variance);
       if (!a_.update) continue;
       a_.mean[c] = static_cast<float>((1 - m) * static_cast<double>(a_.mean[c]) + m * mean);
@@ -256,13 +254,10 @@ class Backward {
       });
     };
     parallel_for(s_.batch, plan_.piece, a_.call.threads, 1e-10 * static_cast<double>(s_.batch * positions * C), work);
+    add_pieces(totals_.get(), 2 * C, plan_.pieces);
     const double count = static_cast<double>(r_.positions());
     for (std::int64_t c = 0; c < C; ++c) {
-      double sum = 0, products = 0;
-      for (std::int64_t piece = 0; piece < plan_.pieces; ++piece) {
-        sum += totals_.get()[2 * C * piece + c];
-        products += totals_.get()[2 * C * piece + C + c];
-      }
+      const double sum = totals_.get()[c], products = totals_.get()[C + c];
       const double mean = static_cast<double>(a_.saved[c]), inverse = static_cast<double>(a_.saved[C + c]), scale = static_cast<double>(a_.saved[2 * C + c]);
       if (a_.to_shift) a_.to_shift[c] = static_cast<float>(sum);
       if (a_.to_scale) a_.to_scale[c] = static_cast<float>(products * inverse);
@@ -345,13 +340,10 @@ class Backward {
     });
   }
 
-  // Adds the pieces in order, and lays the result out as the weights are.
+  // Lays the sum of the pieces out as the weights are.
   void finish_weights() {
     float* const sum = weights_.get();
-    for (std::int64_t piece = 1; piece < plan_.pieces; ++piece) {
-      const float* const more = sum + weight_size_ * piece;
-      for (std::int64_t i = 0; i < weight_size_; ++i) sum[i] += more[i];
-    }
+    add_pieces(sum, weight_size_, plan_.pieces);
     if (plan_.winograd) transform_weights_back(sum, s_.in * s_.out);
     unpack(sum, a_.call, a_.to_weight);
   }

@@ -4,37 +4,16 @@
 #include <type_traits>
 
 #include "conv_plan.h"
+#include "conv_tiles.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
-// P positions of a row times N vectors of output channels: of `rows` rows of x, `length` numbers of each. The numbers from one
-// position to the next are a constant where STEP is not 0: positions then need no registers of their own.
+// A product_tile whose positions are at a constant distance where STEP is not 0, and then need no registers of their own.
 template <typename V, int P, int N, int STEP>
-void conv_tile(const float* x, std::int64_t row, std::int64_t given, int rows, std::int64_t length, const float* weight, float* out,
+void conv_tile(const float* x, std::int64_t row, std::int64_t step, int rows, std::int64_t length, const float* weight, float* out,
                std::int64_t out_step) {
-  const std::int64_t step = STEP ? STEP : given;
-  V sum[P][N];
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[p][n] = V::set(0);
-  for (int r = 0; r < rows; ++r, x += row)
-    for (std::int64_t k = 0; k < length; ++k, weight += N * V::lanes) {
-      V w[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) w[n] = V::load(weight + n * V::lanes);
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-        const V value = V::set(x[p * step + k]);
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[p][n] = fma(value, w[n], sum[p][n]);
-      }
-    }
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[p][n].store(out + p * out_step + n * V::lanes);
+  product_tile<V, P, N>(x, row, STEP ? STEP : step, rows, length, weight, out, out_step);
 }
 
 using ConvTile = void (*)(const float* x, std::int64_t row, std::int64_t step, int rows, std::int64_t length, const float* weight, float* out,
@@ -117,43 +96,15 @@ class DirectConv {
   ConvTile tile_;
 };
 
-// K values of R rows of taps times N vectors of the gradient's channels, over all positions of a sample.
-template <typename V, int K, int R, int N>
-void taps_tile(const float* x, std::int64_t x_row, std::int64_t in, const float* d, std::int64_t d_row, std::int64_t out, const ConvShape& s,
-               float* to, bool first) {
-  V sum[R][K][N];
-  const auto each = [&](auto&& body) {
-#pragma GCC unroll 3
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
-      for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) body(r, k, n);
-  };
-  each([&](int r, int k, int n) { sum[r][k][n] = V::set(0); });
-  const ConvShape result = s.result();
-  for (std::int64_t i = 0; i < result.height; ++i, x += s.stride * x_row, d += d_row) {
-    const float *xs = x, *ds = d;
-    for (std::int64_t j = 0; j < result.width; ++j, xs += s.stride * in, ds += out) {
-      V w[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) w[n] = V::load(ds + n * V::lanes);
-      each([&](int r, int k, int n) { sum[r][k][n] = fma(V::set(xs[r * x_row + k]), w[n], sum[r][k][n]); });
-    }
-  }
-  const std::int64_t taps = 3 * in;  // of a row
-  each([&](int r, int k, int n) {
-    float* const at = to + (r * taps + k) * out + n * V::lanes;
-    (first ? sum[r][k][n] : V::load(at) + sum[r][k][n]).store(at);
-  });
-}
-
 template <typename V, int K, int R, int N>
 void add_taps(const float* x, std::int64_t x_row, const float* d, std::int64_t d_row, const ConvShape& s, float* to, bool first) {
+  const ConvShape result = s.result();
+  const std::int64_t taps = 3 * s.in;  // of a row
   for (std::int64_t c = 0; c < s.out; c += N * V::lanes)
     for (int r = 0; r < 3; r += R)
-      for (std::int64_t k = 0; k < 3 * s.in; k += K)
-        taps_tile<V, K, R, N>(x + r * x_row + k, x_row, s.in, d + c, d_row, s.out, s, to + (r * 3 * s.in + k) * s.out + c, first);
+      for (std::int64_t k = 0; k < taps; k += K)
+        outer_tile<V, K, R, N>({x + r * x_row + k, s.stride * x_row, s.stride * s.in}, x_row, {d + c, d_row, s.out}, result.height, result.width,
+                               to + (r * taps + k) * s.out + c, s.out, taps * s.out, first);
 }
 
 // Adds a sample's gradient of the weights, [9][in][out]; the `first` sets it. x and d: at the first position that taps reach, and

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv_plan.h"
+#include "conv_tiles.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -96,31 +97,6 @@ inline void transform_back(const float* from, std::int64_t plane, std::int64_t b
       }
 }
 
-// P tiles times N vectors of output channels.
-template <int P, int N>
-FEDKERN_INLINE void product_tile(const float* x, std::int64_t in, const float* weight, float* out) {
-  Wide sum[P][N];
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[p][n] = Wide::set(0);
-  for (std::int64_t k = 0; k < in; ++k, weight += N * Wide::lanes) {
-    Wide w[N];
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) w[n] = Wide::load(weight + n * Wide::lanes);
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-      const Wide value = Wide::set(x[p * in + k]);
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sum[p][n] = fma(value, w[n], sum[p][n]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[p][n].store(out + (p * N + n) * Wide::lanes);
-}
-
 // [tiles][in] times [in][block] -> [tiles][block]. In the products that matter `in` is a constant, so that tiles are at constant
 // distances.
 template <int P, int N, int IN>
@@ -128,9 +104,9 @@ void product(const float* x, std::int64_t tiles, std::int64_t given, const float
   constexpr std::int64_t block = N * Wide::lanes;
   const std::int64_t in = IN ? IN : given;
   std::int64_t t = 0;
-  for (; t + P <= tiles; t += P) product_tile<P, N>(x + t * in, in, weight, out + t * block);
-  for (; t + 4 <= tiles; t += 4) product_tile<4, N>(x + t * in, in, weight, out + t * block);
-  for (; t < tiles; ++t) product_tile<1, N>(x + t * in, in, weight, out + t * block);
+  for (; t + P <= tiles; t += P) product_tile<Wide, P, N>(x + t * in, 0, in, 1, in, weight, out + t * block, block);
+  for (; t + 4 <= tiles; t += 4) product_tile<Wide, 4, N>(x + t * in, 0, in, 1, in, weight, out + t * block, block);
+  for (; t < tiles; ++t) product_tile<Wide, 1, N>(x + t * in, 0, in, 1, in, weight, out + t * block, block);
 }
 
 using Product = void (*)(const float* x, std::int64_t tiles, std::int64_t in, const float* weight, float* out);
@@ -170,38 +146,11 @@ FEDKERN_INLINE void multiply(const float* tiles, std::int64_t samples, const Ban
   }
 }
 
-// K input channels times N vectors of the gradient's, over all tiles.
-template <int K, int N>
-void outer_tile(const float* x, std::int64_t in, const float* d, std::int64_t out, std::int64_t tiles, float* to, bool first) {
-  Wide sum[K][N];
-#pragma GCC unroll 16
-  for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[k][n] = Wide::set(0);
-  for (std::int64_t t = 0; t < tiles; ++t, x += in, d += out) {
-    Wide w[N];
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) w[n] = Wide::load(d + n * Wide::lanes);
-#pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) {
-      const Wide value = Wide::set(x[k]);
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sum[k][n] = fma(value, w[n], sum[k][n]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      float* const at = to + k * out + n * Wide::lanes;
-      (first ? sum[k][n] : Wide::load(at) + sum[k][n]).store(at);
-    }
-}
-
 template <int K, int N>
 void outer(const float* x, std::int64_t in, const float* d, std::int64_t out, std::int64_t tiles, float* to, bool first) {
   for (std::int64_t c = 0; c < out; c += N * Wide::lanes)
-    for (std::int64_t k = 0; k < in; k += K) outer_tile<K, N>(x + k, in, d + c, out, tiles, to + k * out + c, first);
+    for (std::int64_t k = 0; k < in; k += K)
+      outer_tile<Wide, K, 1, N>({x + k, 0, in}, 0, {d + c, 0, out}, 1, tiles, to + k * out + c, out, 0, first);
 }
 
 // Adds the transformed gradient of the weights, [16][in][out]; the `first` sets it.
