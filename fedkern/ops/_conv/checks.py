@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.checks import check_count, check_device, check_floating, check_number
+from fedkern.ops._core.checks import check_count, check_device, check_flag, check_floating, check_number
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -21,8 +21,7 @@ def check_settings(
         TypeError, ValueError: a setting has the wrong type or value.
     """
     for name, flag in (("relu", relu), ("update", update), ("training", training)):
-        if flag is not True and flag is not False:
-            raise TypeError(f"{name} must be True or False, not {type(flag).__name__}")
+        check_flag(flag, name)
     numbers = check_number(momentum, "momentum", 1), check_number(eps, "eps", above=True)
     return *numbers, check_count(stride, "stride", 1, 2), check_count(pool, "pool", 1, 2)
 

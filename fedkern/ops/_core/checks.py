@@ -81,6 +81,12 @@ def check_count(value: int, name: str, low: int, high: int | None = None) -> int
     return value
 
 
+def check_flag(value: bool, name: str) -> None:
+    """Raises TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+
+
 def refuse_gradient(name: str, *given: object) -> None:
     """Raises ValueError if a tensor in ``given`` asks for a gradient: the operator ``name`` has none."""
     recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)

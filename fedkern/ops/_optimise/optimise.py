@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, check_number, no_vmap, refuse_gradient, written
+from fedkern.ops._core.checks import check_count, check_flag, check_number, no_vmap, refuse_gradient, written
 from fedkern.ops._optimise.checks import (
     check_betas,
     check_like,
@@ -221,8 +221,7 @@ def _take(
     weight_decay, proximal = check_number(weight_decay, "weight_decay"), check_number(proximal, "proximal")
     if max_norm is not None:
         max_norm = check_number(max_norm, "max_norm", above=True)
-    if not isinstance(zero, bool):
-        raise TypeError(f"zero must be True or False, not {type(zero).__name__}")
+    check_flag(zero, "zero")
     if proximal and anchor is None:
         raise ValueError(f"anchor must be given with proximal {proximal:g}")
     for key, given in (("anchor", anchor), ("correction", correction)):
