@@ -30,14 +30,17 @@ class Stage:
 
     def inputs(self, batch: int) -> list[Tensor]:
         """x, weight, scale, shift, both running statistics and, if there is one, the residual."""
-        x = torch.randn(batch, self.channels, self.size, self.size).requires_grad_(self.channels > 3)
-        weight = torch.randn(self.width, self.channels, 3, 3) / (9 * self.channels) ** 0.5
+        x = channels_last(batch, self.channels, self.size, self.size).requires_grad_(self.channels > 3)
+        weight = (channels_last(self.width, self.channels, 3, 3) / (9 * self.channels) ** 0.5).requires_grad_()
         scale, shift, mean, variance = (fill(self.width) for fill in (torch.ones, torch.zeros, torch.zeros, torch.ones))
-        given = [x, weight.requires_grad_(), scale.requires_grad_(), shift.requires_grad_(), mean, variance]
+        given = [x, weight, scale.requires_grad_(), shift.requires_grad_(), mean, variance]
         if self.residual:
-            given.append(torch.randn(batch, self.width, self.size, self.size).requires_grad_())
-        last = torch.channels_last
-        return [t.detach().to(memory_format=last).requires_grad_(t.requires_grad) if t.dim() == 4 else t for t in given]
+            given.append(channels_last(batch, self.width, self.size, self.size).requires_grad_())
+        return given
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
 def eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, *rest: Tensor,

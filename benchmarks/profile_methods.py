@@ -42,6 +42,7 @@ REGIONS = {
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
     "fedkern.engine.client_states:ClientStates._write": KEEP,
     "fedkern.engine.training:stepper": STEP,
+    "fedkern.models.conv_norm:run": OURS,
 }
 """Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is what it returns."""
 OPERATORS = (
