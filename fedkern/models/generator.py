@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.models.allocate import allocate
+from fedkern.models.conv_norm import ConvSequential
 from fedkern.models.precision import autocasts, full
 
 BASE = 8  # largest side of the first map: larger images add doublings, not a larger linear map
@@ -83,7 +84,7 @@ class Generator(nn.Module):
                     nn.BatchNorm2d(after),
                     nn.LeakyReLU(0.2),
                 ]
-            self.body = nn.Sequential(*layers, nn.Conv2d(sizes[-1], channels, 3, padding=1))
+            self.body = ConvSequential(*layers, nn.Conv2d(sizes[-1], channels, 3, padding=1))
         allocate(self)
         shape = (1, channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(shape), persistent=False)

@@ -382,6 +382,13 @@ def test_a_stem_for_large_images(calls):
     assert len(calls) == SERVED["resnet18"] - 1
 
 
+def test_a_generator(calls):
+    generator = torch.Generator().manual_seed(0)
+    made = models.Generator(nz=4, ngf=4, widths=(4, 2, 1), generator=generator)
+    made(torch.randn(4, 4)).sum().backward()
+    assert [(call["relu"], call["pool"]) for call in calls] == [(False, 1)] * 2
+
+
 def test_names_are_those_of_plain_layers():
     keys = list(network("cnn").state_dict())
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
