@@ -10,9 +10,9 @@ inline bool is_f32(const TensorView& seen) { return seen.code == 2 && seen.bits 
 
 // The shape of a call, or a batch of 0 where what is given does not make one.
 inline ConvShape conv_shape(const TensorView& x, const TensorView& weight, long stride) {
-  const bool fit = (stride == 1 || stride == 2) && x.dims == 4 && weight.dims == 4 && is_f32(x) && is_f32(weight) && weight.shape[1] == x.shape[1] && weight.shape[2] == 3 &&
-                   weight.shape[3] == 3 && (weight.contiguous() || weight.channels_last());
-  return fit ? ConvShape{x.shape[0], x.shape[2], x.shape[3], x.shape[1], weight.shape[0], stride} : ConvShape{};
+  const bool fit = (stride == 1 || stride == 2) && x.dims == 4 && weight.dims == 4 && is_f32(x) && is_f32(weight) && weight.shape[1] == x.shape[1] &&
+                   (weight.shape[2] == 3 || weight.shape[2] == 1) && weight.shape[3] == weight.shape[2] && (weight.contiguous() || weight.channels_last());
+  return fit ? ConvShape{x.shape[0], x.shape[2], x.shape[3], x.shape[1], weight.shape[0], stride, weight.shape[2]} : ConvShape{};
 }
 
 // Whether a tensor is a map of a call: [batch, channels, height, width], halved where `pool`; of any strides.

@@ -34,7 +34,7 @@ ConvNorm conv_call_of(py::handle x, py::handle weight, double eps, int stride, b
   const auto fits = conv_kernels().fits;
   require(s.batch && (pool == 1 || pool == 2) && fits && fits(s), "conv's kernel does not take a call of this shape");
   const bool last = taps.channels_last();
-  return {s, conv_map(x, s, s.in, false), static_cast<const float*>(taps.data), 9 * s.in, last ? 1 : 9, last ? s.in : 1, eps, relu, pool == 2, training, threads};
+  return {s, conv_map(x, s, s.in, false), static_cast<const float*>(taps.data), s.taps() * s.in, last ? 1 : s.taps(), last ? s.in : 1, eps, relu, pool == 2, training, threads};
 }
 
 void conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle out,

@@ -37,15 +37,17 @@ class Convolution {
   template <typename Done>
   FEDKERN_INLINE void direct(const float* map, float* y, Done&& done) const {
     const ConvShape &s = plan_.shape, &r = plan_.result;
-    const DirectConv conv(in_, out_, r.width, s.stride * in_);
+    const DirectConv conv(in_, out_, r.width, s.stride * in_, s.kernel, s.kernel);
     conv.run(map, plan_.in_row, {s.stride * plan_.in_row, s.stride * in_, r.width * out_, out_}, r.height, r.width, packed_, y, done);
   }
   // Of a gradient with its border, back to x.
   FEDKERN_INLINE void direct_back(const float* map, float* x) const {
-    const ConvShape& s = plan_.shape;
+    const ConvShape &s = plan_.shape, &r = plan_.result;
     const std::int64_t row = plan_.out_row;
-    if (s.stride == 1) {
-      DirectConv(in_, out_, s.width, in_).run(map, row, {row, in_, s.width * out_, out_}, s.height, s.width, packed_, x, nothing);
+    if (s.stride == 1 || s.kernel == 1) {
+      if (s.stride > 1) std::fill_n(x, s.height * s.width * out_, 0.0f);
+      const ConvSteps steps{row, in_, s.stride * s.width * out_, s.stride * out_};
+      DirectConv(in_, out_, r.width, in_, s.kernel, s.kernel).run(s.kernel == 1 ? map + row + in_ : map, row, steps, r.height, r.width, packed_, x, nothing);
       return;
     }
     const float* weight = packed_;
@@ -70,7 +72,7 @@ class Convolution {
 };
 
 // Work of a pass, as parallel_for wants it.
-double seconds(const ConvPlan& p, int products) { return 2e-11 * products * 9 * static_cast<double>(p.result.positions() * p.shape.in * p.shape.out); }
+double seconds(const ConvPlan& p, int products) { return 2e-11 * products * static_cast<double>(p.result.positions() * p.weights()); }
 
 // Adds what pieces have summed up, `size` numbers each, to that of the first: in their order.
 template <typename T>
@@ -121,8 +123,7 @@ class Forward {
   FEDKERN_INLINE void convolve(const Convolution& convolution, std::int64_t n, std::int64_t samples, int worker, float* to, Done&& done) {
     const std::int64_t size = plan_.in_floats();
     for (std::int64_t i = 0; i < samples; ++i) {
-      float* const map = border_.get(worker) + i * plan_.in_map;
-      lay_out(a_.call.x + (n + i) * size, s_, plan_.in_row, map);
+      const float* const map = lay_out(a_.call.x + (n + i) * size, plan_, border_.get(worker) + i * plan_.in_map);
       if (!plan_.winograd) convolution.direct(map, to + i * plan_.out_floats(), done);
     }
     if (!plan_.winograd) return;
@@ -220,7 +221,7 @@ class Backward {
  public:
   explicit Backward(const ConvBackward& a)
       : a_(a), plan_(a.call.shape), s_(plan_.shape), r_(plan_.result), workers_(parallel_workers(plan_.pieces, 1, a.call.threads)), back_(rounded_up(s_.in)),
-        weight_size_(plan_.winograd ? kPlanes * s_.in * s_.out : plan_.weights()), packed_(a.to_x ? 9 * back_ * s_.out : 0),
+        weight_size_(plan_.winograd ? kPlanes * s_.in * s_.out : plan_.weights()), packed_(a.to_x ? s_.taps() * back_ * s_.out : 0),
         in_border_(plan_.group * plan_.in_map, workers_), out_border_(plan_.group * plan_.out_map, workers_),
         tiles_(Convolution::tiles(plan_, std::max(s_.in, s_.out)), workers_), gradient_tiles_(Convolution::tiles(plan_, s_.out), workers_),
         products_(Convolution::products(plan_, s_.in), workers_), few_(back_ == s_.in ? 0 : s_.height * s_.width * back_, workers_),
@@ -287,9 +288,10 @@ class Backward {
 
   void group(const std::optional<Convolution>& back, std::int64_t n, std::int64_t samples, int worker, float* weights, bool first) {
     float *const maps = in_border_.get(worker), *const gradients = out_border_.get(worker);
+    const float* map = maps;
     for (std::int64_t i = 0; i < samples; ++i) {
       spread_sample(n + i, gradients + i * plan_.out_map);
-      if (a_.to_weight) lay_out(a_.call.x + (n + i) * plan_.in_floats(), s_, plan_.in_row, maps + i * plan_.in_map);
+      if (a_.to_weight) map = lay_out(a_.call.x + (n + i) * plan_.in_floats(), plan_, maps + i * plan_.in_map);
     }
     float* const to_x = a_.to_x ? a_.to_x + n * plan_.in_floats() : nullptr;
     if (plan_.winograd)
@@ -298,12 +300,12 @@ class Backward {
         first = false;
       });
     else
-      sample(back, worker, to_x, weights, first);
+      sample(back, map, worker, to_x, weights, first);
   }
 
-  void sample(const std::optional<Convolution>& back, int worker, float* to_x, float* weights, bool first) {
+  void sample(const std::optional<Convolution>& back, const float* map, int worker, float* to_x, float* weights, bool first) {
     const float* const gradient = out_border_.get(worker);
-    if (a_.to_weight) add_taps(in_border_.get(worker), plan_.in_row, gradient + plan_.out_row + s_.out, plan_.out_row, s_, weights, first);
+    if (a_.to_weight) add_taps(map, plan_.in_row, gradient + plan_.out_row + s_.out, plan_.out_row, s_, weights, first);
     if (!to_x) return;
     float* const eight = few_.get(worker);
     back->direct_back(gradient, back_ == s_.in ? to_x : eight);
@@ -361,8 +363,10 @@ void forward(const ConvForward& a) { Forward(a).run(); }
 void backward(const ConvBackward& a) { Backward(a).run(); }
 
 // Where PyTorch's own operators (oneDNN) are faster, or not slower: many channels that few tiles share, since transformed weights
-// leave the caches then, and channels that neither tiles of Winograd nor constants of the direct kernels fit.
+// leave the caches then, and channels that neither tiles of Winograd nor constants of the direct kernels fit. Blocks of
+// weights of one tap stay in L1 up to 256 channels.
 bool fits(const ConvShape& s) {
+  if (s.kernel == 1) return s.in % 8 == 0 && s.out % 8 == 0 && s.in <= 256 && s.result().width >= kLeastWidth;
   if (s.stride == 2) return s.in % 16 == 0 && s.out % 16 == 0 && s.in <= 32 && s.out <= 64 && s.width / 2 >= kLeastWidth;
   if (s.in % 16 == 0 && s.out % 16 == 0) return 512 * s.batch * Band{0, s.height, s.width}.tiles() >= s.in * s.out;
   if (s.out % 8 || s.width < kLeastWidth || s.height < 2) return false;

@@ -1,4 +1,4 @@
-// Direct 3x3 convolution of maps with few channels, and the gradient of its weights.
+// Direct convolution of maps with few channels, and the gradient of its weights.
 #pragma once
 
 #include <type_traits>
@@ -99,32 +99,32 @@ class DirectConv {
 template <typename V, int K, int R, int N>
 void add_taps(const float* x, std::int64_t x_row, const float* d, std::int64_t d_row, const ConvShape& s, float* to, bool first) {
   const ConvShape result = s.result();
-  const std::int64_t taps = 3 * s.in;  // of a row
+  const std::int64_t taps = s.kernel * s.in;  // of a row
   for (std::int64_t c = 0; c < s.out; c += N * V::lanes)
-    for (int r = 0; r < 3; r += R)
+    for (std::int64_t r = 0; r < s.kernel; r += R)
       for (std::int64_t k = 0; k < taps; k += K)
         outer_tile<V, K, R, N>({x + r * x_row + k, s.stride * x_row, s.stride * s.in}, x_row, {d + c, d_row, s.out}, result.height, result.width,
                                to + (r * taps + k) * s.out + c, s.out, taps * s.out, first);
 }
 
-// Adds a sample's gradient of the weights, [9][in][out]; the `first` sets it. x and d: at the first position that taps reach, and
+// Adds a sample's gradient of the weights, [taps][in][out]; the `first` sets it. x and d: at the first position that taps reach, and
 // at the first position of the gradient.
 inline void add_taps(const float* x, std::int64_t x_row, const float* d, std::int64_t d_row, const ConvShape& s, float* to, bool first) {
-  const auto pick = [&](auto one, auto three, auto many) {
-    (s.in == 1 ? one : s.in == 3 ? three : many)(x, x_row, d, d_row, s, to, first);
+  const auto pick = [&](auto point, auto one, auto three, auto many) {
+    (s.kernel == 1 ? point : s.in == 1 ? one : s.in == 3 ? three : many)(x, x_row, d, d_row, s, to, first);
   };
 #if defined(FEDKERN_ISA_avx512)
   if (s.out % 32 == 0)
-    pick(add_taps<Wide, 3, 3, 2>, add_taps<Wide, 9, 1, 2>, add_taps<Wide, 12, 1, 2>);
+    pick(add_taps<Wide, 8, 1, 2>, add_taps<Wide, 3, 3, 2>, add_taps<Wide, 9, 1, 2>, add_taps<Wide, 12, 1, 2>);
   else if (s.out % 16 == 0)
-    pick(add_taps<Wide, 3, 3, 1>, add_taps<Wide, 9, 3, 1>, add_taps<Wide, 24, 1, 1>);
+    pick(add_taps<Wide, 8, 1, 1>, add_taps<Wide, 3, 3, 1>, add_taps<Wide, 9, 3, 1>, add_taps<Wide, 24, 1, 1>);
   else
-    pick(add_taps<Half, 3, 3, 1>, add_taps<Half, 9, 3, 1>, add_taps<Half, 24, 1, 1>);
+    pick(add_taps<Half, 8, 1, 1>, add_taps<Half, 3, 3, 1>, add_taps<Half, 9, 3, 1>, add_taps<Half, 24, 1, 1>);
 #else
   if (s.out % 16 == 0)
-    pick(add_taps<Wide, 3, 1, 2>, add_taps<Wide, 3, 1, 2>, add_taps<Wide, 6, 1, 2>);
+    pick(add_taps<Wide, 4, 1, 2>, add_taps<Wide, 3, 1, 2>, add_taps<Wide, 3, 1, 2>, add_taps<Wide, 6, 1, 2>);
   else
-    pick(add_taps<Wide, 3, 3, 1>, add_taps<Wide, 9, 1, 1>, add_taps<Wide, 12, 1, 1>);
+    pick(add_taps<Wide, 8, 1, 1>, add_taps<Wide, 3, 3, 1>, add_taps<Wide, 9, 1, 1>, add_taps<Wide, 12, 1, 1>);
 #endif
 }
 

@@ -40,7 +40,7 @@ struct ConvPlan {
   std::int64_t in_map, out_map;  // of such a map, the border below and one row that tiles of odd heights read
 
   explicit ConvPlan(const ConvShape& s) : shape(s), result(s.result()) {
-    winograd = s.stride == 1 && s.in % 16 == 0 && s.out % 16 == 0;
+    winograd = s.kernel == 3 && s.stride == 1 && s.in % 16 == 0 && s.out % 16 == 0;
     // Few, since their sums are added one after another; the number of threads must not matter.
     piece = s.batch >= 16 ? std::max<std::int64_t>(8, (s.batch + 15) / 16) : s.batch >= 4 ? (s.batch + 1) / 2 : s.batch;
     pieces = (s.batch + piece - 1) / piece;
@@ -50,6 +50,7 @@ struct ConvPlan {
     tiles = group * Band{0, rows, s.width}.tiles();
     const auto bordered = [](std::int64_t size) { return size + 2 + size % 2; };
     in_row = bordered(s.width) * s.in, in_map = bordered(s.height) * in_row;
+    if (s.kernel == 1) in_row = s.width * s.in, in_map = 0;  // read where it is
     out_row = bordered(result.width) * s.out, out_map = bordered(result.height) * out_row;
   }
   std::int64_t in_floats() const { return shape.height * shape.width * shape.in; }  // of a sample
@@ -59,20 +60,23 @@ struct ConvPlan {
   FEDKERN_INLINE void bands(Body&& body) const {
     for (std::int64_t i = 0; i < shape.height; i += rows) body(Band{i, std::min(i + rows, shape.height), shape.width});
   }
-  std::int64_t weights() const { return 9 * shape.in * shape.out; }
+  std::int64_t weights() const { return shape.taps() * shape.in * shape.out; }
 };
 
-// Copies a sample into the border.
-inline void lay_out(const float* x, const ConvShape& s, std::int64_t row, float* to) {
-  for (std::int64_t y = 0; y < s.height; ++y) std::memcpy(to + (y + 1) * row + s.in, x + y * s.width * s.in, s.width * s.in * sizeof(float));
+// Copies a sample into the border. Returns where kernels read it: a kernel of one tap needs no border.
+inline const float* lay_out(const float* x, const ConvPlan& p, float* to) {
+  const ConvShape& s = p.shape;
+  if (s.kernel == 1) return x;
+  for (std::int64_t y = 0; y < s.height; ++y) std::memcpy(to + (y + 1) * p.in_row + s.in, x + y * s.width * s.in, s.width * s.in * sizeof(float));
+  return to;
 }
 
-// Weights as kernels read them: blocks of output channels, in each the taps, in each the input channels: [out / block][9][in][block].
+// Weights as kernels read them: blocks of output channels, in each the taps, in each the input channels: [out / block][taps][in][block].
 inline void pack(const ConvNorm& a, float* to) {
   const ConvShape& s = a.shape;
   const std::int64_t block = block_of(s.out);
   for (std::int64_t first = 0; first < s.out; first += block)
-    for (int tap = 0; tap < 9; ++tap)
+    for (int tap = 0; tap < s.taps(); ++tap)
       for (std::int64_t i = 0; i < s.in; ++i, to += block) {
         const float* from = a.weight + first * a.weight_out + i * a.weight_in + tap * a.weight_tap;
         for (std::int64_t c = 0; c < block; ++c) to[c] = from[c * a.weight_out];
@@ -88,7 +92,7 @@ inline float* pack_back(const ConvNorm& a, std::initializer_list<int> down, std:
     for (const int y : down)
       for (const int x : across)
         for (std::int64_t o = 0; o < s.out; ++o, to += block) {
-          const float* from = a.weight + o * a.weight_out + first * a.weight_in + (3 * y + x) * a.weight_tap;
+          const float* from = a.weight + o * a.weight_out + first * a.weight_in + (s.kernel * y + x) * a.weight_tap;
           for (std::int64_t c = 0; c < block; ++c) to[c] = first + c < s.in ? from[c * a.weight_in] : 0.0f;
         }
   return to;
@@ -97,6 +101,10 @@ inline float* pack_back(const ConvNorm& a, std::initializer_list<int> down, std:
 // All of them. At stride 1 taps are turned round. At stride 2 a row of x has one row of taps where it is even and two where it
 // is odd, and so have columns: four convolutions, one after another, of even and odd columns of even rows, then of odd ones.
 inline void pack_back(const ConvNorm& a, float* to) {
+  if (a.shape.kernel == 1) {
+    pack_back(a, {0}, {0}, to);
+    return;
+  }
   if (a.shape.stride == 1) {
     pack_back(a, {2, 1, 0}, {2, 1, 0}, to);
     return;
@@ -105,12 +113,12 @@ inline void pack_back(const ConvNorm& a, float* to) {
   to = pack_back(a, {2, 0}, {1}, to), pack_back(a, {2, 0}, {2, 0}, to);
 }
 
-// A gradient [9][in][out] -> at the weight's strides.
+// A gradient [taps][in][out] -> at the weight's strides.
 inline void unpack(const float* from, const ConvNorm& a, float* to) {
   const ConvShape& s = a.shape;
   constexpr std::int64_t kSquare = 16;  // rows and columns that stay in L1
   for (std::int64_t first = 0; first < s.in; first += kSquare)
-    for (int tap = 0; tap < 9; ++tap)
+    for (int tap = 0; tap < s.taps(); ++tap)
       for (std::int64_t o = 0; o < s.out; ++o)
         for (std::int64_t i = first; i < std::min(first + kSquare, s.in); ++i)
           to[o * a.weight_out + i * a.weight_in + tap * a.weight_tap] = from[(tap * s.in + i) * s.out + o];

@@ -19,7 +19,7 @@ from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.private_torch import may_be_transformed
 
 _CONV = attrgetter("kernel_size", "padding", "dilation", "groups", "padding_mode")
-_SERVED_CONV = ((3, 3), (1, 1), (1, 1), 1, "zeros")
+_SERVED_CONVS = ((3, 3), (1, 1), (1, 1), 1, "zeros"), ((1, 1), (0, 0), (1, 1), 1, "zeros")
 _STRIDES: dict[tuple[int, ...], int] = {(1, 1): 1, (2, 2): 2}
 _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _SERVED_POOL = (2, 2, 0, 1, False, False)
@@ -68,7 +68,7 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
         if type(pool) is not nn.MaxPool2d or _POOL(pool) != _SERVED_POOL:
             return None
         called.append(pool)
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or _CONV(conv) != _SERVED_CONV:
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or _CONV(conv) not in _SERVED_CONVS:
         return None
     for layer in called:
         hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks

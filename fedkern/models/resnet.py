@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
         return run_conv_norm(y, self.conv2, self.bn2, F.relu, residual=self.shortcut(x))
 
 
-def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> ConvSequential:
     """A 1x1 convolution with batch norm, called ``"0"`` and ``"1"``."""
     layers: dict[str, nn.Module] = {}
     if stride != 1 and channels_in < 16:
@@ -43,7 +43,7 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential
         stride = 1
     layers["0"] = nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
     layers["1"] = nn.BatchNorm2d(channels_out)
-    return nn.Sequential(OrderedDict(layers))
+    return ConvSequential(OrderedDict(layers))
 
 
 def _stem(kind: Stem, channels: int, width: int) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-// conv: 3x3 convolution (stride 1 or 2, padding 1, no bias), batch norm, residual, ReLU and 2x2 max pooling.
+// conv: 3x3 convolution with padding 1, or 1x1 without (stride 1 or 2, no bias), batch norm, residual, ReLU and 2x2 max pooling.
 //
 // Maps are dense and channels-last, fp32. Samples are worked on in groups of fixed sizes, whose sums are added in order:
 // results do not depend on the number of threads. There is no portable level: where it is active, nothing fits.
@@ -11,16 +11,17 @@ namespace fedkern {
 
 struct ConvShape {
   std::int64_t batch, height, width, in, out;  // of x; in, out: channels
-  std::int64_t stride = 1;
+  std::int64_t stride = 1, kernel = 3;         // kernel: its side
   // What the convolution gives, as a map of its own.
   ConvShape result() const { return {batch, (height + stride - 1) / stride, (width + stride - 1) / stride, out, out}; }
+  std::int64_t taps() const { return kernel * kernel; }
   std::int64_t positions() const { return batch * height * width; }
 };
 
 struct ConvNorm {
   ConvShape shape;
   const float* x;                                   // [batch, height, width, in]
-  const float* weight;                              // of `out`, `in` and nine taps, at these strides
+  const float* weight;                              // of `out`, `in` and taps, at these strides
   std::int64_t weight_out, weight_in, weight_tap;
   double eps;
   bool relu, pool, training;

@@ -35,10 +35,11 @@ def check_tensors(
     check_floating(weight, "weight")
     if x.dim() != 4 or min(x.shape[1:]) < 1:
         raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
-    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or weight.shape[0] < 1:
+    taps = tuple(weight.shape[2:])
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or taps not in ((3, 3), (1, 1)) or weight.shape[0] < 1:
         raise ValueError(
-            f"weight must have shape [out, {x.shape[1]}, 3, 3], nine taps for each channel of x, "
-            f"but has {list(weight.shape)}"
+            f"weight must have shape [out, {x.shape[1]}, 3, 3] or [out, {x.shape[1]}, 1, 1], nine taps or one for each "
+            f"channel of x, but has {list(weight.shape)}"
         )
     height, width = (-(-size // stride) for size in x.shape[2:])
     if pool > min(height, width):

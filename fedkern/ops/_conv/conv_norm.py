@@ -1,4 +1,4 @@
-"""conv_norm: a 3x3 convolution, batch norm, residual, ReLU and max pooling in one call.
+"""conv_norm: a 3x3 or 1x1 convolution, batch norm, residual, ReLU and max pooling in one call.
 
 The reference is in reference.py, the launcher in kernels.py.
 """
@@ -44,7 +44,7 @@ def conv_norm(
 
     The same in PyTorch::
 
-        y = F.conv2d(x, weight, stride=stride, padding=1)
+        y = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
         y = F.batch_norm(y, mean, variance, scale, shift, training, momentum, eps)
         y = y if residual is None else y + residual
         y = y.relu() if relu else y
@@ -56,7 +56,8 @@ def conv_norm(
 
     Args:
         x: maps ``[B, in, H, W]``; fp32, fp64, bf16 or fp16, any strides.
-        weight: ``[out, in, 3, 3]``, of x's dtype; the convolution has padding 1 and no bias.
+        weight: ``[out, in, 3, 3]`` or ``[out, in, 1, 1]``, of x's dtype; the convolution has no bias, and padding 1
+            with nine taps, 0 with one.
         scale, shift: the batch norm's weight and bias ``[out]``; of x's dtype, or fp32 beside 16-bit maps.
         mean, variance: running statistics ``[out]``, of scale's dtype, without gradient; read with ``training=False``
             and updated in place in training. None: there are none.

@@ -25,7 +25,7 @@ def conv_norm_reference(
     training: bool = True,
 ) -> Tensor:
     """The specification of :func:`fedkern.ops.conv_norm`."""
-    y = F.conv2d(x, weight, stride=stride, padding=1)
+    y = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
     if training and not update:
         mean = variance = None
     if mean is not None and variance is not None and not training:

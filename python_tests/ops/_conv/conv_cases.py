@@ -26,10 +26,20 @@ SERVED = (
 # The same with a stride of 2.
 STRIDED = ((16, 32, 8, 8), (32, 64, 10, 13), (16, 16, 9, 11), (32, 48, 3, 8))
 
+# Of kernels of one tap, with either stride.
+POINTS = ((16, 32, 8, 8), (32, 64, 10, 13), (8, 8, 9, 7), (24, 40, 4, 16), (64, 16, 3, 9))
+
+# (stride, side of the kernel, shape).
+SHAPES = [
+    *((1, 3, shape) for shape in SERVED),
+    *((2, 3, shape) for shape in STRIDED),
+    *((stride, 1, shape) for stride in (1, 2) for shape in POINTS),
+]
+
 
 def arguments(
     batch: int = 4, channels: int = 8, out: int = 16, height: int = 8, width: int = 8, *, residual: bool = False,
-    stride: int = 1, weight_last: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32,
+    stride: int = 1, side: int = 3, weight_last: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:  # fmt: skip
     """Channels-last tensors for a call, all that have a gradient asking for it."""
     draw = torch.Generator().manual_seed(seed)
@@ -39,7 +49,7 @@ def arguments(
 
     given = {
         "x": randn(batch, channels, height, width).contiguous(memory_format=LAST),
-        "weight": randn(out, channels, 3, 3) / (3 * channels**0.5),
+        "weight": randn(out, channels, side, side) / (side * channels**0.5),
         "scale": 1 + randn(out) / 4,
         "shift": randn(out) / 2,
         "mean": randn(out) / 4,

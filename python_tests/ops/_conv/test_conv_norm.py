@@ -13,8 +13,7 @@ from conv_cases import (
     CONV,
     LAST,
     LEAVES,
-    SERVED,
-    STRIDED,
+    SHAPES,
     arguments,
     assert_near,
     assert_same,
@@ -33,11 +32,10 @@ needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or A
 
 CASES = [
     case
-    for stride, shapes in ((1, SERVED), (2, STRIDED))
+    for layer in sorted({shape[:2] for shape in SHAPES})
     for case in pairwise(
         {
-            "shape": shapes,
-            "stride": (stride,),
+            "shape": [shape for shape in SHAPES if shape[:2] == layer],
             "batch": (1, 2, 5, 33),
             "relu": (True, False),
             "pool": (1, 2),
@@ -70,14 +68,15 @@ def test_the_reference_is_torchs_own_layers() -> None:
 @each_kernel
 @pytest.mark.parametrize("case", CASES, ids=describe)
 def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
-    channels, out, height, width = case["shape"]
+    stride, side, (channels, out, height, width) = case["shape"]
     given = arguments(
-        case["batch"], channels, out, height, width, residual=case["residual"], stride=case["stride"],
+        case["batch"], channels, out, height, width, residual=case["residual"], stride=stride, side=side,
         weight_last=case["weight_last"],
     )  # fmt: skip
     if not case["statistics"]:
         given |= {"mean": None, "variance": None}
-    settings = {name: case[name] for name in ("stride", "relu", "pool", "training", "update")} | {
+    settings = {name: case[name] for name in ("relu", "pool", "training", "update")} | {
+        "stride": stride,
         "momentum": 0.3,
         "eps": 1e-3,
     }
@@ -95,10 +94,11 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
 
 
 @needs_core
-@pytest.mark.parametrize(("stride", "shape"), [*((1, shape) for shape in SERVED), *((2, shape) for shape in STRIDED)])
-def test_these_shapes_are_served(stride: int, shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(("stride", "side", "shape"), SHAPES)
+def test_these_shapes_are_served(stride: int, side: int, shape: tuple[int, int, int, int]) -> None:
     for batch, residual in itertools.product((1, 5, 33), (False, True)):
-        assert serving(**arguments(batch, *shape, residual=residual, stride=stride), stride=stride) is not None
+        given = arguments(batch, *shape, residual=residual, stride=stride, side=side)
+        assert serving(**given, stride=stride) is not None
 
 
 @each_kernel
@@ -122,12 +122,14 @@ def test_only_the_gradients_that_are_asked_for(
 
 
 @each_kernel
-@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (8, 24, 9, 13), (32, 64, 16, 16)])
-def test_bits_do_not_depend_on_threads(name: str, shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("side", "shape"), [(3, (3, 8, 32, 32)), (3, (8, 24, 9, 13)), (3, (32, 64, 16, 16)), (1, (16, 32, 16, 16))]
+)
+def test_bits_do_not_depend_on_threads(name: str, side: int, shape: tuple[int, int, int, int]) -> None:
     before = torch.get_num_threads()
     try:
         for pool, residual, training in ((2, False, True), (1, True, True), (1, True, False)):
-            given = arguments(37, *shape, residual=residual)
+            given = arguments(37, *shape, residual=residual, side=side)
             settings = {"pool": pool, "training": training}
             grad = grad_for(given, **settings)
             found = []

@@ -31,12 +31,13 @@ ENDS: list[dict[str, Any]] = [
     {"residual": True, "training": False},
     {"residual": True, "relu": False},
     {"relu": False, "pool": 2},
+    {"relu": False, "side": 1, "stride": 2},
 ]
 
 
 def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    settings = {name: value for name, value in end.items() if name != "residual"}
-    return arguments(residual=end.get("residual", False), **shape), settings
+    shape |= {name: end[name] for name in ("residual", "side", "stride") if name in end}
+    return arguments(**shape), {name: value for name, value in end.items() if name not in ("residual", "side")}
 
 
 @pytest.fixture
@@ -58,11 +59,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_core
-@pytest.mark.parametrize("residual", [False, True])
-def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str], residual: bool) -> None:
-    """As torch's; the kernel lays maps out anew where only the weight is, and leaves the rest to the reference."""
+@pytest.mark.parametrize(("residual", "side"), [(False, 3), (True, 3), (False, 1)])
+def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str], residual: bool, side: int) -> None:
+    """As torch's; the kernel lays maps out anew where only the weight is, and leaves the rest to the reference.
+
+    Of one tap the weight may be both, and is left to the reference.
+    """
     for last in itertools.product((True, False), repeat=3 if residual else 2):
-        given = arguments(residual=residual)
+        given = arguments(residual=residual, side=side)
         for name, one in zip(("x", "weight", "residual"), last, strict=False):
             if not one:
                 given[name] = given[name].detach().contiguous().requires_grad_()
@@ -70,7 +74,7 @@ def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str],
         served.clear()
         out = ops.conv_norm(**{**given, "update": False})
         got = torch.autograd.grad(out, [given[name] for name in LEAVES if given[name] is not None], grad)
-        assert bool(served) == (last[0] or last[1])
+        assert bool(served) == (last[0] or (last[1] and side == 3))
         with ops.use_backend("reference"):
             expected = ops.conv_norm(**{**given, "update": False})
         assert out.stride() == expected.stride()
@@ -171,7 +175,7 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
         "one position": arguments(1, 16, 16, 1, 1),
         "no window": {**arguments(4, 16, 16, 1, 8), "pool": 2},
         "other channels": {**given, "weight": torch.randn(16, 4, 3, 3)},
-        "other taps": {**given, "weight": torch.randn(16, 8, 1, 1)},
+        "other taps": {**given, "weight": torch.randn(16, 8, 5, 5)},
         "three axes": {**given, "x": given["x"][0]},
         "text": {**given, "x": "x"},
     }
@@ -483,7 +487,7 @@ def test_no_samples(end: dict[str, Any]) -> None:
     given, settings = split(end, batch=0)
     before = {name: given[name].clone() for name in ("mean", "variance")}
     out = ops.conv_norm(**given, **settings)
-    size = 8 // settings.get("pool", 1)
+    size = 8 // settings.get("pool", 1) // settings.get("stride", 1)
     assert out.shape == (0, 16, size, size)
     out.sum().backward()
     assert not any(given[name].grad.any() for name in LEAVES if given[name] is not None)
