@@ -1,0 +1,265 @@
+"""Every kernel at a small and a large size, with rows that align to 16 bytes and rows that do not, in fp32 and bf16.
+
+python -m benchmarks.gpu.kernels --results DIR [--backends cuda triton reference] [OPERATOR ...]
+
+Times come from events, the L2 cache overwritten before each call, beside a copy of as many bytes in the same process;
+wall times from calls in a row.  DIR gets ``kernels.json``, anew after every operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machines
+from benchmarks.timing import CudaClock
+from fedkern import ops
+
+SAMPLES, CALLS = 10, 20  # of a kernel's time, of a wall time
+CLIENTS = 10
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VECTORS = {"small": 100_000, "large": 11_000_000}
+ROWS = {"small": (64, 10), "hundred": (4096, 100), "thousand": (8192, 1000), "large": (2048, 32_000)}
+BATCHES = {"small": (32, 10_000), "large": (64, 1_000_000)}
+MAPS = {"small": (16, 16, 32, 32), "large": (64, 64, 96, 96)}
+Made = tuple[Callable[[], Any], int]
+"""A call, and the fewest bytes that it must move."""
+
+
+def drawn(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype).requires_grad_(leaf)
+
+
+def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequence[Any] = ()) -> Callable[[], Any]:
+    """A call forward and backward; outputs that are no scalars get a gradient of ones."""
+    first = loss(*leaves, *others)
+    outer = torch.ones_like(first)
+    return lambda: torch.autograd.grad(loss(*leaves, *others), leaves, outer)
+
+
+def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """Operators on M vectors [P], and on one."""
+    bytes_of = size * dtype.itemsize
+    weights = [float(m + 1) for m in range(CLIENTS)]
+
+    def several(call: Callable[[list[Tensor]], Any], moved: int) -> Callable[[], Made]:
+        def make() -> Made:
+            held = [drawn(size, dtype=dtype) for _ in range(CLIENTS)]
+            return lambda: call(held), moved * bytes_of
+
+        return make
+
+    def mean() -> Made:
+        held, out = [drawn(size, dtype=dtype) for _ in range(CLIENTS)], drawn(size, dtype=dtype)
+        return lambda: ops.weighted_mean(held, weights, out=out), (CLIENTS + 1) * bytes_of
+
+    def stacked() -> Made:
+        held, out = drawn(CLIENTS, size, dtype=dtype), drawn(size, dtype=dtype)
+        return lambda: ops.weighted_mean(held, weights, out=out), (CLIENTS + 1) * bytes_of
+
+    def server(rule: str, states: int) -> Made:
+        held, model = [drawn(size, dtype=dtype) for _ in range(CLIENTS)], drawn(size, dtype=dtype)
+        kept = dict(zip(("first", "second"), (torch.zeros(size, device="cuda") for _ in range(states)), strict=False))
+        moved = (CLIENTS + 2) * bytes_of + 2 * 4 * states * size
+        return lambda: ops.server_step(model, held, weights, rule, out=model, **kept), moved
+
+    def added(exact: bool) -> Made:
+        total, one = ops.Accumulator(size, exact=exact, device="cuda"), drawn(size, dtype=dtype)
+        return lambda: total.add(one, 2.0), (50 if exact else 16) * size + bytes_of
+
+    def stepped(states: int) -> Made:
+        held = [drawn(size, dtype=dtype) for _ in range(2)] + [
+            torch.zeros(size, dtype=dtype, device="cuda") for _ in range(states)
+        ]
+        call = (
+            partial(ops.sgd_step, *held, lr=1e-4, momentum=0.9, weight_decay=1e-4, zero=True)
+            if states == 1
+            else partial(ops.adamw_step, *held, 3, lr=1e-4, zero=True)
+        )
+        return call, 2 * (2 + states) * bytes_of
+
+    yield "weighted_mean", mean
+    yield "weighted_mean stack", stacked
+    yield "server_step", partial(server, "mean", 0)
+    yield "server_step adam", partial(server, "adam", 2)
+    yield "accumulator", partial(added, False)
+    yield "accumulator exact", partial(added, True)
+    yield "sgd_step", partial(stepped, 1)
+    yield "adamw_step", partial(stepped, 2)
+    yield "trimmed_mean", several(lambda held: ops.trimmed_mean(held, 2), CLIENTS + 1)
+    yield "median", several(ops.median, CLIENTS + 1)
+    yield "geometric_median", several(ops.geometric_median, CLIENTS + 1)
+    yield "krum", several(lambda held: ops.krum(held, 2, 3), CLIENTS + 4)
+    yield "pairwise_distances", several(ops.pairwise_distances, CLIENTS)
+    yield "clip_by_norm", several(lambda held: ops.clip_by_norm(held, 0.7), 3 * CLIENTS)
+    yield "clip_and_noise", several(lambda held: ops.clip_and_noise(held, 0.7, 0.1, seed=3), 3 * CLIENTS)
+
+
+def batches(batch: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """Blends of samples [B, P]."""
+    moved = batch * size * dtype.itemsize
+
+    def blend(gradient: bool, index: bool) -> Made:
+        x, y = (drawn(batch, size, dtype=dtype, leaf=gradient) for _ in range(2))
+        chosen = torch.randperm(batch, device="cuda") if index else None
+        call = partial(ops.blend, alpha=0.3, index=chosen)
+        return (trained(call, [x, y]), 6 * moved) if gradient else (lambda: call(x, y), 3 * moved)
+
+    yield "blend", partial(blend, False, False)
+    yield "blend index", partial(blend, False, True)
+    yield "blend gradient", partial(blend, True, False)
+    yield "blend index gradient", partial(blend, True, True)
+
+
+def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """Row losses, forward and backward."""
+    moved = rows * classes * dtype.itemsize
+    experts = 4
+
+    def one(loss: Callable[..., Tensor], leaves: int, others: int) -> Made:
+        given = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + others)]
+        return trained(loss, given[:leaves], given[leaves:]), (2 * leaves + others) * moved
+
+    def ensemble(**kind: str) -> Made:
+        student, teachers = drawn(rows, classes, dtype=dtype, leaf=True), drawn(experts, rows, classes, dtype=dtype)
+        return trained(partial(ops.ensemble_kl, temperature=2.0, **kind), [student], [teachers]), (2 + experts) * moved
+
+    def jensen() -> Made:
+        return trained(ops.js_div, [drawn(2, rows, classes, dtype=dtype, leaf=True)]), 4 * moved
+
+    def agreed() -> Made:
+        given = drawn(experts, rows, classes, dtype=dtype)
+        return lambda: ops.consensus(given), (experts + 1) * moved
+
+    yield "kl_div", partial(one, lambda s, t: ops.kl_div(s, t, 2.0), 1, 1)
+    yield "dual_kl", partial(one, lambda a, b, t: ops.dual_kl(a, b, t, 2.0), 2, 1)
+    yield "entropy", partial(one, ops.entropy, 1, 0)
+    yield "ensemble_kl", ensemble
+    yield "ensemble_kl logits", partial(ensemble, mix="logits")
+    yield "ensemble_kl mean_of_kl", partial(ensemble, mode="mean_of_kl")
+    yield "js_div", jensen
+    yield "consensus", agreed
+
+
+def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """Operators on feature maps [B, C, H, W]."""
+    batch, channels = shape[:2]
+    moved = torch.Size(shape).numel() * dtype.itemsize
+
+    def boxed(call: Callable[..., Tensor]) -> Made:
+        images = drawn(*shape, dtype=dtype)
+        boxes = torch.tensor([[[4.0, 4.0, 20.0, 20.0]]], device="cuda", dtype=dtype).expand(batch, 1, 4).contiguous()
+        return lambda: call(images, boxes, 0.5), 2 * moved
+
+    def fused(call: Callable[..., Tensor], out: int, gradient: bool) -> Made:
+        width = 2 * channels
+        given = [drawn(*shape, dtype=dtype, leaf=gradient) for _ in range(2)]
+        given += [drawn(width, dtype=dtype, leaf=gradient) for _ in range(2)]
+
+        def joined(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return call([x, y], scale, shift, "relu")
+
+        if not gradient:
+            return lambda: joined(*given), (2 + out) * moved
+        return trained(joined, given), (2 * (2 + out) + 2) * moved
+
+    yield "erase_boxes", partial(boxed, ops.erase_boxes)
+    yield "keep_boxes", partial(boxed, ops.keep_boxes)
+    for name, call, out in (("fuse_concat", ops.fuse_concat, 2), ("fuse_mean", ops.fuse_mean, 1)):
+        yield name, partial(fused, call, out, False)
+        yield f"{name} gradient", partial(fused, call, out, True)
+
+
+def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+    """The contrastive loss, whose products bind it and not its bytes."""
+    for size, rows in (("small", 256), ("large", 8192)):
+
+        def make(rows: int = rows) -> Made:
+            given = [drawn(rows, 128, dtype=dtype, leaf=True) for _ in range(2)]
+            return trained(ops.contrastive, given), 4 * rows * 128 * dtype.itemsize
+
+        yield "contrastive", size, make
+
+
+def cases(dtype: torch.dtype, odd: bool) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+    """Operator, size, and what makes its call.
+
+    Args:
+        dtype: of the tensors.
+        odd: whether rows are 4 n + 2 elements long.
+    """
+    more = 2 if odd else 0
+    for size, length in VECTORS.items():
+        yield from ((name, size, make) for name, make in vectors(length + more, dtype))
+    for size, (batch, length) in BATCHES.items():
+        yield from ((name, size, make) for name, make in batches(batch, length + more, dtype))
+    for size, (rows, classes) in ROWS.items():
+        classes += more if classes % 4 == 0 else 0
+        yield from ((name, size, make) for name, make in losses(rows, classes, dtype))
+    for size, shape in MAPS.items():
+        yield from ((name, size, make) for name, make in maps((*shape[:3], shape[3] - 1) if odd else shape, dtype))
+    if not odd:
+        yield from features(dtype)
+
+
+def measure(made: Made, clock: CudaClock) -> dict[str, float]:
+    """Seconds by events and by the wall clock, and the share of a copy's bandwidth."""
+    call, moved = made
+    for _ in range(2):
+        call()
+    half = max(moved // 8, 1)
+    source, target = (torch.ones(half, device="cuda") for _ in range(2))
+    found, copied = clock.sample(call, SAMPLES), clock.sample(lambda: target.copy_(source), SAMPLES)
+    return {"seconds": found, "wall": clock.wall(call, CALLS) or found, "copy": copied, "share": copied / found}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="first words of cases; all by default")
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "reference"])
+    given = parser.parse_args(words)
+    clock = CudaClock(torch.device("cuda"))
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    given.results.mkdir(parents=True, exist_ok=True)
+    target = given.results / "kernels.json"
+    for spelt, dtype in DTYPES.items():
+        for odd in (False, True):
+            for name, size, make in cases(dtype, odd):
+                if given.operators and not any(f"{name} ".startswith(f"{word} ") for word in given.operators):
+                    continue
+                for backend in given.backends:
+                    if odd and backend == "reference":
+                        continue
+                    row = {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": backend}
+                    torch.manual_seed(0)
+                    try:
+                        with ops.use_backend(backend):
+                            row |= measure(make(), clock)
+                    except Exception as error:
+                        failed += 1
+                        row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+                    rows.append(row)
+                    print(told(row), flush=True)
+            target.write_text(json.dumps({"machine": machines.machine("cuda"), "rows": rows}, indent=1) + "\n")
+    return int(bool(failed))
+
+
+def told(row: dict[str, Any]) -> str:
+    head = f"{row['operator']:24} {row['size']:8} {row['dtype']} {'odd' if row['odd'] else '   '} {row['backend']:9}"
+    if "failed" in row:
+        return f"{head} {row['failed']}"
+    return f"{head} {1e6 * row['seconds']:9.1f} µs {100 * row['share']:5.0f} % of copy {1e6 * row['wall']:9.1f} µs wall"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
