@@ -38,6 +38,11 @@ class Network:
         self.fixed = False
 
     @property
+    def places(self) -> dict[str, dict[str, slice]]:
+        """Where each tensor lies in the vectors of :meth:`read`, by vector and name."""
+        return self._flat.places()
+
+    @property
     def gradients(self) -> Tensor:
         """fp32 [P], all gradients; every parameter's ``.grad`` is a view of its part."""
         if self._gradients is None:
@@ -115,14 +120,9 @@ class Part:
         known = dict(network.module.named_children())
         if missing := [name for name in names if name not in known]:
             raise ValueError(f"parts: expected names of {', '.join(known)}, given {', '.join(missing)}")
-        module = network.module
-        floating = [(name, x) for name, x in module.named_buffers() if x.is_floating_point()]
-        integer = [(name, x) for name, x in module.named_buffers() if not x.is_floating_point()]
-        self._parameters, self._buffers, self._integers = (
-            _stretch(tensors, self.names) for tensors in (list(module.named_parameters()), floating, integer)
-        )
-        self.parameters = network.parameters[self._parameters]
-        self.gradients = network.gradients[self._parameters]
+        self._stretches = {kind: _stretch(places, self.names) for kind, places in network.places.items()}
+        self.parameters = network.parameters[self._stretches["parameters"]]
+        self.gradients = network.gradients[self._stretches["parameters"]]
 
     def train_mode(self) -> None:
         """Puts the part in train mode and everything else in eval mode."""
@@ -133,34 +133,30 @@ class Part:
 
     def finite(self) -> bool:
         """Whether the part's parameters and buffers are finite numbers."""
-        buffers = self._network.finite_buffers()[self._buffers]
+        buffers = self._network.finite_buffers()[self._stretches["buffers"]]
         return bool(torch.isfinite(self.parameters).all()) and bool(buffers.all())
 
     def read(self) -> dict[str, Tensor]:
         """As :meth:`Network.read`, of the part alone."""
         whole = self._network.read()
-        slices = {"parameters": self._parameters, "buffers": self._buffers, "integers": self._integers}
-        result = {name: whole[name][where].clone() for name, where in slices.items() if name in whole}
+        result = {name: whole[name][where].clone() for name, where in self._stretches.items() if name in whole}
         return {name: vector for name, vector in result.items() if vector.numel()}
 
 
-def _stretch(tensors: list[tuple[str, Tensor]], names: tuple[str, ...]) -> slice:
-    """The slice of the vector of all ``tensors`` that holds those of the submodules ``names``.
+def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
+    """The slice of a vector that holds the tensors of the submodules ``names``.
 
     Raises:
         ValueError: tensors of other submodules lie between them.
     """
-    start = stop = offset = 0
-    for name, tensor in tensors:
-        inside = name.partition(".")[0] in names
-        if inside and stop and stop != offset:
-            raise ValueError(f"parts: expected neighbours in the network's vectors, given {', '.join(names)}")
-        if inside and not stop:
-            start = offset
-        offset += tensor.numel()
-        if inside:
-            stop = offset
-    return slice(start, stop)
+    inside = [name.partition(".")[0] in names for name in places]
+    if not any(inside):
+        return slice(0, 0)
+    first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+    if not all(inside[first:last]):
+        raise ValueError(f"parts: expected neighbours in the network's vectors, given {', '.join(names)}")
+    own = list(places.values())[first:last]
+    return slice(own[0].start, own[-1].stop)
 
 
 class Trainable:

@@ -213,12 +213,10 @@ class FedDRA(Robust):
 
 def part_sizes(network: nn.Module) -> dict[str, int]:
     """Number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
-    sizes = dict.fromkeys(VECTORS, 0)
-    for name in ALIGNMENT:
-        part = network.get_submodule(name)
-        sizes["parameters"] += sum(parameter.numel() for parameter in part.parameters())
-        for buffer in part.buffers():
-            sizes["buffers" if buffer.is_floating_point() else "integers"] += buffer.numel()
+    sizes = {}
+    for vector, places in ops.FlatParameters(network).places().items():
+        own = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
+        sizes[vector] = own[-1].stop - own[0].start if own else 0
     return sizes
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fedkern.ops._core.checks import check_dense
 from fedkern.ops._core.private_torch import functorch_active
 
+ALIGNED = 16  # bytes: at other addresses cuDNN finds no algorithm, or stops with a misaligned access
+
 # (owner, attribute, qualified name, tensor, is parameter)
 Entry = tuple[nn.Module, str, str, Tensor, bool]
 
@@ -23,9 +25,10 @@ class FlatGroup(NamedTuple):
     """The flat tensors of one dtype.
 
     Attributes:
-        vector: ``[P + Q]``, all elements of that dtype.
+        vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of 16
+            bytes.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
-        buffers: ``[Q]``, the rest: frozen parameters of a module that also has trained ones, in the order of
+        buffers: ``[Q]``, its last elements: frozen parameters of a module that also has trained ones, in the order of
             ``module.parameters()``, then floating buffers in the order of ``module.buffers()``.
     """
 
@@ -62,7 +65,8 @@ class FlatParameters:
 
     The tensors stay the same objects (optimisers and hooks keep working) with the same shapes and strides: a
     channels-last weight is still channels-last.  The vector holds each tensor's elements in memory order, so that two
-    modules of the same architecture, memory format and frozen parameters have the same :meth:`layout`.
+    modules of the same architecture, memory format and frozen parameters have the same :meth:`layout`.  Every tensor
+    begins at a multiple of 16 bytes, as GPU libraries need it; zeros lie between, and stay zeros in steps and means.
     ``state_dict`` keys, ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its
     state behave as before.  Shared (tied) tensors appear once.
 
@@ -158,7 +162,7 @@ class FlatParameters:
 
     @property
     def vector(self) -> Tensor:
-        """``[P + Q]``: parameters, then floating buffers, in the module's own memory.
+        """``[N]``: parameters, then floating buffers, in the module's own memory.
 
         Raises:
             ValueError: the module has several floating dtypes; use :attr:`groups`.
@@ -183,7 +187,7 @@ class FlatParameters:
         return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
     def load(self, vector: Tensor) -> None:
-        """Copies ``vector [P + Q]`` (any floating dtype, device or stride) into the module.
+        """Copies ``vector [N]`` (any floating dtype, device or stride) into the module.
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
@@ -250,8 +254,24 @@ class FlatParameters:
             for slot in slots
         ]
 
+    def places(self) -> dict[str, dict[str, slice]]:
+        """Returns where each tensor lies in :attr:`parameters`, :attr:`buffers` and :attr:`integers`, by name.
+
+        Raises:
+            ValueError: the module has several floating dtypes; use :meth:`layout`.
+        """
+        behind = self._only().buffers.storage_offset()
+        found: dict[str, dict[str, slice]] = {"parameters": {}, "buffers": {}, "integers": {}}
+        for slot in (slot for slots in self._slots.values() for slot in slots):
+            begin = slot.offset if slot.trained else slot.offset - behind
+            found["parameters" if slot.trained else "buffers"][slot.name] = slice(begin, begin + slot.tensor.numel())
+        end = 0
+        for _, _, name, tensor, _ in self._integers:
+            found["integers"][name] = slice(end, end := end + tensor.numel())
+        return found
+
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Returns name → view into ``vector [P + Q]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
+        """Returns name → view into ``vector [N]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
 
         Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.
 
@@ -268,8 +288,7 @@ class FlatParameters:
             raise ValueError(f"vector must have shape [{total}] or [{parameters}], not {list(vector.shape)}")
         (slots,) = self._slots.values()
         inside = [slot for slot in slots if slot.offset + slot.tensor.numel() <= len(vector)]
-        pieces = vector.split([slot.tensor.numel() for slot in inside])
-        return {slot.name: _shaped(piece, slot) for slot, piece in zip(inside, pieces, strict=True)}
+        return {slot.name: _shaped(vector[slot.offset : slot.offset + slot.tensor.numel()], slot) for slot in inside}
 
     def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns one vector ``[P]`` that the ``.grad`` of every parameter in :attr:`parameters` views.
@@ -548,12 +567,14 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
     entries = sorted(entries, key=lambda entry: id(entry[3]) not in trained)
     # Tensors that view exactly the same memory (weight = other.weight.data) keep sharing it.
     placed: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
+    first = entries[0][3]
     offsets, sources, taken, end, parameters = [], [], [], 0, 0
     for _, _, name, tensor, _ in entries:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in placed:
             offsets.append(placed[key])
         else:
+            end += -end % max(1, ALIGNED // first.element_size())
             placed[key] = end
             offsets.append(end)
             sources.append((tensor, end))
@@ -565,8 +586,7 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
     for (_, stop, name), (start, _, other) in itertools.pairwise(taken):
         if start < stop:
             raise ValueError(f"{name!r} and {other!r} overlap in memory without being the same tensor")
-    first = entries[0][3]
-    vector = torch.empty(end, dtype=first.dtype, device=first.device)
+    vector = torch.zeros(end, dtype=first.dtype, device=first.device)
     slots = []
     with torch.no_grad():
         strides = {id(tensor): _dense_stride(tensor) for _, _, _, tensor, _ in entries}
@@ -576,7 +596,8 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
             slot = Slot(name, tensor, id(tensor) in trained, strides[id(tensor)], offset)
             tensor.data = _view_of(vector, slot)
             slots.append(slot)
-    return FlatGroup(vector, vector[:parameters], vector[parameters:]), slots
+    buffers = min((slot.offset for slot in slots if not slot.trained and slot.offset >= parameters), default=end)
+    return FlatGroup(vector, vector[:parameters], vector[buffers:]), slots
 
 
 def _view_of(flat: Tensor, slot: Slot) -> Tensor:

@@ -11,7 +11,7 @@ from fedkern.inputs import read_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT = 7
+FORMAT = 8
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Phase, register
+from fedkern.ops import FlatParameters
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
@@ -105,9 +106,8 @@ def test_two_runs_are_bitwise_equal_and_the_seed_matters(make_data, make_config,
 def test_ledger_counts_what_travels(make_data, make_config, tmp_path):
     summary = run(make_config(rounds=3), out=tmp_path / "run", data=make_data())
     model = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
-    floats = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    integers = [b for b in model.buffers() if not b.is_floating_point()]
-    size = 4 * sum(t.numel() for t in floats) + 8 * len(integers)
+    flat = FlatParameters(model)
+    size = 4 * (len(flat.parameters) + len(flat.buffers)) + 8 * len(flat.integers)
     each = {"up": 3 * size, "down": 3 * size, "one_off_up": 0, "one_off_down": 0}
     assert summary["bytes"]["clients"] == {str(k): each for k in range(3)}
     assert summary["bytes"]["up"] == summary["bytes"]["down"] == 9 * size

@@ -5,6 +5,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.methods import FedDRA, Phase, Upload
 from fedkern.models.towers import PARTS
+from fedkern.ops import FlatParameters
 
 ALIGN, JOINT, LOSSES = (Phase(0, "train", name) for name in ("alignment", "joint", "losses"))
 SETTINGS = {"width": 4, "batch_size": 6, "local_steps": 2, "optimizer": "adamw", "lr": 0.003}
@@ -30,7 +31,7 @@ class Parts:
         return sent, uploads
 
     def sizes(self):
-        """Parameters of the encoders and of the rest."""
-        network = self.bench.build()
-        count = [sum(p.numel() for p in getattr(network, name).parameters()) for name in PARTS]
-        return sum(count[:2]), sum(count[2:])
+        """Elements of the vector of parameters up to the encoders' end, and of the rest."""
+        flat = FlatParameters(self.bench.build())
+        begin = min(place.start for name, place in flat.places()["parameters"].items() if name.startswith(PARTS[2:]))
+        return begin, len(flat.parameters) - begin

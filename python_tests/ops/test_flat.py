@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -72,14 +73,28 @@ def test_state_strides_and_outputs_stay(channels_last: bool) -> None:
     assert flat.is_flat
 
 
+def laid_out(tensors: Iterable[Tensor]) -> Tensor:
+    """The elements of fp32 tensors, each from a multiple of 16 bytes on."""
+    vector = torch.zeros(0)
+    for tensor in tensors:
+        vector = torch.cat([vector, torch.zeros(-len(vector) % 4), tensor.detach().reshape(-1)])
+    return vector
+
+
 def test_vector_holds_everything_once_in_order() -> None:
     module = net()
     flat = FlatParameters(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
     buffers = [module.frozen.detach(), *(b for b in module.buffers() if b.is_floating_point())]
-    assert torch.equal(flat.parameters, torch.cat([p.detach().reshape(-1) for p in parameters]))
-    assert torch.equal(flat.buffers, torch.cat([b.reshape(-1) for b in buffers]))
-    assert torch.equal(flat.vector, torch.cat([flat.parameters, flat.buffers]))
+    assert torch.equal(flat.parameters, laid_out(parameters))
+    assert torch.equal(flat.buffers, laid_out(buffers))
+    assert torch.equal(flat.vector, laid_out([*parameters, *buffers]))
+    assert {tensor.data_ptr() % 16 for tensor in [*parameters, *buffers]} == {0}
+    whole, named = flat.places(), {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for kind, vector in (("parameters", flat.parameters), ("buffers", flat.buffers), ("integers", flat.integers)):
+        for name, place in whole[kind].items():
+            assert torch.equal(vector[place], named[name].detach().reshape(-1))
+    assert sum(map(len, whole.values())) == len(flat.layout()) + 2  # the number of batches, and the mask
     assert flat.parameters.data_ptr() == flat.vector.data_ptr()
     assert flat.vector.is_contiguous()
     assert torch.equal(flat.integers, torch.tensor([1, 0, 1, 0]))
@@ -485,8 +500,10 @@ def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
             own.get_parameter(name).requires_grad_(False)
     flat, optimiser = FlatParameters(module), _optimiser(rule, plain)
     gradients = flat.gradients()
-    assert len(gradients) == len(flat.parameters) == sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    assert len(flat.vector) == sum(p.numel() for p in plain.parameters()) + 17
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    assert len(gradients) == len(flat.parameters) == len(laid_out(trained))
+    others = [p for p in plain.parameters() if not p.requires_grad]
+    assert len(flat.buffers) == len(laid_out([*others, *(b for b in plain.buffers() if b.is_floating_point())]))
     moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
     for number in (1, 2, 3):
         gradients.zero_()
@@ -561,7 +578,7 @@ def test_freezing_single_parameters_is_noticed() -> None:
 def test_frozen_parameters_of_another_dtype() -> None:
     module = nn.Sequential(nn.Linear(3, 4).half().requires_grad_(False), nn.Linear(4, 2))
     flat = FlatParameters(module)
-    assert len(flat.groups[torch.float16].buffers) == 16
+    assert len(flat.groups[torch.float16].buffers) == 20  # the bias begins at a multiple of 16 bytes
     assert flat.gradients(torch.float16).shape == (0,)
     assert flat.gradients(torch.float32).shape == (10,)
 

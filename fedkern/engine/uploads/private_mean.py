@@ -235,8 +235,11 @@ class PrivateMean(Filter):
 
 def variances(network: nn.Module) -> Tensor:
     """Where the running variances are among a network's floating buffers, bool ``[Q]``."""
-    named = [(name, buffer) for name, buffer in network.named_buffers() if buffer.is_floating_point()]
-    return torch.cat([torch.full((buffer.numel(),), name.endswith("running_var")) for name, buffer in named])
+    flat = ops.FlatParameters(network)
+    found = torch.zeros(len(flat.buffers), dtype=torch.bool)
+    for name, place in flat.places()["buffers"].items():
+        found[place] = name.endswith("running_var")
+    return found
 
 
 def check(config: RunConfig, method: Method, server: Server, context: RunContext) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+from fedkern.ops import FlatParameters
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
 PHASE = Phase(0, "train", "update")
@@ -51,9 +53,11 @@ def test_calibration_changes_the_classifier_alone(make_data, make_config, tmp_pa
 def test_bytes_of_calibration(make_data, make_config, tmp_path):
     """Counts, means and scatters of the classes a client has; the averaged network goes down a second time."""
     data = make_data()
-    run(make_config("ccvr", model="cnn", rounds=None, options=FAST), out=tmp_path, data=data)
+    config = make_config("ccvr", model="cnn", rounds=None, options=FAST)
+    run(config, out=tmp_path, data=data)
     one, two = read_metrics(tmp_path)
-    model = sum(t.numel() * (8 if t.dtype == torch.int64 else 4) for t in tensors(tmp_path).values())
+    flat = FlatParameters(RunContext(config, data).build())
+    model = 4 * (len(flat.parameters) + len(flat.buffers)) + 8 * len(flat.integers)
     width = tensors(tmp_path)["head.weight"].shape[1]
     present = [len(set(client.labels.tolist())) for client in data.clients]
     up = sum(4 * (3 + c * (width + width * (width + 1) // 2)) for c in present)
