@@ -3,7 +3,8 @@
 python -m benchmarks.gpu.kernels --results DIR [--backends cuda triton reference] [OPERATOR ...]
 
 Times come from events, the L2 cache overwritten before each call, beside a copy of as many bytes in the same process;
-wall times from calls in a row.  DIR gets ``kernels.json``, anew after every operator.
+wall times from calls in a row.  DIR gets ``kernels.json``, written anew after every call; rows that it has of the same
+machine and core stay, so that a part can be measured again.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from torch import Tensor
 
 from benchmarks import machines
 from benchmarks.timing import CudaClock
-from fedkern import ops
+from fedkern import files, ops
+from fedkern.ops._core import backend
 
+FILE = "kernels.json"
+SAME = ("gpu", "torch", "cuda", "triton")
+"""Facts of a machine whose rows may stand in one file."""
 SAMPLES, CALLS = 10, 20  # of a kernel's time, of a wall time
 CLIENTS = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VECTORS = {"small": 100_000, "large": 11_000_000}
+VECTORS = {"small": 100_000, "middle": 1_000_000, "large": 11_000_000}
 ROWS = {"small": (64, 10), "hundred": (4096, 100), "thousand": (8192, 1000), "large": (2048, 32_000)}
 BATCHES = {"small": (32, 10_000), "large": (64, 1_000_000)}
 MAPS = {"small": (16, 16, 32, 32), "large": (64, 64, 96, 96)}
@@ -210,48 +215,70 @@ def cases(dtype: torch.dtype, odd: bool) -> Iterator[tuple[str, str, Callable[[]
         yield from features(dtype)
 
 
-def measure(made: Made, clock: CudaClock) -> dict[str, float]:
-    """Seconds by events and by the wall clock, and the share of a copy's bandwidth."""
+def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
+    """Seconds by events and by the wall clock, the share of a copy's bandwidth, and what the call asked for."""
     call, moved = made
-    for _ in range(2):
+    call()
+    with backend.observed() as operators:
         call()
     half = max(moved // 8, 1)
     source, target = (torch.ones(half, device="cuda") for _ in range(2))
     found, copied = clock.sample(call, SAMPLES), clock.sample(lambda: target.copy_(source), SAMPLES)
-    return {"seconds": found, "wall": clock.wall(call, CALLS) or found, "copy": copied, "share": copied / found}
+    wall = clock.wall(call, CALLS) or found
+    return {"seconds": found, "wall": wall, "copy": copied, "share": copied / found, "operators": dict(operators)}
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 1 where a call failed; its row says why."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="first words of cases; all by default")
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "reference"])
     given = parser.parse_args(words)
-    clock = CudaClock(torch.device("cuda"))
-    rows: list[dict[str, Any]] = []
-    failed = 0
-    given.results.mkdir(parents=True, exist_ok=True)
-    target = given.results / "kernels.json"
+    clock, table = CudaClock(torch.device("cuda")), Table(given.results / FILE)
+    failed = False
     for spelt, dtype in DTYPES.items():
         for odd in (False, True):
             for name, size, make in cases(dtype, odd):
                 if given.operators and not any(f"{name} ".startswith(f"{word} ") for word in given.operators):
                     continue
-                for backend in given.backends:
-                    if odd and backend == "reference":
+                for each in given.backends:
+                    if odd and each == "reference":
                         continue
-                    row = {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": backend}
+                    row = {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": each}
                     torch.manual_seed(0)
                     try:
-                        with ops.use_backend(backend):
+                        with ops.use_backend(each):
                             row |= measure(make(), clock)
-                    except Exception as error:
-                        failed += 1
+                    except Exception as error:  # the others are measured all the same
+                        failed = True
                         row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-                    rows.append(row)
+                    table.add(row)
                     print(told(row), flush=True)
-            target.write_text(json.dumps({"machine": machines.machine("cuda"), "rows": rows}, indent=1) + "\n")
-    return int(bool(failed))
+    return int(failed)
+
+
+class Table:
+    """The rows of a machine and a core in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._machine = path, machines.machine("cuda")
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        if path.exists():
+            content = json.loads(path.read_text())
+            if all(content["machine"].get(name) == self._machine.get(name) for name in SAME):
+                self._rows = {_key(row): row for row in content["rows"]}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes a row in the place of an earlier one of the same call, and writes the file."""
+        self._rows[_key(row)] = row
+        lines = ",\n".join(json.dumps(each) for each in self._rows.values())
+        text = f'{{"machine": {json.dumps(self._machine)},\n"rows": [\n{lines}\n]}}\n'
+        files.replace(self._path, lambda temporary: temporary.write_text(text))
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("operator", "size", "dtype", "odd", "backend"))
 
 
 def told(row: dict[str, Any]) -> str:

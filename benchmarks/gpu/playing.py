@@ -49,10 +49,14 @@ class Playing:
     def play(self, stages: Sequence[Stage], *, again: bool = False) -> list[Stage]:
         """Plays what has not passed yet; returns the stages for which no time was left.
 
+        What was begun before with the same code, and did not pass, comes after all that was not: no failure keeps the
+        stages behind it from their turn.
+
         Args:
             stages: in their order.
             again: whether to play what has passed too.
         """
+        stages = sorted(stages, key=self._begun)
         for i, stage in enumerate(stages):
             if not again and self._passed(stage):
                 continue
@@ -62,6 +66,9 @@ class Playing:
             limit = stage.seconds if left is None else min(stage.seconds, left)
             self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
         return []
+
+    def _begun(self, stage: Stage) -> bool:
+        return not stage.ready and self.done.get(stage.name, {}).get("code") == self.code
 
     def _passed(self, stage: Stage) -> bool:
         if stage.ready:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton")
-"""Where tests marked ``gpu`` are."""
+"""Folders of the tests marked ``gpu``."""
 CHOSEN = ("-m", "gpu and not slow", "--maxfail=20")
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
-BACKENDS = ("cuda", "triton")
+SANITIZERS = ("memcheck", "racecheck")
+SMALL = "gives_the_reference_result or sizes"
+"""Words of tests on small inputs: the sanitizers make them ten times slower."""
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
-NOT_OPERATORS = {"bench_flower", "bench_methods", "bench_rounds"}
-"""Benchmarks of whole runs; Flower's has no part of a GPU."""
+NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds"}
+"""Benchmarks of whole runs, and what has no part of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         out: folder of results.
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
-    found = [build(capability), doctor(), *tests(), *sanitizers(), *operators(out), thresholds(out)]
-    found += [*traces(out), *repeats(), *methods(out, data_root), *rounds(out)]
+    found = [build(capability), doctor(), tests(), *repeats(), kernels(out), thresholds(out), *operators(out)]
+    found += [*sanitizers(), *rounds(out), *traces(out), *methods(out, data_root)]
     return found + ([] if data_root is None else published(out, data_root))
 
 
@@ -69,55 +70,42 @@ def doctor() -> Stage:
     return Stage("doctor", (sys.executable, "-m", "fedkern.run", "doctor"), 120)
 
 
-def tests() -> list[Stage]:
-    """The tests on the GPU, a stage for every file: what fails in one family does not hide the others."""
-    words = (sys.executable, "-m", "pytest", "-q", *CHOSEN)
-    return [Stage(f"test {path.stem.removeprefix('test_')}", (*words, _named(path)), 300) for path in tested()]
-
-
-def tested() -> list[Path]:
-    """The files that have tests marked ``gpu``."""
-    found = [path for each in TESTED for path in _files(ROOT / each)]
-    conftest = ROOT / TESTED[0] / "conftest.py"  # gives every test of its folder a device, the GPU among them
-    return [path for path in found if path.parent == conftest.parent or "mark.gpu" in path.read_text()]
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("test_*.py")) if path.is_dir() else [path]
-
-
-def _named(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def tests() -> Stage:
+    """The tests on the GPU: half a minute in eight processes."""
+    words = ("-m", "pytest", "-q", "-n", "8", *CHOSEN, *TESTED)
+    return Stage("tests", (sys.executable, *words), 300)
 
 
 def sanitizers() -> list[Stage]:
-    """The CUDA tests under NVIDIA's checkers."""
-    files = _files(ROOT / TESTED[0])
+    """The CUDA tests on small inputs under NVIDIA's checkers."""
     return [
         Stage(
-            f"{tool} {path.stem.removeprefix('test_cuda_')}",
-            ("bash", "cmake/sanitize.sh", "cuda", _named(path), *CHOSEN),
-            300,
-            {"SANITIZER": tool, "PYTHON": sys.executable},
+            tool,
+            ("bash", "cmake/sanitize.sh", "cuda", TESTED[0], *CHOSEN, "-k", SMALL),
+            590,
+            {"SANITIZER": tool, "PYTHON": sys.executable, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         for tool in SANITIZERS
-        for path in files
     ]
 
 
+def kernels(out: Path) -> Stage:
+    """Every kernel of both backends and the reference beside a copy."""
+    words = ("-m", "benchmarks.gpu.kernels", "--results", str(out / "results"))
+    return Stage("kernels", (sys.executable, *words), 590, goes_on=True)
+
+
 def operators(out: Path) -> list[Stage]:
-    """The operators' benchmarks, with each backend forced: both are recorded, for the table of sizes to choose by."""
+    """The operators' benchmarks beside eager PyTorch, torch.compile and others."""
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in NOT_OPERATORS)
     return [
         Stage(
-            f"{name.removeprefix('bench_')} {backend}",
+            f"operators {name.removeprefix('bench_')}",
             (sys.executable, "-m", "pytest", "-q", f"benchmarks/{name}.py", "--device", "cuda", "--record", "--results",
              str(out / "results")),
-            400,
-            {"FEDKERN_BACKEND": backend},
+            590,
         )
         for name in names
-        for backend in BACKENDS
     ]  # fmt: skip
 
 
@@ -146,7 +134,7 @@ def traces(out: Path) -> list[Stage]:
 
 
 def thresholds(out: Path) -> Stage:
-    """The sizes that choose between CUDA and Triton, from the operators' times."""
+    """The sizes that choose between CUDA and Triton, from the kernels' times."""
     words = ("-m", "benchmarks.gpu.thresholds", "--results", str(out / "results"))
     return Stage("thresholds", (sys.executable, *words), 60)
 

@@ -1,4 +1,4 @@
-"""Thresholds between CUDA and Triton from made-up rows of both backends."""
+"""Thresholds between CUDA and Triton from made-up times of both backends."""
 
 from __future__ import annotations
 
@@ -8,50 +8,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-from benchmarks.comparisons import Comparison, write_results
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import stages, thresholds
+from benchmarks.gpu import kernels, stages, thresholds
 from fedkern.ops._core import crossovers
 from fedkern.ops._core.crossovers import FILE, Times, read_entries, write_entries
 
 MACHINE = {
-    "cpu": "a CPU", "cores": 16, "isa": "avx512", "gpu": "NVIDIA H200", "capability": "9.0", "torch": "2.11.0+cu130",
-    "cuda": "13.0", "triton": "3.6.0",
+    "time": "2026-11-24T02:00:00+00:00", "cpu": "a CPU", "gpu": "NVIDIA H200", "capability": "9.0",
+    "torch": "2.11.0+cu130", "cuda": "13.0", "triton": "3.6.0",
 }  # fmt: skip
 
 
-def row(group: str, case: str, wall: float, operators: dict[str, int], **more: Any) -> Comparison:
-    return Comparison(
-        group=group, case=case, ours="fedkern", threads=1, pairs=15, seconds={"fedkern": 1.0},
-        speedup={"eager": 2.0}, scatter={"fedkern": 0.1}, device="cuda", test=f"bench_{group}.py::test[{case}]",
-        wall_seconds={"fedkern": wall} if wall else {}, operators=operators, time="2026-11-24T02:00:00+00:00", **more,
-    )  # fmt: skip
+def row(backend: str, size: int, wall: float, name: str = "kl_div", **more: Any) -> dict[str, Any]:
+    key = {"operator": name, "size": str(size), "dtype": "fp32", "odd": False, "backend": backend}
+    return {**key, "wall": wall, "operators": {name: size}, **more}
 
 
-def record(
-    folder: Path, cuda: list[Comparison], triton: list[Comparison], of_triton: dict[str, str] | None = None
-) -> None:
-    write_results(cuda, {**MACHINE, "backend": "cuda"}, folder)
-    write_results(triton, {**MACHINE, "backend": "triton", **(of_triton or {})}, folder)
+def write(folder: Path, rows: list[dict[str, Any]], machine: dict[str, Any] = MACHINE) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / kernels.FILE
+    path.write_text(json.dumps({"machine": machine, "rows": rows}))
+    return path
 
 
 def both(folder: Path) -> None:
     """kl_div is faster with Triton from 1000 bytes, blend never, entropy by less than the margin."""
     times = {
-        ("kl_div", "a", 10): (1e-5, 2e-5),
-        ("kl_div", "b", 1000): (2e-4, 1e-4),
-        ("kl_div", "c", 2000): (4e-4, 3e-4),
-        ("blend", "a", 10): (1e-5, 2e-5),
-        ("entropy", "a", 10): (1.01e-5, 1e-5),
+        ("kl_div", 10): (1e-5, 2e-5),
+        ("kl_div", 1000): (2e-4, 1e-4),
+        ("kl_div", 2000): (4e-4, 3e-4),
+        ("blend", 10): (1e-5, 2e-5),
+        ("entropy", 10): (1.01e-5, 1e-5),
     }
-    for i, name in enumerate(thresholds.BACKENDS):
-        rows = [row(group, case, wall[i], {group: size}) for (group, case, size), wall in times.items()]
-        rows.append(row("step", "many", (1.0, 1e-6)[i], {"kl_div": 5, "blend": 5}))
-        rows.append(row("kl_div", "reference", (1.0, 1e-6)[i], {}))
-        write_results(rows, {**MACHINE, "backend": name}, folder)
+    rows = [row("reference", 10, 1.0)]
+    for (name, size), (cuda, triton) in times.items():
+        rows += [row("cuda", size, cuda, name), row("triton", size, triton, name)]
+    for backend, wall in (("cuda", 1.0), ("triton", 1e-6)):
+        rows.append(row(backend, 7, wall, "step", operators={"kl_div": 5, "blend": 5}))
+        rows.append(row(backend, 8, wall, "none", operators={}))
+        rows.append({**row(backend, 9, wall), "operators": {}, "failed": "it broke"})
+    write(folder, [*rows, row("cuda", 5, 1.0)])
 
 
 def test_the_size_from_which_triton_serves() -> None:
@@ -82,7 +78,6 @@ def test_a_table_from_rows_of_both_backends(tmp_path, capsys, monkeypatch) -> No
     assert entry.versions == {"torch": "2.11.0+cu130", "cuda": "13.0", "triton": "3.6.0"}
     assert entry.thresholds == {"blend": None, "entropy": None, "kl_div": 1000}
     assert entry.times["kl_div"] == (Times(10, 1e-5, 2e-5), Times(1000, 2e-4, 1e-4), Times(2000, 4e-4, 3e-4))
-    assert read_entries(results / FILE.name) == (entry,)
     told = capsys.readouterr().out.splitlines()
     gain = math.sqrt(2 * 4 / 3)
     assert f"kl_div: Triton from 1,000 bytes, {gain:.2f}× as fast there (2 of 3 rows)" in told
@@ -103,94 +98,42 @@ def test_only_this_gpus_entry_is_replaced(tmp_path) -> None:
     assert read_entries(into) == (other, entry)
 
 
-def test_kernels_times_count_where_there_is_no_wall_time(tmp_path) -> None:
-    cuda = row("kl_div", "a", 1.0, {"kl_div": 10}, peak_bytes={})
-    triton = replace(row("kl_div", "a", 0, {"kl_div": 10}), seconds={"fedkern": 0.25})
-    record(tmp_path, [cuda], [triton])
-    entry, left_out = thresholds.measured(tmp_path, None)
-    assert entry.times == {"kl_div": [Times(10, 1.0, 0.25)]}
-    assert left_out == 0
+def test_what_gives_no_thresholds_is_one_sentence(tmp_path, capsys) -> None:
+    def refused(words: list[str]) -> str:
+        assert thresholds.main(words) == 2
+        told = capsys.readouterr()
+        assert not told.out
+        assert len(told.err.splitlines()) == 1
+        return told.err
 
-
-def test_rows_without_a_counterpart_are_left_out_and_counted(tmp_path, capsys) -> None:
-    same, lone = row("kl_div", "a", 1.0, {"kl_div": 10}), row("kl_div", "b", 1.0, {"kl_div": 20})
-    changed = row("kl_div", "c", 1.0, {"kl_div": 20})
-    record(tmp_path, [same, lone, changed], [same, replace(changed, operators={"kl_div": 30})])
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(tmp_path / "table")]) == 0
-    assert "left out: 3 rows, recorded with one backend alone" in capsys.readouterr().out
-    assert [len(rows) for rows in read_entries(tmp_path / "table")[0].times.values()] == [1]
-
-
-ROW = row("kl_div", "a", 1.0, {"kl_div": 10})
-
-
-@pytest.mark.parametrize(
-    ("cuda", "triton", "changes", "reason"),
-    [
-        ([ROW], [], {}, "has no row of one operator that triton served on NVIDIA H200"),
-        ([replace(ROW, operators={})], [ROW], {}, "has no row of one operator that cuda served on NVIDIA H200"),
-        ([ROW], [replace(ROW, case="b")], {}, "has no row that was recorded with both backends"),
-        ([ROW], [ROW], {"torch": "2.12"}, "was recorded with torch 2.12, but in kl_div-cuda-nvidia-h200-cuda.json it"),
-        ([ROW], [ROW], {"cpu": "another"}, "was recorded with cpu another, but in"),
-        ([ROW], [ROW], {"triton": "3.7"}, "was recorded with triton 3.7, but in"),
-        ([ROW], [ROW], {"gpu": "NVIDIA H100"}, "has rows of NVIDIA H100, NVIDIA H200: name one of them with --gpu"),
-    ],
-)
-def test_what_gives_no_thresholds_is_one_sentence(tmp_path, capsys, monkeypatch, cuda, triton, changes, reason) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    record(tmp_path, cuda, triton, changes)
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(tmp_path / "table")]) == 2
-    told = capsys.readouterr()
-    assert reason in told.err
-    assert len(told.err.splitlines()) == 1
-    assert not told.out
-    assert not (tmp_path / "table").exists()
-    assert not (tmp_path / FILE.name).exists()
-
-
-def test_no_results_and_no_table_are_one_sentence(tmp_path, capsys) -> None:
     into = tmp_path / "table.json"
-    assert thresholds.main(["--results", str(tmp_path / "none"), "--into", str(into)]) == 2
-    assert "none is no folder of recorded rows: play the operators' stages" in capsys.readouterr().err
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(into)]) == 2
-    assert "has no rows that a forced backend served on a GPU" in capsys.readouterr().err
+    words = ["--results", str(tmp_path), "--into", str(into)]
+    assert "cannot be read" in refused(words)
+    (tmp_path / kernels.FILE).write_text("{")
+    assert "play the stage 'kernels'" in refused(words)
+    write(tmp_path, [row("cuda", 10, 1.0), row("triton", 20, 1.0)])
+    assert "has no row of one operator that was measured with both" in refused(words)
+    assert not into.exists()
     both(tmp_path)
     into.write_text("{}")
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(into)]) == 2
-    assert f"{into} cannot be read (it is no list of GPUs)" in capsys.readouterr().err
+    assert f"{into} cannot be read (it is no list of GPUs)" in refused(words)
     assert into.read_text() == "{}"
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(tmp_path / "no" / "folder")]) == 2
-    assert "cannot be written (No such file or directory)" in capsys.readouterr().err
-    (tmp_path / "kl_div-x.json").write_text("{")
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(tmp_path / "new")]) == 2
-    assert "has a file of rows that cannot be read" in capsys.readouterr().err
+    assert "cannot be written (No such file or directory)" in refused([*words[:3], str(tmp_path / "no" / "folder")])
 
 
-def test_rows_that_tell_no_capability_are_refused(tmp_path, capsys) -> None:
-    both(tmp_path)
-    for path in tmp_path.glob("*.json"):
-        content = json.loads(path.read_text())
-        del content["machine"]["capability"]
-        path.write_text(json.dumps(content))
-    assert thresholds.main(["--results", str(tmp_path), "--into", str(tmp_path / "table")]) == 2
-    assert "do not tell its compute capability" in capsys.readouterr().err
+def test_rows_of_the_same_machine_stay_in_the_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(kernels.machines, "machine", lambda _: dict(MACHINE))
+    path = tmp_path / kernels.FILE
+    for backend, wall in (("cuda", 1.0), ("triton", 2.0), ("cuda", 3.0)):
+        kernels.Table(path).add(row(backend, 10, wall))
+    assert [one["wall"] for one in json.loads(path.read_text())["rows"]] == [3.0, 2.0]
+    monkeypatch.setattr(kernels.machines, "machine", lambda _: {**MACHINE, "gpu": "NVIDIA H100"})
+    kernels.Table(path).add(row("cuda", 10, 4.0))
+    assert [one["wall"] for one in json.loads(path.read_text())["rows"]] == [4.0]
 
 
-def test_the_gpu_of_this_machine_is_taken_among_several(tmp_path, monkeypatch) -> None:
-    both(tmp_path)
-    write_results([ROW], {**MACHINE, "gpu": "NVIDIA H100", "backend": "cuda"}, tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert thresholds.measured(tmp_path, None)[0].gpu == "NVIDIA H200"
-    with pytest.raises(thresholds.Refused, match="no row of one operator that triton served on NVIDIA H100"):
-        thresholds.measured(tmp_path, "NVIDIA H100")
-
-
-def test_the_stage_comes_after_the_operators_and_undoes_no_stage(tmp_path, monkeypatch) -> None:
-    names = [stage.name for stage in stages.plan("9.0", Path("/out"), None)]
-    written = {stage.name for stage in stages.operators(Path("/out"))}
-    assert max(names.index(name) for name in written) < names.index("thresholds")
-    assert stages.thresholds(Path("/out")).command[-2:] == ("--results", str(Path("/out/results")))
+def test_the_stage_reads_what_the_kernels_wrote_and_undoes_no_stage(tmp_path, monkeypatch) -> None:
+    assert stages.thresholds(Path("/out")).command[-2:] == stages.kernels(Path("/out")).command[-2:]
     monkeypatch.setattr(command, "ROOT", tmp_path)
     (tmp_path / "fedkern").mkdir()
     (tmp_path / "fedkern" / "code.py").write_text("1")
