@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 
 #include "fedkern/types.h"
@@ -60,13 +61,40 @@ struct alignas(sizeof(T) * N) Pack {
 template <typename T>
 inline constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 
+// An integer, or a vector of them, of so many bytes.
+template <int Bytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = std::uint32_t;
+};
+template <>
+struct Word<2> {
+  using type = std::uint16_t;
+};
+template <>
+struct Word<1> {
+  using type = std::uint8_t;
+};
+
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const void* data, std::int64_t at) {
   return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(data) + at);
 }
+// One store: the compiler would write the lanes one by one, and parts of a sector cost as much as sectors.
 template <typename T, int N>
 __device__ __forceinline__ void store_pack(void* data, std::int64_t at, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(data) + at) = pack;
+  typename Word<sizeof(T) * N>::type word;
+  std::memcpy(&word, &pack, sizeof(pack));
+  __stwb(reinterpret_cast<decltype(word)*>(static_cast<T*>(data) + at), word);
 }
 
 // Types are known at run time only: one kernel serves every mixture of them. C = float never meets fp64.

@@ -6,7 +6,7 @@
 namespace fedkern::cuda {
 
 // Threads' blocks that share the work on all rows, at least one to a row.
-inline constexpr std::int64_t kOptimiseBlocks = 2048;
+inline constexpr std::int64_t kOptimiseBlocks = 4096;
 
 struct OptimiserStep {
   DType dtype;

@@ -252,6 +252,10 @@ inline float __double2float_rz(double x) {
   return std::nextafterf(nearest, 0.0f);
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<std::uint64_t>(a) * b) >> 32); }
+template <typename T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
