@@ -6,6 +6,8 @@
 namespace fedkern::cuda {
 namespace {
 
+constexpr int kTogether = 4;  // vectors whose elements are on their way at once
+
 struct Mean {
   Table<> x;
   Weights<> weight;
@@ -13,46 +15,66 @@ struct Mean {
   MeanCall call;
 };
 
-// N elements of unit stride at a time, or one of any. Products and sums are rounded one by one: the bits of every other way to
-// add up the same vectors in the same order.
+template <typename T, int N>
+__device__ __forceinline__ void store_as(void* data, std::int64_t at, const double (&x)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.lane[i] = narrow<T>(x[i]);
+  store_pack<T, N>(data, at, pack);
+}
+
+// N elements of unit stride from `at` on, or one of any; more than two only without `start`, into an `out` of their dtype. Products and sums are rounded one by one: the bits of every other way
+// to add up the same vectors in the same order.
+template <typename T, int N>
+__device__ __forceinline__ void mean_of(const Mean& a, double total, std::int64_t at) {
+  double sum[N] = {};
+  if constexpr (N <= 2) {
+    if (a.call.start.present) {
+      const auto start = load_pack<double, N>(a.call.start.data, at);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = start.lane[i];
+    }
+  }
+  const std::int64_t from = N > 1 ? at : at * a.x.stride;
+  for (int begin = 0; begin < a.x.count; begin += kTogether) {
+    Pack<T, N> x[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) x[k] = load_pack<T, N>(a.x[std::min(begin + k, a.x.count - 1)], from);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const double weight = begin + k < a.x.count ? a.weight[begin + k] : 0.0;
+      if (weight == 0) x[k] = {};  // adds nothing: a sum is never -0
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = __dadd_rn(sum[i], __dmul_rn(weight, widen<double>(x[k].lane[i])));
+    }
+  }
+  if constexpr (N <= 2) {
+    if (!a.call.out.present) return store_as<double>(a.call.sums, at, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] /= total;
+  if constexpr (N > 2)
+    store_as<T>(a.call.out.data, at, sum);
+  else
+    switch (a.call.out_dtype) {
+      case DType::bf16: return store_as<__nv_bfloat16>(a.call.out.data, at, sum);
+      case DType::f16: return store_as<__half>(a.call.out.data, at, sum);
+      case DType::f64: return store_as<double>(a.call.out.data, at, sum);
+      default: return store_as<float>(a.call.out.data, at, sum);
+    }
+}
+
 template <typename T, int N>
 __global__ void __launch_bounds__(kBlock) mean_kernel(const __grid_constant__ Mean a) {
   const double total = a.call.out.present ? a.total() : 1.0;
-  const std::int64_t units = a.x.size / N, step = static_cast<std::int64_t>(gridDim.x) * kBlock;
-  const std::int64_t stride = N > 1 ? 1 : a.x.stride;
-  for (std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kBlock + threadIdx.x; unit < units; unit += step) {
-    const std::int64_t at = unit * N;
-    double sum[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] = a.call.start.present ? a.call.start.data[at + i] : 0.0;
-#pragma unroll 4
-    for (int m = 0; m < a.x.count; ++m) {
-      const double weight = a.weight[m];
-      const auto x = load_pack<T, N>(a.x[m], at * stride);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const double next = __dadd_rn(sum[i], __dmul_rn(weight, widen<double>(x.lane[i])));
-        sum[i] = weight == 0 ? sum[i] : next;
-      }
-    }
-    if (!a.call.out.present) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) a.call.sums[at + i] = sum[i];
-    } else if (N > 1 && a.call.out_dtype == a.x.dtype) {
-      Pack<T, N> out;
-#pragma unroll
-      for (int i = 0; i < N; ++i) out.lane[i] = narrow<T>(sum[i] / total);
-      store_pack<T, N>(a.call.out.data, at, out);
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) store_value<double>(a.call.out.data, a.call.out_dtype, at + i, sum[i] / total);
-    }
-  }
+  const std::int64_t packs = a.x.size / N, step = static_cast<std::int64_t>(gridDim.x) * kBlock;
+  for (std::int64_t pack = static_cast<std::int64_t>(blockIdx.x) * kBlock + threadIdx.x; pack < packs; pack += step) mean_of<T, N>(a, total, pack * N);
+  if (N > 1 && blockIdx.x == 0 && threadIdx.x < a.x.size % N) mean_of<T, 1>(a, total, packs * N + threadIdx.x);
 }
 
 template <typename T, int N>
 void launch_mean(const Mean& a, const Queue& queue) {
-  launch("weighted_mean", mean_kernel<T, N>, grid(a.x.size / N, kBlock, queue), kBlock, queue, a);
+  launch("weighted_mean", mean_kernel<T, N>, grid(a.x.size / N, kBlock, queue, 256), kBlock, queue, a);
 }
 
 }  // namespace
@@ -71,8 +93,16 @@ void weighted_mean(const Uploads& x, const UploadWeights& weights, const MeanCal
     if (!last) a.call.out = {};
     with_type(x.dtype, [&](auto type) {
       using T = decltype(type);
-      const bool packed = a.x.packed && x.size % kLanes<T> == 0 && aligned16(a.call.out.data);
-      packed ? launch_mean<T, kLanes<T>>(a, queue) : launch_mean<T, 1>(a, queue);
+      // Two numbers in fp64 are a store of 16 bytes.
+      const bool plain = a.call.out.present && a.call.out_dtype == x.dtype;
+      const auto fits = [&](int n) {
+        return a.x.aligned >= n * static_cast<int>(sizeof(T)) && (!start.present || alignment(start.data) >= 8 * n) &&
+               (a.call.out.present ? alignment(a.call.out.data) >= n * static_cast<int>(item_size(call.out_dtype)) : alignment(call.sums) >= 8 * n);
+      };
+      if (plain && !start.present && fits(kLanes<T>))
+        launch_mean<T, kLanes<T>>(a, queue);
+      else
+        fits(2) ? launch_mean<T, 2>(a, queue) : launch_mean<T, 1>(a, queue);
     });
     start = {call.sums, true};
     begin += count;

@@ -15,7 +15,7 @@ template <int Most = kTable>
 struct Table {
   DType dtype;
   int count;
-  bool packed;  // unit stride, and every vector starts at a multiple of 16 bytes
+  int aligned;  // every vector starts at a multiple of so many bytes, at most 16; 0 where the stride is not 1
   bool matrix;  // rows from `first` on, else `each`
   std::int64_t size, stride, row_bytes;
   const char* first;
@@ -36,12 +36,15 @@ inline Table<Most> table(const Uploads& x, std::int64_t begin, std::int64_t coun
   result.row_bytes = x.row_stride * item;
   result.matrix = x.first.present;
   result.first = static_cast<const char*>(x.first.data) + (x.size ? begin * result.row_bytes : 0);
-  result.packed = x.stride == 1 && (!result.matrix || (aligned16(result.first) && (count == 1 || result.row_bytes % 16 == 0)));
+  std::uintptr_t places = 16;
   if (!result.matrix)
     for (std::int64_t m = 0; m < count; ++m) {
       result.each[m] = x.each[static_cast<std::size_t>(begin + m)];
-      result.packed = result.packed && aligned16(result.each[m]);
+      places |= reinterpret_cast<std::uintptr_t>(result.each[m]);
     }
+  else
+    places |= reinterpret_cast<std::uintptr_t>(result.first) | (count > 1 ? static_cast<std::uintptr_t>(result.row_bytes) : 0);
+  result.aligned = x.stride == 1 ? alignment(places) : 0;
   return result;
 }
 
@@ -79,49 +82,72 @@ struct Total {
 };
 inline Total total_of(const Uploads& x, const UploadWeights& weights) { return {weights.total, weights.device, x.count}; }
 
-// kPack elements from `at` on, as far as there are so many, else 0.
-template <typename C>
-__device__ __forceinline__ void load_run(const void* data, DType dtype, std::int64_t at, std::int64_t stride, std::int64_t size, bool packed,
-                                         C (&x)[kPack]) {
-  if (packed && at + kPack <= size) {
-    switch (dtype) {
-      case DType::bf16: return load_eight<C, __nv_bfloat16>(data, at, x);
-      case DType::f16: return load_eight<C, __half>(data, at, x);
-      case DType::f64: return load_eight<C, double>(data, at, x);
-      default: return load_eight<C, float>(data, at, x);
+// A thread's kPack elements of a tile: packs of N, kBlock packs apart, so that a warp's accesses touch whole sectors. Unless the
+// tile is Full, elements from `size` on are 0 and stay unwritten.
+template <int N>
+struct Tile {
+  static constexpr int packs = kPack / N;
+  std::int64_t begin, size;
+
+  __device__ __forceinline__ std::int64_t at(int pack) const { return begin + (static_cast<std::int64_t>(pack) * kBlock + threadIdx.x) * N; }
+  template <typename T, bool Full>
+  __device__ __forceinline__ void load(const void* data, std::int64_t stride, T (&x)[kPack]) const {
+#pragma unroll
+    for (int pack = 0; pack < packs; ++pack) {
+      if constexpr (Full) {
+        constexpr int part = N < kLanes<T> ? N : kLanes<T>;
+#pragma unroll
+        for (int i = 0; i < N; i += part) {
+          const auto loaded = load_pack<T, part>(data, N > 1 ? at(pack) + i : at(pack) * stride);
+#pragma unroll
+          for (int k = 0; k < part; ++k) x[pack * N + i + k] = loaded.lane[k];
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[pack * N + i] = at(pack) + i < size ? static_cast<const T*>(data)[(at(pack) + i) * stride] : T(0.0f);
+      }
     }
   }
+  template <typename T, bool Full>
+  __device__ __forceinline__ void store(void* data, const double (&x)[kPack]) const {
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) x[i] = at + i < size ? load_value<C>(data, dtype, (at + i) * stride) : C(0);
-}
-
-template <typename C>
-__device__ __forceinline__ void store_run(void* data, DType dtype, std::int64_t at, std::int64_t size, bool packed, const C (&x)[kPack]) {
-  if (packed && at + kPack <= size) {
-    switch (dtype) {
-      case DType::bf16: return store_eight<C, __nv_bfloat16>(data, at, x);
-      case DType::f16: return store_eight<C, __half>(data, at, x);
-      case DType::f64: return store_eight<C, double>(data, at, x);
-      default: return store_eight<C, float>(data, at, x);
+    for (int pack = 0; pack < packs; ++pack) {
+      if constexpr (Full) {
+        constexpr int part = N < kLanes<T> ? N : kLanes<T>;
+#pragma unroll
+        for (int i = 0; i < N; i += part) {
+          Pack<T, part> stored;
+#pragma unroll
+          for (int k = 0; k < part; ++k) stored.lane[k] = narrow<T>(x[pack * N + i + k]);
+          store_pack<T, part>(data, at(pack) + i, stored);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (at(pack) + i < size) static_cast<T*>(data)[at(pack) + i] = narrow<T>(x[pack * N + i]);
+      }
     }
   }
-#pragma unroll
-  for (int i = 0; i < kPack; ++i)
-    if (at + i < size) store_value<C>(data, dtype, at + i, x[i]);
-}
+};
 
-// Sums per vector and block: a warp's lanes are added up at once, its tiles in shared memory.
+// Sums per vector and block: those of four vectors are added up over a warp's lanes at once, those of its tiles in shared memory.
 template <int Values>
 class Tallies {
  public:
   // `shared`: [kTable][Values][kWarps]
   __device__ Tallies(double* shared, int count) : shared_(shared), count_(count) {
-    for (int i = static_cast<int>(threadIdx.x); i < count * Values * kWarps; i += kBlock) shared_[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < kTable * Values * kWarps; i += kBlock) shared_[i] = 0;
     __syncthreads();
   }
-  __device__ __forceinline__ void add(int m, int value, double x) {
-    x = Group<32>::sum(x);
-    if (threadIdx.x % 32 == 0) shared_[(m * Values + value) * kWarps + threadIdx.x / 32] += x;
+  // Of the vectors from m, a multiple of 4, on. Halves of the warp take half of the values each, then quarters.
+  __device__ __forceinline__ void add(int m, int value, const double (&x)[4]) {
+    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+    const double one = (upper ? x[2] : x[0]) + __shfl_xor_sync(kEveryLane, upper ? x[0] : x[2], 16);
+    const double two = (upper ? x[3] : x[1]) + __shfl_xor_sync(kEveryLane, upper ? x[1] : x[3], 16);
+    double sum = (odd ? two : one) + __shfl_xor_sync(kEveryLane, odd ? one : two, 8);
+#pragma unroll
+    for (int distance = 4; distance > 0; distance /= 2) sum += __shfl_xor_sync(kEveryLane, sum, distance);
+    if (threadIdx.x % 8 == 0) shared_[((m + threadIdx.x % 32 / 8) * Values + value) * kWarps + threadIdx.x / 32] += sum;
   }
   // to[m * Values + value]
   __device__ void leave(double* to) {

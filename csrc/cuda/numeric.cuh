@@ -148,6 +148,9 @@ __device__ __forceinline__ void store_eight(void* data, std::int64_t at, const C
   }
 }
 
+// The largest power of two, at most 16, that divides an address (or every one that was or-ed into it).
+inline int alignment(std::uintptr_t address) { return static_cast<int>((address | 16) & -(address | 16)); }
+inline int alignment(const void* data) { return alignment(reinterpret_cast<std::uintptr_t>(data)); }
 inline bool aligned16(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
 // Calls body with a value of the type.

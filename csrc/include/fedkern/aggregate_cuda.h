@@ -69,6 +69,10 @@ void squared_distances_to(const Uploads& x, const Optional<const double>& point,
 // out [M, M]; with `root` the distances themselves; at most kMostSorted vectors.
 void squared_distances(const Uploads& x, bool root, double* out, double* workspace, const Place& place);
 
+// The shares [M] of the geometric median; weights [M] on the device; iterations > 0; at most kMostSorted vectors.
+void geometric_shares(const Uploads& x, const double* weights, std::int64_t iterations, double tolerance, double smoothing, double* shares,
+                      double* workspace, const Place& place);
+
 // The (weighted) mean of the values at places [low, high) of every coordinate's order, in the vectors' dtype; with `median`
 // the mean of the lower and upper weighted median instead. At most kMostSorted vectors; weights (may be null) not with fp64.
 void sorted_mean(const Uploads& x, const UploadWeights* weights, int low, int high, bool median, void* out, const Place& place);

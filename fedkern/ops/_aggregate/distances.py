@@ -249,6 +249,9 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         return _median_from_distances(kernel, vectors, given.tolist(), iterations, tolerance, smoothing)
     if not iterations:
         return _mean(vectors, given / given.sum())
+    shares = kernel.geometric_shares(vectors, given, iterations, tolerance, smoothing)
+    if shares is not None:
+        return _mean(vectors, shares)
     # On a GPU the host reads no result: all iterations run, and a flag keeps the shares once they have settled.
     used = given > 0
     products: Tensor | None = None

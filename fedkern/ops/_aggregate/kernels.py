@@ -153,6 +153,16 @@ class AggregateKernels(PlainAggregate, Launcher):
         self._call(self.core.squared_distances_to, vectors, point, result, self._workspace(one), self.at(one))
         return result
 
+    def geometric_shares(
+        self, vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float
+    ) -> Tensor | None:
+        if self.host or count_of(vectors) > self.core.aggregate_sorted:
+            return None
+        settings = iterations, tolerance, smoothing
+        given, shares = self._weights(weights), self._per_vector(count_of(vectors), weights)
+        self._call(self.core.geometric_shares, vectors, given, *settings, shares, self._workspace(given), self.at(given))
+        return shares
+
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
         # On the CPU short vectors are scaled, and get noise, while they are cached from taking their norm.
         if self.gpu or size_of(vectors) > SHORT:

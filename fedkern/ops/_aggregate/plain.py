@@ -115,6 +115,15 @@ class PlainAggregate:
             point = torch.zeros_like(vectors[0], dtype=torch.float64)
         return robust.squared_distances_to_reference(vectors, point)
 
+    def geometric_shares(
+        self, vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float
+    ) -> Tensor | None:
+        """fp64 ``[M]``: the vectors' shares in their geometric median, where a kernel runs all iterations; else None.
+
+        ``weights`` fp64 ``[M]`` on the vectors' device; at least one iteration.
+        """
+        return None
+
     def squared_norms(self, vectors: Vectors) -> Tensor:
         """fp64 ``[M]``: the squared Euclidean norms."""
         return self.squared_distances_to(vectors, None)
