@@ -42,19 +42,27 @@ __device__ __forceinline__ void box_muller(float uniform, unsigned two, float& x
   y = radius * sinpif(turn);
 }
 
-// Vectors in blockIdx.y's order; a group is 64 places of the stream, 16 threads.
-template <bool Noise>
+// Blocks take the vectors in turn; a group is 64 places of the stream, 16 threads.
+template <typename T, bool Noise>
 __global__ void __launch_bounds__(kBlock) noise_kernel(const __grid_constant__ Table<> x, std::int64_t begin, const double* factors, double deviation,
                                                        std::uint64_t seed, std::uint64_t offset, void* out, std::int64_t threads_each) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kBlock, all = threads_each * x.count;
-  for (std::int64_t work = static_cast<std::int64_t>(blockIdx.x) * kBlock + threadIdx.x; work < all; work += step) {
-    const int m = static_cast<int>(work / threads_each);
-    const std::int64_t thread = work % threads_each, row = begin + m;
-    const void* const from = x[m];
-    const double factor = factors[row];
-    // The place of the vector's first element, and how far into a group that is.
-    const std::uint64_t first = offset + static_cast<std::uint64_t>(row) * static_cast<std::uint64_t>(x.size);
-    const std::int64_t skipped = static_cast<std::int64_t>(first & 63);
+  const int m = static_cast<int>(blockIdx.x % static_cast<unsigned>(x.count));
+  const std::int64_t row = begin + m, step = static_cast<std::int64_t>(gridDim.x / static_cast<unsigned>(x.count)) * kBlock;
+  const T* const from = static_cast<const T*>(x[m]);
+  T* const to = static_cast<T*>(out) + row * x.size;
+  const double factor = factors[row];
+  // The place of the vector's first element, and how far into a group that is.
+  const std::uint64_t first = offset + static_cast<std::uint64_t>(row) * static_cast<std::uint64_t>(x.size);
+  const std::int64_t skipped = static_cast<std::int64_t>(first & 63);
+  for (std::int64_t thread = static_cast<std::int64_t>(blockIdx.x / static_cast<unsigned>(x.count)) * kBlock + threadIdx.x; thread < threads_each;
+       thread += step) {
+    const std::int64_t start = (thread >> 4) * 64 + (thread & 15) - skipped;
+    T value[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const std::int64_t at = start + k * 16;
+      value[k] = at < 0 || at >= x.size ? T(0.0f) : from[at * x.stride];
+    }
     float noise[4] = {};
     if constexpr (Noise) {
       const std::uint64_t group = (first >> 6) + static_cast<std::uint64_t>(thread >> 4);
@@ -71,11 +79,11 @@ __global__ void __launch_bounds__(kBlock) noise_kernel(const __grid_constant__ T
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const std::int64_t at = (thread >> 4) * 64 + k * 16 + (thread & 15) - skipped;
+      const std::int64_t at = start + k * 16;
       if (at < 0 || at >= x.size) continue;
-      double value = load_value<double>(from, x.dtype, at * x.stride) * factor;
-      if constexpr (Noise) value += deviation * static_cast<double>(noise[k]);
-      store_value<double>(out, x.dtype, row * x.size + at, value);
+      double result = widen<double>(value[k]) * factor;
+      if constexpr (Noise) result += deviation * static_cast<double>(noise[k]);
+      to[at] = narrow<T>(result);
     }
   }
 }
@@ -90,12 +98,14 @@ void scale_and_noise(const Uploads& x, const double* factors, double deviation, 
   // One group more than the size says: a vector may begin and end within one.
   const std::int64_t threads_each = ((x.size + 63) / 64 + 1) * 16;
   for (std::int64_t begin = 0; begin < x.count; begin += kTable) {
-    const std::int64_t count = std::min<std::int64_t>(x.count - begin, kTable), blocks = grid(threads_each * count, kBlock, queue);
+    const std::int64_t count = std::min<std::int64_t>(x.count - begin, kTable);
+    const std::int64_t blocks = std::max<std::int64_t>(1, grid(threads_each * count, kBlock, queue, 64) / count) * count;
     const auto part = table(x, begin, count);
-    if (deviation != 0)
-      launch("clip_and_noise", noise_kernel<true>, blocks, kBlock, queue, part, begin, factors, deviation, seed, offset, out, threads_each);
-    else
-      launch("clip", noise_kernel<false>, blocks, kBlock, queue, part, begin, factors, deviation, seed, offset, out, threads_each);
+    with_type(x.dtype, [&](auto type) {
+      using T = decltype(type);
+      launch(deviation != 0 ? "clip_and_noise" : "clip", deviation != 0 ? noise_kernel<T, true> : noise_kernel<T, false>, blocks, kBlock, queue, part,
+             begin, factors, deviation, seed, offset, out, threads_each);
+    });
   }
 }
 

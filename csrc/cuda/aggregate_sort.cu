@@ -58,6 +58,28 @@ struct Sorted {
   void* out;
 };
 
+// The values of one coordinate, all on their way at once; beyond the last vector its own again.
+template <typename T, typename C, int N>
+__device__ __forceinline__ void load_column(const Table<kMostSorted>& x, std::int64_t at, C (&value)[N]) {
+  T raw[N];
+#pragma unroll
+  for (int m = 0; m < N; ++m) raw[m] = static_cast<const T*>(x[std::min(m, x.count - 1)])[at * x.stride];
+#pragma unroll
+  for (int m = 0; m < N; ++m) value[m] = widen<C>(raw[m]);
+}
+template <int N>
+__device__ __forceinline__ void load_column(const Table<kMostSorted>& x, std::int64_t at, float (&value)[N]) {
+  switch (x.dtype) {
+    case DType::bf16: return load_column<__nv_bfloat16>(x, at, value);
+    case DType::f16: return load_column<__half>(x, at, value);
+    default: return load_column<float>(x, at, value);
+  }
+}
+template <int N>
+__device__ __forceinline__ void load_column(const Table<kMostSorted>& x, std::int64_t at, double (&value)[N]) {
+  load_column<double>(x, at, value);
+}
+
 // Shares of the weights' sum closer to one half than this count as one half, however their sum was rounded.
 constexpr double kHalf = 0x1p-40;
 
@@ -66,9 +88,11 @@ template <typename C, typename Key, int N>
 __global__ void __launch_bounds__(kThreads, 3) sorted_mean_kernel(const __grid_constant__ Sorted a) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < a.x.size; at += step) {
+    C value[N];
     Key key[N];
+    load_column(a.x, at, value);
 #pragma unroll
-    for (int m = 0; m < N; ++m) key[m] = m < a.x.count ? key_of(load_value<C>(a.x[m], a.x.dtype, at * a.x.stride)) : ~Key{0};
+    for (int m = 0; m < N; ++m) key[m] = m < a.x.count ? key_of(value[m]) : ~Key{0};
     sort(key);
     double sum = 0;
 #pragma unroll
@@ -87,12 +111,12 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const __grid_cons
   const double half = a.median ? a.total() / 2 : 0.0;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < a.x.size; at += step) {
+    float loaded[N];
     std::uint64_t key[N];
+    load_column(a.x, at, loaded);
 #pragma unroll
     for (int m = 0; m < N; ++m)
-      key[m] = (m < a.x.count ? static_cast<std::uint64_t>(key_of(load_value<float>(a.x[m], a.x.dtype, at * a.x.stride))) << 32
-                              : std::uint64_t{0xffffffff} << 32) |
-               static_cast<unsigned>(m);
+      key[m] = static_cast<std::uint64_t>(m < a.x.count ? key_of(loaded[m]) : 0xffffffffu) << 32 | static_cast<unsigned>(m);
     sort(key);
     double result;
     if (a.median) {
@@ -143,6 +167,7 @@ void sorted_mean(const Uploads& x, const UploadWeights* weights, int low, int hi
   Sorted a{table<kMostSorted>(x, 0, x.count), {}, {}, low, high, median, out};
   if (weights) a.weight = weights_of<kMostSorted>(*weights, 0, x.count), a.total = total_of(x, *weights);
   if (x.count <= 8) return launch_sorted<8>(a, weights, queue);
+  if (x.count <= 10) return launch_sorted<10>(a, weights, queue);
   if (x.count <= 16) return launch_sorted<16>(a, weights, queue);
   if (x.count <= 32) return launch_sorted<32>(a, weights, queue);
   launch_sorted<kMostSorted>(a, weights, queue);

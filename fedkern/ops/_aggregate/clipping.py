@@ -125,6 +125,12 @@ def _rows(
             return [row.clone() for row in result.unbind(0)]
         return result[0] if vectors.dim() == 1 else result
     places = [(offset + m * size) % (1 << 64) for m in range(len(vectors))]
+    if not kernel.host:  # all norms by one launch; on the CPU a vector may still be cached from its norm
+        factors = kernel.clip_factors(vectors, max_norm, deviation).split(1)
+        return [
+            kernel.scale_and_noise([vector], factor, deviation, seed, place)[0]
+            for vector, factor, place in zip(vectors, factors, places, strict=True)
+        ]
     return [
         kernel.clip_and_noise([vector], max_norm, deviation, seed, place)[0]
         for vector, place in zip(vectors, places, strict=True)

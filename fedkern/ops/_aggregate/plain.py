@@ -129,12 +129,17 @@ class PlainAggregate:
         return self.squared_distances_to(vectors, None)
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-        """:meth:`scale_and_noise` with the factors ``min(1, max_norm / |x_m|)``."""
+        """:meth:`scale_and_noise` with :meth:`clip_factors`."""
+        factors = self.clip_factors(vectors, max_norm, deviation)
+        return self.scale_and_noise(vectors, factors, deviation, seed, offset)
+
+    def clip_factors(self, vectors: Vectors, max_norm: float, deviation: float) -> Tensor:
+        """fp64 ``[M]``: ``min(1, max_norm / |x_m|)``, and without noise a little less for 16-bit vectors."""
         factors = self._factors(vectors, max_norm)
         dtype = rows_or_stack(vectors)[0].dtype
         if dtype.itemsize == 2 and not deviation:  # what rounding may add to a norm; noise has no bound to keep
             factors = torch.where(factors < 1, factors * (1 - torch.finfo(dtype).eps / 2), factors)
-        return self.scale_and_noise(vectors, factors, deviation, seed, offset)
+        return factors
 
     def _factors(self, vectors: Vectors, max_norm: float) -> Tensor:
         """fp64 ``[M]``: ``min(1, max_norm / |x_m|)``."""
