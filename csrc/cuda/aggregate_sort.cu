@@ -85,7 +85,7 @@ constexpr double kHalf = 0x1p-40;
 
 // Without weights.
 template <typename C, typename Key, int N>
-__global__ void __launch_bounds__(kThreads, 3) sorted_mean_kernel(const __grid_constant__ Sorted a) {
+__global__ void __launch_bounds__(kThreads, sizeof(Key) * N <= 40 ? 8 : 3) sorted_mean_kernel(const __grid_constant__ Sorted a) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < a.x.size; at += step) {
     C value[N];

@@ -160,7 +160,9 @@ class AggregateKernels(PlainAggregate, Launcher):
             return None
         settings = iterations, tolerance, smoothing
         given, shares = self._weights(weights), self._per_vector(count_of(vectors), weights)
-        self._call(self.core.geometric_shares, vectors, given, *settings, shares, self._workspace(given), self.at(given))
+        self._call(
+            self.core.geometric_shares, vectors, given, *settings, shares, self._workspace(shares), self.at(shares)
+        )
         return shares
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:

@@ -228,3 +228,23 @@ def test_accumulators(device: torch.device, dtype: torch.dtype) -> None:
 
 def test_no_elements_of_more_vectors_than_one_launch_takes(device: torch.device) -> None:
     assert ops.weighted_mean(torch.empty(200, 0, device=device), [1.0] * 200).shape == (0,)
+
+
+@pytest.mark.parametrize("case", ["plain", "far", "very far", "unused", "nan", "equal"])
+@pytest.mark.parametrize("count", [2, 7, 33])
+def test_geometric_median(device: torch.device, count: int, case: str) -> None:
+    """Where vectors are drawn in before their products are taken, too ("very far")."""
+    rows = torch.randn(count, 203, generator=torch.Generator().manual_seed(count))
+    weights = [float(m % 3 + 1) for m in range(count)]
+    if "far" in case and count > 2:
+        rows[0] *= 1e6 if case == "far" else 1e12
+    if case == "unused":
+        rows[1], weights[1] = torch.nan, 0.0
+    if case == "nan":
+        rows[0, 3] = torch.nan
+    if case == "equal":
+        rows[:] = rows[0]
+        rows[:, 0] = -torch.inf
+    got = ops.geometric_median(rows.to(device), weights).cpu()
+    with ops.use_backend("reference"):
+        torch.testing.assert_close(got, ops.geometric_median(rows, weights), equal_nan=True, rtol=1e-5, atol=1e-5)
