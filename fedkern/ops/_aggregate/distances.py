@@ -191,12 +191,19 @@ def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -
             return vectors[chosen.index(1.0)].clone()
         return kernel.weighted_mean(vectors, chosen, None)
     scores = _scores(squared, byzantine)
-    kept = scores.argsort(stable=True)[:keep]
-    weights = torch.zeros_like(scores).index_fill_(0, kept, 1.0)
     if scores.device.type == "cpu":
         _check_scores(scores.tolist(), keep)
-        return _mean(vectors, weights)
-    return _mean(vectors, torch.where(scores[kept[-1]] < math.inf, weights, math.nan))
+    return _mean(vectors, _shares(scores, keep))
+
+
+def _shares(scores: Tensor, keep: int) -> Tensor:
+    """1 for the vectors that Krum keeps, 0 for the others; all NaN where a kept score is infinite.
+
+    The host reads nothing: on a GPU it would wait, and end the capture of a CUDA graph.
+    """
+    ascending, order = scores.sort(stable=True)
+    shares = torch.zeros_like(scores).index_fill_(0, order[:keep], 1.0)
+    return shares.masked_fill_(ascending[keep - 1] == math.inf, math.nan)
 
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:

@@ -178,6 +178,14 @@ def test_krum_does_not_choose_attackers(backend: str) -> None:
     assert torch.equal(krum([honest[0]] * 3, 0), honest[0])
 
 
+def test_krum_reads_no_score_on_the_host_of_a_gpu() -> None:
+    """Reading a value of a meta tensor is an error."""
+    assert aggregate_distances._shares(torch.empty(5, dtype=torch.float64, device="meta"), 2).shape == (5,)
+    scores = torch.tensor([2.0, 1.0, math.inf, 1.0])
+    assert aggregate_distances._shares(scores, 2).tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert aggregate_distances._shares(scores, 4).isnan().all()
+
+
 def objective(vectors: list[Tensor], weights: list[float], point: Tensor) -> float:
     pairs = zip(vectors, weights, strict=True)
     return math.fsum(weight * float((vector.double() - point.double()).norm()) for vector, weight in pairs if weight)
