@@ -33,7 +33,7 @@ def _log_probs(*rows: Tensor) -> Tensor:
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "kl_div": lambda s, t, b, T: ops.kl_div(s, t, T),
     "kl_div, both masked": lambda s, t, b, T: ops.kl_div(b, t, T, reduction="sum"),
-    "kl_div, weight": lambda s, t, b, T: ops.kl_div(s, t, T, weight=torch.arange(1, len(s) + 1) / 2),
+    "kl_div, weight": lambda s, t, b, T: ops.kl_div(s, t, T, weight=torch.arange(1, len(s) + 1, device=s.device) / 2),
     "dual_kl": lambda s, t, b, T: ops.dual_kl(s, b, t, T),
     "dual_kl of the student": lambda s, t, b, T: ops.dual_kl(t, b, s, T, direction="student"),
     "probabilities": lambda s, t, b, T: ops.ensemble_kl(s, _stack(t, b, t), None, T),
