@@ -63,7 +63,7 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
     call.out = map_of(view);
   }
   if (!read_vector(scale, from, all, call.scale) || !read_vector(shift, from, all, call.shift)) return false;
-  cuda::FuseBackward to{map_of(from), {}, read_doubles(grad_scale, all), read_doubles(grad_shift, all), read_doubles(partial, 2 * cuda::kFuseSplits * all).data};
+  cuda::FuseBackward to{map_of(from), {}, read_doubles(grad_scale, all), read_doubles(grad_shift, all), read_doubles(partial, cuda::fuse_partials(all)).data};
   check_reads(!call.features.empty(), !out.is_none(), !grad_scale.is_none(), relu, mean);
   bool any = false;
   for (const py::handle target : targets) {
@@ -81,7 +81,7 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
 
 void bind_cuda_fuse(py::module_& module) {
   module.attr("fuse_maps") = cuda::kMostMaps;
-  module.attr("fuse_splits") = cuda::kFuseSplits;
+  module.def("fuse_partials", cuda::fuse_partials);
   module.def("fuse_reads", [](py::handle map, bool /*last*/) { return MapView(map).even; });
   module.def("fuse_forward", forward);
   module.def("fuse_backward", backward);

@@ -1,6 +1,6 @@
-// fuse on CUDA. Every map is read and every result written once, in 128-bit accesses where addresses and sizes allow; products
-// and sums are taken in fp32 (fp64 for fp64 maps) and rounded once. Gradients of scale and shift are summed in fp64, in an
-// order that the sizes and the device fix.
+// fuse on CUDA. Every map is read and every result written once, in 128-bit accesses where addresses and sizes allow, backward
+// too; products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once. Gradients of scale and shift are summed in
+// fp64, in an order that the sizes and the device fix.
 #include <algorithm>
 
 #include "fedkern/fuse_cuda.h"
@@ -32,185 +32,211 @@ struct Maps {
 };
 
 struct Shape {
-  std::int64_t batch, positions;
-  int channels;  // of all maps, or, for a mean, of one
   bool relu, mean;
   Optional<const void> scale, shift;
 };
 
-__device__ __forceinline__ std::int64_t address(const FeatureMap& map, std::int64_t b, int c, std::int64_t p) {
-  return b * map.batch + c * map.channel + p * map.position;
-}
+// Packs of N elements that a thread loads before it uses the first.
+template <typename T, int N>
+inline constexpr int kDeep = N > 1 ? 2 : sizeof(T) == 8 ? 4 : 8;
 
-// A unit is N elements that lie together: positions of a channel, or (Interleaved) channels of a position.
-template <int N, bool Interleaved>
-struct Unit {
-  std::int64_t b, p;
-  int c;
+// How blocks share maps. Places are packs of N positions, or (Interleaved) positions, where `wide` threads side by side
+// each take a pack of N channels. A thread keeps its channels: block work % groups has `length` places of theirs.
+struct Share {
+  std::int64_t places, inner, length;  // of all samples, of one, of a block
+  std::int64_t skip_b, skip_p;         // samples and places to the thread's next place
+  int channels, groups, splits, wide;
 
-  __device__ __forceinline__ Unit(std::int64_t unit, std::int64_t positions, int channels) {
-    if constexpr (Interleaved) {
-      const int inner = channels / N;
-      c = static_cast<int>(unit % inner) * N;
-      unit /= inner;
-      p = unit % positions;
-      b = unit / positions;
-    } else {
-      const std::int64_t inner = positions / N;
-      p = unit % inner * N;
-      unit /= inner;
-      c = static_cast<int>(unit % channels);
-      b = unit / channels;
-    }
+  template <typename T, int N, bool Interleaved>
+  static Share of(std::int64_t batch, std::int64_t positions, int channels, std::int64_t most_splits, const Queue& queue) {
+    int wide = 1;
+    while (Interleaved && wide < 32 && wide * N < channels) wide *= 2;
+    const auto parts = [](std::int64_t all, std::int64_t each) { return std::max<std::int64_t>((all + each - 1) / each, 1); };
+    const std::int64_t inner = std::max<std::int64_t>(Interleaved ? positions : positions / N, 1), places = positions ? batch * inner : 0;
+    const std::int64_t deep = kBlock / wide, step = deep * kDeep<T, N>, groups = parts(channels, Interleaved ? wide * N : 1);
+    const std::int64_t wanted = std::clamp<std::int64_t>(32 * multiprocessors(queue.device) / groups, 1, most_splits);
+    const std::int64_t length = parts(parts(places, wanted), step) * step;
+    return {places, inner, length, deep / inner, deep % inner, channels, static_cast<int>(groups), static_cast<int>(parts(places, length)), wide};
+  }
+  std::int64_t blocks() const { return static_cast<std::int64_t>(groups) * splits; }
+
+  __device__ __forceinline__ int split() const { return static_cast<int>(blockIdx.x) / groups; }
+  // The thread's first channel; may be none.
+  template <int N, bool Interleaved>
+  __device__ __forceinline__ int channel() const {
+    const int group = static_cast<int>(blockIdx.x) % groups;
+    return Interleaved ? (group * wide + static_cast<int>(threadIdx.x) % wide) * N : group;
   }
 };
 
-// scale x + shift of N elements from channel `c` on.
-template <typename C, int N, bool Interleaved>
-__device__ __forceinline__ void affine(const Shape& a, int c, C (&x)[N]) {
-  const C *const scale = static_cast<const C*>(a.scale.data), *const shift = static_cast<const C*>(a.shift.data);
+// Of the places past the end the first one is read again: branches would keep loads from overlapping.
+template <int K>
+struct Places {
+  std::int64_t b[K], p[K];
+  bool valid[K];
+};
+
+// body(places) for all of the thread's places, K at a time.
+template <int N, bool Interleaved, int K, typename Body>
+__device__ __forceinline__ void each_place(const Share& s, Body&& body) {
+  const int deep = kBlock / s.wide;
+  const std::int64_t begin = s.split() * s.length, end = begin + s.length < s.places ? begin + s.length : s.places;
+  std::int64_t place = begin + static_cast<int>(threadIdx.x) / s.wide, b = place / s.inner, p = place % s.inner;
+  while (place < end) {
+    Places<K> at;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int at = c + (Interleaved ? i : 0);
-    if (a.scale.present) x[i] *= scale[at];
-    if (a.shift.present) x[i] += shift[at];
+    for (int k = 0; k < K; ++k) {
+      at.valid[k] = place < end;
+      at.b[k] = at.valid[k] ? b : at.b[0], at.p[k] = at.valid[k] ? p : at.p[0];
+      place += deep, b += s.skip_b, p += s.skip_p;
+      if (p >= s.inner) p -= s.inner, ++b;
+    }
+    body(at);
   }
 }
 
-template <typename T, typename C, int N>
-__device__ __forceinline__ void load_map(const FeatureMap& map, std::int64_t at, C (&x)[N]) {
-  const auto pack = load_pack<T, N>(map.data, at);
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = widen<C>(pack.lane[i]);
+// The element of a map at place k; what packs together has stride 1.
+template <int N, bool Interleaved, int K>
+__device__ __forceinline__ std::int64_t element(const FeatureMap& map, int c, const Places<K>& at, int k) {
+  const std::int64_t channel = N > 1 && Interleaved ? c : c * map.channel;
+  return at.b[k] * map.batch + channel + (N > 1 && !Interleaved ? at.p[k] * N : at.p[k] * map.position);
 }
-template <typename T, typename C, int N>
-__device__ __forceinline__ void store_map(const FeatureMap& map, std::int64_t at, const C (&x)[N]) {
-  Pack<T, N> pack;
+template <typename T, int N, bool Interleaved, int K>
+__device__ __forceinline__ void load(const FeatureMap& map, int c, const Places<K>& at, Pack<T, N> (&to)[K]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) pack.lane[i] = narrow<T>(x[i]);
-  store_pack<T, N>(map.data, at, pack);
+  for (int k = 0; k < K; ++k) to[k] = load_pack<T, N>(map.data, element<N, Interleaved>(map, c, at, k));
 }
+template <typename T, bool Interleaved, typename C, int N, int K>
+__device__ __forceinline__ void store(const FeatureMap& map, int c, const Places<K>& at, const C (&x)[K][N]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.lane[i] = narrow<T>(x[k][i]);
+    if (at.valid[k]) store_pack<T, N>(map.data, element<N, Interleaved>(map, c, at, k), pack);
+  }
+}
+
+// scale and shift of a thread's channels: of one, or of each element of its packs.
+template <typename C, int Channels>
+struct Affine {
+  C scale[Channels], shift[Channels];
+
+  __device__ __forceinline__ void read(const Shape& a, int c) {
+#pragma unroll
+    for (int i = 0; i < Channels; ++i) {
+      scale[i] = a.scale.present ? static_cast<const C*>(a.scale.data)[c + i] : C(1);
+      shift[i] = a.shift.present ? static_cast<const C*>(a.shift.data)[c + i] : C(0);
+    }
+  }
+  __device__ __forceinline__ C operator()(C x, int i) const { return scale[i % Channels] * x + shift[i % Channels]; }
+};
 
 template <typename T, int N, bool Interleaved>
 __global__ void __launch_bounds__(kBlock) forward_kernel(const __grid_constant__ Maps from, const __grid_constant__ Shape a, const FeatureMap out,
-                                                         std::int64_t units) {
+                                                         const Share s) {
   using C = typename Computed<T>::type;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kBlock;
-  for (std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kBlock + threadIdx.x; unit < units; unit += step) {
-    const Unit<N, Interleaved> at(unit, a.positions, a.channels);
-    const int first = a.mean ? 0 : from.holder(at.c), last = a.mean ? from.count : first + 1;
-    C sum[N] = {};
+  constexpr int K = kDeep<T, N>;
+  const int c = s.channel<N, Interleaved>();
+  if (c >= s.channels) return;
+  const int first = a.mean ? 0 : from.holder(c), last = a.mean ? from.count : first + 1;
+  const C share = C(1) / static_cast<C>(last - first);
+  Affine<C, Interleaved ? N : 1> affine;
+  if (!a.mean) affine.read(a, c);
+  each_place<N, Interleaved, K>(s, [&](const Places<K>& at) {
+    C sum[K][N] = {};
     for (int m = first; m < last; ++m) {
-      C x[N];
-      load_map<T>(from.map[m], address(from.map[m], at.b, a.mean ? at.c : at.c - from.start[m], at.p), x);
-      affine<C, N, Interleaved>(a, a.mean ? from.start[m] + at.c : at.c, x);
+      Pack<T, N> x[K];
+      load<T, N, Interleaved>(from.map[m], a.mean ? c : c - from.start[m], at, x);
+      if (a.mean) affine.read(a, from.start[m] + c);
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] += a.relu && x[i] <= 0 ? C(0) : x[i];  // NaN passes, as in torch
-    }
-    if (a.mean) {
+      for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] /= static_cast<C>(from.count);
+        for (int i = 0; i < N; ++i) {
+          const C y = affine(widen<C>(x[k].lane[i]), i);
+          sum[k][i] += a.relu && y <= 0 ? C(0) : y;  // NaN passes, as in torch
+        }
     }
-    store_map<T>(out, address(out, at.b, at.c, at.p), sum);
-  }
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[k][i] *= share;
+    store<T, Interleaved>(out, c, at, sum);
+  });
 }
 
-// The gradient of scale x + shift, for N elements of map m: of channel c there, `all` of all.
-template <typename T, typename C, int N, bool Interleaved>
-__device__ __forceinline__ void inner_gradient(const Maps& from, const Shape& a, const FeatureMap& grad, const FeatureMap& out, int m,
-                                               std::int64_t b, int c, int all, std::int64_t p, C (&g)[N]) {
-  load_map<T>(grad, address(grad, b, a.mean ? c : all, p), g);
-  if (a.mean) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) g[i] /= static_cast<C>(from.count);
-  }
-  if (!a.relu) return;
-  C y[N];
-  if (out.present) {
-    load_map<T>(out, address(out, b, all, p), y);
-  } else {
-    load_map<T>(from.map[m], address(from.map[m], b, c, p), y);
-    affine<C, N, Interleaved>(a, all, y);
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) g[i] = y[i] <= 0 ? C(0) : g[i];
-}
-
-// Units of all maps together: for a mean, too.
+// The maps' gradients, and in the same pass sums over a block's places for scale and shift: partial[split][channel][2], or null.
 template <typename T, int N, bool Interleaved>
-__global__ void __launch_bounds__(kBlock) backward_kernel(const __grid_constant__ Maps from, const __grid_constant__ Maps to,
+__global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backward_kernel(const __grid_constant__ Maps from, const __grid_constant__ Maps to,
                                                           const __grid_constant__ Shape a, const FeatureMap grad, const FeatureMap out,
-                                                          std::int64_t units) {
+                                                          const Share s, double* partial) {
   using C = typename Computed<T>::type;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kBlock;
-  for (std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kBlock + threadIdx.x; unit < units; unit += step) {
-    const Unit<N, Interleaved> at(unit, a.positions, to.start[to.count]);
-    const int m = to.holder(at.c), c = at.c - to.start[m];
-    const FeatureMap& target = to.map[m];
-    if (!target.present) continue;
-    C g[N];
-    inner_gradient<T, C, N, Interleaved>(from, a, grad, out, m, at.b, c, at.c, at.p, g);
-    if (a.scale.present) {
+  constexpr int kChannels = Interleaved ? N : 1, K = kChannels > 4 ? 1 : kDeep<T, N>;  // as registers allow
+  const int all = s.channel<N, Interleaved>();
+  double product[kChannels] = {}, sum[kChannels] = {};
+  if (all < s.channels) {
+    const int m = from.holder(all), c = all - from.start[m];
+    const FeatureMap map = from.map[m], target = to.map[m], gate = map.present ? map : out;
+    const C share = a.mean ? C(1) / static_cast<C>(from.count) : C(1);
+    Affine<C, kChannels> affine;
+    affine.read(a, all);
+    C factor[kChannels];
 #pragma unroll
-      for (int i = 0; i < N; ++i) g[i] *= static_cast<const C*>(a.scale.data)[at.c + (Interleaved ? i : 0)];
+    for (int i = 0; i < kChannels; ++i) factor[i] = affine.scale[i] * share;
+    each_place<N, Interleaved, K>(s, [&](const Places<K>& at) {
+      Pack<T, N> grads[K], seen[K] = {};
+      load<T, N, Interleaved>(grad, a.mean ? c : all, at, grads);
+      if (gate.present) load<T, N, Interleaved>(gate, map.present ? c : all, at, seen);
+      C g[K][N];
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C x = widen<C>(seen[k].lane[i]), y = map.present ? affine(x, i) : x;
+          g[k][i] = !at.valid[k] || (a.relu && y <= 0) ? C(0) : widen<C>(grads[k].lane[i]);
+          if (partial) {
+            product[i % kChannels] += static_cast<double>(g[k][i]) * static_cast<double>(x);
+            sum[i % kChannels] += static_cast<double>(g[k][i]);
+          }
+          g[k][i] *= factor[i % kChannels];
+        }
+      if (target.present) store<T, Interleaved>(target, c, at, g);
+    });
+  }
+  if (!partial) return;
+  __shared__ double part[2][kBlock];
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) {
+    for (int distance = 16; distance >= s.wide; distance /= 2) {
+      product[i] += __shfl_xor_sync(kEveryLane, product[i], distance);
+      sum[i] += __shfl_xor_sync(kEveryLane, sum[i], distance);
     }
-    store_map<T>(target, address(target, at.b, c, at.p), g);
+    __syncthreads();
+    part[0][thread] = product[i], part[1][thread] = sum[i];
+    __syncthreads();
+    if (thread >= s.wide || all >= s.channels) continue;
+    for (int warp = 1; warp < kWarps; ++warp) product[i] += part[0][warp * 32 + thread], sum[i] += part[1][warp * 32 + thread];
+    double* const at = partial + (static_cast<std::int64_t>(s.split()) * s.channels + all + i) * 2;
+    at[0] = product[i], at[1] = sum[i];
   }
 }
 
-// Sums over batch and positions for scale and shift: partial[split][channel][2]. Neighbouring threads read neighbours in memory:
-// positions of one channel, or 32 channels of a position.
-template <typename T, bool Interleaved>
-__global__ void __launch_bounds__(kBlock) channel_sums(const __grid_constant__ Maps from, const __grid_constant__ Shape a, const FeatureMap grad,
-                                                       const FeatureMap out, double* partial, int splits) {
-  using C = typename Computed<T>::type;
-  constexpr int kWide = Interleaved ? 32 : 1, kDeep = kBlock / kWide;
-  const int channels = from.start[from.count], groups = (channels + kWide - 1) / kWide;
-  const int thread = static_cast<int>(threadIdx.x), deep = thread / kWide;
-  const std::int64_t rows = a.batch * a.positions;
-  for (std::int64_t work = blockIdx.x; work < static_cast<std::int64_t>(groups) * splits; work += gridDim.x) {
-    const int all = static_cast<int>(work % groups) * kWide + thread % kWide, split = static_cast<int>(work / groups);
-    double product = 0, sum = 0;
-    if (all < channels) {
-      const int m = from.holder(all), c = all - from.start[m];
-      for (std::int64_t row = static_cast<std::int64_t>(split) * kDeep + deep; row < rows; row += static_cast<std::int64_t>(splits) * kDeep) {
-        const std::int64_t b = row / a.positions, p = row % a.positions;
-        C g[1], x[1] = {0};
-        inner_gradient<T, C, 1, Interleaved>(from, a, grad, out, m, b, c, all, p, g);
-        if (from.map[m].present) load_map<T>(from.map[m], address(from.map[m], b, c, p), x);
-        product += static_cast<double>(g[0]) * static_cast<double>(x[0]);
-        sum += static_cast<double>(g[0]);
-      }
-    }
-    if constexpr (Interleaved) {
-      __shared__ double part[2][kDeep][kWide];
-      __syncthreads();
-      part[0][deep][thread % kWide] = product, part[1][deep][thread % kWide] = sum;
-      __syncthreads();
-      if (deep == 0) {
-        for (int d = 1; d < kDeep; ++d) product += part[0][d][thread], sum += part[1][d][thread];
-      }
-    } else {
-      product = Group<kBlock>::sum(product), sum = Group<kBlock>::sum(sum);
-    }
-    if (deep == 0 && all < channels) {
-      double* const to = partial + (static_cast<std::int64_t>(split) * channels + all) * 2;
-      to[0] = product, to[1] = sum;
-    }
-  }
-}
-
-__global__ void __launch_bounds__(kBlock) finish_channels(const double* partial, int channels, int splits, Optional<double> to_scale,
+// A warp per channel; `maps` share a mean's gradient.
+__global__ void __launch_bounds__(kBlock) finish_channels(const double* partial, int channels, int splits, int maps, Optional<double> to_scale,
                                                            Optional<double> to_shift) {
-  const int c = static_cast<int>(blockIdx.x) * kBlock + static_cast<int>(threadIdx.x);
+  using Warp = Group<32>;
+  const int c = static_cast<int>(blockIdx.x) * Warp::rows + Warp::row();
   if (c >= channels) return;
   double product = 0, sum = 0;
-  for (int split = 0; split < splits; ++split) {
+  for (int split = Warp::lane(); split < splits; split += 32) {
     product += partial[(static_cast<std::int64_t>(split) * channels + c) * 2];
     sum += partial[(static_cast<std::int64_t>(split) * channels + c) * 2 + 1];
   }
-  if (to_scale.present) to_scale.data[c] = product;
-  if (to_shift.present) to_shift.data[c] = sum;
+  product = Warp::sum(product), sum = Warp::sum(sum);
+  if (Warp::lane()) return;
+  if (to_scale.present) to_scale.data[c] = product / maps;
+  if (to_shift.present) to_shift.data[c] = sum / maps;
 }
 
 // The maps [begin, end) of a call; `maps` may be empty.
@@ -286,15 +312,15 @@ void fuse_forward(const FuseCall& a, int device, void* stream) {
   in_turn(a, [&](std::size_t begin, std::size_t end, std::int64_t channel) {
     const Maps from = maps_of(a, a.features, begin, end);
     const int channels = a.mean ? from.start[1] : from.start[from.count];
-    const Shape shape{a.batch, a.positions, channels, a.relu, a.mean, shifted(a, a.scale, channel), shifted(a, a.shift, channel)};
+    const Shape shape{a.relu, a.mean, shifted(a, a.scale, channel), shifted(a, a.shift, channel)};
     const FeatureMap out = a.mean ? a.out : shifted(a, a.out, channel);
-    const std::int64_t elements = a.batch * a.positions * channels;
-    if (!elements) return;
+    if (!(a.batch * a.positions * channels)) return;
     with_layout(
         a.dtype, interleaved(a, out), [&](auto n, auto inner) { return packs<n, inner>(a, from, out, begin, end); },
         [&](auto type, auto n, auto inner) {
-          launch("fuse_forward", forward_kernel<decltype(type), n, inner>, grid(elements / n, kBlock, queue), kBlock, queue, from, shape, out,
-                 elements / n);
+          using T = decltype(type);
+          const Share share = Share::of<T, n, inner>(a.batch, a.positions, channels, a.batch * a.positions, queue);
+          launch("fuse_forward", forward_kernel<T, n, inner>, share.blocks(), kBlock, queue, from, shape, out, share);
         });
   });
 }
@@ -302,36 +328,29 @@ void fuse_forward(const FuseCall& a, int device, void* stream) {
 void fuse_backward(const FuseCall& a, const FuseBackward& to, int device, void* stream) {
   const DeviceGuard guard(device);
   const Queue queue{device, stream};
+  const auto target = std::find_if(to.to_features.begin(), to.to_features.end(), [](const FeatureMap& x) { return x.present; });
+  const bool inner_channels = interleaved(a, target == to.to_features.end() ? to.grad : *target);
+  const bool summed = to.to_scale.present || to.to_shift.present;
   in_turn(a, [&](std::size_t begin, std::size_t end, std::int64_t channel) {
     const Maps from = maps_of(a, a.features, begin, end), targets = maps_of(a, to.to_features, begin, end);
     const int channels = from.start[from.count];
-    const Shape shape{a.batch, a.positions, a.mean ? from.start[1] : channels, a.relu, a.mean, shifted(a, a.scale, channel), shifted(a, a.shift, channel)};
+    const Shape shape{a.relu, a.mean, shifted(a, a.scale, channel), shifted(a, a.shift, channel)};
     const FeatureMap out = shifted(a, a.out, channel), grad = a.mean ? to.grad : shifted(a, to.grad, channel);
-    const std::int64_t rows = a.batch * a.positions, elements = rows * channels;
-    const bool inner_channels = interleaved(a, grad);
-    if (elements && !to.to_features.empty()) {
-      const bool maps_inner = interleaved(a, *std::find_if(to.to_features.begin(), to.to_features.end(), [](const FeatureMap& x) { return x.present; }));
-      with_layout(
-          a.dtype, maps_inner,
-          [&](auto n, auto inner) {
-            return packs<n, inner>(a, from, grad, begin, end) && packs<n, inner>(a, targets, out, begin, end);
-          },
-          [&](auto type, auto n, auto inner) {
-            launch("fuse_backward", backward_kernel<decltype(type), n, inner>, grid(elements / n, kBlock, queue), kBlock, queue, from, targets, shape,
-                   grad, out, elements / n);
-          });
-    }
-    if (!channels || (!to.to_scale.present && !to.to_shift.present)) return;
-    const std::int64_t groups = inner_channels ? (channels + 31) / 32 : channels, deep = inner_channels ? kBlock / 32 : kBlock;
-    const int splits = static_cast<int>(std::clamp<std::int64_t>(std::min(4 * multiprocessors(device) / groups, rows / (8 * deep)), 1, kFuseSplits));
-    double* const partial = to.partial;
-    with_type(a.dtype, [&](auto type) {
-      using T = decltype(type);
-      const auto kernel = inner_channels ? channel_sums<T, true> : channel_sums<T, false>;
-      launch("fuse_channel_sums", kernel, grid(groups * splits, 1, queue), kBlock, queue, from, shape, grad, out, partial, splits);
-    });
-    launch("fuse_channels", finish_channels, (channels + kBlock - 1) / kBlock, kBlock, queue, partial, channels, splits,
-           shifted(to.to_scale, channel), shifted(to.to_shift, channel));
+    if (!channels || !(summed || a.batch * a.positions)) return;
+    int splits = 0;
+    with_layout(
+        a.dtype, inner_channels,
+        [&](auto n, auto inner) { return packs<n, inner>(a, from, grad, begin, end) && packs<n, inner>(a, targets, out, begin, end); },
+        [&](auto type, auto n, auto inner) {
+          using T = decltype(type);
+          const Share share = Share::of<T, n, inner>(a.batch, a.positions, channels, fuse_partials(channels) / (2 * channels), queue);
+          splits = share.splits;
+          launch("fuse_backward", backward_kernel<T, n, inner>, share.blocks(), kBlock, queue, from, targets, shape, grad, out, share,
+                 summed ? to.partial : nullptr);
+        });
+    if (summed)
+      launch("fuse_channels", finish_channels, (channels + kWarps - 1) / kWarps, kBlock, queue, to.partial, channels, splits,
+             a.mean ? from.count : 1, shifted(to.to_scale, channel), shifted(to.to_shift, channel));
   });
 }
 

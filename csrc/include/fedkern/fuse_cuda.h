@@ -37,9 +37,9 @@ struct FuseBackward {
   FeatureMap grad;
   std::vector<FeatureMap> to_features;  // empty, or one each, absent where not wanted
   Optional<double> to_scale, to_shift;  // [sum of channels], absent where not wanted
-  double* partial;                      // workspace: kFuseSplits * 2 * sum of channels, where one of them is
+  double* partial;                      // workspace: fuse_partials(sum of channels), where one of them is
 };
-inline constexpr std::int64_t kFuseSplits = 64;
+constexpr std::int64_t fuse_partials(std::int64_t channels) { return 2 * (channels > 65536 ? channels : 65536); }
 void fuse_backward(const FuseCall& call, const FuseBackward& gradients, int device, void* stream);
 
 }  // namespace fedkern::cuda

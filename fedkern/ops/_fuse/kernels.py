@@ -103,7 +103,7 @@ class FuseKernels(Launcher):
             to_scale = grad.new_empty(total, dtype=torch.float64) if need_scale else None
             to_shift = grad.new_empty(total, dtype=torch.float64) if need_shift else None
             if self.gpu:
-                partial = grad.new_empty(2 * self.core.fuse_splits * total, dtype=torch.float64)
+                partial = grad.new_empty(self.core.fuse_partials(total), dtype=torch.float64)
         rest = (to_scale, to_shift, partial, channels_last, relu, mean, self.at(grad))
         if not self._backward(grad, features, out, targets, channels, scale, shift, *rest):
             vectors = (_vector(scale, grad), _vector(shift, grad))
