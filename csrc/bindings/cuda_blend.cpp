@@ -43,6 +43,16 @@ bool backward(py::handle grad, py::handle foreground, py::handle background, py:
   return true;
 }
 
+// index [B], start [N + 1] and order [B], int64 and contiguous.
+void users(py::handle index, py::handle start, py::handle order, std::uintptr_t stream) {
+  const TensorView from = checked_view(index.ptr()), starts = checked_view(start.ptr()), to = checked_view(order.ptr());
+  for (const TensorView& x : {from, starts, to})
+    require(x.code == 0 && x.bits == 64 && x.dims == 1 && x.contiguous() && x.same_device(from), "index, start and order must be int64 without gaps");
+  require(to.shape[0] == from.shape[0] && starts.shape[0] > 0, "start and order do not fit the index");
+  cuda::blend_users(static_cast<const std::int64_t*>(from.data), from.shape[0], static_cast<std::int64_t*>(starts.data), starts.shape[0] - 1,
+                    static_cast<std::int64_t*>(to.data), from.gpu(), pointer<void>(stream));
+}
+
 // images and out [B, C, H, W], boxes [B, n, 4] in fp64, fill [1 or B, C]; boxes and fill are contiguous. Serves every layout: true.
 bool fill_boxes(py::handle images, py::handle boxes, py::handle fill, bool keep, py::handle out, std::uintptr_t stream) {
   const BoxTensors tensors(images, boxes, fill, out, 64);
@@ -60,6 +70,8 @@ bool fill_boxes(py::handle images, py::handle boxes, py::handle fill, bool keep,
 void bind_cuda_blend(py::module_& module) {
   module.def("blend_forward", forward);
   module.def("blend_backward", backward);
+  module.attr("blend_few") = cuda::kBlendFew;
+  module.def("blend_users", users);
   module.def("fill_boxes", fill_boxes);
 }
 

@@ -11,6 +11,11 @@ void blend_forward(const BlendForward& call, std::int64_t background_rows, int d
 // As BlendBackward says, with `start` and `order` on the device; needs no `partial`.
 void blend_backward(const BlendBackward& call, int device, void* stream);
 
+// Finds `start` and `order` of BlendBackward; meant for at most kBlendFew rows and background rows.
+void blend_users(const std::int64_t* index, std::int64_t rows, std::int64_t* start, std::int64_t background_rows, std::int64_t* order, int device,
+                 void* stream);
+inline constexpr std::int64_t kBlendFew = 2048;
+
 // out = (the pixel's centre lies in any box of its sample) != keep ? fill : images, elements moved as raw bits.
 struct FillBoxes {
   std::int64_t item;  // bytes of an element: 1, 2, 4, 8

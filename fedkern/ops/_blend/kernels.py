@@ -155,7 +155,7 @@ class BlendKernels(_Launcher):
             foreground = background = None
         weights = None if alpha is None else self.wide(alpha)
         if self.gpu and index is not None and other is not None:
-            start, order = users(index, background_rows)  # the CPU core finds them itself
+            start, order = self._users(index, background_rows)  # the CPU core finds them itself
         run, rest = self.core.blend_backward, (own, other, per_sample, start, order, self.at(grad))
         if not run(grad, foreground, background, index, weights, value, background_rows, *rest):
             # The batch stride of a result of one sample can be anything; rows of a background must follow each other.
@@ -168,6 +168,15 @@ class BlendKernels(_Launcher):
         if per_sample is not None and alpha is not None:
             per_sample = per_sample.to(alpha.dtype)
         return own, other, per_sample
+
+    def _users(self, index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
+        """As :func:`users`; torch takes several launches."""
+        if max(index.shape[0], background_rows) > self.core.blend_few:
+            return users(index, background_rows)
+        index = index.contiguous()
+        start, order = index.new_empty(background_rows + 1), _empty_like(index)
+        self.core.blend_users(index, start, order, self.at(index))
+        return start, order
 
 
 class BoxesKernels(_Launcher):
