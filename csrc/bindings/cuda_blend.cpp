@@ -26,13 +26,14 @@ bool forward(py::handle foreground, py::handle background, py::handle index, py:
   return true;
 }
 
-// foreground and background are read for grad_alpha alone. start and order: which samples use each background row (blend.h), for
-// grad_background where there is an index.
+// foreground and background are read for grad_alpha alone: blend_chunks(elements of a sample) sums for each sample. start and order:
+// which samples use each background row (blend.h), for grad_background where there is an index.
 bool backward(py::handle grad, py::handle foreground, py::handle background, py::handle index, py::handle alpha, double value,
               std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background, py::handle grad_alpha,
               py::handle start, py::handle order, std::uintptr_t stream) {
   Maps maps(grad);
-  BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha);
+  BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha,
+                                      blend_chunks(maps.size));
   if (!maps.fits) return false;
   call.alpha = weights(maps, alpha, value);
   call.start = maps.optional_values<const std::int64_t>(start, background_rows + 1);
@@ -71,6 +72,7 @@ void bind_cuda_blend(py::module_& module) {
   module.def("blend_forward", forward);
   module.def("blend_backward", backward);
   module.attr("blend_few") = cuda::kBlendFew;
+  module.def("blend_chunks", blend_chunks);
   module.def("blend_users", users);
   module.def("fill_boxes", fill_boxes);
 }

@@ -172,15 +172,16 @@ __global__ void __launch_bounds__(kThreads, 4) grad_maps(BlendBackward a, Tiles 
   });
 }
 
-// One block per sample, summed in fp64 in an order fixed by the block's size.
+// One block per chunk of a sample, summed in fp64 in an order fixed by the block's size.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, 3) grad_alpha(BlendBackward a) {
   constexpr int deep = kDeep<T, N>;
-  for (std::int64_t b = blockIdx.x; b < a.rows; b += gridDim.x) {
+  const std::int64_t chunks = blend_chunks(a.size);
+  for (std::int64_t work = blockIdx.x; work < a.rows * chunks; work += gridDim.x) {
+    const std::int64_t b = work / chunks, begin = work % chunks * kBlendChunk, end = begin + kBlendChunk < a.size ? begin + kBlendChunk : a.size;
     const std::int64_t source = partner(a, b, a.background_rows);
     double sum[deep][N] = {};
-    for (Place place{b, static_cast<std::int64_t>(threadIdx.x) * N, a.size, kThreads * N}; place.column < a.size; place.column += deep * place.step) {
-      const std::false_type whole;
+    const auto add = [&](const Place& place, auto whole) {
       const auto grad = load<T, N>(a.grad, b, place, whole);
       const auto x = load<T, N>(a.foreground, b, place, whole), y = load<T, N>(a.background, source, place, whole);
       double apart[deep][N];
@@ -190,6 +191,12 @@ __global__ void __launch_bounds__(kThreads, 3) grad_alpha(BlendBackward a) {
       for (int k = 0; k < deep; ++k)
 #pragma unroll
         for (int i = 0; i < N; ++i) sum[k][i] += widen<double>(grad.deep[k].lane[i]) * apart[k][i];
+    };
+    for (Place place{b, begin + static_cast<int>(threadIdx.x) * N, end, kThreads * N}; place.column < end; place.column += deep * place.step) {
+      if (place.column + (deep - 1) * place.step + N <= end)
+        add(place, std::true_type{});
+      else
+        add(place, std::false_type{});
     }
     double own = 0;
 #pragma unroll
@@ -197,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 3) grad_alpha(BlendBackward a) {
 #pragma unroll
       for (int i = 0; i < N; ++i) own += sum[k][i];
     own = Group<kThreads>::sum(own);
-    if (threadIdx.x == 0) a.grad_alpha.data[b] = own;
+    if (threadIdx.x == 0) a.grad_alpha.data[work] = own;
   }
 }
 
@@ -278,9 +285,10 @@ void blend_backward(const BlendBackward& call, int device, void* stream) {
       maps(a.grad_foreground, {nullptr, 0, false}, a.rows);
       maps({nullptr, 0, false}, a.grad_background, a.background_rows);
     }
-    if (a.grad_alpha.present && a.rows)
-      with_lanes<T>({a.grad, a.foreground, a.background},
-                    [&](auto n) { launch("blend_grad_alpha", grad_alpha<T, n>, grid(a.rows, 1, queue), kThreads, queue, a); });
+    if (a.grad_alpha.present && a.rows && a.size)
+      with_lanes<T>({a.grad, a.foreground, a.background}, [&](auto n) {
+        launch("blend_grad_alpha", grad_alpha<T, n>, grid(a.rows * blend_chunks(a.size), 1, queue), kThreads, queue, a);
+      });
   });
 }
 

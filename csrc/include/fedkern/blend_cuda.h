@@ -8,7 +8,8 @@ namespace fedkern::cuda {
 // Device pointers throughout. An index out of range stops the kernel with a device assertion.
 void blend_forward(const BlendForward& call, std::int64_t background_rows, int device, void* stream);
 
-// As BlendBackward says, with `start` and `order` on the device; needs no `partial`.
+// As BlendBackward says, with `start` and `order` on the device; needs no `partial`, for grad_alpha is [rows, blend_chunks(size)]:
+// sums of parts.
 void blend_backward(const BlendBackward& call, int device, void* stream);
 
 // Finds `start` and `order` of BlendBackward; meant for at most kBlendFew rows and background rows.

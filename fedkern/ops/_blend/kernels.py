@@ -130,7 +130,7 @@ class BlendKernels(_Launcher):
         The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
         None: those of ``grad`` without gaps.
         """
-        shape, count = grad.shape, grad.numel()
+        shape, count, sums = grad.shape, grad.numel(), 1
         own = other = per_sample = start = order = None
         if count and grad.stride() == strides and grad.is_contiguous():
             if needs[0]:
@@ -150,7 +150,9 @@ class BlendKernels(_Launcher):
                 if gradient is not None:
                     self.fresh(gradient)
         if needs[2]:
-            per_sample = torch.empty(shape[0], dtype=torch.float64, device=grad.device)
+            if self.gpu:
+                sums = self.core.blend_chunks(count // max(shape[0], 1))
+            per_sample = torch.empty(shape[0] * sums, dtype=torch.float64, device=grad.device)
         else:
             foreground = background = None
         weights = None if alpha is None else self.wide(alpha)
@@ -166,6 +168,8 @@ class BlendKernels(_Launcher):
             served = run(grad, foreground, background, index, weights, value, background_rows, *rest)
             assert served
         if per_sample is not None and alpha is not None:
+            if sums != 1:
+                per_sample = per_sample.view(shape[0], sums).sum(1)
             per_sample = per_sample.to(alpha.dtype)
         return own, other, per_sample
 

@@ -15,7 +15,7 @@ from fedkern.ops._blend.reference import blend_reference
 
 AXES: dict[str, Any] = {
     "rows": (0, 1, 5, 33),
-    "size": (1, 7, 8, 129, 1024, 3202),
+    "size": (1, 7, 8, 129, 3202, 17000),
     "dtype": DTYPES,
     "index": ("identity", "permutation", "repeated", "one", "many"),
     "alpha": ("number", "zero", "one", "tensor", "double"),
