@@ -16,6 +16,14 @@ cuda::FuseCall call_of(const MapView& one, bool relu, bool mean, std::size_t map
   return {one.dtype, one.batch(), one.positions, relu, mean, {}, {}, {}, {}, {}};
 }
 
+// False where a vector has gaps, or another dtype than kernels read beside such maps.
+bool read_numbers(py::handle given, const MapView& map, std::int64_t channels, cuda::ChannelNumbers& to) {
+  if (given.is_none()) return true;
+  const TensorView vector = channel_vector(given, map, channels);
+  to.data = vector.data, to.present = true;
+  return vector.floating(to.dtype) && vector.contiguous() && (to.dtype != DType::f64 || map.dtype == DType::f64);
+}
+
 // False where no single step leads through a map's positions.
 bool read_maps(const py::sequence& given, const MapView& beside, cuda::FuseCall& call, std::vector<std::int64_t>& channels) {
   for (const py::handle x : given) {
@@ -37,7 +45,7 @@ bool forward(const py::sequence& features, py::handle out, py::handle scale, py:
   if (!read_maps(features, to, call, call.channels)) return false;
   check_channels(call.channels, to.channels(), mean);
   const std::int64_t all = std::accumulate(call.channels.begin(), call.channels.end(), std::int64_t{0});
-  if (!read_vector(scale, to, all, call.scale) || !read_vector(shift, to, all, call.shift)) return false;
+  if (!read_numbers(scale, to, all, call.scale) || !read_numbers(shift, to, all, call.shift)) return false;
   cuda::fuse_forward(call, to.tensor.gpu(), pointer<void>(stream));
   return true;
 }
@@ -62,7 +70,7 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
     if (!view.even) return false;
     call.out = map_of(view);
   }
-  if (!read_vector(scale, from, all, call.scale) || !read_vector(shift, from, all, call.shift)) return false;
+  if (!read_numbers(scale, from, all, call.scale) || !read_numbers(shift, from, all, call.shift)) return false;
   cuda::FuseBackward to{map_of(from), {}, read_doubles(grad_scale, all), read_doubles(grad_shift, all), read_doubles(partial, cuda::fuse_partials(all)).data};
   check_reads(!call.features.empty(), !out.is_none(), !grad_scale.is_none(), relu, mean);
   bool any = false;

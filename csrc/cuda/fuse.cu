@@ -33,7 +33,7 @@ struct Maps {
 
 struct Shape {
   bool relu, mean;
-  Optional<const void> scale, shift;
+  ChannelNumbers scale, shift;
 };
 
 // Packs of N elements that a thread loads before it uses the first.
@@ -123,10 +123,19 @@ struct Affine {
   C scale[Channels], shift[Channels];
 
   __device__ __forceinline__ void read(const Shape& a, int c) {
+    read(a.scale, c, C(1), scale);
+    read(a.shift, c, C(0), shift);
+  }
+  __device__ __forceinline__ static void read(const ChannelNumbers& from, int c, C absent, C (&to)[Channels]) {
+    const auto each = [&](auto type) {
 #pragma unroll
-    for (int i = 0; i < Channels; ++i) {
-      scale[i] = a.scale.present ? static_cast<const C*>(a.scale.data)[c + i] : C(1);
-      shift[i] = a.shift.present ? static_cast<const C*>(a.shift.data)[c + i] : C(0);
+      for (int i = 0; i < Channels; ++i) to[i] = from.present ? widen<C>(static_cast<const decltype(type)*>(from.data)[c + i]) : absent;
+    };
+    switch (from.dtype) {
+      case DType::bf16: return each(__nv_bfloat16{});
+      case DType::f16: return each(__half{});
+      case DType::f64: return each(C{});
+      default: return each(float{});
     }
   }
   __device__ __forceinline__ C operator()(C x, int i) const { return scale[i % Channels] * x + shift[i % Channels]; }
@@ -249,9 +258,9 @@ Maps maps_of(const FuseCall& a, const std::vector<FeatureMap>& maps, std::size_t
   return result;
 }
 
-Optional<const void> shifted(const FuseCall& a, Optional<const void> vector, std::int64_t channels) {
-  if (vector.data) vector.data = static_cast<const char*>(vector.data) + channels * (a.dtype == DType::f64 ? 8 : 4);
-  return vector;
+ChannelNumbers shifted(ChannelNumbers numbers, std::int64_t channels) {
+  if (numbers.present) numbers.data = static_cast<const char*>(numbers.data) + channels * static_cast<std::int64_t>(item_size(numbers.dtype));
+  return numbers;
 }
 Optional<double> shifted(Optional<double> sums, std::int64_t channels) {
   if (sums.data) sums.data += channels;
@@ -312,7 +321,7 @@ void fuse_forward(const FuseCall& a, int device, void* stream) {
   in_turn(a, [&](std::size_t begin, std::size_t end, std::int64_t channel) {
     const Maps from = maps_of(a, a.features, begin, end);
     const int channels = a.mean ? from.start[1] : from.start[from.count];
-    const Shape shape{a.relu, a.mean, shifted(a, a.scale, channel), shifted(a, a.shift, channel)};
+    const Shape shape{a.relu, a.mean, shifted(a.scale, channel), shifted(a.shift, channel)};
     const FeatureMap out = a.mean ? a.out : shifted(a, a.out, channel);
     if (!(a.batch * a.positions * channels)) return;
     with_layout(
@@ -334,7 +343,7 @@ void fuse_backward(const FuseCall& a, const FuseBackward& to, int device, void* 
   in_turn(a, [&](std::size_t begin, std::size_t end, std::int64_t channel) {
     const Maps from = maps_of(a, a.features, begin, end), targets = maps_of(a, to.to_features, begin, end);
     const int channels = from.start[from.count];
-    const Shape shape{a.relu, a.mean, shifted(a, a.scale, channel), shifted(a, a.shift, channel)};
+    const Shape shape{a.relu, a.mean, shifted(a.scale, channel), shifted(a.shift, channel)};
     const FeatureMap out = shifted(a, a.out, channel), grad = a.mean ? to.grad : shifted(a, to.grad, channel);
     if (!channels || !(summed || a.batch * a.positions)) return;
     int splits = 0;

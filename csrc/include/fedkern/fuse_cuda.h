@@ -22,13 +22,20 @@ struct FeatureMap {
   bool present = false;
 };
 
+// One number for each channel of all maps, in any dtype (fp64 for fp64 maps alone); 1 or 0 where absent.
+struct ChannelNumbers {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  bool present = false;
+};
+
 struct FuseCall {
   DType dtype;  // of all maps
   std::int64_t batch, positions;
   bool relu, mean;
   std::vector<std::int64_t> channels;     // of each map
   std::vector<FeatureMap> features;       // empty where backward does not need them
-  Optional<const void> scale, shift;      // [sum of channels], fp32 (fp64 for fp64 maps); 1 and 0 where absent
+  ChannelNumbers scale, shift;
   FeatureMap out;                         // forward: the result; backward: where there are no features, the result of a ReLU
 };
 void fuse_forward(const FuseCall& call, int device, void* stream);

@@ -21,7 +21,7 @@ AXES: dict[str, Any] = {
     "positions": ((), (1, 1), (5, 7), (4, 8), (12,), (2, 0)),
     "dtype": DTYPES,
     "layout": ("contiguous", "channels_last", "crop", "offset", "transposed"),
-    "vectors": ("both", "scale", "shift", "none", "double"),
+    "vectors": ("both", "scale", "shift", "none", "double", "like"),
     "relu": (False, True),
     "needs": ("all", "maps", "vectors"),
     "grad": ("like", "expanded", "other"),
@@ -52,10 +52,10 @@ def test_against_float64(device: torch.device, number: int) -> None:
     maps = [torch.randn(case["batch"], c, *case["positions"], generator=generator).to(dtype) for c in channels]
     leaves = [lay_out(x.to(device), case["layout"]).requires_grad_(case["needs"] != "vectors") for x in maps]
     vectors: list[Tensor | None] = [None, None]
-    for i, kinds in enumerate((("both", "scale", "double"), ("both", "shift", "double"))):
+    for i, kinds in enumerate((("both", "scale", "double", "like"), ("both", "shift", "double", "like"))):
         if case["vectors"] in kinds:
             values = torch.randn(sum(channels), generator=generator)
-            values = values.to(torch.float64 if case["vectors"] == "double" else torch.float32).to(device)
+            values = values.to({"double": torch.float64, "like": dtype}.get(case["vectors"], torch.float32)).to(device)
             vectors[i] = values.requires_grad_(case["needs"] != "maps")
     inputs = [*leaves, *vectors]
     exact = [None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs]
@@ -87,7 +87,9 @@ def test_against_float64(device: torch.device, number: int) -> None:
         assert ours.grad is not None
         assert theirs.grad is not None
         # Terms are computed in fp32 whatever the vectors' dtype.
-        found = ours.grad.cpu() if i < count or dtype is torch.float64 else ours.grad.cpu().float()
+        found = ours.grad.cpu()
+        if i >= count and ours.dtype is torch.float64 and dtype is not torch.float64:
+            found = found.float()
         assert_close(f"gradient {i}", found, theirs.grad, absolute=4e-6 * (terms if i >= count else 1))
 
 
