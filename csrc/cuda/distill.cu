@@ -25,15 +25,15 @@ __device__ __forceinline__ C factor_of(const DistillCall& a, const RowPlace& at)
 }
 
 // What a row of weight 0 leaves.
-template <typename C, typename G, bool Packed>
+template <typename C, typename G, typename T>
 __device__ __forceinline__ void write_zeros(const DistillCall& a, const RowPlace& at, std::int64_t begin, std::int64_t end) {
 #pragma unroll
   for (int k = 0; k <= kMaxStudents; ++k) {
     const Logits& to = k == 0 ? a.teacher_grad : a.student_grad[k == 0 ? 0 : k - 1];
     if (!to.present) continue;
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      const C zero[decltype(width)::value] = {};
-      store_classes<C, decltype(width)::value>(to, at.gradient[k], c, zero);
+    each_classes<G, 1>(begin, end, [&](const auto& part) {
+      const C zero[1] = {};
+      store_classes<T>(to, at.gradient[k], part, zero);
     });
   }
 }
@@ -46,7 +46,7 @@ __device__ __forceinline__ double write_loss(const DistillCall& a, const RowPlac
   return raw * at.weight;
 }
 
-template <template <typename, typename, bool> class Loss, typename C, int Lanes, bool Packed>
+template <template <typename, typename, typename> class Loss, typename C, int Lanes, typename T>
 __global__ void __launch_bounds__(kBlock, 2) rows_kernel(const __grid_constant__ DistillCall a, std::int64_t rows, double* partial) {
   using G = Group<Lanes>;
   double total = 0;
@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kBlock, 2) rows_kernel(const __grid_constant__
     const RowPlace at(a, mine ? row : 0);
     const std::int64_t classes = mine && at.weight != 0 ? a.classes : 0;
     const C factor = factor_of<C>(a, at);
-    Loss<C, G, Packed> loss(a, at);
+    Loss<C, G, T> loss(a, at);
     loss.look(0, classes);
     loss.gather_found();
     loss.sum(0, classes, factor);
 #pragma unroll
     for (double& sum : loss.sums) sum = G::sum(sum);
-    if (Loss<C, G, Packed>::wants_late(a)) loss.late(0, classes, factor);
-    if (mine && at.weight == 0) write_zeros<C, G, Packed>(a, at, 0, a.classes);
+    if (Loss<C, G, T>::wants_late(a)) loss.late(0, classes, factor);
+    if (mine && at.weight == 0) write_zeros<C, G, T>(a, at, 0, a.classes);
     if (mine && G::lane() == 0) total += write_loss(a, at, loss.loss());
   }
   if (a.total.present) leave_total(total, partial, a.total, a.scale);
@@ -72,26 +72,26 @@ __global__ void __launch_bounds__(kBlock, 2) rows_kernel(const __grid_constant__
 
 // Long rows of which there are few: `splits` blocks to a row, one step of the three per launch.
 struct Shares {
-  std::int64_t splits, classes;  // per row; of each, a multiple of kPack
+  std::int64_t splits, classes;  // per row; of each
   double* found;                 // [rows, splits, kFound]
   double* sums;                  // [rows, splits, kSums]
   double* losses;                // [rows]
 };
 
-template <template <typename, typename, bool> class Loss, typename C, bool Packed>
+template <template <typename, typename, typename> class Loss, typename C, typename T>
 __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_constant__ DistillCall a, const Shares shares, int step) {
   using G = Group<kBlock>;
   const std::int64_t row = blockIdx.x / shares.splits, split = blockIdx.x % shares.splits;
   const RowPlace at(a, row);
   const std::int64_t begin = split * shares.classes, end = begin + shares.classes < a.classes ? begin + shares.classes : a.classes;
   if (at.weight == 0) {  // the whole block leaves
-    if (step == 2) write_zeros<C, G, Packed>(a, at, begin, end);
+    if (step == 2) write_zeros<C, G, T>(a, at, begin, end);
     if (step == 2 && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, at, 0);
     return;
   }
   const C factor = factor_of<C>(a, at);
   double *const found = shares.found + row * shares.splits * kFound, *const sums = shares.sums + row * shares.splits * kSums;
-  Loss<C, G, Packed> loss(a, at);
+  Loss<C, G, T> loss(a, at);
   if (step == 0) {
     loss.look(begin, end);
     loss.gather_found();
@@ -111,62 +111,63 @@ __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_con
   }
 #pragma unroll
   for (int i = 0; i < kSums; ++i) loss.sums[i] = G::sum(threadIdx.x < shares.splits ? sums[threadIdx.x * kSums + i] : 0.0);
-  if (Loss<C, G, Packed>::wants_late(a)) loss.late(begin, end, factor);
+  if (Loss<C, G, T>::wants_late(a)) loss.late(begin, end, factor);
   if (split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, at, loss.loss());
 }
 
-template <template <typename, typename, bool> class Loss, typename C, int Lanes, bool Packed>
+template <template <typename, typename, typename> class Loss, typename C, int Lanes, typename T>
 void run_rows(const DistillCall& a, std::int64_t rows, const Optional<double>& workspace, const Queue& queue) {
   std::int64_t blocks = grid(rows, Group<Lanes>::rows, queue, 8);
   // Four rows one after another cost less than a second launch.
   if (a.total.present && (!workspace.present || rows <= 4 * Group<Lanes>::rows)) blocks = 1;
   blocks = std::min(blocks, kMaxBlocks);
-  launch("distill", rows_kernel<Loss, C, Lanes, Packed>, blocks, kBlock, queue, a, rows, workspace.data);
+  launch("distill", rows_kernel<Loss, C, Lanes, T>, blocks, kBlock, queue, a, rows, workspace.data);
   if (a.total.present && blocks > 1) launch("distill_total", sum_partials, 1, kBlock, queue, workspace.data, blocks, a.total, a.scale);
 }
 
-template <template <typename, typename, bool> class Loss, typename C, bool Packed>
+template <template <typename, typename, typename> class Loss, typename C, typename T>
 void run_shared_rows(const DistillCall& a, std::int64_t rows, std::int64_t splits, double* workspace, const Queue& queue) {
   Shares shares;
-  shares.classes = ((a.classes + splits - 1) / splits + kPack - 1) / kPack * kPack;
+  shares.classes = (a.classes + splits - 1) / splits;
   shares.splits = (a.classes + shares.classes - 1) / shares.classes;
   shares.found = workspace;
   shares.sums = shares.found + rows * shares.splits * kFound;
   shares.losses = shares.sums + rows * shares.splits * kSums;
   for (int step = 0; step < 3; ++step)
-    launch("distill", shared_rows_kernel<Loss, C, Packed>, rows * shares.splits, kBlock, queue, a, shares, step);
+    launch("distill", shared_rows_kernel<Loss, C, T>, rows * shares.splits, kBlock, queue, a, shares, step);
   if (a.total.present) launch("distill_total", sum_partials, 1, kBlock, queue, shares.losses, rows, a.total, a.scale);
 }
 
-template <template <typename, typename, bool> class Loss, typename C, bool Fast>
+template <template <typename, typename, typename> class Loss, typename C, bool Fast>
 void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue& queue) {
   std::int64_t rows = 1;
   for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
   if (!rows && !a.total.present) return;
-  bool dense = a.teacher.class_stride == 1, packed = Fast && packs(a.teacher, a.row_size, a.row_dims) && packs(a.teacher_grad, a.row_size, a.row_dims);
-  for (int k = 0; k < a.students; ++k) {
-    dense = dense && a.student[k].class_stride == 1;
-    packed = packed && packs(a.student[k], a.row_size, a.row_dims) && packs(a.student_grad[k], a.row_size, a.row_dims);
-  }
+  const auto all = [&](auto good) {
+    return good(a.teacher) && good(a.student[0]) && good(a.student[1]) && good(a.teacher_grad) && good(a.student_grad[0]) && good(a.student_grad[1]);
+  };
+  const bool dense = all([](const Logits& x) { return !x.present || x.class_stride == 1; });
   const std::int64_t fill = 2 * multiprocessors(queue.device);
   const bool wide = rows >= fill * kBlock / 2;  // enough rows for a thread each
-  if (a.classes <= 4 || (!dense && (wide || a.classes < kBlockRow))) return run_rows<Loss, C, 1, false>(a, rows, workspace, queue);
+  const bool block = a.classes >= kBlockRow;
+  if (a.classes <= 4 || (!dense && (wide || !block))) return run_rows<Loss, C, 1, void>(a, rows, workspace, queue);
   // What is rare (fp64, the limit) has fewer variants to choose from.
   if constexpr (Fast) {
-    if (a.classes <= kWarpRow) return run_rows<Loss, C, 8, false>(a, rows, workspace, queue);
+    if (a.classes <= kWarpRow) return run_rows<Loss, C, 8, void>(a, rows, workspace, queue);
     const std::int64_t most = std::max<std::int64_t>(rows, 1);
     const std::int64_t splits = std::min({fill / most, a.classes / (kSplitRow / 2), kMaxUnits / most, std::int64_t{kBlock}});
     // No rows are no blocks to share them: the total of nothing is left to run_rows.
-    if (workspace.present && rows && a.classes >= kSplitRow && splits > 1)
-      return packed ? run_shared_rows<Loss, C, true>(a, rows, splits, workspace.data, queue)
-                    : run_shared_rows<Loss, C, false>(a, rows, splits, workspace.data, queue);
-    if (packed) {
-      if (a.classes >= kBlockRow) return run_rows<Loss, C, kBlock, true>(a, rows, workspace, queue);
-      return run_rows<Loss, C, 32, true>(a, rows, workspace, queue);
-    }
+    const bool shared = workspace.present && rows && a.classes >= kSplitRow && splits > 1;
+    const auto run = [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if (shared) return run_shared_rows<Loss, C, T>(a, rows, splits, workspace.data, queue);
+      block ? run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue) : run_rows<Loss, C, 32, T>(a, rows, workspace, queue);
+    };
+    if (all(holds<float>)) return run(static_cast<float*>(nullptr));
+    if (all(holds<__nv_bfloat16>)) return run(static_cast<__nv_bfloat16*>(nullptr));
+    return run(static_cast<void*>(nullptr));
   }
-  if (a.classes >= kBlockRow) return run_rows<Loss, C, kBlock, false>(a, rows, workspace, queue);
-  run_rows<Loss, C, 32, false>(a, rows, workspace, queue);
+  block ? run_rows<Loss, C, kBlock, void>(a, rows, workspace, queue) : run_rows<Loss, C, 32, void>(a, rows, workspace, queue);
 }
 
 }  // namespace

@@ -19,22 +19,22 @@ struct RowLosses {
 };
 
 // A row in fp64: rare, and called, so that the registers it takes are not taken from the rest.
-template <template <typename, int> class Row, int Lanes>
+template <template <typename, int, typename> class Row, int Lanes>
 __device__ __noinline__ RowLosses run_wide(const EnsembleCall& a, std::int64_t row, double* slot, std::int64_t step) {
   const EnsemblePlace at(a, row);
   RowLosses result{};
-  Row<double, Lanes>(a, at, slot, step).run(result.loss);
+  Row<double, Lanes, void>(a, at, slot, step).run(result.loss);
   return result;
 }
 
 // False where fp32 does not do.
-template <template <typename, int> class Row, int Lanes>
+template <template <typename, int, typename> class Row, int Lanes, typename T>
 __device__ __forceinline__ bool run_narrow(const EnsembleCall& a, std::int64_t row, double* slot, std::int64_t step, RowLosses& result) {
   const EnsemblePlace at(a, row);
-  return Row<float, Lanes>(a, at, slot, step).run(result.loss);
+  return Row<float, Lanes, T>(a, at, slot, step).run(result.loss);
 }
 
-template <template <typename, int> class Row, int Lanes>
+template <template <typename, int, typename> class Row, int Lanes, typename T>
 __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, double* totals, double* slots) {
   using G = Group<Lanes>;
   // Neighbouring threads' numbers lie side by side, neighbouring groups' one after another.
@@ -45,8 +45,10 @@ __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_consta
     const std::int64_t step = Lanes == 1 ? groups : 1;
     RowLosses result{};
     bool done = false;
-    if constexpr (!Row<float, Lanes>::kExact) done = a.compute != DType::f64 && run_narrow<Row, Lanes>(a, row, slot, step, result);
-    if (!done) result = run_wide<Row, Lanes>(a, row, slot, step);
+    if constexpr (!Row<float, Lanes, T>::kExact)
+      done = (kKnown<T> || a.compute != DType::f64) && run_narrow<Row, Lanes, T>(a, row, slot, step, result);
+    if constexpr (!kKnown<T> || !Row<float, Lanes, T>::kSure)
+      if (!done) result = run_wide<Row, Lanes>(a, row, slot, step);
     if (G::lane()) continue;
     const EnsemblePlace at(a, row);
 #pragma unroll
@@ -60,14 +62,22 @@ __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_consta
     if (a.total[r].present) leave_total(total[r], totals + r * kMostBlocks, a.total[r], a.scale);
 }
 
+template <int Lanes, typename T>
+auto kernel_of(const EnsembleCall& a) {
+  if (a.limit) return ensemble_kernel<LimitRow, Lanes, void>;
+  switch (a.kind) {
+    case EnsembleKind::logits: return ensemble_kernel<LogitsRow, Lanes, T>;
+    case EnsembleKind::mean: return ensemble_kernel<MeanRow, Lanes, T>;
+    default: return ensemble_kernel<ProbabilityRow, Lanes, T>;
+  }
+}
 template <int Lanes>
 auto kernel_of(const EnsembleCall& a) {
-  if (a.limit) return ensemble_kernel<LimitRow, Lanes>;
-  switch (a.kind) {
-    case EnsembleKind::logits: return ensemble_kernel<LogitsRow, Lanes>;
-    case EnsembleKind::mean: return ensemble_kernel<MeanRow, Lanes>;
-    default: return ensemble_kernel<ProbabilityRow, Lanes>;
-  }
+  const auto all = [&](auto type) {
+    using T = decltype(type);
+    return a.compute == DType::f32 && !a.by_class && holds<T>(a.teachers) && holds<T>(a.student) && holds<T>(a.teachers_grad) && holds<T>(a.student_grad);
+  };
+  return all(float{}) ? kernel_of<Lanes, float>(a) : all(__nv_bfloat16{}) ? kernel_of<Lanes, __nv_bfloat16>(a) : kernel_of<Lanes, void>(a);
 }
 
 void run(const EnsembleCall& a, std::int64_t rows, double* workspace, std::int64_t slots, const Queue& queue) {
@@ -75,7 +85,7 @@ void run(const EnsembleCall& a, std::int64_t rows, double* workspace, std::int64
   const int lanes = a.classes <= 4 || (outside && a.classes < kBlockRow) ? 1 : a.classes < kBlockRow ? 32 : kBlock;
   const std::int64_t each = kBlock / lanes;
   const std::int64_t blocks = std::max<std::int64_t>(1, std::min({grid(rows, each, queue, 8), kMostBlocks, slots / each}));
-  const auto kernel = lanes == 1 ? kernel_of<1>(a) : lanes == 32 ? kernel_of<32>(a) : kernel_of<kBlock>(a);
+  const auto kernel = lanes == 1 ? kernel_of<1, void>(a) : lanes == 32 ? kernel_of<32>(a) : kernel_of<kBlock>(a);
   launch("distill_ensemble", kernel, blocks, kBlock, queue, a, rows, workspace, workspace + kEnsembleTotals);
   if (blocks == 1) return;
   for (int r = 0; r < 2; ++r)

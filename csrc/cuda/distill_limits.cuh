@@ -6,15 +6,15 @@
 
 namespace fedkern::cuda {
 
-template <typename, int Lanes>
-class LimitRow : MixedRow<double, Lanes> {
-  using Base = MixedRow<double, Lanes>;
-  using typename Base::G;
-  using Base::a_, Base::centered_, Base::exactly, Base::factors_, Base::K_, Base::keep, Base::mixed, Base::student, Base::sum_at;
-  using Base::teacher;
+template <typename, int Lanes, typename T>
+class LimitRow : MixedRow<double, Lanes, T> {
+  using Base = MixedRow<double, Lanes, T>;
+  using typename Base::Base::G;
+  using typename Base::Part;
+  using Base::a_, Base::centered_, Base::exactly, Base::factors_, Base::K_, Base::keep, Base::keep_exactly;
 
  public:
-  static constexpr bool kExact = true;
+  static constexpr bool kExact = true, kSure = false;
 
   __device__ LimitRow(const EnsembleCall& a, const EnsemblePlace& at, double* slot, std::int64_t step) : Base(a, at, slot, step, 1.0) {}
 
@@ -34,6 +34,24 @@ class LimitRow : MixedRow<double, Lanes> {
     __device__ __forceinline__ double deviation(double x, double y) const { return known(x, y) ? (x - y - mean) / count : 0.0; }
     __device__ __forceinline__ static bool known(double x, double y) { return x != -infinity<double>() && y != -infinity<double>(); }
   };
+  // A class alone.
+  __device__ __forceinline__ Part part_of(std::int64_t c) const { return {c, a_.classes}; }
+  __device__ __forceinline__ double teacher(int k, std::int64_t c) const {
+    double x[1];
+    this->load_teacher(k, part_of(c), x);
+    return x[0];
+  }
+  __device__ __forceinline__ double student(std::int64_t c) const {
+    double x[1];
+    this->load_student(part_of(c), x);
+    return x[0];
+  }
+  __device__ __forceinline__ double mixed(std::int64_t c) const {
+    double sum[1], z[1];
+    this->find_sums(part_of(c), sum), this->mix(part_of(c), sum, z);
+    return z[0];
+  }
+
   template <typename F>
   __device__ __forceinline__ Variance variance(F&& logit) const {
     Variance found{};
@@ -52,17 +70,19 @@ class LimitRow : MixedRow<double, Lanes> {
 
   __device__ __forceinline__ double mixture() {
     // To first order in 1/T a softmax is (1 + (x - mean x) / T) / C; the mean matters where weights differ between classes.
-    if (a_.kind == EnsembleKind::probs && a_.by_class) find_centers();
-    const Variance found = variance([&](std::int64_t c) { return mixed(c, sum_at(c)); });
+    if (a_.kind == EnsembleKind::probs && this->by_class()) find_centers();
+    const Variance found = variance([&](std::int64_t c) { return mixed(c); });
     if (a_.student_grad.present)
       for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes)
-        this->to_student(c, -found.deviation(mixed(c, sum_at(c)), student(c)) * factors_[0]);
+        this->to_student(part_of(c), {-found.deviation(mixed(c), student(c)) * factors_[0]});
     if (!this->wants_late()) return found.half;
     if (centered_) find_drifts(found);
     this->clear_dots();
-    this->each_chunk([&](std::int64_t c, bool mine) {
-      const double sum = sum_at(c), z = mixed(c, sum);
-      this->spread(c, mine, sum, z, found.deviation(z, student(c)));
+    this->each_part([&](const Part& part) {
+      double sum[1], z[1], y[1];
+      this->find_sums(part, sum), this->load_student(part, y), this->mix(part, sum, z);
+      const double g[1] = {found.deviation(z[0], y[0])};
+      this->spread(part, sum, z, g);
     });
     this->gather_dots();
     this->weight_gradients(factors_[0]);
@@ -86,22 +106,27 @@ class LimitRow : MixedRow<double, Lanes> {
   // What the centre takes from the gradient of every class.
   __device__ __forceinline__ void find_drifts(const Variance& found) {
     this->clear_dots();
-    this->each_chunk([&](std::int64_t c, bool mine) {
-      const double sum = sum_at(c), g = found.deviation(mixed(c, sum), student(c));
-      for (int k = 0; k < K_; ++k) this->add_dot(k, mine ? this->share(k, c, sum) * g : 0.0);
+    this->each_part([&](const Part& part) {
+      double sum[1], z[1], y[1], share[1];
+      this->find_sums(part, sum), this->load_student(part, y), this->mix(part, sum, z);
+      const double g = found.deviation(z[0], y[0]);
+      for (int k = 0; k < K_; ++k) {
+        this->find_shares(k, part, sum, share);
+        this->add_dot(k, share[0] * g);
+      }
     });
     this->gather_dots();
-    for (int k = 0; k < K_; ++k) keep(kLogSum, k, exactly(kDot, k) / exactly(kInverse, k));
+    for (int k = 0; k < K_; ++k) keep(kLogSum, k, exactly(kDot, k) / this->number(kInverse, k));
     this->together();
   }
 
   __device__ __forceinline__ double mean_of_all() {
     double loss = 0;
     for (int k = 0; k < K_; ++k) {
-      const double w = exactly(kShare, k);
+      const double w = exactly(kWeight, k);
       if (w == 0) continue;
       const Variance found = variance([&](std::int64_t c) { return teacher(k, c); });
-      keep(kMaximum, k, found.mean), keep(kInverse, k, found.count), keep(kDot, k, found.half);
+      keep(kMaximum, k, found.mean), keep(kInverse, k, found.count), keep_exactly(kDot, k, found.half);
       loss += w * found.half;
     }
     this->together();
@@ -109,13 +134,13 @@ class LimitRow : MixedRow<double, Lanes> {
       for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
         double toward = 0;
         for (int k = 0; k < K_; ++k) {
-          const double w = exactly(kShare, k);
-          const Variance found{exactly(kInverse, k), exactly(kMaximum, k), 0};
+          const double w = exactly(kWeight, k);
+          const Variance found{this->number(kInverse, k), this->number(kMaximum, k), 0};
           const double value = w == 0 ? 0.0 : w * found.deviation(teacher(k, c), student(c)) * factors_[0];
-          if (a_.teachers_grad.present) this->to_teacher(k, c, value);
+          if (a_.teachers_grad.present) this->to_teacher(k, part_of(c), {value});
           toward -= value;
         }
-        if (a_.student_grad.present) this->to_student(c, toward);
+        if (a_.student_grad.present) this->to_student(part_of(c), {toward});
       }
     this->weight_gradients(factors_[0]);
     return loss;

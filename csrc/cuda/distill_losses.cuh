@@ -10,6 +10,9 @@ namespace fedkern::cuda {
 
 inline constexpr int kFound = 6;  // numbers that `look` finds of a row
 inline constexpr int kSums = 4;   // and `sum`
+// Classes of a thread at a time; fp64 is rare, and has the smaller code.
+template <typename C, typename G>
+inline constexpr int kClasses = sizeof(C) == 8 ? 1 : G::lanes == kBlock ? 8 : 4;
 
 // Where a row lies, and what belongs to it.
 struct RowPlace {
@@ -42,17 +45,18 @@ struct RowPlace {
 };
 
 // The temperature's square in the loss, its first power in the gradients.
-template <typename C, typename G, bool Packed>
+template <typename C, typename G, typename T>
 class Divergence {
+  static constexpr int N = kClasses<C, G>;
+
  public:
   __device__ Divergence(const DistillCall& a, const RowPlace& at)
       : a_(a), at_(at), inverse_(C(1) / static_cast<C>(a.temperature)), temperature_(a.temperature) {}
 
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      constexpr int N = decltype(width)::value;
+    each_classes<G, N>(begin, end, [&](const auto& at) {
       C t[N], s[N], o[N];
-      load_inputs<N>(c, t, s, o);
+      load_inputs(at, t, s, o);
       soft_[0].template add<N>(t, inverse_);
       soft_[1].template add<N>(s, inverse_);
       if (two()) soft_[2].template add<N>(o, inverse_);
@@ -75,31 +79,27 @@ class Divergence {
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end, C factor) {
     factor *= static_cast<C>(temperature_);
     const Pair<C> first = pair(soft_[1]), second = two() ? pair(soft_[2]) : first;
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      constexpr int N = decltype(width)::value;
+    each_classes<G, N, true>(begin, end, [&](const auto& at) {
       C t[N], s[N], o[N], value = 0, drift = 0, other_value = 0, other_drift = 0;
-      load_inputs<N>(c, t, s, o);
+      load_inputs(at, t, s, o);
+      each_term(first, t, s, [&](C& gradient, const Term<C>& term) {
+        value += term.value, drift += term.difference;
+        gradient = term.difference * factor;
+      });
+      if (two())
+        each_term(second, t, o, [&](C& gradient, const Term<C>& term) {
+          other_value += term.value, other_drift += term.difference;
+          gradient = term.difference * factor;
+        });
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const Term<C> term = this->term(first, t[i], s[i]);
-        value += term.value;
-        drift += term.difference;
-        s[i] = term.difference * factor;
-        if (two()) {
-          const Term<C> other = this->term(second, t[i], o[i]);
-          other_value += other.value;
-          other_drift += other.difference;
-          o[i] = other.difference * factor;
-        }
-        t[i] = two() ? s[i] + o[i] : s[i];
-      }
+      for (int i = 0; i < N; ++i) t[i] = two() ? s[i] + o[i] : s[i];
       sums[0] += static_cast<double>(value), sums[1] += static_cast<double>(drift);
       sums[2] += static_cast<double>(other_value), sums[3] += static_cast<double>(other_drift);
       if (a_.reverse) {
-        if (a_.teacher_grad.present) store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, t);
+        if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, at_.gradient[0], at, t);
       } else {
-        if (a_.student_grad[0].present) store_classes<C, N>(a_.student_grad[0], at_.gradient[1], c, s);
-        if (a_.student_grad[1].present) store_classes<C, N>(a_.student_grad[1], at_.gradient[2], c, o);
+        if (a_.student_grad[0].present) store_classes<T>(a_.student_grad[0], at_.gradient[1], at, s);
+        if (a_.student_grad[1].present) store_classes<T>(a_.student_grad[1], at_.gradient[2], at, o);
       }
     });
   }
@@ -115,21 +115,18 @@ class Divergence {
     factor *= static_cast<C>(temperature_);
     const Pair<C> first = pair(soft_[1]), second = two() ? pair(soft_[2]) : first;
     const C kl = static_cast<C>(settled(sums[0], sums[1])), other_kl = static_cast<C>(settled(sums[2], sums[3]));
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      constexpr int N = decltype(width)::value;
+    each_classes<G, N>(begin, end, [&](const auto& at) {
       C t[N], s[N], o[N];
-      load_inputs<N>(c, t, s, o);
+      load_inputs(at, t, s, o);
+      each_term(first, t, s, [&](C& gradient, const Term<C>& term) { gradient = term.toward_p(kl) * factor; });
+      if (two()) each_term(second, t, o, [&](C& gradient, const Term<C>& term) { gradient = term.toward_p(other_kl) * factor; });
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        s[i] = term(first, t[i], s[i]).toward_p(kl) * factor;
-        if (two()) o[i] = term(second, t[i], o[i]).toward_p(other_kl) * factor;
-        t[i] = two() ? s[i] + o[i] : s[i];
-      }
+      for (int i = 0; i < N; ++i) t[i] = two() ? s[i] + o[i] : s[i];
       if (!a_.reverse) {
-        if (a_.teacher_grad.present) store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, t);
+        if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, at_.gradient[0], at, t);
       } else {
-        if (a_.student_grad[0].present) store_classes<C, N>(a_.student_grad[0], at_.gradient[1], c, s);
-        if (a_.student_grad[1].present) store_classes<C, N>(a_.student_grad[1], at_.gradient[2], c, o);
+        if (a_.student_grad[0].present) store_classes<T>(a_.student_grad[0], at_.gradient[1], at, s);
+        if (a_.student_grad[1].present) store_classes<T>(a_.student_grad[1], at_.gradient[2], at, o);
       }
     });
   }
@@ -139,17 +136,25 @@ class Divergence {
  private:
   __device__ __forceinline__ bool two() const { return a_.students > 1; }
 
-  template <int N>
-  __device__ __forceinline__ void load_inputs(std::int64_t c, C (&t)[N], C (&s)[N], C (&o)[N]) const {
-    load_classes<C, N>(a_.teacher, at_.input[0], c, t);
-    load_classes<C, N>(a_.student[0], at_.input[1], c, s);
-    if (two()) load_classes<C, N>(a_.student[1], at_.input[2], c, o);
+  __device__ __forceinline__ void load_inputs(const Classes<N, G::lanes>& at, C (&t)[N], C (&s)[N], C (&o)[N]) const {
+    load_classes<T>(a_.teacher, at_.input[0], at, t);
+    load_classes<T>(a_.student[0], at_.input[1], at, s);
+    if (two()) load_classes<T>(a_.student[1], at_.input[2], at, o);
   }
   __device__ __forceinline__ Pair<C> pair(const Softmax<C>& student) const {
     return a_.reverse ? Pair<C>(student, soft_[0]) : Pair<C>(soft_[0], student);
   }
-  __device__ __forceinline__ Term<C> term(const Pair<C>& pair, C teacher, C student) const {
-    return a_.reverse ? Term<C>(pair, student, teacher, inverse_) : Term<C>(pair, teacher, student, inverse_);
+  // f(student, term) for classes, where f may put something else in the student's place. One choice for all of them: the
+  // compiler then mixes their arithmetic.
+  template <typename F>
+  __device__ __forceinline__ void each_term(const Pair<C>& pair, const C (&teacher)[N], C (&student)[N], F&& f) const {
+    if (a_.reverse) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(student[i], Term<C>(pair, student[i], teacher[i], inverse_));
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(student[i], Term<C>(pair, teacher[i], student[i], inverse_));
+    }
   }
 
   const DistillCall& a_;
@@ -160,7 +165,7 @@ class Divergence {
 };
 
 // T = infinity: half the variance of d = teacher - student over the classes unmasked in both.
-template <typename C, typename G, bool Packed>
+template <typename C, typename G, typename T>
 class Limit {
  public:
   __device__ Limit(const DistillCall& a, const RowPlace& at) : a_(a), at_(at) {}
@@ -194,6 +199,7 @@ class Limit {
   }
   __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
     for (std::int64_t c = begin + G::lane(); c < end; c += G::lanes) {
+      const Classes<1, 1> part(c, end);
       C together[1] = {0};
 #pragma unroll
       for (int k = 0; k < kMaxStudents; ++k) {
@@ -202,9 +208,9 @@ class Limit {
         C value[1] = {difference(k, c, d) ? static_cast<C>((d - mean(k)) / found_[2 * k] * static_cast<double>(factor)) : C(0)};
         together[0] += value[0];
         value[0] = -value[0];
-        if (a_.student_grad[k].present) store_classes<C, 1>(a_.student_grad[k], at_.gradient[1 + k], c, value);
+        if (a_.student_grad[k].present) store_classes<T>(a_.student_grad[k], at_.gradient[1 + k], part, value);
       }
-      if (a_.teacher_grad.present) store_classes<C, 1>(a_.teacher_grad, at_.gradient[0], c, together);
+      if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, at_.gradient[0], part, together);
     }
   }
 
@@ -215,8 +221,8 @@ class Limit {
 
   __device__ __forceinline__ bool difference(int k, std::int64_t c, double& d) const {
     C t[1], s[1];
-    load_classes<C, 1>(a_.teacher, at_.input[0], c, t);
-    load_classes<C, 1>(a_.student[k], at_.input[1 + k], c, s);
+    load_classes<T>(a_.teacher, at_.input[0], Classes<1, 1>(c, a_.classes), t);
+    load_classes<T>(a_.student[k], at_.input[1 + k], Classes<1, 1>(c, a_.classes), s);
     d = static_cast<double>(t[0] - s[0]);
     return t[0] != -infinity<C>() && s[0] != -infinity<C>();
   }
@@ -237,16 +243,17 @@ class Limit {
 };
 
 // H = log Z + sum P (max - x), both terms >= 0; dH/dx = P ((max - x) - sum P (max - x)).
-template <typename C, typename G, bool Packed>
+template <typename C, typename G, typename T>
 class Entropy {
+  static constexpr int N = kClasses<C, G>;
+
  public:
   __device__ Entropy(const DistillCall& a, const RowPlace& at) : a_(a), at_(at) {}
 
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      constexpr int N = decltype(width)::value;
+    each_classes<G, N>(begin, end, [&](const auto& at) {
       C x[N];
-      load_classes<C, N>(a_.teacher, at_.input[0], c, x);
+      load_classes<T>(a_.teacher, at_.input[0], at, x);
       soft_.template add<N>(x, C(1));
     });
   }
@@ -256,10 +263,9 @@ class Entropy {
 
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end, C) {
     const C inverse = static_cast<C>(1 / soft_.sum);
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      constexpr int N = decltype(width)::value;
+    each_classes<G, N, true>(begin, end, [&](const auto& at) {
       C x[N], value = 0;
-      load_classes<C, N>(a_.teacher, at_.input[0], c, x);
+      load_classes<T>(a_.teacher, at_.input[0], at, x);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
@@ -273,17 +279,16 @@ class Entropy {
   __host__ __device__ static bool wants_late(const DistillCall& a) { return a.teacher_grad.present; }
   __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
     const C inverse = static_cast<C>(1 / soft_.sum), depth = static_cast<C>(sums[0]);
-    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
-      constexpr int N = decltype(width)::value;
+    each_classes<G, N>(begin, end, [&](const auto& at) {
       C x[N];
-      load_classes<C, N>(a_.teacher, at_.input[0], c, x);
+      load_classes<T>(a_.teacher, at_.input[0], at, x);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
         const C value = below(x[i], inverse, p);
         x[i] = (value - p * depth) * factor;
       }
-      store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, x);
+      store_classes<T>(a_.teacher_grad, at_.gradient[0], at, x);
     });
   }
 

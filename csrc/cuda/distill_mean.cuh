@@ -5,15 +5,16 @@
 
 namespace fedkern::cuda {
 
-template <typename C, int Lanes>
-class MeanRow : TeacherRow<C, Lanes> {
-  using Base = TeacherRow<C, Lanes>;
+template <typename C, int Lanes, typename T>
+class MeanRow : TeacherRow<C, Lanes, T> {
+  using Base = TeacherRow<C, Lanes, T>;
   using typename Base::G;
-  using Base::a_, Base::exactly, Base::factors_, Base::inverse_t_, Base::K_, Base::keep, Base::number, Base::student, Base::student_;
-  using Base::student_inverse_, Base::teacher, Base::temperature_;
+  using typename Base::Part;
+  using Base::a_, Base::exactly, Base::factors_, Base::inverse_t_, Base::K_, Base::keep, Base::kTogether, Base::load_student;
+  using Base::load_teacher, Base::N, Base::number, Base::student_, Base::student_inverse_, Base::temperature_;
 
  public:
-  static constexpr bool kExact = false;  // fp32 does where it is asked for
+  static constexpr bool kExact = false, kSure = true;
 
   __device__ MeanRow(const EnsembleCall& a, const EnsemblePlace& at, double* slot, std::int64_t step)
       : Base(a, at, slot, step, a.temperature) {}
@@ -23,66 +24,99 @@ class MeanRow : TeacherRow<C, Lanes> {
     this->find_shares();
     this->find_student();
     this->find_factors();
-    double mean = 0, excess = 0;
-    for (int k = 0; k < K_; ++k) {
-      const double w = exactly(kShare, k);
-      if (w == 0) continue;
-      double mass;
-      mean += w * divergence(k, mass), excess += w * (mass - 1);
+    const auto keep_pair = [&](int k, const Softmax<C>& soft) {
+      const Pair<C> pair(soft, student_);
+      keep(kMaximum, k, pair.maximum_p()), keep(kInverse, k, pair.inverse_p), keep(kLogSum, k, pair.log_ratio);
+    };
+    if (a_.as_is) {
+      Softmax<C> known;
+      known.maximum = 0, known.sum = 1;
+      for (int k = 0; k < K_; ++k) keep_pair(k, known);
+      this->together();
+    } else {
+      this->each_softmax(keep_pair);
     }
+    double mean = 0, excess = 0;
+    this->each_few([&](auto few, int first) { add_divergences<decltype(few)::value>(first, mean, excess); });
     this->together();
     loss[0] = mean * temperature_ * temperature_;
-    if (a_.student_grad.present || a_.teachers_grad.present) write_gradients(static_cast<C>(excess));
+    if (a_.teachers_grad.present || (a_.student_grad.present && !at_once())) write_gradients(static_cast<C>(excess));
     this->weight_gradients(factors_[0] * temperature_);
     return true;
   }
 
  private:
-  // KL(p_k || student), and what is needed to take it apart again. `mass`: the sum of p_k, which of log-probabilities taken
-  // as they are need not be 1.
-  __device__ __forceinline__ double divergence(int k, double& mass) {
-    Softmax<C> soft;
-    if (a_.as_is) {
-      soft.maximum = 0, soft.sum = 1;
-    } else {
-      for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-        const C x[1] = {teacher(k, c)};
-        soft.template add<1>(x, inverse_t_);
+  // True where the student's gradient is known as soon as all teachers' terms of a class are.
+  __device__ __forceinline__ bool at_once() const { return K_ <= kTogether && !a_.as_is; }
+  __device__ __forceinline__ Pair<C> pair_of(int k) const {
+    return {number(kMaximum, k), student_.maximum, number(kInverse, k), student_inverse_, number(kLogSum, k)};
+  }
+
+  // Adds up w KL(p_k || student) of J teachers, and w (sum of p_k - 1): log-probabilities taken as they are need not sum to 1.
+  template <int J>
+  __device__ __forceinline__ void add_divergences(int first, double& mean, double& excess) const {
+    const bool to_student = a_.student_grad.present && at_once();
+    const C factor = static_cast<C>(factors_[0]);
+    double value[J] = {}, drift[J] = {}, mass[J] = {};
+    this->template each_part<true>([&](const Part& part) {
+      C y[N], toward[N] = {};
+      load_student(part, y);
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        const C w = number(kShare, first + j);
+        if (w == C(0)) continue;
+        const Pair<C> pair = pair_of(first + j);
+        C x[N], sum = 0, difference = 0, p = 0;
+        load_teacher(first + j, part, x);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const Term<C> term(pair, x[i], y[i], inverse_t_);
+          sum += term.value, difference += term.difference, p += term.p;
+          toward[i] += w * term.difference;
+        }
+        value[j] += static_cast<double>(sum), drift[j] += static_cast<double>(difference), mass[j] += static_cast<double>(p);
       }
-      soft.template gather<G>(inverse_t_);
+      if (!to_student) return;
+#pragma unroll
+      for (C& t : toward) t *= factor;
+      this->to_student(part, toward);
+    });
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      const double w = exactly(kWeight, first + j);
+      value[j] = G::sum(value[j]), drift[j] = G::sum(drift[j]), mass[j] = a_.as_is ? G::sum(mass[j]) : 1.0;
+      const double kl = w == 0 ? 0.0 : settled(value[j], a_.as_is ? 0.0 : drift[j]);
+      this->keep_exactly(kDot, first + j, kl);
+      mean += w * kl, excess += w == 0 ? 0.0 : w * (mass[j] - 1);
     }
-    const Pair<C> pair(soft, student_);
-    double value = 0, drift = 0, sum = 0;
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-      const Term<C> term(pair, teacher(k, c), student(c), inverse_t_);
-      value += static_cast<double>(term.value), drift += static_cast<double>(term.difference), sum += static_cast<double>(term.p);
-    }
-    value = G::sum(value), drift = G::sum(drift);
-    mass = a_.as_is ? G::sum(sum) : 1.0;
-    const double kl = settled(value, a_.as_is ? 0.0 : drift);
-    keep(kMaximum, k, static_cast<double>(pair.maximum_p())), keep(kInverse, k, static_cast<double>(pair.inverse_p));
-    keep(kLogSum, k, static_cast<double>(pair.log_ratio)), keep(kDot, k, kl);
-    return kl;
   }
 
   __device__ __forceinline__ void write_gradients(C excess) const {
     const C factor = static_cast<C>(factors_[0]);
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-      const C y = student(c);
-      C toward = excess * exponential((y - student_.maximum) * inverse_t_) * student_inverse_;
+    this->each_part([&](const Part& part) {
+      C y[N], toward[N];
+      load_student(part, y);
+#pragma unroll
+      for (int i = 0; i < N; ++i) toward[i] = excess * exponential((y[i] - student_.maximum) * inverse_t_) * student_inverse_;
+#pragma unroll 1
       for (int k = 0; k < K_; ++k) {
-        const C w = number(kShare, k);
-        C value = 0;
-        if (w != C(0)) {
-          const Pair<C> pair(number(kMaximum, k), student_.maximum, number(kInverse, k), student_inverse_, number(kLogSum, k));
-          const Term<C> term(pair, teacher(k, c), y, inverse_t_);
-          toward += w * term.difference;
-          value = w * factor * term.toward_p(a_.as_is ? C(0) : number(kDot, k));
+        const C w = number(kShare, k), kl = a_.as_is ? C(0) : static_cast<C>(exactly(kDot, k));
+        const Pair<C> pair = pair_of(k);
+        C x[N];
+        load_teacher(k, part, x);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const Term<C> term(pair, x[i], y[i], inverse_t_);
+          toward[i] += w == C(0) ? w : w * term.difference;
+          x[i] = w == C(0) ? w : w * factor * term.toward_p(kl);
         }
-        if (a_.teachers_grad.present) this->to_teacher(k, c, value);
+        if (a_.teachers_grad.present) this->to_teacher(k, part, x);
       }
-      if (a_.student_grad.present) this->to_student(c, toward * factor);
-    }
+      if (!a_.student_grad.present) return;
+#pragma unroll
+      for (C& t : toward) t *= factor;
+      this->to_student(part, toward);
+    });
   }
 };
 

@@ -9,19 +9,19 @@ namespace fedkern::cuda {
 // Divergences (in units of T^2) below this are done again in fp64.
 inline constexpr double kNear = 0.01;
 
-template <typename C, int Lanes>
-class ProbabilityRow : TeacherRow<C, Lanes> {
-  using Base = TeacherRow<C, Lanes>;
+template <typename C, int Lanes, typename T>
+class ProbabilityRow : TeacherRow<C, Lanes, T> {
+  using Base = TeacherRow<C, Lanes, T>;
   using typename Base::G;
-  using Base::a_, Base::add_dot, Base::at_, Base::clear_dots, Base::each_chunk, Base::exactly, Base::factors_, Base::gather_dots;
-  using Base::inverse_t_, Base::K_, Base::keep, Base::kParts, Base::number, Base::share, Base::skipped, Base::slot_, Base::step_;
-  using Base::student, Base::student_, Base::student_inverse_, Base::student_log_sum_, Base::sum_at, Base::teacher;
-  using Base::temperature_, Base::to_student, Base::to_teacher, Base::to_weight, Base::together, Base::weight;
+  using typename Base::Part;
+  using Base::a_, Base::add_dot, Base::by_class, Base::clear_dots, Base::exactly, Base::factors_, Base::find_sums, Base::gather_dots;
+  using Base::inverse_t_, Base::K_, Base::keep, Base::kParts, Base::load_student, Base::load_teacher, Base::N, Base::number;
+  using Base::place, Base::skipped, Base::student_, Base::student_inverse_, Base::student_log_sum_, Base::temperature_, Base::together;
   // The mixture's mass that probabilities can be divided by, and their products with gradients taken.
   static constexpr double kFaint = sizeof(C) == 8 ? 1e-200 : 1e-20;
 
  public:
-  static constexpr bool kExact = false;  // fp32 does where it is asked for
+  static constexpr bool kExact = false, kSure = false;  // whether fp32 never does, and whether it always does
 
   __device__ ProbabilityRow(const EnsembleCall& a, const EnsemblePlace& at, double* slot, std::int64_t step)
       : Base(a, at, slot, step, a.kind == EnsembleKind::probs ? a.temperature : 1.0),
@@ -30,9 +30,9 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
   // Finds the losses, and writes the gradients that are wanted; false where fp32 does not do.
   __device__ __forceinline__ bool run(double (&loss)[2]) {
     this->find_shares();
-    find_softmaxes();
     if (probs_) this->find_student();
-    if (probs_ && (a_.by_class || a_.as_is)) {  // the mixture does not sum to 1
+    find_softmaxes();
+    if (probs_ && (by_class() || a_.as_is)) {  // the mixture does not sum to 1
       double sum = mass();
       // Masks and weights by class may leave so little that probabilities underflow, log-probabilities hold so much.
       if (!(sum > kFaint && sum < 1 / kFaint)) find_lift(), sum = mass();
@@ -49,46 +49,80 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
 
  private:
   // Maxima and sums of exponentials of all teachers.
-  __device__ void find_softmaxes() {
-    for (int k = 0; k < K_; ++k) {
-      if (a_.as_is) {
-        keep(kMaximum, k, 0), keep(kInverse, k, 1), keep(kLogSum, k, 0);
-        continue;
-      }
-      Softmax<C> soft;
-      if (a_.by_class || number(kShare, k) != 0)
-        for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-          const C x[1] = {teacher(k, c)};
-          soft.template add<1>(x, inverse_t_);
-        }
-      soft.template gather<G>(inverse_t_);
-      keep(kMaximum, k, static_cast<double>(soft.maximum)), keep(kInverse, k, 1 / soft.sum);
-      keep(kLogSum, k, static_cast<double>(logarithm(static_cast<C>(soft.sum))));
-    }
+  __device__ __forceinline__ void find_softmaxes() {
+    if (!a_.as_is)
+      return this->each_softmax([&](int k, const Softmax<C>& soft) {
+        keep(kMaximum, k, soft.maximum), keep(kInverse, k, static_cast<C>(1 / soft.sum));
+        keep(kLogSum, k, logarithm(static_cast<C>(soft.sum)));
+      });
+    for (int k = 0; k < K_; ++k) keep(kMaximum, k, C(0)), keep(kInverse, k, C(1)), keep(kLogSum, k, C(0));
     together();
   }
-  __device__ __forceinline__ C power(int k, C x) const { return exponential((x - number(kMaximum, k)) * inverse_t_) * number(kInverse, k); }
-  __device__ __forceinline__ C log_power(int k, C x) const { return (x - number(kMaximum, k)) * inverse_t_ - number(kLogSum, k); }
-
-  __device__ __forceinline__ C mix(std::int64_t c, double sum) const {
-    return mixture<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum, lift_);
+  // What a teacher's probabilities are found with.
+  struct Teacher {
+    C maximum, inverse, log_sum;
+  };
+  __device__ __forceinline__ Teacher teacher(int k) const { return {number(kMaximum, k), number(kInverse, k), number(kLogSum, k)}; }
+  __device__ __forceinline__ C power(const Teacher& t, C x) const { return exponential((x - t.maximum) * inverse_t_) * t.inverse; }
+  __device__ __forceinline__ C log_power(const Teacher& t, C x) const { return (x - t.maximum) * inverse_t_ - t.log_sum; }
+  // A p that counts, over e^lift as the mixture is.
+  __device__ __forceinline__ C lifted(const Teacher& t, C x) const {
+    return lift_ == C(0) ? power(t, x) : exponential(log_power(t, x) - lift_);
   }
-  __device__ double mass() const {
-    double sum = 0;
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) sum += static_cast<double>(mix(c, sum_at(c)));
-    return G::sum(sum);
+
+  // The teachers' mixture, over e^lift: the sum of share times p.
+  __device__ __forceinline__ void mix(const Part& part, const double (&sum)[N], C (&m)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) m[i] = 0;
+    this->each_few([&](auto few, int first) {
+      constexpr int J = decltype(few)::value;
+      C x[J][N], w[J][N];
+#pragma unroll
+      for (int j = 0; j < J; ++j) load_teacher(first + j, part, x[j]), this->find_shares(first + j, part, sum, w[j]);
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        const C maximum = number(kMaximum, first + j), inverse = number(kInverse, first + j);
+        // A teacher that does not count may hold anything. Choices instead of branches let all exponentials run at a time.
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C p = exponential(w[j][i] == C(0) ? -infinity<C>() : (x[j][i] - maximum) * inverse_t_ - lift_);
+          m[i] = fma(p, w[j][i] == C(0) ? C(0) : w[j][i] * inverse, m[i]);
+        }
+      }
+    });
+  }
+  __device__ __forceinline__ double mass() const {
+    double total = 0;
+    this->each_part([&](const Part& part) {
+      double sum[N];
+      C m[N];
+      find_sums(part, sum), mix(part, sum, m);
+#pragma unroll
+      for (int i = 0; i < N; ++i) total += static_cast<double>(m[i]);
+    });
+    return G::sum(total);
   }
   // lift_: the logarithm of the largest p that counts; 0 where none does.
   __device__ __forceinline__ void find_lift() {
     C most = -infinity<C>();
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-      const C value = largest_logarithm<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum_at(c));
-      most = value > most ? value : most;
-    }
+    this->each_part([&](const Part& part) {
+      double sum[N];
+      find_sums(part, sum);
+#pragma unroll 1
+      for (int k = 0; k < K_; ++k) {
+        C x[N], w[N];
+        load_teacher(k, part, x);
+        this->find_shares(k, part, sum, w);
+        const Teacher t = teacher(k);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C value = w[i] == C(0) ? -infinity<C>() : log_power(t, x[i]);
+          most = value > most ? value : most;
+        }
+      }
+    });
     lift_ = Softmax<C>::reference(G::maximum(most));
   }
-  // A p that counts, over e^lift as the mixture is.
-  __device__ __forceinline__ C lifted(int k, C x) const { return lift_ == C(0) ? power(k, x) : exponential(log_power(k, x) - lift_); }
   __device__ __forceinline__ static C log_of(C m) {
     constexpr C tiny = static_cast<C>(sizeof(C) == 8 ? 1e-300 : 1e-37);  // normal numbers
     return logarithm(m > tiny || m != m ? m : tiny);
@@ -103,22 +137,42 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
   __device__ __forceinline__ bool find_losses(double (&loss)[2]) {
     double first = 0, drift = 0;
     if (!probs_) clear_dots();
-    each_chunk([&](std::int64_t c, bool mine) {
-      const C m = mix(c, sum_at(c));
-      if (!probs_) {
-        const C log_m = log_of(m);
-        if (mine) first -= static_cast<double>(m * log_m);
-        for (int k = 0; k < K_; ++k) {
-          const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x);
-          C value = p > C(0) ? p * (number(kMaximum, k) - x + number(kLogSum, k)) : p;
-          if (js_) value = skipped(k) ? C(0) : MixtureTerm<C>(p, m, log_m - log_power(k, x)).value;
-          add_dot(k, mine ? static_cast<double>(value) : 0.0);
+    this->template each_part<true>([&](const Part& part) {
+      double sum[N];
+      C m[N], value = 0, difference = 0;
+      find_sums(part, sum), mix(part, sum, m);
+      if (probs_) {
+        C x[N];
+        load_student(part, x);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C q = exponential((x[i] - student_.maximum) * inverse_t_) * student_inverse_;
+          const MixtureTerm<C> term(m[i] * normaliser_, q, log_ratio(x[i], m[i]));
+          value += term.value, difference += term.difference;
+          x[i] = term.difference * static_cast<C>(factors_[0]);
         }
-      } else if (mine) {
-        const C x = student(c), q = exponential((x - student_.maximum) * inverse_t_) * student_inverse_;
-        const MixtureTerm<C> term(m * normaliser_, q, log_ratio(x, m));
-        first += static_cast<double>(term.value), drift += static_cast<double>(term.difference);
-        if (a_.student_grad.present) to_student(c, term.difference * static_cast<C>(factors_[0]));
+        first += static_cast<double>(value), drift += static_cast<double>(difference);
+        if (a_.student_grad.present) this->to_student(part, x);
+        return;
+      }
+      C log_m[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) log_m[i] = log_of(m[i]), value -= m[i] * log_m[i];
+      first += static_cast<double>(value);
+#pragma unroll 1
+      for (int k = 0; k < K_; ++k) {
+        const Teacher t = teacher(k);
+        C x[N], dot = 0;
+        load_teacher(k, part, x);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C p = power(t, x[i]);
+          if (js_)
+            dot += MixtureTerm<C>(p, m[i], log_m[i] - log_power(t, x[i])).value;
+          else
+            dot += p > C(0) ? p * (t.maximum - x[i] + t.log_sum) : p;
+        }
+        add_dot(k, skipped(k) ? C(0) : dot);
       }
     });
     first = G::sum(first);
@@ -131,7 +185,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
     double mean = 0;
     for (int k = 0; k < K_; ++k) {
       const double own = exactly(kDot, k);
-      mean += skipped(k) ? 0.0 : exactly(kShare, k) * (own < 0 ? 0.0 : own);
+      mean += skipped(k) ? 0.0 : exactly(kWeight, k) * (own < 0 ? 0.0 : own);
     }
     if (js_) {
       const double most = static_cast<double>(logarithm(static_cast<double>(K_)));
@@ -152,66 +206,94 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
       together();
       for (int k = G::lane(); k < K_; k += Lanes) {
         const double own = skipped(k) ? 0.0 : factors_[1] * exactly(kDot, k);
-        for (int part = 0; part < kParts; ++part) slot_[(static_cast<std::int64_t>(kDot + part) * K_ + k) * step_] = part ? 0.0 : own;
+        for (int part = 0; part < kParts; ++part) *place(kDot + part, k) = part ? 0.0 : own;
       }
       together();
     }
-    each_chunk([&](std::int64_t c, bool mine) {
-      const double sum = sum_at(c);
-      const C center = toward_mixture(c, mix(c, sum));
+    this->each_part([&](const Part& part) {
+      double sum[N];
+      C m[N], center[N];
+      find_sums(part, sum), mix(part, sum, m), find_centers(part, m, center);
+#pragma unroll 1
       for (int k = 0; k < K_; ++k) {
-        const C inner = skipped(k) ? C(0) : weighted(k, c, sum, center), p = inner == C(0) ? C(0) : lifted(k, teacher(k, c));
-        add_dot(k, mine && p != C(0) ? static_cast<double>(p * inner) : 0.0);
+        const Teacher t = teacher(k);
+        C x[N], w[N], dot = 0;
+        load_teacher(k, part, x), weigh(k, part, sum, w);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C inner = w[i] == C(0) ? C(0) : w[i] * center[i], p = inner == C(0) ? C(0) : lifted(t, x[i]);
+          dot += p == C(0) ? C(0) : p * inner;
+        }
+        add_dot(k, skipped(k) ? C(0) : dot);
       }
     });
     gather_dots();
   }
 
-  // The derivative toward the mixture's probability of a class: but for what is the same for all classes.
-  __device__ __forceinline__ C toward_mixture(std::int64_t c, C m) const {
-    if (probs_) return m > C(0) ? -normaliser_ * (log_ratio(student(c), m) + static_cast<C>(kl_)) : C(0);
-    return (js_ ? C(1) : -static_cast<C>(factors_[0])) * log_of(m);
+  // The derivatives toward the mixture's probabilities of a part's classes: but for what is the same for all classes.
+  __device__ __forceinline__ void find_centers(const Part& part, const C (&m)[N], C (&center)[N]) const {
+    if (probs_) {
+      load_student(part, center);
+#pragma unroll
+      for (int i = 0; i < N; ++i) center[i] = m[i] > C(0) ? -normaliser_ * (log_ratio(center[i], m[i]) + static_cast<C>(kl_)) : C(0);
+    } else {
+      const C factor = js_ ? C(1) : -static_cast<C>(factors_[0]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) center[i] = factor * log_of(m[i]);
+    }
   }
-  __device__ __forceinline__ C weighted(int k, std::int64_t c, double sum, C center) const {
-    if (!a_.by_class) return center;
-    const C w = share(k, c, sum);
-    return w == C(0) ? C(0) : w * center;
+  // A teacher's shares as far as they differ between classes.
+  __device__ __forceinline__ void weigh(int k, const Part& part, const double (&sum)[N], C (&w)[N]) const {
+    this->find_shares(k, part, sum, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i) w[i] = by_class() ? w[i] : C(1);
   }
 
   // The gradient toward a teacher's class of probability p, `own` = w g of it: p (w g - sum p w g), where
   // log-probabilities are given p w g. A teacher that nowhere counts may hold anything.
-  __device__ __forceinline__ C toward_teacher(int k, C x, C p, C own) const {
-    const C dot = a_.as_is ? C(0) : number(kDot, k), inner = own - dot;
+  __device__ __forceinline__ C toward_teacher(const Teacher& t, C x, C p, C own, C dot) const {
+    const C inner = own - dot;
     if (lift_ == C(0)) return inner == C(0) ? C(0) : p * inner;
     // Where the teacher counts nothing its p may be as much above the mixture as numbers go: dot takes it plain.
-    return (own == C(0) ? own : lifted(k, x) * own) - (dot == C(0) ? dot : p * dot);
+    return (own == C(0) ? own : lifted(t, x) * own) - (dot == C(0) ? dot : p * dot);
   }
 
   __device__ __forceinline__ void write_gradients() const {
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-      const double sum = sum_at(c);
-      const C m = mix(c, sum), center = toward_mixture(c, m);
+    const C factor = static_cast<C>(factors_[0]), other = static_cast<C>(factors_[1]);
+    this->template each_part<true>([&](const Part& part) {
+      double sum[N];
+      C m[N], center[N];
+      find_sums(part, sum), mix(part, sum, m), find_centers(part, m, center);
+#pragma unroll 1
       for (int k = 0; k < K_; ++k) {
-        const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x), outer = a_.by_class ? C(1) : number(kShare, k);
-        if (a_.teachers_grad.present) {
+        const Teacher t = teacher(k);
+        const bool skip = skipped(k);
+        const C outer = by_class() ? C(1) : number(kShare, k), dot = probs_ && a_.as_is ? C(0) : static_cast<C>(exactly(kDot, k));
+        C x[N], w[N];
+        load_teacher(k, part, x), weigh(k, part, sum, w);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const C p = skip ? C(0) : power(t, x[i]);
+          if (a_.weights_grad.present && by_class() && part.holds(i)) {
+            const double difference = static_cast<double>(lift_ == C(0) ? p : lifted(t, x[i])) - static_cast<double>(m[i]);
+            const double toward = factors_[0] * temperature_ * static_cast<double>(center[i]) * difference;
+            const std::int64_t c = this->class_of(part, i);
+            this->to_weight(k, c, sum[i] == 0 || this->weight(k, c) == 0 ? 0.0 : toward / sum[i]);
+          }
           C value;
           if (probs_) {
-            value = toward_teacher(k, x, p, weighted(k, c, sum, center)) * static_cast<C>(factors_[0]);
+            value = toward_teacher(t, x[i], p, w[i] == C(0) ? C(0) : w[i] * center[i], dot) * factor;
           } else if (js_) {  // -p (log mixture - log p + KL)
-            value = -p * (center - log_power(k, x) + number(kDot, k)) * static_cast<C>(factors_[0]);
+            value = -p * (center[i] - log_power(t, x[i]) + dot) * factor;
           } else {  // p (g (-log mixture - cross entropy) + h (-log p - entropy))
-            value = p * (center - static_cast<C>(factors_[1]) * log_power(k, x) - number(kDot, k));
+            value = p * (center[i] - other * log_power(t, x[i]) - dot);
           }
           const bool gone = p == C(0) && lift_ == C(0);  // lifted, what counts may underflow and yet be the mixture
-          to_teacher(k, c, gone || outer == C(0) ? C(0) : outer * value);
+          x[i] = gone || outer == C(0) ? C(0) : outer * value;
         }
-        if (a_.weights_grad.present && a_.by_class) {
-          const double difference = static_cast<double>(lift_ == C(0) ? p : lifted(k, x)) - static_cast<double>(m);
-          const double toward = factors_[0] * temperature_ * static_cast<double>(center) * difference;
-          to_weight(k, c, sum == 0 || weight(k, c) == 0 ? 0.0 : toward / sum);
-        }
+        if (a_.teachers_grad.present) this->to_teacher(k, part, x);
       }
-    }
+    });
   }
   __device__ __forceinline__ static bool too_near(double loss) { return sizeof(C) == 4 && loss < kNear; }
 

@@ -1,59 +1,89 @@
-// How the distill kernels read rows: any strides and mixed types, eight classes at once where they lie together.
+// How the distill kernels read rows: any strides and mixed types. Threads take several classes at a time that lie as far apart
+// as there are threads: neighbours read together and many loads are under way whatever a row is aligned to.
 #pragma once
 
 #include <type_traits>
 
+#include "distill_math.cuh"
 #include "fedkern/distill.h"
 #include "group.cuh"
 #include "numeric.cuh"
 
 namespace fedkern::cuda {
 
-// N classes from `c` on of the row that starts at `base`: N > 1 needs unit stride and 16-byte alignment.
-template <typename C, int N>
-__device__ __forceinline__ void load_classes(const Logits& from, std::int64_t base, std::int64_t c, C (&x)[N]) {
-  if constexpr (N == 1) {
-    x[0] = load_value<C>(from.data, from.dtype, base + c * from.class_stride);
+// T: the type of tensors whose classes lie together, or void where that is known at run time only.
+template <typename T>
+inline constexpr bool kKnown = !std::is_void_v<T>;
+
+// N classes of a row, `Step` apart.
+template <int N, int Step>
+struct Classes {
+  std::int64_t first;
+  int left;  // classes of the row from the first on, N * Step at most; 0 or less: none
+
+  __device__ __forceinline__ Classes(std::int64_t first, std::int64_t end)
+      : first(first), left(end - first < N * Step ? static_cast<int>(end - first) : N * Step) {}
+  __device__ __forceinline__ bool holds(int i) const { return i * Step < left; }
+};
+
+// The classes of the row that starts at `base`, -infinity where there are none: those have no part in any sum.
+template <typename T, typename C, int N, int Step>
+__device__ __forceinline__ void load_classes(const Logits& from, std::int64_t base, const Classes<N, Step>& at, C (&x)[N]) {
+  const auto load = [&](auto type, std::int64_t stride) {
+    const auto* const data = static_cast<const decltype(type)*>(from.data) + base + at.first * stride;
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = at.holds(i) ? widen<C>(data[i * Step * stride]) : -infinity<C>();
+  };
+  if constexpr (kKnown<T>) {
+    load(T{}, 1);
   } else {
     switch (from.dtype) {
-      case DType::bf16: return load_eight<C, __nv_bfloat16>(from.data, base + c, x);
-      case DType::f16: return load_eight<C, __half>(from.data, base + c, x);
-      default: return load_eight<C, float>(from.data, base + c, x);
+      case DType::bf16: return load(__nv_bfloat16{}, from.class_stride);
+      case DType::f16: return load(__half{}, from.class_stride);
+      case DType::f64:
+        if constexpr (sizeof(C) == 8) return load(double{}, from.class_stride);
+        [[fallthrough]];
+      default: return load(float{}, from.class_stride);
     }
   }
 }
-template <typename C, int N>
-__device__ __forceinline__ void store_classes(const Logits& to, std::int64_t base, std::int64_t c, const C (&x)[N]) {
-  if constexpr (N == 1) {
-    store_value<C>(to.data, to.dtype, base + c * to.class_stride, x[0]);
+template <typename T, typename C, int N, int Step>
+__device__ __forceinline__ void store_classes(const Logits& to, std::int64_t base, const Classes<N, Step>& at, const C (&x)[N]) {
+  const auto store = [&](auto type, std::int64_t stride) {
+    auto* const data = static_cast<decltype(type)*>(to.data) + base + at.first * stride;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (at.holds(i)) data[i * Step * stride] = narrow<decltype(type)>(x[i]);
+  };
+  if constexpr (kKnown<T>) {
+    store(T{}, 1);
   } else {
     switch (to.dtype) {
-      case DType::bf16: return store_eight<C, __nv_bfloat16>(to.data, base + c, x);
-      case DType::f16: return store_eight<C, __half>(to.data, base + c, x);
-      default: return store_eight<C, float>(to.data, base + c, x);
+      case DType::bf16: return store(__nv_bfloat16{}, to.class_stride);
+      case DType::f16: return store(__half{}, to.class_stride);
+      case DType::f64:
+        if constexpr (sizeof(C) == 8) return store(double{}, to.class_stride);
+        [[fallthrough]];
+      default: return store(float{}, to.class_stride);
     }
   }
 }
 
-// f(width, c) for this thread's share of the classes [begin, end): eight at a time (Packed; begin a multiple of eight), then
-// one at a time. `width` is an integral_constant.
-template <typename G, bool Packed, typename F>
-__device__ __forceinline__ void each_class(std::int64_t begin, std::int64_t end, F&& f) {
-  if constexpr (Packed) {
-    const std::int64_t packed = begin + (end - begin) / kPack * kPack;
-    for (std::int64_t c = begin + G::lane() * kPack; c < packed; c += G::lanes * kPack) f(std::integral_constant<int, kPack>{}, c);
-    begin = packed;
-  }
-  for (std::int64_t c = begin + G::lane(); c < end; c += G::lanes) f(std::integral_constant<int, 1>{}, c);
+// f(classes) for this thread's share of [begin, end), N at a time. All threads of the group come along. The way back finds in
+// the caches what the way there read last.
+template <typename G, int N, bool Back = false, typename F>
+__device__ __forceinline__ void each_classes(std::int64_t begin, std::int64_t end, F&& f) {
+  constexpr std::int64_t span = N * G::lanes;
+  std::int64_t c = begin + (Back && end > begin ? (end - begin - 1) / span * span : 0);
+#pragma unroll 1
+  for (; Back ? c >= begin && c < end : c < end; c += Back ? -span : span) f(Classes<N, G::lanes>(c + G::lane(), end));
 }
 
-// True where eight classes at once may be moved in `x`: unit stride, and every row starts at a multiple of 16 bytes.
-inline bool packs(const Logits& x, const std::int64_t* size, int dims) {
-  if (!x.present) return true;
-  if (x.class_stride != 1 || !aligned16(x.data) || x.dtype == DType::f64) return false;
-  for (int d = 0; d < dims; ++d)
-    if (size[d] > 1 && x.row_stride[d] % kPack) return false;
-  return true;
+// True where x holds values of T whose classes lie together.
+template <typename T>
+bool holds(const Logits& x) {
+  constexpr DType dtype = sizeof(T) == 4 ? DType::f32 : DType::bf16;
+  return !x.present || (x.dtype == dtype && x.class_stride == 1);
 }
 
 // Sums `total` over the block's threads and leaves it in partial[blockIdx.x], or, scaled, in `out` where it is alone.

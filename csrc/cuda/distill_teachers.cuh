@@ -35,11 +35,15 @@ struct EnsemblePlace {
   }
 };
 
-// A row for a group of threads, computed in C.
-template <typename C, int Lanes>
+// A row for a group of threads, computed in C. T: the type of all logits and gradients, whose classes lie together and whose
+// weights are those of rows; void: any, known at run time.
+template <typename C, int Lanes, typename T>
 class TeacherRow {
  protected:
   using G = Group<Lanes>;
+  static constexpr int N = sizeof(C) == 4 ? 4 : 1;          // classes of a thread at a time
+  static constexpr int kTogether = kKnown<T> ? 4 : 1;  // teachers that are loaded at a time
+  using Part = Classes<N, Lanes>;
   // Sums over classes are taken by warps, and kept by each of a block's.
   static constexpr int kParts = Lanes == kBlock ? kWarps : 1;
   static_assert(kDot + kWarps <= kEnsembleNumbers);
@@ -53,13 +57,21 @@ class TeacherRow {
     factors_[0] = at_.outer[0] * a_.scale * temperature_, factors_[1] = at_.outer[1] * a_.scale;
   }
   __device__ __forceinline__ bool wants_late() const { return a_.teachers_grad.present || a_.weights_grad.present; }
+  __device__ __forceinline__ bool by_class() const { return !kKnown<T> && a_.by_class; }
 
   // --- what is kept per teacher
 
-  __device__ __forceinline__ C number(int name, int k) const { return static_cast<C>(exactly(name, k)); }
-  __device__ __forceinline__ double exactly(int name, int k) const { return slot_[(static_cast<std::int64_t>(name) * K_ + k) * step_]; }
-  __device__ __forceinline__ void keep(int name, int k, double value) {
-    if (G::lane() == 0) slot_[(static_cast<std::int64_t>(name) * K_ + k) * step_] = value;
+  __device__ __forceinline__ double* place(int name, int k) const {
+    return slot_ + (static_cast<std::int64_t>(k) * kEnsembleNumbers + name) * (Lanes == 1 ? step_ : 1);
+  }
+  // kShare to kLogSum are kept as they are computed, the rest in fp64.
+  __device__ __forceinline__ C number(int name, int k) const { return *reinterpret_cast<const C*>(place(name, k)); }
+  __device__ __forceinline__ double exactly(int name, int k) const { return *place(name, k); }
+  __device__ __forceinline__ void keep(int name, int k, C value) const {
+    if (G::lane() == 0) *reinterpret_cast<C*>(place(name, k)) = value;
+  }
+  __device__ __forceinline__ void keep_exactly(int name, int k, double value) const {
+    if (G::lane() == 0) *place(name, k) = value;
   }
   // What one thread keeps, the others read.
   __device__ __forceinline__ static void together() {
@@ -67,16 +79,18 @@ class TeacherRow {
     if constexpr (Lanes == kBlock) __syncthreads();
   }
 
-  // Sums over classes, per teacher: cleared, added to by chunks of the group's classes, put together.
+  // Sums over classes, per teacher: cleared, added to by parts of the group's classes, put together.
   __device__ __forceinline__ void clear_dots() {
     together();
-    for (int i = G::lane(); i < kParts * K_; i += Lanes) slot_[(static_cast<std::int64_t>(kDot) * K_ + i) * step_] = 0;
+    for (int k = G::lane(); k < K_; k += Lanes)
+      for (int part = 0; part < kParts; ++part) *place(kDot + part, k) = 0;
     together();
   }
-  __device__ __forceinline__ void add_dot(int k, double value) {
-    if constexpr (Lanes > 1) value = Group<32>::sum(value);
+  __device__ __forceinline__ void add_dot(int k, C value) {
+    double sum = static_cast<double>(value);
+    if constexpr (Lanes > 1) sum = Group<32>::sum(sum);
     const int part = Lanes == kBlock ? static_cast<int>(threadIdx.x) / 32 : 0;
-    if (Lanes == 1 || threadIdx.x % 32 == 0) slot_[(static_cast<std::int64_t>(kDot + part) * K_ + k) * step_] += value;
+    if (Lanes == 1 || threadIdx.x % 32 == 0) *place(kDot + part, k) += sum;
   }
   __device__ __forceinline__ void gather_dots() {
     together();
@@ -84,79 +98,125 @@ class TeacherRow {
       for (int k = G::lane(); k < K_; k += Lanes) {
         double sum = 0;
         for (int part = 0; part < kParts; ++part) sum += exactly(kDot + part, k);
-        slot_[(static_cast<std::int64_t>(kDot) * K_ + k) * step_] = sum;
+        *place(kDot, k) = sum;
       }
       together();
     }
   }
 
-  // f(c, mine) for chunks of classes, a class per thread: all threads of the group come along, with c of the last class at most.
-  template <typename F>
-  __device__ __forceinline__ void each_chunk(F&& f) const {
-    for (std::int64_t begin = 0; begin < a_.classes; begin += Lanes) {
-      const std::int64_t c = begin + G::lane();
-      f(c < a_.classes ? c : a_.classes - 1, c < a_.classes);
-    }
+  // f(part) for parts of the group's classes: all of its threads come along.
+  template <bool Back = false, typename F>
+  __device__ __forceinline__ void each_part(F&& f) const {
+    each_classes<G, N, Back>(0, a_.classes, f);
   }
 
-  // --- inputs
+  // --- inputs and outputs
 
-  __device__ __forceinline__ C teacher(int k, std::int64_t c) const {
-    return load_value<C>(a_.teachers.data, a_.teachers.dtype, at_.teachers + k * a_.teachers.stack_stride + c * a_.teachers.class_stride);
+  __device__ __forceinline__ void load_teacher(int k, const Part& part, C (&x)[N]) const {
+    load_classes<T>(a_.teachers, at_.teachers + k * a_.teachers.stack_stride, part, x);
   }
-  __device__ __forceinline__ C student(std::int64_t c) const {
-    return load_value<C>(a_.student.data, a_.student.dtype, at_.student + c * a_.student.class_stride);
+  __device__ __forceinline__ void load_student(const Part& part, C (&x)[N]) const { load_classes<T>(a_.student, at_.student, part, x); }
+  __device__ __forceinline__ void to_student(const Part& part, const C (&value)[N]) const {
+    store_classes<T>(a_.student_grad, at_.student_grad, part, value);
   }
-  __device__ __forceinline__ void to_student(std::int64_t c, C value) const {
-    store_value<C>(a_.student_grad.data, a_.student_grad.dtype, at_.student_grad + c * a_.student_grad.class_stride, value);
-  }
-  __device__ __forceinline__ void to_teacher(int k, std::int64_t c, C value) const {
-    const Stack& to = a_.teachers_grad;
-    store_value<C>(to.data, to.dtype, at_.teachers_grad + k * to.stack_stride + c * to.class_stride, value);
+  __device__ __forceinline__ void to_teacher(int k, const Part& part, const C (&value)[N]) const {
+    store_classes<T>(a_.teachers_grad, at_.teachers_grad + k * a_.teachers_grad.stack_stride, part, value);
   }
   __device__ __forceinline__ void to_weight(int k, std::int64_t c, double value) const {
     const Stack& to = a_.weights_grad;
-    store_value<double>(to.data, to.dtype, at_.weights_grad + k * to.stack_stride + c * to.class_stride, value);
+    store_weight_gradient(to, at_.weights_grad + k * to.stack_stride + c * to.class_stride, value);
   }
+
+  // --- shares
 
   __device__ __forceinline__ double weight(int k, std::int64_t c) const { return weight_of(a_, at_.weights, k, c); }
-  // A teacher's share at class c, whose weights sum to `sum` (looked at where weights differ between classes).
-  __device__ __forceinline__ C share(int k, std::int64_t c, double sum) const {
-    if (!a_.by_class) return number(kShare, k);
-    return static_cast<C>(sum == 0 ? 1.0 / K_ : weight(k, c) / sum);
+  __device__ __forceinline__ static std::int64_t class_of(const Part& part, int i) { return part.first + (part.holds(i) ? i * Lanes : 0); }
+  // The sums of the weights of a part's classes, looked at where they differ between classes.
+  __device__ __forceinline__ void find_sums(const Part& part, double (&sum)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] = by_class() && part.left > 0 ? weight_sum(a_, at_.weights, class_of(part, i)) : 0.0;
   }
-  __device__ __forceinline__ double sum_at(std::int64_t c) const { return a_.by_class ? weight_sum(a_, at_.weights, c) : 0.0; }
-
+  // A teacher's shares of a part's classes.
+  __device__ __forceinline__ void find_shares(int k, const Part& part, const double (&sum)[N], C (&share)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      share[i] = !by_class() ? number(kShare, k)
+                 : part.left > 0 ? static_cast<C>(share_of(a_, at_.weights, k, class_of(part, i), sum[i]))
+                                 : C(0);
+  }
   __device__ void find_shares() {
     together();  // the last row's numbers are no longer read
-    if (a_.by_class) return;
+    if (by_class()) return;
     total_ = weight_sum(a_, at_.weights, 0);
-    for (int k = 0; k < K_; ++k) keep(kShare, k, total_ == 0 ? 1.0 / K_ : weight(k, 0) / total_);
+    for (int k = 0; k < K_; ++k) {
+      const double share = total_ == 0 ? 1.0 / K_ : weight(k, 0) / total_;
+      keep_exactly(kWeight, k, share), keep(kShare, k, static_cast<C>(share));
+    }
     together();
   }
+  // The softmax of a teacher without a share is not known, nor needed.
+  __device__ __forceinline__ bool skipped(int k) const { return !by_class() && number(kShare, k) == C(0); }
 
-  __device__ void find_student() {
-    Softmax<C> soft;
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-      const C x[1] = {student(c)};
-      soft.template add<1>(x, inverse_t_);
+  // --- softmaxes
+
+  __device__ __forceinline__ void find_student() {
+    add_softmaxes<1>([&](int, const auto& part, auto& x) { load_classes<T>(a_.student, at_.student, part, x); },
+                     [&](int, const Softmax<C>& soft) {
+                       student_ = soft;
+                       student_inverse_ = static_cast<C>(1 / soft.sum);
+                       student_log_sum_ = logarithm(static_cast<C>(soft.sum));
+                     });
+  }
+  // f(k, softmax) for all teachers.
+  template <typename F>
+  __device__ __forceinline__ void each_softmax(F&& f) const {
+    each_few([&](auto few, int first) {
+      add_softmaxes<decltype(few)::value>(
+          [&](int j, const auto& part, auto& x) {
+            load_classes<T>(a_.teachers, at_.teachers + (first + j) * a_.teachers.stack_stride, part, x);
+          },
+          [&](int j, const Softmax<C>& soft) { f(first + j, soft); });
+    });
+    together();
+  }
+  // f(j, softmax) of J rows, whose parts load(j, part, x) finds; about as many loads are under way for one as for many.
+  template <int J, typename Load, typename F>
+  __device__ __forceinline__ void add_softmaxes(Load&& load, F&& f) const {
+    constexpr int M = kKnown<T> && Lanes == kBlock ? N * (4 / J) : N;
+    Softmax<C> soft[J];
+    each_classes<G, M>(0, a_.classes, [&](const auto& part) {
+      C x[J][M];
+#pragma unroll
+      for (int j = 0; j < J; ++j) load(j, part, x[j]);
+#pragma unroll
+      for (int j = 0; j < J; ++j) soft[j].template add<M>(x[j], inverse_t_);
+    });
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      soft[j].template gather<G>(inverse_t_);
+      f(j, soft[j]);
     }
-    soft.template gather<G>(inverse_t_);
-    student_ = soft;
-    student_inverse_ = static_cast<C>(1 / soft.sum);
-    student_log_sum_ = logarithm(static_cast<C>(soft.sum));
+  }
+  // f(number, first) for teachers, kTogether at a time; `number` is an integral_constant.
+  template <typename F>
+  __device__ __forceinline__ void each_few(F&& f) const {
+    int first = 0;
+#pragma unroll 1
+    for (; first + kTogether <= K_; first += kTogether) f(std::integral_constant<int, kTogether>{}, first);
+    if constexpr (kTogether > 1) {
+      if (K_ - first >= 2) f(std::integral_constant<int, 2>{}, first), first += 2;
+      if (K_ - first) f(std::integral_constant<int, 1>{}, first);
+    }
   }
 
   // With kDot the derivative toward each share: those of the weights, w_k / sum w.
   __device__ void weight_gradients(double factor) {
-    if (!a_.weights_grad.present || a_.by_class) return;
+    if (!a_.weights_grad.present || by_class()) return;
     double mean = 0;
-    for (int k = 0; k < K_; ++k) mean += exactly(kShare, k) == 0 ? 0.0 : exactly(kShare, k) * exactly(kDot, k);
+    for (int k = 0; k < K_; ++k) mean += exactly(kWeight, k) == 0 ? 0.0 : exactly(kWeight, k) * exactly(kDot, k);
     for (int k = G::lane(); k < K_; k += Lanes)
-      to_weight(k, 0, total_ == 0 || exactly(kShare, k) == 0 ? 0.0 : factor * (exactly(kDot, k) - mean) / total_);
+      to_weight(k, 0, total_ == 0 || exactly(kWeight, k) == 0 ? 0.0 : factor * (exactly(kDot, k) - mean) / total_);
   }
-  // The softmax of a teacher without a share is not known, nor needed.
-  __device__ __forceinline__ bool skipped(int k) const { return !a_.by_class && number(kShare, k) == C(0); }
 
   const EnsembleCall& a_;
   const EnsemblePlace& at_;
