@@ -89,13 +89,13 @@ inline BlendForward parse_forward(Maps& maps, py::handle background, py::handle 
 // `maps` are of grad. What is left open are workspaces too.
 inline BlendBackward parse_backward(Maps& maps, py::handle foreground, py::handle background, py::handle index,
                                     std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background,
-                                    py::handle grad_alpha, std::int64_t sums_per_sample = 1) {
+                                    py::handle grad_alpha) {
   BlendBackward call{};
   require(background_rows >= 0 && (!index.is_none() || background_rows == maps.count()), "without an index, background has as many rows as the gradient");
   call.dtype = maps.dtype, call.rows = maps.count(), call.background_rows = background_rows, call.size = maps.size;
   call.grad = maps.first(), call.foreground = maps.rows(foreground, call.rows), call.background = maps.rows(background, background_rows);
   call.grad_foreground = maps.rows(grad_foreground, call.rows), call.grad_background = maps.rows(grad_background, background_rows);
-  call.grad_alpha = maps.optional_values<double>(grad_alpha, call.rows * sums_per_sample);
+  call.grad_alpha = maps.optional_values<double>(grad_alpha, call.rows);
   require(!call.grad_alpha.present || (call.foreground.present && call.background.present), "the gradient of alpha reads both maps");
   call.index = maps.index(index);
   return call;

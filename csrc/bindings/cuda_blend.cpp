@@ -32,8 +32,9 @@ bool backward(py::handle grad, py::handle foreground, py::handle background, py:
               std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background, py::handle grad_alpha,
               py::handle start, py::handle order, std::uintptr_t stream) {
   Maps maps(grad);
-  BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha,
-                                      blend_chunks(maps.size));
+  BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, py::none());
+  call.grad_alpha = maps.optional_values<double>(grad_alpha, call.rows * blend_chunks(maps.size));
+  require(!call.grad_alpha.present || (call.foreground.present && call.background.present), "the gradient of alpha reads both maps");
   if (!maps.fits) return false;
   call.alpha = weights(maps, alpha, value);
   call.start = maps.optional_values<const std::int64_t>(start, background_rows + 1);

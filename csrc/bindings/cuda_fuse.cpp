@@ -19,7 +19,8 @@ cuda::FuseCall call_of(const MapView& one, bool relu, bool mean, std::size_t map
 // False where a vector has gaps, or another dtype than kernels read beside such maps.
 bool read_numbers(py::handle given, const MapView& map, std::int64_t channels, cuda::ChannelNumbers& to) {
   if (given.is_none()) return true;
-  const TensorView vector = channel_vector(given, map, channels);
+  const TensorView vector = checked_view(given.ptr());
+  require(vector.dims == 1 && vector.shape[0] == channels && vector.same_device(map.tensor), "scale and shift have a number for each channel of all maps");
   to.data = vector.data, to.present = true;
   return vector.floating(to.dtype) && vector.contiguous() && (to.dtype != DType::f64 || map.dtype == DType::f64);
 }

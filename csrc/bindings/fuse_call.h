@@ -52,19 +52,14 @@ inline void check_reads(bool maps, bool result, bool to_scale, bool relu, bool m
   require(maps || (!to_scale && !(relu && (mean || !result))), "the gradient of fuse needs its maps or its result");
 }
 
-// scale or shift of all maps' channels.
-inline TensorView channel_vector(py::handle given, const MapView& map, std::int64_t channels) {
-  const TensorView vector = checked_view(given.ptr());
-  require(vector.dims == 1 && vector.shape[0] == channels && vector.same_device(map.tensor), "scale and shift have a number for each channel of all maps");
-  return vector;
-}
-
-// Reads scale or shift, or None; false where it has gaps or another dtype than maps are computed in.
+// Reads scale or shift of all maps' channels, or None; false where it has gaps or another dtype than maps are computed in.
 inline bool read_vector(py::handle given, const MapView& map, std::int64_t channels, Optional<const void>& to) {
   if (given.is_none()) return true;
-  const TensorView vector = channel_vector(given, map, channels);
+  const TensorView vector = checked_view(given.ptr());
+  const DType dtype = map.dtype;
+  require(vector.dims == 1 && vector.shape[0] == channels && vector.same_device(map.tensor), "scale and shift have a number for each channel of all maps");
   to = {vector.data, true};
-  return vector.code == 2 && vector.bits == (map.dtype == DType::f64 ? 64 : 32) && vector.contiguous();
+  return vector.code == 2 && vector.bits == (dtype == DType::f64 ? 64 : 32) && vector.contiguous();
 }
 
 // A dense fp64 tensor of so many elements, or None.
