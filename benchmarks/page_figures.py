@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks import bench_methods, comparisons, profile_methods, sources
+from benchmarks import bench_methods, comparisons, gpu_figures, profile_methods, sources
 from benchmarks.comparisons import Comparison, read_results
 from benchmarks.page import Page
 from benchmarks.report import left_out, our_time, present, ratio
@@ -672,6 +672,9 @@ def _speed() -> Page:
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
             "operators": operators,
+            "gpu runs": gpu_figures.whole_runs,
+            "gpu kernels": gpu_figures.kernels,
+            "gpu operators": gpu_figures.beside_others,
         },
     )
 

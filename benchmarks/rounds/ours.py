@@ -44,7 +44,7 @@ def federated_data(task: Task) -> FederatedData:
         mean=MEAN,
         std=STD,
         augment="none",
-        statistics=PartitionStatistics.of(list(labels.numpy()), names, "iid"),
+        statistics=PartitionStatistics.of(list(labels.cpu().numpy()), names, "iid"),
     )
 
 

@@ -6,13 +6,12 @@ size Triton serves.  On the CPU there is nothing to choose: the CPU core serves,
 Thresholds that were measured are in crossovers.json, see crossovers.py.  The entry of this GPU's name counts, else the
 latest of a GPU of the same major compute capability.  Where no entry names the operator, :data:`CROSSOVER` holds.
 
-**No threshold in :data:`CROSSOVER` has been measured on a GPU.**  They follow from these estimates:
+The file has an H200's, which all of compute capability 9 take.  Those in :data:`CROSSOVER` are estimates for the rest:
 
-* Launch: it costs the host about 3 to 5 µs through the compiled core (one call through pybind11 and ``<<<>>>``) and 10
-  to 20 µs through Triton, whose launcher looks at every argument in Python to find its specialisation.  The GPU runs
-  behind the host, so the launch shows only as long as the kernel is shorter than the launch.  At an H200's 4.8 TB/s,
-  20 µs are 96 MB of traffic.  There the two are equal if their kernels are equally good.  :data:`LAUNCH_HIDDEN` is this
-  size, for an operator that reads its first tensor once and writes as much.
+* Launch: it costs the host a few µs through the compiled core and many times that through Triton, whose launcher looks
+  at every argument in Python to find its specialisation.  The GPU runs behind the host, so the launch shows only as
+  long as the kernel is shorter than the launch.  At 4.8 TB/s, 20 µs are 96 MB of traffic.  :data:`LAUNCH_HIDDEN` is
+  this size, for an operator that reads its first tensor once and writes as much.
 * Below this size CUDA is right for every operator.
 * Operators that only move memory (blend, boxes, the means, fuse, and contrastive beside its products): above this size
   neither backend can win by more than the last tenth of the bandwidth.  CUDA stays, since it compiles nothing at first
@@ -22,7 +21,7 @@ latest of a GPU of the same major compute capability.  Where no entry names the 
   them.  So Triton takes the large sizes.
 * Ensembles: CUDA at every size, since Triton reads the teachers once more, for the sums of exponentials.
 
-Measurements take the estimates' place by the stages of the operators and ``thresholds`` of ``benchmarks/gpu/all.sh``.
+Measurements take the estimates' place by the stages ``kernels`` and ``thresholds`` of ``benchmarks/gpu/all.sh``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""What docs/speed.md says of a GPU in figures (`benchmarks.pages`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks import bench_methods, comparisons
+from benchmarks.comparisons import Comparison, read_results
+from benchmarks.studies.study import table
+
+GPU = "nvidia-h200"
+Lines = Sequence[str]
+
+
+def _loaded(name: str) -> Mapping[str, Any]:
+    found: dict[str, Any] = json.loads((comparisons.RESULTS / f"{name}_{GPU}.json").read_text())
+    return found
+
+
+def _caption(machine: Mapping[str, Any]) -> Lines:
+    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['time'][:10]}.", ""]
+
+
+def kernels() -> Lines:
+    """The CUDA kernels at their large size: the share of a copy's bandwidth, and the reference's time over ours."""
+    content = _loaded("kernels")
+    found: dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        if row["size"] == "large" and "seconds" in row and row["operator"] != "contrastive":  # which products bind
+            found.setdefault(row["operator"], {})[row["dtype"], row["odd"], row["backend"]] = row
+    lines = []
+    for name, rows in found.items():
+        ours, plain = rows["fp32", False, "cuda"], rows.get(("fp32", False, "reference"))
+        shares = [rows.get((dtype, odd, "cuda")) for dtype in ("fp32", "bf16") for odd in (False, True)]
+        lines.append([
+            f"`{name}`", f"{1e6 * ours['seconds']:.0f} µs",
+            *("–" if one is None else f"{100 * one['share']:.0f} %" for one in shares),
+            "–" if plain is None else f"{plain['seconds'] / ours['seconds']:.1f}×",
+        ])  # fmt: skip
+    header = ["operator", "fp32", "of a copy: fp32", "fp32, odd", "bf16", "bf16, odd", "over the reference"]
+    return [*_caption(content["machine"]), *table(header, lines).split("\n")]
+
+
+def beside_others() -> Lines:
+    """The operators' benchmarks: others' times over ours by the GPU's clock, in brackets by the wall's."""
+    recorded = [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
+    lines = []
+    for row in (row for one in recorded for row in one.rows):
+        best = [name for name in row.speedup if name not in ("eager", "compile")]
+        others = ", ".join(f"{_against(row, name)} {name}" for name in best)
+        lines.append([f"`{row.group}`", row.case, _against(row, "eager"), _against(row, "compile"), others])
+    header = ["operator", "size", "over eager", "over `torch.compile`", "over others"]
+    return [*_caption(recorded[0].machine), *table(header, lines).split("\n")]
+
+
+def _against(row: Comparison, name: str) -> str:
+    if name not in row.speedup:
+        return ""
+    kernel, wall = row.speedup[name], row.wall_seconds[name] / row.wall_seconds[row.ours]
+    bold = "**" if kernel < 1 else ""
+    return f"{bold}{kernel:.2f}×{bold} ({wall:.2f}×)"
+
+
+def whole_runs() -> Lines:
+    """Whole commands on the GPU, plain and ours."""
+    content = _loaded("methods")
+    lines = []
+    for row in (bench_methods.Row(**one) for one in content["cases"]):
+        plain, ours = (median(row.seconds[name]) for name in (bench_methods.PLAIN, bench_methods.OURS))
+        lines.append([f"`{row.method}`", f"{plain:.1f} s", f"{ours:.1f} s", f"{plain / ours:.2f}×"])
+    header = ["run", "plain PyTorch", "fedkern", "over plain"]
+    return [*_caption(content["machine"]), *table(header, lines).split("\n")]
