@@ -330,6 +330,7 @@ __global__ void __launch_bounds__(kBlock) median_start(const double* squared, co
   const bool far = most > 1e4 * scale && most > 1e10 * smoothing;
   double pull = 0;
   if (used) pull = (far ? weight[m] / (away[m] > scale ? away[m] : scale) : weight[m]) + (away[m] - away[m]);
+  if (m < count && weight[m] != weight[m]) pull = weight[m];
   const double total = Group<kBlock>::sum(pull);
   const bool drawn = most > kMostApart * scale;
   if (m < count) start->shares[m] = pull / total, start->factors[m] = drawn && used && scale < away[m] ? scale / away[m] : 1.0;
@@ -360,7 +361,7 @@ __global__ void __launch_bounds__(kBlock) median_shares(const double* squared, c
   for (std::int64_t iteration = 0; iteration < iterations; ++iteration) {
     const double sum = times(share), square = (used ? product(m) : 0.0) - 2 * sum + Group<kBlock>::sum(share * sum);
     const double away = sqrt(square < 0 ? 0.0 : square);
-    const double pull = used ? weight / (away < smoothing ? smoothing : away) : 0.0;
+    const double pull = used ? weight / (away < smoothing ? smoothing : away) : weight != weight ? weight : 0.0;
     const double following = pull / Group<kBlock>::sum(pull), change = following - share;
     const double step = Group<kBlock>::sum(change * times(change));
     share = following;

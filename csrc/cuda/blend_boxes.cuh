@@ -125,8 +125,8 @@ void launch_boxes(const FillBoxes& a, const Queue& queue) {
   const auto rows_follow = [&](const std::int64_t* s, std::int64_t step) {
     return (a.width == 1 || s[3] == step) && (a.height == 1 || s[2] == step * a.width);
   };
-  const bool interleaved = a.channels > 1 && a.stride[1] == 1 && a.out_stride[1] == 1 && rows_follow(a.stride, a.channels) &&
-                           rows_follow(a.out_stride, a.channels);
+  const bool interleaved = a.channels > 1 && a.width * a.channels <= INT32_MAX && a.stride[1] == 1 && a.out_stride[1] == 1 &&
+                           rows_follow(a.stride, a.channels) && rows_follow(a.out_stride, a.channels);
   const std::int64_t pixels = a.height * a.width;
   if (interleaved) {
     if (wide(pixels * a.channels, {a.stride[0], a.out_stride[0]})) return launch_boxes<T, N, true>(a, queue);

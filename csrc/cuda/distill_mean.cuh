@@ -46,8 +46,8 @@ class MeanRow : TeacherRow<C, Lanes, T> {
   }
 
  private:
-  // True where the student's gradient is known as soon as all teachers' terms of a class are.
-  __device__ __forceinline__ bool at_once() const { return K_ <= kTogether && !a_.as_is; }
+  // True where the student's gradient is known as soon as all teachers' terms of a class are: of one call of each_few.
+  __device__ __forceinline__ bool at_once() const { return (K_ < 3 || K_ == kTogether) && K_ <= kTogether && !a_.as_is; }
   __device__ __forceinline__ Pair<C> pair_of(int k) const {
     return {number(kMaximum, k), student_.maximum, number(kInverse, k), student_inverse_, number(kLogSum, k)};
   }

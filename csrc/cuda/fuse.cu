@@ -1,6 +1,6 @@
 // fuse on CUDA. Every map is read and every result written once, in 128-bit accesses where addresses and sizes allow, backward
 // too; products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once. Gradients of scale and shift are summed in
-// fp64, in an order that the sizes and the device fix.
+// fp64, in an order that sizes, alignment and the device fix.
 #include <algorithm>
 
 #include "fedkern/fuse_cuda.h"
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const __grid_constant__
   const int c = s.channel<N, Interleaved>();
   if (c >= s.channels) return;
   const int first = a.mean ? 0 : from.holder(c), last = a.mean ? from.count : first + 1;
-  const C share = C(1) / static_cast<C>(last - first);
+  const C count = static_cast<C>(last - first);
   Affine<C, Interleaved ? N : 1> affine;
   if (!a.mean) affine.read(a, c);
   each_place<N, Interleaved, K>(s, [&](const Places<K>& at) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const __grid_constant__
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[k][i] *= share;
+      for (int i = 0; i < N; ++i) sum[k][i] /= count;
     store<T, Interleaved>(out, c, at, sum);
   });
 }
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
       for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const C x = widen<C>(seen[k].lane[i]), y = map.present ? affine(x, i) : x;
+          const C x = at.valid[k] ? widen<C>(seen[k].lane[i]) : C(0), y = map.present ? affine(x, i) : x;
           g[k][i] = !at.valid[k] || (a.relu && y <= 0) ? C(0) : widen<C>(grads[k].lane[i]);
           if (partial) {
             product[i % kChannels] += static_cast<double>(g[k][i]) * static_cast<double>(x);

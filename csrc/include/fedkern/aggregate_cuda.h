@@ -1,5 +1,5 @@
 // aggregate on CUDA: device pointers throughout, on a device and a stream of the caller's. Sums are taken in fp64, in an
-// order that the sizes and the device fix. Lists of vectors travel as kernel parameters: nothing is copied to the device, so
+// order that sizes, alignment and the device fix. Lists of vectors travel as kernel parameters: nothing is copied to the device, so
 // that every call may be captured in a graph.
 #pragma once
 

@@ -219,3 +219,29 @@ def test_little_mass_in_other_ways(device: torch.device, more: dict[str, Any]) -
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> None:
     compare_random_masks("cuda", scale, rows=100, device=device)
+
+
+@pytest.mark.parametrize("classes", [100, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", range(1, 8))
+def test_the_students_gradient_has_every_teacher(
+    device: torch.device, count: int, dtype: torch.dtype, classes: int
+) -> None:
+    """Some numbers of teachers are read in several parts, and the gradient is not the last part's."""
+    draw = torch.Generator().manual_seed(count)
+    student, teachers = (torch.randn(*shape, classes, generator=draw).to(dtype) for shape in ((3,), (count, 3)))
+    weights = torch.arange(1.0, count + 1)
+
+    def gradient(*given: Tensor) -> Tensor:
+        leaf = given[0].detach().requires_grad_()
+        ops.ensemble_kl(leaf, *given[1:], 2.0, mode="mean_of_kl").backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    got = gradient(student.to(device), teachers.to(device), weights.to(device))
+    with ops.use_backend("reference"):
+        expected = gradient(student.double(), teachers.double(), weights.double())
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(
+        got.double().cpu(), expected, rtol=0, atol=scale * (1e-2 if dtype.itemsize == 2 else 1e-5)
+    )
