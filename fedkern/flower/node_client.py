@@ -46,7 +46,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
 from fedkern.torch_modes import cpu_threads, reproducible
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.ops._core.checks import check_dense
 from fedkern.ops._core.private_torch import functorch_active
 
-ALIGNED = 16  # bytes: at other addresses cuDNN finds no algorithm, or stops with a misaligned access
+ALIGNED = 8  # elements, 16 bytes in 16 bits: at other addresses cuDNN finds no algorithm, or stops with an error
 
 # (owner, attribute, qualified name, tensor, is parameter)
 Entry = tuple[nn.Module, str, str, Tensor, bool]
@@ -25,8 +25,8 @@ class FlatGroup(NamedTuple):
     """The flat tensors of one dtype.
 
     Attributes:
-        vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of 16
-            bytes.
+        vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of
+            eight elements.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
         buffers: ``[Q]``, its last elements: frozen parameters of a module that also has trained ones, in the order of
             ``module.parameters()``, then floating buffers in the order of ``module.buffers()``.
@@ -65,8 +65,9 @@ class FlatParameters:
 
     The tensors stay the same objects (optimisers and hooks keep working) with the same shapes and strides: a
     channels-last weight is still channels-last.  The vector holds each tensor's elements in memory order, so that two
-    modules of the same architecture, memory format and frozen parameters have the same :meth:`layout`.  Every tensor
-    begins at a multiple of 16 bytes, as GPU libraries need it; zeros lie between, and stay zeros in steps and means.
+    modules of the same architecture, memory format and frozen parameters have the same :meth:`layout`, in any dtype.
+    Every tensor begins at a multiple of eight elements, as GPU libraries need it.  Zeros lie between: they stay zeros
+    in means and in steps (with ``eps`` above 0); noise on a whole vector reaches them, and no tensor has them.
     ``state_dict`` keys, ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its
     state behave as before.  Shared (tied) tensors appear once.
 
@@ -263,8 +264,9 @@ class FlatParameters:
         behind = self._only().buffers.storage_offset()
         found: dict[str, dict[str, slice]] = {"parameters": {}, "buffers": {}, "integers": {}}
         for slot in (slot for slots in self._slots.values() for slot in slots):
-            begin = slot.offset if slot.trained else slot.offset - behind
-            found["parameters" if slot.trained else "buffers"][slot.name] = slice(begin, begin + slot.tensor.numel())
+            inside = slot.offset < len(self._groups[slot.tensor.dtype].parameters)  # also of a buffer that views one
+            begin = slot.offset if inside else slot.offset - behind
+            found["parameters" if inside else "buffers"][slot.name] = slice(begin, begin + slot.tensor.numel())
         end = 0
         for _, _, name, tensor, _ in self._integers:
             found["integers"][name] = slice(end, end := end + tensor.numel())
@@ -567,14 +569,13 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
     entries = sorted(entries, key=lambda entry: id(entry[3]) not in trained)
     # Tensors that view exactly the same memory (weight = other.weight.data) keep sharing it.
     placed: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
-    first = entries[0][3]
     offsets, sources, taken, end, parameters = [], [], [], 0, 0
     for _, _, name, tensor, _ in entries:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in placed:
             offsets.append(placed[key])
         else:
-            end += -end % max(1, ALIGNED // first.element_size())
+            end += -end % ALIGNED
             placed[key] = end
             offsets.append(end)
             sources.append((tensor, end))
@@ -586,6 +587,7 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
     for (_, stop, name), (start, _, other) in itertools.pairwise(taken):
         if start < stop:
             raise ValueError(f"{name!r} and {other!r} overlap in memory without being the same tensor")
+    first = entries[0][3]
     vector = torch.zeros(end, dtype=first.dtype, device=first.device)
     slots = []
     with torch.no_grad():

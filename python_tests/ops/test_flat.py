@@ -74,10 +74,10 @@ def test_state_strides_and_outputs_stay(channels_last: bool) -> None:
 
 
 def laid_out(tensors: Iterable[Tensor]) -> Tensor:
-    """The elements of fp32 tensors, each from a multiple of 16 bytes on."""
+    """The elements of tensors, each from a multiple of eight on."""
     vector = torch.zeros(0)
     for tensor in tensors:
-        vector = torch.cat([vector, torch.zeros(-len(vector) % 4), tensor.detach().reshape(-1)])
+        vector = torch.cat([vector, torch.zeros(-len(vector) % 8), tensor.detach().reshape(-1)])
     return vector
 
 
@@ -101,6 +101,21 @@ def test_vector_holds_everything_once_in_order() -> None:
     assert [name for name, *_ in flat.layout()].count("encode.weight") == 1
     assert "decode.weight" not in [name for name, *_ in flat.layout()]
     assert "parameters + " in repr(flat)
+
+
+def test_vectors_fit_a_module_of_another_dtype() -> None:
+    wide, narrow = FlatParameters(nn.Linear(3, 5)), FlatParameters(nn.Linear(3, 5).bfloat16())
+    narrow.load(wide.vector)
+    assert torch.equal(narrow.module.bias, wide.module.bias.bfloat16())
+    assert {tensor.data_ptr() % 16 for flat in (wide, narrow) for tensor in flat.module.parameters()} == {0}
+
+
+def test_a_buffer_that_views_a_parameter_is_found_among_the_parameters() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    module[0].register_buffer("shadow", module[0].bias.data)
+    places = FlatParameters(module).places()
+    assert places["parameters"]["0.shadow"] == places["parameters"]["0.bias"]
+    assert set(places["buffers"]) == {"1.running_mean", "1.running_var"}
 
 
 def test_writes_go_both_ways() -> None:
@@ -563,7 +578,7 @@ def test_freezing_single_parameters_is_noticed() -> None:
         _ = flat.parameters
     assert not flat.is_flat
     flat.flatten()
-    assert torch.equal(flat.parameters, torch.cat([p.detach() for p in module[1].parameters()]))
+    assert torch.equal(flat.parameters, laid_out(module[1].parameters()))
     assert torch.equal(flat.buffers[:12].view(4, 3), module[0].weight)
     assert copy.deepcopy(flat).layout() == pickle.loads(pickle.dumps(flat)).layout() == flat.layout()
     with pytest.raises(ValueError, match=r"here \('1\.weight'.*there \('0\.weight'"):
@@ -572,13 +587,13 @@ def test_freezing_single_parameters_is_noticed() -> None:
         module.requires_grad_(requires_grad)
         with pytest.raises(RuntimeError, match="requires_grad of"):
             flat.gradients()
-    assert len(flat.flatten().gradients()) == 24
+    assert len(flat.flatten().gradients()) == len(laid_out(module.parameters()))
 
 
 def test_frozen_parameters_of_another_dtype() -> None:
     module = nn.Sequential(nn.Linear(3, 4).half().requires_grad_(False), nn.Linear(4, 2))
     flat = FlatParameters(module)
-    assert len(flat.groups[torch.float16].buffers) == 20  # the bias begins at a multiple of 16 bytes
+    assert len(flat.groups[torch.float16].buffers) == 20  # the bias begins at a multiple of eight
     assert flat.gradients(torch.float16).shape == (0,)
     assert flat.gradients(torch.float32).shape == (10,)
 

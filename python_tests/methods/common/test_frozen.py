@@ -55,6 +55,7 @@ def test_a_copy_holds_the_other_vectors_and_leaves_the_original_alone():
 
 def test_without_buffers_the_copy_keeps_the_originals():
     first, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
-    first.buffers.add_(1)
+    for buffer in first.module.buffers():
+        buffer.add_(1)
     made = frozen_copy(first.module, {"parameters": second.parameters})
     assert torch.equal(Network(made, torch.device("cpu")).buffers, first.buffers)
