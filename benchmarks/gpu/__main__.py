@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.playing import FAILED, RECORD, Playing
+from benchmarks.gpu.playing import CUT, FAILED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage, plan
 
 
@@ -58,6 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if given.packed is not None:
             _pack(out, given.packed)
     failed = [stage.name for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == FAILED]
+    left += [stage for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == CUT and stage not in left]
     if failed:
         print(f"failed: {', '.join(failed)} (logs in {out / 'logs'})")
     if left:

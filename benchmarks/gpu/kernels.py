@@ -4,7 +4,7 @@ python -m benchmarks.gpu.kernels --results DIR [--backends cuda triton reference
 
 Times come from events, the L2 cache overwritten before each call, beside a copy of as many bytes in the same process;
 wall times from calls in a row.  DIR gets ``kernels.json``, written anew after every call; rows that it has of the same
-machine and core stay, so that a part can be measured again.
+machine and core stay, so that a part can be measured again, or what is missing (``--missing``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fedkern import files, ops
 from fedkern.ops._core import backend
 
 FILE = "kernels.json"
-SAME = ("gpu", "torch", "cuda", "triton")
-"""Facts of a machine whose rows may stand in one file."""
+SAME = ("gpu", "torch", "cuda", "triton", "core")
+"""Facts whose rows may stand in one file; ``core`` is the hash of the CUDA core's sources."""
 SAMPLES, CALLS = 10, 20  # of a kernel's time, of a wall time
 CLIENTS = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -234,6 +234,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="first words of cases; all by default")
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "reference"])
+    parser.add_argument("--missing", action="store_true", help="measure what DIR has no row of")
     given = parser.parse_args(words)
     clock, table = CudaClock(torch.device("cuda")), Table(given.results / FILE)
     failed = False
@@ -246,6 +247,8 @@ def main(words: Sequence[str] | None = None) -> int:
                     if odd and each == "reference":
                         continue
                     row = {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": each}
+                    if given.missing and table.has(row):
+                        continue
                     torch.manual_seed(0)
                     try:
                         with ops.use_backend(each):
@@ -262,12 +265,17 @@ class Table:
     """The rows of a machine and a core in a file."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._machine = path, machines.machine("cuda")
+        self._path = path
+        self._machine = {**machines.machine("cuda"), "core": machines.served_by("cuda")[1]}
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         if path.exists():
             content = json.loads(path.read_text())
             if all(content["machine"].get(name) == self._machine.get(name) for name in SAME):
                 self._rows = {_key(row): row for row in content["rows"]}
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether the call was measured."""
+        return _key(row) in self._rows
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes a row in the place of an earlier one of the same call, and writes the file."""

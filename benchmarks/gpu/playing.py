@@ -47,7 +47,7 @@ class Playing:
             self.done = json.loads(path.read_text())["stages"]
 
     def play(self, stages: Sequence[Stage], *, again: bool = False) -> list[Stage]:
-        """Plays what has not passed yet; returns the stages for which no time was left.
+        """Plays what has not passed yet; returns the stages for which no time, or not what they need, was there.
 
         What was begun before with the same code, and did not pass, comes after all that was not: no failure keeps the
         stages behind it from their turn.
@@ -56,19 +56,23 @@ class Playing:
             stages: in their order.
             again: whether to play what has passed too.
         """
-        stages = sorted(stages, key=self._begun)
-        for i, stage in enumerate(stages):
+        waiting = []
+        for i, stage in enumerate(stages := sorted(stages, key=self._begun)):
             if not again and self._passed(stage):
+                continue
+            if stage.needs and self.done.get(stage.needs, {}).get("outcome") != PASSED:
+                waiting.append(stage)
                 continue
             left = None if self._end is None else self._end - time.monotonic() - PATIENCE
             if left is not None and left < LEAST:
-                return list(stages[i:])
+                return waiting + [one for one in stages[i:] if again or not self._passed(one)]
             limit = stage.seconds if left is None else min(stage.seconds, left)
             self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
-        return []
+        return waiting
 
     def _begun(self, stage: Stage) -> bool:
-        return not stage.ready and self.done.get(stage.name, {}).get("code") == self.code
+        names = (stage.name, stage.needs)
+        return not stage.ready and any(self.done.get(name, {}).get("code") == self.code for name in names)
 
     def _passed(self, stage: Stage) -> bool:
         if stage.ready:

@@ -29,6 +29,7 @@ class Stage:
         seconds: the longest that it may take.
         environment: variables beside those of this process.
         ready: words of a command that succeeds where there is nothing to do, whatever was done before; empty: none.
+        needs: name of the stage that must have passed.
         goes_on: whether a stage that is cut short goes on where it was, so that an end of its time is no failure.
     """
 
@@ -38,6 +39,7 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: tuple[str, ...] = ()
     goes_on: bool = False
+    needs: str = ""
 
 
 def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
@@ -91,7 +93,7 @@ def sanitizers() -> list[Stage]:
 
 def kernels(out: Path) -> Stage:
     """Every kernel of both backends and the reference beside a copy."""
-    words = ("-m", "benchmarks.gpu.kernels", "--results", str(out / "results"))
+    words = ("-m", "benchmarks.gpu.kernels", "--results", str(out / "results"), "--missing")
     return Stage("kernels", (sys.executable, *words), 590, goes_on=True)
 
 
@@ -136,7 +138,7 @@ def traces(out: Path) -> list[Stage]:
 def thresholds(out: Path) -> Stage:
     """The sizes that choose between CUDA and Triton, from the kernels' times."""
     words = ("-m", "benchmarks.gpu.thresholds", "--results", str(out / "results"))
-    return Stage("thresholds", (sys.executable, *words), 60)
+    return Stage("thresholds", (sys.executable, *words), 60, needs="kernels")
 
 
 def methods(out: Path, data_root: str | None) -> list[Stage]:

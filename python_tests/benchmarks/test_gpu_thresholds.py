@@ -133,7 +133,7 @@ def test_rows_of_the_same_machine_stay_in_the_file(tmp_path, monkeypatch) -> Non
 
 
 def test_the_stage_reads_what_the_kernels_wrote_and_undoes_no_stage(tmp_path, monkeypatch) -> None:
-    assert stages.thresholds(Path("/out")).command[-2:] == stages.kernels(Path("/out")).command[-2:]
+    assert stages.thresholds(Path("/out")).command[-1] in stages.kernels(Path("/out")).command
     monkeypatch.setattr(command, "ROOT", tmp_path)
     (tmp_path / "fedkern").mkdir()
     (tmp_path / "fedkern" / "code.py").write_text("1")
