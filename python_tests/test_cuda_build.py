@@ -20,17 +20,15 @@ THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
 
 # Kernels that need memory of their own: part of the name, and per architecture bytes of stack at most.
 STACKS = {
-    "step_kernel": {"sm_80": 8, "sm_100": 8},  # once per tile of 2,048 elements
-    "weighted_kernelILi32": {"sm_100": 16},
-    # What it keeps while the fp64 repeat of a row runs, a function that is called.
-    "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 216},
-    "ProbabilityRowELi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
-    "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 112},
-    "LogitsRowELi1E": {"sm_100": 80},  # what the two rows are moved by is kept too
-    "LogitsRowELi32E": {"sm_90": 8, "sm_100": 40},
-    "LogitsRowELi256E": {"sm_90": 8, "sm_100": 32},
-    "LimitRowELi1E": {"sm_100": 8},
-    "LimitRowELi32E": {"sm_100": 8},
+    "step_kernel": {"sm_80": 48, "sm_90": 40, "sm_100": 152},  # addresses of several vectors, once per tile
+    "distances_kernel": {"sm_80": 224, "sm_90": 232, "sm_100": 96},  # likewise, of ten vectors
+    "distances_to_kernel": {"sm_100": 8},
+    "median_start": {"sm_80": 8, "sm_100": 8},  # one block
+    "weighted_kernelILi64": {"sm_80": 8, "sm_100": 136},
+    "sorted_mean_kernelIdmLi32": {"sm_90": 32, "sm_100": 24},
+    "shared_rows_kernelINS0_10DivergenceEfv": {"sm_100": 504},  # of rows whose dtypes differ
+    "backward_kernel": {"sm_80": 8, "sm_90": 40, "sm_100": 64},  # fuse's, in 16 bits
+    "grad_maps": {"sm_80": 8, "sm_90": 24},  # of backgrounds with several users
 }
 
 
