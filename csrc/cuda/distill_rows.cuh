@@ -26,47 +26,40 @@ struct Classes {
   __device__ __forceinline__ bool holds(int i) const { return i * Step < left; }
 };
 
-// The classes of the row that starts at `base`, -infinity where there are none: those have no part in any sum.
-template <typename T, typename C, int N, int Step>
-__device__ __forceinline__ void load_classes(const Logits& from, std::int64_t base, const Classes<N, Step>& at, C (&x)[N]) {
-  const auto load = [&](auto type, std::int64_t stride) {
-    const auto* const data = static_cast<const decltype(type)*>(from.data) + base + at.first * stride;
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = at.holds(i) ? widen<C>(data[i * Step * stride]) : -infinity<C>();
-  };
+// f(type, stride) of a tensor's values and classes.
+template <typename T, typename C, typename F>
+__device__ __forceinline__ void as_stored(const Logits& x, F&& f) {
   if constexpr (kKnown<T>) {
-    load(T{}, 1);
+    f(T{}, 1);
   } else {
-    switch (from.dtype) {
-      case DType::bf16: return load(__nv_bfloat16{}, from.class_stride);
-      case DType::f16: return load(__half{}, from.class_stride);
+    switch (x.dtype) {
+      case DType::bf16: return f(__nv_bfloat16{}, x.class_stride);
+      case DType::f16: return f(__half{}, x.class_stride);
       case DType::f64:
-        if constexpr (sizeof(C) == 8) return load(double{}, from.class_stride);
+        if constexpr (sizeof(C) == 8) return f(double{}, x.class_stride);
         [[fallthrough]];
-      default: return load(float{}, from.class_stride);
+      default: return f(float{}, x.class_stride);
     }
   }
 }
+
+// The classes of the row that starts at `base`, -infinity where there are none: those have no part in any sum.
+template <typename T, typename C, int N, int Step>
+__device__ __forceinline__ void load_classes(const Logits& from, std::int64_t base, const Classes<N, Step>& at, C (&x)[N]) {
+  as_stored<T, C>(from, [&](auto type, std::int64_t stride) {
+    const auto* const data = static_cast<const decltype(type)*>(from.data) + base + at.first * stride;
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = at.holds(i) ? widen<C>(data[i * Step * stride]) : -infinity<C>();
+  });
+}
 template <typename T, typename C, int N, int Step>
 __device__ __forceinline__ void store_classes(const Logits& to, std::int64_t base, const Classes<N, Step>& at, const C (&x)[N]) {
-  const auto store = [&](auto type, std::int64_t stride) {
+  as_stored<T, C>(to, [&](auto type, std::int64_t stride) {
     auto* const data = static_cast<decltype(type)*>(to.data) + base + at.first * stride;
 #pragma unroll
     for (int i = 0; i < N; ++i)
       if (at.holds(i)) data[i * Step * stride] = narrow<decltype(type)>(x[i]);
-  };
-  if constexpr (kKnown<T>) {
-    store(T{}, 1);
-  } else {
-    switch (to.dtype) {
-      case DType::bf16: return store(__nv_bfloat16{}, to.class_stride);
-      case DType::f16: return store(__half{}, to.class_stride);
-      case DType::f64:
-        if constexpr (sizeof(C) == 8) return store(double{}, to.class_stride);
-        [[fallthrough]];
-      default: return store(float{}, to.class_stride);
-    }
-  }
+  });
 }
 
 // f(classes) for this thread's share of [begin, end), N at a time. All threads of the group come along. The way back finds in
