@@ -261,11 +261,11 @@ class FlatParameters:
         Raises:
             ValueError: the module has several floating dtypes; use :meth:`layout`.
         """
-        behind = self._only().buffers.storage_offset()
+        group = self._only()
         found: dict[str, dict[str, slice]] = {"parameters": {}, "buffers": {}, "integers": {}}
         for slot in (slot for slots in self._slots.values() for slot in slots):
-            inside = slot.offset < len(self._groups[slot.tensor.dtype].parameters)  # also of a buffer that views one
-            begin = slot.offset if inside else slot.offset - behind
+            inside = slot.offset < len(group.parameters)  # also of a buffer that views one
+            begin = slot.offset if inside else slot.offset - group.buffers.storage_offset()
             found["parameters" if inside else "buffers"][slot.name] = slice(begin, begin + slot.tensor.numel())
         end = 0
         for _, _, name, tensor, _ in self._integers:
