@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from benchmarks import bench_methods, comparisons
 from benchmarks.comparisons import Comparison, read_results
+from benchmarks.page import load
 from benchmarks.studies.study import table
 
 GPU = "nvidia-h200"
 Lines = Sequence[str]
-
-
-def _loaded(name: str) -> Mapping[str, Any]:
-    found: dict[str, Any] = json.loads((comparisons.RESULTS / f"{name}_{GPU}.json").read_text())
-    return found
 
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
@@ -26,7 +21,7 @@ def _caption(machine: Mapping[str, Any]) -> Lines:
 
 def kernels() -> Lines:
     """The CUDA kernels at their large size: the share of a copy's bandwidth, and the reference's time over ours."""
-    content = _loaded("kernels")
+    content = load(f"kernels_{GPU}", comparisons.RESULTS)
     found: dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]] = {}
     for row in content["rows"]:
         if row["size"] == "large" and "seconds" in row and row["operator"] != "contrastive":  # which products bind
@@ -68,7 +63,7 @@ def _against(row: Comparison, name: str) -> str:
 
 def whole_runs() -> Lines:
     """Whole commands on the GPU, plain and ours."""
-    content = _loaded("methods")
+    content = load(f"methods_{GPU}", comparisons.RESULTS)
     lines = []
     for row in (bench_methods.Row(**one) for one in content["cases"]):
         plain, ours = (median(row.seconds[name]) for name in (bench_methods.PLAIN, bench_methods.OURS))

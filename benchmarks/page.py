@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies.study import RESULTS
 
 
 @dataclass(frozen=True)
@@ -19,3 +25,10 @@ class Page:
     path: str
     tables: Mapping[str, Callable[[], Sequence[str]]]
     part: str = ""
+
+
+@cache
+def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
+    """The results ``<name>.json``."""
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return found

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from benchmarks import bench_methods, comparisons, gpu_figures, profile_methods, sources
 from benchmarks.comparisons import Comparison, read_results
-from benchmarks.page import Page
+from benchmarks.page import Page, load
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import commands
-from benchmarks.studies.study import RESULTS, spread, table
+from benchmarks.studies.study import spread, table
 
 Lines = Sequence[str]
-
-
-@cache
-def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
-    """The results ``<name>.json``."""
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    return found
 
 
 def at(name: str, *path: str) -> Any:

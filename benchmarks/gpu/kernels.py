@@ -10,6 +10,7 @@ machine and core stay, so that a part can be measured again, or what is missing 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -238,27 +239,30 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     clock, table = CudaClock(torch.device("cuda")), Table(given.results / FILE)
     failed = False
-    for spelt, dtype in DTYPES.items():
-        for odd in (False, True):
-            for name, size, make in cases(dtype, odd):
-                if given.operators and not any(f"{name} ".startswith(f"{word} ") for word in given.operators):
-                    continue
-                for each in given.backends:
-                    if odd and each == "reference":
-                        continue
-                    row = {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": each}
-                    if given.missing and table.has(row):
-                        continue
-                    torch.manual_seed(0)
-                    try:
-                        with ops.use_backend(each):
-                            row |= measure(make(), clock)
-                    except Exception as error:  # the others are measured all the same
-                        failed = True
-                        row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-                    table.add(row)
-                    print(told(row), flush=True)
+    for row, make in asked(given.operators, given.backends):
+        if given.missing and table.has(row):
+            continue
+        torch.manual_seed(0)
+        try:
+            with ops.use_backend(row["backend"]):
+                row |= measure(make(), clock)
+        except Exception as error:  # the others are measured all the same
+            failed = True
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        table.add(row)
+        print(told(row), flush=True)
     return int(failed)
+
+
+def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], Callable[[], Made]]]:
+    """The rows to fill, and what makes the call of each; the reference has no odd ones."""
+    for (spelt, dtype), odd in itertools.product(DTYPES.items(), (False, True)):
+        for name, size, make in cases(dtype, odd):
+            if words and not any(f"{name} ".startswith(f"{word} ") for word in words):
+                continue
+            for each in backends:
+                if not (odd and each == "reference"):
+                    yield {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": each}, make
 
 
 class Table:

@@ -56,8 +56,8 @@ class Playing:
             stages: in their order.
             again: whether to play what has passed too.
         """
-        waiting = []
-        for i, stage in enumerate(stages := sorted(stages, key=self._begun)):
+        stages, waiting = sorted(stages, key=self._begun), []
+        for i, stage in enumerate(stages):
             if not again and self._passed(stage):
                 continue
             if stage.needs and self.done.get(stage.needs, {}).get("outcome") != PASSED:

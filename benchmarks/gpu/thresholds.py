@@ -43,7 +43,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {refusal}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{parser.prog}: {given.into} cannot be written ({error.strerror or error}).", file=sys.stderr)
+        reason = error.strerror or error
+        print(
+            f"{parser.prog}: {given.into} cannot be written ({reason}): name another file with --into.", file=sys.stderr
+        )
         return 2
     for operator in dispatch.CROSSOVER:
         print(_told(operator, entry))
@@ -60,6 +63,7 @@ def measured(path: Path) -> Entry:
     try:
         content = json.loads(path.read_text())
         machine, rows = content["machine"], content["rows"]
+        major, minor = (int(part) for part in machine["capability"].split("."))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} cannot be read ({error}): play the stage 'kernels' of benchmarks/gpu/all.sh.") from None
     walls: dict[tuple[object, ...], dict[str, float]] = {}
@@ -74,7 +78,6 @@ def measured(path: Path) -> Entry:
             times.setdefault(str(operator), []).append(Times(size, wall["cuda"], wall["triton"]))
     if not times:
         raise Refused(f"{path} has no row of one operator that was measured with both cuda and triton: measure both.")
-    major, minor = (int(part) for part in machine["capability"].split("."))
     return Entry(
         gpu=machine["gpu"],
         capability=(major, minor),
