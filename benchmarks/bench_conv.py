@@ -27,13 +27,14 @@ class Stage:
     size: int
     pool: int = 1
     residual: bool = False
+    taps: int = 3
 
     def inputs(self, batch: int) -> list[Tensor]:
         """x, weight, scale, shift, both running statistics and, if there is one, the residual."""
         x = channels_last(batch, self.channels, self.size, self.size).requires_grad_(self.channels > 3)
-        weight = (channels_last(self.width, self.channels, 3, 3) / (9 * self.channels) ** 0.5).requires_grad_()
+        weight = channels_last(self.width, self.channels, self.taps, self.taps) / (self.taps * self.channels**0.5)
         scale, shift, mean, variance = (fill(self.width) for fill in (torch.ones, torch.zeros, torch.zeros, torch.ones))
-        given = [x, weight, scale.requires_grad_(), shift.requires_grad_(), mean, variance]
+        given = [x, weight.requires_grad_(), scale.requires_grad_(), shift.requires_grad_(), mean, variance]
         if self.residual:
             given.append(channels_last(batch, self.width, self.size, self.size).requires_grad_())
         return given
@@ -45,7 +46,7 @@ def channels_last(*shape: int) -> Tensor:
 
 def eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, *rest: Tensor,
           pool: int) -> Tensor:  # fmt: skip
-    y = F.batch_norm(F.conv2d(x, weight, padding=1), mean, variance, scale, shift, training=True)
+    y = F.batch_norm(F.conv2d(x, weight, padding=weight.shape[2] // 2), mean, variance, scale, shift, training=True)
     y = F.relu(y + rest[0] if rest else y)
     return F.max_pool2d(y, pool) if pool > 1 else y
 
@@ -69,11 +70,15 @@ def train_step(function: Callable[..., Tensor], inputs: list[Tensor], pool: int)
 STAGES = {
     "cnn/8, stage 1": Stage(3, 8, 32, pool=2),
     "cnn/8, stage 2": Stage(8, 16, 16, pool=2),
+    "cnn/7, stage 1": Stage(3, 7, 32, pool=2),
+    "cnn/7, stage 2": Stage(7, 14, 16, pool=2),
+    "cnn/7, stage 3": Stage(14, 28, 8, pool=2),
     "cnn/32, stage 1": Stage(3, 32, 32, pool=2),
     "cnn/32, stage 2": Stage(32, 64, 16, pool=2),
     "cnn/32, stage 3": Stage(64, 128, 8, pool=2),
     "resnet8, width 16": Stage(16, 16, 32, residual=True),
     "resnet8, width 64": Stage(64, 64, 8, residual=True),
+    "one tap, width 64": Stage(32, 64, 16, taps=1),
     "resnet18, width 256": Stage(256, 256, 8, residual=True),
 }
 

@@ -28,13 +28,29 @@ float* conv_map(py::handle given, const ConvShape& s, std::int64_t channels, boo
   return static_cast<float*>(seen.data);
 }
 
+// Channels of what a call keeps for its backward pass; 0 where the kernel does not take it.
+std::int64_t kept_channels(const ConvShape& s) {
+  const auto served = conv_kernels().served;
+  return served && s.batch ? served(s).out : 0;
+}
+
+std::int64_t conv_channels(py::handle x, py::handle weight, int stride) { return kept_channels(conv_shape(checked_view(x.ptr()), checked_view(weight.ptr()), stride)); }
+
 ConvNorm conv_call_of(py::handle x, py::handle weight, double eps, int stride, bool relu, int pool, bool training, int threads) {
   const TensorView from = checked_view(x.ptr()), taps = checked_view(weight.ptr());
   const ConvShape s = conv_shape(from, taps, stride);
-  const auto fits = conv_kernels().fits;
-  require(s.batch && (pool == 1 || pool == 2) && fits && fits(s), "conv's kernel does not take a call of this shape");
+  require(s.batch && (pool == 1 || pool == 2) && kept_channels(s), "conv's kernel does not take a call of this shape");
   const bool last = taps.channels_last();
   return {s, conv_map(x, s, s.in, false), static_cast<const float*>(taps.data), s.taps() * s.in, last ? 1 : s.taps(), last ? s.in : 1, eps, relu, pool == 2, training, threads};
+}
+
+// What a forward pass leaves to the backward pass.
+template <typename Pass>
+void keep(Pass& a, py::handle y, py::handle raw, py::handle saved) {
+  const ConvShape r = a.call.shape.result();
+  const std::int64_t channels = kept_channels(a.call.shape);
+  a.y = conv_memory(y, r.positions() * channels), a.raw = conv_memory(raw, r.batch * (r.height / 2) * (r.width / 2) * channels);
+  a.saved = conv_memory(saved, 4 * channels);
 }
 
 void conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle out,
@@ -44,7 +60,7 @@ void conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle 
   const ConvShape &s = a.call.shape, r = s.result();
   a.scale = conv_vector(scale, s.out), a.shift = conv_vector(shift, s.out), a.mean = conv_vector(mean, s.out), a.variance = conv_vector(variance, s.out);
   a.residual = conv_map(residual, r, s.out, false), a.out = conv_map(out, r, s.out, a.call.pool);
-  a.y = conv_memory(y, r.positions() * s.out), a.raw = conv_map(raw, r, s.out, true), a.saved = conv_memory(saved, 4 * s.out);
+  keep(a, y, raw, saved);
   a.momentum = momentum, a.update = update && training;
   require(a.scale && a.shift && a.out && a.saved, "conv needs scale, shift, and where its results go");
   require((a.mean && a.variance) || (training && !update), "conv's running statistics are missing");
@@ -59,8 +75,8 @@ void conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle 
   ConvBackward a{};
   a.call = conv_call_of(x, weight, 0, stride, relu, pool, training, threads);
   const ConvShape &s = a.call.shape, r = s.result();
-  a.grad = conv_map(grad, r, s.out, a.call.pool), a.y = conv_memory(y, r.positions() * s.out), a.raw = conv_map(raw, r, s.out, true);
-  a.saved = conv_memory(saved, 4 * s.out), a.out = conv_map(out, r, s.out, false), a.to_x = conv_map(to_x, s, s.in, false);
+  a.grad = conv_map(grad, r, s.out, a.call.pool), keep(a, y, raw, saved);
+  a.out = conv_map(out, r, s.out, false), a.to_x = conv_map(to_x, s, s.in, false);
   a.to_scale = conv_vector(to_scale, s.out), a.to_shift = conv_vector(to_shift, s.out), a.to_residual = conv_map(to_residual, r, s.out, false);
   if (!to_weight.is_none()) {
     const TensorView taps = checked_view(weight.ptr()), seen = checked_view(to_weight.ptr());
@@ -75,6 +91,7 @@ void conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle 
 }  // namespace
 
 void bind_conv(py::module_& module) {
+  module.def("conv_channels", conv_channels);
   module.def("conv_forward", conv_forward);
   module.def("conv_backward", conv_backward);
 }

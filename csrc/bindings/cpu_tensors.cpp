@@ -120,12 +120,12 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
 // x is laid out anew; where neither is, so is not what PyTorch gives. A weight of one tap counts as neither.
 int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle pool, py::handle stride) {
   TensorView map, taps, one;
-  const auto fits = conv_kernels().fits;
-  if (!fits || !readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
+  const auto served = conv_kernels().served;
+  if (!served || !readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
   const auto whole = [](py::handle given) { return PyLong_CheckExact(given.ptr()) ? PyLong_AsLong(given.ptr()) : 0; };
   const long halved = whole(pool);
   const ConvShape s = conv_shape(map, taps, whole(stride)), r = s.result();
-  if (r.positions() < 2 || (halved != 1 && halved != 2) || !fits(s)) return kNo;  // one value has no variance
+  if (r.positions() < 2 || (halved != 1 && halved != 2) || !served(s).batch) return kNo;  // one value has no variance
   if (!map.channels_last() && (s.kernel == 1 || !taps.channels_last())) return kNo;
   if (halved == 2 && (r.height < 2 || r.width < 2)) return kNo;
   const auto counts = [&](py::handle vector) { return readable(vector.ptr(), one) && is_vector(one, s.out); };

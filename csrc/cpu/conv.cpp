@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "conv_direct.h"
+#include "conv_fill.h"
 #include "conv_norm.h"
 #include "conv_winograd.h"
 #include "fedkern/parallel.h"
@@ -71,8 +72,12 @@ class Convolution {
   Scratch<float> transformed_;
 };
 
-// Work of a pass, as parallel_for wants it.
-double seconds(const ConvPlan& p, int products) { return 2e-11 * products * static_cast<double>(p.result.positions() * p.weights()); }
+// Work of a pass, as parallel_for wants it: of so many products with the weights, and of so many numbers that pass through memory.
+double seconds(const ConvPlan& p, int products) {
+  const double maps = static_cast<double>(p.shape.positions() * p.shape.in + p.result.positions() * p.shape.out);
+  return products * (2e-11 * static_cast<double>(p.result.positions() * p.weights()) + 1e-10 * maps);
+}
+double seconds(std::int64_t numbers) { return 3e-10 * static_cast<double>(numbers); }
 
 // Adds what pieces have summed up, `size` numbers each, to that of the first: in their order.
 template <typename T>
@@ -113,7 +118,7 @@ class Forward {
     if (a_.call.training) finish_statistics();
     if (!kept_) return;
     auto rest = [&](std::int64_t begin, std::int64_t end) { finish(y() + begin * plan_.out_floats(), begin, end - begin); };
-    parallel_for(s_.batch, plan_.piece, a_.call.threads, 1e-10 * static_cast<double>(r_.positions() * s_.out), rest);
+    parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(r_.positions() * s_.out), rest);
   }
 
  private:
@@ -254,7 +259,7 @@ class Backward {
         pass(a_.grad + at, y + at, a_.out ? a_.out + at : nullptr, (end - begin) * positions, C, k, total, total + C);
       });
     };
-    parallel_for(s_.batch, plan_.piece, a_.call.threads, 1e-10 * static_cast<double>(s_.batch * positions * C), work);
+    parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(s_.batch * positions * C), work);
     add_pieces(totals_.get(), 2 * C, plan_.pieces);
     const double count = static_cast<double>(r_.positions());
     for (std::int64_t c = 0; c < C; ++c) {
@@ -359,9 +364,6 @@ class Backward {
   const Scratch<double> totals_;
 };
 
-void forward(const ConvForward& a) { Forward(a).run(); }
-void backward(const ConvBackward& a) { Backward(a).run(); }
-
 // Where PyTorch's own operators (oneDNN) are faster, or not slower: many channels that few tiles share, since transformed weights
 // leave the caches then, and channels that neither tiles of Winograd nor constants of the direct kernels fit. Blocks of
 // weights of one tap stay in L1 up to 256 channels.
@@ -373,6 +375,52 @@ bool fits(const ConvShape& s) {
   return s.in == 1 || s.in == 3 || ((s.in == 8 || s.in == 16) && s.out <= 32);
 }
 
+// Channels of zeros may cost half as much again as the given ones.
+ConvShape served(const ConvShape& s) {
+  for (const std::int64_t unit : {8, 16}) {
+    const auto filled = [&](std::int64_t channels) { return (channels + unit - 1) / unit * unit; };
+    ConvShape wide = s;
+    wide.in = s.in == 1 || s.in == 3 ? s.in : filled(s.in), wide.out = filled(s.out);
+    if (2 * wide.in * wide.out <= 3 * s.in * s.out && fits(wide)) return wide;
+  }
+  return {};
+}
+
+std::int64_t positions_of_out(const ConvNorm& call) {
+  const ConvShape r = call.shape.result();
+  return call.pool ? r.batch * (r.height / 2) * (r.width / 2) : r.positions();
+}
+
+void forward(const ConvForward& a) {
+  const ConvShape &own = a.call.shape, wide = served(own);
+  if (wide.in == own.in && wide.out == own.out) return Forward(a).run();
+  Filled filled(a.call, wide);
+  ConvForward b = a;
+  const std::int64_t positions = positions_of_out(a.call);
+  b.call = filled.call(), b.scale = filled.vector(a.scale), b.shift = filled.vector(a.shift);
+  b.mean = filled.vector(a.mean), b.variance = filled.vector(a.variance);
+  b.residual = filled.map(a.residual, positions, own.out, wide.out), b.out = filled.result(a.out, positions, own.out, wide.out);
+  Forward(b).run();
+  filled.finish(b.out, positions, own.out, wide.out, a.out);
+  if (a.update) filled.finish_vector(b.mean, a.mean), filled.finish_vector(b.variance, a.variance);
+}
+
+void backward(const ConvBackward& a) {
+  const ConvShape &own = a.call.shape, wide = served(own);
+  if (wide.in == own.in && wide.out == own.out) return Backward(a).run();
+  Filled filled(a.call, wide);
+  ConvBackward b = a;
+  const std::int64_t positions = positions_of_out(a.call);
+  const auto vector = [&](float* x) { return filled.result(x, 1, own.out, wide.out); };
+  b.call = filled.call(), b.grad = filled.map(a.grad, positions, own.out, wide.out), b.out = filled.map(a.out, positions, own.out, wide.out);
+  b.to_x = filled.result(a.to_x, own.positions(), own.in, wide.in), b.to_weight = filled.weight_result(a.to_weight);
+  b.to_scale = vector(a.to_scale), b.to_shift = vector(a.to_shift), b.to_residual = filled.result(a.to_residual, positions, own.out, wide.out);
+  Backward(b).run();
+  filled.finish(b.to_x, own.positions(), own.in, wide.in, a.to_x), filled.finish_weight(b.to_weight, a.to_weight);
+  filled.finish_vector(b.to_scale, a.to_scale), filled.finish_vector(b.to_shift, a.to_shift);
+  filled.finish(b.to_residual, positions, own.out, wide.out, a.to_residual);
+}
+
 #endif
 
 }  // namespace
@@ -380,7 +428,7 @@ bool fits(const ConvShape& s) {
 #if defined(FEDKERN_ISA_portable)
 const ConvTable conv_table = {nullptr, nullptr, nullptr};
 #else
-const ConvTable conv_table = {fits, forward, backward};
+const ConvTable conv_table = {served, forward, backward};
 #endif
 
 }  // namespace fedkern::FEDKERN_ISA

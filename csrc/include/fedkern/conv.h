@@ -36,7 +36,8 @@ struct ConvForward {
   const float* residual;       // like y
   double momentum;
   bool update;
-  float* y;       // [batch, *result, out]: the convolution's result, for the backward pass
+  // For the backward pass, with the channels of the shape that is computed:
+  float* y;       // [batch, *result, out]: the convolution's result
   float* raw;     // like out, where pool: those of y that the maxima come from
   float* saved;   // [4, out]: mean, 1 / deviation, and a and b of a y + b
   float* out;     // like y, or of half the height and width
@@ -53,8 +54,9 @@ struct ConvBackward {
 };
 
 struct ConvTable {
-  // Whether a call of this shape is faster than PyTorch's own operators; null: never.
-  bool (*fits)(const ConvShape&);
+  // The shape in which a call of this shape is computed: its own, or with channels of zeros behind; batch 0 where PyTorch's own
+  // operators are faster; null: everywhere.
+  ConvShape (*served)(const ConvShape&);
   void (*forward)(const ConvForward&);
   void (*backward)(const ConvBackward&);
 };

@@ -194,7 +194,8 @@ class _ConvNorm(EagerFunction):
             grad = grad.masked_fill(out <= 0, 0)
         eps, stride, pool, training = settings.eps, settings.stride, settings.pool, settings.training
         # The running statistics may have changed since.
-        mean, variance = (None, None) if training else (saved[0], saved[1].pow(-2) - eps)
+        statistics = saved[:2, : len(scale)]
+        mean, variance = (None, None) if training else (statistics[0], statistics[1].pow(-2) - eps)
         relu = settings.relu and not added
 
         def reference(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

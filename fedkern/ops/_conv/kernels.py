@@ -13,6 +13,7 @@ from fedkern.ops._core.memory import HUGE
 
 _empty_like = torch.empty_like
 _CHANNELS_LAST = torch.channels_last
+_FULL = 16  # such channels are never filled up
 _LARGE = HUGE // 4  # elements of float32; fresh() compares bytes
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -33,7 +34,8 @@ class Settings(NamedTuple):
 
 
 # What a backward pass reads: y, the convolution's result; raw, those of y that the maxima come from, laid out as the
-# result (None without pooling); saved, fp32 [4, out]: mean, 1 / deviation, and a and b of the norm a y + b.
+# result (None without pooling); saved, fp32 [4, out]: mean, 1 / deviation, and a and b of the norm a y + b.  All have
+# the channels of ``conv_channels``: as many as the kernel computes, which may be more than the result has.
 Kept = tuple[Tensor | None, Tensor | None, Tensor]
 
 
@@ -42,7 +44,7 @@ class ConvKernels(Launcher):
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
-        self._forward, self._backward = core.conv_forward, core.conv_backward
+        self._forward, self._backward, self._channels = core.conv_forward, core.conv_backward, core.conv_channels
 
     def forward(
         self,
@@ -65,10 +67,12 @@ class ConvKernels(Launcher):
         high, wide = height // pool, width // pool
         out = x.new_empty_strided((batch, channels, high, wide), (high * wide * channels, 1, wide * channels, channels))
         y = raw = None
+        if channels % _FULL:
+            channels = self._channels(x, weight, stride)
         count = batch * height * width * channels
         if keep:
             y = x.new_empty(count)
-            raw = _empty_like(out) if pool > 1 else None
+            raw = x.new_empty(batch * high * wide * channels) if pool > 1 else None
         if count >= _LARGE:
             for large in (out, y, raw):
                 if large is not None:

@@ -17,17 +17,21 @@ LAST = torch.channels_last
 CONV = [name for name in KERNELS if name != "cpu-portable"]
 LEAVES = ("x", "weight", "scale", "shift", "residual")
 
+# Of channels that no kernel takes: zeros fill them up to eights or sixteens.
+FILLED = ((3, 7, 9, 8), (7, 7, 8, 8), (7, 14, 7, 9), (14, 28, 8, 8), (28, 16, 5, 3), (45, 90, 8, 8))
+
 # In and out channels and sizes [H, W] that each kernel serves, direct ones and Winograd's; odd sizes and least ones.
 SERVED = (
     (1, 8, 28, 28), (3, 8, 32, 32), (3, 40, 5, 7), (3, 16, 2, 4), (8, 16, 16, 16), (8, 24, 9, 13), (16, 32, 8, 8),
     (16, 8, 7, 6), (32, 64, 16, 16), (32, 48, 5, 3), (64, 64, 8, 8),
+    *FILLED,
 )  # fmt: skip
 
 # The same with a stride of 2.
-STRIDED = ((16, 32, 8, 8), (32, 64, 10, 13), (16, 16, 9, 11), (32, 48, 3, 8))
+STRIDED = ((16, 32, 8, 8), (32, 64, 10, 13), (16, 16, 9, 11), (32, 48, 3, 8), (14, 28, 8, 9))
 
 # Of kernels of one tap, with either stride.
-POINTS = ((16, 32, 8, 8), (32, 64, 10, 13), (8, 8, 9, 7), (24, 40, 4, 16), (64, 16, 3, 9))
+POINTS = ((16, 32, 8, 8), (32, 64, 10, 13), (8, 8, 9, 7), (24, 40, 4, 16), (64, 16, 3, 9), (7, 14, 8, 9))
 
 # (stride, side of the kernel, shape).
 SHAPES = [
