@@ -41,9 +41,11 @@ struct ConvPlan {
 
   explicit ConvPlan(const ConvShape& s) : shape(s), result(s.result()) {
     winograd = s.kernel == 3 && s.stride == 1 && s.in % 16 == 0 && s.out % 16 == 0;
-    // Few, since their sums are added one after another; the number of threads must not matter.
-    piece = s.batch >= 16 ? std::max<std::int64_t>(8, (s.batch + 15) / 16) : s.batch >= 4 ? (s.batch + 1) / 2 : s.batch;
-    pieces = (s.batch + piece - 1) / piece;
+    // Few, since their sums are added one after another; a power of two, so that threads share them evenly, whose number must not
+    // matter.
+    pieces = s.batch < 4 ? 1 : 2;
+    while (pieces < 16 && s.batch >= 16 * pieces) pieces *= 2;
+    piece = (s.batch + pieces - 1) / pieces, pieces = (s.batch + piece - 1) / piece;
     const std::int64_t across = (s.width + 1) / 2, whole = (s.height + 1) / 2 * across;
     group = winograd ? std::clamp<std::int64_t>(kFewTiles / whole, 1, piece) : 1;
     rows = winograd && whole > kManyTiles ? 2 * std::max<std::int64_t>(1, kManyTiles / across) : s.height;
