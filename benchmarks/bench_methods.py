@@ -231,7 +231,7 @@ def environment(contestant: str, before: Path | None) -> dict[str, str]:
     """The environment of a contestant's commands."""
     own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     own["PYTHONPATH"] = str(before if contestant == "before" else ROOT)
-    if contestant == "reference":
+    if contestant == "reference" or contestant.startswith(PLAIN):  # whose networks are fedkern's, with its operators
         own["FEDKERN_BACKEND"] = "reference"
     return own
 

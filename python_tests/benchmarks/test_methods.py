@@ -243,6 +243,14 @@ def test_contestants_that_cannot_run_say_why(tmp_path):
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
+def test_plain_contestants_compute_without_the_kernels(monkeypatch):
+    """Their networks are fedkern's, which ask operators."""
+    monkeypatch.setenv("FEDKERN_BACKEND", "cpu")
+    for name in ("plain", "plain one core"):
+        assert bench_methods.environment(name, None)["FEDKERN_BACKEND"] == "reference"
+    assert "FEDKERN_BACKEND" not in bench_methods.environment("fedkern", None)
+
+
 def test_the_cost_of_a_command_has_its_children(tmp_path):
     child = "x = bytearray(60 << 20); x[::4096] = b'1' * len(x[::4096]); import time; time.sleep(0.6)"
     spin = "import time\nwhile time.process_time() < 0.3: pass\n"
