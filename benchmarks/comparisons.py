@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ IDENTITY = ("cpu", "cores", "isa", "gpu", "backend", "torch")
 # More of the same.  Files recorded before they were noted lack them, so a missing one is not known: no difference.
 CHIP = ("family", "model", "stepping", "implementer", "part", "l2", "l3")
 # What a processor's name says beside maker and model: marks, the clock, and words that most names have.
-NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b")
+NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b", re.IGNORECASE)
 
 
 @dataclass
@@ -213,9 +213,15 @@ def processor(machine: dict[str, Any]) -> str:
     return str(machine.get("gpu") or machine.get("cpu") or "unknown")
 
 
+def spoken(machine: Mapping[str, Any]) -> str:
+    """The processor as pages say it: "Intel(R) Xeon(R) Processor" of two cores is "Intel Xeon, 2 cores"."""
+    name = " ".join(NOISE.sub(" ", processor(dict(machine))).split())
+    return f"{name}, {machine['cores']} cores" if "cores" in machine else name
+
+
 def slug(machine: dict[str, Any]) -> str:
     """The processor in a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz" is "intel-xeon"."""
-    return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine).lower())).strip("-") or "unknown"
+    return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine)).lower()).strip("-") or "unknown"
 
 
 def _path(folder: Path, group: str, device: str, machine: dict[str, Any]) -> Path:

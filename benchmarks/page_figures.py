@@ -499,23 +499,25 @@ def _feddra() -> Page:
 
 # -- operators ---------------------------------------------------------------------------------------------------------
 
-MACHINE = "amd-epyc"
+MACHINE, OTHER_MACHINE = "intel-xeon", "amd-epyc"
+CONVOLUTION = "bench_conv.py"
 
 
-def operators(folder: Path = comparisons.RESULTS) -> Lines:
-    """The table of operators: the rows of shown.py that were recorded with the present kernels."""
+def operators(machine: str, *, convolution: bool, folder: Path = comparisons.RESULTS) -> Lines:
+    """The table of conv_norm, or of the others: rows of shown.py recorded on a machine with the present kernels."""
+    shown = [(node, case) for node, case, _ in nodes() if node.startswith(CONVOLUTION) == convolution]
     cores = sources.hashes(sources.CSRC)
     found = {
         row.test: row
         for files in read_results(folder).values()
         for recorded in files
-        if recorded.name.endswith(MACHINE)
+        if recorded.name.endswith(machine)
         for row in recorded.rows
         if present(row, cores)
     }
     lines: list[list[str]] = []
     operator, told = "", ""
-    for node, case, _ in nodes():
+    for node, case in shown:
         operator = case.operator or operator
         if (row := found.get(node)) is None:
             continue
@@ -527,7 +529,7 @@ def operators(folder: Path = comparisons.RESULTS) -> Lines:
             ratio(row, compiled[0]) if compiled else "", f"{ratio(row, best)} {best}" if best else "",
         ])  # fmt: skip
         told = operator
-    told_left = left_out(sum(1 for _ in nodes()) - len(lines))[:1]
+    told_left = left_out(len(shown) - len(lines))[:1]
     if not lines:
         return told_left
     header = [
@@ -544,13 +546,14 @@ def operators(folder: Path = comparisons.RESULTS) -> Lines:
 
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
-RUNS, PROFILED, MANY_CLIENTS = "methods_amd-epyc", "profile_amd-epyc", "many_clients_amd-epyc"
+RUNS = {"default": f"methods_{MACHINE}", "large": f"methods_{OTHER_MACHINE}"}
+PROFILED, MANY_CLIENTS = f"profile_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 
 def caption(machine: Mapping[str, Any]) -> Lines:
-    """When and of which commit a table of whole commands was measured, and a blank line."""
+    """When, where and of which commit a table was measured, and a blank line."""
     at_commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ""
-    return [f"Measured on {machine['time'][:10]}{at_commit}.", ""]
+    return [f"{comparisons.spoken(machine)}, {machine['time'][:10]}{at_commit}.", ""]
 
 
 def earned(row: bench_methods.Row) -> dict[str, str]:
@@ -583,7 +586,7 @@ IN_SHORT = ("run", "plain PyTorch", "fedkern", "over plain: machine", "over plai
 
 def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
     """The table of a setting's whole runs, with all columns or some, but those that no run was measured for."""
-    found = load(RUNS, comparisons.RESULTS)
+    found = load(RUNS[setting], comparisons.RESULTS)
     rows = [earned(bench_methods.Row(**row)) for row in found["cases"] if row["setting"] == setting]
     columns = [name for name in columns or rows[0] if any(row[name] != "–" for row in rows)]
     lines = table(columns, [[row[name] for name in columns] for row in rows]).split("\n")
@@ -598,17 +601,18 @@ CONTESTANTS_OF_ROUNDS = {
 """Names in the table of rounds; who trains in one process has a thread for every core."""
 
 
-def rounds_of_fedavg() -> Lines:
+def rounds_of_fedavg(machine: str) -> Lines:
     """Milliseconds a round of FedAvg, ours and other frameworks', and how they compare with the best of ours."""
-    (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(MACHINE))
+    (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(machine))
+    played = [name for name in CONTESTANTS_OF_ROUNDS if any(name in row.seconds for row in recorded.rows)]
     lines = []
     for row in sorted(recorded.rows, key=lambda row: row.threads):
-        times = (row.speedup.get(name) for name in CONTESTANTS_OF_ROUNDS)
+        times = (row.speedup.get(name) for name in played)
         against = (f" ({gain:.2f}×)" if gain is not None else "" for gain in times)
-        own = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in CONTESTANTS_OF_ROUNDS)
+        own = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in played)
         cells = (ms + gain for ms, gain in zip(own, against, strict=True))
         lines.append([row.case, str(row.threads), *cells])
-    header = ["milliseconds a round", "cores", *CONTESTANTS_OF_ROUNDS.values()]
+    header = ["milliseconds a round", "cores", *(CONTESTANTS_OF_ROUNDS[name] for name in played)]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
@@ -660,10 +664,11 @@ def _speed() -> Page:
         {
             "default runs": partial(whole_runs, "default"),
             "larger runs": partial(whole_runs, "large"),
-            "rounds": rounds_of_fedavg,
+            "rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
-            "operators": operators,
+            "convolution": partial(operators, MACHINE, convolution=True),
+            "operators": partial(operators, OTHER_MACHINE, convolution=False),
             "gpu runs": gpu_figures.whole_runs,
             "gpu kernels": gpu_figures.kernels,
             "gpu operators": gpu_figures.beside_others,
@@ -673,7 +678,7 @@ def _speed() -> Page:
 
 # -- Flower ------------------------------------------------------------------------------------------------------------
 
-FLOWER, MESSAGES = "flower-amd-epyc", "flower_messages_amd-epyc"
+FLOWER, MESSAGES = f"flower-{OTHER_MACHINE}", f"flower_messages_{OTHER_MACHINE}"
 LOW_MEMORY = "fedkern low memory"
 
 

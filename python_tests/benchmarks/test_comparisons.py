@@ -261,5 +261,7 @@ def test_a_run_says_what_served(forced: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_results_name_their_commit() -> None:
     made = commit(sources.CSRC)
     assert machines.machine("cpu")["commit"] == made
-    assert page_figures.caption({"time": "2026-01-02T03:04", "commit": "abc1234"})[0].endswith(" at commit `abc1234`.")
-    assert page_figures.caption({"time": "2026-01-02T03:04"})[0] == "Measured on 2026-01-02."
+    machine = {"time": "2026-01-02T03:04", "cpu": "AMD EPYC 7763 64-Core Processor"}
+    assert page_figures.caption(machine)[0] == "AMD EPYC 7763, 2026-01-02."
+    told = page_figures.caption({**machine, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2, "commit": "abc1234"})[0]
+    assert told == "Intel Xeon, 2 cores, 2026-01-02 at commit `abc1234`."
