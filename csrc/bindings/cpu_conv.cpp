@@ -47,9 +47,8 @@ ConvNorm conv_call_of(py::handle x, py::handle weight, double eps, int stride, b
 // What a forward pass leaves to the backward pass.
 template <typename Pass>
 void keep(Pass& a, py::handle y, py::handle raw, py::handle saved) {
-  const ConvShape r = a.call.shape.result();
   const std::int64_t channels = kept_channels(a.call.shape);
-  a.y = conv_memory(y, r.positions() * channels), a.raw = conv_memory(raw, r.batch * (r.height / 2) * (r.width / 2) * channels);
+  a.y = conv_memory(y, a.call.shape.result().positions() * channels), a.raw = conv_memory(raw, a.call.positions_of_out() * channels);
   a.saved = conv_memory(saved, 4 * channels);
 }
 

@@ -72,12 +72,11 @@ class Convolution {
   Scratch<float> transformed_;
 };
 
-// Work of a pass, as parallel_for wants it: of so many products with the weights, and of so many numbers that pass through memory.
+// Work of a pass of so many products with the weights.
 double seconds(const ConvPlan& p, int products) {
   const double maps = static_cast<double>(p.shape.positions() * p.shape.in + p.result.positions() * p.shape.out);
   return products * (2e-11 * static_cast<double>(p.result.positions() * p.weights()) + 1e-10 * maps);
 }
-double seconds(std::int64_t numbers) { return 3e-10 * static_cast<double>(numbers); }
 
 // Adds what pieces have summed up, `size` numbers each, to that of the first: in their order.
 template <typename T>
@@ -386,39 +385,29 @@ ConvShape served(const ConvShape& s) {
   return {};
 }
 
-std::int64_t positions_of_out(const ConvNorm& call) {
-  const ConvShape r = call.shape.result();
-  return call.pool ? r.batch * (r.height / 2) * (r.width / 2) : r.positions();
-}
-
 void forward(const ConvForward& a) {
   const ConvShape &own = a.call.shape, wide = served(own);
   if (wide.in == own.in && wide.out == own.out) return Forward(a).run();
-  Filled filled(a.call, wide);
+  Filled f(a.call, wide);
   ConvForward b = a;
-  const std::int64_t positions = positions_of_out(a.call);
-  b.call = filled.call(), b.scale = filled.vector(a.scale), b.shift = filled.vector(a.shift);
-  b.mean = filled.vector(a.mean), b.variance = filled.vector(a.variance);
-  b.residual = filled.map(a.residual, positions, own.out, wide.out), b.out = filled.result(a.out, positions, own.out, wide.out);
+  b.call = f.call(), b.scale = f.read(a.scale, f.vector), b.shift = f.read(a.shift, f.vector);
+  b.mean = a.update ? f.updated(a.mean, f.vector) : f.read(a.mean, f.vector);
+  b.variance = a.update ? f.updated(a.variance, f.vector) : f.read(a.variance, f.vector);
+  b.residual = f.read(a.residual, f.out), b.out = f.written(a.out, f.out);
   Forward(b).run();
-  filled.finish(b.out, positions, own.out, wide.out, a.out);
-  if (a.update) filled.finish_vector(b.mean, a.mean), filled.finish_vector(b.variance, a.variance);
+  f.finish();
 }
 
 void backward(const ConvBackward& a) {
   const ConvShape &own = a.call.shape, wide = served(own);
   if (wide.in == own.in && wide.out == own.out) return Backward(a).run();
-  Filled filled(a.call, wide);
+  Filled f(a.call, wide);
   ConvBackward b = a;
-  const std::int64_t positions = positions_of_out(a.call);
-  const auto vector = [&](float* x) { return filled.result(x, 1, own.out, wide.out); };
-  b.call = filled.call(), b.grad = filled.map(a.grad, positions, own.out, wide.out), b.out = filled.map(a.out, positions, own.out, wide.out);
-  b.to_x = filled.result(a.to_x, own.positions(), own.in, wide.in), b.to_weight = filled.weight_result(a.to_weight);
-  b.to_scale = vector(a.to_scale), b.to_shift = vector(a.to_shift), b.to_residual = filled.result(a.to_residual, positions, own.out, wide.out);
+  b.call = f.call(), b.grad = f.read(a.grad, f.out), b.out = f.read(a.out, f.out);
+  b.to_x = f.written(a.to_x, f.in), b.to_weight = f.written_weight(a.to_weight), b.to_residual = f.written(a.to_residual, f.out);
+  b.to_scale = f.written(a.to_scale, f.vector), b.to_shift = f.written(a.to_shift, f.vector);
   Backward(b).run();
-  filled.finish(b.to_x, own.positions(), own.in, wide.in, a.to_x), filled.finish_weight(b.to_weight, a.to_weight);
-  filled.finish_vector(b.to_scale, a.to_scale), filled.finish_vector(b.to_shift, a.to_shift);
-  filled.finish(b.to_residual, positions, own.out, wide.out, a.to_residual);
+  f.finish();
 }
 
 #endif

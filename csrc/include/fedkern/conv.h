@@ -26,6 +26,10 @@ struct ConvNorm {
   double eps;
   bool relu, pool, training;
   int threads;
+  std::int64_t positions_of_out() const {
+    const ConvShape r = shape.result();
+    return pool ? r.batch * (r.height / 2) * (r.width / 2) : r.positions();
+  }
 };
 
 // What a forward pass reads and writes beside; null where it is absent.
