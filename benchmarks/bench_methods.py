@@ -399,7 +399,7 @@ def speedups(rows: Iterable[Row], slower: str, faster: str, of: str = "seconds")
 
 
 def results_path(machine: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    return folder / f"methods_{comparisons.slug(dict(machine))}.json"
+    return folder / f"methods_{comparisons.slug(machine)}.json"
 
 
 def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
@@ -430,7 +430,7 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
     """The page of a results file."""
     machine = content["machine"]
     lines = [
-        f"# Whole runs on {comparisons.processor(dict(machine))}",
+        f"# Whole runs on {comparisons.processor(machine)}",
         "",
         "Made by `python -m benchmarks.bench_methods`, which says what the contestants are. "
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('isa')}; torch {machine.get('torch')}; "

@@ -208,18 +208,18 @@ def write_results(
     return paths
 
 
-def processor(machine: dict[str, Any]) -> str:
+def processor(machine: Mapping[str, Any]) -> str:
     """The name of what computed: of a GPU's rows the GPU."""
     return str(machine.get("gpu") or machine.get("cpu") or "unknown")
 
 
 def spoken(machine: Mapping[str, Any]) -> str:
     """The processor as pages say it: "Intel(R) Xeon(R) Processor" of two cores is "Intel Xeon, 2 cores"."""
-    name = " ".join(NOISE.sub(" ", processor(dict(machine))).split())
+    name = " ".join(NOISE.sub(" ", processor(machine)).split())
     return f"{name}, {machine['cores']} cores" if "cores" in machine else name
 
 
-def slug(machine: dict[str, Any]) -> str:
+def slug(machine: Mapping[str, Any]) -> str:
     """The processor in a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz" is "intel-xeon"."""
     return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine)).lower()).strip("-") or "unknown"
 

@@ -52,7 +52,7 @@ METHODS: Mapping[str, list[str]] = {
 
 def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS) -> Path:
     """The file with the results of a machine."""
-    return folder / f"flower_messages_{comparisons.slug(dict(machine))}.json"
+    return folder / f"flower_messages_{comparisons.slug(machine)}.json"
 
 
 def seconds_of(method: str, run: Path) -> float:

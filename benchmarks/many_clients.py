@@ -38,7 +38,7 @@ SETTINGS: Mapping[str, Any] = {
 
 def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS) -> Path:
     """The file with the results of a machine."""
-    return folder / f"many_clients_{comparisons.slug(dict(machine))}.json"
+    return folder / f"many_clients_{comparisons.slug(machine)}.json"
 
 
 class Meter(Listener):
