@@ -27,7 +27,7 @@ from .task import CLASSES, Contest, Task, contest
 
 def federated_data(task: Task) -> FederatedData:
     """The task's images as the engine takes them."""
-    images, labels = np.load(task.folder / "raw_images.npy"), task.labels
+    images, labels = np.load(task.folder / "raw_images.npy"), task.labels.cpu()
     clients = tuple(Split(torch.from_numpy(own), its) for own, its in zip(images, labels, strict=True))
     test = Split(
         torch.from_numpy(np.load(task.folder / "raw_test_images.npy")),
@@ -44,7 +44,7 @@ def federated_data(task: Task) -> FederatedData:
         mean=MEAN,
         std=STD,
         augment="none",
-        statistics=PartitionStatistics.of(list(labels.cpu().numpy()), names, "iid"),
+        statistics=PartitionStatistics.of(list(labels.numpy()), names, "iid"),
     )
 
 

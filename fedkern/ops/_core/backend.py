@@ -82,8 +82,8 @@ class Row(NamedTuple):
 _kernels: dict[str, dict[str, Kernel]] = {}
 _loaded: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
-# Operators with two backends for CUDA tensors: bytes of the first tensor from which the second serves, and its kernel.
-_large: dict[str, tuple[int, Any]] = {}
+# Operators whose large calls on a GPU are Triton's: bytes of the first tensor from which it serves.
+_large: dict[str, int] = {}
 # Of operators whose calls can be ordinary: the name of the CPU core's check (csrc/bindings/cpu_tensors.cpp).
 _checks: dict[str, str] = {}
 # The same with the function itself, and the launchers by its answer: 0 (something is unusual), 1 (all tensors are on
@@ -451,9 +451,9 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
                 )
             return None
     if device == "cuda" and operator in _large:
-        threshold, other = _large[operator]
-        if tensors[0].numel() * tensors[0].element_size() >= threshold:
-            return other
+        if tensors[0].numel() * tensors[0].element_size() >= _large[operator]:
+            with contextlib.suppress(Unavailable):
+                return _load(operator, "triton")
     return implementation
 
 
@@ -497,14 +497,13 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
         except Unavailable as error:
             raise RuntimeError(f"backend {forced!r} was forced, but it cannot be used because {error}") from error
     elif forced is None:
-        found = _available(operator, device)
-        if found:
-            serving, choice = found[0]
-        if device == "cuda" and len(found) > 1:
+        serving, choice = _first(operator, device)
+        # Triton is imported when a call is as large as that: it takes a third of a second.
+        if serving == "cuda" and "triton" in _candidates(device) and "triton" in _kernels[operator]:
             gpu = torch.cuda.get_device_name()
             threshold = dispatch.threshold(operator, torch.cuda.get_device_capability(), gpu)
             if threshold is not None:
-                _large[operator] = (threshold, found[1][1][0])
+                _large[operator] = threshold
     if _observed is not None:
         return choice
     _chosen[operator, device] = choice
@@ -515,20 +514,20 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     return choice
 
 
-def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozenset[torch.dtype]]]]:
-    found = []
+def _first(operator: str, device: str) -> tuple[str | None, tuple[Any, frozenset[torch.dtype]]]:
+    """The first backend that can serve, its kernel and the dtypes that it takes; None, None and none: the reference."""
     for name in _candidates(device):
         kernel = _kernels.get(operator, {}).get(name)
         if kernel is None or device not in kernel.devices:
             continue
         try:
-            found.append((name, (_load(operator, name), kernel.dtypes)))
+            return name, (_load(operator, name), kernel.dtypes)
         except Unsuited as error:
             if device == "cpu" or private_torch.PROBLEM:
                 _tell_plain(error)
         except Unavailable:
             continue
-    return found
+    return None, (None, frozenset())
 
 
 def status() -> list[Row]:

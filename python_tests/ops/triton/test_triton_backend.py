@@ -72,9 +72,15 @@ def test_estimated_sizes_choose_between_cuda_and_triton() -> None:
 
 
 def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With two stand-ins for what only a GPU can load."""
-    small, large, dtypes = object(), object(), frozenset({torch.float32})
-    monkeypatch.setattr(backend, "_available", lambda *_: [("cuda", (small, dtypes)), ("triton", (large, dtypes))])
+    """With two stand-ins for what only a GPU can load; Triton's is loaded when a call is large enough."""
+    small, large = object(), object()
+    loaded: list[str] = []
+
+    def load(operator: str, name: str) -> object:
+        loaded.append(name)
+        return small if name == "cuda" else large
+
+    monkeypatch.setattr(backend, "_load", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(crossovers, "FILE", tmp_path / "none.json")
@@ -101,7 +107,16 @@ def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch,
             return False
 
     assert backend.select("kl_div", Stand(edge - 1)) is small
+    assert loaded == ["cuda"]
     assert backend.select("kl_div", Stand(edge)) is large
     assert backend.select("blend", Stand(10 * edge)) is small
     # The short way knows one kernel.
     assert "kl_div" not in backend._ordinary
+
+    def without_triton(operator: str, name: str) -> object:
+        if name == "triton":
+            raise backend.Unavailable("triton is not installed")
+        return small
+
+    monkeypatch.setattr(backend, "_load", without_triton)
+    assert backend.select("kl_div", Stand(edge)) is small
