@@ -81,6 +81,7 @@ def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch,
         return small if name == "cuda" else large
 
     monkeypatch.setattr(backend, "_load", load)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(crossovers, "FILE", tmp_path / "none.json")
