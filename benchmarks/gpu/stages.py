@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton")
+TESTED = ("python_tests/ops/cuda", "python_tests/ops/triton", "python_tests/engine")
 """Folders of the tests marked ``gpu``."""
 CHOSEN = ("-m", "gpu and not slow", "--maxfail=20")
 SANITIZERS = ("memcheck", "racecheck")

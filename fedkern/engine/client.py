@@ -97,7 +97,7 @@ class Client(Node):
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
-        self.report.update(train(self, method, phase, trained, data, received, schedule, rows))
+        self.report.update(train(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs))
         result = {name: value.cpu() for name, value in trained.read().items()}
         if config.buffers == "average":
             return result
@@ -160,7 +160,9 @@ class Client(Node):
             schedule = replace(schedule, first=first)
         schedule = self._until_the_deadline(phase, schedule, rows)
         try:
-            figures = train(self, method, phase, trainable, data, received, schedule, rows, after_epoch)
+            figures = train(
+                self, method, phase, trainable, data, received, schedule, rows, after_epoch, self._context.graphs
+            )
         finally:
             trainable.release()
         self.report.update(figures)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.data.pixels import Pixels
 from fedkern.engine import initial_weights
+from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
@@ -146,6 +147,11 @@ class RunContext:
     def added_models(self) -> tuple[models.ModelEntry, ...]:
         """The networks that the settings name and that are not fedkern's."""
         return added(" ".join(map(str, (self.config.model, *self.config.options.values()))))
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """Recorded passes of local training; None on the CPU, and where a user's network may compute on the host."""
+        return Graphs(self.device) if self.device.type == "cuda" and not self.added_models else None
 
     def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.

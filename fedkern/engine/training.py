@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.engine.captured import Graphs, Outcome, replayable
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
-from fedkern.methods.base import Client, Message, Objective, Phase
+from fedkern.methods.base import Batch, Client, Message, Objective, Phase, Received
+from fedkern.methods.protocol import batch_slices
 from fedkern.methods.terms import Terms
 from fedkern.ops._core.private_torch import backward
 
@@ -141,6 +146,22 @@ def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator
         yield plan
 
 
+def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
+    """The number of an exchange's batches, by size."""
+    sizes = [part.stop - part.start for part in batch_slices(count, schedule.batch_size)]
+    steps = schedule.epochs * len(sizes) if schedule.limit is None else schedule.limit
+    return Counter(islice(cycle(sizes), steps))
+
+
+def one_pass(method: Objective, module: Any, batch: Batch, received: Received) -> Outcome:
+    """Forward and backward pass of a batch; adds to the module's gradients."""
+    result = method.loss(module, batch, received)
+    loss, observed = result if isinstance(result, tuple) else (result, {})
+    backward(loss)
+    # One tensor of all figures would be of two dtypes, which takes 30 us a batch.
+    return Outcome(loss.detach(), (torch.stack([*observed.values()]),) if observed else (), tuple(observed))
+
+
 def train(
     client: Client,
     method: Objective,
@@ -151,6 +172,7 @@ def train(
     schedule: Schedule,
     rows: np.ndarray | None = None,
     after_epoch: Callable[[int], None] | None = None,
+    graphs: Graphs | None = None,
 ) -> dict[str, float]:
     """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
 
@@ -177,39 +199,48 @@ def train(
     gradients.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
-    done = 0
-    for epoch, plan in enumerate(epochs(len(data) if rows is None else len(rows), schedule, orders)):
-        records: list[tuple[Tensor, ...]] = []
-        names: list[tuple[str, ...]] = []
-        lr = schedule.lr_at(epoch)
-        for chosen in plan:
-            check()
-            indices = chosen if rows is None else rows[chosen]
-            batch = data.batch(indices, phase, epoch, augmentation)
-            if draws is not None:
-                batch.drawn = method.draw(client, batch, draws)
-            try:
-                result = method.loss(network.module, batch, received)
-            except ValueError as error:
-                if len(chosen) == 1 and "more than 1 value per channel" in str(error):
-                    raise UserError(_too_small(client)) from None
-                raise
-            loss, observed = result if isinstance(result, tuple) else (result, {})
-            backward(loss)
-            if adjusts:
-                method.adjust_gradient(theta.detach(), gradients, received)
-            stepped = apply(lr)
-            # One tensor of all figures would be of two dtypes, which takes 30 us a batch.
-            figures = (torch.stack([*observed.values()]),) if observed else ()
-            records.append((loss.detach(), stepped.squared_norm, *figures))
-            names.append(tuple(observed))
-        done = _digest(client.id, phase, records, names, done, totals, seen)
-        if after_epoch is not None:
-            after_epoch(epoch)
-            network.train_mode()
+    done, count = 0, len(data) if rows is None else len(rows)
+    run = partial(one_pass, method, network.module)
+    passes: AbstractContextManager[Callable[[Batch], Outcome]] = nullcontext(partial(run, received=received))
+    if graphs is not None and replayable(kind):
+        passes = graphs.replaying(network, method, received, run, batch_sizes(count, schedule), partial(_warn, client))
+    with passes as step:
+        for epoch, plan in enumerate(epochs(count, schedule, orders)):
+            records: list[tuple[Tensor, ...]] = []
+            names: list[tuple[str, ...]] = []
+            lr = schedule.lr_at(epoch)
+            for chosen in plan:
+                check()
+                indices = chosen if rows is None else rows[chosen]
+                batch = data.batch(indices, phase, epoch, augmentation)
+                if draws is not None:
+                    batch.drawn = method.draw(client, batch, draws)
+                try:
+                    loss, figures, observed = step(batch)
+                except ValueError as error:
+                    if len(chosen) == 1 and "more than 1 value per channel" in str(error):
+                        raise UserError(_too_small(client)) from None
+                    raise
+                if adjusts:
+                    method.adjust_gradient(theta.detach(), gradients, received)
+                stepped = apply(lr)
+                records.append((loss, stepped.squared_norm, *figures))
+                names.append(observed)
+            done = _digest(client.id, phase, records, names, done, totals, seen)
+            if after_epoch is not None:
+                after_epoch(epoch)
+                network.train_mode()
     if not network.finite():
         raise Diverged(client.id, phase.round, done, "the parameters are not finite")
     return {name: totals[name] / seen[name] for name in totals}
+
+
+def _warn(client: Client, error: Exception) -> None:
+    client.warn(
+        "no-cuda-graph",
+        "The GPU's kernels of a training step are started one by one, because they could not be recorded as a CUDA "
+        f"graph ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The results are the same, but later.",
+    )
 
 
 def _too_small(client: Client) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,15 @@ from fedkern.privacy import DPSGD, Unit
 
 class Objective:
     """Interface that the engine's training loop calls: the loss, its random draws and changes to the gradient."""
+
+    replayable: ClassVar[bool] = False
+    """Whether a recording of ``loss`` and its gradients, made with one batch, serves others (`engine/captured.py`).
+
+    The loss then may depend on the network, on the batch's ``images``, ``labels`` and the tensors and numbers in
+    ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value
+    of a tensor on the host, and neither ``batch.indices`` nor ``epoch`` nor ``phase`` (``received.phase`` is the same);
+    it draws nothing but from torch's global generator, and changes no state of Python.  Counts only for the ``loss`` of
+    the class that says so, or of a class from which that class derives."""
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The local objective of one batch, a scalar; optionally with named scalars whose means are recorded."""

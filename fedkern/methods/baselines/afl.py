@@ -25,6 +25,7 @@ class AFL(Robust):
     """Weighs clients for the worst of all their mixtures: agnostic federated learning (arXiv 1902.00146)."""
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "retrieval")
+    replayable = True
 
     @property
     def radius(self) -> float:

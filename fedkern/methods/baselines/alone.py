@@ -30,6 +30,7 @@ class Local(Objective, Method):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
+    replayable = True
 
     @property
     def needs(self) -> str:

@@ -26,6 +26,7 @@ class Centralised(Objective, Method):
 
     pooled = True
     pools_statistics = True
+    replayable = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation", "retrieval")
 
     def start(self, server: Server) -> None:

@@ -17,6 +17,7 @@ class FedAvg(LocalTraining):
     """Local SGD on the cross-entropy and a weighted average of the parameters (arXiv 1602.05629)."""
 
     memoryless = True
+    replayable = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation", "retrieval")
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:

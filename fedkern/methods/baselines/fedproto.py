@@ -44,6 +44,8 @@ from fedkern.methods.uploads import Declaration, Maybe, Values, like, once
 class FedProto(LocalTraining):
     """Pulls features towards class prototypes averaged over the clients (arXiv 2105.00243)."""
 
+    replayable = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         lam: float = option(1.0, "weight of the distance to the prototypes", low=0, name="lambda")

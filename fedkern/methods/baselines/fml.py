@@ -40,6 +40,8 @@ class Pair(nn.Module):
 class FML(LocalTraining):
     """Federated mutual learning: private models and a shared one teach each other (arXiv 2006.16765)."""
 
+    replayable = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         alpha: float = option(0.5, "weight of the labels in the private model's loss", low=0, high=1)

@@ -63,6 +63,7 @@ class FedIOD(Objective, OwnNetworks):
     tasks = ("classification", "segmentation")
     selective = True
     takes_teachers = True
+    replayable = True
     spans = "the cosine schedules and the warm-up span all rounds"
 
     def __init__(self, options: Any = None, **given: Any) -> None:

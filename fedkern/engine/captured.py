@@ -1,0 +1,255 @@
+"""Forward and backward passes of local training, replayed as CUDA graphs.
+
+The pass of a small network is some hundred kernels.  The host starts them one by one, which takes longer than the GPU
+computes.  A CUDA graph holds all kernels of a pass, and the host starts the graph in one call.  Kernels and their order
+stay those of the eager pass, and so do the bits.
+
+The first batches of a shape run eagerly: they load kernels and make workspaces.  Then one pass is recorded, which runs
+nothing, and every later batch of the shape is copied into the inputs of the recorded pass.  Only methods that say so
+are recorded (:attr:`fedkern.methods.roles.Objective.replayable`).  A batch is made, and the optimiser steps, outside.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fedkern.methods.base import Batch, Objective, Received
+from fedkern.models.precision import lower
+
+EAGER = 2
+"""Batches of a shape that run eagerly before a pass is recorded."""
+LEAST = 5
+"""Fewest batches of a shape, still to come in the exchange, for which a pass is recorded."""
+
+T = TypeVar("T")
+
+
+class Outcome(NamedTuple):
+    """A batch's loss (0-d), the figures that the method observed (one vector, or none) and the names of the figures."""
+
+    loss: Tensor
+    figures: tuple[Tensor, ...]
+    names: tuple[str, ...]
+
+
+Pass = Callable[[Batch, Received], Outcome]
+"""Forward and backward pass of a batch, which adds to the gradients."""
+
+
+def replayable(kind: type[Objective]) -> bool:
+    """Whether the class says so that has the ``loss``, or a class derived from it."""
+    for each in kind.__mro__:
+        if "replayable" in vars(each):
+            return bool(vars(each)["replayable"])
+        if "loss" in vars(each):
+            return False
+    return False
+
+
+class Recorded(NamedTuple):
+    """A recorded pass.
+
+    Attributes:
+        inputs: the tensors that the pass reads a batch from.
+        replay: runs the pass.
+        outcome: where every replay writes to.
+        lasting: whether the pass does not depend on what the client received.
+    """
+
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    outcome: Outcome
+    lasting: bool
+
+    def __call__(self, batch: Batch) -> Outcome:
+        for own, given in zip(self.inputs, _tensors(batch), strict=True):
+            own.copy_(given, non_blocking=True)
+        self.replay()
+        loss, figures, names = self.outcome
+        return Outcome(loss.clone(), tuple(figure.clone() for figure in figures), names)
+
+
+class Graphs:
+    """The recorded passes of a process's clients on one GPU.
+
+    All graphs share a pool of memory: they are never replayed side by side, and a graph's outcome is copied before
+    another graph runs.
+
+    Attributes:
+        off: whether a pass could not be recorded; no other pass is recorded then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.off = False
+        self._of: tuple[Any, ...] = ()
+        self._recorded: dict[Hashable, Recorded] = {}
+        self._last: Any = None  # torch gives up a pool that no graph uses
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Work on a stream of its own, after all earlier work and before all later work of the current stream.
+
+        The default stream cannot be recorded, and autograd adds up a parameter's gradient on the stream of the
+        parameter's first use in a graph that is still alive.  So eager passes run on the stream of the recorded ones.
+        """
+        outer = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outer.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Records what ``work`` starts on the GPU without running it: a function that runs it, and ``work``'s result.
+
+        Raises:
+            RuntimeError: ``work`` did what cannot be recorded, for example read a value of a tensor.
+        """
+        if self._last is None:
+            torch.cuda.empty_cache()  # memory that eager passes have freed cannot serve recorded ones
+        graph = torch.cuda.CUDAGraph()
+        collects, syncs = gc.isenabled(), torch.cuda.get_sync_debug_mode()
+        gc.disable()  # a finaliser may call the driver, which ends the recording
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            _set_sync_debug_mode(2)  # an error instead of waiting, which would break the recording and torch's state
+            result = work()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        finally:
+            _set_sync_debug_mode(syncs)
+            if collects:
+                gc.enable()
+        graph.capture_end()
+        self._last = graph
+        return graph.replay, result
+
+    @contextmanager
+    def replaying(
+        self,
+        network: Any,
+        method: Objective,
+        received: Received,
+        run: Pass,
+        sizes: Mapping[int, int],
+        failed: Callable[[Exception], None],
+    ) -> Iterator[Callable[[Batch], Outcome]]:
+        """Context of an exchange's training: runs ``run`` on a batch, as a recorded pass where that is worth it.
+
+        Args:
+            network: what is trained, in the mode it is trained in.
+            sizes: number of batches of the exchange, by size.
+            failed: called with the reason where a pass cannot be recorded.
+        """
+        of = (network, method, *_state(network))
+        if of != self._of:
+            self._recorded.clear()
+        left, seen = dict(sizes), Counter[Hashable]()
+
+        def step(batch: Batch) -> Outcome:
+            size, key = len(batch.images), _signature(batch, self.device)
+            left[size] = left.get(size, 0) - 1
+            recorded = self._recorded.get(key)
+            if recorded is not None:
+                return recorded(batch)
+            seen[key] += 1
+            if not self.off and key is not None and seen[key] > EAGER and left[size] + 1 >= LEAST:
+                try:
+                    self._recorded[key] = self._record(run, batch, received)
+                except Exception as error:
+                    self.off = True
+                    failed(error)
+                else:
+                    return self._recorded[key](batch)
+            return run(batch, received)
+
+        try:
+            with self.stream():
+                yield step
+        finally:
+            self._recorded = {key: made for key, made in self._recorded.items() if made.lasting}
+            self._of = of if self._recorded else ()
+
+    def _record(self, run: Pass, batch: Batch, received: Received) -> Recorded:
+        images, labels, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]
+        drawn = {**dict(zip(_drawn(batch), others, strict=True)), **_constants(batch)}
+        # A loss that reads what is None here fails, instead of being replayed with one batch's values.
+        unread: Any = {"indices": None, "phase": None, "epoch": None}
+        static = replace(batch, images=images, labels=labels, drawn=drawn, **unread)
+        watched = _Watched(received)
+        replay, outcome = self.record(lambda: run(static, cast(Received, watched)))
+        return Recorded(inputs, replay, outcome, not watched.read)
+
+
+class _Watched:
+    """Stands for what a client received and notes whether anything of it is read."""
+
+    def __init__(self, received: Received) -> None:
+        self._received, self.read = received, False
+
+    def __getattr__(self, name: str) -> Any:
+        self.read = True
+        return getattr(self._received, name)
+
+
+def _drawn(batch: Batch) -> dict[str, Tensor]:
+    """The tensors that were drawn for a batch."""
+    return {name: value for name, value in batch.drawn.items() if isinstance(value, Tensor)}
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch."""
+    return [batch.images, batch.labels, *_drawn(batch).values()]
+
+
+def _constants(batch: Batch) -> dict[str, Any]:
+    """What else was drawn for a batch: numbers and words, and None in the place of what a recorded pass cannot read."""
+    others = ((name, value) for name, value in batch.drawn.items() if not isinstance(value, Tensor))
+    return {name: value if isinstance(value, bool | int | float | str) else None for name, value in others}
+
+
+def _signature(batch: Batch, device: torch.device) -> Hashable:
+    """Equal for batches that one recorded pass can serve; None for a batch that none can serve."""
+    tensors = _tensors(batch)
+    if batch.tokens is not None or any(tensor.device.type != device.type for tensor in tensors):
+        return None  # texts are as long as the longest text of a batch
+    shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+    return shapes, tuple(_drawn(batch)), tuple(_constants(batch).items()), batch.augmented
+
+
+def _state(network: Any) -> tuple[Any, ...]:
+    """What a recorded pass has taken over from a network and from the process, beside the values of tensors."""
+    modules = tuple(
+        (id(module), module.training, getattr(module, "track_running_stats", None))
+        for module in network.module.modules()
+    )
+    trained = tuple((id(each), each.data_ptr(), each.requires_grad) for each in network.module.parameters())
+    return lower(), network.gradients.data_ptr(), modules, trained
+
+
+def _set_sync_debug_mode(mode: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode(mode)

@@ -1,0 +1,439 @@
+"""Recorded passes of local training: tapes stand for CUDA graphs on the CPU; on a GPU graphs are compared with none."""
+
+import contextlib
+import gc
+import math
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from smallest import SETTINGS
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, dropout
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedkern.engine import captured
+from fedkern.engine.captured import Graphs, replayable
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
+from fedkern.methods import METHODS, FedAvg, Phase
+from fedkern.models.precision import computing
+from fedkern.ops import use_backend
+from fedkern.torch_modes import reproducible
+
+SMALL = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 2, "clients": 3, "workers": "1", "grad_cam": 0}
+ALIKE = {"ccvr", "dense", "feddf"}
+"""Methods whose clients train as those of oneshot-fedavg do."""
+CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
+QUICK = ("fedavg", "scaffold", "fedproto")
+VOLATILE = ("seconds", "phases", "time")
+
+
+class Tape(TorchDispatchMode):
+    """Notes the operators that run and repeats them on the same memory, as a CUDA graph repeats kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value was read")
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            if all(each.alias_info is None for each in func._schema.returns):
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor):
+                        old.copy_(new)
+
+
+class Tapes(Graphs):
+    """Tapes in the place of CUDA graphs."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.recorded = self.replayed = 0
+
+    @contextlib.contextmanager
+    def stream(self):
+        yield
+
+    def replaying(self, network, *rest):
+        self._network = network
+        return super().replaying(network, *rest)
+
+    def record(self, work):
+        module = self._network.module
+        held = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
+        before, tape = [each.detach().clone() for each in held], Tape()
+        try:
+            with tape:
+                result = work()
+        finally:  # a recording runs nothing
+            for each, value in zip(held, before, strict=True):
+                each.detach().copy_(value)
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            tape.replay()
+
+        return replay, result
+
+
+def rounds(folder):
+    """The records of a run without times."""
+    return [{k: v for k, v in each.items() if not any(word in k for word in VOLATILE)} for each in read_metrics(folder)]
+
+
+def same_runs(config, data, tmp_path, monkeypatch):
+    """Whether a run with tapes gives the bits of one without; and the tapes, and the run's diagnostics."""
+    tapes = Tapes()
+    with use_backend("reference"):  # operators are dispatched, so that the tape sees what is in them
+        run(config, data=data, out=tmp_path / "eager")
+        with monkeypatch.context() as patch:
+            patch.setattr(RunContext, "graphs", property(lambda self: tapes))
+            summary = run(config, data=data, out=tmp_path / "taped")
+    eager, taped = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "taped"))
+    same = eager.keys() == taped.keys() and all(torch.equal(eager[name], taped[name]) for name in eager)
+    return same and rounds(tmp_path / "eager") == rounds(tmp_path / "taped"), tapes, summary["diagnostics"]
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CLAIMED if name not in QUICK)]
+)
+def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **SETTINGS.get(name, {})}
+    if METHODS[name].one_shot:
+        del given["rounds"]
+        given["local_epochs"] = 4
+    config = make_config(name, **{"rounds": None, **given})
+    same, tapes, diagnostics = same_runs(config, make_data(), tmp_path, monkeypatch)
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
+    assert "no-cuda-graph" not in diagnostics
+
+
+def test_what_is_replayable():
+    class Derived(FedAvg):
+        pass
+
+    class Other(FedAvg):
+        def loss(self, model, batch, received):
+            return super().loss(model, batch, received)
+
+    class Claims(Other):
+        replayable = True
+
+    assert {"fedavg", "fedprox", "scaffold", "local", "fediod"} <= {*CLAIMED}
+    assert [replayable(kind) for kind in (FedAvg, Derived, Other, Claims)] == [True, True, False, True]
+
+
+class Counting(FedAvg):
+    replayable = True
+    count = 0
+
+    def loss(self, model, batch, received):
+        self.count += 1
+        return super().loss(model, batch, received) * self.count
+
+
+class Reading(FedAvg):
+    replayable = True
+
+    def loss(self, model, batch, received):
+        loss = super().loss(model, batch, received)
+        return loss * (1 if loss > 0 else 2)
+
+
+class Indexing(FedAvg):
+    replayable = True
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * (1 + float(np.mean(batch.indices)))
+
+
+class Epochs(FedAvg):
+    replayable = True
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * (1 + batch.epoch)
+
+
+def test_a_wrong_claim_is_noticed(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Counting)
+    same, tapes, _ = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert not same
+    assert tapes.recorded
+
+
+@pytest.mark.parametrize("kind", [Reading, Indexing, Epochs])
+def test_what_cannot_be_recorded_runs_eagerly(kind, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", kind)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert same
+    assert not tapes.recorded
+    assert tapes.off
+    assert "one by one" in diagnostics["no-cuda-graph"]
+
+
+class Drawing(FedAvg):
+    """Draws for every batch what a recording can read and what it cannot; looks at what was received."""
+
+    replayable = True
+
+    def draw(self, client, batch, rng):
+        return {"weight": torch.from_numpy(rng.random(len(batch.indices)).astype(np.float32)), "twice": 2.0, "by": rng}
+
+    def loss(self, model, batch, received):
+        losses = cross_entropy(model(batch.images), batch.labels, reduction="none")
+        loss = (losses * batch.drawn["weight"]).mean() * batch.drawn["twice"]
+        if received.phase.round == 0:
+            loss = loss * len(received.message["parameters"])
+        return loss, {"weight": batch.drawn["weight"].mean(), "loss_twice": 2 * loss.detach()}
+
+
+@pytest.mark.parametrize("model", ["cnn", "mlp"])
+def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Drawing)
+    settings = {"model": model, "lr": 0.001, "lr_steps": "1,2", "momentum": 0.5, "clip_norm": 1.0, "width": None}
+    config = make_config(**{**SMALL, **settings})
+    same, tapes, diagnostics = same_runs(config, make_data((20, 13)), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 4  # the loss looks at what was received: one pass a client and round
+    assert diagnostics == {} or "no-cuda-graph" not in diagnostics
+
+
+def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
+    """The tapes after exchanges of clients with so many samples; what ran: e(ager), r(ecording), p(layed again)."""
+    bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
+    bench.__dict__["graphs"] = tapes
+    method = kind()
+    with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
+        call, loss = captured.Recorded.__call__, kind.loss
+
+        def noted(self, model, batch, received):
+            line.append("e" if batch.phase else "r")
+            return loss(self, model, batch, received)
+
+        patch.setattr(captured.Recorded, "__call__", lambda self, batch: line.append("p") or call(self, batch))
+        patch.setattr(kind, "loss", noted)
+        patch.setattr(kind, "replayable", True)
+        for i in range(exchanges):
+            client = Client(bench, i % len(sizes), {})
+            method.client_update(client, Phase(i // len(sizes), "train", "update"), bench.initial())
+            line.append(" ")
+    return tapes, "".join(line).split()
+
+
+def test_a_pass_is_recorded_after_two_batches_where_five_are_left(make_data, make_config):
+    def line(count, **settings):
+        return passes((count,), make_data, make_config, batch_size=4, **settings)[1]
+
+    assert line(24, local_epochs=1) == ["eeeeee"]
+    assert line(28, local_epochs=1) == ["eerppppp"]
+    assert line(15, local_epochs=4) == ["eerpe" + 3 * "pppe"]  # the batches of 3 samples are too few
+    assert line(15, local_epochs=8) == ["eerpe" + "pppe" + "ppprp" + 5 * "pppp"]
+    assert line(28, local_epochs=3, local_steps=6) == ["eeeeee"]
+    assert line(28, local_epochs=3, local_steps=7) == ["eerppppp"]
+
+
+def test_what_was_received_is_not_replayed_for_another_client(make_data, make_config):
+    class Looking(FedAvg):
+        def loss(self, model, batch, received):
+            return super().loss(model, batch, received) * len(received.message)
+
+    tapes, line = passes((20, 20), make_data, make_config, exchanges=4, local_epochs=1)
+    assert tapes.recorded == 1
+    assert line[1:] == ["p" * 10] * 3
+    tapes, _ = passes((20, 20), make_data, make_config, Looking, exchanges=4, local_epochs=1)
+    assert tapes.recorded == 4
+
+
+@pytest.mark.parametrize("change", ["precision", "statistics", "method"])
+def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
+    bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
+    bench.__dict__["graphs"] = tapes
+    method = FedAvg()
+    with use_backend("reference"):
+        for i in range(2):
+            precision = "bf16" if change == "precision" and i else "fp32"
+            if change == "statistics":
+                bench.config = make_config(**{**SMALL, "model": "resnet8", "fix_statistics": 1})
+            if change == "method":
+                method = FedAvg()
+            with computing(precision):
+                method.client_update(Client(bench, 0, {}), Phase(i, "train", "update"), bench.initial())
+    assert tapes.recorded == 2
+
+
+class Graph:
+    """Stands for ``torch.cuda.CUDAGraph``: its end fails where the driver has given the recording up."""
+
+    made, broken = 0, False
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        Graph.made += 1
+
+    def capture_end(self):
+        if self.broken:
+            raise RuntimeError("invalidated")
+
+    def replay(self):
+        return "replayed"
+
+
+def test_after_a_recording_the_process_is_as_before(monkeypatch):
+    mode = 1
+    graphs = Graphs(torch.device("cuda"))
+
+    def set_mode(value):
+        nonlocal mode
+        mode = value
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    replay, found = graphs.record(lambda: (mode, gc.isenabled()))
+    assert (replay(), found) == ("replayed", (2, False))
+    assert (mode, gc.isenabled()) == (1, True)
+    for broken, error in ((False, KeyboardInterrupt), (True, KeyboardInterrupt), (True, None)):
+        monkeypatch.setattr(Graph, "broken", broken)
+        with pytest.raises(error or RuntimeError):
+            graphs.record(Mock(side_effect=error))
+        assert (mode, gc.isenabled()) == (1, True)
+    assert Graph.made == 4
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """A network with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(192, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(dropout(self.first(x.flatten(1)).relu(), 0.5, training=self.training))
+
+
+class Randomly(FedAvg):
+    """Trains a network with dropout of its own."""
+
+    replayable = True
+
+    def client_update(self, client, phase, message):
+        with torch.random.fork_rng(devices=[client.device]):
+            torch.manual_seed(phase.round)
+            torch.cuda.manual_seed(phase.round)
+            module = Dropping().to(client.device)
+            client.fit(self, phase, module)
+        return {"parameters": torch.cat([p.detach().flatten() for p in module.parameters()])}
+
+
+def on_the_gpu(config, data, kind, exchanges, graphs):
+    """The answers and figures of clients' exchanges on a GPU, with graphs or without."""
+    found = []
+    with reproducible(), computing(config.precision):
+        bench = RunContext(config, data)
+        if not graphs:
+            bench.__dict__["graphs"] = None
+        message, method, states = bench.initial(), kind(**config.options), [{} for _ in data.clients]
+        extra = {"control": torch.zeros_like(message["parameters"])} if kind is METHODS["scaffold"] else {}
+        for i in range(exchanges):
+            k = i % len(data.clients)
+            client = Client(bench, k, states[k])
+            phase = Phase(i // len(data.clients), "train", "update")
+            answer = method.client_update(client, phase, {**message, **extra})
+            found.append(({name: value.cpu() for name, value in answer.items()}, dict(client.report)))
+            if not extra:
+                message = {name: answer.get(name, value) for name, value in message.items()}
+        if graphs:
+            assert bench.graphs._last is not None
+            assert not bench.graphs.off, bench.warnings
+        assert "no-cuda-graph" not in bench.warnings
+    return found
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for (a, told), (b, said) in zip(one, other, strict=True):
+        assert told == said
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+GPU = {"device": "cuda", "batch_size": 4, "local_epochs": 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["cnn", "resnet8", "vit-tiny"])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fml"])
+def test_graphs_have_the_bits_of_eager_passes(method, model, precision, make_data, make_config):
+    width = None if model == "vit-tiny" else 8
+    config = make_config(method, **{**SMALL, **GPU, "model": model, "width": width, "precision": precision})
+    data = make_data((50, 47))
+    # A client's state would come back on the CPU: two clients, and a second round only where there is none.
+    exchanges = 4 if method == "fedavg" else 2
+    one, other = (on_the_gpu(config, data, METHODS[method], exchanges, graphs) for graphs in (True, False))
+    assert_same(one, other)
+    assert all(math.isfinite(report["loss"]) for _, report in one)
+
+
+@pytest.mark.gpu
+def test_graphs_draw_the_numbers_of_eager_passes(make_data, make_config):
+    config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
+    one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
+    assert_same(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fedavg", "fediod", "ensemble", "afl"])
+def test_runs_with_graphs_are_runs_without(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **GPU, **SETTINGS.get(name, {})}
+    if METHODS[name].one_shot:
+        del given["rounds"]
+    config = make_config(name, **{"rounds": None, **given})
+    run(config, data=make_data((50, 47, 20)), out=tmp_path / "graphs")
+    monkeypatch.setattr(RunContext, "graphs", None)
+    run(config, data=make_data((50, 47, 20)), out=tmp_path / "eager")
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("graphs", "eager"))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    assert rounds(tmp_path / "graphs") == rounds(tmp_path / "eager")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Reading, Indexing])
+def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
+    config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
+    found = []
+    for graphs in (True, False):
+        with reproducible():
+            bench = RunContext(config, data)
+            if not graphs:
+                bench.__dict__["graphs"] = None
+            client = Client(bench, 0, {})
+            answer = kind().client_update(client, Phase(0, "train", "update"), bench.initial())
+            found.append((answer, client.report))
+            assert ("no-cuda-graph" in bench.warnings) == graphs
+    assert_same(*([each] for each in found))
+    one, other = (on_the_gpu(config, data, FedAvg, 4, graphs) for graphs in (True, False))
+    assert_same(one, other)
+    one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
+    assert_same(one, other)
