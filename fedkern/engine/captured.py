@@ -169,6 +169,8 @@ class Graphs:
         left, seen = dict(sizes), Counter[Hashable]()
 
         def step(batch: Batch) -> Outcome:
+            with torch.no_grad():
+                batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
             size, key = len(batch.images), _signature(batch, self.device)
             left[size] = left.get(size, 0) - 1
             recorded = self._recorded.get(key)
@@ -245,8 +247,9 @@ def _state(network: Any) -> tuple[Any, ...]:
         (id(module), module.training, getattr(module, "track_running_stats", None))
         for module in network.module.modules()
     )
-    trained = tuple((id(each), each.data_ptr(), each.requires_grad) for each in network.module.parameters())
-    return lower(), network.gradients.data_ptr(), modules, trained
+    held = (*network.module.parameters(), *network.module.buffers())
+    tensors = tuple((id(each), each.data_ptr(), each.requires_grad) for each in held)
+    return lower(), network.gradients.data_ptr(), modules, tensors
 
 
 def _set_sync_debug_mode(mode: int) -> None:

@@ -57,6 +57,7 @@ class FedGID(LocalTraining):
     """Background intervention and global distillation against attribute skew (arXiv 2504.00850)."""
 
     memoryless = True
+    replayable = True
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
@@ -163,7 +164,7 @@ class FedGID(LocalTraining):
             seen["loss_gi"] = gi.detach()
 
         if weight:
-            anchor = remembered("anchor", batch, received, lambda: self._anchor(batch, received))
+            anchor = self._anchor(batch, received)
             u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
             if intervenes:
                 direction = "student" if o.kl_direction == "local_global" else "teacher"
@@ -178,10 +179,22 @@ class FedGID(LocalTraining):
 
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
+        """The anchor, and the backgrounds' maps (``maps``) or their index in the maps of the whole bank (``rows``)."""
+        found = {"anchor": self._anchor(batch, received)} if self.distillation_weight(received.phase) else {}
+        if "index" in batch.drawn:
+            maps, rows = self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
+            found |= {"maps": maps} if rows is None else {"rows": rows}
+        return found
+
     @torch.no_grad()
     def _background_maps(self, batch: Batch, received: Received, stage: str) -> tuple[Tensor, Tensor | None]:
         """The global encoder's maps of backgrounds, and the int64 [B] index of every sample's map (None: in order)."""
         drawn = batch.drawn
+        if "maps" in drawn:
+            return drawn["maps"], None
+        if "rows" in drawn:
+            return received.round_cache["bank"], drawn["rows"]
         if "images" in drawn:
             return received.model.stages(drawn["images"], upto=stage), None
         bank, index = drawn["bank"], drawn["index"]
@@ -201,8 +214,12 @@ class FedGID(LocalTraining):
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
         """The global model's answer to the samples: features, or logits with ``distill_on=logits``."""
-        features: Tensor = received.model.features(batch.images)
-        return received.model.head(features) if self.options.distill_on == "logits" else features
+
+        def answer() -> Tensor:
+            features: Tensor = received.model.features(batch.images)
+            return received.model.head(features) if self.options.distill_on == "logits" else features
+
+        return remembered("anchor", batch, received, answer)
 
     # -- backgrounds -----------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ TUNE = "tune"
 class FedLPFM(LocalTraining):
     """Frozen foundation models teach the lightweight network that clients train and share (arXiv 2311.08479)."""
 
+    replayable = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         teacher: str = option(

@@ -45,6 +45,14 @@ class Objective:
         """Random draws of a batch; the result becomes ``batch.drawn``."""
         return {}
 
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
+        """What a ``replayable`` loss needs of a batch and cannot compute in a recording; added to ``batch.drawn``.
+
+        Examples are answers of frozen networks that are cached by sample.  Called before ``loss`` where passes are
+        recorded, without gradients; elsewhere ``loss`` has to compute the same values itself.
+        """
+        return {}
+
     def terms(self, received: Received) -> Terms | None:
         """Terms added to the gradient of every step of the exchange; called once, before the first step."""
         return None

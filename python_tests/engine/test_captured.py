@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import math
 from unittest.mock import Mock
 
@@ -29,8 +30,9 @@ from fedkern.torch_modes import reproducible
 SMALL = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 2, "clients": 3, "workers": "1", "grad_cam": 0}
 ALIKE = {"ccvr", "dense", "feddf"}
 """Methods whose clients train as those of oneshot-fedavg do."""
+OWN = {"fedlpfm": {"data": "digits", "train_samples": 60, "public_samples": 20, "partition": "iid"}}
 CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
-QUICK = ("fedavg", "scaffold", "fedproto")
+QUICK = ("fedavg", "scaffold", "fedgid", "fusefl")
 VOLATILE = ("seconds", "phases", "time")
 
 
@@ -114,12 +116,11 @@ def same_runs(config, data, tmp_path, monkeypatch):
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CLAIMED if name not in QUICK)]
 )
 def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_path, monkeypatch):
-    given = {**SMALL, **SETTINGS.get(name, {})}
+    given = {**SMALL, **SETTINGS.get(name, {}), **OWN.get(name, {})}
     if METHODS[name].one_shot:
-        del given["rounds"]
-        given["local_epochs"] = 4
-    config = make_config(name, **{"rounds": None, **given})
-    same, tapes, diagnostics = same_runs(config, make_data(), tmp_path, monkeypatch)
+        given.update(rounds=None, local_epochs=4)
+    data = None if name in OWN else make_data()
+    same, tapes, diagnostics = same_runs(make_config(name, **given), data, tmp_path, monkeypatch)
     assert same
     assert tapes.replayed > 3 * tapes.recorded > 0
     assert "no-cuda-graph" not in diagnostics
@@ -404,16 +405,27 @@ def test_graphs_draw_the_numbers_of_eager_passes(make_data, make_config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["fedavg", "fediod", "ensemble", "afl"])
-def test_runs_with_graphs_are_runs_without(name, make_data, make_config, tmp_path, monkeypatch):
-    given = {**SMALL, **GPU, **SETTINGS.get(name, {})}
+@pytest.mark.parametrize(
+    ("name", "model", "precision"),
+    [
+        *itertools.product(["fusefl", "fedgid"], ["cnn", "resnet8"], ["fp32", "bf16"]),
+        *((name, "resnet8", "fp32") for name in CLAIMED if name not in ("fusefl", "fedgid")),
+    ],
+)
+def test_runs_with_graphs_are_runs_without(name, model, precision, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **GPU, "model": model, "precision": precision, **SETTINGS.get(name, {}), **OWN.get(name, {})}
     if METHODS[name].one_shot:
-        del given["rounds"]
-    config = make_config(name, **{"rounds": None, **given})
-    run(config, data=make_data((50, 47, 20)), out=tmp_path / "graphs")
-    monkeypatch.setattr(RunContext, "graphs", None)
-    run(config, data=make_data((50, 47, 20)), out=tmp_path / "eager")
+        given.update(rounds=None, local_epochs=8)
+    config, recorded, record = make_config(name, **given), [], Graphs.record
+    monkeypatch.setattr(Graphs, "record", lambda self, work: recorded.append(self) or record(self, work))
+    for folder in ("graphs", "eager"):
+        data = None if name in OWN else make_data((50, 47, 20))
+        summary = run(config, data=data, out=tmp_path / folder)
+        assert "no-cuda-graph" not in summary["diagnostics"]
+        monkeypatch.setattr(RunContext, "graphs", None)
+    assert recorded
     one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("graphs", "eager"))
+    assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in other)
     assert rounds(tmp_path / "graphs") == rounds(tmp_path / "eager")
 

@@ -31,6 +31,7 @@ class FedNTD(LocalTraining):
     """Distils the global model's view of the classes that are not a sample's own (arXiv 2106.03097)."""
 
     memoryless = True
+    replayable = True
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
@@ -41,12 +42,18 @@ class FedNTD(LocalTraining):
         logits = model(batch.images)
         if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
             return cross_entropy(logits, batch.labels)
-        teacher = remembered("logits", batch, received, lambda: received.model(batch.images))
+        teacher = self.prepare(model, batch, received)["logits"]
         em = cross_entropy(logits, batch.labels)
         ntd = ops.kl_div(
             not_true(logits, batch.labels), not_true(teacher, batch.labels), float(self.options.temperature)
         )
         return em + self.options.beta * ntd, {"loss_em": em.detach(), "loss_ntd": ntd.detach()}
+
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
+        """The received model's logits of the batch."""
+        if not self.options.beta:
+            return {}
+        return {"logits": remembered("logits", batch, received, lambda: received.model(batch.images))}
 
 
 def not_true(logits: Tensor, labels: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ from fedkern.methods.roles import Client
 class Moon(LocalTraining):
     """Pulls features towards the global model's, away from the client's last local model's (arXiv 2103.16257)."""
 
+    replayable = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         mu: float = option(1.0, "weight of the model-contrastive loss", low=0)
@@ -50,15 +52,25 @@ class Moon(LocalTraining):
         return result
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if not self.options.mu or "previous" not in received.extras:
+        if not self._contrasts(received):
             return cross_entropy(model(batch.images), batch.labels)
         z = model.features(batch.images)
-        z_glob = remembered("global", batch, received, lambda: received.model.features(batch.images))
-        z_prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.images))
+        z_glob, z_prev = self.prepare(model, batch, received).values()
         towards, away = cosine_similarity(z, z_glob), cosine_similarity(z, z_prev)
         contrast = softplus((away - towards) / self.options.temperature).mean()  # -log of the quotient above
         em = cross_entropy(model.head(z), batch.labels)
         return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
+
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
+        """Features of the batch by the global model and by the client's last local model."""
+        if not self._contrasts(received):
+            return {}
+        glob = remembered("global", batch, received, lambda: received.model.features(batch.images))
+        prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.images))
+        return {"global": glob, "previous": prev}
+
+    def _contrasts(self, received: Received) -> bool:
+        return bool(self.options.mu) and "previous" in received.extras
 
     def _previous(self, received: Received) -> Any:
         """The client's last local model, built once per exchange."""

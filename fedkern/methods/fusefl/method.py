@@ -47,6 +47,8 @@ Levels = Mapping[int, Mapping[ClientId, Message]]
 class FuseFL(Objective, Method):
     """One-shot federated learning by progressive model fusion (arXiv 2410.20380)."""
 
+    replayable = True
+
     @dataclass(frozen=True)
     class Options(CalibrationOptions, Method.Options):
         """Options of FuseFL (docs/methods/fusefl.md, section 5)."""
@@ -233,7 +235,11 @@ class FuseFL(Objective, Method):
         return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
 
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(model.inputs(batch)), batch.labels)
+        return cross_entropy(model(self.prepare(model, batch, received)["inputs"]), batch.labels)
+
+    def prepare(self, model: LocalPart, batch: Batch, received: Received) -> dict[str, Tensor]:
+        """The frozen levels' results on the batch."""
+        return {"inputs": batch.drawn["inputs"] if "inputs" in batch.drawn else model.inputs(batch)}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.name == CALIBRATE:
