@@ -53,6 +53,10 @@ class Pixels:
         out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
         return out if erased is None else torch.where(erased[..., None], self._fill, out)
 
+    def sent(self, index: Tensor) -> Tensor:
+        """Indices on the CPU, sent to where the images are; :meth:`take` then sends them no more."""
+        return index if self._file is not None else send(index, self._device)
+
     def _read(self, indices: np.ndarray | Tensor | None) -> Tensor:
         """uint8 [B, H, W, C] on the device, of images in a file."""
         assert self._file is not None

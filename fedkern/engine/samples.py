@@ -48,8 +48,10 @@ class Samples:
 
     def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
-        index = as_index(indices)
-        labels = send(loaded(self.there.index_select(0, send(index, self.there.device))), self._device)
+        chosen, there = as_index(indices), self.there.device
+        index = self.pixels.sent(chosen)
+        own = index if index.device == there else send(chosen, there)
+        labels = send(loaded(self.there.index_select(0, own)), self._device)
         if rng is None or labels.dim() < 3:
             return self.pixels.take(index, rng), labels
         return transforms.augment_pairs(self.pixels.take(index), labels, self.pixels.augment, rng)
