@@ -11,6 +11,7 @@ an ISA level of the CPU core.  CUDA tensors can have two backends; the table in 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -450,10 +451,9 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
                     f"{_describe(tensor)}; allow another by {_lifting()}"
                 )
             return None
-    if device == "cuda" and operator in _large:
-        if tensors[0].numel() * tensors[0].element_size() >= _large[operator]:
-            with contextlib.suppress(Unavailable):
-                return _load(operator, "triton")
+    if device == "cuda" and tensors[0].numel() * tensors[0].element_size() >= _large.get(operator, math.inf):
+        with contextlib.suppress(Unavailable):
+            return _load(operator, "triton")
     return implementation
 
 
