@@ -169,8 +169,6 @@ class Graphs:
         left, seen = dict(sizes), Counter[Hashable]()
 
         def step(batch: Batch) -> Outcome:
-            with torch.no_grad():
-                batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
             size, key = len(batch.images), _signature(batch, self.device)
             left[size] = left.get(size, 0) - 1
             recorded = self._recorded.get(key)

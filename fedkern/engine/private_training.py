@@ -95,6 +95,8 @@ def train_privately(
             private.zero_grad()
             if len(drawn):
                 batch = replace(data.batch(drawn, phase, done // each, augmentation), per_sample=True)
+                with torch.no_grad():
+                    batch.drawn = method.prepare(module, batch, received)
                 result = method.loss(module, batch, received)
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()

@@ -195,6 +195,7 @@ def train(
     augmentation = client.rng("augmentation", phase) if data.augment != "none" else None
     kind = type(method)
     adjusts = kind.adjust_gradient is not Objective.adjust_gradient
+    prepares = kind.prepare is not Objective.prepare
     apply = stepper(network, schedule, None if adjusts else method.terms(received))
     gradients.zero_()
     totals: dict[str, float] = {}
@@ -215,6 +216,9 @@ def train(
                 batch = data.batch(indices, phase, epoch, augmentation)
                 if draws is not None:
                     batch.drawn = method.draw(client, batch, draws)
+                if prepares:
+                    with torch.no_grad():
+                        batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
                 try:
                     loss, figures, observed = step(batch)
                 except ValueError as error:

@@ -137,9 +137,10 @@ class FedGID(LocalTraining):
         return drawn
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        o = self.options
-        intervenes = self.intervenes(received.phase) and ("index" in batch.drawn or not self.mixes(received.phase))
-        weight = self.distillation_weight(received.phase)
+        o, drawn = self.options, batch.drawn
+        # Without a background in the bank there is nothing to mix with.
+        intervenes = drawn["intervenes"] and ("maps" in drawn or self._own_only())
+        weight = drawn.get("weight", 0.0)
         stage = resolve_stage(model, o.mix_stage)
 
         own = model.stages(batch.images, upto=stage)
@@ -151,9 +152,8 @@ class FedGID(LocalTraining):
         mixed, mixed_logits = features, logits  # without a background the mixture is the sample itself
         if intervenes:
             gi = em
-            if "index" in batch.drawn:
-                background, index = self._background_maps(batch, received, stage)
-                blended = ops.blend(own, background, batch.drawn["alpha"], index=index)
+            if "maps" in drawn:
+                blended = ops.blend(own, drawn["maps"], drawn["alpha"], index=drawn.get("rows"))
                 with batch_statistics_only(model, enabled=not o.tail_bn_updates):
                     mixed = model.tail(blended, after=stage)
                 mixed_logits = model.head(mixed)
@@ -164,7 +164,7 @@ class FedGID(LocalTraining):
             seen["loss_gi"] = gi.detach()
 
         if weight:
-            anchor = self._anchor(batch, received)
+            anchor = batch.drawn["anchor"]
             u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
             if intervenes:
                 direction = "student" if o.kl_direction == "local_global" else "teacher"
@@ -179,22 +179,23 @@ class FedGID(LocalTraining):
 
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
-        """The anchor, and the backgrounds' maps (``maps``) or their index in the maps of the whole bank (``rows``)."""
-        found = {"anchor": self._anchor(batch, received)} if self.distillation_weight(received.phase) else {}
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+        """``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order); ``anchor``."""
+        found: dict[str, Any] = {"intervenes": self.intervenes(received.phase)}
+        if weight := self.distillation_weight(received.phase):
+            found |= {"weight": weight, "anchor": self._anchor(batch, received)}
         if "index" in batch.drawn:
             maps, rows = self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
-            found |= {"maps": maps} if rows is None else {"rows": rows}
+            if (
+                rows is not None and maps.is_cuda
+            ):  # a recorded pass serves batches of one shape, and no two banks are alike
+                maps, rows = maps.index_select(0, rows), None
+            found |= {"maps": maps} if rows is None else {"maps": maps, "rows": rows}
         return found
 
-    @torch.no_grad()
     def _background_maps(self, batch: Batch, received: Received, stage: str) -> tuple[Tensor, Tensor | None]:
         """The global encoder's maps of backgrounds, and the int64 [B] index of every sample's map (None: in order)."""
         drawn = batch.drawn
-        if "maps" in drawn:
-            return drawn["maps"], None
-        if "rows" in drawn:
-            return received.round_cache["bank"], drawn["rows"]
         if "images" in drawn:
             return received.model.stages(drawn["images"], upto=stage), None
         bank, index = drawn["bank"], drawn["index"]

@@ -136,7 +136,7 @@ class Batch:
         phase: the round and exchange that the batch is trained in.
         epoch: local epoch within the round, from 0.
         augmented: whether the images were augmented, so that the same index gives different images.
-        drawn: the random draws that the method's ``draw`` returned for this batch.
+        drawn: what the method's ``draw`` and ``prepare`` returned for this batch.
         tokens: the tokenised texts of the images (``fedkern.models.vocabulary.Tokens``), or None.
         per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs.  A
             mean over all known pixels of the batch is not.

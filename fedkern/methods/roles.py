@@ -45,11 +45,10 @@ class Objective:
         """Random draws of a batch; the result becomes ``batch.drawn``."""
         return {}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
-        """What a ``replayable`` loss needs of a batch and cannot compute in a recording; added to ``batch.drawn``.
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+        """What the loss takes from elsewhere than the trained network, such as answers of frozen ones, by name.
 
-        Examples are answers of frozen networks that are cached by sample.  Called before ``loss`` where passes are
-        recorded, without gradients; elsewhere ``loss`` has to compute the same values itself.
+        Called before ``loss``, without gradients; the result joins ``batch.drawn``.
         """
         return {}
 

@@ -66,6 +66,8 @@ class Scene:
             pixels._normalise = _double(pixels._normalise)
 
     def loss(self):
+        with torch.no_grad():
+            self.batch.drawn |= self.method.prepare(self.local, self.batch, self.received)
         result = self.method.loss(self.local, self.batch, self.received)
         return result if isinstance(result, tuple) else (result, {})
 

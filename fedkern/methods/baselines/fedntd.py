@@ -42,18 +42,18 @@ class FedNTD(LocalTraining):
         logits = model(batch.images)
         if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
             return cross_entropy(logits, batch.labels)
-        teacher = self.prepare(model, batch, received)["logits"]
+        teacher = batch.drawn["teacher"]
         em = cross_entropy(logits, batch.labels)
         ntd = ops.kl_div(
             not_true(logits, batch.labels), not_true(teacher, batch.labels), float(self.options.temperature)
         )
         return em + self.options.beta * ntd, {"loss_em": em.detach(), "loss_ntd": ntd.detach()}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
         """The received model's logits of the batch."""
         if not self.options.beta:
             return {}
-        return {"logits": remembered("logits", batch, received, lambda: received.model(batch.images))}
+        return {"teacher": remembered("logits", batch, received, lambda: received.model(batch.images))}
 
 
 def not_true(logits: Tensor, labels: Tensor) -> Tensor:

@@ -52,25 +52,21 @@ class Moon(LocalTraining):
         return result
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if not self._contrasts(received):
+        if "previous" not in batch.drawn:
             return cross_entropy(model(batch.images), batch.labels)
-        z = model.features(batch.images)
-        z_glob, z_prev = self.prepare(model, batch, received).values()
+        z, z_glob, z_prev = model.features(batch.images), batch.drawn["global"], batch.drawn["previous"]
         towards, away = cosine_similarity(z, z_glob), cosine_similarity(z, z_prev)
         contrast = softplus((away - towards) / self.options.temperature).mean()  # -log of the quotient above
         em = cross_entropy(model.head(z), batch.labels)
         return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Tensor]:
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
         """Features of the batch by the global model and by the client's last local model."""
-        if not self._contrasts(received):
+        if not self.options.mu or "previous" not in received.extras:
             return {}
         glob = remembered("global", batch, received, lambda: received.model.features(batch.images))
         prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.images))
         return {"global": glob, "previous": prev}
-
-    def _contrasts(self, received: Received) -> bool:
-        return bool(self.options.mu) and "previous" in received.extras
 
     def _previous(self, received: Received) -> Any:
         """The client's last local model, built once per exchange."""

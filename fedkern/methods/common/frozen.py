@@ -19,8 +19,6 @@ from fedkern.transfer import send
 def remembered(name: str, batch: Batch, received: Received, compute: Callable[[], Tensor]) -> Tensor:
     """``compute()`` without gradients, cached over the epochs of the exchange; one row per sample of the batch.
 
-    Where :meth:`Objective.prepare` has asked for it already, the result is in ``batch.drawn``.
-
     If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows.  So
     ``compute`` must be a frozen function of each sample.
 
@@ -30,9 +28,6 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
         received: its ``round_cache`` holds the cache.
         compute: returns ``[B, ...]`` for ``batch.images``.
     """
-    if name in batch.drawn:
-        prepared: Tensor = batch.drawn[name]
-        return prepared
     rows = torch.from_numpy(batch.indices)
     kept = received.round_cache.get(name)
     if kept is not None and batch.epoch > 0:

@@ -235,11 +235,11 @@ class FuseFL(Objective, Method):
         return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
 
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(self.prepare(model, batch, received)["inputs"]), batch.labels)
+        return cross_entropy(model(batch.drawn["inputs"]), batch.labels)
 
-    def prepare(self, model: LocalPart, batch: Batch, received: Received) -> dict[str, Tensor]:
+    def prepare(self, model: LocalPart, batch: Batch, received: Received) -> dict[str, Any]:
         """The frozen levels' results on the batch."""
-        return {"inputs": batch.drawn["inputs"] if "inputs" in batch.drawn else model.inputs(batch)}
+        return {"inputs": model.inputs(batch)}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.name == CALIBRATE:

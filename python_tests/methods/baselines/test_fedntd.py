@@ -30,7 +30,9 @@ def parts(beta, temperature, local, glob, labels):
     n = len(labels)
     received = types.SimpleNamespace(message={}, model=Logits(glob), round_cache={}, samples=n, epochs=1, phase=PHASE)
     batch = Batch(torch.zeros(n, 3, 4, 4), labels, np.arange(n), PHASE)
-    return FedNTD(FedNTD.Options(beta=beta, temperature=temperature)).loss(local, batch, received)
+    method = FedNTD(FedNTD.Options(beta=beta, temperature=temperature))
+    batch.drawn = method.prepare(local, batch, received)
+    return method.loss(local, batch, received)
 
 
 @pytest.mark.parametrize(("beta", "temperature"), [(1.0, 1.0), (0.3, 3.0)])

@@ -40,7 +40,9 @@ def test_loss_is_the_published_one(mu, temperature):
         phase=PHASE,
     )
     method = Moon(Moon.Options(mu=mu, temperature=temperature))
-    loss, seen = method.loss(local, Batch(images, labels, np.arange(6), PHASE), received)
+    batch = Batch(images, labels, np.arange(6), PHASE)
+    batch.drawn = method.prepare(local, batch, received)
+    loss, seen = method.loss(local, batch, received)
 
     z, z_glob, z_prev = (net.features(images) for net in (local, glob, previous))
     towards = torch.exp(cosine_similarity(z, z_glob) / temperature)
@@ -59,7 +61,9 @@ def test_previous_equal_to_global_gives_log_two_and_no_gradient():
     received = types.SimpleNamespace(
         message={}, extras={"previous": {}}, model=glob, round_cache={"network": glob}, samples=6, epochs=1, phase=PHASE
     )
-    loss, seen = Moon().loss(local, Batch(images, labels, np.arange(6), PHASE), received)
+    batch = Batch(images, labels, np.arange(6), PHASE)
+    batch.drawn = Moon().prepare(local, batch, received)
+    loss, seen = Moon().loss(local, batch, received)
     torch.testing.assert_close(seen["loss_con"], torch.tensor(2.0, dtype=torch.float64).log())
     loss.backward()
     with_contrast = [p.grad.clone() for p in local.parameters()]
