@@ -33,6 +33,7 @@ ALIKE = {"ccvr", "dense", "feddf"}
 OWN = {"fedlpfm": {"data": "digits", "train_samples": 60, "public_samples": 20, "partition": "iid"}}
 CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
 QUICK = ("fedavg", "scaffold", "fedgid", "fusefl")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VOLATILE = ("seconds", "phases", "time")
 
 
@@ -389,6 +390,7 @@ GPU = {"device": "cuda", "batch_size": 4, "local_epochs": 3}
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["cnn", "resnet8", "vit-tiny"])
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fml"])
@@ -404,6 +406,7 @@ def test_graphs_have_the_bits_of_eager_passes(method, model, precision, make_dat
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 def test_graphs_draw_the_numbers_of_eager_passes(make_data, make_config):
     config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
     one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
@@ -411,6 +414,7 @@ def test_graphs_draw_the_numbers_of_eager_passes(make_data, make_config):
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize(
     ("name", "model", "precision"),
     [
@@ -437,6 +441,7 @@ def test_runs_with_graphs_are_runs_without(name, model, precision, make_data, ma
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("kind", [Reading, Indexing])
 def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
     config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
