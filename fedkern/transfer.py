@@ -1,4 +1,4 @@
-"""Sending a batch's small tensors to the device without waiting for it."""
+"""Tensors between the host and the device: small ones without waiting for it, vectors at the bus's speed."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     # Tensor.pin_memory() refuses an expanded tensor. The allocator keeps page-locked memory until the copy is done.
     staged = torch.empty_like(tensor, pin_memory=device.type == "cuda").copy_(tensor)
     return staged.to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> Tensor:
+    """The tensor in the host's memory; as it is where it is there already.
+
+    From a GPU it arrives in page-locked memory, several times as fast as in ordinary memory.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)

@@ -5,8 +5,9 @@ computes.  A CUDA graph holds all kernels of a pass, and the host starts the gra
 stay those of the eager pass, and so do the bits.
 
 The first batches of a shape run eagerly: they load kernels and make workspaces.  Then one pass is recorded, which runs
-nothing, and every later batch of the shape is copied into the inputs of the recorded pass.  Only methods that say so
-are recorded (:attr:`fedkern.methods.roles.Objective.replayable`).  A batch is made, and the optimiser steps, outside.
+nothing, and every later batch of the shape, of this client or another, is copied into its inputs.  Only methods that
+say so are recorded (:attr:`fedkern.methods.roles.Objective.replayable`).  A batch is made, and the optimiser steps,
+outside.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class Graphs:
         self.off = False
         self._of: tuple[Any, ...] = ()
         self._recorded: dict[Hashable, Recorded] = {}
+        self._eager = Counter[Hashable]()
+        self._fleeting = False  # whether a pass of this network and method depends on what was received
         self._last: Any = None  # torch gives up a pool that no graph uses
 
     @cached_property
@@ -165,8 +168,10 @@ class Graphs:
         """
         of = (network, method, *_state(network))
         if of != self._of:
+            self._of, self._fleeting = of, False
             self._recorded.clear()
-        left, seen = dict(sizes), Counter[Hashable]()
+            self._eager.clear()
+        left = dict(sizes)
 
         def step(batch: Batch) -> Outcome:
             size, key = len(batch.images), _signature(batch, self.device)
@@ -174,8 +179,10 @@ class Graphs:
             recorded = self._recorded.get(key)
             if recorded is not None:
                 return recorded(batch)
-            seen[key] += 1
-            if not self.off and key is not None and seen[key] > EAGER and left[size] + 1 >= LEAST:
+            self._eager[key] += 1
+            # Clients of few batches share a recording that lasts; whether one does is known once it is made.
+            worth = left[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
+            if not self.off and key is not None and self._eager[key] > EAGER and worth:
                 try:
                     self._recorded[key] = self._record(run, batch, received)
                 except Exception as error:
@@ -189,8 +196,9 @@ class Graphs:
             with self.stream():
                 yield step
         finally:
-            self._recorded = {key: made for key, made in self._recorded.items() if made.lasting}
-            self._of = of if self._recorded else ()
+            lasting = {key: made for key, made in self._recorded.items() if made.lasting}
+            self._fleeting = self._fleeting or len(lasting) < len(self._recorded)
+            self._recorded = lasting
 
     def _record(self, run: Pass, batch: Batch, received: Received) -> Recorded:
         images, labels, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]

@@ -25,6 +25,7 @@ from fedkern.methods.base import Batch, Message, Objective, Phase
 from fedkern.methods.protocol import BEFORE, batch_slices
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
+from fedkern.transfer import fetch
 
 
 class Client(Node):
@@ -88,17 +89,18 @@ class Client(Node):
         if config.buffers != "average":
             own = self._own_buffers()
             network.write(own or context.initial_buffers())
-        network.write(message)
+        flat = network.there(message["parameters"]) if "parameters" in message else None
+        network.write(message if flat is None else {**message, "parameters": flat})
         limit = config.local_steps if steps is None else steps
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
-        received = self._received(phase, message, epochs, own, anchor)
+        received = self._received(phase, message, epochs, own, anchor, flat)
         received.extras = extras or {}
         schedule = self._until_the_deadline(phase, self._schedule(phase, epochs, limit), rows)
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
         self.report.update(train(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs))
-        result = {name: value.cpu() for name, value in trained.read().items()}
+        result = {name: fetch(value) for name, value in trained.read().items()}
         if config.buffers == "average":
             return result
         if config.buffers == "local":
@@ -186,9 +188,15 @@ class Client(Node):
         return figures
 
     def _received(
-        self, phase: Phase, message: Message, epochs: int, buffers: Message | None, anchor: Message | None = None
+        self,
+        phase: Phase,
+        message: Message,
+        epochs: int,
+        buffers: Message | None,
+        anchor: Message | None = None,
+        flat: Tensor | None = None,
     ) -> Context:
-        flat = message.get("parameters")
+        flat = message.get("parameters") if flat is None else flat
         return Context(
             message=message,
             phase=phase,

@@ -32,6 +32,7 @@ class Network:
         self.parameters: Tensor = self._flat.parameters
         self.buffers: Tensor = self._flat.buffers
         self._gradients: Tensor | None = None
+        self._there: tuple[Tensor, int, Tensor] | None = None
         # Of a causal mask, for example: no sign of training that diverged.
         self._infinite = self.buffers.isinf()
         self.statistics = True
@@ -66,6 +67,16 @@ class Network:
         if integers.numel():
             result["integers"] = integers
         return result
+
+    def there(self, vector: Tensor) -> Tensor:
+        """A message's vector on the network's device, for reading; what all clients of a round get is sent once."""
+        device = self.parameters.device
+        if device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
+            return vector.to(device)
+        last = self._there
+        if last is None or last[0] is not vector or last[1] != vector._version:
+            self._there = last = vector, vector._version, vector.to(device)
+        return last[2]
 
     def write(self, message: Mapping[str, Tensor]) -> None:
         """Copies the vectors of a message into the network.
