@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern.methods.base import Batch, Objective, Received
 from fedkern.models.precision import lower
@@ -31,6 +31,8 @@ EAGER = 2
 """Batches of a shape that run eagerly before a pass is recorded."""
 LEAST = 5
 """Fewest batches of a shape, still to come in the exchange, for which a pass is recorded."""
+MOST = 16
+"""Recordings that are kept from one exchange to the next: each holds a batch and what a pass computes of it."""
 
 T = TypeVar("T")
 
@@ -47,14 +49,26 @@ Pass = Callable[[Batch, Received], Outcome]
 """Forward and backward pass of a batch, which adds to the gradients."""
 
 
-def replayable(kind: type[Objective]) -> bool:
-    """Whether the class says so that has the ``loss``, or a class derived from it."""
+def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool:
+    """Whether the class says so that has the ``loss``, or a class of fedkern's derived from it.
+
+    A class or a ``network`` of somebody's own may compute on the host, in what it overrides: the class has to say so
+    itself, and no module may be another's than torch's and fedkern's.
+    """
+    if "replayable" not in vars(kind) and not _known(kind):
+        return False
+    if network is not None and not all(_known(type(module)) for module in network.modules()):
+        return False
     for each in kind.__mro__:
         if "replayable" in vars(each):
             return bool(vars(each)["replayable"])
         if "loss" in vars(each):
             return False
     return False
+
+
+def _known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("fedkern", "torch")
 
 
 class Recorded(NamedTuple):
@@ -130,11 +144,11 @@ class Graphs:
         """
         if self._last is None:
             torch.cuda.empty_cache()  # memory that eager passes have freed cannot serve recorded ones
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), self._pool
         collects, syncs = gc.isenabled(), torch.cuda.get_sync_debug_mode()
-        gc.disable()  # a finaliser may call the driver, which ends the recording
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
+            gc.disable()  # a finaliser may call the driver, which ends the recording
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             _set_sync_debug_mode(2)  # an error instead of waiting, which would break the recording and torch's state
             result = work()
         except BaseException:
@@ -176,13 +190,14 @@ class Graphs:
         def step(batch: Batch) -> Outcome:
             size, key = len(batch.images), _signature(batch, self.device)
             left[size] = left.get(size, 0) - 1
-            recorded = self._recorded.get(key)
+            recorded = self._recorded.pop(key, None)
             if recorded is not None:
+                self._recorded[key] = recorded  # the one that was used last is the last
                 return recorded(batch)
             self._eager[key] += 1
             # Clients of few batches share a recording that lasts; whether one does is known once it is made.
             worth = left[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
-            if not self.off and key is not None and self._eager[key] > EAGER and worth:
+            if not self.off and key is not None and self._eager[key] > EAGER and worth and self._room():
                 try:
                     self._recorded[key] = self._record(run, batch, received)
                 except Exception as error:
@@ -197,18 +212,41 @@ class Graphs:
                 yield step
         finally:
             lasting = {key: made for key, made in self._recorded.items() if made.lasting}
-            self._fleeting = self._fleeting or len(lasting) < len(self._recorded)
-            self._recorded = lasting
+            if len(lasting) < len(self._recorded):
+                self._fleeting = True
+            if self._fleeting:  # the next recording may need what only an eager pass makes of the next message
+                self._eager.clear()
+            self._recorded = dict(list(lasting.items())[-MOST:])
+
+    def _room(self) -> bool:
+        """Whether a second pass as large as the largest eager one fits: its memory is kept apart."""
+        if self.device.type != "cuda":
+            return True
+        return 2 * torch.cuda.memory_reserved(self.device) < torch.cuda.get_device_properties(self.device).total_memory
 
     def _record(self, run: Pass, batch: Batch, received: Received) -> Recorded:
         images, labels, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]
         drawn = {**dict(zip(_drawn(batch), others, strict=True)), **_constants(batch)}
-        # A loss that reads what is None here fails, instead of being replayed with one batch's values.
-        unread: Any = {"indices": None, "phase": None, "epoch": None}
+        # A loss that reads these fails, instead of being replayed with one batch's values.
+        unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch")}
         static = replace(batch, images=images, labels=labels, drawn=drawn, **unread)
         watched = _Watched(received)
         replay, outcome = self.record(lambda: run(static, cast(Received, watched)))
         return Recorded(inputs, replay, outcome, not watched.read)
+
+
+class _Unread:
+    """Stands for what changes from batch to batch without being a tensor: whoever looks at it is told so."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["_name"] = name
+
+    def _refuse(self, *_: Any) -> Any:
+        raise RuntimeError(f"a recorded pass cannot read {self.__dict__['_name']}")
+
+    __getattr__ = __getitem__ = __eq__ = __bool__ = __index__ = __len__ = __iter__ = __lt__ = __gt__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __float__ = __array__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Watched:
@@ -233,9 +271,12 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _constants(batch: Batch) -> dict[str, Any]:
-    """What else was drawn for a batch: numbers and words, and None in the place of what a recorded pass cannot read."""
+    """What else was drawn for a batch: numbers and words, and a refusal in the place of all that is neither."""
     others = ((name, value) for name, value in batch.drawn.items() if not isinstance(value, Tensor))
-    return {name: value if isinstance(value, bool | int | float | str) else None for name, value in others}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else _Unread(f'batch.drawn["{name}"]')
+        for name, value in others
+    }
 
 
 def _signature(batch: Batch, device: torch.device) -> Hashable:
@@ -244,7 +285,11 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
     if batch.tokens is not None or any(tensor.device.type != device.type for tensor in tensors):
         return None  # texts are as long as the longest text of a batch
     shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-    return shapes, tuple(_drawn(batch)), tuple(_constants(batch).items()), batch.augmented
+    constants = tuple(
+        (name, type(value), None if isinstance(value, _Unread) else repr(value))
+        for name, value in _constants(batch).items()
+    )
+    return shapes, tuple(_drawn(batch)), constants, batch.augmented
 
 
 def _state(network: Any) -> tuple[Any, ...]:

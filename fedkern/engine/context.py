@@ -150,8 +150,8 @@ class RunContext:
 
     @cached_property
     def graphs(self) -> Graphs | None:
-        """Recorded passes of local training; None on the CPU, and where a user's network may compute on the host."""
-        return Graphs(self.device) if self.device.type == "cuda" and not self.added_models else None
+        """Recorded passes of local training; None on the CPU."""
+        return Graphs(self.device) if self.device.type == "cuda" else None
 
     def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.

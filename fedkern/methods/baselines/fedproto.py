@@ -68,18 +68,22 @@ class FedProto(LocalTraining):
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         features = model.features(batch.images)
         em = cross_entropy(model.head(features), batch.labels)
-        if not self.options.lam or "prototypes" not in received.message:
+        if "means" not in batch.drawn:
             return em
-        means, known = self._targets(received, model.head.out_features, features.device)
+        means, known = batch.drawn["means"], batch.drawn["known"]
         apart = (features - means[batch.labels]).square().mean(1)
         distance = torch.where(known[batch.labels], apart, 0.0).mean()
         return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
 
-    def _targets(self, received: Received, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+        """The global prototypes ``means`` [C, d], and which of them there are, ``known`` bool [C]."""
+        if not self.options.lam or "prototypes" not in received.message:
+            return {}
         if "targets" not in received.round_cache:
-            means, known = table(received.message["prototypes"], classes)
-            received.round_cache["targets"] = means.to(device), known.to(device)
-        targets: tuple[Tensor, Tensor] = received.round_cache["targets"]
+            means, known = table(received.message["prototypes"], model.head.out_features)
+            there = batch.images.device
+            received.round_cache["targets"] = {"means": means.to(there), "known": known.to(there)}
+        targets: dict[str, Any] = received.round_cache["targets"]
         return targets
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:

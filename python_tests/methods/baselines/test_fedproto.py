@@ -34,7 +34,9 @@ def test_loss_is_the_published_one(lam):
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 2, 1])
     sent = {"classes": torch.tensor([0, 2]), "means": torch.randn(2, local.width)}
     received = SimpleNamespace(message={"prototypes": sent}, round_cache={})
-    loss, seen = FedProto(FedProto.Options(lam=lam)).loss(local, Batch(images, labels, np.arange(6), PHASE), received)
+    method, batch = FedProto(FedProto.Options(lam=lam)), Batch(images, labels, np.arange(6), PHASE)
+    batch.drawn = method.prepare(local, batch, received)
+    loss, seen = method.loss(local, batch, received)
 
     features = local.features(images)
     means = {0: sent["means"][0].double(), 2: sent["means"][1].double()}
