@@ -6,6 +6,7 @@
 #include "distill_logits.cuh"
 #include "distill_mean.cuh"
 #include "distill_probabilities.cuh"
+#include "distill_tile.cuh"
 #include "launch.cuh"
 
 namespace fedkern::cuda {
@@ -100,7 +101,7 @@ void distill_ensemble(const EnsembleCall& a, double* workspace, std::int64_t slo
   std::int64_t rows = 1;
   for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
   if (!rows && !a.total[0].present) return;
-  run(a, rows, workspace, slots, queue);
+  if (!distill_tile(a, rows, workspace, queue)) run(a, rows, workspace, slots, queue);
 }
 
 }  // namespace fedkern::cuda

@@ -14,8 +14,8 @@ struct EnsemblePlace {
   std::int64_t row_loss[2] = {};
   double outer[2] = {1, 1};  // factors of the gradients
 
-  __device__ __forceinline__ EnsemblePlace(const EnsembleCall& a, std::int64_t row) {
-    std::int64_t outer_at[2] = {};
+  // `outers`: whether those factors are read now.
+  __device__ __forceinline__ EnsemblePlace(const EnsembleCall& a, std::int64_t row, bool outers = true) {
 #pragma unroll 1
     for (int d = a.row_dims - 1; d >= 0; --d) {
       const std::int64_t rest = d ? row / a.row_size[d] : 0, i = row - rest * a.row_size[d];
@@ -27,12 +27,18 @@ struct EnsemblePlace {
       teachers_grad += i * a.teachers_grad.row_stride[d];
       weights_grad += i * a.weights_grad.row_stride[d];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) row_loss[r] += i * a.row_loss[r].row_stride[d], outer_at[r] += i * a.grad_output[r].row_stride[d];
+      for (int r = 0; r < 2; ++r) row_loss[r] += i * a.row_loss[r].row_stride[d], outer_at_[r] += i * a.grad_output[r].row_stride[d];
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (a.grad_output[r].present) outer[r] = load_value<double>(a.grad_output[r].data, a.grad_output[r].dtype, outer_at[r]);
+      if (outers) outer[r] = factor(a, r);
   }
+  __device__ __forceinline__ double factor(const EnsembleCall& a, int r) const {
+    return a.grad_output[r].present ? load_value<double>(a.grad_output[r].data, a.grad_output[r].dtype, outer_at_[r]) : 1.0;
+  }
+
+ private:
+  std::int64_t outer_at_[2] = {};
 };
 
 // A row for a group of threads, computed in C. T: the type of all logits and gradients, whose classes lie together and whose

@@ -156,8 +156,48 @@ def differentiate(case: dict[str, Any], compute: Any, *given: Any) -> tuple[tupl
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(device: torch.device, number: int) -> None:
-    case = CASES[number]
-    given = make(case, number)
+    compare(device, CASES[number], make(CASES[number], number))
+
+
+# Rows that a thread or a block holds, and those that are one number too long for it.
+@pytest.mark.parametrize("layout", ["rows", "positions"])
+@pytest.mark.parametrize("near", [None, 1e-2, 0.0])
+@pytest.mark.parametrize(
+    ("count", "classes"),
+    [(1, 1), (8, 4), (9, 4), (8, 5), (16, 32), (16, 33), (64, 32), (65, 31), (31, 66), (2, 1024), (2, 1025)],
+)
+@pytest.mark.parametrize("operator", ["js", "consensus"])
+def test_rows_held_by_a_thread_or_a_block(
+    device: torch.device, operator: str, count: int, classes: int, near: float | None, layout: str
+) -> None:
+    for rows, needs, weights in ((3, "all", "zeros"), (40 if count * classes < 600 else 1, "student", "row")):
+        case = {
+            **{"operator": operator, "count": count, "classes": classes, "rows": rows, "dtype": torch.float32},
+            **{"layout": layout, "weights": weights, "near": near, "special": "masked", "reduction": "batchmean"},
+            **{"needs": needs, "temperature": 1.0, "log_probs": False},
+        }
+        compare(device, case, make(case, count))
+
+
+@pytest.mark.parametrize(("count", "classes"), [(5, 4), (20, 10), (20, 100)])
+def test_who_has_weight_zero_may_hold_anything(device: torch.device, count: int, classes: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    weights = torch.rand(count, generator=generator)
+    weights[[0, -2]] = 0
+    for bad in (math.nan, math.inf, -math.inf):
+        stacks = []
+        for filled in (0.0, bad):
+            stack = torch.randn(count, 7, classes, generator=generator.manual_seed(1))
+            stack[0], stack[-2] = filled, filled
+            stacks.append(stack.to(device).requires_grad_())
+        losses = [(ops.js_div(x, weights.to(device)), *ops.consensus(x, weights.to(device))) for x in stacks]
+        assert losses[0] == losses[1]
+        clean, spoiled = (torch.autograd.grad(sum(loss), x)[0] for loss, x in zip(losses, stacks, strict=True))
+        assert torch.equal(clean, spoiled)
+        assert not spoiled[[0, -2]].any()
+
+
+def compare(device: torch.device, case: dict[str, Any], given: tuple[Tensor | None, ...]) -> None:
     exact = [x if x is None or x.dtype is torch.bool else x.double() for x in given]
     expected, gradients = differentiate(case, call_reference, *exact)
     results, got = differentiate(case, call, *(None if x is None else moved(x, device) for x in given))

@@ -220,6 +220,7 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   for (int i = 0; i < 32; ++i) result |= static_cast<unsigned>(emulator::slots[parity][base + i] & 1) << i;
   return result;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 inline int __float_as_int(float x) {
