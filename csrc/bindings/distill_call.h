@@ -20,6 +20,17 @@ inline void merge_row_dims(DistillCall& call) {
   merge_row_dims(call.row_dims, call.row_size, strides, tensors);
 }
 
+// kept_numbers() for each row, one row after another.
+inline Optional<void> parse_kept(PyObject* object, const DistillCall& call, const TensorView& logits, std::int64_t rows) {
+  if (object == Py_None) return {};
+  const TensorView tensor = checked_view(object);
+  DType dtype;
+  require(tensor.floating(dtype) && dtype == call.compute && tensor.same_device(logits) && tensor.dims == 1 &&
+              tensor.shape[0] == rows * kept_numbers(call) && (tensor.strides[0] == 1 || tensor.shape[0] < 2),
+          "what a distill operator keeps has another form");
+  return {tensor.data, true};
+}
+
 // Reads kDistillArguments from `item` on; `logits` receives a tensor of their shape and device, `elements` its size.
 inline DistillCall parse_distill(PyObject* const* item, TensorView& logits, std::int64_t& elements) {
   DistillCall call;
@@ -50,9 +61,10 @@ inline DistillCall parse_distill(PyObject* const* item, TensorView& logits, std:
   call.row_loss = parse_rows(*item++, rows);
   PyObject* const last = *item++;
   if (PyErr_Occurred()) throw py::error_already_set();
-  // (raw_loss, total): what a caller rarely wants both of shares one argument.
+  // (raw_loss, total, kept): what a caller rarely wants all of shares one argument.
   call.raw_loss = parse_rows(PyTuple_GET_ITEM(last, 0), rows);
   call.total = parse_rows(PyTuple_GET_ITEM(last, 1), one);
+  call.kept = parse_kept(PyTuple_GET_ITEM(last, 2), call, logits, elements / call.classes);
   if (PyErr_Occurred()) throw py::error_already_set();
   const bool entropy = call.kind == DistillKind::entropy;
   require(call.teacher.present, "a loss takes logits");

@@ -1,6 +1,7 @@
-// The losses of distill.h for a group of threads on one row. Each goes through a row three times: `look` takes what the
-// rest needs of the whole row, `sum` the loss and the gradients that do not need it, `late` those that do. In between, the
-// group puts together what its threads found; where blocks share a row, so do they, by way of `save` and `load`.
+// The losses of distill.h for a group of threads on one row. Each goes through a row up to three times: `look` finds what the
+// rest needs of the whole row, `sum` the loss, `gradients` what it is called. In between, the group puts together what its
+// threads found; where blocks share a row, so do they, by way of `save` and `load`. What the gradients need may be kept for
+// another call.
 #pragma once
 
 #include "distill_math.cuh"
@@ -10,194 +11,319 @@ namespace fedkern::cuda {
 
 inline constexpr int kFound = 6;  // numbers that `look` finds of a row
 inline constexpr int kSums = 4;   // and `sum`
-// Classes of a thread at a time; fp64 is rare, and has the smaller code.
-template <typename C, typename G>
-inline constexpr int kClasses = sizeof(C) == 8 ? 1 : G::lanes == kBlock ? 8 : 4;
 
-// Where a row lies, and what belongs to it.
+// f(d, index) for the dimensions of the rows.
+template <typename F>
+__device__ __forceinline__ void each_index(const DistillCall& a, std::int64_t row, F&& f) {
+  // One loop for all tensors: a division costs more than the rest.
+#pragma unroll 1
+  for (int d = a.row_dims - 1; d >= 0; --d) {
+    const std::int64_t rest = d ? row / a.row_size[d] : 0;
+    f(d, row - rest * a.row_size[d]);
+    row = rest;
+  }
+}
+
+// Where a row's inputs lie, and its factors.
 struct RowPlace {
-  std::int64_t input[1 + kMaxStudents] = {}, gradient[1 + kMaxStudents] = {};  // the teacher first
-  std::int64_t row_loss = 0, raw_loss = 0;
-  double weight = 1, outer = 1;  // outer: the factor of the gradients
+  std::int64_t input[1 + kMaxStudents] = {};  // the teacher first
+  double weight = 1, outer = 1;               // outer: the factor of the gradients
 
   __device__ __forceinline__ RowPlace(const DistillCall& a, std::int64_t row) {
-    std::int64_t weight_at = 0, outer_at = 0;
-    // One loop for all tensors: a division costs more than the rest.
-#pragma unroll 1
-    for (int d = a.row_dims - 1; d >= 0; --d) {
-      const std::int64_t rest = d ? row / a.row_size[d] : 0, i = row - rest * a.row_size[d];
-      row = rest;
+    each_index(a, row, [&](int d, std::int64_t i) {
       input[0] += i * a.teacher.row_stride[d];
+#pragma unroll
+      for (int k = 0; k < kMaxStudents; ++k) input[1 + k] += i * a.student[k].row_stride[d];
+      weight_at_ += i * a.weight.row_stride[d];
+      outer_at_ += i * a.grad_output.row_stride[d];
+    });
+  }
+  // Apart, so that the loads of the row's logits can be under way before these are waited for.
+  __device__ __forceinline__ void read_factors(const DistillCall& a) {
+    if (a.weight.present) weight = load_value<double>(a.weight.data, a.weight.dtype, weight_at_);
+    if (a.grad_output.present) outer = load_value<double>(a.grad_output.data, a.grad_output.dtype, outer_at_);
+  }
+
+ private:
+  std::int64_t weight_at_ = 0, outer_at_ = 0;
+};
+
+// Where a row's results go: found when they are there, which saves the registers until then.
+struct ResultPlace {
+  std::int64_t gradient[1 + kMaxStudents] = {};  // the teacher first
+  std::int64_t row_loss = 0, raw_loss = 0;
+
+  __device__ __forceinline__ ResultPlace(const DistillCall& a, std::int64_t row) {
+    each_index(a, row, [&](int d, std::int64_t i) {
       gradient[0] += i * a.teacher_grad.row_stride[d];
 #pragma unroll
-      for (int k = 0; k < kMaxStudents; ++k) {
-        input[1 + k] += i * a.student[k].row_stride[d];
-        gradient[1 + k] += i * a.student_grad[k].row_stride[d];
-      }
+      for (int k = 0; k < kMaxStudents; ++k) gradient[1 + k] += i * a.student_grad[k].row_stride[d];
       row_loss += i * a.row_loss.row_stride[d];
       raw_loss += i * a.raw_loss.row_stride[d];
-      weight_at += i * a.weight.row_stride[d];
-      outer_at += i * a.grad_output.row_stride[d];
-    }
-    if (a.weight.present) weight = load_value<double>(a.weight.data, a.weight.dtype, weight_at);
-    if (a.grad_output.present) outer = load_value<double>(a.grad_output.data, a.grad_output.dtype, outer_at);
+    });
   }
 };
 
-// The temperature's square in the loss, its first power in the gradients.
-template <typename C, typename G, typename T>
-class Divergence {
-  static constexpr int N = kClasses<C, G>;
+__host__ __device__ inline bool wants_gradients(const DistillCall& a) {
+  return a.teacher_grad.present || a.student_grad[0].present || a.student_grad[1].present;
+}
+__host__ __device__ inline bool wants_loss(const DistillCall& a) { return a.row_loss.present || a.raw_loss.present || a.total.present; }
+
+// The sum of a thread's N numbers, eight in a row at most before fp64.
+template <typename C, int N>
+class Sum {
+ public:
+  __device__ __forceinline__ void add(int i, C value) { part_[i % kParts] += value; }
+  __device__ __forceinline__ double total() const {
+    double sum = static_cast<double>(part_[0]);
+#pragma unroll
+    for (int i = 1; i < kParts; ++i) sum += static_cast<double>(part_[i]);
+    return sum;
+  }
+
+ private:
+  static constexpr int kParts = (N + 7) / 8;
+  C part_[kParts] = {};
+};
+
+// Softmax rows of `Inputs` tensors, the teacher's first. Hold: the classes of a thread where it holds its part of the row in
+// registers; 0: it reads the row anew each time, some classes at a time, and fp64, which is rare, has the smaller code.
+template <typename C, typename G, typename T, int Hold, int Inputs>
+class SoftmaxRows {
+ public:
+  static constexpr int inputs = Inputs;
+
+ protected:
+  static constexpr int N = Hold ? Hold : sizeof(C) == 8 ? 1 : G::lanes == kBlock ? 8 : 4;
+  using Part = Classes<N, G::lanes>;
+
+  __device__ SoftmaxRows(const DistillCall& a, const RowPlace& at, C inverse) : a_(a), at_(at), inverse_(inverse) {}
 
  public:
-  __device__ Divergence(const DistillCall& a, const RowPlace& at)
-      : a_(a), at_(at), inverse_(C(1) / static_cast<C>(a.temperature)), temperature_(a.temperature) {}
+  __device__ __forceinline__ void hold(std::int64_t classes) {
+    if constexpr (Hold > 0) load(Part(G::lane(), classes), held_);
+  }
 
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
-    each_classes<G, N>(begin, end, [&](const auto& at) {
-      C t[N], s[N], o[N];
-      load_inputs(at, t, s, o);
-      soft_[0].template add<N>(t, inverse_);
-      soft_[1].template add<N>(s, inverse_);
-      if (two()) soft_[2].template add<N>(o, inverse_);
-    });
+    if constexpr (Hold > 0) {
+#pragma unroll
+      for (int k = 0; k < Inputs; ++k) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) soft_[k].maximum = held_[k][i] > soft_[k].maximum ? held_[k][i] : soft_[k].maximum;
+      }
+    } else {
+      each(begin, end, [&](const Part&, C (&x)[Inputs][N]) {
+#pragma unroll
+        for (int k = 0; k < Inputs; ++k) soft_[k].template add<N>(x[k], inverse_);
+      });
+    }
   }
   __device__ __forceinline__ void gather_found() {
+    C highest[Inputs];
+    double sum[Inputs];
 #pragma unroll
-    for (int k = 0; k <= kMaxStudents; ++k)
-      if (k < 2 || two()) soft_[k].template gather<G>(inverse_);
+    for (int k = 0; k < Inputs; ++k) highest[k] = soft_[k].maximum;
+    G::maximum_all(highest);
+#pragma unroll
+    for (int k = 0; k < Inputs; ++k) {
+      if constexpr (Hold > 0) {
+        const C from = Softmax<C>::reference(highest[k]);
+        Sum<C, N> part;
+#pragma unroll
+        for (int i = 0; i < N; ++i) part.add(i, exponential((held_[k][i] - from) * inverse_));
+        sum[k] = part.total();
+      } else {
+        const C lower = soft_[k].maximum, factor = lower == -infinity<C>() ? C(0) : exponential((lower - highest[k]) * inverse_);
+        sum[k] = soft_[k].sum * static_cast<double>(factor);
+      }
+    }
+    G::sum_all(sum);
+#pragma unroll
+    for (int k = 0; k < Inputs; ++k) soft_[k].maximum = highest[k], soft_[k].sum = sum[k];
   }
   __device__ __forceinline__ void save_found(double* to) const {
 #pragma unroll
-    for (int k = 0; k <= kMaxStudents; ++k) to[2 * k] = static_cast<double>(soft_[k].maximum), to[2 * k + 1] = soft_[k].sum;
+    for (int k = 0; k < Inputs; ++k) to[2 * k] = static_cast<double>(soft_[k].maximum), to[2 * k + 1] = soft_[k].sum;
   }
   __device__ __forceinline__ void load_found(const double* from) {
 #pragma unroll
-    for (int k = 0; k <= kMaxStudents; ++k) soft_[k].maximum = static_cast<C>(from[2 * k]), soft_[k].sum = from[2 * k + 1];
+    for (int k = 0; k < Inputs; ++k) soft_[k].maximum = static_cast<C>(from[2 * k]), soft_[k].sum = from[2 * k + 1];
   }
 
-  __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end, C factor) {
-    factor *= static_cast<C>(temperature_);
-    const Pair<C> first = pair(soft_[1]), second = two() ? pair(soft_[2]) : first;
-    each_classes<G, N, true>(begin, end, [&](const auto& at) {
-      C t[N], s[N], o[N], value = 0, drift = 0, other_value = 0, other_drift = 0;
-      load_inputs(at, t, s, o);
-      each_term(first, t, s, [&](C& gradient, const Term<C>& term) {
-        value += term.value, drift += term.difference;
-        gradient = term.difference * factor;
-      });
-      if (two())
-        each_term(second, t, o, [&](C& gradient, const Term<C>& term) {
-          other_value += term.value, other_drift += term.difference;
-          gradient = term.difference * factor;
-        });
+ protected:
+  __device__ __forceinline__ void load(const Part& at, C (&x)[Inputs][N]) const {
 #pragma unroll
-      for (int i = 0; i < N; ++i) t[i] = two() ? s[i] + o[i] : s[i];
-      sums[0] += static_cast<double>(value), sums[1] += static_cast<double>(drift);
-      sums[2] += static_cast<double>(other_value), sums[3] += static_cast<double>(other_drift);
-      if (a_.reverse) {
-        if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, at_.gradient[0], at, t);
-      } else {
-        if (a_.student_grad[0].present) store_classes<T>(a_.student_grad[0], at_.gradient[1], at, s);
-        if (a_.student_grad[1].present) store_classes<T>(a_.student_grad[1], at_.gradient[2], at, o);
+    for (int k = 0; k < Inputs; ++k) load_classes<T>(k == 0 ? a_.teacher : a_.student[k == 0 ? 0 : k - 1], at_.input[k], at, x[k]);
+  }
+  // f(part, logits) for the thread's classes, where f may put something else in the logits' place.
+  template <bool Back = false, typename F>
+  __device__ __forceinline__ void each(std::int64_t begin, std::int64_t end, F&& f) const {
+    if constexpr (Hold > 0) {
+      C x[Inputs][N];
+#pragma unroll
+      for (int k = 0; k < Inputs; ++k) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[k][i] = held_[k][i];
       }
-    });
-  }
-  __device__ __forceinline__ double loss() const {
-    const double one = settled(sums[0], sums[1]), other = two() ? settled(sums[2], sums[3]) : 0.0;
-    return (one + other) * temperature_ * temperature_;
-  }
-
-  __host__ __device__ static bool wants_late(const DistillCall& a) {
-    return a.reverse ? a.student_grad[0].present || a.student_grad[1].present : a.teacher_grad.present;
-  }
-  __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
-    factor *= static_cast<C>(temperature_);
-    const Pair<C> first = pair(soft_[1]), second = two() ? pair(soft_[2]) : first;
-    const C kl = static_cast<C>(settled(sums[0], sums[1])), other_kl = static_cast<C>(settled(sums[2], sums[3]));
-    each_classes<G, N>(begin, end, [&](const auto& at) {
-      C t[N], s[N], o[N];
-      load_inputs(at, t, s, o);
-      each_term(first, t, s, [&](C& gradient, const Term<C>& term) { gradient = term.toward_p(kl) * factor; });
-      if (two()) each_term(second, t, o, [&](C& gradient, const Term<C>& term) { gradient = term.toward_p(other_kl) * factor; });
-#pragma unroll
-      for (int i = 0; i < N; ++i) t[i] = two() ? s[i] + o[i] : s[i];
-      if (!a_.reverse) {
-        if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, at_.gradient[0], at, t);
-      } else {
-        if (a_.student_grad[0].present) store_classes<T>(a_.student_grad[0], at_.gradient[1], at, s);
-        if (a_.student_grad[1].present) store_classes<T>(a_.student_grad[1], at_.gradient[2], at, o);
-      }
-    });
-  }
-
-  double sums[kSums] = {};
-
- private:
-  __device__ __forceinline__ bool two() const { return a_.students > 1; }
-
-  __device__ __forceinline__ void load_inputs(const Classes<N, G::lanes>& at, C (&t)[N], C (&s)[N], C (&o)[N]) const {
-    load_classes<T>(a_.teacher, at_.input[0], at, t);
-    load_classes<T>(a_.student[0], at_.input[1], at, s);
-    if (two()) load_classes<T>(a_.student[1], at_.input[2], at, o);
-  }
-  __device__ __forceinline__ Pair<C> pair(const Softmax<C>& student) const {
-    return a_.reverse ? Pair<C>(student, soft_[0]) : Pair<C>(soft_[0], student);
-  }
-  // f(student, term) for classes, where f may put something else in the student's place. One choice for all of them: the
-  // compiler then mixes their arithmetic.
-  template <typename F>
-  __device__ __forceinline__ void each_term(const Pair<C>& pair, const C (&teacher)[N], C (&student)[N], F&& f) const {
-    if (a_.reverse) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) f(student[i], Term<C>(pair, student[i], teacher[i], inverse_));
+      f(Part(begin + G::lane(), end), x);
     } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) f(student[i], Term<C>(pair, teacher[i], student[i], inverse_));
+      each_classes<G, N, Back>(begin, end, [&](const Part& at) {
+        C x[Inputs][N];
+        load(at, x);
+        f(at, x);
+      });
     }
   }
+  // 1 / sum: in fp32 a division there will do.
+  __device__ __forceinline__ C normaliser(int k) const { return C(1) / static_cast<C>(soft_[k].sum); }
 
   const DistillCall& a_;
   const RowPlace& at_;
-  C inverse_;
-  double temperature_;
-  Softmax<C> soft_[1 + kMaxStudents];
+  const C inverse_;
+  Softmax<C> soft_[Inputs];
+  C held_[Inputs][Hold ? Hold : 1];
 };
 
+// The temperature's square in the loss, its first power in the gradients.
+template <typename C, typename G, typename T, int Hold, int Students>
+class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
+  using Base = SoftmaxRows<C, G, T, Hold, 1 + Students>;
+  using typename Base::Part;
+  using Base::a_, Base::inverse_, Base::N, Base::soft_;
+
+ public:
+  static constexpr int sums = 2 * Students;
+
+  __device__ Divergence(const DistillCall& a, const RowPlace& at)
+      : Base(a, at, C(1) / static_cast<C>(a.temperature)), temperature_(a.temperature) {}
+
+  // After gather_found.
+  __device__ __forceinline__ void settle_found() {
+#pragma unroll
+    for (int k = 0; k <= Students; ++k) maximum_[k] = soft_[k].maximum, normaliser_[k] = this->normaliser(k);
+#pragma unroll
+    for (int k = 0; k < Students; ++k) {
+      const double student = soft_[1 + k].sum, teacher = soft_[0].sum;
+      log_ratio_[k] = logarithm(static_cast<C>(a_.reverse ? teacher / student : student / teacher));
+    }
+  }
+  __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
+    this->template each<true>(begin, end, [&](const Part&, C (&x)[1 + Students][N]) {
+#pragma unroll
+      for (int k = 0; k < Students; ++k) {
+        Sum<C, N> value, drift;
+        each_term(k, x[0], x[1 + k], [&](int i, const Term<C>& term) { value.add(i, term.value), drift.add(i, term.difference); });
+        summed[2 * k] += value.total(), summed[2 * k + 1] += drift.total();
+      }
+    });
+  }
+  // After the sums were put together.
+  __device__ __forceinline__ void settle_sums() {
+#pragma unroll
+    for (int k = 0; k < Students; ++k) kl_[k] = static_cast<C>(settled(summed[2 * k], summed[2 * k + 1]));
+  }
+  __device__ __forceinline__ double loss() const {
+    double total = 0;
+#pragma unroll
+    for (int k = 0; k < Students; ++k) total += settled(summed[2 * k], summed[2 * k + 1]);
+    return total * temperature_ * temperature_;
+  }
+
+  __device__ __forceinline__ void keep(C* to) const {
+#pragma unroll
+    for (int k = 0; k <= Students; ++k) to[2 * k] = maximum_[k], to[2 * k + 1] = normaliser_[k];
+#pragma unroll
+    for (int k = 0; k < Students; ++k) to[2 + 2 * Students + 2 * k] = log_ratio_[k], to[3 + 2 * Students + 2 * k] = kl_[k];
+  }
+  __device__ __forceinline__ void recall(const C* from) {
+#pragma unroll
+    for (int k = 0; k <= Students; ++k) maximum_[k] = from[2 * k], normaliser_[k] = from[2 * k + 1];
+#pragma unroll
+    for (int k = 0; k < Students; ++k) log_ratio_[k] = from[2 + 2 * Students + 2 * k], kl_[k] = from[3 + 2 * Students + 2 * k];
+  }
+
+  // Whether the gradients need the sums: those toward P do.
+  __host__ __device__ static bool wants_sums(const DistillCall& a) {
+    return a.reverse ? a.student_grad[0].present || a.student_grad[1].present : a.teacher_grad.present;
+  }
+  __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
+    factor *= static_cast<C>(temperature_);
+    const bool students = a_.student_grad[0].present || a_.student_grad[Students - 1].present;
+    this->each(begin, end, [&](const Part& at, C (&x)[1 + Students][N]) {
+      C together[N] = {};
+#pragma unroll
+      for (int k = 0; k < Students; ++k) {
+        const C kl = kl_[k];
+        each_term(k, x[0], x[1 + k], [&](int i, const Term<C>& term) {
+          const C toward_p = term.toward_p(kl);
+          together[i] += a_.reverse ? term.difference : toward_p;
+          x[1 + k][i] = (a_.reverse ? toward_p : term.difference) * factor;
+        });
+        if (students && a_.student_grad[k].present) store_classes<T>(a_.student_grad[k], to.gradient[1 + k], at, x[1 + k]);
+      }
+      if (!a_.teacher_grad.present) return;
+#pragma unroll
+      for (int i = 0; i < N; ++i) together[i] *= factor;
+      store_classes<T>(a_.teacher_grad, to.gradient[0], at, together);
+    });
+  }
+
+  double summed[sums] = {};
+
+ private:
+  // f(class, term). One choice for all classes: the compiler then mixes their arithmetic.
+  template <typename F>
+  __device__ __forceinline__ void each_term(int k, const C (&teacher)[N], const C (&student)[N], F&& f) const {
+    const int other = 1 + k;
+    if (a_.reverse) {
+      const Pair<C> pair(maximum_[other], maximum_[0], normaliser_[other], normaliser_[0], log_ratio_[k]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(i, Term<C>(pair, student[i], teacher[i], inverse_));
+    } else {
+      const Pair<C> pair(maximum_[0], maximum_[other], normaliser_[0], normaliser_[other], log_ratio_[k]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(i, Term<C>(pair, teacher[i], student[i], inverse_));
+    }
+  }
+
+  const double temperature_;
+  C maximum_[1 + Students], normaliser_[1 + Students], log_ratio_[Students], kl_[Students];
+};
+template <typename C, typename G, typename T, int Hold>
+using OneDivergence = Divergence<C, G, T, Hold, 1>;
+template <typename C, typename G, typename T, int Hold>
+using TwoDivergences = Divergence<C, G, T, Hold, 2>;
+
 // T = infinity: half the variance of d = teacher - student over the classes unmasked in both.
-template <typename C, typename G, typename T>
+template <typename C, typename G, typename T, int>
 class Limit {
  public:
+  static constexpr int inputs = 1 + kMaxStudents, sums = kMaxStudents;
+
   __device__ Limit(const DistillCall& a, const RowPlace& at) : a_(a), at_(at) {}
 
+  __device__ __forceinline__ void hold(std::int64_t) {}
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
     each_difference(begin, end, [&](int k, double d, std::int64_t) { found_[2 * k] += 1, found_[2 * k + 1] += d; });
   }
-  __device__ __forceinline__ void gather_found() {
-#pragma unroll
-    for (int i = 0; i < 2 * kMaxStudents; ++i) found_[i] = G::sum(found_[i]);
-  }
-  __device__ __forceinline__ void save_found(double* to) const {
-#pragma unroll
-    for (int i = 0; i < 2 * kMaxStudents; ++i) to[i] = found_[i];
-  }
-  __device__ __forceinline__ void load_found(const double* from) {
-#pragma unroll
-    for (int i = 0; i < 2 * kMaxStudents; ++i) found_[i] = from[i];
-  }
-  __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end, C) {
+  __device__ __forceinline__ void gather_found() { G::sum_all(found_); }
+  __device__ __forceinline__ void settle_found() {}
+  __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
     each_difference(begin, end, [&](int k, double d, std::int64_t) {
       const double rest = d - mean(k);
-      sums[k] += rest * rest;
+      summed[k] += rest * rest;
     });
   }
+  __device__ __forceinline__ void settle_sums() {}
   __device__ __forceinline__ double loss() const {
-    return 0.5 * (sums[0] / found_[0] + (a_.students > 1 ? sums[1] / found_[2] : 0.0));
+    return 0.5 * (summed[0] / found_[0] + (a_.students > 1 ? summed[1] / found_[2] : 0.0));
   }
-  __host__ __device__ static bool wants_late(const DistillCall& a) {
-    return a.teacher_grad.present || a.student_grad[0].present || a.student_grad[1].present;
-  }
-  __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
+  // Nothing is kept.
+  __device__ __forceinline__ void keep(C*) const {}
+  __device__ __forceinline__ void recall(const C*) {}
+
+  __host__ __device__ static bool wants_sums(const DistillCall&) { return false; }
+  __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
     for (std::int64_t c = begin + G::lane(); c < end; c += G::lanes) {
       const Classes<1, 1> part(c, end);
       C together[1] = {0};
@@ -208,13 +334,13 @@ class Limit {
         C value[1] = {difference(k, c, d) ? static_cast<C>((d - mean(k)) / found_[2 * k] * static_cast<double>(factor)) : C(0)};
         together[0] += value[0];
         value[0] = -value[0];
-        if (a_.student_grad[k].present) store_classes<T>(a_.student_grad[k], at_.gradient[1 + k], part, value);
+        if (a_.student_grad[k].present) store_classes<T>(a_.student_grad[k], to.gradient[1 + k], part, value);
       }
-      if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, at_.gradient[0], part, together);
+      if (a_.teacher_grad.present) store_classes<T>(a_.teacher_grad, to.gradient[0], part, together);
     }
   }
 
-  double sums[kSums] = {};
+  double summed[sums] = {};
 
  private:
   __device__ __forceinline__ double mean(int k) const { return found_[2 * k + 1] / found_[2 * k]; }
@@ -243,67 +369,58 @@ class Limit {
 };
 
 // H = log Z + sum P (max - x), both terms >= 0; dH/dx = P ((max - x) - sum P (max - x)).
-template <typename C, typename G, typename T>
-class Entropy {
-  static constexpr int N = kClasses<C, G>;
+template <typename C, typename G, typename T, int Hold>
+class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
+  using Base = SoftmaxRows<C, G, T, Hold, 1>;
+  using typename Base::Part;
+  using Base::a_, Base::N, Base::soft_;
 
  public:
-  __device__ Entropy(const DistillCall& a, const RowPlace& at) : a_(a), at_(at) {}
+  static constexpr int sums = 1;
 
-  __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
-    each_classes<G, N>(begin, end, [&](const auto& at) {
-      C x[N];
-      load_classes<T>(a_.teacher, at_.input[0], at, x);
-      soft_.template add<N>(x, C(1));
-    });
-  }
-  __device__ __forceinline__ void gather_found() { soft_.template gather<G>(C(1)); }
-  __device__ __forceinline__ void save_found(double* to) const { to[0] = static_cast<double>(soft_.maximum), to[1] = soft_.sum; }
-  __device__ __forceinline__ void load_found(const double* from) { soft_.maximum = static_cast<C>(from[0]), soft_.sum = from[1]; }
+  __device__ Entropy(const DistillCall& a, const RowPlace& at) : Base(a, at, C(1)) {}
 
-  __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end, C) {
-    const C inverse = static_cast<C>(1 / soft_.sum);
-    each_classes<G, N, true>(begin, end, [&](const auto& at) {
-      C x[N], value = 0;
-      load_classes<T>(a_.teacher, at_.input[0], at, x);
+  __device__ __forceinline__ void settle_found() { maximum_ = soft_[0].maximum, normaliser_ = this->normaliser(0); }
+  __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
+    this->template each<true>(begin, end, [&](const Part&, C (&x)[1][N]) {
+      Sum<C, N> value;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
-        value += below(x[i], inverse, p);
+        value.add(i, below(x[0][i], p));
       }
-      sums[0] += static_cast<double>(value);
+      summed[0] += value.total();
     });
   }
-  __device__ __forceinline__ double loss() const { return static_cast<double>(logarithm(static_cast<C>(soft_.sum))) + sums[0]; }
+  __device__ __forceinline__ void settle_sums() { depth_ = static_cast<C>(summed[0]); }
+  __device__ __forceinline__ double loss() const { return static_cast<double>(logarithm(static_cast<C>(soft_[0].sum))) + summed[0]; }
 
-  __host__ __device__ static bool wants_late(const DistillCall& a) { return a.teacher_grad.present; }
-  __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
-    const C inverse = static_cast<C>(1 / soft_.sum), depth = static_cast<C>(sums[0]);
-    each_classes<G, N>(begin, end, [&](const auto& at) {
-      C x[N];
-      load_classes<T>(a_.teacher, at_.input[0], at, x);
+  __device__ __forceinline__ void keep(C* to) const { to[0] = maximum_, to[1] = normaliser_, to[2] = depth_; }
+  __device__ __forceinline__ void recall(const C* from) { maximum_ = from[0], normaliser_ = from[1], depth_ = from[2]; }
+
+  __host__ __device__ static bool wants_sums(const DistillCall& a) { return a.teacher_grad.present; }
+  __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
+    this->each(begin, end, [&](const Part& at, C (&x)[1][N]) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
-        const C value = below(x[i], inverse, p);
-        x[i] = (value - p * depth) * factor;
+        const C value = below(x[0][i], p);
+        x[0][i] = (value - p * depth_) * factor;
       }
-      store_classes<T>(a_.teacher_grad, at_.gradient[0], at, x);
+      store_classes<T>(a_.teacher_grad, to.gradient[0], at, x[0]);
     });
   }
 
-  double sums[kSums] = {};
+  double summed[sums] = {};
 
  private:
   // P (max - x), and 0 where P is 0.
-  __device__ __forceinline__ C below(C x, C inverse, C& p) const {
-    p = exponential(x - soft_.maximum) * inverse;
-    return p > C(0) ? p * (soft_.maximum - x) : p;
+  __device__ __forceinline__ C below(C x, C& p) const {
+    p = exponential(x - maximum_) * normaliser_;
+    return p > C(0) ? p * (maximum_ - x) : p;
   }
 
-  const DistillCall& a_;
-  const RowPlace& at_;
-  Softmax<C> soft_;
+  C maximum_, normaliser_, depth_;
 };
 
 }  // namespace fedkern::cuda

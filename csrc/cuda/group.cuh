@@ -43,7 +43,45 @@ struct Group {
   // Ignores NaN unless there is nothing else.
   template <typename T>
   __device__ static T maximum(T value) {
-    return reduce(value, [](T a, T b) { return a > b || b != b ? a : b; });
+    return reduce(value, larger<T>);
+  }
+  // The same of several values at a time, with the barriers of one.
+  template <typename T, int N>
+  __device__ static void sum_all(T (&value)[N]) {
+    reduce_all(value, [](T a, T b) { return a + b; });
+  }
+  template <typename T, int N>
+  __device__ static void maximum_all(T (&value)[N]) {
+    reduce_all(value, larger<T>);
+  }
+
+ private:
+  template <typename T>
+  __device__ static T larger(T a, T b) {
+    return a > b || b != b ? a : b;
+  }
+  template <typename T, int N, typename Combine>
+  __device__ static void reduce_all(T (&value)[N], Combine combine) {
+#pragma unroll
+    for (int distance = (Lanes < 32 ? Lanes : 32) / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] = combine(value[i], __shfl_xor_sync(kEveryLane, value[i], distance));
+    }
+    if constexpr (Lanes == kBlock) {
+      __shared__ T part[kWarps][N];
+      __syncthreads();  // the last reduction's reads are over
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) part[threadIdx.x / 32][i] = value[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        value[i] = part[0][i];
+#pragma unroll
+        for (int warp = 1; warp < kWarps; ++warp) value[i] = combine(value[i], part[warp][i]);
+      }
+    }
   }
 };
 

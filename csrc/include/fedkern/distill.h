@@ -59,8 +59,13 @@ struct DistillCall {
   RowValues row_loss;                // out: weight * loss
   RowValues raw_loss;                // out: loss, and 0 where the weight is 0
   RowValues total;                   // out: scale * sum of row_loss
+  Optional<void> kept;               // of `compute`, kept_numbers() for each row; kl and entropy on CUDA alone: without
+                                     // gradients it writes there, with them it reads instead of reducing every row again
   int threads;
 };
+
+// What a row's gradients need of the row as a whole: a maximum and a normaliser of each softmax, and what was summed.
+constexpr int kept_numbers(const DistillCall& call) { return call.students ? 2 + 4 * call.students : 3; }
 
 struct DistillTable {
   void (*run)(const DistillCall&);

@@ -60,12 +60,13 @@ class _Entropy(EagerFunction):
     def forward(ctx: Any, logits: Tensor, reduction: int, kernel: DistillKernels) -> Tensor:
         ctx.reduction, ctx.kernel = reduction, kernel
         gradient = None if reduction == NONE or not kernel.fused else kernel.empty_gradient(logits)
-        ctx.save_for_backward(logits, gradient)
-        return kernel.entropy_forward(logits, reduction, gradient)
+        kept = kernel.entropy_kept(logits) if gradient is None else None
+        ctx.save_for_backward(logits, gradient, kept)
+        return kernel.entropy_forward(logits, reduction, gradient, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        logits, gradient = ctx.saved_tensors
+        logits, gradient, kept = ctx.saved_tensors
         if not readable(grad):
             (result,) = library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, ctx.reduction), (logits,), (True,), grad
@@ -75,4 +76,4 @@ class _Entropy(EagerFunction):
             scaled = ctx.kernel.scaled((gradient,), grad)
             if scaled is not None:
                 return handed_out(scaled, (gradient,))[0], None, None
-        return ctx.kernel.entropy_backward(grad, logits, ctx.reduction), None, None
+        return ctx.kernel.entropy_backward(grad, logits, ctx.reduction, kept), None, None

@@ -92,7 +92,8 @@ class DistillKernels(Launcher):
 
     On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
     forward pass computes gradients too.  On a GPU reading grad_output would wait for the device. A gradient from the
-    forward pass would have to be read, scaled and written again, as much traffic as computing it from the logits.
+    forward pass would have to be read, scaled and written again, as much traffic as computing it from the logits. What
+    a gradient needs of its row as a whole is little, and can be kept: :meth:`divergence_kept`, :meth:`entropy_kept`.
     """
 
     # The cores read weights [K] for every row through a stride of 0.
@@ -101,6 +102,7 @@ class DistillKernels(Launcher):
     def __init__(self, core: Any) -> None:
         super().__init__(core)
         self.fused = not self.gpu
+        self.keeps = self.gpu
         self._distill = core.distill
         self._distill_ensemble = core.distill_ensemble
 
@@ -135,6 +137,7 @@ class DistillKernels(Launcher):
         to_other: Tensor | None = None,
         to_teacher: Tensor | None = None,
         raw_loss: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """kl_div, or dual_kl with ``other`` (a second student); the result has the promoted dtype of the logits.
 
@@ -144,8 +147,17 @@ class DistillKernels(Launcher):
         dtype = result_dtype(student, other, teacher)
         result = self._result(student, dtype, settings.reduction)
         gradients = (to_student, to_other, to_teacher)
-        self._divergence(None, student, other, teacher, weight, settings, dtype, gradients, raw_loss, result)
+        self._divergence(None, student, other, teacher, weight, settings, dtype, gradients, raw_loss, result, kept)
         return result
+
+    def divergence_kept(
+        self, student: Tensor, other: Tensor | None, teacher: Tensor, settings: Divergence
+    ) -> Tensor | None:
+        """Uninitialised memory for what divergence_forward keeps for divergence_backward; None: keeps nothing."""
+        if not self.keeps or settings.temperature == math.inf:
+            return None
+        dtype = compute_dtype(result_dtype(student, other, teacher))
+        return self._kept(student, 6 if other is None else 10, dtype)
 
     def divergence_backward(
         self,
@@ -156,8 +168,12 @@ class DistillKernels(Launcher):
         weight: Tensor | None,
         settings: Divergence,
         needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, other, teacher, weight, each in its own dtype; None where ``needs`` is false."""
+        """Gradients of student, other, teacher, weight, each in its own dtype; None where ``needs`` is false.
+
+        ``kept`` gives no gradient of the weight.
+        """
         to_student, to_other, to_teacher = (
             self.empty_gradient(x) if need and x is not None else None
             for x, need in zip((student, other, teacher), needs[:3], strict=True)
@@ -166,7 +182,7 @@ class DistillKernels(Launcher):
         raw = _empty(row_shape(student), dtype=compute_dtype(dtype), device=student.device) if needs[3] else None
         grad = grad.resolve_neg()  # bound to a name: its memory must outlive the call
         gradients = (to_student, to_other, to_teacher)
-        self._divergence(grad, student, other, teacher, weight, settings, dtype, gradients, raw, None)
+        self._divergence(grad, student, other, teacher, weight, settings, dtype, gradients, raw, None, kept)
         to_weight = None
         if raw is not None and weight is not None:
             to_weight = (raw * grad.to(raw.dtype) * mean_scale(student, settings.reduction)).to(weight.dtype)
@@ -184,8 +200,12 @@ class DistillKernels(Launcher):
         gradients: Gradients,
         raw: Tensor | None,
         result: Tensor | None,
+        kept: Tensor | None,
     ) -> None:
-        """Writes the gradients, the rows' unweighted losses and the result, where they are not None."""
+        """Writes the gradients, the rows' unweighted losses and the result, where they are not None.
+
+        ``kept`` is written too where no gradient is, and else read.
+        """
         temperature, reduction = settings.temperature, settings.reduction
         to_student, to_other, to_teacher = gradients
         self._distill(
@@ -205,25 +225,40 @@ class DistillKernels(Launcher):
             weight,
             grad,
             result if reduction == NONE else None,
-            (raw, None if reduction == NONE else result),
+            (raw, None if reduction == NONE else result, kept),
             self._space(student) if self.gpu else None,
             self.at(student),
         )
 
-    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
+    def entropy_forward(
+        self, logits: Tensor, reduction: int, to_logits: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """entropy, in the logits' dtype."""
         result = self._result(logits, logits.dtype, reduction)
-        self._entropy(None, logits, reduction, to_logits, result)
+        self._entropy(None, logits, reduction, to_logits, result, kept)
         return result
 
-    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
+    def entropy_kept(self, logits: Tensor) -> Tensor | None:
+        """As divergence_kept."""
+        return self._kept(logits, 3, compute_dtype(logits.dtype)) if self.keeps else None
+
+    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int, kept: Tensor | None = None) -> Tensor:
         gradient = self.empty_gradient(logits)
         grad = grad.resolve_neg()
-        self._entropy(grad, logits, reduction, gradient, None)
+        self._entropy(grad, logits, reduction, gradient, None, kept)
         return gradient
 
+    def _kept(self, logits: Tensor, numbers: int, dtype: torch.dtype) -> Tensor:
+        return _empty(logits.numel() // logits.shape[1] * numbers, dtype=dtype, device=logits.device)
+
     def _entropy(
-        self, grad: Tensor | None, logits: Tensor, reduction: int, gradient: Tensor | None, result: Tensor | None
+        self,
+        grad: Tensor | None,
+        logits: Tensor,
+        reduction: int,
+        gradient: Tensor | None,
+        result: Tensor | None,
+        kept: Tensor | None,
     ) -> None:
         self._distill(
             ENTROPY,
@@ -242,7 +277,7 @@ class DistillKernels(Launcher):
             None,
             grad,
             result if reduction == NONE else None,
-            (None, None if reduction == NONE else result),
+            (None, None if reduction == NONE else result, kept),
             self._space(logits) if self.gpu else None,
             self.at(logits),
         )

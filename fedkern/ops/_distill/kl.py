@@ -134,7 +134,8 @@ class _Divergence(EagerFunction):
     """kl_div and dual_kl with their gradients for eager calls.
 
     Where the kernel is ``fused``, the forward pass also computes the gradients for a grad_output of 1, while the row is
-    cached. With reduction "none", whose grad_output is rarely 1, the backward pass computes them.
+    cached. With reduction "none", whose grad_output is rarely 1, and where the kernel is not fused, the backward pass
+    computes them from the logits, and from what the forward pass kept.
 
     The tensors and their gradients are (student, [other], teacher, [weight]).
     """
@@ -160,8 +161,10 @@ class _Divergence(EagerFunction):
             return kernel.divergence_forward(student, other, teacher, None, settings, to_student, to_other, to_teacher)
         student, other, teacher, weight = _spread(tensors, dual)
         if recompute:
-            ctx.save_for_backward(*tensors)
-            return kernel.divergence_forward(student, other, teacher, weight, settings)
+            to_weight = weight is not None and needs[-1]
+            kept = None if to_weight else kernel.divergence_kept(student, other, teacher, settings)
+            ctx.save_for_backward(*tensors, kept)
+            return kernel.divergence_forward(student, other, teacher, weight, settings, kept=kept)
         logits = 3 if dual else 2
         gradients = [
             kernel.empty_gradient(x) if need else None for x, need in zip(tensors[:logits], needs, strict=False)
@@ -184,9 +187,9 @@ class _Divergence(EagerFunction):
         count = len(ctx.needs_input_grad) - 1
         if not readable(grad):
             return (None, *_backward_through_graph(ctx, saved[:count], grad))
-        if len(saved) == count:
-            return (None, *_backward_from_logits(ctx, saved, grad))
         kernel, settings, dual = ctx.how
+        if settings.reduction == NONE or not kernel.fused:
+            return (None, *_backward_from_logits(ctx, saved[:count], grad, saved[count]))
         gradients = kernel.scaled(saved[count:], grad)
         if gradients is None:
             return (None, *_backward_from_logits(ctx, saved[:count], grad))
@@ -215,10 +218,12 @@ def _backward_through_graph(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -
     return library.differentiate_reference(reference, tensors, ctx.needs_input_grad[1:], grad)
 
 
-def _backward_from_logits(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_from_logits(
+    ctx: Any, tensors: Sequence[Tensor], grad: Tensor, kept: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     kernel, settings, dual = ctx.how
     student, other, teacher, weight = _spread(tensors, dual)
     needs = ctx.needs_input_grad[1:]
     full = (needs[0], dual and needs[1], needs[2 if dual else 1], weight is not None and needs[-1])
-    gradients = kernel.divergence_backward(grad, student, other, teacher, weight, settings, full)
+    gradients = kernel.divergence_backward(grad, student, other, teacher, weight, settings, full, kept)
     return tuple(x for x, given in zip(gradients, (True, dual, True, weight is not None), strict=True) if given)

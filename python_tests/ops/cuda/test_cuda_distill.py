@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core import backend
+from fedkern.ops._distill.kernels import divergence_settings
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 AXES: dict[str, Any] = {
@@ -68,6 +69,80 @@ def compare(device: torch.device, case: dict[str, Any], logits: list[Tensor], we
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(device: torch.device, number: int) -> None:
     compare(device, CASES[number], *make_inputs(CASES[number], seed=number))
+
+
+# Classes up to which some threads take a row, or hold it, and one more; 20 rows are many for the emulated device.
+EDGES = (4, 5, 16, 17, 32, 33, 128, 129, 512, 513, 1024, 1025, 4096, 4097)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("classes", EDGES)
+def test_classes_at_which_other_threads_take_a_row(
+    device: torch.device, classes: int, operator: str, dtype: torch.dtype
+) -> None:
+    for rows in (1, 20 if classes < 1026 else 2):
+        case = {
+            **{"classes": classes, "rows": rows, "dtype": dtype, "temperature": 2.0, "operator": operator},
+            **{"reduction": "batchmean", "layout": "rows", "near": None, "weight": "rows", "special": "masked"},
+            "needs": "all",
+        }
+        logits, _ = make_inputs(case, seed=classes)
+        compare(device, case, logits, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("students", [0, 1, 2])
+@pytest.mark.parametrize("classes", [3, 10, 24, 100, 300, 700, 3000, 5000, 9001])
+def test_what_the_forward_pass_kept_changes_no_bit(
+    device: torch.device, classes: int, students: int, reverse: bool, dtype: torch.dtype
+) -> None:
+    """A row of weight 0 included, of which nothing is known."""
+    generator = torch.Generator().manual_seed(classes)
+    teacher, *given = (
+        torch.randn(20 if classes < 1000 else 2, classes, generator=generator).to(device, dtype) for _ in range(3)
+    )
+    rows = len(teacher)
+    weight = torch.rand(rows, generator=generator).to(device)
+    weight[1] = 0
+    teacher[1] = math.nan
+    kernel = backend.select("kl_div", teacher)
+    grad = torch.rand(rows, generator=generator).to(device, dtype)
+    if not students:
+        if reverse:
+            return
+        kept = kernel.entropy_kept(teacher).fill_(math.nan)
+        assert torch.equal(kernel.entropy_forward(teacher, 0, None, kept)[2:], kernel.entropy_forward(teacher, 0)[2:])
+        plain, kept = (kernel.entropy_backward(grad, teacher, 0, x)[torch.arange(rows) != 1] for x in (None, kept))
+        assert torch.equal(plain, kept)
+        return
+    tensors = (given[0], given[1] if students == 2 else None, teacher)
+    settings = divergence_settings(2.0, reverse, 0)
+    kept = kernel.divergence_kept(*tensors, settings).fill_(math.nan)
+    assert torch.equal(
+        kernel.divergence_forward(*tensors, weight, settings, kept=kept),
+        kernel.divergence_forward(*tensors, weight, settings),
+    )
+    for needs in ((True, True, True, False), (True, True, False, False), (False, False, True, False)):
+        plain, short = (kernel.divergence_backward(grad, *tensors, weight, settings, needs, x) for x in (None, kept))
+        for x, y in zip(plain, short, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or (torch.equal(x, y) and not x[1].any())
+
+
+def test_gradients_of_logits_alone_are_kept_for(device: torch.device) -> None:
+    logits, teacher = torch.randn(7, 10, device=device, requires_grad=True), torch.randn(7, 10, device=device)
+    weight = torch.rand(7, device=device, requires_grad=True)
+    for loss, numbers in (
+        (ops.kl_div(logits, teacher), 6),
+        (ops.dual_kl(logits, logits, teacher, weight=weight.detach(), reduction="none"), 10),
+        (ops.entropy(logits), 3),
+        (ops.kl_div(logits, teacher, weight=weight), None),
+        (ops.kl_div(logits, teacher, math.inf), None),
+    ):
+        *_, kept = loss.grad_fn.saved_tensors
+        assert (None if kept is None else kept.numel()) == (numbers and 7 * numbers)
 
 
 @pytest.mark.parametrize("offset", [20.0, 5e3, -5e3])

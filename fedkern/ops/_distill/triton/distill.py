@@ -42,7 +42,7 @@ class TritonDistill(DistillKernels):
     short_weights = False
 
     def __init__(self) -> None:
-        self.gpu, self.fused = True, False  # also interpreted on CPU tensors
+        self.gpu, self.fused, self.keeps = True, False, False  # also interpreted on CPU tensors
 
     def _divergence(
         self,
@@ -56,6 +56,7 @@ class TritonDistill(DistillKernels):
         gradients: Gradients,
         raw: Tensor | None,
         result: Tensor | None,
+        kept: Tensor | None = None,
     ) -> None:
         reduction = settings.reduction
         compute, device = compute_dtype(dtype), student.device
@@ -152,7 +153,13 @@ class TritonDistill(DistillKernels):
         return raw.view(-1) / settings.temperature**2
 
     def _entropy(
-        self, grad: Tensor | None, logits: Tensor, reduction: int, gradient: Tensor | None, result: Tensor | None
+        self,
+        grad: Tensor | None,
+        logits: Tensor,
+        reduction: int,
+        gradient: Tensor | None,
+        result: Tensor | None,
+        kept: Tensor | None = None,
     ) -> None:
         rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
         if not rows:

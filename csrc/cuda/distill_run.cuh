@@ -1,0 +1,224 @@
+// distill on CUDA: which threads take a row. The losses are in distill_losses.cuh, their arithmetic in distill_math.cuh,
+// loading and storing in distill_rows.cuh.
+//
+// Where classes lie together in memory, part of a warp takes a short row, a warp a longer one, a block a long one, and several
+// blocks where long rows are few; they hold the row in registers while it fits. Where positions lie together (class axis
+// outside), a thread takes a row, so that neighbours read together. Row losses are summed in fp64 in an order that the sizes
+// and the device fix: the same bits every time.
+#pragma once
+
+#include <algorithm>
+
+#include "distill_losses.cuh"
+#include "fedkern/distill_cuda.h"
+#include "launch.cuh"
+
+namespace fedkern::cuda {
+namespace {
+
+constexpr std::int64_t kSplitRow = 8192;   // classes from which on several blocks may take a row
+constexpr std::int64_t kMaxBlocks = 2048;  // that leave a partial sum
+constexpr std::int64_t kMaxUnits = 1024;   // rows times blocks per row
+static_assert(kMaxUnits * (kFound + kSums) + kMaxUnits <= kDistillWorkspace && kMaxBlocks <= kDistillWorkspace);
+
+template <typename C>
+__device__ __forceinline__ C factor_of(const DistillCall& a, const RowPlace& at) {
+  return static_cast<C>(at.outer * at.weight * a.scale);
+}
+
+// What a row of weight 0 leaves.
+template <typename C, typename G, typename T>
+__device__ __forceinline__ void write_zeros(const DistillCall& a, const ResultPlace& place, std::int64_t begin, std::int64_t end) {
+#pragma unroll
+  for (int k = 0; k <= kMaxStudents; ++k) {
+    const Logits& to = k == 0 ? a.teacher_grad : a.student_grad[k == 0 ? 0 : k - 1];
+    if (!to.present) continue;
+    each_classes<G, 1>(begin, end, [&](const auto& part) {
+      const C zero[1] = {};
+      store_classes<T>(to, place.gradient[k], part, zero);
+    });
+  }
+}
+
+// Writes a row's losses; returns what it adds to the total.
+__device__ __forceinline__ double write_loss(const DistillCall& a, const ResultPlace& to, double weight, double loss) {
+  const double raw = weight == 0 ? 0 : loss;
+  if (a.row_loss.present) store_value<double>(a.row_loss.data, a.row_loss.dtype, to.row_loss, raw * weight);
+  if (a.raw_loss.present) store_value<double>(a.raw_loss.data, a.raw_loss.dtype, to.raw_loss, raw);
+  return raw * weight;
+}
+
+template <typename C>
+__device__ __forceinline__ C* kept_of(const DistillCall& a, std::int64_t row) {
+  return static_cast<C*>(a.kept.data) + row * kept_numbers(a);
+}
+// Whether the call reads what another kept.
+__host__ __device__ inline bool recalls(const DistillCall& a) { return a.kept.present && wants_gradients(a); }
+
+template <template <typename, typename, typename, int> class Loss, typename C, int Lanes, typename T, int Hold, int Blocks>
+__global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_constant__ DistillCall a, std::int64_t rows, double* partial) {
+  using G = Group<Lanes>;
+  using Row = Loss<C, G, T, Hold>;
+  double total = 0;
+  // All threads stay to the end: the sums within groups need every lane.
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * G::rows; first < rows; first += static_cast<std::int64_t>(gridDim.x) * G::rows) {
+    const std::int64_t row = first + G::row();
+    const bool mine = row < rows;
+    RowPlace at(a, mine ? row : 0);
+    Row loss(a, at);
+    loss.hold(mine ? a.classes : 0);
+    const bool recall = recalls(a);
+    if (recall) loss.recall(kept_of<C>(a, mine ? row : 0));
+    at.read_factors(a);
+    const std::int64_t classes = mine && at.weight != 0 ? a.classes : 0;
+    if (!recall) {
+      loss.look(0, classes);
+      loss.gather_found();
+      loss.settle_found();
+      if (wants_loss(a) || a.kept.present || Row::wants_sums(a)) {
+        loss.sum(0, classes);
+        G::sum_all(loss.summed);
+        loss.settle_sums();
+      }
+      if (a.kept.present && mine && G::lane() == 0) loss.keep(kept_of<C>(a, row));
+    }
+    const ResultPlace to(a, mine ? row : 0);
+    if (wants_gradients(a)) {
+      loss.gradients(to, 0, classes, factor_of<C>(a, at));
+      if (mine && at.weight == 0) write_zeros<C, G, T>(a, to, 0, a.classes);
+    }
+    if (wants_loss(a) && mine && G::lane() == 0) total += write_loss(a, to, at.weight, loss.loss());
+  }
+  if (a.total.present) leave_total(total, partial, a.total, a.scale);
+}
+
+// Long rows of which there are few: `splits` blocks to a row, one step of the three per launch; the last one alone where what
+// the row leaves was kept.
+struct Shares {
+  std::int64_t splits, classes;  // per row; of each
+  double* found;                 // [rows, splits, kFound]
+  double* sums;                  // [rows, splits, kSums]
+  double* losses;                // [rows]
+};
+
+template <template <typename, typename, typename, int> class Loss, typename C, typename T>
+__global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_constant__ DistillCall a, const Shares shares, int step) {
+  using G = Group<kBlock>;
+  using Row = Loss<C, G, T, 0>;
+  const std::int64_t row = blockIdx.x / shares.splits, split = blockIdx.x % shares.splits;
+  RowPlace at(a, row);
+  at.read_factors(a);
+  const std::int64_t begin = split * shares.classes, end = begin + shares.classes < a.classes ? begin + shares.classes : a.classes;
+  if (at.weight == 0) {  // the whole block leaves
+    if (step == 2) write_zeros<C, G, T>(a, {a, row}, begin, end);
+    if (step == 2 && wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, {a, row}, 0, 0);
+    return;
+  }
+  double *const found = shares.found + row * shares.splits * kFound, *const sums = shares.sums + row * shares.splits * kSums;
+  Row loss(a, at);
+  if (step == 0) {
+    loss.look(begin, end);
+    loss.gather_found();
+    if (threadIdx.x == 0) loss.save_found(found + split * kFound);
+    return;
+  }
+  if (recalls(a)) {
+    loss.recall(kept_of<C>(a, row));
+  } else {
+    if (threadIdx.x < shares.splits) loss.load_found(found + threadIdx.x * kFound);
+    loss.gather_found();
+    loss.settle_found();
+    if (step == 1) {
+      loss.sum(begin, end);
+      G::sum_all(loss.summed);
+#pragma unroll
+      for (int i = 0; i < Row::sums; ++i)
+        if (threadIdx.x == 0) sums[split * kSums + i] = loss.summed[i];
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < Row::sums; ++i) loss.summed[i] = threadIdx.x < shares.splits ? sums[threadIdx.x * kSums + i] : 0.0;
+    G::sum_all(loss.summed);
+    loss.settle_sums();
+    if (a.kept.present && split == 0 && threadIdx.x == 0) loss.keep(kept_of<C>(a, row));
+  }
+  const ResultPlace to(a, row);
+  if (wants_gradients(a)) loss.gradients(to, begin, end, factor_of<C>(a, at));
+  if (wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, to, at.weight, loss.loss());
+}
+
+template <template <typename, typename, typename, int> class Loss, typename C, int Lanes, typename T, int Hold = 0, int Blocks = 2>
+void run_rows(const DistillCall& a, std::int64_t rows, const Optional<double>& workspace, const Queue& queue) {
+  std::int64_t blocks = grid(rows, Group<Lanes>::rows, queue, 8);
+  // Four rows one after another cost less than a second launch.
+  if (a.total.present && (!workspace.present || rows <= 4 * Group<Lanes>::rows)) blocks = 1;
+  if (a.total.present) blocks = std::min(blocks, kMaxBlocks);
+  launch("distill", rows_kernel<Loss, C, Lanes, T, Hold, Blocks>, blocks, kBlock, queue, a, rows, workspace.data);
+  if (a.total.present && blocks > 1) launch("distill_total", sum_partials, 1, kBlock, queue, workspace.data, blocks, a.total, a.scale);
+}
+
+template <template <typename, typename, typename, int> class Loss, typename C, typename T>
+void run_shared_rows(const DistillCall& a, std::int64_t rows, std::int64_t splits, double* workspace, const Queue& queue) {
+  Shares shares;
+  shares.classes = (a.classes + splits - 1) / splits;
+  shares.splits = (a.classes + shares.classes - 1) / shares.classes;
+  shares.found = workspace;
+  shares.sums = shares.found + rows * shares.splits * kFound;
+  shares.losses = shares.sums + rows * shares.splits * kSums;
+  for (int step = recalls(a) ? 2 : 0; step < 3; ++step)
+    launch("distill", shared_rows_kernel<Loss, C, T>, rows * shares.splits, kBlock, queue, a, shares, step);
+  if (a.total.present) launch("distill_total", sum_partials, 1, kBlock, queue, shares.losses, rows, a.total, a.scale);
+}
+
+template <template <typename, typename, typename, int> class Loss, typename C, bool Fast>
+void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue& queue) {
+  std::int64_t rows = 1;
+  for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
+  if (!rows && !a.total.present) return;
+  const auto all = [&](auto good) {
+    return good(a.teacher) && good(a.student[0]) && good(a.student[1]) && good(a.teacher_grad) && good(a.student_grad[0]) && good(a.student_grad[1]);
+  };
+  const bool dense = all([](const Logits& x) { return !x.present || x.class_stride == 1; });
+  const std::int64_t fill = 2 * multiprocessors(queue.device);
+  const bool wide = rows >= fill * kBlock / 2;  // enough rows for a thread each
+  const bool block = a.classes >= 2048;
+  if (a.classes <= 4 || (!dense && (wide || !block))) return run_rows<Loss, C, 1, void>(a, rows, workspace, queue);
+  // What is rare (fp64, the limit) has fewer variants to choose from.
+  if constexpr (Fast) {
+    if (a.classes <= 16) return run_rows<Loss, C, 4, void, 4, 3>(a, rows, workspace, queue);
+    if (a.classes <= 32) return run_rows<Loss, C, 8, void, 4, 3>(a, rows, workspace, queue);
+    const std::int64_t most = std::max<std::int64_t>(rows, 1);
+    const std::int64_t each = std::min({fill / most, a.classes / (kSplitRow / 2), kMaxUnits / most, std::int64_t{kBlock}});
+    const std::int64_t splits = recalls(a) ? a.classes / (kSplitRow / 2) : each;
+    // No rows are no blocks to share them: the total of nothing is left to run_rows.
+    const bool shared = workspace.present && rows && a.classes >= kSplitRow && splits > 1;
+    const auto run = [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if (shared) return run_shared_rows<Loss, C, T>(a, rows, splits, workspace.data, queue);
+      if constexpr (kKnown<T>) {
+        // As many blocks to a multiprocessor as there are registers for.
+        constexpr int inputs = Loss<C, Group<32>, T, 1>::inputs;
+        if (a.classes <= 128) return run_rows<Loss, C, 32, T, 4, inputs < 3 ? 4 : 3>(a, rows, workspace, queue);
+        if (a.classes <= 512) return run_rows<Loss, C, 32, T, 16>(a, rows, workspace, queue);
+        if constexpr (inputs < 3 && sizeof(T) == 4)
+          if (a.classes <= 1024 && rows >= 4 * fill) return run_rows<Loss, C, 32, T, 32>(a, rows, workspace, queue);
+        if (a.classes <= 1024) return run_rows<Loss, C, kBlock, T, 4, 3>(a, rows, workspace, queue);
+        if (a.classes <= 4096) return run_rows<Loss, C, kBlock, T, 16>(a, rows, workspace, queue);
+        return run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue);
+      }
+      block ? run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue) : run_rows<Loss, C, 32, T>(a, rows, workspace, queue);
+    };
+    if (all(holds<float>)) return run(static_cast<float*>(nullptr));
+    if (all(holds<__nv_bfloat16>)) return run(static_cast<__nv_bfloat16*>(nullptr));
+    return run(static_cast<void*>(nullptr));
+  }
+  block ? run_rows<Loss, C, kBlock, void>(a, rows, workspace, queue) : run_rows<Loss, C, 32, void>(a, rows, workspace, queue);
+}
+
+}  // namespace
+
+// kl with one student; with two.
+void distill_kl(const DistillCall& a, const Optional<double>& workspace, const Queue& queue);
+void distill_dual(const DistillCall& a, const Optional<double>& workspace, const Queue& queue);
+
+}  // namespace fedkern::cuda
