@@ -13,7 +13,6 @@ namespace fedkern::cuda {
 namespace {
 
 constexpr std::int64_t kBlockRow = 1024;  // classes from which on a block takes a row
-constexpr std::int64_t kMostBlocks = kEnsembleTotals / 2;
 
 struct RowLosses {
   double loss[2];
@@ -101,7 +100,7 @@ void distill_ensemble(const EnsembleCall& a, double* workspace, std::int64_t slo
   std::int64_t rows = 1;
   for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
   if (!rows && !a.total[0].present) return;
-  if (!distill_tile(a, rows, workspace, queue)) run(a, rows, workspace, slots, queue);
+  if (!distill_tile(a, rows, workspace, queue) && !distill_student_tile(a, rows, workspace, queue)) run(a, rows, workspace, slots, queue);
 }
 
 }  // namespace fedkern::cuda
