@@ -118,28 +118,40 @@ class SoftmaxRows {
       });
     }
   }
+  // Of rows that are held: the maxima, and from them or those of another call the exponentials.
+  __device__ __forceinline__ void find_maxima() {
+    if constexpr (Hold > 0) gather_maxima();
+  }
+  __device__ __forceinline__ void find_powers() {
+    if constexpr (Hold > 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int k = 0; k < Inputs; ++k) power_[k][i] = exponential((held_[k][i] - Softmax<C>::reference(maximum_[k])) * inverse_);
+      }
+    }
+  }
   __device__ __forceinline__ void gather_found() {
-    C highest[Inputs];
     double sum[Inputs];
+    if constexpr (Hold > 0) {
 #pragma unroll
-    for (int k = 0; k < Inputs; ++k) highest[k] = soft_[k].maximum;
-    G::maximum_all(highest);
-#pragma unroll
-    for (int k = 0; k < Inputs; ++k) {
-      if constexpr (Hold > 0) {
-        const C from = Softmax<C>::reference(highest[k]);
+      for (int k = 0; k < Inputs; ++k) {
         Sum<C, N> part;
 #pragma unroll
-        for (int i = 0; i < N; ++i) part.add(i, exponential((held_[k][i] - from) * inverse_));
+        for (int i = 0; i < N; ++i) part.add(i, power_[k][i]);
         sum[k] = part.total();
-      } else {
-        const C lower = soft_[k].maximum, factor = lower == -infinity<C>() ? C(0) : exponential((lower - highest[k]) * inverse_);
+      }
+    } else {
+      gather_maxima();
+#pragma unroll
+      for (int k = 0; k < Inputs; ++k) {
+        const C lower = soft_[k].maximum, factor = lower == -infinity<C>() ? C(0) : exponential((lower - maximum_[k]) * inverse_);
         sum[k] = soft_[k].sum * static_cast<double>(factor);
       }
     }
     G::sum_all(sum);
 #pragma unroll
-    for (int k = 0; k < Inputs; ++k) soft_[k].maximum = highest[k], soft_[k].sum = sum[k];
+    for (int k = 0; k < Inputs; ++k) soft_[k].maximum = maximum_[k], soft_[k].sum = sum[k], normaliser_[k] = C(1) / static_cast<C>(sum[k]);
   }
   __device__ __forceinline__ void save_found(double* to) const {
 #pragma unroll
@@ -174,14 +186,20 @@ class SoftmaxRows {
       });
     }
   }
-  // 1 / sum: in fp32 a division there will do.
-  __device__ __forceinline__ C normaliser(int k) const { return C(1) / static_cast<C>(soft_[k].sum); }
 
   const DistillCall& a_;
   const RowPlace& at_;
   const C inverse_;
-  Softmax<C> soft_[Inputs];
-  C held_[Inputs][Hold ? Hold : 1];
+  Softmax<C> soft_[Inputs];                     // of the thread's classes, then of the row
+  C maximum_[Inputs], normaliser_[Inputs];      // of the row; 1 / sum
+  C held_[Inputs][Hold ? Hold : 1], power_[Inputs][Hold ? Hold : 1];
+
+ private:
+  __device__ __forceinline__ void gather_maxima() {
+#pragma unroll
+    for (int k = 0; k < Inputs; ++k) maximum_[k] = soft_[k].maximum;
+    G::maximum_all(maximum_);
+  }
 };
 
 // The temperature's square in the loss, its first power in the gradients.
@@ -189,7 +207,7 @@ template <typename C, typename G, typename T, int Hold, int Students>
 class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   using Base = SoftmaxRows<C, G, T, Hold, 1 + Students>;
   using typename Base::Part;
-  using Base::a_, Base::inverse_, Base::N, Base::soft_;
+  using Base::a_, Base::held_, Base::inverse_, Base::maximum_, Base::N, Base::normaliser_, Base::power_, Base::soft_;
 
  public:
   static constexpr int sums = 2 * Students;
@@ -197,10 +215,20 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   __device__ Divergence(const DistillCall& a, const RowPlace& at)
       : Base(a, at, C(1) / static_cast<C>(a.temperature)), temperature_(a.temperature) {}
 
+  // With them the differences, which take the students' place.
+  __device__ __forceinline__ void find_powers() {
+    Base::find_powers();
+    if constexpr (Hold > 0) {
+      const Pair<C> first(maximum_[0], maximum_[1], C(0), C(0), C(0)), last(maximum_[0], maximum_[Students], C(0), C(0), C(0));
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int k = 1; k <= Students; ++k) held_[k][i] = (k == 1 ? first : last).apart(held_[0][i], held_[k][i]);
+      }
+    }
+  }
   // After gather_found.
   __device__ __forceinline__ void settle_found() {
-#pragma unroll
-    for (int k = 0; k <= Students; ++k) maximum_[k] = soft_[k].maximum, normaliser_[k] = this->normaliser(k);
 #pragma unroll
     for (int k = 0; k < Students; ++k) {
       const double student = soft_[1 + k].sum, teacher = soft_[0].sum;
@@ -275,7 +303,18 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   template <typename F>
   __device__ __forceinline__ void each_term(int k, const C (&teacher)[N], const C (&student)[N], F&& f) const {
     const int other = 1 + k;
-    if (a_.reverse) {
+    if constexpr (Hold > 0) {
+      const auto term = [&](int i, int p, int q, C inverse) {
+        f(i, Term<C>(power_[p][i] * normaliser_[p], power_[q][i] * normaliser_[q], fma(held_[other][i], inverse, -log_ratio_[k])));
+      };
+      if (a_.reverse) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) term(i, other, 0, -inverse_);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) term(i, 0, other, inverse_);
+      }
+    } else if (a_.reverse) {
       const Pair<C> pair(maximum_[other], maximum_[0], normaliser_[other], normaliser_[0], log_ratio_[k]);
 #pragma unroll
       for (int i = 0; i < N; ++i) f(i, Term<C>(pair, student[i], teacher[i], inverse_));
@@ -287,7 +326,7 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   }
 
   const double temperature_;
-  C maximum_[1 + Students], normaliser_[1 + Students], log_ratio_[Students], kl_[Students];
+  C log_ratio_[Students], kl_[Students];
 };
 template <typename C, typename G, typename T, int Hold>
 using OneDivergence = Divergence<C, G, T, Hold, 1>;
@@ -306,6 +345,8 @@ class Limit {
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
     each_difference(begin, end, [&](int k, double d, std::int64_t) { found_[2 * k] += 1, found_[2 * k + 1] += d; });
   }
+  __device__ __forceinline__ void find_maxima() {}
+  __device__ __forceinline__ void find_powers() {}
   __device__ __forceinline__ void gather_found() { G::sum_all(found_); }
   __device__ __forceinline__ void settle_found() {}
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
@@ -373,21 +414,21 @@ template <typename C, typename G, typename T, int Hold>
 class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
   using Base = SoftmaxRows<C, G, T, Hold, 1>;
   using typename Base::Part;
-  using Base::a_, Base::N, Base::soft_;
+  using Base::a_, Base::maximum_, Base::N, Base::normaliser_, Base::power_, Base::soft_;
 
  public:
   static constexpr int sums = 1;
 
   __device__ Entropy(const DistillCall& a, const RowPlace& at) : Base(a, at, C(1)) {}
 
-  __device__ __forceinline__ void settle_found() { maximum_ = soft_[0].maximum, normaliser_ = this->normaliser(0); }
+  __device__ __forceinline__ void settle_found() {}
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
     this->template each<true>(begin, end, [&](const Part&, C (&x)[1][N]) {
       Sum<C, N> value;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
-        value.add(i, below(x[0][i], p));
+        value.add(i, below(i, x[0][i], p));
       }
       summed[0] += value.total();
     });
@@ -395,8 +436,8 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
   __device__ __forceinline__ void settle_sums() { depth_ = static_cast<C>(summed[0]); }
   __device__ __forceinline__ double loss() const { return static_cast<double>(logarithm(static_cast<C>(soft_[0].sum))) + summed[0]; }
 
-  __device__ __forceinline__ void keep(C* to) const { to[0] = maximum_, to[1] = normaliser_, to[2] = depth_; }
-  __device__ __forceinline__ void recall(const C* from) { maximum_ = from[0], normaliser_ = from[1], depth_ = from[2]; }
+  __device__ __forceinline__ void keep(C* to) const { to[0] = maximum_[0], to[1] = normaliser_[0], to[2] = depth_; }
+  __device__ __forceinline__ void recall(const C* from) { maximum_[0] = from[0], normaliser_[0] = from[1], depth_ = from[2]; }
 
   __host__ __device__ static bool wants_sums(const DistillCall& a) { return a.teacher_grad.present; }
   __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
@@ -404,7 +445,7 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
-        const C value = below(x[0][i], p);
+        const C value = below(i, x[0][i], p);
         x[0][i] = (value - p * depth_) * factor;
       }
       store_classes<T>(a_.teacher_grad, to.gradient[0], at, x[0]);
@@ -415,12 +456,12 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
 
  private:
   // P (max - x), and 0 where P is 0.
-  __device__ __forceinline__ C below(C x, C& p) const {
-    p = exponential(x - maximum_) * normaliser_;
-    return p > C(0) ? p * (maximum_ - x) : p;
+  __device__ __forceinline__ C below(int i, C x, C& p) const {
+    p = (Hold > 0 ? power_[0][Hold > 0 ? i : 0] : exponential(x - maximum_[0])) * normaliser_[0];
+    return p > C(0) ? p * (maximum_[0] - x) : p;
   }
 
-  C maximum_, normaliser_, depth_;
+  C depth_;
 };
 
 }  // namespace fedkern::cuda

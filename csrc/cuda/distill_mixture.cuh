@@ -7,21 +7,6 @@
 
 namespace fedkern::cuda {
 
-// KL's terms where u = log Q - log P is known; where P is 0 Q alone counts.
-template <typename C>
-struct MixtureTerm {
-  C value, difference;
-
-  __device__ __forceinline__ MixtureTerm(C p, C q, C u) {
-    u = p > C(0) ? u : C(2);
-    const bool small = fabs(u) < small_exponent<C>();
-    const C remainder = u * u * exp_remainder(u);
-    difference = q - p;
-    value = small ? p * remainder : fma(-p, u, difference);
-    difference = small ? p * (u + remainder) : difference;
-  }
-};
-
 // What a slot keeps per teacher.
 enum SlotNumber { kShare, kMaximum, kInverse, kLogSum, kWeight, kDot };  // kWeight: kShare in fp64; kDot: once per warp of the row
 

@@ -147,7 +147,7 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const C q = exponential((x[i] - student_.maximum) * inverse_t_) * student_inverse_;
-          const MixtureTerm<C> term(m[i] * normaliser_, q, log_ratio(x[i], m[i]));
+          const Term<C> term(m[i] * normaliser_, q, log_ratio(x[i], m[i]));
           value += term.value, difference += term.difference;
           x[i] = term.difference * static_cast<C>(factors_[0]);
         }
@@ -168,7 +168,7 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
         for (int i = 0; i < N; ++i) {
           const C p = power(t, x[i]);
           if (js_)
-            dot += MixtureTerm<C>(p, m[i], log_m[i] - log_power(t, x[i])).value;
+            dot += Term<C>(p, m[i], log_m[i] - log_power(t, x[i])).value;
           else
             dot += p > C(0) ? p * (t.maximum - x[i] + t.log_sum) : p;
         }

@@ -73,6 +73,10 @@ __global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_const
     const std::int64_t classes = mine && at.weight != 0 ? a.classes : 0;
     if (!recall) {
       loss.look(0, classes);
+      loss.find_maxima();
+    }
+    loss.find_powers();
+    if (!recall) {
       loss.gather_found();
       loss.settle_found();
       if (wants_loss(a) || a.kept.present || Row::wants_sums(a)) {
@@ -197,13 +201,11 @@ void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue
       if (shared) return run_shared_rows<Loss, C, T>(a, rows, splits, workspace.data, queue);
       if constexpr (kKnown<T>) {
         // As many blocks to a multiprocessor as there are registers for.
-        constexpr int inputs = Loss<C, Group<32>, T, 1>::inputs;
-        if (a.classes <= 128) return run_rows<Loss, C, 32, T, 4, inputs < 3 ? 4 : 3>(a, rows, workspace, queue);
-        if (a.classes <= 512) return run_rows<Loss, C, 32, T, 16>(a, rows, workspace, queue);
-        if constexpr (inputs < 3 && sizeof(T) == 4)
-          if (a.classes <= 1024 && rows >= 4 * fill) return run_rows<Loss, C, 32, T, 32>(a, rows, workspace, queue);
-        if (a.classes <= 1024) return run_rows<Loss, C, kBlock, T, 4, 3>(a, rows, workspace, queue);
-        if (a.classes <= 4096) return run_rows<Loss, C, kBlock, T, 16>(a, rows, workspace, queue);
+        constexpr int blocks = Loss<C, Group<32>, T, 1>::inputs < 3 ? 3 : 2;
+        if (a.classes <= 128) return run_rows<Loss, C, 32, T, 4, blocks + 1>(a, rows, workspace, queue);
+        if (a.classes <= 512) return run_rows<Loss, C, 32, T, 16, blocks>(a, rows, workspace, queue);
+        if (a.classes <= 1024) return run_rows<Loss, C, 64, T, 16, blocks>(a, rows, workspace, queue);
+        if (a.classes <= 4096) return run_rows<Loss, C, kBlock, T, 16, blocks>(a, rows, workspace, queue);
         return run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue);
       }
       block ? run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue) : run_rows<Loss, C, 32, T>(a, rows, workspace, queue);

@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
           for (int k = 0; k < count; ++k) {
             const Member teacher = tile.member[k];
             const float u = -teacher.over(own, tile.x[k * classes + c], student[c], inverse_t);
-            const float value = MixtureTerm<float>(tile.probability(k, c, classes), q, u).difference;
+            const float value = Term<float>(tile.probability(k, c, classes), q, u).difference;
             toward = teacher.share == 0 ? toward : fmaf(teacher.share, value, toward);
           }
         } else {
           const Mixed m = mixed(c);
-          const MixtureTerm<float> term(m.m, q, m.log_m);
+          const Term<float> term(m.m, q, m.log_m);
           sums[0] += static_cast<double>(term.value), sums[1] += static_cast<double>(term.difference);
           toward = term.difference;
           if (late) tile.mixed[c] = m;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         double found[2] = {};
         for (int c = G::lane(); c < stop; c += Lanes) {
           if constexpr (kMean) {
-            const MixtureTerm<float> term(tile.probability(k, c, classes), tile.probability(count, c, classes), ratio(c));
+            const Term<float> term(tile.probability(k, c, classes), tile.probability(count, c, classes), ratio(c));
             found[0] += static_cast<double>(term.value), found[1] += static_cast<double>(term.difference);
           } else if constexpr (kLogits) {
             const float g = center(c);

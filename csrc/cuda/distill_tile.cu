@@ -21,7 +21,7 @@ struct Loss {
   }
   // `log`: from log_of.
   __device__ __forceinline__ void add(double (&sums)[2], const Mixed& c, float log, float p) const {
-    const MixtureTerm<float> term(p, c.m, log);
+    const Term<float> term(p, c.m, log);
     sums[0] += static_cast<double>(js ? term.value : p > 0 ? -p * log : p);
     sums[1] += static_cast<double>(js ? term.difference : p > 0 ? -p * c.log_m : p);
   }
