@@ -18,7 +18,7 @@ __device__ __forceinline__ void each_index(const DistillCall& a, std::int64_t ro
   // One loop for all tensors: a division costs more than the rest.
 #pragma unroll 1
   for (int d = a.row_dims - 1; d >= 0; --d) {
-    const std::int64_t rest = d ? row / a.row_size[d] : 0;
+    const std::int64_t rest = d ? quotient(row, a.row_size[d]) : 0;
     f(d, row - rest * a.row_size[d]);
     row = rest;
   }
@@ -48,18 +48,15 @@ struct RowPlace {
   std::int64_t weight_at_ = 0, outer_at_ = 0;
 };
 
-// Where a row's results go: found when they are there, which saves the registers until then.
-struct ResultPlace {
+// Where a row's gradients go: found when they are there, which saves the registers until then.
+struct GradientPlace {
   std::int64_t gradient[1 + kMaxStudents] = {};  // the teacher first
-  std::int64_t row_loss = 0, raw_loss = 0;
 
-  __device__ __forceinline__ ResultPlace(const DistillCall& a, std::int64_t row) {
+  __device__ __forceinline__ GradientPlace(const DistillCall& a, std::int64_t row) {
     each_index(a, row, [&](int d, std::int64_t i) {
       gradient[0] += i * a.teacher_grad.row_stride[d];
 #pragma unroll
       for (int k = 0; k < kMaxStudents; ++k) gradient[1 + k] += i * a.student_grad[k].row_stride[d];
-      row_loss += i * a.row_loss.row_stride[d];
-      raw_loss += i * a.raw_loss.row_stride[d];
     });
   }
 };
@@ -274,7 +271,7 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   __host__ __device__ static bool wants_sums(const DistillCall& a) {
     return a.reverse ? a.student_grad[0].present || a.student_grad[1].present : a.teacher_grad.present;
   }
-  __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
+  __device__ __forceinline__ void gradients(const GradientPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
     factor *= static_cast<C>(temperature_);
     const bool students = a_.student_grad[0].present || a_.student_grad[Students - 1].present;
     this->each(begin, end, [&](const Part& at, C (&x)[1 + Students][N]) {
@@ -364,7 +361,7 @@ class Limit {
   __device__ __forceinline__ void recall(const C*) {}
 
   __host__ __device__ static bool wants_sums(const DistillCall&) { return false; }
-  __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
+  __device__ __forceinline__ void gradients(const GradientPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
     for (std::int64_t c = begin + G::lane(); c < end; c += G::lanes) {
       const Classes<1, 1> part(c, end);
       C together[1] = {0};
@@ -440,7 +437,7 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
   __device__ __forceinline__ void recall(const C* from) { maximum_[0] = from[0], normaliser_[0] = from[1], depth_ = from[2]; }
 
   __host__ __device__ static bool wants_sums(const DistillCall& a) { return a.teacher_grad.present; }
-  __device__ __forceinline__ void gradients(const ResultPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
+  __device__ __forceinline__ void gradients(const GradientPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
     this->each(begin, end, [&](const Part& at, C (&x)[1][N]) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {

@@ -15,6 +15,11 @@ namespace fedkern::cuda {
 template <typename T>
 inline constexpr bool kKnown = !std::is_void_v<T>;
 
+// a / b of numbers >= 0. That of 64 bits takes some hundred instructions.
+__device__ __forceinline__ std::int64_t quotient(std::int64_t a, std::int64_t b) {
+  return (a | b) >> 32 ? a / b : static_cast<std::int64_t>(static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b));
+}
+
 // N classes of a row, `Step` apart.
 template <int N, int Step>
 struct Classes {

@@ -27,10 +27,10 @@ __device__ __forceinline__ C factor_of(const DistillCall& a, const RowPlace& at)
 }
 
 // What a row of weight 0 leaves.
-template <typename C, typename G, typename T>
-__device__ __forceinline__ void write_zeros(const DistillCall& a, const ResultPlace& place, std::int64_t begin, std::int64_t end) {
+template <typename C, typename G, typename T, int Inputs>
+__device__ __forceinline__ void write_zeros(const DistillCall& a, const GradientPlace& place, std::int64_t begin, std::int64_t end) {
 #pragma unroll
-  for (int k = 0; k <= kMaxStudents; ++k) {
+  for (int k = 0; k < Inputs; ++k) {
     const Logits& to = k == 0 ? a.teacher_grad : a.student_grad[k == 0 ? 0 : k - 1];
     if (!to.present) continue;
     each_classes<G, 1>(begin, end, [&](const auto& part) {
@@ -41,10 +41,14 @@ __device__ __forceinline__ void write_zeros(const DistillCall& a, const ResultPl
 }
 
 // Writes a row's losses; returns what it adds to the total.
-__device__ __forceinline__ double write_loss(const DistillCall& a, const ResultPlace& to, double weight, double loss) {
+__device__ __forceinline__ double write_loss(const DistillCall& a, std::int64_t row, double weight, double loss) {
   const double raw = weight == 0 ? 0 : loss;
-  if (a.row_loss.present) store_value<double>(a.row_loss.data, a.row_loss.dtype, to.row_loss, raw * weight);
-  if (a.raw_loss.present) store_value<double>(a.raw_loss.data, a.raw_loss.dtype, to.raw_loss, raw);
+  if (a.row_loss.present || a.raw_loss.present) {
+    std::int64_t row_loss = 0, raw_loss = 0;
+    each_index(a, row, [&](int d, std::int64_t i) { row_loss += i * a.row_loss.row_stride[d], raw_loss += i * a.raw_loss.row_stride[d]; });
+    if (a.row_loss.present) store_value<double>(a.row_loss.data, a.row_loss.dtype, row_loss, raw * weight);
+    if (a.raw_loss.present) store_value<double>(a.raw_loss.data, a.raw_loss.dtype, raw_loss, raw);
+  }
   return raw * weight;
 }
 
@@ -86,12 +90,12 @@ __global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_const
       }
       if (a.kept.present && mine && G::lane() == 0) loss.keep(kept_of<C>(a, row));
     }
-    const ResultPlace to(a, mine ? row : 0);
     if (wants_gradients(a)) {
+      const GradientPlace to(a, mine ? row : 0);
       loss.gradients(to, 0, classes, factor_of<C>(a, at));
-      if (mine && at.weight == 0) write_zeros<C, G, T>(a, to, 0, a.classes);
+      if (mine && at.weight == 0) write_zeros<C, G, T, Row::inputs>(a, to, 0, a.classes);
     }
-    if (wants_loss(a) && mine && G::lane() == 0) total += write_loss(a, to, at.weight, loss.loss());
+    if (wants_loss(a) && mine && G::lane() == 0) total += write_loss(a, row, at.weight, loss.loss());
   }
   if (a.total.present) leave_total(total, partial, a.total, a.scale);
 }
@@ -114,8 +118,8 @@ __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_con
   at.read_factors(a);
   const std::int64_t begin = split * shares.classes, end = begin + shares.classes < a.classes ? begin + shares.classes : a.classes;
   if (at.weight == 0) {  // the whole block leaves
-    if (step == 2) write_zeros<C, G, T>(a, {a, row}, begin, end);
-    if (step == 2 && wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, {a, row}, 0, 0);
+    if (step == 2) write_zeros<C, G, T, Row::inputs>(a, {a, row}, begin, end);
+    if (step == 2 && wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, row, 0, 0);
     return;
   }
   double *const found = shares.found + row * shares.splits * kFound, *const sums = shares.sums + row * shares.splits * kSums;
@@ -146,9 +150,8 @@ __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_con
     loss.settle_sums();
     if (a.kept.present && split == 0 && threadIdx.x == 0) loss.keep(kept_of<C>(a, row));
   }
-  const ResultPlace to(a, row);
-  if (wants_gradients(a)) loss.gradients(to, begin, end, factor_of<C>(a, at));
-  if (wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, to, at.weight, loss.loss());
+  if (wants_gradients(a)) loss.gradients({a, row}, begin, end, factor_of<C>(a, at));
+  if (wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, row, at.weight, loss.loss());
 }
 
 template <template <typename, typename, typename, int> class Loss, typename C, int Lanes, typename T, int Hold = 0, int Blocks = 2>

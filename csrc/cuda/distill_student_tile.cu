@@ -5,10 +5,10 @@ namespace fedkern::cuda {
 namespace {
 
 // Logits of a student that a thread has under way.
-constexpr int kAhead = 4;
+constexpr int kStudentAhead = 4;
 
 template <EnsembleKind Kind, int Numbers, int Lanes>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kBlock + 32, 2)
     student_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, unsigned reciprocal, double* totals) {
   using G = Group<Lanes>;
   constexpr bool kLogits = Kind == EnsembleKind::logits, kMean = Kind == EnsembleKind::mean;
@@ -26,15 +26,15 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const EnsemblePlace at(a, row, false);
     as_stored<void, float>(a.student, [&](auto type, std::int64_t stride) {
       const auto* const from = static_cast<const decltype(type)*>(a.student.data) + at.student;
-      decltype(type) y[kAhead];
+      decltype(type) y[kStudentAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
+      for (int i = 0; i < kStudentAhead; ++i)
         if (thread + i * threads < classes) y[i] = from[(thread + i * threads) * stride];
       tile.load(a, at, reciprocal);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
+      for (int i = 0; i < kStudentAhead; ++i)
         if (thread + i * threads < classes) student[thread + i * threads] = widen<float>(y[i]);
-      for (int c = thread + kAhead * threads; c < classes; c += threads) student[c] = widen<float>(from[c * stride]);
+      for (int c = thread + kStudentAhead * threads; c < classes; c += threads) student[c] = widen<float>(from[c * stride]);
     });
     __syncthreads();
     if constexpr (kLogits) {
@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     // What a class of P, whose probability is p, lacks of the student's: log Q - log P.
     const auto mixed = [&](int c) {
       if constexpr (kLogits) {
-        return Mixed{tile.probability(count + 1, c, classes), -tile.member[count + 1].over(own, mixture[c], student[c], inverse_t), 0};
+        return Mixed{tile.probability(count + 1, c, classes), -tile.member[count + 1].over(own, mixture[c], student[c], inverse_t)};
       } else {
         Mixing mixing(own, student[c], true, inverse_t);
 #pragma unroll 4
         for (int k = 0; k < count; ++k) mixing.add(tile.member[k], tile.x[k * classes + c], tile.probability(k, c, classes));
         Mixed result = mixing.mixed();
-        result.log_m = result.anchor == result.anchor ? -result.log_m : own.log_p(student[c], inverse_t) - result.log_m;
+        result.log_m = mixing.anchored() ? -result.log_m : own.log_p(student[c], inverse_t) - result.log_m;
         return result;
       }
     };
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 template <EnsembleKind Kind>
 void run(const EnsembleCall& a, std::int64_t rows, double* totals, const Queue& queue) {
-  run_tile(a, rows, 2, totals, queue, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
+  run_tile(a, rows, 2, kBlock, totals, queue, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
     launch("distill_student_tile", student_kernel<Kind, numbers.value, lanes.value>, blocks, threads, queue, a, rows, reciprocal, totals);
   });
 }

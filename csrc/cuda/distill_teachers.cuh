@@ -18,7 +18,7 @@ struct EnsemblePlace {
   __device__ __forceinline__ EnsemblePlace(const EnsembleCall& a, std::int64_t row, bool outers = true) {
 #pragma unroll 1
     for (int d = a.row_dims - 1; d >= 0; --d) {
-      const std::int64_t rest = d ? row / a.row_size[d] : 0, i = row - rest * a.row_size[d];
+      const std::int64_t rest = d ? quotient(row, a.row_size[d]) : 0, i = row - rest * a.row_size[d];
       row = rest;
       student += i * a.student.row_stride[d];
       teachers += i * a.teachers.row_stride[d];

@@ -15,15 +15,13 @@ struct Loss {
   bool js;
   float g, h;
 
-  __device__ __forceinline__ float log_of(const Member& teacher, const Member& first, const Mixed& c, float x) const {
-    if (!js) return teacher.log_p(x, 1);
-    return c.log_m - (c.anchor == c.anchor ? teacher.over(first, x, c.anchor, 1) : teacher.log_p(x, 1));
-  }
+  // From a class's log p as the mixture's: log m - log p; consensus: log p.
+  __device__ __forceinline__ float log_of(const Mixed& c, float log_p) const { return js ? c.log_m - log_p : log_p; }
   // `log`: from log_of.
-  __device__ __forceinline__ void add(double (&sums)[2], const Mixed& c, float log, float p) const {
+  __device__ __forceinline__ void add(float (&sums)[2], const Mixed& c, float log, float p) const {
     const Term<float> term(p, c.m, log);
-    sums[0] += static_cast<double>(js ? term.value : p > 0 ? -p * log : p);
-    sums[1] += static_cast<double>(js ? term.difference : p > 0 ? -p * c.log_m : p);
+    sums[0] += js ? term.value : p > 0 ? -p * log : p;
+    sums[1] += js ? term.difference : p > 0 ? -p * c.log_m : p;
   }
   // The derivative toward the teacher's share, and what its classes have in common.
   __device__ __forceinline__ double dot(const double (&sums)[2]) const {
@@ -35,19 +33,21 @@ struct Loss {
   }
   // From the means over teachers of their sums; js: of their divergences, the first.
   __device__ __forceinline__ void results(double first, double second, int count, double (&loss)[2]) const {
-    const double most = js ? log(static_cast<double>(count)) : 0.0;
+    const double most = js ? static_cast<double>(logarithm(static_cast<float>(count))) : 0.0;
     loss[0] = js ? (first > most ? most : first) : second < 0 ? 0.0 : second;
     loss[1] = first;
   }
 };
 
 template <int Numbers, int Lanes>
-__global__ void __launch_bounds__(kTileThreads, 3)
+__global__ void __launch_bounds__(kTileThreads, 2)
     tile_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, unsigned reciprocal, double* totals) {
   using G = Group<Lanes>;
+  constexpr int kShared = Lanes == 8 ? 8 : 4;  // threads to a class of the mixture
   __shared__ Tile<Numbers> tile;
   const int count = static_cast<int>(a.count), classes = static_cast<int>(a.classes);
   const bool js = a.kind == EnsembleKind::js;
+  const bool wants_loss = a.row_loss[0].present || a.row_loss[1].present || a.total[0].present || a.total[1].present;
   double total[2] = {};
 #pragma unroll 1
   for (std::int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -57,21 +57,27 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     tile.template find_softmaxes<Lanes>(0, count, classes, 1);
     __syncthreads();
     const Member first = tile.member[tile.first];
-    for (int c = static_cast<int>(threadIdx.x); c < classes; c += static_cast<int>(blockDim.x)) {
+    tile.template each_row<kShared>(0, classes, [&](int c, bool mine) {
       Mixing mixing(first, tile.x[tile.first * classes + c], js, 1);
+      __syncwarp();  // the anchor is read; from here on log p stands in the logits' place
 #pragma unroll 4
-      for (int k = 0; k < count; ++k) mixing.add(tile.member[k], tile.x[k * classes + c], tile.probability(k, c, classes));
-      tile.mixed[c] = mixing.mixed();
-    }
+      for (int k = Group<kShared>::lane(); k < (mine ? count : 0); k += kShared) {
+        float& x = tile.x[k * classes + c];
+        x = mixing.add(tile.member[k], x, tile.probability(k, c, classes));
+      }
+      mixing.template gather<kShared>();
+      if (mine && Group<kShared>::lane() == 0) tile.mixed[c] = mixing.mixed();
+    });
     __syncthreads();
     const Loss loss{js, static_cast<float>(tile.outer[0] * a.scale), static_cast<float>(tile.outer[1] * a.scale)};
     tile.template each_row<Lanes>(0, count, [&](int k, bool mine) {
       const Member teacher = tile.member[k];
-      double sums[2] = {};
+      float part[2] = {};
       for (int c = G::lane(); c < (mine && teacher.share != 0 ? classes : 0); c += Lanes) {
         const Mixed mixed = tile.mixed[c];
-        loss.add(sums, mixed, loss.log_of(teacher, first, mixed, tile.x[k * classes + c]), tile.probability(k, c, classes));
+        loss.add(part, mixed, loss.log_of(mixed, tile.x[k * classes + c]), tile.probability(k, c, classes));
       }
+      double sums[2] = {part[0], part[1]};
       G::sum_all(sums);
       const double dot = loss.dot(sums);
       if (!mine) return;
@@ -81,16 +87,18 @@ __global__ void __launch_bounds__(kTileThreads, 3)
         auto* const to = static_cast<decltype(type)*>(a.teachers_grad.data) + at.teachers_grad + k * a.teachers_grad.stack_stride;
         for (int c = G::lane(); c < classes; c += Lanes) {
           const Mixed mixed = tile.mixed[c];
-          const float log = loss.log_of(teacher, first, mixed, tile.x[k * classes + c]);
+          const float log = loss.log_of(mixed, tile.x[k * classes + c]);
           to[c * stride] = narrow<decltype(type)>(loss.gradient(teacher, mixed, log, tile.probability(k, c, classes), static_cast<float>(dot)));
         }
       });
     });
     __syncthreads();
     if (threadIdx.x < 32) {
-      double found[2];
-      loss.results(tile.mean(tile.sums[0], count), js ? 0.0 : tile.mean(tile.sums[1], count), count, found);
-      if (threadIdx.x == 0) leave(a, at, found, total);
+      if (wants_loss) {
+        double found[2];
+        loss.results(tile.mean(tile.sums[0], count), js ? 0.0 : tile.mean(tile.sums[1], count), count, found);
+        if (threadIdx.x == 0) leave(a, at, found, total);
+      }
       tile.weight_gradients(a, at, js ? tile.outer[0] * a.scale : 1.0);
     }
     if (row + gridDim.x < rows) __syncthreads();
@@ -115,8 +123,9 @@ __global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__
 #pragma unroll
         for (int c = 0; c < C; ++c) x[k][c] = k < count && c < classes ? widen<float>(from[k * a.teachers.stack_stride + c * stride]) : -infinity<float>();
     });
+    // The first teacher that counts is the anchor.
     Member member[K], first;
-    float anchor[C];
+    float anchor[C], p[K][C];
     bool found = false;
     const double weights = weight_sum(a, at.weights, 0), inverse = 1 / weights;
 #pragma unroll
@@ -128,49 +137,53 @@ __global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__
       const float from = Softmax<float>::reference(highest);
       float sum = 0;
 #pragma unroll
-      for (int c = 0; c < C; ++c) sum += exponential(x[k][c] - from);
+      for (int c = 0; c < C; ++c) p[k][c] = exponential(x[k][c] - from), sum += p[k][c];
       member[k].share = weights == 0 ? 1.0f / static_cast<float>(count) : static_cast<float>(weight_of(a, at.weights, k, 0) * inverse);
       member[k].set(highest, static_cast<double>(sum));
+#pragma unroll
+      for (int c = 0; c < C; ++c) p[k][c] *= member[k].inverse;
       if (k > 0 && (found || !(member[k].share > 0))) continue;
       found = member[k].share > 0, first = member[k];
 #pragma unroll
       for (int c = 0; c < C; ++c) anchor[c] = x[k][c];
     }
-    const auto power = [&](int k, int c) { return exponential(member[k].log_p(x[k][c], 1)); };
     Mixed mixed[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       Mixing mixing(first, anchor[c], js, 1);
 #pragma unroll
-      for (int k = 0; k < K; ++k)
-        if (k < count) mixing.add(member[k], x[k][c], power(k, c));
+      for (int k = 0; k < K; ++k) {
+        if (k >= count) break;
+        x[k][c] = mixing.add(member[k], x[k][c], p[k][c]);
+      }
       mixed[c] = mixing.mixed();
     }
-    const Loss loss{js, static_cast<float>(at.factor(a, 0) * a.scale), static_cast<float>(at.factor(a, 1) * a.scale)};
+    // Found again, which saves the registers until now.
+    const EnsemblePlace to(a, row, false);
+    const Loss loss{js, static_cast<float>(to.factor(a, 0) * a.scale), static_cast<float>(to.factor(a, 1) * a.scale)};
     double first_mean = 0, second_mean = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k >= count) break;
-      double sums[2] = {};
-      float log[C], p[C];
+      float part[2] = {};
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        log[c] = loss.log_of(member[k], first, mixed[c], x[k][c]), p[c] = power(k, c);
-        if (member[k].share != 0 && c < classes) loss.add(sums, mixed[c], log[c], p[c]);
+        x[k][c] = loss.log_of(mixed[c], x[k][c]);
+        if (member[k].share != 0 && c < classes) loss.add(part, mixed[c], x[k][c], p[k][c]);
       }
-      const double dot = loss.dot(sums), share = static_cast<double>(member[k].share);
+      const double sums[2] = {part[0], part[1]}, dot = loss.dot(sums), share = static_cast<double>(member[k].share);
       first_mean += share * (js ? dot : sums[0]), second_mean += share * sums[1];
       if (!a.teachers_grad.present) continue;
       as_stored<void, float>(a.teachers_grad, [&](auto type, std::int64_t stride) {
-        auto* const to = static_cast<decltype(type)*>(a.teachers_grad.data) + at.teachers_grad + k * a.teachers_grad.stack_stride;
+        auto* const data = static_cast<decltype(type)*>(a.teachers_grad.data) + to.teachers_grad + k * a.teachers_grad.stack_stride;
 #pragma unroll
         for (int c = 0; c < C; ++c)
-          if (c < classes) to[c * stride] = narrow<decltype(type)>(loss.gradient(member[k], mixed[c], log[c], p[c], static_cast<float>(dot)));
+          if (c < classes) data[c * stride] = narrow<decltype(type)>(loss.gradient(member[k], mixed[c], x[k][c], p[k][c], static_cast<float>(dot)));
       });
     }
     double results[2];
     loss.results(first_mean, second_mean, count, results);
-    leave(a, at, results, total);
+    leave(a, to, results, total);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -188,7 +201,7 @@ bool distill_tile(const EnsembleCall& a, std::int64_t rows, double* totals, cons
     return true;
   }
   if (!fits_tile(a, rows, 0, queue)) return false;
-  run_tile(a, rows, 0, totals, queue, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
+  run_tile(a, rows, 0, kTileThreads - 32, totals, queue, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
     launch("distill_tile", tile_kernel<numbers.value, lanes.value>, blocks, threads, queue, a, rows, reciprocal, totals);
   });
   return true;

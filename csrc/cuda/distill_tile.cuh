@@ -22,7 +22,9 @@ namespace {
 
 constexpr int kTileTeachers = 64, kTileClasses = 1024;
 constexpr int kLargeTile = 2560, kSmallTile = 512;  // numbers of a row
-constexpr int kTileThreads = kBlock + 32;
+constexpr int kTileThreads = 416 + 32;
+constexpr int kAhead = 10;  // numbers that a thread loads
+static_assert(kAhead * kBlock >= kLargeTile);
 constexpr std::int64_t kMostBlocks = kEnsembleTotals / 2;
 
 __device__ __forceinline__ float log_of(float m) { return logarithm(m > 1e-37f || m != m ? m : 1e-37f); }
@@ -44,27 +46,40 @@ struct Member {
   }
 };
 
-// A class of the mixture. log_m: over the anchor's probability where the anchor, a logit, is not NaN.
+// A class of the mixture. log_m: over the anchor's probability where the class is anchored.
 struct Mixed {
-  float m, log_m, anchor;
+  float m, log_m;
 };
 class Mixing {
  public:
+  // Where the anchor has next to no probability, the distance to it would take the digits of log p.
   __device__ Mixing(const Member& first, float anchor, bool anchored, float inverse_t)
-      : first_(first), anchor_(anchor), inverse_t_(inverse_t), near_(anchored) {}
+      : first_(first), anchor_(anchor), inverse_t_(inverse_t), log_a_(anchored ? first.log_p(anchor, inverse_t) : NAN), anchored_(log_a_ > -12), near_(anchored_) {}
 
-  __device__ __forceinline__ void add(const Member& teacher, float x, float p) {
-    if (teacher.share == 0) return;  // it may hold anything
+  // Gives log p, over the anchor's as log_m.
+  __device__ __forceinline__ float add(const Member& teacher, float x, float p) {
+    if (teacher.share == 0) return 0;  // it may hold anything
     m_ = fmaf(teacher.share, p, m_);
+    if (!anchored_) return teacher.log_p(x, inverse_t_);
     const float d = teacher.over(first_, x, anchor_, inverse_t_);
     near_ = near_ && fabsf(d) < small_exponent<float>();
     rest_ = fmaf(teacher.share, fmaf(d * d, exp_remainder(d), d), rest_);
+    return d;
   }
-  __device__ __forceinline__ Mixed mixed() const { return {m_, near_ ? log1pf(rest_) : log_of(m_), near_ ? anchor_ : NAN}; }
+  // From the teachers that lanes of a warp have added, `Lanes` of them to a class.
+  template <int Lanes>
+  __device__ __forceinline__ void gather() {
+    float sums[3] = {m_, rest_, near_ ? 0.0f : 1.0f};
+    Group<Lanes>::sum_all(sums);
+    m_ = sums[0], rest_ = sums[1], near_ = sums[2] == 0;
+  }
+  __device__ __forceinline__ bool anchored() const { return anchored_; }
+  __device__ __forceinline__ Mixed mixed() const { return {m_, near_ ? log1pf(rest_) : log_of(m_) - (anchored_ ? log_a_ : 0.0f)}; }
 
  private:
   const Member& first_;
-  const float anchor_, inverse_t_;
+  const float anchor_, inverse_t_, log_a_;
+  const bool anchored_;
   float m_ = 0, rest_ = 0;
   bool near_;
 };
@@ -97,10 +112,20 @@ struct Tile {
     if (thread < threads) {
       as_stored<void, float>(a.teachers, [&](auto type, std::int64_t stride) {
         const auto* const from = static_cast<const decltype(type)*>(a.teachers.data) + at.teachers;
-#pragma unroll 4
-        for (int i = thread; i < count * length; i += threads) {
+        // All of a thread's are under way at once.
+        float ahead[kAhead];
+        int i = thread;
+#pragma unroll
+        for (float& value : ahead) {
           const int k = static_cast<int>(__umulhi(static_cast<unsigned>(i), reciprocal));
-          x[i] = widen<float>(from[k * a.teachers.stack_stride + (i - k * length) * stride]);
+          if (i < count * length) value = widen<float>(from[k * a.teachers.stack_stride + (i - k * length) * stride]);
+          i += threads;
+        }
+        i = thread;
+#pragma unroll
+        for (const float value : ahead) {
+          if (i < count * length) x[i] = value;
+          i += threads;
         }
       });
       return;
@@ -138,13 +163,13 @@ struct Tile {
       for (int c = G::lane(); c < stop; c += Lanes) highest = x[k * length + c] > highest ? x[k * length + c] : highest;
       highest = G::maximum(highest);
       const float from = Softmax<float>::reference(highest);
-      double sum = 0;
+      float part = 0;
       for (int c = G::lane(); c < stop; c += Lanes) {
         const float e = exponential((x[k * length + c] - from) * inverse_t);
         power[k * length + c] = e;
-        sum += static_cast<double>(e);
+        part += e;
       }
-      sum = G::sum(sum);
+      const double sum = G::sum(static_cast<double>(part));
       if (mine && G::lane() == 0) member[k].set(highest, sum);
     });
   }
@@ -193,12 +218,12 @@ inline void sum_totals(const EnsembleCall& a, std::int64_t blocks, double* total
       launch("distill_ensemble_total", sum_partials, 1, kBlock, queue, totals + r * kMostBlocks, blocks, a.total[r], a.scale);
 }
 // run(numbers, lanes, blocks, threads, reciprocal), the first two integral_constants; i / classes is the upper half of i times the
-// last. Then sums up the totals.
+// last. Then sums up the totals. `most`: threads besides the last warp, kBlock at least.
 template <typename F>
-void run_tile(const EnsembleCall& a, std::int64_t rows, int more, double* totals, const Queue& queue, F&& run) {
+void run_tile(const EnsembleCall& a, std::int64_t rows, int more, int most, double* totals, const Queue& queue, F&& run) {
   const std::int64_t numbers = (a.count + more) * a.classes, lanes = a.classes <= 32 ? 8 : 32;
   const std::int64_t wanted = std::max((a.count + more) * lanes, numbers / 8);
-  const int threads = static_cast<int>(std::clamp<std::int64_t>((wanted + 31) / 32 * 32, 64, kBlock)) + 32;
+  const int threads = static_cast<int>(std::clamp<std::int64_t>((wanted + 31) / 32 * 32, 64, most)) + 32;
   const auto reciprocal = static_cast<unsigned>((std::int64_t{1} << 32) / a.classes + 1);
   const std::int64_t blocks = std::min(rows, kMostBlocks);
   const auto with_lanes = [&](auto size) {
