@@ -5,7 +5,7 @@
 namespace fedkern::cuda {
 namespace {
 
-constexpr int kHeldTeachers = 8, kHeldClasses = 4;  // of a row in registers
+constexpr int kFewTeachers = 5, kHeldTeachers = 8, kHeldClasses = 4;  // of a row in registers
 
 // What a class adds to its teacher's sums, and its gradient once those are known.
 //   js         sum p (e^u - 1 - u) with u = log m - log p, and sum (m - p), which is 0 but for what u is rounded by;
@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 }
 
 // Without gradients of weights, which would take more registers than there are.
+template <int K>
 __global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, double* totals) {
-  constexpr int K = kHeldTeachers, C = kHeldClasses;
+  constexpr int C = kHeldClasses;
   const int count = static_cast<int>(a.count), classes = static_cast<int>(a.classes);
   const bool js = a.kind == EnsembleKind::js;
   double total[2] = {};
@@ -196,7 +197,7 @@ bool distill_tile(const EnsembleCall& a, std::int64_t rows, double* totals, cons
   if (a.kind < EnsembleKind::js || a.compute == DType::f64 || !rows) return false;
   if (a.count <= kHeldTeachers && a.classes <= kHeldClasses && !a.weights_grad.present) {
     const std::int64_t blocks = std::min(grid(rows, kBlock, queue, 8), kMostBlocks);
-    launch("distill_held", held_kernel, blocks, kBlock, queue, a, rows, totals);
+    launch("distill_held", a.count <= kFewTeachers ? held_kernel<kFewTeachers> : held_kernel<kHeldTeachers>, blocks, kBlock, queue, a, rows, totals);
     sum_totals(a, blocks, totals, queue);
     return true;
   }
