@@ -228,8 +228,8 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   __device__ __forceinline__ void settle_found() {
 #pragma unroll
     for (int k = 0; k < Students; ++k) {
-      const double student = soft_[1 + k].sum, teacher = soft_[0].sum;
-      log_ratio_[k] = logarithm(static_cast<C>(a_.reverse ? teacher / student : student / teacher));
+      const C student = static_cast<C>(soft_[1 + k].sum), teacher = static_cast<C>(soft_[0].sum);
+      log_ratio_[k] = logarithm(a_.reverse ? teacher / student : student / teacher);
     }
   }
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {

@@ -205,7 +205,7 @@ void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue
       if constexpr (kKnown<T>) {
         // As many blocks to a multiprocessor as there are registers for.
         constexpr int blocks = Loss<C, Group<32>, T, 1>::inputs < 3 ? 3 : 2;
-        if (a.classes <= 128) return run_rows<Loss, C, 32, T, 4, blocks + 1>(a, rows, workspace, queue);
+        if (a.classes <= 128) return run_rows<Loss, C, 16, T, 8, blocks>(a, rows, workspace, queue);
         if (a.classes <= 512) return run_rows<Loss, C, 32, T, 16, blocks>(a, rows, workspace, queue);
         if (a.classes <= 1024) return run_rows<Loss, C, 64, T, 16, blocks>(a, rows, workspace, queue);
         if (a.classes <= 4096) return run_rows<Loss, C, kBlock, T, 16, blocks>(a, rows, workspace, queue);
