@@ -148,17 +148,16 @@ __global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__
 #pragma unroll
       for (int c = 0; c < C; ++c) anchor[c] = x[k][c];
     }
-    Mixed mixed[C];
+    static_assert(C == 4);
+    Mixing mixing[C] = {{first, anchor[0], js, 1}, {first, anchor[1], js, 1}, {first, anchor[2], js, 1}, {first, anchor[3], js, 1}};
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      Mixing mixing(first, anchor[c], js, 1);
+    for (int k = 0; k < K; ++k) {
+      if (k >= count) break;
+      const Apart apart(member[k], first);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (k >= count) break;
-        x[k][c] = mixing.add(member[k], x[k][c], p[k][c]);
-      }
-      mixed[c] = mixing.mixed();
+      for (int c = 0; c < C; ++c) x[k][c] = mixing[c].add(member[k], apart, x[k][c], p[k][c]);
     }
+    const Mixed mixed[C] = {mixing[0].mixed(), mixing[1].mixed(), mixing[2].mixed(), mixing[3].mixed()};
     // Found again, which saves the registers until now.
     const EnsemblePlace to(a, row, false);
     const Loss loss{js, static_cast<float>(to.factor(a, 0) * a.scale), static_cast<float>(to.factor(a, 1) * a.scale)};

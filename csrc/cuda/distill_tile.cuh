@@ -37,14 +37,22 @@ struct Member {
     maximum = highest, inverse = 1 / static_cast<float>(sum), log_sum = logarithm(static_cast<float>(sum));
   }
   __device__ __forceinline__ float log_p(float x, float inverse_t) const { return (x - maximum) * inverse_t - log_sum; }
-  // log p - log a, where `anchor` has the logit a. As in Pair, of rows that lie far apart one is moved by a multiple of 8.
-  __device__ __forceinline__ float over(const Member& anchor, float x, float a, float inverse_t) const {
-    const float raw = maximum - anchor.maximum, distance = fabsf(raw) < 1e30f ? rintf(raw * 0.125f) * 8 : 0.0f;
-    const bool first = fabsf(maximum) >= fabsf(anchor.maximum);
-    const float from = first ? distance : 0.0f, to = first ? 0.0f : distance;
-    return (((x - from) - (a + to)) - ((maximum - from) - (anchor.maximum + to))) * inverse_t - (log_sum - anchor.log_sum);
-  }
+  // log p - log a, where `anchor` has the logit a.
+  __device__ __forceinline__ float over(const Member& anchor, float x, float a, float inverse_t) const;
 };
+// As in Pair, of rows that lie far apart one is moved by a multiple of 8.
+struct Apart {
+  float from, to, top, log_ratio;
+
+  __device__ __forceinline__ Apart(const Member& row, const Member& anchor) {
+    const float raw = row.maximum - anchor.maximum, distance = fabsf(raw) < 1e30f ? rintf(raw * 0.125f) * 8 : 0.0f;
+    const bool first = fabsf(row.maximum) >= fabsf(anchor.maximum);
+    from = first ? distance : 0.0f, to = first ? 0.0f : distance;
+    top = (row.maximum - from) - (anchor.maximum + to), log_ratio = row.log_sum - anchor.log_sum;
+  }
+  __device__ __forceinline__ float over(float x, float a, float inverse_t) const { return (((x - from) - (a + to)) - top) * inverse_t - log_ratio; }
+};
+__device__ __forceinline__ float Member::over(const Member& anchor, float x, float a, float inverse_t) const { return Apart(*this, anchor).over(x, a, inverse_t); }
 
 // A class of the mixture. log_m: over the anchor's probability where the class is anchored.
 struct Mixed {
@@ -57,11 +65,12 @@ class Mixing {
       : first_(first), anchor_(anchor), inverse_t_(inverse_t), log_a_(anchored ? first.log_p(anchor, inverse_t) : NAN), anchored_(log_a_ > -12), near_(anchored_) {}
 
   // Gives log p, over the anchor's as log_m.
-  __device__ __forceinline__ float add(const Member& teacher, float x, float p) {
+  __device__ __forceinline__ float add(const Member& teacher, float x, float p) { return add(teacher, {teacher, first_}, x, p); }
+  __device__ __forceinline__ float add(const Member& teacher, const Apart& apart, float x, float p) {
     if (teacher.share == 0) return 0;  // it may hold anything
     m_ = fmaf(teacher.share, p, m_);
     if (!anchored_) return teacher.log_p(x, inverse_t_);
-    const float d = teacher.over(first_, x, anchor_, inverse_t_);
+    const float d = apart.over(x, anchor_, inverse_t_);
     near_ = near_ && fabsf(d) < small_exponent<float>();
     rest_ = fmaf(teacher.share, fmaf(d * d, exp_remainder(d), d), rest_);
     return d;
