@@ -61,8 +61,8 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPE
 
 _LARGE = HUGE // 8  # elements; fresh() compares bytes
 
-# CUDA: rows that one block takes alone, and classes up to which it does (csrc/cuda/distill.cu).
-_ROWS, _CLASSES = 64, 1024
+# CUDA: rows that one block takes alone, and classes up to which it does (csrc/cuda/distill_run.cuh).
+_ROWS, _CLASSES = 64, 128
 # CUDA: most rows of an ensemble computed at a time, by threads per row (csrc/cuda/distill_ensemble.cu): about as many
 # as the largest GPUs have room for. The numbers that a row keeps for each teacher are in the call's workspace.
 _SLOTS = {1: 1 << 16, 32: 1 << 14, 256: 1 << 11}
