@@ -13,6 +13,9 @@ from benchmarks.studies.study import table
 
 GPU = "nvidia-h200"
 Lines = Sequence[str]
+LOSSES = f"losses_{GPU}"
+NEWER = ("kl_div", "dual_kl", "entropy", "js_div")
+"""Losses whose kernels are newer than what stands beside others: :func:`losses` has them."""
 
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
@@ -45,7 +48,7 @@ def beside_others() -> Lines:
     """The operators' benchmarks: others' times over ours by the GPU's clock, in brackets by the wall's."""
     recorded = [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
     lines = []
-    for row in (row for one in recorded for row in one.rows):
+    for row in (row for one in recorded for row in one.rows if one.name.partition("-")[0] not in NEWER):
         best = [name for name in row.speedup if name not in ("eager", "compile")]
         others = ", ".join(f"{_against(row, name)} {name}" for name in best)
         lines.append([f"`{row.group}`", row.case, _against(row, "eager"), _against(row, "compile"), others])
@@ -61,12 +64,36 @@ def _against(row: Comparison, name: str) -> str:
     return f"{bold}{kernel:.2f}×{bold} ({wall:.2f}×)"
 
 
+def losses() -> Lines:
+    """Losses forward and backward by the GPU's clock: with the kernels before these, and others' times over ours."""
+    content = load(LOSSES, comparisons.RESULTS)
+    files = [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
+    before = {(row.group, row.case): row for one in files for row in one.rows}
+    lines = []
+    for row in content["rows"]:
+        known = before.get((row["operator"], row["case"]))
+        if known is None:
+            continue
+        others = {name: known.seconds.get(name) for name in ("eager", "compile", "Liger-Kernel")}
+        over = [None if other is None else other / row["seconds"] for other in others.values()]
+        cells = ["" if ratio is None else f"**{ratio:.2f}×**" if ratio < 1 else f"{ratio:.2f}×" for ratio in over]
+        lines.append([
+            f"`{row['operator']}`", row["case"],
+            *(f"{1e6 * seconds:.1f} µs" for seconds in (known.seconds[known.ours], row["seconds"])), *cells,
+        ])  # fmt: skip
+    header = ["loss", "size", "before", "now", "eager over now", "`torch.compile` over now", "Liger-Kernel over now"]
+    return [*_caption(content["machine"]), *table(header, lines).split("\n")]
+
+
 def whole_runs() -> Lines:
-    """Whole commands on the GPU, plain and ours."""
+    """Whole commands on the GPU, plain and ours, and one round of each."""
     content = load(f"methods_{GPU}", comparisons.RESULTS)
     lines = []
     for row in (bench_methods.Row(**one) for one in content["cases"]):
-        plain, ours = (median(row.seconds[name]) for name in (bench_methods.PLAIN, bench_methods.OURS))
-        lines.append([f"`{row.method}`", f"{plain:.1f} s", f"{ours:.1f} s", f"{plain / ours:.2f}×"])
-    header = ["run", "plain PyTorch", "fedkern", "over plain"]
+        cells = []
+        for seconds, digits in ((row.seconds, 1), (row.round_seconds, 2)):
+            plain, ours = (median(seconds[name]) for name in (bench_methods.PLAIN, bench_methods.OURS))
+            cells += [f"{plain:.{digits}f} s", f"{ours:.{digits}f} s", f"{plain / ours:.2f}×"]
+        lines.append([f"`{row.method}`", *cells])
+    header = ["run", "plain PyTorch", "fedkern", "over plain", "a round: plain", "fedkern", "over plain"]
     return [*_caption(content["machine"]), *table(header, lines).split("\n")]

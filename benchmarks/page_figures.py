@@ -671,6 +671,7 @@ def _speed() -> Page:
             "operators": partial(operators, OTHER_MACHINE, convolution=False),
             "gpu runs": gpu_figures.whole_runs,
             "gpu kernels": gpu_figures.kernels,
+            "gpu losses": gpu_figures.losses,
             "gpu operators": gpu_figures.beside_others,
         },
     )

@@ -219,7 +219,9 @@ __device__ __forceinline__ void leave_totals(const EnsembleCall& a, const double
 inline bool fits_tile(const EnsembleCall& a, std::int64_t rows, int more, const Queue& queue) {
   // Where positions lie side by side, threads read together only if each has a row: worth more than a block's where there are many.
   const bool outside = a.teachers.class_stride != 1 && rows >= 16 * multiprocessors(queue.device);
-  return !outside && a.count <= kTileTeachers && a.classes >= 2 && a.classes <= kTileClasses && (a.count + more) * a.classes <= kLargeTile;
+  // Many rows of few teachers fill the device with a warp each, without a block's waits.
+  const bool fill = rows > 8 * multiprocessors(queue.device) && a.count < 8;
+  return !outside && !fill && a.count <= kTileTeachers && a.classes >= 2 && a.classes <= kTileClasses && (a.count + more) * a.classes <= kLargeTile;
 }
 inline void sum_totals(const EnsembleCall& a, std::int64_t blocks, double* totals, const Queue& queue) {
   for (int r = 0; r < 2; ++r)
