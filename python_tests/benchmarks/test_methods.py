@@ -63,6 +63,7 @@ def test_fedgid_has_the_loss_of_fedkern():
     method = FedGID(FedGID.Options.parse(options, method="fedgid"))
     backgrounds = torch.randn(6, 3, 32, 32)
     one = batch(images=backgrounds, index=torch.arange(6).numpy(), alpha=0.7)
+    one.drawn |= method.prepare(model, one, received(globally))
     ours, _ = method.loss(model, one, received(globally))
     args = argparse.Namespace(**options)
     theirs = fedgid.loss_of(model, one.images, one.labels, globally=globally, backgrounds=backgrounds, args=args)
