@@ -44,7 +44,7 @@ def counted(**environment: str) -> tuple[int, bool, int]:
 )
 def test_freed_memory_stays():
     # A small block that happens to lie above the freed ones keeps them in the process without our help.
-    for _ in range(5):
+    for _ in range(20):
         before, kept, after = counted()
         if before > 8 * 256:
             break
