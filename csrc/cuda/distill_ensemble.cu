@@ -87,9 +87,7 @@ void run(const EnsembleCall& a, std::int64_t rows, double* workspace, std::int64
   const std::int64_t blocks = std::max<std::int64_t>(1, std::min({grid(rows, each, queue, 8), kMostBlocks, slots / each}));
   const auto kernel = lanes == 1 ? kernel_of<1, void>(a) : lanes == 32 ? kernel_of<32>(a) : kernel_of<kBlock>(a);
   launch("distill_ensemble", kernel, blocks, kBlock, queue, a, rows, workspace, workspace + kEnsembleTotals);
-  if (blocks == 1) return;
-  for (int r = 0; r < 2; ++r)
-    if (a.total[r].present) launch("distill_ensemble_total", sum_partials, 1, kBlock, queue, workspace + r * kMostBlocks, blocks, a.total[r], a.scale);
+  sum_totals(a, blocks, workspace, queue);
 }
 
 }  // namespace

@@ -7,6 +7,13 @@
 
 namespace fedkern::cuda {
 
+// The logarithm of a mixture's probability, which is a normal number.
+template <typename C>
+__device__ __forceinline__ C log_of(C m) {
+  constexpr C tiny = static_cast<C>(sizeof(C) == 8 ? 1e-300 : 1e-37);
+  return logarithm(m > tiny || m != m ? m : tiny);
+}
+
 // What a slot keeps per teacher.
 enum SlotNumber { kShare, kMaximum, kInverse, kLogSum, kWeight, kDot };  // kWeight: kShare in fp64; kDot: once per warp of the row
 

@@ -123,11 +123,6 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
     });
     lift_ = Softmax<C>::reference(G::maximum(most));
   }
-  __device__ __forceinline__ static C log_of(C m) {
-    constexpr C tiny = static_cast<C>(sizeof(C) == 8 ? 1e-300 : 1e-37);  // normal numbers
-    return logarithm(m > tiny || m != m ? m : tiny);
-  }
-
   // log of the student's probability over the mixture's, at a class where that is m before it is renormalised.
   __device__ __forceinline__ C log_ratio(C student, C m) const {
     return (student - student_.maximum) * inverse_t_ - student_log_sum_ - log_of(m) + log_normaliser_;

@@ -27,8 +27,6 @@ constexpr int kAhead = 10;  // numbers that a thread loads
 static_assert(kAhead * kBlock >= kLargeTile);
 constexpr std::int64_t kMostBlocks = kEnsembleTotals / 2;
 
-__device__ __forceinline__ float log_of(float m) { return logarithm(m > 1e-37f || m != m ? m : 1e-37f); }
-
 // A row: p = e^((x - maximum) / T) inverse.
 struct Member {
   float share, maximum, inverse, log_sum;
