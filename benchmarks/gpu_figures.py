@@ -14,8 +14,7 @@ from benchmarks.studies.study import table
 GPU = "nvidia-h200"
 Lines = Sequence[str]
 LOSSES = f"losses_{GPU}"
-NEWER = ("kl_div", "dual_kl", "entropy", "js_div")
-"""Losses whose kernels are newer than what stands beside others: :func:`losses` has them."""
+"""Losses whose kernels are newer than what was recorded beside others."""
 
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
@@ -46,9 +45,9 @@ def kernels() -> Lines:
 
 def beside_others() -> Lines:
     """The operators' benchmarks: others' times over ours by the GPU's clock, in brackets by the wall's."""
-    recorded = [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
+    recorded, newer = _recorded(), {row["operator"] for row in load(LOSSES, comparisons.RESULTS)["rows"]}
     lines = []
-    for row in (row for one in recorded for row in one.rows if one.name.partition("-")[0] not in NEWER):
+    for row in (row for one in recorded for row in one.rows if row.group not in newer):
         best = [name for name in row.speedup if name not in ("eager", "compile")]
         others = ", ".join(f"{_against(row, name)} {name}" for name in best)
         lines.append([f"`{row.group}`", row.case, _against(row, "eager"), _against(row, "compile"), others])
@@ -56,27 +55,33 @@ def beside_others() -> Lines:
     return [*_caption(recorded[0].machine), *table(header, lines).split("\n")]
 
 
+def _recorded() -> Sequence[Any]:
+    """The results files of the operators' benchmarks on the GPU."""
+    return [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
+
+
+def _over(ratio: float) -> str:
+    """A ratio of times, theirs over ours; bold where ours is longer."""
+    return f"**{ratio:.2f}×**" if ratio < 1 else f"{ratio:.2f}×"
+
+
 def _against(row: Comparison, name: str) -> str:
     if name not in row.speedup:
         return ""
-    kernel, wall = row.speedup[name], row.wall_seconds[name] / row.wall_seconds[row.ours]
-    bold = "**" if kernel < 1 else ""
-    return f"{bold}{kernel:.2f}×{bold} ({wall:.2f}×)"
+    return f"{_over(row.speedup[name])} ({row.wall_seconds[name] / row.wall_seconds[row.ours]:.2f}×)"
 
 
 def losses() -> Lines:
     """Losses forward and backward by the GPU's clock: with the kernels before these, and others' times over ours."""
     content = load(LOSSES, comparisons.RESULTS)
-    files = [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
-    before = {(row.group, row.case): row for one in files for row in one.rows}
+    before = {(row.group, row.case): row for one in _recorded() for row in one.rows}
     lines = []
     for row in content["rows"]:
         known = before.get((row["operator"], row["case"]))
         if known is None:
             continue
-        others = {name: known.seconds.get(name) for name in ("eager", "compile", "Liger-Kernel")}
-        over = [None if other is None else other / row["seconds"] for other in others.values()]
-        cells = ["" if ratio is None else f"**{ratio:.2f}×**" if ratio < 1 else f"{ratio:.2f}×" for ratio in over]
+        others = [known.seconds.get(name) for name in ("eager", "compile", "Liger-Kernel")]
+        cells = ["" if other is None else _over(other / row["seconds"]) for other in others]
         lines.append([
             f"`{row['operator']}`", row["case"],
             *(f"{1e6 * seconds:.1f} µs" for seconds in (known.seconds[known.ours], row["seconds"])), *cells,
