@@ -226,9 +226,10 @@ class Graphs:
 
     def _record(self, run: Pass, batch: Batch, received: Received) -> Recorded:
         images, labels, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]
-        drawn = {**dict(zip(_drawn(batch), others, strict=True)), **_constants(batch)}
         # A loss that reads these fails, instead of being replayed with one batch's values.
         unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch")}
+        drawn: dict[str, Any] = {name: _Unread(f'batch.drawn["{name}"]') for name in batch.drawn}
+        drawn |= {**_constants(batch), **dict(zip(_drawn(batch), others, strict=True))}
         static = replace(batch, images=images, labels=labels, drawn=drawn, **unread)
         watched = _Watched(received)
         replay, outcome = self.record(lambda: run(static, cast(Received, watched)))
@@ -271,12 +272,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _constants(batch: Batch) -> dict[str, Any]:
-    """What else was drawn for a batch: numbers and words, and a refusal in the place of all that is neither."""
-    others = ((name, value) for name, value in batch.drawn.items() if not isinstance(value, Tensor))
-    return {
-        name: value if isinstance(value, bool | int | float | str) else _Unread(f'batch.drawn["{name}"]')
-        for name, value in others
-    }
+    """The numbers and words that were drawn for a batch."""
+    return {name: value for name, value in batch.drawn.items() if isinstance(value, bool | int | float | str)}
 
 
 def _signature(batch: Batch, device: torch.device) -> Hashable:
@@ -285,11 +282,8 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
     if batch.tokens is not None or any(tensor.device.type != device.type for tensor in tensors):
         return None  # texts are as long as the longest text of a batch
     shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-    constants = tuple(
-        (name, type(value), None if isinstance(value, _Unread) else repr(value))
-        for name, value in _constants(batch).items()
-    )
-    return shapes, tuple(_drawn(batch)), constants, batch.augmented
+    constants = tuple((name, type(value), repr(value)) for name, value in _constants(batch).items())
+    return shapes, tuple(_drawn(batch)), tuple(batch.drawn), constants, batch.augmented
 
 
 def _state(network: Any) -> tuple[Any, ...]:

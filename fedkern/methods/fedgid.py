@@ -185,19 +185,13 @@ class FedGID(LocalTraining):
         if weight := self.distillation_weight(received.phase):
             found |= {"weight": weight, "anchor": self._anchor(batch, received)}
         if "index" in batch.drawn:
-            maps, rows = self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
-            if (
-                rows is not None and maps.is_cuda
-            ):  # a recorded pass serves batches of one shape, and no two banks are alike
-                maps, rows = maps.index_select(0, rows), None
-            found |= {"maps": maps} if rows is None else {"maps": maps, "rows": rows}
+            found |= self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
         return found
 
-    def _background_maps(self, batch: Batch, received: Received, stage: str) -> tuple[Tensor, Tensor | None]:
-        """The global encoder's maps of backgrounds, and the int64 [B] index of every sample's map (None: in order)."""
+    def _background_maps(self, batch: Batch, received: Received, stage: str) -> dict[str, Tensor]:
         drawn = batch.drawn
         if "images" in drawn:
-            return received.model.stages(drawn["images"], upto=stage), None
+            return {"maps": received.model.stages(drawn["images"], upto=stage)}
         bank, index = drawn["bank"], drawn["index"]
         # The global encoder is frozen: with at least as many draws as images, encoding the whole bank once is cheaper.
         if len(bank) <= received.samples * received.epochs:
@@ -210,8 +204,10 @@ class FedGID(LocalTraining):
                     maps = torch.cat([first, *rest])
                 received.round_cache["bank"] = maps if maps is not None else ()
             if isinstance(maps, Tensor):
-                return maps, send(torch.from_numpy(index), maps.device)
-        return received.model.stages(bank.take(index), upto=stage), None
+                rows = send(torch.from_numpy(index), maps.device)
+                # A recorded pass serves batches of one shape, and no two banks are alike.
+                return {"maps": maps.index_select(0, rows)} if maps.is_cuda else {"maps": maps, "rows": rows}
+        return {"maps": received.model.stages(bank.take(index), upto=stage)}
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
         """The global model's answer to the samples: features, or logits with ``distill_on=logits``."""
