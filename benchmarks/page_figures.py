@@ -664,7 +664,8 @@ def _speed() -> Page:
         {
             "default runs": partial(whole_runs, "default"),
             "larger runs": partial(whole_runs, "large"),
-            "rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
+            "rounds": partial(rounds_of_fedavg, MACHINE),
+            "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
             "convolution": partial(operators, MACHINE, convolution=True),
