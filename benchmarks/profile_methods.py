@@ -46,9 +46,9 @@ REGIONS = {
 }
 """Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is what it returns."""
 OPERATORS = (
-    "Accumulator.add", "Accumulator.mean", "FlatParameters.load_parameters", "FlatParameters.load_buffers",
-    "FusedBlocks.forward", "blend", "consensus", "contrastive", "dual_kl", "ensemble_kl", "entropy", "fuse_concat",
-    "fuse_mean", "js_div", "kl_div", "server_step", "weighted_mean",
+    "Accumulator.add", "Accumulator.mean", "FlatParameters.load_vectors", "FusedBlocks.forward", "blend", "consensus",
+    "contrastive", "dual_kl", "ensemble_kl", "entropy", "fuse_concat", "fuse_mean", "js_div", "kl_div", "server_step",
+    "weighted_mean",
 )  # fmt: skip
 """What of fedkern.ops a method calls."""
 SHORTER: Mapping[str, Mapping[str, Any]] = {

@@ -126,11 +126,7 @@ class Teachers:
                 f"({found[which]:,} {which} instead of {wanted[which]:,}): give the --model and the models it was "
                 "trained with."
             )
-        flat.load_parameters(vectors["parameters"])
-        if wanted["buffers"]:
-            flat.load_buffers(vectors["buffers"])
-        if wanted["integers"]:
-            flat.load_integers(vectors["integers"])
+        flat.load_vectors(vectors)
         module.load_state_dict(flat.module.state_dict())
 
     def _of_run(self, client: int) -> Mapping[str, Tensor] | None:

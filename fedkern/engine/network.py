@@ -84,12 +84,7 @@ class Network:
         Raises:
             ValueError: a vector has another size than the network's.
         """
-        if "parameters" in message:
-            self._flat.load_parameters(message["parameters"])
-        if "buffers" in message:
-            self._flat.load_buffers(message["buffers"])
-        if "integers" in message:
-            self._flat.load_integers(message["integers"])
+        self._flat.load_vectors(message)
 
     def eval_mode(self) -> None:
         """Puts the module in eval mode; without meaningful running statistics batch norm uses the batch's own."""

@@ -6,7 +6,7 @@ import copy
 import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -196,13 +196,24 @@ class FlatParameters:
         """
         self._load(vector, self._only().vector, "vector")
 
+    def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        """As :meth:`load`, for what ``vectors`` has of ``parameters [P]``, ``buffers [Q]`` and ``integers [R]``."""
+        if not isinstance(vectors, Mapping):
+            raise TypeError(f"vectors must map names to tensors, not be a {type(vectors).__name__}")
+        group = self._only()  # once for all of them: it looks at every tensor
+        for name, target in (("parameters", group.parameters), ("buffers", group.buffers)):
+            if name in vectors:
+                self._load(vectors[name], target, name)
+        if "integers" in vectors:
+            self._load_integers(vectors["integers"])
+
     def load_parameters(self, vector: Tensor) -> None:
         """As :meth:`load`, for the parameters alone: ``vector [P]``."""
-        self._load(vector, self._only().parameters, "parameters")
+        self.load_vectors({"parameters": vector})
 
     def load_buffers(self, vector: Tensor) -> None:
         """As :meth:`load`, for the floating buffers alone: ``vector [Q]``."""
-        self._load(vector, self._only().buffers, "buffers")
+        self.load_vectors({"buffers": vector})
 
     def load_integers(self, vector: Tensor) -> None:
         """Writes the values of :attr:`integers`, ``int64 [R]``, back into the module's integer buffers.
@@ -212,6 +223,9 @@ class FlatParameters:
             RuntimeError: the module is no longer flat.
         """
         self.check()
+        self._load_integers(vector)
+
+    def _load_integers(self, vector: Tensor) -> None:
         tensors = [self._live(entry) for entry in self._integers]
         total = sum(tensor.numel() for tensor in tensors)
         if not isinstance(vector, Tensor) or vector.is_floating_point() or vector.is_complex():
@@ -359,6 +373,9 @@ class FlatParameters:
     def mark_changed(self) -> None:
         """Tells autograd that the vectors were written to directly."""
         self.check()
+        self._count_writing()
+
+    def _count_writing(self) -> None:
         tensors = [slot.tensor for slots in self._slots.values() for slot in slots]
         tensors += [tensor for group in self._groups.values() for tensor in group]
         torch.autograd.graph.increment_version(tensors)
@@ -400,7 +417,7 @@ class FlatParameters:
             raise ValueError(f"{name} must have shape {list(target.shape)}, not {list(vector.shape)}")
         with torch.no_grad():
             target.copy_(vector)
-        self.mark_changed()
+        self._count_writing()
 
     def _live(self, entry: Entry) -> Tensor:
         owner, key, _, tensor, is_parameter = entry

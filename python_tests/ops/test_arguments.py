@@ -419,6 +419,7 @@ FLAT: list[Any] = [
         ("load_parameters", "parameters", NO_VECTOR),
         ("load_buffers", "buffers", NO_VECTOR),
         ("load_integers", "integers", {**NO_INTEGERS, "meta": lambda right: right.to("meta")}),
+        ("load_vectors", "vectors", {"tensor": lambda right: right, "none": lambda right: None}),
         ("views", "vector", {key: make for key, make in NO_VECTOR.items() if key != "complex"}),
         ("copy_", "other", {**NO_VECTOR, "module": lambda right: nn.Linear(2, 2)}),
         ("gradients", "dtype", {**NO_CHOICE, "tensor": lambda right: right}),

@@ -162,6 +162,23 @@ def test_load_and_load_state_dict() -> None:
     assert torch.equal(flat.integers, source.integers)
 
 
+@pytest.mark.parametrize("left_out", ["", "parameters", "buffers", "integers"])
+def test_load_vectors(left_out: str) -> None:
+    """Those that there are, each into its own place; other entries of a message are no vectors of the module."""
+    flat = FlatParameters(net())
+    own = {name: getattr(flat, name).detach().clone() for name in ("parameters", "buffers", "integers")}
+    given = {name: vector + 1 for name, vector in own.items() if name != left_out}
+    given["integers"] = given.get("integers", own["integers"]).clamp(max=1)  # of a boolean mask too
+    if left_out == "integers":
+        del given["integers"]
+    versions = [tensor._version for tensor in flat.module.parameters()]
+    flat.load_vectors({**given, "logits": torch.zeros(3)})
+    for name, before in own.items():
+        assert torch.equal(getattr(flat, name), given.get(name, before)), name
+    counted = [tensor._version for tensor in flat.module.parameters()]
+    assert all(now > then for now, then in zip(counted, versions, strict=True))
+
+
 def test_loading_is_seen_by_autograd() -> None:
     module = net()
     flat = FlatParameters(module)
@@ -416,6 +433,7 @@ READS = {
     "load": lambda f: f.load(torch.zeros(3)),
     "load_parameters": lambda f: f.load_parameters(torch.zeros(3)),
     "load_buffers": lambda f: f.load_buffers(torch.zeros(3)),
+    "load_vectors": lambda f: f.load_vectors({"integers": torch.zeros(4, dtype=torch.int64)}),
     "load_integers": lambda f: f.load_integers(torch.zeros(4, dtype=torch.int64)),
     "copy_": lambda f: f.copy_(f),
     "copy_ of another": lambda f: FlatParameters(net()).copy_(f),

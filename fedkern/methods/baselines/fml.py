@@ -64,12 +64,8 @@ class FML(LocalTraining):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         pair = Pair(self._private(client), client.network())
         proxy = ops.FlatParameters(pair.proxy)
-        proxy.load_parameters(message["parameters"])
         # Running statistics that do not travel (--buffers) keep initial values: train mode does not read them.
-        if "buffers" in message:
-            proxy.load_buffers(message["buffers"])
-        if "integers" in message:
-            proxy.load_integers(message["integers"])
+        proxy.load_vectors(message)
         client.fit(self, phase, pair)
         client.state["private"] = {name: value.detach().cpu() for name, value in pair.private.state_dict().items()}
         proxy.flatten()  # the training loop has moved the parameters

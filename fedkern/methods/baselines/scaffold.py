@@ -89,9 +89,7 @@ class Scaffold(FedAvg):
         """Gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
         network = client.network()
         flat = ops.FlatParameters(network)
-        flat.load_parameters(message["parameters"])
-        if "buffers" in message:
-            flat.load_buffers(message["buffers"])
+        flat.load_vectors(message)
         if client.statistics_fixed(phase):
             fix_statistics(network)
         total = flat.gradients()

@@ -41,7 +41,7 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
 
 
 def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
-    """A copy of a frozen network, in the same mode, with other flat ``parameters`` and ``buffers``.
+    """A copy of a frozen network, in the same mode, with other flat vectors.
 
     Raises:
         ValueError: a vector's size differs from the network's.
@@ -49,8 +49,5 @@ def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
     made = copy.deepcopy(model)
     if precision.lower() is not None:
         made.float()  # the received network's weights are already in lower precision
-    flat = ops.FlatParameters(made)
-    flat.load_parameters(vectors["parameters"])
-    if "buffers" in vectors:
-        flat.load_buffers(vectors["buffers"])
+    ops.FlatParameters(made).load_vectors(vectors)
     return precision.frozen(made.requires_grad_(False))

@@ -85,11 +85,7 @@ def load(flat: FlatParameters, message: Message) -> nn.Module:
     for name, own in (("parameters", flat.parameters), ("buffers", flat.buffers), ("integers", flat.integers)):
         if own.numel() and name not in message:
             raise ValueError(f"it sent no {name}")
-    flat.load_parameters(message["parameters"])
-    if "buffers" in message:
-        flat.load_buffers(message["buffers"])
-    if "integers" in message:
-        flat.load_integers(message["integers"])
+    flat.load_vectors(message)
     return flat.module
 
 
