@@ -124,8 +124,9 @@ class CMakeBuild(build_ext):
             f"-DFEDKERN_OUTPUT_DIR={destination}",
         ]
         # Ninja's own choice, two jobs more than cores, takes an eighth longer: compilers live on caches.
-        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
-        for command in (configure, [cmake, "--build", str(build), "--parallel", jobs]):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or cores or 1
+        for command in (configure, [cmake, "--build", str(build), "--parallel", str(jobs)]):
             if subprocess.run(command).returncode:
                 hint = WITHOUT if cuda == "0" else f"FEDKERN_CUDA=0 leaves out the CUDA core, {WITHOUT}"
                 sys.exit(
