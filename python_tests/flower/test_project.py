@@ -200,7 +200,8 @@ def test_nodes_with_data_of_their_own(method, tmp_path):
      (["--own-data", "--flower", "PROJECT", "--public-samples", "9"], "which flower.own-data keeps apart")],
     ids=["alone", "client-test", "public"],
 )  # fmt: skip
-def test_own_data_that_cannot_be(words, why, tmp_path, capsys):
+def test_own_data_that_cannot_be(words, why, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the checkout may hold a newcomer's runs
     project = tmp_path / "project"
     assert main(["fedavg", *FLAGS, *(str(project) if word == "PROJECT" else word for word in words)]) == 2
     assert why in capsys.readouterr().err
