@@ -10,7 +10,7 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.methods.base import Method, vectors_of
+from fedkern.methods.base import VECTORS, Method, vectors_of
 from fedkern.methods.protocol import ClientId, Message, Phase, Upload
 from fedkern.methods.uploads import all_finite
 from fedkern.models.own import channels_last
@@ -82,8 +82,8 @@ def load(flat: FlatParameters, message: Message) -> nn.Module:
     Raises:
         ValueError: a vector is missing, or its size differs from the module's.
     """
-    for name, own in (("parameters", flat.parameters), ("buffers", flat.buffers), ("integers", flat.integers)):
-        if own.numel() and name not in message:
+    for name in VECTORS:
+        if name not in message and getattr(flat, name).numel():
             raise ValueError(f"it sent no {name}")
     flat.load_vectors(message)
     return flat.module
