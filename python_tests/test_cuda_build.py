@@ -33,8 +33,8 @@ STACKS = {
     "rows_kernelINS0_14TwoDivergencesEf": {"sm_80": 24, "sm_90": 24, "sm_100": 8},
     "held_kernelILi8": {"sm_80": 128, "sm_90": 128, "sm_100": 112},  # a thread holds eight teachers' rows
     "student_kernel": {"sm_80": 8, "sm_90": 32, "sm_100": 232},  # two blocks of nine warps
-    "11tile_kernel": {"sm_100": 40},
-    "ensemble_kernelINS0_14ProbabilityRowELi256": {"sm_90": 24},
+    "11tile_kernel": {"sm_100": 40},  # two blocks of fourteen warps
+    "ensemble_kernelINS0_14ProbabilityRowELi256": {"sm_90": 24},  # two blocks of eight warps
     "backward_kernel": {"sm_80": 8, "sm_90": 40, "sm_100": 64},  # fuse's, in 16 bits
     "grad_maps": {"sm_80": 8, "sm_90": 24},  # of backgrounds with several users
 }
