@@ -110,11 +110,14 @@ class CMakeBuild(build_ext):
     def build(cmake: str, ninja: str, pybind11: str, root: Path, destination: Path) -> None:
         build = root / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        # The cache of an earlier isolated build names a ninja that no longer exists, CMake's notes name a compiler that
+        # may have changed; `cmake --fresh` would remove the objects with them.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for notes in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(notes)
         cuda = switch("FEDKERN_CUDA")
         configure = [
             cmake,
-            # The cache of an earlier isolated build names a ninja that no longer exists.
-            "--fresh",
             *("-S", str(root / "csrc"), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",

@@ -133,6 +133,17 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     assert needs["Requires-Python"] == ">=3.11"
 
 
+def test_a_build_again_compiles_nothing(wheel: Path, tmp_path: Path) -> None:
+    def objects() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (ROOT / "build").glob("cmake-*/CMakeFiles/**/*.o")}
+
+    before = objects()
+    assert before
+    setup(tmp_path, "build_ext", "--build-lib", tmp_path, FEDKERN_CPU="1", FEDKERN_CUDA="0")
+    assert list(tmp_path.glob("fedkern/_cpu*.so"))
+    assert objects() == before
+
+
 def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
     programs = bare(tmp_path / "environment")
     install(programs, index(tmp_path, wheel))

@@ -220,6 +220,10 @@ def test_too_many_files_are_refused_and_nothing_is_sent(wire):
     (descriptor,) = packet.files.values()
     with pytest.raises(ValueError, match="packet: expected at most 250 files, given 251"):
         wire.here.send(packet, [descriptor] * 250)
+    before = set(Path("/proc/self/fd").iterdir())
+    with pytest.raises(ValueError, match="packet: expected at most 250 files, given 251"):
+        wire.here.say(bytes(1 << 20), [descriptor] * 250)  # long: it has a file of its own
+    assert set(Path("/proc/self/fd").iterdir()) == before
     wire.here.send(packet, [descriptor] * 249)
     packet, more = wire.there.receive()
     for each in more:

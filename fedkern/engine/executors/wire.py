@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import pickle
 import socket
@@ -36,22 +37,20 @@ class Channel:
         """
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         payload = pickle.dumps((list(new), packet.payload))
-        spilt = None
-        if len(payload) > _INLINE:
-            spilt = os.memfd_create("fedkern", os.MFD_CLOEXEC)
-            with os.fdopen(spilt, "wb", closefd=False) as file:
+        spilt = len(payload) > _INLINE
+        descriptors = [*new.values(), *more]
+        if len(descriptors) + spilt > _MOST_FILES:
+            raise ValueError(f"packet: expected at most {_MOST_FILES} files, given {len(descriptors) + spilt}")
+        with contextlib.ExitStack() as stack:
+            if spilt:
+                file = stack.enter_context(os.fdopen(os.memfd_create("fedkern", os.MFD_CLOEXEC), "wb"))
                 file.write(payload)
-        descriptors = [*([spilt] if spilt is not None else []), *new.values(), *more]
-        if len(descriptors) > _MOST_FILES:
-            raise ValueError(f"packet: expected at most {_MOST_FILES} files, given {len(descriptors)}")
-        try:
-            header = _HEADER.pack(0 if spilt is not None else len(payload), len(descriptors))
+                file.flush()
+                descriptors.insert(0, file.fileno())
+            header = _HEADER.pack(0 if spilt else len(payload), len(descriptors))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
             sent = self._end.sendmsg([header], rights)
-            self._end.sendall(header[sent:] + (b"" if spilt is not None else payload))
-        finally:
-            if spilt is not None:
-                os.close(spilt)
+            self._end.sendall(header[sent:] + (b"" if spilt else payload))
         self._sent.update(new)
 
     def receive(self) -> tuple[Packet, list[int]]:
