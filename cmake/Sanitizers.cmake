@@ -5,9 +5,6 @@ if(FEDKERN_SANITIZE)
   # Instrumented kernels compile for minutes with more, and their stacks say less.
   set(FEDKERN_OPTIMIZE -O1)
   set(FEDKERN_OPTIMIZE_BINDINGS -O1)
-  foreach(of IN ITEMS portable distill fuse)
-    unset(FEDKERN_OPTIMIZE_${of})
-  endforeach()
   # What the undefined-behaviour sanitizer finds must stop the process: a test does not read stderr.
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FEDKERN_SANITIZE}> $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize-recover=all>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer> $<$<COMPILE_LANGUAGE:CXX>:-g1>)
