@@ -40,6 +40,7 @@ class Client(Node):
         self.unit = context.federation.unit
         self.labels: Tensor = context.data.clients[client].labels
         self.state = state
+        self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.clients:
@@ -100,12 +101,12 @@ class Client(Node):
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
         self.report.update(train(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs))
-        result = {name: fetch(value) for name, value in trained.read().items()}
+        result = {name: value if name in self.on_gpu else fetch(value) for name, value in trained.read().items()}
         if config.buffers == "average":
             return result
         if config.buffers == "local":
-            whole = result if parts is None else {name: value.cpu() for name, value in network.read().items()}
-            self.state["buffers_local"] = {name: value for name, value in whole.items() if name != "parameters"}
+            whole = result if parts is None else network.read()
+            self.state["buffers_local"] = {name: fetch(value) for name, value in whole.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
 
     def _until_the_deadline(self, phase: Phase, schedule: Schedule, rows: np.ndarray | None) -> Schedule:

@@ -96,6 +96,14 @@ class Hooks:
         with self._code("reduce"):
             return reduced(self._asked, phase)
 
+    def on_gpu(self, phase: Phase) -> tuple[str, ...]:
+        """Those of :meth:`reduced` that may be left on the GPU: none where a ``client_update`` is somebody's own.
+
+        That of others may compute with what ``train`` returned, on the CPU.
+        """
+        update = getattr(self._asked, "client_update", None)
+        return self.reduced(phase) if getattr(update, "__module__", "").startswith("fedkern.") else ()
+
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
     ) -> dict[ClientId, Any] | None:

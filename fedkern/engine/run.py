@@ -60,7 +60,7 @@ from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
 from fedkern.engine.uploads.filters import Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
-from fedkern.engine.uploads.reduction import Reduction
+from fedkern.engine.uploads.reduction import Following, Reduction, has_room
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.listeners.audience import Audience
@@ -205,17 +205,23 @@ def _run(
             )  # fmt: skip
 
 
-def _upload_filters(prepared: Prepared, executor: Executor, ledger: Ledger, releases: Releases | None) -> list[Filter]:
+def _upload_filters(
+    prepared: Prepared, executor: Executor, ledger: Ledger, releases: Releases | None, parameters: int
+) -> list[Filter]:
     """What the uploads of a run pass on their way to the server, in order."""
     config, private = prepared.config, prepared.private
     bounds = NormBounds(config.max_update_norm, config.clip_update_norm)
     bounded = bool(config.max_update_norm or config.clip_update_norm)
-    # Vectors can stay on their ranks where nobody but the server's sum wants to see them.
-    unseen = isinstance(executor, Ranks) and config.sums == "exact" and prepared.server.aggregator is None
+    # Vectors can stay on their ranks, or on the GPU, where nobody but the server's sum wants to see them.
+    ranks = isinstance(executor, Ranks) and config.sums == "exact"
+    gpu = executor is executor.here and has_room(prepared.context.device, parameters)
+    unseen = (ranks or gpu) and prepared.server.aggregator is None
+    if gpu:
+        prepared.server.summing = Following
     return [
         *([ClientDigests(releases)] if releases is not None and private is None else []),
         Bytes(ledger, hidden=prepared.silent),
-        *([Reduction()] if unseen and not (bounded or releases is not None or private is not None) else []),
+        *([Reduction(gpu)] if unseen and not (bounded or releases is not None or private is not None) else []),
         Declared(),
         *([bounds] if bounded else []),
         *([private] if private is not None else []),
@@ -320,7 +326,7 @@ def _played(
     states.executor = executor
     loop = Loop(
         prepared.plan, prepared.hooks, prepared.pooling, context, server, progress, _draw(prepared), executor, states,
-        log, _upload_filters(prepared, executor, ledger, releases), parts,
+        log, _upload_filters(prepared, executor, ledger, releases, parameters), parts,
     )  # fmt: skip
     try:
         for part in parts:

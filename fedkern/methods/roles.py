@@ -197,7 +197,8 @@ class Client(Node, Protocol):
 
         Returns:
             ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] if the buffer
-            policy lets them travel; with ``parts``, the vectors of these submodules alone.
+            policy lets them travel; with ``parts``, the vectors of these submodules alone.  All are on the CPU: only
+            for fedkern's own methods they may stay on the GPU (see `Method.reduce`).
         """
         ...
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from smallest import SETTINGS
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, dropout
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -369,17 +369,6 @@ def test_after_a_recording_the_process_is_as_before(monkeypatch):
 # -- on a GPU ------------------------------------------------------------------------------------------------------
 
 
-class Dropping(nn.Module):
-    """A network with dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.head = nn.Linear(192, 64), nn.Linear(64, 3)
-
-    def forward(self, x):
-        return self.head(dropout(self.first(x.flatten(1)).relu(), 0.5, training=self.training))
-
-
 class Randomly(FedAvg):
     """Trains a network with dropout of its own."""
 
@@ -389,7 +378,8 @@ class Randomly(FedAvg):
         with torch.random.fork_rng(devices=[client.device]):
             torch.manual_seed(phase.round)
             torch.cuda.manual_seed(phase.round)
-            module = Dropping().to(client.device)
+            layers = nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)
+            module = nn.Sequential(*layers).to(client.device)
             client.fit(self, phase, module)
         return {"parameters": torch.cat([p.detach().flatten() for p in module.parameters()])}
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
@@ -71,6 +73,7 @@ class Serial:
         start = time.perf_counter()
         client = self.client(k)
         client.report = {}
+        client.on_gpu = () if encoder is None else encoder.on_gpu
         answer = Answer(k)
         with cpu_threads(self._threads), self._context.drawing(client, phase):
             try:
@@ -80,10 +83,18 @@ class Serial:
             except RAISED as error:
                 answer.problem = ClientFailed.of(k, error, type(self._askers[asker]))
         if encoder is not None and answer.problem is None:
-            answer.message, answer.checked = encoder.encode(k, message, answer.message, self.keep)
+            sent = self._on_gpu(message) if encoder.on_gpu else message
+            answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
         answer.report = client.report
         answer.seconds = time.perf_counter() - start
         return answer
+
+    def _on_gpu(self, message: Message) -> Message:
+        """A message whose parameters, which training has sent to the GPU, are read there."""
+        given = message.get("parameters")
+        if not isinstance(given, Tensor):
+            return message
+        return {**message, "parameters": self._context.network("local").there(given)}
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         if client not in self._clients:

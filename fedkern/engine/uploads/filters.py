@@ -19,6 +19,11 @@ Keep = Callable[[ClientId, str, Tensor], None]
 class Encoder(Protocol):
     """The client's half of a filter; it travels to where the client works, so it holds plain values and tensors."""
 
+    @property
+    def on_gpu(self) -> tuple[str, ...]:
+        """Names of trained vectors that are encoded on the GPU and stay there; the others come to the host first."""
+        ...
+
     def encode(
         self, client: ClientId, sent: Message, upload: Any, keep: Keep | None
     ) -> tuple[Any, dict[str, Any] | None]:

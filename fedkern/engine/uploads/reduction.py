@@ -1,4 +1,4 @@
-"""Vectors of an upload that stay on the rank of torchrun where the client worked (see `Method.reduce`)."""
+"""Vectors of an upload that stay where they were made (see `Method.reduce`): on a rank of torchrun, or on the GPU."""
 
 from __future__ import annotations
 
@@ -6,22 +6,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedkern.engine.uploads.declared import examined
 from fedkern.engine.uploads.filters import Asked, Encoder, Filter, Keep
 from fedkern.methods.base import ClientId, Message
 from fedkern.methods.uploads import Kept, like
+from fedkern.ops import Accumulator
+from fedkern.transfer import fetch
+
+BYTES_FREE = 128
+"""Bytes of free memory of the GPU, per parameter, with which uploads stay there: an exact sum takes 25."""
 
 
 class Reduction(Filter):
-    """Has ranks keep the vectors that the method's server only adds up; they are added up there."""
+    """Has vectors that the method's server only adds up stay where their client works; they are added up there.
+
+    Args:
+        gpu: whether that is the GPU on which all clients work, in this process; else it is their ranks.
+    """
+
+    def __init__(self, gpu: bool = False) -> None:
+        self._gpu = gpu
 
     def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
-        names = asked.hooks.reduced(asked.phase)
+        names = asked.hooks.on_gpu(asked.phase) if self._gpu else asked.hooks.reduced(asked.phase)
         if not names:
             return {}
-        return {k: Reducing(names, _without_tensors(asked.declared(k))) for k in asked.sent}
+        there = names if self._gpu else ()
+        return {k: Reducing(names, _without_tensors(asked.declared(k)), there) for k in asked.sent}
 
 
 @dataclass(frozen=True)
@@ -31,18 +45,22 @@ class Reducing:
     Attributes:
         names: names of the vectors that stay.
         declared: declaration of the upload, without tensors (see `fedkern.methods.uploads`).
+        on_gpu: see :attr:`Encoder.on_gpu`.
     """
 
     names: tuple[str, ...]
     declared: Any
+    on_gpu: tuple[str, ...] = ()
 
     def encode(
         self, client: ClientId, sent: Message, upload: Any, keep: Keep | None
     ) -> tuple[Any, dict[str, Any] | None]:
         """See :meth:`Encoder.encode`; an upload that does not fit travels whole, and the server says why."""
         found: dict[str, Any] = {}
-        if keep is None or examined(sent, upload, self.declared, found) or not upload:
-            return upload, None
+        if (keep is None and not self.on_gpu) or examined(sent, upload, self.declared, found) or not upload:
+            return _fetched(upload) if self.on_gpu else upload, None
+        if keep is None:
+            return upload, found
         stay = {name: upload[name] for name in self.names if name in upload}
         for name, vector in stay.items():
             keep(client, name, vector)
@@ -55,3 +73,37 @@ def _without_tensors(declared: Any) -> Any:
     if isinstance(declared, Mapping):
         return {name: _without_tensors(value) for name, value in declared.items()}
     return like(declared) if isinstance(declared, Tensor) else declared
+
+
+def _fetched(upload: Any) -> Any:
+    """What may not stay on the GPU."""
+    if not isinstance(upload, Mapping):
+        return upload
+    return {name: fetch(value) if isinstance(value, Tensor) else value for name, value in upload.items()}
+
+
+class Following:
+    """An accumulator on the device of its first vector (compare :class:`fedkern.ops.Accumulator`).
+
+    Args:
+        own: the accumulator, without vectors, that is made anew on that device.
+    """
+
+    def __init__(self, own: Accumulator) -> None:
+        self._own = own
+
+    def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Adds ``weight * vector``."""
+        own = self._own
+        if not own.count and vector.device != own.device:
+            self._own = own = Accumulator(own.size, own.exact, device=vector.device)
+        own.add(vector.to(own.device), weight)
+
+    def mean(self) -> Tensor:
+        """The weighted mean of all vectors, ``[P]``, in the host's memory."""
+        return fetch(self._own.mean())
+
+
+def has_room(device: torch.device, parameters: int) -> bool:
+    """Whether uploads of so many parameters and their sums can stay on a device."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > BYTES_FREE * parameters

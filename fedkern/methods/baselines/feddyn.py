@@ -30,6 +30,7 @@ from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import Terms
+from fedkern.transfer import fetch
 
 
 @register("feddyn")
@@ -65,7 +66,8 @@ class FedDyn(FedAvg):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
         result = client.train(self, phase, message, extras={"correction": -before.to(client.device)})
-        client.state["gradient"] = before - message["alpha"] * (result["parameters"] - message["parameters"])
+        change = fetch(result["parameters"]) - message["parameters"]
+        client.state["gradient"] = before - message["alpha"] * change
         return result
 
     def terms(self, received: Received) -> Terms:

@@ -26,6 +26,7 @@ from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
+from fedkern.transfer import fetch
 
 
 @register("moon")
@@ -48,7 +49,7 @@ class Moon(LocalTraining):
             return super().client_update(client, phase, message)
         extras = {"previous": client.state["previous"]} if "previous" in client.state else {}
         result = client.train(self, phase, message, extras=extras)
-        client.state["previous"] = {name: result[name] for name in ("parameters", "buffers") if name in result}
+        client.state["previous"] = {name: fetch(result[name]) for name in ("parameters", "buffers") if name in result}
         return result
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:

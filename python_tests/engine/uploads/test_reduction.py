@@ -1,0 +1,89 @@
+"""Uploads that stay on the GPU: the runs are those of uploads that come to the host, and only what fits stays."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedkern.engine import run as runs
+from fedkern.engine.client import Client
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
+from fedkern.engine.uploads.reduction import Following, Reducing
+from fedkern.methods import METHODS, FedAvg
+from fedkern.methods.uploads import like
+from fedkern.ops import Accumulator
+
+SMALL = {"width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "grad_cam": 0, "workers": "1"}
+STAYING = ("fedavg", "scaffold", "moon", "feddyn", "fedgid")
+"""Methods whose clients' vectors may stay; MOON, FedDyn and SCAFFOLD compute with what training returned."""
+
+
+def play(name, stays, data, make_config, out, monkeypatch, **more):
+    """The vectors that the trainings of a run left, the final model and the clients' figures."""
+    seen, train = [], Client.train
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "has_room", lambda *_: stays)
+        patch.setattr(Client, "train", lambda self, *a, **k: seen.append(self.on_gpu) or train(self, *a, **k))
+        run(make_config(name, **SMALL, **more), data=data, out=out)
+    return set(seen), load_file(out / "model.safetensors"), [each["clients"] for each in read_metrics(out)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", STAYING)
+def test_a_run_is_the_same_where_uploads_stay(name, device, make_data, make_config, tmp_path, monkeypatch):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    (left, one, figures), (none, other, others) = (
+        play(name, stays, make_data((12, 9, 7)), make_config, tmp_path / str(stays), monkeypatch, device=device)
+        for stays in (True, False)
+    )
+    assert left == {("parameters", "buffers", *(["control"] if name == "scaffold" else []))}
+    assert none == {()}
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for own, their in zip(figures, others, strict=True):
+        assert own.keys() == their.keys()
+        for k in own:
+            assert own[k]["loss"] == their[k]["loss"]
+            assert own[k]["drift"] == pytest.approx(their[k]["drift"], rel=0 if device == "cpu" else 1e-5)
+
+
+@pytest.mark.parametrize("more", [{"aggregator": "median"}, {"max_update_norm": 9.0}, {"buffers": "local"}])
+def test_what_somebody_else_looks_at_comes_to_the_host(more, make_data, make_config, tmp_path, monkeypatch):
+    left, *_ = play("fedavg", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch, **more)
+    assert left == {("parameters", "buffers") if "buffers" in more else ()}
+
+
+class Changing(FedAvg):
+    def client_update(self, client, phase, message):
+        return super().client_update(client, phase, message)
+
+
+def test_a_client_update_of_somebody_elses_gets_vectors_of_the_host(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Changing)
+    assert play("fedavg", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)[0] == {()}
+
+
+def test_uploads_that_fit_are_not_checked_again_and_others_are_handed_on_unchecked():
+    start = torch.tensor([1.0, 2.0, 2.0])
+    encoder = Reducing(("parameters",), {"parameters": like(start)}, ("parameters",))
+    upload = {"parameters": start + 1}
+    assert encoder.encode(0, {"parameters": start}, upload, None) == (upload, {"drift": pytest.approx(3**0.5)})
+    for wrong in ({"parameters": start * math.inf}, {"parameters": start, "more": 1}, 5):
+        assert encoder.encode(0, {"parameters": start}, wrong, None) == (wrong, None)
+
+
+def test_an_accumulator_follows_its_first_vector():
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 8.0])
+    for exact in (False, True):
+        total = Following(Accumulator(2, exact))
+        total.add(one)
+        total.add(other, 3.0)
+        assert total.mean().tolist() == [2.5, 6.5]
+    total = Following(Accumulator(2))
+    total.add(one.to("meta"))
+    assert total._own.device.type == "meta"
