@@ -288,12 +288,14 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
 
 def _state(network: Any) -> tuple[Any, ...]:
     """What a recorded pass has taken over from a network and from the process, beside the values of tensors."""
-    modules = tuple(
-        (id(module), module.training, getattr(module, "track_running_stats", None))
-        for module in network.module.modules()
+    held = list(network.module.modules())
+    modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in held)
+    tensors = tuple(
+        (id(each), each.data_ptr(), each.requires_grad)
+        for module in held
+        for each in (*module._parameters.values(), *module._buffers.values())
+        if each is not None
     )
-    held = (*network.module.parameters(), *network.module.buffers())
-    tensors = tuple((id(each), each.data_ptr(), each.requires_grad) for each in held)
     return lower(), network.gradients.data_ptr(), modules, tensors
 
 

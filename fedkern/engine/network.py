@@ -34,7 +34,8 @@ class Network:
         self._gradients: Tensor | None = None
         self._there: tuple[Tensor, int, Tensor] | None = None
         # Of a causal mask, for example: no sign of training that diverged.
-        self._infinite = self.buffers.isinf()
+        infinite = self.buffers.isinf()
+        self._infinite = infinite if bool(infinite.any()) else None
         self.statistics = True
         self.fixed = False
 
@@ -52,11 +53,13 @@ class Network:
 
     def finite(self) -> bool:
         """Whether all parameters and buffers are finite numbers, but for buffers that were infinite from the start."""
-        return bool(torch.isfinite(self.parameters).all()) and bool(self.finite_buffers().all())
+        # A GPU is waited for once.
+        return bool(torch.isfinite(self.parameters).all() & self.finite_buffers().all())
 
     def finite_buffers(self) -> Tensor:
         """bool [Q]: whether a buffer's element is a finite number, or was infinite from the start."""
-        return torch.isfinite(self.buffers) | (self._infinite & ~self.buffers.isnan())
+        finite = torch.isfinite(self.buffers)
+        return finite if self._infinite is None else finite | (self._infinite & ~self.buffers.isnan())
 
     def read(self) -> dict[str, Tensor]:
         """Copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; empty ones are left out."""

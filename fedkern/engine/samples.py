@@ -46,7 +46,7 @@ class Samples:
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         return self.pixels.take(indices, rng)
 
-    def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def pairs(self, indices: np.ndarray | Tensor, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         chosen, there = as_index(indices), self.there.device
         index = self.pixels.sent(chosen)
@@ -60,16 +60,24 @@ class Samples:
         self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Batch:
         """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
-        images, labels = self.pairs(indices, rng)
-        return Batch(
-            images=images,
-            labels=labels,
-            indices=indices,
-            phase=phase,
-            epoch=epoch,
-            augmented=rng is not None,
-            tokens=take_tokens(self.tokens, indices, self._device),
-        )
+        return next(self.planned([indices], phase, epoch, rng))
+
+    def planned(
+        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, each made when it is asked for; their indices are sent to the device at once."""
+        sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
+        for indices, there in zip(plan, sent.split([len(part) for part in plan]), strict=True):
+            images, labels = self.pairs(there, rng)
+            yield Batch(
+                images=images,
+                labels=labels,
+                indices=indices,
+                phase=phase,
+                epoch=epoch,
+                augmented=rng is not None,
+                tokens=take_tokens(self.tokens, indices, self._device),
+            )
 
     def batches(
         self, size: int = BATCH, *, augment: bool = False, rng: np.random.Generator | None = None

@@ -210,10 +210,9 @@ def train(
             records: list[tuple[Tensor, ...]] = []
             names: list[tuple[str, ...]] = []
             lr = schedule.lr_at(epoch)
-            for chosen in plan:
+            chosen = plan if rows is None else [rows[part] for part in plan]
+            for batch in data.samples.planned(chosen, phase, epoch, augmentation):
                 check()
-                indices = chosen if rows is None else rows[chosen]
-                batch = data.batch(indices, phase, epoch, augmentation)
                 if draws is not None:
                     batch.drawn = method.draw(client, batch, draws)
                 if prepares:
@@ -222,7 +221,7 @@ def train(
                 try:
                     loss, figures, observed = step(batch)
                 except ValueError as error:
-                    if len(chosen) == 1 and "more than 1 value per channel" in str(error):
+                    if len(batch.indices) == 1 and "more than 1 value per channel" in str(error):
                         raise UserError(_too_small(client)) from None
                     raise
                 if adjusts:

@@ -234,6 +234,8 @@ class FlatParameters:
         _check_values(vector, "integers")
         if vector.shape != (total,):
             raise ValueError(f"integers must have shape [{total}], not {list(vector.shape)}")
+        if tensors:
+            vector = vector.to(tensors[0].device)  # in one transfer
         with torch.no_grad():
             for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
