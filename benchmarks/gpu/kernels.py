@@ -237,6 +237,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "reference"])
     parser.add_argument("--missing", action="store_true", help="measure what DIR has no row of")
     given = parser.parse_args(words)
+    given.results.mkdir(parents=True, exist_ok=True)
     clock, table = CudaClock(torch.device("cuda")), Table(given.results / FILE)
     failed = False
     for row, make in asked(given.operators, given.backends):

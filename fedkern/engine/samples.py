@@ -26,6 +26,9 @@ BATCH = 500
 SEGMENTED_PIXELS = 1 << 19
 """Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
 
+PICKED_BYTES = {"cuda": 1 << 26}
+"""Bytes of images up to which batches are picked at once: on a GPU that takes no longer than for one batch."""
+
 CACHE_BYTES = 1 << 30
 """Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""
 
@@ -65,19 +68,26 @@ class Samples:
     def planned(
         self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """The batches of an epoch, each made when it is asked for; their indices are sent to the device at once."""
+        """The batches of an epoch, made when they are asked for; their indices are sent to the device at once."""
         sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
-        for indices, there in zip(plan, sent.split([len(part) for part in plan]), strict=True):
+        sizes = [len(part) for part in plan]
+        picked = PICKED_BYTES.get(self._device.type, 0) if rng is None else 0
+        at_once = max(1, picked // (max(sizes) * self.pixels.bytes_each))
+        for first in range(0, len(plan), at_once):
+            parts = slice(first, first + at_once)
+            there, sent = sent.tensor_split([sum(sizes[parts])])
             images, labels = self.pairs(there, rng)
-            yield Batch(
-                images=images,
-                labels=labels,
-                indices=indices,
-                phase=phase,
-                epoch=epoch,
-                augmented=rng is not None,
-                tokens=take_tokens(self.tokens, indices, self._device),
-            )
+            pairs = zip(images.split(sizes[parts]), labels.split(sizes[parts]), strict=True)
+            for indices, (own, known) in zip(plan[parts], pairs, strict=True):
+                yield Batch(
+                    images=own,
+                    labels=known,
+                    indices=indices,
+                    phase=phase,
+                    epoch=epoch,
+                    augmented=rng is not None,
+                    tokens=take_tokens(self.tokens, indices, self._device),
+                )
 
     def batches(
         self, size: int = BATCH, *, augment: bool = False, rng: np.random.Generator | None = None
