@@ -98,7 +98,6 @@ void exact_add(const ExactAdd& a) {
 
 template <typename T>
 void exact_mean(const ExactMean& a) {
-  const Divisor none(1.0, false);
   const bool stream = can_stream(a.out, a.stream);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     double mean[kTile];
@@ -116,7 +115,7 @@ void exact_mean(const ExactMean& a) {
           mean[j] = exact_sum(s.high[i + j], s.middle[i + j], s.low[i + j]) * half / a.total * half;
         }
       }
-      write_mean(mean, n, none, static_cast<T*>(a.out) + i, stream);
+      write_mean(mean, n, Undivided{}, static_cast<T*>(a.out) + i, stream);
     }
     if (stream) finish_streams();
   };

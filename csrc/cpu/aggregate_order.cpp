@@ -148,7 +148,6 @@ template <typename T>
 void sorted_mean(const SortedMean& a) {
   using C = computed_t<T>;
   const bool weighted = a.mean != OrderMean::plain;
-  const Divisor none(1.0, false);
   const Scratch<C> memory((weighted ? 2 : 1) * a.count * kWidth<C>, parallel_workers(a.size, kChunk / 4, a.threads));
   auto chunks = [&](std::int64_t begin, std::int64_t end, int worker) {
     Tile<C> tile;
@@ -168,7 +167,7 @@ void sorted_mean(const SortedMean& a) {
         sort_values(a, tile);
         mean_of_places(a, tile, mean);
       }
-      write_mean(mean, n, none, static_cast<T*>(a.out) + i, false);
+      write_mean(mean, n, Undivided{}, static_cast<T*>(a.out) + i, false);
     }
   };
   // A comparator takes about two cycles per vector register, five with weights.

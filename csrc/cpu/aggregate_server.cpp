@@ -180,7 +180,7 @@ void update_tail(const ServerStep& a, Update<S> body, std::int64_t n, const doub
 
 template <typename T, typename S>
 void server_step(const ServerStep& a) {
-  const Divisor divisor(a.total, sizeof(T) == 8), none(1.0, false);
+  const Divisor divisor(a.total, sizeof(T) == 8);
   const Update<S> body = update_of<S>(a.rule);
   const bool stream = can_stream(a.out, a.stream);
   const Scratch<double> memory(2 * a.count * V::lanes, parallel_workers(a.size, a.chunk, a.threads));
@@ -204,7 +204,7 @@ void server_step(const ServerStep& a) {
         mean_delta_tail<T>(a, divisor, at, n, global, mean, sums);
         update_tail<S>(a, body, n, global, mean, first, second, model);
       }
-      with_type(a.out_dtype, [&](auto out) { write_mean(model, n, none, static_cast<decltype(out)*>(a.out) + at, stream); });
+      with_type(a.out_dtype, [&](auto out) { write_mean(model, n, Undivided{}, static_cast<decltype(out)*>(a.out) + at, stream); });
     }
     if (stream) finish_streams();
     double* partial = a.partial + begin / a.chunk * (2 * a.count + 1);

@@ -88,6 +88,28 @@ def test_mean_of_equal_vectors_is_that_vector(name: str, dtype: torch.dtype) -> 
                 assert torch.equal(accumulator.mean(), vector)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
+def test_a_mean_half_way_between_two_numbers_is_rounded_to_the_even_one(
+    name: str, dtype: torch.dtype, bits: int
+) -> None:
+    # Of ten vectors of like magnitude that is every tenth element; a product with the reciprocal misses some of them.
+    whole = torch.randint(2 ** (bits - 1), 2**bits, (10, 4099), generator=torch.Generator().manual_seed(0))
+    assert (whole.sum(0) % 10 == 5).sum() > 300
+    vectors, weights = list(whole.to(dtype)), [120.0] * 10
+    exact = (whole.sum(0).double() / 10).to(dtype)
+    with using(name):
+        running, unordered = Accumulator(4099), Accumulator(4099, exact=True)
+        for vector, weight in zip(vectors, weights, strict=True):
+            running.add(vector, weight)
+            unordered.add(vector, weight)
+        assert torch.equal(weighted_mean(vectors, weights), exact)
+        assert torch.equal(weighted_mean(torch.stack(vectors), weights), exact)
+        assert torch.equal(running.mean(), exact)
+        assert torch.equal(unordered.mean(), exact)
+        assert torch.equal(server_step(torch.zeros_like(exact), vectors, weights).model, exact)
+
+
 @pytest.mark.parametrize("isa", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
