@@ -500,12 +500,11 @@ def _feddra() -> Page:
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 MACHINE, OTHER_MACHINE = "intel-xeon", "amd-epyc"
-CONVOLUTION = "bench_conv.py"
 
 
-def operators(machine: str, *, convolution: bool, folder: Path = comparisons.RESULTS) -> Lines:
-    """The table of conv_norm, or of the others: rows of shown.py recorded on a machine with the present kernels."""
-    shown = [(node, case) for node, case, _ in nodes() if node.startswith(CONVOLUTION) == convolution]
+def operators(machine: str, *, folder: Path = comparisons.RESULTS) -> Lines:
+    """The operators' table: rows of shown.py recorded on a machine with the present kernels."""
+    shown = [(node, case) for node, case, _ in nodes()]
     cores = sources.hashes(sources.CSRC)
     found = {
         row.test: row
@@ -668,8 +667,7 @@ def _speed() -> Page:
             "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
-            "convolution": partial(operators, MACHINE, convolution=True),
-            "operators": partial(operators, OTHER_MACHINE, convolution=False),
+            "operators": partial(operators, MACHINE),
             "gpu runs": gpu_figures.whole_runs,
             "gpu kernels": gpu_figures.kernels,
             "gpu losses": gpu_figures.losses,
@@ -680,7 +678,7 @@ def _speed() -> Page:
 
 # -- Flower ------------------------------------------------------------------------------------------------------------
 
-FLOWER, MESSAGES = f"flower-{OTHER_MACHINE}", f"flower_messages_{OTHER_MACHINE}"
+FLOWER, MESSAGES = f"flower-{MACHINE}", f"flower_messages_{OTHER_MACHINE}"
 LOW_MEMORY = "fedkern low memory"
 
 
