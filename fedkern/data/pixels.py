@@ -40,7 +40,7 @@ class Pixels:
         # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
         self._rows = images[:0] if self._file is not None else images.permute(0, 2, 3, 1).contiguous().to(device)
         self._count = len(images)
-        self.bytes_each = max(1, 4 * math.prod(images.shape[1:]))
+        self.bytes_each = 4 * math.prod(images.shape[1:])
         self._mean, self._std, self._device = mean, std, device
         self._erased = None if erased is None else erased.to(device)
         self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)

@@ -72,7 +72,7 @@ class Samples:
         sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
         sizes = [len(part) for part in plan]
         picked = PICKED_BYTES.get(self._device.type, 0) if rng is None else 0
-        at_once = max(1, picked // (max(sizes) * self.pixels.bytes_each))
+        at_once = max(1, picked // max(1, max(sizes) * self.pixels.bytes_each))
         for first in range(0, len(plan), at_once):
             parts = slice(first, first + at_once)
             there, sent = sent.tensor_split([sum(sizes[parts])])
