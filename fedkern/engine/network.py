@@ -143,7 +143,7 @@ class Part:
     def finite(self) -> bool:
         """Whether the part's parameters and buffers are finite numbers."""
         buffers = self._network.finite_buffers()[self._stretches["buffers"]]
-        return bool(torch.isfinite(self.parameters).all()) and bool(buffers.all())
+        return bool(torch.isfinite(self.parameters).all() & buffers.all())
 
     def read(self) -> dict[str, Tensor]:
         """As :meth:`Network.read`, of the part alone."""
