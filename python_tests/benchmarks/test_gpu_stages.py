@@ -119,7 +119,7 @@ def test_the_plan():
     folders = [ROOT / each for each in stages.TESTED]
     for path in (ROOT / "python_tests").rglob("test_*.py"):
         if "pytest.mark.gpu" in path.read_text() and path.name != Path(__file__).name:
-            assert path.parent in folders, "a file with tests for a GPU has no stage"
+            assert any(folder in path.parents for folder in folders), f"no stage plays {path}"
     assert not any("published" in stage.name for stage in stages.plan("9.0", Path("/out"), None))
 
 
