@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--anew", action="store_true", help="with --record: start the measured operators' files again")
     group.addoption("--results", type=Path, default=comparisons.RESULTS, help="another folder for --record")
-    group.addoption("--shown", action="store_true", help="the rows of docs/speed.md alone, in ten minutes")
+    group.addoption("--shown", action="store_true", help="the rows of docs/speed.md alone, in a quarter of an hour")
     group.addoption(
         "--gate-short", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml, in a minute"
     )

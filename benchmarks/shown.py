@@ -1,7 +1,7 @@
 """The rows that docs/speed.md shows, at most sixty: every operator, at sizes that users have.
 
-``pytest benchmarks --shown --record`` records them in ten minutes.  ``pytest benchmarks --set-floors`` measures the
-quicker ones for the gate.
+``pytest benchmarks --shown --record`` records them in a quarter of an hour.  ``pytest benchmarks --set-floors``
+measures the quicker ones for the gate.
 """
 
 from __future__ import annotations

@@ -131,18 +131,18 @@ def test_two_ranks(tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
-    "words",
+    ("ranks", "words"),
     [
-        ("fedavg", "--data", "digits"),
-        ("scaffold", "--data", "digits", "--sample-fraction", "0.6"),
-        ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared"),
-        ("fedlpfm", "--data", "digits"),
+        (1, ("fedavg", "--data", "digits")),
+        (4, ("fedavg", "--data", "digits")),
+        (2, ("scaffold", "--data", "digits", "--sample-fraction", "0.6")),
+        (4, ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared")),
+        (2, ("fedlpfm", "--data", "digits")),
     ],
-    ids=lambda words: words[0],
+    ids=lambda given: given if isinstance(given, int) else given[0],
 )
-def test_the_bits_of_one_process(words, ranks, tmp_path):
+def test_the_bits_of_one_process(ranks, words, tmp_path):
     serial = alone((*words, *SMALL), tmp_path / "serial")
     done = launched(ranks, (*words, *SMALL, "--out", str(tmp_path / "ranks")))
     assert done.returncode == 0, done.stderr
@@ -355,8 +355,7 @@ class Seeing(Scaffold):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("method", ["fedavg", "scaffold", "feddyn"])
+@pytest.mark.parametrize(("method", "ranks"), [("fedavg", 1), ("scaffold", 4), ("feddyn", 2)])
 def test_exact_sums_have_the_bits_of_one_process(method, ranks, tmp_path):
     words = (method, "--data", "digits", *SMALL, "--sums", "exact", "--sample-fraction", "0.8")
     serial = alone(words, tmp_path / "serial")
