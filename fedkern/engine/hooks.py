@@ -102,7 +102,9 @@ class Hooks:
         That of others may compute with what ``train`` returned, on the CPU.
         """
         update = getattr(self._asked, "client_update", None)
-        return self.reduced(phase) if getattr(update, "__module__", "").startswith("fedkern.") else ()
+        # Not __module__, which functools.wraps copies.
+        module = getattr(update, "__globals__", {}).get("__name__", "")
+        return self.reduced(phase) if module.startswith("fedkern.") else ()
 
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]

@@ -83,16 +83,16 @@ class Serial:
             except RAISED as error:
                 answer.problem = ClientFailed.of(k, error, type(self._askers[asker]))
         if encoder is not None and answer.problem is None:
-            sent = self._on_gpu(message) if encoder.on_gpu else message
+            sent = self._beside(message, answer.message) if encoder.on_gpu else message
             answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
         answer.report = client.report
         answer.seconds = time.perf_counter() - start
         return answer
 
-    def _on_gpu(self, message: Message) -> Message:
-        """A message whose parameters, which training has sent to the GPU, are read there."""
-        given = message.get("parameters")
-        if not isinstance(given, Tensor):
+    def _beside(self, message: Message, upload: Any) -> Message:
+        """A message whose parameters are read on the GPU, where training has sent them, if the upload's are there."""
+        given, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
+        if not isinstance(given, Tensor) or not isinstance(got, Tensor) or got.device == given.device:
             return message
         return {**message, "parameters": self._context.network("local").there(given)}
 

@@ -103,6 +103,9 @@ class Following:
         """The weighted mean of all vectors, ``[P]``, in the host's memory."""
         return fetch(self._own.mean())
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)  # a server_update of somebody's own may use all of an accumulator
+
 
 def has_room(device: torch.device, parameters: int) -> bool:
     """Whether uploads of so many parameters and their sums can stay on a device."""

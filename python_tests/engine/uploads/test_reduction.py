@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from fedkern.engine import run as runs
 from fedkern.engine.client import Client
+from fedkern.engine.network import Network
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.reduction import Following, Reducing
@@ -58,13 +60,29 @@ def test_what_somebody_else_looks_at_comes_to_the_host(more, make_data, make_con
     assert left == {("parameters", "buffers") if "buffers" in more else ()}
 
 
+def test_what_was_trained_elsewhere_is_compared_there(make_data, make_config, tmp_path, monkeypatch):
+    """FML trains two networks of its own and uploads from the host."""
+    monkeypatch.setattr(Network, "there", lambda self, vector: vector.to("meta"))
+    _, _, figures = play("fml", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)
+    assert all(each[k]["drift"] > 0 for each in figures for k in "012")
+
+
 class Changing(FedAvg):
     def client_update(self, client, phase, message):
         return super().client_update(client, phase, message)
 
 
-def test_a_client_update_of_somebody_elses_gets_vectors_of_the_host(make_data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "fedavg", Changing)
+class Wrapping(FedAvg):
+    @wraps(FedAvg.client_update)
+    def client_update(self, client, phase, message):
+        return super().client_update(client, phase, message)
+
+
+@pytest.mark.parametrize("kind", [Changing, Wrapping])
+def test_a_client_update_of_somebody_elses_gets_vectors_of_the_host(
+    kind, make_data, make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "fedavg", kind)
     assert play("fedavg", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)[0] == {()}
 
 
@@ -84,6 +102,7 @@ def test_an_accumulator_follows_its_first_vector():
         total.add(one)
         total.add(other, 3.0)
         assert total.mean().tolist() == [2.5, 6.5]
+        assert (total.count, total.weight, total.size, total.exact) == (2, 4.0, 2, exact)
     total = Following(Accumulator(2))
     total.add(one.to("meta"))
     assert total._own.device.type == "meta"
