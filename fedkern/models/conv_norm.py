@@ -85,7 +85,7 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
     if training and not tracks:
         mean = variance = None
     size, stride = 1 if pool is None else 2, _STRIDES.get(conv.stride)
-    if stride is None or bias is not None or any(_GLOBAL_HOOKS):
+    if stride is None or bias is not None or norm.eps <= 0 or any(_GLOBAL_HOOKS):  # batch norm refuses such an eps
         return None
     kernel = serving(x, weight, scale, shift, mean, variance, residual, size, stride)
     if kernel is None:

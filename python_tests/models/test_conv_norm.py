@@ -255,6 +255,13 @@ def test_a_norm_without_scale_and_shift(scale_and_shift, monkeypatch):
     same(learnt(module), expected)
 
 
+@pytest.mark.parametrize("eps", [0.0, -1e-3])
+def test_an_eps_that_batch_norm_refuses_is_refused(eps, calls):
+    with pytest.raises(ValueError, match="eps must be positive"):
+        stage(eps=eps)(images())
+    assert calls == []
+
+
 KINDS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
 
 

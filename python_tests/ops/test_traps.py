@@ -296,6 +296,21 @@ def test_grad_outputs_of_any_layout_and_a_second_backward(operator: Operator) ->
 
 
 @each_operator
+def test_saved_tensors_that_come_back_in_another_layout(operator: Operator) -> None:
+    """As torch.autograd.graph.save_on_cpu and hooks that compress give them back."""
+    if not operator.gradient:
+        pytest.skip("has no gradient")
+    rows = operator.inputs()
+    for given in (rows, [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in rows]):
+        inputs = [x.requires_grad_() for x in given]
+        plain = operator.results(*inputs)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy):
+            results = operator.results(*inputs)
+        expected, got = (torch.autograd.grad(sum(x.square().sum() for x in each), inputs) for each in (plain, results))
+        close(got, expected)
+
+
+@each_operator
 def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
     inputs = operator.inputs()
     batches = [torch.stack([x, x * 0.5, x + 0.25]) for x in inputs]

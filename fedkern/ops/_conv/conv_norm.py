@@ -188,6 +188,8 @@ class _ConvNorm(EagerFunction):
         x, weight, scale, shift, y, raw, saved, out = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if readable(grad):
+            x = x.contiguous(memory_format=_CHANNELS_LAST)  # hooks on saved tensors may have changed its strides
+            out = None if out is None else out.contiguous(memory_format=_CHANNELS_LAST)
             return (None, None, *kernel.backward(settings, grad, x, weight, scale, (y, raw, saved), out, needs))
         # Recorded (create_graph=True) or batched (is_grads_batched=True). The residual counts by its ReLU alone.
         if out is not None:
