@@ -121,7 +121,9 @@ class Client(Node):
 
     def statistics_fixed(self, phase: Phase) -> bool:
         after = self._context.config.fix_statistics
-        return after is not None and phase.round >= after
+        if after is None or phase.round < after:
+            return False
+        return self._context.config.buffers != "local" or self._own_buffers() is not None
 
     def _own_buffers(self) -> Message | None:
         return self.state.get("buffers_local") if self._context.config.buffers == "local" else None

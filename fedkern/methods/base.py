@@ -98,8 +98,6 @@ class Method:
     pools_statistics: ClassVar[bool] = False
     """Whether ``server.state`` is a network as flat vectors, so that `fedkern.methods.common.pooling` can estimate the
     statistics of its batch norms."""
-    takes_buffers: ClassVar[bool] = True
-    """Whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
     follows_own_update: ClassVar[bool] = False
     """Whether a client's state follows from its whole update, so that the server must not scale the update down."""
     memoryless: ClassVar[bool] = False
@@ -162,6 +160,11 @@ class Method:
     def averages(self) -> bool:
         """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates."""
         return False
+
+    @property
+    def takes_buffers(self) -> bool:
+        """Whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
+        return True
 
     @property
     def steps_once(self) -> bool:

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.frozen import remembered
+from fedkern.methods.common.frozen import normalises_by_batch, remembered
 from fedkern.methods.options import option
 from fedkern.methods.protocol import (
     Backgrounds,
@@ -194,7 +194,7 @@ class FedGID(LocalTraining):
             return {"maps": received.model.stages(drawn["images"], upto=stage)}
         bank, index = drawn["bank"], drawn["index"]
         # The global encoder is frozen: with at least as many draws as images, encoding the whole bank once is cheaper.
-        if len(bank) <= received.samples * received.epochs:
+        if len(bank) <= received.samples * received.epochs and not normalises_by_batch(received.model):
             maps = received.round_cache.get("bank")
             if maps is None:
                 chunks = [np.arange(i, min(i + CHUNK, len(bank))) for i in range(0, len(bank), CHUNK)]

@@ -203,7 +203,10 @@ class Client(Node, Protocol):
         ...
 
     def statistics_fixed(self, phase: Phase) -> bool:
-        """Whether batch norm trains with the received statistics in this round (``--fix-statistics``)."""
+        """Whether batch norm trains with the statistics that it starts from in this round (``--fix-statistics``).
+
+        With ``--buffers local`` not in a client's first round, which has to measure some.
+        """
         ...
 
     def frozen(self, message: Message) -> Any:

@@ -344,10 +344,10 @@ class RunConfig:
                 "leave one of the two out."
             )
         kind = registry.get(self.method)
-        if self.buffers in ("local", "drop") and not kind.takes_buffers:
+        if self.buffers in ("local", "drop") and not kind(parsed).takes_buffers:
             raise UserError(
-                f"--buffers {self.buffers} is not for {self.method}, which keeps every client's running statistics: "
-                "leave it out."
+                f"--buffers {self.buffers} is not for {self.method} with these options, which keeps every client's "
+                "running statistics: leave it out."
             )
         if self.records is None:
             promised = kind.promises(parsed) or bool(self.dp_noise)

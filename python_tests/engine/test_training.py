@@ -308,6 +308,15 @@ def test_local_buffers_stay_with_their_client(make_data, make_config):
     assert not torch.equal(kept["buffers"], client.state["buffers_local"]["buffers"])
 
 
+def test_own_statistics_are_measured_before_they_are_fixed(make_data, make_config):
+    config = make_config(buffers="local", fix_statistics=0)
+    _, message, client, _ = one_client(config, make_data())
+    first = copy.deepcopy(client.state["buffers_local"])
+    assert first["integers"].tolist() == [5] * 3
+    FedAvg().client_update(client, Phase(1, "train", "update"), {"parameters": message["parameters"]})
+    assert torch.equal(client.state["buffers_local"]["buffers"], first["buffers"])
+
+
 def test_augmentation_changes_batches_and_is_reproducible(make_data, make_config, tmp_path):
     data = make_data()
     results = []

@@ -164,7 +164,8 @@ def test_threads_and_device_are_resolved():
     assert config.device in ("cpu", "cuda")
 
 
-def test_fusefl_keeps_every_clients_statistics():
-    assert RunConfig.make("fusefl", buffers="average").buffers == "average"
-    with pytest.raises(UserError, match="--buffers drop is not for fusefl, which keeps every client's running"):
-        RunConfig.make("fusefl", buffers="drop")
+@pytest.mark.parametrize(("method", "options"), [("fusefl", {}), ("local", {}), ("fedproto", {"networks": "personal"})])
+def test_who_keeps_every_clients_statistics(method, options):
+    assert RunConfig.make(method, options=options, buffers="average").buffers == "average"
+    with pytest.raises(UserError, match=f"--buffers drop is not for {method} with these options, which keeps every"):
+        RunConfig.make(method, options=options, buffers="drop")

@@ -36,6 +36,10 @@ class Local(Objective, Method):
     def needs(self) -> str:
         return "features"
 
+    @property
+    def takes_buffers(self) -> bool:
+        return False
+
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
             yield Round(participants="all", booked=False)

@@ -114,6 +114,10 @@ class FedProto(LocalTraining):
     def averages(self) -> bool:
         return bool(self.options.networks == "averaged")
 
+    @property
+    def takes_buffers(self) -> bool:
+        return self.averages
+
     def rounds(self, federation: Federation) -> Iterator[Round]:
         yield from super().rounds(federation)
         if self.options.networks == "personal":

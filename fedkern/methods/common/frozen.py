@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
 from fedkern.methods.protocol import Batch, Received
@@ -20,7 +21,8 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
     """``compute()`` without gradients, cached over the epochs of the exchange; one row per sample of the batch.
 
     If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows.  So
-    ``compute`` must be a frozen function of each sample.
+    ``compute`` must be a frozen function of each sample, where batch norm of the received network reads running
+    statistics.  Where there are none (``--buffers drop``), it runs for every batch.
 
     Args:
         name: cache key, unique within a loss.
@@ -33,11 +35,16 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
     if kept is not None and batch.epoch > 0:
         return kept.index_select(0, send(rows, kept.device))
     fresh = compute()
-    if received.epochs > 1 and not batch.augmented and batch.epoch == 0:
+    if received.epochs > 1 and not batch.augmented and batch.epoch == 0 and not normalises_by_batch(received.model):
         if kept is None:
             kept = received.round_cache[name] = fresh.new_empty(received.samples, *fresh.shape[1:])
         kept[send(rows, kept.device)] = fresh
     return fresh
+
+
+def normalises_by_batch(model: nn.Module) -> bool:
+    """Whether an output of a frozen network depends on the batch: a batch norm has no running statistics to read."""
+    return any(isinstance(layer, _BatchNorm) and layer.training for layer in model.modules())
 
 
 def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:

@@ -83,11 +83,14 @@ class FuseFL(Objective, Method):
         )
 
     one_shot = True
-    takes_buffers = False
 
     @property
     def needs(self) -> str:
         return "stages"
+
+    @property
+    def takes_buffers(self) -> bool:
+        return False
 
     # -- the plan --------------------------------------------------------------------------------------------------
 

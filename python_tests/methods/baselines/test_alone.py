@@ -32,7 +32,7 @@ def test_with_one_client_it_is_fedavg(method, make_data, tmp_path):
 
 def test_local_tells_the_mean_over_the_clients_own_networks(make_data, tmp_path):
     data = make_data()
-    summary = start("local", tmp_path, data, buffers="local")
+    summary = start("local", tmp_path, data)
     ensemble, about = read_model(tmp_path)
     assert len(ensemble.members) == 3
     device = torch.device("cpu")

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedkern import models
 from fedkern.engine.network import Network
@@ -18,10 +19,14 @@ def network(seed):
     return models.build("cnn", classes=3, channels=3, image_size=16, seed=seed, width=4)
 
 
-@pytest.mark.parametrize(("epochs", "augmented", "calls"), [(3, False, 2), (3, True, 6), (1, False, 2)])
-def test_rows_are_kept_over_epochs_where_images_stay_the_same(epochs, augmented, calls):
+@pytest.mark.parametrize(
+    ("epochs", "augmented", "statistics", "calls"),
+    [(3, False, True, 2), (3, True, True, 6), (1, False, True, 2), (3, False, False, 6)],
+)
+def test_rows_are_kept_over_epochs_where_they_stay_the_same(epochs, augmented, statistics, calls):
     values, asked = torch.randn(5, 2), []
-    received = types.SimpleNamespace(round_cache={}, samples=5, epochs=epochs)
+    model = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=statistics)).train(not statistics)
+    received = types.SimpleNamespace(round_cache={}, samples=5, epochs=epochs, model=model)
     for epoch in range(epochs):
         for rows in ([3, 1, 4], [0, 2]) if epoch == 0 else ([0, 4], [1, 2, 3]):
             rows = np.array(rows)
