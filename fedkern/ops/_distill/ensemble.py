@@ -87,7 +87,7 @@ def ensemble_kl(
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
     kernel = ready("ensemble_kl", *tensors)
     usual = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
-    if isinstance(class_mask, Tensor) and outlived(class_mask):
+    if usual and isinstance(class_mask, Tensor) and outlived(class_mask):
         usual = False
     if not usual or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
         check_stack("teachers", teachers)

@@ -298,6 +298,15 @@ def test_compile_without_graph_break_or_recompilation() -> None:
 # --- errors
 
 
+def test_compile_with_a_class_mask() -> None:
+    student, teachers, mask = logits(4, 5), logits(3, 4, 5, seed=1), torch.rand(3, 5) > 0.3
+    compiled = torch.compile(
+        lambda s, t, m: ops.ensemble_kl(s, t, temperature=2.0, class_mask=m), fullgraph=True, backend="aot_eager"
+    )
+    expected = ops.ensemble_kl(student, teachers, temperature=2.0, class_mask=mask)
+    torch.testing.assert_close(compiled(student, teachers, mask), expected)
+
+
 def test_wrong_arguments() -> None:
     good, teachers = torch.zeros(4, 5), torch.zeros(3, 4, 5)
     for match, error, arguments in [
