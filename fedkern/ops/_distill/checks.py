@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,6 +114,18 @@ def _check_kind(weights: Any, stack: Tensor) -> Tensor:
     return weights
 
 
+def _near_one(weights: Tensor) -> Tensor:
+    """fp64 ``weights [K, ...]`` over their largest of the K; others as they are.
+
+    Where the logits are fp32, weights are cast to fp32 before they are normalised.  A constant factor changes neither
+    shares nor their derivatives.
+    """
+    if weights.dtype is not torch.float64:
+        return weights
+    largest = weights.detach().amax(0)
+    return weights / torch.where((largest > 0) & (largest < math.inf), largest, 1)
+
+
 def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
     """Returns ``weights`` as ``[K, B, 1, *positions]``, or ``[K, B, C, *positions]`` where they differ by class."""
     weights = _check_kind(weights, teachers)
@@ -140,7 +153,7 @@ def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
             f"the teachers' {list(teachers.shape)}, but has {list(shape)}"
         )
     full = (*full, *[1] * (teachers.dim() - len(full)))
-    return weights.reshape(full).expand(count, batch, full[2], *positions)
+    return _near_one(weights).reshape(full).expand(count, batch, full[2], *positions)
 
 
 def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> Tensor:
@@ -153,6 +166,7 @@ def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> 
         raise ValueError(
             f"weights must have shape {list(rows[:1])}, {list(rows[:2])}{more}, but has {list(weights.shape)}"
         )
+    weights = _near_one(weights)
     if dims == 1 and ordinary and not weights.requires_grad:  # in one step: at 64 rows the time of two shows
         return weights.as_strided(rows, (weights.stride(0), *[0] * (len(rows) - 1)))
     return weights.reshape(*weights.shape, *[1] * (len(rows) - dims)).expand(rows)

@@ -28,7 +28,8 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         logits: ``[K, B, C]`` or ``[K, B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class
             of logit ``-inf`` has probability 0 and contributes nothing.
         weights: ``[K]``, ``[K, B]`` or ``[K, B, *positions]``, at least 0, floating or bool; default: equal.
-            Normalised over K for every row to W; 1/K where all are 0. A distribution of weight 0 has no effect,
+            Normalised over K for every row to W; 1/K where all are 0. The sum of float32 and 16-bit weights must be in
+            float32's range; float64 weights may have any scale. A distribution of weight 0 has no effect,
             whatever it holds, and its weight gets no gradient.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions; 0 for an empty batch).

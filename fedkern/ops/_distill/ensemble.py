@@ -54,7 +54,9 @@ def ensemble_kl(
         weights: ``[K]``, ``[K, B]``, ``[K, C]``, ``[K, B, C]``, ``[K, B, 1]`` or ``[K, 1, C]`` (or with the teachers'
             positions), at least 0, floating or bool; default: equal. Where B = C, ``[K, B]`` is refused, since it could
             be ``[K, C]``. Normalised over the teachers for every sample and class to W; 1/K where weights and mask
-            leave no teacher. A teacher of weight 0 has no effect, whatever it holds, and its weight gets no gradient.
+            leave no teacher. The sum of float32 and 16-bit weights must be in float32's range; of float64 weights,
+            against float32 logits, those 1e38 times below the largest count as 0. A teacher of weight 0 has no effect,
+            whatever it holds, and its weight gets no gradient.
         temperature: T > 0. ``math.inf`` is the exact limit: half the variance of mixed − student logits, over the
             classes that are finite in the student and in every teacher of positive weight there. Above 64 every
             backend takes the reference, in float64.
@@ -102,6 +104,7 @@ def ensemble_kl(
     if weights is not None:
         check_values(weights)
         short = usual and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
+        short = short and weights.dtype is not torch.float64
         if not short:
             weights = spread_weights(weights, teachers)
             tensors = (student, teachers, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,6 +52,28 @@ def test_every_shape_of_weights(backend: str) -> None:
         for i in range(3):
             one = ops.ensemble_kl(maps[..., i, 1], many[..., i, 1], spread[..., i, 1], 2.0, reduction="none")
             torch.testing.assert_close(got[:, i, 1], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-60, 1e-300, 5e-324, 1e38, 1.5e308])
+def test_float64_weights_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
+    """Their shares, and the gradients that these give to weights, are those of small numbers."""
+    student, teachers = logits(4, 5).to(dtype), logits(3, 4, 5, seed=1).to(dtype)
+    plain = torch.tensor([1.0, 0.0, 1.0] if scale > 1e308 or scale < 1e-320 else [1.0, 0.25, 0.5], dtype=torch.float64)
+
+    def check(loss: Callable[[Tensor], Tensor]) -> None:
+        for shape in ((3,), (3, 4)):
+            one = plain.reshape(3, *[1] * (len(shape) - 1)).expand(shape)
+            torch.testing.assert_close(loss(one * scale), loss(one), rtol=1e-6, atol=1e-7)
+            if 1e-200 < scale < 1e200:
+                leaf, unit = (one * scale).requires_grad_(), one.clone().requires_grad_()
+                given, wanted = torch.autograd.grad(loss(leaf), leaf)[0], torch.autograd.grad(loss(unit), unit)[0]
+                torch.testing.assert_close(given * scale, wanted, rtol=1e-4, atol=1e-6)
+
+    for how in HOWS:
+        check(lambda weights, how=how: ops.ensemble_kl(student, teachers, weights, 2.0, **how))
+    check(lambda weights: ops.js_div(teachers, weights))
+    check(lambda weights: sum(ops.consensus(teachers, weights)))
 
 
 def test_weights_that_could_mean_two_things() -> None:
