@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -140,6 +141,20 @@ def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | li
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         return weights.detach()
     return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
+
+
+@overload
+def near_one(weights: Tensor) -> Tensor: ...
+@overload
+def near_one(weights: Sequence[float]) -> list[float]: ...
+def near_one(weights: Weights) -> Weights:
+    """``weights`` times a power of two that brings the largest to about 1, so that sums and halves stay in range."""
+    if not isinstance(weights, Tensor):
+        exponent = math.frexp(max(weights))[1]
+        return [math.ldexp(weight, -exponent) for weight in weights]
+    wide = weights.double()
+    exponents = (wide.amax().view(torch.int64) >> 52) & 0x7FF  # with fp64's bias; the host reads nothing of a GPU
+    return wide * ((2046 - exponents).clamp_min(1) << 52).view(torch.float64)
 
 
 def check_call(

@@ -18,6 +18,7 @@ from fedkern.ops._aggregate.checks import (
     check_weights,
     count_of,
     eager,
+    near_one,
     rows_of,
     size_of,
 )
@@ -141,7 +142,8 @@ def geometric_median(
 
     Returns:
         ``[P]`` in the vectors' dtype.  NaN in a vector of positive weight makes the result NaN.  So does an infinity,
-        unless all vectors hold it in the same place.  There is no gradient.
+        unless all vectors hold it in the same place.  Where only one vector has a positive weight, that vector is the
+        result, whatever it holds.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -154,7 +156,8 @@ def geometric_median(
     if not isinstance(weights, Tensor):
         kernel = ready("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None and kernel.host and count_of(vectors) <= MOST_FROM_DISTANCES:
-        numbers = [1.0] * count_of(vectors) if weights is None else kernel.numbers(weights, count_of(vectors))
+        count = count_of(vectors)
+        numbers = [1.0] * count if weights is None else near_one(kernel.numbers(weights, count))
         return _median_from_distances(kernel, vectors, numbers, iterations, tolerance, smoothing)
     first, count = check_vectors(vectors)
     check_call("geometric_median", vectors, weights, first, count)
@@ -248,7 +251,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     count, device = len(vectors), vectors[0].device
     if weights.device.type == "cpu":
         check_weights(weights.detach(), count)
-    given = weights.to(device, torch.float64)
+    given = near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
     if kernel is PLAIN:
         return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
@@ -283,7 +286,8 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         settled = settled | (step <= tolerance * scale)
         if device.type == "cpu" and bool(settled):
             break
-    return _mean(vectors, current)
+    alone = used.sum() == 1  # a vector with NaN is at no distance from itself
+    return _mean(vectors, torch.where(alone, used.double(), current))
 
 
 def _median_from_distances(

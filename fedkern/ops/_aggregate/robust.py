@@ -15,6 +15,7 @@ from fedkern.ops._aggregate.checks import (
     count_of,
     eager,
     kernel_weights,
+    near_one,
     rows_of,
 )
 from fedkern.ops._aggregate.kernels import AggregateKernels
@@ -123,7 +124,7 @@ def _sorted_mean_implementation(
 
 
 def _weighted_median_implementation(vectors: Vectors, weights: Tensor | Sequence[float]) -> Tensor:
-    return select(vectors).weighted_median(vectors, kernel_weights(weights, len(vectors)))
+    return select(vectors).weighted_median(vectors, near_one(kernel_weights(weights, len(vectors))))
 
 
 _sorted_mean_operator = library.register(

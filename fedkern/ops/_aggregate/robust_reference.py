@@ -99,6 +99,8 @@ def geometric_median_reference(
     wide = torch.stack([vector.double() for vector in vectors])
     given = as_weights([1.0] * len(wide) if weights is None else weights, wide)
     wide, given = wide[given > 0], given[given > 0]
+    if len(wide) == 1:
+        return wide[0].to(vectors[0].dtype)
     shares = given / given.sum()
     if iterations:
         if len(vectors) <= MOST_FROM_DISTANCES:

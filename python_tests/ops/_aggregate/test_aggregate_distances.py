@@ -136,6 +136,26 @@ def test_geometric_median_of_few_weights_and_equal_vectors(backend: str, far: fl
     torch.testing.assert_close(geometric_median([attack] + [vectors[0]] * 9), vectors[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [2.0**1006, 2.0**-1060, 2.0**60])
+@pytest.mark.parametrize("count", [3, 130])
+def test_geometric_median_of_weights_of_any_scale(backend: str, scale: float, count: int) -> None:
+    vectors, weights = make_vectors(count, 20, torch.float32), [float(1 + k % 3) for k in range(count)]
+    wanted = geometric_median(vectors, weights)
+    assert not wanted.isnan().any()
+    scaled = [weight * scale for weight in weights]
+    assert torch.equal(geometric_median(vectors, scaled), wanted)
+    assert torch.equal(geometric_median(vectors, torch.tensor(scaled, dtype=torch.float64)), wanted)
+
+
+@pytest.mark.parametrize("count", [1, 3, 130])
+def test_geometric_median_of_one_vector_is_that_vector(backend: str, count: int) -> None:
+    vectors = make_vectors(count, 20, torch.float32)
+    vectors[-1][:2] = torch.tensor([math.nan, math.inf])
+    given = geometric_median(vectors, [0.0] * (count - 1) + [2.0])
+    assert torch.equal(given[1:], vectors[-1][1:])
+    assert bool(given[0].isnan())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_strides_and_offsets(backend: str, dtype: torch.dtype) -> None:
     vectors = make_vectors(7, 143, dtype)

@@ -151,12 +151,18 @@ def test_order_of_clients_does_not_matter(backend: str) -> None:
         close(trimmed_mean(shuffled, 2), wanted[2].double())
 
 
-@pytest.mark.parametrize("weight", [0.1, 1 / 3, 1e-300, 7e200])
+@pytest.mark.parametrize("weight", [0.1, 1 / 3, 1e-300, 7e200, 1e-323, 1e306])
 def test_equal_weights_give_the_plain_median(backend: str, weight: float) -> None:
     """Ten times 0.1 is not 1 in floating point: half of the weight is half of it all the same."""
     for count in (2, 6, 10, 20, 33):
         vectors = make_vectors(count, 40, torch.float64)
         assert torch.equal(median(vectors, [weight] * count), median(vectors))
+
+
+def test_the_smallest_weight_is_a_weight(backend: str) -> None:
+    vectors = make_vectors(3, 40, torch.float64)
+    for weights in ([0.0, 5e-324, 0.0], torch.tensor([0.0, 5e-324, 0.0], dtype=torch.float64)):
+        assert torch.equal(median(vectors, weights), vectors[1])
 
 
 def test_integer_weights_repeat_a_vector(backend: str) -> None:
