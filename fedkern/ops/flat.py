@@ -89,11 +89,11 @@ class FlatParameters:
     Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
     Operations that replace a module's tensors or layers unflatten the module: ``.to(dtype)``, ``.to(device)``,
-    ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``, ``p.data = ...``.  So does
-    freezing or unfreezing single parameters (not a whole module that was trained or frozen as a whole).  From then on
-    every attribute and method here that reads or writes values raises RuntimeError, until :meth:`flatten` has
-    flattened the module again; :attr:`is_flat` and :meth:`check` tell.  Vectors read before are the module's no longer.
-    Under torch.compile nothing is checked.  ``copy.deepcopy`` of the module alone gives an ordinary module,
+    ``.to(memory_format=...)``, ``load_state_dict(assign=True)``, ``p.data = ...``.  So does freezing or unfreezing
+    single parameters (not a whole module that was trained or frozen as a whole).  From then on every attribute and
+    method here that reads or writes values raises RuntimeError, until :meth:`flatten` has flattened the module
+    again; :attr:`is_flat` and :meth:`check` tell.  Vectors read before are the module's no longer.  Under
+    torch.compile nothing is checked.  ``copy.deepcopy`` of the module alone gives an ordinary module,
     ``copy.deepcopy`` of the FlatParameters copies the module with it and flattens the copy.
 
     Writing to the vectors with torch operations changes the module at once, but autograd cannot see the change.  Call
@@ -188,7 +188,7 @@ class FlatParameters:
         return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
     def load(self, vector: Tensor) -> None:
-        """Copies ``vector [N]`` (any floating dtype, device or stride) into the module.
+        """Copies ``vector [N]`` (any floating dtype, device or stride; complex for a complex module) into the module.
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
@@ -291,7 +291,9 @@ class FlatParameters:
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Returns name → view into ``vector [N]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
 
-        Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.
+        Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.  Where ``vector``
+        requires grad and the module has batch norm, give it ``[P]``: torch refuses running statistics that require
+        grad.
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
@@ -304,7 +306,7 @@ class FlatParameters:
         total, parameters = group.vector.numel(), group.parameters.numel()
         if vector.shape not in ((total,), (parameters,)):
             raise ValueError(f"vector must have shape [{total}] or [{parameters}], not {list(vector.shape)}")
-        (slots,) = self._slots.values()
+        slots = next(iter(self._slots.values()), [])
         inside = [slot for slot in slots if slot.offset + slot.tensor.numel() <= len(vector)]
         return {slot.name: _shaped(vector[slot.offset : slot.offset + slot.tensor.numel()], slot) for slot in inside}
 
@@ -411,7 +413,9 @@ class FlatParameters:
         return next(iter(self._groups.values()))
 
     def _load(self, vector: Tensor, target: Tensor, name: str) -> None:
-        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        if not isinstance(vector, Tensor) or not (
+            vector.is_floating_point() or (vector.is_complex() and target.is_complex())
+        ):
             given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"{name} must be a floating-point tensor, not {given}")
         _check_values(vector, name)

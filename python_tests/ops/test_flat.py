@@ -369,6 +369,7 @@ def test_compiled_module() -> None:
 def test_awkward_modules() -> None:
     assert FlatParameters(nn.ReLU()).vector.numel() == 0
     assert FlatParameters(nn.ReLU()).integers.numel() == 0
+    assert FlatParameters(nn.ReLU()).views(torch.empty(0)) == {}
     empty = nn.Linear(3, 0)
     assert FlatParameters(empty).vector.numel() == 0
     expanded = nn.Module()
@@ -383,6 +384,17 @@ def test_awkward_modules() -> None:
     assert flat.vector.numel() == 4
     flat.vector.fill_(2)
     assert torch.equal(aliased.a, aliased.b)
+
+
+def test_a_complex_module() -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.randn(2, 3, dtype=torch.complex64))
+    flat, values = FlatParameters(module), torch.arange(6) * (1 + 2j)
+    flat.load(values)
+    assert torch.equal(module.w, values.reshape(2, 3))
+    assert torch.equal(flat.views(values)["w"], module.w)
+    with pytest.raises(TypeError, match=r"vector must be a floating-point tensor, not torch\.complex64"):
+        FlatParameters(nn.Linear(2, 2)).load(values)
 
 
 @pytest.mark.parametrize(
