@@ -221,6 +221,9 @@ def forced_backend() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Forces one backend within a ``with`` block, for all threads of the process.
 
+    The end of a block brings back what held at its beginning.  So blocks may be nested, but those of several threads
+    must not overlap: where the one that began first ends first, the other leaves its backend forced for good.
+
     Args:
         name: "reference", "cpu", "triton" or "cuda".  None lifts an outer ``use_backend``, so that ``FEDKERN_BACKEND``
             or the free choice hold again.
@@ -260,7 +263,9 @@ def observed() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Forces one ISA level of the CPU core within a ``with`` block.
+    """Forces one ISA level of the CPU core within a ``with`` block, for all threads of the process.
+
+    As with :func:`use_backend`, blocks of several threads must not overlap.
 
     Args:
         name: "portable", "avx2" or "avx512".
@@ -284,8 +289,10 @@ def use_isa(name: str) -> Iterator[None]:
 def trust_fork() -> None:
     """Lets the CPU core use threads in this forked process; its parent must never have used OpenMP threads.
 
-    Without this call a forked process computes on one thread: OpenMP threads do not survive a fork, and a parallel
-    region would wait for them.
+    Without this call the core computes on one thread in a forked process: OpenMP threads do not survive a fork, and a
+    parallel region would wait for them.  torch's own operators do wait, and hang.  Some operators here rest on them:
+    ``contrastive``, losses at temperatures above 64, and whatever the reference serves.  Call
+    ``torch.set_num_threads(1)`` in the forked process before these.
     """
     with contextlib.suppress(Unavailable):
         cpu_core().trust_fork()
