@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -122,8 +123,9 @@ def _near_one(weights: Tensor) -> Tensor:
     """
     if weights.dtype is not torch.float64:
         return weights
-    largest = weights.detach().amax(0)
-    return weights / torch.where((largest > 0) & (largest < math.inf), largest, 1)
+    with torch_alone() if eager(weights) else contextlib.nullcontext():
+        largest = weights.detach().amax(0)
+        return weights / torch.where((largest > 0) & (largest < math.inf), largest, 1)
 
 
 def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
