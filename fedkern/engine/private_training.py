@@ -17,6 +17,7 @@ from fedkern.models.precision import computing
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import (
     check_network,
+    check_rows,
     empty_batch,
     generator_of,
     keep_finite,
@@ -51,7 +52,7 @@ def train_privately(
     mean: a sample's gradient is larger where fewer pixels of the other samples are known.
 
     Raises:
-        UserError: the network has no per-sample gradients, or opacus is not installed.
+        UserError: the network has no gradient per sample, or opacus is not installed.
         Diverged: a parameter is NaN or infinite at the end.  A loss that is not finite on the way raises nothing: the
             fact, and its batch, would tell of the samples, while the parameters are differentially private.
     """
@@ -100,6 +101,7 @@ def train_privately(
                 result = method.loss(module, batch, received)
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()
+                check_rows(module, len(drawn))
                 keep_finite(module)
                 if spending.patients is not None:
                     sum_patients(module, spending.patients[drawn])

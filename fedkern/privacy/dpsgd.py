@@ -17,6 +17,8 @@ from fedkern.errors import UserError
 from fedkern.extras import needed
 
 WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
+OF_OPACUS = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
+"""Layers of which opacus takes no gradients per sample: it has its own, opacus.layers.DPLSTM and so on."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def check_network(module: nn.Module, name: str) -> None:
     """Checks that a network, which the user calls ``name``, has per-sample gradients.
 
     Raises:
-        UserError: the network has batch norm or other layers that keep statistics, or opacus is not installed.
+        UserError: the network has batch norm or other layers that keep statistics, or layers that opacus has instead
+            of torch's, or opacus is not installed.
     """
     opacus = need_opacus()
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
@@ -59,6 +62,13 @@ def check_network(module: nn.Module, name: str) -> None:
             f"DP-SGD needs samples that do not look at each other, but {name} has batch norm: choose one with group "
             f"norm, {WAY_OUT}."
         )
+    for layer in module.modules():
+        if type(layer) in OF_OPACUS:
+            kind = type(layer).__name__
+            raise UserError(
+                f"DP-SGD cannot take the gradient of each sample in {name}, which has nn.{kind}: use "
+                f"opacus.layers.DP{kind} in its place, or choose a network {WAY_OUT}."
+            )
     try:
         opacus.GradSampleModule.validate(module, strict=True)
     except NotImplementedError:
@@ -165,6 +175,23 @@ def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bo
 
 def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(x.contiguous() for x in inputs)
+
+
+def check_rows(module: nn.Module, samples: int) -> None:
+    """Checks that every parameter got one gradient per sample, after the backward pass of a batch of ``samples``.
+
+    Raises:
+        UserError: it did not.  A network that folds patches into the batch axis gives one per patch: each of them is
+            clipped by itself, so that the norm of the sample's gradient is not bounded.
+    """
+    for name, parameter in module.named_parameters():
+        rows = getattr(parameter, "grad_sample", None)
+        if parameter.requires_grad and not (isinstance(rows, torch.Tensor) and len(rows) == samples):
+            raise UserError(
+                f"DP-SGD clips the gradient of each sample, but the parameter {name} of the network does not have one "
+                "per sample: keep one row per sample on the first axis of what every layer takes, and use every layer, "
+                "or train without teacher_dp."
+            )
 
 
 def keep_finite(module: nn.Module) -> None:

@@ -300,6 +300,57 @@ def test_a_network_with_batch_norm_is_refused_in_one_sentence(data):
     check_network(network(), "cnn-gn")
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.MultiheadAttention])
+def test_a_layer_that_opacus_has_in_its_own_form_is_named(kind):
+    with pytest.raises(UserError, match=rf"mine, which has nn\.{kind.__name__}: use opacus\.layers\.DP"):
+        check_network(nn.Sequential(kind(4, 4), nn.Linear(4, 3)), "mine")
+
+
+class Patches(nn.Module):
+    """Classifies the quarters of an image, each in its own row of the batch, and takes the mean of their logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(48, 3)
+
+    def forward(self, images):
+        quarters = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
+        return self.fc(quarters.reshape(-1, 48)).view(len(images), 4, 3).mean(1)
+
+
+class Positions(nn.Module):
+    """Adds a position's embedding, of one row for the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Embedding(64, 3)
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, images):
+        return self.fc((images.flatten(2).transpose(1, 2) + self.position(torch.arange(64)[None])).mean(1))
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.idle = nn.Linear(192, 3), nn.Linear(2, 2)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter"), [(Patches, "fc.weight"), (Positions, "position.weight"), (Idle, "idle.weight")]
+)
+def test_a_parameter_without_one_gradient_per_sample_ends_the_training_before_a_step(data, kind, parameter):
+    """A sample's patches would each be clipped by itself, and the sample counts for as many times the norm."""
+    module = kind()
+    start = vector(module)
+    with pytest.raises(UserError, match=f"the parameter {parameter} of the network does not have one per sample"):
+        train(module, data, noise=1.0)
+    assert torch.equal(vector(module), start)
+
+
 class Buffered(nn.Module):
     def __init__(self):
         super().__init__()
