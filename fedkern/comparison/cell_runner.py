@@ -18,6 +18,8 @@ from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.data import FederatedData
 from fedkern.engine import own_model
 from fedkern.engine.run import run
+from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
@@ -90,7 +92,8 @@ class Runner:
             folder = self.folder(cell)
             if (folder / SETTINGS).exists():
                 self._stored(cell)
-                self.begun.append((folder, RunConfig.load(folder, trusted=self._trusted(cell), device="cpu")))
+                before = RunConfig.load(folder, trusted=self._trusted(cell), device="cpu")
+                self.begun.append((folder, with_identity(before, newest(folder))))
             elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
         return found

@@ -12,7 +12,7 @@ from typing import Any
 from fedkern.comparison.cells import word
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.resuming import check_unedited
+from fedkern.engine.store.resuming import check_unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
 from fedkern.methods.common.figure_names import split_metric
@@ -87,7 +87,7 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
         raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
     if (entry := newest(path)) is not None:
         check_unedited(config, entry, path)
-    return FoundRun(path, config, summary, read_metrics(path))
+    return FoundRun(path, with_identity(config, entry), summary, read_metrics(path))
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[FoundRun]:

@@ -51,7 +51,15 @@ from fedkern.engine.store.artifacts import Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.releases import Releases
-from fedkern.engine.store.resuming import changes, check_kernels, check_same, check_unedited, facts_of, repairs
+from fedkern.engine.store.resuming import (
+    changes,
+    check_kernels,
+    check_same,
+    check_unedited,
+    facts_of,
+    repairs,
+    with_identity,
+)
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
 from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.timing import Timing
@@ -164,6 +172,7 @@ def _run(
         stored.check_code(out, trusted)
         own_model.check_given(stored, model, out)
     else:
+        entry = None
         check_vacant(out)
     keep_freed_memory()
     with (
@@ -172,13 +181,16 @@ def _run(
     ):  # fmt: skip
         known = data is None or elsewhere is None
         if data is None:
-            data = load_data(config, notice=listener.on_notice, identify=not resume)
+            data = load_data(config, notice=listener.on_notice, identify=entry is None)
             config, identity = decided(config, data), data.identity
         else:
-            identity = of_memory(data) if known and not resume else data.identity
+            identity = of_memory(data) if known and entry is None else data.identity
         config = effective(config, data)
         data = kept_data(config, data)
-        config = config.replace(identity=stored.identity if resume else {**identity, **files_identity(config)})
+        if entry is None:
+            config = config.replace(identity={**identity, **files_identity(config)})
+        else:
+            config = with_identity(config, entry)
         if resume:
             _compare(config, stored, out)
         check_data(config, data)
@@ -188,8 +200,9 @@ def _run(
         if check is not None:
             check(config)
         context = RunContext(config, data, listener.on_notice)
-        begun = resume and entry is not None
-        prepared = prepare(config, context, known=known, begun=begun, profile=profile, predictions=predictions)
+        prepared = prepare(
+            config, context, known=known, begun=entry is not None, profile=profile, predictions=predictions
+        )
         with (
             writing(out, fresh=not resume) as alone,
             closing(listener),

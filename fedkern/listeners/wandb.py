@@ -84,7 +84,7 @@ class WandB(Listener):
                 entity=entity or None,
                 name=Path(run.out).name,
                 dir=str(run.out),
-                config=run.config.to_dict(),
+                config=run.config.to_publish(),
                 settings=settings,
             )
         except self._wandb.Error as error:

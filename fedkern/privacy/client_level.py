@@ -90,7 +90,7 @@ class ClientGuarantee(Guarantee):
     planned: float = math.inf
     rounds: int = 0
 
-    public: ClassVar[str] = "what the server sends, model.safetensors, the records and the pictures"
+    public: ClassVar[str] = "what the server sends and the run folder without checkpoints/"
     part: ClassVar[str] = "a part of what is released"
 
     @property

@@ -13,8 +13,8 @@ from fedkern.privacy.unit import IMAGE, Unit
 LEDGER = "privacy"
 """Key in a client's state of the ledger of its releases (an ``Accountant``'s ``state``), which the engine reads."""
 
-PUBLIC = "what the server receives, model.safetensors, the records and the pictures"
-"""The files that may leave the clients, which an epsilon is about; checkpoints/ holds all the rest of a run."""
+PUBLIC = "what the server receives and the run folder without checkpoints/"
+"""What may leave the clients, which an epsilon is about; checkpoints/ holds all the rest of a run."""
 
 EPSILON, PART = "epsilon", "epsilon_covered"
 """Names of the figure: where it covers everything that the clients release, and where it covers a part."""

@@ -549,9 +549,19 @@ class RunConfig:
         table["identity"] = dict(self.identity) or None
         return {name: value for name, value in table.items() if value is not None}
 
+    def to_publish(self) -> dict[str, Any]:
+        """What may be published of :meth:`to_dict`: with private records, hashes and sizes of data are left out.
+
+        Whoever guesses the last unknown label could otherwise check the guess.  Checkpoints keep them.
+        """
+        table = self.to_dict()
+        if self.records == "private":
+            table["identity"] = {name: text for name, text in self.identity.items() if name == "version"}
+        return {name: value for name, value in table.items() if name != "identity" or value}
+
     def to_toml(self) -> str:
-        """TOML text that :meth:`table` turns into the same settings."""
-        return toml.dumps(self.to_dict())
+        """TOML text, for ``config.toml``, of the settings that :meth:`to_publish` tells; :meth:`table` reads it."""
+        return toml.dumps(self.to_publish())
 
     @classmethod
     def table(cls, text: str, *, source: str = NAME) -> dict[str, Any]:

@@ -97,6 +97,17 @@ def test_folders_of_runs_on_different_data_are_refused(kind, second):
     assert not Path("c").exists()
 
 
+def test_private_runs_are_told_apart_by_their_checkpoints_alone():
+    for seed in (0, 1):
+        fedkern.simulate(
+            "fedavg", out=f"a{seed}", seed=seed, data=arrays(seed), pictures=False, records="private", **TINY
+        )
+    with pytest.raises(UserError, match=r"a0 and a1 were made with different data \(.*images.*\)"):
+        fedkern.compare(["a0", "a1"], out="c")
+    shutil.rmtree("a0/checkpoints")
+    assert [row["seeds"] for row in fedkern.compare(["a0", "a1"], out="c").table] == [2]
+
+
 @pytest.mark.parametrize("kind", ["folder", "csv", "arrays"])
 def test_equal_data_elsewhere_are_the_same(kind):
     for seed in (0, 1):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from fedkern.data.identity import of_memory
 from fedkern.downstream import membership_attack
 from fedkern.engine.run import run
+from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
@@ -22,6 +24,7 @@ from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.report.pictures import write_pictures
 from fedkern.report.progress import Live
+from fedkern.report.run_page import write_report
 from fedkern.report.tables import final_table
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
@@ -274,6 +277,27 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
         assert membership_attack.place(out) == (inside if records == "private" else out / "attack.json")
         assert json.loads(membership_attack.place(out).read_text())["auc"] == found["auc"]
     assert not (tmp_path / "private" / "attack.json").exists()
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, make_data, make_config, tmp_path):
+    """Also of a run that is interrupted in its first round, before there is a checkpoint, or in its second."""
+    from interrupted import Kill, KillAt
+
+    data, out = make_data(two_tests=False), tmp_path / "run"
+    found = of_memory(data)
+    run(make_config("fedavg", rounds=1, records="all"), out=tmp_path / "all", data=data)
+    assert found["labels"] in (tmp_path / "all" / "config.toml").read_text()
+    config = make_config("fedavg", rounds=2, records="private")
+    with pytest.raises(Kill):
+        run(config, out=out, data=data, listener=KillAt("round-start", round=cut))
+    run(RunConfig.load(out), out=out, data=data, resume=True)
+    write_report(out, data=data)
+    assert RunConfig.load(out).identity.keys() == {"version"}
+    for path in (path for path in out.rglob("*") if path.is_file() and "checkpoints" not in path.parts):
+        content = path.read_bytes()
+        assert not [name for name, text in found.items() if text.encode() in content], path
+    assert newest(out)["info"]["config"]["identity"].items() >= found.items()
 
 
 @needs_accounting

@@ -111,6 +111,7 @@ def test_private_records_tell_it_what_they_tell_anybody(wandb, tmp_path):
     assert not [tag for _, row in only.rows for tag in row if tag.startswith("clients/")]
     assert only.given["settings"]["x_disable_stats"]
     assert only.given["settings"]["x_disable_meta"]
+    assert only.given["config"]["identity"].keys() == {"version"}
 
 
 def test_mistakes_are_said_and_leave_nothing(wandb, tmp_path, monkeypatch):

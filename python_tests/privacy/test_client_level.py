@@ -79,8 +79,8 @@ def test_numbers_of_a_draw_are_checked():
 def test_what_the_guarantee_says():
     said = ClientGuarantee(DELTA, {"networks": "the networks"}, conditions=("this is so",), planned=3.0, rounds=20)
     assert said.statement(2.0) == (
-        "Epsilon 2 at delta 1e-05, when the whole data set of one client is replaced, is of what the server sends, "
-        "model.safetensors, the records and the pictures while this is so; it covers the networks."
+        "Epsilon 2 at delta 1e-05, when the whole data set of one client is replaced, is of what the server sends "
+        "and the run folder without checkpoints/ while this is so; it covers the networks."
     )
     assert covering(said.to_dict()) == (
         "epsilon 3 at delta 1e-05 after 20 rounds covers everything that the server releases: networks"

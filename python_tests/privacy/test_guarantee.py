@@ -14,7 +14,7 @@ def test_a_finite_figure_is_said_to_rest_on_its_conditions():
     said = Guarantee(1e-5, {"noise": "the noise"}, follows="the model")
     assert said.statement(8.0) == (
         "Epsilon 8 at delta 1e-05, the largest of any client when one of its images is replaced, is of what the "
-        "server receives, model.safetensors, the records and the pictures while the run's seed stays secret; it covers "
+        "server receives and the run folder without checkpoints/ while the run's seed stays secret; it covers "
         "the noise and so the model."
     )
     assert "seed" not in said.statement(math.inf)

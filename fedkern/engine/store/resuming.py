@@ -54,6 +54,14 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         )
 
 
+def with_identity(config: RunConfig, entry: Mapping[str, Any] | None) -> RunConfig:
+    """The settings in config.toml with all that the run found in data and files, also where its records are private.
+
+    ``entry`` is the newest checkpoint; without one, the settings are returned as they are.
+    """
+    return config if entry is None else config.replace(identity=entry["info"]["config"].get("identity", {}))
+
+
 def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[str, Any]:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     names = {"clients": data.client_names or (), "classes": data.classes}
