@@ -197,7 +197,8 @@ class Runner:
 def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
     """The best variant of every method, by the main figure on the validation set of one seed's runs.
 
-    Test figures choose nothing.  Of equally good variants the first is taken, a failed one never.
+    Test figures choose nothing.  Of equally good variants the first is taken, one that failed never, nor one whose
+    figure is NaN.
 
     Returns:
         A variant for every method with a finished run, and a sentence for every method that had a choice.
@@ -212,6 +213,8 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
     def score(cell: Cell, run: FoundRun) -> None:
         wanted = {f"validation_{each}" for each in MAIN_FIGURES}
         found = {name: value for name, value in run.metrics.items() if name in wanted}
+        if not found and wanted & run.summary["metrics"].keys():
+            return  # it is NaN, and such a variant is never chosen
         if not found:
             raise UserError(
                 f"--select validation needs a figure on a validation set, and the run in {run.folder} tells none: "

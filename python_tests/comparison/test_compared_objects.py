@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_a_class_and_a_sweep_with_a_choice():
     assert [row["group"] for row in both.table] == ["Slow lr=0.1 share=0.5", "fedavg lr=0.1"]
     runs = fedkern.compare(["y/Slow_lr=0.1_share=0.5_seed=3", "y/fedavg_lr=0.1_seed=3"], out="z", progress=False)
     assert [row["group"] for row in runs.table] == ["Slow", "fedavg"]
+
+
+class Blind(Slow):
+    """Without a figure where the server goes half of the way, as if logits had overflowed there."""
+
+    def evaluate(self, model, data):
+        return {**super().evaluate(model, data), **({"accuracy": math.nan} if self.options.share == 0.5 else {})}
+
+
+def test_a_setting_whose_figure_is_nan_is_not_chosen():
+    found = fedkern.compare(Blind, seeds=[3], sweep={"share": [0.5, 1.0]}, select="validation", out="x", **TINY)
+    assert [row["group"] for row in found.table] == ["Blind share=1"]
 
 
 class Other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,8 +96,8 @@ class Patience(Part):
         if not record.due:
             return None
         figure, value = self._main(self._context.disclosure.told(record.entries))
-        if self._best and not value > self._best["value"]:
-            self._without += 1
+        if not value > self._best.get("value", -math.inf):  # NaN is never the best
+            self._without += bool(self._best)
             return self._stop()
         name = next(name for name in BEST_SO_FAR if name != self._kept)
         network = self._hooks.network()

@@ -44,14 +44,14 @@ def areas(scores: Tensor, labels: Tensor) -> Tensor:
     """The area under the ROC curve of every label, fp64 ``[L]``; NaN where all images have the label, or none has.
 
     Args:
-        scores: ``[n, L]``, larger where a label is more likely; ties count one half.
+        scores: ``[n, L]``, larger where a label is more likely; ties count one half.  A label with a NaN has no area.
         labels: 0 and 1, ``[n, L]``.
     """
     found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):
         own = labels[:, column].bool()
         positive, negative = int(own.sum()), int((~own).sum())
-        if positive and negative:
+        if positive and negative and not bool(scores[:, column].isnan().any()):
             ranks = mean_ranks(scores[:, column])
             found[column] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
     return found

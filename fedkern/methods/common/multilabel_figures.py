@@ -40,7 +40,7 @@ def multilabel(model: nn.Module, data: Any) -> dict[str, float]:
 
 
 def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Figures over all labels; one that is not defined for any label is left out.
+    """Figures over all labels; one that is not defined for any label is left out.  All are NaN where a logit is.
 
     Args:
         logits: ``[n, L]``; a label is predicted where its logit is above 0, a probability above one half.
@@ -60,6 +60,8 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "macro_f1": float(f1[true.any(0)].mean()),  # NaN without a label that occurs
         "exact_match": float((predicted == true).all(1).double().mean()),
     }
+    if bool(logits.isnan().any()):  # no label is predicted then, which would be right for many images
+        return dict.fromkeys(found, math.nan)
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
@@ -69,13 +71,13 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
     It is the sum over thresholds of precision times the gain in recall; images with equal scores share a threshold.
 
     Args:
-        scores: ``[n, L]``, larger where a label is more likely.
+        scores: ``[n, L]``, larger where a label is more likely.  A label with a NaN has no average precision.
         labels: 0 and 1, ``[n, L]``.
     """
     found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):
         own = labels[:, column].double()
-        if not bool(own.any()):
+        if not bool(own.any()) or bool(scores[:, column].isnan().any()):
             continue
         values, place = torch.unique(scores[:, column], return_inverse=True)
         hits = torch.bincount(place, weights=own, minlength=len(values)).flip(0)  # from the highest score down

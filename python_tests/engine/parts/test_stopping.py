@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from interrupted import Kill, KillAt, outcome
 from safetensors.torch import load_file
 
 from fedkern.engine.parts.base import Record
-from fedkern.engine.parts.stopping import StopAt
+from fedkern.engine.parts.stopping import Patience, StopAt
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
@@ -90,6 +91,13 @@ def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     assert f"It ended before its 12 rounds were over: {summary['stopped']['reason']}." in headline(
         read(tmp_path / "patient", data=data)
     )
+
+
+def test_a_round_whose_figure_is_nan_is_never_the_best(data, make_config, tmp_path, monkeypatch):
+    values = iter([math.nan, 0.5, math.nan, math.nan])
+    monkeypatch.setattr(Patience, "_main", lambda self, told: ("validation_accuracy", next(values)))
+    summary = run(patient(make_config), out=tmp_path, data=data)
+    assert (summary["rounds"], summary["best"]["round"], summary["best"]["value"]) == (4, 2, 0.5)
 
 
 @pytest.mark.sampled(2)

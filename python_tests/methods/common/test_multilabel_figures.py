@@ -84,6 +84,19 @@ def test_figures_leave_out_labels_without_a_definition():
     assert "macro_auroc" not in of_labels.label_figures(scores[:1], labels[:1])
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+def test_no_figure_follows_from_logits_that_are_nan(order):
+    """Whatever the order of the images, by which NaNs would be ranked."""
+    scores = torch.full((4, 2), math.nan)
+    scores[:, 1] = torch.tensor([1.0, 2.0, math.inf, -math.inf])
+    labels = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]], dtype=torch.uint8)[order]
+    for found in (areas(scores, labels), of_labels.average_precisions(scores, labels)):
+        assert found.isnan().tolist() == [True, False]
+    figures = of_labels.label_figures(scores, labels)
+    assert figures.keys() == {"macro_auroc", "mean_average_precision", "macro_f1", "exact_match"}
+    assert all(map(math.isnan, figures.values()))
+
+
 def test_a_network_is_asked_batch_by_batch():
     scores, labels = drawn()
     kept = []
