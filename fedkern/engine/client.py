@@ -181,11 +181,12 @@ class Client(Node):
         spending: DPSGD,
         *,
         rows: np.ndarray | None = None,
+        lr_end: float | None = None,
     ) -> dict[str, float]:
         limit = self._context.config.local_steps
         epochs = self._epochs(limit, declared(self.samples, rows, spending))
-        received, schedule = self._received(phase, {}, epochs, None), self._schedule(phase, epochs, limit)
-        data = self._context.client_data(self.id)
+        received = self._received(phase, {}, epochs, None)
+        data, schedule = self._context.client_data(self.id), replace(self._schedule(phase, epochs, limit), end=lr_end)
         figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures

@@ -262,8 +262,11 @@ class Client(Node, Protocol):
         spending: DPSGD,
         *,
         rows: np.ndarray | None = None,
+        lr_end: float | None = None,
     ) -> dict[str, float]:
         """Like :meth:`fit`, with DP-SGD on the samples at ``rows``; books the release in the client's privacy ledger.
+
+        The clipping norm of ``spending`` takes the place of the run's ``clip_norm``.
 
         ``method.loss`` gets batches with ``per_sample`` set, and must be a mean over independent per-sample losses.
 

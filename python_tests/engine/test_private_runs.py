@@ -35,6 +35,20 @@ def bits(monkeypatch):
     return drawn
 
 
+def test_private_teachers_follow_their_cosine(make_data, make_config, tmp_path):
+    """And have a clipping norm of their own."""
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    data, options, found = make_data(two_tests=False), {**SMALL, **SEEDED, "teacher_dp": True}, []
+    for more, clip_norm in (({}, 0.0), ({}, 1e-6), ({"teacher_lr_end": 1e-9}, 0.0)):
+        config = make_config(
+            "fediod", model="cnn-gn", width=4, rounds=1, local_epochs=2, clip_norm=clip_norm, options=options | more,
+            grad_cam=0,
+        )  # fmt: skip
+        run(config, out=tmp_path / str(len(found)), data=data)
+        found.append((tmp_path / str(len(found)) / "model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("noise", ["secret", "seed"])
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])

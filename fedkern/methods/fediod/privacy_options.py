@@ -54,8 +54,9 @@ class PrivacyOptions(Options):
     )  # fmt: skip
     teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that their logits and gradients are covered")
     teacher_clip: float = option(
-        1.0, "clipping norm of a sample's gradient in DP-SGD (of the sum of a patient's gradients)", above=0
-    )
+        1.0, "clipping norm of a sample's gradient in DP-SGD (of the sum of a patient's gradients), in place of "
+        "--clip-norm", above=0,
+    )  # fmt: skip
     teacher_sigma: float = option(
         1.0, "noise of DP-SGD, in multiples of teacher_clip, where epsilon is not given", low=0
     )

@@ -347,5 +347,5 @@ def train_teacher(
 
     patients, images = client.patients, client.unit.images
     spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
-    client.fit_privately(method, phase, module, spending, rows=rows)
+    client.fit_privately(method, phase, module, spending, rows=rows, lr_end=options.teacher_lr_end)
     return True

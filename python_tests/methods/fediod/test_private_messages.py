@@ -209,7 +209,7 @@ def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
     seen = []
 
     class Training(Client):
-        def fit_privately(self, method, phase, module, spending, *, rows):
+        def fit_privately(self, method, phase, module, spending, *, rows, lr_end):
             seen.append(spending)
 
     for noise in ("secret", "seed"):
@@ -336,7 +336,7 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
     spent = []
 
     class Training(Client):
-        def fit_privately(self, method, phase, module, spending, *, rows):
+        def fit_privately(self, method, phase, module, spending, *, rows, lr_end):
             spent.append(spending.noise(0.1, 100))
 
     assert privacy.train_teacher(None, Training(), PHASE, None, np.arange(3), options)
