@@ -116,7 +116,7 @@ def rows_of(column: Any, rows: Tensor) -> Any:
 
 def largest_classes(labels: Tensor) -> Tensor:
     """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
-    top = int(labels.max())
+    top = int(labels.max()) if labels.numel() else 0
     counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
     return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
 

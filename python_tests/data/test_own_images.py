@@ -404,6 +404,16 @@ def test_tiles_stay_with_their_image(tmp_path):
         opened("segmentation", tmp_path, size=32, tile=12)
 
 
+@pytest.mark.parametrize("share", ["test_share", "validation_share"])
+def test_a_set_without_tiles(tmp_path, share):
+    write_pairs(tmp_path, images=12, size=(16, 16))
+    data = opened("segmentation", tmp_path, tile=8, **{share: 0})
+    empty, other = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
+    assert empty.images.shape == (0, 3, 8, 8)
+    assert empty.labels.shape == (0, 8, 8)
+    assert len(other) >= 4
+
+
 def test_what_is_not_known_is_ignored(tmp_path):
     write_pairs(tmp_path, (0, 1, 2), size=(16, 16))
     margin = np.asarray(Image.open(tmp_path / "masks" / "3.png")).copy()
