@@ -79,7 +79,7 @@ from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
-from fedkern.settings.run_data import check_data, decided, effective, kept_data, load_data
+from fedkern.settings.run_data import check_data, decided, effective, kept_data, load_data, shared_patients
 from fedkern.torch_modes import cpu_threads, reproducible
 
 
@@ -195,7 +195,7 @@ def _run(
             _compare(config, stored, out)
         check_data(config, data)
         config, changed = own_model.settled(config, data, stored if resume else None, out)
-        for sentence in changed:
+        for sentence in (*shared_patients(data), *changed):
             listener.on_notice(sentence)
         if check is not None:
             check(config)

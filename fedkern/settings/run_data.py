@@ -210,6 +210,27 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
             )
 
 
+def shared_patients(data: FederatedData) -> list[str]:
+    """A sentence on patients of training images who are also in a set that judges the network, with their numbers."""
+
+    def people(split: Split) -> set[int]:
+        return set() if split.patients is None else set(split.patients.tolist())
+
+    trained = set().union(*map(people, (*data.clients, *(() if data.public is None else (data.public,)))))
+    sets = {f"the {set_noun(name)}": [split] for name, split in {**data.tests, "validation": data.validation}.items()}
+    found = []
+    for name, splits in {**sets, "the clients' own test sets": data.client_tests}.items():
+        known = [people(split) for split in splits]
+        if count := sum(len(own & trained) for own in known):
+            found.append(f"{name} ({count} of {sum(map(len, known))})")
+    if not found:
+        return []
+    return [
+        f"Patients whose images are trained on are also in {' and '.join(found)}, so that figures there are not those "
+        "of unknown patients: name one client for all images of a patient, or leave images out."
+    ]
+
+
 def check_sets(data: Any) -> None:
     """Raises UserError where a segmentation set that the run is evaluated on has no pixel whose class is known.
 

@@ -1,5 +1,6 @@
 """Images of one patient: nothing that is held out shows somebody whom anybody trains on."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ from fedkern.data import load
 from fedkern.data.holdout import hold_out
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.methods import FedDRA
 from fedkern.methods.fediod import local_teachers
 from fedkern.settings.config import RunConfig
@@ -117,6 +120,36 @@ def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
     for split, own in zip(data.clients, (range(75), range(75, 150)), strict=True):
         assert {int(name.removesuffix(".png")) for name in split.ids} <= set(own)
     assert not people(data.validation) & set.union(*(people(split) for split in data.clients))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"client_test": 0.3}, ["the clients' own test sets"]),
+        ({"held_out_client": "B"}, ["the held-out client"]),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_a_run_says_who_is_both_held_out_and_trained_on(settings, told, tmp_path):
+    """Patients who were at both hospitals."""
+    path = write(tmp_path, header=",client", cell=lambda i: f",{'AB'[i // 75]}")
+    said = []
+
+    class Told(Listener):
+        def on_notice(self, text):
+            said.append(text)
+
+    options = {"size": 8, "colour": "grey"}
+    config = RunConfig.make(
+        "fedavg", data="csv", data_root=str(path), rounds=1, model="mlp", data_options=options, **settings
+    )
+    run(config, out=tmp_path / "run", listener=Told())
+    found = [text for text in said if text.startswith("Patients")]
+    assert len(found) == len(told)
+    for text, part in zip(found, told, strict=True):
+        counts = re.match(rf"Patients whose images are trained on are also in {part} \((\d+) of (\d+)\), so that", text)
+        assert 0 < int(counts[1]) < int(counts[2])
 
 
 def test_an_image_of_two_patients(tmp_path):
