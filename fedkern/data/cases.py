@@ -34,6 +34,11 @@ def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Te
     return position if position.max(initial=-1) + 1 < len(position) else None
 
 
+def unit_noun(cases: Tensor | None, patients: Tensor | None) -> str:
+    """What the units of :func:`grouped_rows` are, in the plural."""
+    return "patients" if patients is not None else "different images" if cases is None else "cases"
+
+
 def rows_of_units(units: Rows) -> list[Rows]:
     """Rows of every unit in ascending order; ``units``, int64 ``[n]``, counts from 0 without gaps."""
     return np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
@@ -67,30 +72,31 @@ def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list
     return [pieces[unit] for unit in order.tolist()]
 
 
-def share_units(units: Rows, share: Callable[[Rows], list[Rows]]) -> list[Rows]:
+def share_units(units: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:
     """Shares out rows by unit.
 
     Args:
         units: int64 ``[n]``, the unit of every row, from :func:`grouped_rows`.
-        share: maps the first row of every unit, int64 ``[m]``, to an array of unit numbers for every client.
+        share: maps the first row of every unit and its number of rows, both int64 ``[m]``, to an array of unit numbers
+            for every client.
 
     Returns:
         A sorted array of rows for every client.
     """
     first = np.unique(units, return_index=True)[1].astype(np.int64)
-    parts = share(first)
+    parts = share(first, np.bincount(units))
     return rows_by_owner(_owners(parts, len(first))[units], len(parts))
 
 
-def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:
+def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], list[Rows]]) -> list[Rows]:
     """Shares out rows by their cases.
 
     Args:
         cases: int64 ``[n]``, the case of every row.
         labels: int64 ``[n]``, the class of every row.  The class of a case is the class that most of its rows have;
             class 0 counts only where the case has no other.
-        share: maps the classes of the cases, int64 ``[m]``, and the first row of each case, int64 ``[m]``, to a sorted
-            array of case positions for every client.
+        share: maps the class, the first row and the number of rows of every case, each int64 ``[m]``, to a sorted array
+            of case positions for every client.
 
     Returns:
         A sorted array of rows for every client.
@@ -99,7 +105,7 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Ro
     counts = np.zeros((len(first), int(labels.max(initial=0)) + 1), dtype=np.int64)
     np.add.at(counts, (position, labels), 1)
     counts[:, 0] = counts[:, 1:].sum(1) == 0
-    parts = share(counts.argmax(1), first)
+    parts = share(counts.argmax(1), first, np.bincount(position))
     return rows_by_owner(_owners(parts, len(first))[position], len(parts))
 
 

@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from fedkern.data.cases import drawn_rows, grouped_rows
+from fedkern.data.cases import drawn_rows, grouped_rows, unit_noun
 from fedkern.data.split import Split, joined
 from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData
@@ -134,8 +134,7 @@ def _divided(split: Split, label: str, client: int, share: float, seed: int) -> 
     parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
     count = max(2, round(share * len(parts)))
     if len(parts) < count + 2:
-        named = "patients" if split.patients is not None else "different images" if split.cases is None else "cases"
-        what = "samples" if units is None else named
+        what = "samples" if units is None else unit_noun(split.cases, split.patients)
         raise UserError(
             f"Client {label} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
             f"{what}, or --client-test 0."

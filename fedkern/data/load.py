@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.cases import grouped_rows, share_cases, share_units, training_cases
+from fedkern.data.cases import grouped_rows, share_cases, share_units, training_cases, unit_noun
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.copies import OWN, copies
 from fedkern.data.cue import add_cues
@@ -445,9 +445,14 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
     # Where every image holds an object, no image counts as background, so the partition ignores that class.
     none = int(pool.targets is not None and labels.min(initial=1) > 0)
 
-    def share(labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    def share(
+        labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64] | None
+    ) -> list[npt.NDArray[np.int64]]:
         own = None if groups is None else groups[first]
-        return share_out(spec, labels - none, clients, seed, class_count=classes - none, groups=own)
+        unit = "samples" if sizes is None else unit_noun(pool.cases, pool.patients)
+        return share_out(
+            spec, labels - none, clients, seed, class_count=classes - none, groups=own, sizes=sizes, unit=unit
+        )
 
     named = spec.name == "attribute" and groups is not None
     there = set(groups.tolist()) if named and groups is not None else set()
@@ -458,8 +463,8 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
     if pool.cases is None:
         units = grouped_rows([pool.ids[row] for row in kept.tolist()], None, patients)
         if units is None or named:
-            return share(labels, np.arange(len(labels)))
-        return share_units(units, lambda first: share(labels[first], first))
+            return share(labels, np.arange(len(labels)), None)
+        return share_units(units, lambda first, sizes: share(labels[first], first, sizes))
     return share_cases((pool.cases[kept] if patients is None else patients).numpy(), labels, share)
 
 

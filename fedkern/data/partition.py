@@ -58,7 +58,7 @@ class PartitionSpec:
         name: key of `PARTITIONERS`.
         alpha: Dirichlet concentration.
         classes_per_client: S of ``classes:S``.
-        min_samples: fewest samples of a client that ``dirichlet`` accepts.
+        min_samples: fewest samples of a client that ``dirichlet`` accepts; of a patient or case each image counts.
         fill: ``dirichlet`` tops up clients that are too small instead of drawing again.
         plain: ``dirichlet`` without balancing and without shuffling inside a class.
     """
@@ -137,6 +137,8 @@ def partition(
     *,
     class_count: int | None = None,
     groups: npt.NDArray[np.int64] | None = None,
+    sizes: npt.NDArray[np.int64] | None = None,
+    unit: str = "samples",
 ) -> list[Rows]:
     """Shares the rows of ``labels`` out among ``clients``.
 
@@ -148,6 +150,8 @@ def partition(
         class_count: number of classes, some of which may not occur (default: the largest label + 1).
         groups: int64 ``[n]`` for ``attribute``: the client of every row.  Without ``groups`` the rows are shared out
             equally, and the attribute is made later, as in the coloured sets.
+        sizes: int64 ``[n]``, the samples that every row stands for (default: one), such as a patient's images.
+        unit: what a row is, in the plural, for messages.
 
     Returns:
         One sorted array of rows per client; the arrays are disjoint and cover all rows.
@@ -160,7 +164,7 @@ def partition(
     if clients < 1:
         raise UserError(f"the number of clients must be at least 1, got {clients}")
     if clients > n:
-        raise UserError(f"{clients} clients are more than the {n} training samples; take fewer clients or more samples")
+        raise UserError(f"{clients} clients are more than the {n} training {unit}; take fewer clients or more {unit}")
     rng = stream(seed, "partition")
     class_count = (int(labels.max()) + 1) if class_count is None else class_count
     if spec.name == "attribute" and groups is not None:
@@ -172,13 +176,14 @@ def partition(
     elif spec.name == "classes":
         parts = _by_classes(spec, labels, clients, class_count, rng)
     else:
-        parts = _dirichlet(spec, labels, clients, class_count, rng)
+        each = np.ones(n, dtype=np.int64) if sizes is None else sizes
+        parts = _dirichlet(spec, labels, clients, class_count, rng, each, unit)
     parts = [np.sort(part).astype(np.int64) for part in parts]
     for k, part in enumerate(parts):
         if len(part) == 0:
             raise UserError(
                 f'client {k} would have no training sample under partition "{spec.text}"; take fewer clients, more '
-                "samples or a milder partition"
+                f"{unit} or a milder partition"
             )
     return parts
 
@@ -241,46 +246,52 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
     return [np.concatenate(part) for part in parts]
 
 
-def _dirichlet(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+def _dirichlet(
+    spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator, sizes: Rows, unit: str
+) -> list[Rows]:
     """Label skew by one Dirichlet draw per class.
 
-    The default is the "NIID-bench" form, as in FuseFL's code: a client that already holds its fair share of samples
-    gets nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain`` is
-    FedIOD's form, without that balancing and without shuffling inside a class.
+    The default is the "NIID-bench" form, as in FuseFL's code: a client that already holds its fair share of rows gets
+    nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain`` is FedIOD's
+    form, without that balancing and without shuffling inside a class.
     """
-    n = len(labels)
+    n = int(sizes.sum())
     if spec.min_samples * clients > n:
         raise UserError(
             f'partition "{spec.text}" asks for at least {spec.min_samples} samples per client, but {clients} clients '
             f"share only {n}; take fewer clients, more samples, or append :min=1"
         )
     per_class = np.bincount(labels, minlength=classes)
-    attempts = 1 if spec.fill else DIRICHLET_DRAWS
-    for _ in range(attempts):
+    for _ in range(1 if spec.fill else DIRICHLET_DRAWS):
         counts = _dirichlet_counts(spec, per_class, clients, rng)
-        if spec.fill or counts.sum(axis=0).min() >= spec.min_samples:
-            break
-    else:
-        smallest = int(counts.sum(axis=0).min())
+        if not spec.fill and counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
+            continue  # before the rows are shuffled: counting makes a retry cheap
+        parts: list[list[Rows]] = [[] for _ in range(clients)]
+        for label in range(classes):
+            rows = np.flatnonzero(labels == label)
+            rows = rows if spec.plain else rng.permutation(rows)
+            for part, piece in zip(parts, np.split(rows, np.cumsum(counts[label])[:-1]), strict=True):
+                part.append(piece)
+        joined = [np.concatenate(part) for part in parts]
+        if spec.fill:
+            joined = _fill(joined, max(spec.min_samples, 1), rng, sizes)
+        if min(sizes[part].sum() for part in joined) >= spec.min_samples:
+            return joined
+    if spec.fill:
         raise UserError(
-            f'partition "{spec.text}" found no draw in {attempts} that leaves each of {clients} clients '
-            f"{spec.min_samples} samples of {n} (the last left one with {smallest}); take a larger ALPHA, fewer "
-            "clients, or append :fill to top up small clients"
+            f'partition "{spec.text}" cannot give each of {clients} clients {spec.min_samples} samples of {n}, because '
+            f"{unit} are never divided; take fewer clients, or append :min=1"
         )
-    parts: list[list[Rows]] = [[] for _ in range(clients)]
-    for label in range(classes):
-        rows = np.flatnonzero(labels == label)
-        rows = rows if spec.plain else rng.permutation(rows)
-        for part, piece in zip(parts, np.split(rows, np.cumsum(counts[label])[:-1]), strict=True):
-            part.append(piece)
-    joined = [np.concatenate(part) for part in parts]
-    return _fill(joined, max(spec.min_samples, 1), rng) if spec.fill else joined
+    raise UserError(
+        f'partition "{spec.text}" found no draw in {DIRICHLET_DRAWS} that leaves each of {clients} clients '
+        f"{spec.min_samples} samples of {n}; take a larger ALPHA, fewer clients, or append :fill to top up small ones"
+    )
 
 
 def _dirichlet_counts(
     spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Number of samples of every class for each client, int64 ``[classes, clients]``; counting makes a retry cheap."""
+    """Number of rows of every class for each client, int64 ``[classes, clients]``."""
     counts = np.zeros((len(per_class), clients), dtype=np.int64)
     held = np.zeros(clients, dtype=np.int64)
     fair = per_class.sum() / clients
@@ -298,20 +309,43 @@ def _dirichlet_counts(
     return counts
 
 
-def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator) -> list[Rows]:
-    """Moves random samples from the largest clients to those below ``minimum``."""
+def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator, sizes: Rows) -> list[Rows]:
+    """Moves random rows from the largest clients to those below ``minimum`` samples; the largest keep ``minimum``.
+
+    A client stays too small where every row of all others stands for more samples than its holder can give.
+    """
+    held = [int(sizes[part].sum()) for part in parts]
     # The largest client, of equals the one with the lowest number.  An entry whose client has changed since is stale.
-    heap = [(-len(part), k) for k, part in enumerate(parts)]
+    heap = [(-count, k) for k, count in enumerate(held)]
     heapq.heapify(heap)
-    for k in np.argsort([len(part) for part in parts], kind="stable").tolist():
-        while len(parts[k]) < minimum:
-            while -heap[0][0] != len(parts[heap[0][1]]):
+    for k in np.argsort(held, kind="stable").tolist():
+        while held[k] < minimum and heap:
+            count, largest = heap[0]
+            if -count != held[largest]:
                 heapq.heappop(heap)
-            largest = heap[0][1]
-            give = min(minimum - len(parts[k]), max(1, (len(parts[largest]) - minimum) // 2))
+                continue
+            spare = held[largest] - minimum
             donor = rng.permutation(parts[largest])
-            parts[k] = np.concatenate([parts[k], donor[:give]])
-            parts[largest] = donor[give:]
+            given = _gift(sizes[donor], min(minimum - held[k], max(1, spare // 2)), spare)
+            if not given:
+                heapq.heappop(heap)
+                continue
+            parts[k], parts[largest] = np.concatenate([parts[k], donor[given]]), np.delete(donor, given)
+            moved = int(sizes[donor[given]].sum())
+            held[k], held[largest] = held[k] + moved, held[largest] - moved
             for changed in (k, largest):
-                heapq.heappush(heap, (-len(parts[changed]), changed))
+                heapq.heappush(heap, (-held[changed], changed))
     return parts
+
+
+def _gift(sizes: Rows, wanted: int, spare: int) -> list[int]:
+    """The first positions whose ``sizes`` come to ``wanted`` or more, without those that make them exceed ``spare``."""
+    given: list[int] = []
+    total = 0
+    for position, size in enumerate(sizes.tolist()):
+        if total >= wanted:
+            break
+        if total + size <= spare:
+            given.append(position)
+            total += size
+    return given

@@ -254,7 +254,7 @@ def test_gifts_come_from_the_largest_client(seed: int) -> None:
     minimum = int(min(sizes.mean(), 1 + seed % 7))
     parts = np.split(rng.permutation(int(sizes.sum())), np.cumsum(sizes)[:-1])
     expected = filled_one_by_one(parts, minimum, np.random.default_rng(seed))
-    found = _fill(list(parts), minimum, np.random.default_rng(seed))
+    found = _fill(list(parts), minimum, np.random.default_rng(seed), np.ones(int(sizes.sum()), dtype=np.int64))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -273,7 +273,7 @@ def test_filling_looks_at_few_clients_for_each_gift() -> None:
     sizes = np.random.default_rng(0).integers(0, 5, size=3_000)
     parts = Looks(np.split(np.arange(int(sizes.sum())), np.cumsum(sizes)[:-1]))
     gifts = int((sizes == 0).sum())
-    _fill(parts, 1, np.random.default_rng(0))
+    _fill(parts, 1, np.random.default_rng(0), np.ones(int(sizes.sum()), dtype=np.int64))
     assert gifts > 500
     assert Looks.count < 20 * gifts + 10 * len(sizes)
 
@@ -291,9 +291,39 @@ def test_units_and_cases_are_shared_out_by_owner() -> None:
     rng = np.random.default_rng(0)
     units = np.concatenate([np.arange(40), rng.integers(0, 40, size=160)])
     given = [np.sort(part) for part in np.split(rng.permutation(40)[:35], [3, 3, 20])]  # an empty client; five are left
-    for found in (share_units(units, lambda first: given), share_cases(units, units % 3, lambda classes, first: given)):
+
+    def share(*columns: np.ndarray) -> list[np.ndarray]:
+        np.testing.assert_array_equal(columns[-1], np.bincount(units))
+        return given
+
+    for found in (share_units(units, share), share_cases(units, units % 3, share)):
         for rows, part in zip(found, given, strict=True):
             np.testing.assert_array_equal(rows, np.flatnonzero(np.isin(units, part)))
+
+
+@pytest.mark.parametrize("spec", ["dirichlet:0.5", "dirichlet:0.1:fill", "dirichlet:0.5:plain:min=40"])
+def test_the_minimum_counts_the_samples_of_a_unit(spec: str) -> None:
+    sizes = np.random.default_rng(0).integers(10, 30, size=40)
+    labels = np.arange(40) % 2
+    least = parse_partition(spec).min_samples
+    for seed in range(20):
+        parts = partition(spec, labels, 5, seed, sizes=sizes, unit="patients")
+        assert_partition(parts, 40)
+        assert min(sizes[part].sum() for part in parts) >= least
+
+
+def test_units_are_never_divided_to_fill_a_client() -> None:
+    sizes = np.array([100, 1, 1, 1])
+    with pytest.raises(UserError, match="3 clients 10 samples of 103, because patients are never divided; take fewer"):
+        partition("dirichlet:1:fill", np.zeros(4, dtype=np.int64), 3, 0, sizes=sizes, unit="patients")
+    parts = partition("dirichlet:1:fill:min=1", np.zeros(4, dtype=np.int64), 3, 0, sizes=sizes, unit="patients")
+    assert_partition(parts, 4)
+
+
+def test_units_have_their_name_in_messages() -> None:
+    for spec in ("iid", "dirichlet:0.5"):
+        with pytest.raises(UserError, match=r"5 clients are more than the 4 training patients; take .* more patients"):
+            partition(spec, np.arange(4) % 2, 5, 0, sizes=np.full(4, 20), unit="patients")
 
 
 def test_clients_that_stand_for_all() -> None:

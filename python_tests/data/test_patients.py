@@ -69,6 +69,14 @@ def test_every_partition_leaves_patients_whole(spec, tmp_path):
     assert sum(data.client_sizes) == 80
 
 
+def test_a_partition_counts_the_images_of_patients(tmp_path):
+    data = opened("csv", write(tmp_path), partition="dirichlet:1", clients=8)
+    assert min(data.client_sizes) >= 10  # of 21 or so patients
+    assert_apart(*data.clients)
+    with pytest.raises(UserError, match=r"100 clients are more than the \d\d training patients"):
+        opened("csv", write(tmp_path), clients=100)
+
+
 def test_tiles_of_a_patient(tmp_path):
     data = opened("segmentation", write(tmp_path), options={"tile": 4})
     assert len(data.tests[""]) == 6 * EACH * 4
