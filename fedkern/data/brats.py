@@ -23,9 +23,10 @@ from fedkern.data.found_files import gunzip, need_root
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, held_out_first
+from fedkern.data.spelling import SHOWN
 from fedkern.data.split import largest_classes
 from fedkern.data.types import Pool, Source, fixed_rows
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.extras import needed
 from fedkern.inputs import open_regular, real_file
 
@@ -146,8 +147,8 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
     """The case folders under ``base``, in order of name: all folders with a file of at least one of the names.
 
     Raises:
-        UserError: there is no case folder, a case lacks one of its files, or links give two names to one folder or to
-            the volume of a case.
+        UserError: there is no case folder, a case lacks one of its files, some cases are in folders of splits and
+            others are not, or links give two names to one folder or to the volume of a case.
     """
     cases: list[Case] = []
     known: dict[object, Path] = {}
@@ -186,6 +187,12 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
         raise UserError(
             f'data set "brats": found no folder with files *{mask}.nii.gz under {base}; name their endings with '
             "--data-option modalities=... and target=..."
+        )
+    apart = [case.name for case in cases if not case.split]
+    if len(apart) < len(cases) and apart:
+        raise UserError(
+            f'data set "brats": {base} has folders of splits and cases outside of them, {first_of(apart, SHOWN)}: put '
+            "every case into train, val or test, or no case"
         )
     return cases
 

@@ -60,6 +60,14 @@ def cases_of(split):
     return {name.rpartition("/")[0] for name in split.ids}
 
 
+def test_cases_beside_the_folders_of_splits(tmp_path):
+    names = ("train/A", "train/B", "train/C", "test/D", "E", "extra/F", "extra/G", "extra/H")
+    for i, name in enumerate(names):
+        write_case(tmp_path / name, i)
+    with pytest.raises(UserError, match=r"cases outside of them, E, extra/F, extra/G and 1 more: put every case into"):
+        opened(tmp_path)
+
+
 def test_slices_of_whole_cases(tmp_path):
     written = write_cases(tmp_path)
     data = opened(tmp_path, clients=3)
