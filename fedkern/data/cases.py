@@ -109,11 +109,13 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], l
     return rows_by_owner(_owners(parts, len(first))[position], len(parts))
 
 
-def training_cases(name: str, cases: Rows, count: int | None, public: int, seed: int) -> tuple[Rows, Rows]:
+def training_cases(
+    name: str, cases: Rows, count: int | None, public: int, seed: int, unit: str = "cases"
+) -> tuple[Rows, Rows]:
     """The training rows of all clients and the public rows, both sorted; no case has rows in both.
 
     Cases are taken in random order.  Clients get whole cases, but ``count`` may cut the last one.  ``public`` may cut a
-    case too; the other images of that case go to no client.
+    case too; the other images of that case go to no client.  ``unit`` is what a case is, from :func:`unit_noun`.
 
     Raises:
         UserError: there are too few rows.
@@ -126,9 +128,9 @@ def training_cases(name: str, cases: Rows, count: int | None, public: int, seed:
     left = order[~np.isin(position[order], position[shown])]
     if len(left) == 0 or (count is not None and count > len(left)):
         wanted = f"give {count}" if count is not None else "train on the others"
-        beside = f" beside {public} public ones, whose {len(order) - len(left)} images of the same cases no client gets"
+        beside = f" beside {public} public ones, whose {len(order) - len(left)} images of the same {unit} nobody gets"
         raise UserError(
-            f'data set "{name}" has {len(order)} training images of {len(names)} cases, so it cannot {wanted}'
+            f'data set "{name}" has {len(order)} training images of {len(names)} {unit}, so it cannot {wanted}'
             f"{beside if public else ''}"
         )
     return np.sort(left[:count]), np.sort(shown)

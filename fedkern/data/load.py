@@ -475,7 +475,7 @@ def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: 
     else:
         cases = grouped_rows(pool.ids, None, pool.patients)
     if cases is not None:
-        mine, shown = training_cases(name, cases, count, public, seed)
+        mine, shown = training_cases(name, cases, count, public, seed, unit_noun(pool.cases, pool.patients))
         return torch.from_numpy(mine), torch.from_numpy(shown)
     if public >= len(pool):
         raise UserError(

@@ -75,6 +75,8 @@ def test_a_partition_counts_the_images_of_patients(tmp_path):
     assert_apart(*data.clients)
     with pytest.raises(UserError, match=r"100 clients are more than the \d\d training patients"):
         opened("csv", write(tmp_path), clients=100)
+    with pytest.raises(UserError, match=r"has \d+ training images of \d+ patients, so it cannot give 900"):
+        opened("csv", write(tmp_path), train_samples=900)
 
 
 def test_tiles_of_a_patient(tmp_path):

@@ -88,13 +88,13 @@ def test_a_case_is_shared_out_as_one():
     labels = np.array([0, 1, 0, 2, 1, 0, 0, 0, 0, 2])
     seen = []
 
-    def share(kinds, first):
-        seen.append((kinds.tolist(), first.tolist()))
+    def share(kinds, first, sizes):
+        seen.append((kinds.tolist(), first.tolist(), sizes.tolist()))
         return [np.array([0, 2]), np.array([1, 3])]
 
     assert [rows.tolist() for rows in share_cases(cases, labels, share)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     # Case 2 counts as class 1 (as many as of 2), case 5 as 1 in spite of two slices without an object, case 9 as 0.
-    assert seen == [([1, 2, 1, 0], [3, 9, 0, 5])]
+    assert seen == [([1, 2, 1, 0], [3, 9, 0, 5], [2, 1, 3, 4])]
 
 
 def test_public_images_share_no_case_with_the_clients():
