@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from fedkern.data.images import SUFFIXES, hidden, list_images, subfolders
 from fedkern.data.listing import SPLITS
 from fedkern.data.spelling import unified
 from fedkern.errors import UserError
+from fedkern.inputs import real_file
 
 LAYOUTS = "auto", "sites", "patients"
 """Values of the option ``layout``: what the outer of two levels of folders are.
@@ -157,10 +158,21 @@ def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
     """
     found = [(path, "") for path in list_images(folder)]
     for name in subfolders(folder) if layout == "patients" else ():
-        for place, folders, _ in os.walk(folder / name):
-            folders[:] = sorted(set(subfolders(Path(place))))
-            found += [(path, name) for path in list_images(Path(place))]
+        found += [(path, name) for place, _ in _walk(folder / name) for path in list_images(place)]
     return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from ``folder`` down that is not hidden, each once, and the names of its files, in order.
+
+    Links are followed, as `subfolders` follows them.
+    """
+    known = {real_file(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        ways = {real_file(Path(place, name)): name for name in sorted(folders, reverse=True) if not hidden(name)}
+        folders[:] = sorted(name for real, name in ways.items() if real not in known)
+        known.update(ways)
+        yield Path(place), sorted(names)
 
 
 def left_out(base: Path, used: Iterable[Path]) -> list[str]:
@@ -168,10 +180,9 @@ def left_out(base: Path, used: Iterable[Path]) -> list[str]:
     read = set(used)
     counts: Counter[str] = Counter()
     example = None
-    for place, folders, names in os.walk(base):
-        folders[:] = sorted(name for name in folders if not hidden(name))
-        for name in sorted(names):
-            path = Path(place, name)
+    for place, names in _walk(base):
+        for name in names:
+            path = place / name
             suffix = path.suffix.lower()
             if suffix not in TEXTS and not hidden(name) and path not in read:
                 counts[suffix] += 1

@@ -67,6 +67,21 @@ def test_patients_in_class_folders(tmp_path, name, splits):
         assert [data.classes[label] in each for label, each in zip(split.labels.tolist(), split.ids, strict=True)]
 
 
+@pytest.mark.parametrize("name", ["folder", "pairs"])
+def test_images_in_linked_folders(tmp_path, name):
+    root = nested(tmp_path / "root")
+    picture(tmp_path / "elsewhere" / "deep" / "linked.png", 200)
+    (tmp_path / "elsewhere" / "deep" / "volume.dcm").write_text("")
+    (root / "cat" / "patient0" / "study").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    said = []
+    data = opened(name, root, said, options={"layout": "patients"}, partition="iid", clients=2)
+    found = [each for split in (*data.clients, data.validation, data.tests[""]) for each in split.ids]
+    assert len(found) == 31
+    assert "cat/patient0/study/deep/linked.png" in found
+    assert said == [f"Files under {root} that are not read: 1 .dcm, such as cat/patient0/study/deep/volume.dcm."]
+
+
 def test_patients_with_images_and_masks(tmp_path):
     for k in range(8):
         for i in range(3):
