@@ -15,7 +15,7 @@ from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.models import Ensemble
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import load_data
+from fedkern.settings.run_data import kept_data, load_data
 
 Section = tuple[str, dict[str, Any]]
 BOTH: tuple[Column, ...] = (PUBLISHED, CALIBRATED)
@@ -109,7 +109,8 @@ def patched(folder: Path, *, calibrated: bool, target: int = 0, size: int = 4, b
             return None
         network.head = None  # its members' mean logits
     attack = {"backdoor_clients": 1, "backdoor_target": target, "backdoor_size": size}
-    data = load_data(config.replace(data_options={**config.data_options, **attack}))
+    config = config.replace(data_options={**config.data_options, **attack})
+    data = kept_data(config, load_data(config))
     split = data.tests["backdoor"]  # every label is the target
     said = [network(normalise(part, about["mean"], about["std"])).argmax(1) for part in split.images.split(batch)]
     return float((torch.cat(said) == split.labels).double().mean())

@@ -17,7 +17,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.models.blocks import cut
 from fedkern.models.fused import FusedNetwork
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import load_data
+from fedkern.settings.run_data import kept_data, load_data
 
 if find_spec("sklearn") is None:  # said before the study's runs, not after them
     raise SystemExit("The linear probes of study_fusefl need scikit-learn: pip install scikit-learn.")
@@ -41,7 +41,7 @@ def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
 
     config = RunConfig.load(folder)
     network, about = read_model(folder)
-    data = load_data(config)
+    data = kept_data(config, load_data(config))
     levels = level_features(network, blocks)
 
     def features(images: Tensor) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ from fedkern.methods.fusefl.levels import linear_of, plain_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import load_data
+from fedkern.settings.run_data import kept_data, load_data
 from fedkern.streams import stream
 
 Pool = Literal["mean", "concat"]
@@ -83,7 +83,7 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     if missing:
         config = RunConfig.load(folder)
         network, about = read_model(folder)
-        data = load_data(config)
+        data = kept_data(config, load_data(config))
         branches = _branches(network)
         _refuse_calibrated(network, config.options, folder)
 

@@ -36,11 +36,13 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
         target: the class, by position, that the patch stands for.
 
     Raises:
-        UserError: more backdoored clients than clients, no such class, a test set without any other class, or a patch
-            that does not fit into the images.
+        UserError: data for another task than classification, more backdoored clients than clients, no such class, a
+            test set without any other class, or a patch that does not fit into the images.
     """
     if not clients:
         return data
+    if data.task != "classification":
+        raise UserError(f'option backdoor_clients is for classification, and data set "{data.name}" is for {data.task}')
     side = min(data.image_shape[1:])
     if clients > len(data.clients):
         raise UserError(f"backdoor_clients is {clients}, but the data are shared out among {len(data.clients)} clients")
@@ -65,6 +67,7 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
         return dataclasses.replace(others, images=draw_patch(others.images, size), labels=labels)
 
     splits = [poisoned(split, k) if k < clients else split for k, split in enumerate(data.clients)]
+    statistics = data.statistics.recounted([split.labels.numpy() for split in splits])
     tests = dict(data.tests)
     tests.update({f"{name}_backdoor" if name else "backdoor": attacked(name, s) for name, s in data.tests.items()})
-    return dataclasses.replace(data, clients=tuple(splits), tests=tests)
+    return dataclasses.replace(data, clients=tuple(splits), tests=tests, statistics=statistics)

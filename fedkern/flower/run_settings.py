@@ -126,6 +126,11 @@ def check_own_data(config: RunConfig) -> None:
             "held-out-client, client-test and privacy-unit patient need the data of all clients in one place: leave "
             "them out with flower.own-data."
         )
+    if config.data_options.get("cue_clients") or config.data_options.get("backdoor_clients"):
+        raise UserError(
+            "cue-clients and backdoor-clients change the data of some of all clients: leave them out with "
+            "flower.own-data."
+        )
     if config.public_samples or lookup(config.data).task == "retrieval":
         raise UserError(
             "Public samples and image-text data are drawn from the data of all clients, which flower.own-data keeps "

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
+from fedkern.data.backdoor import add_backdoor
 from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
+from fedkern.data.registry import read_options
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import client_label
@@ -33,7 +35,7 @@ def load_data(
     progress: Callable[[str], None] | None = None,
     identify: bool = False,
 ) -> FederatedData:
-    """The federated data that the settings name.
+    """The federated data that the settings name, before :func:`kept_data` holds samples out and adds a backdoor.
 
     Args:
         config: every setting; a detector runs on its device.
@@ -49,7 +51,9 @@ def load_data(
 
         return GroundingDino(name, box_threshold, text_threshold, device=config.device)
 
-    options, info = config.data_options, lookup(config.data)
+    info = lookup(config.data)
+    left = {"backdoor_clients", *(() if masks else DETECTION_OPTIONS)}
+    options = {key: value for key, value in config.data_options.items() if key not in left}
     # A default of the method stays; the data set's own gives way to sites that the data name.
     usual = {"clients": info.clients, "partition": info.partition}
     free = {name for name, value in usual.items() if name in config.left_open and getattr(config, name) == value}
@@ -62,7 +66,7 @@ def load_data(
         train_samples=config.train_samples,
         public_samples=config.public_samples,
         correlation=config.correlation,
-        options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
+        options=options,
         make_detector=detector,
         notice=notice,
         progress=progress,
@@ -83,19 +87,24 @@ def decided(config: RunConfig, data: FederatedData) -> RunConfig:
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
-    """The training data of a run.
+    """The data of a run.
 
     Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
     unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.  With private records
-    there is no validation set where its images were drawn from the clients': no noise covers figures on them.
+    there is no validation set where its images were drawn from the clients': no noise covers figures on them.  Clients
+    are backdoored last, so that no sample that is held out carries the attacker's label.
 
     Raises:
-        UserError: see :func:`fedkern.data.holdout.hold_out` and :func:`fedkern.data.patients.limited`.
+        UserError: see :func:`fedkern.data.holdout.hold_out`, :func:`fedkern.data.patients.limited` and
+            :func:`fedkern.data.backdoor.add_backdoor`.
     """
     kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     if config.records == "private" and kept.drawn_validation:
         kept = replace(kept, validation=kept.validation.subset(torch.zeros(0, dtype=torch.int64)))
-    return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
+    if config.unit.name == "patient":
+        kept = limited(kept, config.unit.images, config.seed)
+    asked = read_options(config.data, config.data_options)[1]
+    return add_backdoor(kept, asked["backdoor_clients"], asked["backdoor_target"], asked["backdoor_size"], config.seed)
 
 
 def finished_data(

@@ -5,6 +5,8 @@ import torch
 
 from fedkern.data import load
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import kept_data, load_data
 
 CLIENTS = {"clients": 3, "partition": "iid", "train_samples": 90}
 
@@ -31,6 +33,41 @@ def test_only_the_attackers_clients_and_the_test_change():
     assert bool((attacked.labels == 3).all())
     assert torch.equal(attacked.images[..., :26, :], clean.images[others][..., :26, :])
     assert bool((attacked.images[..., 26:31, 26:31] == 255).all())
+
+
+def test_the_table_counts_what_is_trained_on():
+    data = load("digits", options={"backdoor_clients": 2}, **CLIENTS)
+    for counts, split in zip(data.statistics.counts, data.clients, strict=True):
+        assert counts.tolist() == torch.bincount(split.labels, minlength=10).tolist()
+    assert (data.statistics.counts[:2, 0] >= 15).all()
+
+
+def test_what_is_held_out_is_clean():
+    """Own test sets keep their labels, and the first client that trains is backdoored."""
+    wanted = {"seed": 0, "client_test": 0.2, "held_out_client": "0", **CLIENTS}
+    plain, attacked = (
+        RunConfig.make("fedavg", data="digits", data_options=options, **wanted)
+        for options in ({}, {"backdoor_clients": 1, "backdoor_target": 3})
+    )
+    before, after = (kept_data(config, load_data(config)) for config in (plain, attacked))
+    assert set(after.tests) == {"", "held_out", "backdoor", "held_out_backdoor"}
+    for one, other in zip(
+        (*before.client_tests, before.tests["held_out"], before.clients[1]),
+        (*after.client_tests, after.tests["held_out"], after.clients[1]),
+        strict=True,
+    ):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+    first, poisoned = before.clients[0], after.clients[0]
+    changed = (poisoned.images != first.images).flatten(1).any(1)
+    assert int(changed.sum()) == round(len(first) / 2)
+    assert after.statistics.counts[0].tolist() == torch.bincount(poisoned.labels, minlength=10).tolist()
+
+
+def test_a_backdoor_is_for_classification():
+    config = RunConfig.make("fedavg", data="segdigits", model="unet", data_options={"backdoor_clients": 1})
+    with pytest.raises(UserError, match='backdoor_clients is for classification, and data set "segdigits" is for segm'):
+        kept_data(config, load_data(config))
 
 
 def test_wrong_requests_are_one_sentence():

@@ -161,6 +161,7 @@ def test_all_nodes_must_be_there(folders, caplog):
 @pytest.mark.parametrize(
     ("changed", "why"),
     [({"clients": ""}, "needs the number of clients"), ({"client-test": 0.2}, "need the data of all clients"),
+     ({"data-option.backdoor-clients": 1}, "cue-clients and backdoor-clients change the data of some"),
      ({"public-samples": 5}, "Public samples and image-text data"), ({"flower.own-data": "maybe"}, "true or false")],
 )  # fmt: skip
 def test_settings_that_need_all_data(changed, why):
