@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -226,14 +227,15 @@ def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
 def _units(listing: Listing) -> npt.NDArray[np.int64]:
     """Unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
 
-    A unit is a patient or, where no patient is named, an image with all its texts.
+    A unit is a patient or, where no patient is named, an image with all its texts.  Its number is a hash of its name:
+    no other patient of the file changes it, and so no draw that is keyed by it.
     """
     owners: dict[str, str] = {}
     for name, patient in zip(listing.ids, listing.patients or (), strict=False):
         owners[name] = patient or owners.get(name, "")
-    numbers: dict[tuple[bool, str], int] = {}
-    keys = ((True, owners[name]) if owners.get(name) else (False, name) for name in listing.ids)
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+    keys = [f"patient/{owners[name]}" if owners.get(name) else f"image/{name}" for name in listing.ids]
+    hashes = b"".join(blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(hashes, dtype="<i8").astype(np.int64)
 
 
 def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:

@@ -36,9 +36,9 @@ class Split:
         cases: int64 ``[n]``, the case of every image, where several images form one case, such as the slices of a
             volume or the tiles of a picture.  Metrics are means over cases.
         full: the class of every pixel in the size in which the masks are given, where they were resized (segmentation).
-        patients: int64 ``[n]``, the patient of every image, where the data name patients; an image without a named
-            patient counts as a patient of its own.  A set drawn from all images has all images of a patient or none; a
-            client's own test set has all of the patient's images at that client or none.
+        patients: int64 ``[n]``, the patient of every image, where the data name patients; of names in files a hash.  An
+            image without a named patient counts as a patient of its own.  A set drawn from all images has all images of
+            a patient or none; a client's own test set has all of the patient's images at that client or none.
         homes: int64 ``[n]``, of images that no client trains on the client whose site or look they show, -1 where they
             show none's; None where nothing is known.  With ``--held-out-client`` they leave with their client.
     """

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.data.holdout import hold_out
+from fedkern.data.patients import limited
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
@@ -77,6 +78,24 @@ def test_a_partition_counts_the_images_of_patients(tmp_path):
         opened("csv", write(tmp_path), clients=100)
     with pytest.raises(UserError, match=r"has \d+ training images of \d+ patients, so it cannot give 900"):
         opened("csv", write(tmp_path), train_samples=900)
+
+
+def test_another_patient_in_the_file_changes_no_draw(tmp_path):
+    path = write(tmp_path, header=",split", cell=lambda i: f",{'test' if i % 30 > 20 else 'train'}")
+    header, *rows = path.read_text().splitlines()
+    settings = {"clients": 1, "options": {"validation_share": 0}}
+
+    def kept():
+        data = limited(opened("csv", path, **settings), 2, seed=0)
+        return [name for name in data.clients[0].ids if name != "new.png"]
+
+    before = kept()
+    assert len(before) == 2 * 21
+    Image.new("L", (8, 8), 255).save(tmp_path / "new.png")
+    new = rows[0].replace(rows[0].split(",")[0], "new.png").split(",")
+    new[6] = "somebody else"
+    path.write_text("\n".join([header, ",".join(new), *rows]))
+    assert kept() == before
 
 
 def test_tiles_of_a_patient(tmp_path):
