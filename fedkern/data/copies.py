@@ -18,39 +18,40 @@ OWN = ("folder", "csv", "segmentation", "pairs", "reports")
 
 @dataclass(frozen=True)
 class _Image:
-    """A sample: its set, its split and row there, and the site that holds it (``""``: none is known)."""
+    """A sample: its name, set and split, its rows there, and the site that holds it (``""``: none is known)."""
 
+    name: str
     where: str
     split: Split
-    row: int
+    rows: slice
     site: str
-
-    @property
-    def name(self) -> str:
-        return "" if self.split.ids is None else self.split.ids[self.row]
 
     def label(self, classes: Sequence[str]) -> str:
         """The class or the labels in words; of a mask something that tells it from others."""
-        label = self.split.labels[self.row]
-        if label.dim() == 2:
-            return str(hash(label.numpy().tobytes()))
-        if label.dim() == 1:
-            return "|".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
-        return classes[int(label)]
+        labels = self.split.labels[self.rows]
+        if labels.dim() == 3:
+            return str(hash(labels.numpy().tobytes()))
+        if labels.dim() == 2:
+            return "|".join(name for name, has in zip(classes, labels[0].tolist(), strict=True) if has) or "none"
+        return classes[int(labels[0])]
 
     def plain(self) -> bool:
         """Whether every channel has a single value: such pictures are alike without being copies."""
-        pixels = self.split.images[self.row].flatten(1)
+        pixels = self.split.images[self.rows].transpose(0, 1).flatten(1)
         return bool((pixels == pixels[:, :1]).all())
 
 
-def copies(data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> list[str]:
+def copies(
+    data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], tiles: int
+) -> list[str]:
     """Looks for images whose decoded pixels are equal and whose names differ.
 
     Args:
-        sets: the samples by the name of their set; the parts of the training set are the clients.
-        pixels: a hash of every sample's image, in the order of the sets.
+        sets: the samples by the name of their set; the first parts of the training set are the clients.
+        pixels: a hash of every row's image, in the order of the sets.
         sites: the clients' names, where the data name them.
+        tiles: the rows of an image, see `fedkern.data.tiles.tiled`.  Whole images are compared, because single tiles
+            are often alike; one that does not have all of its tiles in a part of a set is not compared.
 
     Returns:
         A sentence with the images that are there several times, or nothing.
@@ -59,7 +60,7 @@ def copies(data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes
         UserError: one image has two labels or two masks.
     """
     told: list[tuple[bool, str]] = []
-    for group in _groups(sets, pixels, sites):
+    for group in _groups(sets, pixels, sites, tiles):
         first, other = group[0], next((each for each in group[1:] if each.name != group[0].name), None)
         if other is None:
             continue
@@ -91,9 +92,21 @@ def copies(data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes
     return [f"Equal images under several names count as often: {first_of([text for _, text in told], SHOWN, '; ')}."]
 
 
-def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterator[list[_Image]]:
+def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], tiles: int) -> Iterator[list[_Image]]:
     """The samples of equal images, in their order, wherever there are two."""
+    ids = [name for splits in sets.values() for part in splits for name in part.ids or [""] * len(part)]
+    names = dict(enumerate(ids))  # by the first row of every image
+    if tiles > 1:
+        stems = [name.rpartition("#")[0] for name in ids]
+        ends = zip(ids, ids[tiles - 1 :], stems, strict=False)
+        names = {
+            row: stem
+            for row, (first, last, stem) in enumerate(ends)
+            if (first, last) == (f"{stem}#0", f"{stem}#{tiles - 1}")
+        }
+    rows = np.array([*names], dtype=np.int64)
     hashes = np.frombuffer(b"".join(pixels), dtype="<u8").reshape(len(pixels), -1)
+    hashes = hashes[rows[:, None] + np.arange(tiles)].reshape(len(rows), -1)
     order = np.lexsort(hashes.T)
     same = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
     parts = [
@@ -108,8 +121,8 @@ def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterat
         name, part, site = parts[k]
         row = at - int(starts[k])
         home = -1 if part.homes is None else int(part.homes[row])
-        return _Image(name, part, row, sites[home] if home >= 0 and sites else site)
+        return _Image(names[at], name, part, slice(row, row + tiles), sites[home] if home >= 0 and sites else site)
 
     edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # where a run of equal hashes begins and ends
     for low, high in edges.reshape(-1, 2).tolist():
-        yield [image(at) for at in sorted(order[low : high + 1].tolist())]
+        yield [image(at) for at in sorted(rows[order[low : high + 1]].tolist())]

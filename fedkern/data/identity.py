@@ -30,11 +30,16 @@ def of_memory(data: FederatedData) -> dict[str, str]:
     return identity(data.classes, sets, sets)
 
 
-def of_source(source: Source, contents: Sets, pixels: list[bytes] | None) -> dict[str, str]:
+def of_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, str]:
     """Identity of a data set: names and labels of whole pools, and the contents of the images in ``contents``."""
     tests = {f"test {name}".strip(): [pool] for name, pool in source.tests.items()}
     pools = {"train": [source.train], "validation": [source.validation], **tests}
     return identity((*source.classes, *source.sites), pools, contents, pixels)
+
+
+def pixel_hashes(splits: Sequence[Split]) -> list[bytes]:
+    """A hash of every image alone."""
+    return [_hash(*image).digest() for split in splits for image in _rows(split.images)]
 
 
 def sampled(pool: Pool) -> Split:

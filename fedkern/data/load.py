@@ -21,7 +21,7 @@ from fedkern.data.copies import OWN, copies
 from fedkern.data.cue import add_cues
 from fedkern.data.data_option import DETECTION_OPTIONS
 from fedkern.data.detections import Detections, Detector
-from fedkern.data.identity import of_memory, of_source, sampled
+from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
 from fedkern.data.image_cache import on_disk, tell_unused
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
@@ -183,11 +183,17 @@ def load(
         splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
     identity = drawn or {}
     if identify:
-        pixels: list[bytes] | None = [] if name in OWN and source.train.cases is None else None  # tiles are often alike
+        pixels: list[bytes] = []
         identity = of_source(source, contents, pixels)
-        for text in copies(name, source.classes, contents, pixels, names or ()) if pixels else ():
-            if notice is not None:
-                notice(text)
+        if name in OWN:
+            used = [*splits, shown]
+            if not whole:  # the identity is that of other rows
+                pixels = pixel_hashes(used) + pixels
+                contents["train"] = [*used, *contents["train"]]
+            tiles = 1 if source.train.cases is None else len(source.train) // len(source.train.cases.unique())
+            for text in copies(name, source.classes, contents, pixels, names or (), tiles):
+                if notice is not None:
+                    notice(text)
     data = FederatedData(
         name=name,
         classes=source.classes,

@@ -1,12 +1,13 @@
 """One image under two names: refused with two labels or masks, told otherwise."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fedkern.data import load
+from fedkern.data import identity, load
 from fedkern.errors import UserError
 
 COLUMNS = {
@@ -57,9 +58,9 @@ def made(source, root, *, label="", client="", split="", plain=False, content=0)
     return rows[0][first], rows[-1][first]
 
 
-def told(source, root, **settings):
-    said = []
-    load(source, root=root, options={"size": 8, "colour": "grey"}, identify=True, notice=said.append, **settings)
+def told(source, root, options=None, **settings):
+    said, options = [], {"size": 8, "colour": "grey", **(options or {})}
+    load(source, root=root, options=options, identify=True, notice=said.append, **settings)
     return [text for text in said if text.startswith("Equal images")]
 
 
@@ -77,7 +78,9 @@ def test_an_image_at_two_clients(source, settings, tmp_path):
     first, copy = made(source, tmp_path, client="B")
     (text,) = told(source, tmp_path, **settings)
     where = "" if settings.get("partition") else " (at the clients A and B)"
-    assert text == f"Equal images under several names count as often: {first} and {copy}{where}."
+    expected = f"Equal images under several names count as often: {first} and {copy}{where}."
+    # Images that the run uses come before others of the file.
+    assert sorted(re.findall(r"\w+", text)) == sorted(re.findall(r"\w+", expected))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -105,6 +108,38 @@ def test_plain_pictures_are_alike_without_being_copies(source, tmp_path):
 def test_other_images_are_none(source, tmp_path):
     made(source, tmp_path, content=COUNT)
     assert told(source, tmp_path) == []
+
+
+@pytest.mark.parametrize("settings", [{"train_samples": 15}, {"public_samples": 4}], ids=str)
+def test_every_image_of_the_run_is_compared(settings, tmp_path, monkeypatch):
+    """Also where a few images alone stand for the training images in the identity."""
+    made("csv", tmp_path, content=COUNT)
+    with (tmp_path / "list.csv").open("a") as table:
+        for copy in "wxyz":
+            shutil.copy(tmp_path / "1.png", tmp_path / f"1{copy}.png")
+            table.write(f"1{copy}.png,a,B,train\n")
+    monkeypatch.setattr(identity, "SAMPLED_IMAGES", 1)
+    (text,) = told("csv", tmp_path, **settings)
+    assert re.search(r": 1[wxyz]?.png and 1[wxyz].png\.$", text)
+
+
+@pytest.mark.parametrize("settings", [{}, {"public_samples": 8}], ids=str)
+def test_images_in_tiles_are_compared_as_a_whole(settings, tmp_path):
+    tile = {"options": {"tile": 4}, **settings}
+    first, copy = made("segmentation", tmp_path, split="test")
+    white = Image.new("L", (4, 4), 255)
+    for i in (1, 2):  # one tile alike, under two masks
+        picture = Image.open(tmp_path / f"{i}.png").copy()
+        picture.paste(white, (4, 4))
+        picture.save(tmp_path / f"{i}.png")
+    (text,) = told("segmentation", tmp_path, **tile)
+    assert text.endswith(f": {first} and {copy} (in the sets train and test).")
+
+
+def test_an_image_in_tiles_with_two_masks(tmp_path):
+    first, copy = made("segmentation", tmp_path, label="b")
+    with pytest.raises(UserError, match=f"{first} and {copy} are the same image with two masks; leave one of the two"):
+        told("segmentation", tmp_path, options={"tile": 4})
 
 
 def test_many_copies_are_counted(tmp_path):
