@@ -63,7 +63,8 @@ def open_nico(
         size: side in pixels to which every image is resized (the whole image, without cropping).
         part: subfolder to descend into, for a download that keeps ``Animal`` and ``Vehicle`` side by side (any case).
         held_out: share of the training contexts' images that goes to the in-distribution test; as many again go to the
-            validation set.  The images are the same for every seed.
+            validation set.  The images are the same for every seed.  0: there is no in-distribution test, and the
+            validation set is empty.
 
     Raises:
         UserError: no such tree, a class with fewer than eight contexts, a context without images, or one image in two
@@ -88,16 +89,15 @@ def open_nico(
         rng = stream(0, f"split/nico/{label}/{context}")
         order = [rows[i] for i in rng.permutation(len(rows))]
         # At most a third of a small context is held out, so that its client keeps training images.
-        held = min(max(1, round(held_out * len(rows))), len(rows) // 3)
+        held = min(max(1, round(held_out * len(rows))), len(rows) // 3) if held_out else 0
         pools["id"] += order[:held]
         pools["validation"] += order[held : 2 * held]
         pools["train"] += order[2 * held :]
-    for name in ("validation", "id"):
-        if not pools[name]:
-            raise UserError(
-                f'data set "nico": no context under {folder} has three images, so none can be held out for the '
-                "in-distribution test"
-            )
+    if held_out and not pools["id"]:
+        raise UserError(
+            f'data set "nico": no context under {folder} has three images, so none can be held out for the '
+            "in-distribution test"
+        )
     files = ImageFiles(tuple(record.path for record in records), size, "nico", max_pixels=max_image_pixels)
     made = {
         name: _pool(records, np.array(sorted(rows), dtype=np.int64), groups, folder, files)
@@ -107,7 +107,7 @@ def open_nico(
         classes=classes,
         train=made["train"],
         validation=made["validation"],
-        tests={"id": made["id"], "ood": made["ood"]},
+        tests={name: made[name] for name in ("id", "ood") if pools[name]},
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         augment="nico",

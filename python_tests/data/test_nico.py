@@ -38,6 +38,14 @@ def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protoc
     assert len(data.tests["ood"]) == CLASSES * 3 * IMAGES
 
 
+def test_nothing_is_held_out(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    data = load("nico", root=tmp_path, options={"size": 16, "held_out": 0})
+    assert data.client_sizes == (CLASSES * IMAGES,) * 7
+    assert len(data.validation) == 0
+    assert set(data.tests) == {"ood"}
+
+
 def test_every_image_is_used_once(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
     data = load("nico", root=tmp_path, options={"size": 16})
