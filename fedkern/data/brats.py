@@ -23,7 +23,7 @@ from fedkern.data.found_files import gunzip, need_root
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, held_out_first
-from fedkern.data.spelling import SHOWN
+from fedkern.data.spelling import SHOWN, numbered
 from fedkern.data.split import largest_classes
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError, first_of
@@ -128,7 +128,7 @@ def open_brats(
     for row, (i, z) in enumerate(rows):
         full.pack(row, found[i][z])
     pools = _pools(cases, grids, where, targets, full, (test_share, validation_share), max_image_pixels)
-    sites = sorted({case.site for case in cases})
+    sites = numbered(case.site for case in cases)
     return Source(
         classes=("background", *values),
         train=pools["train"],
@@ -339,7 +339,7 @@ def _pools(
     max_voxels: int,
 ) -> dict[str, Pool]:
     largest = largest_classes(targets)
-    sites = sorted({case.site for case in cases})
+    sites = numbered(case.site for case in cases)
     site = torch.tensor([sites.index(case.site) for case in cases])
 
     def pool(chosen: npt.NDArray[np.int64]) -> Pool:

@@ -24,7 +24,7 @@ from fedkern.data.site_folders import (
     split_folders,
     trees,
 )
-from fedkern.data.spelling import unified
+from fedkern.data.spelling import numbered, unified
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 
@@ -67,7 +67,7 @@ def open_folder(
     spelled, told = unified(folders, f"The layout of {base}")
     one = dict(zip(folders, spelled, strict=True))
     own_classes = {site: {one[name] for name in subfolders(folder)} for site, folder in training.items()}
-    classes = sorted({name for names in own_classes.values() for name in names})
+    classes = numbered(name for names in own_classes.values() for name in names)
     if len(classes) < 2:
         tables = sorted(base.glob("*.csv"))
         table = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
@@ -106,6 +106,6 @@ def open_folder(
     return to_source(
         "folder",
         listing,
-        tuple(classes),
+        classes,
         Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
     )

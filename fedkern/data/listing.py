@@ -24,7 +24,7 @@ from fedkern.data.images import (
     check_distinct,
     grey_bits,
 )
-from fedkern.data.spelling import SHOWN
+from fedkern.data.spelling import SHOWN, numbered
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError, first_of
 from fedkern.streams import stream
@@ -111,9 +111,9 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     units = _units(listing)
     rows = _rows(data, listing, reading, units)
     named = [listing.clients[row] for row in rows["train"].tolist()]
-    names = sorted(set(named))
-    unnamed = named.count("") if names != [""] else 0
-    sites = () if "" in names else tuple(names)
+    names = numbered(named)
+    unnamed = named.count("") if names != ("",) else 0
+    sites = () if "" in names else names
     groups = None
     if sites:
         number = {name: k for k, name in enumerate(sites)}

@@ -82,6 +82,14 @@ def test_images_in_linked_folders(tmp_path, name):
     assert said == [f"Files under {root} that are not read: 1 .dcm, such as cat/patient0/study/deep/volume.dcm."]
 
 
+def test_numbers_are_sorted_as_numbers(tmp_path):
+    numbers = tuple(str(k) for k in range(12))
+    nested(tmp_path, outer=("9", "10"), inner=numbers, count=4)
+    data = opened("folder", tmp_path, options={"layout": "sites"})
+    assert data.classes == numbers
+    assert data.client_names == ("9", "10")
+
+
 def test_patients_with_images_and_masks(tmp_path):
     for k in range(8):
         for i in range(3):
