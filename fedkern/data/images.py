@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from fedkern.errors import UserError
@@ -176,11 +176,7 @@ def read_images(
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
                 whole = _on_white(_eight_bits(image, paths[row], data, bits)).convert(mode)
-                small = (
-                    ImageOps.pad(whole, (size, size), Image.Resampling.BICUBIC)
-                    if pad
-                    else whole.resize((size, size), Image.Resampling.BICUBIC)
-                )
+                small = _padded(whole, size) if pad else whole.resize((size, size), Image.Resampling.BICUBIC)
             images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
         except (UserError, MemoryError):
             raise
@@ -452,6 +448,16 @@ def grey_bits(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> int:
     return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
 
 
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    """Like Pillow's ``ImageOps.pad``, which rounds the short side of a thin image to no pixel at all."""
+    longest = max(image.size)
+    width, height = (max(1, round(side / longest * size)) for side in image.size)
+    out = Image.new(image.mode, (size, size))
+    corner = round((size - width) / 2), round((size - height) / 2)
+    out.paste(image.resize((width, height), Image.Resampling.BICUBIC), corner)
+    return out
+
+
 def _eight_bits(image: Image.Image, path: Path, data: str, bits: int) -> Image.Image:
     """The upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
     turned = upright(image)
@@ -476,7 +482,10 @@ def _eight_bits(image: Image.Image, path: Path, data: str, bits: int) -> Image.I
         )
     if _negative(image):
         values = top - values
-    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    grey = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:

@@ -109,6 +109,25 @@ def test_an_alpha_channel_is_on_white(mode, suffix, tmp_path):
     assert (grey[0], grey[14]) == (255, 76)
 
 
+@pytest.mark.parametrize("sides", [(130, 1), (1, 130), (128, 1), (30, 21), (16, 16), (7, 90), (200, 33)])
+def test_bars_leave_something_of_a_thin_image(sides, tmp_path):
+    pixels = np.random.default_rng(0).integers(100, 255, (sides[1], sides[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    found = read(save(image, tmp_path / "thin.png"), size=64, pad=True)[0][0].permute(1, 2, 0).numpy()
+    if min(sides) > 1:
+        assert np.array_equal(found, np.asarray(ImageOps.pad(image, (64, 64), Image.Resampling.BICUBIC)))
+    else:
+        assert (found > 90).all(2).sum() == 64
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
+    values = np.full((SIZE, SIZE), 40_000, np.uint16)
+    values[:, : SIZE // 2] = 1_000
+    path = save(Image.fromarray(values), tmp_path / "key.png", transparency=1_000)
+    row = read(path, grey=True, bits=16)[0][0, 0, 8].tolist()
+    assert (row[0], row[-1]) == (255, 156)
+
+
 @pytest.mark.parametrize("suffix", ["png", "gif"])
 def test_a_transparent_colour_is_white(suffix, tmp_path):
     values = np.zeros((SIZE, SIZE), np.uint8)
