@@ -22,6 +22,8 @@ Rows = npt.NDArray[np.int64]
 
 DIRICHLET_MIN_SAMPLES = 10
 DIRICHLET_DRAWS = 200
+DIRICHLET_ALPHA = 1e9
+"""Largest ALPHA; shares then differ by less than one sample, and NumPy's draws overflow far above it."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,11 @@ def _parse_dirichlet(text: str, values: Sequence[str], usage: str) -> PartitionS
         alpha = float(values[0])
     except ValueError:
         alpha = math.nan
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise UserError(f'partition "{text}": expected dirichlet:ALPHA with a positive number ALPHA, for example 0.5')
+    if not 0 < alpha <= DIRICHLET_ALPHA:
+        raise UserError(
+            f'partition "{text}": expected dirichlet:ALPHA with a positive number ALPHA up to {DIRICHLET_ALPHA:g}, for '
+            "example 0.5; stratified gives equal shares of every class"
+        )
     options: dict[str, Any] = {}
     for value in values[1:]:
         if value in ("fill", "plain"):

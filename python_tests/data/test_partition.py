@@ -172,6 +172,7 @@ def test_more_clients_than_samples(spec: str) -> None:
         ("dirichlet:0", "positive number ALPHA"),
         ("dirichlet:-1", "positive number ALPHA"),
         ("dirichlet:inf", "positive number ALPHA"),
+        ("dirichlet:1e308:plain", r"positive number ALPHA up to 1e\+09.*stratified gives equal shares"),
         ("dirichlet:nan", "positive number ALPHA"),
         ("dirichlet:1:mim=3", 'cannot read "mim=3"'),
         ("classes", "needs a value, for example classes:2"),
