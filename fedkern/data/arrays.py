@@ -123,7 +123,13 @@ def _split(pair: Any, name: str, changes: list[float]) -> Split:
 
 
 def _tensor(value: Any) -> Tensor:
-    return value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    array = np.array(value)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise ValueError(f"expected numbers, given {array.dtype}") from None
 
 
 def _images(value: Any, changes: list[float]) -> Tensor:

@@ -22,6 +22,7 @@ Coordinates are pixels of the image as stored, turned as its EXIF orientation sa
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Collection, Sequence
 from os.path import normpath
@@ -114,7 +115,7 @@ class BoxesFile:
 
     def _read_csv(self, text: str) -> dict[str, list[Box]]:
         try:
-            return self._read_rows(csv.DictReader(text.splitlines()))
+            return self._read_rows(csv.DictReader(io.StringIO(text, newline="")))
         except csv.Error as error:
             raise UserError(f"boxes file {self.path}: not a CSV file ({error})") from None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.spelling import classes_of, filled
+from fedkern.data.spelling import MISSING, classes_of, filled
 from fedkern.errors import UserError
 
 COLUMN = "labels"
@@ -35,12 +36,17 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
 
     Returns:
         The names of the labels, sorted, as numbers if all of them are numbers; uint8 ``[n, L]``, 1 where the row has
-        the label; and sentences on labels that are written in several ways.
+        the label; and sentences on labels that are written in several ways, or count as empty.
 
     Raises:
         UserError: the rows name fewer than two labels.
     """
-    split = [[name for part in cell.split(SEPARATOR) if (name := filled(part))] for cell in cells]
+    missing: Counter[str] = Counter()
+    split: list[list[str]] = []
+    for cell in cells:
+        parts = [part.strip() for part in cell.split(SEPARATOR)]
+        missing.update(part for part in parts if part in MISSING)
+        split.append([part for part in parts if filled(part)])
     names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:])
     if len(names) < 2:
         what = f'the single label "{names[0]}"' if names else "no label"
@@ -48,6 +54,9 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
             f'data set "{data}": {where} names {what}, expected two or more, joined by '
             f'"{SEPARATOR}"; a single class an image belongs into a column label'
         )
+    if missing:
+        listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
+        told = [f"Labels of {where} that count as empty: {listed}.", *told]
     sets = np.zeros((len(split), len(names)), dtype=np.uint8)
     sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
     return names, sets, told

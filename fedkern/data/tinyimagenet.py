@@ -57,6 +57,8 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
             raise UserError(f'data set "tinyimagenet": the image {path} of {annotations}, line {number}, is {what}')
         paths.append(path)
         labels.append(label_of[wnid])
+    if len(paths) == trained:
+        raise UserError(f'data set "tinyimagenet": {annotations} lists no image; fetch the data set again')
     listing = Listing(
         paths=paths,
         ids=tuple(path.relative_to(folder).as_posix() for path in paths),

@@ -185,6 +185,17 @@ def test_too_few_labels(tmp_path, fails, cells, said):
     assert said in fails("fedavg", *TINY, "--out", "run")
 
 
+def test_labels_that_count_as_empty_are_told(tmp_path):
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    lines = ["path,labels", *(f"{i}.png,{'a|NA' if i == 3 else 'a|b'}" for i in range(20))]
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    said = []
+    data = load("csv", root=tmp_path, clients=2, options={"size": 8}, notice=said.append)
+    assert data.classes == ("a", "b")
+    assert said == [f"Labels of the column labels of {tmp_path / 'list.csv'} that count as empty: NA (1)."]
+
+
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
     (tmp_path / "set").mkdir()
     for i in range(20):

@@ -56,6 +56,8 @@ def test_columns_are_labels(dtype):
         ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 1]] * 3)]}, r"or uint8 \[2, L\] for several labels"),
         ({"test": (np.zeros((2, 4, 4), np.uint8), [[0, 1, 1]] * 2)}, "test: labels must have 2 columns .* but have 3"),
         ({"test": (np.zeros((2, 4, 4), np.uint8), [0, 1])}, "labels 2 axes like the first client's"),
+        ({"test": (np.zeros((2, 4, 4), np.uint8), ["a", "b"])}, "the test set: expected numbers, given <U1"),
+        ({"test": ([None, None], [0, 1])}, "the test set: expected numbers, given object"),
         ({"classes": ["a", "b", "c"]}, "classes must name the 2 labels, a name for every column, but has 3"),
     ],
 )

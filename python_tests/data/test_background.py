@@ -74,6 +74,13 @@ def test_boxes_file(tmp_path: Path, suffix: str) -> None:
     assert int(masks[5].sum()) == 80
 
 
+def test_names_with_line_ends(tmp_path: Path) -> None:
+    names = ["a\u2028b.png", "c\nd.png"]
+    path = tmp_path / "boxes.csv"
+    path.write_text("image,x1,y1,x2,y2\n" + "".join(f'"{name}",0,0,2,3\r\n' for name in names), encoding="utf-8")
+    assert BoxesFile(path, names).boxes == {name: [(0, 0, 2, 3)] for name in names}
+
+
 def test_boxes_are_in_pixels_of_the_stored_image_or_in_fractions(tmp_path: Path) -> None:
     split = split_of(1, sizes=torch.tensor([[40, 16]]))  # stored 40 wide and 16 high, loaded 10 x 8
     pixels, fractions = tmp_path / "p.json", tmp_path / "f.json"

@@ -63,6 +63,7 @@ def test_what_is_missing_is_named(tree):
         (lambda t: (t / "wnids.txt").write_text("n01\nn01\n"), "two or more different classes"),
         (lambda t: (t / "wnids.txt").write_text("n01\nn02\nn03\nn07\n"), "n07/images is missing or holds no image"),
         (lambda t: (t / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn55\n"), "line 1, names no class"),
+        (lambda t: (t / "val" / "val_annotations.txt").write_text("\n"), r"val_annotations\.txt lists no image"),
         (lambda t: (t / "train" / "n01" / "images" / "n01_2.JPEG").write_text("no"), r"cannot read the image .*n01_2"),
         (lambda t: (t / "words.txt").write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
     ],
