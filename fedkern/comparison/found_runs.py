@@ -12,7 +12,7 @@ from typing import Any
 from fedkern.comparison.cells import word
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.resuming import check_unedited, with_identity
+from fedkern.engine.store.resuming import unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
 from fedkern.methods.common.figure_names import split_metric
@@ -81,13 +81,11 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
         UserError: there is no run, it is not finished, its settings were changed, or a file is damaged.
     """
     path = Path(folder)
-    config = RunConfig.load(path, trusted=trusted, device="cpu")
+    config = unedited(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
     if summary is None:
         raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
-    if (entry := newest(path)) is not None:
-        check_unedited(config, entry, path)
-    return FoundRun(path, with_identity(config, entry), summary, read_metrics(path))
+    return FoundRun(path, with_identity(config, newest(path)), summary, read_metrics(path))
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[FoundRun]:

@@ -16,6 +16,7 @@ from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import batch_size, evaluate, prefixed
 from fedkern.engine.samples import TestSet
+from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
 from fedkern.methods import registry
@@ -48,7 +49,7 @@ def evaluate_run(
         raise UserError("cache is for image files, and these data are in memory: leave it out.")
     folder = None if cache is None else absolute(str(cache))
     module, about = read_model(out, trusted, model)
-    config = RunConfig.load(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
+    config = unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, FederatedData):
         loaded = data
     elif data is None:

@@ -14,6 +14,7 @@ from fedkern.data.split import joined
 from fedkern.data.transforms import central
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError
 from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
@@ -73,7 +74,7 @@ class Finished:
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
         """
-        config = RunConfig.load(out, trusted=trusted, device="cpu")
+        config = unedited(out, trusted=trusted, device="cpu")
         module, about = read_model(out, trusted)
         if data is not None:
             loaded = load(

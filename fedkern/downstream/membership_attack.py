@@ -20,6 +20,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.samples import BATCH
 from fedkern.engine.store.records import plain
+from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import ATTACK
 from fedkern.errors import UserError
 from fedkern.methods import registry
@@ -80,7 +81,7 @@ def attack(
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
-    config = RunConfig.load(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
+    config = unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
     network, _ = read_model(out, trusted, model)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):

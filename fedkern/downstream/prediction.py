@@ -18,11 +18,11 @@ from fedkern import atomic, files
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing
 from fedkern.methods.protocol import batch_slices
-from fedkern.settings.config import RunConfig
 from fedkern.torch_modes import reproducible
 
 Value = TypeVar("Value")
@@ -77,7 +77,7 @@ class Predictor:
                 images.
         """
         module, about = read_model(out, trusted, model)
-        config = RunConfig.load(out, trusted=trusted, device="cpu")
+        config = unedited(out, trusted=trusted, device="cpu")
         options = config.data_options
         for name in PARTS:
             if options.get(name):

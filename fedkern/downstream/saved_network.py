@@ -17,11 +17,12 @@ from fedkern import models, named_code
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results
+from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
 from fedkern.methods import registry
-from fedkern.settings.config import RunConfig, check_regular, check_run_folder, load_plugins
+from fedkern.settings.config import check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
 from fedkern.torch_modes import reproducible
 
@@ -225,7 +226,7 @@ def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
     """The module that the method makes of the server's state at the end of the run."""
-    config = RunConfig.load(out, trusted=trusted, device="cpu")
+    config = unedited(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
     config = config.replace(init=None)  # the weights are the run's, and that file may be gone
     kind = registry.get(config.method)

@@ -16,11 +16,10 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_shown
-from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.resuming import check_unedited
+from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError
 from fedkern.report.matplotlib_import import undocumented
 from fedkern.settings.config import RunConfig, load_plugins
@@ -105,9 +104,7 @@ def finished_pictures(
 
 def _check(run_dir: Path) -> None:
     """Raises UserError if the run's settings were changed, or the records are private and the run is not finished."""
-    config, entry = RunConfig.load(run_dir, device="cpu"), newest(run_dir)
-    if entry is not None:
-        check_unedited(config, entry, run_dir)
+    config = unedited(run_dir, device="cpu")
     if read_summary(run_dir) is None and config.records == "private":
         raise UserError(
             f"{run_dir} has no summary.json, and its records are private: finish the run with --resume "

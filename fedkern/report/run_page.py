@@ -26,7 +26,7 @@ from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
-from fedkern.engine.store.resuming import check_unedited
+from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
@@ -157,10 +157,8 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
     """
     moved = {} if data_root is None else {"data_root": data_root}
-    config = RunConfig.load(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **moved)
+    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **moved)
     entry = newest(run_dir)
-    if entry is not None:
-        check_unedited(config, entry, run_dir)
     info = {} if entry is None else entry["info"]
     summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended
     no_data = ""

@@ -78,10 +78,10 @@ def test_a_report_without_a_file_says_so(name, runs, fails, tmp_path):
     assert name in fails(command, str(out))
 
 
-@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("command", ["report", "compare", "attack", "evaluate", "predict", "export"])
 def test_settings_of_another_run_are_named(command, runs, fails, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs[0], out)
     shutil.copy(runs[1] / "config.toml", out / "config.toml")
-    more = [str(runs[1]), "--out", str(tmp_path / "c")] if command == "compare" else []
+    more = {"compare": [str(runs[1]), "--out", str(tmp_path / "c")], "predict": ["image.png"]}.get(command, [])
     assert "config.toml was changed after the run began (seed" in fails(command, str(out), *more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from fedkern import versions
 from fedkern.data import FederatedData
 from fedkern.engine.executors import team
-from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.checkpoints import Checkpoints, newest
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
 from fedkern.methods.base import Round
@@ -60,6 +60,18 @@ def with_identity(config: RunConfig, entry: Mapping[str, Any] | None) -> RunConf
     ``entry`` is the newest checkpoint; without one, the settings are returned as they are.
     """
     return config if entry is None else config.replace(identity=entry["info"]["config"].get("identity", {}))
+
+
+def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
+    """The settings of a run folder as :meth:`RunConfig.load` reads them, for a reader of what the run has made.
+
+    Raises:
+        UserError: there is no run, or its settings were changed after it began.
+    """
+    config = RunConfig.load(out, trusted=trusted, **replaced)
+    if (entry := newest(Path(out))) is not None:
+        check_unedited(config, entry, Path(out))
+    return config
 
 
 def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[str, Any]:
