@@ -386,7 +386,7 @@ def requested(
         plain["data"] = data
     if isinstance(model, str):
         plain["model"] = given_paths.absolute({"model": model})["model"]
-    module = model if isinstance(model, nn.Module) else None
+    module = None if isinstance(model, str) else model
     given_options = given_paths.named_options(name, options)
     if twice := [each for each in given_options if each in made_with]:
         raise UserError(

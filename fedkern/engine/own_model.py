@@ -27,8 +27,13 @@ def of_module(config: RunConfig, module: nn.Module) -> RunConfig:
         UserError: the module cannot be trained, or cannot be copied.
     """
     name = f"{INSTANCE}{type(module).__name__}"
+    if isinstance(module, type):
+        raise UserError(
+            f"model must be an object, not the class {module.__name__}: make one, or name the code as a text, "
+            f'"FILE.py:{module.__name__}".'
+        )
     if not isinstance(module, nn.Module):
-        raise UserError(f"model must be an nn.Module, not {type(module).__name__}.")
+        raise UserError(f"model must be an nn.Module or the name of a network, not {module!r}.")
     check_module(module, name)
     return config.replace(model=name, width=None)
 
