@@ -230,7 +230,7 @@ def test_the_pages_code_runs(code):
         ({"data": "digit"}, 'unknown data set "digit"'),
         ({"rounds": 0}, "rounds"),
         ({"model": 3}, "model must be an nn.Module or the name of a network, not 3."),
-        ({"model": torch.nn.Flatten}, 'not the class Flatten: make one, or name the code as a text, "FILE.py:Flatten".'),
+        ({"model": torch.nn.Flatten}, 'not the class Flatten: make one, or name the code as a text, "FILE.py:Flatten"'),
     ],
 )
 def test_mistakes_are_said_and_leave_nothing(given, sentence, tmp_path):

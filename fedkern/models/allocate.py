@@ -8,7 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedkern import machine
+from fedkern.errors import UserError
+
 Layer = TypeVar("Layer", bound=nn.Module)
+
+SMALL = 1 << 28
+"""Bytes of a network up to which nobody asks for the free memory, which takes most of a millisecond."""
 
 
 def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
@@ -28,7 +34,17 @@ def allocate(module: nn.Module) -> None:
 
     ``module.to_empty(device="cpu")`` does the same, but its first call imports torch's symbolic shapes and sympy, which
     would cost every command and every worker half a second.
+
+    Raises:
+        UserError: the machine has not the memory for the tensors and one copy, which every use of a network needs.  The
+            system would give out the memory, and kill the process while it is filled.
     """
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.is_meta)
+    if size > SMALL and 2 * size > (free := machine.free_memory()):
+        raise UserError(
+            f"The network takes {size / 1e9:.1f} GB, twice that with its copies, and the machine has "
+            f"{free / 1e9:.1f} GB free: take a smaller --width or --model."
+        )
     made: dict[int, Tensor] = {}  # by the id of the tensor replaced, which layers may share
     for layer in module.modules():
         for named in (layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedkern import UserError, machine, models
 from fedkern.models.allocate import allocate
 
 
@@ -38,6 +39,12 @@ def test_as_to_empty():
             )  # fmt: skip
     assert ours.first.weight is ours.second.weight
     assert ours.kept.tolist() == [1, 1]
+
+
+def test_a_network_without_memory_is_refused_before_it_takes_any(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 1_000_000_000)
+    with pytest.raises(UserError, match=r"takes 0\.5 GB, twice that with its copies, and the machine has 1\.0 GB free"):
+        models.build("mlp", classes=10, channels=1, image_size=8, seed=0, width=1 << 13)
 
 
 @pytest.mark.exhaustive
