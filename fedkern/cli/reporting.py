@@ -60,8 +60,11 @@ def parse(words: Sequence[str]) -> Request | None:
 
 def report(request: Request) -> int:
     """Writes the report of every folder, and prints the files."""
-    from fedkern.comparison import comparison_page
-    from fedkern.report import html_page, run_page
+    from fedkern.report.matplotlib_import import undocumented
+
+    with undocumented():
+        from fedkern.comparison import comparison_page
+        from fedkern.report import html_page, run_page
 
     folders: dict[Path, Path] = {}
     for folder in request.arguments["folders"]:

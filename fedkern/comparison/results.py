@@ -169,8 +169,11 @@ class Result:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        from fedkern.report.comparison_plot import curves
-        from fedkern.report.plots import save
+        from fedkern.report.matplotlib_import import undocumented
+
+        with undocumented():
+            from fedkern.report.comparison_plot import curves
+            from fedkern.report.plots import save
 
         folder.mkdir(parents=True, exist_ok=True)
         texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}

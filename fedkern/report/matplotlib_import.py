@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,20 @@ def undocumented() -> Iterator[None]:
 
     Matplotlib writes tables of the properties of its classes into docstrings while it is imported, for ``help`` in
     scripts and notebooks.  The process of a command ends after the pictures.
+
+    Pictures need no display, so that the user's choice of one, ``MPLBACKEND``, is not read either: a wrong one would
+    fail the import.
     """
     if not whole_process() or "matplotlib.artist" in sys.modules:
         yield
         return
+    backend = os.environ.pop("MPLBACKEND", None)
     with uncollected():
-        from matplotlib import artist
+        try:
+            from matplotlib import artist
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
 
         table = artist.kwdoc
         artist.kwdoc = lambda artist: ""

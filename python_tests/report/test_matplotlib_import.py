@@ -40,3 +40,9 @@ def test_a_script_has_them():
 
 def test_who_has_imported_it_keeps_them():
     assert documented(True, before="import matplotlib.artist") == "True True"
+
+
+def test_a_command_needs_no_backend_of_the_user(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    assert documented(True) == "False True"
+    assert documented(True, inside="import os; assert os.environ['MPLBACKEND'] == 'nonsense'") == "False True"
