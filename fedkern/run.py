@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import NoReturn
 
-OK, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 2, 130, 141, 143
+OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOADAVG, LOOKS = "/proc/loadavg", 4
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code (1 and 2 with one sentence on standard error):
 
         - 0: success.
-        - 1: a run that failed, for example because the model is not finite.
+        - 1: a run that failed, for example because the model is not finite; or standard output could not be written,
+          as on a full disk.
         - 2: an error that the user can correct.
         - 130: Ctrl-C.
         - 141: the reader of standard output has gone.
@@ -112,12 +113,13 @@ def _guarded(words: list[str], leftover: bool) -> int:
     from fedkern.errors import UserError
     from fedkern.files import check_working_folder
     from fedkern.interrupts import Terminated, ended
+    from fedkern.standard_streams import lost
 
     try:
         check_working_folder()
         code = _dispatch(words, leftover)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
-        return code
+        return FAILED if code == OK and lost() else code
     except UserError as error:
         print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # ClientFailed and CodeFailed have one
         return _say(str(error), error.exit_code)
@@ -136,7 +138,7 @@ def _guarded(words: list[str], leftover: bool) -> int:
         way_out = "; choose a shorter name" if error.errno == errno.ENAMETOOLONG else ""
         return _say(f"{error.filename}: {error.strerror}{way_out}")
     except SystemExit as error:  # of code that the command runs: no exit code of its own may pass for success
-        return _say(f"code that the command runs called sys.exit({error.code!r}): let it raise an exception", 1)
+        return _say(f"code that the command runs called sys.exit({error.code!r}): let it raise an exception", FAILED)
     except KeyboardInterrupt as stop:
         ended()
         asked = isinstance(stop, Terminated)

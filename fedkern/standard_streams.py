@@ -10,6 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 _NAMES = ("stdin", "stdout", "stderr")
+_lost = set[int]()
+"""Descriptors on which something could not be written."""
 
 
 class _Lossy(io.FileIO):
@@ -18,19 +20,22 @@ class _Lossy(io.FileIO):
     A reader that has gone is an error all the same: a pipe such as ``| head`` ends the command.
     """
 
-    _told = False
-
     def write(self, content: Any) -> int:
         try:
             return super().write(content) or 0
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            if not self._told and self.fileno() == 1:
-                self._told = True
+            if self.fileno() == 1 and not lost():
                 with suppress(OSError):
                     os.write(2, f"what is printed is lost: {error.strerror}\n".encode())
+            _lost.add(self.fileno())
             return len(content)
+
+
+def lost() -> bool:
+    """Whether a part of what this process has printed on standard output could not be written."""
+    return 1 in _lost
 
 
 def open_closed() -> None:
