@@ -23,7 +23,7 @@ from fedkern.extras import pandas
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, check_effect
 from fedkern.settings.run_data import kept_data
 from fedkern.torch_modes import reproducible
 
@@ -327,6 +327,7 @@ def simulate(
     from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
     config, memory, module = requested(method, data, model, settings)
+    check_effect([name for name, value in settings.items() if value is not None], config)
     if pictures and out is not None:
         check_vacant(Path(out))
         check_free(Path(out), (*PICTURES.values(), PICTURE_LIST))

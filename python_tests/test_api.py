@@ -12,6 +12,7 @@ from PIL import Image
 
 import fedkern
 from fedkern import plugins
+from fedkern.api import requested
 from fedkern.listeners import Listener
 from fedkern.report import plots
 from fedkern.run import main
@@ -172,10 +173,10 @@ def test_pictures_of_a_module_and_data_in_memory():
 
 
 def test_paths_are_texts_or_paths(tmp_path):
-    first = fedkern.simulate("fedavg", rounds=1, out=Path("first"), data_root=Path(), **TINY)
+    fedkern.simulate("fedavg", rounds=1, out=Path("first"), **TINY)
     run = fedkern.simulate("fedavg", rounds=1, out="run", init=Path("first"), **TINY)
-    assert first.config.data_root == str(tmp_path)
     assert run.config.init == str(tmp_path / "first")
+    assert requested("fedavg", "mnist", None, {"data_root": Path()})[0].data_root == str(tmp_path)
     assert len(run.config.init_sha256) == 64
     with pytest.raises(fedkern.UserError, match=re.escape(str(tmp_path / "no.json"))):
         fedkern.simulate("fedavg", rounds=1, out="other", data_options={"boxes": Path("no.json")}, **TINY)
@@ -229,6 +230,8 @@ def test_the_pages_code_runs(code):
         ({"mu": -1.0}, "mu"),
         ({"data": "digit"}, 'unknown data set "digit"'),
         ({"rounds": 0}, "rounds"),
+        ({"local_epochs": 3}, "--local-epochs has no effect beside --local-steps"),
+        ({"partition": ""}, "--partition is given without a value"),
         ({"model": 3}, "model must be an nn.Module or the name of a network, not 3."),
         ({"model": torch.nn.Flatten}, 'not the class Flatten: make one, or name the code as a text, "FILE.py:Flatten"'),
     ],

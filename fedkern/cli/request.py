@@ -11,7 +11,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import read_text
 from fedkern.methods import METHODS
-from fedkern.settings.config import FOUND, RunConfig, check_networks
+from fedkern.settings.config import FOUND, RunConfig, check_effect, check_networks
 from fedkern.settings.given_paths import absolute, named_options
 
 
@@ -87,6 +87,8 @@ def effective(request: Request) -> RunConfig:
     """
     config = given(request).config()
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
+    if request.command == "run":  # the runs of a comparison differ in which settings they use
+        check_effect(request.settings, config)
     return config
 
 

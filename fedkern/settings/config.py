@@ -46,6 +46,8 @@ UNSTORED = ("cache",)
 """Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""
 BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
+PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
+"""Data options that only say more about another one."""
 FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256", "identity")
 """What a run found in the data, files and code that its settings name; a resumed run compares them by itself."""
 
@@ -322,7 +324,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
-            object.__setattr__(self, knob.field, knob.convert(getattr(self, knob.field)))
+            value = knob.convert(getattr(self, knob.field))
+            if value == "":
+                raise UserError(f"{knob.label} is given without a value: give it one, or leave it out.")
+            object.__setattr__(self, knob.field, value)
         parsed = registry.get(self.method).Options.parse(self.options, method=self.method)
         object.__setattr__(self, "options", parsed.to_dict())
         object.__setattr__(self, "data_options", dict(self.data_options))
@@ -511,6 +516,8 @@ class RunConfig:
         check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))
         if "width" not in given and base["model"] != usual["model"]:
             base.pop("width", None)  # the default width belongs to the default network
+        if "local_epochs" in given and "local_steps" not in given:
+            base.pop("local_steps", None)  # the default steps give way to the user's epochs
         if kind.one_shot:
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
@@ -518,6 +525,9 @@ class RunConfig:
         merged = kind.Options.settled({**default_options, **explicit}, explicit.keys())
         typed = [pair for part in read_options(str(base["data"]), data_options or {}) for pair in part.items()]
         merged_data = {key: value for key, value in typed if key in (data_options or {})}
+        for name, whole in PARTS.items():
+            if name in merged_data and not merged_data.get(whole):
+                raise UserError(f"Data option {name} has no effect without {whole}: give that too, or leave it out.")
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
         used = plugin_room.used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
@@ -779,6 +789,27 @@ def check_networks(given: Mapping[str, Any], data: str) -> None:
                 f"--{name.replace('_', '-')} {given[name]} is for image-text data ({', '.join(pairs)}), and the data "
                 f'set "{data}" has no texts: leave {name} out and choose the network with --model.'
             )
+
+
+def check_effect(given: Collection[str], config: RunConfig) -> None:
+    """Raises UserError where a setting has no effect beside the others: the user would take the result for its own.
+
+    Args:
+        given: names of the settings that the user gave; a stored run or a config file of one names all of them.
+        config: the run's settings.
+    """
+    for name, unused, way in (
+        ("local_epochs", config.local_steps is not None, "beside --local-steps: leave one of the two out"),
+        ("lr_step_factor", config.lr_steps is None, "without --lr-steps: give that too, or leave it out"),
+        ("momentum", config.optimizer != "sgd", f"on --optimizer {config.optimizer}: leave it out"),
+        (
+            "data_root",
+            not DATASETS[config.data].reads_files,
+            f'on the data set "{config.data}", which reads no files: leave it out',
+        ),
+    ):
+        if unused and name in given:
+            raise UserError(f"--{name.replace('_', '-')} has no effect {way}.")
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,25 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     assert (config.method, config.rounds, config.lr) == ("fedgid", 7, 0.3)
     assert (config.options["alpha"], config.options["gd_ramp"]) == (0.8, 3)
     assert config.batch_size == RunConfig.make("fedgid").batch_size
-    # Another method keeps the settings; the options were not meant for it.
+
+
+def test_a_file_of_another_method_gives_its_settings_but_no_options(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\n')
     other = request.effective(flags.parse(["fedavg", "--config", str(path)]))
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
+
+
+def test_a_file_of_a_run_may_name_settings_without_effect(tmp_path):
+    config = RunConfig.make("fedavg", optimizer="adamw", local_steps=2)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert request.effective(flags.parse(["--config", "config.toml"])) == config
+
+
+def test_epochs_take_the_place_of_default_steps(tmp_path):
+    assert RunConfig.make("feddra").local_steps == 20
+    config = request.effective(flags.parse(["feddra", "--local-epochs", "1"]))
+    assert (config.local_epochs, config.local_steps) == (1, None)
 
 
 def test_a_byte_order_mark_says_nothing(tmp_path):
