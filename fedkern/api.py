@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,7 +87,7 @@ class Run:
         trusted: Collection[str] = (),
         method: Method | type[Method] | None = None,
     ) -> None:
-        self.out = Path(out)
+        self.out = folder_of(out)
         self._kind: type[Method] | None = None
         options: dict[str, Any] = {}
         if method is not None:
@@ -173,8 +173,9 @@ class Run:
             images = torch.from_numpy(np.ascontiguousarray(images))
         if isinstance(images, Tensor):
             return predictor.probabilities(images)
-        paths = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
-        return predictor.probabilities_of(paths)
+        files = [images] if isinstance(images, (str, Path)) else images
+        paths = _paths(files, "images must be a tensor, an array, or image files")
+        return predictor.probabilities_of([Path(path) for path in paths])
 
     @reproducible()
     def evaluate(
@@ -207,8 +208,9 @@ class Run:
         self._give_method()
         own = self._kept_data() if data is None else data
         root = None if data_root is None else str(data_root)
+        options = table_of(data_options, "data_options")
         return evaluate_run(
-            self.out, data=own, data_root=root, data_options=data_options, cache=cache, trusted=self._trusted,
+            self.out, data=own, data_root=root, data_options=options, cache=cache, trusted=self._trusted,
             model=self._model,
         )  # fmt: skip
 
@@ -255,7 +257,8 @@ class Run:
         """
         _listeners(listener)  # before anything is written
         self._give_method()
-        self.config = extend(self.out, rounds, trusted=self._trusted)
+        played = next(knob for knob in RunConfig.knobs() if knob.field == "rounds").convert(rounds)
+        self.config = extend(self.out, int(played), trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
     @reproducible()
@@ -326,16 +329,17 @@ def simulate(
     """
     from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
+    where = None if out is None else folder_of(out)
     config, memory, module = requested(method, data, model, settings)
     check_effect([name for name, value in settings.items() if value is not None], config)
-    if pictures and out is not None:
-        check_vacant(Path(out))
-        check_free(Path(out), (*PICTURES.values(), PICTURE_LIST))
-    folder = reserve(RUNS, run_name(config), "name a run folder with out=") if out is None else Path(out)
+    if pictures and where is not None:
+        check_vacant(where)
+        check_free(where, (*PICTURES.values(), PICTURE_LIST))
+    folder = reserve(RUNS, run_name(config), "name a run folder with out=") if where is None else where
     try:
         _play(config, folder, memory, module, progress, listener, pictures, resume=False)
     finally:
-        if out is None and not any(folder.iterdir()):
+        if where is None and not any(folder.iterdir()):
             folder.rmdir()
     kind = None if isinstance(method, str) else type(method) if isinstance(method, Method) else method
     return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
@@ -361,13 +365,15 @@ def requested(
         UserError: an unknown name or a value out of range.
     """
     settings = dict(given)
-    plugins.given([os.fspath(plugin) for plugin in settings.get("plugins") or ()])
+    settings |= {each: table_of(settings.get(each), each) for each in ("options", "data_options")}
+    settings["plugins"] = plugins_of(settings.get("plugins"))
+    plugins.given(settings["plugins"])
     name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
     knobs = registry.get(name).Options.knobs()
     own = {each for knob in knobs for each in (knob.name, knob.field)}
     fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options", "plugins"}
-    options = {**settings.pop("options", {})}
+    options = settings.pop("options")
     for each in [each for each in settings if each in own and each not in fields]:
         options[each] = settings.pop(each)
     for each in settings:
@@ -376,8 +382,7 @@ def requested(
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     if "workers" in settings:
         settings["workers"] = str(settings["workers"])
-    settings["data_options"] = given_paths.absolute(settings.get("data_options") or {})
-    settings["plugins"] = [os.fspath(plugin) for plugin in settings.get("plugins") or ()]
+    settings["data_options"] = given_paths.absolute(settings["data_options"])
     plain = given_paths.absolute(settings)
     if memory is not None:
         plain = {"clients": len(memory.clients), **plain, "data": memory.name}
@@ -396,6 +401,41 @@ def requested(
     given_options |= given_paths.named_options(name, made_with)
     config = RunConfig.make(name, options=given_options, **cast(Any, plain))
     return config, memory, module
+
+
+def plugins_of(given: Any) -> list[str]:
+    """The names in an argument ``plugins``; raises UserError where it is no list of files and modules."""
+    return [] if given is None else _paths(given, "plugins must be a list of files and modules")
+
+
+def _paths(given: Any, must: str) -> list[str]:
+    """Texts of a list of texts and paths; raises UserError, beginning with ``must``, where it is none."""
+    found = None if isinstance(given, (str, os.PathLike)) or not isinstance(given, Iterable) else [*given]
+    if found is None or not all(isinstance(each, (str, os.PathLike)) for each in found):
+        raise UserError(f"{must}, not {_shown(given)}.")
+    return [os.fspath(each) for each in found]
+
+
+def table_of(given: Any, name: str) -> dict[str, Any]:
+    """A copy of the values by name in an argument; raises UserError where it is no dict of these."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise UserError(f"{name} must be a dict of values by name, not {_shown(given)}.")
+    return dict(given)
+
+
+def folder_of(out: Any) -> Path:
+    """The path in an argument ``out``; raises UserError where it is none, or empty: that is the current folder."""
+    if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
+        raise UserError(f"out must be the path of a folder, not {_shown(out)}.")
+    return Path(out)
+
+
+def _shown(value: Any) -> str:
+    """A wrong argument in a message: a short value, or its type."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"an object of type {type(value).__name__}"
 
 
 def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:

@@ -204,6 +204,25 @@ def test_predictions_of_files_and_pictures(tmp_path):
     assert [path.name for path in run.plot()] == ["accuracy.png", "confusion.png", "partition.png"]  # of an MLP
 
 
+@pytest.mark.parametrize("out", [3, None, ""])
+def test_what_is_no_folder_of_a_run(out):
+    with pytest.raises(fedkern.UserError, match="out must be the path of a folder, not"):
+        fedkern.load(out)
+
+
+def test_wrong_arguments_of_a_run_are_said():
+    run = fedkern.simulate("fedavg", rounds=1, out="run", **TINY)
+    for call, said in (
+        (lambda: run.evaluate(data=3), "data must be the name of a data set or FederatedData, not int"),
+        (lambda: run.evaluate("digits", data_options="x"), "data_options must be a dict"),
+        (lambda: run.extend("x"), '--rounds must be an integer, not "x"'),
+        (lambda: run.predict(None), "images must be a tensor, an array, or image files, not None"),
+        (lambda: run.predict([3]), r"image files, not \[3\]"),
+    ):
+        with pytest.raises(fedkern.UserError, match=said):
+            call()
+
+
 def test_the_history_as_a_data_frame():
     pytest.importorskip("pandas")
     run = fedkern.simulate("fedavg", rounds=2, out="run", **TINY)
@@ -230,6 +249,13 @@ def test_the_pages_code_runs(code):
         ({"mu": -1.0}, "mu"),
         ({"data": "digit"}, 'unknown data set "digit"'),
         ({"rounds": 0}, "rounds"),
+        ({"out": 3}, "out must be the path of a folder, not 3"),
+        ({"out": ""}, "out must be the path of a folder, not ''"),
+        ({"plugins": 3}, "plugins must be a list of files and modules, not 3"),
+        ({"plugins": [3]}, "plugins must be a list of files and modules, not [3]"),
+        ({"plugins": "mine.py"}, "plugins must be a list of files and modules, not 'mine.py'"),
+        ({"data_options": "x"}, "data_options must be a dict of values by name, not 'x'"),
+        ({"data_options": {3: 1}}, "data_options must be a dict of values by name, not {3: 1}"),
         ({"local_epochs": 3}, "--local-epochs has no effect beside --local-steps"),
         ({"partition": ""}, "--partition is given without a value"),
         ({"model": 3}, "model must be an nn.Module or the name of a network, not 3."),
@@ -254,12 +280,17 @@ def test_mistakes_are_said_and_leave_nothing(given, sentence, tmp_path):
         ({"clients": {"a": np.zeros(3)}}, "client a: expected a pair"),
         ({"test": (np.zeros((2, 5, 5), np.uint8), [0, 1])}, "images must have shape"),
         ({"classes": ["one"]}, "classes must name at least 2"),
+        ({"classes": ["x", "x"]}, "classes must be a list of different names, none of them empty"),
+        ({"classes": ["", "x"]}, "classes must be a list of different names, none of them empty"),
+        ({"classes": "xy"}, "classes must be a list of different names, none of them empty, not 'xy'"),
+        ({"clients": None}, "clients must be pairs"),
+        ({"test": (["a", "b"], [0, 1])}, "the test set: expected numbers"),
     ],
 )
 def test_arrays_that_do_not_fit_are_said(change, sentence):
     clients = {"a": (np.zeros((2, 4, 4), np.uint8), [0, 1])}
     given = {"clients": clients, "test": (np.zeros((2, 4, 4), np.uint8), [0, 1]), **change}
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(fedkern.UserError, match=sentence):
         fedkern.FederatedData.from_arrays(**given)
 
 

@@ -190,7 +190,10 @@ def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ..
         if isinstance(text, bool) or not 1 <= text <= MOST_CELLS:
             raise UserError(wrong)
         return tuple(range(first, first + text))
-    seeds = tuple(text)
+    try:
+        seeds = tuple(text)
+    except TypeError:
+        raise UserError(wrong) from None
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise UserError(wrong)
     return seeds

@@ -217,25 +217,30 @@ def compare(
     from fedkern import api, plugins
     from fedkern.comparison.boards import board
 
-    listed = [methods] if isinstance(methods, (str, Path, Method, type)) else list(methods)
+    single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
+    listed = [methods] if single else list(methods)
     entries: list[Any] = [str(each) if isinstance(each, Path) else each for each in listed]
     goal = None if target is None else Target.read(target)
-    folder = None if out is None else expand(out)
+    folder = None if out is None else expand(api.folder_of(out))
     folders = [each for each in entries if isinstance(each, str) and each not in METHODS and Path(each).is_dir()]
     if folders and len(folders) == len(entries):
         if settings or sweep or select:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
         return compare_found(folders, out=folder, target=goal)
-    plugins.given(settings.get("plugins", ()))
+    plugins.given(api.plugins_of(settings.get("plugins")))
     given = [api.named(each) for each in entries]
     names = _distinct_names(given)
-    check_select(select, sweep)
-    options = dict(settings.pop("options", {}))
+    points = api.table_of(sweep, "sweep")
+    for name, values in points.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise UserError(f"sweep must have a list of values for {name}, not {values!r}.")
+    check_select(select, points)
+    options = api.table_of(settings.pop("options", None), "options")
     fields = {knob.field for knob in RunConfig.knobs()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
     for name in options:
         check_option(name, names)
-    swept = variants(names, sweep or {}, {*settings, *options})
+    swept = variants(names, points, {*settings, *options})
     by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
     data, model = settings.pop("data", None), settings.pop("model", None)
 

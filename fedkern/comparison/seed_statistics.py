@@ -56,7 +56,7 @@ class Target:
     @classmethod
     def read(cls, text: str) -> Target:
         """The target in ``FIGURE=VALUE``; raises UserError for another form, or no finite number."""
-        name, equals, number = text.partition("=")
+        name, equals, number = str(text).partition("=")
         try:
             value = float(number)
         except ValueError:

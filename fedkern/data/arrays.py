@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,14 +39,16 @@ def parts_of_arrays(
 ) -> dict[str, Any]:
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes of these arguments."""
     changes: list[float] = []
+    if isinstance(clients, str) or not isinstance(clients, Iterable):
+        raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
     named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
     if not named:
-        raise ValueError("clients must hold at least one client, but is empty")
+        raise UserError("clients must hold at least one client, but is empty.")
     splits = {name: _split(pair, f"client {name}", changes) for name, pair in named.items()}
     given = dict(test) if isinstance(test, Mapping) else {"": test}
     tests = {name: _split(pair, f"the test set {name}".rstrip(), changes) for name, pair in given.items()}
     if not tests:
-        raise ValueError("test must hold at least one test set, but is empty")
+        raise UserError("test must hold at least one test set, but is empty.")
     first = next(iter(splits.values()))
     shape = first.images.shape[1:]
     held = (
@@ -61,10 +63,12 @@ def parts_of_arrays(
     every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": held}
     for name, split in every.items():
         if split.images.shape[1:] != shape or split.labels.dim() != first.labels.dim():
-            raise ValueError(
+            raise UserError(
                 f"{name or 'test'}: images must have shape {list(shape)} and labels {first.labels.dim()} axes like the "
-                f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}"
+                f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}."
             )
+    if classes is not None:
+        _check_names(classes)
     names = _label_names(every, classes) if first.labels.dim() == 2 else _class_names(every, classes)
     channels = int(shape[0])
     sites = tuple(named) if isinstance(clients, Mapping) else None
@@ -83,11 +87,18 @@ def parts_of_arrays(
     }
 
 
+def _check_names(classes: Sequence[str]) -> None:
+    """Raises UserError where names of classes are no list of different texts."""
+    names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
+    if not all(isinstance(name, str) and name.strip() for name in names) or len({*names}) < len(names) or not names:
+        raise UserError(f"classes must be a list of different names, none of them empty, not {classes!r}.")
+
+
 def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:
     most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
     names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
     if len(names) < max(2, most):
-        raise ValueError(f"classes must name at least {max(2, most)} classes, but has {len(names)}")
+        raise UserError(f"classes must name at least {max(2, most)} classes, but has {len(names)}.")
     return names
 
 
@@ -95,19 +106,19 @@ def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> t
     """The names of the labels where an image may have several, one for every column."""
     count = next(iter(every.values())).labels.shape[1]
     if count < 2:
-        raise ValueError(
+        raise UserError(
             f"labels of several labels an image must have two or more columns, but have {count}: give labels [n] for a "
-            "single class an image"
+            "single class an image."
         )
     for name, split in every.items():
         if split.labels.shape[1] != count:
-            raise ValueError(
+            raise UserError(
                 f"{name or 'test'}: labels must have {count} columns like the first client's, but have "
-                f"{split.labels.shape[1]}"
+                f"{split.labels.shape[1]}."
             )
     names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
     if len(names) != count:
-        raise ValueError(f"classes must name the {count} labels, a name for every column, but has {len(names)}")
+        raise UserError(f"classes must name the {count} labels, a name for every column, but has {len(names)}.")
     return names
 
 
@@ -115,11 +126,11 @@ def _split(pair: Any, name: str, changes: list[float]) -> Split:
     try:
         images, labels = pair
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a pair (images, labels)") from None
+        raise UserError(f"{name}: expected a pair (images, labels).") from None
     try:
         return Split(_images(images, changes), _labels(labels))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except (TypeError, ValueError) as error:  # TypeError: of texts and other values that torch has no dtype for
+        raise UserError(f"{name}: {error}.") from None
 
 
 def _tensor(value: Any) -> Tensor:

@@ -230,8 +230,8 @@ class FederatedData:
             augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, a class below 0, or too few class names; the message names the
-                client or set.
+            UserError: shapes or dtypes that do not fit, a class below 0, or class names that are too few, empty or
+                alike; the message names the client or set.
 
         Warns:
             UserWarning: floats are no multiples of 1/255, and are rounded to these.

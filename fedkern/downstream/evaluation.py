@@ -58,6 +58,8 @@ def evaluate_run(
         own = {**_scaled(config.data, about), **config.data_options}
         config = config.replace(data_root=data_root or config.data_root, data_options=own)
         loaded = finished_data(config, out, cache=folder, progress=progress)
+    elif not isinstance(data, str):
+        raise UserError(f"data must be the name of a data set or FederatedData, not {type(data).__name__}.")
     else:
         options = {**_scaled(data, about), **(data_options or {})}
         loaded = load(

@@ -65,6 +65,13 @@ def test_data_in_memory_and_one_folder_by_default():
         (["fedavg"], {"mu": 1}, "None of the methods"),
         (["fedavg"], {"select": "test"}, "must be validation"),
         (["fedavg"], {"select": "validation"}, "give --sweep"),
+        (3, {}, "method must be the name of a method"),
+        (["fedavg"], {"sweep": "lr=1"}, "sweep must be a dict of values by name, not 'lr=1'"),
+        (["fedavg"], {"sweep": {"lr": 0.1}}, "sweep must have a list of values for lr, not 0.1"),
+        (["fedavg"], {"seeds": 1.5}, "--seeds must be a number of seeds"),
+        (["fedavg"], {"target": 3}, "--target needs the form FIGURE=VALUE"),
+        (["fedavg"], {"options": "mu=1"}, "options must be a dict"),
+        (["fedavg"], {"out": ""}, "out must be the path of a folder, not ''"),
     ],
 )
 def test_mistakes_leave_nothing(methods, more, said, tmp_path):

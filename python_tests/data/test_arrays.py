@@ -63,13 +63,13 @@ def test_columns_are_labels(dtype):
 )
 def test_labels_that_do_not_fit_are_said(change, sentence):
     own = np.zeros((2, 4, 4), np.uint8), [[0, 1], [1, 0]]
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(fedkern.UserError, match=sentence):
         FederatedData.from_arrays(**{"clients": [own], "test": own, **change})
 
 
 def test_a_single_column_is_a_class():
     own = np.zeros((2, 4, 4), np.uint8), [[0], [1]]
-    with pytest.raises(ValueError, match=r"two or more columns, but have 1: give labels \[n\] for a single class"):
+    with pytest.raises(fedkern.UserError, match=r"two or more columns, but have 1: give labels \[n\]"):
         FederatedData.from_arrays([own], own)
 
 
@@ -114,7 +114,8 @@ def test_an_image_without_a_class_is_refused_everywhere(label, where):
         "the test set": lambda: FederatedData.from_arrays([good], bad),
         "validation": lambda: FederatedData.from_arrays([good], good, validation=bad),
     }[where]
-    with pytest.raises(ValueError, match=f"^{named}labels: expected the class of every image, .* from 0, got {label};"):
+    error = fedkern.UserError if where in ("client b", "the test set", "validation") else ValueError
+    with pytest.raises(error, match=f"^{named}labels: expected the class of every image, .* from 0, got {label};"):
         made()
 
 
