@@ -54,7 +54,6 @@ class DatasetInfo:
             test_samples=, validation_samples=, **options)``; None for a set with ``open``.
         task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
         function: the registered function of a user's own set, or None.
-        files: whether ``open`` or ``make`` reads files.
         keeps: whether ``open`` decodes files by itself, and takes ``cache`` and ``notice`` (see `fedkern.data.load`).
     """
 
@@ -68,17 +67,11 @@ class DatasetInfo:
     prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
     task: str = "classification"
     function: DataFunction | None = None
-    files: bool = True
     keeps: bool = False
 
     @property
     def coloured(self) -> bool:
         return self.correlation is not None
-
-    @property
-    def reads_files(self) -> bool:
-        """Whether the folder that ``--data-root`` names is looked at."""
-        return self.files if self.function is None else "root" in self.function.takes
 
 
 _mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
@@ -154,7 +147,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
         lambda root: open_digits(), 5, "attribute", correlation=0.7,
-        options=_coloured_options("white"), files=False,
+        options=_coloured_options("white"),
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
@@ -168,12 +161,12 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "digits": DatasetInfo(
         "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
-        lambda root: open_digits(), 5, "dirichlet:0.5", files=False,
+        lambda root: open_digits(), 5, "dirichlet:0.5",
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
         None, 5, "attribute", make=make_captions, prompts=PROMPTS,
-        task="retrieval", files=False,
+        task="retrieval",
         options={
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
             "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
@@ -184,7 +177,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        lambda root: open_segdigits(), 5, "dirichlet:0.5", task="segmentation", files=False,
+        lambda root: open_segdigits(), 5, "dirichlet:0.5", task="segmentation",
     ),
     "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5"),
     "fashionmnist": DatasetInfo(
@@ -279,7 +272,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "arrays": DatasetInfo(
         "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)",
-        open_arrays, 5, "attribute", files=False,
+        open_arrays, 5, "attribute",
     ),
     "nico": DatasetInfo(
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",

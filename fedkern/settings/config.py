@@ -801,12 +801,6 @@ def check_effect(given: Collection[str], config: RunConfig) -> None:
     for name, unused, way in (
         ("local_epochs", config.local_steps is not None, "beside --local-steps: leave one of the two out"),
         ("lr_step_factor", config.lr_steps is None, "without --lr-steps: give that too, or leave it out"),
-        ("momentum", config.optimizer != "sgd", f"on --optimizer {config.optimizer}: leave it out"),
-        (
-            "data_root",
-            not DATASETS[config.data].reads_files,
-            f'on the data set "{config.data}", which reads no files: leave it out',
-        ),
     ):
         if unused and name in given:
             raise UserError(f"--{name.replace('_', '-')} has no effect {way}.")

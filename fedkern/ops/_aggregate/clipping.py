@@ -21,8 +21,9 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
     """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
 
     Norms are taken in fp64 over a whole vector.  The bound holds up to rounding: a norm may exceed it by about
-    ``torch.finfo(dtype).eps``, and by more where results or the factor are below the normal range (of the dtype, of
-    fp64).  A vector of a smaller norm comes back unchanged, the zero vector too.
+    ``torch.finfo(dtype).eps``, and by more where results or the factor are below the normal range: that of the dtype;
+    that of fp32 for the factor of fp32 and 16-bit vectors on the CPU, as where ``|x|`` is 1e38 times ``max_norm``.  A
+    vector of a smaller norm comes back unchanged, the zero vector too.
     Scaled bf16 and fp16 vectors are made shorter by another half of ``torch.finfo(dtype).eps``, so that rounding to
     normal numbers does not lift their norm above the bound.  A vector that holds NaN becomes NaN everywhere.  A vector
     that holds an infinity becomes 0, with NaN where the infinity was: clip the difference of two models, not a model
