@@ -85,8 +85,9 @@ def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
     some = [torch.stack([v, -v]) for v in directions]
     mapped = torch.func.vmap(lambda *v: torch.func.jvp(operator.results, tuple(inputs), v)[1])(*some)
     torch.testing.assert_close([m[0] for m in mapped], list(tangents))
+    # Else shapes of operators before, which share this code, become symbols, and torch has no jvp of pooling for them.
     traced = torch.compile(lambda *x: torch.func.jvp(operator.results, x[: len(inputs)], x[len(inputs) :])[1],
-                           backend="eager")  # fmt: skip
+                           backend="eager", dynamic=False)  # fmt: skip
     torch.testing.assert_close(traced(*inputs, *directions), tangents)
 
 
