@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,25 +117,8 @@ def origin(error: BaseException, code: Any) -> str:
     for each in code.__mro__ if isinstance(code, type) else (code,):
         for module, frame, line in reversed(frames):
             if module == getattr(each, "__module__", None):
-                named = f"{frame.f_code.co_filename.rpartition('/')[2]}, line {line}"
-                if _fedkerns(module) and not _fedkerns(_module(code)):  # a wrong signature fails in the caller
-                    named += f", for {code.__name__} of {_home(code)}"
-                return f" ({named})"
+                return f" ({frame.f_code.co_filename.rpartition('/')[2]}, line {line})"
     return ""
-
-
-def _module(code: Any) -> str:
-    return str(getattr(code, "__module__", None))
-
-
-def _fedkerns(module: str) -> bool:
-    return module.startswith("fedkern.")
-
-
-def _home(code: Any) -> str:
-    """The name of the file that defines a class, or of its module where there is no file."""
-    module = sys.modules.get(_module(code))
-    return str(getattr(module, "__file__", None) or _module(code)).rpartition("/")[2]
 
 
 @contextmanager
@@ -231,6 +213,5 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     """Returns ``' Did you mean "x"?'`` for the candidate most like ``word``, or an empty string when none is close."""
     if len(word) > WORD:
         return ""
-    names = {each.lstrip("-"): each for each in candidates}  # dashes make all flags alike
-    close = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=0.5)
-    return f' Did you mean "{names[close[0]]}"?' if close else ""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else ""

@@ -27,8 +27,7 @@ def check_finite(tensors: Mapping[str, Any], when: str, context: RunContext) -> 
         if isinstance(value, Tensor) and not all_finite(value):
             if name == "buffers" and infinite_as_sent(value, context.initial_buffers()[name]):
                 continue
-            rates = "--lr" if context.config.server_lr is None else "--server-lr or --lr"
             raise RunFailed(
                 f"The model {when} is not finite ({name}), though every upload was: nothing of that round is kept; "
-                f"lower {rates}, or refuse large updates with --max-update-norm."
+                "lower --lr, or refuse large updates with --max-update-norm."
             )

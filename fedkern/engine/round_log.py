@@ -125,18 +125,10 @@ class RoundLog:
             last: dict[str, Any] = self.dropped[-1] if self.dropped else {}
             label = self._context.data.client_label(last["client"]) if "reason" in last else ""
             why = f" (client {label}: {last['reason']})" if label else ""
-            config = self._context.config
-            ways = [f"lower {self._rates()}", "set --clip-norm"]
-            ways += ["raise --max-update-norm"] * bool(config.max_update_norm)
-            ways += ["lower --dropout-rate"] * bool(config.dropout_rate)
             raise UserError(
                 f"No client is left {self._progress.when()}, as all diverged, were refused or dropped out{why}: "
-                f"{', '.join(ways[:-1])} or {ways[-1]}."
+                "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
             )
-
-    def _rates(self) -> str:
-        """The learning rates that the user can lower where training diverges."""
-        return "--lr" if self._context.config.server_lr is None else "--server-lr or --lr"
 
     def _missed(self, k: ClientId, why: str) -> None:
         """A client works elsewhere and nothing came of it."""
@@ -162,9 +154,7 @@ class RoundLog:
                 where += f", batch {problem.batch}: {problem.what}"
                 why = {"batch": problem.batch, "reason": problem.what}
             if config.on_nan == "stop":
-                raise UserError(
-                    f"{where}; lower {self._rates()}, set --clip-norm, or leave such clients out with --on-nan skip."
-                )
+                raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
         self.leave_out(k, why)
         one_off = self._progress.entry is not None and self._progress.entry.one_off
         left = "what it would have made is missing from the run" if one_off else "it was left out of that round"

@@ -177,8 +177,6 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Knob]]) ->
     seen = set()
     for word in rest.split(",") if colon else ():
         key, equals, value = (part.strip() for part in word.partition("="))
-        if key in known and not equals:
-            raise UserError(f'{flag} {name} needs its options in the form {name}:{key}=VALUE, got "{word}".')
         if key not in known or not equals:
             has = f"It has {', '.join(known)}." if known else "It has no options."
             raise UserError(f'{flag} {name} has no option "{word}".{nearest(key, known)} {has}')
