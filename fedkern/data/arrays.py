@@ -129,7 +129,7 @@ def _split(pair: Any, name: str, changes: list[float]) -> Split:
         raise UserError(f"{name}: expected a pair (images, labels).") from None
     try:
         return Split(_images(images, changes), _labels(labels))
-    except (TypeError, ValueError) as error:  # TypeError: of texts and other values that torch has no dtype for
+    except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
 
 
