@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from fedkern.errors import UserError
@@ -31,8 +31,9 @@ BITS = 8, 12, 16
 """Bit depths that `grey_bits` tells apart; medical exports put 12 bits into 16."""
 LOOKED_AT = 128
 """Most files, evenly spread over a data set, whose grey values tell the bit depth of all."""
-PHOTOMETRIC = 262
-"""TIFF's tag of what the values mean: 0 where the value 0 is white (DICOM's MONOCHROME1)."""
+PHOTOMETRIC, BANDS, EXTRA_BANDS = 262, 277, 338
+"""TIFF's tags of what the values mean (0 where the value 0 is white, DICOM's MONOCHROME1), of how many bands there are,
+and of what those beyond grey or colours mean."""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
 TURNS = {
     **dict(zip((2, 3, 4), MIRRORS, strict=True)),
@@ -173,6 +174,7 @@ def read_images(
         try:
             with open_image(paths[row], max_pixels) as image:
                 sizes[row] = upright_size(image)
+                _check_bands(image, paths[row], data)
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
                 whole = _on_white(_eight_bits(image, paths[row], data, bits)).convert(mode)
@@ -330,6 +332,11 @@ def read_mask(
     """Decodes one mask, see `read_masks`; in its own size where there is no ``size``, uint8 ``[H, W]``."""
     try:
         with open_image(image_path, max_pixels) as image, open_image(path, max_pixels) as mask:
+            if mask.format in ("JPEG", "MPO", "WEBP") or mask.info.get("compression") in ("jpeg", "webp"):
+                raise UserError(
+                    f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
+                    "at edges; save masks as PNG, from the numbers themselves"
+                )
             if mask.mode not in ("1", "L", "P", "I", "I;16"):
                 raise UserError(
                     f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
@@ -428,11 +435,23 @@ def _negative(image: Image.Image) -> bool:
     return image.format == "TIFF" and image.mode not in ("1", "L") and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
 
 
-def grey_bits(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> int:
-    """Bits of a grey value in those files of a data set that have more than eight; 0 where none has.
+def _check_bands(image: Image.Image, path: Path, data: str) -> None:
+    """Raises UserError where a TIFF does not say what its fourth band is, which Pillow takes for transparency."""
+    if image.format == "TIFF" and image.mode in ("LA", "RGBA") and EXTRA_BANDS not in image.tag_v2:  # type: ignore[attr-defined]
+        raise UserError(
+            f'data set "{data}": the image {path} has {len(image.mode)} bands and does not say that the last is '
+            "transparency, and not, for example, infrared; save the bands that count, one or three"
+        )
 
-    It is the smallest of `BITS` that holds every value of `LOOKED_AT` files, the same for all images.
-    """
+
+def grey_bits(tops: Iterable[int]) -> int:
+    """The smallest of `BITS` that holds every largest value of :func:`grey_tops`; 0 where there is none."""
+    top = max(tops, default=-1)
+    return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
+
+
+def grey_tops(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict[Path, int]:
+    """The largest grey values of those files of a data set that have more than eight bits, of `LOOKED_AT` at most."""
     chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     tops = np.full(len(chosen), -1, dtype=np.int64)
 
@@ -444,8 +463,7 @@ def grey_bits(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> int:
                 tops[row] = values.max() if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
 
     each(look, len(chosen))
-    top = int(tops.max(initial=-1))
-    return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
+    return {path: top for path, top in zip(chosen, tops.tolist(), strict=True) if top >= 0}
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:
@@ -493,6 +511,11 @@ def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its own message names the file object
         reason = f"it is none of {', '.join(FORMATS)}"
+        with suppress(Exception), path.open("rb") as file:  # what Pillow knows of a TIFF that it cannot decode
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            reason = f"a TIFF of {tags[BANDS]} bands, expected grey or three colours"
     return UserError(f'data set "{data}": cannot read the {what} {path} ({reason}); replace or remove it')
 
 

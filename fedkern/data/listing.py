@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedkern.data.images import (
     ImageReader,
     check_distinct,
     grey_bits,
+    grey_tops,
 )
 from fedkern.data.spelling import SHOWN, numbered
 from fedkern.data.types import Pool, Source, fixed_rows
@@ -32,8 +33,6 @@ from fedkern.streams import stream
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the channels
-
-_SCALED = "Greys of more than 8 bits: 0 to {} become 0 to 255 in every image; --data-option bits=N takes another range."
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     grey = reading.colour == "grey"
     numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
     places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
-    bits = reading.bits or grey_bits(tuple(numbers), reading.max_pixels)
+    tops = {} if reading.bits else grey_tops(tuple(numbers), reading.max_pixels)
+    bits = reading.bits or grey_bits(tops.values())
     files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_pixels, bits)
 
     def pool(chosen: Tensor) -> Pool:
@@ -139,7 +139,6 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             full=None if listing.full is None else listing.full.subset(chosen),
         )
 
-    scaled = [_SCALED.format(f"{2**bits - 1:,}")] if bits else []
     return Source(
         classes=classes,
         train=pool(rows["train"]),
@@ -156,7 +155,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
         drawn_validation="validation" not in listing.splits,
-        notices=(*listing.notices, *scaled, *_repeated(listing), *_siteless(listing, rows)),
+        notices=(*listing.notices, *_scaled(listing, tops, bits), *_repeated(listing), *_siteless(listing, rows)),
         grey_bits=bits,
     )
 
@@ -174,6 +173,26 @@ def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
         rows = order[labels[order] == label]
         position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
     return [int(row) for row in np.argsort(position, kind="stable")]
+
+
+def _scaled(listing: Listing, tops: Mapping[Path, int], bits: int) -> list[str]:
+    """A sentence on how greys of more than eight bits are scaled, with the sites whose files have fewer bits."""
+    if not bits:
+        return []
+    values: dict[str, list[int]] = {}
+    for path, site in zip(listing.paths, listing.clients, strict=True):
+        if site and path in tops:
+            values.setdefault(site, []).append(tops[path])
+    range_ = f"0 to {2**bits - 1:,} become 0 to 255 in every image"
+    told = [f"Greys of more than 8 bits: {range_}; --data-option bits=N takes another range."]
+    darker = {site: 2 ** (bits - own) for site, top in values.items() if (own := grey_bits(top)) < bits}
+    if darker:
+        shown = first_of([f"{site} ({times} times)" for site, times in sorted(darker.items())], SHOWN)
+        told.append(
+            f"Images are darker than those of other sites, as their files have fewer bits: {shown}. Scale these files "
+            "where equal values do not mean equal brightness."
+        )
+    return told
 
 
 def _repeated(listing: Listing) -> list[str]:

@@ -20,11 +20,15 @@ from fedkern.data.split import IGNORE
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import tiled
 from fedkern.data.types import Source
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.files import expand
 
 PAIRS = ("images", "masks"), ("image", "label")
 """Accepted names of the image folder and the mask folder."""
+MOST = 32
+"""Most classes of masks whose classes are not named: soft edges and photographs hold more values."""
+SHOWN = 6
+"""Values of masks in a message."""
 
 
 def open_segmentation(
@@ -55,7 +59,8 @@ def open_segmentation(
     have the same names, directly or under ``train`` and ``test`` (and ``val``); or a folder for every site that holds
     these.
 
-    A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).
+    A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).  Without ``names`` all masks together
+    hold every number from 0 to the largest, at most `MOST` of them.
 
     Args:
         root: the CSV file, a folder with one CSV file, or the folder of images and masks.
@@ -70,7 +75,8 @@ def open_segmentation(
     The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
-        UserError: anything wrong with a file, an image without a mask, or a class number beyond ``names``.
+        UserError: anything wrong with a file, an image without a mask, a class number beyond ``names``, or values that
+            do not look like class numbers.
     """
     columns = ("image", "mask")
     path = find_table(root, "segmentation", columns)
@@ -100,12 +106,13 @@ def open_segmentation(
     else:
         counts = _counts(_stored(store))
     unknown = counts[:, ignore].copy() if ignore >= 0 else np.zeros(len(counts), dtype=np.int32)
-    if ignore >= 0:  # unknown pixels count as background
-        counts[:, ignore] = 0
-        counts[:, 0] += unknown
-    classes, meaning = _classes(counts, masks, names)
     for row in np.flatnonzero(unknown == size * size):
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
+    if ignore > 0:
+        counts[:, ignore] = 0
+    classes, meaning = _classes(counts, masks, names)
+    if ignore > 0:  # unknown pixels count as background
+        counts[:, 0] += unknown
     if ignore >= 0:
         meaning[ignore] = IGNORE
     held: npt.NDArray[np.int16] | PixelClasses
@@ -209,12 +216,26 @@ def _classes(
     if len(set(given)) != len(given) or (given and (len(given) < 2 or "" in given)):
         raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
     count = len(given) or max(2, int(present.max()) + 1)
-    if present.max() >= count or (not given and 255 in present):
-        row = int(np.flatnonzero(counts[:, present.max()])[0])
-        limit = f"0 to {count - 1}" if given else "class numbers from 0, or 0 and 255 alone"
-        void = "" if present.max() < 255 else "; where 255 marks unknown pixels, give --data-option ignore=255"
-        raise UserError(f'data set "segmentation": the mask {masks[row]} holds {present.max()}, expected {limit}{void}')
+    top = int(present.max())
+    if top >= count or not (given or _numbers(present)):
+        path = masks[int(np.flatnonzero(counts[:, top])[0])]
+        left = present[:-1]
+        sound = left.max() < count if given else _numbers(left) and len(left) > 1
+        void = f"; where {top} marks unknown pixels, give --data-option ignore={top}" if sound else ""
+        if given:
+            raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')
+        raise UserError(
+            f'data set "segmentation": the masks hold {first_of([*map(str, present)], SHOWN)} ({top} in {path}), '
+            f"expected 0 and 255, or class numbers from 0 to at most {MOST - 1} without a gap; name all classes, also "
+            "those that no mask shows, with --data-option names=a|b|c; values between those of classes come from soft "
+            f"edges, so save masks without interpolation{void}"
+        )
     return tuple(given or (str(number) for number in range(count))), meaning
+
+
+def _numbers(values: npt.NDArray[np.int64]) -> bool:
+    """Whether sorted values are class numbers from 0 without a gap, and no more than masks have."""
+    return 0 < len(values) <= MOST and values[-1] == len(values) - 1
 
 
 def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:

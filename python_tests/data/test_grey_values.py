@@ -1,13 +1,14 @@
 """Grey images of more than eight bits, as scanners export them."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import fedkern
-from fedkern.data import listing, load
+from fedkern.data import images, listing, load
 from fedkern.downstream.export import export
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
@@ -231,3 +232,75 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch)
     figures = run.evaluate()
     monkeypatch.setattr(listing, "grey_bits", lambda *_: pytest.fail("the bits are known"))
     assert run.evaluate() == figures
+
+
+@pytest.mark.parametrize(
+    ("tops", "said"),
+    [
+        ({"Ulm": 4095, "Trier": 65535}, "fewer bits: Ulm (16 times)"),
+        ({"Ulm": 65535, "Trier": 4095, "Jena": 255}, "fewer bits: Jena (256 times), Trier (16 times)"),
+        ({"Ulm": 255, "Trier": 4095}, "fewer bits: Ulm (16 times)"),
+        ({"Ulm": 4095, "Trier": 3000}, ""),
+    ],
+)
+def test_sites_with_fewer_bits_are_named(tmp_path, tops, said):
+    lines = ["path,label,site"]
+    for i, (site, top) in enumerate([*tops.items()] * 8):
+        written(tmp_path / f"{i}.png", top)
+        lines.append(f"{i}.png,{'ab'[i // len(tops) % 2]},{site}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    for options in ({}, {"bits": 16}):
+        told = []
+        load("csv", root=tmp_path, options={"size": 16, **options}, notice=told.append)
+        darker = [text for text in told if "darker" in text]
+        assert len(darker) == bool(said and not options)  # who gives the bits knows them
+        assert all(said in text for text in darker)
+
+
+@pytest.mark.parametrize("extra", [None, 0, 1, 2])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_fourth_band_is_transparency_where_the_file_says_so(tmp_path, extra, kind):
+    """Bytes of a TIFF as instruments write it: three bands of 200 and a fourth of 0, with or without what it means."""
+    scale = 257 if kind == np.uint16 else 1
+    pixels = np.full((16, 16, 4), 200 * scale, kind)
+    pixels[..., 3] = 0
+    path = tmp_path / "bands.tif"
+    path.write_bytes(tiff(pixels, 2, extra))
+    if extra is None:
+        with pytest.raises(UserError, match=r"bands\.tif has 4 bands and does not say that the last is transparency"):
+            images.read_images([path], 16, "csv")
+    else:
+        seen = images.read_images([path], 16, "csv")[0]
+        assert set(seen.flatten().tolist()) == {255 if extra else 200}
+
+
+def test_the_bands_of_a_tiff_are_counted(tmp_path):
+    path = tmp_path / "bands.tif"
+    for bands in (5, 13):
+        path.write_bytes(tiff(np.zeros((16, 16, bands), np.uint8), 1, 0))
+        with pytest.raises(UserError, match=rf"bands\.tif \(a TIFF of {bands} bands, expected grey or three colours\)"):
+            images.read_images([path], 16, "csv")
+
+
+def tiff(pixels, photometric, extra):
+    """An uncompressed little-endian TIFF; ``extra`` is the meaning of its bands beyond the third, or None."""
+    height, width, bands = pixels.shape
+    beyond = bands - (3 if photometric == 2 else 1)
+    tags = {
+        256: [width], 257: [height], 258: [8 * pixels.itemsize] * bands, 259: [1], 262: [photometric], 273: [8],
+        277: [bands], 278: [height], 279: [pixels.nbytes], 284: [1],
+    }  # fmt: skip
+    if extra is not None:
+        tags[338] = [extra] * beyond
+    start = 8 + pixels.nbytes
+    lists, entries = b"", b""
+    for tag, values in tags.items():
+        kind, form = (4, "<I") if tag in (273, 279) else (3, "<H")
+        packed = b"".join(struct.pack(form, value) for value in values)
+        if len(packed) > 4:
+            where = start + 2 + 12 * len(tags) + 4 + len(lists)
+            lists += packed + b"\0" * (len(packed) % 2)
+            packed = struct.pack("<I", where)
+        entries += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    head = b"II*\0" + struct.pack("<I", start)
+    return head + pixels.tobytes() + struct.pack("<H", len(tags)) + entries + b"\0" * 4 + lists

@@ -93,3 +93,90 @@ def test_white_first_masks_have_the_objects_that_they_show(tmp_path, cached, suf
     )
     for split in (*data.clients, data.validation, *data.tests.values()):
         assert (split.labels == 0).clone().logical_not().to(int).tolist() == [SHOWN.tolist()] * len(split)
+
+
+def listed_masks(root, masks, table, suffix="png", **options):
+    """A set of these masks, in folders or listed in a table."""
+    names = [f"{i}.{suffix}" for i in range(len(masks))]
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for i, (name, mask) in enumerate(zip(names, masks, strict=True)):
+        Image.fromarray(SHOWN * np.uint8(20 * i)).save(root / "images" / f"{i}.png")
+        Image.fromarray(np.asarray(mask, np.uint8)).save(root / "masks" / name, **options)
+    if table:
+        lines = ["image,mask", *(f"images/{i}.png,masks/{name}" for i, name in enumerate(names))]
+        (root / "list.csv").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        ("jpg", {"quality": 100}),
+        ("png", {"format": "JPEG", "quality": 75}),
+        ("webp", {"quality": 90}),
+        ("png", {"format": "WEBP"}),
+        ("tif", {"compression": "jpeg"}),
+    ],
+)
+def test_masks_that_compression_changes_are_refused(tmp_path, suffix, options, table):
+    listed_masks(tmp_path, [SHOWN * 128] * 12, table, suffix, **options)
+    with pytest.raises(UserError, match=r"masks/\d+\.\w+ is compressed as \w+, .*; save masks as PNG"):
+        load("segmentation", root=tmp_path, clients=2, options={"size": 8, "names": "a|b"})
+
+
+ROWS = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        (lambda i: SHOWN * 128, ""),
+        (lambda i: SHOWN * 2, ""),
+        (lambda i: SHOWN + 1, ""),
+        (lambda i: SHOWN * (1 + 2 * (i % 2)), "ignore=3"),  # a gap between two masks
+        (lambda i: ROWS, ""),  # 64 values without a gap
+        (lambda i: np.minimum(ROWS * 6, 255), ""),  # soft edges to 255
+        (lambda i: np.where(ROWS < 8, 255, ROWS % 3), "ignore=255"),
+        (lambda i: np.where(ROWS < 8, 9, ROWS % 2), "ignore=9"),
+    ],
+)
+def test_values_that_are_no_class_numbers_are_refused(tmp_path, values, advice, table):
+    listed_masks(tmp_path, [values(i) for i in range(12)], table)
+    with pytest.raises(UserError, match=r"expected 0 and 255, .*names=a\|b\|c;.*interpolation") as caught:
+        load("segmentation", root=tmp_path, clients=2, options={"size": 8})
+    assert str(caught.value).partition("ignore=")[2] == advice.partition("=")[2]
+    if advice:
+        options = {"size": 8, "ignore": int(advice.partition("=")[2])}
+        data = load("segmentation", root=tmp_path, clients=2, options=options)
+        assert len(data.classes) == int(data.clients[0].labels.max()) + 1
+    elif "255" in str(caught.value):  # an advice that would not help is not given, and not followed in vain
+        with pytest.raises(UserError, match="expected 0 and 255"):
+            load("segmentation", root=tmp_path, clients=2, options={"size": 8, "ignore": 255})
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "classes"),
+    [
+        (lambda i: SHOWN, {}, 2),
+        (lambda i: SHOWN * 255, {}, 2),
+        (lambda i: np.minimum(ROWS // 8, 2), {}, 3),  # a border class between two others, as in a trimap
+        (lambda i: np.minimum(np.minimum(ROWS // 8, ROWS % 8), 3), {}, 4),  # nested rings
+        (lambda i: np.where(ROWS < 8, [1, 2, 4][i % 3], 0), {"names": "none|core|oedema|absent|enhancing"}, 5),
+        (lambda i: SHOWN * (1 + i // 6), {}, 3),  # a class that half of the masks lack
+        (lambda i: ROWS // 2, {}, 32),
+        (lambda i: ROWS, {"names": "|".join(map(str, range(64)))}, 64),
+    ],
+)
+def test_class_numbers_train_as_they_are(tmp_path, values, options, classes):
+    masks = [np.asarray(values(i), np.uint8) for i in range(12)]
+    listed_masks(tmp_path, masks, False)
+    data = load("segmentation", root=tmp_path, clients=2, options={"size": 8, **options})
+    assert len(data.classes) == classes
+    seen = {
+        int(value)
+        for split in (*data.clients, data.validation, *data.tests.values())
+        for value in split.labels.unique()
+    }
+    assert seen == {1 if value == 255 else int(value) for mask in masks for value in np.unique(mask)}

@@ -154,7 +154,11 @@ def test_sites_and_own_tests(tmp_path):
 @pytest.mark.parametrize(
     ("values", "options", "said"),
     [
-        ((0, 1, 255), {}, r"holds 255, expected class numbers from 0, or"),
+        (
+            (0, 1, 255),
+            {},
+            r"hold 0, 1, 255 \(255 in .*\), expected .*; where 255 marks unknown .* --data-option ignore=255$",
+        ),
         ((0, 1, 5), {"names": "a|b"}, "holds 5, expected 0 to 1"),
         ((4,), {"ignore": "4"}, "holds nothing but 4, which is ignored"),
     ],
