@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.label_sets import LABEL_TASKS, check_several
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.errors import UserError
@@ -36,6 +37,7 @@ def parts_of_arrays(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     augment: str,
+    task: str,
 ) -> dict[str, Any]:
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes of these arguments."""
     changes: list[float] = []
@@ -69,7 +71,13 @@ def parts_of_arrays(
             )
     if classes is not None:
         _check_names(classes)
+    if task not in LABEL_TASKS or (task == "multilabel" and first.labels.dim() != 2):
+        raise UserError(f'task must be "multilabel", with labels [n, L] of 0 and 1, or left out, not {task!r}.')
     names = _label_names(every, classes) if first.labels.dim() == 2 else _class_names(every, classes)
+    if first.labels.dim() == 2:
+        counts = [count for split in every.values() for count in split.labels.sum(1).tolist()]
+        way_out = "give labels [n] of whole numbers, such as labels.argmax(1)"
+        check_several(counts, task, f"labels {list(first.labels.shape)}", way_out, 'give task="multilabel".')
     channels = int(shape[0])
     sites = tuple(named) if isinstance(clients, Mapping) else None
     statistics = PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute")

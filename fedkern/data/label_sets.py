@@ -1,4 +1,4 @@
-"""Several labels an image: cells of a CSV file with names joined by ``|`` become 0 and 1 for every label."""
+"""Several labels an image: what is taken for them, and cells of a CSV file that become 0 and 1 for every label."""
 
 from __future__ import annotations
 
@@ -16,15 +16,39 @@ COLUMN = "labels"
 SEPARATOR = "|"
 
 
-def has_sets(names: Sequence[str], chosen: Mapping[str, str]) -> bool:
+LABEL_TASKS = ("auto", "multilabel")
+"""What a user may say of labels: nothing, or that they are several labels an image where every image has one."""
+
+
+def has_sets(names: Sequence[str], chosen: Mapping[str, str], task: str) -> bool:
     """Whether a CSV file with these columns names several labels an image.
 
     Args:
         chosen: the columns that the user chose, by option.
+        task: one of `LABEL_TASKS`.
     """
     if chosen.get("label"):
         return False
-    return bool(chosen.get(COLUMN)) or (COLUMN in names and "label" not in names)
+    return task == "multilabel" or bool(chosen.get(COLUMN)) or (COLUMN in names and "label" not in names)
+
+
+def check_several(counts: Sequence[int], task: str, where: str, single: str, several: str) -> None:
+    """Raises UserError where every image has exactly one label and nobody says that these are several labels an image.
+
+    One label in every image is what a single class an image looks like (one-hot labels), which has another loss, other
+    figures and other methods.
+
+    Args:
+        counts: labels of every image of all sets.
+        task: one of `LABEL_TASKS`.
+        where: what holds the labels, in words.
+        single, several: ways out, in words.
+    """
+    if task != "multilabel" and len(counts) and set(counts) == {1}:
+        raise UserError(
+            f"{where}: every image has exactly one label; where these are classes, {single}; where an image may have "
+            f"several labels or none, {several}"
+        )
 
 
 def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:

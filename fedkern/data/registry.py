@@ -19,6 +19,7 @@ from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
 from fedkern.data.images import MAX_PIXELS
+from fedkern.data.label_sets import LABEL_TASKS
 from fedkern.data.nico import open_nico
 from fedkern.data.pairs import open_pairs
 from fedkern.data.partition import parse_partition
@@ -207,7 +208,11 @@ DATASETS: dict[str, DatasetInfo] = {
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
         open_csv, 5, "dirichlet:0.5",
-        options={**_READING, **_columns("path", "label", "labels", "split")},
+        options={
+            **_READING,
+            "task": DataOption("auto", "multilabel: labels counts, also with one in every row", choices=LABEL_TASKS),
+            **_columns("path", "label", "labels", "split"),
+        },
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",

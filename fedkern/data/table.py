@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedkern.data.images import MAX_PIXELS, hidden
 from fedkern.data.label_sets import COLUMN as SETS
-from fedkern.data.label_sets import has_sets, label_sets
+from fedkern.data.label_sets import LABEL_TASKS, check_several, has_sets, label_sets
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.spelling import MISSING, classes_of, filled, unified
 from fedkern.data.types import Source
@@ -299,12 +299,14 @@ def open_csv(
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
     bits: int = 0,
+    task: str = LABEL_TASKS[0],
     **chosen: str,
 ) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
 
     Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
-    then has several labels or none (task ``"multilabel"``).  Where both columns are there, ``label`` counts.
+    then has several labels or none (task ``"multilabel"``).  Where both columns are there, ``label`` counts, unless
+    ``task`` is ``"multilabel"``.
 
     ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
     holds a training image; these clients are the default partition, ``attribute``.  All images with the same
@@ -328,9 +330,14 @@ def open_csv(
         raise UserError(f'data set "csv": leave out one of the options label, one class an image, and {SETS}, several')
     labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
     table = read_table(path, "csv", ("path",), chosen)
-    if has_sets(table.names, chosen):
-        where = f"the column {table.chosen.get(SETS, SETS)} of {path}"
+    if has_sets(table.names, chosen, task):
+        column = table.chosen.get(SETS, SETS)
+        where = f"the column {column} of {path}"
         classes, labels, told = label_sets(table.column(SETS), where, "csv")
+        check_several(
+            labels.sum(1).tolist(), task, f'data set "csv": {where}', f"give --data-option label={column}",
+            "give --data-option task=multilabel",
+        )  # fmt: skip
         table.notices.extend(told)
     else:
         table.require("label", "csv")

@@ -215,6 +215,7 @@ class FederatedData:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: str = "none",
+        task: str = "auto",
     ) -> FederatedData:
         """Federated data from arrays in memory.
 
@@ -228,15 +229,16 @@ class FederatedData:
             classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
             augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+            task: ``"multilabel"`` for labels ``[n, L]`` of which every image of all sets has exactly one.
 
         Raises:
-            UserError: shapes or dtypes that do not fit, a class below 0, or class names that are too few, empty or
-                alike; the message names the client or set.
+            UserError: shapes or dtypes that do not fit, a class below 0, class names that are too few, empty or
+                alike, or one-hot labels without ``task``; the message names the client or set.
 
         Warns:
             UserWarning: floats are no multiples of 1/255, and are rounded to these.
         """
-        return cls(**parts_of_arrays(clients, test, validation, classes, mean, std, augment))
+        return cls(**parts_of_arrays(clients, test, validation, classes, mean, std, augment, task))
 
     def pooled(self) -> FederatedData:
         """The data with one client that holds all training samples; statistics and names remain the partition's."""

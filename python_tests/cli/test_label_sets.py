@@ -196,6 +196,23 @@ def test_labels_that_count_as_empty_are_told(tmp_path):
     assert said == [f"Labels of the column labels of {tmp_path / 'list.csv'} that count as empty: NA (1)."]
 
 
+@pytest.mark.parametrize("column", ["labels", "findings"])
+def test_a_label_in_every_row_is_a_class_or_one_of_several(tmp_path, column):
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    lines = [f"path,{column}", *(f"{i}.png,{'abc'[i % 3]}" for i in range(20))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    options = {"size": 8, **({} if column == "labels" else {"labels": column})}
+    with pytest.raises(
+        fedkern.UserError, match=f"exactly one label; .* label={column}; .* --data-option task=multilabel$"
+    ):
+        load("csv", root=tmp_path, options=options, partition="iid", clients=2)
+    ways = {"classification": {"size": 8, "label": column}, "multilabel": {**options, "task": "multilabel"}}
+    for task, chosen in ways.items():
+        data = load("csv", root=tmp_path, options=chosen, partition="iid", clients=2)
+        assert (data.task, data.classes) == (task, ("a", "b", "c"))
+
+
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
     (tmp_path / "set").mkdir()
     for i in range(20):

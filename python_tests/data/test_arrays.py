@@ -67,6 +67,31 @@ def test_labels_that_do_not_fit_are_said(change, sentence):
         FederatedData.from_arrays(**{"clients": [own], "test": own, **change})
 
 
+@pytest.mark.parametrize("where", ["one client", "a test set", "nowhere"])
+def test_one_hot_labels_are_refused_with_both_ways_out(where):
+    """Rows with exactly one label look like classes, unless one row of any set has another number of labels."""
+    one, other = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]], np.array([[1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]])
+    images = np.zeros((4, 4, 4), np.uint8)
+    given = {
+        "clients": {"a": (images, one), "b": (images, other if where == "one client" else one)},
+        "test": {"north": (images, other if where == "a test set" else one)},
+    }
+    if where == "nowhere":
+        with pytest.raises(
+            fedkern.UserError, match=r"exactly one label; .*labels\.argmax\(1\); .*task=\"multilabel\"\.$"
+        ):
+            fedkern.FederatedData.from_arrays(**given)
+        given["task"] = "multilabel"
+    assert fedkern.FederatedData.from_arrays(**given).task == "multilabel"
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_a_task_that_labels_do_not_have_is_refused(task):
+    single = np.zeros((4, 4, 4), np.uint8), [0, 1, 0, 1]
+    with pytest.raises(fedkern.UserError, match=f"task must be \"multilabel\", .* not '{task}'"):
+        FederatedData.from_arrays([single], single, task=task)
+
+
 def test_a_single_column_is_a_class():
     own = np.zeros((2, 4, 4), np.uint8), [[0], [1]]
     with pytest.raises(fedkern.UserError, match=r"two or more columns, but have 1: give labels \[n\]"):
