@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fedkern.data.label_sets import LABEL_TASKS, check_several
-from fedkern.data.split import Split
+from fedkern.data.split import MOST, Split, are_classes
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 
 NAME = "arrays"
 Labelled = tuple[Any, Any]
@@ -105,6 +105,13 @@ def _check_names(classes: Sequence[str]) -> None:
 def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:
     most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
     names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
+    if classes is None and next(iter(every.values())).labels.dim() == 3:
+        values = sorted({value for split in every.values() for value in split.labels.unique().tolist() if value >= 0})
+        if not are_classes(values):
+            raise UserError(
+                f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
+                f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
+            )
     if len(names) < max(2, most):
         raise UserError(f"classes must name at least {max(2, most)} classes, but has {len(names)}.")
     return names

@@ -16,7 +16,7 @@ from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Found, Splits, check_folders, check_images, find_sites, listed, trees
-from fedkern.data.split import IGNORE
+from fedkern.data.split import IGNORE, MOST, are_classes
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import tiled
 from fedkern.data.types import Source
@@ -25,8 +25,6 @@ from fedkern.files import expand
 
 PAIRS = ("images", "masks"), ("image", "label")
 """Accepted names of the image folder and the mask folder."""
-MOST = 32
-"""Most classes of masks whose classes are not named: soft edges and photographs hold more values."""
 SHOWN = 6
 """Values of masks in a message."""
 
@@ -217,10 +215,10 @@ def _classes(
         raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
     count = len(given) or max(2, int(present.max()) + 1)
     top = int(present.max())
-    if top >= count or not (given or _numbers(present)):
+    if top >= count or not (given or are_classes(present.tolist())):
         path = masks[int(np.flatnonzero(counts[:, top])[0])]
         left = present[:-1]
-        sound = left.max() < count if given else _numbers(left) and len(left) > 1
+        sound = left.max() < count if given else are_classes(left.tolist()) and len(left) > 1
         void = f"; where {top} marks unknown pixels, give --data-option ignore={top}" if sound else ""
         if given:
             raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')
@@ -231,11 +229,6 @@ def _classes(
             f"edges, so save masks without interpolation{void}"
         )
     return tuple(given or (str(number) for number in range(count))), meaning
-
-
-def _numbers(values: npt.NDArray[np.int64]) -> bool:
-    """Whether sorted values are class numbers from 0 without a gap, and no more than masks have."""
-    return 0 < len(values) <= MOST and values[-1] == len(values) - 1
 
 
 def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:

@@ -15,6 +15,13 @@ from fedkern.data.image_rows import in_parts
 
 IGNORE = -100
 """Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
+MOST = 32
+"""Most classes of pixels that are not named: soft edges and photographs hold more values."""
+
+
+def are_classes(values: Sequence[int]) -> bool:
+    """Whether the sorted values of pixels are class numbers from 0 without a gap, and no more than `MOST`."""
+    return 0 < len(values) <= MOST and values[-1] == len(values) - 1
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,18 @@ def test_a_task_that_labels_do_not_have_is_refused(task):
         FederatedData.from_arrays([single], single, task=task)
 
 
+@pytest.mark.parametrize("values", [(0, 255), (0, 1, 3), (0, 2), range(40)])
+@pytest.mark.parametrize("where", ["clients", "test"])
+def test_pixels_that_hold_no_class_numbers_are_refused(values, where):
+    pixels = np.resize(np.array(values), (4, 8, 8))
+    given = {"clients": pixels % 2, "test": pixels % 2, where: pixels}
+    pairs = {name: (np.zeros((4, 8, 8), np.uint8), labels) for name, labels in given.items()}
+    with pytest.raises(fedkern.UserError, match=r"labels of pixels hold .* without a gap: name all classes"):
+        FederatedData.from_arrays([pairs["clients"]], pairs["test"])
+    names = [str(number) for number in range(max(values) + 1)]
+    assert FederatedData.from_arrays([pairs["clients"]], pairs["test"], classes=names).classes == tuple(names)
+
+
 def test_a_single_column_is_a_class():
     own = np.zeros((2, 4, 4), np.uint8), [[0], [1]]
     with pytest.raises(fedkern.UserError, match=r"two or more columns, but have 1: give labels \[n\]"):
