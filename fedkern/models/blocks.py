@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fedkern.errors import UserError
 from fedkern.models.conv_norm import ConvSequential
+from fedkern.models.own import OwnNetwork
 from fedkern.models.precision import autocasts, full
 from fedkern.models.resnet import ResNet
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.vgg import VGG
+from fedkern.ops._core.layout import plain_strides
 
 CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
     # (class, layers): number of blocks: the layers behind which the network is cut (docs/methods/fusefl.md, 4).
@@ -23,6 +25,16 @@ CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
     (VGG, 5): {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)},  # between the stages of a VGG-16
 }
 """Cut points of published networks; all other cases are cut into parts of (nearly) equally many layers."""
+
+
+class OwnBlock(nn.Sequential):
+    """A block of a user's network; its input has the strides that the network's has."""
+
+    own = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layers one after another."""
+        return super().forward(x if isinstance(x, fx.Proxy) else plain_strides(x))
 
 
 class BlockNetwork(nn.Module):
@@ -118,6 +130,7 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
     stem, a stage of a VGG).
     """
     parts: list[nn.Module] = []
+    joined = nn.Sequential if isinstance(model, OwnNetwork) else ConvSequential
     for name in model.stage_names[:-1]:
         stage = model.stage(name)
         run: list[nn.Module] = []
@@ -125,13 +138,13 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
         for child in stage if isinstance(stage, nn.Sequential) else [stage]:
             if any(True for _ in child.children()):
                 if run:
-                    parts.append(ConvSequential(*run))
+                    parts.append(joined(*run))
                     run = []
                 parts.append(child)
             else:
                 run.append(child)
         if run:
-            parts.append(ConvSequential(*run))
+            parts.append(joined(*run))
     return parts
 
 
@@ -173,5 +186,5 @@ def cut(model: StagedNetwork, blocks: int | Sequence[int]) -> BlockNetwork:
             f"A network of {len(parts) - 1} layers and a pooling can be cut behind layers 0 to {len(parts) - 2}, in "
             f"ascending order, not behind {', '.join(map(str, points))}."
         )
-    starts = [0, *ends[:-1]]
-    return BlockNetwork([nn.Sequential(*parts[a:b]) for a, b in zip(starts, ends, strict=True)], model.head)
+    starts, block = [0, *ends[:-1]], OwnBlock if isinstance(model, OwnNetwork) else nn.Sequential
+    return BlockNetwork([block(*parts[a:b]) for a, b in zip(starts, ends, strict=True)], model.head)

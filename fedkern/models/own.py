@@ -22,6 +22,7 @@ from fedkern.models.precision import autocasts, full
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.named_code import Named
+from fedkern.ops._core.layout import plain_strides
 
 GIVEN = ("classes", "channels", "image_size", "width", "seed")
 """Arguments that a class or function gets, by name, where its signature has them."""
@@ -42,7 +43,8 @@ def _remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 class OwnNetwork(nn.Module):
     """A user's module as a classifier.  The state dict has the module's own names.
 
-    Its parameters keep their memory format, and images arrive contiguous: a user's code may call ``view`` on them.
+    Its parameters keep their memory format, and images arrive with the strides that a DataLoader gives: a user's code
+    may call ``view`` on all maps.
 
     Attributes:
         module: the user's module.
@@ -70,7 +72,7 @@ class OwnNetwork(nn.Module):
 
     @autocasts
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = logits_of(self.module(x.contiguous()))
+        logits: Tensor = logits_of(self.module(plain_strides(x)))
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
     @autocasts
     def _run(self, x: Tensor, first: int, last: int) -> Tensor:
         if first == 0:
-            x = x.contiguous()
+            x = plain_strides(x)
         for _, pieces in self._cut.stages[first : last + 1]:
             for piece in pieces:
                 x = self.module.get_submodule(piece)(x) if piece else x.flatten(1)

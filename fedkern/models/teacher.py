@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.models.precision import frozen, lower
 from fedkern.models.staged import StagedNetwork
+from fedkern.ops._core.layout import plain_strides
 
 Identity = Mapping[str, str | int | float]
 
@@ -163,7 +164,8 @@ class CallableTeacher(Teacher):
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         try:
-            answer = self.function(images.to(self.device))
+            images = images.to(self.device)
+            answer = self.function(images if isinstance(self.function, StagedNetwork) else plain_strides(images))
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's own code may raise anything

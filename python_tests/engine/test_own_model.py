@@ -1,5 +1,6 @@
 """Runs of networks that users bring: by file, by module, by registered name, and as a module."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -98,6 +99,32 @@ def test_methods_train_it(method, model, settings, own, make_data, tmp_path):
     module, about = read_model(tmp_path / "run", trusted=[model])
     assert about["model"] == model
     assert module(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("method", "model", "settings"),
+    [
+        ("fedavg", "Whole", {"precision": "bf16"}),
+        ("fedgid", "Looking", {"options": {"mix_stage": "layer1"}}),
+        ("fusefl", "Looking", {**ONESHOT, "options": {"blocks": 2, "virtual_features": 20, "calibration_epochs": 1}}),
+    ],
+)
+def test_its_images_and_maps_have_the_strides_of_a_data_loader(
+    method, model, settings, channels, own, make_data, tmp_path
+):
+    """Trained, tried, evaluated and with Grad-CAM: these networks raise where a map has others."""
+
+    def first(split):
+        return dataclasses.replace(split, images=split.images[:, :channels])
+
+    data = make_data((8, 6), two_tests=False)
+    data = dataclasses.replace(
+        data, clients=tuple(map(first, data.clients)), validation=first(data.validation), mean=data.mean[:channels],
+        tests={name: first(split) for name, split in data.tests.items()}, std=data.std[:channels],
+    )  # fmt: skip
+    config = own(method, model=f"python:own_networks:{model}", grad_cam=4, **settings)
+    assert run(config, out=tmp_path / "run", data=data)["metrics"]
 
 
 @pytest.mark.exhaustive

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from own_networks import Looking, Whole
 from torch import nn
 
 import fedkern
@@ -14,7 +15,7 @@ from fedkern import named_code, ops
 from fedkern.errors import UserError
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
 from fedkern.models.blocks import cut
-from fedkern.models.own import level
+from fedkern.models.own import channels_last, level
 from fedkern.models.precision import computing, frozen
 
 SIZE = {"classes": 3, "channels": 3, "image_size": 16}
@@ -138,6 +139,48 @@ def test_images_arrive_contiguous_for_code_that_calls_view(known):
     flat = ops.FlatParameters(network)
     assert flat.is_flat
     assert network.module.conv.weight.is_contiguous()
+
+
+def laid_out(x):
+    """The same values in the strides of fedkern's batches, of a slice and of a new tensor."""
+    wide = torch.randn(2 * len(x), *x.shape[1:])
+    wide[::2] = x
+    return torch.empty(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1).copy_(x), wide[::2], x
+
+
+@pytest.mark.parametrize("make", [Looking, Whole])
+@pytest.mark.parametrize(
+    "shape", [(4, 1, 16, 16), (4, 3, 16, 16), (1, 1, 16, 16), (1, 3, 12, 16), (3, 3, 1, 1)], ids=str
+)
+def test_images_and_maps_have_the_strides_of_a_data_loader(known, make, shape):
+    """The networks raise where they do not: called whole, by stages, for features and in blocks."""
+    known("own")(make)
+    network = build("own", classes=3, channels=shape[1], image_size=16, seed=0).eval()
+    images = torch.randn(shape)
+    expected = network(images)
+    for x in laid_out(images):
+        if len(x) > 1:
+            copy.deepcopy(network).train()(x).sum().backward()
+        assert torch.equal(network(x), expected)
+        with computing("bf16"):
+            assert network(x).dtype is torch.float32
+        network.features(x)
+        if make is Whole or shape[2] == 1:  # one pixel has no stages
+            continue
+        torch.testing.assert_close(network.head(network.tail(network.stages(x, "layer1"), "layer1")), expected)
+        grad_cam(network, x)
+        torch.testing.assert_close(cut(network, 2)(x), expected)
+
+
+def test_every_block_of_a_network_gets_such_maps(known):
+    """Adaptors before the blocks give others, and so would fedkern's convolutions in their place."""
+    known("own")(Looking)
+    made = cut(build("own", **SIZE, seed=0), 3)
+    assert not channels_last(made)
+    shapes = [(3, 16, 16), *made.interfaces((3, 16, 16))]
+    for block, shape in zip(made.blocks, shapes, strict=False):
+        for x in laid_out(torch.randn(2, *shape)):
+            block(x)
 
 
 @pytest.mark.parametrize("make", [Plain, staged])

@@ -242,6 +242,24 @@ def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
         CallableTeacher(answer, 3).logits(torch.zeros(2, 1, 8, 8))
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 3, 8, 8), (1, 3, 1, 1)], ids=str)
+def test_a_callable_gets_the_strides_of_a_data_loader(shape: tuple[int, ...]) -> None:
+    images, seen = torch.zeros(shape), []
+    answer = lambda x: seen.append(x.stride()) or torch.zeros(len(x), 3)  # noqa: E731
+    for teacher in (CallableTeacher(answer, 3), CallableTeacher(nn.Sequential(Asks(answer)), 3)):
+        teacher.logits(torch.zeros(shape[0], *shape[2:], shape[1]).movedim(-1, 1))
+    assert seen == [images.stride()] * 2
+
+
+class Asks(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.answer(x)
+
+
 def test_a_network_is_a_frozen_teacher() -> None:
     network = build()
     teacher = NetworkTeacher(network, "mine")
