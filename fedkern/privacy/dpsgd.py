@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
 from fedkern.extras import needed
+from fedkern.ops._core.layout import plain_strides
 
 WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
 OF_OPACUS = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
@@ -98,10 +99,10 @@ def private_steps(
         generator: draws the noise, on the module's device.
     """
     opacus = need_opacus()
-    # opacus unfolds a convolution's input as if its strides were contiguous: with channels-last inputs the gradients
-    # would silently be wrong.
+    # opacus unfolds a convolution's input as if its strides were contiguous: with channels-last inputs, also of one
+    # pixel, the gradients would silently be wrong.
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.conv._ConvNd)]
-    handles = [layer.register_forward_pre_hook(_contiguous) for layer in layers]
+    handles = [layer.register_forward_pre_hook(_plain) for layer in layers]
     hooked = opacus.GradSampleModule(module, loss_reduction="mean")
     try:
         with warnings.catch_warnings():
@@ -173,8 +174,8 @@ def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bo
     return generator
 
 
-def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(x.contiguous() for x in inputs)
+def _plain(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(plain_strides(x) for x in inputs)
 
 
 def check_rows(module: nn.Module, samples: int) -> None:

@@ -93,6 +93,20 @@ def test_without_noise_and_clipping_it_is_plain_gradient_descent(data):
     assert not any(m._forward_hooks or m._backward_hooks for m in module.modules())
 
 
+@pytest.mark.parametrize("side", [1, 2, 5])
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (3, 3), (8, 3), (8, 1)])
+def test_gradients_of_samples_are_right_for_every_stride_of_a_map(side, channels, kernel):
+    """Also of one pixel, as in the last stages of networks on small images, where opacus would read other values."""
+    x = torch.randn(4, side, side, channels).permute(0, 3, 1, 2)
+    layer = nn.Conv2d(channels, 2, kernel, padding=kernel // 2)
+    expected = [torch.autograd.grad(layer(row[None].clone()).pow(2).sum(), layer.weight)[0] for row in x]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    generator = torch.Generator()
+    with private_steps(layer, optimizer, max_norm=1.0, noise=0.0, batch=4, generator=generator):
+        (layer(x).pow(2).sum() / len(x)).backward()
+        torch.testing.assert_close(layer.weight.grad_sample, torch.stack(expected))
+
+
 def test_a_segmentation_network_and_adamw():
     """Per-sample gradients of transposed convolutions, pixels' cross-entropy, another optimiser."""
     generator = torch.Generator().manual_seed(0)
