@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedkern.models.conv_norm import ConvSequential, run_conv_norm
 from fedkern.models.staged import StagedNetwork
+from fedkern.ops._core.layout import NARROW
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -36,9 +37,7 @@ class BasicBlock(nn.Module):
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> ConvSequential:
     """A 1x1 convolution with batch norm, called ``"0"`` and ``"1"``."""
     layers: dict[str, nn.Module] = {}
-    if stride != 1 and channels_in < 16:
-        # On the CPU, torch's gradient of a strided 1x1 convolution writes past its memory for so few channels in
-        # channels-last, an odd batch and several threads (seen in 2.13).  Striding first gives the same result.
+    if stride != 1 and channels_in < NARROW:  # the same as ``ops._core.layout.conv2d``, as a layer
         layers["pixels"] = nn.AvgPool2d(1, stride)
         stride = 1
     layers["0"] = nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)

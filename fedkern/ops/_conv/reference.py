@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern.ops._core.layout import conv2d
+
 
 def conv_norm_reference(
     x: Tensor,
@@ -25,7 +27,7 @@ def conv_norm_reference(
     training: bool = True,
 ) -> Tensor:
     """The specification of :func:`fedkern.ops.conv_norm`."""
-    y = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
+    y = conv2d(x, weight, None, (stride, stride), (weight.shape[2] // 2,) * 2, (1, 1), 1)
     if training and not update:
         mean = variance = None
     if mean is not None and variance is not None and not training:

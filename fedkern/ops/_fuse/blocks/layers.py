@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.ops._core.layout import conv2d
 from fedkern.ops._fuse.blocks.choice import Work
 
 
@@ -114,7 +115,7 @@ class FusedConv(FusedLayer):
         if shared and self.groups > 1:
             x, shared = x.repeat(1, self.branches, 1, 1), False
         groups = self.groups if shared else self.groups * self.branches
-        return F.conv2d(x, cast(Tensor, self.weight), self.bias, self.stride, self.padding, self.dilation, groups)
+        return conv2d(x, cast(Tensor, self.weight), self.bias, self.stride, self.padding, self.dilation, groups)
 
     def work(self, result: Sequence[int]) -> Work:
         """What a branch's result of this shape costs."""
@@ -124,7 +125,7 @@ class FusedConv(FusedLayer):
 
     def run_one(self, x: Tensor, m: int) -> Tensor:
         weight, bias = self.part("weight", m), self.maybe("bias", m)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class FusedLinear(FusedLayer):
