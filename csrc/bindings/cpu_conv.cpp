@@ -52,7 +52,7 @@ void keep(Pass& a, py::handle y, py::handle raw, py::handle saved) {
   a.saved = conv_memory(saved, 4 * channels);
 }
 
-void conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle out,
+bool conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle out,
              py::handle y, py::handle raw, py::handle saved, double momentum, double eps, int stride, bool relu, int pool, bool update, bool training, int threads) {
   ConvForward a{};
   a.call = conv_call_of(x, weight, eps, stride, relu, pool, training, threads);
@@ -66,10 +66,10 @@ void conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle 
   require(!a.call.pool || (!a.residual && !a.raw == !a.y), "conv pools no residual, and keeps what it pools with its convolution");
   require(!training || r.positions() > 1, "conv's statistics need more than one value for each channel");
   py::gil_scoped_release release;
-  conv_kernels().forward(a);
+  return conv_kernels().forward(a);
 }
 
-void conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle y, py::handle raw, py::handle saved, py::handle out, py::handle to_x,
+bool conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle y, py::handle raw, py::handle saved, py::handle out, py::handle to_x,
               py::handle to_weight, py::handle to_scale, py::handle to_shift, py::handle to_residual, int stride, bool relu, int pool, bool training, int threads) {
   ConvBackward a{};
   a.call = conv_call_of(x, weight, 0, stride, relu, pool, training, threads);
@@ -84,7 +84,7 @@ void conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle 
   }
   require(a.grad && a.y && a.saved && (!a.call.pool || (a.raw && !a.out && !a.to_residual)), "conv's backward pass lacks what its forward pass kept");
   py::gil_scoped_release release;
-  conv_kernels().backward(a);
+  return conv_kernels().backward(a);
 }
 
 }  // namespace

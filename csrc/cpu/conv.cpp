@@ -2,6 +2,8 @@
 
 #if !defined(FEDKERN_ISA_portable)
 
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <optional>
 
@@ -61,8 +63,8 @@ class Convolution {
       }
   }
   template <typename Done>
-  FEDKERN_INLINE void winograd(const float* tiles, std::int64_t samples, const Band& band, float* products, float* y, Done&& done) const {
-    multiply(tiles, samples, band, plan_.shape.height * plan_.shape.width * out_, in_, out_, transformed_.get(), products, y, done);
+  FEDKERN_INLINE bool winograd(const float* tiles, std::int64_t samples, const Band& band, float* products, float* y, Done&& done) const {
+    return multiply(tiles, samples, band, plan_.shape.height * plan_.shape.width * out_, in_, out_, transformed_.get(), products, y, done);
   }
 
  private:
@@ -76,6 +78,15 @@ class Convolution {
 double seconds(const ConvPlan& p, int products) {
   const double maps = static_cast<double>(p.shape.positions() * p.shape.in + p.result.positions() * p.shape.out);
   return products * (2e-11 * static_cast<double>(p.result.positions() * p.weights()) + 1e-10 * maps);
+}
+
+bool all_finite(const float* x, std::int64_t size) {
+  std::uint32_t most = 0;
+  for (std::int64_t i = 0; i < size; ++i) most = std::max(most, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+  return most < 0x7f800000u;
+}
+bool all_finite(const Scratch<double>& x, std::int64_t size) {
+  return std::all_of(x.get(), x.get() + size, [](double value) { return std::isfinite(value); });
 }
 
 // Adds what pieces have summed up, `size` numbers each, to that of the first: in their order.
@@ -98,7 +109,9 @@ class Forward {
     for (int w = 0; w < workers_; ++w) std::fill_n(border_.get(w), plan_.group * plan_.in_map, 0.0f);
   }
 
-  void run() {
+  bool run() {
+    // Products of weights with the border's zeros would be NaN.
+    if (!plan_.winograd && !all_finite(packed_.get(), plan_.weights())) return false;
     const Convolution convolution(plan_, s_.in, s_.out, packed_.get());
     std::fill_n(totals_.get(), 2 * s_.out * plan_.pieces, 0.0);
     if (a_.call.training) {
@@ -114,10 +127,11 @@ class Forward {
       }
     };
     parallel_for(plan_.pieces, 1, a_.call.threads, seconds(plan_, 1), work);
-    if (a_.call.training) finish_statistics();
-    if (!kept_) return;
+    if (a_.call.training && !finish_statistics()) return false;
+    if (!kept_) return finite_;
     auto rest = [&](std::int64_t begin, std::int64_t end) { finish(y() + begin * plan_.out_floats(), begin, end - begin); };
     parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(r_.positions() * s_.out), rest);
+    return finite_;
   }
 
  private:
@@ -136,7 +150,7 @@ class Forward {
       const std::int64_t count = band.tiles();
       for (std::int64_t i = 0; i < samples; ++i)
         transform_map(border_.get(worker) + i * plan_.in_map, plan_.in_row, band, s_.in, tiles + i * count * s_.in, plane_of(samples * count, s_.in));
-      convolution.winograd(tiles, samples, band, products_.get(worker), to, [&](const float* at, std::int64_t c) { done(at, band.positions(), c); });
+      if (!convolution.winograd(tiles, samples, band, products_.get(worker), to, [&](const float* at, std::int64_t c) { done(at, band.positions(), c); })) finite_ = false;
     });
   }
 
@@ -178,9 +192,10 @@ class Forward {
     a_.saved[3 * s_.out + c] = static_cast<float>(static_cast<double>(a_.shift[c]) - mean * scale);
   }
 
-  void finish_statistics() {
+  bool finish_statistics() {
     const double count = static_cast<double>(r_.positions()), m = a_.momentum;
     add_pieces(totals_.get(), 2 * s_.out, plan_.pieces);
+    if (!finite_ || !all_finite(totals_, 2 * s_.out)) return false;
     for (std::int64_t c = 0; c < s_.out; ++c) {
       const double off = totals_.get()[c] / count, mean = static_cast<double>(shift_.get()[c]) + off;
       const double spread = totals_.get()[s_.out + c] / count - off * off, variance = spread < 0 ? 0 : spread;  // NaN stays
@@ -189,6 +204,7 @@ class Forward {
       a_.mean[c] = static_cast<float>((1 - m) * static_cast<double>(a_.mean[c]) + m * mean);
       a_.variance[c] = static_cast<float>((1 - m) * static_cast<double>(a_.variance[c]) + m * variance * (count / (count - 1)));
     }
+    return true;
   }
 
   // Samples [n, n + samples), whose convolution is at `from`.
@@ -217,6 +233,7 @@ class Forward {
   const Scratch<float> packed_, whole_, border_, tiles_, products_, map_;
   const Scratch<double> totals_;
   const Scratch<float> shift_;
+  std::atomic<bool> finite_ = true;
 };
 
 // --- backward
@@ -237,15 +254,16 @@ class Backward {
     }
   }
 
-  void run() {
-    reduce_all();
+  bool run() {
+    if (!reduce_all()) return false;
     if (a_.to_x || a_.to_weight || a_.to_residual) convolve();
     if (a_.to_weight) finish_weights();
+    return finite_;
   }
 
  private:
   // Both sums of the batch norm's gradient; what they make of y in it.
-  void reduce_all() {
+  bool reduce_all() {
     const std::int64_t C = s_.out, positions = a_.call.pool ? r_.height / 2 * (r_.width / 2) : r_.height * r_.width;
     const float* const y = a_.call.pool ? a_.raw : a_.y;
     const Coefficients k = coefficients();
@@ -260,6 +278,7 @@ class Backward {
     };
     parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(s_.batch * positions * C), work);
     add_pieces(totals_.get(), 2 * C, plan_.pieces);
+    if (!all_finite(totals_, 2 * C) || !all_finite(a_.saved, 4 * C)) return false;
     const double count = static_cast<double>(r_.positions());
     for (std::int64_t c = 0; c < C; ++c) {
       const double sum = totals_.get()[c], products = totals_.get()[C + c];
@@ -270,6 +289,7 @@ class Backward {
       coefficients_.get()[c] = static_cast<float>(slope);
       coefficients_.get()[C + c] = static_cast<float>(a_.call.training ? -scale * sum / count - slope * mean : 0);
     }
+    return true;
   }
 
   Coefficients coefficients() const {
@@ -330,7 +350,7 @@ class Backward {
     if (!to_x) return;
     for (std::int64_t i = 0; i < samples; ++i)
       transform_map(out_border_.get(worker) + i * plan_.out_map, plan_.out_row, band, s_.out, tiles + i * each * s_.out, plane_of(count, s_.out));
-    back->winograd(tiles, samples, band, products_.get(worker), to_x, nothing);
+    if (!back->winograd(tiles, samples, band, products_.get(worker), to_x, nothing)) finite_ = false;
   }
 
   void spread_sample(std::int64_t n, float* d) {
@@ -361,6 +381,7 @@ class Backward {
   const std::int64_t back_, weight_size_;
   const Scratch<float> packed_, in_border_, out_border_, tiles_, gradient_tiles_, products_, few_, weights_, coefficients_;
   const Scratch<double> totals_;
+  std::atomic<bool> finite_ = true;
 };
 
 // Where PyTorch's own operators (oneDNN) are faster, or not slower: many channels that few tiles share, since transformed weights
@@ -385,7 +406,7 @@ ConvShape served(const ConvShape& s) {
   return {};
 }
 
-void forward(const ConvForward& a) {
+bool forward(const ConvForward& a) {
   const ConvShape &own = a.call.shape, wide = served(own);
   if (wide.in == own.in && wide.out == own.out) return Forward(a).run();
   Filled f(a.call, wide);
@@ -394,11 +415,12 @@ void forward(const ConvForward& a) {
   b.mean = a.update ? f.updated(a.mean, f.vector) : f.read(a.mean, f.vector);
   b.variance = a.update ? f.updated(a.variance, f.vector) : f.read(a.variance, f.vector);
   b.residual = f.read(a.residual, f.out), b.out = f.written(a.out, f.out);
-  Forward(b).run();
+  if (!Forward(b).run()) return false;
   f.finish();
+  return true;
 }
 
-void backward(const ConvBackward& a) {
+bool backward(const ConvBackward& a) {
   const ConvShape &own = a.call.shape, wide = served(own);
   if (wide.in == own.in && wide.out == own.out) return Backward(a).run();
   Filled f(a.call, wide);
@@ -406,8 +428,9 @@ void backward(const ConvBackward& a) {
   b.call = f.call(), b.grad = f.read(a.grad, f.out), b.out = f.read(a.out, f.out);
   b.to_x = f.written(a.to_x, f.in), b.to_weight = f.written_weight(a.to_weight), b.to_residual = f.written(a.to_residual, f.out);
   b.to_scale = f.written(a.to_scale, f.vector), b.to_shift = f.written(a.to_shift, f.vector);
-  Backward(b).run();
+  if (!Backward(b).run()) return false;
   f.finish();
+  return true;
 }
 
 #endif

@@ -91,11 +91,11 @@ struct Coefficients {
   const float *slope, *offset;  // the gradient of y is a g + slope y + offset
 };
 
-// Where a ReLU passes a gradient.
+// Where a ReLU passes a gradient: also at NaN, as PyTorch's.
 template <bool relu, typename V>
 FEDKERN_INLINE V passed(V g, V z) {
   if constexpr (relu)
-    return select(z > V::set(0), g, V::set(0));
+    return select(rectified<true>(z) == V::set(0), V::set(0), g);
   else
     return g;
 }

@@ -74,9 +74,12 @@ inline void transform_gradient(const float* d, std::int64_t row, const Band& ban
       }
 }
 
-// Products [16][tiles][block] -> a band's results, of `block` channels of `step`.
-inline void transform_back(const float* from, std::int64_t plane, std::int64_t block, const Band& band, float* y, std::int64_t step) {
+// Products [16][tiles][block] -> a band's results, of `block` channels of `step`. Returns whether all are finite: tiles spread an
+// infinity over results that do not depend on it.
+inline bool transform_back(const float* from, std::int64_t plane, std::int64_t block, const Band& band, float* y, std::int64_t step) {
   const std::int64_t row = band.width * step;
+  const Wide zero = Wide::set(0);
+  Wide left_off = zero, right_off = zero;
   for (std::int64_t i = band.begin; i < band.end; i += 2)
     for (std::int64_t j = 0; j < band.width; j += 2, from += block)
       for (std::int64_t c = 0; c < block; c += Wide::lanes) {
@@ -91,10 +94,13 @@ inline void transform_back(const float* from, std::int64_t plane, std::int64_t b
 #pragma GCC unroll 2
         for (int a = 0; a < 2; ++a) {
           if (i + a >= band.end) break;
-          (r[a][0] + r[a][1] + r[a][2]).store(to + a * row);
-          if (j + 1 < band.width) (r[a][1] - r[a][2] - r[a][3]).store(to + a * row + step);
+          const Wide left = r[a][0] + r[a][1] + r[a][2], right = r[a][1] - r[a][2] - r[a][3];
+          left.store(to + a * row);
+          if (j + 1 < band.width) right.store(to + a * row + step);
+          left_off = fma(left, zero, left_off), right_off = fma(right, zero, right_off);
         }
       }
+  return !(!(left_off + right_off == zero)).any();
 }
 
 // [tiles][in] times [in][block] -> [tiles][block]. In the products that matter `in` is a constant, so that tiles are at constant
@@ -130,20 +136,22 @@ inline Product product_of(std::int64_t in, std::int64_t block) {
 }
 
 // Tiles of a band of `samples` samples, as transform_map leaves them -> their results. `products`: [16][tiles][block] of memory.
-// `done` hears of every block of channels of a sample: (where it begins, its first channel).
+// `done` hears of every block of channels of a sample: (where it begins, its first channel). Returns whether all are finite.
 template <typename Done>
-FEDKERN_INLINE void multiply(const float* tiles, std::int64_t samples, const Band& band, std::int64_t map, std::int64_t in, std::int64_t out,
+FEDKERN_INLINE bool multiply(const float* tiles, std::int64_t samples, const Band& band, std::int64_t map, std::int64_t in, std::int64_t out,
                              const float* weight, float* products, float* y, Done&& done) {
   const std::int64_t count = samples * band.tiles(), block = block_of(out);
   const std::int64_t from = plane_of(count, in), to = plane_of(count, block);
   const Product product = product_of(in, block);
+  bool finite = true;
   for (std::int64_t c = 0; c < out; c += block, weight += in * block) {
     for (int e = 0; e < kPlanes; ++e) product(tiles + e * from, count, in, weight + e * in * out, products + e * to);
     for (std::int64_t n = 0; n < samples; ++n) {
-      transform_back(products + n * band.tiles() * block, to, block, band, y + n * map + c, out);
+      finite &= transform_back(products + n * band.tiles() * block, to, block, band, y + n * map + c, out);
       done(y + n * map + band.begin * band.width * out + c, c);
     }
   }
+  return finite;
 }
 
 template <int K, int N>

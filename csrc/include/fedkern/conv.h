@@ -61,8 +61,10 @@ struct ConvTable {
   // The shape in which a call of this shape is computed: its own, or with channels of zeros behind; batch 0 where PyTorch's own
   // operators are faster; null: everywhere.
   ConvShape (*served)(const ConvShape&);
-  void (*forward)(const ConvForward&);
-  void (*backward)(const ConvBackward&);
+  // False where an infinity or NaN is met, which kernels spread further than convolutions do: results are void, running statistics
+  // unchanged.
+  bool (*forward)(const ConvForward&);
+  bool (*backward)(const ConvBackward&);
 };
 
 FEDKERN_DECLARE_TABLE(ConvTable, conv)

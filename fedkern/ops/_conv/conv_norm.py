@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_settings, check_tensors
-from fedkern.ops._conv.kernels import ConvKernels, Settings
+from fedkern.ops._conv.kernels import ConvKernels, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, intercepted, readable, ready, select, settle
 from fedkern.ops._core.checks import written
-from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch.is_autocast_enabled
@@ -136,16 +136,19 @@ def run(
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     if residual is not None and not residual.is_contiguous(memory_format=_CHANNELS_LAST):
         residual = residual.contiguous(memory_format=_CHANNELS_LAST)
-    if _grad_enabled() and (
-        x.requires_grad
-        or weight.requires_grad
-        or scale.requires_grad
-        or shift.requires_grad
-        or (residual is not None and residual.requires_grad)
-    ):
-        result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, residual)
-    else:
-        result = kernel.forward(settings, x, weight, scale, shift, residual, False)[0]
+    try:
+        if _grad_enabled() and (
+            x.requires_grad
+            or weight.requires_grad
+            or scale.requires_grad
+            or shift.requires_grad
+            or (residual is not None and residual.requires_grad)
+        ):
+            result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, residual)
+        else:
+            result = kernel.forward(settings, x, weight, scale, shift, residual, False)[0]
+    except NotFinite:
+        return conv_norm_reference(x, weight, scale, shift, residual=residual, **settings._asdict())
     if settings.training and settings.update and settings.mean is not None:
         written(settings.mean, settings.variance)
     return result
@@ -185,13 +188,21 @@ class _ConvNorm(EagerFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, settings, added = ctx.settings
-        x, weight, scale, shift, y, raw, saved, out = ctx.saved_tensors
+        x, weight, scale, shift, y, raw, saved, out = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
-        if readable(grad):
-            x = x.contiguous(memory_format=_CHANNELS_LAST)  # hooks on saved tensors may have changed its strides
-            out = None if out is None else out.contiguous(memory_format=_CHANNELS_LAST)
-            return (None, None, *kernel.backward(settings, grad, x, weight, scale, (y, raw, saved), out, needs))
-        # Recorded (create_graph=True) or batched (is_grads_batched=True). The residual counts by its ReLU alone.
+        plain = readable(grad)
+        if plain:
+            # Hooks on saved tensors may have changed strides.
+            last = x.contiguous(memory_format=_CHANNELS_LAST)
+            after = None if out is None else out.contiguous(memory_format=_CHANNELS_LAST)
+            taps = weight if weight.is_contiguous() else weight.contiguous(memory_format=_CHANNELS_LAST)
+            kept = (y.contiguous(), None if raw is None else raw.contiguous(), saved.contiguous())
+            try:
+                return (None, None, *kernel.backward(settings, grad, last, taps, scale, kept, after, needs))
+            except NotFinite:
+                pass
+        # Recorded (create_graph=True), batched (is_grads_batched=True) or not finite. The residual counts by its ReLU
+        # alone.
         if out is not None:
             grad = grad.masked_fill(out <= 0, 0)
         eps, stride, pool, training = settings.eps, settings.stride, settings.pool, settings.training
@@ -208,6 +219,8 @@ class _ConvNorm(EagerFunction):
 
         with torch.autocast("cpu", enabled=False):
             gradients = library.differentiate_reference(reference, (x, weight, scale, shift), needs[:4], grad)
+        if plain:
+            gradients = tuple(None if g is None else g.detach() for g in gradients)
         return (None, None, *gradients, grad if needs[4] else None)
 
 

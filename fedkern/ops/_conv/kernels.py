@@ -39,6 +39,10 @@ class Settings(NamedTuple):
 Kept = tuple[Tensor | None, Tensor | None, Tensor]
 
 
+class NotFinite(Exception):
+    """A pass met an infinity or NaN, which the kernel spreads further than a convolution does."""
+
+
 class ConvKernels(Launcher):
     """conv_norm of ``fedkern._cpu``, for calls that ``conv_fits`` takes; maps are channels-last here, in and out."""
 
@@ -59,6 +63,9 @@ class ConvKernels(Launcher):
         """The result and what the backward pass reads; without ``keep`` only the last of that.
 
         Writes the running statistics where the settings say so.
+
+        Raises:
+            NotFinite: nothing is written then.
         """
         mean, variance, momentum, eps, stride, relu, pool, update, training = settings
         update = update and mean is not None
@@ -78,10 +85,11 @@ class ConvKernels(Launcher):
                 if large is not None:
                     self.fresh(large)
         saved = x.new_empty(4, channels)
-        self._forward(
+        if not self._forward(
             x, weight, scale, shift, mean, variance, residual, out, y, raw, saved, momentum, eps, stride, relu, pool,
             update, training, self.at(x),
-        )  # fmt: skip
+        ):  # fmt: skip
+            raise NotFinite
         return out, (y, raw, saved)
 
     def backward(
@@ -98,6 +106,9 @@ class ConvKernels(Launcher):
         """The gradients of (x, weight, scale, shift, residual) that ``needs`` asks for, in the inputs' layouts.
 
         ``out`` is the result where a residual was added before the ReLU, else None.
+
+        Raises:
+            NotFinite: there are no gradients then.
         """
         stride, relu, pool, training = settings.stride, settings.relu, settings.pool, settings.training
         y, raw, saved = kept
@@ -112,8 +123,9 @@ class ConvKernels(Launcher):
         to_residual = _empty_like(dense) if need_residual and relu else None
         if to_x is not None and x.numel() >= _LARGE:
             self.fresh(to_x)
-        self._backward(
+        if not self._backward(
             dense, x, weight, y, raw, saved, out, to_x, to_weight, to_scale, to_shift, to_residual, stride, relu,
             pool, training, self.at(x),
-        )  # fmt: skip
+        ):  # fmt: skip
+            raise NotFinite
         return to_x, to_weight, to_scale, to_shift, to_residual if relu or not need_residual else grad

@@ -22,6 +22,18 @@ def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
     return [x.clone() if x is not None and any(x is kept for kept in saved) else x for x in gradients]
 
 
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """``ctx.saved_tensors`` as kernels read them, for every backward pass that calls a kernel.
+
+    Hooks on saved tensors may return negative views, whose memory lacks the sign.
+    """
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    for x in saved:
+        if x is not None and x.is_neg():
+            return tuple(x if x is None else x.resolve_neg() for x in saved)
+    return saved
+
+
 class EagerFunction(torch.autograd.Function):
     """An ``autograd.Function`` whose ``call`` skips the Python code of ``apply``.
 

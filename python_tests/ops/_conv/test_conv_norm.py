@@ -193,27 +193,57 @@ def test_ties_in_windows_go_to_the_first(name: str, training: bool, relu: bool) 
     assert_near({rows: got[rows][::2]}, {rows: expected[rows][::2]})
 
 
+# (stride, side of the kernel, shape): Winograd's, direct, filled with zeros, of stride 2 and of one tap.
+NOT_FINITE = [
+    (1, 3, (16, 32, 9, 8)), (1, 3, (3, 8, 8, 9)), (1, 3, (12, 16, 8, 8)), (1, 3, (7, 14, 8, 9)), (2, 3, (16, 16, 8, 9)),
+    (1, 1, (8, 8, 8, 7)),
+]  # fmt: skip
+ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"relu": False}]
+
+
 @each_kernel
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(("pool", "residual"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
 def test_what_is_not_finite_spreads_as_in_torch(
-    name: str, value: float, pool: int, residual: bool, training: bool, relu: bool
+    name: str, training: bool, stride: int, side: int, shape: tuple[int, int, int, int]
 ) -> None:
-    given = arguments(3, 3, 8, 9, 8, residual=residual)
-    with torch.no_grad():
-        given["x"][1, 2, 4, 3] = value
-        if given["residual"] is not None:
-            given["residual"][2, 5, 3, 3] = value
-    settings = {"pool": pool, "training": training, "relu": relu}
+    """Forward and backward; a position that does not depend on an infinity stays a number."""
+    places = {"x": (1, 2, 4, 3), "weight": (1, 2, 0, 0), "residual": (2, 5, 3, 1), "shift": (3,), "grad": (1, 4, 1, 1)}
+    values = itertools.cycle([math.inf, math.nan, -math.inf])
+    for end, where in itertools.product(ENDS, places):
+        value = next(values)
+        settings = {"pool": 1, "relu": True, "stride": stride, "training": training, **end}
+        given = arguments(3, *shape, residual=settings.pop("residual", False), stride=stride, side=side)
+        grad = grad_for(given, **settings)
+        if where != "residual" or given["residual"] is not None:
+            with torch.no_grad():
+                {**given, "grad": grad}[where][places[where]] = value
+        with using(name):
+            got, evaluated = results(given, grad, **settings), results(cut_off(given), **settings)
+        with ops.use_backend("reference"):
+            expected = results(given, grad, **settings)
+        assert torch.equal(got["out"].isfinite(), evaluated["out"].isfinite())
+        for which, x in expected.items():
+            finite = x.isfinite()
+            assert torch.equal(got[which][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (which, where, end)
+            assert_near(
+                {which: got[which][finite]}, {which: x[finite]}, what=f"{where} {end}"
+            ) if finite.any() else None
+
+
+def cut_off(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
+@each_kernel
+def test_finite_values_whose_tiles_overflow(name: str) -> None:
+    given = cut_off(arguments(3, 16, 16))
+    given["x"] = (given["x"].sign() * 1e38).contiguous(memory_format=torch.channels_last)
+    given["weight"] = torch.zeros_like(given["weight"])
+    given["weight"][:, :, 1, 1] = torch.eye(16)
     with using(name):
-        got = results(given, **settings)
-    with ops.use_backend("reference"):
-        expected = results(given, **settings)
-    for which in ("out", "mean", "variance"):
-        assert torch.equal(got[which].isnan(), expected[which].isnan()), which
-        assert torch.equal(got[which].isinf(), expected[which].isinf()), which
+        out = ops.conv_norm(**given, training=False)
+    assert bool(out.isfinite().all())
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
