@@ -293,22 +293,48 @@ def test_grad_outputs_of_any_layout_and_a_second_backward(operator: Operator) ->
     close(list(gradients([torch.ones(()).expand(x.shape) for x in results])), list(ones))
 
 
-# --- torch.library
+# --- hooks on saved tensors
 
 
-@each_operator
-def test_saved_tensors_that_come_back_in_another_layout(operator: Operator) -> None:
-    """As torch.autograd.graph.save_on_cpu and hooks that compress give them back."""
-    if not operator.gradient:
-        pytest.skip("has no gradient")
+def _turned(x: Tensor, axis: int) -> Tensor:
+    """The same values with that axis last in memory."""
+    return x.movedim(axis, -1).contiguous().movedim(-1, axis) if x.dim() > 1 else x
+
+
+# How torch.autograd.graph.save_on_cpu and hooks that compress or quantise may give a tensor back.
+SAVED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "through NumPy": (lambda x: x.numpy().copy(), torch.from_numpy),
+    "through float64": (lambda x: (x.double(), x.dtype), lambda kept: kept[0].to(kept[1])),
+    "negative view": (
+        lambda x: -x if x.is_floating_point() else x,
+        lambda x: torch._neg_view(x) if x.is_floating_point() else x,
+    ),
+    "first axis last": (torch.clone, lambda x: _turned(x, 0)),
+    "channels last": (torch.clone, lambda x: _turned(x, 1)),
+    "rows and columns swapped": (torch.clone, lambda x: _turned(x, -2)),
+    "every other number": (lambda x: torch.stack([x, x], -1), lambda x: x[..., 0]),
+    "negative view with strides": (
+        lambda x: torch.stack([-x, x], -1) if x.is_floating_point() else x,
+        lambda x: torch._neg_view(x[..., 0]) if x.is_floating_point() else x,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", SAVED)
+@pytest.mark.parametrize("name", [operator.name for operator in OPERATORS if operator.gradient])
+def test_saved_tensors_that_come_back_otherwise(name: str, way: str) -> None:
+    operator = EVERY[name]
     rows = operator.inputs()
     for given in (rows, [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in rows]):
         inputs = [x.requires_grad_() for x in given]
         plain = operator.results(*inputs)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy):
+        with torch.autograd.graph.saved_tensors_hooks(*SAVED[way]):
             results = operator.results(*inputs)
         expected, got = (torch.autograd.grad(sum(x.square().sum() for x in each), inputs) for each in (plain, results))
         close(got, expected)
+
+
+# --- torch.library
 
 
 @each_operator

@@ -25,7 +25,7 @@ from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.function import EagerFunction, saved_tensors
 from fedkern.ops._core.memory import placed
 
 
@@ -128,7 +128,7 @@ class _WeightedMean(EagerFunction):
         by_weights: Tensor | None = None
         shares: Tensor | list[float]
         if ctx.numbers is None:
-            weights, *rows = ctx.saved_tensors
+            weights, *rows = saved_tensors(ctx)
             shares = _shares(weights, grad)
             if ctx.needs_input_grad[2]:
                 by_weights = _by_weights(grad, rows[0] if ctx.stacked else torch.stack(rows), weights)

@@ -13,7 +13,7 @@ from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
-from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 
 def blend(
@@ -133,7 +133,7 @@ class _Blend(EagerFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx)
         index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
         needs = ctx.needs_input_grad[1:4]
         kernel, value, background_rows, strides = ctx.settings

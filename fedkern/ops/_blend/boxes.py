@@ -214,7 +214,7 @@ def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> 
     kernel: BoxesKernels | None = select("boxes", images)
     if kernel is None:
         return out.copy_(fill_boxes_reference(images, boxes, fill, keep))
-    kernel.fill(images, boxes, fill.to(images.dtype), keep, out)
+    kernel.fill(images, boxes.resolve_neg(), fill.to(images.dtype).resolve_neg(), keep, out)
     return out
 
 

@@ -19,7 +19,7 @@ from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select, serve
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._core.private_torch import may_be_transformed
 
 
@@ -100,7 +100,7 @@ class _Contrastive(EagerFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx)
         tensors, gradients = saved[:-3], saved[-3:]
         if not readable(grad):
             reference, needs = reference_at(ctx.temperature), ctx.needs_input_grad[2:]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, eager, readable, ready, select
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
@@ -110,7 +110,7 @@ class _JensenShannon(EagerFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx)
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
         if not readable(grad):
@@ -158,7 +158,7 @@ class _Consensus(EagerFunction):
             plain = readable(to_mixture) and readable(to_mean)
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
-        logits, weights, kept = ctx.saved_tensors
+        logits, weights, kept = saved_tensors(ctx)
         grads = (to_mixture, to_mean)
         if not plain:
             saved = (logits, weights)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import eager, outlived, readable, ready, select
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import (
     check_mask,
     check_reduction,
@@ -173,7 +173,7 @@ class _Ensemble(EagerFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx)
         tensors, taken = saved[:4], saved[4:]
         kernel, settings = ctx.how
         needs = ctx.needs_input_grad[1:4]

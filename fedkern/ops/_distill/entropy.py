@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_logits, check_reduction
 from fedkern.ops._distill.entries import ENTROPY
 from fedkern.ops._distill.kernels import DistillKernels
@@ -66,7 +66,7 @@ class _Entropy(EagerFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        logits, gradient, kept = ctx.saved_tensors
+        logits, gradient, kept = saved_tensors(ctx)
         if not readable(grad):
             (result,) = library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, ctx.reduction), (logits,), (True,), grad

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import compute_dtype, eager, readable, ready, select
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
 from fedkern.ops._distill.entries import DIVERGENCE
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, divergence_settings
@@ -183,7 +183,7 @@ class _Divergence(EagerFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx)
         count = len(ctx.needs_input_grad) - 1
         if not readable(grad):
             return (None, *_backward_through_graph(ctx, saved[:count], grad))

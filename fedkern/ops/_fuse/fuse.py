@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkern.ops._core import backend
 from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.checks import check_device, check_floating
-from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.function import EagerFunction, saved_tensors
 from fedkern.ops._core.private_torch import may_be_transformed
 from fedkern.ops._fuse.kernels import FuseKernels
 from fedkern.ops._fuse.library import FUSE
@@ -192,7 +192,7 @@ class _Fuse(EagerFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, relu, mean, channels, last, kept, learned_scale, learned_shift = ctx.settings
-        scale, shift, out, *features = ctx.saved_tensors if kept else (None, None, None)
+        scale, shift, out, *features = saved_tensors(ctx) if kept else (None, None, None)
         needs = ctx.needs_input_grad[1:]
         direct = readable(grad)
         if direct and last and not kept and not mean and kernel.views:
