@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fedkern.ops._conv.conv_norm import Settings, run, serving
+from fedkern.ops._core.layout import normed
 from fedkern.ops._core.private_torch import may_be_transformed
 
 _CONV = attrgetter("kernel_size", "padding", "dilation", "groups", "padding_mode")
@@ -49,7 +50,7 @@ def run_conv_norm(
     served = None if torch.compiler.is_compiling() else _served(x, conv, norm, relu, pool, residual)
     if served is not None:
         return served
-    y: Tensor = norm(conv(x))
+    y = normed(norm, conv(x))
     if residual is not None:
         y = y + residual
     if relu is not None:
@@ -99,6 +100,16 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
     return run(kernel, settings, x, weight, scale, shift, residual)
 
 
+class NormSequential(nn.Sequential):
+    """``nn.Sequential`` whose batch norms have the right gradient, see :func:`fedkern.ops._core.layout.normed`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layers one after another."""
+        for layer in self:
+            x = normed(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+        return x
+
+
 class ConvSequential(nn.Sequential):
     """``nn.Sequential`` that runs convolution, batch norm, ReLU and max pooling in a row by :func:`run_conv_norm`."""
 
@@ -110,7 +121,7 @@ class ConvSequential(nn.Sequential):
             norm, relu, pool = layers[at + 1 : at + 4]
             at += 1
             if type(layer) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-                x = layer(x)
+                x = normed(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
                 continue
             if type(relu) is not nn.ReLU:
                 relu, pool = None, relu

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fedkern.models.conv_norm import NormSequential
 from fedkern.models.mobilenet import FEATURES, WIDTH, InvertedResidual, conv_norm, divisible
 from fedkern.models.resnet import Stem
 from fedkern.models.staged import StagedNetwork
@@ -71,5 +72,5 @@ class EfficientNetB0(StagedNetwork):
                 current = wide
             if i == len(STAGES) - 1:
                 layers += conv_norm(current, features, 1, activation=nn.SiLU())
-            stages.append(nn.Sequential(*layers))
+            stages.append(NormSequential(*layers))
         super().__init__(stages, width=features, classes=classes)

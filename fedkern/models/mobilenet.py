@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fedkern.models.conv_norm import NormSequential
 from fedkern.models.resnet import Stem
 from fedkern.models.staged import StagedNetwork
 
@@ -64,7 +65,7 @@ class InvertedResidual(nn.Module):
         if gate is not None:
             layers.append(gate(hidden))
         layers += conv_norm(hidden, channels_out, 1, activation=None)
-        self.layers = nn.Sequential(*layers)
+        self.layers = NormSequential(*layers)
         self.residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,5 +102,5 @@ class MobileNetV2(StagedNetwork):
                 current = divisible(after * scale)
             if i == len(STAGES) - 1:
                 layers += conv_norm(current, features, 1, activation=nn.ReLU6())
-            stages.append(nn.Sequential(*layers))
+            stages.append(NormSequential(*layers))
         super().__init__(stages, width=features, classes=classes)

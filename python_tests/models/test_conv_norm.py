@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -520,3 +521,40 @@ def test_the_example_of_the_page(calls):
     assert made(torch.randn(2, 1, 8, 8)).shape == (2, 3)
     assert len(calls) == 2
     assert made.maps == ("layer1", "layer2")  # FedGID mixes their maps
+
+
+# -- a batch of one --------------------------------------------------------------------------------------------------
+
+NORM_LAST = {
+    "ConvNorm": lambda: models.ConvNorm(3, 8, relu=False),
+    "ConvNorm of gray images": lambda: models.ConvNorm(1, 8, relu=False),
+    "ConvSequential": lambda: stage(relu=False, pool=False),
+    "a norm alone": lambda: ConvSequential(nn.BatchNorm2d(3)),
+    "another convolution": lambda: ConvSequential(nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8)),
+    **{
+        name: functools.partial(
+            lambda name: models.build(name, classes=2, channels=3, image_size=16, width=4, seed=0).stage("layer1"), name
+        )
+        for name in ("mobilenetv2", "efficientnet-b0")
+    },
+}
+
+
+@pytest.mark.parametrize("name", NORM_LAST)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gradient_of_a_batch_of_one_has_the_maps_layout(name, training):
+    """torch's own batch norm reads the gradient of channels behind as one of rows of pixels (2.13)."""
+    for dtype, memory in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16), (torch.contiguous_format, torch.channels_last)
+    ):
+        module = NORM_LAST[name]().train(training).to(dtype)
+        x = images(1, 1 if "gray" in name else 3, 16, 16).to(dtype).contiguous().contiguous(memory_format=memory)
+        y = module(x)
+        weights, grad = list(module.parameters()), torch.randn_like(y)
+        expected = torch.autograd.grad(y, weights, grad, retain_graph=True)
+        for read in (lambda y: y.squeeze(0).permute(1, 2, 0), lambda y: y.flatten(2).mT):
+            got = torch.autograd.grad(read(y), weights, read(grad).contiguous(), retain_graph=True)
+            for one, other in zip(got, expected, strict=True):
+                assert float((one - other).abs().max()) <= (0.1 if dtype is torch.bfloat16 else 1e-3) * float(
+                    other.abs().max()
+                )

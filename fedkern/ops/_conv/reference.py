@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.ops._core.layout import conv2d
+from fedkern.ops._core.layout import conv2d, normed
 
 
 def conv_norm_reference(
@@ -33,7 +33,7 @@ def conv_norm_reference(
     if mean is not None and variance is not None and not training:
         mean, variance = mean.contiguous(), variance.contiguous()
     # Contiguous: PyTorch's gradient of channels-last maps reads other memory where these vectors have strides (2.13).
-    y = F.batch_norm(y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
+    y = normed(F.batch_norm, y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
     if residual is not None:
         y = y + residual
     if relu:

@@ -1,9 +1,11 @@
-"""Strides of maps, by which torch chooses the kernels of its layers."""
+"""Strides of maps, by which torch chooses the kernels of its layers and reads gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,3 +27,23 @@ def conv2d(
     if narrow and max(stride) > 1 and padding in ((0, 0), "valid"):
         x, stride = x[..., :: stride[0], :: stride[1]], 1
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def normed(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any) -> Tensor:
+    """``norm(x, ...)``, a batch norm of PyTorch's, with the gradient in the layout of the map.
+
+    The strides of axes of size 1 say nothing of the layout, but PyTorch 2.13 chooses by them how it reads the gradient
+    of a batch of one, or of maps of one row or column.
+    """
+    if isinstance(x, Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
+        batch, _, height, width = x.shape
+        if 1 in (batch, height, width) and height * width != 1 and torch.is_grad_enabled():
+            return _laid_out(norm(_laid_out(x), *settings, **named))
+    return norm(x, *settings, **named)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """``x`` as a view whose strides name its layout, as do those of its gradient."""
+    if x.stride(1) != 1:
+        return plain_strides(x)
+    return plain_strides(x.movedim(1, -1)).movedim(-1, 1)

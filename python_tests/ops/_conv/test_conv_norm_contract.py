@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conv_cases import CONV, LEAVES, arguments, assert_near, assert_same, exact, grad_for, results
+from operator_cases import using
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -570,3 +571,40 @@ def test_nothing_is_computed_that_nobody_asked_for(end: dict[str, Any], monkeypa
             asking = {n: x if x is None else x.detach().requires_grad_(n == name) for n, x in given.items()}
             ops.conv_norm(**asking, **settings).sum().backward()
             assert [i for i, x in enumerate(computed[-1]) if x is not None] == [place]
+
+
+# Of a map's gradient; one of a batch of one, or of one row, has several layouts whose strides look alike.
+READ: list[Callable[[Tensor], Tensor]] = [
+    lambda y: y.squeeze(0).movedim(-3, -1),
+    lambda y: y.flatten(2).mT,
+    lambda y: y.permute(2, 3, 0, 1),
+    lambda y: y[:, :1].expand(-1, 3, -1, -1),
+]
+
+
+@pytest.mark.parametrize("name", ["reference", *CONV])
+@pytest.mark.parametrize("shape", [(1, 6, 8), (3, 1, 8), (3, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_one_or_one_row_whose_gradient_comes_in_another_layout(
+    name: str, shape: tuple[int, int, int], training: bool
+) -> None:
+    batch, height, width = shape
+    every = (torch.float32, torch.float64, torch.bfloat16)
+    for dtype, last in itertools.product(every if name == "reference" else every[:1], (True, False)):
+        given = arguments(batch, 16, 16, height, width, side=1 if height == 1 else 3, dtype=dtype)
+        if not last and name == "reference":
+            for leaf in ("x", "weight"):
+                given[leaf] = given[leaf].detach().contiguous().requires_grad_()
+        leaves = [given[n] for n in LEAVES if given[n] is not None]
+        with using(name) if serving(**given) is not None else ops.use_backend("reference"):
+            y = ops.conv_norm(**{**given, "update": False}, training=training, relu=False)
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            for read in READ:
+                given_back = read(grad).contiguous()
+                got = torch.autograd.grad(read(y), leaves, given_back, retain_graph=True)
+                (of_map,) = torch.autograd.grad(read(y), y, given_back, retain_graph=True)
+                usual = torch.empty_like(y.detach()).copy_(of_map)
+                expected = torch.autograd.grad(y, leaves, usual, retain_graph=True)
+                loose = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05}[dtype]
+                for a, b in zip(got, expected, strict=True):
+                    assert float((a - b).abs().max()) <= loose * float(b.abs().max())

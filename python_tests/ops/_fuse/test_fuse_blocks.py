@@ -244,6 +244,24 @@ def test_batch_norms_that_average_over_all_batches() -> None:
             torch.testing.assert_close(dict(state), dict(block.state_dict()))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lowering", ["grouped", "separate"])
+def test_the_gradient_of_a_batch_of_one_has_the_maps_layout(training: bool, lowering: str) -> None:
+    """torch's own batch norm reads the gradient of channels behind as one of rows of pixels (2.13)."""
+    for first, shape in itertools.product((nn.Conv2d(6, 6, 1), nn.Identity()), ((1, 6, 4, 5), (3, 6, 1, 5))):
+        blocks = [nn.Sequential(copy.deepcopy(first), nn.BatchNorm2d(6)).train(training) for _ in range(2)]
+        fused = FusedBlocks(blocks, lowering=lowering)
+        x = torch.randn(shape).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+        leaves = [x, *fused.parameters()]
+        y = fused(x)
+        grad = torch.randn_like(y)
+        usual = torch.empty_like(y).copy_(grad)
+        expected = torch.autograd.grad(y, leaves, usual, retain_graph=True)
+        for read in (lambda y: y.squeeze(0).movedim(-3, -1), lambda y: y.flatten(2).mT):
+            got = torch.autograd.grad(read(y), leaves, read(grad).contiguous(), retain_graph=True)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_empty_batch_and_other_dtypes() -> None:
     blocks = [block.eval() for block in make("residual")]
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.ops._core.layout import conv2d
+from fedkern.ops._core.layout import conv2d, normed
 from fedkern.ops._fuse.blocks.choice import Work
 
 
@@ -206,7 +206,7 @@ class FusedBatchNorm(FusedLayer):
         bias: Tensor | None,
     ) -> Tensor:
         own = self.training or not self.track
-        return F.batch_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+        return normed(F.batch_norm, x, mean, var, weight, bias, own, momentum, self.eps)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift ``[M * C]`` that compute the same as the batch norm in evaluation mode."""
