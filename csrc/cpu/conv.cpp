@@ -80,6 +80,7 @@ double seconds(const ConvPlan& p, int products) {
   return products * (2e-11 * static_cast<double>(p.result.positions() * p.weights()) + 1e-10 * maps);
 }
 
+// Exponents are compared: products would have to wait for each other.
 bool all_finite(const float* x, std::int64_t size) {
   std::uint32_t most = 0;
   for (std::int64_t i = 0; i < size; ++i) most = std::max(most, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
@@ -150,7 +151,8 @@ class Forward {
       const std::int64_t count = band.tiles();
       for (std::int64_t i = 0; i < samples; ++i)
         transform_map(border_.get(worker) + i * plan_.in_map, plan_.in_row, band, s_.in, tiles + i * count * s_.in, plane_of(samples * count, s_.in));
-      if (!convolution.winograd(tiles, samples, band, products_.get(worker), to, [&](const float* at, std::int64_t c) { done(at, band.positions(), c); })) finite_ = false;
+      const auto each = [&](const float* at, std::int64_t c) { done(at, band.positions(), c); };
+      if (!convolution.winograd(tiles, samples, band, products_.get(worker), to, each)) finite_ = false;
     });
   }
 
