@@ -7,7 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,12 +64,10 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
     """
     digest: str | None
     try:
-        if named.file:
-            module, digest = _run(named.file)
-        else:
-            module = importlib.import_module(named.module)
-            source = getattr(module, "__file__", None) or ""
-            digest = _read(source)[1] if source.endswith(".py") else None
+        with hosted(named):
+            module, digest = _run(named.file) if named.file else (importlib.import_module(named.module), None)
+        if not named.file and (source := getattr(module, "__file__", None) or "").endswith(".py"):
+            digest = _read(source)[1]
     except OSError as error:
         raise UserError(f"{what} {named} cannot be read: {error.strerror or error}.") from None
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
@@ -89,17 +87,22 @@ def home(what: Any) -> str:
 
 
 @contextmanager
-def neighbours(named: Named | None) -> Iterator[None]:
-    """Lets code import the modules beside its file, as a script can."""
+def hosted(named: Named | None) -> Iterator[None]:
+    """Context of users' code: it can import the modules beside its file, as a script can, and changes no mode.
+
+    The modes of PyTorch and NumPy and the working folder are afterwards what they were: other code runs after it.
+    """
+    from fedkern.torch_modes import kept  # here, since the front page is printed without torch
+
     folder = str(Path(named.file).parent) if named is not None and named.file else ""
-    if not folder or folder in sys.path:
-        yield
-        return
-    sys.path.append(folder)
+    given = not folder or folder in sys.path
+    if not given:
+        sys.path.append(folder)
     try:
-        yield
+        with kept(), chdir("."):
+            yield
     finally:
-        if folder in sys.path:  # the code may have removed it
+        if not given and folder in sys.path:  # the code may have removed it
             sys.path.remove(folder)
 
 
@@ -120,8 +123,7 @@ def _run(path: str) -> tuple[ModuleType, str]:
     module.__file__ = path
     sys.modules[name] = module  # dataclasses and pickle look a class's module up
     try:
-        with neighbours(Named("", file=path)):
-            exec(compile(source, path, "exec"), module.__dict__)
+        exec(compile(source, path, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

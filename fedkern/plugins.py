@@ -283,15 +283,15 @@ def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
 
 def _run(plugin: Plugin, name: str) -> None:
     try:
-        if plugin.source is None:
-            importlib.import_module(name)
-            return
-        module = types.ModuleType(name)
-        module.__file__ = plugin.name
-        sys.modules[name] = module  # dataclasses and pickle look there
-        # The content that was hashed, not what the file holds by now.
-        importlib.invalidate_caches()  # files beside the plugin may be new
-        with named_code.neighbours(named_code.Named("", file=plugin.name)):
+        with named_code.hosted(None if plugin.source is None else named_code.Named("", file=plugin.name)):
+            if plugin.source is None:
+                importlib.import_module(name)
+                return
+            module = types.ModuleType(name)
+            module.__file__ = plugin.name
+            sys.modules[name] = module  # dataclasses and pickle look there
+            importlib.invalidate_caches()  # files beside the plugin may be new
+            # The content that was hashed, not what the file holds by now.
             exec(compile(plugin.source, plugin.name, "exec", dont_inherit=True), module.__dict__)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None

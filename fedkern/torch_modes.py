@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -17,31 +20,38 @@ def reproducible() -> Iterator[None]:
     and cuDNN takes its deterministic algorithms.  The caller's settings are back afterwards.  Deterministic
     algorithms, anomaly detection and function modes are tools of the caller's that stay.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    dtype, matmul, device = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_default_device()
-    moved = False
-    with ExitStack() as modes:
-        try:
-            cudnn.deterministic, cudnn.benchmark = True, False
-            torch.set_default_dtype(torch.float32)
-            torch.set_float32_matmul_precision("highest")
-            if device != torch.device("cpu"):
-                torch.set_default_device(None)
-                moved = torch.get_default_device() != device
-                if not moved:  # a block of the caller's, "with torch.device(...)", cannot be left from within
-                    modes.enter_context(torch.device("cpu"))
-            if torch.is_inference_mode_enabled():
-                modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.enable_grad())
-            yield
-        finally:
-            modes.close()
-            cudnn.deterministic, cudnn.benchmark = before
-            torch.set_default_dtype(dtype)
-            torch.set_float32_matmul_precision(matmul)
-            if moved:
-                torch.set_default_device(device)
+    with kept(), ExitStack() as modes:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        if torch.get_default_device() != torch.device("cpu"):
+            torch.set_default_device(None)
+            if torch.get_default_device() != torch.device("cpu"):
+                # A block of the caller's, "with torch.device(...)", cannot be left from within.
+                modes.enter_context(torch.device("cpu"))
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Context manager: the modes of PyTorch and NumPy that code inside sets are afterwards as they were before."""
+    before = [_read(get) for get, _ in _MODES]
+    try:
+        yield
+    finally:
+        for (get, put), value in zip(_MODES, before, strict=True):
+            if value is not None and _read(get) != value:
+                put(value)
+
+
+def _read(get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    except RuntimeError:  # the precision of matrix products, where it was also set by torch.backends
+        return None
 
 
 @contextmanager
@@ -71,3 +81,23 @@ def set_modes(given: dict[str, Any]) -> None:
         # Called only for a change: the call imports torch's compiler, which takes a second.
         torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
     torch.backends.mkldnn.enabled = given["mkldnn"]
+
+
+_CPU: Any = torch.backends.mkldnn
+_FLAGS: list[tuple[Any, str]] = [
+    *((torch.backends.cudnn, name) for name in ("enabled", "deterministic", "benchmark", "allow_tf32")),
+    *((where, "fp32_precision") for where in (torch.backends, _CPU, _CPU.matmul, _CPU.conv, _CPU.rnn)),
+]
+_MODES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (modes, set_modes),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda device: torch.set_default_device(device if device.type != "cpu" else None)),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.get_num_threads, torch.set_num_threads),
+    (lambda: sys.float_info.min / 2 == 0, torch.set_flush_denormal),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # sets some of the flags
+    *((partial(getattr, *flag), partial(setattr, *flag)) for flag in _FLAGS),
+    (np.geterr, lambda errors: np.seterr(**errors)),
+]
+"""Readers and setters of process-wide modes."""

@@ -1,20 +1,27 @@
 """Settings of PyTorch that a caller has made for its own work change no bit of a run, and are back afterwards."""
 
+import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import fedkern
-from fedkern import torch_modes
+from fedkern import named_code, plugins, torch_modes
+from fedkern.data.data_function import DataFunction
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.export import export
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
+from fedkern.methods.common.registered_metrics import METRICS
+from fedkern.models.own import Own
 from fedkern.settings.run_data import load_data
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
@@ -225,3 +232,111 @@ def test_what_a_worker_takes_over_is_set_where_it_changes(monkeypatch):
         torch_modes.set_modes(before)
     assert torch_modes.modes() == before
     assert calls == [(True, False), (True, True), (False, False)]
+
+
+SETTINGS = {
+    "default dtype": "torch.set_default_dtype(torch.float64)",
+    "default tensor": "torch.set_default_tensor_type(torch.DoubleTensor)",
+    "default device": "torch.set_default_device('meta')",
+    "gradients": "torch.set_grad_enabled(False)",
+    "anomalies": "torch.autograd.set_detect_anomaly(True)",
+    "threads": "torch.set_num_threads(3)",
+    "denormal numbers": "torch.set_flush_denormal(True)",
+    "oneDNN": "torch.backends.mkldnn.enabled = False",
+    "matrix products": "torch.set_float32_matmul_precision('medium')",
+    "matrix products of the CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+    "every precision": "torch.backends.fp32_precision = 'tf32'",
+    "cuDNN": "torch.backends.cudnn.benchmark = True; torch.backends.cudnn.enabled = False",
+    "floating errors": "numpy.seterr(all='raise')",
+    "working folder": "os.chdir('/')",
+}
+"""What a file may do when it is imported, which changes bits of, or ends, what runs afterwards."""
+
+
+def state():
+    """The modes as other code meets them."""
+    backends = torch.backends
+    parts = (backends, backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+    return {
+        "new tensor": (
+            torch.ones(1).dtype,
+            torch.ones(1).device,
+            torch.ones(1, requires_grad=True).mul(2).requires_grad,
+        ),
+        "anomalies": torch.is_anomaly_enabled(),
+        "threads": torch.get_num_threads(),
+        "denormal": float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1) == 0,
+        "kernels": (backends.mkldnn.enabled, backends.cudnn.benchmark, backends.cudnn.enabled),
+        "precision": (torch_modes._read(torch.get_float32_matmul_precision), [part.fp32_precision for part in parts]),
+        "errors": np.geterr(),
+        "folder": Path.cwd(),
+    }
+
+
+def put_into_data(what, _):
+    def function():
+        exec(f"import os, numpy, torch\n{what}", {})
+        raise LookupError("no files")
+
+    DataFunction("mine", function, "classification", 2, "iid").make(None, None, None, 0, {})
+
+
+def put_into_network(what, _):
+    def network(classes):
+        exec(f"import os, numpy, torch\n{what}", {})
+        return nn.Linear(4, classes, device="cpu", dtype=torch.float32)
+
+    made = Own(network, "mine")(classes=2, channels=1, sides=(2, 2), seed=0, word=1, width=None)
+    assert made.module.bias.shape == (2,)
+
+
+SOURCES = {
+    "plugin, a file": lambda _, path: plugins.load(str(path)),
+    "plugin, a module": lambda _, path: plugins.load(path.stem),
+    "network in a file": lambda _, path: named_code.load(named_code.parse(f"{path}:Net"), "the model"),
+    "teacher in a module": lambda _, path: named_code.load(named_code.parse(f"python:{path.stem}:Net"), "the teacher"),
+    "function of data": put_into_data,
+    "network's constructor": put_into_network,
+}
+CASES = [(source, setting, fails) for source in SOURCES for setting in SETTINGS for fails in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("source", "setting", "fails"),
+    [  # every seventh case: each source, setting and outcome is among them
+        pytest.param(*case, marks=() if i % 7 == 0 else pytest.mark.exhaustive) for i, case in enumerate(CASES)
+    ],
+)
+def test_what_users_code_sets_is_put_back(source, setting, fails, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins.metadata, "packages_distributions", dict)  # takes half a second
+    name = f"mine_{list(SOURCES).index(source)}_{list(SETTINGS).index(setting)}_{fails}"
+    path, before = tmp_path / f"{name}.py", state()
+    path.write_text(
+        f"import os, numpy, torch, fedkern\n{SETTINGS[setting]}\n{'1 / 0' * fails}\n"
+        f"@fedkern.register_metric({name!r})\ndef Net(logits, labels):\n    'A share.'\n    return 0.5\n"
+    )
+    with suppress(fedkern.UserError):
+        SOURCES[source](SETTINGS[setting], path)
+    found = state()
+    plugins.unload(str(path) if "file" in source else name)
+    METRICS.pop(name, None)
+    with torch_modes.kept():  # the check itself: the setting does change what is compared
+        exec(f"import os, numpy, torch\n{SETTINGS[setting]}", {})
+        assert state() != before
+    os.chdir(before["folder"])
+    assert found == before
+
+
+def test_what_a_caller_has_set_stays_where_users_code_sets_nothing():
+    with torch_modes.kept():
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        before = state()
+        with named_code.hosted(None):
+            pass
+        assert state() == before
+        with torch_modes.reproducible():
+            assert torch.ones(1).dtype == torch.float32
+        assert state() == before

@@ -18,6 +18,7 @@ from fedkern.data.partition import PartitionSpec, parse_partition
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
+from fedkern.named_code import hosted
 
 PARAMETERS = ("root", "clients", "partition", "seed")
 """Parameters of a registered function that are no options of the data set."""
@@ -69,7 +70,8 @@ class DataFunction:
         clients = self._clients if clients is None else clients
         given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
         try:
-            made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
+            with hosted(None):
+                made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
         except MemoryError:
             raise
         except RAISED as error:  # the user's own code may raise anything

@@ -241,7 +241,7 @@ class Own:
                 raise UserError(f"the model {self.text} needs a width: give one with --width.")
         given = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
         given |= {} if width is None else {"width": width}
-        with seeded(word), named_code.neighbours(self.named):
+        with seeded(word), named_code.hosted(self.named):
             try:
                 module = self.what(**{name: value for name, value in given.items() if name in self.takes})
             except UserError:
