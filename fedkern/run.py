@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType
 from typing import NoReturn
 
@@ -113,11 +113,12 @@ def _guarded(words: list[str], leftover: bool) -> int:
     from fedkern.errors import UserError
     from fedkern.files import check_working_folder
     from fedkern.interrupts import Terminated, ended
-    from fedkern.standard_streams import lost
+    from fedkern.standard_streams import lost, results_alone
 
     try:
         check_working_folder()
-        code = _dispatch(words, leftover)
+        with results_alone() if "--json" in words else nullcontext():
+            code = _dispatch(words, leftover)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return FAILED if code == OK and lost() else code
     except UserError as error:

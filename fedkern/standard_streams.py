@@ -6,12 +6,15 @@ import errno
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 _NAMES = ("stdin", "stdout", "stderr")
 _lost = set[int]()
 """Descriptors on which something could not be written."""
+_out: tuple[int, Any] | None = None
+"""Standard output within :func:`results_alone`: a copy of its descriptor, and its stream."""
 
 
 class _Lossy(io.FileIO):
@@ -73,3 +76,45 @@ def tolerate() -> None:
                 line_buffering=stream.line_buffering, write_through=stream.write_through,
             )  # fmt: skip
             setattr(sys, name, lossy)
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Has standard output take only what is :func:`put` inside the block.
+
+    What users' code, C libraries and child processes print there goes to standard error.
+    """
+    global _out
+    _out = os.dup(1), sys.stdout
+    try:
+        with _first_descriptor(2), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.close(_out[0])
+        _out = None
+
+
+def put(result: object) -> None:
+    """Prints a command's result on standard output: a text as it is, anything else as JSON."""
+    import json
+
+    text = result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False)
+    number, stream = (1, sys.stdout) if _out is None else _out
+    with _first_descriptor(number):
+        print(text, file=stream, flush=True)
+
+
+@contextmanager
+def _first_descriptor(other: int) -> Iterator[None]:
+    """Has descriptor 1 stand for the file of another one inside the block."""
+    import ctypes
+
+    before = os.dup(1)
+    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    os.dup2(other, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(before, 1)
+        os.close(before)

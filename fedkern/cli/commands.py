@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedkern.interrupts import Terminated
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.settings.config import ANYHOW, RunConfig
 from fedkern.settings.given_paths import absolute, named_options
+from fedkern.standard_streams import put
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def _stored(request: Request) -> RunConfig:
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any]) -> None:
     """Prints the result of a finished run."""
     if request.json:
-        print(json.dumps(plain(summary), indent=2, allow_nan=False), flush=True)
+        put(plain(summary))
         return
     if request.quiet:
         print(out, flush=True)
@@ -235,7 +235,7 @@ def extend(request: Request) -> int:
 
 def show_help(request: Request) -> int:
     """Prints the help that was asked for."""
-    print(request.help)
+    put(request.help)
     return 0
 
 

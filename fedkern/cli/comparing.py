@@ -19,6 +19,7 @@ from fedkern.errors import UserError, nearest, printable
 from fedkern.files import expand
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
+from fedkern.standard_streams import put
 
 NAME = "compare"
 _NOT_HERE = {
@@ -195,7 +196,7 @@ def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
 
     result = found.result
     if request.json:
-        print(result.to_json(found.folder))
+        put(result.to_json(found.folder))
     elif request.quiet:
         print(found.folder)
     else:

@@ -13,6 +13,7 @@ from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.request import Request, absolute, trusted
 from fedkern.downstream.tasks import FEATURES
 from fedkern.errors import UserError
+from fedkern.standard_streams import put
 
 FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
     # command: flag: (default, metavar, help)
@@ -131,7 +132,7 @@ def run(request: Request) -> int:
     }
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:
-        print(text)
+        put(text)
     else:
         from fedkern.report.progress import terminal
         from fedkern.report.tables import downstream_table

@@ -18,6 +18,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.settings.config import RunConfig
 from fedkern.settings.given_paths import absolute
+from fedkern.standard_streams import put
 
 FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds")
 NAMES = ("attack", "evaluate", "predict", "export", "extend")
@@ -110,7 +111,7 @@ def attack(request: Request) -> int:
     folder, root = _folder(request), request.settings["data_root"]
     found = membership_attack.attack(folder, data_root=root, keep=False, trusted=_code(request))
     if request.json:
-        print(json.dumps(plain(found), indent=2, allow_nan=False))
+        put(plain(found))
     else:
         from fedkern.report.progress import terminal
         from fedkern.report.tables import attack_table
@@ -142,7 +143,7 @@ def evaluate(request: Request) -> int:
     result = {"method": config.method, "data": data or config.data, "metrics": plain(metrics)}
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:
-        print(text)
+        put(text)
     else:
         terminal().print(figures_table(f"{result['method']} on {result['data']}", metrics))
     # Last, so that the printed result is not lost if the folder cannot be written.
@@ -199,7 +200,7 @@ def predict(request: Request) -> int:
             several = predictor.task == "multilabel"
             prediction.write_table(out, predictor.classes, (row[:2] for row in rows()), several=several)
     if request.json:
-        print(json.dumps({"images": len(paths), "classes": list(predictor.classes), "out": str(out)}, indent=2))
+        put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
     for path, probabilities in first:
         print(f"{path}  {predictor.said(probabilities)}")
@@ -222,7 +223,7 @@ def export(request: Request) -> int:
     _check_free(out, "export")
     written = exporting.export(predictor, out, kind)
     if request.json:
-        print(json.dumps({"files": [str(path) for path in written]}, indent=2))
+        put({"files": [str(path) for path in written]})
     else:
         print("\n".join(str(path) for path in written))
     return 0

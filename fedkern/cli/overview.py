@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from fedkern.cli.command_parser import add_common, command_parser, read
 from fedkern.cli.flags import add_repeatable, first
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
+from fedkern.standard_streams import put
 
 
 def parse(words: Sequence[str]) -> Request | None:
@@ -54,7 +54,7 @@ def list_all(request: Request) -> int:
     """Prints the catalogue."""
     found = catalogue()
     if request.json:
-        print(json.dumps(found, indent=2))
+        put(found)
         return 0
     for i, (title, entries) in enumerate(found.items()):
         print(("\n" if i else "") + title)
@@ -71,7 +71,7 @@ def doctor(request: Request) -> int:
     from fedkern.report.progress import terminal
 
     if request.json:
-        print(json.dumps(report.collect(), indent=2))
+        put(report.collect())
     else:
         report.show(terminal())
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.settings.config import RunConfig, check_run_folder
 from fedkern.settings.given_paths import absolute
+from fedkern.standard_streams import put
 
 if TYPE_CHECKING:
     from fedkern.comparison.results import Result
@@ -84,7 +84,7 @@ def report(request: Request) -> int:
         if not request.json:
             print(written[-1], flush=True)
     if request.json:
-        print(json.dumps({"files": [str(path) for path in written]}, indent=2))
+        put({"files": [str(path) for path in written]})
     return 0
 
 

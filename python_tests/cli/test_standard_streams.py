@@ -3,10 +3,20 @@
 What is printed is lost on a full disk, which the exit code tells.
 """
 
+import contextlib
+import ctypes
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from fedkern import plugins
+from fedkern.run import main
+from fedkern.standard_streams import put, results_alone
 
 RUN = f"{sys.executable} -m fedkern.run"
 TINY = ("fedavg --data digits --train-samples 60 --clients 2 --model mlp --threads 1 --grad-cam 0 --local-steps 1 "
@@ -48,3 +58,125 @@ def test_a_reader_that_has_gone_still_ends_a_command(tmp_path):
     done = shell(f"set -o pipefail; {RUN} list | true", tmp_path)
     assert done.returncode in (0, 141)
     assert "Traceback" not in done.stderr
+
+
+def noise(how):
+    """Prints one line on standard output."""
+    if how == "print":
+        print("noise", flush=True)
+    elif how == "descriptor":
+        os.write(1, b"noise\n")
+    elif how == "C":
+        ctypes.CDLL(None).puts(b"noise")
+    elif how == "child":
+        subprocess.run(["echo", "noise"], check=True)
+    elif how == "error":
+        print("noise", flush=True)
+        raise LookupError
+
+
+@pytest.mark.parametrize("how", ["print", "descriptor", "C", "child", "error"])
+def test_standard_output_takes_results_alone(how, capfd):
+    with contextlib.suppress(LookupError), results_alone():
+        noise(how if how != "error" else "print")
+        put({"figures": [1, 0.5]})
+        noise(how)
+        put("a text")
+        noise(how if how != "error" else "print")
+    ctypes.CDLL(None).fflush(None)
+    out, err = capfd.readouterr()
+    expected = json.dumps({"figures": [1, 0.5]}, indent=2) + "\n"
+    assert out == (expected if how == "error" else expected + "a text\n")
+    assert err == "noise\n" * (2 if how == "error" else 3)
+    noise("print" if how == "error" else how)
+    ctypes.CDLL(None).fflush(None)
+    put("outside")
+    assert capfd.readouterr() == ("noise\noutside\n", "")
+
+
+LOUD = '''\
+import os, subprocess, torch
+from torch import nn
+import fedkern
+from fedkern.data import Source, memory_pool
+print("import")
+os.write(1, b"import by descriptor\\n")
+
+
+@fedkern.register_data("loud")
+def loud(seed=0):
+    """Data."""
+    print("data")
+    subprocess.run(["echo", "a child"])
+    labels = torch.arange(24) % 2
+    images = (labels * 200)[:, None, None, None].expand(24, 1, 8, 8).contiguous().to(torch.uint8)
+    pool = memory_pool(images, labels, "train")
+    return Source(classes=("a", "b"), train=pool, validation=memory_pool(images[:4], labels[:4], "validation"),
+                  tests={"": memory_pool(images[:8], labels[:8], "test")}, mean=(0.5,), std=(0.5,), augment="none")
+
+
+@fedkern.register_metric("noise")
+def metric(logits, labels):
+    """A share."""
+    print("metric")
+    return 0.5
+
+
+@fedkern.register_model("talker")
+class Net(nn.Module):
+    """A network."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x):
+        print("forward")
+        return self.head(x.flatten(1))
+'''
+RUNNING = ["--data", "loud", "--plugin", "loud.py", "--model", "talker", "--clients", "2", "--rounds", "1",
+           "--local-epochs", "1", "--grad-cam", "0", "--threads", "1"]  # fmt: skip
+
+
+def said(words, folder):
+    """What a command prints as JSON, and on standard error."""
+    done = subprocess.run([sys.executable, "-m", "fedkern.run", *words, "--json"], cwd=folder, capture_output=True,
+                          text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("words", [["list"], ["fedavg", "--help"]])
+def test_a_plugin_that_prints_leaves_standard_output_alone(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("loud.py").write_text(LOUD)
+    try:
+        assert main(["--json", *words, "--plugin", "loud.py"]) == 0
+    finally:
+        for plugin in plugins.loaded():
+            plugins.unload(plugin.name)
+    out, err = capfd.readouterr()
+    assert sorted(err.splitlines()) == ["import", "import by descriptor"]
+    assert "--json" in out if "--help" in words else json.loads(out)["models"]["talker"] == "A network."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_every_command_with_json_prints_json_alone(workers, tmp_path):
+    (tmp_path / "loud.py").write_text(LOUD)
+    found, err = said(["fedavg", *RUNNING, "--workers", workers, "--out", "run"], tmp_path)
+    assert found["method"] == "fedavg"
+    for line in ("import", "import by descriptor", "data", "a child", "metric", "forward"):
+        assert line in err.splitlines()
+    image = tmp_path / "image.png"
+    Image.new("L", (8, 8), 200).save(image)
+    again = ["--plugin", "loud.py"]
+    for words in (["evaluate", "run"], ["predict", "run", str(image)], ["attack", "run"], ["report", "run"],
+                  ["export", "run", "--format", "state-dict"], ["extend", "run", "--rounds", "2"]):  # fmt: skip
+        _, err = said([*words, *again], tmp_path)
+        assert "import" in err.splitlines()
+    found, err = said(
+        ["compare", "fedavg", "fedprox", *RUNNING, "--workers", workers, "--seeds", "1", "--out", "both"], tmp_path
+    )
+    assert len(found["table"]) == 2
+    assert "forward" in err.splitlines()
