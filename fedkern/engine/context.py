@@ -22,6 +22,7 @@ from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
+from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_task
 from fedkern.models.vocabulary import split_words
 from fedkern.models.weight_files import load_by_name
@@ -285,6 +286,19 @@ class RunContext:
             network.eval_mode()
             self._frozen = key, frozen(network.module)
         return self._frozen[1]
+
+    def tell_attributes(self, client: Any) -> None:
+        """Warns, in a client's name, of Python attributes that have changed since the clients' network was made."""
+        local = self._networks.get("local")
+        if local is None or not local.attributes:
+            return
+        if found := [name for name, value in attributes(local.module).items() if local.attributes.get(name) != value]:
+            client.warn(
+                "python-state",
+                f"The network changes {', '.join(found)} as it runs, and a client finds what another client of its "
+                "process has left there: the same bits are promised neither for another number of workers nor after "
+                "--resume; keep such state in a registered buffer.",
+            )
 
     def warn(self, name: str, text: str) -> None:
         self.warnings.setdefault(name, text)

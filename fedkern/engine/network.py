@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import ops
 from fedkern.models.norms import fix_statistics
 from fedkern.models.own import channels_last
+from fedkern.models.python_state import attributes
 
 
 class Network:
@@ -23,6 +24,7 @@ class Network:
         buffers: fp32 [Q], a view of all floating buffers (running statistics).
         statistics: False when the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
         fixed: True where batch norm trains with the statistics in the buffers and leaves them as they are.
+        attributes: what users' modules hold in Python when the network is made.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -38,6 +40,7 @@ class Network:
         self._infinite = infinite if bool(infinite.any()) else None
         self.statistics = True
         self.fixed = False
+        self.attributes = attributes(module)
 
     @property
     def places(self) -> dict[str, dict[str, slice]]:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import own_networks
@@ -528,3 +530,75 @@ def test_an_image_classifier_of_transformers(own, make_data, tmp_path):
     assert tensors["network.classifier.weight"].shape == (3, 8)
     assert json.loads((out / "summary.json").read_text())["model"] == name
     read_model(out, trusted=[name])
+
+
+REMEMBERING = """
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.{name} = {first}
+
+    def forward(self, x):
+        {change}
+        return super().forward(x)
+
+
+class Net(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Identity(), Scaled(64 * channels, 8)])
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.fc(self.body[1](x.flatten(1)).relu())
+"""
+CHANGES = {
+    "every call": ("mean", "0.0", "self.mean = 0.9 * self.mean + float(x.detach().mean()); x = x - self.mean"),
+    "the first call": ("scale", "None", "self.scale = self.scale or float(x.std()); x = x / self.scale"),
+    "a later client": ("calls", "[0, 0]", "self.calls[1] += len(x) == 3"),
+    "nothing": ("mean", "[0.5]", "x = x - self.mean[0]"),
+}
+
+
+@pytest.mark.parametrize(("change", "workers", "source", "method"), [
+    ("every call", "1", "file", "fedavg"),
+    ("the first call", "1", "module", "scaffold"),
+    ("a later client", "1", "registered", "fedprox"),
+    ("nothing", "1", "file", "fedntd"),
+    *(pytest.param(change, "2", source, "fedavg", marks=pytest.mark.slow)
+      for change, source in (("every call", "registered"), ("the first call", "file"), ("nothing", "file"))),
+])  # fmt: skip
+def test_one_warning_names_the_state_that_a_network_keeps_in_python(
+    change, workers, source, method, file, make_data, make_config, tmp_path, monkeypatch
+):
+    told = []
+
+    class Hear(Listener):
+        def on_warning(self, name, text):
+            told.append((name, text))
+
+    name, first, text = CHANGES[change]
+    file.write_text("from torch import nn\n" + REMEMBERING.format(name=name, first=first, change=text))
+    settings = {"model": f"{file}:Net"}
+    given = {}
+    if source != "file":
+        monkeypatch.syspath_prepend(file.parent)
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
+        kind = importlib.import_module(file.stem).Net
+        if source == "module":
+            given = {"model": kind(3, 3)}
+            settings = {"model": "mine"}
+        else:
+            monkeypatch.setitem(MODELS, "remembering", None)
+            del MODELS["remembering"]
+            register_model("remembering")(kind)
+            settings = {"model": "remembering"}
+    config = make_config(method, width=None, workers=workers, grad_cam=0, **settings)
+    # Only the last client has a batch of three images.
+    summary = run(config, out=tmp_path / "run", data=make_data((20, 12, 11)), listener=Hear(), **given)
+    found = [text for name, text in told if name == "python-state"]
+    assert len(found) == (change != "nothing")
+    assert [summary["diagnostics"]["python-state"]] == found if found else "python-state" not in summary["diagnostics"]
+    assert all(f"The network changes body.1.{name} as it runs" in text for text in found)
+    assert all("registered buffer" in text and "workers" in text for text in found)

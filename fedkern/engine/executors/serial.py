@@ -41,6 +41,7 @@ class Serial:
         self.keep: Keep | None = None
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Any] = {}  # fingerprints of their states
+        self._asked = 0
 
     @property
     def here(self) -> Serial:
@@ -82,6 +83,9 @@ class Serial:
                 answer.problem = problem
             except RAISED as error:
                 answer.problem = ClientFailed.of(k, error, type(self._askers[asker]))
+        self._asked += 1
+        if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
+            self._context.tell_attributes(client)
         if encoder is not None and answer.problem is None:
             sent = self._beside(message, answer.message) if encoder.on_gpu else message
             answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
