@@ -14,7 +14,8 @@ from fedkern.data import FederatedData, load
 from fedkern.data.registry import lookup
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.evaluate import batch_size, evaluate, prefixed
+from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
+from fedkern.engine.network import place
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
@@ -70,12 +71,14 @@ def evaluate_run(
     check_sets(loaded)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
-    module = module.to(config.device).eval()
+    flat, device = "samples" not in about, torch.device(config.device)
+    module = place(module, device) if flat else module.to(device)
     sets = _sets(loaded, module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", kind)
     with cpu_threads(config.threads), computing(config.precision):
-        found = evaluate(method, module, sets, code, keep=True)
-    return {**found, **final_figures(sets, loaded.classes).metrics, **found}
+        with evaluating(config, flat) as at_once:
+            found = evaluate(method, module, sets, code, at_once, keep=True)
+        return {**found, **final_figures(sets, loaded.classes).metrics, **found}
 
 
 def _scaled(data: str, about: Mapping[str, Any]) -> dict[str, object]:

@@ -19,6 +19,8 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.figure_names import set_noun
 from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.methods.common.supervised import LOSS_BATCH
+from fedkern.settings.config import RunConfig
+from fedkern.torch_modes import cpu_threads
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -79,6 +81,22 @@ def batch_size(device: torch.device, statistics: bool) -> int:
     # Activations of a small batch stay in a CPU's cache: batches of 500 take up to a quarter longer, and half as long
     # again the first time.  Without running statistics the figures depend on the batch size, which then stays.
     return CPU_BATCH if device.type == "cpu" and statistics else BATCH
+
+
+@contextmanager
+def evaluating(config: RunConfig, own: bool) -> Iterator[int]:
+    """Sets the threads of an evaluation; yields how many sets or batches are evaluated side by side.
+
+    A run and the command ``evaluate`` both call it: the number of threads changes bits.
+
+    Args:
+        config: the run's settings.
+        own: whether the network is the run's own, not a module of the method.  Such a module may be traced at its first
+            call, and torch.fx patches every module's call while it traces.
+    """
+    count = config.threads // config.client_threads if own and config.device == "cpu" else 1
+    with cpu_threads(config.client_threads if count > 1 else config.threads):
+        yield count
 
 
 def _test_set(context: Any, split: Any) -> TestSet:

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
+import fedkern
 from fedkern.data.digits import open_digits
 from fedkern.downstream import prediction
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.evaluate import evaluating
 from fedkern.report import progress
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
@@ -46,6 +48,59 @@ def test_evaluate_repeats_the_figures_of_the_run(digits, result):
     assert metrics["accuracy"] == summary["accuracy"]
     assert {name: summary[name] for name in metrics} == metrics
     assert json.loads((folder / "run" / "evaluate.json").read_text())["metrics"] == metrics
+
+
+OF_THREADS = [
+    {"data": "digits", "model": "mlp", "buffers": "drop"},
+    *(
+        pytest.param(given, marks=pytest.mark.slow)
+        for given in (
+            {"data": "digits", "model": "efficientnet-b0"},
+            {"data": "digits", "model": "efficientnet-b0", "buffers": "local", "method": "fedprox"},
+            {"data": "segdigits", "model": "unet"},
+            {"data": "captions", "method": "feddra"},
+            {"data": "digits", "method": "fusefl", "rounds": None},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("given", OF_THREADS, ids=lambda given: "-".join(map(str, given.values())))
+def test_evaluate_repeats_a_run_of_two_threads_also_one_that_went_on(given, tmp_path):
+    """Sets or batches side by side, each on one thread: 1x1 maps and sums depend on both, and on the memory format."""
+    settings = {"method": "fedavg", "rounds": 1, "clients": 2, "train_samples": 320, "local_epochs": 1, "threads": 2,
+                "client_threads": 1, "workers": 1, "grad_cam": 0, **given}  # fmt: skip
+    run = fedkern.simulate(out=tmp_path / "run", progress=False, pictures=False, **settings)
+
+    def repeated():
+        before = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+        found = run.evaluate()
+        assert len(found) > 10
+        assert {name: before.get(name) for name in found} == found
+        return before
+
+    first = repeated()
+    (tmp_path / "run" / "summary.json").unlink()
+    run.resume(progress=False, pictures=False)
+    assert repeated() == first
+    if settings["rounds"] is not None:
+        run.extend(2, progress=False, pictures=False, workers=1)
+        assert repeated() != first
+
+
+def test_threads_of_an_evaluation():
+    def of(own, **given):
+        before = torch.get_num_threads()
+        with evaluating(RunConfig.make("fedavg", data="digits", device="cpu", **given), own) as at_once:
+            found = at_once, torch.get_num_threads()
+        assert torch.get_num_threads() == before
+        return found
+
+    assert of(True, threads=4, client_threads=1) == (4, 1)
+    assert of(True, threads=5, client_threads=2) == (2, 2)
+    assert of(True, threads=3, client_threads=2) == (1, 3)
+    assert of(True, threads=2, client_threads=2) == (1, 2)
+    assert of(False, threads=4, client_threads=1) == (1, 4)  # a method's module may be traced
 
 
 def test_evaluate_on_other_data(digits, result, tmp_path):

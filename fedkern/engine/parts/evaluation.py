@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.evaluate import evaluate, evaluate_clients, site_sets
+from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating, site_sets
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.samples import TestSet
@@ -23,7 +23,6 @@ from fedkern.methods.common.client_figures import over_clients, with_undefined, 
 from fedkern.methods.common.figures import gradcam, is_main
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About
-from fedkern.torch_modes import cpu_threads
 
 
 class Evaluation(Part):
@@ -130,16 +129,8 @@ class Evaluation(Part):
     def _own_code(self, label: str) -> AbstractContextManager[None]:
         return self._code(f"evaluate_own for client {label}")
 
-    @contextmanager
-    def _at_once(self, network: nn.Module) -> Iterator[int]:
-        """Sets the threads of an evaluation; yields how many sets are evaluated side by side."""
-        config, at_once = self._context.config, 1
-        # Several sets at a time only with the run's own network.  A module of the method may be traced at its first
-        # call, and torch.fx patches every module's call while it traces.
-        if self._context.device.type == "cpu" and self._context.is_flat(network):
-            at_once = config.threads // config.client_threads
-        with cpu_threads(config.client_threads if at_once > 1 else config.threads):
-            yield at_once
+    def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
+        return evaluating(self._context.config, self._context.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, TestSet]) -> dict[str, Any]:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
