@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -517,7 +518,8 @@ def _play(
     shared = None if everybody.info is None else everybody.info.data
     if shared is None and data is not None and not drawn(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)
-    undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code)[1]
+    warn = partial(shown.on_warning, "no-picture")
+    _, undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code, warn=warn)
     if undrawn is not None:
         again = f"draw them with fedkern.load({str(out)!r}).plot()"
         shown.on_warning("no-pictures", f"The run is complete, but not its pictures ({undrawn}): {again}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
 """Most characters shown of a word, a message and a traceback: a name from a file can have any length."""
 
 
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
+"""Words of the RuntimeError in which torch says that memory is exhausted."""
 RAISED = (Exception, SystemExit, GeneratorExit)
 """What other people's code may raise by mistake; a KeyboardInterrupt is the user's own."""
 
@@ -146,6 +148,22 @@ def named(where: str, code: Any) -> Iterator[None]:
             raise CodeFailed(where, error, code) from error
         error.add_note(f"{where} failed{origin(error, code)}.")
         raise
+
+
+@contextmanager
+def spared(tell: Callable[[str], object]) -> Iterator[None]:
+    """Tells of an error inside, as :func:`described`, where only a picture is lost by it.
+
+    UserError and whatever says that memory is exhausted are raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (UserError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        if any(words in str(error) for words in NO_MEMORY):
+            raise
+        tell(described(error))
 
 
 def described(error: BaseException) -> str:

@@ -19,7 +19,6 @@ from typing import NoReturn
 OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOADAVG, LOOKS = "/proc/loadavg", 4
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +109,7 @@ def _end_process(code: int) -> NoReturn:
 
 def _guarded(words: list[str], leftover: bool) -> int:
     """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
-    from fedkern.errors import UserError
+    from fedkern.errors import NO_MEMORY, UserError
     from fedkern.files import check_working_folder
     from fedkern.interrupts import Terminated, ended
     from fedkern.standard_streams import lost, results_alone
@@ -153,7 +152,7 @@ def _guarded(words: list[str], leftover: bool) -> int:
             "where the data set has it), or a smaller --batch-size, --model or --width"
         )
     except RuntimeError as error:
-        if any(words in str(error) for words in _NO_MEMORY):
+        if any(words in str(error) for words in NO_MEMORY):
             return _say("the machine has not enough memory; use a smaller --batch-size, --model or --width")
         if type(error).__name__ != "OutOfMemoryError":
             raise

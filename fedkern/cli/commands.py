@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         if data is not None and config.augment == data.augment:
             config = config.replace(augment=None)  # the data set's default, not the user's choice
         _close(request, config, out, summary)
-        _illustrate(request, config, out, data, code)
+        _illustrate(request, config, out, data, code, shown)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
@@ -123,7 +124,9 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     return 0
 
 
-def _illustrate(request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...]) -> None:
+def _illustrate(
+    request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...], shown: Listener
+) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.names import say
     from fedkern.report.pictures import finished_pictures
@@ -134,7 +137,8 @@ def _illustrate(request: Request, config: RunConfig, out: Path, data: Any, code:
             say(terminal(), text)
 
     missing: list[str] = []
-    pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code)
+    warn = partial(shown.on_warning, "no-picture")
+    pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code, warn=warn)
     if undrawn is not None:
         missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {quote(out)}")
     elif pictures:

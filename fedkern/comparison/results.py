@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fedkern import atomic
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures
 from fedkern.comparison.seed_statistics import Target, paired, spread
 from fedkern.engine.store import confusions
-from fedkern.errors import UserError, nearest, printable_name
+from fedkern.errors import UserError, nearest, printable_name, spared
 from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.registry import short
 from fedkern.report.chance import constants
@@ -179,10 +180,13 @@ class Result:
         texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}
         for name, text in texts.items():
             atomic.write_bytes(folder / name, text.encode())
-        drawn = curves(self.histories(), self.figures, title=self.title(), chance=self.chance())
-        if drawn is not None:
-            save(drawn, folder / PICTURE)
-        return [folder / name for name in (*texts, *([] if drawn is None else [PICTURE]))]
+        written = [folder / name for name in texts]
+        with spared(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
+            drawn = curves(self.histories(), self.figures, title=self.title(), chance=self.chance())
+            if drawn is not None:
+                save(drawn, folder / PICTURE)
+                written.append(folder / PICTURE)
+        return written
 
     def histories(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
         """Records of the rounds of every run, by the group's name."""

@@ -12,7 +12,7 @@ from fedkern import ops
 from fedkern.engine.context import RunContext
 from fedkern.engine.node import Node
 from fedkern.engine.store.artifacts import prepared
-from fedkern.errors import UserError
+from fedkern.errors import UserError, spared
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Message, Phase
 from fedkern.methods.server_rules import ServerRule
@@ -65,7 +65,8 @@ class Server(Node):
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:
-            self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
+            with spared(lambda why: self._context.warn("no-picture", f"The picture {name} is missing: {why}.")):
+                self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:
         if not self._context.disclosure.server:

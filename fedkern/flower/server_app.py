@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], rep
     from fedkern.report.pictures import finished_pictures
     from fedkern.report.run_page import write_report
 
-    _, undrawn = finished_pictures(out, data=data, data_root=data_root, trusted=code)
+    _, undrawn = finished_pictures(out, data=data, data_root=data_root, trusted=code, warn=partial(_warn, "no-picture"))
     if undrawn is not None:
         log(WARNING, "The run is complete, but not its pictures (%s).", undrawn)
     if report:

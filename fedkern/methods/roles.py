@@ -364,8 +364,7 @@ class Server(Node, Protocol):
             axes: labels of a table's rows, columns and values, for example ``("client", "class", "weight")``; without
                 a third one the values are labelled with the name.
 
-        Raises:
-            ValueError: another shape, or a name that is no file name.
+        Another shape, a name that is no file name, and an error in the function are a warning: the picture is missing.
         """
         ...
 

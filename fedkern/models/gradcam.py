@@ -14,21 +14,19 @@ from fedkern.models.staged import StagedNetwork
 SMALLEST_MAP = 7
 
 
-def gradcam_stage(model: StagedNetwork, height: int, width: int) -> str:
-    """Returns the stage whose map Grad-CAM weighs for images of this size.
+def gradcam_stage(model: StagedNetwork, images: Tensor) -> str:
+    """Returns the stage whose map Grad-CAM weighs for images ``[B, C, H, W]`` of this size.
 
     This is the last stage with a map of at least 7x7 positions, the size in the paper (``layer4`` of a ResNet-18 at 224
     pixels).  Small images have coarser last maps, so an earlier stage is taken (``layer2`` of the small CNN at 32
     pixels, 8x8).  If no map is that large, it is the first stage.
     """
     best = model.stage_names[0]
-    reference = next(model.parameters())
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            channels = getattr(model, "channels", None) or next(p for p in model.parameters() if p.ndim == 4).shape[1]
-            h = torch.zeros(1, channels, height, width, device=reference.device, dtype=reference.dtype)
+            h = images.new_zeros(1, *images.shape[1:])
             for i, name in enumerate(model.maps):
                 h = model._run(h, i, i)
                 if min(h.shape[2:]) >= SMALLEST_MAP:
@@ -59,7 +57,7 @@ def grad_cam(model: StagedNetwork, images: Tensor, *, stage: str | None = None) 
         ValueError: ``stage`` is unknown or is ``"feature"``, which has no positions.
     """
     height, width = images.shape[2:]
-    stage = gradcam_stage(model, height, width) if stage is None else stage
+    stage = gradcam_stage(model, images) if stage is None else stage
     if stage == "feature":
         raise ValueError('stage must be one of the map stages, got "feature", which has no positions')
     if images.shape[0] == 0:
@@ -115,7 +113,7 @@ def object_share(model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]])
     stage: str | None = None
     for images, masks in batches:
         if stage is None:
-            stage = gradcam_stage(model, images.shape[2], images.shape[3])
+            stage = gradcam_stage(model, images)
         masks = masks.to(images.device)
         cam, _ = grad_cam(model, images, stage=stage)
         share = mass_inside(cam, masks)

@@ -102,9 +102,9 @@ class OwnNetwork(nn.Module):
 class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
     """A user's module whose submodules run one after another, so that it can be entered and left between stages."""
 
-    def __init__(self, module: nn.Module, cut: Cut, channels: int) -> None:
+    def __init__(self, module: nn.Module, cut: Cut) -> None:
         super().__init__(module, cut.head)
-        self._cut, self.channels = cut, channels
+        self._cut = cut
         self.stage_names = tuple(name for name, _ in cut.stages)
         self.width = self.head.in_features
 
@@ -222,7 +222,7 @@ class Own:
             images = torch.randn((2, channels, *sides), generator=torch.Generator().manual_seed(0))
             self._cuts[key] = self._cut(module, images)
         cut = self._cuts[key]
-        return self._marked(StagedOwn(module, cut, channels) if isinstance(cut, Cut) else OwnNetwork(module, cut))
+        return self._marked(StagedOwn(module, cut) if isinstance(cut, Cut) else OwnNetwork(module, cut))
 
     def _marked(self, network: Any) -> Any:
         """The network with ``scales``: whether it can be made wider and narrower."""

@@ -160,4 +160,7 @@ class Pictures(list[Path]):
         from IPython.display import Image, display
 
         for path in self:
-            display(Image(filename=str(path), alt=path.stem, retina=True))
+            if path.exists():
+                display(Image(filename=str(path), alt=path.stem, retina=True))
+            else:
+                print(f"{path} is missing: draw the pictures again.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
-from fedkern.errors import UserError
+from fedkern.errors import UserError, spared
 from fedkern.report.matplotlib_import import undocumented
 from fedkern.settings.config import RunConfig, load_plugins
 from fedkern.settings.run_data import kept_data, load_data
@@ -49,6 +51,7 @@ def write_pictures(
     model: torch.nn.Module | None = None,
     data_root: str | None = None,
     trusted: Collection[str] = (),
+    warn: Callable[[str], object] = warnings.warn,
 ) -> list[Path]:
     """Draws the pictures of a finished run into its folder, replacing older ones, and lists them in pictures.json.
 
@@ -58,12 +61,14 @@ def write_pictures(
         model: the global model; None loads ``model.safetensors``.
         data_root: current folder of the data files, for loading them.
         trusted: code that may be imported, see :func:`fedkern.load`.
+        warn: called with a sentence for every picture that cannot be drawn; the other pictures are.
 
     Returns:
         The files written: ``accuracy.png``, ``clients.png`` if the clients have test sets, ``confusion.png`` of a
         classifier, ``partition.png``, ``weights.png`` if the method has client weights, a picture per name of the
         method's artifacts (such as ``generated.png``), and ``gradcam.png`` if the network has stages and is no MLP.  A
-        run with several labels an image has neither ``confusion.png`` nor ``gradcam.png``.  A segmentation run has
+        run with several labels an image has neither ``confusion.png`` nor ``gradcam.png``, one with ``grad_cam`` 0 has
+        no ``gradcam.png``.  A segmentation run has
         ``dice.png`` and ``segmentation.png`` instead of accuracy, confusion and Grad-CAM; one on image-text pairs has
         ``retrieval.png`` instead of confusion and Grad-CAM.  A run with private records
         has neither ``confusion.png`` nor ``partition.png``, which hold exact counts; older ones are deleted.
@@ -74,8 +79,13 @@ def write_pictures(
     """
     load_plugins(run_dir, trusted)
     _check(run_dir)
-    written = _draw(run_dir, data, model, data_root, trusted)
-    names = json.dumps({"pictures": [path.name for path in written]})
+    failed: dict[str, str] = {}
+    written = _draw(run_dir, data, model, data_root, trusted, failed)
+    for name, why in failed.items():
+        (run_dir / name).unlink(missing_ok=True)  # of an older network
+        warn(f"{name} is missing, as it cannot be drawn: {why}.")
+    # A picture that failed is listed, so that :func:`drawn` has it drawn again.
+    names = json.dumps({"pictures": [*(path.name for path in written), *failed]})
     atomic.write_bytes(run_dir / PICTURE_LIST, (names + "\n").encode())
     return written
 
@@ -87,6 +97,7 @@ def finished_pictures(
     model: torch.nn.Module | None = None,
     data_root: str | None = None,
     trusted: Collection[str] = (),
+    warn: Callable[[str], object],
 ) -> tuple[list[Path], str | None]:
     """Draws the pictures at the end of a run, or without ``data`` finds those of a run that was finished before.
 
@@ -97,7 +108,7 @@ def finished_pictures(
     if there:
         return there, None
     try:
-        return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted), None
+        return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted, warn=warn), None
     except UserError as error:
         return [], str(error).rstrip(".")
 
@@ -113,15 +124,18 @@ def _check(run_dir: Path) -> None:
 
 
 def _draw(
-    run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: str | None, trusted: Collection[str]
+    run_dir: Path,
+    data: Any,
+    model: torch.nn.Module | None,
+    data_root: str | None,
+    trusted: Collection[str],
+    failed: dict[str, str],
 ) -> list[Path]:
-    from fedkern.data import normalise
+    """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
     from fedkern.data.partition import parse_partition
-    from fedkern.models import StagedNetwork
-    from fedkern.models.mlp import MLP
 
     with undocumented():
-        from fedkern.report import chance, confusion_sheet, gradcam, plots, segmentation_sheet
+        from fedkern.report import chance, confusion_sheet, plots
         from fedkern.report.weights import weights_picture
 
     moved = {} if data_root is None else {"data_root": data_root}
@@ -130,40 +144,65 @@ def _draw(
     name = f"{config.method} on {config.data}"
     written: list[Path] = []
 
-    def keep(figure: Figure | None, picture: str) -> None:
-        if figure is not None:
-            written.append(run_dir / PICTURES[picture])
-            plots.save(figure, written[-1])
+    def keep(picture: str, draw: Callable[[], Figure | None]) -> None:
+        with spared(partial(failed.setdefault, PICTURES[picture])):
+            if (figure := draw()) is not None:
+                plots.save(figure, run_dir / PICTURES[picture])
+                written.append(run_dir / PICTURES[picture])
 
     title = f"{name}, seed {config.seed}"
     records = read_metrics(run_dir)
     private = config.records == "private"
     found = None if private else confusions.read(run_dir)
-    lines = chance.of_rounds(records, {} if private else data.tests, found, len(data.classes))
-    figure = plots.accuracy_curves(records, title=title, tests=data.tests, chance=lines)
-    keep(figure, "dice" if data.task == "segmentation" else "accuracy")
-    keep(plots.clients_picture(records, title=f"Clients of {title}"), "clients")
+
+    def curves() -> Figure | None:
+        lines = chance.of_rounds(records, {} if private else data.tests, found, len(data.classes))
+        return plots.accuracy_curves(records, title=title, tests=data.tests, chance=lines)
+
+    def partition() -> Figure:
+        held = data.statistics.held_out
+        parts = f"{config.data}: {parse_partition(data.statistics.partition).title}"
+        parts += f"; held out: {held[0]}" if held is not None else ""
+        return plots.partition_picture(data.statistics, title=parts)
+
+    keep("dice" if data.task == "segmentation" else "accuracy", curves)
+    keep("clients", lambda: plots.clients_picture(records, title=f"Clients of {title}"))
     if private:
         for picture in ("confusion", "partition"):
             (run_dir / PICTURES[picture]).unlink(missing_ok=True)
     else:
         if found is not None and found.matrices and found.classes:
-            keep(confusion_sheet.draw(found, title=f"Confusion of {title}"), "confusion")
-        held = data.statistics.held_out
-        parts = f"{config.data}: {parse_partition(data.statistics.partition).title}"
-        parts += f"; held out: {held[0]}" if held is not None else ""
-        keep(plots.partition_picture(data.statistics, title=parts), "partition")
+            keep("confusion", lambda: confusion_sheet.draw(found, title=f"Confusion of {title}"))
+        keep("partition", partition)
     by_samples = config.options.get("weighting") == "samples"
-    keep(weights_picture(records, title=f"Clients of {title}", by_samples=by_samples), "weights")
-    written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes)
-    model = read_model(run_dir, trusted)[0] if model is None else model
+    keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
+    written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
+    shown = data.task if data.task in PICTURES else "gradcam"
+    with spared(partial(failed.setdefault, PICTURES[shown])):
+        model = read_model(run_dir, trusted)[0] if model is None else model
+        written += _draw_answers(run_dir, data, model, config, trusted)
+    return written
+
+
+def _draw_answers(
+    run_dir: Path, data: Any, model: torch.nn.Module, config: RunConfig, trusted: Collection[str]
+) -> list[Path]:
+    """Draws what the network answers to test images, in the one picture that the task has for it, if any."""
+    from fedkern.data import normalise
+    from fedkern.models import StagedNetwork
+    from fedkern.models.mlp import MLP
+
+    with undocumented():
+        from fedkern.report import gradcam, segmentation_sheet
+
+    name = f"{config.method} on {config.data}"
     if data.task == "segmentation":
         split = next(iter(data.tests.values()))
         split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
         target = run_dir / PICTURES["segmentation"]
         inputs = normalise(split.images, data.mean, data.std)
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
-        return [*written, target]
+        return [target]
     if data.task == "retrieval":
         from fedkern.report.retrieval_examples import draw as draw_captions
         from fedkern.report.retrieval_examples import retrieval_examples
@@ -171,16 +210,16 @@ def _draw(
         try:
             found_captions, _ = retrieval_examples(run_dir, config, data, model=model, trusted=trusted)
         except UserError:  # the method has no pair of encoders, as the report says
-            return written
+            return []
         target = run_dir / PICTURES["retrieval"]
         draw_captions(found_captions, target, title=f"Nearest captions of test images, {name}")
-        return [*written, target]
-    if data.task == "multilabel":  # Grad-CAM shows what speaks for the single class of an image
-        return written
+        return [target]
+    if data.task == "multilabel" or not config.grad_cam:  # Grad-CAM shows what speaks for the single class of an image
+        return []
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
     if not isinstance(model, StagedNetwork) or isinstance(model, MLP) or not model.maps or not config.statistics:
-        return written
+        return []
     panels = {}
     for key, split in data.tests.items():
         rows = gradcam.choose(split.labels, EXAMPLES)
@@ -189,11 +228,10 @@ def _draw(
         images = split.images[rows]
         masks = split.masks[rows] if split.masks is not None else None
         panels[key] = (images, normalise(images, data.mean, data.std), split.labels[rows], masks)
+    target = run_dir / PICTURES["gradcam"]
     if panels:
-        target = run_dir / PICTURES["gradcam"]
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
-        written.append(target)
-    return written
+    return [target] if panels else []
 
 
 def drawn(run_dir: Path) -> list[Path]:
@@ -207,8 +245,13 @@ def artifact_path(folder: Path, name: str) -> Path:
     return folder / f"{name if name not in PICTURES else name + '_shown'}.png"
 
 
-def draw_artifacts(entries: Iterable[Artifact], folder: Path, title: str, classes: Sequence[str]) -> list[Path]:
-    """Draws the artifacts that a method logged, one picture per name, into ``folder``, and returns the pictures."""
+def draw_artifacts(
+    entries: Iterable[Artifact], folder: Path, title: str, classes: Sequence[str], failed: dict[str, str]
+) -> list[Path]:
+    """Draws the artifacts that a method logged, one picture per name, into ``folder``, and returns the pictures.
+
+    Those that fail, by name, get their reason in ``failed``.
+    """
     from fedkern.report import artifact_sheet
 
     by_name: dict[str, list[Artifact]] = {}
@@ -218,6 +261,7 @@ def draw_artifacts(entries: Iterable[Artifact], folder: Path, title: str, classe
     for name, those in by_name.items():
         target = artifact_path(folder, name)
         called = name.replace("_", " ")
-        artifact_sheet.draw(those, target, title=f"{called[:1].upper()}{called[1:]}, {title}", classes=classes)
-        written.append(target)
+        with spared(partial(failed.setdefault, target.name)):
+            artifact_sheet.draw(those, target, title=f"{called[:1].upper()}{called[1:]}, {title}", classes=classes)
+            written.append(target)
     return written

@@ -8,6 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -27,7 +28,7 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
-from fedkern.errors import UserError, listed, printable_name
+from fedkern.errors import UserError, listed, printable_name, spared
 from fedkern.inputs import open_regular, read_text
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import near
@@ -223,12 +224,15 @@ def write_report(
     """
     html_page.check_target(run_dir)
     run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
-    undrawn = None
+    undrawn: list[str] = []
     if run.summary is not None and not pictures.drawn(run_dir):
         if run.data is None:
-            undrawn = run.no_data.rstrip(".")
+            why: str | None = run.no_data.rstrip(".")
         else:
-            undrawn = pictures.finished_pictures(run_dir, data=run.data, model=model, trusted=trusted)[1]
+            _, why = pictures.finished_pictures(
+                run_dir, data=run.data, model=model, trusted=trusted, warn=undrawn.append
+            )
+        undrawn += [f"The run's pictures could not be drawn: {why}."] if why is not None else []
     return html_page.write(page(run, command=command, undrawn=undrawn, model=model, trusted=trusted), run_dir)
 
 
@@ -236,11 +240,11 @@ def page(
     run: Contents,
     *,
     command: str = "",
-    undrawn: str | None = None,
+    undrawn: Sequence[str] = (),
     model: nn.Module | None = None,
     trusted: Collection[str] = (),
 ) -> Page:
-    """The page of a run; ``undrawn`` is why its pictures could not be drawn, None where they were."""
+    """The page of a run; ``undrawn`` are sentences on pictures that could not be drawn."""
     config = run.config
     state = "finished" if run.summary is not None else "not finished"
     count = config.trained_clients
@@ -255,17 +259,21 @@ def page(
             state,
         ]
     )
+    sections: list[Section] = []
+    for make in (
+        _figures, _curves, clients, _weights, _cost, _confusion, partial(_pictures, undrawn=undrawn),
+        partial(_retrieval, model=model, trusted=trusted), partial(_settings, command=command),
+    ):  # fmt: skip
+        with spared(lambda why: sections.append(Section(f"missing-{len(sections)}", "Missing section", [f"{why}."]))):
+            sections.append(make(run))
     return Page(
         title=printable_name(f"{config.method} on {config.data}", CELL),
         about=printable_name(about, CELL),
         headline=headline(run),
         warnings=[(name, text) for name, text in run.warnings.items()],
         tiles=_tiles(run),
-        sections=[
-            _figures(run), _curves(run), clients(run), _weights(run), _cost(run), _confusion(run),
-            _pictures(run, undrawn), _retrieval(run, model, trusted), _settings(run, command),
-        ],
-    )  # fmt: skip
+        sections=sections,
+    )
 
 
 # -- the headline ------------------------------------------------------------------------------------------------------
@@ -700,10 +708,9 @@ def _confusion(run: Contents) -> Section:
     return section
 
 
-def _pictures(run: Contents, undrawn: str | None) -> Section:
+def _pictures(run: Contents, undrawn: Sequence[str]) -> Section:
     section = Section("pictures", "Pictures")
-    if undrawn is not None:
-        section.texts.append(f"The run's pictures could not be drawn: {undrawn}.")
+    section.texts += undrawn
     fixed = {
         "gradcam": ("Grad-CAM of the global network", "Test images, and where the network looks for its answer."),
         "segmentation": ("Segmentation of the global network",
@@ -723,16 +730,18 @@ def _pictures(run: Contents, undrawn: str | None) -> Section:
         if run.summary is not None and (source := _picture(path)) is not None:
             section.pictures.append(Picture(title, alt, source))
     if run.summary is None and names:
-        section.pictures += _drawn_now(run, {path.name: (title, alt) for path, title, alt in found})
+        failed: dict[str, str] = {}
+        section.pictures += _drawn_now(run, {path.name: (title, alt) for path, title, alt in found}, failed)
+        section.texts += [f"{name} is missing, as it cannot be drawn: {why}." for name, why in failed.items()]
     return section
 
 
-def _drawn_now(run: Contents, texts: Mapping[str, tuple[str, str]]) -> list[Picture]:
+def _drawn_now(run: Contents, texts: Mapping[str, tuple[str, str]], failed: dict[str, str]) -> list[Picture]:
     """The artifacts of a run that is not finished, whose folder has no pictures yet."""
     classes = () if run.data is None else run.data.classes
     with tempfile.TemporaryDirectory() as folder:
         title = f"{run.config.method} on {run.config.data}"
-        drawn = pictures.draw_artifacts(run.shown, Path(folder), title, classes)
+        drawn = pictures.draw_artifacts(run.shown, Path(folder), title, classes, failed)
         return [Picture(*texts[path.name], html_page.data_uri(path.read_bytes())) for path in drawn]
 
 

@@ -281,7 +281,7 @@ class RunConfig:
         above=0,
         type=float,
     )
-    grad_cam: int = option(200, "number of test images for the share of Grad-CAM inside the object; 0: none", low=0)
+    grad_cam: int = option(200, "test images for the share of Grad-CAM inside the object; 0: no Grad-CAM", low=0)
     sums: str = option(
         "ordered",
         "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order, so "

@@ -51,7 +51,7 @@ def test_evaluate_repeats_the_figures_of_the_run(digits, result):
 
 
 OF_THREADS = [
-    {"data": "digits", "model": "mlp", "buffers": "drop"},
+    {"data": "digits", "model": "mlp", "buffers": "drop", "train_samples": 64},
     *(
         pytest.param(given, marks=pytest.mark.slow)
         for given in (

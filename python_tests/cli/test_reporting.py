@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 
+import pytest
 from html_reader import Reader
 
 from fedkern.cli import flags, reporting
@@ -85,6 +86,33 @@ def test_a_report_that_cannot_be_written_does_not_lose_the_run(capsys, monkeypat
         "it with python -m fedkern.run report run."
     )
     assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_picture_that_fails_ends_no_run_nor_its_report(capsys, monkeypatch, tmp_path):
+    from fedkern.report import plots
+
+    monkeypatch.setattr(plots, "partition_picture", lambda *_, **__: {}["site"])
+    assert main(["fedavg", *TINY, "--out", "run", "--report", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    said = "partition.png is missing, as it cannot be drawn: KeyError: 'site'."
+    assert out == "run\n"
+    assert f"warning (no-picture): {said}" in err
+    assert said in Reader((tmp_path / "run/report.html").read_text()).text("p")
+    assert (tmp_path / "run/accuracy.png").exists()
+    assert (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--grad-cam", "0")])
+def test_a_run_of_a_vision_transformer_ends_with_its_pictures(words, result, tmp_path):
+    small = ["--clients", "2", "--train-samples", "60", "--rounds", "1", "--local-steps", "1", "--threads", "1"]
+    out, err = result("fedavg", "--data", "colordigits", "--model", "vit-tiny", *small, "--out", "run", *words)
+    assert "missing" not in err
+    assert ("gradcam.png" in out) is (words == ())
+    assert (tmp_path / "run/gradcam.png").exists() is (words == ())
+    figures = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]
+    assert ("id_gradcam_in_object" in figures) is (words == ())
+    result("--resume", "run")
 
 
 def test_a_run_with_data_in_memory_has_no_command(tmp_path):

@@ -49,13 +49,29 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_stage_is_the_last_with_seven_positions():
-    assert gradcam_stage(make("cnn")[0], 32, 32) == "layer2"
-    assert gradcam_stage(make("cnn")[0], 28, 28) == "layer2"
-    assert gradcam_stage(make("cnn")[0], 8, 8) == "layer1"
-    assert gradcam_stage(make("resnet8")[0], 32, 32) == "layer3"
-    assert gradcam_stage(make("resnet18", 224, width=4)[0], 224, 224) == "layer4"
+    network, images = make("cnn")
+    assert gradcam_stage(network, images) == "layer2"
+    assert gradcam_stage(network, images[:0, :, :28, :28]) == "layer2"
+    assert gradcam_stage(network, images[..., :8, :8]) == "layer1"
+    assert gradcam_stage(*make("resnet8")) == "layer3"
+    assert gradcam_stage(*make("resnet18", 224, width=4)) == "layer4"
     with pytest.raises(ValueError, match="no positions"):
         grad_cam(*make(), stage="feature")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["vit-tiny", "mlp", "cnn", "mobilenetv2"])
+def test_the_size_of_images_is_asked_of_images_not_of_parameters(name, channels):
+    """ViT's positions are a parameter of four axes, and no convolution's."""
+    model = models.build(name, classes=4, channels=channels, image_size=32, seed=0).eval()
+    images = torch.randn(2, channels, 32, 32, generator=torch.Generator().manual_seed(1))
+    cam, classes = grad_cam(model, images)
+    assert cam.shape == (2, 32, 32)
+    assert bool(cam.isfinite().all() & (cam >= 0).all())
+    with torch.no_grad():
+        assert torch.equal(classes, model(images).argmax(1))
+    inside = object_share(model, [(images, torch.ones(2, 32, 32, dtype=torch.bool))])
+    assert inside.get("gradcam_in_object", 1.0) == pytest.approx(1.0)
 
 
 def test_mass_inside():

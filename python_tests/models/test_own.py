@@ -221,6 +221,61 @@ def test_a_cut_network_is_a_staged_network(known):
     assert len(list(network.parameters())) == len(list(network.module.parameters()))
 
 
+class Functional(nn.Module):
+    """A convolution that is a call, behind a parameter of four axes that is none."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, 5, 1, 1))
+        self.kernel = nn.Parameter(torch.randn(5, channels, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel, padding=1) + self.place
+
+
+class Rows(nn.Module):
+    """Rows of pixels as steps of a sequence."""
+
+    def forward(self, x):
+        return x.flatten(1, 2)
+
+
+def no_convolution(classes, channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 256, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+def one_axis(classes, channels):
+    return nn.Sequential(
+        Rows(), nn.Conv1d(channels * 16, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, classes)
+    )
+
+
+def functional(classes, channels):
+    return nn.Sequential(
+        Functional(classes, channels), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Conv2d(5, 6, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes),
+    )  # fmt: skip
+
+
+def pooled(classes, channels):
+    return nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("make", "maps"),
+    [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled, 1)],
+)
+def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, known):
+    """A network has Grad-CAM where it has maps, whatever makes them."""
+    known("own")(make)
+    network = build("own", classes=3, channels=channels, image_size=16, seed=0).eval()
+    assert len(network.maps) == maps
+    if maps:
+        found, _ = grad_cam(network, torch.randn(2, channels, 16, 16))
+        assert found.shape == (2, 16, 16)
+
+
 def test_an_ensemble_runs_users_networks_whole(known):
     known("own")(staged)
     members = [build("own", **SIZE, seed=seed).eval() for seed in (0, 1)]

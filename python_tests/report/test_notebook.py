@@ -153,11 +153,15 @@ def test_a_comparison_moves_in_one_table(cells):
     assert cells_of(cells[0]) == [["", "seed 0", "seed 1"], ["fed<avg>", "accuracy 50.0 %", "accuracy 50.0 %"]]
 
 
-def test_pictures_are_shown_and_are_a_list_of_paths(cells):
-    pictures = notebook.Pictures([Path("a/accuracy.png"), Path("a/partition.png")])
+def test_pictures_are_shown_and_are_a_list_of_paths(cells, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("accuracy.png", "gone.png", "partition.png")]
+    pictures = notebook.Pictures(paths)
+    for path in paths[::2]:
+        path.touch()
     pictures._ipython_display_()
-    assert [(each["filename"], each["alt"]) for each in cells] == [(str(path), path.stem) for path in pictures]
-    assert pictures == [Path("a/accuracy.png"), Path("a/partition.png")]
+    assert [(each["filename"], each["alt"]) for each in cells] == [(str(path), path.stem) for path in paths[::2]]
+    assert capsys.readouterr().out == f"{paths[1]} is missing: draw the pictures again.\n"
+    assert pictures == paths
 
 
 def test_results_as_html(tmp_path, monkeypatch):

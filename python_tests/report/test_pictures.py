@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,17 @@ from fedkern import models
 from fedkern.data import PartitionStatistics, Split, load
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.report import gradcam, pictures, plots, segmentation_sheet, sheet
+from fedkern.report import (
+    artifact_sheet,
+    chance,
+    confusion_sheet,
+    gradcam,
+    pictures,
+    plots,
+    segmentation_sheet,
+    sheet,
+    weights,
+)
 from fedkern.report.names import label
 from fedkern.report.sheet import rgb
 from fedkern.settings.config import RunConfig
@@ -388,6 +399,77 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         plots.save(plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title="t"), tmp_path / "p.png")
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
     assert (tmp_path / "p.png").read_bytes() == b"older"
+
+
+FAULTS = [
+    *((f"plots.{name}", each) for name, each in
+      (("accuracy_curves", "accuracy"), ("clients_picture", "clients"), ("partition_picture", "partition"))),
+    ("weights.weights_picture", "weights"), ("confusion_sheet.draw", "confusion"), ("chance.of_rounds", "accuracy"),
+    ("gradcam.draw", "gradcam"), ("gradcam.choose", "gradcam"), ("pictures.read_model", "gradcam"),
+    ("artifact_sheet.draw", "clouds"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path, data):
+    """A run folder with every kind of picture of a classifier, all of them empty files."""
+    for name in ("accuracy_curves", "clients_picture", "partition_picture"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: object())
+    monkeypatch.setattr(weights, "weights_picture", lambda *_, **__: object())
+    monkeypatch.setattr(confusion_sheet, "draw", lambda *_, **__: object())
+    monkeypatch.setattr(chance, "of_rounds", lambda *_: {})
+    monkeypatch.setattr(pictures.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
+    monkeypatch.setattr(pictures, "read_shown", lambda _: [SimpleNamespace(name="clouds")])
+    monkeypatch.setattr(plots, "save", lambda _, path: path.touch())
+    monkeypatch.setattr(gradcam, "draw", lambda _, panels, path, **__: path.touch())
+    monkeypatch.setattr(artifact_sheet, "draw", lambda _, path, **__: path.touch())
+    return make_run(tmp_path, data)
+
+
+@pytest.mark.parametrize(("place", "picture"), FAULTS)
+def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, quick, data, monkeypatch):
+    whole = {path.name for path in pictures.write_pictures(quick, data=data)}
+    assert len(whole) == 7
+    assert {path.name for path in pictures.drawn(quick)} == whole
+
+    def failing(error):
+        def call(*_, **__):
+            raise error
+
+        monkeypatch.setattr(f"fedkern.report.{place}", call)
+
+    warned = []
+    with monkeypatch.context():
+        failing(RuntimeError("odd\nmap"))
+        written, why = pictures.finished_pictures(quick, data=data, warn=warned.append)
+    assert why is None
+    assert {path.name for path in written} == whole - {f"{picture}.png"}
+    assert warned == [f"{picture}.png is missing, as it cannot be drawn: RuntimeError: odd map."]
+    assert not (quick / f"{picture}.png").exists()  # that of an older network
+    assert pictures.drawn(quick) == []  # so that resume and report draw again
+    for error in (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        failing(error())
+        with pytest.raises(error):
+            pictures.write_pictures(quick, data=data)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "retrieval"])
+def test_the_picture_of_another_task_fails_in_its_own_name(task, quick, data, monkeypatch):
+    monkeypatch.setattr(type(data), "task", task)
+    monkeypatch.setattr(segmentation_sheet, "draw", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(segmentation_sheet, "examples", lambda labels, count: torch.arange(count))
+    monkeypatch.setattr("fedkern.report.retrieval_examples.retrieval_examples", lambda *_, **__: 1 / 0)
+    with pytest.warns(UserWarning, match=rf"{task}\.png is missing, as it cannot be drawn: ZeroDivisionError"):
+        found = pictures.write_pictures(quick, data=data)
+    curves = "dice.png" if task == "segmentation" else "accuracy.png"
+    assert {curves, "clients.png", "confusion.png", "clouds.png"} < {path.name for path in found}
+
+
+def test_no_grad_cam_is_none(quick, data):
+    config = RunConfig.load(quick).replace(grad_cam=0)
+    (quick / "config.toml").write_text(config.to_toml())
+    assert len(pictures.write_pictures(quick, data=data)) == 6
+    assert not (quick / "gradcam.png").exists()
 
 
 def test_examples_go_through_the_classes_in_turn():

@@ -18,6 +18,7 @@ from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
+from fedkern.errors import spared
 from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam, is_main
@@ -157,4 +158,6 @@ class Evaluation(Part):
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.
         count = self._context.config.grad_cam if self._context.config.statistics else 0
-        return gradcam(network, self._sets, count)
+        with spared(lambda why: self._context.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")):
+            return gradcam(network, self._sets, count)
+        return {}

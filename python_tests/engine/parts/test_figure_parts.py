@@ -120,6 +120,24 @@ def test_a_record_has_the_figures_of_the_network():
     assert one.seconds["evaluate"] > 0
 
 
+def test_a_grad_cam_that_fails_is_a_warning_and_leaves_the_figures(monkeypatch):
+    def failing(error):
+        def call(*_):
+            raise error
+
+        monkeypatch.setattr("fedkern.engine.parts.evaluation.gradcam", call)
+
+    for error in (StopIteration(), RuntimeError("odd map"), AttributeError("maps")):
+        bench = Bench()
+        failing(error)
+        assert bench.finish().metrics["id_accuracy"] == 1.0
+        said = f"The figures of Grad-CAM are missing: {type(error).__name__}"
+        assert bench.context.warnings["no-grad-cam"].startswith(said)
+    failing(MemoryError())
+    with pytest.raises(MemoryError):
+        bench.finish()
+
+
 def test_nothing_is_told_of_clients_where_nothing_may_be():
     told = values(Bench(clients=False).round())
     assert "id_accuracy" in told

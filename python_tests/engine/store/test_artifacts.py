@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from interrupted import Kill, KillAt, unvouched
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
+from fedkern.engine.server import Server
 from fedkern.engine.store import artifacts
 from fedkern.engine.store.artifacts import Artifact, Gallery, prepared
 from fedkern.engine.store.artifacts import read as read_shown
@@ -122,6 +124,39 @@ def test_what_cannot_be_shown():
     assert prepared("mri", torch.rand(2, 4, 3, 3)).shape == (2, 1, 3, 3)
     found = prepared("odd", torch.tensor([[-1.0, 2.0, math.nan, 0.5]]).view(1, 1, 2, 2))
     assert found.flatten().tolist() == [0, 255, 0, 128]
+
+
+def test_an_image_that_fails_ends_no_run():
+    """What a method logs is a picture: a warning says that it is missing.  No memory and Ctrl-C end the run."""
+
+    def log(name, value, axes=("", "")):
+        warned = {}
+        server = SimpleNamespace(showing=True, artifacts={}, _context=SimpleNamespace(warn=warned.__setitem__))
+        Server.log_image(server, name, value, axes)
+        return server.artifacts, warned
+
+    def failing(error):
+        def images():
+            raise error
+
+        return images
+
+    assert log("good", torch.zeros(2, 2))[1] == {}
+    for name, value, why in (
+        ("Bad name", torch.zeros(2, 2), "ValueError: log_image: expected a name"),
+        ("cube", torch.zeros(2, 2, 2), "ValueError: log_image: expected cube to be images"),
+        ("odd", [[1.0]], "TypeError: 'list' object is not callable"),
+        ("made", failing(RuntimeError("no such map")), "RuntimeError: no such map"),
+        ("counted", failing(ZeroDivisionError()), "ZeroDivisionError"),
+    ):
+        shown, warned = log(name, value)
+        assert shown == {}
+        assert warned["no-picture"].startswith(f"The picture {name} is missing: {why}")
+        assert warned["no-picture"].endswith(".")
+    for error in (KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError("CUDA"), UserError("The key is gone."),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9")):  # fmt: skip
+        with pytest.raises(type(error)):
+            log("made", failing(error))
 
 
 def test_a_damaged_file_is_named(tmp_path):
