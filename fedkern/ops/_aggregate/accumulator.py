@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class Accumulator:
     sums take three times the memory and, since they are memory-bound, about three times as long.
 
     An accumulator holds state.  It is not differentiable, and :meth:`add` raises under torch.compile or a torch.func
-    transform.
+    transform.  Calls from several threads take turns.
 
     Args:
         size: P, the length of the vectors.
@@ -61,6 +62,8 @@ class Accumulator:
         self._dtype: torch.dtype | None = None
         self._weight = 0.0
         self._units = 0
+        # Kernels and torch's operators change the sums without the interpreter's lock.
+        self._lock = threading.RLock()
         # Ordinary tensors also under inference_mode, where they could not be written to afterwards.
         with torch.inference_mode(False), backend.torch_alone():
             self._sum = self._digits = self._top = torch.empty(0)
@@ -100,21 +103,22 @@ class Accumulator:
         if vector.device != self.device:
             raise ValueError(f"vector must be on {self.device} like the accumulator, but is on {vector.device}")
         value = check_weight(weight, "weight")
-        total = self.weight + value
-        if total == float("inf"):
-            raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
-        if self.exact and self._count == _MOST_EXACT:
-            raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
-        if self.exact and value > _LARGE_WEIGHT:
-            self._check_products(vector, value)
-        if value:
-            self._add(vector.detach(), value)
-        self._count += 1
-        self._weight = total
-        if self.exact:
-            numerator, denominator = value.as_integer_ratio()
-            self._units += numerator * (_UNIT // denominator)
-        self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
+        with self._lock:
+            total = self.weight + value
+            if total == float("inf"):
+                raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
+            if self.exact and self._count == _MOST_EXACT:
+                raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+            if self.exact and value > _LARGE_WEIGHT:
+                self._check_products(vector, value)
+            if value:
+                self._add(vector.detach(), value)
+            self._count += 1
+            self._weight = total
+            if self.exact:
+                numerator, denominator = value.as_integer_ratio()
+                self._units += numerator * (_UNIT // denominator)
+            self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
 
     def _check_products(self, vector: Tensor, weight: float) -> None:
         with backend.torch_alone():
@@ -153,20 +157,22 @@ class Accumulator:
                 f"other must have size {self.size} on {self.device} like the accumulator, but has size {other.size} on "
                 f"{other.device}"
             )
-        if self._count + other._count > _MOST_EXACT:
-            raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
-        try:
-            total = (self._units + other._units) / _UNIT
-        except OverflowError:
-            raise ValueError("the sum of the weights overflows; scale the weights down") from None
-        with backend.torch_alone():
-            exact_merge_reference(self._digits, self._top, other._digits, other._top)
-        self._count += other._count
-        self._units += other._units
-        self._weight = total
-        if other._dtype is not None:
-            own = self._dtype
-            self._dtype = other._dtype if own is None else torch.promote_types(own, other._dtype)
+        one, two = sorted((self, other), key=id)  # in one order: nobody waits for who waits for him
+        with one._lock, two._lock:
+            if self._count + other._count > _MOST_EXACT:
+                raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+            try:
+                total = (self._units + other._units) / _UNIT
+            except OverflowError:
+                raise ValueError("the sum of the weights overflows; scale the weights down") from None
+            with backend.torch_alone():
+                exact_merge_reference(self._digits, self._top, other._digits, other._top)
+            self._count += other._count
+            self._units += other._units
+            self._weight = total
+            if other._dtype is not None:
+                own = self._dtype
+                self._dtype = other._dtype if own is None else torch.promote_types(own, other._dtype)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weighted mean so far, ``[P]``; more vectors may be added afterwards.
@@ -178,56 +184,59 @@ class Accumulator:
         Raises:
             TypeError, ValueError: out or dtype is wrong, or no vector of positive weight was added yet.
         """
-        if not self.weight > 0:
-            raise ValueError("nothing to average yet: add a vector of positive weight before asking for the mean")
-        if out is not None:
-            check_out(out, self.size, self.device)
-            if dtype not in (None, out.dtype):
-                raise TypeError(f"dtype must be out's {out.dtype} where out is given, not {dtype}")
-            if torch.is_grad_enabled() and out.requires_grad:
-                raise ValueError("out takes no part in differentiation; call mean under torch.no_grad()")
-        dtype = dtype or self._dtype or torch.float32
-        if not isinstance(dtype, torch.dtype) or dtype not in backend.FLOATS:
-            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
-        kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
-        target: Tensor | None = None
-        if backend.eager(self._sum, *(() if out is None else (out,))):
-            target = direct_target(out, ())
-        else:  # a fake result, or a new one on another default device, has no memory that a kernel can write to
-            kernel = PLAIN
-        into = target if target is not None else dtype if out is None else out.dtype
-        if self.exact:
-            result = kernel.exact_mean(self._digits, self._top, self.weight, into)
-        else:
-            result = kernel.accumulated_mean(self._sum, self.weight, into)
-        return result if out is None else deliver(result, out)
+        with self._lock:
+            if not self.weight > 0:
+                raise ValueError("nothing to average yet: add a vector of positive weight before asking for the mean")
+            if out is not None:
+                check_out(out, self.size, self.device)
+                if dtype not in (None, out.dtype):
+                    raise TypeError(f"dtype must be out's {out.dtype} where out is given, not {dtype}")
+                if torch.is_grad_enabled() and out.requires_grad:
+                    raise ValueError("out takes no part in differentiation; call mean under torch.no_grad()")
+            dtype = dtype or self._dtype or torch.float32
+            if not isinstance(dtype, torch.dtype) or dtype not in backend.FLOATS:
+                raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
+            kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
+            target: Tensor | None = None
+            if backend.eager(self._sum, *(() if out is None else (out,))):
+                target = direct_target(out, ())
+            else:  # a fake result, or a new one on another default device, has no memory that a kernel can write to
+                kernel = PLAIN
+            into = target if target is not None else dtype if out is None else out.dtype
+            if self.exact:
+                result = kernel.exact_mean(self._digits, self._top, self.weight, into)
+            else:
+                result = kernel.accumulated_mean(self._sum, self.weight, into)
+            return result if out is None else deliver(result, out)
 
     def reset(self) -> None:
         """Forgets all vectors and weights."""
-        self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
-        with backend.torch_alone():
-            self._sum.zero_()
-            self._digits.zero_()
-            self._top.fill_(LOWEST)
+        with self._lock:
+            self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
+            with backend.torch_alone():
+                self._sum.zero_()
+                self._digits.zero_()
+                self._top.fill_(LOWEST)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
-        state: dict[str, Any] = {
-            "size": self.size,
-            "exact": int(self.exact),
-            "count": self._count,
-            "weight": self._weight,
-            "dtype": -1 if self._dtype is None else backend.DTYPES[self._dtype],
-        }
-        if self.exact:
-            units = self._units.to_bytes(_WEIGHT_BYTES, "little")
-            state["units"] = torch.tensor(list(units), dtype=torch.uint8, device="cpu")
-        with backend.torch_alone():
+        with self._lock:
+            state: dict[str, Any] = {
+                "size": self.size,
+                "exact": int(self.exact),
+                "count": self._count,
+                "weight": self._weight,
+                "dtype": -1 if self._dtype is None else backend.DTYPES[self._dtype],
+            }
             if self.exact:
-                state["digits"], state["top"] = self._digits.clone(), self._top.clone()
-            else:
-                state["sum"] = self._sum.clone()
-        return state
+                units = self._units.to_bytes(_WEIGHT_BYTES, "little")
+                state["units"] = torch.tensor(list(units), dtype=torch.uint8, device="cpu")
+            with backend.torch_alone():
+                if self.exact:
+                    state["digits"], state["top"] = self._digits.clone(), self._top.clone()
+                else:
+                    state["sum"] = self._sum.clone()
+            return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a state from :meth:`state_dict` of an accumulator with the same ``size`` and ``exact``.
@@ -238,7 +247,7 @@ class Accumulator:
             TypeError, ValueError: the state has wrong entries, types or shapes, another ``size`` or ``exact``, or
                 values that no sum of vectors can have.
         """
-        with backend.torch_alone():
+        with self._lock, backend.torch_alone():
             count, weight, dtype = self._check_state(state)
             if self.exact:
                 self._units = _units(state["units"])
@@ -246,7 +255,7 @@ class Accumulator:
                 self._top.copy_(state["top"])
             else:
                 self._sum.copy_(state["sum"])
-        self._count, self._weight, self._dtype = count, weight, dtype
+            self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
         """Returns count, weight and dtype of a valid state; raises as :meth:`load_state_dict` does."""
@@ -292,6 +301,12 @@ class Accumulator:
         if exact:
             _check_digits(state["digits"], state["top"], count)
         return count, weight, codes.get(code)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
         kind = ", exact" if self.exact else ""

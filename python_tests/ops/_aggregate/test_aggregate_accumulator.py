@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -247,3 +250,44 @@ def test_wrong_arguments_of_the_accumulator() -> None:
         accumulator.mean()
     with pytest.raises(ValueError, match="size must be between 0 and"):
         Accumulator(-1)
+
+
+@pytest.mark.parametrize(("name", "exact"), [("reference", False), ("cpu", False), ("cpu", True)])
+def test_uploads_of_several_threads_all_count(name: str, exact: bool) -> None:
+    """So large that kernels and torch give up the interpreter's lock."""
+    vectors = [torch.full((60_000,), float(number)) for number in range(1, 9)]
+    with using(name), ThreadPoolExecutor(8) as pool:
+        total = Accumulator(60_000, exact)
+        jobs = [pool.submit(total.add, vectors[number % 8], 1.0) for number in range(160)]
+        seen = [pool.submit(total.state_dict) for _ in range(4)]
+        for job in jobs:
+            job.result()
+        assert (total.count, total.weight) == (160, 160.0)
+        assert (total.mean() == 4.5).all()
+        for state in seen:
+            again = Accumulator(60_000, exact)
+            again.load_state_dict(state.result())
+            assert again.count == again.weight
+
+
+def test_accumulators_merged_into_each_other_by_threads_never_wait_for_each_other() -> None:
+    one, other = Accumulator(50_000, True), Accumulator(50_000, True)
+    for total in (one, other):
+        total.add(torch.ones(50_000))
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(a.merge, b) for a, b in [(one, other), (other, one)] * 8]:
+            job.result(timeout=60)
+    assert all((total.mean() == 1).all() for total in (one, other))
+    count = one.count
+    one.merge(one)
+    assert one.count == 2 * count
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_copies_take_vectors(exact: bool) -> None:
+    total = Accumulator(3, exact)
+    total.add(torch.ones(3))
+    for made in (copy.deepcopy(total), pickle.loads(pickle.dumps(total))):
+        made.add(torch.full((3,), 3.0))
+        assert (made.mean() == 2).all()
+    assert total.count == 1
