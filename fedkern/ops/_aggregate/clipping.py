@@ -21,9 +21,8 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
     """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
 
     Norms are taken in fp64 over a whole vector.  The bound holds up to rounding: a norm may exceed it by about
-    ``torch.finfo(dtype).eps``, and by more where results or the factor are below the normal range: that of the dtype;
-    that of fp32 for the factor of fp32 and 16-bit vectors on the CPU, as where ``|x|`` is 1e38 times ``max_norm``.  A
-    vector of a smaller norm comes back unchanged, the zero vector too.
+    ``torch.finfo(dtype).eps``, and by more where results or the factor are below the normal range (of the dtype, of
+    fp64).  A vector of a smaller norm comes back unchanged, the zero vector too.
     Scaled bf16 and fp16 vectors are made shorter by another half of ``torch.finfo(dtype).eps``, so that rounding to
     normal numbers does not lift their norm above the bound.  A vector that holds NaN becomes NaN everywhere.  A vector
     that holds an infinity becomes 0, with NaN where the infinity was: clip the difference of two models, not a model
@@ -65,7 +64,8 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
 
     Args:
         vectors, max_norm: as for :func:`clip_by_norm`.
-        noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0.
+        noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0.  The
+            vectors' dtype must hold 9.5 standard deviations.
         seed: seed of the stream, from 0 to 2^64 - 1.
         offset: place of the first element in the stream, from 0 to 2^64 - 1.
 
@@ -95,17 +95,26 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     given: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
     kernel: AggregateKernels | None = ready("aggregate", given, torch.is_grad_enabled())
     if kernel is not None:
+        _check_deviation(deviation, given[0].dtype)
         return _rows(kernel, vectors, given, max_norm, deviation, seed, offset)
     given = vectors[None] if single else vectors  # type: ignore[call-overload]
     if isinstance(given, Tensor) and not given.shape[0] and given.dtype in backend.FLOATS:
         return given.clone()
     check_vectors(given)
     refuse_gradient(name, *rows_or_stack(given))
+    _check_deviation(deviation, given[0].dtype)
     if eager(given):
         return _rows(select(given), vectors, given, max_norm, deviation, seed, offset)
     numbers = library.numbers_tensor((max_norm, deviation))
     result = _operator(rows_of(given), numbers, signed(seed), signed(offset))
     return result[0] if single else result if isinstance(vectors, Tensor) else [row.clone() for row in result.unbind(0)]
+
+
+def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
+    """Raises ValueError where the largest noise that there is, of 9.5 standard deviations, is infinite in ``dtype``."""
+    if 9.5 * deviation > torch.finfo(dtype).max:
+        most = torch.finfo(dtype).max / 9.5
+        raise ValueError(f"noise times max_norm must be at most {most:g} for vectors of {dtype}, not {deviation:g}")
 
 
 def _rows(

@@ -223,6 +223,38 @@ def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dty
             assert norm >= min(bound / math.sqrt(2), before) * (1 - 8 * eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_by_factors_below_the_range_of_fp32(backend: str, dtype: torch.dtype) -> None:
+    """The factor is not rounded to a float there, which would lift the norm by up to a half."""
+    for size, least in thinned(list(itertools.product((100, 20_000), (0.99, 0.01, 1e-6)))):
+        vector = torch.full((size,), 2e38).to(dtype)
+        norm = float(vector.double().norm())
+        bound = norm * torch.finfo(torch.float32).tiny * least
+        factor = bound / norm * (1 - torch.finfo(dtype).eps / 2 if dtype is torch.bfloat16 else 1)
+        for given in (clip_by_norm(vector, bound), *clip_by_norm([vector, -vector], bound)):
+            wanted = vector.double() * factor
+            torch.testing.assert_close(given.abs().double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+            assert float(given.double().norm()) <= bound * (1 + 1e-6)
+        if size == 100:
+            noisy = clip_and_noise(vector[None], bound, 0.01, 5, 9)[0]
+            expected = vector.double() * (bound / norm) + 0.01 * bound * normal(size, 5, 9)
+            torch.testing.assert_close(noisy.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_that_the_dtype_cannot_hold_is_refused(backend: str, dtype: torch.dtype) -> None:
+    """The largest number that the generator gives is 9.42: at the bound of what is taken nothing is infinite."""
+    most, zeros = torch.finfo(dtype).max / 9.5, torch.zeros(1, 2000, dtype=dtype)
+    for given in (zeros, zeros[0], [zeros[0]] * 2):
+        for bound, noise in ((1.0, most), (most, 1.0), (most / 10, 10.0)):
+            taken = clip_and_noise(given, bound * 0.999, noise, 3)
+            assert all(row.isfinite().all() for row in (taken if isinstance(taken, list) else [taken]))
+            for more in (1.01, 9.0):
+                with pytest.raises(ValueError, match=f"noise times max_norm must be at most .* for vectors of {dtype}"):
+                    clip_and_noise(given, bound, noise * more, 3)
+    assert clip_and_noise(zeros, 1e300, 0.0, 3).isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e200, 1e300])
 def test_clipping_numbers_whose_squares_leave_fp64(backend: str, scale: float) -> None:
     for size in thinned([1, 5, 3000, 17_000]):
