@@ -92,14 +92,14 @@ def check_student(student: Any, teachers: Tensor) -> None:
 
 
 def check_values(weights: Any) -> None:
-    """Raises ValueError where a weight is negative. On a GPU values are not looked at, nor where none are known yet."""
+    """Raises ValueError unless all weights are finite and at least 0. Those on a GPU, or not known yet, pass."""
     if not (isinstance(weights, Tensor) and weights.is_cpu and eager(weights)):
         return
     if weights.layout is not torch.strided or weights.is_nested or weights.dtype not in DTYPES:
         return  # _check_kind refuses it, or takes booleans
     with torch_alone():
-        if bool((weights < 0).any()):
-            raise ValueError("weights must be at least 0")
+        if not weights.detach().clamp(0, torch.finfo(weights.dtype).max).equal(weights):  # neither is a NaN
+            raise ValueError("weights must be at least 0 and finite")
 
 
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:
@@ -183,3 +183,22 @@ def check_mask(mask: Any, teachers: Tensor) -> None:
     if list(mask.shape) != expected:
         raise ValueError(f"class_mask must have shape [K, C], here {expected}, but has {list(mask.shape)}")
     check_device(mask, "class_mask", teachers, "the teachers")
+
+
+def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Returns ``teachers`` with -inf for what is no number, or a dtype's largest, in classes of weight 0 alone.
+
+    What a teacher holds in classes that it does not know must not reach its softmax over those that it knows.
+    """
+    unknown = None if mask is None else ~mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3))
+    if weights is not None and weights.dim() > 2 and weights.shape[2] > 1:
+        unknown = weights == 0 if unknown is None else unknown | (weights == 0)
+    if unknown is None or not teachers.numel():
+        return teachers
+    most = torch.finfo(teachers.dtype).max
+    if teachers.is_cpu and eager(teachers):  # one look is less than a copy; on a GPU it would wait for the device
+        with torch_alone():
+            low, high = teachers.detach().aminmax()
+            if -most < low and high < most:
+                return teachers
+    return torch.where(unknown & ~(teachers.abs() < most), -math.inf, teachers)

@@ -40,7 +40,8 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
-        ValueError: a shape, a device or the reduction does not fit, or a weight on the CPU is negative.
+        ValueError: a shape, a device or the reduction does not fit, or a weight on the CPU is negative or
+            not finite.
     """
     (logits,) = autocast(logits)
     kernel, weights, code = _check("js_div", logits, weights, reduction)

@@ -18,6 +18,7 @@ from fedkern.ops._distill.checks import (
     check_temperature,
     check_values,
     spread_weights,
+    without_unknown,
 )
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE
@@ -63,7 +64,8 @@ def ensemble_kl(
         mix: ``"probs"`` or ``"logits"``.
         mode: ``"kl_of_mean"`` or ``"mean_of_kl"``. ``"mean_of_kl"`` requires ``mix="probs"``, weights per teacher
             (``[K]``, ``[K, B]``, ``[K, B, 1]``) and no ``class_mask``.
-        class_mask: bool ``[K, C]``, the classes that each teacher knows; all others have weight 0.
+        class_mask: bool ``[K, C]``, the classes that each teacher knows; all others have weight 0. There, and where
+            weights by class are 0, NaN, infinities and a dtype's largest numbers count as ``-inf``.
         log_probs: teachers hold log-probabilities. At T = 1 their exponentials are used as the probabilities, without
             another softmax.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
@@ -83,7 +85,7 @@ def ensemble_kl(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: a shape, a device, the temperature, mix, mode or reduction is wrong, or a weight on the CPU is
-            negative.
+            negative or not finite.
     """
     student, teachers = autocast(student, teachers)
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
@@ -112,6 +114,8 @@ def ensemble_kl(
         check_mask(class_mask, teachers)
     if how == MEAN and (class_mask is not None or (weights is not None and not short and weights.shape[2] != 1)):
         raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
+    teachers = without_unknown(teachers, weights, class_mask)
+    tensors = (student, teachers, *tensors[2:])
     log_probs = bool(log_probs)
 
     flat = is_flat(temperature)

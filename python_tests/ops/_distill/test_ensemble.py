@@ -176,3 +176,49 @@ def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("by", ["mask", "weights", "both"])
+@pytest.mark.parametrize("mix", ["probs", "logits"])
+def test_what_a_teacher_holds_in_classes_that_it_does_not_know(name: str, by: str, mix: str) -> None:
+    """NaN, infinities and a dtype's limits count as -inf: in losses and gradients, at every temperature."""
+    student, teachers = logits(6, 5), logits(3, 6, 5, seed=1)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    rows = mask[:, None, :].float().expand(3, 6, 5)
+    how = {"mask": {"class_mask": mask}, "weights": {"weights": rows}, "both": {"class_mask": mask, "weights": rows}}[
+        by
+    ]
+
+    def results(held: float, temperature: float) -> list[torch.Tensor]:
+        leaves = [student.clone(), teachers.masked_fill(~mask[:, None, :], held)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = ops.ensemble_kl(*leaves, temperature=temperature, mix=mix, reduction="none", **how)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    limits = torch.finfo(torch.float32)
+    for temperature in (1.0, 3.0, math.inf) if name != "triton" else (2.0, math.inf):
+        with using(name):
+            wanted = results(-math.inf, temperature)
+            assert all(part.isfinite().all() for part in wanted)
+            for held in (math.nan, math.inf, limits.min, limits.max):
+                assert all(map(torch.equal, results(held, temperature), wanted))
+    if name == "reference":
+        assert all(map(torch.equal, results(math.nan, 100.0), results(-math.inf, 100.0)))
+        unknown = teachers.masked_fill(~mask[:, None, :], math.nan)
+        gradient = torch.func.grad(lambda x: ops.ensemble_kl(x, unknown, mix=mix, **how))(student)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("operator", ["ensemble_kl", "js_div", "consensus"])
+def test_weights_that_are_no_numbers_are_refused(operator: str, dtype: torch.dtype, wrong: float) -> None:
+    student, teachers = logits(6, 5), logits(2, 6, 5, seed=1)
+    call = getattr(ops, operator)
+    for shape in ((2,), (2, 6)):
+        weights = torch.ones(shape, dtype=dtype)
+        weights.view(-1)[0] = wrong
+        with pytest.raises(ValueError, match="weights must be at least 0 and finite"):
+            call(*([student, teachers] if operator == "ensemble_kl" else [teachers]), weights)
