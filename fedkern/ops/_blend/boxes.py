@@ -107,6 +107,11 @@ def _check_real(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must have a real dtype, but has {tensor.dtype}")
 
 
+def _check_box_dtype(tensor: Tensor, name: str) -> None:
+    if tensor.dtype is torch.bool or tensor.is_complex():
+        raise TypeError(f"{name} must have a real dtype, but has {tensor.dtype}")
+
+
 def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
     """Boxes as one ``[B, n, 4]`` tensor on the images' device."""
     batch = images.shape[0]
@@ -126,15 +131,16 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
             check_tensor(row, name)
             if row.dim() != 2 or row.shape[1] != 4:
                 raise ValueError(f"{name} must have shape [n, 4], but has {list(row.shape)}")
+            _check_box_dtype(row, name)
             check_device(row, name, images, "images")
+        if any(row.dtype != rows[0].dtype for row in rows):  # pad_sequence would cast all to the first one's
+            rows = [row.double() for row in rows]
         padded = (
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             if rows
             else torch.zeros(0, 0, 4, device=images.device)
         )
-    if padded.dtype == torch.bool:
-        raise TypeError("boxes must have a real dtype, but has torch.bool")
-    _check_real(padded, "boxes")
+    _check_box_dtype(padded, "boxes")
     check_device(padded, "boxes", images, "images")
     return padded
 

@@ -198,6 +198,19 @@ def test_fill_keeps_the_sign_of_zero() -> None:
         assert bool((inside.signbit() == (math.copysign(1, fill) < 0)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16])
+def test_boxes_of_several_dtypes_keep_their_coordinates(dtype: torch.dtype) -> None:
+    """Whichever comes first: fractions, and places that the narrower dtype cannot hold."""
+    images = torch.rand(3, 1, 4, 4100)
+    narrow, wide = torch.tensor([[1, 0, 3, 2]]), torch.tensor([[300.5, 0.5, 301.75, 3.0], [4097.0, 1.0, 4099.0, 2.0]])
+    rows = [narrow.to(dtype), wide, narrow.new_full((1, 4), 2**24 + 1)]
+    exact = torch.stack([torch.cat([row.double(), torch.zeros(2 - len(row), 4)]) for row in rows])
+    for order in itertools.permutations(range(3)):
+        images_, given, wanted = images[list(order)], [rows[i] for i in order], exact[list(order)]
+        for function in (erase_boxes, keep_boxes):
+            assert torch.equal(function(images_, given, 2.0), function(images_, wanted, 2.0))
+
+
 X, B = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4)
 WRONG = [
     (([1.0], B), TypeError, "images must be a tensor, but got list"),
@@ -209,6 +222,8 @@ WRONG = [
     ((X, [B[0], torch.zeros(4)]), ValueError, r"boxes\[1\] must have shape \[n, 4\], but has \[4\]"),
     ((X, [B[0], [0, 0, 1, 1]]), TypeError, r"boxes\[1\] must be a tensor, but got list"),
     ((X, B.bool()), TypeError, "boxes must have a real dtype, but has torch.bool"),
+    ((X, [B[0], B[1].bool()]), TypeError, r"boxes\[1\] must have a real dtype, but has torch.bool"),
+    ((X, [B[0], B[1].to(torch.complex64)]), TypeError, r"boxes\[1\] must have a real dtype, but has torch.complex64"),
     ((X, torch.full((2, 1, 4), math.nan)), ValueError, "boxes must not hold NaN; box 0 of image 0 does"),
     ((X, B, [1.0, 2.0]), ValueError, "fill must be a number or have 3 values, not 2"),
     ((X, B, torch.zeros(2)), ValueError, r"fill must be a number or have shape \[3\], but has \[2\]"),
