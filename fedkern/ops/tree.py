@@ -160,7 +160,7 @@ class _Forest:
             if arrays and same and all(x.dtype == dtype and x.flags.c_contiguous for x in row):
                 return row
             alike = not arrays and same and all(x.dtype == dtype and x.device == one.device for x in row)
-            if alike and one.layout is torch.strided and not one.is_complex() and not one.is_nested:
+            if alike and one.layout is torch.strided and not (one.is_complex() or one.is_nested or one.is_quantized):
                 return row
         tensors = [_tensor(x, f"models[{m}][{key!r}]") for m, x in enumerate(row)]
         one = tensors[0]
@@ -344,6 +344,8 @@ def _tensor(value: Any, name: str) -> Tensor:
         return value.detach()
     if not isinstance(value, (np.ndarray, np.generic)):
         raise TypeError(f"{name} must be a tensor or a NumPy array, not {type(value).__name__}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, not a masked one; .filled(value) makes one")
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold numbers, but has dtype {array.dtype}")

@@ -26,6 +26,7 @@ def network(seed):
 
 
 A, B = "models[0]['a']", "models[1]['a']"
+MASK = f"{A} must be an array without a mask, not a masked one; .filled(value) makes one"
 TWO, THREE = torch.zeros(2), torch.zeros(3)
 
 
@@ -217,11 +218,32 @@ def test_parameters_that_need_a_gradient_are_read_as_values():
         ([{"a": "x"}], TypeError, f"{A} must be a tensor or a NumPy array, not str"),
         ([{"a": np.array(["x"])}], TypeError, f"{A} must hold numbers, but has dtype <U1"),
         ([{"a": TWO.to(torch.complex64)}], TypeError, f"{A} must be real, but has dtype torch.complex64"),
+        ([{"a": np.ma.array([1.0, 2.0], mask=[False, True])}] * 2, TypeError, MASK),
+        ([{"a": np.ma.array(np.arange(3), mask=False)}], TypeError, MASK),
+        ([{"a": np.array([1, 2], "M8[s]")}], TypeError, f"{A} must hold numbers, but has dtype datetime64[s]"),
+        ([{"a": np.zeros(2, [("x", "f4")])}], TypeError, f"{A} must hold numbers, but has dtype [('x', '<f4')]"),
+        ([{"a": np.array([None])}], TypeError, f"{A} must hold numbers, but has dtype object"),
     ],
 )
 def test_what_is_wrong_is_said(models, kind, sentence):
     with pytest.raises(kind, match=re.escape(sentence)):
         tree.weighted_mean(models, [1.0] * len(models))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8, torch.qint32])
+def test_quantised_tensors_are_refused(dtype):
+    """By whatever takes tensors of any real dtype."""
+    quantised = torch.quantize_per_tensor(TWO, 0.1, 0, dtype)
+    for models in ([{"a": quantised}] * 2, [{"a": quantised}, {"a": TWO}]):
+        for call, arguments in ((tree.weighted_mean, (models, [1.0, 1.0])), (tree.krum, (models * 2, 0))):
+            with pytest.raises(TypeError, match=re.escape(f"{A} must be a dense tensor, not a quantised one; .deq")):
+                call(*arguments)
+    images = torch.quantize_per_tensor(torch.zeros(1, 1, 2, 2), 0.1, 0, dtype)
+    with pytest.raises(TypeError, match="images must be a dense tensor, not a quantised one"):
+        ops.erase_boxes(images, torch.zeros(1, 1, 4))
+    with pytest.raises(TypeError, match="boxes must be a dense tensor, not a quantised one"):
+        ops.keep_boxes(images.dequantize(), torch.quantize_per_tensor(torch.zeros(1, 1, 4), 0.1, 0, dtype))
 
 
 def test_wrong_arguments_are_said_even_without_floating_entries():

@@ -49,7 +49,9 @@ def real(value: Any, name: str, wanted: str = "a number") -> float:
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raises TypeError for tensors without strides: sparse, nested and others."""
+    """Raises TypeError for tensors without strides (sparse, nested and others), and for quantised ones."""
+    if tensor.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor, not a quantised one; .dequantize() makes one")
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one; .to_dense() makes one of a sparse tensor")
@@ -127,7 +129,7 @@ def check_tensor(tensor: Any, name: str, wanted: str = "a tensor") -> None:
     """Raises TypeError unless ``tensor`` is a dense tensor; ``wanted`` says what of, for the message."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be {wanted}, but got {type(tensor).__name__}")
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         check_dense(tensor, name)
 
 
