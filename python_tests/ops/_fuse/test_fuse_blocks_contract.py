@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_fuse_blocks import make
 from torch import Tensor, nn
 
 from fedkern.ops import FusedBlocks
+from fedkern.ops._fuse.blocks import folded as folding
 from fedkern.ops._fuse.blocks.choice import LOWERINGS
 from fedkern.ops._fuse.blocks.conv import MAX_COLUMNS
 
@@ -199,6 +201,26 @@ def test_changes_that_torch_does_not_count(lowering: str | None) -> None:
         wanted = joined(fused.split(), x)
         assert not torch.allclose(before, wanted, atol=1e-3)
         torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_that_change_while_another_thread_packs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made of the old weights is not kept for the new ones."""
+    fused = FusedBlocks([nn.Sequential(nn.Conv2d(3, 4, 3)).eval() for _ in range(2)], lowering="direct")
+    x, original, changed = torch.randn(2, 3, 8, 8), folding.pack, []
+
+    def pack(*arguments: Any) -> Tensor:
+        if not changed:
+            changed.append(True)
+            for parameter in fused.parameters():
+                parameter.add_(1)
+            fused(x)  # as another thread would
+        return original(*arguments)
+
+    monkeypatch.setattr(folding, "pack", pack)
+    fused(x)
+    assert changed
+    torch.testing.assert_close(fused(x), joined(fused.split(), x))
 
 
 @pytest.mark.sampled

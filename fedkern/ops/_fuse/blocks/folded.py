@@ -18,8 +18,7 @@ class Folded:
     def __init__(self, conv: FusedConv, norm: FusedBatchNorm | None) -> None:
         self.conv, self.norm = conv, norm
         self._key: tuple[Any, ...] = ()
-        self._packed: Tensor | None = None
-        self._largest = 0
+        self._packed: tuple[Tensor, int, Tensor] | None = None  # made of what, for what, what; replaced as a whole
 
     def refresh(self) -> None:
         conv, norm = self.conv, self.norm
@@ -51,10 +50,9 @@ class Folded:
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous().resolve_neg()
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
         self.plain = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
-        self._packed = None
-        self.prepared = Prepared()
         self.weights = [w.contiguous(memory_format=torch.channels_last) for w in self.weight.split(rows)]
         self.biases = [None] * conv.branches if self.bias is None else list(self.bias.split(rows))
+        self.prepared = Prepared()  # last: another thread that reads it first reads weights no older than it
         # Kept alive, so that no other tensor can take the same addresses and pass for unchanged.
         self._sources = [t.detach() for t in sources if isinstance(t, Tensor)]
         self._key = key
@@ -65,9 +63,10 @@ class Folded:
 
     def packed(self, largest: int) -> Tensor:
         """The weights for the direct algorithm with blocks of at most ``largest`` channels."""
-        if self._packed is None or self._largest != largest:
-            self._packed, self._largest = pack(self.weight, self.conv.branches, largest), largest
-        return self._packed
+        weight, held = self.weight, self._packed
+        if held is None or held[0] is not weight or held[1] != largest:
+            held = self._packed = weight, largest, pack(weight, self.conv.branches, largest)
+        return held[2]
 
 
 def pack(weight: Tensor, branches: int, largest: int) -> Tensor:

@@ -224,8 +224,8 @@ class FoldedBlocks:
                 held = self.weights[fold.value]
                 other = given[1] if len(given) > 1 else None
                 groups = held.conv.groups
-                weight, bias = held.weights[m], held.biases[m]
-                y = convolve(held.conv, held.prepared, m, given[0], weight, bias, groups, other, fold.relu)
+                prepared, weight, bias = held.prepared, held.weights[m], held.biases[m]
+                y = convolve(held.conv, prepared, m, given[0], weight, bias, groups, other, fold.relu)
             else:
                 y = run_step_of(step, self.layers.get(step.module), given, m)
             values[fold.value] = y

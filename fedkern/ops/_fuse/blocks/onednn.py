@@ -36,8 +36,8 @@ class Prepared:
         shape = (x.shape, torch.get_num_threads())
         held = self._held.get(shape)
         if held is None:
-            if len(self._held) >= SHAPES:
-                self._held.pop(next(iter(self._held)))
+            for oldest in list(self._held)[: 1 - SHAPES]:  # a copy: another thread may add and drop shapes
+                self._held.pop(oldest, None)
             held = self._held[shape] = {}
         found = held.get(m)
         if found is None:
