@@ -26,7 +26,7 @@ from fedkern.models import MODELS
 
 pytestmark = pytest.mark.slow
 
-QUICK = {"gray-View", "gray-Shortcut", "colour-Shortcut", "gray-mlp", "gray-vit-tiny", "colour-resnet8-narrow", "afl"}
+QUICK = {"gray-View", "gray-Shortcut", "colour-Shortcut", "gray-mlp", "gray-vit-tiny", "afl"}
 ZOO = [name for name, entry in MODELS.items() if entry.task == "classification"]
 PIXELS = [name for name, entry in MODELS.items() if entry.task == "segmentation"]
 NETWORKS = [
