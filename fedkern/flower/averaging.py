@@ -38,7 +38,7 @@ _LAST_ROUNDS = 2
 # Reasons that speak of the app rather than of a client: where no reply ever fits, the app must be changed.
 _OF_THE_APP = frozenset(["keys", "shapes", "dtypes", "size", "records", "weight"])
 # Reasons that say nothing of a reply's form.
-_OF_NOBODY = frozenset(["absent", "error"])
+_OF_NOBODY = frozenset(["absent", "error", "empty"])
 
 
 class LeftOut(NamedTuple):
@@ -48,8 +48,8 @@ class LeftOut(NamedTuple):
         round: the round, from 1.
         node: the node's id.
         reason: one word: "absent" (no reply before the deadline), "error" (of the client or the SuperLink), "records",
-            "weight", "metrics", "keys", "shapes", "dtypes", "size", "finite", "variance", "norm", "twice" or
-            "unreadable" (reading the reply raised another exception).
+            "weight", "empty" (a weight of 0, where a rule compares replies), "metrics", "keys", "shapes", "dtypes",
+            "size", "finite", "variance", "norm", "twice" or "unreadable" (reading the reply raised another exception).
         text: the reason, as the end of a sentence that begins with the reply.
     """
 
@@ -390,7 +390,7 @@ class FedAvg(flower.FedAvg):
         if counted:
             self._lost = []
         elif left:
-            self._lost.append(left[0])
+            self._lost += [fault for fault in left if fault.reason != "empty"][:1]  # weights of 0 are no fault
             adapter.log(adapter.WARNING, "Round %s: no reply counts, the model stays as it was.", server_round)
         ours = [fault for fault in left if fault.reason in _OF_THE_APP]
         if ours and not self._ever_fitted and len(ours) == sum(fault.reason not in _OF_NOBODY for fault in left):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.flower.adapter import flower
+from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.averaging import Combined, FedAvg, constructed_like
-from fedkern.flower.model_layout import Layout
+from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import AllModels
 
 
@@ -18,7 +19,7 @@ class _Robust(FedAvg):
     """A rule over all models of a round.
 
     Memory: replies × model, whatever ``low_memory`` is.  A weight that a client reports itself does not count, except
-    in the mean of the models that Multi-Krum has chosen.
+    in the mean of the models that Multi-Krum has chosen; a reply of weight 0 is left out.
     """
 
     _averages = False
@@ -28,6 +29,11 @@ class _Robust(FedAvg):
 
     def _gather(self, layout: Layout) -> AllModels:
         return AllModels(layout, self._start)
+
+    def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
+        if not weight:
+            raise Misfit("empty", f"has 0 as {self.weighted_by_key!r}, its weight, and is no part of the choice")
+        super()._add(gathered, model, weight, node)
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         gathered.sort()
@@ -83,8 +89,6 @@ class MultiKrum(_Robust, flower.MultiKrum):
     def _ruled(self, models: AllModels) -> Combined | None:
         chosen = self._closest(models)
         weights = [models.weights[i] for i in chosen]
-        if not any(weights):
-            return None
         vector = models.by_coordinate(lambda rows: ops.weighted_mean(rows, weights), chosen)
         return Combined(vector, models.whole(chosen), frozenset(models.nodes[i] for i in chosen))
 

@@ -320,6 +320,27 @@ def test_krums_metrics_are_those_of_the_chosen():
     assert metrics["loss"] == chosen["metrics"]["loss"]
 
 
+@pytest.mark.parametrize("weights", [(0, 2, 2, 5), (2, 0, 0.0, 1), (-0.0, 1, 0, 3), (0, 0, 0, 0)])
+@pytest.mark.parametrize("name", ["Krum", "MultiKrum", "FedMedian", "FedTrimmedAvg", "GeometricMedian", "FedAvg"])
+def test_replies_of_no_examples_are_no_part_of_a_choice(name, weights, caplog):
+    settings = {**EVERYBODY, "min_train_nodes": 1}
+    models = {100 + i: moved(START, 0, 0.1 * i) for i in range(4)}
+    everybody = FakeGrid({node: client(own, w) for (node, own), w in zip(models.items(), weights, strict=True)})
+    others = FakeGrid({node: reply for node, reply in everybody.clients.items() if weights[node - 100]})
+    ours, wanted = (getattr(strategies, name)(**settings) for _ in range(2))
+    replies = everybody.send_and_receive(ours.configure_train(1, arrays_of(START), ConfigRecord(), everybody))
+    found, metrics = ours.aggregate_train(1, replies)
+    if not others.clients:
+        assert found is None
+        assert "stays as it was" in caplog.text or "weights of all replies are 0" in caplog.text
+        return
+    replies = others.send_and_receive(wanted.configure_train(1, arrays_of(START), ConfigRecord(), others))
+    same(found, wanted.aggregate_train(1, replies)[0])
+    nodes = [node for node, weight in zip(models, weights, strict=True) if not weight]
+    assert metrics.get("left-out/empty", nodes) == nodes
+    assert all(f"node {node} has" in caplog.text for node in nodes) or name == "FedAvg"
+
+
 # -- replies that do not count -----------------------------------------------------------------------------------------
 
 
