@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 from fedkern.errors import UserError
+from fedkern.methods.common.figure_names import check_reachable
 
 LEVEL = 0.95
 """Confidence level of intervals."""
@@ -55,7 +56,7 @@ class Target:
 
     @classmethod
     def read(cls, text: str) -> Target:
-        """The target in ``FIGURE=VALUE``; raises UserError for another form, or no finite number."""
+        """The target in ``FIGURE=VALUE``; raises UserError for another form, no finite number, or one out of reach."""
         name, equals, number = str(text).partition("=")
         try:
             value = float(number)
@@ -63,7 +64,13 @@ class Target:
             value = math.nan
         if not equals or not name.strip() or not math.isfinite(value):
             raise UserError(f'--target needs the form FIGURE=VALUE, such as accuracy=0.8, got "{text}".')
-        return cls(name.strip(), value)
+        target = cls(name.strip(), value)
+        target.check()
+        return target
+
+    def check(self, own: Collection[str] = ()) -> None:
+        """Raises UserError where the figure never reaches the value; ``own``: names of test sets of the user's."""
+        check_reachable("--target", self.figure, self.value, falls=self.falls, own=own)
 
     @property
     def falls(self) -> bool:

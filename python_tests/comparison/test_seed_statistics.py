@@ -57,6 +57,17 @@ def test_a_loss_is_to_fall():
     assert str(target) == "ood_loss <= 0.5"
 
 
+@pytest.mark.parametrize("text", ["accuracy=80", "id_balanced_accuracy=1.01", "mean_client_dice=95", "ood_ece=-0.1"])
+def test_a_target_that_no_fraction_reaches_is_refused(text):
+    with pytest.raises(UserError, match=r"^--target: .* is a fraction from 0 to 1, which never reaches .*: give a"):
+        Target.read(text)
+
+
+@pytest.mark.parametrize("text", ["top2=80", "loss=80", "id_hd95=-3", "accuracy=1", "accuracy=0", "top5_accuracy=90"])
+def test_a_target_of_another_figure_may_be_per_cent(text):
+    assert Target.read(text).value == float(text.split("=")[1])
+
+
 @pytest.mark.parametrize("text", ["accuracy", "=0.5", "accuracy=", "accuracy=nan", "accuracy=high"])
 def test_a_wrong_target_is_refused(text):
     with pytest.raises(UserError, match="FIGURE=VALUE"):

@@ -14,6 +14,7 @@ from fedkern.engine.parts.base import Part, Record, Stop, Summary
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError
+from fedkern.methods.common.figure_names import check_reachable, split_metric
 from fedkern.methods.common.figures import is_main
 
 _TARGET = re.compile(
@@ -29,7 +30,7 @@ class StopAt(Part):
         context: knows which figures may be told; no other one may end a run.
 
     Raises:
-        UserError: the target is something else.
+        UserError: the target is something else, or a fraction never reaches it.
     """
 
     name = "stop_at"
@@ -40,6 +41,7 @@ class StopAt(Part):
             raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{target}".')
         self._context, self._value = context, float(found["value"])
         self._figure, self._sign = found["figure"], found["sign"]
+        check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=context.data.tests)
         self._reason = ""  # once the value is reached
 
     def before_round(self, record: Record) -> Stop | None:
@@ -136,7 +138,7 @@ class Patience(Part):
     def _main(self, told: Mapping[str, Any]) -> tuple[str, float]:
         """The main figure on the validation set."""
         for name, value in told.items():
-            if name.startswith("validation_") and is_main(name):
+            if split_metric(name, self._context.data.tests)[0] == "validation" and is_main(name):
                 return name, float(value)
         raise UserError(
             "--patience looks at the main figure on a validation set, and this run has none: give the data one, or end "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
+from fedkern.errors import UserError
 from fedkern.privacy.guarantee import PART
 
 _TEST_SETS = {
@@ -17,6 +19,11 @@ RECALLS = {
     for way, text in (("i2t", "image to text"), ("t2i", "text to image"))
     for k in (1, 2, 3, 5, 10, 20, 50, 100)
 }
+FRACTIONS = {
+    "accuracy", "balanced_accuracy", "macro_f1", "auroc", "macro_auroc", "mean_average_precision", "exact_match",
+    "dice", "iou", "confidence", "ece", *RECALLS,
+}  # fmt: skip
+"""Figures of fedkern's own that lie between 0 and 1; no metric of a user's has such a name."""
 _FIGURES = {
     "macro_auroc": "AUROC, mean of the labels",
     "mean_average_precision": "average precision, mean of the labels",
@@ -57,6 +64,22 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
         if test_set and name.startswith(f"{test_set}_"):
             return test_set, name[len(test_set) + 1 :]
     return "", name
+
+
+def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:
+    """Raises UserError where a figure is a fraction of fedkern's own that never reaches a value, as it is no per cent.
+
+    Args:
+        flag: where the value was given.
+        name, own: see :func:`split_metric`.
+        falls: whether a lower figure is a better one.
+    """
+    figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
+    if (figure in FRACTIONS or re.fullmatch(r"dice_\d+", figure)) and (value < 0 if falls else value > 1):
+        raise UserError(
+            f"{flag}: {name} is a fraction from 0 to 1, which never reaches {value:g}: give a fraction, such as "
+            f"{value / 100 if 1 < value <= 100 else 0.9:g}."
+        )
 
 
 def figure_title(name: str) -> str:

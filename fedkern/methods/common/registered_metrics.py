@@ -13,9 +13,15 @@ from torch import Tensor
 from fedkern import plugins
 from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
+from fedkern.methods.common.figure_names import FRACTIONS
 
-FIGURES = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
-"""Names of fedkern's own figures of a classification."""
+_ENTRIES = (
+    "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
+    "dropped", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down",
+)  # fmt: skip
+"""What records have beside figures."""
+FIGURES = frozenset({"loss", "gallery", "hd95", *FRACTIONS})
+"""Names of fedkern's own figures."""
 PREFIXES = ("id_", "ood_", "validation_", "held_out_", "unseen_", "minority_", "mean_client_", "worst_client_")
 """Beginnings of figures' names that tell the test set or the clients."""
 
@@ -67,7 +73,7 @@ def register_metric(name: str) -> Callable[[F], F]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f'metric "{name}": expected lower-case letters, digits and "_" in the name')
-    if name in FIGURES or name.startswith(PREFIXES):
+    if name in FIGURES or name in _ENTRIES or name.startswith(PREFIXES):
         raise ValueError(f'metric "{name}": expected another name, as fedkern has such figures itself')
 
     def add(function: F) -> F:

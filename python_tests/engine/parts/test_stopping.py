@@ -28,8 +28,8 @@ def record(number, due=True, about=About.RUN, **figures):
     return made
 
 
-def stop_at(target, **told):
-    return StopAt(target, SimpleNamespace(disclosure=Disclosure(**told)))
+def stop_at(target, tests=(), **told):
+    return StopAt(target, SimpleNamespace(disclosure=Disclosure(**told), data=SimpleNamespace(tests=tests)))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,23 @@ def test_a_run_ends_with_the_round_that_reaches_the_value(target, before, reache
 def test_another_target_is_refused(target):
     with pytest.raises(UserError, match="--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as "):
         stop_at(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "fraction"),
+    [("accuracy>=90", 0.9), ("ood_macro_f1>=55.5", 0.555), ("validation_north_dice>=1.5", 0.015), ("dice_12>=300", 0.9),
+     ("worst_client_accuracy>=80", 0.8), ("mean_i2t_r1>=2", 0.02), ("ece<=-1", 0.9)],
+)  # fmt: skip
+def test_a_value_that_no_fraction_reaches_is_refused(target, fraction):
+    with pytest.raises(UserError, match=f"^--stop-at: .*is a fraction from 0 to 1, .* such as {fraction}\\.$"):
+        stop_at(target, tests=["validation_north", "mean", ""])
+
+
+@pytest.mark.parametrize(
+    "target", ["top2>=90", "north_score>=90", "vote_accuracy>=90", "loss>=90", "id_hd95<=-1", "accuracy>=1", "ece<=0"]
+)
+def test_other_values_may_be_per_cent(target):
+    stop_at(target, tests=["north"])
 
 
 def test_a_figure_that_may_not_be_told_ends_no_run():

@@ -98,7 +98,7 @@ def test_registering_wrongly(metrics):
     for name in ("Top2", "top-2", "2top", ""):
         with pytest.raises(ValueError, match="expected lower-case letters"):
             metrics(name)
-    for name in ("accuracy", "loss", "macro_f1", "id_top2", "validation_top2"):
+    for name in ("accuracy", "loss", "macro_f1", "dice", "i2t_r5", "name", "seconds", "id_top2", "validation_top2"):
         with pytest.raises(ValueError, match="expected another name"):
             metrics(name)
     with pytest.raises(TypeError, match="needs a docstring"):
