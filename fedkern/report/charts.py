@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedkern.report.fitting import fitted
 from fedkern.report.html_page import Chart, Table
-from fedkern.report.names import TITLE, label
+from fedkern.report.names import TITLE, entry, label
 from fedkern.report.plots import (
     COLOURS,
     DASHES,
@@ -99,11 +99,11 @@ def curves(
         every = max(1, len(one.x) // 12)
         y = np.array(one.y, dtype=np.float64)
         if one.soft:
-            axes.plot(one.x, y, "--", color=GREY, lw=2, label=label(one.name))
+            axes.plot(one.x, y, "--", color=GREY, lw=2, label=entry(one.name))
             continue
         axes.plot(
             one.x, y, DASHES[number // len(COLOURS) % len(DASHES)], color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)], markevery=every, ms=5, lw=2, label=label(one.name),
+            marker=MARKERS[number % len(MARKERS)], markevery=every, ms=5, lw=2, label=entry(one.name),
         )  # fmt: skip
         number += 1
     over_rounds(axes)
@@ -133,7 +133,7 @@ def bars(
         values = [one.y[i] for i in order]
         places = np.arange(len(order)) + thick * (number - (len(series) - 1) / 2)
         widths = [0.0 if value is None or not math.isfinite(value) else value for value in values]
-        drawn = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=label(one.name))
+        drawn = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=entry(one.name))
         axes.bar_label(drawn, [shown(value, unit) for value in values], padding=3, fontsize=9)
     _rows(axes, [labels[i] for i in order])
     axes.margins(x=0.12)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fedkern.methods.common.figure_names import set_title, short_title, split_metric
 from fedkern.report.fitting import fitted
-from fedkern.report.names import label
+from fedkern.report.names import entry
 from fedkern.report.plots import COLOURS, DASHES, MARKERS, chance_lines, entitle, legend_below, new_figure, over_rounds
 
 NAMED, LEGEND = 24, 40
@@ -66,7 +66,7 @@ def curves(
             axes.plot(
                 rounds, mean, DASHES[(i // len(COLOURS)) % len(DASHES)], color=colour,
                 marker=MARKERS[i % len(MARKERS)], markevery=max(1, len(rounds) // 12), ms=5, lw=2,
-                label=label(group, LEGEND) if i < NAMED else None,
+                label=entry(group, LEGEND) if i < NAMED else None,
             )  # fmt: skip
             if len(values) > 1:
                 band = 100 * values.std(0, ddof=1)

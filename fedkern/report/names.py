@@ -18,6 +18,12 @@ def label(name: object, most: int = TICK) -> str:
     return printable_name(str(name), most)
 
 
+def entry(name: object, most: int = TICK) -> str:
+    """:func:`label` in a legend, from which matplotlib leaves out texts that begin with "_"."""
+    text = label(name, most)
+    return f"\N{NO-BREAK SPACE}{text}" if text.startswith("_") else text
+
+
 def plain(name: object, style: str = "", most: int = CELL) -> Text:
     """A name as literal text in a table: in a plain string rich reads ``[red]`` as a colour, ``:dog:`` as an emoji."""
     return Text(printable_name(str(name), most), style=style)

@@ -30,7 +30,7 @@ from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report import png
 from fedkern.report.fitting import fitted, width
-from fedkern.report.names import TITLE, label
+from fedkern.report.names import TITLE, entry, label
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 GRID = "#dddddd"
@@ -293,7 +293,7 @@ def _curves(axes: Axes, curves: Mapping[str, Points], top: float) -> None:
     for name, (rounds, values) in curves.items():
         colour, dashes, marker, called = {**_STYLES, **own}[name]
         every = max(1, len(rounds) // 12)
-        axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label(called))
+        axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=entry(called))
         if name != "validation":
             ends.append((values[-1], colour))
     # Each curve's last value stands beside the curve's end, moved down if it would cover the value above.

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fedkern.report.names import label
+from fedkern.report.names import entry
 from fedkern.report.plots import (
     BLUE,
     GREEN,
@@ -66,7 +66,7 @@ def weights_picture(
                 continue
             named = len(clients) <= NAMED or client == heaviest
             colour = (COLOURS[i] if len(clients) <= NAMED else ORANGE) if named else GREY
-            text = label(names[client]) if named else None
+            text = entry(names[client]) if named else None
             width, alpha = (2.0, 1.0) if named else (0.7, 0.4)
             axes.plot(
                 *panel[client], color=colour, lw=width, alpha=alpha, label=text, marker="o" if named else "", ms=4,

@@ -24,6 +24,8 @@ from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
 from fedkern.report import (
     artifact_sheet,
+    charts,
+    comparison_plot,
     confusion_sheet,
     doctor,
     gradcam,
@@ -244,3 +246,26 @@ def test_settings_survive_config_toml(name, kind, monkeypatch):
         warnings.simplefilter("error")
         text = config.to_toml().encode().decode()
     assert RunConfig(**RunConfig.table(text)) == config
+
+
+def named_curves(name):
+    """A figure with a legend of every kind, in which a client, set, class or group has the name."""
+    x, y = [1, 2], [0.5, 0.6]
+    records = [
+        {"round": r, "accuracy": 0.1, f"{name}_accuracy": 0.2, "clients": {"0": {"weight": 0.4, "name": name},
+         "1": {"weight": 0.6, "name": "b"}}} for r in x
+    ]  # fmt: skip
+    series = [charts.Series(name, x, y), charts.Series("b", x, y), charts.Series(f"{name}s", x, y, soft=True)]
+    figures = [
+        plots.accuracy_curves(records, tests=["", name]), weights.weights_picture(records),
+        comparison_plot.curves({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"]),
+    ]  # fmt: skip
+    texts = [[text.get_text().strip() for each in f.legends for text in each.get_texts()] for f in figures]
+    drawn = [charts.curves("c", "t", series, axis="a"), charts.bars("b", "t", ["x", "y"], series, axis="a")]
+    return [*texts, *([re.sub("<[^>]*>", "", chart.svg)] for chart in drawn)]
+
+
+@pytest.mark.parametrize("name", ["_north", "__", "_child0", "_nolegend_", "north"])
+def test_every_curve_is_in_the_legend(name):
+    for texts in named_curves(name):
+        assert any(name in text for text in texts)
