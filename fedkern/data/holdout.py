@@ -42,6 +42,8 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
     statistics = data.statistics
     if held_out is not None:
         absent = _client(data, held_out)
+        if HELD_OUT in data.tests:
+            raise UserError(f'--held-out-client makes the test set "{HELD_OUT}", which the data have: rename theirs.')
         numbers.remove(absent)
         _check_unseen(data, absent, numbers)
         data = _without(data, absent, numbers)
@@ -58,14 +60,17 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
 
 
 def _client(data: FederatedData, wanted: str | int) -> int:
-    """The number of the client that has this name or, where none has, this number."""
+    """The number of the client that has this name or, where no name is a number, this number."""
     names, count = data.client_names, len(data.clients)
     text = str(wanted)
     if count > 1 and names is not None and text in names:
         return names.index(text)
-    if count > 1 and text.isdecimal() and int(text) < count:
-        return int(text)
-    named = [data.client_label(k) for k in range(min(count, SHOWN))] if names is not None else []
+    numbers = {k: int(name) for k, name in enumerate(names or ()) if str(name).isdecimal()}
+    known = numbers or {k: k for k in range(count)}
+    meant = [k for k, number in known.items() if text.isdecimal() and number == int(text)]
+    if count > 1 and len(meant) == 1:
+        return meant[0]
+    named = [names[k] if numbers else data.client_label(k) for k in range(min(count, SHOWN))] if names else []
     every = ", ".join(named) + ", ..." * (count > SHOWN) if named else f"0 to {count - 1}"
     last = every if count > 1 else "and a single one cannot be"
     raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{nearest(text, names or ())}")

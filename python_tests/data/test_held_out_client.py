@@ -202,3 +202,38 @@ def test_equal_images_of_another_client_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"Client 0 \(Aachen\) cannot be held out: 3 of its images belong to client 1"):
         hold_out(data, held_out=0, share=0, seed=0)
     hold_out(data, held_out=2, share=0, seed=0)
+
+
+def named_sites(*names, tests=("",)):
+    pair = np.arange(8 * 16, dtype=np.uint8).reshape(8, 4, 4), np.arange(8) % 2
+    pairs = {name: (pair[0] + k, pair[1]) for k, name in enumerate(names)}
+    return FederatedData.from_arrays(pairs, dict.fromkeys(tests, (pair[0] + 99, pair[1])))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "client"),
+    [
+        ("123", "01", "1"), ("123", "3", "3"), ("123", 1, "1"), (("01", "02", "3"), "1", "01"),
+        (("01", "1", "2"), "1", "1"), (("01", "1", "2"), "01", "01"), (("10", "0", "b"), "00", "0"), ("abc", "1", "b"),
+        ("abc", "01", "b"), (("1a", "b"), 1, "b"), ("012", "2", "2"),
+    ],
+)  # fmt: skip
+def test_a_number_that_equals_a_name_is_that_name(names, wanted, client):
+    apart = hold_out(named_sites(*names), held_out=wanted, share=0, seed=0)
+    assert apart.statistics.held_out[0] == client
+    assert apart.client_names == tuple(name for name in names if name != client)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [("123", "0"), ("123", "04"), (("01", "1", "2"), "001"), (("7", "b"), "1"), ("abc", "3"), ("123", "1.0"),
+     ("123", "-1")],
+)  # fmt: skip
+def test_a_number_that_may_be_another_client_is_refused(names, wanted):
+    with pytest.raises(UserError, match=f"^--held-out-client must be one of the clients, .*, not {wanted}\\."):
+        hold_out(named_sites(*names), held_out=wanted, share=0, seed=0)
+
+
+def test_a_test_set_of_that_name_is_not_replaced():
+    with pytest.raises(UserError, match='makes the test set "held_out", which the data have'):
+        hold_out(named_sites("a", "b", tests=("held_out", "")), held_out="a", share=0, seed=0)
