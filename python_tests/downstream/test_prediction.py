@@ -119,6 +119,20 @@ def test_rows_are_written_as_they_come(paths, tmp_path):
     assert float(table[3]["dark"]) == pytest.approx(float(own.probabilities_of(paths)[3, 0]), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("classes", "columns"),
+    [
+        (["path", "predicted"], ["p_path", "p_predicted"]), (["predicted", "p_predicted"], ["p_p_predicted",
+        "p_predicted"]), (["p_path", "path"], ["p_path", "p_p_path"]), (["Path", "pathology"], ["Path", "pathology"]),
+    ],
+)  # fmt: skip
+def test_every_class_has_a_column_of_its_own(classes, columns, tmp_path):
+    write_table(tmp_path / "table.csv", classes, [(tmp_path / "x.png", torch.tensor([0.25, 0.75]))])
+    head, row = (tmp_path / "table.csv").read_text().splitlines()
+    assert head.split(",") == ["path", "predicted", *columns]
+    assert row.split(",")[1:] == [classes[1], "0.25", "0.75"]
+
+
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 @pytest.mark.parametrize("stop", [UserError, KeyboardInterrupt, BrokenPipeError])
 def test_a_prediction_that_ends_early_leaves_nothing(paths, tmp_path, task, stop):
