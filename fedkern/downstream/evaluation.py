@@ -68,7 +68,7 @@ def evaluate_run(
             cache=folder, progress=progress,
         )  # fmt: skip
     _check_fits(loaded, about, Path(out))
-    check_sets(loaded)
+    check_sets(loaded, config.plugins)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     flat, device = "samples" not in about, torch.device(config.device)

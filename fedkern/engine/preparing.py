@@ -98,7 +98,7 @@ def prepare(
     method = kind(kind.Options.parse(config.options, method=config.method))
     pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
     code = MethodCode(kind, config.method, progress)
-    check_sets(context.data)
+    check_sets(context.data, config.plugins)
     for k in range(context.federation.clients) if known else ():
         with code("check"):
             method.check(Client(context, k, {}))

@@ -282,7 +282,7 @@ def _played(
             samples=context.federation.samples,
             parameters=parameters,
             rounds=tuple(entry for entry in prepared.plan if not entry.one_off),
-            test_sets={prefix.rstrip("_"): len(data) for prefix, data in sets.items()},
+            test_sets={prefix[:-1]: len(data) for prefix, data in sets.items()},
             data=context.data,
             private=not told.clients,
             guarantee=prepared.said,

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import Listener, RunInfo
-from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
+from fedkern.methods.common.figure_names import set_noun, short_set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
@@ -132,7 +132,8 @@ def figures_by_set(record: Mapping[str, Any], tests: Collection[str] = ()) -> di
     for name, value in record.items():
         test_set, figure = split_metric(name, tests)
         if figure in MAIN_FIGURES and test_set != "validation" and isinstance(value, (int, float)):
-            found[short_set_title(test_set) or short_title(figure)] = human_metric(figure, value)
+            title = short_set_title(test_set) or short_title(figure)
+            found[title if title not in found else set_noun(test_set)] = human_metric(figure, value)
     return found
 
 

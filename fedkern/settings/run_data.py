@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import client_label
 from fedkern.errors import UserError
 from fedkern.methods import registry
-from fedkern.methods.common.figure_names import set_noun
+from fedkern.methods.common.figure_names import check_set_names, set_noun
+from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.registry import check_task
 from fedkern.settings.config import RunConfig
 from fedkern.torch_modes import reproducible
@@ -240,11 +241,16 @@ def shared_patients(data: FederatedData) -> list[str]:
     ]
 
 
-def check_sets(data: Any) -> None:
-    """Raises UserError where a segmentation set that the run is evaluated on has no pixel whose class is known.
+def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
+    """Raises UserError where a set has no figures of its own, before the training is lost.
 
-    Called before the training, because such a set has no figures and the training would be lost.
+    Its name may be taken, or no class of a pixel may be known in a segmentation set.
+
+    Args:
+        data: federated data.
+        plugins: the run's plugins, identities by name.
     """
+    check_set_names(data.tests, [metric.name for metric in metrics_of(plugins)])
     if data.task != "segmentation":
         return
     for name, split in {**data.tests, "validation": data.validation}.items():

@@ -114,6 +114,15 @@ def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
     assert (said is None and found == {}) or said in found["chance-level"]
 
 
+@pytest.mark.parametrize("name", ["validation_north", "client_a", "a_b", "mean", "dice"])
+def test_a_set_with_any_name_is_compared_by_its_own_labels(name):
+    sets = {"a_": labelled(1, 1, 1), f"{name}_": labelled(5, 90, 5), "": labelled(3, 3, 3)}
+    constant = diagnostics.constants(sets, ("a", "b", "c"))
+    found = diagnostics.poor_metrics({f"{name}_accuracy": 0.9}, {}, 3, constant, ["a", name, ""])
+    wanted = f'on the test set "{name}" is 90.0 %, and predicting "b" everywhere gives 90.0 %'
+    assert wanted in found["chance-level"]
+
+
 def test_a_set_with_images_of_one_class_is_compared_with_chance():
     constant = diagnostics.constants({"": labelled(0, 7, 0)}, ("a", "b", "c"))
     assert constant == {}

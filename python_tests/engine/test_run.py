@@ -1,5 +1,6 @@
 """A run from its settings to its folder."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -143,6 +144,18 @@ def test_client_sampling(make_data, make_config, tmp_path):
     assert summary["bytes"]["up"] == 2 * 6 * max(c["up"] for c in summary["bytes"]["clients"].values()) / max(
         sum(k in c for c in chosen) for k in range(5)
     )
+
+
+@pytest.mark.parametrize("name", ["validation", "test", "balanced", "worst_client"])
+def test_a_set_whose_name_means_something_begins_no_run(name, make_data, make_config, tmp_path):
+    data = make_data(two_tests=False)
+    with pytest.raises(UserError, match=f'The test set "{name}" cannot have this name'):
+        run(
+            make_config("fedavg"),
+            out=tmp_path / "run",
+            data=dataclasses.replace(data, tests={**data.tests, name: data.tests[""]}),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_every_few_rounds_and_after_the_last(make_data, make_config, tmp_path):

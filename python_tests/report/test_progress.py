@@ -254,3 +254,9 @@ def test_a_long_task_has_a_bar_on_a_terminal(monkeypatch):
         for _ in range(3):
             step()
     assert "3/3" in out.file.getvalue()
+
+
+def test_sets_with_the_titles_of_others_are_told_apart():
+    figures = {"accuracy": 0.1, "accuracy_accuracy": 0.2, "id_accuracy": 0.3, "ID_accuracy": 0.4}
+    shown = progress.figures_by_set(figures, ["", "accuracy", "id", "ID"])
+    assert list(shown.values()) == ["10.0 %", "20.0 %", "30.0 %", "40.0 %"]

@@ -43,7 +43,7 @@ class Diagnoses(Part):
 
     def finish(self, summary: Summary) -> None:
         context, sets, config = self._context, self._sets, self._context.config
-        classes = context.data.classes
+        classes, names = context.data.classes, [prefix[:-1] for prefix in sets]
         flat = context.is_flat(summary.network)
         constant = diagnostics.constants(sets, classes) if self._clients else {}
         with self._code("diagnose"):
@@ -52,7 +52,7 @@ class Diagnoses(Part):
             diagnostics.collapsed_classes(sets, classes),
             diagnostics.unvaried_labels(sets),
             diagnostics.outlying_drift(self._last, context.data.client_label) if self._clients else {},
-            diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant),
+            diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant, names),
             diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
             diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),
             diagnostics.undefined_figures(sets, summary.own, context.data.client_label),

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedkern import atomic
+from fedkern.methods.common.figure_names import OVER_CLIENTS
 
 EVALUATION = "evaluation.csv"
 COLUMNS = ("client", "test_set", "metric", "value")
 ONLY, OWN = "test", "own"
 """Names in the column ``test_set``: the test set of a run with a single one, and a client's own test set."""
-_OF_CLIENTS = ("mean_client_", "worst_client_")
+_LEFT_OUT = ("validation_", *OVER_CLIENTS)
 
 Row = tuple[str, str, str, float | None]
 
@@ -35,10 +36,10 @@ def rows(
         names: the clients' names, or None: their numbers.
         test_set: what ``own`` was computed on: `OWN`, or `ONLY` for every client's part of the run's test set.
     """
-    known = sorted({*prefixes, ""}, key=len, reverse=True)
+    known = sorted({*prefixes, "", *_LEFT_OUT}, key=len, reverse=True)
     for name, value in metrics.items():
         prefix = next(prefix for prefix in known if name.startswith(prefix))
-        if not name.startswith(("validation_", *_OF_CLIENTS)):
+        if prefix not in _LEFT_OUT:
             yield "", prefix.removesuffix("_") or ONLY, name.removeprefix(prefix), value
     for k, own_figures in own.items():
         client = str(k) if names is None else names[k]

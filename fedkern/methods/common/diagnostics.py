@@ -11,7 +11,7 @@ import torch
 
 from fedkern.data.image_rows import in_parts
 from fedkern.methods.common.client_figures import undefined
-from fedkern.methods.common.figure_names import set_noun, short_title, split_metric
+from fedkern.methods.common.figure_names import OVER_CLIENTS, set_noun, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.multilabel_figures import MAIN as AREA
 from fedkern.methods.common.multilabel_figures import unvaried
@@ -151,7 +151,11 @@ def near(constant: float) -> float:
 
 
 def poor_metrics(
-    metrics: Mapping[str, float], best: Mapping[str, float], classes: int, constant: Mapping[str, Constant]
+    metrics: Mapping[str, float],
+    best: Mapping[str, float],
+    classes: int,
+    constant: Mapping[str, Constant],
+    tests: Collection[str] = (),
 ) -> dict[str, str]:
     """Warnings about figures near those of a constant prediction, and about validation figures far below their best.
 
@@ -161,14 +165,16 @@ def poor_metrics(
         metrics: figures of the final network, by prefixed name.
         best: the best validation figures of the run.
         constant: see :func:`constants`.
+        tests: names of the test sets.
     """
     found: dict[str, str] = {}
     retry = "train longer, or change the learning rate."
-    sets = [prefix[:-1] for prefix in constant if prefix]
     for name, value in metrics.items():
-        if name.startswith("validation_"):
+        test_set, rest = split_metric(name, tests)
+        if test_set == "validation":
             continue
-        is_low = _statement(name, value, sets)
+        where = f" on the {set_noun(test_set)}" if test_set else ""
+        is_low = f"{short_title(rest)}{where} is {100 * value:.1f} %"
         if name.endswith("dice") and value < NOTHING:
             found.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
         if name.endswith(AREA) and value < near(0.5):
@@ -176,8 +182,8 @@ def poor_metrics(
         figure = "dice" if name.endswith("dice") else "accuracy" if name.endswith("accuracy") else ""
         if not figure:
             continue
-        prefix = max((prefix for prefix in constant if name.startswith(prefix)), key=len, default=None)
-        if prefix is not None and "client_" not in name:
+        prefix = f"{test_set}_" if test_set else ""
+        if prefix in constant and not rest.startswith(OVER_CLIENTS):
             figure = "balanced_accuracy" if name.endswith("balanced_accuracy") else figure
             level, always = constant[prefix].figures.get(figure, 0.0), constant[prefix].name
             what = f'"{always}"' if always and figure != "balanced_accuracy" else "one class"
@@ -195,12 +201,6 @@ def poor_metrics(
                 "rate or stop earlier."
             )
     return found
-
-
-def _statement(name: str, value: float, own: Collection[str]) -> str:
-    """A fraction as a part of a sentence: ``"accuracy on the held-out client is 10.0 %"``."""
-    test_set, figure = split_metric(name, own)
-    return f"{short_title(figure)}{f' on the {set_noun(test_set)}' if test_set else ''} is {100 * value:.1f} %"
 
 
 def missing_metrics(method: str, source: str, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:

@@ -14,6 +14,8 @@ _TEST_SETS = {
 }  # fmt: skip
 TEST_SETS = ("", *_TEST_SETS)
 """Test sets that data of fedkern may have, in the order of tables; a single test set is ``""``."""
+OVER_CLIENTS = ("mean_client_", "worst_client_")
+"""Beginnings of names of figures over the clients' own test sets."""
 RECALLS = {
     f"{way}_r{k}": f"{text}, recall at {k}"
     for way, text in (("i2t", "image to text"), ("t2i", "text to image"))
@@ -60,10 +62,31 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
         name: the figure's whole name.
         own: names of test sets that the user chose.
     """
-    for test_set in (*sorted(own, key=len, reverse=True), *TEST_SETS):
+    for test_set in () if name.startswith(OVER_CLIENTS) else (*sorted(own, key=len, reverse=True), *TEST_SETS):
         if test_set and name.startswith(f"{test_set}_"):
             return test_set, name[len(test_set) + 1 :]
     return "", name
+
+
+def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
+    """Raises UserError where figures of a test set would have the names of others'.
+
+    Args:
+        names: names of the test sets.
+        metrics: names of figures that users have registered.
+    """
+    figures = ("loss", "gallery", "hd95", "object_area", "gradcam_in_object", "dice_1", *FRACTIONS, *metrics)
+    kept = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
+    sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
+    for own in sets:
+        for other, called in (sets | kept).items():
+            rest = own.removeprefix(other) if own != other and own.startswith(other) else None
+            longer = rest is not None and (rest == "test_" or any(figure.startswith(rest) for figure in figures))
+            if longer or own == other in kept:
+                raise UserError(
+                    f'The test set "{own[:-1]}" cannot have this name, as its figures would have the names of those of '
+                    f"{called}: give it another name."
+                )
 
 
 def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:

@@ -139,6 +139,15 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
         assert best[0].read_bytes() == best[1].read_bytes()
 
 
+@pytest.mark.parametrize("name", ["validation_north", "validation_validation", "north", "", "v"])
+def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
+    told = {f"{name}_accuracy" if name else "accuracy": 0.9, "validation_loss": 0.8, "worst_client_accuracy": 0.7}
+    part = Patience(1, tmp_path, SimpleNamespace(data=SimpleNamespace(tests=[name, "a"])), None)
+    assert part._main({**told, "validation_accuracy": 0.5}) == ("validation_accuracy", 0.5)
+    with pytest.raises(UserError, match="--patience looks at the main figure on a validation set"):
+        part._main(told)
+
+
 def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
     with pytest.raises(Kill):
         run(patient(make_config, patience=9), out=tmp_path, data=data, listener=KillAt("round-start", 5))

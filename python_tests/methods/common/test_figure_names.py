@@ -2,7 +2,10 @@
 
 import pytest
 
+from fedkern.errors import UserError
 from fedkern.methods.common.figure_names import (
+    FRACTIONS,
+    check_set_names,
     figure_title,
     set_noun,
     short_set_title,
@@ -51,3 +54,44 @@ def test_a_figure_has_a_title_for_people(name, title, short):
 )
 def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
     assert (short_set_title(name), set_noun(name)) == (short, noun)
+
+
+@pytest.mark.parametrize(
+    ("names", "other"),
+    [
+        (["validation"], "the validation set"),
+        (["north", "validation", ""], "the validation set"),
+        (["", "test"], "the test set without a name"),
+        (["test", ""], "the test set without a name"),
+        (["mean_client"], "the clients"),
+        (["worst_client", "a"], "the clients"),
+        (["", "balanced"], "the test set without a name"),
+        (["mean", ""], "the test set without a name"),
+        (["a", "a_balanced"], 'the test set "a"'),
+        (["id_macro", "id"], "the in-distribution test set"),
+        (["a", "a_b"], 'the test set "a"'),
+        (["b", ""], "the test set without a name"),
+        (["validation_b"], "the validation set"),
+    ],
+)
+def test_a_name_that_means_something_is_refused(names, other):
+    with pytest.raises(UserError, match=f"^The test set .* would have the names of those of {other}: give it another"):
+        check_set_names(names, ["b_accuracy", "top2"])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [""], ["test"], ["id", "ood"], ["", "minority", "unseen", "held_out"], ["validation_north", "x"],
+        ["a", "a_c", "c"], ["loss", "accuracy", ""], ["balanced", "macro", "mean", "worst"], ["own", "best", "run"],
+        ["_", "__", "a_", "a"], ["id_north", "north", "ood"], ["validation_", "Validation", "valid"],
+    ],
+)  # fmt: skip
+def test_the_figures_of_every_set_are_found_again(names):
+    check_set_names(names, ["top2"])
+    figures = [*FRACTIONS, "loss", "top2", "vote_accuracy"]
+    for name in [*names, "validation"]:
+        for figure in figures:
+            assert split_metric(f"{name}_{figure}" if name else figure, names) == (name, figure)
+    for name in ("mean_client_accuracy", "worst_client_loss"):
+        assert split_metric(name, names) == ("", name)
