@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
-from fedkern.comparison.found_runs import Group, grouped, read_run, read_runs
+from fedkern.comparison.found_runs import Group, grouped, own_sets, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
@@ -193,7 +193,8 @@ def _table(folder: Path, result: Result) -> Section:
     section.tables.append(Table(header, rows))
     section.texts = list(sentences)
     every = dict.fromkeys(name for group in result.groups for run in group.runs.values() for name in run.metrics)
-    names = [name for name in ordered(dict.fromkeys(every, 0.0)) if split_metric(name)[0] != "validation"]
+    own = own_sets(result.groups)
+    names = [name for name in ordered(dict.fromkeys(every, 0.0), own) if split_metric(name, own)[0] != "validation"]
     body = []
     for name in names:
         cells = []

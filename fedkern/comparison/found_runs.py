@@ -187,9 +187,15 @@ def differing_settings(groups: Sequence[Group]) -> str:
     return f"Besides the method, the groups differ in {first_of(parts, SHOWN)}."
 
 
-def main_figures(groups: Iterable[Group]) -> list[str]:
+def main_figures(groups: Sequence[Group]) -> list[str]:
     """Names of the main figures on the test sets that some run tells; the validation set's are no results."""
     names = dict.fromkeys(name for group in groups for run in group.runs.values() for name in run.metrics)
-    found = {name: 0 for name in names if is_main(name) and split_metric(name)[0] != "validation"}
-    known = [name for name in ordered(found) if split_metric(name)[1] in MAIN_FIGURES]
-    return known or ordered(found)
+    own = own_sets(groups)
+    found = {name: 0 for name in names if is_main(name) and split_metric(name, own)[0] != "validation"}
+    known = [name for name in ordered(found, own) if split_metric(name, own)[1] in MAIN_FIGURES]
+    return known or ordered(found, own)
+
+
+def own_sets(groups: Iterable[Group]) -> set[str]:
+    """Names of the test sets by which the runs tell figures of classes."""
+    return {name for group in groups for run in group.runs.values() for name in run.summary.get("per_class", ())}

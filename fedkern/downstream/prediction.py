@@ -192,9 +192,8 @@ def write_table(
 ) -> None:
     """Writes a CSV file with the columns ``path``, ``predicted`` and a probability for every class.
 
-    A class that has the name of another column gets ``p_`` before it there.
-
-    Rows are written as they come, into a file beside ``out`` that takes its place at the end.
+    Classes get ``p_`` before their names where one of them is called ``path`` or ``predicted``.  Rows are
+    written as they come, into a file beside ``out`` that takes its place at the end.
 
     Args:
         rows: every file with its probabilities, fp32 ``[classes]``.
@@ -207,7 +206,8 @@ def write_table(
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_columns(classes))
+            before = "p_" if {"path", PREDICTED} & {*classes} else ""
+            writer.writerow(["path", PREDICTED, *(f"{before}{name}" for name in classes)])
             for path, probabilities in rows:
                 values = probabilities.tolist()
                 if several:
@@ -222,16 +222,6 @@ def write_table(
         raise
     except OSError as error:
         raise atomic.unwritable(out, error) from None
-
-
-def _columns(classes: Sequence[str]) -> list[str]:
-    columns = ["path", PREDICTED]
-    for each in classes:
-        name = each
-        while name in columns or (name != each and name in classes):
-            name = f"p_{name}"
-        columns.append(name)
-    return columns
 
 
 def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, Tensor, Tensor]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich import box
@@ -74,17 +74,19 @@ def human_metric(name: str, value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.3g}"
 
 
-def _rank(name: str) -> tuple[int, int, str, int]:
-    test_set, figure = split_metric(name)
+def _rank(name: str, own: Collection[str]) -> tuple[int, int, str, int]:
+    test_set, figure = split_metric(name, own)
     # Numbered figures are sorted by number.
     stem, _, number = name.rpartition("_")
     plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
-    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), TEST_SETS.index(test_set), plain, place)
+    column = TEST_SETS.index(test_set) if test_set in TEST_SETS else len(TEST_SETS)
+    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), column, plain, place)
 
 
-def ordered(metrics: Mapping[str, Any]) -> list[str]:
+def ordered(metrics: Mapping[str, Any], own: Collection[str] = ()) -> list[str]:
     """Names of the numeric ``metrics``, in order: main figures first, in-distribution before out-of-distribution."""
-    return sorted((name for name, value in metrics.items() if isinstance(value, (int, float))), key=_rank)
+    names = (name for name, value in metrics.items() if isinstance(value, (int, float)))
+    return sorted(names, key=lambda name: _rank(name, own))
 
 
 def covering(private: Mapping[str, Any]) -> str:
@@ -116,23 +118,23 @@ def new_table(title: Text | str | None, **how: Any) -> Table:
 
 def figures_table(title: str, metrics: Mapping[str, float]) -> Table:
     """A row for each figure and a column for each test set; the validation set's figures are no results."""
-    return _figures(plain(title, "table.title"), metrics, by_name=False)
+    return _figures(plain(title, "table.title"), metrics, (), by_name=False)
 
 
-def _figures(title: Text, metrics: Mapping[str, float], by_name: bool) -> Table:
+def _figures(title: Text, metrics: Mapping[str, float], own: Collection[str], by_name: bool) -> Table:
     figures: dict[str, dict[str, str]] = {}
-    for name in ordered(metrics):
-        test_set, figure = split_metric(name)
+    for name in ordered(metrics, own):
+        test_set, figure = split_metric(name, own)
         if by_name and figure.startswith("dice_"):
             continue  # these are in class_table, under the names of their classes
         if test_set != "validation":
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
-    columns = [test_set for test_set in TEST_SETS if test_set in present] or [""]
+    columns = [test_set for test_set in dict.fromkeys((*TEST_SETS, *own)) if test_set in present] or [""]
     table = new_table(title, show_header=columns != [""])
     table.add_column("")
     for test_set in columns:
-        table.add_column(set_title(test_set) or "test", justify="right", style="bold")
+        table.add_column(plain(set_title(test_set) or "test", most=TICK), justify="right", style="bold")
     for figure, row in figures.items():
         table.add_row(plain(figure_title(figure)), *(row.get(test_set, "") for test_set in columns))
     return table
@@ -148,8 +150,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     title = plain(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", "table.title")
     if summary.get("privacy"):
         title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
-    by_name = any("dice" in table for table in summary.get("per_class", {}).values())
-    table = _figures(title, summary["metrics"], by_name)
+    by_class = summary.get("per_class", {})
+    table = _figures(title, summary["metrics"], by_class, any("dice" in each for each in by_class.values()))
     table.add_section()
     sent = summary["bytes"]
     rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}

@@ -244,11 +244,7 @@ def shared_patients(data: FederatedData) -> list[str]:
 def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
     """Raises UserError where a set has no figures of its own, before the training is lost.
 
-    Its name may be taken, or no class of a pixel may be known in a segmentation set.
-
-    Args:
-        data: federated data.
-        plugins: the run's plugins, identities by name.
+    Its name may be taken, or it may be of a segmentation and have no pixel whose class is known.
     """
     check_set_names(data.tests, [metric.name for metric in metrics_of(plugins)])
     if data.task != "segmentation":

@@ -1,11 +1,13 @@
 """fedkern.compare: comparisons from Python."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fedkern
+from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.settings.config import RunConfig
 
 TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
@@ -78,3 +80,11 @@ def test_mistakes_leave_nothing(methods, more, said, tmp_path):
     with pytest.raises(fedkern.UserError, match=said):
         fedkern.compare(methods, data="digits", **TINY, **more)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["validation_north", "id_north", "mean"])
+def test_figures_of_a_set_with_any_name_are_compared(name):
+    metrics = {"validation_accuracy": 0.1, f"{name}_accuracy": 0.2, f"{name}_balanced_accuracy": 0.3, "a_accuracy": 0.4}
+    summary = {"metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")}}
+    group = Group("fedavg", "fedavg", {0: FoundRun(Path("x"), None, summary, [])})
+    assert sorted(main_figures([group])) == sorted([f"{name}_accuracy", "a_accuracy"])

@@ -122,8 +122,8 @@ def test_rows_are_written_as_they_come(paths, tmp_path):
 @pytest.mark.parametrize(
     ("classes", "columns"),
     [
-        (["path", "predicted"], ["p_path", "p_predicted"]), (["predicted", "p_predicted"], ["p_p_predicted",
-        "p_predicted"]), (["p_path", "path"], ["p_path", "p_p_path"]), (["Path", "pathology"], ["Path", "pathology"]),
+        (["path", "predicted"], ["p_path", "p_predicted"]), (["predicted", "p_predicted"], ["p_predicted",
+        "p_p_predicted"]), (["p_path", "path"], ["p_p_path", "p_path"]), (["Path", "pathology"], ["Path", "pathology"]),
     ],
 )  # fmt: skip
 def test_every_class_has_a_column_of_its_own(classes, columns, tmp_path):

@@ -216,3 +216,17 @@ def test_names_are_shown_as_they_are():
     rows = [{"set": "a [/b]", "auc": 0.5}]
     result = {"command": "probe", "method": "m", "data": "d", "networks": 1, "rows": rows}
     assert "a [/b]" in text(tables.downstream_table(result))
+
+
+@pytest.mark.parametrize("name", ["validation_north", "id_north", "north", "balanced"])
+def test_a_set_with_any_name_has_a_column(name):
+    metrics = {"validation_accuracy": 0.1, f"{name}_accuracy": 0.2, "a_accuracy": 0.3, "mean_client_accuracy": 0.4}
+    summary = {
+        "method": "fedavg", "data": "arrays", "seed": 0, "seconds": 1.0, "bytes": {"up": 1, "down": 1},
+        "metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")},
+    }  # fmt: skip
+    table = tables.final_table(summary)
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns[name][0] == "20.0 %"
+    assert columns["a"][0] == "30.0 %"
+    assert not any("10.0 %" in cells for cells in columns.values())

@@ -69,20 +69,15 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
 
 
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
-    """Raises UserError where figures of a test set would have the names of others'.
-
-    Args:
-        names: names of the test sets.
-        metrics: names of figures that users have registered.
-    """
+    """Raises UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
     figures = ("loss", "gallery", "hd95", "object_area", "gradcam_in_object", "dice_1", *FRACTIONS, *metrics)
     kept = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
     for own in sets:
         for other, called in (sets | kept).items():
-            rest = own.removeprefix(other) if own != other and own.startswith(other) else None
-            longer = rest is not None and (rest == "test_" or any(figure.startswith(rest) for figure in figures))
-            if longer or own == other in kept:
+            rest = own[len(other) :] if own.startswith(other) else ""
+            alike = own == "test_" or any(figure.startswith(rest) for figure in figures)
+            if own == other in kept or (rest and alike):
                 raise UserError(
                     f'The test set "{own[:-1]}" cannot have this name, as its figures would have the names of those of '
                     f"{called}: give it another name."
@@ -90,12 +85,9 @@ def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> No
 
 
 def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:
-    """Raises UserError where a figure is a fraction of fedkern's own that never reaches a value, as it is no per cent.
+    """Raises UserError where a figure is a fraction of fedkern's own, and no fraction reaches the value of ``flag``.
 
-    Args:
-        flag: where the value was given.
-        name, own: see :func:`split_metric`.
-        falls: whether a lower figure is a better one.
+    ``own`` is as in :func:`split_metric`; ``falls`` says whether a lower figure is a better one.
     """
     figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
     if (figure in FRACTIONS or re.fullmatch(r"dice_\d+", figure)) and (value < 0 if falls else value > 1):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import plugins
 from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.methods.common.figure_names import FRACTIONS
+from fedkern.methods.common.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
 
 _ENTRIES = (
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
@@ -22,7 +22,7 @@ _ENTRIES = (
 """What records have beside figures."""
 FIGURES = frozenset({"loss", "gallery", "hd95", *FRACTIONS})
 """Names of fedkern's own figures."""
-PREFIXES = ("id_", "ood_", "validation_", "held_out_", "unseen_", "minority_", "mean_client_", "worst_client_")
+PREFIXES = (*(f"{name}_" for name in TEST_SETS if name), *OVER_CLIENTS)
 """Beginnings of figures' names that tell the test set or the clients."""
 
 F = TypeVar("F", bound=Callable[..., float])
