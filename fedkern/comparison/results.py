@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import atomic
-from fedkern.comparison.found_runs import Group, differing_settings, main_figures
+from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
 from fedkern.comparison.seed_statistics import Target, paired, spread
 from fedkern.engine.store import confusions
 from fedkern.errors import UserError, nearest, printable_name, spared
@@ -46,9 +46,10 @@ class Result:
         self.figures = main_figures(self.groups)
 
     def check_target(self) -> None:
-        """Raises UserError where no run tells the target's figure after its rounds."""
+        """Raises UserError where no run tells the target's figure after its rounds, or it never reaches the value."""
         if self.target is None:
             return
+        self.target.check(own_sets(self.groups))
         runs = [run for group in self.groups for run in group.runs.values()]
         records = [record for run in runs for record in run.records]
         known = {name for record in records for name, value in record.items() if isinstance(value, float)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -65,8 +65,12 @@ class Target:
         if not equals or not name.strip() or not math.isfinite(value):
             raise UserError(f'--target needs the form FIGURE=VALUE, such as accuracy=0.8, got "{text}".')
         target = cls(name.strip(), value)
-        check_reachable("--target", target.figure, value, falls=target.falls)
+        target.check()
         return target
+
+    def check(self, own: Collection[str] = ()) -> None:
+        """Raises UserError where the figure is a fraction out of reach; ``own``: names of the runs' test sets."""
+        check_reachable("--target", self.figure, self.value, falls=self.falls, own=own)
 
     @property
     def falls(self) -> bool:

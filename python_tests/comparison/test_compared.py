@@ -8,6 +8,9 @@ import pytest
 
 import fedkern
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
+from fedkern.comparison.results import Result
+from fedkern.comparison.seed_statistics import Target
+from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 
 TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
@@ -88,3 +91,5 @@ def test_figures_of_a_set_with_any_name_are_compared(name):
     summary = {"metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")}}
     group = Group("fedavg", "fedavg", {0: FoundRun(Path("x"), None, summary, [])})
     assert sorted(main_figures([group])) == sorted([f"{name}_accuracy", "a_accuracy"])
+    with pytest.raises(UserError, match=f"--target: {name}_accuracy is a fraction from 0 to 1, which never reaches 80"):
+        Result([group], Target(f"{name}_accuracy", 80)).check_target()
