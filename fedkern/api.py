@@ -213,7 +213,7 @@ class Run:
         return evaluate_run(
             self.out, data=own, data_root=root, data_options=options, cache=cache, trusted=self._trusted,
             model=self._model,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     def resume(
         self,

@@ -147,7 +147,7 @@ USES = {
     "attack": lambda run, _: attack(run.out, keep=False),
     "load_data": lambda run, _: [split.labels for split in load_data(run.config).clients],
     "read_model": lambda run, _: read_model(run.out)[0].state_dict(),
-    "evaluate_run": lambda run, _: evaluate_run(run.out),
+    "evaluate_run": lambda run, _: evaluate_run(run.out)[0],
     "Predictor": lambda run, _: Predictor.open(run.out).probabilities(PICTURES.clone()),
     "state-dict": lambda run, folder: exported(run, folder, "state-dict"),
     "torch-export": lambda run, folder: exported(run, folder, "torch-export"),

@@ -138,14 +138,15 @@ def evaluate(request: Request) -> int:
     folder, data = _folder(request), request.settings["data"]
     where = {name: request.settings[name] for name in ("data", "data_root", "cache")}
     told = display(quiet=False, json=request.json).on_notice
-    metrics = evaluate_run(folder, data_options=request.data_options, trusted=_code(request), progress=told, **where)
+    code, options = _code(request), request.data_options
+    metrics, sets = evaluate_run(folder, data_options=options, trusted=code, progress=told, **where)
     config = RunConfig.load(folder, device="cpu")
     result = {"method": config.method, "data": data or config.data, "metrics": plain(metrics)}
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:
         put(text)
     else:
-        terminal().print(figures_table(f"{result['method']} on {result['data']}", metrics))
+        terminal().print(figures_table(f"{result['method']} on {result['data']}", metrics, sets))
     # Last, so that the printed result is not lost if the folder cannot be written.
     atomic.write_bytes(folder / ("-".join(["evaluate", *([data] if data else [])]) + ".json"), (text + "\n").encode())
     return 0

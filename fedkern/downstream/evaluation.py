@@ -40,8 +40,8 @@ def evaluate_run(
     trusted: Collection[str] = (),
     model: nn.Module | None = None,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, float]:
-    """Evaluates the network of a finished run.
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Evaluates the network of a finished run: its figures, and the names of the test sets.
 
     Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
     ``model`` are those of :func:`fedkern.load`.
@@ -78,7 +78,7 @@ def evaluate_run(
     with cpu_threads(config.threads), computing(config.precision):
         with evaluating(config, flat) as at_once:
             found = evaluate(method, module, sets, code, at_once, keep=True)
-        return {**found, **final_figures(sets, loaded.classes).metrics, **found}
+        return {**found, **final_figures(sets, loaded.classes).metrics, **found}, tuple(loaded.tests)
 
 
 def _scaled(data: str, about: Mapping[str, Any]) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
@@ -10,8 +10,8 @@ _BOOKKEEPING = {"seconds", "round_seconds", "bytes_up", "bytes_down", "round_byt
 _NOT_OF_CLIENTS = {"samples", "seconds"}
 
 
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a round's record by tag.
+def scalars(record: Mapping[str, Any], sets: Collection[str] = ()) -> dict[str, float]:
+    """The figures of a round's record by tag; ``sets`` are the names of the run's test sets.
 
     Metrics and losses keep their names, with the test set before a slash.  Times and bytes stand under ``run/``, means
     over the clients of the round under ``clients/``.
@@ -23,7 +23,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     for name, value in record.items():
         if name in _NOT_FIGURES or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        test_set, figure = split_metric(name)
+        test_set, figure = split_metric(name, sets)
         tag = f"run/{name}" if name in _BOOKKEEPING else f"{test_set}/{figure}" if test_set else name
         result[label(tag, CELL)] = float(value)
     for name, mean in _means(list(record.get("clients", {}).values())).items():

@@ -56,14 +56,14 @@ class TensorBoard(Listener):
         if self._run is None:
             return
         writer = self._open(self._run)
-        for tag, value in scalars(record).items():
+        for tag, value in scalars(record, self._run.test_sets).items():
             writer.add_scalar(tag, value, int(record["round"]))
         writer.flush()
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if self._run is not None:  # None: the run had finished before
             writer = self._open(self._run)
-            for tag, value in scalars(summary["metrics"]).items():
+            for tag, value in scalars(summary["metrics"], self._run.test_sets).items():
                 writer.add_scalar(f"final/{tag}", value, int(summary["rounds"]))
         self.close()
 

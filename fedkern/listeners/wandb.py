@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class WandB(Listener):
         self._id: str | None = None
         self._run: Any = None
         self._logged = 0
+        self._sets: Collection[str] = ()
         self._folder: Path | None = None
         self._made = False  # whether this run made the folder
 
@@ -66,7 +67,7 @@ class WandB(Listener):
 
     def on_start(self, run: RunInfo) -> None:
         resumed, self._id = self._id, self._id or uuid.uuid4().hex[:8]
-        self._folder = Path(run.out) / FOLDER
+        self._folder, self._sets = Path(run.out) / FOLDER, run.test_sets
         self._made = not self._folder.exists()
         if not self._made:
             atomic.make_folder(self._folder)  # raises where the folder is a link
@@ -98,14 +99,14 @@ class WandB(Listener):
         number = int(record["round"])
         if self._run is None or self._folder is None or number <= self._logged:
             return
-        self._run.log(scalars(record), step=number)
+        self._run.log(scalars(record, self._sets), step=number)
         self._logged = number
         atomic.make_folder(self._folder)
         atomic.write_bytes(self._folder / LOGGED, json.dumps({"id": self._id, "round": number}).encode())
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if self._run is not None:  # None: the run had finished before
-            for tag, value in scalars(summary["metrics"]).items():
+            for tag, value in scalars(summary["metrics"], self._sets).items():
                 self._run.summary[f"final/{tag}"] = value
             self._finish(0)
 

@@ -116,9 +116,9 @@ def new_table(title: Text | str | None, **how: Any) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, **how)
 
 
-def figures_table(title: str, metrics: Mapping[str, float]) -> Table:
+def figures_table(title: str, metrics: Mapping[str, float], own: Collection[str]) -> Table:
     """A row for each figure and a column for each test set; the validation set's figures are no results."""
-    return _figures(plain(title, "table.title"), metrics, (), by_name=False)
+    return _figures(plain(title, "table.title"), metrics, own, by_name=False)
 
 
 def _figures(title: Text, metrics: Mapping[str, float], own: Collection[str], by_name: bool) -> Table:

@@ -27,6 +27,12 @@ def test_the_tags():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["validation_north", "id_ood", "_", "loss", "a_b"])
+def test_a_set_of_any_name_has_a_group_of_its_own(name):
+    record = {f"{name}_accuracy": 0.5, "validation_loss": 1.0, "a_loss": 2.0}
+    assert scalars(record, ("a", name)) == {f"{name}/accuracy": 0.5, "validation/loss": 1.0, "a/loss": 2.0}
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'fedkern\[tensorboard\]'"):

@@ -222,7 +222,7 @@ def test_tensorboard(name, tmp_path):
     assert len(tags) == 2
     assert all(tag.isprintable() and len(tag) <= 200 for tag in tags)
     board = TensorBoard()
-    board.on_start(SimpleNamespace(out=tmp_path, first_round=0))
+    board.on_start(SimpleNamespace(out=tmp_path, first_round=0, test_sets={"": 1}))
     board.on_round(record)
     board.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

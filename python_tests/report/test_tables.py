@@ -72,6 +72,13 @@ def test_final_table():
     assert "12.3 %" not in shown  # the validation set chooses; it is no result
 
 
+@pytest.mark.parametrize("name", ["validation_north", "id_north", "test_2"])
+def test_figures_of_a_set_of_any_name_are_shown(name):
+    shown = text(tables.figures_table("evaluate", {f"{name}_accuracy": 0.625, "validation_accuracy": 0.125}, [name]))
+    assert "62.5 %" in shown
+    assert "12.5 %" not in shown
+
+
 def test_final_table_of_a_single_test_set():
     summary = {
         "method": "fedavg", "data": "digits", "seed": 0, "rounds": 1, "seconds": 3.0,
