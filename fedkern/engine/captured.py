@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.methods.base import Batch, Objective, Received
+from fedkern.methods.protocol import Batch, Received
+from fedkern.methods.roles import Objective
 from fedkern.models.precision import lower
 
 EAGER = 2

@@ -21,8 +21,8 @@ from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.samples import BackgroundBank
 from fedkern.engine.training import Context, Schedule, train
-from fedkern.methods.base import Batch, Message, Objective, Phase
-from fedkern.methods.protocol import BEFORE, batch_slices
+from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
+from fedkern.methods.roles import Objective
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 from fedkern.transfer import fetch

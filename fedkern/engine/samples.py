@@ -15,9 +15,8 @@ from torch import Tensor
 from fedkern.data import transforms
 from fedkern.data.image_rows import loaded
 from fedkern.data.pixels import Pixels, as_index, placed, take_tokens
-from fedkern.methods.base import OUTSIDE, Batch, Phase
 from fedkern.methods.common.supervised import LOSS_BATCH
-from fedkern.methods.protocol import batch_slices
+from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.transfer import send
 
 BATCH = 500
@@ -34,7 +33,7 @@ CACHE_BYTES = 1 << 30
 
 
 class Samples:
-    """Labelled images in stored order (see :class:`fedkern.methods.base.Samples`)."""
+    """Labelled images in stored order (see :class:`fedkern.methods.protocol.Samples`)."""
 
     def __init__(self, pixels: Pixels, labels: Tensor, device: torch.device, tokens: Any = None) -> None:
         self.pixels = pixels
@@ -100,7 +99,7 @@ class Samples:
 
 
 class BackgroundBank:
-    """A background bank (see :class:`fedkern.methods.base.Backgrounds`)."""
+    """A background bank (see :class:`fedkern.methods.protocol.Backgrounds`)."""
 
     def __init__(self, pixels: Pixels, labels: np.ndarray) -> None:
         self.pixels = pixels

@@ -21,8 +21,8 @@ from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
-from fedkern.methods.base import Batch, Client, Message, Objective, Phase, Received
-from fedkern.methods.protocol import batch_slices
+from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
+from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
 from fedkern.ops._core.private_torch import backward
 
@@ -75,7 +75,7 @@ class Schedule:
 
 @dataclass
 class Context:
-    """What a client received in this exchange (see :class:`fedkern.methods.base.Received`)."""
+    """What a client received in this exchange (see :class:`fedkern.methods.protocol.Received`)."""
 
     message: Message
     phase: Phase

@@ -1,27 +1,7 @@
 """Federated methods: one file each, written against the protocol of :mod:`fedkern.methods.base`."""
 
 from fedkern.methods.aggregators import AGGREGATORS, register_aggregator
-from fedkern.methods.base import (
-    Backgrounds,
-    Batch,
-    Client,
-    Federation,
-    LocalTraining,
-    Maybe,
-    Message,
-    Method,
-    Number,
-    Objective,
-    Phase,
-    Received,
-    Round,
-    Samples,
-    Server,
-    Upload,
-    Values,
-    like,
-    option,
-)
+from fedkern.methods.base import LocalTraining, Method
 from fedkern.methods.baselines.afl import AFL
 from fedkern.methods.baselines.alone import Local
 from fedkern.methods.baselines.ccvr import CCVR
@@ -44,8 +24,12 @@ from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
 from fedkern.methods.fedlpfm import FedLPFM
 from fedkern.methods.fusefl import FuseFL
+from fedkern.methods.options import option
+from fedkern.methods.protocol import Backgrounds, Batch, Federation, Message, Phase, Received, Round, Samples, Upload
 from fedkern.methods.registry import METHODS, get, register
+from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.terms import GradientSum, Terms
+from fedkern.methods.uploads import Maybe, Number, Values, like
 
 __all__ = [
     "AFL",

@@ -19,22 +19,9 @@ from fedkern.errors import UserError
 from fedkern.methods.aggregators import Gathered
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.options import option
-from fedkern.methods.protocol import (
-    OUTSIDE,
-    Backgrounds,
-    Batch,
-    ClientId,
-    Federation,
-    Message,
-    Observed,
-    Phase,
-    Received,
-    Round,
-    Samples,
-    Upload,
-)
+from fedkern.methods.protocol import ClientId, Federation, Message, Observed, Phase, Round, Upload
 from fedkern.methods.roles import Client, Objective, Server
-from fedkern.methods.uploads import Declaration, Maybe, Number, Values, like
+from fedkern.methods.uploads import Declaration
 from fedkern.privacy import Guarantee
 
 VECTORS = ("parameters", "buffers", "integers")
@@ -44,35 +31,6 @@ VECTORS = ("parameters", "buffers", "integers")
 def vectors_of(message: Mapping[str, Any]) -> Message:
     """The flat vectors of a network in a message or state."""
     return {name: message[name] for name in VECTORS if name in message}
-
-
-__all__ = [
-    "OUTSIDE",
-    "VECTORS",
-    "Backgrounds",
-    "Batch",
-    "Client",
-    "ClientId",
-    "Declaration",
-    "Federation",
-    "LocalTraining",
-    "Maybe",
-    "Message",
-    "Method",
-    "Number",
-    "Objective",
-    "Observed",
-    "Phase",
-    "Received",
-    "Round",
-    "Samples",
-    "Server",
-    "Upload",
-    "Values",
-    "like",
-    "option",
-    "vectors_of",
-]  # fmt: skip
 
 
 class Method:

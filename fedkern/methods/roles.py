@@ -10,16 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.methods.aggregators import Rule
-from fedkern.methods.protocol import (
-    Backgrounds,
-    Batch,
-    ClientId,
-    Federation,
-    Message,
-    Phase,
-    Received,
-    Samples,
-)
+from fedkern.methods.protocol import Backgrounds, Batch, ClientId, Federation, Message, Phase, Received, Samples
 from fedkern.methods.server_rules import ServerRule
 from fedkern.methods.terms import Terms
 from fedkern.privacy import DPSGD, Unit

@@ -21,9 +21,9 @@ from fedkern.cli import flags, request
 from fedkern.data import load
 from fedkern.engine.run import run
 from fedkern.methods import FedGID, FedIOD, FedLPFM, Phase, registry
-from fedkern.methods.base import Batch
 from fedkern.methods.common.robust_weights import exponentiated_step, project
 from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
+from fedkern.methods.protocol import Batch
 from fedkern.models.vocabulary import Tokens
 from fedkern.settings.config import RunConfig
 

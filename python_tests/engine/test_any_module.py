@@ -16,7 +16,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
-from fedkern.methods.base import Number, like
+from fedkern.methods.uploads import Number, like
 from fedkern.settings.config import RunConfig
 
 PHASE = Phase(0, "train", "update")

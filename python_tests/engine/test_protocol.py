@@ -10,7 +10,7 @@ from interrupted import Kill, KillAt, outcome
 from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, Method, Round, option, register
-from fedkern.methods.base import Number
+from fedkern.methods.uploads import Number
 from fedkern.settings.config import RunConfig
 
 

@@ -15,8 +15,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.declared import Declared
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
-from fedkern.methods.base import Maybe, Number, Values
-from fedkern.methods.uploads import all_finite, why_refused
+from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refused
 from fedkern.privacy import LEDGER
 from fedkern.run import main
 

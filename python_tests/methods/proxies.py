@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fedkern.methods.base import Batch, Phase
+from fedkern.methods.protocol import Batch, Phase
 
 PHASE = Phase(0, "train", "update")
 

@@ -20,10 +20,10 @@ from fedkern.engine.run import run
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase, Scaffold
-from fedkern.methods.base import Batch
 from fedkern.methods.common.figures import figures
 from fedkern.methods.common.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
 from fedkern.methods.common.supervised import pixelwise_loss
+from fedkern.methods.protocol import Batch
 from fedkern.settings.config import RunConfig
 
 METHODS_HERE = sorted(name for name, kind in METHODS.items() if "segmentation" in kind.tasks)
