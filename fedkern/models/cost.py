@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +52,16 @@ def count_flops(module: nn.Module | None) -> Iterator[Counted]:
             yield counted
         counted.flops = int(counter.get_total_flops())
         return
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    handles = [layer.register_forward_hook(counted.add) for layer in layers]
-    try:
+    with hooked((layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))), counted.add):
         yield counted
+
+
+@contextmanager
+def hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Context in which ``hook(layer, inputs, output)`` is called after every layer."""
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -104,7 +110,14 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     buffers = stored_bytes(module) - weights
-    with torch.no_grad(), _Layers(module.eval()) as layers, count_flops(module) as forward:
+    largest = 0  # sum of a layer's input and output, in bytes
+
+    def look(layer: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor)))
+
+    leaves = [layer for layer in module.eval().modules() if not any(True for _ in layer.children())]
+    with torch.no_grad(), hooked(leaves, look), count_flops(module) as forward:
         module(images)
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -124,27 +137,6 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
         parameters=sum(p.numel() for p in module.parameters()),
         inference_flops=forward.flops // count,
         training_flops=both.flops // count,
-        inference_bytes=weights + buffers + layers.largest // count,
+        inference_bytes=weights + buffers + largest // count,
         training_bytes=3 * weights + buffers + sum(saved.values()) // count,
     )
-
-
-class _Layers:
-    """Records the largest sum of a layer's input and output, in bytes, while a module runs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.largest = 0
-        self._leaves = [layer for layer in module.modules() if not any(True for _ in layer.children())]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Layers:
-        self._handles = [layer.register_forward_hook(self._look) for layer in self._leaves]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _look(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [x for x in (*inputs, output) if isinstance(x, Tensor)]
-        self.largest = max(self.largest, sum(x.numel() * x.element_size() for x in tensors))
