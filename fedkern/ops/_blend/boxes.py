@@ -102,13 +102,8 @@ def _constant(fill: float, images: Tensor) -> Tensor:
     return torch.full((1, channels), fill, dtype=images.dtype, device=images.device)
 
 
-def _check_real(tensor: Tensor, name: str) -> None:
-    if tensor.is_complex():
-        raise TypeError(f"{name} must have a real dtype, but has {tensor.dtype}")
-
-
-def _check_box_dtype(tensor: Tensor, name: str) -> None:
-    if tensor.dtype is torch.bool or tensor.is_complex():
+def _check_real(tensor: Tensor, name: str, *, boolean: bool = True) -> None:
+    if tensor.is_complex() or (tensor.dtype is torch.bool and not boolean):
         raise TypeError(f"{name} must have a real dtype, but has {tensor.dtype}")
 
 
@@ -131,16 +126,13 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
             check_tensor(row, name)
             if row.dim() != 2 or row.shape[1] != 4:
                 raise ValueError(f"{name} must have shape [n, 4], but has {list(row.shape)}")
-            _check_box_dtype(row, name)
+            _check_real(row, name, boolean=False)
             check_device(row, name, images, "images")
         if any(row.dtype != rows[0].dtype for row in rows):  # pad_sequence would cast all to the first one's
             rows = [row.double() for row in rows]
-        padded = (
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            if rows
-            else torch.zeros(0, 0, 4, device=images.device)
-        )
-    _check_box_dtype(padded, "boxes")
+        empty = torch.zeros(0, 0, 4, device=images.device)
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else empty
+    _check_real(padded, "boxes", boolean=False)
     check_device(padded, "boxes", images, "images")
     return padded
 
@@ -269,12 +261,7 @@ _fill_boxes = library.register(
 )
 
 
-_DTYPES = frozenset(
-    {
-        *backend.DTYPES,
-        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
-    }
-)
+_DTYPES = backend.FLOATS | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 backend.serve(
     "boxes",
     cpu=BoxesKernels,
