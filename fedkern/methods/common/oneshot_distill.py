@@ -17,7 +17,7 @@ from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
-from fedkern.methods.roles import Client, Server
+from fedkern.methods.roles import Client, Node, Server
 from fedkern.methods.uploads import Declaration
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
@@ -146,9 +146,9 @@ class Distilled(MemberNetworks):
             super().server_update(server, phase, uploads)
 
 
-def torch_stream(server: Server, purpose: str, phase: Phase) -> torch.Generator:
-    """A CPU ``torch.Generator``, seeded by the server's own stream for a purpose and round."""
-    return torch.Generator().manual_seed(int(server.rng(purpose, phase).integers(2**63)))
+def torch_stream(node: Node, purpose: str, phase: Phase) -> torch.Generator:
+    """A CPU ``torch.Generator``, seeded by the server's or a client's own stream for a purpose and round."""
+    return torch.Generator().manual_seed(int(node.rng(purpose, phase).integers(2**63)))
 
 
 class Pool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -61,7 +61,7 @@ class BatchNormStatistics:
                     self._handles.append(layer.register_forward_pre_hook(self._look))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -152,7 +152,8 @@ def synthesise(
     adversarial = how.adversarial if student is not None else 0.0
     best: Tensor | None = None
     lowest = torch.full((), torch.inf, device=device)
-    with frozen(student), BatchNormStatistics(teachers.members if how.batch_norm else ()) as statistics:
+    still = nullcontext() if student is None else frozen(student)
+    with still, BatchNormStatistics(teachers.members if how.batch_norm else ()) as statistics:
         for _ in range(how.steps):
             images = generator(z)
             logits = teachers.logits(images)
@@ -177,20 +178,14 @@ def refuse_diverged(student: nn.Module) -> None:
         raise UserError("The student diverged: lower the method option distill_lr.")
 
 
-class frozen:
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
     """Context in which a network is in eval mode without parameter gradients; leaving it restores both."""
-
-    def __init__(self, network: nn.Module | None) -> None:
-        self._network = network
-
-    def __enter__(self) -> None:
-        if self._network is not None:
-            self._training = self._network.training
-            self._needed = [p.requires_grad for p in self._network.parameters()]
-            self._network.eval().requires_grad_(False)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._network is not None:
-            self._network.train(self._training)
-            for parameter, needed in zip(self._network.parameters(), self._needed, strict=True):
-                parameter.requires_grad_(needed)
+    training, needed = network.training, [p.requires_grad for p in network.parameters()]
+    network.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.train(training)
+        for parameter, need in zip(network.parameters(), needed, strict=True):
+            parameter.requires_grad_(need)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.losses import against, confidence
 from fedkern.methods.protocol import BEFORE, Phase, batch_slices
@@ -32,7 +33,7 @@ class Discriminators:
         self._here = [0] * len(clients)
         self._steps = [0] * len(clients)
         channels, height, width = first.image_shape
-        drawn = [self._draw(client, 0) for client in clients]
+        drawn = [torch_stream(client, "critic/0", BEFORE) for client in clients]
         layers = o.critic_layers or whole_image(height, width)
         module = PatchDiscriminators(drawn, channels=channels, ndf=o.ndf, layers=layers)
         self.module = module.to(first.device)
@@ -46,13 +47,9 @@ class Discriminators:
                     kept[shard] = self._fresh(client, shard)
             self._load(slot, 0)
 
-    def _draw(self, client: Client, shard: int) -> torch.Generator:
-        seed = int(client.rng(f"critic/{shard}", BEFORE).integers(2**63))
-        return torch.Generator().manual_seed(seed)
-
     def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
         """State of an untrained discriminator."""
-        own, drawn = self.module, [self._draw(client, shard)]
+        own, drawn = self.module, [torch_stream(client, f"critic/{shard}", BEFORE)]
         weights = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
         mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
         return {"weights": weights, "mean": mean, "square": square, "steps": 0}
