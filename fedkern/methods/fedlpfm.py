@@ -138,7 +138,7 @@ class FedLPFM(LocalTraining):
         self._specs: list[teachers.Spec] = []
         self._made: dict[int, Teacher] = {}
         self._setting: teachers.Setting | None = None
-        self._cache: LogitsCache | None = None
+        self._cache: LogitsCache  # from _install on
         self._proxy: Teacher | None = None
         self._known: dict[int, tuple[Any, dict[str, float]]] = {}
 
@@ -276,7 +276,6 @@ class FedLPFM(LocalTraining):
         o, teacher = self.options, self._teacher(index)
         images = (batch.images for batch in client.batches())
         if o.teacher_tuning == "zero-shot":
-            assert self._cache is not None
             return self._cache.logits(teacher, images, client.samples)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
         tuned: Callable[[Tensor], Tensor]
@@ -336,7 +335,6 @@ class FedLPFM(LocalTraining):
     def _teacher(self, index: int) -> Teacher:
         if index not in self._made:
             assert self._setting is not None
-            assert self._cache is not None
             self._made[index] = teachers.make(self._specs[index], self._setting, self._cache)
         return self._made[index]
 
@@ -370,7 +368,6 @@ class FedLPFM(LocalTraining):
                 server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
         if self.options.public_proxy and server.public is not None:
             assert self._setting is not None
-            assert self._cache is not None
             network = server.build()
             pretrained(
                 network, server.public, self._cache, name="proxy", recipe=self._setting.recipe, seed=self._setting.seed
@@ -402,11 +399,9 @@ class FedLPFM(LocalTraining):
         return figures
 
     def _teacher_figures(self, data: Any) -> dict[str, float]:
-        assert self._cache is not None
         labels = torch.cat([own.cpu() for _, own in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
-            assert self._cache is not None
             return self._cache.logits(teacher, (images for images, _ in data.batches()), len(labels))
 
         def accuracy(probabilities: Tensor) -> float:
