@@ -15,13 +15,13 @@ from torch.nn import functional
 from fedkern import extras
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.inputs import read_json
 from fedkern.models.precision import autocasts, full
 from fedkern.models.pretrained import (
     check_adapter,
     check_complete,
     check_folder,
     content_hash,
+    preprocessor,
     quiet,
     unloadable,
     weights,
@@ -93,13 +93,7 @@ class ClipTeacher(Teacher):
                     check_adapter(transformers, where)
                 network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                found = transformers.utils.cached_file(
-                    where,
-                    "preprocessor_config.json",
-                    local_files_only=local,
-                    _raise_exceptions_for_missing_entries=False,
-                )
-            settings = read_json(found) if found else {}
+                settings = preprocessor(transformers, where, local=local)
         except Exception as error:  # transformers raises many exception types for a wrong folder or name
             way = "" if local else " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
             raise unloadable("a CLIP", f"{where}{way}", error) from error

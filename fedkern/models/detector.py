@@ -14,11 +14,11 @@ from torch.nn import functional
 from fedkern import extras
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.inputs import read_json
 from fedkern.models.pretrained import (
     check_adapter,
     check_folder,
     content_hash,
+    preprocessor,
     quiet,
     unloadable,
     weights,
@@ -138,13 +138,7 @@ class GroundingDino:
                     check_adapter(transformers, where)
                 network = transformers.GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                settings = transformers.utils.cached_file(
-                    where,
-                    "preprocessor_config.json",
-                    local_files_only=local,
-                    _raise_exceptions_for_missing_entries=False,
-                )
-            self._settings = read_json(settings) if settings else {}
+                self._settings = preprocessor(transformers, where, local=local)
         except Exception as error:  # transformers raises many exception types for a wrong folder or name
             raise unloadable("a Grounding DINO", where, error) from error
         self._network, self._tokenizer = network.eval().requires_grad_(False).to(self.device), tokenizer

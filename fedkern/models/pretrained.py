@@ -59,6 +59,14 @@ def check_folder(folder: Path, what: str) -> None:
         )
 
 
+def preprocessor(transformers: Any, where: str, *, local: bool) -> Any:
+    """The contents of preprocessor_config.json of a folder or name; empty without that file."""
+    found = transformers.utils.cached_file(
+        where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+    )
+    return read_json(found) if found else {}
+
+
 def check_adapter(transformers: Any, name: str) -> None:
     """Raises ValueError if ``name`` is a PEFT adapter on the hub; :func:`check_folder` checks local folders."""
     if transformers.utils.find_adapter_config_file(name) is not None:

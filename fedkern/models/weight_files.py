@@ -30,7 +30,8 @@ def read_state_dict(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"--teachers: {path} cannot be read: {error.strerror or error}.") from None
     except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"--teachers: {path} is damaged: {_first_sentence(error)}.") from None
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+        raise UserError(f"--teachers: {path} is damaged: {reason}.") from None
     except Exception:
         # pickle raises anything for a file that it has not written, a KeyError for example.  torch's message is not
         # shown: it is long and recommends to execute whatever the file holds.
@@ -68,7 +69,3 @@ def load_by_name(module: nn.Module, tensors: Mapping[str, Tensor], path: str, ne
     if foreign := [name for name in tensors if name not in own]:
         raise UserError(f"--init {path} is not for {network}, which has no {foreign[0]}.")
     module.load_state_dict(dict(tensors))
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
