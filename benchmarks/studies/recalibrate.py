@@ -22,8 +22,9 @@ from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.common.calibration import CalibrationOptions, ClassStatistics, calibrate
-from fedkern.methods.fusefl.levels import linear_of, plain_head
+from fedkern.methods.fusefl.levels import plain_head
 from fedkern.models import Ensemble
+from fedkern.models.allocate import linear_of
 from fedkern.models.fused import FusedLevel, FusedNetwork
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -27,6 +27,14 @@ def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.dev
     made = kind(*arguments, device="meta")
     allocate(made)
     return made if device is None else made.to(device)
+
+
+def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
+    """A classifier with these weights."""
+    classes, width = state["weight"].shape
+    head = uninitialised(nn.Linear, width, classes, device=device)
+    head.load_state_dict(state)
+    return head
 
 
 def allocate(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.allocate import uninitialised
+from fedkern.models.allocate import linear_of
 from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher_stack import FUSE_BYTES, folded
@@ -130,7 +130,7 @@ class Ensemble(nn.Module):
         rows = [w * head.weight for w, head in zip(self.weights, heads, strict=True)]
         weight = torch.cat(rows, 1) if self.pool == "concat" else torch.stack(rows).sum(0)
         bias = torch.stack([w * head.bias for w, head in zip(self.weights, heads, strict=True)]).sum(0)
-        return _linear(weight, bias)
+        return linear_of({"weight": weight, "bias": bias}, weight.device).requires_grad_(False)
 
     def replace_head(self, weight: Tensor, bias: Tensor) -> None:
         """Replaces the mean of the logits by a classifier on :meth:`features`: ``weight`` [C, D], ``bias`` [C].
@@ -142,7 +142,7 @@ class Ensemble(nn.Module):
         if weight.shape[1:] != (width,) or bias.shape != weight.shape[:1]:
             shapes = f"{list(weight.shape)} and {list(bias.shape)}"
             raise ValueError(f"weight and bias must have shapes [C, {width}] and [C], not {shapes}")
-        self.head = _linear(weight.to(self.weights.device), bias.to(self.weights.device))
+        self.head = linear_of({"weight": weight, "bias": bias}, self.weights.device).requires_grad_(False)
 
     # -- fused pass ------------------------------------------------------------------------------------------------
 
@@ -174,9 +174,3 @@ class Ensemble(nn.Module):
         weight = torch.stack([m.head.weight.detach().T for m in members])
         bias = torch.stack([m.head.bias.detach() for m in members])[:, None]
         return body, weight, bias
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = uninitialised(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device)
-    made.load_state_dict({"weight": weight, "bias": bias})
-    return made.requires_grad_(False)

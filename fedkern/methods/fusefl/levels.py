@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.methods.protocol import Batch
-from fedkern.models.allocate import uninitialised
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
 from fedkern.transfer import send
@@ -128,14 +127,6 @@ def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, 
     head = {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in names}
     if final == "concat":
         head["weight"] = torch.cat([state["weight"] for state in states], 1) / len(states)
-    return head
-
-
-def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
-    """A classifier with these weights."""
-    classes, width = state["weight"].shape
-    head = uninitialised(nn.Linear, width, classes, device=device)
-    head.load_state_dict(state)
     return head
 
 

@@ -26,13 +26,14 @@ from torch.nn.functional import cross_entropy
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
-from fedkern.methods.fusefl.levels import BothHeads, LocalPart, linear_of, plain_head, scaled_width, tensors_of
+from fedkern.methods.fusefl.levels import BothHeads, LocalPart, plain_head, scaled_width, tensors_of
 from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration, once
 from fedkern.models import MODELS
+from fedkern.models.allocate import linear_of
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
