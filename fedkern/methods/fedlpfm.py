@@ -107,16 +107,12 @@ class FedLPFM(LocalTraining):
         )
         tuning_epochs: int = option(10, "epochs of teacher_tuning", low=1)
         tuning_lr: float = option(
-            0.0,
-            "learning rate of teacher_tuning (AdamW); 0: 1e-3 for probe, 1e-5 for finetune",
-            low=0,
+            0.0, "learning rate of teacher_tuning (AdamW); 0: 1e-3 for probe, 1e-5 for finetune", low=0
         )
         pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
         public_proxy: bool = option(True, "also report a proxy trained on the public images alone")
         teacher_cache: str = option(
-            "",
-            "folder for teachers' weights and logits; empty: the user's cache folder",
-            path=files.absolute,
+            "", "folder for teachers' weights and logits; empty: the user's cache folder", path=files.absolute
         )
 
     def __init__(self, options: Any = None, **given: Any) -> None:

@@ -86,13 +86,7 @@ def pretrain(
 
 @computing("fp32")  # runs of either precision read the cached weights
 def pretrained(
-    network: StagedNetwork,
-    data: Labelled,
-    cache: LogitsCache,
-    *,
-    name: str,
-    recipe: Recipe,
-    seed: int,
+    network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int
 ) -> None:
     """Gives ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
 

@@ -47,11 +47,7 @@ class PairNetwork(nn.Module):
     """
 
     def __init__(
-        self,
-        image_encoder: nn.Module,
-        text_encoder: nn.Module,
-        *,
-        about: Mapping[str, Any] | None = None,
+        self, image_encoder: nn.Module, text_encoder: nn.Module, *, about: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         widths = [int(cast(Any, encoder).width) for encoder in (image_encoder, text_encoder)]

@@ -111,11 +111,7 @@ def private_steps(
             # From channels-last weights, whose gradients are contiguous here.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout")
             yield _optimizer(
-                optimizer,
-                noise * max_norm,
-                max_grad_norm=max_norm,
-                expected_batch_size=batch,
-                generator=generator,
+                optimizer, noise * max_norm, max_grad_norm=max_norm, expected_batch_size=batch, generator=generator
             )
     finally:
         hooked.to_standard_module()

@@ -52,9 +52,7 @@ class DENSE(Distilled):
         temperature: float = option(20.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(256, "images per step of the distillation", low=2)
         adv_weight: float = option(
-            1.0,
-            "weight of the adversarial loss (divergence of ensemble and student on the images)",
-            low=0,
+            1.0, "weight of the adversarial loss (divergence of ensemble and student on the images)", low=0
         )
         restart: bool = option(True, "reset the generator's weights before every batch")
 

@@ -72,9 +72,7 @@ class FedDyn(FedAvg):
 
     def terms(self, received: Received) -> Terms:
         return Terms(
-            correction=received.extras["correction"],
-            anchor=received.parameters,
-            proximal=received.message["alpha"],
+            correction=received.extras["correction"], anchor=received.parameters, proximal=received.message["alpha"]
         )
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:

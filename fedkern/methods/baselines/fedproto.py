@@ -54,9 +54,7 @@ class FedProto(LocalTraining):
             choices=("averaged", "personal"),
         )  # fmt: skip
         predict: str = option(
-            "head",
-            "prediction by the classifier, or by the nearest prototype",
-            choices=("head", "prototype"),
+            "head", "prediction by the classifier, or by the nearest prototype", choices=("head", "prototype")
         )
 
     @property

@@ -50,9 +50,7 @@ class Robust(LocalTraining):
             choices=("uniform", "samples"),
         )
         eta: float = option(
-            0.5,
-            "step size of the client weights; the larger, the faster they follow the losses",
-            low=0,
+            0.5, "step size of the client weights; the larger, the faster they follow the losses", low=0
         )
         dro_apply: str = option(
             "aggregate",

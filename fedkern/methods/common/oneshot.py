@@ -132,8 +132,7 @@ class MemberNetworks(OwnNetworks, OneShot):
         """Options of every method that keeps the clients' networks."""
 
         models: str = option(
-            "",
-            "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
+            "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
         )
 
     needs_statistics = True

@@ -56,8 +56,7 @@ class IODOptions(PrivacyOptions, Method.Options):
         choices=("generator", "public"),
     )
     models: str = option(
-        "",
-        "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
+        "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
     )
     holdout: float = option(
         0.0,
@@ -71,10 +70,7 @@ class IODOptions(PrivacyOptions, Method.Options):
         choices=("last", "best"),
     )
     teacher_lr_end: float | None = option(
-        None,
-        "final learning rate of a teacher's cosine schedule; open: a constant learning rate",
-        low=0,
-        type=float,
+        None, "final learning rate of a teacher's cosine schedule; open: a constant learning rate", low=0, type=float
     )
     iterations: int = option(30, "iterations of a round; 0: as many as the largest client has batches", low=0)
     batch: int = option(32, "generated images per step, and real ones per step of a discriminator", low=2)
@@ -115,10 +111,7 @@ class IODOptions(PrivacyOptions, Method.Options):
     w_clear: float | None = option(None, "weight of the clarity loss (mean entropy of the teachers)", low=0, type=float)
     w_diverse: float | None = option(None, "weight of the diversity loss", low=0, type=float)
     w_adv: float | None = option(
-        None,
-        "weight of the adversarial loss (images that are hard for the student)",
-        low=0,
-        type=float,
+        None, "weight of the adversarial loss (images that are hard for the student)", low=0, type=float
     )
     w_balance: float | None = option(None, "weight of the loss for balanced classes in a batch", low=0, type=float)
     diversity: str | None = option(
@@ -161,9 +154,7 @@ class IODOptions(PrivacyOptions, Method.Options):
         type=str,
     )
     pixels: str = option(
-        "float32",
-        "data type of images in messages; uint8 takes a quarter of the bytes",
-        choices=("float32", "uint8"),
+        "float32", "data type of images in messages; uint8 takes a quarter of the bytes", choices=("float32", "uint8")
     )
     absent: float = option(0.0, "share of the iterations that a client misses, drawn at random", low=0, high=0.99)
     batched: bool = option(True, "ask the clients' networks in one pass where the clients share a process")

@@ -79,8 +79,7 @@ class FuseFL(Objective, Method):
             "the number of clients",
         )
         models: str = option(
-            "",
-            "networks of the clients in turn, for example resnet18,resnet10; empty: --model for all",
+            "", "networks of the clients in turn, for example resnet18,resnet10; empty: --model for all"
         )
 
     one_shot = True

@@ -118,13 +118,7 @@ def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
 
 
 def _rows(
-    kernel: PlainAggregate,
-    vectors: Vectors,
-    given: Vectors,
-    max_norm: float,
-    deviation: float,
-    seed: int,
-    offset: int,
+    kernel: PlainAggregate, vectors: Vectors, given: Vectors, max_norm: float, deviation: float, seed: int, offset: int
 ) -> Any:
     """The results in the form of ``vectors``, whose rows are ``given``.
 

@@ -400,11 +400,7 @@ _pairwise_operator = library.register(
     vmap=no_vmap("pairwise_distances"),
 )
 _krum_operator = library.register(
-    "krum",
-    "(Tensor[] vectors, int byzantine, int keep) -> Tensor",
-    _run_krum,
-    fake=fake_vector,
-    vmap=no_vmap("krum"),
+    "krum", "(Tensor[] vectors, int byzantine, int keep) -> Tensor", _run_krum, fake=fake_vector, vmap=no_vmap("krum")
 )
 _geometric_median_operator = library.register(
     "geometric_median",

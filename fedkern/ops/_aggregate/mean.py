@@ -189,11 +189,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 
 def _vmap(
-    info: Any,
-    in_dims: tuple[int | None, int | None, None],
-    vectors: Tensor,
-    weights: Tensor,
-    dtype: torch.dtype | None,
+    info: Any, in_dims: tuple[int | None, int | None, None], vectors: Tensor, weights: Tensor, dtype: torch.dtype | None
 ) -> tuple[Tensor, int]:
     rows, values, _ = in_dims
     if values is None:

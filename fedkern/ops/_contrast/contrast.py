@@ -109,10 +109,4 @@ class _Contrastive(EagerFunction):
         return (None, None, *handed_out(scaled, gradients))
 
 
-serve(
-    "contrastive",
-    cpu=CpuContrast,
-    cuda=CudaContrast,
-    triton="_contrast.triton:TritonContrast",
-    fits="tensors_fit",
-)
+serve("contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast", fits="tensors_fit")

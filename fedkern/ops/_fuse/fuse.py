@@ -25,10 +25,7 @@ _grad_enabled = torch.is_grad_enabled
 
 
 def fuse_concat(
-    features: Sequence[Tensor],
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: Activation = None,
+    features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, activation: Activation = None
 ) -> Tensor:
     """Concatenates M feature maps along the channels, with batch norm and ReLU in the same pass.
 
@@ -57,10 +54,7 @@ def fuse_concat(
 
 
 def fuse_mean(
-    features: Sequence[Tensor],
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: Activation = None,
+    features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, activation: Activation = None
 ) -> Tensor:
     """Averages M feature maps, each after its own batch norm and ReLU, in one pass (FuseFL's ``avg`` adaptor).
 

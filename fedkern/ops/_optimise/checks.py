@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.checks import (
-    check_dense,
-    check_device,
-    check_floating,
-    check_number,
-    check_tensor,
-    share_memory,
-)
+from fedkern.ops._core.checks import check_dense, check_device, check_floating, check_number, check_tensor, share_memory
 
 
 def check_parameters(parameters: Tensor) -> None:

@@ -12,13 +12,7 @@ from torch import Tensor
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_count, check_flag, check_number, no_vmap, refuse_gradient, written
-from fedkern.ops._optimise.checks import (
-    check_betas,
-    check_like,
-    check_lr,
-    check_memory,
-    check_parameters,
-)
+from fedkern.ops._optimise.checks import check_betas, check_like, check_lr, check_memory, check_parameters
 from fedkern.ops._optimise.kernels import AdamW, Call, OptimiseKernels
 from fedkern.ops._optimise.reference import optimise_reference
 

@@ -13,13 +13,7 @@ from fedkern.ops._aggregate.philox import signed
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.robust_reference import HALF
 from fedkern.ops._aggregate.rules import ServerRule
-from fedkern.ops._aggregate.triton.means import (
-    add_kernel,
-    divide_kernel,
-    encoded,
-    mean_kernel,
-    step_kernel,
-)
+from fedkern.ops._aggregate.triton.means import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel
 from fedkern.ops._aggregate.triton.order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
 from fedkern.ops._core import backend
 from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two, processors
