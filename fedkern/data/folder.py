@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.data.found_files import need_root
-from fedkern.data.images import MAX_PIXELS, subfolders
+from fedkern.data.images import subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
     Found,
@@ -29,16 +29,7 @@ from fedkern.data.types import Source
 from fedkern.errors import UserError
 
 
-def open_folder(
-    root: str | Path | None,
-    size: int = 64,
-    colour: str = "rgb",
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    max_image_pixels: int = MAX_PIXELS,
-    bits: int = 0,
-    layout: str = "auto",
-) -> Source:
+def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Source:
     """Reads a tree of class folders; images are decoded when a split needs them.
 
     Args:
@@ -47,9 +38,8 @@ def open_folder(
             the test set.  `SPLITS` has the other accepted names, in any case.  Or ``root`` holds a folder for every
             site with such a tree in it, and the sites are the clients.  The test folder of a site is then the own test
             set of that client; the test set of the run joins them.
+        reading: how files become images.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
-
-    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: no such tree, fewer than two classes, a class without images, a test class unknown in training, or
@@ -103,9 +93,4 @@ def open_folder(
     rest["notices"] += told
     number = {name: label for label, name in enumerate(classes)}
     listing = Listing(labels=np.array([number[image.label] for image in found], dtype=np.int64), **rest)
-    return to_source(
-        "folder",
-        listing,
-        classes,
-        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
-    )
+    return to_source("folder", listing, classes, reading)

@@ -46,7 +46,7 @@ class Reading:
         validation_share: share of the training images held out as validation set where there is none; 0: none.
         pad: keep the proportions of images that are not square.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
-        max_pixels: most pixels of an image, as its file announces them.
+        max_image_pixels: most pixels of an image, as its file announces them.
         bits: bits of a grey value in files with more than eight; 0: `fedkern.data.images.grey_bits` tells.
     """
 
@@ -56,7 +56,7 @@ class Reading:
     validation_share: float
     pad: bool = False
     crop: int = 0
-    max_pixels: int = MAX_PIXELS
+    max_image_pixels: int = MAX_PIXELS
     bits: int = 0
 
 
@@ -122,9 +122,9 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     grey = reading.colour == "grey"
     numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
     places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
-    tops = {} if reading.bits else grey_tops(tuple(numbers), reading.max_pixels)
+    tops = {} if reading.bits else grey_tops(tuple(numbers), reading.max_image_pixels)
     bits = reading.bits or grey_bits(tops.values())
-    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_pixels, bits)
+    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_image_pixels, bits)
 
     def pool(chosen: Tensor) -> Pool:
         masks, texts = listing.masks, listing.texts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from fedkern.data.images import MAX_PIXELS, subfolders
+from fedkern.data.images import subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
     Found,
@@ -29,19 +30,7 @@ from fedkern.inputs import read_text
 ANY = "any"
 
 
-def open_pairs(
-    root: str | Path | None,
-    size: int = 64,
-    colour: str = "rgb",
-    longest: int = 112,
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    crop: int = 0,
-    max_image_pixels: int = MAX_PIXELS,
-    bits: int = 0,
-    layout: str = "auto",
-    **chosen: str,
-) -> Source:
+def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: str, **chosen: str) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
 
     CSV file: the columns are ``image``, ``text`` and optionally ``label``, ``split``, ``client`` and ``patient_id``.
@@ -54,7 +43,7 @@ def open_pairs(
 
     Args:
         root: the CSV file, a folder with one CSV file, or the folder of images.
-        size: side in pixels to which every image is resized, with black bars where it is not square.
+        reading: how files become images, with black bars where they are not square.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``LABEL/PATIENT/image``.
         **chosen: columns of the CSV file, see `fedkern.data.table.read_table`.
 
@@ -81,14 +70,7 @@ def open_pairs(
         rest = listed(base, sites, found)
         rest["notices"] += told
     listing = Listing(labels=labels, texts=[" ".join(text.split()[:longest]) for text in texts], **rest)
-    return to_source(
-        "pairs",
-        listing,
-        classes,
-        Reading(
-            size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels, bits=bits
-        ),
-    )
+    return to_source("pairs", listing, classes, replace(reading, pad=True))
 
 
 def _sites(base: Path, layout: str) -> dict[str, Splits]:

@@ -20,6 +20,7 @@ from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
 from fedkern.data.images import MAX_PIXELS
 from fedkern.data.label_sets import LABEL_TASKS
+from fedkern.data.listing import Reading
 from fedkern.data.nico import open_nico
 from fedkern.data.pairs import open_pairs
 from fedkern.data.partition import parse_partition
@@ -73,6 +74,12 @@ class DatasetInfo:
     @property
     def coloured(self) -> bool:
         return self.correlation is not None
+
+
+def _read(reader: Callable[..., Source], root: Root, **options: Any) -> Source:
+    """Opens a user's own files with a reader that takes the options on images as one `Reading`."""
+    reading = {name: options.pop(name) for name in Reading.__dataclass_fields__ if name in options}
+    return reader(root, Reading(**reading), **options)
 
 
 _mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
@@ -203,11 +210,11 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
-        open_folder, 5, "dirichlet:0.5", options={**_READING, **_LAYOUT},
+        partial(_read, open_folder), 5, "dirichlet:0.5", options={**_READING, **_LAYOUT},
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
-        open_csv, 5, "dirichlet:0.5",
+        partial(_read, open_csv), 5, "dirichlet:0.5",
         options={
             **_READING,
             "task": DataOption("auto", "multilabel: labels counts, also with one in every row", choices=LABEL_TASKS),
@@ -216,7 +223,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
-        open_segmentation, 5, "iid",
+        partial(_read, open_segmentation), 5, "iid",
         options={
             **_READING,
             **_LAYOUT,
@@ -229,7 +236,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
-        open_pairs, 5, "iid", task="retrieval",
+        partial(_read, open_pairs), 5, "iid", task="retrieval",
         options={
             **_READING,
             **_LAYOUT,
@@ -240,7 +247,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
-        open_reports, 5, "dirichlet:0.5", prompts="{class}", task="retrieval",
+        partial(_read, open_reports), 5, "dirichlet:0.5", prompts="{class}", task="retrieval",
         options={
             **_READING,
             "crop": _CROP,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fedkern.data.images import MAX_PIXELS
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.spelling import number
 from fedkern.data.table import Table, find_table, read_table
@@ -36,18 +36,7 @@ _WORD = re.compile("[a-z0-9]+")
 
 
 def open_reports(
-    root: str | Path | None,
-    size: int = 64,
-    colour: str = "grey",
-    views: str = "known",
-    longest: int = 112,
-    shortest: int = 3,
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    crop: int = 0,
-    max_image_pixels: int = MAX_PIXELS,
-    bits: int = 0,
-    **chosen: str,
+    root: str | Path | None, reading: Reading, views: str, longest: int, shortest: int, **chosen: str
 ) -> Source:
     """Reads a CSV file of radiographs and reports.
 
@@ -68,12 +57,11 @@ def open_reports(
 
     Args:
         root: the CSV file, or a folder with that one CSV file.
-        size: side in pixels to which every image is resized, with black bars where it is not square.
+        reading: how files become images, with black bars where they are not square.  The published crop is 224 of 256
+            pixels (FedDRA; docs/methods/baselines.md, 6.5).
         views: which rows are kept.  ``"frontal"``: rows whose view is PA or AP, alone or with the patient's posture
             ("AP portable"), but not lying on one side or axial ("AP LLD", "AP AXIAL").  ``"known"``: frontal rows and
             rows that name no view.  ``"all"``: all rows.
-        crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
-            images.  The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
         **chosen: columns of the file, see `fedkern.data.table.read_table`; a chosen ``report`` replaces ``impression``
             and ``findings`` too.
 
@@ -116,14 +104,7 @@ def open_reports(
         texts=[texts[row] for row in rows],
         **table.listed("reports"),
     )
-    return to_source(
-        "reports",
-        listing,
-        classes,
-        Reading(
-            size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels, bits=bits
-        ),
-    )
+    return to_source("reports", listing, classes, replace(reading, pad=True))
 
 
 def _column(table: Table, names: Sequence[str]) -> str | None:

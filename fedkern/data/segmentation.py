@@ -13,7 +13,7 @@ import torch
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.image_rows import ImageStore, PixelClasses
-from fedkern.data.images import MAX_PIXELS, MaskFiles, list_images, read_mask
+from fedkern.data.images import MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Found, Splits, check_folders, check_images, find_sites, listed, trees
 from fedkern.data.split import IGNORE, MOST, are_classes
@@ -31,16 +31,11 @@ SHOWN = 6
 
 def open_segmentation(
     root: str | Path | None,
-    size: int = 64,
-    colour: str = "rgb",
-    names: str = "",
-    tile: int = 0,
-    ignore: int = -1,
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    max_image_pixels: int = MAX_PIXELS,
-    bits: int = 0,
-    layout: str = "auto",
+    reading: Reading,
+    names: str,
+    tile: int,
+    ignore: int,
+    layout: str,
     *,
     cache: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
@@ -62,9 +57,9 @@ def open_segmentation(
 
     Args:
         root: the CSV file, a folder with one CSV file, or the folder of images and masks.
-        size: side in pixels to which images and, by the nearest pixel, masks are resized.
+        reading: how files become images; masks are resized by the nearest pixel.
         names: the classes, separated by ``|``, the background first; by default they are numbered.
-        tile: side of the tiles that images are cut into after resizing, 0 for none; ``size`` is a multiple of ``tile``.
+        tile: side of the tiles that images are cut into after resizing, 0 for none; it divides their size.
             The tiles of an image are one case: they are held out, given to a client and scored together.
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
         cache: folder that keeps decoded masks.
@@ -93,9 +88,10 @@ def open_segmentation(
             sites, found = {"": {}}, [image._replace(site="", patient=image.site) for image in found]
         rest = listed(base, sites, found, masks)
         images = rest["paths"]
+    size = reading.size
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
-    files = MaskFiles(images, masks, size, "segmentation", max_image_pixels)
+    files = MaskFiles(images, masks, size, "segmentation", reading.max_image_pixels)
     store = None if tile else masks_on_disk(files, cache, notice)
     everything = torch.arange(len(files))
     if store is None:
@@ -120,12 +116,7 @@ def open_segmentation(
         held = PixelClasses.of(store, everything, torch.from_numpy(meaning))
     full = FullMasks(MaskStore(Meanings(files, meaning.astype(np.int16), len(classes)), size), everything)
     listing = Listing(labels=_largest(counts, len(classes)), masks=held, full=full, **rest)
-    source = to_source(
-        "segmentation",
-        listing,
-        classes,
-        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
-    )
+    source = to_source("segmentation", listing, classes, reading)
     return source.with_pools(lambda pool: tiled(pool, tile)) if tile else source
 
 

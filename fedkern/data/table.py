@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.images import MAX_PIXELS, hidden
+from fedkern.data.images import hidden
 from fedkern.data.label_sets import COLUMN as SETS
-from fedkern.data.label_sets import LABEL_TASKS, check_several, has_sets, label_sets
+from fedkern.data.label_sets import check_several, has_sets, label_sets
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.spelling import MISSING, classes_of, filled, unified
 from fedkern.data.types import Source
@@ -291,17 +291,7 @@ def _separator(text: str) -> str:
         return ","
 
 
-def open_csv(
-    root: str | Path | None,
-    size: int = 64,
-    colour: str = "rgb",
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    max_image_pixels: int = MAX_PIXELS,
-    bits: int = 0,
-    task: str = LABEL_TASKS[0],
-    **chosen: str,
-) -> Source:
+def open_csv(root: str | Path | None, reading: Reading, task: str, **chosen: str) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
 
     Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
@@ -316,9 +306,9 @@ def open_csv(
 
     Args:
         root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
+        reading: how files become images.
+        task: one of `LABEL_TASKS`.
         **chosen: columns of the file, see `read_table`.
-
-    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
     Raises:
         UserError: anything wrong with the file or an image it names.
@@ -344,15 +334,5 @@ def open_csv(
         classes, labels = table.classes(table.column("label"))
         if len(classes) < 2:
             raise UserError(f'data set "csv": {path} has the single label "{classes[0]}", expected two or more')
-    listing = Listing(
-        paths=table.files("path", "csv"),
-        ids=table.names_of("path"),
-        labels=labels,
-        **table.listed("csv"),
-    )
-    return to_source(
-        "csv",
-        listing,
-        classes,
-        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels, bits=bits),
-    )
+    listing = Listing(table.files("path", "csv"), table.names_of("path"), labels, **table.listed("csv"))
+    return to_source("csv", listing, classes, reading)

@@ -67,7 +67,7 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
         clients=[""] * len(paths),
     )
     source = to_source(
-        "tinyimagenet", listing, _names(folder, wnids), dataclasses.replace(READING, max_pixels=max_image_pixels)
+        "tinyimagenet", listing, _names(folder, wnids), dataclasses.replace(READING, max_image_pixels=max_image_pixels)
     )
     return dataclasses.replace(
         source, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), augment="flip-rotate"
