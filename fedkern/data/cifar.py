@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern.data.found_files import find_folder, read_bytes
-from fedkern.data.types import Source, fixed_rows, memory_pool
+from fedkern.data.types import Labelled, Source, memory_source
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
@@ -72,14 +73,8 @@ def open_cifar10(root: str | Path | None) -> Source:
     parts = [read_records(folder, name, "cifar10", (10,)) for name in batches]
     train = torch.cat([images for images, _ in parts]), torch.cat([labels[:, 0] for _, labels in parts])
     test_images, test_labels = read_records(folder, "test_batch.bin", "cifar10", (10,))
-    return _source(
-        "cifar10",
-        CIFAR10_CLASSES,
-        train,
-        (test_images, test_labels[:, 0]),
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-    )
+    scale = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    return _source("cifar10", CIFAR10_CLASSES, train, (test_images, test_labels[:, 0]), **scale)
 
 
 def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
@@ -93,28 +88,12 @@ def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
         CIFAR100_CLASSES if labels == "fine" else CIFAR100_COARSE_CLASSES,
         (train_images, train_labels[:, column].contiguous()),
         (test_images, test_labels[:, column].contiguous()),
-        (0.5071, 0.4865, 0.4409),
-        (0.2673, 0.2564, 0.2762),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
     )
 
 
-def _source(
-    data: str,
-    classes: tuple[str, ...],
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Source:
+def _source(data: str, classes: tuple[str, ...], train: Labelled, test: Labelled, **scale: Any) -> Source:
     n = len(train[1])
-    order = stream(0, f"split/{data}").permutation(n)
-    kept, held_out = fixed_rows(order.tolist(), n - max(1, n // VALIDATION_SHARE))
-    return Source(
-        classes=classes,
-        train=memory_pool(*train, "train", kept),
-        validation=memory_pool(*train, "train", held_out),
-        tests={"": memory_pool(*test, "test")},
-        mean=mean,
-        std=std,
-        augment="crop-flip",
-    )
+    order = stream(0, f"split/{data}").permutation(n).tolist()
+    return memory_source(classes, train, test, order, max(1, n // VALIDATION_SHARE), augment="crop-flip", **scale)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.inputs import open_regular
+from fedkern.inputs import open_regular, read_text
 
 BLOCK = 1 << 20  # bytes read at once
 MOST = 1 << 32
@@ -52,6 +52,15 @@ def find_file(folder: Path, name: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def read_file(path: Path, data: str) -> str:
+    """The text of a file; raises UserError where it cannot be read, or is not UTF-8."""
+    try:
+        return read_text(path, "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
 
 
 def read_bytes(

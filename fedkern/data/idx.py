@@ -6,13 +6,14 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern.data.found_files import find_folder, read_bytes
-from fedkern.data.types import Source, fixed_rows, memory_pool
+from fedkern.data.types import Source, memory_source
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
@@ -111,17 +112,10 @@ def open_idx(data: str, root: str | Path | None) -> Source:
         other = IDX_SETS["mnist" if data == "fashionmnist" else "fashionmnist"]
         raise UserError(f'data set "{data}": the files in {folder} are not {idx_set.title} (probably {other.title})')
     n = len(train_labels)
-    order = stream(0, f"split/{data}").permutation(n)
-    train, validation = fixed_rows(order.tolist(), n - n // VALIDATION_SHARE)
-    return Source(
-        classes=idx_set.classes,
-        train=memory_pool(train_images, train_labels, "train", train),
-        validation=memory_pool(train_images, train_labels, "train", validation),
-        tests={"": memory_pool(test_images, test_labels, "test")},
-        mean=(idx_set.mean,),
-        std=(idx_set.std,),
-        augment="none",
-    )
+    order = stream(0, f"split/{data}").permutation(n).tolist()
+    train, test = (train_images, train_labels), (test_images, test_labels)
+    how: dict[str, Any] = {"mean": (idx_set.mean,), "std": (idx_set.std,), "augment": "none"}
+    return memory_source(idx_set.classes, train, test, order, n // VALIDATION_SHARE, **how)
 
 
 def _read_pair(folder: Path, data: str, images: str, labels: str, classes: int) -> tuple[Tensor, Tensor]:

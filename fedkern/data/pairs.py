@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from fedkern.data.found_files import read_file
 from fedkern.data.images import subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
@@ -25,7 +26,6 @@ from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.inputs import read_text
 
 ANY = "any"
 
@@ -94,13 +94,9 @@ def _found(base: Path, sites: dict[str, Splits], layout: str) -> list[Found]:
 
 def _read(image: Path) -> str:
     path = image.with_suffix(".txt")
-    try:
-        text = read_text(path, "utf-8-sig").strip()
-    except FileNotFoundError:
-        raise UserError(f'data set "pairs": the image {image} has no text {path.name} beside it') from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f'data set "pairs": cannot read {path}: {reason}') from None
+    if not path.exists():
+        raise UserError(f'data set "pairs": the image {image} has no text {path.name} beside it')
+    text = read_file(path, "pairs").strip()
     if not text:
         raise UserError(f'data set "pairs": the text {path} is empty')
     return text

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkern.data.found_files import find_folder, read_bytes
 from fedkern.data.listing import interleaved
-from fedkern.data.types import Source, fixed_rows, memory_pool
+from fedkern.data.types import Source, memory_source
 from fedkern.errors import UserError
 
 VALIDATION_SHARE = 10
@@ -65,14 +65,8 @@ def open_svhn(root: str | Path | None, extra: str = "no") -> Source:
     parts = [read_mat(folder, name) for name in names]
     train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
     test = read_mat(folder, "test_32x32.mat")
-    n = len(train[1])
-    kept, held_out = fixed_rows(interleaved(train[1].numpy(), "split/svhn"), n - max(1, n // VALIDATION_SHARE))
-    return Source(
-        classes=tuple(str(digit) for digit in range(10)),
-        train=memory_pool(*train, "train", kept),
-        validation=memory_pool(*train, "train", held_out),
-        tests={"": memory_pool(*test, "test")},
-        mean=(0.4377, 0.4438, 0.4728),
-        std=(0.1980, 0.2010, 0.1970),
-        augment="none",  # a flipped or shifted house number may be another number
-    )
+    order = interleaved(train[1].numpy(), "split/svhn")
+    classes, held_out = tuple(str(digit) for digit in range(10)), max(1, len(order) // VALIDATION_SHARE)
+    scale = {"mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970)}
+    # Not augmented: a flipped or shifted house number may be another number.
+    return memory_source(classes, train, test, order, held_out, augment="none", **scale)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedkern.data.found_files import read_file
 from fedkern.data.images import hidden
 from fedkern.data.label_sets import COLUMN as SETS
 from fedkern.data.label_sets import check_several, has_sets, label_sets
@@ -24,7 +25,7 @@ from fedkern.data.spelling import MISSING, classes_of, filled, unified
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
-from fedkern.inputs import read_text, standing
+from fedkern.inputs import standing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
@@ -202,11 +203,7 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
         UserError: the file is unreadable or has no row, a required or chosen column is missing or a column occurs
             twice, a required value is empty, a chosen column is empty, or a row has more values than there are columns.
     """
-    try:
-        text = read_text(path, "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
+    text = read_file(path, data)
     try:
         names, rows, lines, notices = _parsed(text, path, data)
     except csv.Error as error:

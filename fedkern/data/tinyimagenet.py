@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkern.data.found_files import need_root
+from fedkern.data.found_files import need_root, read_file
 from fedkern.data.images import MAX_PIXELS, list_images
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError
-from fedkern.inputs import read_text, standing
+from fedkern.inputs import standing
 
 SIDE = 64
 READING = Reading(size=SIDE, colour="rgb", test_share=0.0, validation_share=0.1)
@@ -82,12 +82,7 @@ def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f'data set "tinyimagenet": cannot read {path}: {reason}') from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_file(path, "tinyimagenet").splitlines() if line.strip()]
 
 
 def _tree(root: str | Path | None) -> Path:

@@ -17,6 +17,8 @@ from fedkern.html_table import html_table
 
 LISTED = 12
 """Most clients that a notebook's table of the data lists."""
+Labelled = tuple[Tensor, Tensor]
+"""Images and their labels."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,23 @@ class Source:
 def client_label(names: Sequence[str] | None, client: int) -> str:
     """A client in messages and tables: its number and, where clients have names, its name, ``1 (Berlin)``."""
     return str(client) if names is None else f"{client} ({names[client]})"
+
+
+def memory_source(
+    classes: tuple[str, ...], train: Labelled, test: Labelled, order: Sequence[int], held_out: int, **how: Any
+) -> Source:
+    """A data set in memory; of the training images the last ``held_out`` in ``order`` are the validation set.
+
+    ``how`` are other attributes of the source.
+    """
+    kept, rest = fixed_rows(order, len(order) - held_out)
+    return Source(
+        classes=classes,
+        train=memory_pool(*train, "train", kept),
+        validation=memory_pool(*train, "train", rest),
+        tests={"": memory_pool(*test, "test")},
+        **how,
+    )
 
 
 @dataclass(frozen=True)
