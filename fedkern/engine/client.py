@@ -160,10 +160,8 @@ class Client(Node):
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(phase)
         received = self._received(phase, {} if message is None else message, epochs, None)
-        data, schedule = self._context.client_data(self.id), replace(self._schedule(phase, epochs, limit), end=lr_end)
-        if first is not None:
-            schedule = replace(schedule, first=first)
-        schedule = self._until_the_deadline(phase, schedule, rows)
+        data = self._context.client_data(self.id)
+        schedule = self._until_the_deadline(phase, self._schedule(phase, epochs, limit, lr_end, first), rows)
         try:
             figures = train(
                 self, method, phase, trainable, data, received, schedule, rows, after_epoch, self._context.graphs
@@ -186,7 +184,7 @@ class Client(Node):
         limit = self._context.config.local_steps
         epochs = self._epochs(limit, declared(self.samples, rows, spending))
         received = self._received(phase, {}, epochs, None)
-        data, schedule = self._context.client_data(self.id), replace(self._schedule(phase, epochs, limit), end=lr_end)
+        data, schedule = self._context.client_data(self.id), self._schedule(phase, epochs, limit, lr_end)
         figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
@@ -217,7 +215,9 @@ class Client(Node):
             return config.local_epochs
         return math.ceil(limit / len(batch_slices(samples, config.batch_size)))
 
-    def _schedule(self, phase: Phase, epochs: int, limit: int | None) -> Schedule:
+    def _schedule(
+        self, phase: Phase, epochs: int, limit: int | None, end: float | None = None, first: int | None = None
+    ) -> Schedule:
         config, round = self._context.config, max(phase.round, 0)
         lr, steps = config.lr * config.lr_decay**round, config.lr_epochs
         if limit is not None:
@@ -234,9 +234,10 @@ class Client(Node):
             batch_size=config.batch_size,
             steps=steps,
             factor=config.lr_step_factor,
-            first=round * epochs,
+            first=round * epochs if first is None else first,
             limit=limit,
             optimizer=config.optimizer,
+            end=end,
         )
 
     def batches(

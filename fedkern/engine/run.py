@@ -26,7 +26,7 @@ from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes
 from fedkern.engine.loop import Loop
-from fedkern.engine.participants import Draw, sample_clients
+from fedkern.engine.participants import sample_clients
 from fedkern.engine.parts.answers import Answers
 from fedkern.engine.parts.artifacts import Artifacts
 from fedkern.engine.parts.base import Part
@@ -133,89 +133,74 @@ def run(
             leaves nothing at all.
         fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
+    out = Path(out)
     with closing(Audience(listener or Listener())) as audience, reproducible():
-        return _run(config, Path(out), resume, audience, data, trusted, profile, predictions, model, elsewhere, check)
-
-
-def _run(
-    config: RunConfig,
-    out: Path,
-    resume: bool,
-    listener: Audience,
-    data: Any,
-    trusted: Collection[str],
-    profile: bool,
-    predictions: bool,
-    model: nn.Module | None,
-    elsewhere: Callable[[ServerSide], Executor] | None,
-    check: Callable[[RunConfig], None] | None,
-) -> dict[str, Any]:
-    if model is not None:
-        config = own_model.of_module(config, model)
-    if resume:
-        stored = RunConfig.load(out, trusted=trusted, device=config.device)  # the stored device may not exist here
-        config = config.replace(
-            client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
-        )
-        config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
-        _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
-        entry = Checkpoints(out).peek()
-        if entry is not None:
-            check_unedited(stored, entry, out)
-        finished = _finished(entry, out)
-        if finished is not None and not (predictions and not (out / PREDICTIONS).exists()):
-            listener.on_end(finished)
-            return finished
-        if entry is not None:
-            _check_place(out, elsewhere is not None)
-            check_kernels(entry["info"], config.device, out)
-        stored.check_code(out, trusted)
-        own_model.check_given(stored, model, out)
-    else:
-        entry = None
-        check_vacant(out)
-    keep_freed_memory()
-    with (
-        cpu_threads(config.threads), in_order(), computing(config.precision),
-        available(config.model, model),
-    ):  # fmt: skip
-        known = data is None or elsewhere is None
-        if data is None:
-            data = load_data(config, notice=listener.on_notice, identify=entry is None)
-            config, identity = decided(config, data), data.identity
-        else:
-            identity = of_memory(data) if known and entry is None else data.identity
-        config = effective(config, data)
-        data = kept_data(config, data)
-        if entry is None:
-            config = config.replace(identity={**identity, **files_identity(config)})
-        else:
-            config = with_identity(config, entry)
+        if model is not None:
+            config = own_model.of_module(config, model)
         if resume:
-            _compare(config, stored, out)
-        check_data(config, data)
-        config, changed = own_model.settled(config, data, stored if resume else None, out)
-        for sentence in (*shared_patients(data), *changed):
-            listener.on_notice(sentence)
-        if check is not None:
-            check(config)
-        context = RunContext(config, data, listener.on_notice)
-        prepared = prepare(
-            config, context, known=known, begun=entry is not None, profile=profile, predictions=predictions
-        )
+            stored = RunConfig.load(out, trusted=trusted, device=config.device)  # the stored device may not exist here
+            config = config.replace(
+                client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
+            )
+            config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
+            _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
+            entry = Checkpoints(out).peek()
+            if entry is not None:
+                check_unedited(stored, entry, out)
+            finished = _finished(entry, out)
+            if finished is not None and not (predictions and not (out / PREDICTIONS).exists()):
+                audience.on_end(finished)
+                return finished
+            if entry is not None:
+                _check_place(out, elsewhere is not None)
+                check_kernels(entry["info"], config.device, out)
+            stored.check_code(out, trusted)
+            own_model.check_given(stored, model, out)
+        else:
+            entry = None
+            check_vacant(out)
+        keep_freed_memory()
         with (
-            writing(out, fresh=not resume) as alone,
-            closing(listener),
-        ):  # closed first: what a listener takes back is gone then
-            plugins.remember(config.plugins)
-            if config.cache is not None or not resume:
-                used_cache.remember(out, config.cache)
-            if not resume:
-                atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
-            return _played(
-                prepared, out, listener, alone,
-                resume=resume, profile=profile, predictions=predictions, elsewhere=elsewhere,
-            )  # fmt: skip
+            cpu_threads(config.threads), in_order(), computing(config.precision),
+            available(config.model, model),
+        ):  # fmt: skip
+            known = data is None or elsewhere is None
+            if data is None:
+                data = load_data(config, notice=audience.on_notice, identify=entry is None)
+                config, identity = decided(config, data), data.identity
+            else:
+                identity = of_memory(data) if known and entry is None else data.identity
+            config = effective(config, data)
+            data = kept_data(config, data)
+            if entry is None:
+                config = config.replace(identity={**identity, **files_identity(config)})
+            else:
+                config = with_identity(config, entry)
+            if resume:
+                _compare(config, stored, out)
+            check_data(config, data)
+            config, changed = own_model.settled(config, data, stored if resume else None, out)
+            for sentence in (*shared_patients(data), *changed):
+                audience.on_notice(sentence)
+            if check is not None:
+                check(config)
+            context = RunContext(config, data, audience.on_notice)
+            prepared = prepare(
+                config, context, known=known, begun=entry is not None, profile=profile, predictions=predictions
+            )
+            with (
+                writing(out, fresh=not resume) as alone,
+                closing(audience),
+            ):  # closed first: what a listener takes back is gone then
+                plugins.remember(config.plugins)
+                if config.cache is not None or not resume:
+                    used_cache.remember(out, config.cache)
+                if not resume:
+                    atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
+                return _played(
+                    prepared, out, audience, alone,
+                    resume=resume, profile=profile, predictions=predictions, elsewhere=elsewhere,
+                )  # fmt: skip
 
 
 def _upload_filters(
@@ -337,8 +322,9 @@ def _played(
             ServerSide(context, here, prepared.hooks, store, progress, out, facts["data"], promised, wire)
         )
     states.executor = executor
+    draw = partial(sample_clients, config) if prepared.private is None else prepared.private.participants
     loop = Loop(
-        prepared.plan, prepared.hooks, prepared.pooling, context, server, progress, _draw(prepared), executor, states,
+        prepared.plan, prepared.hooks, prepared.pooling, context, server, progress, draw, executor, states,
         log, _upload_filters(prepared, executor, ledger, releases, parameters), parts,
     )  # fmt: skip
     try:
@@ -355,13 +341,6 @@ def _played(
     summary = loop.finish(stop).entries
     listener.on_end(summary)
     return summary
-
-
-def _draw(prepared: Prepared) -> Draw:
-    """Draws the clients of a round."""
-    if prepared.private is not None:
-        return prepared.private.participants
-    return partial(sample_clients, prepared.config)
 
 
 def _undeclared(prepared: Prepared) -> str:

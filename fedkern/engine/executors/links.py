@@ -111,7 +111,8 @@ class Link:
         """
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         self._sent.update(new)
-        files = {number: _mapped(descriptor) for number, descriptor in new.items()}
+        # The contents of memory files, uint8 [bytes], stay when the descriptors are closed.
+        files = {each: torch.frombuffer(mapped(descriptor), dtype=torch.uint8) for each, descriptor in new.items()}
         self._outgoing.put(_Frame(_PACKET, packet.payload, files))
 
     def say(self, value: Any) -> None:
@@ -256,11 +257,6 @@ class Link:
         if self.over is None:
             self.over = how
             self._incoming.put(None)
-
-
-def _mapped(descriptor: int) -> Tensor:
-    """The content of a memory file, uint8 [bytes]; it stays when the descriptor is closed."""
-    return torch.frombuffer(mapped(descriptor), dtype=torch.uint8)
 
 
 def how(error: Exception) -> str:

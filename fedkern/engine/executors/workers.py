@@ -186,7 +186,9 @@ class Workers:
     def close(self) -> None:
         """Ends all processes, whatever they are doing."""
         for worker in self._workers:
-            _kill(worker.process)
+            # Nobody has waited for the worker yet, so its process id is not another process's.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process, signal.SIGKILL)
             worker.channel.close()
         self._workers.clear()
         self._packer.clear()
@@ -334,12 +336,6 @@ class Workers:
             )
         self._context.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
         self._todo.insert(0, k)
-
-
-def _kill(process: int) -> None:
-    """Kills a worker.  Nobody has waited for the worker yet, so its process id is not another process's."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
 
 
 def setup_of(context: RunContext, askers: dict[str, Any]) -> Setup:

@@ -18,12 +18,13 @@ class _Budget(Part):
 
     Args:
         most: the budget.
+        meter: tells what is spent.
     """
 
     unit = ""
 
-    def __init__(self, most: float) -> None:
-        self._most, self._dearest = most, 0.0
+    def __init__(self, most: float, meter: Any) -> None:
+        self._most, self._meter, self._dearest = most, meter, 0.0
 
     def spent(self) -> float:
         """What the run has spent."""
@@ -56,13 +57,10 @@ class MaxSeconds(_Budget):
     """A budget of seconds of work, over all resumptions of the run."""
 
     name, unit = "max_seconds", "seconds"
-
-    def __init__(self, most: float, timing: Timing) -> None:
-        super().__init__(most)
-        self._timing = timing
+    _meter: Timing
 
     def spent(self) -> float:
-        return self._timing.seconds()
+        return self._meter.seconds()
 
     def of_round(self, record: Record) -> float:
         return time.perf_counter() - record.started
@@ -72,13 +70,10 @@ class MaxBytes(_Budget):
     """A budget of bytes that clients send and receive, set-up rounds included."""
 
     name, unit = "max_bytes", "bytes"
-
-    def __init__(self, most: float, ledger: Ledger) -> None:
-        super().__init__(most)
-        self._ledger = ledger
+    _meter: Ledger
 
     def spent(self) -> float:
-        return self._ledger.total
+        return self._meter.total
 
     def of_round(self, record: Record) -> float:
-        return sum(each["up"] + each["down"] for each in self._ledger.round_sums.values())
+        return sum(each["up"] + each["down"] for each in self._meter.round_sums.values())

@@ -124,11 +124,9 @@ class Evaluation(Part):
     def _evaluate_clients(self, network: nn.Module, sets: dict[int, TestSet]) -> None:
         if self._clients:
             names = self._context.data.client_names
+            code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
-                self.own = evaluate_clients(self._method, network, sets, at_once, names, self._own_code)
-
-    def _own_code(self, label: str) -> AbstractContextManager[None]:
-        return self._code(f"evaluate_own for client {label}")
+                self.own = evaluate_clients(self._method, network, sets, at_once, names, code)
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
         return evaluating(self._context.config, self._context.is_flat(network))

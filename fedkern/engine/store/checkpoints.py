@@ -469,10 +469,6 @@ def _of_state(name: Any) -> bool:
     return isinstance(name, str) and bool(_SERVER.fullmatch(name) or STATE.fullmatch(name))
 
 
-def _sound_results(sums: Any) -> bool:
-    return isinstance(sums, dict) and all(Path(name).name == name for name in sums)
-
-
 def _ours(name: str) -> bool:
     """Whether a run writes a file with this name into the folder."""
     return _of_state(name) or bool(TABLE.fullmatch(name)) or name in (MANIFEST, releases.NAME, server_secret.NAME)
@@ -487,7 +483,8 @@ def _sound(entry: Any) -> bool:
     return (
         all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("round", "plan"))
         and isinstance(info, dict)
-        and _sound_results(info.get("results", {}))
+        and isinstance(results := info.get("results", {}), dict)
+        and all(Path(name).name == name for name in results)
         and isinstance(sums, dict)
         and all(_of_state(name) and type(value) is int for name, value in sums.items())
         and entry.get("server") in sums
