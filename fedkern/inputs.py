@@ -7,8 +7,12 @@ import io
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fedkern.errors import UserError
 
 SPECIAL = {
     stat.S_IFIFO: "a named pipe",
@@ -53,6 +57,15 @@ def open_regular(path: str | Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Inside, an error of the file ``what`` becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:

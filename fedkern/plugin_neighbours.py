@@ -22,7 +22,7 @@ from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath
 
 from fedkern.errors import UserError
-from fedkern.inputs import open_regular
+from fedkern.inputs import open_regular, reading
 
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
 _INSTALLED = ("site-packages", "dist-packages")
@@ -169,9 +169,5 @@ def content(path: Path, what: str = "") -> bytes:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
-        with open_regular(path) as file:
-            return file.read()
-    except OSError as error:
-        name = what or f"{path}, which a plugin imports,"
-        raise UserError(f"{name} cannot be read: {error.strerror or error}.") from None
+    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
+        return file.read()

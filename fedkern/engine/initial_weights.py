@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
-from fedkern.inputs import open_regular, standing
+from fedkern.inputs import open_regular, reading, standing
 from fedkern.settings.config import NAME as CONFIG
 
 MODEL = "model.safetensors"
@@ -49,11 +49,8 @@ def sha256(path: str) -> str:
     Raises:
         UserError: the file is missing, or no regular file; or the folder holds no finished run.
     """
-    try:
-        with open_regular(_file(path)) as file:
-            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"--init {path} cannot be read: {error.strerror or error}.") from None
+    with reading(f"--init {path}"), open_regular(_file(path)) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def read(path: str, expected: str | None) -> dict[str, Tensor]:

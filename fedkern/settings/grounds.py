@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import fedkern
-from fedkern.errors import UserError
-from fedkern.inputs import open_regular
+from fedkern.inputs import open_regular, reading
 from fedkern.settings.config import NAME, RunConfig
 from fedkern.settings.run_format import FOLDER
 
@@ -40,11 +39,8 @@ def files_identity(config: RunConfig) -> dict[str, str]:
             digest = hashlib.sha256()
             for path in _files(Path(value)):
                 digest.update(f"{path.relative_to(value)}\0".encode(errors="surrogateescape"))
-                try:
-                    with open_regular(path) as file:
-                        digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
-                except OSError as error:
-                    raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+                with reading(path), open_regular(path) as file:
+                    digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
                 found[name] = digest.hexdigest()
     return found
 

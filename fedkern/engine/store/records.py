@@ -12,7 +12,7 @@ from typing import Any
 from fedkern import atomic
 from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
-from fedkern.inputs import parse_json, read_json, read_text, standing
+from fedkern.inputs import parse_json, read_json, read_text, reading, standing
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -59,13 +59,10 @@ class Metrics:
                 "file back, or start the run again with another --out."
             )
         self._sum = hashlib.sha256()
-        try:
-            if size:
-                with self.path.open("rb") as file:
-                    for start in range(0, size, 1 << 20):
-                        self._sum.update(file.read(min(1 << 20, size - start)))
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from None
+        if size:
+            with reading(self.path), self.path.open("rb") as file:
+                for start in range(0, size, 1 << 20):
+                    self._sum.update(file.read(min(1 << 20, size - start)))
         if self.digest != digest:
             raise UserError(
                 f"{self.path} is not what the run wrote, though it is as long: put the file back, or start the run "
@@ -119,10 +116,8 @@ def read_metrics(out: Path | str) -> list[dict[str, Any]]:
         size = Metrics(out).check_entry(entry)
         if entry["info"]["finished"] and path.stat().st_size != size:
             raise UserError(f"{path} has lines that the run did not write: put the file back.")
-    try:
+    with reading(path):
         lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
