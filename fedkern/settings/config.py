@@ -601,6 +601,16 @@ class RunConfig:
         return plain
 
     @classmethod
+    def stored(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
+        """The settings named in ``config.toml`` of a run folder; raises UserError where it is missing or damaged."""
+        path = Path(folder) / NAME
+        try:
+            text = read_text(path, "utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from None
+        return cls.table(text, source=str(path))
+
+    @classmethod
     def load(
         cls,
         folder: str | os.PathLike[str],
@@ -623,12 +633,7 @@ class RunConfig:
         """
         check_run_folder(folder)
         check_format(Path(folder))
-        path = Path(folder) / NAME
-        try:
-            text = read_text(path, "utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {error}.") from None
-        table = cls.table(text, source=str(path))
+        table = cls.stored(folder)
         plugin_room.load_installed()
         plugin_room.restore(table.get("plugins", {}), folder, trusted)
         table = {name: value for name, value in table.items() if name not in UNSTORED}
@@ -695,10 +700,9 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
     Raises:
         UserError: see :func:`fedkern.plugins.restore`.
     """
-    path = Path(folder) / NAME
     try:
-        table = RunConfig.table(read_text(path, "utf-8-sig"), source=str(path))
-    except (OSError, UnicodeDecodeError, UserError):
+        table = RunConfig.stored(folder)
+    except UserError:
         return
     plugin_room.load_installed()
     plugin_room.restore(table.get("plugins", {}), folder, trusted)

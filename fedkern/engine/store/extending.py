@@ -15,7 +15,7 @@ from fedkern.engine.store.run_folder import ATTACK, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.folder_lock import FolderLock
-from fedkern.inputs import read_json, read_text, standing
+from fedkern.inputs import read_json, standing
 from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
 from fedkern.settings import config as settings
@@ -92,8 +92,7 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
             )
         longer = stored.replace(rounds=rounds)
         # From the file, not from `stored`, whose device is this machine's.
-        table = RunConfig.table(read_text(out / settings.NAME, "utf-8-sig"))
-        text = toml.dumps({**table, "rounds": rounds})
+        text = toml.dumps({**RunConfig.stored(out), "rounds": rounds})
         info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
         info.pop("results", None)
         parts = dict(info["parts"])
