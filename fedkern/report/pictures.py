@@ -177,17 +177,16 @@ def _draw(
     by_samples = config.options.get("weighting") == "samples"
     keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
-    shown = data.task if data.task in PICTURES else "gradcam"
-    with spared(partial(failed.setdefault, PICTURES[shown])):
+    target = run_dir / PICTURES[data.task if data.task in PICTURES else "gradcam"]
+    with spared(partial(failed.setdefault, target.name)):
         model = read_model(run_dir, trusted)[0] if model is None else model
-        written += _draw_answers(run_dir, data, model, config, trusted)
+        if _draw_answers(target, data, model, config, trusted):
+            written.append(target)
     return written
 
 
-def _draw_answers(
-    run_dir: Path, data: Any, model: torch.nn.Module, config: RunConfig, trusted: Collection[str]
-) -> list[Path]:
-    """Draws what the network answers to test images, in the one picture that the task has for it, if any."""
+def _draw_answers(target: Path, data: Any, model: torch.nn.Module, config: RunConfig, trusted: Collection[str]) -> bool:
+    """Draws what the network answers to test images, if the task has a picture for it; whether it has."""
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
@@ -199,27 +198,25 @@ def _draw_answers(
     if data.task == "segmentation":
         split = next(iter(data.tests.values()))
         split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-        target = run_dir / PICTURES["segmentation"]
         inputs = normalise(split.images, data.mean, data.std)
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
-        return [target]
+        return True
     if data.task == "retrieval":
         from fedkern.report.retrieval_examples import draw as draw_captions
         from fedkern.report.retrieval_examples import retrieval_examples
 
         try:
-            found_captions, _ = retrieval_examples(run_dir, config, data, model=model, trusted=trusted)
+            found_captions, _ = retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
         except UserError:  # the method has no pair of encoders, as the report says
-            return []
-        target = run_dir / PICTURES["retrieval"]
+            return False
         draw_captions(found_captions, target, title=f"Nearest captions of test images, {name}")
-        return [target]
+        return True
     if data.task == "multilabel" or not config.grad_cam:  # Grad-CAM shows what speaks for the single class of an image
-        return []
+        return False
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
     if not isinstance(model, StagedNetwork) or isinstance(model, MLP) or not model.maps or not config.statistics:
-        return []
+        return False
     panels = {}
     for key, split in data.tests.items():
         rows = gradcam.choose(split.labels, EXAMPLES)
@@ -228,10 +225,9 @@ def _draw_answers(
         images = split.images[rows]
         masks = split.masks[rows] if split.masks is not None else None
         panels[key] = (images, normalise(images, data.mean, data.std), split.labels[rows], masks)
-    target = run_dir / PICTURES["gradcam"]
     if panels:
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
-    return [target] if panels else []
+    return bool(panels)
 
 
 def drawn(run_dir: Path) -> list[Path]:

@@ -249,23 +249,15 @@ class Live(Lines):
             transient=True,
         )
         self.task: Any = None
-        self.rounds = 0
         self.participants = 1
         self.done = 0
 
     def on_start(self, run: RunInfo) -> None:
         super().on_start(run)
-        self.rounds, self.done = len(run.rounds), run.first_round
+        rounds, self.done = len(run.rounds), run.first_round
+        fields: dict[str, Any] = dict.fromkeys(("name", "accuracy", "traffic", "left"), "")
         self.task = self.progress.add_task(
-            "",
-            total=self.rounds,
-            completed=self.done,
-            round=self.done,
-            rounds=self.rounds,
-            name="",
-            accuracy="",
-            traffic="",
-            left="",
+            "", total=rounds, completed=self.done, round=self.done, rounds=rounds, **fields
         )
         self.progress.start()
 

@@ -29,7 +29,7 @@ from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, listed, printable_name, spared
-from fedkern.inputs import open_regular, read_text
+from fedkern.inputs import open_regular
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import near
 from fedkern.methods.common.figure_names import figure_title, set_noun, set_title, short_title, split_metric
@@ -52,9 +52,8 @@ from fedkern.report.plots import (
     svg,
 )
 from fedkern.report.retrieval_examples import examples, retrieval_examples
-from fedkern.report.tables import covering, human_metric, human_time, ordered
+from fedkern.report.tables import covering, human_metric, human_time, ordered, sent_rows
 from fedkern.report.weights import PANELS, weights_picture
-from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
 from fedkern.versions import versions
@@ -193,12 +192,7 @@ def stored_device(run_dir: Path) -> str:
     Raises:
         UserError: ``config.toml`` cannot be read.
     """
-    path = run_dir / SETTINGS
-    try:
-        text = read_text(path, "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    return str(RunConfig.table(text, source=str(path)).get("device", "cpu"))
+    return str(RunConfig.stored(run_dir).get("device", "cpu"))
 
 
 def write_report(
@@ -226,12 +220,10 @@ def write_report(
     run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
     undrawn: list[str] = []
     if run.summary is not None and not pictures.drawn(run_dir):
-        if run.data is None:
-            why: str | None = run.no_data.rstrip(".")
-        else:
-            _, why = pictures.finished_pictures(
-                run_dir, data=run.data, model=model, trusted=trusted, warn=undrawn.append
-            )
+        why: str | None = run.no_data.rstrip(".")
+        if run.data is not None:
+            draw = partial(pictures.finished_pictures, model=model, trusted=trusted, warn=undrawn.append)
+            why = draw(run_dir, data=run.data)[1]
         undrawn += [f"The run's pictures could not be drawn: {why}."] if why is not None else []
     return html_page.write(page(run, command=command, undrawn=undrawn, model=model, trusted=trusted), run_dir)
 
@@ -246,18 +238,12 @@ def page(
 ) -> Page:
     """The page of a run; ``undrawn`` are sentences on pictures that could not be drawn."""
     config = run.config
-    state = "finished" if run.summary is not None else "not finished"
     count = config.trained_clients
     rounds = _rounds(run)
     network = (run.summary or {}).get("model") or config.model
-    about = " · ".join(
-        [
-            f"seed {config.seed}",
-            f"{count} client{'s' * (count != 1)}",
-            f"{rounds} round{'s' * (rounds != 1)}",
-            network,
-            state,
-        ]
+    about = (
+        f"seed {config.seed} · {count} client{'s' * (count != 1)} · {rounds} round{'s' * (rounds != 1)} · {network} · "
+        f"{'finished' if run.summary is not None else 'not finished'}"
     )
     sections: list[Section] = []
     for make in (
@@ -671,14 +657,7 @@ def _cost(run: Contents) -> Section:
             section.charts.append(curves("phase-rounds", title, by_round, axis="time", unit="s"))
     rows = []
     if run.summary is not None:
-        sent = run.summary["bytes"]
-        rows = [["sent to the server (up)", shown(sent["up"], "B")],
-                ["sent to the clients (down)", shown(sent["down"], "B")]]  # fmt: skip
-        rows += [
-            [f"sent once, before training ({way})", shown(sent[f"one_off_{way}"], "B")]
-            for way in ("up", "down")
-            if sent.get(f"one_off_{way}")
-        ]
+        rows = [[*row] for row in sent_rows(run.summary["bytes"]).items()]
     if (seconds := _seconds(run)) is not None:
         rounds = max(_rounds(run), 1)
         rows += [["time", human_time(seconds)], ["time per round", human_time(seconds / rounds)]]

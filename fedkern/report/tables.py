@@ -116,17 +116,19 @@ def new_table(title: Text | str | None, **how: Any) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, **how)
 
 
-def figures_table(title: str, metrics: Mapping[str, float], own: Collection[str]) -> Table:
-    """A row for each figure and a column for each test set; the validation set's figures are no results."""
-    return _figures(plain(title, "table.title"), metrics, own, by_name=False)
+def figures_table(
+    title: Text | str, metrics: Mapping[str, float], own: Collection[str], *, by_name: bool = False
+) -> Table:
+    """A row for each figure and a column for each test set; the validation set's figures are no results.
 
-
-def _figures(title: Text, metrics: Mapping[str, float], own: Collection[str], by_name: bool) -> Table:
+    With ``by_name`` the Dice of single classes is left out: :func:`class_table` has it.
+    """
+    title = plain(title, "table.title") if isinstance(title, str) else title
     figures: dict[str, dict[str, str]] = {}
     for name in ordered(metrics, own):
         test_set, figure = split_metric(name, own)
         if by_name and figure.startswith("dice_"):
-            continue  # these are in class_table, under the names of their classes
+            continue
         if test_set != "validation":
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
@@ -151,18 +153,24 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     if summary.get("privacy"):
         title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
     by_class = summary.get("per_class", {})
-    table = _figures(title, summary["metrics"], by_class, any("dice" in each for each in by_class.values()))
+    by_name = any("dice" in each for each in by_class.values())
+    table = figures_table(title, summary["metrics"], by_class, by_name=by_name)
     table.add_section()
-    sent = summary["bytes"]
-    rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}
-    for way in ("up", "down"):
-        if sent.get(f"one_off_{way}"):
-            rows[f"sent once, before training ({way})"] = human_bytes(sent[f"one_off_{way}"])
+    rows = sent_rows(summary["bytes"])
     rows["time per round"] = human_time(summary["seconds"] / rounds)
     rows["time"] = human_time(summary["seconds"])
     for text, value in rows.items():
         table.add_row(text, value)
     return table
+
+
+def sent_rows(sent: Mapping[str, Any]) -> dict[str, str]:
+    """Bytes of a run, the entry ``bytes`` of its ``summary.json``, in words."""
+    rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}
+    for way in ("up", "down"):
+        if sent.get(f"one_off_{way}"):
+            rows[f"sent once, before training ({way})"] = human_bytes(sent[f"one_off_{way}"])
+    return rows
 
 
 ALL, LOWEST = 6, 3
