@@ -66,7 +66,6 @@ class RunContext:
         self._clients: dict[int, ClientData] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
-        self._public: Samples | None = None
         self._tokeniser: Any = None
         self._pair = pair
         self._init: dict[str, Tensor] | None = None
@@ -216,15 +215,15 @@ class RunContext:
         """Moves a module to the run's device."""
         return place(module, self.device)
 
-    @property
+    @cached_property
     def public(self) -> Samples | None:
         """The public split."""
         data = self.data
-        if self._public is None and data.public is not None:
-            augment = self.config.augment or data.augment
-            pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
-            self._public = Samples(pixels, data.public.labels, self.device, self.tokens(data.public))
-        return self._public
+        if data.public is None:
+            return None
+        augment = self.config.augment or data.augment
+        pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
+        return Samples(pixels, data.public.labels, self.device, self.tokens(data.public))
 
     def network(self, name: str) -> Network:
         """The network called ``"local"``, ``"frozen"`` or ``"server"``."""

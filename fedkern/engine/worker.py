@@ -92,9 +92,7 @@ class Worker:
     def _done(self, task: Task) -> Done:
         self._context.warnings.clear()
         if task.fresh:
-            self._serial.take(task.client, dict(task.state or {}))
-        for asker, phase, message in task.played:
-            self._serial.ask(task.client, asker, phase, message)
+            self._serial.take(task.client, dict(task.state or {}), task.played)
         try:
             answer = self._serial.ask(task.client, task.asker, task.phase, task.message, task.encoder)
         except Exception as error:

@@ -178,9 +178,7 @@ class Ranks:
         told, self._context.warnings = self._context.warnings, {}
         try:
             if k not in self.here.working():  # the client begins its round here
-                self.here.take(k, self._readers[k]())
-                for played in self._played.get(k, []):
-                    self.here.ask(k, *played)
+                self.here.take(k, self._readers[k](), self._played.get(k, ()))
             answer = self.here.ask(k, asker, phase, message, self._encoders.get(k))
             answer.warnings = self._context.warnings
         except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,11 +53,12 @@ class Serial:
             self.take(k, self._states(k)())
         return self._clients[k]
 
-    def take(self, k: ClientId, state: dict[str, Any]) -> Client:
-        """Begins the round of client ``k`` with ``state``."""
-        self._clients[k] = client = Client(self._context, k, state)
+    def take(self, k: ClientId, state: dict[str, Any], played: Iterable[tuple[str, Phase, Message]] = ()) -> None:
+        """Begins the round of client ``k`` with ``state``, and plays again the messages that it has answered."""
+        self._clients[k] = Client(self._context, k, state)
         self._before[k] = fingerprint(state)
-        return client
+        for asker, phase, message in played:
+            self.ask(k, asker, phase, message)
 
     def answers(
         self,

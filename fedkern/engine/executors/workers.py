@@ -201,9 +201,7 @@ class Workers:
     def _ask_here(self, k: ClientId, asker: str, phase: Phase, message: Message) -> Answer:
         if k not in self.here.working():  # the client begins its round here
             self._round.at[k] = None
-            self.here.take(k, self._round.readers[k]())
-            for played in self._round.played.get(k, []):
-                self.here.ask(k, *played)
+            self.here.take(k, self._round.readers[k](), self._round.played.get(k, ()))
         return self.here.ask(k, asker, phase, message, self._encoders.get(k))
 
     def _count(self, answer: Answer) -> None:
