@@ -60,19 +60,15 @@ def make_adaptor(
     """
     if kind != "cnn1x1":
         return Pool(branches, total=kind == "sum")
-    width = channels(shape)
-    made = (
-        uninitialised(nn.Conv2d, branches * width, width, 1)
-        if len(shape) == 3
-        else uninitialised(nn.Linear, branches * width, width)
-    )
+    width, joined = channels(shape), branches * channels(shape)
+    made = uninitialised(nn.Conv2d, joined, width, 1) if len(shape) == 3 else uninitialised(nn.Linear, joined, width)
     weight, bias = made.weight, cast(Tensor, made.bias)
     with torch.no_grad():
         if generator is None:
             weight.copy_(torch.eye(width).repeat(1, branches).div_(branches).reshape(weight.shape))
             bias.zero_()
         else:
-            bound = (branches * width) ** -0.5
+            bound = joined**-0.5
             weight.uniform_(-bound, bound, generator=generator)
             bias.uniform_(-bound, bound, generator=generator)
     return made

@@ -370,15 +370,8 @@ def table_problem(capsule: object) -> str:
             failed = True
         if failed:
             return "it fails on a tensor of the CPU"
-        found: tuple[Any, ...] = (
-            view.data,
-            view.byte_offset,
-            view.device_type,
-            view.dims,
-            view.code,
-            view.bits,
-            view.vector,
-        )
+        names = "data", "byte_offset", "device_type", "dims", "code", "bits", "vector"
+        found = tuple(getattr(view, name) for name in names)
         # On the CPU (1), floating (2), one value an element.
         expected: tuple[Any, ...] = (x.data_ptr(), 0, 1, x.dim(), 2, 8 * x.element_size(), 1)
         shape = tuple(view.shape[: x.dim()]) if view.shape else ()

@@ -82,13 +82,8 @@ class FusedConv(FusedLayer):
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         super().__init__(layers)
         first = layers[0]
-        self.kernel = first.kernel_size
-        self.stride, self.padding, self.dilation, self.groups = (
-            first.stride,
-            first.padding,
-            first.dilation,
-            first.groups,
-        )
+        self.kernel, self.stride, self.padding = first.kernel_size, first.stride, first.padding
+        self.dilation, self.groups = first.dilation, first.groups
         self.axes, self.reads = (4,), first.in_channels
         self.shape = (first.out_channels * self.branches, first.in_channels // first.groups, *first.kernel_size)
 
@@ -196,17 +191,9 @@ class FusedBatchNorm(FusedLayer):
         tensors = [self.maybe(name, m) for name in ("running_mean", "running_var", "weight", "bias")]
         return self._apply_norm(x, weight, *tensors)
 
-    def _apply_norm(
-        self,
-        x: Tensor,
-        momentum: float,
-        mean: Tensor | None,
-        var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def _apply_norm(self, x: Tensor, momentum: float, *statistics_and_affine: Tensor | None) -> Tensor:
         own = self.training or not self.track
-        return normed(F.batch_norm, x, mean, var, weight, bias, own, momentum, self.eps)
+        return normed(F.batch_norm, x, *statistics_and_affine, own, momentum, self.eps)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift ``[M * C]`` that compute the same as the batch norm in evaluation mode."""

@@ -151,11 +151,7 @@ class FoldedBlocks:
 
     def separate(self, x: Tensor, shared: bool) -> list[Tensor]:
         """One branch after the other, channels-last, each map still in cache when the next layer reads it."""
-        inputs = (
-            [channels_last(x)] * self.branches
-            if shared
-            else [channels_last(part) for part in x.chunk(self.branches, 1)]
-        )
+        inputs = [channels_last(x)] * self.branches if shared else list(map(channels_last, x.chunk(self.branches, 1)))
         for held in self.weights.values():
             held.refresh()
         return [self._branch(m, inputs[m]) for m in range(self.branches)]

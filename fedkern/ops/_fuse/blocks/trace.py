@@ -255,17 +255,8 @@ _SETTINGS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     *("in_features", "out_features", "num_features", "num_groups", "num_channels"),
     *("eps", "momentum", "affine", "track_running_stats"),
-    *(
-        "output_size",
-        "ceil_mode",
-        "count_include_pad",
-        "divisor_override",
-        "negative_slope",
-        "alpha",
-        "approximate",
-        "min_val",
-        "max_val",
-    ),
+    *("output_size", "ceil_mode", "count_include_pad", "divisor_override"),
+    *("negative_slope", "alpha", "approximate", "min_val", "max_val"),
 )
 
 
