@@ -190,15 +190,15 @@ def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | Non
 
     What a teacher holds in classes that it does not know must not reach its softmax over those that it knows.
     """
-    unknown = None if mask is None else ~mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3))
-    if weights is not None and weights.dim() > 2 and weights.shape[2] > 1:
-        unknown = weights == 0 if unknown is None else unknown | (weights == 0)
-    if unknown is None or not teachers.numel():
+    by_class = weights is not None and weights.dim() > 2 and weights.shape[2] > 1
+    if not (by_class or mask is not None) or not teachers.numel():
         return teachers
-    most = torch.finfo(teachers.dtype).max
-    if teachers.is_cpu and eager(teachers):  # one look is less than a copy; on a GPU it would wait for the device
-        with torch_alone():
+    most, ordinary = torch.finfo(teachers.dtype).max, teachers.is_cpu and eager(teachers)
+    with torch_alone() if ordinary else contextlib.nullcontext():
+        if ordinary:  # one look is less than a copy; on a GPU it would wait for the device
             low, high = teachers.detach().aminmax()
             if -most < low and high < most:
                 return teachers
-    return torch.where(unknown & ~(teachers.abs() < most), -math.inf, teachers)
+        unknown = [] if mask is None else [~mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3))]
+        unknown += [weights == 0] if weights is not None and by_class else []
+        return torch.where((unknown[0] | unknown[-1]) & ~(teachers.abs() < most), -math.inf, teachers)
