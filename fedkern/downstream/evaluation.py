@@ -82,8 +82,9 @@ def evaluate_run(
 
 
 def _scaled(data: str, about: Mapping[str, Any]) -> dict[str, object]:
-    """The option by which greys are scaled as in the training, without a look at the files."""
-    return {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
+    """The options by which greys are scaled and labels read as in the training, without a look at the files."""
+    known: dict[str, object] = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
+    return {**known, "task": about["task"]} if data == "csv" and about["task"] == "multilabel" else known
 
 
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, TestSet]:

@@ -110,6 +110,10 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
     assert one["predicted"] == "|".join(name for name in NAMES if float(one[name]) > 0.5)
     assert float(one["left"]) > float(other["left"])
     assert printed.splitlines()[1].endswith("  no label") == (other["predicted"] == "")
+    # The run's labels are several, and so are those of a table with one in every row.
+    lines = ["path,labels", *(f"set/{i}.png,{cell(i % 8)}" for i in range(160) if i % 8 in (1, 2, 4))]
+    (tmp_path / "single.csv").write_text("\n".join(lines))
+    result("evaluate", "run", "--data", "csv", "--data-root", "single.csv", "--data-option", "size=8")
     run = fedkern.load("run")
     found = run.predict("set/7.png")[0]
     assert found.tolist() == pytest.approx([float(one[name]) for name in NAMES], abs=1e-5)

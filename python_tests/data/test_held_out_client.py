@@ -53,7 +53,8 @@ def folders(name, root, splits):
             for i in range(20):
                 if name == "segmentation":
                     picture(tree / "images" / f"{i}.png", site, i)
-                    picture(tree / "masks" / f"{i}.png", 0, 1)
+                    (tree / "masks").mkdir(exist_ok=True)
+                    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tree / "masks" / f"{i}.png")
                 else:
                     path = tree / "ab"[i % 2] / f"{i}{split}.png"
                     picture(path, site, i)
