@@ -72,7 +72,8 @@ def evaluate_run(
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     flat, device = "samples" not in about, torch.device(config.device)
-    module = place(module, device) if flat else module.to(device)
+    # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.
+    module = place(module, device).requires_grad_(False) if flat else module.to(device)
     sets = _sets(loaded, module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", kind)
     with cpu_threads(config.threads), computing(config.precision):
