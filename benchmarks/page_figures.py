@@ -502,15 +502,16 @@ def _feddra() -> Page:
 MACHINE, OTHER_MACHINE = "intel-xeon", "amd-epyc"
 
 
-def operators(machine: str, *, folder: Path = comparisons.RESULTS) -> Lines:
-    """The operators' table: rows of shown.py recorded on a machine with the present kernels."""
+def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESULTS) -> Lines:
+    """The operators' table: rows of shown.py recorded with the present kernels on a machine, or marked on another."""
     shown = [(node, case) for node, case, _ in nodes()]
     cores = sources.hashes(sources.CSRC)
     found = {
-        row.test: row
+        row.test: (row, mark)
+        for name, mark in ((other, " †"), (machine, ""))
         for files in read_results(folder).values()
         for recorded in files
-        if recorded.name.endswith(machine)
+        if name and name in recorded.name
         for row in recorded.rows
         if present(row, cores)
     }
@@ -518,14 +519,15 @@ def operators(machine: str, *, folder: Path = comparisons.RESULTS) -> Lines:
     operator, told = "", ""
     for node, case in shown:
         operator = case.operator or operator
-        if (row := found.get(node)) is None:
+        if node not in found:
             continue
+        row, mark = found[node]
         compiled = [name for name in row.speedup if name.startswith("compile")]
         others = [name for name in row.speedup if name not in (case.against, *compiled)]
         best = min(others, key=lambda name: row.speedup[name], default="")
         lines.append([
-            operator if operator != told else "", case.size, str(row.threads), our_time(row), ratio(row, case.against),
-            ratio(row, compiled[0]) if compiled else "", f"{ratio(row, best)} {best}" if best else "",
+            operator if operator != told else "", case.size, str(row.threads), our_time(row) + mark,
+            ratio(row, case.against), ratio(row, compiled[0]) if compiled else "", f"{ratio(row, best)} {best}" if best else "",
         ])  # fmt: skip
         told = operator
     told_left = left_out(len(shown) - len(lines))[:1]
@@ -667,7 +669,7 @@ def _speed() -> Page:
             "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
-            "operators": partial(operators, MACHINE),
+            "operators": partial(operators, MACHINE, OTHER_MACHINE),
             "gpu runs": gpu_figures.whole_runs,
             "gpu kernels": gpu_figures.kernels,
             "gpu losses": gpu_figures.losses,
@@ -678,7 +680,7 @@ def _speed() -> Page:
 
 # -- Flower ------------------------------------------------------------------------------------------------------------
 
-FLOWER, MESSAGES = f"flower-{MACHINE}", f"flower_messages_{OTHER_MACHINE}"
+FLOWER, MESSAGES = f"flower-{OTHER_MACHINE}", f"flower_messages_{OTHER_MACHINE}"
 LOW_MEMORY = "fedkern low memory"
 
 

@@ -134,6 +134,8 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
     assert "| fuse_mean other |" in text
     assert "left out" not in text
     assert table[2] == "| `blend`, index | [64,256,14,14] | 1 | 100 µs | 2.00× |  |  |"
+    marked = page_figures.operators("intel-xeon", "amd-epyc", folder=tmp_path)
+    assert marked[2] == "| `blend`, index | [64,256,14,14] | 1 | 100 µs † | 2.00× |  |  |"
     (csrc / "cpu" / "blend.cpp").write_text("quicker")
     assert report.main([*command, "--check"]) == 1, "a commit that changes kernels records rows anew or loses them"
     assert report.main(command) == 0
