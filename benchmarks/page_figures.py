@@ -527,7 +527,8 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
         best = min(others, key=lambda name: row.speedup[name], default="")
         lines.append([
             operator if operator != told else "", case.size, str(row.threads), our_time(row) + mark,
-            ratio(row, case.against), ratio(row, compiled[0]) if compiled else "", f"{ratio(row, best)} {best}" if best else "",
+            ratio(row, case.against), ratio(row, compiled[0]) if compiled else "",
+            f"{ratio(row, best)} {best}" if best else "",
         ])  # fmt: skip
         told = operator
     told_left = left_out(len(shown) - len(lines))[:1]
