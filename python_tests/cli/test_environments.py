@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.exhaustive  # every test is two or three whole commands
+
 RUN = ["fedavg", "--data", "digits", "--clients", "3", "--train-samples", "90", "--model", "mlp", "--local-steps", "1",
        "--rounds", "2", "--grad-cam", "0"]  # fmt: skip
 

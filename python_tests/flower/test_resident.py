@@ -23,7 +23,10 @@ from fedkern.flower.node_client import PROTOCOL
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="residents need Linux")
+pytestmark = [
+    pytest.mark.exhaustive,  # processes that are waited for; nodes without a resident are in the default run
+    pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="residents need Linux"),
+]
 
 RUN = {
     "method": "fedavg", "data": "digits", "clients": 2, "train-samples": 40, "width": 2, "rounds": 2, "local-steps": 2,
