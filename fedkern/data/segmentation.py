@@ -209,7 +209,7 @@ def _classes(
     if top >= count or not (given or are_classes(present.tolist())):
         path = masks[int(np.flatnonzero(counts[:, top])[0])]
         left = present[:-1]
-        sound = left.max() < count if given else are_classes(left.tolist()) and len(left) > 1
+        sound = len(left) > 0 and left[-1] < count if given else are_classes(left.tolist()) and len(left) > 1
         void = f"; where {top} marks unknown pixels, give --data-option ignore={top}" if sound else ""
         if given:
             raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')

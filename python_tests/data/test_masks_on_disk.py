@@ -159,7 +159,8 @@ def test_sites_and_own_tests(tmp_path):
             {},
             r"hold 0, 1, 255 \(255 in .*\), expected .*; where 255 marks unknown .* --data-option ignore=255$",
         ),
-        ((0, 1, 5), {"names": "a|b"}, "holds 5, expected 0 to 1"),
+        ((0, 1, 5), {"names": "a|b"}, "holds 5, expected 0 to 1; where 5 marks unknown"),
+        ((5,), {"names": "a|b"}, "holds 5, expected 0 to 1$"),
         ((4,), {"ignore": "4"}, "holds nothing but 4, which is ignored"),
     ],
 )
