@@ -88,6 +88,7 @@ def test_a_report_that_cannot_be_written_does_not_lose_the_run(capsys, monkeypat
     assert (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_picture_that_fails_ends_no_run_nor_its_report(capsys, monkeypatch, tmp_path):
     from fedkern.report import plots
 

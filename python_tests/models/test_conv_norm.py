@@ -540,6 +540,7 @@ NORM_LAST = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NORM_LAST)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_of_a_batch_of_one_has_the_maps_layout(name, training):

@@ -59,6 +59,7 @@ def test_the_stage_is_the_last_with_seven_positions():
         grad_cam(*make(), stage="feature")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", ["vit-tiny", "mlp", "cnn", "mobilenetv2"])
 def test_the_size_of_images_is_asked_of_images_not_of_parameters(name, channels):

@@ -148,6 +148,7 @@ def laid_out(x):
     return torch.empty(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1).copy_(x), wide[::2], x
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("make", [Looking, Whole])
 @pytest.mark.parametrize(
     "shape", [(4, 1, 16, 16), (4, 3, 16, 16), (1, 1, 16, 16), (1, 3, 12, 16), (3, 3, 1, 1)], ids=str

@@ -320,6 +320,7 @@ SAVED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", SAVED)
 @pytest.mark.parametrize("name", [operator.name for operator in OPERATORS if operator.gradient])
 def test_saved_tensors_that_come_back_otherwise(name: str, way: str) -> None:

@@ -201,6 +201,7 @@ NOT_FINITE = [
 ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"relu": False}]
 
 
+@pytest.mark.sampled(4)
 @each_kernel
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)

@@ -582,6 +582,7 @@ READ: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["reference", *CONV])
 @pytest.mark.parametrize("shape", [(1, 6, 8), (3, 1, 8), (3, 8, 1), (1, 1, 8)])
 @pytest.mark.parametrize("training", [True, False])
