@@ -13,6 +13,7 @@ from fedkern.ops._aggregate.reference import (
     add_reference,
     exact_add_reference,
     exact_mean_reference,
+    mean_in_pieces,
     weighted_mean_reference,
 )
 from fedkern.ops._aggregate.rules import ServerRule
@@ -43,7 +44,9 @@ class PlainAggregate:
         ``out`` is that of :func:`fedkern.ops.weighted_mean`: it may have any stride and overlap the vectors.  The sums
         are rounded once, to its dtype.  Weights of sum zero give NaN.
         """
-        result = weighted_mean_reference(vectors, weights, None if out is None else out.dtype)
+        dtype = None if out is None else out.dtype
+        mean = weighted_mean_reference if isinstance(weights, Tensor) else mean_in_pieces
+        result = mean(vectors, weights, dtype)
         return result if out is None else deliver(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.memory import PIECE
+
 # Positions of the digits of an exact sum, and codes of sums that are not finite; the same numbers as in
 # csrc/include/fedkern/aggregate.h.
 LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
-
-# The references walk long vectors in pieces, so that their temporaries stay small.
-PIECE = 1 << 20
 
 
 def weighted_mean_reference(
@@ -49,7 +49,20 @@ def pieces(size: int) -> Iterator[slice]:
 def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
     """``total += weight * vector`` in fp64; product and sum are each rounded."""
     for piece in pieces(len(total)):
-        total[piece] += vector[piece].double() * weight
+        total[piece].add_(vector[piece].double() * weight)
+
+
+def mean_in_pieces(vectors: Tensor | Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None) -> Tensor:
+    """:func:`weighted_mean_reference` of weights that the host knows, without its large temporaries and a graph."""
+    *_, whole = itertools.accumulate(weights)
+    result = torch.empty_like(vectors[0], dtype=dtype)
+    for piece in pieces(len(result)):
+        total = torch.zeros_like(result[piece], dtype=torch.float64)
+        for vector, weight in zip(vectors, weights, strict=True):
+            if weight:
+                add_reference(total, vector[piece], weight)
+        result[piece] = total / whole
+    return result
 
 
 def exact_add_reference(digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:

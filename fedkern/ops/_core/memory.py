@@ -26,6 +26,9 @@ KEPT = 16 << 20
 # Default of FEDKERN_CACHE_MB: megabytes of freed memory that are kept, at most, for later results.
 CACHE_MB = 1024
 
+# Elements that the references take of long vectors at a time: temporaries of fp64 stay in a processor's cache.
+PIECE = 1 << 17
+
 
 class _Lent(weakref.ref[Any]):
     """Weak reference to the array through which a storage uses ``memory``."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._distill.checks import check_weight
-from fedkern.ops._distill.rows import NONE, REDUCTIONS, SUM, row_shape
+from fedkern.ops._distill.rows import NONE, REDUCTIONS, SUM
 
 
 def kl_div_reference(
@@ -43,16 +43,15 @@ def divergence_reference(
     dtype = result_dtype(student, other, teacher)
     compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     teacher = mask_rows(teacher, weight).to(compute)
-    rows = torch.zeros(row_shape(teacher), dtype=compute, device=teacher.device)
-    for logits in (student, other):
-        if logits is None:
-            continue
+    losses = []
+    for logits in (student,) if other is None else (student, other):
         logits = mask_rows(logits, weight).to(compute)
         if math.isinf(temperature):
-            rows = rows + half_variance(teacher, logits)
+            losses.append(half_variance(teacher, logits))
         else:
             p, q = (logits, teacher) if reverse else (teacher, logits)
-            rows = rows + scaled_divergence(p, q, temperature)
+            losses.append(scaled_divergence(p, q, temperature))
+    rows = losses[0] if other is None else losses[0] + losses[1]
     return reduce_rows(rows, weight if weight is None else weight.to(compute), reduction).to(dtype)
 
 
@@ -70,13 +69,10 @@ def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     Their sum equals Σ P (log P − log Q). The terms are never negative, so they do not cancel for nearly equal rows.
     """
     p, q = log_p.exp(), log_q.exp()
-    masked = p == 0  # Q alone counts, however low log P is
-    u = torch.where(masked, 0, log_q - torch.where(masked, 0, log_p))
-    small = u.abs() < 1
-    v = torch.where(small, u, 0)
-    near = p * (torch.expm1(v) - v).clamp_min(0)
-    far = q - p - torch.where(masked | small, 0, p * u)
-    return torch.where(small & ~masked, near, far)
+    u = torch.where(p == 0, 1, log_q - log_p)  # without P, Q alone counts: the far form gives it
+    low = u.clamp_max(1)
+    near = p * (torch.expm1(low) - low).clamp_min(0)
+    return torch.where(u < 1, near, q - p - p * u)
 
 
 # Above this temperature every distribution is nearly flat: log Q - log P falls as 1/T, below what the logarithms of

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.memory import PIECE
 from fedkern.ops._optimise.kernels import Call
 
 
@@ -34,7 +35,7 @@ def _step(call: Call) -> tuple[Tensor, Tensor]:
         gradient = gradient + call.correction
     if call.proximal and call.anchor is not None:
         gradient = gradient.add(theta - call.anchor, alpha=call.proximal)
-    squared = gradient.double().square().sum(1)
+    squared = torch.stack([part.double().square().sum(1) for part in gradient.split(PIECE, 1)]).sum(0)
     if call.max_norm is not None:
         norm = squared.sqrt()
         scale = torch.where(norm <= call.max_norm, 1.0, call.max_norm / norm)  # NaN where the norm is
@@ -87,5 +88,5 @@ def _finite(call: Call, squared: Tensor) -> Tensor:
     finite = squared.isfinite()
     for name, tensor in call.written().items():
         if name != "gradients":
-            finite = finite & tensor.isfinite().all(1)
+            finite = finite & (tensor.amin(1).isfinite() & tensor.amax(1).isfinite() if tensor.shape[1] else True)
     return finite
