@@ -31,9 +31,9 @@ BITS = 8, 12, 16
 """Bit depths that `grey_bits` tells apart; medical exports put 12 bits into 16."""
 LOOKED_AT = 128
 """Most files, evenly spread over a data set, whose grey values tell the bit depth of all."""
-PHOTOMETRIC, BANDS, EXTRA_BANDS = 262, 277, 338
-"""TIFF's tags of what the values mean (0 where the value 0 is white, DICOM's MONOCHROME1), of how many bands there are,
-and of what those beyond grey or colours mean."""
+BITS_EACH, PHOTOMETRIC, BANDS, EXTRA_BANDS, SAMPLE_FORMAT = 258, 262, 277, 338, 339
+"""TIFF's tags of a value's bits, of what values mean (0 where the value 0 is white, DICOM's MONOCHROME1), of how many
+bands there are, of what those beyond grey or colours mean, and of the numbers' kind (3: floats)."""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
 TURNS = {
     **dict(zip((2, 3, 4), MIRRORS, strict=True)),
@@ -240,7 +240,8 @@ class MaskFiles:
     """Mask files of a data set, and how they are decoded.
 
     Attributes:
-        images, masks, size, data, max_pixels: see `read_masks`.
+        images, masks: the files; every mask has the size of its image.
+        size, data, max_pixels: see `read_mask`.
     """
 
     images: Sequence[Path]
@@ -270,15 +271,20 @@ class MaskFiles:
         return chain(self.masks, self.images)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Decodes the masks at ``rows`` (int64 ``[n]``), see `read_masks`.
+        """Decodes the masks at ``rows`` (int64 ``[n]``), see `read_mask`.
 
         Returns:
             uint8 ``[n, 1, size, size]``, and int64 ``[n, 2]``, width and height of the decoded masks.
         """
         chosen = rows.tolist()
-        files = [self.images[row] for row in chosen], [self.masks[row] for row in chosen]
-        values = read_masks(*files, self.size, self.data, self.max_pixels)
-        return torch.from_numpy(values)[:, None], torch.full((len(chosen), 2), self.size)
+        values = np.empty((len(chosen), 1, self.size, self.size), dtype=np.uint8)
+
+        def read(place: int) -> None:
+            image, mask = self.images[chosen[place]], self.masks[chosen[place]]
+            values[place, 0] = read_mask(image, mask, self.data, self.max_pixels, self.size)
+
+        each(read, len(chosen))
+        return torch.from_numpy(values), torch.full((len(chosen), 2), self.size)
 
 
 @dataclass(frozen=True)
@@ -298,38 +304,25 @@ class ImageReader:
         return self.files.read(self.places[rows])
 
 
-def read_masks(
-    images: Sequence[Path], masks: Sequence[Path], size: int, data: str, max_pixels: int = MAX_PIXELS
+def read_mask(
+    image_path: Path, path: Path, data: str, max_pixels: int = MAX_PIXELS, size: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Decodes masks, resized to ``size`` x ``size`` pixels by the nearest pixel.
+    """Decodes a mask, resized to ``size`` x ``size`` pixels by the nearest pixel; in its own size without ``size``.
 
     A mask fits its image as `read_images` turns it; the mask itself is turned as its own EXIF orientation says.
 
     Args:
-        images: the image of every mask; both must have the same size.
-        masks: images of one channel (grey, palette or black-and-white) that hold class numbers.  Of a palette of greys
-            the grey counts, of one with colours the position in it.
+        path: an image of one channel (grey, palette or black-and-white, or whole numbers in floats) that holds class
+            numbers.  Of a palette of greys the grey counts, of one with colours the position in it.
 
     Returns:
-        uint8 ``[n, size, size]``, the class numbers or greys.
+        uint8 ``[H, W]``, the class numbers or greys.
 
     Raises:
         UserError: a mask that cannot be decoded, is too large, is one of several in its file, or has several channels,
-            a value above 255, another size than its image, or a palette that can be read in two ways.
+            a value that is no whole number from 0 to 255, another size than its image, or a palette that can be read
+            in two ways.
     """
-    out = np.empty((len(masks), size, size), dtype=np.uint8)
-
-    def read(row: int) -> None:
-        out[row] = read_mask(images[row], masks[row], data, max_pixels, size)
-
-    each(read, len(masks))
-    return out
-
-
-def read_mask(
-    image_path: Path, path: Path, data: str, max_pixels: int = MAX_PIXELS, size: int | None = None
-) -> npt.NDArray[np.uint8]:
-    """Decodes one mask, see `read_masks`; in its own size where there is no ``size``, uint8 ``[H, W]``."""
     try:
         with open_image(image_path, max_pixels) as image, open_image(path, max_pixels) as mask:
             if mask.format in ("JPEG", "MPO", "WEBP") or mask.info.get("compression") in ("jpeg", "webp"):
@@ -337,7 +330,7 @@ def read_mask(
                     f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
                     "at edges; save masks as PNG, from the numbers themselves"
                 )
-            if mask.mode not in ("1", "L", "P", "I", "I;16"):
+            if mask.mode not in ("1", "L", "P", "F") and not _deep(mask):
                 raise UserError(
                     f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
                     "class numbers, or of 0 and 255"
@@ -356,13 +349,19 @@ def read_mask(
                 )
             if mask.mode == "P":
                 turned = _without_palette(turned, path, data)
+            elif mask.mode not in ("1", "L"):
+                values = np.asarray(turned)
+                wrong = values[(values < 0) | (values > 255) | (values != np.rint(values))]
+                if wrong.size:
+                    raise UserError(
+                        f'data set "{data}": the mask {path} holds {wrong[0]:g}, expected class numbers from 0 to 255'
+                    )
+                turned = Image.fromarray(values.astype(np.uint8))
             values = np.asarray(turned if size is None else turned.resize((size, size), Image.Resampling.NEAREST))
     except (UserError, MemoryError):
         raise
     except Exception as error:
         raise unreadable(data, "mask or its image", path, error) from error
-    if values.size and values.max() > 255:
-        raise UserError(f'data set "{data}": the mask {path} holds {values.max()}, expected class numbers below 256')
     return values.astype(np.uint8)
 
 
@@ -515,7 +514,8 @@ def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
             tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
             file.seek(tags.next)
             tags.load(file)
-            reason = f"a TIFF of {tags[BANDS]} bands, expected grey or three colours"
+            kind = f"{tags[BITS_EACH][0]} bits{', floats' * (3 in tags.get(SAMPLE_FORMAT, ()))}"
+            reason = f"a TIFF of {tags[BANDS]} bands of {kind}, expected grey or three colours of 8 or 16 bits"
     return UserError(f'data set "{data}": cannot read the {what} {path} ({reason}); replace or remove it')
 
 

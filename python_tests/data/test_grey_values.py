@@ -278,7 +278,7 @@ def test_the_bands_of_a_tiff_are_counted(tmp_path):
     path = tmp_path / "bands.tif"
     for bands in (5, 13):
         path.write_bytes(tiff(np.zeros((16, 16, bands), np.uint8), 1, 0))
-        with pytest.raises(UserError, match=rf"bands\.tif \(a TIFF of {bands} bands, expected grey or three colours\)"):
+        with pytest.raises(UserError, match=rf"bands\.tif \(a TIFF of {bands} bands of 8 bits, expected grey"):
             images.read_images([path], 16, "csv")
 
 

@@ -18,7 +18,7 @@ from scipy.io import savemat
 from fedkern.data import load
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.found_files import gunzip
-from fedkern.data.images import FORMATS, list_images, open_image, read_images, read_masks
+from fedkern.data.images import FORMATS, list_images, open_image, read_images, read_mask
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, parse_json
 from fedkern.models.prompts import read_prompts
@@ -55,7 +55,7 @@ def test_postscript_in_a_png_starts_no_other_program(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot read the image .*image\.png \(it is none of JPEG, PNG"):
         read_images([path], 8, "folder")
     with pytest.raises(UserError, match="none of JPEG, PNG"):
-        read_masks([path], [path], 8, "segmentation")
+        read_mask(path, path, "segmentation", size=8)
     assert not called
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images import read_masks
+from fedkern.data.images import read_mask
 from fedkern.errors import UserError
 
 SHOWN = (np.indices((8, 8)).sum(0) % 3 == 0).astype(np.uint8)
@@ -24,7 +26,7 @@ def written(path, indices, palette, **options):
 
 def values(path):
     Image.new("L", (8, 8)).save(path.with_name("image.png"))
-    return read_masks([path.with_name("image.png")], [path], 8, "segmentation")[0]
+    return read_mask(path.with_name("image.png"), path, "segmentation", size=8)
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
@@ -78,6 +80,72 @@ def test_a_negative_mask_of_16_bits_is_refused(tmp_path):
     Image.fromarray(SHOWN.astype(np.uint16)).save(path, tiffinfo={262: 0})
     with pytest.raises(UserError, match=r"mask\.tif says that 0 is white"):
         values(path)
+
+
+NUMBERS = np.arange(23 * 37, dtype=np.int64).reshape(23, 37) % 250
+"""Masks of more pixels than they are resized to."""
+
+
+def tiff(path, array, order="<"):
+    """A TIFF of one band, uncompressed; ``order`` is the byte order of its numbers and of the file."""
+    kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    tags = {256: array.shape[1], 257: array.shape[0], 258: 8 * array.dtype.itemsize, 259: 1, 262: 1, 273: 8, 277: 1,
+            278: array.shape[0], 279: array.nbytes, 339: kind}  # fmt: skip
+    pixels = array.astype(array.dtype.newbyteorder(order)).tobytes()
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels))
+    path.write_bytes(head + pixels + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+    Image.new("L", array.shape[::-1]).save(path.with_name("image.png"))
+    return path
+
+
+@pytest.mark.parametrize("size", [None, 16])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        ("u1", "<"),
+        ("u2", "<"),
+        ("u2", ">"),
+        ("i2", "<"),
+        ("i2", ">"),
+        ("i4", ">"),
+        ("u4", "<"),
+        ("f4", "<"),
+        ("f4", ">"),
+    ],
+)
+def test_masks_of_more_bits_hold_the_same_numbers(tmp_path, kind, order, size):
+    path = tiff(tmp_path / "mask.tif", NUMBERS.astype(kind), order)
+    found = read_mask(tmp_path / "image.png", path, "segmentation", size=size)
+    plain = Image.fromarray(NUMBERS.astype(np.uint8))
+    resized = plain if size is None else plain.resize((size, size), Image.Resampling.NEAREST)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, np.asarray(resized))
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "value", "words"),
+    [
+        ("f4", "<", 0.5, "holds 0.5, expected class numbers from 0 to 255"),
+        ("f4", ">", np.nan, "holds nan, expected"),
+        ("f4", "<", np.inf, "holds inf, expected"),
+        ("f4", ">", 256, "holds 256, expected"),
+        ("u2", ">", 700, "holds 700, expected"),
+        ("i2", ">", -1, "holds -1, expected"),
+        ("i4", "<", -100, "holds -100, expected"),
+        ("f8", "<", 1, r"mask\.tif \(a TIFF of 1 bands of 64 bits, floats, expected grey"),
+        ("f2", "<", 1, "of 16 bits, floats, expected grey"),
+        ("u4", ">", 1, "of 32 bits, expected grey"),
+    ],
+)
+def test_masks_of_other_numbers_are_named_for_what_they_are(tmp_path, kind, order, value, words):
+    numbers = NUMBERS.astype(kind)
+    numbers[11, 5] = value
+    path = tiff(tmp_path / "mask.tif", numbers, order)
+    for size in (None, 16):
+        with pytest.raises(UserError, match=words) as caught:
+            read_mask(tmp_path / "image.png", path, "segmentation", size=size)
+        assert "colours (mode" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cached", [False, True])

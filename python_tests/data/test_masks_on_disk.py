@@ -52,13 +52,13 @@ def splits(data):
 def decoded(monkeypatch):
     """The masks that were decoded."""
     found = []
-    read = images.read_masks
+    read = images.read_mask
 
-    def counted(pictures, masks, *rest):
-        found.extend(masks)
-        return read(pictures, masks, *rest)
+    def counted(picture, mask, *rest):
+        found.append(mask)
+        return read(picture, mask, *rest)
 
-    monkeypatch.setattr(images, "read_masks", counted)
+    monkeypatch.setattr(images, "read_mask", counted)
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from fedkern.data import load
-from fedkern.data.images import read_images, read_masks
+from fedkern.data.images import read_images, read_mask
 from fedkern.errors import UserError
 
 SIZE = 16
@@ -168,11 +168,11 @@ def test_masks_are_of_the_turned_image(tmp_path):
     upright = save(Image.fromarray(values), tmp_path / "upright.png")
     lying = save(Image.fromarray(values).transpose(Image.Transpose.ROTATE_90), tmp_path / "lying.png", 6)
     plain = save(Image.fromarray(values).transpose(Image.Transpose.ROTATE_90), tmp_path / "plain.png")
-    a, b = read_masks([image, image], [upright, lying], 24, "test")
+    a, b = (read_mask(image, mask, "test", size=24) for mask in (upright, lying))
     assert np.array_equal(a, np.asarray(Image.fromarray(values).resize((24, 24), Image.Resampling.NEAREST)))
     assert np.array_equal(a, b)
     with pytest.raises(UserError, match=r"has 24x16 pixels, its image .* 16x24, as its EXIF orientation turns it"):
-        read_masks([image], [plain], 24, "test")
+        read_mask(image, plain, "test", size=24)
 
 
 @pytest.mark.parametrize("name", ["folder", "csv", "pairs", "reports"])
