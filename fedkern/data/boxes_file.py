@@ -21,8 +21,6 @@ Coordinates are pixels of the image as stored, turned as its EXIF orientation sa
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Collection, Sequence
 from os.path import normpath
@@ -32,10 +30,12 @@ import torch
 from torch import Tensor
 
 from fedkern.data.background import rasterise
+from fedkern.data.found_files import read_file
 from fedkern.data.split import Split
+from fedkern.data.table import parsed
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
-from fedkern.inputs import parse_json, read_text
+from fedkern.inputs import parse_json
 
 Box = tuple[float, float, float, float]
 
@@ -55,14 +55,9 @@ class BoxesFile:
         suffix = self.path.suffix.lower()
         if suffix not in (".json", ".csv"):
             raise UserError(f"boxes file {self.path}: expected a file ending in .json or .csv")
-        try:
-            text = read_text(self.path, "utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UserError(f"boxes file {self.path}: cannot be read ({reason})") from error
         self.fractions = False
         self.boxes: dict[str, list[Box]] = {}
-        for name, boxes in (self._read_json(text) if suffix == ".json" else self._read_csv(text)).items():
+        for name, boxes in (self._read_json() if suffix == ".json" else self._read_csv()).items():
             self.boxes.setdefault(normpath(name) if normpath(name) in known else name, []).extend(boxes)
         for name in self.boxes:
             if name not in known:
@@ -94,9 +89,9 @@ class BoxesFile:
             scaled.append(boxes * scale)
         return rasterise(scaled, height, width)
 
-    def _read_json(self, text: str) -> dict[str, list[Box]]:
+    def _read_json(self) -> dict[str, list[Box]]:
         try:
-            content = parse_json(text)
+            content = parse_json(read_file(self.path, "boxes file"))
         except ValueError as error:
             raise UserError(f"boxes file {self.path}: not valid JSON ({error})") from error
         table = content.get("boxes") if isinstance(content, dict) else None
@@ -113,23 +108,17 @@ class BoxesFile:
             boxes[name] = [self._box(row, f'image "{name}"') for row in rows]
         return boxes
 
-    def _read_csv(self, text: str) -> dict[str, list[Box]]:
-        try:
-            return self._read_rows(csv.DictReader(io.StringIO(text, newline="")))
-        except csv.Error as error:
-            raise UserError(f"boxes file {self.path}: not a CSV file ({error})") from None
-
-    def _read_rows(self, reader: csv.DictReader[str]) -> dict[str, list[Box]]:
+    def _read_csv(self) -> dict[str, list[Box]]:
         columns = ("image", "x1", "y1", "x2", "y2")
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        names, rows, lines, _ = parsed(self.path, "boxes file")
+        missing = [column for column in columns if column not in names]
         if missing:
             raise UserError(
                 f"boxes file {self.path}: the header line lacks {', '.join(missing)}; expected {','.join(columns)}"
             )
         boxes: dict[str, list[Box]] = {}
-        for row in reader:
-            where = f"line {reader.line_num}"
-            boxes.setdefault(row["image"], []).append(self._box([row[column] for column in columns[1:]], where))
+        for row, line in zip(rows, lines, strict=True):
+            boxes.setdefault(row["image"], []).append(self._box([row[side] for side in columns[1:]], f"line {line}"))
         return boxes
 
     def _box(self, values: object, where: str) -> Box:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.data.found_files import need_root
-from fedkern.data.images import subfolders
+from fedkern.data.images import hidden, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.site_folders import (
     Found,
@@ -58,11 +58,11 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
     one = dict(zip(folders, spelled, strict=True))
     own_classes = {site: {one[name] for name in subfolders(folder)} for site, folder in training.items()}
     classes = numbered(name for names in own_classes.values() for name in names)
-    if len(classes) < 2:
-        tables = sorted(base.glob("*.csv"))
+    if not classes:
+        tables = sorted(path for path in base.glob("*.csv") if not hidden(path.name))
         table = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
         raise UserError(
-            f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found {len(classes)} '
+            f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found 0 '
             f"class folders{table}"
         )
     holders = Counter(name for names in own_classes.values() for name in names)

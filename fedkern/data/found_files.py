@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import BinaryIO
 
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.inputs import open_regular, read_text
+from fedkern.inputs import open_regular
 
 BLOCK = 1 << 20  # bytes read at once
 MOST = 1 << 32
@@ -54,13 +55,27 @@ def find_file(folder: Path, name: str) -> Path | None:
     return None
 
 
-def read_file(path: Path, data: str) -> str:
-    """The text of a file; raises UserError where it cannot be read, or is not UTF-8."""
+def read_file(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark; line ends become ``\\n``.
+
+    Raises:
+        UserError: the file cannot be read, or is no such text; the message begins with ``what``.
+    """
     try:
-        return read_text(path, "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
+        with open_regular(path) as file:
+            content = file.read()
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        reason = "it holds zero bytes, as UTF-32 does and UTF-16 without a byte-order mark" if "\0" in text else ""
+    except OSError as error:
+        raise UserError(f"{what}: cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line, byte = 1 + error.object.count(b"\n", 0, error.start), error.object[error.start]
+        reason = f"line {line} has the byte 0x{byte:02X}, which is not {error.encoding.upper()}"
+    if content.startswith(b"PK\x03\x04"):
+        reason = "it is a workbook (xlsx, ods) or another zip archive"
+    if reason:
+        raise UserError(f'{what}: cannot read {path}: {reason}; save it as UTF-8 text, in Excel as "CSV UTF-8"')
+    return io.StringIO(text, newline=None).getvalue()
 
 
 def read_bytes(

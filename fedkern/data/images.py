@@ -47,8 +47,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's: hidden, or what macOS adds to an archive."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a file or folder is none of the user's: hidden, what macOS adds to an archive, or a lock of Office."""
+    return name.startswith((".", "~$")) or name == "__MACOSX"
 
 
 def subfolders(folder: Path) -> list[str]:

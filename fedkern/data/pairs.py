@@ -96,7 +96,7 @@ def _read(image: Path) -> str:
     path = image.with_suffix(".txt")
     if not path.exists():
         raise UserError(f'data set "pairs": the image {image} has no text {path.name} beside it')
-    text = read_file(path, "pairs").strip()
+    text = read_file(path, 'data set "pairs"').strip()
     if not text:
         raise UserError(f'data set "pairs": the text {path} is empty')
     return text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from os.path import normpath
@@ -28,6 +30,8 @@ from fedkern.files import expand
 from fedkern.inputs import standing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_MARK = re.compile(r"(?i)sep=([,;\t])(?=\n)")
+"""First line of a file that tells Excel the separator."""
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
 """Names of the patient column, as in the tables of MIMIC-CXR, NIH's ChestX-ray14 and others."""
 CLIENT = ("client", "site", "hospital", "institution")
@@ -203,11 +207,7 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
         UserError: the file is unreadable or has no row, a required or chosen column is missing or a column occurs
             twice, a required value is empty, a chosen column is empty, or a row has more values than there are columns.
     """
-    text = read_file(path, data)
-    try:
-        names, rows, lines, notices = _parsed(text, path, data)
-    except csv.Error as error:
-        raise UserError(f'data set "{data}": {path} is not a CSV file: {error}') from None
+    names, rows, lines, notices = parsed(path, f'data set "{data}"')
     options = {"patient": AUTO, **chosen}
     given = {option: column.strip().lower() for option, column in options.items() if column}
     if given.get("patient") == AUTO:
@@ -244,34 +244,36 @@ def _in_place(
     return [{**row, **{name: row.get(column, "") for name, column in taken.items()}} for row in rows]
 
 
-def _parsed(text: str, path: Path, data: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
-    """The column names in lower case, the rows, their line numbers, and a sentence where cells count as empty."""
-    separator = _separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    lists = (values for values in reader if values)
-    names = [name.strip().lower() for name in next(lists, [])]
+def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
+    """The column names in lower case, the rows, their line numbers, and a sentence where cells count as empty.
+
+    ``what`` begins the message of an error.
+    """
+    text, where = read_file(path, what), f"{what}: {path}"
+    if marked := _MARK.match(text):
+        text = text[marked.end() :]
+    separator = marked[1] if marked else _separator(text)
+    lists = _filled(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), where)
+    names = [name.strip().lower() for name in next(lists, (0, []))[1]]
     for name in names:
         if name and names.count(name) > 1:
-            raise UserError(f'data set "{data}": {path} has {names.count(name)} columns "{name}", expected one')
+            raise UserError(f'{where} has {names.count(name)} columns "{name}", expected one')
     rows: list[dict[str, str]] = []
     lines: list[int] = []
     missing: Counter[str] = Counter()
-    for values in lists:
+    for line, values in lists:
         missing.update(value for cell in values if (value := cell.strip()) in MISSING)
         cells = [filled(value) for value in values]
         if any(cells[len(names) :]):
             raise UserError(
-                f'data set "{data}": {path}, line {reader.line_num}, has {len(cells)} values for {len(names)} '
-                f"columns; quote texts that hold {SEPARATORS[separator]}"
+                f"{where}, line {line}, has {len(cells)} values for {len(names)} columns; quote texts that hold "
+                f"{SEPARATORS[separator]}"
             )
         cells += [""] * (len(names) - len(cells))
         rows.append({name: value for name, value in zip(names, cells, strict=False) if name})
-        lines.append(reader.line_num)
-    told = []
-    if missing:
-        listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
-        told.append(f"Cells of {path.name} that count as empty: {listed}.")
-    return names, rows, lines, told
+        lines.append(line)
+    listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
+    return names, rows, lines, [f"Cells of {path.name} that count as empty: {listed}."] if missing else []
 
 
 def _separator(text: str) -> str:
@@ -279,13 +281,29 @@ def _separator(text: str) -> str:
 
     def fit(separator: str) -> tuple[bool, float, int]:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        header, *rest = ([len(values) for values in islice(filter(None, rows), LOOKED_AT)]) or [0]
+        counts: list[int] = []
+        with suppress(csv.Error):  # a field without an end: the rows before it tell
+            for values in islice(filter(None, rows), LOOKED_AT):
+                counts.append(len(values))
+        header, *rest = counts or [0]
         return header > 1, sum(count == header for count in rest), header
 
+    return max(SEPARATORS, key=fit)
+
+
+def _filled(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows that hold a value, each with its line; raises UserError where a row is no CSV."""
+    begin = 1
     try:
-        return max(SEPARATORS, key=fit)
-    except csv.Error:
-        return ","
+        for values in reader:
+            if any(map(str.strip, values)):
+                yield reader.line_num, values
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{where}, line {begin}, begins a row that is not CSV ({error}): close its quotation marks, or shorten "
+            f"texts of more than {csv.field_size_limit():,} characters"
+        ) from None
 
 
 def open_csv(root: str | Path | None, reading: Reading, task: str, **chosen: str) -> Source:

@@ -193,7 +193,7 @@ def test_csv_without_split(tmp_path):
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,tset"], 'line 3, has the split "tset"'),
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,train"], "no image belongs to the test split"),
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,test"], "1 images are too few to hold some out"),
-        ("path,label", ['"files/0.png,a'], "is not a CSV file"),
+        ("path,label", ['"files/0.png,a'], "line 2, begins a row that is not CSV"),
         ("path,note,label,Note", ["files/0.png,,a,"], 'has 2 columns "note", expected one'),
         ("path,label", ["files/0.png,a", "files/1.png,b, c"], "line 3, has 3 values for 2 columns; quote .* commas"),
         (

@@ -292,7 +292,7 @@ def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
     [
         (lambda t: (t / "3.txt").unlink(), r"3\.png has no text 3\.txt beside it"),
         (lambda t: (t / "3.txt").write_text(" \n"), r"3\.txt is empty"),
-        (lambda t: (t / "3.txt").write_bytes(b"\xff\xfe\xff"), "not UTF-8"),
+        (lambda t: (t / "3.txt").write_bytes(b"\xff\xfe\xff"), "not UTF-16"),
         (lambda t: [one.unlink() for one in t.glob("*.png")], "no image found"),
         (lambda t: (t / "a.csv").write_text("image,words\n1.png,x"), 'no column "text"'),
     ],
