@@ -21,11 +21,12 @@ from torch import Tensor
 
 from fedkern.data.found_files import gunzip, need_root
 from fedkern.data.full_masks import FullMasks, MaskStore
-from fedkern.data.images import MAX_PIXELS, each, subfolders
-from fedkern.data.listing import SPLITS, held_out_first
+from fedkern.data.images import MAX_PIXELS, each, hidden, subfolders
+from fedkern.data.listing import SPLITS, Listing, Reading, split_rows
+from fedkern.data.site_folders import left_out
 from fedkern.data.spelling import SHOWN, numbered
 from fedkern.data.split import largest_classes
-from fedkern.data.types import Pool, Source, fixed_rows
+from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError, first_of
 from fedkern.extras import needed
 from fedkern.inputs import open_regular, real_file
@@ -140,6 +141,7 @@ def open_brats(
         groups=len(sites) if len(sites) > 1 else None,
         sites=tuple(site or "." for site in sites) if len(sites) > 1 else (),
         drawn_validation=not {"test", "validation"} <= {case.split for case in cases},
+        notices=tuple(left_out(base)),
     )
 
 
@@ -201,7 +203,7 @@ def ending(folder: Path, name: str) -> Path | None:
     """The NIfTI file in ``folder`` that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
     for path in sorted(folder.iterdir()):
         for suffix in (".nii.gz", ".nii"):
-            if path.name.endswith(suffix) and path.is_file():
+            if path.name.endswith(suffix) and not hidden(path.name) and path.is_file():
                 stem = path.name.removesuffix(suffix)
                 if stem == name or stem.endswith(("_" + name, "-" + name)):
                     return path
@@ -369,30 +371,14 @@ def _split(
     cases: Sequence[Case], present: npt.NDArray[np.int64], shares: tuple[float, float]
 ) -> dict[str, npt.NDArray[np.int64]]:
     """The cases of every split; a split without a folder gets whole cases that are held out."""
-    split = np.array([cases[i].split for i in present])
-    made = {name: present[split == name] for name in ("train", "validation", "test")}
-    if not any(split):
-        made["test"], made["train"] = _held_out(cases, present, shares[0], "test")
-    elif len(made["test"]) == 0:
-        made["test"], made["validation"] = made["validation"], made["test"]
-    for name in ("train", "test") if shares[0] else ("train",):
-        if len(made[name]) == 0:
-            raise UserError(f'data set "brats": no case belongs to the {name} split')
-    if len(made["validation"]) == 0:
-        made["validation"], made["train"] = _held_out(cases, made["train"], shares[1], "validation")
-    return made
-
-
-def _held_out(
-    cases: Sequence[Case], present: npt.NDArray[np.int64], share: float, purpose: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    homes = [cases[i].site for i in present]
-    order, count = held_out_first(np.zeros(len(present), dtype=np.int64), homes, share, f"split/brats/{purpose}")
-    count = count if share else 0
-    if count >= len(present):
-        raise UserError(f'data set "brats": {len(present)} cases are too few to hold some out as {purpose} set')
-    held, kept = fixed_rows(order, count)
-    return present[held.numpy()], present[kept.numpy()]
+    own = [cases[i] for i in present]
+    splits = [case.split for case in own]
+    if "test" not in splits:
+        splits = ["test" if split == "validation" else split for split in splits]
+    names, sites = tuple(case.name for case in own), [case.site for case in own]
+    listing = Listing((), names, np.zeros(len(own), dtype=np.int64), splits, sites, thing="case")
+    rows = split_rows("brats", listing, Reading(0, "grey", *shares), np.arange(len(own)))
+    return {name: present[found.numpy()] for name, found in rows.items()}
 
 
 def _slices(

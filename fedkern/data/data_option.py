@@ -72,9 +72,7 @@ COMMON_OPTIONS: dict[str, DataOption] = {
     ),
     "cue_size": DataOption(10, "side of those shapes in pixels", low=3),
     "backdoor_clients": DataOption(
-        0,
-        "on the first so many clients a white patch says backdoor_target; test backdoor: its success",
-        low=0,
+        0, "on the first so many clients a white patch says backdoor_target; test backdoor: its success", low=0
     ),
     "backdoor_target": DataOption(0, "the class, by position, that the patch says", low=0),
     "backdoor_size": DataOption(4, "side of that patch in pixels", low=1),

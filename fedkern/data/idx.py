@@ -49,12 +49,7 @@ IDX_SETS = {
     ),
 }
 
-_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+_FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
 
 def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
@@ -126,8 +121,6 @@ def _read_pair(folder: Path, data: str, images: str, labels: str, classes: int) 
             f'data set "{data}": {folder / images} announces {len(pixels)} images but {folder / labels} '
             f"{len(names)} labels"
         )
-    if len(names) == 0:
-        raise UserError(f'data set "{data}": {folder / images} holds no image')
     if names.max() >= classes:
         raise UserError(f'data set "{data}": {folder / labels} holds label {names.max()}, expected 0 to {classes - 1}')
     return torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(names.astype(np.int64))

@@ -79,6 +79,7 @@ class Listing:
         lines: the line of every image in its table, for messages; empty without a table.
         notices: sentences for the user, see `Source.notices`.
         full: the masks in the size in which they are given, see `fedkern.data.Split`.
+        thing: what an entry is, for messages.
     """
 
     paths: Sequence[Path]
@@ -94,6 +95,7 @@ class Listing:
     lines: Sequence[int] = ()
     notices: Sequence[str] = ()
     full: FullMasks | None = None
+    thing: str = "image"
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
@@ -108,7 +110,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         raise UserError(f'data set "{data}": crop is {reading.crop}, more than size, {reading.size}')
     _check_single(data, listing, classes)
     units = _units(listing)
-    rows = _rows(data, listing, reading, units)
+    rows = split_rows(data, listing, reading, units)
     named = [listing.clients[row] for row in rows["train"].tolist()]
     names = numbered(named)
     unnamed = named.count("") if names != ("",) else 0
@@ -257,8 +259,8 @@ def _units(listing: Listing) -> npt.NDArray[np.int64]:
     return np.frombuffer(hashes, dtype="<i8").astype(np.int64)
 
 
-def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """The rows of every split, sorted; rows that are held out keep the shares of sites and classes."""
+def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """The rows of every split, sorted; rows that are held out keep the shares of sites and classes, and units whole."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
     if not any(listing.splits):
@@ -266,7 +268,7 @@ def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.i
         rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")
     for name in ("train", "test") if reading.test_share else ("train",):
         if len(rows[name]) == 0:
-            raise UserError(f'data set "{data}": no image belongs to the {name} split')
+            raise UserError(f'data set "{data}": no {listing.thing} belongs to the {name} split')
     if len(rows["validation"]) == 0:
         rows["validation"], rows["train"] = _held_out(
             data, rows["train"], listing, units, reading.validation_share, "validation"
@@ -351,8 +353,8 @@ def _held_out(
         kinds = np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1)
     order, count = held_out_first(kinds, homes, share, f"split/{data}/{purpose}")
     if not 0 < count < len(wholes):
-        what = "images" if listing.patients is None else "patients"
-        raise UserError(f'data set "{data}": {len(wholes)} {what} are too few to hold some out as {purpose} set')
+        what = listing.thing if listing.patients is None else "patient"
+        raise UserError(f'data set "{data}": {len(wholes)} {what}s are too few to hold some out as {purpose} set')
     held, kept = (
         np.array(sorted(row for i in part.tolist() for row in wholes[i]), dtype=np.int64)
         for part in fixed_rows(order, count)

@@ -30,6 +30,7 @@ from fedkern.data.images import (
     list_images,
     subfolders,
 )
+from fedkern.data.site_folders import left_out
 from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -112,6 +113,7 @@ def open_nico(
         std=IMAGENET_STD,
         augment="nico",
         groups=CLIENTS,
+        notices=tuple(left_out(folder)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fedkern.data.images import SUFFIXES, hidden, list_images, subfolders
 from fedkern.data.listing import SPLITS
 from fedkern.data.spelling import unified
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.inputs import real_file
 
 LAYOUTS = "auto", "sites", "patients"
@@ -26,6 +26,8 @@ _NUMBER = re.compile(r"(?!n\d{8}$)([a-z]{0,3}[ _-]?\d{3,}|[ps][ _-]?\d+)")
 """Names that a patient has and a class hardly; n and eight digits are the classes of ImageNet."""
 TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"})
 """Endings of files that are not counted as left out."""
+MAC = "._* of macOS"
+"""Kind of the files in which macOS keeps what another file system has no place for."""
 Splits = dict[str, str]
 """The folder of every split; empty where a fixed split is drawn."""
 
@@ -137,9 +139,9 @@ def _check_names(base: Path, data: str, sites: dict[str, Splits]) -> None:
     for found, patterns in ((inner, (_PATIENT, _NUMBER)), (outer, (_PATIENT,))):
         if found and all(any(each.fullmatch(path.name.lower()) for each in patterns) for path in found):
             raise UserError(
-                f'data set "{data}": {found[0]} in {base} looks like the folder of a patient, and {_listed(sites)} '
-                "would be sites; give --data-option layout=sites if that is right, or layout=patients to keep the "
-                "images of a patient together"
+                f'data set "{data}": {found[0]} in {base} looks like the folder of a patient, and '
+                f"{first_of([*sites], 4)} would be sites; give --data-option layout=sites if that is right, or "
+                "layout=patients to keep the images of a patient together"
             )
 
 
@@ -175,27 +177,25 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(place), sorted(names)
 
 
-def left_out(base: Path, used: Iterable[Path]) -> list[str]:
-    """A sentence on the files under ``base`` that are not read, by their endings, without hidden files and texts."""
-    read = set(used)
+def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
+    """A sentence on the files under ``base`` that are not read, by their endings, without hidden files and texts.
+
+    Files that macOS puts beside others are counted too, and without ``used``, the files that are read, they alone.
+    """
+    read = None if used is None else set(used)
     counts: Counter[str] = Counter()
     example = None
     for place, names in _walk(base):
         for name in names:
             path = place / name
-            suffix = path.suffix.lower()
-            if suffix not in TEXTS and not hidden(name) and path not in read:
-                counts[suffix] += 1
+            kind = MAC if name.startswith("._") else path.suffix.lower()
+            if kind == MAC or (read is not None and kind not in TEXTS and not hidden(name) and path not in read):
+                counts[kind] += 1
                 example = example or path
     if example is None:
         return []
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     return [f"Files under {base} that are not read: {kinds}, such as {example.relative_to(base)}."]
-
-
-def _listed(names: Iterable[str]) -> str:
-    several = list(names)
-    return ", ".join(several[:4]) + ", ..." * (len(several) > 4)
 
 
 def trees(base: Path, sites: dict[str, Splits]) -> list[tuple[str, str, Path]]:

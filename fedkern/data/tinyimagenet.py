@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkern.data.found_files import need_root, read_file
+from fedkern.data.found_files import find_folder, read_file
 from fedkern.data.images import MAX_PIXELS, list_images
 from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.site_folders import left_out
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.inputs import standing
 
 SIDE = 64
-READING = Reading(size=SIDE, colour="rgb", test_share=0.0, validation_share=0.1)
 _FOLDERS = ("tiny-imagenet-200", "tinyimagenet", "tiny-imagenet")
 
 
@@ -31,7 +31,7 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
     Raises:
         UserError: a missing folder or file, or an annotation that names an unknown class or a missing image.
     """
-    folder = _tree(root)
+    folder = find_folder(root, "tinyimagenet", _FOLDERS, ("wnids.txt",))
     wnids = _lines(folder / "wnids.txt")
     if len(wnids) < 2 or len(set(wnids)) != len(wnids):
         raise UserError(f'data set "tinyimagenet": {folder / "wnids.txt"} does not list two or more different classes')
@@ -65,10 +65,10 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
         labels=np.array(labels, dtype=np.int64),
         splits=["train"] * trained + ["test"] * (len(paths) - trained),
         clients=[""] * len(paths),
+        notices=left_out(folder),
     )
-    source = to_source(
-        "tinyimagenet", listing, _names(folder, wnids), dataclasses.replace(READING, max_image_pixels=max_image_pixels)
-    )
+    reading = Reading(SIDE, "rgb", test_share=0.0, validation_share=0.1, max_image_pixels=max_image_pixels)
+    source = to_source("tinyimagenet", listing, _names(folder, wnids), reading)
     return dataclasses.replace(
         source, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), augment="flip-rotate"
     )
@@ -82,15 +82,4 @@ def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_file(path, "tinyimagenet").splitlines() if line.strip()]
-
-
-def _tree(root: str | Path | None) -> Path:
-    base = need_root(root, "tinyimagenet", "tiny-imagenet-200/wnids.txt")
-    for candidate in (*(base / name for name in _FOLDERS), base):
-        if (candidate / "wnids.txt").is_file():
-            return candidate
-    raise UserError(
-        f'data set "tinyimagenet": no wnids.txt found under {base} (looked in '
-        f"{', '.join(['DIR', *(f'DIR/{name}' for name in _FOLDERS)])})"
-    )
+    return [line.strip() for line in read_file(path, 'data set "tinyimagenet"').splitlines() if line.strip()]

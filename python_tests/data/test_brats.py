@@ -68,6 +68,21 @@ def test_cases_beside_the_folders_of_splits(tmp_path):
         opened(tmp_path)
 
 
+def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
+    write_cases(tmp_path)
+    plain, told = opened(tmp_path), []
+    for path in [*tmp_path.rglob("*")]:
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    data = load(
+        "brats", root=tmp_path, clients=2, partition="iid", options={"modalities": "t1,flair", "size": 12},
+        notice=told.append,
+    )  # fmt: skip
+    assert [split.ids for split in every_split(data)] == [split.ids for split in every_split(plain)]
+    example = "case0/._case0_flair.nii.gz"
+    assert told == [f"Files under {tmp_path} that are not read: 30 ._* of macOS, such as {example}."]
+
+
 def test_slices_of_whole_cases(tmp_path):
     written = write_cases(tmp_path)
     data = opened(tmp_path, clients=3)

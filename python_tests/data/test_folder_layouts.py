@@ -135,8 +135,8 @@ def test_what_is_left_out_is_counted(tmp_path, name):
         (tree / path).write_bytes(b"?")
     picture(tmp_path / "__MACOSX" / "cat" / "0.png", 5)
     opened(name, tmp_path, said, **settings)
-    first = f"{tree.name}/a.pgm"
-    assert said == [f"Files under {tmp_path} that are not read: 2 .jfif, 2 .png, 1 .pgm, such as {first}."]
+    kinds = "2 .jfif, 2 .png, 1 ._* of macOS, 1 .pgm"
+    assert said == [f"Files under {tmp_path} that are not read: {kinds}, such as {tree.name}/._0.png."]
 
 
 @pytest.mark.parametrize("splits", [("",), ("train", "test")])

@@ -54,6 +54,19 @@ def test_every_image_is_used_once(tmp_path: Path, write_nico) -> None:
     assert data.image_ids == frozenset(names)
 
 
+def test_what_macos_puts_beside_images_is_left_out_and_told(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    for path in [*tmp_path.rglob("*")]:
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    told: list[str] = []
+    data = load("nico", root=tmp_path, options={"size": 16}, notice=told.append)
+    assert len(data.image_ids) == CLASSES * CONTEXTS * IMAGES
+    assert told == [
+        f"Files under {tmp_path} that are not read: 150 ._* of macOS, such as class0/context00 of 0/._0.jpg."
+    ]
+
+
 def test_pixels_labels_and_sizes(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path, size=(20, 12))
     data = load("nico", root=tmp_path, options={"size": 16})

@@ -49,6 +49,16 @@ def test_content(tree, above):
         assert np.allclose(red, 60 * split.labels, atol=4)
 
 
+def test_what_macos_puts_beside_images_is_left_out_and_told(tree):
+    for path in [*tree.rglob("*")]:
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    told = []
+    data = load("tinyimagenet", root=tree, clients=3, partition="iid", notice=told.append)
+    assert len(data.image_ids) == 36
+    assert told == [f"Files under {tree} that are not read: 42 ._* of macOS, such as ._wnids.txt."]
+
+
 def test_what_is_missing_is_named(tree):
     (tree / "val" / "images" / "val_3.JPEG").unlink()
     with pytest.raises(UserError, match=r"val_3\.JPEG of .*val_annotations\.txt, line 4, is missing"):
@@ -59,13 +69,13 @@ def test_what_is_missing_is_named(tree):
     ("change", "words"),
     [
         (lambda t: (t / "words.txt").unlink(), r"cannot read .*words\.txt"),
-        (lambda t: (t / "wnids.txt").unlink(), r"no wnids\.txt found under"),
+        (lambda t: (t / "wnids.txt").unlink(), r"no file wnids\.txt .*found under"),
         (lambda t: (t / "wnids.txt").write_text("n01\nn01\n"), "two or more different classes"),
         (lambda t: (t / "wnids.txt").write_text("n01\nn02\nn03\nn07\n"), "n07/images is missing or holds no image"),
         (lambda t: (t / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn55\n"), "line 1, names no class"),
         (lambda t: (t / "val" / "val_annotations.txt").write_text("\n"), r"val_annotations\.txt lists no image"),
         (lambda t: (t / "train" / "n01" / "images" / "n01_2.JPEG").write_text("no"), r"cannot read the image .*n01_2"),
-        (lambda t: (t / "words.txt").write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
+        (lambda t: (t / "words.txt").write_bytes(b"\xff\xfe\x00"), "not UTF-16"),
     ],
 )
 def test_incomplete_folders_are_one_sentence(tree, change, words):
