@@ -240,8 +240,7 @@ class MaskFiles:
     """Mask files of a data set, and how they are decoded.
 
     Attributes:
-        images, masks: the files; every mask has the size of its image.
-        size, data, max_pixels: see `read_mask`.
+        images, masks, size, data, max_pixels: see `read_mask`.
     """
 
     images: Sequence[Path]

@@ -26,8 +26,7 @@ _NUMBER = re.compile(r"(?!n\d{8}$)([a-z]{0,3}[ _-]?\d{3,}|[ps][ _-]?\d+)")
 """Names that a patient has and a class hardly; n and eight digits are the classes of ImageNet."""
 TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"})
 """Endings of files that are not counted as left out."""
-MAC = "._* of macOS"
-"""Kind of the files in which macOS keeps what another file system has no place for."""
+MAC = "._* of macOS"  # what another file system has no place for
 Splits = dict[str, str]
 """The folder of every split; empty where a fixed split is drawn."""
 
