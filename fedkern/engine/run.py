@@ -79,7 +79,7 @@ from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
-from fedkern.settings.run_data import check_data, decided, effective, kept_data, load_data, shared_patients
+from fedkern.settings.run_data import caveats, check_data, decided, effective, kept_data, load_data
 from fedkern.torch_modes import cpu_threads, reproducible
 
 
@@ -180,7 +180,7 @@ def run(
                 _compare(config, stored, out)
             check_data(config, data)
             config, changed = own_model.settled(config, data, stored if resume else None, out)
-            for sentence in (*shared_patients(data), *changed):
+            for sentence in (*caveats(data), *changed):
                 audience.on_notice(sentence)
             if check is not None:
                 check(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.holdout import hold_out
+from fedkern.data.image_rows import in_parts
 from fedkern.data.patients import limited
 from fedkern.data.registry import read_options
+from fedkern.data.spelling import SHOWN
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import client_label
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.methods import registry
 from fedkern.methods.common.figure_names import check_set_names, set_noun
 from fedkern.methods.common.registered_metrics import metrics_of
@@ -220,7 +223,7 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
             )
 
 
-def shared_patients(data: FederatedData) -> list[str]:
+def _shared_patients(data: FederatedData) -> list[str]:
     """A sentence on patients of training images who are also in a set that judges the network, with their numbers."""
 
     def people(split: Split) -> set[int]:
@@ -239,6 +242,28 @@ def shared_patients(data: FederatedData) -> list[str]:
         f"Patients whose images are trained on are also in {' and '.join(found)}, so that figures there are not those "
         "of unknown patients: name one client for all images of a patient, or leave images out."
     ]
+
+
+def caveats(data: FederatedData) -> list[str]:
+    """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
+    told = _shared_patients(data)
+    if data.task != "retrieval" and data.statistics.counts.any():  # no sample is counted where clients are elsewhere
+        every = set(range(len(data.classes)))
+        shown = every - _unseen(every, (*data.tests.values(), data.validation))
+        if untrained := sorted(_unseen(shown, data.clients)):
+            names = first_of([data.classes[label] for label in untrained], SHOWN)
+            told.append(f"No client trains on an image of {names}, which a test set or the validation set shows.")
+    return told
+
+
+def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
+    """Those of the classes that no image of the splits shows; little is read once all have been seen."""
+    left = set(classes)
+    parts = (rows for split in splits for part in in_parts(split.labels) for rows in part.split(64))
+    for labels in takewhile(lambda _: left, parts):
+        shown = labels.sum(0) if labels.dim() == 2 else (labels.flatten().clamp(min=-1) + 1).bincount()[1:]
+        left.difference_update(shown.nonzero().flatten().tolist())
+    return left
 
 
 def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
