@@ -42,7 +42,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
         layout: one of `fedkern.data.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
 
     Raises:
-        UserError: no such tree, fewer than two classes, a class without images, a test class unknown in training, or
+        UserError: no such tree, no class, a class without images, a test class unknown in training, or
             folders of sites that are not alike or have no class in common.
     """
     base = need_root(root, "folder", "train/CLASS/image.png")

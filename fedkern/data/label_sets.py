@@ -63,7 +63,7 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
         the label; and sentences on labels that are written in several ways, or count as empty.
 
     Raises:
-        UserError: the rows name fewer than two labels.
+        UserError: the rows name no label.
     """
     missing: Counter[str] = Counter()
     split: list[list[str]] = []
@@ -72,12 +72,8 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
         missing.update(part for part in parts if part in MISSING)
         split.append([part for part in parts if filled(part)])
     names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:])
-    if len(names) < 2:
-        what = f'the single label "{names[0]}"' if names else "no label"
-        raise UserError(
-            f'data set "{data}": {where} names {what}, expected two or more, joined by '
-            f'"{SEPARATOR}"; a single class an image belongs into a column label'
-        )
+    if not names:
+        raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
     if missing:
         listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
         told = [f"Labels of {where} that count as empty: {listed}.", *told]

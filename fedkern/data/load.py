@@ -135,8 +135,7 @@ def load(
     if notice is not None:
         for text in _unused(source, spec):
             notice(text)
-    _check_segmentation(name, source, spec, common)
-    _check_label_sets(name, source, spec, common)
+    _check_classless(name, source, spec, common)
     kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
     parts = _shares(source, spec, kept, clients, seed)
@@ -418,26 +417,18 @@ def _check_federated(
         _check_unused(common, f'classification, and data set "{data.name}" is for {data.task}')
 
 
-def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
-    if source.train.targets is None:
+def _check_classless(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
+    """Raises UserError for a partition or an option that needs the single class of an image, where there is none."""
+    several = source.train.labels.dim() == 2
+    if source.train.targets is None and not several:
         return
-    if spec.name not in ("iid", "attribute") and len(source.classes) < 3:
+    labels = "several labels an image and no single class" if several else "a class for every pixel, none for an image"
+    if spec.name not in ("iid", "attribute") and (several or len(source.classes) < 3):
         raise UserError(
-            f'data set "{name}" has a class for every pixel and none for an image, so "{spec.text}" cannot share it '
-            "out; take iid, or attribute with a column client"
+            f'data set "{name}" has {labels}, so "{spec.text}" cannot share it out; take iid, or attribute with a '
+            "column client"
         )
-    _check_unused(common, f'classification, and data set "{name}" is for segmentation')
-
-
-def _check_label_sets(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
-    if source.train.labels.dim() != 2:
-        return
-    if spec.name not in ("iid", "attribute"):
-        raise UserError(
-            f'data set "{name}" has several labels an image and no single class, so "{spec.text}" cannot share it out; '
-            "take iid, or attribute with a column client"
-        )
-    _check_unused(common, f'single classes, and data set "{name}" has several labels an image')
+    _check_unused(common, f'classification, and data set "{name}" has {labels}')
 
 
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:

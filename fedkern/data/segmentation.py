@@ -197,11 +197,11 @@ def _classes(
     """The class names, and the class of every value, int64 ``[256]``; moves the counts of 255 to 1 beside 0 alone."""
     meaning = np.arange(256)
     present = np.flatnonzero(counts.any(0))
-    if 255 in present and set(present.tolist()) <= {0, 255}:
+    given = [name.strip() for name in names.split("|")] if names else []
+    if 255 in present and set(present.tolist()) <= {0, 255} and len(given) <= 2:
         meaning[255] = 1
         counts[:, 1], counts[:, 255] = counts[:, 255], 0
         present = np.minimum(present, 1)
-    given = [name.strip() for name in names.split("|")] if names else []
     if len(set(given)) != len(given) or (given and (len(given) < 2 or "" in given)):
         raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
     count = len(given) or max(2, int(present.max()) + 1)

@@ -347,7 +347,5 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, **chosen: str
     else:
         table.require("label", "csv")
         classes, labels = table.classes(table.column("label"))
-        if len(classes) < 2:
-            raise UserError(f'data set "csv": {path} has the single label "{classes[0]}", expected two or more')
     listing = Listing(table.files("path", "csv"), table.names_of("path"), labels, **table.listed("csv"))
     return to_source("csv", listing, classes, reading)

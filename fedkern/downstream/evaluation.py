@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from fedkern.data import FederatedData, load
 from fedkern.data.registry import lookup
+from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
@@ -56,18 +58,18 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        own = {**_scaled(config.data, about), **config.data_options}
+        own = {**_as_trained(config.data, about, config), **config.data_options}
         config = config.replace(data_root=data_root or config.data_root, data_options=own)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     elif not isinstance(data, str):
         raise UserError(f"data must be the name of a data set or FederatedData, not {type(data).__name__}.")
     else:
-        options = {**_scaled(data, about), **(data_options or {})}
+        options = {**_as_trained(data, about, config), **(data_options or {})}
         loaded = load(
             data, root=data_root, clients=1, partition="iid", seed=config.seed, options=options,
             cache=folder, progress=progress,
         )  # fmt: skip
-    _check_fits(loaded, about, Path(out))
+    loaded = _fitted(loaded, about, Path(out))
     check_sets(loaded, config.plugins)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
@@ -82,9 +84,11 @@ def evaluate_run(
         return {**found, **final_figures(sets, loaded.classes).metrics, **found}, tuple(loaded.tests)
 
 
-def _scaled(data: str, about: Mapping[str, Any]) -> dict[str, object]:
+def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[str, object]:
     """The options by which greys are scaled and labels read as in the training, without a look at the files."""
     known: dict[str, object] = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
+    if data == config.data == "segmentation":
+        known["names"] = "|".join(about["classes"])
     return {**known, "task": about["task"]} if data == "csv" and about["task"] == "multilabel" else known
 
 
@@ -100,13 +104,29 @@ def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], conf
     return sets
 
 
-def _check_fits(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
-    task = about["task"]
+def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> FederatedData:
+    """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
+    task, known = about["task"], list(about["classes"])
     if data.task != task:
         raise UserError(f'The run in {out} is for {task}, and the data set "{data.name}" is for {data.task}.')
     check_shape(data, about, out)
-    if task != "retrieval" and list(data.classes) != list(about["classes"]):
+    if task == "retrieval" or list(data.classes) == known:
+        return data
+    places = [known.index(name) for name in data.classes if name in known]
+    masks = task == "segmentation"  # whose values are numbers in the order of the classes
+    if len(places) < len(data.classes) or len({*known}) < len(known) or (masks and places != [*range(len(places))]):
         raise UserError(
             f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} tells '
-            f"{first_of(about['classes'], 5)}: name data with the same classes in the same order."
+            f"{first_of(known, 5)}: name data with some of these classes{' in the same order' * masks} and no others."
         )
+
+    def told(split: Split) -> Split:
+        labels = split.labels
+        if task == "classification":
+            labels = torch.tensor(places)[labels]
+        elif task == "multilabel":
+            labels = labels.new_zeros(len(labels), len(known)).index_copy_(1, torch.tensor(places), labels)
+        return replace(split, labels=labels)
+
+    tests = {name: told(split) for name, split in data.tests.items()}
+    return replace(data, classes=tuple(known), tests=tests, validation=told(data.validation))

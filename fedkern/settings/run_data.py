@@ -174,6 +174,11 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
     kind = registry.get(config.method)
+    if len(data.classes) < 2 and data.task != "retrieval":
+        raise UserError(
+            f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
+            "folder or the column that holds the classes."
+        )
     if data.task == "multilabel" and not kind.learns(data.task):
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.learns(data.task)))
         raise UserError(

@@ -165,7 +165,7 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),
         (["fedavg", "--partition", "stratified"], '"stratified" cannot share it out'),
         (["fedavg", "--predictions"], "--predictions writes a class for every image"),
-        (["fedavg", "--data-option", "cue_clients=1"], "option cue_clients is for single classes"),
+        (["fedavg", "--data-option", "cue_clients=1"], "option cue_clients is for classification"),
         (["fedavg", "--data-option", "labels=lables"], 'names the column "lables"'),
         (["fedavg", "--data-option", "labels=site", "--data-option", "label=site"], "leave out one of the options"),
         (["fedavg", "--model", "unet"], "The network unet is for segmentation"),
@@ -178,7 +178,10 @@ def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):
 
 @pytest.mark.parametrize(
     ("cells", "said"),
-    [(["a", "a|a", ""], 'names the single label "a"'), (["", "|", " "], "names no label, expected two or more")],
+    [
+        (["a", "a|a", ""] * 20, 'has the single class "a", expected two or more'),
+        (["", "|", " "], "names no label, expected two or more"),
+    ],
 )
 def test_too_few_labels(tmp_path, fails, cells, said):
     (tmp_path / "set").mkdir()

@@ -189,7 +189,6 @@ def test_csv_without_split(tmp_path):
         ("path,label", ["files/0.png,a", "files/99.png,b"], r"99\.png of .*data\.csv, line 3, is missing"),
         ("path,label", ["files/0.png,a", "files/1.png,"], "line 3, has no label"),
         ("path,label", ["files/0.png,a", "files/1.png,nan"], "line 3, has no label"),
-        ("path,label", ["files/0.png,a", "files/1.png,a"], 'the single label "a"'),
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,tset"], 'line 3, has the split "tset"'),
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,train"], "no image belongs to the test split"),
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,test"], "1 images are too few to hold some out"),

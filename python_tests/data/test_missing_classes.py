@@ -1,0 +1,230 @@
+"""Classes that only some sets show: told where no client trains on them, no hindrance where a network is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fedkern
+from fedkern.data import FederatedData, load
+from fedkern.downstream.evaluation import _as_trained, _fitted
+from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import caveats, check_data, declared_data
+
+RNG = np.random.default_rng(0)
+SIDE = 8
+
+
+def pictures(count):
+    return RNG.integers(0, 256, (count, SIDE, SIDE), dtype=np.uint8)
+
+
+def images(labels):
+    return pictures(len(labels)), np.array(labels)
+
+
+def sets(*labels):
+    return pictures(len(labels)), np.array([[int(k in each) for k in range(3)] for each in labels])
+
+
+def masks(*values):
+    """Every mask shows the background and one other value in a single pixel."""
+    found = np.zeros((len(values), SIDE, SIDE), np.int64)
+    found[:, 3, 4] = values
+    return pictures(len(values)), found
+
+
+KINDS = {
+    "images": (images([0, 1, 1]), images([1, 0]), images([0, 2, 1])),
+    "several labels": (sets((0, 1), (1,)), sets((), (0,)), sets((2, 0), (1,))),
+    "masks": (masks(1, 1, -1), masks(0, 1), masks(2, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["test", "other", "validation"])
+def test_a_class_that_no_client_trains_on_is_told(kind, where):
+    one, two, more = KINDS[kind]
+    tests = {"test": two, "other": more if where == "other" else two}
+    if where == "test":
+        tests = more
+    data = FederatedData.from_arrays(
+        {"A": one, "B": two}, tests, validation=more if where == "validation" else None, classes=["a", "b", "rare"]
+    )
+    assert caveats(data) == ["No client trains on an image of rare, which a test set or the validation set shows."]
+    trained = replace(
+        data, clients=(*data.clients, data.validation if where == "validation" else [*data.tests.values()][-1])
+    )
+    assert caveats(trained) == []
+    unshown = replace(data, tests={"": data.clients[0]}, validation=data.clients[1])
+    assert caveats(unshown) == []
+
+
+def listed(root, rows, masked=()):
+    """A table of images; the images and masks are written."""
+    root.mkdir(exist_ok=True)
+    for i, picture in enumerate(pictures(len(rows))):
+        Image.fromarray(picture).save(root / f"{i}.png")
+    for i, value in enumerate(masked):
+        Image.fromarray(np.where(np.eye(SIDE), value, 0).astype(np.uint8)).save(root / f"m{i}.png")
+    header = {2: "path,label", 3: "path,label,split"}[len(rows[0])] if not masked else "image,mask"
+    (root / "list.csv").write_text("\n".join([header, *map(",".join, rows), ""]))
+    return root
+
+
+def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
+    rows = [(f"{i}.png", "ab"[i % 2], "train" if i < 20 else "test") for i in range(30)]
+    rows[25] = ("25.png", "c", "test")
+    data = load("csv", root=listed(tmp_path, rows), clients=2, partition="iid", options={"size": SIDE})
+    assert caveats(data) == ["No client trains on an image of c, which a test set or the validation set shows."]
+    root = tmp_path / "masks"
+    shown = [1 + i % 2 for i in range(20)]
+    listed(root, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
+    text = (root / "list.csv").read_text().splitlines()
+    split = [f"{line},{'test' if value == 2 else 'train'}" for line, value in zip(text[1:], shown, strict=True)]
+    (root / "list.csv").write_text("\n".join(["image,mask,split", *split]))
+    for cache in (None, tmp_path / "cache"):
+        data = load("segmentation", root=root, clients=2, options={"size": SIDE}, cache=cache)
+        assert caveats(data) == ["No client trains on an image of 2, which a test set or the validation set shows."]
+
+
+def test_nothing_is_told_where_classes_are_not_trained_for_or_the_clients_are_elsewhere():
+    one, two, more = KINDS["images"]
+    data = FederatedData.from_arrays([one], more, validation=two)
+    assert len(caveats(data)) == 1
+    assert caveats(replace(data, validation=replace(data.validation, texts=("x", "y")))) == []
+    assert caveats(declared_data(data, [5, 7])) == []
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "labels"])
+def test_a_single_class_is_read_and_not_trained_for(tmp_path, kind):
+    listed(tmp_path, [(f"{i}.png", "well") for i in range(20)])
+    options = {"size": SIDE}
+    if kind == "folder":
+        (tmp_path / "all" / "well").mkdir(parents=True)
+        for path in tmp_path.glob("*.png"):
+            path.rename(tmp_path / "all" / "well" / path.name)
+    elif kind == "labels":
+        options |= {"labels": "label", "task": "multilabel"}
+    root = tmp_path / "all" if kind == "folder" else tmp_path
+    data = load("folder" if kind == "folder" else "csv", root=root, clients=2, partition="iid", options=options)
+    assert data.classes == ("well",)
+    assert data.task == ("multilabel" if kind == "labels" else "classification")
+    with pytest.raises(UserError, match='has the single class "well", expected two or more: name the folder or'):
+        check_data(RunConfig.make("fedavg", data="csv", clients=2), data)
+
+
+def about(classes, task="classification"):
+    return {"classes": list(classes), "task": task, "channels": 1, "image_size": [SIDE, SIDE], "grey_bits": 0}
+
+
+@pytest.mark.parametrize("known", [("a", "b", "c", "d"), ("d", "c", "b", "a"), ("b", "d", "a", "c")])
+@pytest.mark.parametrize("there", [("b", "d"), ("c",), ("a", "b", "c", "d"), ("d", "a", "b")])
+def test_labels_are_found_by_name(known, there):
+    labels = np.arange(8) % len(there)
+    names = [*there, "x"] if len(there) == 1 else [*there]
+    data = FederatedData.from_arrays([images(labels)], {"": images(labels), "n": images(labels)}, classes=names)
+    data = replace(data, classes=there)
+    told = _fitted(data, about(known), Path("run"))
+    assert told.classes == (known if there != known else there)
+    for split in told.tests.values():
+        assert [known[label] for label in split.labels.tolist()] == [there[label] for label in labels]
+    assert told.validation.labels.tolist() == []
+
+
+def test_several_labels_are_found_by_name():
+    data = FederatedData.from_arrays([sets((0, 1), ())], sets((0, 2), (), (1,)), classes=["u", "v", "w"])
+    known = ("w", "x", "u", "y", "v")
+    found = _fitted(data, about(known, "multilabel"), Path("run")).tests[""].labels
+    assert found.dtype == torch.uint8
+    assert [[known[k] for k in row.nonzero().flatten()] for row in found] == [["w", "u"], [], ["v"]]
+
+
+@pytest.mark.parametrize(
+    ("task", "pair", "known", "there", "words"),
+    [
+        ("classification", images([0, 1]), "abc", "ax", "are a, x, but the network in run tells a, b, c: name data"),
+        ("classification", images([0, 1]), "aab", "ab", "but the network in run tells a, a, b"),
+        ("segmentation", masks(0, 1), "abc", "ac", "name data with some of these classes in the same order and no"),
+        ("segmentation", masks(0, 1, 2, 3), "abc", "abcd", "are a, b, c, d, but the network"),
+        ("multilabel", sets((0, 1), ()), "abcd", "abx", "are a, b, x, but the network"),
+    ],
+)  # fmt: skip
+def test_other_classes_are_refused(task, pair, known, there, words):
+    data = FederatedData.from_arrays([pair], pair, classes=[*there])
+    with pytest.raises(UserError, match=words):
+        _fitted(data, about(known, task), Path("run"))
+
+
+def test_masks_that_lack_the_last_classes():
+    data = FederatedData.from_arrays([masks(0, 1)], masks(0, 1))
+    told = _fitted(data, about("0123", "segmentation"), Path("run"))
+    assert told.classes == ("0", "1", "2", "3")
+    assert torch.equal(told.tests[""].labels, data.tests[""].labels)
+
+
+@pytest.mark.parametrize("values", [(1, 3), (2,), (0,), (1, 2, 3)])
+def test_masks_of_files_that_lack_classes(tmp_path, values):
+    """The network's classes are the names: which numbers a site's masks skip then does not matter."""
+    shown = [values[i % len(values)] for i in range(20)]
+    root = listed(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
+    config = RunConfig.make("fedavg", data="segmentation", clients=2)
+    for names in (("0", "1", "2", "3"), ("ground", "a", "b", "c")):
+        known = about(names, "segmentation")
+        options = {"size": SIDE, "colour": "grey", **_as_trained("segmentation", known, config)}
+        data = load("segmentation", root=root, clients=1, partition="iid", options=options)
+        assert _fitted(data, known, Path("run")) is data
+        assert set(data.clients[0].labels.unique().tolist()) == {0, *values}
+
+
+@pytest.mark.parametrize("names", ["", "a|b", "a|b|c"])
+def test_255_is_no_class_where_there_are_more_than_two(tmp_path, names):
+    root = listed(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], [255] * 20)
+    opened = lambda: load("segmentation", root=root, clients=2, options={"size": SIDE, "names": names})  # noqa: E731
+    if names != "a|b|c":
+        assert set(opened().clients[0].labels.unique().tolist()) == {0, 1}
+        return
+    with pytest.raises(UserError, match="holds 255, expected 0 to 2; where 255 marks unknown pixels"):
+        opened()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["table", "folder", "arrays", "masks", "several labels"])
+def test_a_site_without_a_class_gets_its_figures(tmp_path, kind):
+    settings = {"rounds": 1, "workers": 1, "threads": 1, "grad_cam": 0, "progress": False, "pictures": False}
+    options = {"size": SIDE, "colour": "grey"}
+    if kind == "masks":
+        root = listed(tmp_path / "all", [(f"{i}.png", f"m{i}.png") for i in range(30)], [1 + i % 3 for i in range(30)])
+        site = listed(tmp_path / "one", [(f"{i}.png", f"m{i}.png") for i in range(20)], [3] * 20)
+        name, model = "segmentation", {"model": "unet-small", "width": 2}
+    else:
+        cells = [("a", "b", "a|b", "")[i % 4] if kind == "several labels" else "abc"[i % 3] for i in range(40)]
+        root = listed(tmp_path / "all", [(f"{i}.png", cell) for i, cell in enumerate(cells)])
+        site = listed(tmp_path / "one", [(f"{i}.png", "b") for i in range(20)])
+        name, model = "csv", {"model": "mlp"}
+    if kind == "several labels":
+        for folder in (root, site):
+            table = folder / "list.csv"
+            table.write_text(table.read_text().replace("label", "labels"))
+    run = fedkern.simulate(
+        "fedavg", data=name, data_root=root, data_options=options, clients=2, partition="iid", out=tmp_path / "run",
+        **settings, **model,
+    )  # fmt: skip
+    if kind == "arrays":
+        found = run.evaluate(FederatedData.from_arrays([images([0, 1])], images([1] * 9 + [0]), classes=["b", "c"]))
+    elif kind == "folder":
+        (site / "b").mkdir()
+        for path in site.glob("*.png"):
+            path.rename(site / "b" / path.name)
+        found = run.evaluate("folder", data_root=site, data_options=options)
+    else:
+        found = run.evaluate(name, data_root=site, data_options=options)
+    main = {"masks": "dice", "several labels": "exact_match"}.get(kind, "accuracy")
+    assert 0 <= found[main] <= 1
+    assert all(np.isfinite(value) for value in found.values())
