@@ -68,6 +68,16 @@ def test_cases_beside_the_folders_of_splits(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("share", ["test_share", "validation_share"])
+def test_a_share_of_0_holds_no_case_of_a_site_out(tmp_path, share):
+    for i in range(8):
+        write_case(tmp_path / "AB"[i % 2] / f"case{i}", i)
+    data = opened(tmp_path, partition="attribute", **{share: 0})
+    empty, other = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
+    assert len(empty) == 0
+    assert len(other) > 0
+
+
 def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
     write_cases(tmp_path)
     plain, told = opened(tmp_path), []
