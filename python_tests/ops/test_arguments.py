@@ -333,6 +333,38 @@ def test_wrong_kinds(name: str, argument: str) -> None:
             check_refused(name, argument, what)
 
 
+# Types of NumPy's numbers that hold these values exactly, by the kind of argument.
+NUMBERS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("number", "optional number", "number or tensor", "fill", "betas"), (np.float32, np.float16)),
+    **dict.fromkeys(("weights", "optional weights"), (np.float32, np.int64)),
+    "count": (np.int64, np.uint8),
+}
+
+
+def results(name: str, **changed: Any) -> list[Tensor]:
+    """The tensors that an operator gives for its right arguments, and those that it writes to."""
+    right = {**PUBLIC[name].arguments, **changed}
+    arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in right.items()}
+    found = getattr(ops, name)(**arguments)
+    parts = [*found] if isinstance(found, (tuple, list)) else [found]
+    return [x for x in (*parts, *arguments.values()) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", [name for name, public in PUBLIC.items() if {*public.kinds.values()} & {*NUMBERS}])
+def test_numbers_of_numpy_are_numbers(name: str) -> None:
+    for argument, kind in PUBLIC[name].kinds.items():
+        right = PUBLIC[name].arguments[argument]
+        for number in NUMBERS.get(kind, ()):
+            several = isinstance(right, (list, tuple))
+            given: Any = type(right)(map(number, right)) if several else number(right)
+            plain = type(right)(each.item() for each in given) if several else given.item()
+            for one, other in zip(results(name, **{argument: given}), results(name, **{argument: plain}), strict=True):
+                assert torch.equal(one, other), (argument, number)
+        if kind in ("number", "optional number", "number or tensor", "count"):
+            with pytest.raises(TypeError, match=f"{argument} must be a (whole )?number, not bool"):
+                results(name, **{argument: np.True_})
+
+
 def check_refused(name: str, argument: str, what: str) -> None:
     public = PUBLIC[name]
     arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in public.arguments.items()}

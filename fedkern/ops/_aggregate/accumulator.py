@@ -318,9 +318,7 @@ def _whole(state: Mapping[str, Any], name: str) -> int:
     value = state[name]
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
         value = value.item()
-    if not isinstance(value, int):
-        raise TypeError(f"the state's {name} must be a whole number, not {type(value).__name__}")
-    return int(value)
+    return int(value) if isinstance(value, bool) else check_count(value, f"the state's {name}", -1)
 
 
 def _check_entry(value: Any, name: str, dtype: torch.dtype, shape: list[int]) -> None:

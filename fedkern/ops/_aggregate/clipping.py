@@ -14,7 +14,7 @@ from fedkern.ops._aggregate.philox import signed
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_dense, check_number, no_vmap, refuse_gradient, shown
+from fedkern.ops._core.checks import check_count, check_dense, check_number, no_vmap, refuse_gradient
 
 
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
@@ -78,11 +78,7 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
     """
     bound = check_number(max_norm, "max_norm", above=True)
     deviation = check_number(noise, "noise") * bound
-    for value, name in ((seed, "seed"), (offset, "offset")):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
-        if not 0 <= value < 1 << 64:
-            raise ValueError(f"{name} must be between 0 and 2^64 - 1, not {shown(value)}")
+    seed, offset = (check_count(value, name, 0, 2**64 - 1) for value, name in ((seed, "seed"), (offset, "offset")))
     return _call("clip_and_noise", vectors, bound, deviation, seed, offset)
 
 

@@ -12,7 +12,7 @@ from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
 from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
-from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
+from fedkern.ops._core.checks import check_device, check_floating, check_number, check_tensor
 from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 
@@ -103,10 +103,8 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
         if alpha.dim() and alpha.shape != (rows,):
             raise ValueError(f"alpha must have shape [{rows}] or [], but has {list(alpha.shape)}")
         check_device(alpha, "alpha", foreground, "foreground")
-    elif isinstance(alpha, bool):
-        raise TypeError("alpha must be a number or a tensor, not bool")
-    elif not 0 <= real(alpha, "alpha", "a number or a tensor") <= 1:
-        raise ValueError(f"alpha must be in [0, 1], not {shown(alpha)}")
+    else:
+        check_number(alpha, "alpha", 1)
 
 
 class _Blend(EagerFunction):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
 from fedkern.ops._core.backend import eager
-from fedkern.ops._core.checks import check_device, check_floating, real
+from fedkern.ops._core.checks import check_device, check_floating, check_number
 
 
 def check_pair(x: Any, y: Any) -> None:
@@ -37,14 +36,6 @@ def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
         check_device(temperature, "temperature", x, "x")
         # Reading a GPU tensor would synchronise: there a value that is not above 0 gives what the formula says.
         if temperature.is_cpu and eager(temperature):
-            _check_value(temperature.item())
+            check_number(temperature.item(), "temperature", above=True)
         return temperature
-    if isinstance(temperature, bool):
-        raise TypeError("temperature must be a number or a tensor, not bool")
-    return _check_value(real(temperature, "temperature", "a number or a tensor"))
-
-
-def _check_value(value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, but is {value:g}")
-    return value
+    return check_number(temperature, "temperature", above=True)

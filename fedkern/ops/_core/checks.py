@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,15 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
+def python_number(value: Any) -> Any:
+    """``value`` as Python's own number where it is another real one, such as NumPy's; anything else as it is."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
 def real(value: Any, name: str, wanted: str = "a number") -> float:
     """``value``, a real number of any type or a tensor of one element, as a float.
 
@@ -38,7 +48,7 @@ def real(value: Any, name: str, wanted: str = "a number") -> float:
     if type(value) is float:
         return value
     complex_ = isinstance(value, (complex, np.complexfloating)) or (isinstance(value, Tensor) and value.is_complex())
-    if not complex_ and not isinstance(value, (str, bytes, bytearray, np.ndarray)):
+    if not complex_ and not isinstance(value, (str, bytes, bytearray, np.ndarray, np.bool_)):
         try:
             return float(value)
         except OverflowError:
@@ -59,7 +69,7 @@ def check_dense(tensor: Tensor, name: str) -> None:
 
 def check_number(value: float, name: str, high: float = math.inf, *, above: bool = False) -> float:
     """Returns ``value`` as a float in [0, high], or with ``above`` in (0, high]; infinity is never valid."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     number = real(value, name)
     # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
@@ -73,8 +83,7 @@ def check_number(value: float, name: str, high: float = math.inf, *, above: bool
 
 def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
     """Returns ``value``, a whole number in [low, high]."""
-    if isinstance(value, np.integer):
-        value = int(value)
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
     if value < low or (high is not None and value > high):

@@ -80,7 +80,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: clip_by_norm(V, "1"), TypeError, "max_norm must be a number, not str"),  # type: ignore[arg-type]
     (lambda: clip_and_noise(V, 1.0, -1.0, 0), ValueError, "noise must be at least 0, not -1"),
     (lambda: clip_and_noise(V, 1.0, math.nan, 0), ValueError, "noise must be at least 0, not nan"),
-    (lambda: clip_and_noise(V, 1.0, 1.0, -1), ValueError, r"seed must be between 0 and 2\^64 - 1, not -1"),
+    (lambda: clip_and_noise(V, 1.0, 1.0, -1), ValueError, f"seed must be between 0 and {2**64 - 1}, not -1"),
     (lambda: clip_and_noise(V, 1.0, 1.0, 0, 1 << 64), ValueError, "offset must be between 0 and"),
     (lambda: clip_and_noise(V, 1.0, 1.0, 1.5), TypeError, "seed must be a whole number, not float"),  # type: ignore[arg-type]
     (lambda: server_step(G, V, [1, 1, 1], "sgd"), ValueError, "rule must be one of mean, momentum, adam.*not 'sgd'"),
