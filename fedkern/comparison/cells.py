@@ -12,6 +12,7 @@ from typing import Any
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.methods.options import as_typed
+from fedkern.ops._core.checks import python_number
 from fedkern.settings.config import ANYHOW, FOUND, RunConfig
 
 MOST_CELLS = 100_000
@@ -186,12 +187,12 @@ def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ..
             text = [int(part) for part in text.split(",")] if "," in text else int(text)
     except ValueError:
         raise UserError(wrong) from None
-    if isinstance(text, int):
+    if isinstance(text := python_number(text), int):
         if isinstance(text, bool) or not 1 <= text <= MOST_CELLS:
             raise UserError(wrong)
         return tuple(range(first, first + text))
     try:
-        seeds = tuple(text)
+        seeds = tuple(python_number(seed) for seed in text)
     except TypeError:
         raise UserError(wrong) from None
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):

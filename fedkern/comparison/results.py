@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from fedkern import atomic
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
 from fedkern.comparison.seed_statistics import Target, paired, spread
-from fedkern.engine.store import confusions
+from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
 from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.registry import short
@@ -231,14 +230,10 @@ class Result:
 
     def to_json(self, folder: Path) -> str:
         """Table, sentences and folder as JSON."""
-        rows = [{name: _finite(value) for name, value in row.items()} for row in self.table]
+        rows = records.plain(self.table)
         return json.dumps(
             {"table": rows, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}, indent=2
         )
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:

@@ -22,6 +22,7 @@ from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, Met
 from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, Whole
+from fedkern.ops._core.checks import check_count, check_flag, check_number
 from fedkern.streams import stream
 
 C = TypeVar("C", bound=type)
@@ -123,19 +124,14 @@ class FedAvg(flower.FedAvg):
     def __init__(
         self, *args: Any, seed: int = 0, max_update_norm: float = 0.0, low_memory: bool = False, **named: Any
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise UserError(f"{type(self).__name__}: seed must be a whole number, not {seed!r}.")
-        if isinstance(max_update_norm, bool) or not isinstance(max_update_norm, (int, float)):
-            raise UserError(f"{type(self).__name__}: max_update_norm must be a number, not {max_update_norm!r}.")
-        if not 0 <= max_update_norm < math.inf:
-            raise UserError(
-                f"{type(self).__name__}: max_update_norm must be finite and at least 0 (no limit), not "
-                f"{max_update_norm!r}."
-            )
-        if not isinstance(low_memory, bool):
-            raise UserError(f"{type(self).__name__}: low_memory must be True or False, not {low_memory!r}.")
+        try:
+            self.seed = check_count(seed, "seed", -(1 << 63))
+            self.max_update_norm = check_number(max_update_norm, "max_update_norm")
+            check_flag(low_memory, "low_memory")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{type(self).__name__}: {error}.") from None
         super().__init__(*args, **named)
-        self.seed, self.max_update_norm, self.low_memory = seed, float(max_update_norm), low_memory
+        self.low_memory = low_memory
         self.left_out: list[LeftOut] = []
         self._sent: ArrayRecord | None = None
         self._start: Model | None = None

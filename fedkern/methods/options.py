@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 
 from fedkern.data.data_option import MOST
 from fedkern.errors import UserError, nearest
+from fedkern.ops._core.checks import python_number
 
 Value = bool | int | float | str
 
@@ -99,7 +100,7 @@ class Knob:
         if value is None and self.default is None:
             return cast(Value, None)
         try:
-            result = _convert(value, self.type)
+            result = _convert(python_number(value), self.type)
         except (KeyError, TypeError, ValueError, OverflowError):
             kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
             raise UserError(f'{self.label} must be {kind}, not "{value}".') from None
@@ -193,7 +194,7 @@ def _convert(value: Any, kind: type) -> Value:
     if isinstance(value, bool):
         raise TypeError
     if kind is int:
-        if isinstance(value, float) and not value.is_integer():
+        if not isinstance(value, str) and int(value) != value:  # a float of any kind
             raise ValueError
         return int(value)
     if kind is float:

@@ -1,5 +1,6 @@
 """Plan of a comparison: variants, cells, seeds, names of folders."""
 
+import numpy as np
 import pytest
 
 from fedkern.comparison.cells import Variant, folder_name, own_settings, read_seeds, read_sweep, variants
@@ -46,7 +47,11 @@ def test_seeds():
     assert read_seeds("3") == read_seeds(3) == (0, 1, 2)
     assert read_seeds("2", 5) == (5, 6)
     assert read_seeds("0,4,7") == read_seeds([0, 4, 7]) == (0, 4, 7)
-    for wrong in ("0", "-1", "x", "1,x", "1,1", "", [], True, [0.5]):
+    for given in (np.array([0, 4, 7]), [np.int32(0), 4, np.uint8(7)]):
+        assert [type(seed) for seed in read_seeds(given)] == [int] * 3
+        assert read_seeds(given) == (0, 4, 7)
+    assert read_seeds(np.int64(2)) == (0, 1)
+    for wrong in ("0", "-1", "x", "1,x", "1,1", "", [], True, np.True_, [0.5], [np.float32(1)]):
         with pytest.raises(UserError, match="--seeds must be"):
             read_seeds(wrong)
 

@@ -468,6 +468,8 @@ def test_arguments_out_of_range_are_named():
     for name, value in (("seed", 1.5), ("max_update_norm", -1), ("max_update_norm", float("nan")), ("low_memory", 1)):
         with pytest.raises(UserError, match=f"FedAvg: {name} must be"):
             strategies.FedAvg(**{name: value})
+    made = strategies.FedAvg(seed=np.int64(3), max_update_norm=np.float32(0.5))
+    assert [(type(each), each) for each in (made.seed, made.max_update_norm)] == [(int, 3), (float, 0.5)]
     with pytest.raises(TypeError, match="fraction_fit"):
         strategies.FedAvg(fraction_fit=0.5)
     arrays = arrays_of(START)

@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, get, register
@@ -85,6 +88,28 @@ def test_mistakes_are_one_sentence(word, message):
 @pytest.mark.parametrize(("key", "value"), [("kind", ["mean"]), ("kind", {"a": 1}), ("step", [1]), ("flag", [True])])
 def test_lists_and_tables_of_a_config_file_are_no_values(key, value):
     with pytest.raises(UserError, match=rf'"{key}" must be '):
+        Example.parse({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "plain"),
+    [("count", kind(2), 2) for kind in (np.int8, np.uint64, np.float32, np.float64, Fraction, torch.tensor)]
+    + [("step", kind(2), 2.0) for kind in (np.int8, np.uint64, np.float16, np.float64, Fraction, torch.tensor)]
+    + [("flag", np.True_, True)],
+)
+def test_numbers_of_every_kind_become_pythons(key, value, plain):
+    for made in (Example.parse({key: value}), Example(**{key: value})):
+        assert type(getattr(made, key)) is type(plain)
+        assert getattr(made, key) == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("count", kind(2.5)) for kind in (float, np.float32, np.float64, Fraction, torch.tensor)]
+    + [(key, value) for key in ("count", "step") for value in (True, np.True_, np.ones(2), 1j)],
+)
+def test_what_is_no_such_number_is_refused(key, value):
+    with pytest.raises(UserError, match=rf'"{key}" must be an? (integer|number), not '):
         Example.parse({key: value})
 
 

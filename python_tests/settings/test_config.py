@@ -3,6 +3,7 @@
 import math
 import tomllib
 
+import numpy as np
 import pytest
 
 from fedkern.data import DATASETS
@@ -22,6 +23,16 @@ def test_defaults_are_valid_settings_and_survive_toml(method):
         assert config.partition, data
         assert config.width, data
         assert RunConfig(**RunConfig.table(config.to_toml())) == config, data
+
+
+def test_numbers_of_numpy_are_settings():
+    given = {"rounds": np.int64(2), "lr": np.float32(0.5), "clients": np.uint8(3), "seed": np.int16(7)}
+    options, data_options = {"mu": np.float16(0.25)}, {"test_samples": np.int32(5)}
+    config = RunConfig.make("fedprox", data="digits", **given, options=options, data_options=data_options)
+    assert RunConfig(**RunConfig.table(config.to_toml())) == config
+    found = [config.rounds, config.lr, config.clients, config.seed, config.options["mu"], config.data_options]
+    assert found == [2, 0.5, 3, 7, 0.25, {"test_samples": 5}]
+    assert [type(each) for each in found] == [int, float, int, int, float, dict]
 
 
 def test_defaults_name_only_what_exists():
