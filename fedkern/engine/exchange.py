@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedkern.engine.executors.base import Answer, Executor
+from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter
 from fedkern.interrupts import check
@@ -117,7 +118,8 @@ class Exchange:
             found = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
             if found is not None:
                 each = (time.perf_counter() - start) / len(asked.sent)
-                return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(asked.sent))
+                told = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
+                return (Answer(k, found.pop(k), report=told[k], seconds=each) for k in list(asked.sent))
         encoders: dict[ClientId, Any] = {}
         for one in self._filters:
             encoders.update(one.encoders(asked))

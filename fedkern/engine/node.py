@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.samples import Samples
+from fedkern.errors import UserError
+from fedkern.ops._core.checks import real
+
+TAKEN = ("clipped", "name", "samples", "seconds", "update_norm")  # what the engine itself writes of a client
 
 
 class Node:
@@ -38,3 +43,17 @@ class Node:
 
     def notice(self, text: str) -> None:
         self._context.notice(text)
+
+
+def figures(report: Mapping[str, Any], whose: str, taken: Collection[str] = ()) -> dict[str, float]:
+    """A report's figures as Python's numbers; raises UserError for anything else, and for a name that is ``taken``."""
+    found = {}
+    for name, value in report.items():
+        where = f'{whose}["{name}"]'
+        if name in taken:
+            raise UserError(f"{where} has a name of the engine's: choose one besides {', '.join(sorted(taken))}.")
+        try:
+            found[name] = value if isinstance(value, int) else real(value, where)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{error}: report a number, or leave it out.") from None
+    return found

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedkern.allocator import keep_freed_memory
 from fedkern.data.identity import data_fingerprint
@@ -26,6 +25,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
+from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
@@ -291,7 +291,7 @@ class NodeClients:
                 "version": list(letter.version),
                 "message": answer.message,
                 "problem": _problem(answer, told),
-                "report": {name: _number(value) for name, value in answer.report.items()} if told else {},
+                "report": answer.report if told else {},
                 "warnings": dict(self._context.warnings) if told else {},
                 "seconds": answer.seconds if told else 0.0,
                 "changed": changed,
@@ -319,11 +319,6 @@ def failed(letter: Letter, what: str, traceback: str) -> Parcel:
     empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "seconds": 0.0, "ledger": None}
     head = {"client": letter.client, "version": list(letter.version), "changed": False}
     return pack({**head, **empty, "problem": problem})
-
-
-def _number(value: Any) -> Any:
-    """A reported figure as a plain number."""
-    return value.item() if isinstance(value, Tensor) else float(value) if hasattr(value, "dtype") else value
 
 
 def _problem(answer: Answer, told: bool) -> dict[str, Any] | None:
@@ -387,7 +382,7 @@ def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
     if found["client"] != client or found["version"] != list(version):
         raise Malformed("answers another message")
     report, warnings = found["report"], found["warnings"]
-    if not _named(report) or not all(isinstance(value, (int, float)) for value in report.values()):
+    if not _named(report, TAKEN) or not all(isinstance(value, (int, float)) for value in report.values()):
         raise Malformed("has a report that is none")
     if not all(abs(value) <= LARGEST_FIGURE or not math.isfinite(value) for value in report.values()):
         raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
@@ -406,10 +401,10 @@ def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
     return Reply(answer, found["changed"], found["ledger"])
 
 
-def _named(table: dict[Any, Any]) -> bool:
-    """Whether a reply's table has few entries, with names that a record may show."""
+def _named(table: dict[Any, Any], taken: tuple[str, ...] = ()) -> bool:
+    """Whether a reply's table has few entries, with names that a record may show and none that is ``taken``."""
     names = all(isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable() for name in table)
-    return len(table) <= MOST_NAMES and names
+    return len(table) <= MOST_NAMES and names and table.keys().isdisjoint(taken)
 
 
 def _read_problem(given: Any, client: int) -> Diverged | ClientFailed | None:

@@ -105,7 +105,7 @@ class Client(Node, Protocol):
             method keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under
             ``fedkern.privacy.LEDGER``.
         round_cache: kept between the exchanges of a round and dropped after the round.
-        report: named figures of the client in the round's record.
+        report: figures of the client in the round's record: numbers by names of their own (not ``samples``).
     """
 
     id: ClientId

@@ -176,7 +176,7 @@ def test_a_diverging_client_is_named(stack, data, make_config, tmp_path):
 
 def test_a_name_that_the_engine_writes_cannot_be_reported(stack, data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(stack, "server_update", lambda self, server, phase, uploads: server.report.update(rounds=1))
-    with pytest.raises(ValueError, match='given "rounds"'):
+    with pytest.raises(UserError, match=r'server.report\["rounds"\] has a name of the engine'):
         run(make(make_config), out=tmp_path, data=data)
 
 

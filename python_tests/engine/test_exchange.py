@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from stand_ins import PRIVATE, Checkpoints, Context, Executor
@@ -276,6 +277,33 @@ def test_a_cohort_is_asked_at_once(apart):
     assert ("works", 0) not in bench.calls
     assert [info["loss"] for info in bench.log.reports] == [0.0, 1.0, 2.0]
     assert "stale" not in bench.log.reports[0]
+
+
+class Reporting(Hooks):
+    """A cohort in which client 1 reports something, and the others nothing."""
+
+    def __init__(self, report):
+        self._report = report
+
+    def cohort_update(self, clients, phase, sent):
+        clients[1].report.update(self._report)
+        return dict(sent)
+
+
+@pytest.mark.parametrize(
+    ("report", "why"),
+    [({"x": np.float32(0.5)}, ""), ({"x": [1]}, "must be a number"), ({"samples": 5}, "has a name of the engine's")],
+)
+def test_a_cohorts_reports_are_numbers_by_names_of_their_own(report, why):
+    bench = Bench(entry=Round("train", cohort=True), hooks=Reporting(report))
+    bench.executor.client = lambda k: SimpleNamespace(id=k, report={})
+    if not why:
+        assert bench.clients() == [0, 1, 2]
+        assert type(bench.log.clients["1"]["x"]) is float
+        return
+    with pytest.raises(UserError, match=rf'client 1: client.report\["{next(iter(report))}"\] {why}'):
+        bench.clients()
+    assert bench.log.clients == {}
 
 
 # -- the clients' states -----------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import traceback
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 import fedkern
@@ -300,3 +302,30 @@ def test_failures_on_ranks_are_named(kind, skip, tmp_path):
         assert done.stderr.count("error: Client 1 failed in round 2: ") == 1
         assert "failing.py, line" in done.stderr
         assert len(done.stderr) < 60_000
+
+
+class Reporting(FedAvg):
+    """FedAvg whose clients report something."""
+
+    report: ClassVar[dict[str, Any]] = {}
+
+    def client_update(self, client, phase, message):
+        found = super().client_update(client, phase, message)
+        client.report.update(self.report)
+        return found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_clients_report_is_numbers_by_names_of_their_own(workers, tmp_path, monkeypatch):
+    settings = {**TINY, "workers": workers, "rounds": 2}
+    monkeypatch.setattr(Reporting, "report", {"half": np.float32(0.5), "three": np.int64(3)})
+    run = fedkern.simulate(Reporting, out=tmp_path / "run", **settings)
+    assert [record["clients"]["1"]["half"] for record in run.history.records] == [0.5, 0.5]
+    for report in ({"half": np.zeros(2)}, {"samples": 1}):
+        monkeypatch.setattr(Reporting, "report", report)
+        why = rf'Client 0 failed in round 1: client.report\["{next(iter(report))}"\]'
+        with pytest.raises(UserError, match=why) as failed:
+            fedkern.simulate(Reporting, out=tmp_path / "wrong", **settings)
+        assert failed.value.exit_code == UserError.exit_code
+        assert not (tmp_path / "wrong").exists()

@@ -1,11 +1,21 @@
-"""Clients and servers that a method has kept, in the packets that worker processes get."""
+"""Clients and servers that a method has kept, in the packets that worker processes get; and what clients report."""
 
+import json
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
+import torch
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
+from fedkern.errors import UserError
 from fedkern.messages.packets import Packer, Unpacker
+from fedkern.methods.base import Phase
 from fedkern.privacy.disclosure import Disclosure
 
 
@@ -52,3 +62,60 @@ def test_what_would_be_lost_is_not_there(context, name):
     for node in nodes:
         with pytest.raises(AttributeError, match=name):
             getattr(node, name)
+
+
+class Reporting:
+    """A method whose clients report something."""
+
+    def __init__(self, report):
+        self.report = report
+
+    def client_update(self, client, phase, message):
+        client.report.update(self.report)
+        return message
+
+
+def asked(context, report):
+    """The answer of a client that reports this."""
+    serial = Serial(context, {"method": Reporting(report)}, lambda k: dict, 1)
+    return serial.ask(1, "method", Phase(0, "train", "update"), {})
+
+
+NUMBERS = {
+    **{kind.__name__: (kind(0.5), 0.5) for kind in (float, np.float16, np.float32, np.longdouble, Fraction, Decimal)},
+    **{kind.__name__: (kind(3), 3) for kind in (int, np.int8, np.uint64)},
+    "bool": (True, True),
+    "tensor": (torch.tensor(0.5), 0.5),
+    "tensor of one": (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
+}
+NO_NUMBERS = {
+    "text": "0.5", "none": None, "list": [0.5], "dict": {"a": 1}, "array": np.zeros(3), "tensor": torch.zeros(3),
+    "complex": 1j, "complex64": np.complex64(1), "too large": Fraction(10) ** 400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_reported_numbers_become_pythons(context, name):
+    value, plain = NUMBERS[name]
+    answer = asked(context, {"extra": value})
+    assert answer.problem is None
+    assert answer.report == {"extra": plain}
+    assert json.loads(json.dumps(answer.report)) == {"extra": plain}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_a_report_that_is_no_number_fails_its_client(context, name):
+    answer = asked(context, {"fine": 1.0, "extra": NO_NUMBERS[name]})
+    assert (answer.message, answer.report) == (None, {})
+    assert str(answer.problem.at("in round 1", "1 (b)")).startswith(
+        'Client 1 (b) failed in round 1: client.report["extra"] must be a number'
+    )
+    assert str(answer.problem).endswith(": report a number, or leave it out.")
+    assert answer.problem.exit_code == UserError.exit_code
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_report_has_no_name_of_the_engines(context, name):
+    answer = asked(context, {name: 5})
+    assert f'client.report["{name}"] has a name of the engine\'s' in str(answer.problem)
+    assert all(each in str(answer.problem) for each in TAKEN)

@@ -601,6 +601,16 @@ def test_a_message_is_no_reply(tmp_path):
         node_client.read_reply(pack({"parameters": torch.zeros(2)}), 0, node_client.Version(1, 0))
 
 
+@pytest.mark.parametrize("name", ["samples", "name", "seconds", "clipped", "update_norm"])
+def test_a_reply_reports_no_name_of_the_engines(name):
+    reply = {"client": 0, "version": [1, 0], "message": None, "problem": None, "warnings": {}, "seconds": 0.0,
+             "changed": False, "ledger": None}  # fmt: skip
+    version = node_client.Version(1, 0)
+    assert node_client.read_reply(pack({**reply, "report": {"own": 1}}), 0, version).answer.report == {"own": 1}
+    with pytest.raises(Malformed, match="has a report that is none"):
+        node_client.read_reply(pack({**reply, "report": {name: 1}}), 0, version)
+
+
 def test_flower_messages_of_other_apps():
     from flwr.app import ConfigRecord, RecordDict
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.filters import Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
@@ -79,7 +80,8 @@ class Serial:
         answer = Answer(k)
         with cpu_threads(self._threads), self._context.drawing(client, phase):
             try:
-                answer.message = self._askers[asker].client_update(client, phase, message)
+                upload = self._askers[asker].client_update(client, phase, message)
+                answer.message, answer.report = upload, figures(client.report, "client.report", TAKEN)
             except Diverged as problem:
                 answer.problem = problem
             except RAISED as error:
@@ -90,7 +92,6 @@ class Serial:
         if encoder is not None and answer.problem is None:
             sent = self._beside(message, answer.message) if encoder.on_gpu else message
             answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
-        answer.report = client.report
         answer.seconds = time.perf_counter() - start
         return answer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedkern.engine.clients import Everybody
 from fedkern.engine.hooks import MethodCode
+from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.samples import TestSet
 from fedkern.engine.server import Server
@@ -39,4 +40,5 @@ class Oracle(Part):
             return
         with self._code("oracle_metrics"):
             found = self._method.oracle_metrics(self._server, self._everybody, self._sets)
+        found = figures(found, "oracle_metrics")
         summary.metrics.update(self._disclosure.oracle_metrics(found, ("", *self._sets)))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.server import Server
 from fedkern.privacy.disclosure import About, Disclosure
@@ -27,12 +28,9 @@ class ServerFigures(Part):
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:
             return
-        known = self._disclosure.told(record.entries)
-        for name, value in self._server.report.items():
-            if name in known or name in ("round", "rounds", "name", "seconds", "evaluated"):
-                raise ValueError(f'server.report: expected names of its own, given "{name}", which the engine writes')
-            # JSON has no NaN or infinity: such a value is None after a resume.
-            self._server.report[name] = math.nan if value is None else float(value)
+        known = {*self._disclosure.told(record.entries), "round", "rounds", "name", "seconds", "evaluated"}
+        for name, value in figures(self._server.report, "server.report", known).items():
+            self._server.report[name] = float(value)
         record.put(self._server.report, About.SERVER)
 
     def finish(self, summary: Summary) -> None:
@@ -43,4 +41,5 @@ class ServerFigures(Part):
         return dict(self._server.report)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._server.report = dict(state)
+        # JSON has no NaN or infinity: such a value is None in a checkpoint.
+        self._server.report = {name: math.nan if value is None else value for name, value in state.items()}

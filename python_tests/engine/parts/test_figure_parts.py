@@ -7,6 +7,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from fedkern.engine.samples import TestSet
 from fedkern.engine.store import confusions
 from fedkern.engine.store.saved_model import MODEL
 from fedkern.engine.timing import Timing
+from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About, Disclosure
@@ -331,6 +333,17 @@ def test_figures_that_only_an_experimenter_can_have(disclosure, told, monkeypatc
         monkeypatch.setattr(method, "oracle_metrics", None)  # nobody computes what nobody may know
     Oracle(method, 1.0, code(method), {0: None, 1: None, 2: None}, {"id_": None}, disclosure).finish(summary)
     assert summary.metrics == {"accuracy": 0.5, **told}
+
+
+def test_an_experimenters_figures_are_numbers(monkeypatch):
+    method, summary = Judged(), Summary(nn.Identity())
+    part = Oracle(method, None, code(method), {}, {}, Disclosure())
+    monkeypatch.setattr(method, "oracle_metrics", lambda *_: {"half": np.float32(0.5), "two": torch.tensor(2)})
+    part.finish(summary)
+    assert json.dumps(summary.metrics) == '{"half": 0.5, "two": 2.0}'
+    monkeypatch.setattr(method, "oracle_metrics", lambda *_: {"both": [0.5, 1.0]})
+    with pytest.raises(UserError, match=r'oracle_metrics\["both"\] must be a number, not list: report a number'):
+        part.finish(summary)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
