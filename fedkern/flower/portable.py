@@ -18,6 +18,7 @@ from torch import Tensor
 from fedkern.flower.array_bytes import raw_bytes
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.inputs import parse_json
+from fedkern.messages.states import tree_of
 
 DTYPES = {
     "float16": torch.float16,
@@ -42,7 +43,6 @@ LEAST_HALVED = 1024
 DEEPEST = 64
 """Most dicts and lists that stand in one another."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PLAIN = (str, bool, type(None))
 
 
 def pack(value: Any, *, half: bool = False) -> Parcel:
@@ -59,38 +59,14 @@ def pack(value: Any, *, half: bool = False) -> Parcel:
     """
     tensors: dict[str, Raw] = {}
     known: dict[int, tuple[Any, dict[str, Any]]] = {}
-    text = json.dumps(_packed(value, "message", tensors, known, half), allow_nan=False, separators=(",", ":"))
-    return Parcel(text, tensors)
 
-
-def _packed(
-    value: Any, where: str, tensors: dict[str, Raw], known: dict[int, tuple[Any, dict[str, Any]]], half: bool
-) -> Any:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (int, np.integer)):
-        if abs(int(value)) >= LARGEST_WHOLE:
-            raise TypeError(f"{where} is a whole number of more than 64 bits, which cannot travel")
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        number = float(value)
-        return number if math.isfinite(number) else {"float": repr(number)}
-    if isinstance(value, (Tensor, np.ndarray)):
+    def tensor(value: Any, where: str) -> dict[str, Any]:
         if id(value) not in known:
-            name = f"t{len(tensors)}"
-            known[id(value)] = value, _tensor(value, name, where, tensors, half)
+            known[id(value)] = value, _tensor(value, f"t{len(tensors)}", where, tensors, half)
         return known[id(value)][1]
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_packed(entry, f"{where}[{i}]", tensors, known, half) for i, entry in enumerate(value)]}
-    if isinstance(value, Mapping):
-        entries = []
-        for key, entry in value.items():
-            if isinstance(key, bool) or not isinstance(key, (str, int)):
-                raise TypeError(f"{where} has a key of type {type(key).__name__}, which must be a text or an integer")
-            entries.append([key, _packed(entry, f"{where}[{key!r}]", tensors, known, half)])
-        return {"dict": entries}
-    raise TypeError(f"{where} is of type {type(value).__name__}, which cannot travel: send tensors, numbers and texts")
+
+    tree = tree_of(value, "message", tensor, LARGEST_WHOLE)
+    return Parcel(json.dumps(tree, allow_nan=False, separators=(",", ":")), tensors)
 
 
 def _tensor(value: Any, name: str, where: str, tensors: dict[str, Raw], half: bool) -> dict[str, Any]:
@@ -143,7 +119,7 @@ def unpack(parcel: Parcel) -> Any:
 def _unpacked(tree: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], depth: int) -> Any:
     if depth > DEEPEST:
         raise Malformed("has dicts and lists that stand too deep in one another")
-    if isinstance(tree, _PLAIN):
+    if tree is None or isinstance(tree, (str, bool)):
         return tree
     if isinstance(tree, int):
         if abs(tree) >= LARGEST_WHOLE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedkern import atomic
 from fedkern.errors import same_format
 from fedkern.inputs import parse_json, special
+from fedkern.ops._core.checks import python_number
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
 FORMAT = 1
@@ -54,9 +55,16 @@ class Packed:
     def __init__(self, state: dict[Any, Any], *, durable: bool = True) -> None:
         self._durable = durable
         self._tensors: dict[str, Tensor] = {}
-        tree = _pack(state, self._tensors, "state")
+        tree = tree_of(state, "state", self._keep)
         self._about = json.dumps({"format": FORMAT, "tree": tree}, allow_nan=False)
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+    def _keep(self, value: Any, where: str) -> dict[str, str]:
+        array, name = isinstance(value, np.ndarray), f"t{len(self._tensors)}"
+        tensor = torch.from_numpy(value) if array else value.detach()
+        # Copied, because safetensors refuses shared storage, and a view would be saved with its whole buffer.
+        self._tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        return {"array" if array else "tensor": name}
 
     def state(self) -> Any:
         """Another copy, as :func:`load` reads it."""
@@ -108,32 +116,33 @@ def part(path: Path, *keys: str | int) -> Any:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
-def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: float = math.inf) -> Any:
+    """A state or message, which error messages call ``where``, as a tree for JSON.
+
+    ``tensor`` gives what stands in the tree for a tensor or an array, from it and its place.  Whole numbers, and their
+    negatives, are smaller than ``most``.
+
+    Raises:
+        TypeError: something has no form in the tree.
+    """
     if isinstance(value, (Tensor, np.ndarray)):
-        array = isinstance(value, np.ndarray)
-        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
-        name = f"t{len(tensors)}"
-        # Copied, because safetensors refuses shared storage, and a view would be saved with its whole buffer.
-        tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        return {"array" if array else "tensor": name}
-    if value is None or isinstance(value, (bool, str)):
+        return tensor(value, where)
+    value = python_number(value)
+    if isinstance(value, int) and abs(value) >= most:
+        raise TypeError(f"{where} is a whole number of more than {int(most).bit_length() - 1} bits")
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if value is None or isinstance(value, (int, float, str)):
         return value
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        number = float(value)
-        return number if math.isfinite(number) else {"float": repr(number)}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_pack(entry, tensors, f"{where}[{i}]") for i, entry in enumerate(value)]}
-    if isinstance(value, dict):
-        entries = []
-        for key, entry in value.items():
+        return {kind: [tree_of(entry, f"{where}[{i}]", tensor, most) for i, entry in enumerate(value)]}
+    if isinstance(value, Mapping):
+        for key in value:
             if isinstance(key, bool) or not isinstance(key, (str, int)):
-                raise TypeError(f"{where}: expected text or integer keys, given {type(key).__name__}")
-            entries.append([key, _pack(entry, tensors, f"{where}[{key!r}]")])
-        return {"dict": entries}
-    raise TypeError(f"{where}: expected tensors, numbers, texts, lists or dicts, given {type(value).__name__}")
+                raise TypeError(f"{where} has a key of type {type(key).__name__}, which must be a text or an integer")
+        return {"dict": [[key, tree_of(entry, f"{where}[{key!r}]", tensor, most)] for key, entry in value.items()]}
+    raise TypeError(f"{where} is of type {type(value).__name__}: take tensors, numbers, texts, lists and dicts")
 
 
 def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
