@@ -6,9 +6,10 @@ import errno
 import io
 import json
 import os
+import shlex
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,6 +78,18 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     """
     with io.TextIOWrapper(open_regular(path), encoding=encoding) as file:
         return file.read()
+
+
+def line_ends(path: Path, checksum: Callable[[bytes], Any], due: Any, size: int | None = None) -> str:
+    """The way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone; ``""`` for another.
+
+    ``due`` is the ``checksum`` of the first ``size`` bytes as they were written.
+    """
+    with suppress(OSError), open_regular(path) as file:
+        if checksum(file.read().replace(b"\r\n", b"\n")[:size]) == due:
+            mend = f"sed -i 's/\\r$//' {shlex.quote(str(path))}"
+            return f", as its line ends became CRLF: mend the file by {mend}, and git by git config core.autocrlf false"
+    return ""
 
 
 def parse_json(text: str) -> Any:

@@ -16,7 +16,7 @@ from fedkern.engine.store import releases
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import OtherFormat, UserError
-from fedkern.inputs import open_regular, standing
+from fedkern.inputs import line_ends, open_regular, standing
 from fedkern.messages import states
 from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
@@ -449,7 +449,8 @@ def check_results(out: Path, needed: str) -> None:
         if checksum(out / name) == value:
             continue
         if standing(out / name) != "missing":
-            raise UserError(f"{out / name} is not what the run wrote: {again(out)}.")
+            way = line_ends(out / name, zlib.crc32, value)
+            raise UserError(f"{out / name} is not what the run wrote{way or f': {again(out)}'}.")
         if name == needed:
             raise UserError(f"{out / name} is missing: --resume {shlex.quote(str(out))} makes it again.")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import atomic
-from fedkern.inputs import open_regular, parse_json
+from fedkern.inputs import line_ends, open_regular, parse_json
 
 INLINE = 256
 """Most clients of a run whose rows stand in the manifest itself."""
@@ -136,7 +136,8 @@ def _content(folder: Path, place: Mapping[str, Any]) -> bytes:
         with open_regular(folder / name) as file:
             content = file.read(size) if 0 < size <= os.fstat(file.fileno()).st_size else b""
         if not content or zlib.crc32(content) != total:
-            raise ValueError("it is not what the run wrote")
+            way = line_ends(folder / name, zlib.crc32, total, size)
+            raise ValueError(f"it is not what the run wrote{way}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / name} is missing or damaged: {error}") from None
     return content

@@ -12,7 +12,7 @@ from typing import Any
 from fedkern import atomic
 from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
-from fedkern.inputs import parse_json, read_json, read_text, reading, standing
+from fedkern.inputs import line_ends, parse_json, read_json, read_text, reading, standing
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -58,16 +58,12 @@ class Metrics:
                 f"{self.path} has lost rounds that the checkpoint has ({there:,} of {size:,} bytes are there): put the "
                 "file back, or start the run again with another --out."
             )
-        self._sum = hashlib.sha256()
-        if size:
-            with reading(self.path), self.path.open("rb") as file:
-                for start in range(0, size, 1 << 20):
-                    self._sum.update(file.read(min(1 << 20, size - start)))
+        with reading(self.path):
+            self._sum = hashlib.sha256(self.path.read_bytes()[:size] if size else b"")
         if self.digest != digest:
-            raise UserError(
-                f"{self.path} is not what the run wrote, though it is as long: put the file back, or start the run "
-                "again with another --out."
-            )
+            way = line_ends(self.path, lambda content: hashlib.sha256(content).hexdigest(), digest, size)
+            way = way or ": put the file back, or start the run again with another --out"
+            raise UserError(f"{self.path} is not what the run wrote{way}.")
 
     def check_entry(self, entry: Mapping[str, Any]) -> int:
         """Compares the file with what the entry of a checkpoint says of it, as :meth:`check`; returns the size."""

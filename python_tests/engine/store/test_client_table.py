@@ -49,6 +49,16 @@ def test_a_commit_writes_what_has_changed(tmp_path, monkeypatch):
     assert place["bytes"] < 3 * len(client_table._line(table.rows))
 
 
+def test_line_ends_of_windows_are_named(tmp_path):
+    table = ClientTable(tmp_path)
+    for plan in (1, 2):
+        place = table.add(plan, {1: row(1, plan)})
+    path = tmp_path / place["file"]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with pytest.raises(ValueError, match=r"not what the run wrote, as its line ends became CRLF: mend the file by"):
+        read_rows(tmp_path, place)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,13 @@ import torch
 from interrupted import Kill, KillAt, forge, outcome, without
 
 from fedkern import versions
+from fedkern.comparison.found_runs import read_run
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
+from fedkern.engine.store import confusions
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
@@ -154,10 +159,65 @@ def swap(path, old, new):
 
 def test_records_of_the_same_length_are_told(cut, make_data):
     swap(cut / "metrics.jsonl", b'"round": 1', b'"round": 7')
-    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote, though it is as long: put"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote: put"):
         go_on(cut, make_data())
     swap(cut / "metrics.jsonl", b'"round": 7', b'"round": 1')
     assert go_on(cut, make_data())["rounds"] == 3
+
+
+def windows(path):
+    """Gives a file the line ends that git gives it where core.autocrlf is on."""
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+WAY_BACK = (
+    r"is not what the run wrote, as its line ends became CRLF: mend the file by (sed -i 's/\\r\$//' \S+), and git"
+)
+
+
+def mend(told):
+    """Does what a sentence says."""
+    command = re.search(WAY_BACK, str(told.value))
+    assert command, told.value
+    subprocess.run(command[1], shell=True, check=True)
+
+
+def test_line_ends_of_windows_are_named_with_the_way_back(cut, make_data):
+    """Of an interrupted run, with lines beyond its last checkpoint."""
+    path = cut / "metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"round": 2, "cut off')
+    windows(path)
+    for read in (lambda: go_on(cut, make_data()), lambda: read_metrics(cut)):
+        with pytest.raises(UserError) as told:
+            read()
+        assert re.search(WAY_BACK, str(told.value))
+    mend(told)
+    assert path.read_bytes().startswith(before)
+    assert go_on(cut, make_data())["rounds"] == 3
+
+
+READERS = {"metrics.jsonl": read_metrics, "summary.json": read_summary, "confusion.json": confusions.read}
+
+
+def test_line_ends_of_every_file_that_a_finished_run_reads(make_data, make_config, tmp_path):
+    run(make_config(), out=tmp_path, data=make_data())
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for name in ("config.toml", "checkpoints/manifest.json"):  # compared by what they say
+        windows(tmp_path / name)
+    assert read_run(tmp_path).summary["rounds"] == 2
+    for name, read in READERS.items():
+        windows(tmp_path / name)
+        assert (tmp_path / name).read_bytes() != content[name]
+        with pytest.raises(UserError) as told:
+            read(tmp_path)
+        mend(told)
+        assert (tmp_path / name).read_bytes() == content[name]
+        read(tmp_path)
+    windows(tmp_path / "metrics.jsonl")
+    swap(tmp_path / "metrics.jsonl", b'"round": 1', b'"round": 7')
+    with pytest.raises(UserError, match="is not what the run wrote: put the file back"):
+        read_metrics(tmp_path)
 
 
 def test_the_manifest_has_the_sum_of_the_records(cut):
