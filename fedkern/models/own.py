@@ -234,6 +234,7 @@ class Own:
         if width is not None and "width" not in self.takes:
             raise UserError(f"--width {width} is not for {self.text}, which takes no argument width: leave width out.")
         if isinstance(self.what, nn.Module):
+            check_bare(self.what, self.text)
             return self._copied(self.what).cpu()
         if width is None and "width" in self.takes:
             required = inspect.signature(self.what).parameters["width"].default is inspect.Parameter.empty
@@ -305,8 +306,20 @@ def opened(named: Named) -> Own:
     return Own(what, str(named), named=named, sha256=digest)
 
 
+def check_bare(module: nn.Module, text: str) -> None:
+    """Raises UserError where a part of a module is wrapped: every name in the state dict would have the prefix."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
+    for name, part in module.named_modules():
+        if isinstance(part, wrappers) or hasattr(part, "_orig_mod"):
+            raise UserError(
+                f"the model {text}{name and f', its {name},'} is wrapped in {type(part).__name__}: give the module "
+                "inside (._orig_mod after torch.compile, .module after DataParallel; of TorchScript the source)."
+            )
+
+
 def check_module(module: nn.Module, text: str) -> None:
     """Raises UserError where a module's parameters and buffers cannot be one vector of fp32 that is trained."""
+    check_bare(module, text)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise UserError(
@@ -342,17 +355,15 @@ def check_output(network: nn.Module, text: str, classes: int, data: Any, source:
         classes: number of classes that the network is to tell.
     """
     shape = data.image_shape
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((2, *shape), generator=generator)
-    size = "x".join(map(str, shape))
+    images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
     network.eval()
     try:
         logits: Any = network(images)
     except Exception as error:  # a network's code may raise anything
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"the network {text} cannot take the images of {source}, {size} (channels, height, width): "
-            f"{type(error).__name__}: {reason}."
+            f"the network {text} cannot take the images of {source}, {'x'.join(map(str, shape))} "
+            f"(channels, height, width): {type(error).__name__}: {reason}."
         ) from None
     network.train()
     expected = [2, classes, *(shape[1:] if data.task == "segmentation" else ())]

@@ -58,7 +58,10 @@ def load_by_name(module: nn.Module, tensors: Mapping[str, Tensor], path: str, ne
     own = module.state_dict()
     for name, tensor in own.items():
         if name not in tensors:
-            raise UserError(f"--init {path} is not for {network}: it has no {name}, of shape {list(tensor.shape)}.")
+            lacks = f"{name}, of shape {list(tensor.shape)}"
+            near = [each.removesuffix(name) for each in tensors if each.endswith(f".{name}")]
+            lacks += f", but {near[0]}{name}: take {near[0]} off its names" if near else ""
+            raise UserError(f"--init {path} is not for {network}: it has no {lacks}.")
         if tensors[name].shape != tensor.shape:
             given = list(tensors[name].shape)
             raise UserError(

@@ -12,11 +12,14 @@ from torch import nn
 
 import fedkern
 from fedkern import named_code, ops
+from fedkern.engine.own_model import of_module
 from fedkern.errors import UserError
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
 from fedkern.models.blocks import cut
 from fedkern.models.own import channels_last, level
 from fedkern.models.precision import computing, frozen
+from fedkern.models.weight_files import load_by_name
+from fedkern.settings.config import RunConfig
 
 SIZE = {"classes": 3, "channels": 3, "image_size": 16}
 IMAGES = torch.randn(4, 3, 16, 16)
@@ -96,6 +99,63 @@ def test_what_cannot_be_made_or_trained(known, make, width, said):
     known("bad")(make)
     with pytest.raises(UserError, match=said):
         build("bad", **SIZE, seed=0, width=width)
+
+
+class Compiled(nn.Module):
+    """What torch.compile gives, without the seconds that its import takes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+
+WRAPPERS = {
+    "OptimizedModule": lambda module: torch.compile(module, backend="eager"),
+    "Compiled": Compiled,
+    "DataParallel": nn.DataParallel,
+    "RecursiveScriptModule": torch.jit.script,
+    "TopLevelTracedModule": lambda module: torch.jit.trace(module, torch.zeros(1, 8)),
+}
+SLOW = ("OptimizedModule", "TopLevelTracedModule")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("deep", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize(
+    "wrapper",
+    [pytest.param(each, marks=pytest.mark.exhaustive if each in SLOW else ()) for each in WRAPPERS],
+)
+def test_wrapped_networks_are_refused(known, wrapper, deep):
+    wrapped = WRAPPERS[wrapper](nn.Linear(8, 3))
+    network = nn.Sequential(nn.Flatten(), nn.Sequential(wrapped)) if deep else wrapped
+    part = r", its 1\.0," if deep else ""
+    known("mine")(lambda: network)
+    with available("module:Net", network):
+        for name in ("mine", "module:Net"):  # made by code, and made by a script
+            with pytest.raises(UserError, match=f"the model {name}{part} is wrapped in {wrapper}: give the module ins"):
+                build(name, **SIZE, seed=0)
+    with pytest.raises(UserError, match=f"{part} is wrapped in {wrapper}: "):
+        of_module(RunConfig.make("fedavg"), network)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "a.b."])
+def test_weights_of_a_wrapped_network_are_named_by_their_prefix(prefix):
+    network = Plain()
+    said = (
+        rf"is not for net: it has no conv.weight, of shape \[4, 3, 3, 3\], but {prefix}conv.weight: take {prefix} off"
+    )
+    with pytest.raises(UserError, match=said):
+        load_by_name(network, {prefix + name: value for name, value in network.state_dict().items()}, "file", "net")
+    with pytest.raises(UserError, match=r"it has no conv.bias, of shape \[4\]\.$"):
+        load_by_name(network, {"conv.weight": network.conv.weight, "head.weight": network.head.weight}, "file", "net")
+
+
+@pytest.mark.exhaustive
+def test_a_network_that_compiles_in_place_keeps_its_names(known):
+    network = Plain()
+    network.compile(backend="eager")
+    known("mine")(lambda: network)
+    assert [*build("mine", **SIZE, seed=0).state_dict()] == [*Plain().state_dict()]
 
 
 def test_names_are_taken_once(known):
