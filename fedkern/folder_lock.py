@@ -7,7 +7,6 @@ watches that number: while it changes, the other is at work.  Clocks are not com
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import secrets
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 from fedkern import atomic, files
 from fedkern.errors import UserError
+from fedkern.files import fcntl
 
 NAME = ".lock"
 BEAT = 3.0
@@ -85,7 +85,7 @@ class FolderLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._in_use(self._read()) from None
-        except OSError:
+        except (AttributeError, OSError):  # AttributeError: this system has no fcntl
             return False
         return True
 
@@ -124,7 +124,8 @@ class FolderLock:
 
     def _write(self, file: BinaryIO) -> None:
         self._beats += 1
-        os.pwrite(file.fileno(), f"{self._owner}{self._beats:012d}\n".encode(), 0)
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        os.write(file.fileno(), f"{self._owner}{self._beats:012d}\n".encode())
         os.fsync(file.fileno())
 
 

@@ -13,9 +13,9 @@ packets over a socket, :mod:`fedkern.engine.executors.links` over a network.  No
 
 from __future__ import annotations
 
-import fcntl
 import io
 import itertools
+import math
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from fedkern.errors import described
+from fedkern.files import fcntl
 
 _ALIGNED = 64
 _OPEN_FILES = 64  # files that a packer keeps open, those used last, where a message does not need more
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 class NotPortable(Exception):
@@ -163,7 +163,8 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
             while left:
                 written = os.pwrite(descriptor, left, offset)
                 left, offset = left[written:], offset + written
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except BaseException:
         os.close(descriptor)
         raise
@@ -202,9 +203,7 @@ class Unpacker:
         return self._tensors[place]
 
     def _make(self, place: _Place) -> Tensor:
-        count = 1
-        for side in place.shape:
-            count *= side
+        count = math.prod(place.shape)
         if not count:
             return torch.empty(place.shape, dtype=place.dtype)
         flat = torch.frombuffer(self._maps[place.file], dtype=place.dtype, count=count, offset=place.offset)

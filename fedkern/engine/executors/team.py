@@ -113,6 +113,8 @@ class Team:
             RunFailed: the ranks cannot be connected.
         """
         global _met
+        if not hasattr(os, "memfd_create"):
+            raise UserError("Ranks of torchrun share memory as only Linux has it: start the run without torchrun.")
         try:
             seconds = silence()
         except ValueError as error:

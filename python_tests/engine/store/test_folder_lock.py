@@ -144,10 +144,18 @@ def test_a_lock_file_that_is_something_else(kind, tmp_path):
     assert kind == "dangling link" or victim.read_text() == "mine"
 
 
+def test_a_system_without_fcntl_has_the_lock_that_watches(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "fcntl", None)
+    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        FolderLock(tmp_path).__enter__()
+    with FolderLock(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()}\n")
+
+
 def test_a_lock_that_cannot_be_filled_is_one_sentence(tmp_path, monkeypatch):
     def full(*words):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder_lock.os, "pwrite", full)
+    monkeypatch.setattr(folder_lock.os, "write", full)
     with pytest.raises(atomic.Unwritable, match=r"\.lock cannot be written, the disk is full: free some space"):
         FolderLock(tmp_path).__enter__()
