@@ -20,7 +20,7 @@ from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest
-from fedkern.extras import pandas
+from fedkern.extras import needed
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
@@ -68,7 +68,7 @@ class History:
         Raises:
             UserError: pandas is not installed.
         """
-        return pandas().json_normalize(self.records)
+        return needed("to_pandas needs pandas", "pandas", "pandas").json_normalize(self.records)
 
 
 class Run:

@@ -27,6 +27,7 @@ from fedkern.cli.flags import check_filled, first
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
+from fedkern.extras import install
 from fedkern.flower.project import simulation
 
 NAME = "flower"
@@ -39,7 +40,7 @@ def parse(words: Sequence[str]) -> Request | None:
     """Reads the command; None if the words are another command."""
     if first(words) != NAME:
         return None
-    parser = command_parser(NAME, "Runs a Flower project to its end. Needs pip install 'fedkern[flower]'.")
+    parser = command_parser(NAME, f"Runs a Flower project to its end. Needs {install('flower')}.")
     parser.usage = f"{PROGRAM} {NAME} PROJECT_DIR [flags]"
     parser.add_argument("folder", nargs="?", metavar="PROJECT_DIR", help="folder of the Flower project")
     parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's configuration, not its default")

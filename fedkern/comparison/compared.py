@@ -23,7 +23,7 @@ from fedkern.comparison.found_runs import FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import RunFailed, UserError
-from fedkern.extras import pandas
+from fedkern.extras import needed
 from fedkern.files import expand
 from fedkern.html_table import html_table
 from fedkern.methods import METHODS, Method, registry
@@ -72,7 +72,7 @@ class Comparison:
         Raises:
             UserError: pandas is not installed.
         """
-        return pandas().DataFrame(self.table)
+        return needed("to_pandas needs pandas", "pandas", "pandas").DataFrame(self.table)
 
     def plot(self) -> list[Path]:
         """The path of the picture of the curves, in a list that a notebook shows; empty where nothing was drawn."""

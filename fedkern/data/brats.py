@@ -407,5 +407,4 @@ def _slices(
 
 
 def _nibabel() -> Any:
-    sentence = 'data set "brats" reads NIfTI files with nibabel, which is not installed: pip install "fedkern[medical]"'
-    return needed(sentence, "nibabel")
+    return needed('data set "brats" reads NIfTI files with nibabel, which is not installed', "medical", "nibabel")

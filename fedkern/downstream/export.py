@@ -100,7 +100,7 @@ def _program(deployed: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
-    needed("--format onnx needs the packages onnx and onnxscript: pip install 'fedkern[export]'.", "onnx", "onnxscript")
+    needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
     _traced(deployed, example)  # its sentence is clearer than that of the exporter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedkern.errors import UserError
+from fedkern.extras import install
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ TESTED = ("1.41", "1.42")
 """Versions of flwr on which whole runs are tested."""
 
 _OLDEST = (1, 26)
-_HOW = "pip install 'fedkern[flower]'"
+_HOW = install("flower")
 
 
 def _check_version() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from fedkern import atomic, named_code
 from fedkern.data import COMMON_OPTIONS, lookup
 from fedkern.errors import UserError, printable_name
+from fedkern.extras import PACKAGES
 from fedkern.flower.run_settings import (
     DATA_OPTION,
     ELSEWHERE,
@@ -115,7 +116,7 @@ name = {toml.quoted(plain)}
 version = "1.0.0"
 description = {toml.quoted(f"fedkern: {self.method}")}
 license = "Apache-2.0"
-# fedkern and flwr must be installed on every machine: Flower would install what is named here anew for every run.
+# fedkern and flwr are installed on every machine: Flower 1.42 installs what is named here anew for every run.
 dependencies = []
 
 [tool.flwr.app]
@@ -202,8 +203,8 @@ clientapp = "fedkern.flower.client_app:app"
         return f"""\
 # {self.method} over Flower
 
-Written by `python -m fedkern.run {self.method} --flower {folder.name}`. All machines need fedkern with its extra:
-`pip install 'fedkern[flower]'`.
+Written by `python -m fedkern.run {self.method} --flower {folder.name}`. All machines need fedkern and Flower: in
+a checkout of fedkern `pip install '.[flower]'`, or where fedkern is installed `pip install {PACKAGES["flower"]}`.
 
 ## On one machine
 

@@ -17,8 +17,8 @@ FOLDER = "tensorboard"
 
 def check() -> Any:
     """The class ``torch.utils.tensorboard.SummaryWriter``; raises UserError where tensorboard is not installed."""
-    sentence = "TensorBoard files (--tensorboard) need tensorboard: pip install 'fedkern[tensorboard]'."
-    return needed(sentence, "torch.utils.tensorboard").SummaryWriter
+    what = "TensorBoard files (--tensorboard) need tensorboard"
+    return needed(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
 
 
 class TensorBoard(Listener):

@@ -22,7 +22,7 @@ FOLDER, LOGGED = "wandb", "fedkern.json"
 
 def check() -> Any:
     """The module ``wandb``; raises UserError where it is not installed."""
-    return needed("Weights & Biases (--wandb) needs wandb: pip install 'fedkern[wandb]'.", "wandb")
+    return needed("Weights & Biases (--wandb) needs wandb", "wandb", "wandb")
 
 
 class WandB(Listener):

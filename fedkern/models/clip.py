@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkern import extras
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.files import expand
 from fedkern.models.precision import autocasts, full
 from fedkern.models.pretrained import (
@@ -81,7 +81,7 @@ class ClipTeacher(Teacher):
         return identity
 
     def load(self) -> tuple[nn.Module, nn.Linear]:
-        transformers = extras.transformers(f"the teacher {self.name}")
+        transformers = needed(f"the teacher {self.name} needs transformers", "foundation", "transformers")
         local = self._folder.is_dir()
         if local:
             check_folder(self._folder, "CLIP")

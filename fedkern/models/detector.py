@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkern import extras
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.files import expand
 from fedkern.models.pretrained import (
     check_adapter,
@@ -127,7 +127,7 @@ class GroundingDino:
     def _load(self) -> None:
         if self._network is not None:
             return
-        transformers = extras.transformers(f"the detector {self.model_name}")
+        transformers = needed(f"the detector {self.model_name} needs transformers", "foundation", "transformers")
         where = str(self._folder) if self._folder.is_dir() else self.model_name
         local = self._folder.is_dir()
         if local:

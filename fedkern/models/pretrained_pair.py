@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkern import extras
 from fedkern.errors import UserError
+from fedkern.extras import needed
 from fedkern.files import expand
 from fedkern.inputs import read_json
 from fedkern.models.encoders import ImageEncoder
@@ -139,7 +139,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     """
     path = _existing(folder, "text")
     network = _network(path, "text", "text_model")
-    transformers = extras.transformers(f"the text encoder {path}")
+    transformers = needed(f"the text encoder {path} needs transformers", "foundation", "transformers")
     try:
         with quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
@@ -200,7 +200,7 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
 
     Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
-    transformers = extras.transformers(f"the {kind} encoder {path}")
+    transformers = needed(f"the {kind} encoder {path} needs transformers", "foundation", "transformers")
     try:
         with quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))

@@ -61,8 +61,7 @@ Entries = tuple[Entry, ...]
 
 def need_accounting() -> Any:
     """The module ``dp_accounting``; raises UserError where it is not installed."""
-    sentence = "Privacy accounting needs dp-accounting: pip install 'fedkern[privacy]'."
-    return needed(sentence, "dp_accounting", "dp_accounting.rdp")
+    return needed("Privacy accounting needs dp-accounting", "privacy", "dp_accounting", "dp_accounting.rdp")
 
 
 def replaced(entries: Entries, delta: float) -> float:

@@ -46,8 +46,7 @@ class DPSGD:
 
 def need_opacus() -> Any:
     """The package ``opacus``; raises UserError where it is not installed."""
-    sentence = "Training with DP-SGD needs opacus: pip install 'fedkern[privacy]'."
-    return needed(sentence, "opacus", "opacus.optimizers")
+    return needed("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
 
 def check_network(module: nn.Module, name: str) -> None:

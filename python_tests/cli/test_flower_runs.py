@@ -72,14 +72,14 @@ def test_a_mistake_is_one_sentence(words, sentence, capsys):
 def test_help_shows_every_flag(capsys):
     assert main(["flower", "--help"]) == 0
     shown = capsys.readouterr().out
-    for flag in ("--superlink", "--federation-config", "--run-config", "pip install 'fedkern[flower]'"):
+    for flag in ("--superlink", "--federation-config", "--run-config", "pip install 'flwr>="):
         assert flag in shown
 
 
 @pytest.mark.skipif(INSTALLED, reason="flwr is installed")
 def test_without_flower_the_extra_is_named(tmp_path, capsys):
     assert main(["flower", str(tmp_path)]) == 2
-    assert "needs Flower, which is not installed: pip install 'fedkern[flower]'." in capsys.readouterr().err
+    assert "needs Flower, which is not installed: pip install 'flwr>=" in capsys.readouterr().err
 
 
 def test_a_run_whose_log_ends_early_is_waited_for(flwr, capsys):
@@ -155,7 +155,7 @@ def test_what_is_simulated_is_said_by_flowers_configuration(tmp_path, monkeypatc
 
 
 @pytest.mark.flower
-@pytest.mark.skipif(not INSTALLED, reason="flwr is not installed: pip install 'fedkern[flower]'")
+@pytest.mark.skipif(not INSTALLED, reason="flwr is not installed: pip install '.[flower]'")
 def test_settings_of_a_simulation_do_not_go_to_a_superlink(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     (tmp_path / "config.toml").write_text('[superlink.far]\naddress = "h:1"\n')

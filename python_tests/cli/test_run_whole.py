@@ -77,7 +77,7 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
 @pytest.mark.exhaustive
 def test_a_run_that_promises_an_epsilon_tells_no_class_counts(result, tmp_path):
     """The same run without privacy shows every client's row of them, in the output and in a picture."""
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = ["iterations=1", "batch=4", "nz=4", "ngf=2", "ndf=2", "student_steps=1", "class_weights=uniform"]
     argv = ["fediod", *SMALL, "--rounds", "1", "--grad-cam", "0"]
     partition = request.effective(flags.parse(argv)).partition

@@ -30,7 +30,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 
 needs_accounting = pytest.mark.skipif(
-    find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install 'fedkern[privacy]')"
+    find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install '.[privacy]')"
 )
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "noise": "seed"}
 PARTLY = {**SMALL, "sigma_d": 9.0, "histogram_noise": 5.0}
@@ -103,7 +103,7 @@ def hits(out, said, values):
 def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, make_config, tmp_path):
     """The same run twice, with all records and with private ones: what only the first tells stands nowhere."""
     if "teacher_dp" in options:
-        pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+        pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0, client_test=0.3)
     assert config.records == "private"
@@ -150,7 +150,7 @@ def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, mak
 @pytest.mark.exhaustive
 @needs_accounting
 def test_an_epsilon_of_the_whole_release_is_told_with_private_records_alone(make_data, make_config, tmp_path):
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     found = {}
     for records in ("all", "private"):
         config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=WHOLE, grad_cam=0, records=records)

@@ -72,7 +72,7 @@ class Supervised(Objective):
 
 def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
     """What the sums of clipped gradients add up to, over the clipping norm; and how it was made."""
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
     module = network()
     method = Supervised()
@@ -201,7 +201,7 @@ def test_shards_and_hold_outs_have_whole_patients_and_public_sizes(federation, m
 
 
 def test_class_counts_change_by_all_images_of_a_patient(federation, make_config):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     who, options = client(federation, make_config, {"histogram_noise": 30.0})
     privacy.release_histogram(who, histogram(who), options)
     ((kind, noise, rate, steps),) = who.state[LEDGER]["histogram"]
@@ -211,8 +211,8 @@ def test_class_counts_change_by_all_images_of_a_patient(federation, make_config)
 
 @pytest.mark.exhaustive
 def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config, tmp_path):
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = {
         "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "histogram_noise": 9.0,
         "sigma_d": 90.0, "teacher_dp": True, "teacher_sigma": 3.0, "shards": 2,
@@ -236,7 +236,7 @@ def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config,
 
 
 def test_an_image_is_the_unit_where_nothing_else_is_said(make_data, make_config, tmp_path):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = {"iterations": 1, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 50.0}
     text = io.StringIO()
     config = make_config("fediod", rounds=1, options=options, grad_cam=0)

@@ -14,7 +14,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.fediod import private_messages
 from fedkern.settings.config import RunConfig
 
-pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "histogram_noise": 5.0}
 SEEDED = {"noise": "seed"}
@@ -37,7 +37,7 @@ def bits(monkeypatch):
 
 def test_private_teachers_follow_their_cosine(make_data, make_config, tmp_path):
     """And have a clipping norm of their own."""
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data, options, found = make_data(two_tests=False), {**SMALL, **SEEDED, "teacher_dp": True}, []
     for more, clip_norm in (({}, 0.0), ({}, 1e-6), ({"teacher_lr_end": 1e-9}, 0.0)):
         config = make_config(
@@ -57,7 +57,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
     """Also where some teachers have released their histograms and others have not: their secrets were kept before."""
     options = {**options, "noise": noise}
     if "teacher_dp" in options:
-        pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+        pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=options, grad_cam=0)
     summary = run(config, out=tmp_path / "whole", data=data)
@@ -98,7 +98,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
 def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_path):
     """Two runs of one seed; and what their noise follows from stands in the clients' states alone."""
     if "teacher_dp" in options:
-        pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+        pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0)
     found = []

@@ -25,7 +25,7 @@ from fedkern.privacy import DPSGD, LEDGER
 from fedkern.privacy.dpsgd import check_network, generator_of, private_steps
 from fedkern.streams import stream
 
-pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
 PHASE = Phase(0, "teachers", "teachers")
 
 

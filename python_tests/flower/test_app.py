@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from flwr.app import Message
 from interrupted import outcome

@@ -27,6 +27,6 @@ def test_a_reply_passes():
 
 @pytest.mark.flower
 def test_the_pages_code_runs():
-    pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+    pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(compile(block, PAGE.name, "exec"), {})

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from federation import SCRIPT, commands, deployment, surroundings
 from flower_processes import processes_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from fake_grid import FakeGrid, arrays_of, client, content
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict

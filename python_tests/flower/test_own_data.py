@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from interrupted import outcome
 from node_grid import NodeGrid

@@ -169,7 +169,7 @@ def test_two_files_of_one_name(tmp_path, capsys):
 @pytest.mark.flower
 def test_flower_takes_the_project(tmp_path):
     if importlib.util.find_spec("flwr") is None:
-        pytest.skip("flwr is not installed: pip install 'fedkern[flower]'")
+        pytest.skip("flwr is not installed: pip install '.[flower]'")
     from flwr.cli.build import build_fab_from_disk
     from flwr.cli.config_utils import load_and_validate
     from flwr.common.config import get_fused_config_from_dir

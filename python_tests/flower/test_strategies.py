@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedkern[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from fake_grid import FakeGrid, arrays_of, client, content, numbers
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -679,7 +679,7 @@ def test_replies_in_bf16_are_averaged_in_fp64():
 
 
 def private(**named):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install 'fedkern[privacy]'")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install '.[privacy]'")
     return strategies.DPFedAvg(**EVERYBODY, **named)
 
 

@@ -35,7 +35,7 @@ def test_a_set_of_any_name_has_a_group_of_its_own(name):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"pip install 'fedkern\[tensorboard\]'"):
+    with pytest.raises(UserError, match="need tensorboard: pip install "):
         TensorBoard()
     with pytest.raises(UserError, match="tensorboard"):
         commands.COMMANDS["run"](flags.parse(["fedavg", "--tensorboard"]))
@@ -57,7 +57,7 @@ WORDS = [
 
 @pytest.mark.parametrize("last", [1, 3], ids=["before the first checkpoint", "after it"])
 def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
     out = tmp_path / "run"
     make = commands.Listeners
     monkeypatch.setattr(commands, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
@@ -77,7 +77,7 @@ def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys
 
 def test_fediods_figures_stand_in_them(tmp_path):
     """Those of the generator, the student and the clients by round, and those of the teachers at the end."""
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
     out = tmp_path / "run"
     options = ("nz=4", "ngf=2", "ndf=2", "batch=4", "iterations=2", "student_steps=1", "warmup=0.5")
     words = ["fediod", *WORDS[1:], *(word for option in options for word in ("--method-option", option))]

@@ -124,14 +124,14 @@ def test_mistakes_are_said_and_leave_nothing(wandb, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name of a project"):
         WandB("/")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'fedkern\[wandb\]'"):
+    with pytest.raises(UserError, match="needs wandb: pip install "):
         commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.exhaustive
 def test_offline_for_real(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="wandb is not installed (pip install 'fedkern[wandb]')")
+    pytest.importorskip("wandb", reason="wandb is not installed (pip install '.[wandb]')")
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "run"
     cut(monkeypatch, 3, "run", *WORDS, "--out", str(out), "--wandb", "demo")

@@ -268,7 +268,7 @@ def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: P
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs transformers: install it with pip install 'fedkern\[foundation\]'"):
+    with pytest.raises(UserError, match="needs transformers: pip install "):
         make(folder).logits(torch.zeros(1, 3, 32, 32))
 
 

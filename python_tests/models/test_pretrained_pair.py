@@ -323,5 +323,5 @@ def test_it_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str
 
 def test_without_transformers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs transformers: install it with pip install 'fedkern\[foundation\]'"):
+    with pytest.raises(UserError, match="needs transformers: pip install "):
         pair(folders, "vit", "bert")

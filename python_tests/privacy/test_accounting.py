@@ -12,7 +12,7 @@ from fedkern.errors import UserError
 from fedkern.privacy import Accountant, bounds, least_noise
 from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, added_or_removed, replaced
 
-pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
 DELTA = 1e-5
 

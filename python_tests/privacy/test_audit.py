@@ -19,10 +19,10 @@ from fedkern.privacy import Accountant
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+    reason="dp-accounting is not installed (pip install '.[privacy]')",
 )
 needs_opacus = pytest.mark.skipif(
-    find_spec("opacus") is None, reason="opacus is not installed (pip install 'fedkern[privacy]')"
+    find_spec("opacus") is None, reason="opacus is not installed (pip install '.[privacy]')"
 )
 REPEATS = 10_000
 

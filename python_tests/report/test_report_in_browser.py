@@ -31,7 +31,7 @@ def found(*names: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    pytest.importorskip("selenium", reason="needs selenium: pip install 'fedkern[browser-test]'")
+    pytest.importorskip("selenium", reason="needs selenium: pip install '.[browser-test]'")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

@@ -80,11 +80,11 @@ def load_triton(module: str) -> ModuleType:
     try:
         import triton
     except ModuleNotFoundError:
-        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')") from None
+        raise Unavailable("triton is not installed (pip install triton)") from None
     except ImportError as error:
         raise Unavailable(f"triton does not load ({error})") from error
     if not hasattr(triton, "jit"):  # a folder of that name
-        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')")
+        raise Unavailable("triton is not installed (pip install triton)")
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < TRITON:
         wanted = ".".join(str(part) for part in TRITON)

@@ -58,7 +58,7 @@ def telling():
 
 
 def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_data, make_config, tmp_path):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data, config = make_data(), make_config("telling", rounds=12, checkpoint_every=3, eval_every=12, records="all")
     summary = run(config, out=tmp_path / "whole", data=data)
     entries = read_shown(tmp_path / "whole")
@@ -178,7 +178,7 @@ def test_no_noise_is_said_in_words():
 @pytest.mark.exhaustive
 def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_config, tmp_path):
     """Every file of a finished private run, unreadable or readable but another, for every reader of it."""
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data, out = make_data(), tmp_path / "run"
     config = make_config("telling", rounds=2, records="all", grad_cam=0)
     run(config, out=out, data=data)

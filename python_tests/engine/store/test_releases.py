@@ -27,7 +27,7 @@ OPTIONS = {
 @pytest.fixture(params=[2])
 def cut(request, make_data, make_config, tmp_path):
     """A run killed when client 1 of a round was about to hand its first gradients to the server, after client 0."""
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
     with pytest.raises(Kill):
@@ -134,8 +134,8 @@ def test_a_digest_tells_names_kinds_shapes_and_bits_apart():
 
 def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_config, tmp_path, monkeypatch):
     """With --on-nan skip it is left out, and its noise is spent: the figure of the run counts it."""
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     train = engine_client.train_privately
 
     def diverging(client, method, phase, *rest):

@@ -34,7 +34,7 @@ SILENT = {"class_weights": "uniform"}
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+    reason="dp-accounting is not installed (pip install '.[privacy]')",
 )
 
 

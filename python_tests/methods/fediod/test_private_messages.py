@@ -24,7 +24,7 @@ from fedkern.streams import stream
 PHASE = Phase(0, "round", "gradients")
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+    reason="dp-accounting is not installed (pip install '.[privacy]')",
 )
 
 
@@ -360,7 +360,7 @@ def test_steps_are_counted_from_the_largest_client_where_none_are_given():
 
 
 def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     options = Options(teacher_dp=True)
     bringing, fresh = Client(), Client(id=2)
     bringing.load_pretrained, fresh.load_pretrained = lambda module: True, lambda module: False

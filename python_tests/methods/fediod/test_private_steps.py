@@ -19,7 +19,7 @@ from fedkern.methods.fediod.losses import against
 
 needs_accounting = pytest.mark.skipif(
     importlib.util.find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+    reason="dp-accounting is not installed (pip install '.[privacy]')",
 )
 SHARDED = {"sigma_d": 5.0, "shards": 3, "noise": "seed"}
 

@@ -39,7 +39,7 @@ def reference(tmp_path_factory):
 def test_killed_in_the_second_stage(round, answers, name, make_data, make_config, tmp_path, reference):
     """Of three architectures; the warm-up ends within the second round, clients are absent, the student is averaged."""
     if name == "private":
-        pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+        pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = OPTIONS if name == "open" else {**OPTIONS, **PRIVATE}
     data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=options)
     expected = reference(name, config, data)
