@@ -346,12 +346,7 @@ def simulate(
     return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
 
 
-_ARGUMENTS = ("data", "model", "out", "progress", "listener", "pictures")
-_PYTHONS = {
-    "quiet": " Give progress=False.",
-    "tensorboard": " Give listener=fedkern.listeners.TensorBoard().",
-}
-"""Words of the command line that are arguments of another name in Python."""
+_ARGUMENTS = ("data", "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")
 
 
 def requested(
@@ -371,15 +366,14 @@ def requested(
     plugins.given(settings["plugins"])
     name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
-    knobs = registry.get(name).Options.knobs()
-    own = {each for knob in knobs for each in (knob.name, knob.field)}
+    own = registry.option_names(name)
     fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
     for each in [each for each in settings if each in own and each not in fields]:
         options[each] = settings.pop(each)
     for each in settings:
         if each not in fields:
-            hint = _PYTHONS.get(each) or nearest(each, {*fields, *own, *_ARGUMENTS})
+            hint = nearest(each, {*fields, *own, *_ARGUMENTS}) + registry.owners(each)
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     if "workers" in settings:
         settings["workers"] = str(settings["workers"])
@@ -459,8 +453,8 @@ def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, An
     if isinstance(method, type) and issubclass(method, Method):
         return method, {}
     raise UserError(
-        "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one, not "
-        f"{method!r}."
+        "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one "
+        f"(fedkern.compare takes several), not {method!r}."
     )
 
 

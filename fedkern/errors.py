@@ -17,6 +17,16 @@ NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calcula
 """Words of the RuntimeError in which torch says that memory is exhausted."""
 RAISED = (Exception, SystemExit, GeneratorExit)
 """What other people's code may raise by mistake; a KeyboardInterrupt is the user's own."""
+MEANT = {
+    **dict.fromkeys(("learning_rate", "client_lr", "eta"), ("lr",)),
+    **dict.fromkeys(("epochs", "num_epochs"), ("local_epochs", "rounds")),
+    **dict.fromkeys(("gpu", "gpus", "use_cuda", "cuda"), ("device=cuda", "cuda")),
+    **dict.fromkeys(("continue", "restart", "checkpoint"), ("resume",)),
+    "resume": ("fedkern.load(DIR).resume()",),
+    "quiet": ("progress=False",),
+    "tensorboard": ("listener=fedkern.listeners.TensorBoard()",),
+}
+"""Names of other programs, or of the command line, and those that mean the same here, some with their value."""
 
 
 class UserError(Exception):
@@ -228,8 +238,18 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Returns ``' Did you mean "x"?'`` for the candidate most like ``word``, or an empty string when none is close."""
+    """Returns ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the one most like it.
+
+    Dashes before a word and upper case make no difference.  Returns an empty string when no candidate is close.
+    """
     if len(word) > WORD:
         return ""
-    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else ""
+    names = {_plain(name): name for name in candidates}
+    meant = [each.partition("=") for each in MEANT.get(_plain(word), ())]
+    found = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
+    found = found or [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)]
+    return f""" Did you mean {" or ".join(f'"{name}"' for name in found)}?""" if found else ""
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").lower()

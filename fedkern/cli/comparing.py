@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from fedkern.cli import flags
 from fedkern.cli.flags import Parser, add_repeatable, check_filled, first, key_values, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request, effective
-from fedkern.errors import UserError, nearest, printable
+from fedkern.errors import UserError, printable
 from fedkern.files import expand
-from fedkern.methods import METHODS
+from fedkern.methods import METHODS, registry
 from fedkern.settings.config import RunConfig
 from fedkern.standard_streams import put
 
@@ -39,7 +37,7 @@ methods that have it. The same command with the same --out goes on where it stop
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(f"{PROGRAM} {NAME}", USAGE, raw=True)
     parser.add_argument("--seeds", metavar="N", help="number of seeds, from --seed on, or a list such as 0,4,7; "
                                                      "default 3")  # fmt: skip
@@ -115,16 +113,9 @@ def parse(words: Sequence[str]) -> Request | None:
                                json=found.json, arguments=arguments)  # fmt: skip
 
 
-def _settings(method: str, rest: Sequence[str], parser: argparse.ArgumentParser) -> Request:
+def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
     """The run's settings behind the methods, as a request for one of the methods."""
-    own = [name for action in parser._actions for name in action.option_strings]
-    try:
-        run = flags.parse([method, *rest])
-    except UserError as error:
-        given = next((word.partition("=")[0] for word in rest if f'flag "{word.partition("=")[0]}"' in str(error)), "")
-        if get_close_matches(given, own, n=1, cutoff=0.7):
-            raise UserError(f'Unknown flag "{given}".{nearest(given, own)} See {PROGRAM} {NAME} --help.') from None
-        raise
+    run = flags.parse([method, *rest], parser)
     for name, way in _NOT_HERE.items():
         if getattr(run, name):
             raise UserError(f"--{name} is not for {NAME}: {way}.")
@@ -179,10 +170,10 @@ def _again(words: Sequence[str], out: Path) -> str:
 
 def _config(request: Request, variant: Any, seed: int) -> RunConfig:
     """The settings of one run: the common ones, the variant's, and the options that the method has."""
-    from fedkern.comparison.cells import option_names, own_settings, word
+    from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
-    own = {name: value for name, value in options.items() if name in option_names(method)}
+    own = {name: value for name, value in options.items() if name in registry.option_names(method)}
     both: Mapping[str, Any] = {**own, **variant.options}
     settings = {**own_settings(method, request.settings), **variant.settings, "seed": seed}
     words = tuple(f"{name}={word(value)}" for name, value in both.items())

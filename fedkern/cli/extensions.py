@@ -19,19 +19,20 @@ def load(words: Sequence[str]) -> None:
         UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.plugins.restore`).
     """
     plugins.load_installed(_warn)
-    for name in _values(words, "--plugin"):
+    for name in values(words, "--plugin"):
         if not name.strip():
             raise UserError("--plugin is given without a value: give it one, or leave the flag out.")
         plugins.load(name)
-    for file in _values(words, "--config"):
+    for file in values(words, "--config"):
         plugins.given(_named(expand(file)))
-    for folder in _values(words, "--resume"):
+    for folder in values(words, "--resume"):
         from fedkern.settings.config import load_plugins
 
         load_plugins(expand(folder))
 
 
-def _values(words: Sequence[str], flag: str) -> Iterator[str]:
+def values(words: Sequence[str], flag: str) -> Iterator[str]:
+    """The values of a flag, in words that no parser has read yet."""
     for i, word in enumerate(words):
         if word == flag and i + 1 < len(words):
             yield words[i + 1]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedkern.cli.front_page import COMMANDS, PROGRAM, front_page
+from fedkern.cli import extensions
+from fedkern.cli.front_page import COMMANDS, PROGRAM, USAGE, front_page
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
 from fedkern.errors import UserError, nearest
-from fedkern.methods import METHODS
+from fedkern.methods import METHODS, registry
 from fedkern.methods.options import Knob, as_typed
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
@@ -26,32 +28,14 @@ OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momen
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "cache", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": (
-        "clients",
-        "held_out_client",
-        "client_test",
-        "sample_fraction",
-        "rounds",
-        "buffers",
-        "fix_statistics",
-        "on_nan",
-        "max_update_norm",
-        "clip_update_norm",
-        "aggregator",
-        "server_rule",
-        "server_lr",
-        "dropout_rate",
-        "straggler_rate",
-        "deadline",
-        "late_work",
-        "dp_clip",
-        "dp_noise",
-        "dp_delta",
-        "dp_draws",
+        "clients", "held_out_client", "client_test", "sample_fraction", "rounds", "buffers", "fix_statistics", "on_nan",
+        "max_update_norm", "clip_update_norm", "aggregator", "server_rule", "server_lr", "dropout_rate",
+        "straggler_rate", "deadline", "late_work", "dp_clip", "dp_noise", "dp_delta", "dp_draws",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": ("model", "width", "init", "image_encoder", "text_encoder"),
     "run": (),
-}
+}  # fmt: skip
 METAVARS = {
     "data_root": "DIR",
     "cache": "DIR",
@@ -108,6 +92,9 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
+        if lacking := re.fullmatch(r"argument (\S+): expected one argument", message):
+            shown = next(action.metavar for action in self._actions if lacking[1] in action.option_strings)
+            raise UserError(f"{lacking[1]} is given without a value: write {lacking[1]} {shown}.")
         raise UserError(message[:1].upper() + message[1:] + ".")
 
 
@@ -242,26 +229,25 @@ def key_values(words: Sequence[str], name: str) -> dict[str, str]:
 
 def _named_data(argv: Sequence[str], method: str | None) -> str:
     """The data set whose defaults the help shows."""
-    for i, word in enumerate(argv):
-        value = word.partition("=")[2] if word.startswith("--data=") else "".join(argv[i + 1 : i + 2])
-        if (word == "--data" or word.startswith("--data=")) and value in DATASETS:
-            return value
-    return default_data(method or "")
+    named = extensions.values(argv, "--data")
+    return next((value for value in named if value in DATASETS), default_data(method or ""))
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser, method: str | None) -> UserError:
+def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     if not word.startswith("-"):
-        return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag.')
+        both = f"; {PROGRAM} compare {method} {word} plays both" if word in METHODS and word != method else ""
+        return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag{both}.')
     given = word.partition("=")[0]
     option = given.lstrip("-").replace("-", "_")
-    if method is not None and any(option in (knob.name, knob.field) for knob in METHODS[method].Options.knobs()):
+    if method is not None and option in registry.option_names(method):
         return UserError(f"{given} is an option of {method}: write --method-option {option}=VALUE.")
-    flags = [name for action in parser._actions for name in action.option_strings]
-    return UserError(f'Unknown flag "{given}".{nearest(given, flags)} See {PROGRAM} {method or "METHOD"} --help.')
+    hint = nearest(given, [name for parser in parsers for action in parser._actions for name in action.option_strings])
+    see = f"{PROGRAM} {method or 'METHOD'}" if len(parsers) == 1 else parsers[-1].prog
+    return UserError(f'Unknown flag "{given}".{hint}{registry.owners(option)} See {see} --help.')
 
 
-def parse(argv: Sequence[str]) -> Request:
-    """Reads the words after ``python -m fedkern.run``.
+def parse(argv: Sequence[str], *around: Parser) -> Request:
+    """Reads the words after ``python -m fedkern.run``, or a run's words in a command with a parser ``around`` them.
 
     Raises:
         UserError: an unknown method, command or flag (the nearest one is suggested), a value of the wrong type or out
@@ -272,22 +258,17 @@ def parse(argv: Sequence[str]) -> Request:
     values, rest = parser.parse_known_args(list(argv))
     task = next((word for word in (values.method, *rest) if word in COMMANDS), None)
     if task is not None:  # with such a word first, another parser reads the command
-        what, folder = {
-            "compare": ("its methods or folders and its flags", " METHOD METHOD"),
-            "report": ("its folders and its flags", " DIR"),
-            **dict.fromkeys(("list", "doctor"), ("its flags", "")),
-        }.get(task, ("its folder and its flags", " DIR"))
-        raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
+        raise UserError(f"Name {task} first, then its flags: {PROGRAM} {USAGE[task]}.")
+    method, unknown = values.method, [word for word in rest if word.startswith("-")]
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
-    for word in [*(word for word in rest if word.startswith("-")), *rest]:
-        raise _unknown(word, parser, named)
-    method = values.method
+    if not unknown and not values.help and method not in (None, *METHODS):
+        likely = nearest(method, [*METHODS, *COMMANDS, "--resume"])
+        raise UserError(f'Unknown method "{method}".{likely} Known methods: {", ".join(sorted(METHODS))}.')
+    for word in [*unknown, *rest]:
+        raise _unknown(word, named, parser, *around)
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
     if values.help:
         return Request("help", method=method, help=front_page() if method is None else parser.format_help())
-    if method is not None and method not in METHODS:
-        likely = nearest(method, [*METHODS, *COMMANDS])
-        raise UserError(f'Unknown method "{method}".{likely} Known methods: {", ".join(sorted(METHODS))}.')
 
     knobs = {knob.field: knob for knob in RunConfig.knobs()}
     settings = {

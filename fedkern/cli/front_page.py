@@ -15,36 +15,28 @@ TASKS = {
 """Commands of the downstream tasks on a finished image-text run."""
 
 PROGRAM = "python -m fedkern.run"
-COMMANDS = {
-    **TASKS,
-    "attack": "how well a finished run's model tells who was in its training data",
-    "evaluate": "a finished run's figures, also on other data",
-    "predict": "classes or masks of your own images, by a finished run",
-    "export": "a finished run's network as a file for other programs",
-    "extend": "more rounds for a run",
-    "compare": "several methods over seeds and settings, or finished runs",
-    "report": "one HTML file of a run or a comparison, to read in a browser",
-    "flower": "a Flower project, run to its end on a SuperLink or in a simulation",
+_USAGE = {
+    "attack DIR": "how well a finished run's model tells who was in its training data",
+    **{f"{name} DIR": text for name, text in TASKS.items()},
+    "evaluate DIR": "a finished run's figures, also on other data",
+    "predict DIR IMAGE...": "classes or masks of your own images, by a finished run",
+    "export DIR": "a finished run's network as a file for other programs",
+    "extend DIR --rounds R": "more rounds for a run",
+    "compare METHOD METHOD...": "several methods over seeds and settings, or finished runs",
+    "report DIR...": "one HTML file of a run or a comparison, to read in a browser",
+    "flower PROJECT_DIR": "a Flower project, run to its end on a SuperLink or in a simulation",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
     "doctor": "show versions, processor, GPU and what serves",
 }
+COMMANDS = {words.split()[0]: text for words, text in _USAGE.items()}
+USAGE = {words.split()[0]: words for words in _USAGE}
+"""Every command with the words that it needs."""
 
 _COMMANDS = f"""\
 {PROGRAM} METHOD [flags]              train and evaluate a federated method
 {PROGRAM} METHOD --help               every flag and the method's own options, with ranges and defaults
 {PROGRAM} --resume DIR                continue an interrupted run
-{PROGRAM} attack DIR                  {COMMANDS["attack"]}
-{"".join(f"{PROGRAM} {name + ' DIR':<27} {text}" + chr(10) for name, text in TASKS.items())}\
-{PROGRAM} evaluate DIR                {COMMANDS["evaluate"]}
-{PROGRAM} predict DIR IMAGE...        {COMMANDS["predict"]}
-{PROGRAM} export DIR                  {COMMANDS["export"]}
-{PROGRAM} extend DIR --rounds R       {COMMANDS["extend"]}
-{PROGRAM} compare METHOD METHOD...    {COMMANDS["compare"]}
-{PROGRAM} report DIR...                {COMMANDS["report"]}
-{PROGRAM} flower PROJECT_DIR          {COMMANDS["flower"]}
-{PROGRAM} list                        {COMMANDS["list"]}
-{PROGRAM} doctor                      {COMMANDS["doctor"]}
-"""
+{"".join(f"{PROGRAM} {words:<27} {text}" + chr(10) for words, text in _USAGE.items())}"""
 
 
 def front_page() -> str:

@@ -84,14 +84,9 @@ def check_methods(names: Sequence[str]) -> None:
             raise UserError(f"{registry.short(name)} is named twice: name every method once.")
 
 
-def option_names(method: str) -> set[str]:
-    """Names under which a method option can be given."""
-    return {name for knob in registry.get(method).Options.knobs() for name in (knob.name, knob.field)}
-
-
 def check_option(name: str, methods: Sequence[str]) -> None:
     """Raises UserError for a method option that none of the methods has."""
-    known = {each for method in methods for each in option_names(method)}
+    known = {each for method in methods for each in registry.option_names(method)}
     if name not in known:
         shown = ", ".join(map(registry.short, methods))
         raise UserError(
@@ -130,8 +125,8 @@ def variants(
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
         if name in given:
             raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
-        if name not in knobs and not any(name in option_names(method) for method in methods):
-            known = {*knobs, *(each for method in methods for each in option_names(method))}
+        if name not in knobs and not any(name in registry.option_names(method) for method in methods):
+            known = {*knobs, *(each for method in methods for each in registry.option_names(method))}
             raise UserError(f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, known)}')
         if not values:
             raise UserError(f'The sweep over "{name}" has no values: write {name}=VALUE,VALUE.')

@@ -14,7 +14,6 @@ from fedkern.comparison.cells import (
     Variant,
     check_methods,
     check_option,
-    option_names,
     own_settings,
     read_seeds,
     variants,
@@ -245,7 +244,7 @@ def compare(
     data, model = settings.pop("data", None), settings.pop("model", None)
 
     def make(variant: Variant, seed: int) -> RunConfig:
-        own = {name: value for name, value in options.items() if name in option_names(variant.method)}
+        own = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}
         merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
         network = merged.pop("model", model)
         return api.requested(variant.method, data, network, {**merged, "options": {**own, **variant.options}})[0]
@@ -284,7 +283,9 @@ def _of_objects(
     name: str, given: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
 ) -> list[Variant]:
     """The variants of a method: of every object that is given, with all points of the sweep."""
-    beside = given_paths.named_options(name, {key: options[key] for key in option_names(name) & options.keys()})
+    beside = given_paths.named_options(
+        name, {key: options[key] for key in registry.option_names(name) & options.keys()}
+    )
     taken = {*beside, *(key for variant in swept for key in variant.options)}
     found = []
     for made_with in (own for other, own in given if other == name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -306,7 +307,10 @@ DATASETS: dict[str, DatasetInfo] = {
 def lookup(name: str) -> DatasetInfo:
     """The entry of a data set; raises UserError for an unknown name, and suggests the nearest known one."""
     if name not in DATASETS:
-        raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{nearest(name, DATASETS)}')
+        hint = nearest(name, DATASETS)
+        if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
+            hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
+        raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{hint}')
     return DATASETS[name]
 
 

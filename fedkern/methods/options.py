@@ -103,7 +103,7 @@ class Knob:
             result = _convert(python_number(value), self.type)
         except (KeyError, TypeError, ValueError, OverflowError):
             kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
-            raise UserError(f'{self.label} must be {kind}, not "{value}".') from None
+            raise UserError(f'{self.label} must be {kind}, not "{value}".{self._several(value)}') from None
         self.check(result)
         return result
 
@@ -111,7 +111,7 @@ class Knob:
         """Raises UserError when ``value`` is outside the allowed range."""
         if self.choices is not None:
             if value not in self.choices:
-                hint = nearest(str(value), [str(choice) for choice in self.choices])
+                hint = self._several(value) or nearest(str(value), [str(choice) for choice in self.choices])
                 raise UserError(f'{self.label} must be {self.range}, not "{value}".{hint}')
             return
         if isinstance(value, (str, bool)):
@@ -129,6 +129,12 @@ class Knob:
         )
         if bad:
             raise UserError(f"{self.label} must be {self.range or 'a number'}, not {shown}.")
+
+    def _several(self, value: Any) -> str:
+        """A hint where several values are given for one: words with commas between them, or a list."""
+        words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
+        listed = ",".join(map(str, words))
+        return f" For several values: compare METHOD --sweep {self.name}={listed}." if len(words) > 1 else ""
 
     def _most(self, value: int | float) -> int | float | None:
         """Upper bound of a number whose option declares none; None: unbounded."""

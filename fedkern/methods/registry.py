@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from fedkern.docstrings import docstring
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, first_of, nearest
 from fedkern.models.own import LEVELS, level
 
 if TYPE_CHECKING:
@@ -61,6 +61,17 @@ def get(name: str) -> type[Method]:
             f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {", ".join(sorted(METHODS))}.'
         )
     return METHODS[name]
+
+
+def option_names(method: str) -> set[str]:
+    """Names under which a method option can be given."""
+    return {name for knob in get(method).Options.knobs() for name in (knob.name, knob.field)}
+
+
+def owners(option: str) -> str:
+    """A hint that names the methods with an option; empty where none has it."""
+    found = [method for method in METHODS if option in option_names(method)]
+    return f" It is a method option of {first_of(found, 3)}." if found else ""
 
 
 def short(name: str) -> str:

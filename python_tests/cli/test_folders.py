@@ -77,7 +77,7 @@ def test_pictures_of_others_are_not_drawn_over(fails, tmp_path):
         (["probe", "x", "--data-root", ""], "--data-root is given without a value"),
         (["fedavg", "--out", os.fsdecode(b"r\xe9sum")], r'the argument "r\xe9sum" has bytes that are not UTF-8'),
         (["probe", os.fsdecode(b"\xff")], r'the argument "\xff" has bytes that are not UTF-8'),
-        (["--shots", "5", "probe", "x"], "Name probe first, then its folder and its flags"),
+        (["--shots", "5", "probe", "x"], "Name probe first, then its flags: python -m fedkern.run probe DIR."),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):

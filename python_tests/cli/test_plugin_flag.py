@@ -74,7 +74,7 @@ def test_the_examples_are_short():
     [
         (["--plugin", "nowhere.py"], "nowhere.py cannot be read"),
         (["--plugin="], "--plugin is given without a value"),
-        (["--plugin"], "--plugin: expected one argument"),
+        (["--plugin"], "write --plugin FILE.py|MODULE."),
         (["--plugin", "module_that_is_not_there"], "no module that Python can import"),
         (["--plugin", "own.py"], "own.py registers nothing"),
     ],

@@ -1,0 +1,93 @@
+"""Words of other programs, of other commands and of Python: the answer names what says the same here."""
+
+from __future__ import annotations
+
+import pytest
+
+import fedkern
+from fedkern.errors import MEANT, nearest
+from fedkern.settings.config import RunConfig
+
+COMMAND_LINES = {
+    "fedavg --learning-rate 0.1": 'Did you mean "--lr"?',
+    "fedprox --Learning_Rate=0.1": 'Did you mean "--lr"?',
+    "compare fedavg scaffold --learning-rate 0.1": 'Did you mean "--lr"?',
+    "compare fedavg --sweep learning_rate=0.1,0.2": 'Did you mean "lr"?',
+    "fedavg --gpu": 'Did you mean "--device=cuda"?',
+    "scaffold --gpus 1": 'Did you mean "--device=cuda"?',
+    "fedavg --device gpu": 'Did you mean "cuda"?',
+    "fedavg --epochs 3": 'Did you mean "--local-epochs" or "--rounds"?',
+    "fedavg --mu 1": "It is a method option of fedprox",
+    "compare fedavg scaffold --mu 1": "It is a method option of fedprox",
+    "fedavg --teacher clip": "It is a method option of",
+    "fedprox --mu 1": "write --method-option mu=VALUE",
+    "--resume": "write --resume DIR.",
+    "fedavg --out": "write --out DIR.",
+    "evaluate x --data": "write --data NAME.",
+    "resume": 'Did you mean "--resume"?',
+    "resume runs/x": 'Did you mean "--resume"?',
+    "continue runs/x": 'Did you mean "--resume"?',
+    "fedavg scaffold": "compare fedavg scaffold plays both",
+    "fedprox scaffold --rounds 3": "compare fedprox scaffold plays both",
+    "fedavg more": "values follow their flag.",
+    "fedavg --lr 1e-3,1e-2": "compare METHOD --sweep lr=1e-3,1e-2.",
+    "compare fedavg --lr 1e-3,1e-2": "compare METHOD --sweep lr=1e-3,1e-2.",
+    "fedavg --rounds 3,5": "--sweep rounds=3,5.",
+    "fedavg --optimizer sgd,adamw": "--sweep optimizer=sgd,adamw.",
+    "fedprox --method-option mu=0.1,1": "--sweep mu=0.1,1.",
+    "fedavg --data images/cats": "--data-root images/cats.",
+    "scaffold --data .": "--data-root .",
+    "export x --format ONNX": 'Did you mean "onnx"?',
+    "FedAvg": 'Did you mean "fedavg"?',
+    "fedavg --model ResNet8": 'Did you mean "resnet8"?',
+    "fedavg --Rounds 3": 'Did you mean "--rounds"?',
+}
+
+
+@pytest.mark.parametrize(("line", "way"), COMMAND_LINES.items(), ids=COMMAND_LINES)
+def test_the_command_line_names_the_way_out(line, way, fails, tmp_path):
+    assert way in fails(*line.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        ({"learning_rate": 0.1}, 'Did you mean "lr"?'),
+        ({"epochs": 3}, 'Did you mean "local_epochs" or "rounds"?'),
+        ({"gpu": True}, 'Did you mean "device=cuda"?'),
+        ({"mu": 1.0}, "It is a method option of fedprox"),
+        ({"resume": True}, 'Did you mean "fedkern.load(DIR).resume()"?'),
+        ({"quiet": True}, 'Did you mean "progress=False"?'),
+        ({"tensorboard": True}, 'Did you mean "listener=fedkern.listeners.TensorBoard()"?'),
+        ({"lr": [1e-3, 1e-2]}, "--sweep lr=0.001,0.01."),
+        ({"data": "images/cats"}, "--data-root images/cats."),
+        ({"method": ["fedavg", "scaffold"]}, "fedkern.compare takes several"),
+    ],
+)
+def test_python_names_the_way_out(given, way, tmp_path):
+    with pytest.raises(fedkern.UserError) as error:
+        fedkern.simulate(**{"method": "fedavg", **given})
+    assert way in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_meaning_is_a_setting_an_argument_or_a_call():
+    settings = {knob.field for knob in RunConfig.knobs()}
+    others = {"resume", "progress", "listener", "cuda", "fedkern.load(DIR).resume()"}
+    assert {name.partition("=")[0] for names in MEANT.values() for name in names} <= settings | others
+    assert not MEANT.keys() & settings
+
+
+@pytest.mark.parametrize(
+    ("word", "candidates", "said"),
+    [
+        ("--batchsize", ["--batch-size", "--base"], ' Did you mean "--batch-size"?'),
+        ("BATCH_SIZE", ["--batch-size"], ' Did you mean "--batch-size"?'),
+        ("gpu", ["rounds"], ""),
+        ("Cat", ["cat", "dog"], ' Did you mean "cat"?'),
+        ("zzz", [], ""),
+    ],
+)
+def test_the_nearest_word(word, candidates, said):
+    assert nearest(word, candidates) == said
