@@ -163,15 +163,18 @@ class Run:
             probability of its own.
 
         Raises:
-            UserError: the run is not finished or is for image-text pairs, or a file cannot be read.
-            ValueError: images of another shape or dtype.
+            UserError: the run is not finished or is for image-text pairs, images have another shape or dtype, or a
+                file cannot be read.
         """
         from fedkern.downstream.prediction import Predictor
 
         self._give_method()
         predictor = Predictor.open(self.out, self._trusted, self._model)
         if isinstance(images, np.ndarray):
-            images = torch.from_numpy(np.ascontiguousarray(images))
+            try:
+                images = torch.from_numpy(np.ascontiguousarray(images))
+            except TypeError:
+                raise UserError(f"images must be uint8, but are {images.dtype}.") from None
         if isinstance(images, Tensor):
             return predictor.probabilities(images)
         files = [images] if isinstance(images, (str, Path)) else images

@@ -81,6 +81,16 @@ def test_arrays_of_named_clients_are_learnt(tmp_path):
     probabilities = run.predict(test[0][:, None])
     assert probabilities.shape == (60, 2)
     assert float((probabilities.argmax(1).numpy() == test[1]).mean()) == run.metrics["accuracy"]
+    asked = test[0][:2, None]
+    for images, said in (
+        (asked / 255, r"are float64 \[2, 1, 12, 12\]; give floats in \[0, 1\] as \(255 \* images\)"),
+        (torch.from_numpy(asked).half(), r"are float16 \[2, 1, 12, 12\]; give floats"),
+        (asked.astype(np.int64), r"are int64 \[2, 1, 12, 12\]\.$"),
+        (asked[:, 0], r"are uint8 \[2, 12, 12\]\.$"),
+        (asked.astype(object), r"are object\.$"),
+    ):
+        with pytest.raises(fedkern.UserError, match=r"^images must be uint8.*, but " + said):
+            run.predict(images)
 
 
 def test_runs_in_memory_are_extended_with_their_data(tmp_path):
@@ -285,6 +295,11 @@ def test_mistakes_are_said_and_leave_nothing(given, sentence, tmp_path):
         ({"classes": "xy"}, "classes must be a list of different names, none of them empty, not 'xy'"),
         ({"clients": None}, "clients must be pairs"),
         ({"test": (["a", "b"], [0, 1])}, "the test set: expected numbers"),
+        ({"test": None}, r"There is no test set: give test=\(images, labels\)"),
+        ({"test": {}}, "There is no test set"),
+        ({"clients": {"a": (np.zeros((2, 16)), [0, 1])}}, r"client a: images must be .*, but are float64 \[2, 16\]"),
+        ({"test": (np.zeros((2, 4, 4, 3, 1), np.float32), [0, 1])}, r"but are float32 \[2, 4, 4, 3, 1\]"),
+        ({"test": {"b": (np.zeros((2, 4, 4), np.int64), [0, 1])}}, r"test set b: images .*, but are int64 \[2, 4, 4\]"),
     ],
 )
 def test_arrays_that_do_not_fit_are_said(change, sentence):

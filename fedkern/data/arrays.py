@@ -31,7 +31,7 @@ def open_arrays(root: str | Path | None) -> NoReturn:
 
 def parts_of_arrays(
     clients: Mapping[str, Labelled] | Sequence[Labelled],
-    test: Labelled | Mapping[str, Labelled],
+    test: Labelled | Mapping[str, Labelled] | None,
     validation: Labelled | None,
     classes: Sequence[str] | None,
     mean: Sequence[float] | None,
@@ -47,10 +47,10 @@ def parts_of_arrays(
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
     splits = {name: _split(pair, f"client {name}", changes) for name, pair in named.items()}
-    given = dict(test) if isinstance(test, Mapping) else {"": test}
+    given = {} if test is None else dict(test) if isinstance(test, Mapping) else {"": test}
     tests = {name: _split(pair, f"the test set {name}".rstrip(), changes) for name, pair in given.items()}
     if not tests:
-        raise UserError("test must hold at least one test set, but is empty.")
+        raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
     first = next(iter(splits.values()))
     shape = first.images.shape[1:]
     held = (
@@ -164,23 +164,23 @@ def _images(value: Any, changes: list[float]) -> Tensor:
     The largest change of a float goes to ``changes``, unless it is no more than the dtype's own rounding.
     """
     images = _tensor(value)
-    if images.dim() == 3:
-        images = images[:, None]
-    elif images.dim() == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3, 4):
-        images = images.permute(0, 3, 1, 2)
-    if images.is_floating_point():
-        if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
-            raise ValueError("floating images must lie in [0, 1]")
-        rounded = (images.double() * 255).round()
-        change = float((images.double() - rounded / 255).abs().max()) if images.numel() else 0.0
-        changes.append(change if change > torch.finfo(images.dtype).eps else 0.0)
-        images = rounded.to(torch.uint8)
-    if images.dtype != torch.uint8 or images.dim() != 4:
+    if images.dim() not in (3, 4) or not (images.dtype == torch.uint8 or images.is_floating_point()):
         kind = str(images.dtype).removeprefix("torch.")
         raise ValueError(
             f"images must be uint8, or floats in [0, 1], of shape [n, C, H, W], [n, H, W, C] or [n, H, W], but are "
             f"{kind} {list(images.shape)}"
         )
+    if images.dim() == 3:
+        images = images[:, None]
+    elif images.shape[1] not in (1, 3) and images.shape[3] in (1, 3, 4):
+        images = images.permute(0, 3, 1, 2)
+    if images.is_floating_point():
+        if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+            raise ValueError("floating images must lie in [0, 1]; give images of 0 to 255 as uint8")
+        rounded = (images.double() * 255).round()
+        change = float((images.double() - rounded / 255).abs().max()) if images.numel() else 0.0
+        changes.append(change if change > torch.finfo(images.dtype).eps else 0.0)
+        images = rounded.to(torch.uint8)
     return images.contiguous()
 
 

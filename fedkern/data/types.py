@@ -227,7 +227,7 @@ class FederatedData:
     def from_arrays(
         cls,
         clients: Mapping[str, tuple[Any, Any]] | Sequence[tuple[Any, Any]],
-        test: tuple[Any, Any] | Mapping[str, tuple[Any, Any]],
+        test: tuple[Any, Any] | Mapping[str, tuple[Any, Any]] | None = None,
         *,
         validation: tuple[Any, Any] | None = None,
         classes: Sequence[str] | None = None,
@@ -243,7 +243,7 @@ class FederatedData:
                 uint8 or floats in [0, 1], ``[n, C, H, W]``, ``[n, H, W, C]`` or ``[n, H, W]``.  Labels are whole
                 numbers from 0, ``[n]``, or for segmentation ``[n, H, W]``, negative where the class is unknown; for
                 several labels an image 0 and 1 of any dtype, ``[n, L]`` with L of at least 2.
-            test: a pair, or pairs by name of the test set.
+            test: a pair, or pairs by name of the test set; there must be one.
             validation: a pair for choosing settings.
             classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.

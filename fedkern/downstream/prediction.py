@@ -117,11 +117,12 @@ class Predictor:
             fp32 ``[n, classes]``, for segmentation ``[n, classes, H, W]``, on the CPU.
 
         Raises:
-            ValueError: images of another shape or dtype.
+            UserError: images of another shape or dtype.
         """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
-            sides = ", ".join(str(side) for side in self.image_shape)
-            raise ValueError(f"images must be uint8 [n, {sides}], but are {images.dtype} {list(images.shape)}")
+            kind, sides = str(images.dtype).removeprefix("torch."), ", ".join(map(str, self.image_shape))
+            way = "; give floats in [0, 1] as (255 * images).round().to(torch.uint8)" * images.is_floating_point()
+            raise UserError(f"images must be uint8 [n, {sides}], but are {kind} {list(images.shape)}{way}.")
         if not len(images):
             return torch.empty(0, len(self.classes), *(self.image_shape[1:] if self.task == "segmentation" else ()))
         parts = []
