@@ -18,7 +18,8 @@ LOSSES = f"losses_{GPU}"
 
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
-    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['time'][:10]}.", ""]
+    commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ", commit unrecorded"
+    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['time'][:10]}{commit}.", ""]
 
 
 def kernels() -> Lines:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -15,6 +15,7 @@ from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import spread, table
+from fedkern.settings.config import RunConfig
 
 Lines = Sequence[str]
 
@@ -134,7 +135,7 @@ def gid_sweeps() -> Lines:
 def _fedgid() -> Page:
     return Page(
         "docs/fedgid.md",
-        {"fedgid parts": gid_parts, "fedgid others": gid_others, "fedgid schedules": gid_schedules,
+        {"fedgid parts": partial(undated, gid_parts), "fedgid others": gid_others, "fedgid schedules": gid_schedules,
          "fedgid sweeps": gid_sweeps, "fedgid command": partial(command, "fedgid")},
     )  # fmt: skip
 
@@ -271,7 +272,7 @@ def fuse_code() -> Lines:
 def _fusefl() -> Page:
     return Page(
         "docs/fusefl.md",
-        {"fusefl equal memory": fuse_equal, "fusefl table": fuse_table, "fusefl alike": fuse_alike,
+        {"fusefl equal memory": partial(undated, fuse_equal), "fusefl table": fuse_table, "fusefl alike": fuse_alike,
          "fusefl more": fuse_more, "fusefl distilled": fuse_distilled, "fusefl misled": fuse_misled,
          "fusefl refused": fuse_refused, "fusefl code": fuse_code, "fusefl command": partial(command, "fusefl")},
     )  # fmt: skip
@@ -338,8 +339,9 @@ def lpfm_edges() -> Lines:
 def _fedlpfm() -> Page:
     return Page(
         "docs/fedlpfm.md",
-        {"fedlpfm table": lpfm_table, "fedlpfm partitions": lpfm_partitions, "fedlpfm changes": lpfm_changes,
-         "fedlpfm proxy": lpfm_proxy, "fedlpfm edges": lpfm_edges, "fedlpfm command": partial(command, "fedlpfm")},
+        {"fedlpfm table": partial(undated, lpfm_table), "fedlpfm partitions": lpfm_partitions,
+         "fedlpfm changes": lpfm_changes, "fedlpfm proxy": lpfm_proxy, "fedlpfm edges": lpfm_edges,
+         "fedlpfm command": partial(command, "fedlpfm")},
     )  # fmt: skip
 
 
@@ -363,6 +365,18 @@ def iod(data: str, skew: str, row: str) -> list[float]:
 def iod_table(data: str) -> Lines:
     rows = [[shown, *(percent(iod(data, skew, row)) for skew in SKEWS)] for row, shown in IOD_ROWS.items()]
     return table(["method", *(skew.replace("dirichlet:", "Dirichlet ") for skew in SKEWS)], rows).split("\n")
+
+
+def iod_counts() -> Lines:
+    """FedIOD and its rivals with the clients' class counts and without, where both were measured."""
+    terms, one = load("fediod_mnist_terms"), partial(iod, "mnist", SKEWS[0])
+    uniform = terms["uniform class weights"]
+    rows = [
+        ["FedIOD", percent(one("FedIOD")[0]), percent(uniform["accuracy"])],
+        ["ensemble of its teachers", percent(one("weighted ensemble")[0]), percent(one("uniform ensemble")[0])],
+        *([IOD_ROWS[row], "–", percent(one(row)[0])] for row in ("FedDF, public images", "DENSE")),
+    ]
+    return table(["MNIST, Dirichlet 0.1, seed 0", "told the class counts", "not told"], rows).split("\n")
 
 
 def iod_seeds() -> Lines:
@@ -435,7 +449,8 @@ def iod_segments() -> Lines:
 def _fediod() -> Page:
     return Page(
         "docs/fediod.md",
-        {"fediod mnist": partial(iod_table, "mnist"), "fediod cifar10": partial(iod_table, "cifar10"),
+        {"fediod mnist": partial(undated, partial(iod_table, "mnist")), "fediod counts": iod_counts,
+         "fediod cifar10": partial(iod_table, "cifar10"),
          "fediod seeds": iod_seeds, "fediod clients": iod_clients, "fediod terms": iod_terms,
          "fediod bytes": iod_bytes, "fediod privacy": iod_privacy, "fediod segments": iod_segments,
          "fediod command": partial(command, "fediod")},
@@ -485,7 +500,7 @@ def dra_downstream() -> Lines:
 def _feddra() -> Page:
     return Page(
         "docs/feddra.md",
-        {"feddra table": partial(dra_table, "table"), "feddra parts": dra_parts,
+        {"feddra table": partial(undated, partial(dra_table, "table")), "feddra parts": dra_parts,
          "feddra sweeps": partial(dra_table, "sweeps"), "feddra weights": partial(
              dra_table, "ablations", ("full", "weights on losses", "weights as in the released code",
                                       "losses on training samples")),
@@ -503,35 +518,49 @@ MACHINE, OTHER_MACHINE = "intel-xeon", "amd-epyc"
 
 
 def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESULTS) -> Lines:
-    """The operators' table: rows of shown.py recorded with the present kernels on a machine, or marked on another."""
+    """The operators' table: rows of shown.py recorded with the present kernels on a machine, or marked on another.
+
+    Below those of a test stand its other rows, of one thread, in which somebody is faster; where nobody has measured
+    such a row with the present kernels, the row of earlier ones stays, marked.
+    """
     shown = [(node, case) for node, case, _ in nodes()]
     cores = sources.hashes(sources.CSRC)
-    found = {
-        row.test: (row, mark)
+    rows = [
+        (row, mark)
         for name, mark in ((other, " †"), (machine, ""))
         for files in read_results(folder).values()
         for recorded in files
         if name and name in recorded.name
         for row in recorded.rows
-        if present(row, cores)
+    ]
+    found = {row.test: (row, mark) for row, mark in rows if present(row, cores)}
+    behind = {
+        row.test: (row, mark if row.test in found else f"{mark} ‡")
+        for row, mark in rows
+        if row.threads == 1
+        and row.test not in {node for node, _ in shown}
+        and min(row.speedup.values(), default=1.0) < 1
+        and (present(row, cores) or row.test not in found)
     }
     lines: list[list[str]] = []
-    operator, told = "", ""
-    for node, case in shown:
-        operator = case.operator or operator
-        if node not in found:
-            continue
-        row, mark = found[node]
-        compiled = [name for name in row.speedup if name.startswith("compile")]
-        others = [name for name in row.speedup if name not in (case.against, *compiled)]
-        best = min(others, key=lambda name: row.speedup[name], default="")
-        lines.append([
-            operator if operator != told else "", case.size, str(row.threads), our_time(row) + mark,
-            ratio(row, case.against), ratio(row, compiled[0]) if compiled else "",
-            f"{ratio(row, best)} {best}" if best else "",
-        ])  # fmt: skip
-        told = operator
-    told_left = left_out(len(shown) - len(lines))[:1]
+    operator, told, count = "", "", 0
+    for i, (node, case) in enumerate(shown):
+        operator, test = case.operator or operator, node.partition("[")[0]
+        picked = [(case.size, *found[node])] if node in found else []
+        count += len(picked)
+        if not any(later.startswith(f"{test}[") for later, _ in shown[i + 1 :]):
+            picked += [(row.case, row, mark) for row, mark in behind.values() if row.test.startswith(f"{test}[")]
+        for size, row, mark in picked:
+            compiled = [name for name in row.speedup if name.startswith("compile")]
+            others = [name for name in row.speedup if name not in (case.against, *compiled)]
+            best = min(others, key=lambda name: row.speedup[name], default="")
+            lines.append([
+                operator if operator != told else "", size, str(row.threads), our_time(row) + mark,
+                ratio(row, case.against), ratio(row, compiled[0]) if compiled else "",
+                f"{ratio(row, best)} {best}" if best else "",
+            ])  # fmt: skip
+            told = operator
+    told_left = left_out(len(shown) - count)[:1]
     if not lines:
         return told_left
     header = [
@@ -554,8 +583,19 @@ PROFILED, MANY_CLIENTS = f"profile_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 def caption(machine: Mapping[str, Any]) -> Lines:
     """When, where and of which commit a table was measured, and a blank line."""
-    at_commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ""
+    at_commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ", commit unrecorded"
     return [f"{comparisons.spoken(machine)}, {machine['time'][:10]}{at_commit}.", ""]
+
+
+def undated(make: Callable[[], Lines]) -> Lines:
+    """The table of a study, below a line that says what its results do not."""
+    return ["Date and commit of the studies: unrecorded.", "", *make()]
+
+
+def shortened(row: bench_methods.Row) -> str:
+    """What a run has of the rounds and epochs of its method's default run."""
+    usual = RunConfig.make(row.method)
+    return ", ".join(f"{n} of {getattr(usual, name)} {name.replace('_', ' ')}" for name, n in row.settings.items())
 
 
 def earned(row: bench_methods.Row) -> dict[str, str]:
@@ -570,20 +610,22 @@ def earned(row: bench_methods.Row) -> dict[str, str]:
 
     return {
         "run": f"`{row.method}`",
+        "of the default": shortened(row) if row.setting == "default" else "–",
         "plain PyTorch": seconds(median(row.seconds[plain])),
         "fedkern": seconds(median(row.seconds[ours])),
         "with bf16": seconds(median(row.seconds["bf16"])),
         "over plain: machine": times(row.speedup(plain)),
         "over plain: processor seconds": times(row.speedup(plain, of="cpu_seconds")),
         "over plain: one core": times(row.speedup(one_core[plain], one_core[ours])),
-        "kernels": times(row.speedup("reference")),
+        "over the reference": times(row.speedup("reference")),
         "processes": times(row.speedup(one_core[ours])),
         "outside of rounds: plain": seconds(row.outside_seconds(plain)),
         "outside of rounds: fedkern": seconds(row.outside_seconds(ours)),
     }
 
 
-IN_SHORT = ("run", "plain PyTorch", "fedkern", "over plain: machine", "over plain: one core", "kernels", "processes")
+IN_SHORT = ("run", "of the default", "plain PyTorch", "fedkern", "over plain: machine", "over plain: one core",
+            "over the reference", "processes")  # fmt: skip
 
 
 def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
@@ -755,7 +797,8 @@ def measured() -> Lines:
         ),
         "fediod": (
             "FedIOD", "accuracy on MNIST, Dirichlet 0.1", f"{percent(iod('mnist', SKEWS[0], 'FedIOD'))} %", "",
-            "above its best teacher; below the weighted ensemble of all",
+            "above its best teacher; below the weighted ensemble of all; below FedDF without the class counts, which "
+            "FedDF is not told",
         ),
         "feddra": (
             "FedDRA", "loss of the worst client on captions, nats", nats(worst("full")),
@@ -771,7 +814,7 @@ def measured() -> Lines:
 def _readme() -> Page:
     return Page(
         "README.md",
-        {"speed": partial(whole_runs, "default", IN_SHORT), "measured": measured},
+        {"speed": partial(whole_runs, "default", IN_SHORT), "measured": partial(undated, measured)},
         part="Do the methods keep their promises?",
     )
 

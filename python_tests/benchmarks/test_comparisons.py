@@ -147,6 +147,30 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
     assert table == [f"{len([*shown.nodes()])} rows left out, not recorded with the present kernels."]
 
 
+def test_rows_that_are_behind_stand_below_those_of_their_test(tmp_path: Path) -> None:
+    """Of one thread, whatever kernels they are of; those of earlier ones are marked until somebody measures again."""
+    now = sources.hashes(sources.CSRC)["_cpu blend"]
+    row = replace(ROW, group="blend", backend="cpu", sources=now)
+    rows = [
+        replace(row, test=f"bench_blend.py::test_blend[{name}", case=name, threads=threads, sources=kernels,
+                speedup={"eager": over})
+        for name, threads, kernels, over in (
+            ("(64, 256, 14, 14)-contiguous-permutation-1]", 1, now, 2.0), ("behind-1]", 1, now, 0.5),
+            ("earlier-1]", 1, "earlier", 0.6), ("ahead-1]", 1, now, 1.5), ("two-2]", 2, now, 0.5),
+        )
+    ]  # fmt: skip
+    write_results(rows, AMD, tmp_path)
+    _, _, *table = page_figures.operators("amd-epyc", folder=tmp_path)
+    cells = [[cell.strip() for cell in line.split("|")[2:6]] for line in table if line.startswith("|")]
+    assert cells == [
+        ["[64,256,14,14]", "1", "100 µs", "2.00×"],
+        ["behind-1]", "1", "100 µs", "**0.50×**"],
+        ["earlier-1]", "1", "100 µs ‡", "**0.60×**"],
+    ]
+    write_results([replace(rows[2], sources=now, speedup={"eager": 1.1})], {**AMD, "cpu": "Intel Xeon"}, tmp_path)
+    assert "earlier" not in " ".join(page_figures.operators("intel-xeon", "amd-epyc", folder=tmp_path))
+
+
 def test_strategies_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("left out" in line for line in page_figures.over_flower())
     (tmp_path / "aggregate.cpp").write_text("quicker")
@@ -264,6 +288,6 @@ def test_results_name_their_commit() -> None:
     made = commit(sources.CSRC)
     assert machines.machine("cpu")["commit"] == made
     machine = {"time": "2026-01-02T03:04", "cpu": "AMD EPYC 7763 64-Core Processor"}
-    assert page_figures.caption(machine)[0] == "AMD EPYC 7763, 2026-01-02."
+    assert page_figures.caption(machine)[0] == "AMD EPYC 7763, 2026-01-02, commit unrecorded."
     told = page_figures.caption({**machine, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2, "commit": "abc1234"})[0]
     assert told == "Intel Xeon, 2 cores, 2026-01-02 at commit `abc1234`."

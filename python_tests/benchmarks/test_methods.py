@@ -433,13 +433,13 @@ def test_who_earned_it_stands_beside_the_seconds():
     assert [found[f"over plain: {per}"] for per in ("machine", "processor seconds", "one core")] == [
         "2.00×", "2.50×", "2.00×",
     ]  # fmt: skip
-    assert (found["kernels"], found["processes"]) == ("1.10×", "1.50×")
+    assert (found["over the reference"], found["processes"]) == ("1.10×", "1.50×")
     assert (found["outside of rounds: plain"], found["outside of rounds: fedkern"]) == ("6.0 s", "3.0 s")
     for name in ("reference", *bench_methods.ONE_CORE.values()):
         del one.seconds[name]
     one.rounds = 0
     found = page_figures.earned(one)
-    assert {found[name] for name in ("over plain: one core", "kernels", "processes")} == {"–"}
+    assert {found[name] for name in ("over plain: one core", "over the reference", "processes")} == {"–"}
     assert found["outside of rounds: plain"] == "–"
 
 
