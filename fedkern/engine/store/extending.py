@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkern import atomic
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACK, NODES
 from fedkern.engine.store.saved_model import RESULTS
@@ -84,13 +85,13 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         if rounds <= before and not half:
             raise UserError(f"The run in {out} has {before} rounds: --rounds must be larger than that, not {rounds}.")
         check_unedited(stored.replace(rounds=before), entry, out)
+        Metrics(out).check_entry(entry)  # before anything is changed: the resumed run would refuse it
         method, done = kind(options), entry["plan"]
         if not half and _plan(method, stored, before, done) != _plan(method, stored, rounds, done):
             raise UserError(
                 f"The rounds of {stored.method} with these options depend on their number, so a run of {rounds} rounds "
                 f"would have begun otherwise: start a new run with --rounds {rounds}."
             )
-        longer = stored.replace(rounds=rounds)
         # From the file, not from `stored`, whose device is this machine's.
         text = toml.dumps({**RunConfig.stored(out), "rounds": rounds})
         info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
@@ -103,7 +104,7 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         checkpoints.amend(info)
         set_aside(out, entry["round"])
         atomic.write_bytes(out / settings.NAME, text.encode())
-    return longer
+    return stored.replace(rounds=rounds)
 
 
 def pictures(out: Path) -> list[str]:
@@ -126,8 +127,7 @@ def set_aside(out: Path, round: int) -> None:
         UserError: the folder is a link, or cannot be made.
     """
     names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
-    names += pictures(out)
-    for name in [*names, f"{FOLDER}/{ATTACK}"]:
+    for name in [*names, *pictures(out), f"{FOLDER}/{ATTACK}"]:
         if standing(out / name):
             continue
         target = aside(out, round) / name

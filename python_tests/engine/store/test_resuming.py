@@ -18,6 +18,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store import confusions
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
@@ -195,6 +196,28 @@ def test_line_ends_of_windows_are_named_with_the_way_back(cut, make_data):
     mend(told)
     assert path.read_bytes().startswith(before)
     assert go_on(cut, make_data())["rounds"] == 3
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("change", ["line ends", "a record"])
+def test_a_run_of_other_records_is_not_extended(make_data, make_config, tmp_path, change):
+    run(make_config(), out=tmp_path, data=make_data())
+    if change == "line ends":
+        windows(tmp_path / "metrics.jsonl")
+    else:
+        swap(tmp_path / "metrics.jsonl", b'"round": 1', b'"round": 7')
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=WAY_BACK if change == "line ends" else "put the file back") as told:
+        extend(tmp_path, 3)
+    assert before == {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    if change == "line ends":
+        mend(told)
+        assert extend(tmp_path, 3).rounds == 3
 
 
 READERS = {"metrics.jsonl": read_metrics, "summary.json": read_summary, "confusion.json": confusions.read}
