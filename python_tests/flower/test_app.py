@@ -445,10 +445,8 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
                     patched.setattr(node_client, "PROTOCOL", 3)
                 return super()._replied(message)
 
-    sentence = (
-        "Node 101 has form 3 of fedkern's messages, and the server has form 4: install one version of fedkern on all "
-        "machines; it takes no part."
-    )
+    forms = f"has form 3 of fedkern's messages, and the server has form {node_client.PROTOCOL}"
+    sentence = f"Node 101 {forms}: install one version of fedkern on all machines; it takes no part."
     grid = Mixed(settings("fedavg", out=str(tmp_path / "run")), range(3))
     server_app.play(grid, grid.run_config)
     assert sentence in caplog.text
@@ -457,7 +455,7 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
     }
     grid = Mixed(settings("fedavg", out=str(tmp_path / "nobody")), range(3))
     grid.older = (100, 101, 102)
-    with pytest.raises(UserError, match="has form 3 of fedkern's messages, and the server has form 4"):
+    with pytest.raises(UserError, match=forms):
         server_app.play(grid, grid.run_config)
 
 

@@ -45,8 +45,10 @@ class PlainAggregate:
         are rounded once, to its dtype.  Weights of sum zero give NaN.
         """
         dtype = None if out is None else out.dtype
-        mean = weighted_mean_reference if isinstance(weights, Tensor) else mean_in_pieces
-        result = mean(vectors, weights, dtype)
+        if isinstance(weights, Tensor):
+            result = weighted_mean_reference(vectors, weights, dtype)
+        else:
+            result = mean_in_pieces(vectors, weights, dtype)
         return result if out is None else deliver(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
