@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,10 @@ from fedkern.comparison.cells import (
     read_seeds,
     variants,
 )
-from fedkern.comparison.found_runs import FoundRun, grouped, read_runs
+from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
-from fedkern.errors import RunFailed, UserError
+from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.extras import needed
 from fedkern.files import expand
 from fedkern.html_table import html_table
@@ -133,7 +134,9 @@ def play(
     wanted = [*(cell.variant.label for cell in planned), *map(registry.short, by_method)]
     if missing := [name for name in dict.fromkeys(wanted) if name not in present]:
         told.append(f"No run of {', '.join(missing)} succeeded.")
-    return _written(Result(groups, target, told, failures), runner.out)
+    result = Result(groups, target, told, failures)
+    result.check_target()
+    return Comparison(result, runner.out, result.write(runner.out))
 
 
 def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable[[Any, FoundRun], None]:
@@ -158,16 +161,14 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
     Raises:
         UserError: a folder without a finished run, a run given twice, or no round tells the target's figure.
     """
-    result = Result(grouped(read_runs(folders)), target)
+    runs, left = read_runs(folders)
+    notes = [f"Left out, as not finished: {first_of(left, SHOWN)}."] if left else []
+    result = Result(grouped(runs), target, notes)
     result.check_target()
     if out is not None:
         check_out(out)
-    return _written(result, reserved() if out is None else out)
-
-
-def _written(result: Result, out: Path) -> Comparison:
-    result.check_target()
-    return Comparison(result, out, result.write(out))
+    where = reserved() if out is None else out
+    return Comparison(result, where, result.write(where))
 
 
 def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
@@ -191,7 +192,7 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Compares methods over seeds, or runs that exist, as ``fedkern compare`` does.
+    """Compares methods over seeds, or runs that exist, as ``fedkern compare`` does, and warns of runs that fail.
 
     The same call again with the same ``out`` goes on where it stopped::
 
@@ -253,13 +254,18 @@ def compare(
     memory = None if data is None or isinstance(data, str) else data
     played = read_seeds(seeds, int(settings.get("seed", 0)))
     notes = unused_rounds(names, settings)
+    tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
         shown = board(quiet=not progress, json=False)
-        runner = Runner(where, make, frozenset(settings), shown, memory, module)
+        runner = Runner(where, make, frozenset(settings), shown, memory, module, tracebacks=tracebacks)
         return play(runner, by_method, played, select=select, target=goal, notes=notes)
 
-    return in_folder(folder, begin)
+    found = in_folder(folder, begin)
+    if found.failures:
+        told = ["Not every run of the comparison succeeded.", *found.failures, *map(printable, tracebacks.values())]
+        warnings.warn("\n".join(told), stacklevel=2)
+    return found
 
 
 def _distinct_names(given: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

@@ -48,7 +48,7 @@ def read(folder: Path) -> Result:
         UserError: a run is missing, not finished or damaged, or ``comparison.csv`` is damaged.
     """
     if not (folder / CSV).exists():
-        return Result(grouped(read_runs([folder])))
+        return Result(grouped(read_runs([folder])[0]))
     labels: dict[Path, str] = {}
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(folder / CSV))))

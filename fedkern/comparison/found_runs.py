@@ -88,25 +88,27 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
     return FoundRun(path, with_identity(config, newest(path)), summary, read_metrics(path))
 
 
-def read_runs(folders: Iterable[str | Path]) -> list[FoundRun]:
-    """Reads run folders, and all finished runs in folders of runs such as that of a comparison.
+def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:
+    """Reads run folders, and all finished runs in folders of runs such as that of a comparison; names those left out.
 
     Raises:
         UserError: a folder holds no finished run, a run is given twice or is not finished.
     """
     found: dict[Path, FoundRun] = {}
+    left: list[str] = []
     for each in folders:
         path = expand(each)
         inside = [] if (path / SETTINGS).exists() else sorted(file.parent for file in path.glob(f"*/{SETTINGS}"))
         finished = [folder for folder in inside if (folder / "summary.json").exists()]
         if inside and not finished:
             raise UserError(f"No run in {path} is finished.")
+        left += [str(folder) for folder in inside if folder not in finished]
         for folder in finished or [path]:
             key = folder.resolve()
             if key in found:
                 raise UserError(f"{folder} is given twice: name every run once.")
             found[key] = read_run(folder)
-    return list(found.values())
+    return list(found.values()), left
 
 
 def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:

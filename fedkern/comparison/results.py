@@ -230,10 +230,8 @@ class Result:
 
     def to_json(self, folder: Path) -> str:
         """Table, sentences and folder as JSON."""
-        rows = records.plain(self.table)
-        return json.dumps(
-            {"table": rows, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}, indent=2
-        )
+        told = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
+        return json.dumps(records.plain(told), indent=2)
 
 
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:

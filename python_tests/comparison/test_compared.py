@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import fedkern
+from fedkern.comparison import found_runs
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
+from fedkern.methods import FedAvg
 from fedkern.settings.config import RunConfig
 
 TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
@@ -60,6 +62,44 @@ def test_data_in_memory_and_one_folder_by_default():
     found = fedkern.compare(["fedavg"], seeds=[4], data=data, **settings)
     assert found.folder.parent.name == "comparisons"
     assert (found.folder / "fedavg_seed=4/summary.json").exists()
+
+
+class Broken(FedAvg):
+    def weight(self, server, upload):
+        return 1.0 / ("1",)
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "told"),
+    [
+        pytest.param(
+            ["fedavg"], {"sweep": {"lr": [0.05, 1e30]}}, "lr=1e+30, seed 0: Client ", marks=pytest.mark.exhaustive
+        ),
+        ([Broken, "fedavg"], {}, "in weight\n"),
+    ],
+)
+def test_a_method_that_fails_is_warned_of_and_the_others_are_compared(methods, more, told):
+    with pytest.warns(UserWarning, match=r"^Not every run of the comparison succeeded\.\n") as warned:
+        found = fedkern.compare(methods, seeds=1, data="digits", out="x", **TINY, **more)
+    (message,) = (str(each.message) for each in warned)
+    assert told in message
+    assert found.failures[0] in message
+    assert len(found.table) == len(found.failures) == 1
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(("folders", "left"), [(["x"], ["x/b"]), (["x", "x/a/."], None), (["x/a"], [])])
+def test_unfinished_runs_that_are_left_out_are_named(folders, left, monkeypatch, tmp_path):
+    for name in ("x/a", "x/b", "x/c/d"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.toml").touch()
+    (tmp_path / "x/a/summary.json").touch()
+    monkeypatch.setattr(found_runs, "read_run", lambda folder: folder)
+    if left is None:
+        with pytest.raises(UserError, match="is given twice"):
+            found_runs.read_runs(folders)
+    else:
+        assert found_runs.read_runs(folders) == ([Path("x/a")], left)
 
 
 @pytest.mark.parametrize(
