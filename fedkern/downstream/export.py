@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +51,11 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
     A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are normalised by the
     ``mean`` and ``std`` that the JSON file has.
 
+    What is written is read again before it takes its name, an ``onnx`` file by onnxruntime where that is installed.
+
     Raises:
-        UserError: a package for the format is missing, the network cannot be written in it, or a file cannot be
-            written.
+        UserError: a package for the format is missing, the network cannot be written in it or read again, or a file
+            cannot be written; nothing is then left.
     """
     module = predictor.module.cpu()
     writers: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {"onnx": _onnx, "torch-export": _program}
@@ -61,7 +66,16 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
         # Two images: a batch of one would be taken for a constant.
         example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
         deployed = Deployed(module, predictor.mean, predictor.std).eval()
-        atomic.write(out, lambda temporary: writers[kind](deployed, example, temporary))
+        try:
+            atomic.write(out, lambda temporary: writers[kind](deployed, example, temporary))
+        except UserError:
+            raise
+        except Exception as error:  # exporters raise many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"No file of --format {kind} can be written of this network and read again ({reason}): take --format "
+                "state-dict, and build the network again from the run folder."
+            ) from error
     channels, height, width = predictor.image_shape
     about: dict[str, Any] = {
         "task": predictor.task,
@@ -76,41 +90,49 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
         "output": "logits",
     }
     path = out.with_name(out.name + ABOUT)
-    atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
+    try:
+        atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
+    except BaseException:
+        out.unlink()
+        raise
     return [out, path]
 
 
 def _traced(deployed: nn.Module, example: Tensor) -> Any:
-    batch = torch.export.Dim("batch", min=1)
-    try:
-        return torch.export.export(deployed, (example,), dynamic_shapes=({0: batch},))
-    except Exception as error:  # torch.export raises many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"torch.export cannot write this network ({reason}): take --format state-dict, and build the network again "
-            "from the run folder."
-        ) from error
+    return torch.export.export(deployed, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
 def _program(deployed: nn.Module, example: Tensor, path: Path) -> None:
-    program = _traced(deployed, example)
+    with path.open("w+b") as file:
+        torch.export.save(_traced(deployed, example), file)
+        file.seek(0)
+        program = torch.export.load(file)
+    if any(str(node.target).startswith("fedkern.") for node in program.graph.nodes):
+        raise UserError("This network has operators of fedkern, which nothing else reads: take --format state-dict.")
     _check(program.module()(example), deployed(example))
-    with path.open("wb") as file:
-        torch.export.save(program, file)
 
 
 def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
-    needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
-    _traced(deployed, example)  # its sentence is clearer than that of the exporter
+    onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
+    _traced(deployed, example)  # its error is clearer than that of the exporter
+    logging.getLogger("torch.onnx._internal.exporter._registration").addFilter(_of_the_network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
-        batch = torch.export.Dim("batch", min=1)
         program = torch.onnx.export(
-            deployed, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
-            output_names=["logits"], verbose=False,
+            deployed, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=["images"], output_names=["logits"], verbose=False,
         )  # fmt: skip
     assert program is not None
     program.save(str(path), include_initializers=True, keep_initializers_as_inputs=False, external_data=False)
+    onnx.checker.check_model(str(path))
+    if find_spec("onnxruntime") is not None:
+        session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        _check(torch.from_numpy(session.run(None, {"images": example.numpy()})[0]), deployed(example))
+
+
+def _of_the_network(record: logging.LogRecord) -> bool:
+    """Whether a line of the exporter's log is not about torchvision, which a network that needs it has imported."""
+    return not str(record.msg).startswith("torchvision is not installed")
 
 
 @torch.no_grad()

@@ -34,8 +34,9 @@ class Pool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, M * C, H, W]`` (or tokens, features) to ``[B, C, H, W]``."""
-        if x.dim() == 3:
-            mean = x.unflatten(2, (self.branches, -1)).mean(2)
+        channels = 2 if x.dim() == 3 else 1
+        if channels == 2 or torch.compiler.is_exporting():  # a program for others has PyTorch's operators alone
+            mean = x.unflatten(channels, (self.branches, -1)).mean(channels)
         else:
             mean = fuse_mean(x.tensor_split(self.branches, dim=1))
         return mean * self.branches if self.total else mean
@@ -125,7 +126,9 @@ class FusedLevel(nn.Module):
     @autocasts
     def _one_by_one(self, x: Tensor) -> Tensor:
         results = [branch(x) for branch in cast(nn.ModuleList, self.branches)]
-        return torch.cat(results, dim=2) if results[0].dim() == 3 else fuse_concat(results)
+        channels = 2 if results[0].dim() == 3 else 1
+        joined = channels == 2 or torch.compiler.is_exporting()
+        return torch.cat(results, dim=channels) if joined else fuse_concat(results)
 
     def _cast(self, dtype: torch.dtype) -> FusedBlocks:
         """The blocks of all clients with folded weights of ``dtype``, made once."""

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from fedkern.data.digits import open_digits
 from fedkern.downstream import prediction
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import evaluating
+from fedkern.errors import UserError
 from fedkern.report import progress
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
@@ -237,6 +242,73 @@ def test_an_exported_onnx_file_gives_the_same_logits(digits, result, tmp_path):
         (logits,) = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), module((images - mean) / std), rtol=1e-4, atol=1e-4)
+
+
+OTHER = SimpleNamespace(graph=SimpleNamespace(nodes=[]), module=lambda: lambda images: images.flatten(1)[:, :10])
+
+
+def unreadable(*_):
+    raise ValueError("no such operator\nat line 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("torch.export.load", unreadable, "written of this network and read again (no such operator): take --format"),
+        ("torch.export.load", lambda _: OTHER, "differ from"),
+        ("torch.export.save", unreadable, "(no such operator)"),
+        ("torch.export.export", lambda *_, **__: {}[3], "(3)"),
+        ("fedkern.atomic.write_bytes", lambda path, _: (_ for _ in ()).throw(UserError(f"{path}: full.")), "full"),
+    ],
+)
+def test_an_export_that_cannot_be_read_again_leaves_nothing(name, broken, said, digits, fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(name, broken)
+    assert said in fails("export", str(digits[0] / "run"), "--out", "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def exporter(monkeypatch):
+    """Stands for the packages of ONNX: logs as the exporter does, and writes a file that the checker looks at."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+
+    class Program:
+        def save(self, path, **_):
+            Path(path).write_text("network")
+
+    def run(*_, **__):
+        for name in ("nms", "roi_align"):
+            log.warning("torchvision is not installed. Skipping torchvision::%s", name)
+        log.warning("an operator is not known")
+        return Program()
+
+    known = SimpleNamespace(checker=SimpleNamespace(check_model=lambda path: Path(path).read_text()))
+    monkeypatch.setitem(sys.modules, "onnx", known)
+    monkeypatch.setitem(sys.modules, "onnxscript", SimpleNamespace())
+    monkeypatch.setattr("fedkern.downstream.export.find_spec", {"onnxruntime": None}.get)
+    monkeypatch.setattr("torch.onnx.export", run)
+    return known
+
+
+def test_the_exporter_of_onnx_says_nothing_of_torchvision(digits, exporter, result, caplog):
+    result("export", str(digits[0] / "run"), "--format", "onnx", "--out", "model.onnx")
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["an operator is not known"]
+
+
+@pytest.mark.parametrize("where", ["checker", "runtime", "answer"])
+def test_an_onnx_file_that_cannot_be_read_leaves_nothing(where, digits, exporter, fails, monkeypatch, tmp_path):
+    if where == "checker":
+        exporter.checker.check_model = unreadable
+    else:
+        session = SimpleNamespace(run=lambda *_: [np.eye(2, 10, dtype=np.float32)])
+        monkeypatch.setattr("fedkern.downstream.export.find_spec", lambda name: name)
+        opened = unreadable if where == "runtime" else lambda path: session if Path(path).exists() else None
+        made = SimpleNamespace(InferenceSession=lambda path, providers: opened(path))
+        monkeypatch.setitem(sys.modules, "onnxruntime", made)
+    said = "probabilities differ" if where == "answer" else "onnx can be written of this network and read again ("
+    assert said in fails("export", str(digits[0] / "run"), "--format", "onnx", "--out", "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("plugged")

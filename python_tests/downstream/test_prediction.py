@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fedkern import ops
 from fedkern.downstream import prediction
+from fedkern.downstream.export import export
 from fedkern.downstream.prediction import BATCH, Predictor, found_images, write_masks, write_table
 from fedkern.errors import UserError
 
@@ -117,6 +119,20 @@ def test_rows_are_written_as_they_come(paths, tmp_path):
     assert [row["path"] for row in table[:11]] == [str(path) for path in paths]
     assert [row["predicted"] for row in (table[0], table[10])] == ["dark", "bright"]
     assert float(table[3]["dark"]) == pytest.approx(float(own.probabilities_of(paths)[3, 0]), rel=1e-5)
+
+
+class Fusing(nn.Module):
+    def forward(self, images):
+        return ops.fuse_mean([images.flatten(1)[:, :3]] * 2)
+
+
+@pytest.mark.exhaustive
+def test_a_network_of_fedkerns_operators_is_not_exported(tmp_path):
+    made = predictor("classification")
+    made.module = Fusing()
+    with pytest.raises(UserError, match="operators of fedkern, which nothing else reads: take --format state-dict"):
+        export(made, tmp_path / "model.pt2", "torch-export")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

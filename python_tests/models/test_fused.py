@@ -102,6 +102,22 @@ def test_one_pass_is_separate_calls(names, blocks, kind):
     assert all(level.fused is not None for level in setup.fused.levels) == alike
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("total", [False, True])
+@torch.no_grad()
+def test_an_exported_network_has_operators_of_pytorch_alone(total):
+    first = [nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh())]
+    second = [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Tanh())]
+    levels = [
+        FusedLevel([Branch(b, adaptor, {"block": b.state_dict()}) for b in blocks])
+        for blocks, adaptor in ((first, None), (second, Pool(2, total=total)))
+    ]
+    network, x = nn.Sequential(*levels).eval(), torch.randn(3, 3, 2, 2)
+    program = torch.export.export(network, (x,))
+    assert not [node.target for node in program.graph.nodes if "fedkern" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), network(x))
+
+
 @torch.no_grad()
 def test_tokens_are_fused_over_their_channels():
     first = [nn.Sequential(nn.Flatten(2), nn.Linear(16, 5)) for _ in range(2)]
