@@ -43,14 +43,14 @@ class Result:
 
     def __post_init__(self) -> None:
         self.figures = main_figures(self.groups)
+        self.runs = [run for group in self.groups for run in group.runs.values()]
 
     def check_target(self) -> None:
         """Raises UserError where no run tells the target's figure after its rounds, or it never reaches the value."""
         if self.target is None:
             return
         self.target.check(own_sets(self.groups))
-        runs = [run for group in self.groups for run in group.runs.values()]
-        records = [record for run in runs for record in run.records]
+        records = [record for run in self.runs for record in run.records]
         known = {name for record in records for name, value in record.items() if isinstance(value, float)}
         known -= {"seconds", "round_seconds"}
         if self.target.figure not in known:
@@ -119,8 +119,7 @@ class Result:
                 f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "
                 "are those of the machine that ran."
             )
-        runs = [run for group in self.groups for run in group.runs.values()]
-        if warned := Counter(str(name) for run in runs for name in run.summary.get("diagnostics") or ()):
+        if warned := Counter(str(name) for run in self.runs for name in run.summary.get("diagnostics") or ()):
             counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(warned.items()))
             told.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*told, *self.notes]
@@ -160,7 +159,7 @@ class Result:
 
     def title(self) -> str:
         """Title of the comparison."""
-        data = list(dict.fromkeys(run.config.data for group in self.groups for run in group.runs.values()))
+        data = list(dict.fromkeys(run.config.data for run in self.runs))
         methods = dict.fromkeys(short(group.method) for group in self.groups)
         return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL)
 
@@ -194,11 +193,10 @@ class Result:
 
     def chance(self) -> dict[str, float]:
         """The main figures that need no learning, by the first run; empty where runs are of several data sets."""
-        runs = [run for group in self.groups for run in group.runs.values()]
-        if len({run.config.data for run in runs}) > 1:
+        if len({run.config.data for run in self.runs}) > 1:
             return {}
-        confusion = None if runs[0].config.records == "private" else confusions.read(runs[0].folder)
-        return constants(self.figures, {}, confusion, runs[0].summary["metrics"], 0)
+        confusion = None if self.runs[0].config.records == "private" else confusions.read(self.runs[0].folder)
+        return constants(self.figures, {}, confusion, self.runs[0].summary["metrics"], 0)
 
     def to_csv(self) -> str:
         """:meth:`run_rows` as CSV."""
@@ -211,14 +209,11 @@ class Result:
 
     def to_markdown(self) -> str:
         """Table and sentences as Markdown."""
-        lines = [f"# {_markdown(self.title())}", ""]
         header = self.header()
-        for row in (header, None, *self.text_rows()):
-            if row is None:
-                lines.append("|---|" + "---:|" * (len(header) - 1))
-            else:
-                lines.append("| " + " | ".join(_markdown(cell) for cell in row) + " |")
-        return "\n".join([*lines, "", *(f"{_markdown(text)}\n" for text in self.told())])
+        lines = ["| " + " | ".join(map(_markdown, row)) + " |" for row in (header, *self.text_rows())]
+        lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
+        told = (f"{_markdown(text)}\n" for text in self.told())
+        return "\n".join([f"# {_markdown(self.title())}", "", *lines, "", *told])
 
     def to_latex(self) -> str:
         """The table as LaTeX (package booktabs); the sentences are comments."""
