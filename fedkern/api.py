@@ -142,14 +142,18 @@ class Run:
         """The records of the rounds so far."""
         return History(read_metrics(self.out), () if self._data is None else self._data.tests)
 
-    def model(self) -> nn.Module:
+    def model(self, *, best: bool = False) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
 
+        Args:
+            best: the network of the round with the best validation figure, which a run with ``patience`` keeps, instead
+                of that of the last round.
+
         Raises:
-            UserError: the run is not finished, or a file is damaged.
+            UserError: the run is not finished, has kept no such network, or a file is damaged.
         """
         self._give_method()
-        return read_model(self.out, self._trusted, self._model)[0]
+        return read_model(self.out, self._trusted, self._model, best=best)[0]
 
     def predict(self, images: Any) -> Tensor:
         """Probabilities of the classes.

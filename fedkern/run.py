@@ -216,7 +216,6 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         from fedkern.cli import (
             commands,
             comparing,
-            downstream,
             extensions,
             finished_runs,
             flags,
@@ -231,8 +230,8 @@ def _dispatch(words: list[str], leftover: bool) -> int:
     for word in words:
         check_text(word, "the argument")
     extensions.load(words)
-    apart = downstream.parse(words) or finished_runs.parse(words) or comparing.parse(words)
-    apart = apart or reporting.parse(words) or flower_runs.parse(words) or overview.parse(words)
+    apart = finished_runs.parse(words) or comparing.parse(words) or reporting.parse(words)
+    apart = apart or flower_runs.parse(words) or overview.parse(words)
     request = apart or flags.parse(words)
     if leftover and request.command in torchrun.RUNS:
         raise UserError(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
-from fedkern.cli.flags import Parser, check_filled, first, key_values, whole_number
-from fedkern.cli.front_page import PROGRAM, TASKS
-from fedkern.cli.request import Request, absolute, trusted
+from fedkern.cli.flags import whole_number
+from fedkern.cli.request import Request, trusted
 from fedkern.downstream.tasks import FEATURES
 from fedkern.errors import UserError
 from fedkern.standard_streams import put
@@ -37,51 +35,11 @@ FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
 }  # fmt: skip
 
 
-def _parser(command: str) -> Parser:
-    parser = command_parser(command, f"{TASKS[command]}; the figures are also written into the run folder.")
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
-    for name, (default, metavar, text) in FLAGS[command].items():
-        shown = f"{text}; default {default}" if default else text
-        parser.add_argument(f"--{name}", default=default, metavar=metavar, help=shown)
-    add_data(parser, "an option of that other data set, or labels=... of the run's")
-    add_code(parser, data=True)
-    add_common(parser, "the figures")
-    return parser
-
-
-def parse(words: Sequence[str]) -> Request | None:
-    """Reads a downstream command; None if the words are another command."""
-    command = first(words)
-    if command not in TASKS:
-        return None
-    parser = _parser(command)
-    found = read(parser, command, words)
-    values = vars(found)
-    check_filled({"data": found.data, "data_root": found.data_root, "cache": found.cache})
-    if values.pop("help"):
-        return Request("help", help=parser.format_help())
-    if not values["folder"]:
-        raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
-    where = absolute({"data_root": values.pop("data_root"), "cache": values.pop("cache")})
-    options = absolute(key_values(values.pop("data_option"), "data_option"))
-    return Request(
-        command,
-        folder=Path(values.pop("folder")),
-        json=values.pop("json"),
-        settings={"data": values.pop("data"), **where},
-        data_options=options,
-        options=tuple(values.pop("method_option")),
-        plugins=tuple(values.pop("plugin")),
-        arguments={name: _read(name, value) for name, value in values.items()},
-    )
-
-
-def _read(name: str, value: str) -> Any:
-    if name == "prompts":
-        return value
-    if name == "features":
-        if value not in FEATURES:
-            raise UserError(f"--features must be one of {', '.join(FEATURES)}, not {value}.")
+def argument(name: str, value: str) -> Any:
+    """The value of one of `FLAGS`; raises UserError for one that the flag does not take."""
+    if name == "features" and value not in FEATURES:
+        raise UserError(f"--features must be one of {', '.join(FEATURES)}, not {value}.")
+    if name in ("prompts", "features"):
         return value
     lowest = 0 if name in ("samples", "seed") else 1
     if name in ("ks", "shots"):
@@ -103,13 +61,28 @@ def result_name(request: Request) -> str:
     return "-".join(str(word) for word in (request.command, data, labels) if word) + ".json"
 
 
+def publish(request: Request, result: Mapping[str, Any], table: object, path: Path) -> int:
+    """Prints a command's result, as JSON or as its table, and writes it to ``path``; returns 0."""
+    from fedkern import atomic
+    from fedkern.report.progress import terminal
+
+    text = json.dumps(result, indent=2, allow_nan=False)
+    if request.json:
+        put(text)
+    else:
+        terminal().print(table)
+    # Last, so that the printed result is not lost if the folder cannot be written.
+    atomic.write_bytes(path, (text + "\n").encode())
+    return 0
+
+
 def run(request: Request) -> int:
     """Runs a downstream task, prints its figures and writes them into the run folder (:func:`result_name`)."""
-    from fedkern import atomic
     from fedkern.allocator import keep_freed_memory
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
     from fedkern.report.display import display
+    from fedkern.report.tables import downstream_table
 
     check_backend()
     keep_freed_memory()
@@ -130,14 +103,4 @@ def run(request: Request) -> int:
         "settings": dict(request.arguments),
         "rows": task(finished, **request.arguments),
     }
-    text = json.dumps(result, indent=2, allow_nan=False)
-    if request.json:
-        put(text)
-    else:
-        from fedkern.report.progress import terminal
-        from fedkern.report.tables import downstream_table
-
-        terminal().print(downstream_table(result))
-    # Last, so that the printed result is not lost if the folder cannot be written.
-    atomic.write_bytes(request.folder / result_name(request), (text + "\n").encode())
-    return 0
+    return publish(request, result, downstream_table(result), request.folder / result_name(request))

@@ -1,16 +1,20 @@
-"""Commands on finished runs, each with the run's folder: attack, evaluate, predict, export and extend."""
+"""Commands on finished runs, each with the run's folder: attack, evaluate, predict, export and extend.
+
+The parser also reads the downstream tasks of `fedkern.cli.downstream`.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedkern import plugins
 from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
+from fedkern.cli.downstream import FLAGS, argument, publish
 from fedkern.cli.flags import Parser, check_filled, first, key_values
-from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
 from fedkern.engine.store.records import plain
@@ -27,9 +31,15 @@ SHOWN = 5
 
 
 def _parser(command: str) -> Parser:
-    parser = command_parser(command)
+    task = command in TASKS
+    parser = command_parser(command, f"{TASKS[command]}; the run folder keeps the figures too." if task else "")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
-    if command == "predict":
+    if task:
+        for name, (default, metavar, text) in FLAGS[command].items():
+            shown = f"{text}; default {default}" if default else text
+            parser.add_argument(f"--{name}", default=default, metavar=metavar, help=shown)
+        add_data(parser, "an option of that other data set, or labels=... of the run's")
+    elif command == "predict":
         parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
         parser.add_argument("--out", metavar="FILE", help="CSV file to write; for segmentation a new folder of masks. "
                                                           "Default predictions.csv, masks")  # fmt: skip
@@ -49,16 +59,22 @@ def _parser(command: str) -> Parser:
                             help="form of the file; default torch-export")  # fmt: skip
         parser.add_argument("--out", metavar="FILE", help="file to write; default model.onnx, model.pt2 or model.pt in "
                                                           "the run folder")  # fmt: skip
-    parser.add_argument("--model", metavar="NAME", help="the run's network again, where it names code that may run")
-    add_code(parser, data=command == "evaluate")
-    add_common(parser, "what was written")
+    if not task and command != "extend":
+        parser.add_argument("--network", choices=("last", "best"), default="last", metavar="last|best",
+                            help="the network of the last round, or of the best one of a run with --patience; default "
+                                 "last")  # fmt: skip
+    if not task:
+        parser.add_argument("--model", metavar="NAME", help="the run's network again, where it names code that may run")
+    add_code(parser, data=task or command == "evaluate")
+    add_common(parser, "the figures" if task else "what was written")
     return parser
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads one of these commands; None if the words are another command."""
+    """Reads one of these commands or a downstream task; None if the words are another command."""
     command = first(words)
-    if command not in NAMES:
+    task = command in TASKS
+    if not task and command not in NAMES:
         return None
     parser = _parser(command)
     found = read(parser, command, words)
@@ -67,17 +83,21 @@ def parse(words: Sequence[str]) -> Request | None:
     check_filled({name: value for name, value in vars(found).items() if name in FILLED})
     if not found.folder:
         raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
-    code = {} if found.model is None else {"model": found.model}
+    code = {"model": found.model} if getattr(found, "model", None) is not None else {}
+    arguments: dict[str, Any] = {"best": getattr(found, "network", "last") == "best"}
     common: dict[str, Any] = {
         "command": command,
         "folder": Path(found.folder),
         "json": found.json,
         "options": tuple(found.method_option),
         "plugins": tuple(found.plugin),
+        "arguments": arguments,
     }
     if command == "attack":
         return Request(settings={**absolute({"data_root": found.data_root}), **code}, **common)
-    if command == "evaluate":
+    if command == "evaluate" or task:
+        if task:
+            common["arguments"] = {name: argument(name, getattr(found, name)) for name in FLAGS[command]}
         where = absolute({"data_root": found.data_root, "cache": found.cache})
         options = absolute(key_values(found.data_option, "data_option"))
         return Request(settings={"data": found.data, **where, **code}, data_options=options, **common)
@@ -86,10 +106,10 @@ def parse(words: Sequence[str]) -> Request | None:
             raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
         knobs = {knob.field: knob for knob in RunConfig.knobs()}
         given = {name: getattr(found, name) for name in ("data_root", "cache", "workers", "model")}
+        arguments["rounds"] = knobs["rounds"].convert(found.rounds)
         return Request(
             settings={name: knobs[name].convert(value) for name, value in given.items() if value is not None},
             quiet=found.quiet,
-            arguments={"rounds": knobs["rounds"].convert(found.rounds)},
             **common,
         )
     out = Path(found.out) if found.out else None
@@ -98,10 +118,12 @@ def parse(words: Sequence[str]) -> Request | None:
             raise UserError(
                 f'--format must be one of {", ".join(FORMATS)}, not "{found.format}".{nearest(found.format, FORMATS)}'
             )
-        return Request(out=out, settings=code, arguments={"format": found.format}, **common)
+        arguments["format"] = found.format
+        return Request(out=out, settings=code, **common)
     if not found.paths:
         raise UserError(f"{PROGRAM} predict needs images behind the run folder: files, or folders of files.")
-    return Request(out=out, settings=code, arguments={"paths": [expand(path) for path in found.paths]}, **common)
+    arguments["paths"] = [expand(path) for path in found.paths]
+    return Request(out=out, settings=code, **common)
 
 
 def attack(request: Request) -> int:
@@ -109,14 +131,15 @@ def attack(request: Request) -> int:
     from fedkern.downstream import membership_attack
 
     folder, root = _folder(request), request.settings["data_root"]
-    found = membership_attack.attack(folder, data_root=root, keep=False, trusted=_code(request))
+    best, code = request.arguments["best"], _code(request)
+    found = membership_attack.attack(folder, data_root=root, keep=False, trusted=code, best=best)
     if request.json:
         put(plain(found))
     else:
         from fedkern.report.progress import terminal
         from fedkern.report.tables import attack_table
 
-        terminal().print(attack_table(found, str(folder)))
+        terminal().print(attack_table(found, f"{folder}, network of the {found['network']} round"))
     # Last, so that the printed result is not lost if the folder cannot be written.
     membership_attack.write(folder, found)
     return 0
@@ -124,32 +147,24 @@ def attack(request: Request) -> int:
 
 def evaluate(request: Request) -> int:
     """Evaluates a finished run's network, prints its figures and writes them into the run folder."""
-    from fedkern import atomic
     from fedkern.allocator import keep_freed_memory
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream.evaluation import evaluate_run
-    from fedkern.engine.store.records import plain
     from fedkern.report.display import display
-    from fedkern.report.progress import terminal
     from fedkern.report.tables import figures_table
 
     check_backend()
     keep_freed_memory()
-    folder, data = _folder(request), request.settings["data"]
+    folder, data, best = _folder(request), request.settings["data"], request.arguments["best"]
     where = {name: request.settings[name] for name in ("data", "data_root", "cache")}
     told = display(quiet=False, json=request.json).on_notice
-    code, options = _code(request), request.data_options
-    metrics, sets = evaluate_run(folder, data_options=options, trusted=code, progress=told, **where)
+    code, options, network = _code(request), request.data_options, "best" if best else "last"
+    metrics, sets = evaluate_run(folder, data_options=options, trusted=code, best=best, progress=told, **where)
     config = RunConfig.load(folder, device="cpu")
-    result = {"method": config.method, "data": data or config.data, "metrics": plain(metrics)}
-    text = json.dumps(result, indent=2, allow_nan=False)
-    if request.json:
-        put(text)
-    else:
-        terminal().print(figures_table(f"{result['method']} on {result['data']}", metrics, sets))
-    # Last, so that the printed result is not lost if the folder cannot be written.
-    atomic.write_bytes(folder / ("-".join(["evaluate", *([data] if data else [])]) + ".json"), (text + "\n").encode())
-    return 0
+    result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
+    title = f"{result['method']} on {result['data']}, network of the {network} round"
+    name = "-".join(["evaluate", *(["best"] if best else []), *([data] if data else [])])
+    return publish(request, result, figures_table(title, metrics, sets), folder / f"{name}.json")
 
 
 def extended(request: Request) -> Request:
@@ -163,16 +178,13 @@ def extended(request: Request) -> Request:
     plugins.check_given(request.plugins, RunConfig.load(folder, device="cpu").plugins, folder)
     before = {path.name for path in folder.iterdir()}
     config = extend(folder, request.arguments["rounds"])
-    for name in sorted({path.name for path in folder.iterdir()} - before):
-        if not (request.quiet or request.json):
-            say(terminal(), f"results of the former network: {folder / name}")
-    spans = METHODS[config.method].spans
-    if spans and not (request.quiet or request.json):
-        say(terminal(), f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
-    return Request(
-        "resume", resume=folder, settings=request.settings, options=request.options, plugins=request.plugins,
-        quiet=request.quiet, json=request.json,
-    )  # fmt: skip
+    made = sorted({path.name for path in folder.iterdir()} - before)
+    told = [f"results of the former network: {folder / name}" for name in made]
+    if spans := METHODS[config.method].spans:
+        told.append(f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
+    for text in () if request.quiet or request.json else told:
+        say(terminal(), text)
+    return dataclasses.replace(request, command="resume", resume=folder, folder=None, arguments={})
 
 
 def predict(request: Request) -> int:
@@ -180,7 +192,7 @@ def predict(request: Request) -> int:
     from fedkern.downstream import prediction
     from fedkern.report.progress import advancing
 
-    predictor = prediction.Predictor.open(_folder(request), _code(request))
+    predictor = prediction.Predictor.open(_folder(request), _code(request), best=request.arguments["best"])
     segments = predictor.task == "segmentation"
     out = request.out or Path("masks" if segments else "predictions.csv")
     _check_free(out, "predict")
@@ -217,10 +229,10 @@ def export(request: Request) -> int:
     from fedkern.downstream import export as exporting
     from fedkern.downstream.prediction import Predictor
 
-    kind = request.arguments["format"]
+    kind, best = request.arguments["format"], request.arguments["best"]
     folder = _folder(request)
-    predictor = Predictor.open(folder, _code(request))
-    out = request.out or folder / f"model{exporting.FORMATS[kind]}"
+    predictor = Predictor.open(folder, _code(request), best=best)
+    out = request.out or folder / f"{'best' if best else 'model'}{exporting.FORMATS[kind]}"
     _check_free(out, "export")
     written = exporting.export(predictor, out, kind)
     if request.json:

@@ -48,13 +48,7 @@ class TokenDecoder(nn.Module):
 
 
 def train_decoder(
-    network: PairNetwork,
-    images: Sequence[Tensor],
-    labels: Tensor,
-    classes: int,
-    *,
-    epochs: int,
-    seed: int,
+    network: PairNetwork, images: Sequence[Tensor], labels: Tensor, classes: int, *, epochs: int, seed: int
 ) -> TokenDecoder:
     """Trains a decoder with AdamW on the cross-entropy of pixels.
 
@@ -88,11 +82,7 @@ class Pixelwise:
     """Images and the class of every pixel as a test set for `fedkern.methods.common.segmentation_figures`."""
 
     def __init__(
-        self,
-        images: Sequence[Tensor],
-        labels: Tensor,
-        cases: Tensor | None = None,
-        full: FullMasks | None = None,
+        self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None, full: FullMasks | None = None
     ) -> None:
         self._images, self._labels, self.cases, self.full = images, labels, cases, full
 

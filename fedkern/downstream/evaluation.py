@@ -41,17 +41,18 @@ def evaluate_run(
     cache: str | Path | None = None,
     trusted: Collection[str] = (),
     model: nn.Module | None = None,
+    best: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Evaluates the network of a finished run: its figures, and the names of the test sets.
 
     Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
-    ``model`` are those of :func:`fedkern.load`.
+    ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`.
     """
     if cache is not None and isinstance(data, FederatedData):
         raise UserError("cache is for image files, and these data are in memory: leave it out.")
     folder = None if cache is None else absolute(str(cache))
-    module, about = read_model(out, trusted, model)
+    module, about = read_model(out, trusted, model, best=best)
     config = unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, FederatedData):
         loaded = data

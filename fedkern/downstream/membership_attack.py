@@ -21,7 +21,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.samples import BATCH
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.resuming import unedited
-from fedkern.engine.store.run_folder import ATTACK
+from fedkern.engine.store.run_folder import ATTACKS
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Method
@@ -42,6 +42,7 @@ def attack(
     keep: bool = True,
     trusted: Collection[str] = (),
     model: nn.Module | None = None,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Attacks the model of a finished run: members are the clients' training samples, the others are test images.
 
@@ -62,10 +63,12 @@ def attack(
         keep: write the result into the run folder (see :func:`write`).
         trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
+        best: attack the network of the best round (see :meth:`fedkern.Run.model`).
 
     Returns:
         These entries:
 
+        * ``network``: ``"best"``, or ``"last"`` for that of the last round.
         * ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``others``,
           ``member_groups``, ``other_groups``: see :class:`fedkern.privacy.Attack`.
         * ``independent``: the unit that the intervals take as independent, "image", "patient" or "case".
@@ -82,7 +85,7 @@ def attack(
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
     config = unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
-    network, _ = read_model(out, trusted, model)
+    network, _ = read_model(out, trusted, model, best=best)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):
         raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
@@ -95,6 +98,7 @@ def attack(
     independent, groups = grouped(splits, test)
     found = membership_attack(every, others, groups=groups)
     result = {
+        "network": "best" if best else "last",
         **found.to_dict(),
         "independent": independent,
         "member_loss": float(every.mean()),
@@ -102,9 +106,7 @@ def attack(
         "clients": [membership_attack(own, others).auc if len(own) > 1 else None for own in members],
     }
     left_out = sum(len(split) for split in (test, *splits)) - len(every) - len(others)
-    for name, count in (("left_out", left_out), ("untrained", untrained)):
-        if count:
-            result[name] = count
+    result |= {name: count for name, count in (("left_out", left_out), ("untrained", untrained)) if count}
     if keep:
         write(out, result)
     return result
@@ -148,19 +150,21 @@ def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor,
     return "image", None
 
 
-def place(out: Path | str) -> Path:
+def place(out: Path | str, network: str = "last") -> Path:
     """Path of a run's attack.json: in the run folder; with ``--records private`` in checkpoints/, which is not public.
+
+    The file of the best network is attack-best.json.
 
     Raises:
         UserError: there is no run in the folder.
     """
     private = RunConfig.load(out, device="cpu").records == "private"
-    return Path(out) / FOLDER / ATTACK if private else Path(out) / ATTACK
+    return Path(out) / (FOLDER if private else "") / ATTACKS[network]
 
 
 def write(out: Path | str, result: dict[str, Any]) -> None:
     """Writes what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
-    text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out)
+    text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out, result["network"])
     if path.parent != Path(out):
         atomic.make_folder(path.parent)
     atomic.write_bytes(path, (text + "\n").encode())

@@ -69,14 +69,16 @@ class Predictor:
 
     @classmethod
     @reproducible()
-    def open(cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None) -> Self:
-        """Reads the network of a run folder; ``trusted`` and ``model`` as in :func:`fedkern.load`.
+    def open(
+        cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
+    ) -> Self:
+        """Reads the network of a run folder, as :meth:`fedkern.api.Run.model` does of :func:`fedkern.load`'s run.
 
         Raises:
             UserError: the folder has no finished run, a run of image-text pairs, or one whose network saw parts of
                 images.
         """
-        module, about = read_model(out, trusted, model)
+        module, about = read_model(out, trusted, model, best=best)
         config = unedited(out, trusted=trusted, device="cpu")
         options = config.data_options
         for name in PARTS:

@@ -1,4 +1,4 @@
-"""The network of a finished run, read from model.safetensors as a module."""
+"""The networks of a finished run, read from model.safetensors and best.safetensors as modules."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import nn
 from fedkern import models, named_code
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
-from fedkern.engine.store.checkpoints import Checkpoints, again, check_results
+from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
 from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
@@ -132,7 +133,7 @@ def _check_keys(
 
 @reproducible()
 def read_model(
-    out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None
+    out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads the network that a finished run evaluated last, in eval mode on the CPU.
 
@@ -144,6 +145,7 @@ def read_model(
     Args:
         trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
+        best: read the network of the best round (``--patience``) instead.
 
     Returns:
         The module, and its description: ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in
@@ -151,30 +153,42 @@ def read_model(
         ``build_pair``.
 
     Raises:
-        UserError: the folder does not exist or has no finished run, the file is damaged or of another network, or the
-            method would run code that only the folder names.
+        UserError: the folder does not exist or has no finished run, the file is missing, damaged or of another network,
+            the method would run code that only the folder names, or its state that ``best`` needs is gone.
     """
     check_regular(out)
     check_format(Path(out))
-    path = Path(out) / MODEL
+    path, mend = (Path(out) / BEST, "put the file back") if best else (Path(out) / MODEL, again(out))
     try:
+        (Path(out) / MODEL).stat()  # an extended run has a best network before it is finished
         with safe_open(path, framework="pt") as file:
             about = checked((file.metadata() or {}).get("fedkern"), path)
         tensors = load_file(path)
     except (FileNotFoundError, NotADirectoryError):
         check_run_folder(out)
         way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
-        raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
+        if finished := (Path(out) / MODEL).exists():
+            way_out = "a run with --patience keeps it; take --network last (in Python best=False)"
+        raise UserError(f"{out} has no {BEST if finished else MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): {again(out)}.") from None
-    _check_code(Path(out), about["model"], trusted, model)
+        raise UserError(f"{path} is damaged ({error}): {mend}.") from None
+    if best and "samples" in about:
+        raise UserError(
+            f"{path} holds a module of {about['method']}, built from the server's state in round {about['rounds']}, "
+            "which no checkpoint keeps: take --network last (in Python best=False)."
+        )
+    _check_code(path, about["model"], trusted, model)
     try:
         with models.available(about["model"], model if about["model"].startswith("module:") else None):
             fresh = "samples" in about
             network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
+        raise UserError(f"{path} is damaged (no network is as it says: {error}): {mend}.") from None
     check_results(Path(out), MODEL)
+    if best and (entry := newest(Path(out))) is not None:
+        written = entry["info"]["parts"].get("patience", {}).get("best", {})
+        if checksum(path) != written.get("sum"):
+            raise UserError(f"{path} is not what the run wrote: {mend}.")
     if about.get("statistics") == "batch":
         _forget_statistics(network)
     try:
@@ -182,21 +196,21 @@ def read_model(
     except RuntimeError:
         name = "pair of encoders" if "pair" in about else about["model"]
         kind = f"module of {about['method']}" if "samples" in about else name
-        raise UserError(f"{path} does not hold the parameters of a {kind}: {again(out)}.") from None
+        raise UserError(f"{path} does not hold the parameters of a {kind}: {mend}.") from None
     return network.eval(), about
 
 
-def _check_code(out: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
+def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
     """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
     own = named_code.parse(name) is not None
     if own and named_code.absolute(name) not in {named_code.absolute(part) for part in trusted}:
         raise UserError(
-            f"{out / MODEL} names code to run, {name}, and a run folder may come from anyone: where you trust that "
+            f"{path} names code to run, {name}, and a run folder may come from anyone: where you trust that "
             f"code, give it again, --model {shlex.quote(name)} (in Python trusted=[...])."
         )
     if model is None and name.startswith("module:"):
         raise UserError(
-            f"{out / MODEL} holds a module that a script made ({name.removeprefix('module:')}): give such a module "
+            f"{path} holds a module that a script made ({name.removeprefix('module:')}): give such a module "
             "to fedkern.load(DIR, model=MODULE)."
         )
 

@@ -174,13 +174,7 @@ def _applied(
 
 
 def _chosen(
-    run: Finished,
-    network: PairNetwork,
-    seen: Tensor,
-    labels: Tensor,
-    validation: Split,
-    classes: int,
-    features: str,
+    run: Finished, network: PairNetwork, seen: Tensor, labels: Tensor, validation: Split, classes: int, features: str
 ) -> probes.LinearProbe:
     """The probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""
     held = run.features(network, validation, features)

@@ -276,16 +276,17 @@ def _played(
             worker_bytes=worker_bytes(context, parameters) if workers > 1 else 0,
         )
 
-    words = any(one.booked for one in prepared.plan if not one.one_off)
+    words, hooks = any(one.booked for one in prepared.plan if not one.one_off), prepared.hooks["method"]
+    figures = Evaluation(method, hooks, code, context, sets, own_sets, clients=told.clients)
     parts: list[Part] = [
         Traffic(ledger, context, server, store, wire, shared_words=words, secret=prepared.amplified),
         Artifacts(server, gallery, progress, told.server),
-        Evaluation(method, prepared.hooks["method"], code, context, sets, own_sets, clients=told.clients),
+        figures,
         ServerFigures(server, told),
         *([] if elsewhere is not None else [Oracle(method, server, code, everybody, sets, told)]),
         Privacy(prepared.said, prepared.private, releases, context, store, progress, rounds),
         *([StopAt(config.stop_at, context)] if config.stop_at is not None else []),
-        *([Patience(config.patience, out, context, prepared.hooks["method"])] if config.patience is not None else []),
+        *([Patience(config.patience, out, context, hooks, figures.latest)] if config.patience is not None else []),
         *([MaxSeconds(config.max_seconds, timing)] if config.max_seconds is not None else []),
         *([MaxBytes(config.max_bytes, ledger)] if config.max_bytes is not None else []),
         Diagnoses(method, code, context, sets, clients=told.clients),

@@ -108,6 +108,53 @@ def test_threads_of_an_evaluation():
     assert of(False, threads=4, client_threads=1) == (1, 4)  # a method's module may be traced
 
 
+PATIENT = ["--data", "digits", "--train-samples", "300", "--clients", "3", "--model", "mlp", "--threads", "1",
+           "--workers", "1", "--grad-cam", "0", "--lr", "1.2", "--momentum", "0.9", "--local-epochs", "1",
+           "--rounds", "25", "--patience", "1", "--quiet"]  # fmt: skip
+
+
+@pytest.mark.exhaustive
+def test_every_command_reads_the_network_that_it_is_asked_for(digits, result, tmp_path):
+    images = str(digits[0] / "images")
+    result("fedavg", *PATIENT, "--out", "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["stopped"]["by"] == "patience"
+    found = {}
+    for network in ("last", "best"):
+        more = ["--network", network] * (network == "best")
+        evaluated = json.loads(result("evaluate", "run", "--json", *more)[0])
+        assert f"network of the {network} round" in " ".join(result("evaluate", "run", *more)[0].split())
+        assert evaluated["network"] == network
+        attacked = json.loads(result("attack", "run", "--json", *more)[0])
+        assert attacked["network"] == network
+        assert f"network of the {network} round" in " ".join(result("attack", "run", *more)[0].split())
+        result("predict", "run", images, "--out", f"{network}.csv", *more)
+        written, _ = result("export", "run", "--format", "state-dict", *more)
+        state = torch.load(written.splitlines()[0], weights_only=True)
+        module, _ = read_model("run", best=network == "best")
+        assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+        found[network] = evaluated["metrics"], attacked["auc"], (tmp_path / f"{network}.csv").read_text()
+    assert all(one != other for one, other in zip(found["last"], found["best"], strict=True))
+    best = summary["best"]["metrics"]
+    assert {name: found["best"][0][name] for name in best} == best
+    made = {f"{kind}.json" for kind in ("evaluate", "evaluate-best", "attack", "attack-best")} | {"best.pt", "model.pt"}
+    assert made < {path.name for path in (tmp_path / "run").iterdir()}
+    result("extend", "run", "--rounds", "40", "--quiet")
+    assert made < {path.name for path in (tmp_path / "run" / f"round-{summary['rounds']:04d}").iterdir()}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "export", "attack"])
+def test_a_run_without_a_best_network_and_a_network_of_no_name(command, digits, fails):
+    words = [command, str(digits[0] / "run"), *([str(digits[0] / "images")] if command == "predict" else [])]
+    assert "has no best.safetensors: a run with --patience keeps it" in fails(*words, "--network", "best")
+    assert "--network: invalid choice: 'first'" in fails(*words, "--network", "first")
+
+
+@pytest.mark.parametrize("command", ["extend", "probe", "report"])
+def test_other_commands_take_no_network(command, fails):
+    assert "does not take" in fails(command, "run", "--network", "best")
+
+
 def test_evaluate_on_other_data(digits, result, tmp_path):
     folder, split = digits
     for row, image in enumerate(split.images):

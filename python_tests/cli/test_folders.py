@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedkern import atomic
-from fedkern.cli import commands, downstream, flags, request
+from fedkern.cli import commands, finished_runs, flags, request
 from fedkern.errors import UserError
 from fedkern.run import main
 
@@ -86,10 +86,11 @@ def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):
 
 
 def test_a_folder_called_like_a_command():
-    for words in (["--resume", "probe"], ["fedavg", "--out", "retrieval"], ["attack", "decode"]):
-        assert downstream.parse(words) is None
+    for words in (["--resume", "probe"], ["fedavg", "--out", "retrieval"]):
+        assert finished_runs.parse(words) is None
+    assert finished_runs.parse(["attack", "decode"]).command == "attack"
     assert flags.parse(["--resume", "probe"]).resume == Path("probe")
-    asked = downstream.parse(["--json", "probe", "probe", "--shots", "all"])
+    asked = finished_runs.parse(["--json", "probe", "probe", "--shots", "all"])
     assert (asked.command, asked.folder, asked.json) == ("probe", Path("probe"), True)
 
 

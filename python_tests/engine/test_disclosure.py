@@ -271,12 +271,13 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
     data = make_data(two_tests=False)
     for records in ("all", "private"):
         out = tmp_path / records
-        run(make_config("fedavg", rounds=1, records=records), out=out, data=data)
-        found = membership_attack.attack(out, data=data)
-        inside = out / "checkpoints" / "attack.json"
-        assert membership_attack.place(out) == (inside if records == "private" else out / "attack.json")
-        assert json.loads(membership_attack.place(out).read_text())["auc"] == found["auc"]
-    assert not (tmp_path / "private" / "attack.json").exists()
+        run(make_config("fedavg", rounds=1, patience=1, records=records), out=out, data=data)
+        for network, name in (("last", "attack.json"), ("best", "attack-best.json")):
+            found = membership_attack.attack(out, data=data, best=network == "best")
+            path = (out / "checkpoints" if records == "private" else out) / name
+            assert membership_attack.place(out, network) == path
+            assert json.loads(path.read_text())["auc"] == found["auc"]
+    assert not [*(tmp_path / "private").glob("attack*")]
 
 
 @pytest.mark.parametrize("cut", [1, 2])

@@ -285,7 +285,7 @@ def test_images_without_a_known_pixel_are_left_out_and_told(tmp_path, data, monk
         data, clients=clients, validation=segmented(data, 2, 3), tests={"": segmented(data, 3, 6)}
     )
     folder = release(tmp_path / "run", data, 0)
-    monkeypatch.setattr(attacking, "read_model", lambda *_: (Sure(1.0), {}))
+    monkeypatch.setattr(attacking, "read_model", lambda *_, **__: (Sure(1.0), {}))
     found = attacking.attack(folder, data=whole)
     assert (found["members"], found["others"], found["left_out"]) == (8, 6, 2)
     assert json.loads((folder / "attack.json").read_text()) == found
@@ -307,7 +307,7 @@ def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_senten
             logits[:, 1:] = -self.said
             return logits
 
-    monkeypatch.setattr(attacking, "read_model", lambda *_: (Certain(), {}))
+    monkeypatch.setattr(attacking, "read_model", lambda *_, **__: (Certain(), {}))
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
     found = attacking.attack(folder, data=data)
     assert found["member_loss"] == math.inf

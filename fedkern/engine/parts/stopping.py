@@ -11,6 +11,7 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import Hooks
 from fedkern.engine.parts.base import Part, Record, Stop, Summary
+from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError
@@ -81,13 +82,16 @@ class Patience(Part):
         out: the run folder.
         context: of the run.
         hooks: hands out the network.
+        figures: those of the last evaluation, by name.
     """
 
     name = "patience"
 
-    def __init__(self, evaluations: int, out: Path, context: RunContext, hooks: Hooks) -> None:
-        self._most, self._out, self._context, self._hooks = evaluations, out, context, hooks
-        self._best: dict[str, Any] = {}  # the best round: figure, value, round, file and its CRC-32
+    def __init__(
+        self, evaluations: int, out: Path, context: RunContext, hooks: Hooks, figures: Mapping[str, float]
+    ) -> None:
+        self._most, self._out, self._context, self._hooks, self._figures = evaluations, out, context, hooks, figures
+        self._best: dict[str, Any] = {}  # the best round: figure, value, round, file and its CRC-32, all figures
         self._kept = ""  # the file of the last checkpoint
         self._without = 0  # evaluations since the best
 
@@ -108,18 +112,18 @@ class Patience(Part):
         about = about_network(self._context, self._context.config, record.number, self._context.is_flat(network))
         write_model(self._out / name, network, about)
         self._best = {"figure": figure, "value": value, "round": record.number, "file": name}
-        self._best["sum"], self._without = checksum(self._out / name), 0
+        self._best["metrics"], self._best["sum"] = plain(self._figures), checksum(self._out / name)
+        self._without = 0
         return None
 
     def finish(self, summary: Summary) -> None:
         if not self._best:
             return
-        if self._best["file"] != BEST:
-            (self._out / self._best["file"]).replace(self._out / BEST)
-            self._best["file"] = BEST
+        (self._out / self._best["file"]).replace(self._out / BEST)
+        self._best["file"] = BEST
         for name in BEST_SO_FAR:
             (self._out / name).unlink(missing_ok=True)
-        summary.entries["best"] = {name: self._best[name] for name in ("round", "figure", "value", "file")}
+        summary.entries["best"] = {name: value for name, value in self._best.items() if name != "sum"}
 
     def state(self) -> dict[str, Any]:
         self._kept = self._best.get("file", "")

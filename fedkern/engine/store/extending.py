@@ -12,7 +12,7 @@ from fedkern import atomic
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.resuming import check_unedited
-from fedkern.engine.store.run_folder import ATTACK, NODES
+from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.folder_lock import FolderLock
@@ -29,8 +29,9 @@ PICTURE_LIST = "pictures.json"
 """File with the names of the pictures drawn, which depend on the run's task, network and method."""
 _PICTURE = re.compile(r"[a-z0-9_]+\.png")
 OF_A_NETWORK = (
-    *RESULTS, ATTACK, "model.onnx", "model.onnx.json", "model.pt2", "model.pt2.json", "model.pt", "model.pt.json",
-    REPORT, PICTURE_LIST,
+    *RESULTS, *ATTACKS.values(), REPORT, PICTURE_LIST,
+    *(f"{network}.{form}{more}" for network in ("model", "best") for form in ("onnx", "pt2", "pt")
+      for more in ("", ".json")),
     *(f"{command}{more}.json" for command in ("evaluate", "retrieval", "zero-shot", "probe", "decode")
       for more in ("", "-*")),
 )  # fmt: skip
@@ -127,7 +128,7 @@ def set_aside(out: Path, round: int) -> None:
         UserError: the folder is a link, or cannot be made.
     """
     names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
-    for name in [*names, *pictures(out), f"{FOLDER}/{ATTACK}"]:
+    for name in [*names, *pictures(out), *(f"{FOLDER}/{name}" for name in ATTACKS.values())]:
         if standing(out / name):
             continue
         target = aside(out, round) / name

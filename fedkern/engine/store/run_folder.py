@@ -18,7 +18,8 @@ from fedkern.settings.run_format import FOLDER
 
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
-ATTACK = "attack.json"
+ATTACKS = {"last": "attack.json", "best": "attack-best.json"}
+"""Results of ``attack``, by network."""
 TRACE = "profile.json.gz"
 """Trace of one round (``--profile``)."""
 BEST = "best.safetensors"
@@ -28,7 +29,7 @@ NODES = "flower.json"
 """File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
     config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
-    ATTACK, BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
+    *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from interrupted import Kill, KillAt, outcome
 from safetensors.torch import load_file
 
+import fedkern
+from fedkern.downstream.evaluation import evaluate_run
+from fedkern.downstream.saved_network import read_model
 from fedkern.engine.parts.base import Record
 from fedkern.engine.parts.stopping import Patience, StopAt
 from fedkern.engine.run import run
@@ -96,9 +100,12 @@ def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     values = [each["validation_accuracy"] for each in read_metrics(tmp_path / "patient")]
     best = values.index(max(values)) + 1
     assert len(values) == best + 2 < 12
+    figures = summary["best"].pop("metrics")
     assert summary["best"] == {
         "round": best, "figure": "validation_accuracy", "value": max(values), "file": "best.safetensors",
     }  # fmt: skip
+    assert {"id_accuracy", "ood_loss", "validation_accuracy"} < figures.keys()
+    assert figures.items() < read_metrics(tmp_path / "patient")[best - 1].items()
     assert summary["stopped"]["by"] == "patience"
     run(config.replace(patience=None, rounds=best), out=tmp_path / "short", data=data)
     expected = load_file(tmp_path / "short" / "model.safetensors")
@@ -108,6 +115,46 @@ def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     assert f"It ended before its 12 rounds were over: {summary['stopped']['reason']}." in headline(
         read(tmp_path / "patient", data=data)
     )
+
+
+@pytest.mark.parametrize("buffers", ["average", pytest.param("drop", marks=pytest.mark.exhaustive)])
+def test_the_best_network_is_read_as_the_last_one_is(buffers, data, make_config, tmp_path):
+    out = tmp_path / "run"
+    best = run(patient(make_config, buffers=buffers), out=out, data=data)["best"]
+    module, about = read_model(out, best=True)
+    assert about["rounds"] == best["round"]
+    file = load_file(out / "best.safetensors")
+    assert all(torch.equal(value, file[name]) for name, value in module.state_dict().items())
+    found, _ = evaluate_run(out, data=data, best=True)
+    assert {name: found[name] for name in best["metrics"]} == best["metrics"]
+    assert found != evaluate_run(out, data=data)[0]
+    opened = fedkern.load(out, data=data)
+    assert not all(map(torch.equal, opened.model(best=True).parameters(), opened.model().parameters()))
+    other = out / "best.safetensors"
+    shutil.copy(out / "model.safetensors", other)
+    with pytest.raises(UserError, match=f"^{other} is not what the run wrote: put the file back\\.$"):
+        read_model(out, best=True)
+    other.write_bytes(other.read_bytes()[:50])
+    with pytest.raises(UserError, match=f"^{other} is damaged .*: put the file back\\.$"):
+        read_model(out, best=True)
+    other.unlink()
+    with pytest.raises(UserError, match=r"has no best\.safetensors: a run with --patience keeps it; take --network"):
+        read_model(out, best=True)
+    read_model(out)
+    (out / "model.safetensors").unlink()  # as of an extended run
+    with pytest.raises(UserError, match=r"has no model\.safetensors: its run is not finished"):
+        read_model(out, best=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("local", {}), ("fedproto", {"networks": "averaged", "predict": "prototype"})]
+)
+def test_of_a_method_with_a_module_of_its_own_the_best_figures_are_told(method, options, data, make_config, tmp_path):
+    config = make_config(method, rounds=2, patience=2, options=options)
+    summary = run(config, out=tmp_path, data=data)
+    assert "id_accuracy" in summary["best"]["metrics"]
+    with pytest.raises(UserError, match=f"holds a module of {method}, .* which no checkpoint keeps: take"):
+        read_model(tmp_path, best=True)
 
 
 def test_a_round_whose_figure_is_nan_is_never_the_best(data, make_config, tmp_path, monkeypatch):
@@ -142,7 +189,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
 @pytest.mark.parametrize("name", ["validation_north", "validation_validation", "north", "", "v"])
 def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
     told = {f"{name}_accuracy" if name else "accuracy": 0.9, "validation_loss": 0.8, "worst_client_accuracy": 0.7}
-    part = Patience(1, tmp_path, SimpleNamespace(data=SimpleNamespace(tests=[name, "a"])), None)
+    part = Patience(1, tmp_path, SimpleNamespace(data=SimpleNamespace(tests=[name, "a"])), None, {})
     assert part._main({**told, "validation_accuracy": 0.5}) == ("validation_accuracy", 0.5)
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set"):
         part._main(told)
