@@ -234,6 +234,7 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
 
 def extend(request: Request) -> int:
     """Gives the run more rounds and goes on with it."""
+    _trackers(request)  # a package that is not installed is told before anything is written
     return run(finished_runs.extended(request))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fedkern import plugins
 from fedkern.cli.command_parser import add_code, add_common, add_data, command_parser, read
 from fedkern.cli.downstream import FLAGS, argument, publish
-from fedkern.cli.flags import Parser, check_filled, first, key_values
+from fedkern.cli.flags import TRACKERS, Parser, add_run_flags, check_filled, first, key_values
 from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.request import Request, trusted
 from fedkern.downstream.export import FORMATS
@@ -24,7 +24,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.given_paths import absolute
 from fedkern.standard_streams import put
 
-FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds")
+FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds", "wandb")
 NAMES = ("attack", "evaluate", "predict", "export", "extend")
 SHOWN = 5
 """Predictions that are printed."""
@@ -53,7 +53,7 @@ def _parser(command: str) -> Parser:
         parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
         parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images")
         parser.add_argument("--workers", metavar="N", help="processes in which clients work side by side")
-        parser.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
+        add_run_flags(parser, (*TRACKERS, "quiet"))
     else:
         parser.add_argument("--format", default="torch-export", metavar="|".join(FORMATS),
                             help="form of the file; default torch-export")  # fmt: skip
@@ -109,7 +109,7 @@ def parse(words: Sequence[str]) -> Request | None:
         arguments["rounds"] = knobs["rounds"].convert(found.rounds)
         return Request(
             settings={name: knobs[name].convert(value) for name, value in given.items() if value is not None},
-            quiet=found.quiet,
+            **{name: getattr(found, name) for name in (*TRACKERS, "quiet")},
             **common,
         )
     out = Path(found.out) if found.out else None

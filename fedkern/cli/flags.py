@@ -76,6 +76,7 @@ RUN_FLAGS = {
     "json": ("", "print the summary, as JSON, and nothing else"),
 }
 """Flags of a request that are no settings of the run, with the name of their value ("" for a switch) and their help."""
+TRACKERS = ("tensorboard", "wandb")
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,6 +121,14 @@ def flag(name: str) -> str:
 def add_repeatable(group: argparse._ActionsContainer, name: str, metavar: str, text: str) -> None:
     """Adds a flag that may be given several times."""
     group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+
+
+def add_run_flags(group: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Adds some of `RUN_FLAGS`."""
+    for name in names:
+        metavar, text = RUN_FLAGS[name]
+        kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
+        group.add_argument(flag(name), help=text, **kind)
 
 
 def _describe(knob: Knob, default: Any, *, choices: bool = False) -> str:
@@ -179,9 +188,7 @@ def _parser(method: str | None, data: str) -> Parser:
             add_repeatable(group, "--method-option", "key=value", "a knob of the method; repeatable")
             text = "Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable"
             add_repeatable(group, "--plugin", "FILE.py|MODULE", text)
-            for name, (metavar, text) in RUN_FLAGS.items():
-                kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
-                group.add_argument(flag(name), help=text, **kind)
+            add_run_flags(group, RUN_FLAGS)
             group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
 

@@ -1,11 +1,16 @@
 """extend: more rounds for a run, with the bits of a run that had them from the start."""
 
 import json
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedkern import atomic
+from fedkern.cli import finished_runs
+from fedkern.cli.flags import parse
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import extending
 from fedkern.engine.store.records import read_metrics
@@ -107,8 +112,33 @@ def test_a_schedule_over_all_rounds_is_told(result):
     assert "the cosine schedules and the warm-up span all rounds" in " ".join((out + err).split())
 
 
+@pytest.mark.parametrize(
+    "flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--tensorboard", "--quiet"], []]
+)
+def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch, tmp_path):
+    given = finished_runs.parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
+    monkeypatch.setattr(extending, "extend", lambda out, rounds: RunConfig.make("fedavg", rounds=rounds))
+    monkeypatch.setattr(RunConfig, "load", lambda *_, **__: SimpleNamespace(plugins={}))
+    (tmp_path / "run").mkdir()
+    again, plain = finished_runs.extended(given), parse(["--resume", "run", *flags, "--workers", "2"])
+    assert {**vars(again), "predictions": False} == vars(plain)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("undrawn")
-def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, tmp_path):
+def test_an_extended_run_goes_on_with_its_event_files(start, result, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start("fedavg", 2, "run", "--tensorboard")
+    result("extend", "run", "--rounds", "3", "--tensorboard", "--quiet")
+    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    seen.Reload()
+    assert [event.step for event in seen.Scalars("accuracy")] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, monkeypatch, tmp_path):
     start("fedavg", 2, "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "has 2 rounds: --rounds must be larger" in fails("extend", "run", "--rounds", "2")
@@ -117,6 +147,10 @@ def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, 
     assert "does not take" in fails("extend", "run", "--lr", "1")
     assert "--rounds" in fails("extend", "run", "--rounds", "many")
     assert "does not exist" in fails("extend", "absent", "--rounds", "3")
+    for module, flags in {"torch.utils.tensorboard": ["--tensorboard"], "wandb": ["--wandb", "project"]}.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        assert re.search(f"needs? {module.split('.')[-1]}", fails("extend", "run", "--rounds", "3", *flags))
+    assert "--wandb is given without a value" in fails("extend", "run", "--rounds", "3", "--wandb", "")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
