@@ -52,7 +52,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return kNames[static_cast<int>(active_isa())]; });
   module.def("available_isas", available);
   module.def("set_isa", choose);
-  module.def("lost_threads", [] { return lost_threads(); });
   module.def("trust_fork", [] { trust_fork(); });
   module.def("cache_bytes", [] { return cache_bytes(); });
   module.def("set_cache_bytes", [](std::int64_t bytes) { cache_bytes() = bytes; });

@@ -41,7 +41,7 @@ class Operator:
         changed: which tensors it writes to.
         alike: whether what it writes to has the dtype of the others, and any strides.
         compiled: whether one core computes all of it.  Parts that torch's own operators compute have bits that depend
-            on the number of threads, and would wait for lost threads in a forked child.
+            on the number of threads.
         only_cpu: whether there are kernels for fp32 on a CPU with AVX2 alone, and no operator of torch.library: GPUs,
             other ISA levels and compilers meet the reference.
     """

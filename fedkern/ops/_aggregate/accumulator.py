@@ -65,7 +65,7 @@ class Accumulator:
         # Kernels and torch's operators change the sums without the interpreter's lock.
         self._lock = threading.RLock()
         # Ordinary tensors also under inference_mode, where they could not be written to afterwards.
-        with torch.inference_mode(False), backend.torch_alone():
+        with torch.inference_mode(False):
             self._sum = self._digits = self._top = torch.empty(0)
             if exact:
                 self._digits = torch.zeros(3, size, dtype=torch.int64, device=device)
@@ -121,8 +121,7 @@ class Accumulator:
             self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
 
     def _check_products(self, vector: Tensor, weight: float) -> None:
-        with backend.torch_alone():
-            largest = float(vector.detach().abs().max()) if self.size else 0.0
+        largest = float(vector.detach().abs().max()) if self.size else 0.0
         if largest < math.inf <= largest * weight:
             raise ValueError(f"weight {weight:g} makes products with the vector overflow; scale the weights down")
 
@@ -165,8 +164,7 @@ class Accumulator:
                 total = (self._units + other._units) / _UNIT
             except OverflowError:
                 raise ValueError("the sum of the weights overflows; scale the weights down") from None
-            with backend.torch_alone():
-                exact_merge_reference(self._digits, self._top, other._digits, other._top)
+            exact_merge_reference(self._digits, self._top, other._digits, other._top)
             self._count += other._count
             self._units += other._units
             self._weight = total
@@ -213,10 +211,9 @@ class Accumulator:
         """Forgets all vectors and weights."""
         with self._lock:
             self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
-            with backend.torch_alone():
-                self._sum.zero_()
-                self._digits.zero_()
-                self._top.fill_(LOWEST)
+            self._sum.zero_()
+            self._digits.zero_()
+            self._top.fill_(LOWEST)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
@@ -231,11 +228,10 @@ class Accumulator:
             if self.exact:
                 units = self._units.to_bytes(_WEIGHT_BYTES, "little")
                 state["units"] = torch.tensor(list(units), dtype=torch.uint8, device="cpu")
-            with backend.torch_alone():
-                if self.exact:
-                    state["digits"], state["top"] = self._digits.clone(), self._top.clone()
-                else:
-                    state["sum"] = self._sum.clone()
+            if self.exact:
+                state["digits"], state["top"] = self._digits.clone(), self._top.clone()
+            else:
+                state["sum"] = self._sum.clone()
             return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,7 +243,7 @@ class Accumulator:
             TypeError, ValueError: the state has wrong entries, types or shapes, another ``size`` or ``exact``, or
                 values that no sum of vectors can have.
         """
-        with self._lock, backend.torch_alone():
+        with self._lock:
             count, weight, dtype = self._check_state(state)
             if self.exact:
                 self._units = _units(state["units"])

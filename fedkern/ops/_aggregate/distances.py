@@ -36,7 +36,7 @@ from fedkern.ops._aggregate.robust_reference import (
     start,
 )
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import ready, torch_alone
+from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import check_count, check_number, no_vmap, shown
 
 # Vectors at larger distances than this, in multiples of most vectors', leave too few digits of most vectors' distances
@@ -362,12 +362,11 @@ def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, apart: T
     squared = torch.zeros(count, count, dtype=torch.float64, device=apart.device)
     norms = torch.zeros_like(apart)
     held = max(_HELD // count, 1)
-    with torch_alone():
-        for begin in range(0, size, held):
-            piece = slice(begin, begin + held)
-            drawn = difference(stack(vectors, piece).double(), centre[piece].double()).mul_(factors[:, None])
-            squared += kernel.squared_distances(drawn)
-            norms += kernel.squared_norms(drawn)
+    for begin in range(0, size, held):
+        piece = slice(begin, begin + held)
+        drawn = difference(stack(vectors, piece).double(), centre[piece].double()).mul_(factors[:, None])
+        squared += kernel.squared_distances(drawn)
+        norms += kernel.squared_norms(drawn)
     return (norms[:, None] + norms - squared) / (2 * factors[:, None] * factors)
 
 

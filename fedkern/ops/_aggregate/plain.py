@@ -17,7 +17,6 @@ from fedkern.ops._aggregate.reference import (
     weighted_mean_reference,
 )
 from fedkern.ops._aggregate.rules import ServerRule
-from fedkern.ops._core.backend import torch_alone
 
 # Sums of squares below this have lost digits to the end of fp64's range (csrc/bindings/cpu_aggregate_privacy.cpp).
 _LEAST_SQUARE = 1e-280
@@ -155,12 +154,11 @@ class PlainAggregate:
         outside = (squares < _LEAST_SQUARE) | squares.isinf()
         if outside.device.type == "cpu" and not bool(outside.any()):
             return factors
-        with torch_alone():
-            largest = torch.stack([vector.abs().max() for vector in vectors])
-            usable = (largest > 0) & (largest < math.inf)
-            scales = torch.where(usable, largest, 1.0)
-            pairs = zip(vectors, scales, strict=True)
-            beside = torch.stack([(vector / scale).square().sum() for vector, scale in pairs])
+        largest = torch.stack([vector.abs().max() for vector in vectors])
+        usable = (largest > 0) & (largest < math.inf)
+        scales = torch.where(usable, largest, 1.0)
+        pairs = zip(vectors, scales, strict=True)
+        beside = torch.stack([(vector / scale).square().sum() for vector, scale in pairs])
         exact = (max_norm / scales / beside.sqrt()).clamp_max_(1.0)
         return torch.where(outside & usable, exact, factors)
 

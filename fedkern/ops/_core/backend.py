@@ -11,6 +11,7 @@ an ISA level of the CPU core.  CUDA tensors can have two backends; the table in 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -290,29 +291,18 @@ def trust_fork() -> None:
     """Lets the CPU core use threads in this forked process; its parent must never have used OpenMP threads.
 
     Without this call the core computes on one thread in a forked process: OpenMP threads do not survive a fork, and a
-    parallel region would wait for them.  torch's own operators do wait, and hang.  Some operators here rest on them:
-    ``contrastive``, losses at temperatures above 64, and whatever the reference serves.  Call
-    ``torch.set_num_threads(1)`` in the forked process before these.
+    parallel region would wait for them.  torch's own operators do wait, and hang, so a fork also sets torch to one
+    thread; ``torch.set_num_threads`` gives it more.  torch is left as it is in a process that imports fedkern only
+    after its fork.
     """
     with contextlib.suppress(Unavailable):
         cpu_core().trust_fork()
 
 
-@contextlib.contextmanager
-def torch_alone() -> Iterator[None]:
-    """Lets torch's own operators run in a forked process, on one thread: see :func:`trust_fork`."""
-    threads = torch.get_num_threads()
-    try:
-        alone = threads > 1 and bool(cpu_core().lost_threads())
-    except Unavailable:
-        alone = False
-    if alone:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if alone:
-            torch.set_num_threads(threads)
+# Not around every call of torch: operators, backward passes and FlatParameters would each have to remember it, and
+# torch's own calls beside them would still hang.  torch does the same in the workers of a DataLoader.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def intercepted() -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, eager, torch_alone
+from fedkern.ops._core.backend import DTYPES, eager
 from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 
@@ -97,9 +96,8 @@ def check_values(weights: Any) -> None:
         return
     if weights.layout is not torch.strided or weights.is_nested or weights.dtype not in DTYPES:
         return  # _check_kind refuses it, or takes booleans
-    with torch_alone():
-        if not weights.detach().clamp(0, torch.finfo(weights.dtype).max).equal(weights):  # neither is a NaN
-            raise ValueError("weights must be at least 0 and finite")
+    if not weights.detach().clamp(0, torch.finfo(weights.dtype).max).equal(weights):  # neither is a NaN
+        raise ValueError("weights must be at least 0 and finite")
 
 
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:
@@ -123,9 +121,8 @@ def _near_one(weights: Tensor) -> Tensor:
     """
     if weights.dtype is not torch.float64:
         return weights
-    with torch_alone() if eager(weights) else contextlib.nullcontext():
-        largest = weights.detach().amax(0)
-        return weights / torch.where((largest > 0) & (largest < math.inf), largest, 1)
+    largest = weights.detach().amax(0)
+    return weights / torch.where((largest > 0) & (largest < math.inf), largest, 1)
 
 
 def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
@@ -194,11 +191,10 @@ def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | Non
     if not (by_class or mask is not None) or not teachers.numel():
         return teachers
     most, ordinary = torch.finfo(teachers.dtype).max, teachers.is_cpu and eager(teachers)
-    with torch_alone() if ordinary else contextlib.nullcontext():
-        if ordinary:  # one look is less than a copy; on a GPU it would wait for the device
-            low, high = teachers.detach().aminmax()
-            if -most < low and high < most:
-                return teachers
-        unknown = [] if mask is None else [~mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3))]
-        unknown += [weights == 0] if weights is not None and by_class else []
-        return torch.where((unknown[0] | unknown[-1]) & ~(teachers.abs() < most), -math.inf, teachers)
+    if ordinary:  # one look is less than a copy; on a GPU it would wait for the device
+        low, high = teachers.detach().aminmax()
+        if -most < low and high < most:
+            return teachers
+    unknown = [] if mask is None else [~mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3))]
+    unknown += [weights == 0] if weights is not None and by_class else []
+    return torch.where((unknown[0] | unknown[-1]) & ~(teachers.abs() < most), -math.inf, teachers)

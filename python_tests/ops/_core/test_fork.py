@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from every_operator import OPERATORS, Operator
 from operator_cases import KERNELS
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedkern.ops import use_backend
+from fedkern import ops
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 SECONDS = 60
@@ -28,7 +30,7 @@ def woken() -> Iterator[list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     ready = []
-    with use_backend("cpu"), torch.no_grad():
+    with ops.use_backend("cpu"), torch.no_grad():
         for operator in OPERATORS:
             if operator.compiled:
                 inputs = operator.inputs(large=True)
@@ -39,23 +41,25 @@ def woken() -> Iterator[list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]]
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """torch.equal, without torch's own thread pool."""
-    return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(got, expected, strict=True))
+    """The same bits, as NumPy sees them: without torch's own thread pool."""
+    return all(bits(a) == bits(b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_forked_child_computes_the_same(woken: list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]) -> None:
-    copies = [operator.fresh(inputs) for operator, inputs, _ in woken]  # in the child torch's own copy would hang
+def bits(x: Tensor) -> bytes:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def in_a_child(cases: Sequence[tuple[str, Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]]) -> None:
+    """Runs (name, call, expected) in a forked child; fails for the call that hangs, raises or gives other bits."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         code = 1
         try:
-            with torch.no_grad():
-                for (operator, _, expected), inputs in zip(woken, copies, strict=True):
-                    os.write(writer, f"{operator.name};".encode())
-                    given = operator.call(*inputs)
-                    if not same(given if isinstance(given, tuple) else (given,), expected):
-                        os._exit(2)
+            for name, call, expected in cases:
+                os.write(writer, f"{name};".encode())
+                if not same(call(), expected):
+                    os._exit(2)
             code = 0
         finally:
             os._exit(code)
@@ -74,7 +78,105 @@ def test_a_forked_child_computes_the_same(woken: list[tuple[Operator, list[Tenso
     last = begun.decode().rstrip(";").rpartition(";")[2]
     assert status != -signal.SIGKILL, f"{last} hung in the child"
     assert status == 0, f"{last} failed in the child"
-    assert last == woken[-1][0].name
+    assert last == cases[-1][0]
+
+
+def test_a_forked_child_computes_the_same(woken: list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]) -> None:
+    def call(operator: Operator, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return operator.results(*inputs)
+
+    in_a_child([(operator.name, partial(call, operator, inputs), expected) for operator, inputs, expected in woken])
+
+
+SIZE = 100_000  # more than torch gives to one thread
+
+
+def module() -> nn.Module:
+    made = nn.Sequential(nn.Linear(300, 400, bias=False), nn.BatchNorm1d(400))
+    nn.init.constant_(made[0].weight, 0.25)
+    return made
+
+
+def loaded() -> Tensor:
+    flat = ops.FlatParameters(module())
+    flat.load(torch.full((flat.vector.numel(),), 0.5))
+    return flat.vector.clone()
+
+
+def gradient(function: Callable[..., Any], *given: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in given]
+    result = function(*leaves)
+    first = result[0] if isinstance(result, tuple) else result
+    return tuple(torch.autograd.grad(first.sum(), leaves, materialize_grads=True))
+
+
+def by(backend: str | None, function: Callable[..., Any], *given: Tensor) -> tuple[Tensor, ...]:
+    with ops.use_backend(backend):
+        found = function(*given)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
+    """What rests on torch's own operators, all over tensors that torch shares among threads."""
+    models = [{"weight": torch.full((SIZE,), float(m)), "bias": torch.ones(3)} for m in (1, 2, 3, 40)]
+    rows = torch.linspace(-3, 3, 4 * SIZE).view(4, SIZE)
+    logits = torch.linspace(-3, 3, SIZE).view(-1, 100)
+    yield "torch", lambda: (rows.square(),)
+    yield "tree.krum", lambda: tuple(ops.tree.krum(models, 0).values())
+    yield "FlatParameters", lambda: (ops.FlatParameters(module()).vector.clone(),)
+    yield "FlatParameters.load", lambda: (loaded(),)
+    yield "weighted_mean", partial(by, "reference", ops.weighted_mean, rows, torch.ones(4))
+    yield "kl_div in fp64", partial(by, "reference", ops.kl_div, logits.double(), logits.double().flip(0))
+    yield "a gradient", partial(gradient, ops.kl_div, logits, logits.flip(0))
+
+
+@pytest.fixture
+def pool() -> Iterator[None]:
+    """A thread pool of two threads that has run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.randn(1 << 20).add_(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def with_results(
+    calls: Iterable[tuple[str, Callable[[], tuple[Tensor, ...]]]],
+) -> list[tuple[str, Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+    """Adds what a call gives on one thread: on two, torch may sum in another order."""
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, call in calls:
+        found.append((name, call, call()))
+    torch.set_num_threads(before)
+    return found
+
+
+@pytest.mark.usefixtures("pool")
+def test_what_torch_computes_in_a_child() -> None:
+    in_a_child(
+        [
+            *with_results(torch_calls()),
+            ("threads", lambda: (torch.tensor(torch.get_num_threads()),), (torch.tensor(1),)),
+        ]
+    )
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_every_operator_and_gradient_in_a_child(forced: str | None, dtype: torch.dtype) -> None:
+    calls = []
+    for operator in OPERATORS:
+        inputs = operator.inputs(dtype, large=True)
+        calls.append((operator.name, partial(by, forced, operator.results, *inputs)))
+        if operator.gradient:
+            calls.append((f"{operator.name}, gradient", partial(by, forced, partial(gradient, operator.call), *inputs)))
+    in_a_child(with_results(calls))
 
 
 class Computing(torch.utils.data.Dataset):
