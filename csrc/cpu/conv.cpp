@@ -241,15 +241,18 @@ class Forward {
 // --- backward
 
 class Backward {
+  // Floats of such sums; more only where each thread needs one of its own.
+  static constexpr std::int64_t kHeld = std::int64_t{1} << 22;
+
  public:
   explicit Backward(const ConvBackward& a)
       : a_(a), plan_(a.call.shape), s_(plan_.shape), r_(plan_.result), workers_(parallel_workers(plan_.pieces, 1, a.call.threads)), back_(rounded_up(s_.in)),
-        weight_size_(plan_.winograd ? kPlanes * s_.in * s_.out : plan_.weights()), packed_(a.to_x ? s_.taps() * back_ * s_.out : 0),
+        weight_size_(plan_.winograd ? kPlanes * s_.in * s_.out : plan_.weights()),
+        held_(a.to_weight ? std::clamp<std::int64_t>(kHeld / weight_size_, workers_, plan_.pieces) : plan_.pieces),
         in_border_(plan_.group * plan_.in_map, workers_), out_border_(plan_.group * plan_.out_map, workers_),
         tiles_(Convolution::tiles(plan_, std::max(s_.in, s_.out)), workers_), gradient_tiles_(Convolution::tiles(plan_, s_.out), workers_),
         products_(Convolution::products(plan_, s_.in), workers_), few_(back_ == s_.in ? 0 : s_.height * s_.width * back_, workers_),
-        weights_(a.to_weight ? weight_size_ * plan_.pieces : 0), coefficients_(2 * s_.out), totals_(2 * s_.out * plan_.pieces) {
-    if (a.to_x) pack_back(a.call, packed_.get());
+        weights_(a.to_weight ? weight_size_ * std::min(held_ + 1, plan_.pieces) : 0), coefficients_(2 * s_.out), totals_(2 * s_.out * plan_.pieces) {
     for (int w = 0; w < workers_; ++w) {
       std::fill_n(in_border_.get(w), plan_.group * plan_.in_map, 0.0f);
       std::fill_n(out_border_.get(w), plan_.group * plan_.out_map, 0.0f);
@@ -300,16 +303,26 @@ class Backward {
   }
 
   void convolve() {
+    std::optional<Scratch<float>> packed;
     std::optional<Convolution> back;
-    if (a_.to_x) back.emplace(plan_, s_.out, back_, packed_.get());
-    auto work = [&](std::int64_t piece, std::int64_t end, int worker) {
-      for (; piece < end; ++piece) {
-        const std::int64_t begin = piece * plan_.piece, last = std::min(begin + plan_.piece, s_.batch);
-        float* const weights = weights_.get() + weight_size_ * piece;
-        for (std::int64_t n = begin; n < last; n += plan_.group) group(back, n, std::min(plan_.group, last - n), worker, weights, n == begin);
-      }
-    };
-    parallel_for(plan_.pieces, 1, a_.call.threads, seconds(plan_, 2), work);
+    if (a_.to_x) {
+      packed.emplace(s_.taps() * back_ * s_.out);
+      pack_back(a_.call, packed->get());
+      back.emplace(plan_, s_.out, back_, packed->get());
+      if (plan_.winograd) packed.reset();  // transformed by now
+    }
+    for (std::int64_t first = 0; first < plan_.pieces; first += held_) {
+      const std::int64_t count = std::min(held_, plan_.pieces - first), behind = first ? 1 : 0;  // the sum of those before
+      auto work = [&](std::int64_t i, std::int64_t end, int worker) {
+        for (; i < end; ++i) {
+          const std::int64_t begin = (first + i) * plan_.piece, last = std::min(begin + plan_.piece, s_.batch);
+          float* const weights = weights_.get() + weight_size_ * (behind + i);
+          for (std::int64_t n = begin; n < last; n += plan_.group) group(back, n, std::min(plan_.group, last - n), worker, weights, n == begin);
+        }
+      };
+      parallel_for(count, 1, a_.call.threads, seconds(plan_, 2) * static_cast<double>(count) / static_cast<double>(plan_.pieces), work);
+      if (a_.to_weight) add_pieces(weights_.get(), weight_size_, behind + count);
+    }
   }
 
   void group(const std::optional<Convolution>& back, std::int64_t n, std::int64_t samples, int worker, float* weights, bool first) {
@@ -371,7 +384,6 @@ class Backward {
   // Lays the sum of the pieces out as the weights are.
   void finish_weights() {
     float* const sum = weights_.get();
-    add_pieces(sum, weight_size_, plan_.pieces);
     if (plan_.winograd) transform_weights_back(sum, s_.in * s_.out);
     unpack(sum, a_.call, a_.to_weight);
   }
@@ -381,7 +393,8 @@ class Backward {
   const ConvShape &s_, &r_;
   const int workers_;
   const std::int64_t back_, weight_size_;
-  const Scratch<float> packed_, in_border_, out_border_, tiles_, gradient_tiles_, products_, few_, weights_, coefficients_;
+  const std::int64_t held_;  // pieces whose sums of weights are in memory at a time: added up in the same order, however many
+  const Scratch<float> in_border_, out_border_, tiles_, gradient_tiles_, products_, few_, weights_, coefficients_;
   const Scratch<double> totals_;
   std::atomic<bool> finite_ = true;
 };

@@ -181,15 +181,19 @@ class _ConvNorm(EagerFunction):
     ) -> Tensor:
         out, kept = kernel.forward(settings, x, weight, scale, shift, residual, True)
         masked = residual is not None and settings.relu
-        ctx.save_for_backward(x, weight, scale, shift, *kept, out if masked else None)
-        ctx.settings = (kernel, settings, residual is not None)
+        frozen = not any(ctx.needs_input_grad[2:4])  # the map and the weight may then change before the backward pass
+        ctx.save_for_backward(*(None, None) if frozen else (x, weight), scale, shift, *kept, out if masked else None)
+        ctx.settings = (kernel, settings, residual is not None, (x.shape, weight.shape))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, settings, added = ctx.settings
+        kernel, settings, added, shapes = ctx.settings
         x, weight, scale, shift, y, raw, saved, out = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
+        frozen = x is None
+        if frozen:  # the kernel takes nothing but their shapes from them
+            x, weight = (torch.empty(n, dtype=y.dtype, device="cpu", memory_format=_CHANNELS_LAST) for n in shapes)
         plain = readable(grad)
         if plain:
             # Hooks on saved tensors may have changed strides.
@@ -210,8 +214,11 @@ class _ConvNorm(EagerFunction):
         statistics = saved[:2, : len(scale)]
         mean, variance = (None, None) if training else (statistics[0], statistics[1].pow(-2) - eps)
         relu = settings.relu and not added
+        if frozen:
+            height, width = (-(-size // stride) for size in x.shape[2:])
+            x, weight = y.view(len(x), height, width, -1).movedim(-1, 1)[:, : len(scale)], None
 
-        def reference(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        def reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
             return conv_norm_reference(
                 x, weight, scale, shift, mean, variance, eps=eps, stride=stride, relu=relu, pool=pool,
                 training=training,

@@ -11,7 +11,7 @@ from fedkern.ops._core.layout import conv2d, normed
 
 def conv_norm_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     scale: Tensor,
     shift: Tensor,
     mean: Tensor | None,
@@ -26,8 +26,8 @@ def conv_norm_reference(
     update: bool = True,
     training: bool = True,
 ) -> Tensor:
-    """The specification of :func:`fedkern.ops.conv_norm`."""
-    y = conv2d(x, weight, None, (stride, stride), (weight.shape[2] // 2,) * 2, (1, 1), 1)
+    """The specification of :func:`fedkern.ops.conv_norm`; without ``weight``, x is the convolution's result."""
+    y = x if weight is None else conv2d(x, weight, None, (stride, stride), (weight.shape[2] // 2,) * 2, (1, 1), 1)
     if training and not update:
         mean = variance = None
     if mean is not None and variance is not None and not training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -335,6 +336,36 @@ def test_changing_what_was_saved_raises(changed: str) -> None:
         (out if changed == "out" else given[changed]).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("name", CONV)
+@pytest.mark.parametrize("channels", [8, 12])
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], channels: int, name: str) -> None:
+    """As torch's layers: both may change before the backward pass, even to what is not finite."""
+    given, settings = split(end, batch=3, channels=channels, height=5, width=8)
+    for frozen in ("x", "weight"):
+        given[frozen] = given[frozen].detach()
+    leaves = [given[n] for n in LEAVES if given[n] is not None and given[n].requires_grad]
+    grad = grad_for(given, **settings)
+    bad = grad.clone()
+    bad[1, 3, 1, 2] = math.inf
+    found = []
+    for which in ("reference", name):
+        tensors = {n: x.clone() if n in ("x", "weight", "mean", "variance") else x for n, x in given.items()}
+        with using(which):
+            out = ops.conv_norm(**tensors, **settings)
+            for frozen in ("x", "weight"):
+                tensors[frozen].fill_(math.nan)
+            along = grad.clone().requires_grad_()
+            first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            recorded = torch.autograd.grad(out, leaves, along, create_graph=True)
+            spread = torch.autograd.grad(out, leaves, bad, retain_graph=True)
+            loss = torch.stack([x.square().sum() for x in recorded]).sum()
+            second = torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)
+        found.append([*first, *recorded, *second, *spread])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_a_residual_and_statistics_may_change() -> None:
