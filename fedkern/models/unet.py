@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fedkern.models.conv_norm import ConvSequential
 from fedkern.models.precision import autocasts, full
@@ -85,7 +85,7 @@ class UNet(nn.Module):
         """Maps images ``[B, C, H, W]`` to the features of every pixel, ``[B, width, H, W]``."""
         height, width = x.shape[2:]
         step = 2**self.depth
-        if height % step or width % step:
+        if isinstance(x, fx.Proxy) or height % step or width % step:  # a traced graph pads any size, if by nothing
             x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
         skipped: list[Tensor] = []
         for i, block in enumerate(self.down):

@@ -50,6 +50,15 @@ def test_logits_have_the_size_of_the_image(size, channels):
     torch.testing.assert_close(model(padded)[:, :, : size[0], : size[1]], model(x))
 
 
+@pytest.mark.parametrize(("name", "training"), [("unet", False), ("unet-small", True), ("unet-small-gn", False)])
+def test_a_traced_graph_takes_images_of_any_size(name, training):
+    model = make(name, width=4).train(training)
+    graph = torch.fx.symbolic_trace(model)
+    for size in ((16, 32), (13, 21)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_layout_does_not_change_the_result():
     model, x = make().eval(), torch.randn(2, 3, 20, 12)
     expected = model(x)
