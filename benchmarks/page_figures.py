@@ -575,6 +575,14 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
     return [*table(header, lines).split("\n"), *(["", *told_left] if told_left else [])]
 
 
+def fallback() -> Lines:
+    """The references where no kernel serves, beside PyTorch with their promises and without."""
+    (recorded,) = read_results(comparisons.RESULTS)["fallback"]
+    rows = [[row.case, our_time(row), *(ratio(row, name) for name in row.speedup)] for row in recorded.rows]
+    header = ["call", "time", *(f"over PyTorch {name}" for name in recorded.rows[0].speedup)]
+    return [*caption(recorded.machine), *table(header, rows).split("\n")]
+
+
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
 RUNS = {"default": f"methods_{MACHINE}", "large": f"methods_{OTHER_MACHINE}"}
@@ -713,6 +721,7 @@ def _speed() -> Page:
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
             "operators": partial(operators, MACHINE, OTHER_MACHINE),
+            "fallback": fallback,
             "gpu runs": gpu_figures.whole_runs,
             "gpu kernels": gpu_figures.kernels,
             "gpu losses": gpu_figures.losses,

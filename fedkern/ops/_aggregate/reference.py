@@ -49,7 +49,7 @@ def pieces(size: int) -> Iterator[slice]:
 def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
     """``total += weight * vector`` in fp64; product and sum are each rounded."""
     for piece in pieces(len(total)):
-        total[piece].add_(vector[piece].double() * weight)
+        total[piece].add_(vector[piece].to(torch.float64, copy=True).mul_(weight))
 
 
 def mean_in_pieces(vectors: Tensor | Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None) -> Tensor:
