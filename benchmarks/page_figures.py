@@ -538,6 +538,7 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
         row.test: (row, mark if row.test in found else f"{mark} ‡")
         for row, mark in rows
         if row.threads == 1
+        and row.group != "overhead"  # beside a call of PyTorch's that does something else
         and row.test not in {node for node, _ in shown}
         and min(row.speedup.values(), default=1.0) < 1
         and (present(row, cores) or row.test not in found)

@@ -382,11 +382,7 @@ def _split(
 
 
 def _slices(
-    cases: Sequence[Case],
-    grids: Mapping[int, Grid],
-    wanted: npt.NDArray[np.int64],
-    size: int,
-    max_voxels: int,
+    cases: Sequence[Case], grids: Mapping[int, Grid], wanted: npt.NDArray[np.int64], size: int, max_voxels: int
 ) -> Tensor:
     """Slices uint8 ``[m, C, size, size]`` for the (case, z) pairs in ``wanted``; every volume is read once."""
     images = torch.empty(len(wanted), len(cases[0].volumes), size, size, dtype=torch.uint8)

@@ -48,12 +48,7 @@ class DataFunction:
         return {"function": hashlib.sha256(code).hexdigest()}
 
     def make(
-        self,
-        root: str | Path | None,
-        clients: int | None,
-        partition: str | None,
-        seed: int,
-        options: Mapping[str, Any],
+        self, root: str | Path | None, clients: int | None, partition: str | None, seed: int, options: Mapping[str, Any]
     ) -> Source | FederatedData:
         """The data that the function makes: a Source, or FederatedData under the data set's name.
 
