@@ -205,7 +205,7 @@ class Foreign(FedAvg):
         (Slow(share=0.5), {"share": 0.2}, "share is given twice, in Slow(...) and beside it"),
         (Slow(share=0.5), {"options": {"share": 0.2}}, "share is given twice"),
         (Slow, {"shares": 0.2}, 'Slow and its runs have no setting "shares". Did you mean "share"'),
-        (Slow, {"quiet": True}, 'no setting "quiet". Give progress=False.'),
+        (Slow, {"quiet": True}, 'no setting "quiet". Did you mean "progress=False"?'),
         (Slow, {"share": 2.0}, 'Method option "share" must be'),
         (Beside(mu=0.5), {}, "Beside has mu beside its options"),
         (Needing, {}, "Needing cannot be made from its options, as a run makes it (TypeError"),

@@ -45,8 +45,7 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
         "classes:S", "label skew (class shares differ by client): every client holds S classes only"
     ),
     "attribute": PartitionerInfo(
-        "attribute",
-        "attribute skew (images differ by client): every client has its own contexts or background colours",
+        "attribute", "attribute skew (images differ by client): every client has its own contexts or background colours"
     ),
 }
 

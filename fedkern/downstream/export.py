@@ -18,6 +18,7 @@ from fedkern import atomic
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 from fedkern.extras import needed
+from fedkern.ops._core.private_torch import ONNX_LOG
 from fedkern.torch_modes import reproducible
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
@@ -115,7 +116,7 @@ def _program(deployed: nn.Module, example: Tensor, path: Path) -> None:
 def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
     onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
     _traced(deployed, example)  # its error is clearer than that of the exporter
-    logging.getLogger("torch.onnx._internal.exporter._registration").addFilter(_of_the_network)
+    logging.getLogger(ONNX_LOG).addFilter(_of_the_network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
         program = torch.onnx.export(

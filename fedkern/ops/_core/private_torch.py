@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fedkern.ops._core.loading import Unsuited, tell
 
+# The logger of the ONNX exporter's lines on packages that it has not found; under another name they are shown.
+ONNX_LOG = "torch.onnx._internal.exporter._registration"
 _missing: list[str] = []
 
 
