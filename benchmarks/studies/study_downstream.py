@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.studies.study import publish, spread, table
-from fedkern.cli import downstream
+from fedkern.cli import downstream, finished_runs
 from fedkern.engine.store.records import read_summary
 from fedkern.settings.config import RunConfig
 
@@ -77,7 +77,7 @@ def figures(folder: Path) -> dict[str, float]:
 
 def _result(folder: Path, task: str, words: Sequence[str]) -> Path:
     command = [task.partition(" ")[0], str(folder), *words]
-    request = downstream.parse(command)
+    request = finished_runs.parse(command)
     assert request is not None
     path, settings = folder / downstream.result_name(request), json.loads(json.dumps(dict(request.arguments)))
     if not path.exists() or json.loads(path.read_text())["settings"] != settings:
