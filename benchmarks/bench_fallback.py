@@ -7,6 +7,7 @@ cancel for nearly equal rows.  "Without": what most training loops have.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_weighted_mean(node: str, size: int) -> None:
             total += vector.double() * weight
         return others.copy_(total / sum(weights))
 
-    run = lambda: ops.weighted_mean(vectors, weights, out)  # noqa: E731
+    run = partial(ops.weighted_mean, vectors, weights, out)
     measure(node, f"weighted_mean M={CLIENTS}, P={size:,}", run, kept, add_loop(vectors, weights, more))
 
 
@@ -95,8 +96,8 @@ def test_accumulator(node: str, size: int) -> None:
     def kept() -> Tensor:
         return wide.add_(vector.double() * 0.5)
 
-    run = lambda: sums.add(vector, 0.5)  # noqa: E731
-    measure(node, f"Accumulator.add P={size:,}", run, kept, lambda: single.add_(vector, alpha=0.5))
+    left = partial(single.add_, vector, alpha=0.5)
+    measure(node, f"Accumulator.add P={size:,}", partial(sums.add, vector, 0.5), kept, left)
 
 
 def careful_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

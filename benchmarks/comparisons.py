@@ -219,6 +219,12 @@ def spoken(machine: Mapping[str, Any]) -> str:
     return f"{name}, {machine['cores']} cores" if "cores" in machine else name
 
 
+def dated(machine: Mapping[str, Any]) -> str:
+    """The day of a measurement and its commit, as captions end."""
+    commit = machine.get("commit")
+    return f"{machine['time'][:10]}{f' at commit `{commit}`' if commit else ', commit unrecorded'}."
+
+
 def slug(machine: Mapping[str, Any]) -> str:
     """The processor in a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz" is "intel-xeon"."""
     return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine)).lower()).strip("-") or "unknown"

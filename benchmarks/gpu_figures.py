@@ -18,8 +18,7 @@ LOSSES = f"losses_{GPU}"
 
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
-    commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ", commit unrecorded"
-    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['time'][:10]}{commit}.", ""]
+    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {comparisons.dated(machine)}", ""]
 
 
 def kernels() -> Lines:

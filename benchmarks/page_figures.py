@@ -524,6 +524,7 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
     such a row with the present kernels, the row of earlier ones stays, marked.
     """
     shown = [(node, case) for node, case, _ in nodes()]
+    named = {node for node, _ in shown}
     cores = sources.hashes(sources.CSRC)
     rows = [
         (row, mark)
@@ -539,7 +540,7 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
         for row, mark in rows
         if row.threads == 1
         and row.group != "overhead"  # beside a call of PyTorch's that does something else
-        and row.test not in {node for node, _ in shown}
+        and row.test not in named
         and min(row.speedup.values(), default=1.0) < 1
         and (present(row, cores) or row.test not in found)
     }
@@ -592,8 +593,7 @@ PROFILED, MANY_CLIENTS = f"profile_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 def caption(machine: Mapping[str, Any]) -> Lines:
     """When, where and of which commit a table was measured, and a blank line."""
-    at_commit = f" at commit `{machine['commit']}`" if machine.get("commit") else ", commit unrecorded"
-    return [f"{comparisons.spoken(machine)}, {machine['time'][:10]}{at_commit}.", ""]
+    return [f"{comparisons.spoken(machine)}, {comparisons.dated(machine)}", ""]
 
 
 def undated(make: Callable[[], Lines]) -> Lines:

@@ -331,12 +331,7 @@ def _siteless(listing: Listing, rows: dict[str, Tensor]) -> list[str]:
 
 
 def _held_out(
-    data: str,
-    rows: npt.NDArray[np.int64],
-    listing: Listing,
-    units: npt.NDArray[np.int64],
-    share: float,
-    purpose: str,
+    data: str, rows: npt.NDArray[np.int64], listing: Listing, units: npt.NDArray[np.int64], share: float, purpose: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     if not share:
         return np.arange(0), rows

@@ -181,16 +181,18 @@ def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
 
     Files that macOS puts beside others are counted too, and without ``used``, the files that are read, they alone.
     """
-    read = None if used is None else set(used)
+    read, alone = set(used or ()), used is None
     counts: Counter[str] = Counter()
     example = None
     for place, names in _walk(base):
         for name in names:
-            path = place / name
-            kind = MAC if name.startswith("._") else path.suffix.lower()
-            if kind == MAC or (read is not None and kind not in TEXTS and not hidden(name) and path not in read):
-                counts[kind] += 1
-                example = example or path
+            mac = name.startswith("._")
+            if mac or not (alone or hidden(name)):  # no path of each of many files where they do not count
+                path = place / name
+                kind = MAC if mac else path.suffix.lower()
+                if mac or (kind not in TEXTS and path not in read):
+                    counts[kind] += 1
+                    example = example or path
     if example is None:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
