@@ -44,5 +44,5 @@ def test_a_temperature_that_is_not_above_zero_is_not_looked_at(device: torch.dev
     if device.type == "cuda":
         assert not ops.contrastive(x, y, below).isfinite()
     else:
-        with pytest.raises(ValueError, match="above 0"):
+        with pytest.raises(ValueError, match="temperature must be greater than 0"):
             ops.contrastive(x, y, below)
