@@ -22,7 +22,7 @@ class Smoothed(LocalTraining):
         smoothing: float = option(0.1, "share of the label that goes to all classes", low=0, high=1)
 
     def loss(self, model, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(batch.images), batch.labels, label_smoothing=self.options.smoothing)
+        return cross_entropy(model(batch.inputs), batch.targets, label_smoothing=self.options.smoothing)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ REGISTRIES = {
     "method": ("fedkern.methods.registry", "METHODS"),
     "data set": ("fedkern.data.registry", "DATASETS"),
     "model": ("fedkern.models.registry", "MODELS"),
-    "metric": ("fedkern.methods.common.registered_metrics", "METRICS"),
+    "metric": ("fedkern.tasks.registered_metrics", "METRICS"),
     "aggregator": ("fedkern.methods.aggregators", "AGGREGATORS"),
 }
 """Module and name of the dict that holds everything of a kind, by kind."""

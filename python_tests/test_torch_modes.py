@@ -20,9 +20,9 @@ from fedkern.downstream.export import export
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
-from fedkern.methods.common.registered_metrics import METRICS
 from fedkern.models.own import Own
 from fedkern.settings.run_data import load_data
+from fedkern.tasks.registered_metrics import METRICS
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip

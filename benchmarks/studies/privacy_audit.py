@@ -161,7 +161,7 @@ class _Canaries(Objective):
     def loss(self, model: nn.Module, batch: Any, received: Any) -> Tensor:
         flip = 1.0 - 2.0 * (len(self.seen) % 2)  # noise that is used twice cancels
         self.seen.append(next(model.parameters()).detach().flatten().clone())
-        return HUGE * self.sign * flip * model(batch.images.flatten(1)).mean()
+        return HUGE * self.sign * flip * model(batch.inputs.flatten(1)).mean()
 
 
 def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:

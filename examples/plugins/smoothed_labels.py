@@ -8,4 +8,4 @@ class Smoothed(LocalTraining):
     """FedAvg on labels smoothed by 0.1."""
 
     def loss(self, model, batch, received):
-        return cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1)
+        return cross_entropy(model(batch.inputs), batch.targets, label_smoothing=0.1)

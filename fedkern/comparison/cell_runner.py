@@ -23,13 +23,13 @@ from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
-from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.registry import short
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.config import RunConfig, check_regular
 from fedkern.settings.grounds import difference
+from fedkern.tasks.figure_names import short_title, split_metric
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""

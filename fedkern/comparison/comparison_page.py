@@ -16,7 +16,6 @@ from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.inputs import read_text
-from fedkern.methods.common.figure_names import figure_title, set_title, split_metric
 from fedkern.report import html_page, run_page
 from fedkern.report.charts import Series, bars, dots, of_rounds
 from fedkern.report.comparison_plot import curves, mean_curve
@@ -24,6 +23,7 @@ from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.config import NAME as SETTINGS
+from fedkern.tasks.figure_names import figure_title, set_title, split_metric
 from fedkern.versions import versions
 
 TOLD = 6

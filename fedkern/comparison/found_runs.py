@@ -15,13 +15,13 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
-from fedkern.methods.common.figure_names import split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
 from fedkern.settings.config import ANYHOW, FOUND, RunConfig
 from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.grounds import code_identity, difference, other_data
+from fedkern.tasks.figure_names import split_metric
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
 """Settings that part no groups: the seed, and what decides where and how fast a run computes.

@@ -17,11 +17,11 @@ from fedkern.comparison.found_runs import Group, differing_settings, main_figure
 from fedkern.comparison.seed_statistics import Target, paired, spread
 from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
-from fedkern.methods.common.figure_names import short_set_title, short_title, split_metric
 from fedkern.methods.registry import short
 from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
+from fedkern.tasks.figure_names import short_set_title, short_title, split_metric
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
 TAKEN = ("rounds", "bytes", "seconds")

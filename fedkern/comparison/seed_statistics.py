@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.methods.common.figure_names import check_reachable
+from fedkern.tasks.figure_names import check_reachable
 
 LEVEL = 0.95
 """Confidence level of intervals."""

@@ -7,10 +7,11 @@ from fedkern.data.detections import Detections
 from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, parse_partition, partition, partition_like
 from fedkern.data.registry import DATASETS, lookup, register_data
-from fedkern.data.split import IGNORE, Split
+from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.types import FederatedData, Pool, Source, memory_pool
+from fedkern.tasks.segmentation_figures import IGNORE
 
 __all__ = [
     "AUGMENTATIONS",

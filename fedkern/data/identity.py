@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data.image_rows import in_parts
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
+from fedkern.image_rows import in_parts
 from fedkern.streams import stream
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20

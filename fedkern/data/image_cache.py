@@ -29,12 +29,12 @@ import PIL
 import torch
 from torch import Tensor
 
-from fedkern.data.image_rows import ImageRows, ImageStore
 from fedkern.data.images import ImageFiles, ImageReader, MaskFiles, unreadable
 from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand, one_writer
 from fedkern.files import replace as replace_file
+from fedkern.image_rows import ImageRows, ImageStore
 from fedkern.inputs import open_regular
 
 MEMORY_BYTES = 1 << 30
@@ -64,7 +64,7 @@ def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | 
         cache: folder that keeps the decoded images; None: images of more than `MEMORY_BYTES` go to a temporary file.
 
     Returns:
-        A source whose pools read :class:`~fedkern.data.image_rows.ImageRows`; ``source`` itself where its images stay
+        A source whose pools read :class:`~fedkern.image_rows.ImageRows`; ``source`` itself where its images stay
         in memory.
 
     Raises:

@@ -70,7 +70,7 @@ class Listing:
         clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
             are not trained on need none.
         masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation; or
-            `fedkern.data.image_rows.PixelClasses` where they are in a file.
+            `fedkern.image_rows.PixelClasses` where they are in a file.
         texts: the text of every image; an image with several texts has an entry for each, under one name in ``ids``.
         patients: the patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one
             side.

@@ -88,7 +88,7 @@ def load(
         progress: called with the former messages instead of ``notice``.
         cache: folder that keeps decoded image files, see `fedkern.data.image_cache.on_disk`.  Images of more than a
             gigabyte are in a temporary file without it.  The images of the splits are then
-            :class:`~fedkern.data.image_rows.ImageRows`, which are read when they are needed.
+            :class:`~fedkern.image_rows.ImageRows`, which are read when they are needed.
         identify: fill in the data's identity, for which all images are read once more.  Data that are drawn by the seed
             are identified by the function that draws them.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern.data import transforms
-from fedkern.data.image_rows import FileRows, ImageRows
+from fedkern.image_rows import FileRows, ImageRows
 from fedkern.transfer import send
 
 
@@ -97,9 +96,20 @@ def placed(labels: Tensor, device: torch.device) -> Tensor:
     return labels if isinstance(labels, FileRows) else labels.to(device)
 
 
-def take_tokens(tokens: Any, rows: np.ndarray, device: torch.device) -> Any:
-    """The tokens, on the device, of the texts at ``rows`` (int64); None where there are no texts.
+def images_alone(
+    pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Images at ``index``, augmented where there is an ``rng``, and their ``labels`` as they are."""
+    return pixels.take(index, rng), labels
 
-    All tokens stay on the CPU: the length of a batch's longest text is read from them, which nobody then waits for.
-    """
-    return None if tokens is None else tokens.take(as_index(rows)).to(device)
+
+def images_and_labels(
+    pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Images at ``index`` and the classes of their pixels, augmented together where there is an ``rng``."""
+    images = pixels.take(index)
+    return (images, labels) if rng is None else transforms.augment_pairs(images, labels, pixels.augment, rng)
+
+
+PICK = {"pixels": images_and_labels}
+"""How samples are picked, by what a network is for (`fedkern.tasks.Task.network`), if not as :func:`images_alone`."""

@@ -12,16 +12,17 @@ import torch
 
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.data.image_cache import CHUNK_BYTES, masks_on_disk
-from fedkern.data.image_rows import ImageStore, PixelClasses
 from fedkern.data.images import MaskFiles, list_images, read_mask
 from fedkern.data.listing import Listing, Reading, check_one, to_source
 from fedkern.data.site_folders import Found, Splits, check_folders, check_images, find_sites, listed, trees
-from fedkern.data.split import IGNORE, MOST, are_classes
+from fedkern.data.split import MOST, are_classes
 from fedkern.data.table import check_unchosen, find_table, read_table
 from fedkern.data.tiles import tiled
 from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
+from fedkern.image_rows import ImageStore, PixelClasses
+from fedkern.tasks.segmentation_figures import IGNORE
 
 PAIRS = ("images", "masks"), ("image", "label")
 """Accepted names of the image folder and the mask folder."""

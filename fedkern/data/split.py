@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fedkern.data.full_masks import FullMasks
-from fedkern.data.image_rows import in_parts
+from fedkern.image_rows import in_parts
+from fedkern.tasks import Task, task_of
 
-IGNORE = -100
-"""Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
 MOST = 32
 """Most classes of pixels that are not named: soft edges and photographs hold more values."""
 
@@ -29,9 +28,9 @@ class Split:
     """Images with their labels and, where known, object masks.
 
     Attributes:
-        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.data.image_rows.ImageRows`.
+        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.image_rows.ImageRows`.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
-            (`IGNORE` where it is unknown), a `fedkern.data.image_rows.PixelClasses` where masks are in a file; for
+            (`IGNORE` where it is unknown), a `fedkern.image_rows.PixelClasses` where masks are in a file; for
             several labels an image uint8 ``[n, L]``, 1 where it has the label.
         masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
             was detected in that image; the image stays out of the background bank.
@@ -46,6 +45,7 @@ class Split:
         patients: int64 ``[n]``, the patient of every image, where the data name patients; of names in files a hash.  An
             image without a named patient counts as a patient of its own.  A set drawn from all images has all images of
             a patient or none; a client's own test set has all of the patient's images at that client or none.
+        task: what the labels are for; by default told by their axes and by ``texts``.
         homes: int64 ``[n]``, of images that no client trains on the client whose site or look they show, -1 where they
             show none's; None where nothing is known.  With ``--held-out-client`` they leave with their client.
     """
@@ -60,6 +60,7 @@ class Split:
     patients: Tensor | None = None
     homes: Tensor | None = None
     full: FullMasks | None = None
+    task: Task = None  # type: ignore[assignment]  # never None afterwards
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -72,11 +73,9 @@ class Split:
                 f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, or uint8 [{n}, L] for "
                 f"several labels, got {_describe(self.labels)}"
             )
-        if self.labels.dim() == 1 and n and int(self.labels.min()) < 0:
-            raise ValueError(
-                f"labels: expected the class of every image, a number from 0, got {int(self.labels.min())}; leave out "
-                f"images without a class ({IGNORE} is for pixels)"
-            )
+        if self.task is None:
+            object.__setattr__(self, "task", task_of(self.labels, self.texts))
+        self.task.check_labels(self.labels)
         if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
         if self.ids is not None and len(self.ids) != n:
@@ -98,11 +97,7 @@ class Split:
 
         Where an image may have several labels, the labels themselves, uint8 ``[n, L]``.
         """
-        if self.labels.dim() == 2:
-            return self.labels
-        if self.labels.dim() == 1 or len(self) == 0:
-            return self.labels.reshape(len(self))
-        return torch.cat([largest_classes(part) for part in in_parts(self.labels)])
+        return self.task.image_labels(self.labels)
 
     def any_known(self) -> bool:
         """Whether the class of an image or of a pixel is known."""
@@ -114,19 +109,12 @@ class Split:
 
 
 def rows_of(column: Any, rows: Tensor) -> Any:
-    """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; None of None."""
+    """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; others have no rows."""
     if isinstance(column, tuple):
         return tuple(column[i] for i in rows.tolist())
     if isinstance(column, FullMasks):
         return column.subset(rows)
-    return None if column is None else column[rows]
-
-
-def largest_classes(labels: Tensor) -> Tensor:
-    """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
-    top = int(labels.max()) if labels.numel() else 0
-    counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
-    return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
+    return column[rows] if isinstance(column, Tensor) else column
 
 
 def joined(splits: Sequence[Split]) -> Split:
@@ -140,7 +128,9 @@ def _together(parts: list[Any]) -> Any:
     if isinstance(parts[0], FullMasks):
         of_one_store = len({id(part.store) for part in parts}) == 1
         return FullMasks(parts[0].store, torch.cat([part.rows for part in parts])) if of_one_store else None
-    return tuple(chain(*parts)) if isinstance(parts[0], tuple) else torch.cat(parts)
+    if isinstance(parts[0], tuple):
+        return tuple(chain(*parts))
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _describe(tensor: Tensor) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkern.data.split import largest_classes
 from fedkern.data.types import Pool
+from fedkern.tasks.segmentation_figures import largest_classes
 
 
 def tiled(pool: Pool, tile: int) -> Pool:

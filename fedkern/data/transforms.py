@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkern.data.image_rows import ImageRows
-from fedkern.data.split import IGNORE, Split
+from fedkern.data.split import Split
 from fedkern.errors import UserError, nearest
+from fedkern.image_rows import ImageRows
+from fedkern.tasks.segmentation_figures import IGNORE
 from fedkern.transfer import send
 
 PADDING = 4

@@ -14,6 +14,7 @@ from fedkern.data.full_masks import FullMasks
 from fedkern.data.split import Split, joined, rows_of
 from fedkern.data.statistics import SKEW, PartitionStatistics
 from fedkern.html_table import html_table
+from fedkern.tasks import Task, task_of
 
 LISTED = 12
 """Most clients that a notebook's table of the data lists."""
@@ -33,7 +34,7 @@ class Pool:
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
         texts: the caption or report of every image, or None.
-        full: as in `Split`.
+        full, task: as in `Split`.
         cases, patients: int64 ``[n]``, as in `Split`; divided between clients only where the data set itself names the
             clients.
     """
@@ -47,6 +48,11 @@ class Pool:
     cases: Tensor | None = None
     patients: Tensor | None = None
     full: FullMasks | None = None
+    task: Task = None  # type: ignore[assignment]  # never None afterwards
+
+    def __post_init__(self) -> None:
+        if self.task is None:
+            object.__setattr__(self, "task", task_of(self.labels, self.texts, self.targets))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +62,7 @@ class Pool:
         images, sizes = self.read(rows)
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
         columns = {name: rows_of(getattr(self, name), rows) for name in ("ids", "texts", "cases", "patients", "full")}
-        return Split(images, labels, sizes=sizes, homes=rows_of(self.groups, rows), **columns)
+        return Split(images, labels, sizes=sizes, homes=rows_of(self.groups, rows), task=self.task, **columns)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
@@ -210,13 +216,9 @@ class FederatedData:
         return channels, height, width
 
     @property
-    def task(self) -> str:
-        """``"retrieval"`` (texts), ``"segmentation"`` (a class for every pixel), ``"multilabel"`` (several labels an
-        image) or else ``"classification"``.
-        """
-        if self.validation.texts is not None:
-            return "retrieval"
-        return {2: "multilabel", 3: "segmentation"}.get(self.validation.labels.dim(), "classification")
+    def task(self) -> Task:
+        """What is learnt of the data."""
+        return self.validation.task
 
     @property
     def client_sizes(self) -> tuple[int, ...]:

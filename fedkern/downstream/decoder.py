@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import IGNORE
 from fedkern.data.full_masks import FullMasks
+from fedkern.methods.protocol import Batch
 from fedkern.models import PairNetwork, initialise
 from fedkern.streams import stream
+from fedkern.tasks import SEGMENTATION
 
 WIDTH = 48
 """Channels of the decoder's first convolution."""
@@ -79,15 +82,16 @@ def train_decoder(
 
 
 class Pixelwise:
-    """Images and the class of every pixel as a test set for `fedkern.methods.common.segmentation_figures`."""
+    """Images and the class of every pixel as a test set for `fedkern.tasks.segmentation_figures`."""
 
     def __init__(
         self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None, full: FullMasks | None = None
     ) -> None:
         self._images, self._labels, self.cases, self.full = images, labels, cases, full
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[Batch]:
         start = 0
         for images in self._images:
-            yield images, self._labels[start : start + len(images)].to(images.device)
+            rows = np.arange(start, start + len(images))
+            yield Batch(images, self._labels[rows[0] : rows[-1] + 1].to(images.device), rows, task=SEGMENTATION)
             start += len(images)

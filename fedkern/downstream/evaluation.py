@@ -24,10 +24,10 @@ from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
 from fedkern.methods import registry
 from fedkern.methods.common.final_figures import final_figures
-from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
+from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.torch_modes import cpu_threads, reproducible
 
 

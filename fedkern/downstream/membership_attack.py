@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fedkern import atomic
 from fedkern.data import FederatedData, Split, normalise
-from fedkern.data.image_rows import in_parts
 from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
@@ -23,6 +22,7 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import ATTACKS
 from fedkern.errors import UserError
+from fedkern.image_rows import in_parts
 from fedkern.methods import registry
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import batch_slices

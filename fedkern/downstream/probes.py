@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.methods.common.classification_figures import macro_auc
 from fedkern.streams import stream
+from fedkern.tasks.classification_figures import macro_auc
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties from which the validation set chooses; few-shot probes have no validation set and take `FEW_SHOT`."""

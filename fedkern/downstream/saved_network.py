@@ -25,6 +25,7 @@ from fedkern.inputs import parse_json
 from fedkern.methods import registry
 from fedkern.settings.config import check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
+from fedkern.tasks import CLASSIFICATION, TASKS, Task
 from fedkern.torch_modes import reproducible
 
 
@@ -40,7 +41,7 @@ class Outline:
     clients: tuple[()] = ()
     tests: Mapping[str, Any] = field(default_factory=dict)
     public: None = None
-    task: str = "classification"
+    task: Task = CLASSIFICATION
 
 
 def _list(kind: Callable[[Any], bool], length: int | None = None, least: int = 1) -> Callable[[Any], bool]:
@@ -72,10 +73,9 @@ def _number(x: Any) -> bool:
     return type(x) in (int, float) and abs(x) < 1e9  # not NaN either
 
 
-_TASKS = ("classification", "multilabel", "segmentation", "retrieval")
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
 _ABOUT: dict[str, Callable[[Any], bool]] = {
-    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in _TASKS, "classes": _list(_text),
+    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in TASKS, "classes": _list(_text),
     "grey_bits": lambda x: _count(x) and x <= 16, "method": _text, "rounds": _count,
 }  # fmt: skip
 """Keys that the description in model.safetensors must have, each with a check of its value."""
@@ -223,19 +223,9 @@ def _forget_statistics(module: nn.Module) -> None:
 
 
 def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
-    if "pair" in about:
-        return models.build_pair(**about["pair"])
-    if about["model"] not in models.MODELS:
+    if "pair" not in about and about["model"] not in models.MODELS:
         load_plugins(out, trusted)
-    return models.build(
-        about["model"],
-        classes=len(about["classes"]),
-        channels=about["channels"],
-        image_size=min(about["image_size"]),
-        seed=0,
-        width=about["width"],
-        sides=about["image_size"],
-    )
+    return TASKS[about["task"]].build({**about, "classes": len(about["classes"])}, 0)
 
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
@@ -252,12 +242,12 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         client_sizes=tuple(about["samples"]),
-        task=about["task"],
+        task=TASKS[about["task"]],
     )
     state = Checkpoints(out).last_server_state()
     if state is None:
         raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")
-    context = RunContext(config, outline, pair=about.get("pair"))
+    context = RunContext(config, outline, described={name: about[name] for name in ("pair",) if name in about})
     module = method.model(Server(context, state))
     if module is None:
         raise UserError(f"{out} holds the checkpoint of a run that is not finished.")

@@ -14,11 +14,11 @@ from fedkern.downstream import probes
 from fedkern.downstream.decoder import Pixelwise, train_decoder
 from fedkern.downstream.finished import Finished
 from fedkern.errors import UserError
-from fedkern.methods.common.retrieval import Gallery, recalls
-from fedkern.methods.common.segmentation_figures import segmentation
-from fedkern.methods.common.supervised import TEMPERATURE
 from fedkern.models import PairNetwork
 from fedkern.models.prompts import read_prompts
+from fedkern.tasks.retrieval import TEMPERATURE
+from fedkern.tasks.retrieval_figures import Gallery, recalls
+from fedkern.tasks.segmentation_figures import segmentation
 from fedkern.torch_modes import reproducible
 
 FEATURES = ("token", "mean", "embedding")

@@ -189,7 +189,7 @@ class Graphs:
         left = dict(sizes)
 
         def step(batch: Batch) -> Outcome:
-            size, key = len(batch.images), _signature(batch, self.device)
+            size, key = len(batch.indices), _signature(batch, self.device)
             left[size] = left.get(size, 0) - 1
             recorded = self._recorded.pop(key, None)
             if recorded is not None:
@@ -226,12 +226,12 @@ class Graphs:
         return 2 * torch.cuda.memory_reserved(self.device) < torch.cuda.get_device_properties(self.device).total_memory
 
     def _record(self, run: Pass, batch: Batch, received: Received) -> Recorded:
-        images, labels, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]
+        given, targets, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]
         # A loss that reads these fails, instead of being replayed with one batch's values.
         unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch")}
         drawn: dict[str, Any] = {name: _Unread(f'batch.drawn["{name}"]') for name in batch.drawn}
         drawn |= {**_constants(batch), **dict(zip(_drawn(batch), others, strict=True))}
-        static = replace(batch, images=images, labels=labels, drawn=drawn, **unread)
+        static = replace(batch, inputs=given, targets=targets, drawn=drawn, **unread)
         watched = _Watched(received)
         replay, outcome = self.record(lambda: run(static, cast(Received, watched)))
         return Recorded(inputs, replay, outcome, not watched.read)
@@ -269,7 +269,7 @@ def _drawn(batch: Batch) -> dict[str, Tensor]:
 
 def _tensors(batch: Batch) -> list[Tensor]:
     """All tensors of a batch."""
-    return [batch.images, batch.labels, *_drawn(batch).values()]
+    return [batch.inputs, batch.targets, *_drawn(batch).values()]
 
 
 def _constants(batch: Batch) -> dict[str, Any]:
@@ -280,11 +280,11 @@ def _constants(batch: Batch) -> dict[str, Any]:
 def _signature(batch: Batch, device: torch.device) -> Hashable:
     """Equal for batches that one recorded pass can serve; None for a batch that none can serve."""
     tensors = _tensors(batch)
-    if batch.tokens is not None or any(tensor.device.type != device.type for tensor in tensors):
-        return None  # texts are as long as the longest text of a batch
+    if not all(isinstance(tensor, Tensor) and tensor.device.type == device.type for tensor in tensors):
+        return None  # tokens of texts are no tensor: they are as long as the longest text of a batch
     shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
     constants = tuple((name, type(value), repr(value)) for name, value in _constants(batch).items())
-    return shapes, tuple(_drawn(batch)), tuple(batch.drawn), constants, batch.augmented
+    return shapes, tuple(_drawn(batch)), tuple(batch.drawn), constants, batch.fresh
 
 
 def _state(network: Any) -> tuple[Any, ...]:

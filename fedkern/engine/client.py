@@ -248,7 +248,8 @@ class Client(Node):
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
         with torch.no_grad():
             right = [
-                answer(images).argmax(1).to(labels.device) == labels for images, labels in self._context.validation()
+                answer(batch.inputs).argmax(1).to(batch.targets.device) == batch.targets
+                for batch in self._context.validation()
             ]
         return float(torch.cat(right).double().mean()) if right else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -20,11 +19,11 @@ from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
+from fedkern.methods.protocol import Batch
 from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_task
-from fedkern.models.vocabulary import split_words
 from fedkern.models.weight_files import load_by_name
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
@@ -50,7 +49,7 @@ class RunContext:
         config: RunConfig,
         data: Any,
         on_notice: Callable[[str], None] | None = None,
-        pair: dict[str, Any] | None = None,
+        described: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.data = config, data
         self.on_notice = on_notice
@@ -66,15 +65,13 @@ class RunContext:
         self._clients: dict[int, ClientData] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
-        self._tokeniser: Any = None
-        self._pair = pair
+        self._described = described
         self._init: dict[str, Tensor] | None = None
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
     def __reduce__(self) -> tuple[Any, ...]:
-        pair = self.pair if self.data.task == "retrieval" else None
-        return RunContext, (self.config, self.data, None, pair), {"disclosure": self.disclosure}
+        return RunContext, (self.config, self.data, None, self.described), {"disclosure": self.disclosure}
 
     def _federation(self) -> Federation:
         splits = self.data.clients
@@ -128,20 +125,18 @@ class RunContext:
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         seed = self.config.seed if seed is None else seed
         channels, *sides = self.data.image_shape
-        if model is None and self.data.task == "retrieval":
-            return models.build_pair(**self.pair, seed=seed)
         if model is not None:  # the run's own network was checked before
             check_task(model, self.data.task, self.config.data, "in the method option that names it")
         own = model is None or model == self.config.model
-        return models.build(
-            self.config.model if model is None else model,
-            classes=self.federation.classes if classes is None else classes,
-            channels=channels,
-            image_size=min(sides),
-            seed=seed,
-            width=self.config.width if width is None and own else width,
-            sides=sides,
-        )
+        about = {
+            "model": self.config.model if model is None else model,
+            "classes": self.federation.classes if classes is None else classes,
+            "channels": channels,
+            "image_size": sides,
+            "width": self.config.width if width is None and own else width,
+            **(self.described if model is None else {}),
+        }
+        return self.data.task.build(about, seed)
 
     @cached_property
     def added_models(self) -> tuple[models.ModelEntry, ...]:
@@ -166,50 +161,16 @@ class RunContext:
     @property
     def model_name(self) -> str:
         """Name of the network that the run trains, or of its two encoders."""
-        config = self.config
-        pair = self.data.task == "retrieval"
-        return f"{config.image_encoder}+{config.text_encoder}" if pair else config.model
+        return str(self.data.task.network_name(self.config))
 
-    @property
-    def pair(self) -> dict[str, Any]:
-        """Arguments of ``build_pair`` for image-text data; a vocabulary is learnt from the clients' texts."""
-        if self._pair is None:
-            data, config = self.data, self.config
-            channels, *size = data.image_shape
-            words = config.text_encoder in models.TEXT_ENCODERS
-            self._pair = {
-                "image_encoder": config.image_encoder,
-                "text_encoder": config.text_encoder,
-                "channels": channels,
-                "image_size": size,
-                "mean": list(data.mean),
-                "std": list(data.std),
-                "vocabulary": list(self._vocabulary(config.text_encoder)) if words else None,
-                "width": config.width,
-            }
-        return self._pair
-
-    def _vocabulary(self, kind: Any) -> tuple[str, ...]:
-        texts = (text for split in self.data.clients for text in split.texts or ())
-        return models.learn_vocabulary(texts, kind).tokens
-
-    def words(self) -> tuple[list[Message], Message] | None:
-        """Messages that make the shared vocabulary: every client's words with their counts, and the vocabulary.
-
-        None where the run has no vocabulary.
-        """
-        if self.data.task != "retrieval" or self.pair["vocabulary"] is None:
-            return None
-        counts = [Counter(word for text in split.texts for word in split_words(text)) for split in self.data.clients]
-        return [{"words": list(c), "counts": list(c.values())} for c in counts], {"words": self.pair["vocabulary"]}
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What the task needs to build the network beside the settings, such as a vocabulary of the clients' texts."""
+        return self.data.task.described(self) if self._described is None else self._described
 
     def tokens(self, split: Any) -> Any:
         """The tokens of a split's texts, on the CPU; None where there are no texts."""
-        if getattr(split, "texts", None) is None:
-            return None
-        if self._tokeniser is None:
-            self._tokeniser = self.network("server").module.tokenize
-        return self._tokeniser(split.texts)
+        return split.task.tokens(split, lambda: self.network("server").module.tokenize)
 
     def place(self, module: nn.Module) -> nn.Module:
         """Moves a module to the run's device."""
@@ -223,7 +184,7 @@ class RunContext:
             return None
         augment = self.config.augment or data.augment
         pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
-        return Samples(pixels, data.public.labels, self.device, self.tokens(data.public))
+        return Samples(data.task, pixels, data.public.labels, self.device, self.tokens(data.public))
 
     def network(self, name: str) -> Network:
         """The network called ``"local"``, ``"frozen"`` or ``"server"``."""
@@ -253,7 +214,7 @@ class RunContext:
             self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
         return self._initial_buffers
 
-    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self) -> Iterator[Batch]:
         """The validation split in batches; none where it is empty."""
         data = self.data
         if len(data.validation):

@@ -16,10 +16,10 @@ from fedkern.data.types import FederatedData, client_label
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.common.figure_names import set_noun
-from fedkern.methods.common.registered_metrics import metrics_of
-from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.figure_names import set_noun
+from fedkern.tasks.registered_metrics import metrics_of
+from fedkern.tasks.retrieval import LOSS_BATCH
 from fedkern.torch_modes import cpu_threads
 
 Key = TypeVar("Key")
@@ -149,8 +149,8 @@ def evaluate(
     With ``keep``, the sets keep the networks' answers (``TestSet.kept``).  ``code`` names the method's part in an
     exception.
 
-    ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task is not
-    classification, or the method has its own ``evaluate``, whole sets are evaluated side by side.
+    ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task takes one after
+    the other, or the method has its own ``evaluate``, whole sets are evaluated side by side.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
@@ -161,8 +161,9 @@ def evaluate(
         with _explained(what, sets[prefix]), sets[prefix].keeping() if keep else nullcontext(), code():
             return method.evaluate(network, sets[prefix])
 
-    ordinary = type(method).evaluate is Method.evaluate and all(data.task == "classification" for data in sets.values())
-    if ordinary and 1 < at_once < max((-(-len(data) // data.batch) for data in sets.values()), default=0):
+    ordinary = type(method).evaluate is Method.evaluate
+    batches = (data.task.side_by_side(-(-len(data) // data.batch)) for data in sets.values())
+    if ordinary and 1 < at_once < max(batches, default=0):
         with _threads(at_once) as pool:
             for data in sets.values():
                 data.pool = pool

@@ -9,6 +9,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.samples import Samples
 from fedkern.errors import UserError
 from fedkern.ops._core.checks import real
+from fedkern.tasks import Task
 
 TAKEN = ("clipped", "name", "samples", "seconds", "update_norm")  # what the engine itself writes of a client
 
@@ -24,7 +25,7 @@ class Node:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self.device = context.device
-        self.task: str = context.data.task
+        self.task: Task = context.data.task
         self.classes: tuple[str, ...] = context.data.classes
         self.image_shape: tuple[int, int, int] = context.data.image_shape
         self.mean: tuple[float, ...] = context.data.mean

@@ -67,14 +67,14 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
         sha = initial_weights.sha256(config.init) if stored is None else stored.init_sha256
         config = config.replace(init_sha256=sha)
     entry = MODELS.get(config.model)
-    if entry is None and data.task != "retrieval":
+    if entry is None:
         raise UserError(unknown(config.model))
-    own = data.task != "retrieval" and entry is not None and isinstance(entry.make, Own)
+    own = isinstance(entry.make, Own)
     if not own and config.init is None:
         return config, []
     context = RunContext(config, data)
     network = context.build()
-    if entry is None or not own:
+    if not own:
         return config, []
     make: Any = entry.make
     check_output(network, make.text, context.federation.classes, data, config.data)

@@ -102,7 +102,7 @@ def prepare(
     for k in range(context.federation.clients) if known else ():
         with code("check"):
             method.check(Client(context, k, {}))
-    if context.data.task == "retrieval":
+    if context.described:
         network = context.network("server")  # raises where an encoder's folder cannot be read
         pooling.check(network.module)
     with context.drawing(server, BEFORE), code("start"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,18 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data import transforms
-from fedkern.data.image_rows import loaded
-from fedkern.data.pixels import Pixels, as_index, placed, take_tokens
-from fedkern.methods.common.supervised import LOSS_BATCH
+from fedkern.data.pixels import PICK, Pixels, as_index, images_alone, placed
+from fedkern.image_rows import loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
+from fedkern.tasks import Task
+from fedkern.tasks.retrieval import LOSS_BATCH
 from fedkern.transfer import send
 
 BATCH = 500
 """Images per batch where a network does not train."""
-
-SEGMENTED_PIXELS = 1 << 19
-"""Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
 
 PICKED_BYTES = {"cuda": 1 << 26}
 """Bytes of images up to which batches are picked at once: on a GPU that takes no longer than for one batch."""
@@ -35,8 +33,10 @@ CACHE_BYTES = 1 << 30
 class Samples:
     """Labelled images in stored order (see :class:`fedkern.methods.protocol.Samples`)."""
 
-    def __init__(self, pixels: Pixels, labels: Tensor, device: torch.device, tokens: Any = None) -> None:
+    def __init__(self, task: Task, pixels: Pixels, labels: Tensor, device: torch.device, tokens: Any = None) -> None:
+        self.task = task
         self.pixels = pixels
+        self._pick = PICK.get(task.network, images_alone)
         self.labels = labels
         self.tokens = tokens
         self.there = placed(labels, device)
@@ -54,9 +54,7 @@ class Samples:
         index = self.pixels.sent(chosen)
         own = index if index.device == there else send(chosen, there)
         labels = send(loaded(self.there.index_select(0, own)), self._device)
-        if rng is None or labels.dim() < 3:
-            return self.pixels.take(index, rng), labels
-        return transforms.augment_pairs(self.pixels.take(index), labels, self.pixels.augment, rng)
+        return self._pick(self.pixels, index, labels, rng)
 
     def batch(
         self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
@@ -79,13 +77,13 @@ class Samples:
             pairs = zip(images.split(sizes[parts]), labels.split(sizes[parts]), strict=True)
             for indices, (own, known) in zip(plan[parts], pairs, strict=True):
                 yield Batch(
-                    images=own,
-                    labels=known,
+                    inputs=own,
+                    targets=self.task.targets(known, self.tokens, as_index(indices)),
                     indices=indices,
                     phase=phase,
                     epoch=epoch,
-                    augmented=rng is not None,
-                    tokens=take_tokens(self.tokens, indices, self._device),
+                    fresh=rng is not None,
+                    task=self.task,
                 )
 
     def batches(
@@ -130,7 +128,7 @@ class ClientData:
         self.split, self.augment, self._mean, self._std = split, augment, mean, std
         self._make_pixels = partial(Pixels, mean=mean, std=std, device=device, cache=cache, augment=augment)
         self.pixels = self._make_pixels(split.images, sides=sides)
-        self.samples = Samples(self.pixels, split.labels, device, tokens)
+        self.samples = Samples(split.task, self.pixels, split.labels, device, tokens)
         self.labels: Tensor = self.samples.there
         self._banks: dict[str, BackgroundBank] = {}
 
@@ -206,13 +204,10 @@ class TestSet:
         self.pixels = Pixels(split.images, mean, std, device, cache=cache)
         self.labels: Tensor = placed(split.labels, device)
         self._device = device
-        segmented = self.labels.dim() == 3
-        of_labels = {2: "multilabel", 3: "segmentation"}.get(self.labels.dim(), "classification")
-        self.task = "retrieval" if tokens is not None else of_labels
+        self.task: Task = split.task
         self.cases: Tensor | None = split.cases
         self.full = None if split.full is None else split.full.loaded()  # read now: later the files may be gone
-        # A segmentation network has feature maps as large as its images, so its batches are smaller.
-        self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch
+        self.batch = self.task.batch_size(batch, math.prod(split.images.shape[2:]))
         self.predictions: Tensor | None = None
         self.kept: list[tuple[int | None, Tensor]] = []
         self.keep: Callable[..., None] | None = None
@@ -222,15 +217,18 @@ class TestSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and their labels in order, in batches of more than one image (see ``batch_slices``)."""
-        for part in batch_slices(len(self), self.batch):
-            yield self.pixels.take(np.arange(part.start, part.stop)), send(loaded(self.labels[part]), self._device)
+    def batches(self, *, even: bool = False) -> Iterator[Batch]:
+        """The samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
+        every = np.arange(len(self))
+        parts = np.array_split(every, -(-len(self) // self.batch)) if even else map(every.__getitem__, self._slices)
+        for rows in parts:
+            images, there = self.pixels.take(rows), slice(int(rows[0]), int(rows[-1]) + 1)
+            labels = send(loaded(self.labels[there]), self._device)
+            yield Batch(images, self.task.targets(labels, self.tokens, as_index(rows)), rows, task=self.task)
 
-    def captioned(self) -> Iterator[tuple[Tensor, Any]]:
-        """The images and the tokens of their texts, in batches of more than one pair (where there are two pairs)."""
-        for rows in np.array_split(np.arange(len(self)), -(-len(self) // self.batch)):
-            yield self.pixels.take(rows), take_tokens(self.tokens, rows, self._device)
+    @property
+    def _slices(self) -> list[slice]:
+        return batch_slices(len(self), self.batch)
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images with their masks bool [B, H, W]."""

@@ -16,8 +16,8 @@ def scalars(record: Mapping[str, Any], sets: Collection[str] = ()) -> dict[str, 
     Metrics and losses keep their names, with the test set before a slash.  Times and bytes stand under ``run/``, means
     over the clients of the round under ``clients/``.
     """
-    from fedkern.methods.common.figure_names import split_metric
     from fedkern.report.names import CELL, label
+    from fedkern.tasks.figure_names import split_metric
 
     result: dict[str, float] = {}
     for name, value in record.items():

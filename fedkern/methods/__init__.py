@@ -18,7 +18,6 @@ from fedkern.methods.baselines.fml import FML
 from fedkern.methods.baselines.moon import Moon
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
 from fedkern.methods.baselines.scaffold import Scaffold
-from fedkern.methods.common.registered_metrics import METRICS, register_metric
 from fedkern.methods.feddra import FedDRA
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
@@ -30,6 +29,7 @@ from fedkern.methods.registry import METHODS, get, register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Maybe, Number, Values, like
+from fedkern.tasks.registered_metrics import METRICS, register_metric
 
 __all__ = [
     "AFL",

@@ -23,6 +23,7 @@ from fedkern.methods.protocol import ClientId, Federation, Message, Observed, Ph
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration
 from fedkern.privacy import Guarantee
+from fedkern.tasks import Task
 
 VECTORS = ("parameters", "buffers", "integers")
 """Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
@@ -47,9 +48,9 @@ class Method:
     description: ClassVar[str] = ""
     one_shot: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
-    tasks: ClassVar[tuple[str, ...]] = ("classification",)
-    """Tasks that the method can learn: ``"classification"``, ``"multilabel"`` (several labels an image),
-    ``"segmentation"``, ``"retrieval"`` (image-text pairs).  See :meth:`learns`."""
+    asks: ClassVar[frozenset[str]] = frozenset({"loss", "criterion", "classes", "images"})
+    """What the method needs of a task, in the words of `fedkern.tasks.Task.offers`.  What a class inherits does not
+    count: a method that derives from another and declares nothing asks for what is here.  See :meth:`serves`."""
 
     selective: ClassVar[bool] = False
     """Whether ``send`` may leave out clients (a dict without them) or all clients (None)."""
@@ -92,18 +93,9 @@ class Method:
         self.options: Any = options
 
     @classmethod
-    def learns(cls, task: str) -> bool:
-        """Whether the method can learn a task: one of ``tasks``.
-
-        ``"multilabel"`` counts only where ``tasks`` is declared by the class that has the ``loss``, or by one derived
-        from it: a loss of a derived class may expect a single class of every image.
-        """
-        for kind in cls.__mro__:
-            if "tasks" in vars(kind) or task not in cls.tasks:
-                break
-            if "loss" in vars(kind) and task == "multilabel":
-                return False
-        return task in cls.tasks
+    def serves(cls, task: Task) -> bool:
+        """Whether the task offers all that the method asks for."""
+        return bool(vars(cls).get("asks", Method.asks) <= task.offers)
 
     @property
     def needs(self) -> str:
@@ -233,7 +225,7 @@ class Method:
         return np.zeros(0, dtype=np.int64)
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
+        """Figures of ``model`` on a test set; ``data.batches()`` yields a :class:`Batch` at a time, in order.
 
         The engine may call this from several threads, each with its own test set.  An override that does not ask
         ``super`` calls ``data.keep`` with the logits [n, C] of all samples on the CPU, where that attribute is not
@@ -241,17 +233,10 @@ class Method:
         network of its own, the override calls ``data.keep(logits, client=k)`` for each.
 
         Returns:
-            By task; the first figure is the main one:
-
-            - classification: ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1],
-              and ``loss`` (mean cross-entropy in nats);
-            - multilabel: ``macro_auroc`` and the other figures of `fedkern.methods.common.multilabel_figures`;
-            - retrieval: ``i2t_r1`` and the other figures of `fedkern.methods.common.supervised`;
-            - segmentation: ``dice`` and the other figures of `fedkern.methods.common.segmentation_figures`.
+            The figures of the task (``data.task.figures``), the main one first.
         """
-        from fedkern.methods.common.figures import figures
-
-        return figures(model, data)
+        figures: dict[str, float] = data.task.figures(model, data)
+        return figures
 
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
         """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set."""

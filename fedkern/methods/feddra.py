@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,13 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
 from fedkern.methods.common.frozen import remembered
-from fedkern.methods.common.supervised import TEMPERATURE
 from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, once
 from fedkern.models.towers import PARTS
+from fedkern.tasks.retrieval import TEMPERATURE
 
 ALIGNMENT = PARTS[2:]
 """Submodules that the first stage trains; they come last, so their vectors are the ends of the network's vectors."""
@@ -54,7 +54,7 @@ ALIGNMENT = PARTS[2:]
 class FedDRA(Robust):
     """Trains image and text encoders in two stages, with anchors and robust client weights (arXiv 2404.03854)."""
 
-    tasks: ClassVar[tuple[str, ...]] = ("retrieval",)
+    asks = frozenset({"loss", "pairs", "images"})
 
     @dataclass(frozen=True)
     class Options(Robust.Options):
@@ -184,8 +184,8 @@ class FedDRA(Robust):
         o = self.options
         frozen = batch.phase.exchange == "alignment"
         with torch.set_grad_enabled(not frozen):
-            image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
-        mask = batch.tokens.mask
+            image, text = model.encode_image(batch.inputs), model.encode_text(batch.targets)
+        mask = batch.targets.mask
         x, y = model.project_image(image), model.project_text(text, mask)
         contrastive = ops.contrastive(x, y, TEMPERATURE)
         loss, seen = o.lambda1 * contrastive, {"contrastive": contrastive.detach()}
@@ -195,8 +195,8 @@ class FedDRA(Robust):
                 # In the first stage the local encoders equal the global ones, so both branches share their outputs.
                 glob = received.model
                 if side == "image":
-                    return glob.project_image(image if frozen else glob.encode_image(batch.images))
-                return glob.project_text(text if frozen else glob.encode_text(batch.tokens), mask)
+                    return glob.project_image(image if frozen else glob.encode_image(batch.inputs))
+                return glob.project_text(text if frozen else glob.encode_text(batch.targets), mask)
 
             apart = mse_loss(x, remembered("image", batch, received, lambda: anchor("image"))) + mse_loss(
                 y, remembered("text", batch, received, lambda: anchor("text"))
@@ -207,7 +207,7 @@ class FedDRA(Robust):
         return self.scaled(loss, received), seen
 
     def judge(self, model: Any, batch: Any) -> Tensor:
-        x, y = model(batch.images, batch.tokens)
+        x, y = model(batch.inputs, batch.targets)
         return self.options.lambda1 * ops.contrastive(x, y, TEMPERATURE)
 
 

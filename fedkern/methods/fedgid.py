@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
@@ -56,6 +55,7 @@ STAGES = ("map", "feature", "layer1", "layer2", "layer3", "layer4")
 class FedGID(LocalTraining):
     """Background intervention and global distillation against attribute skew (arXiv 2504.00850)."""
 
+    asks = frozenset({"criterion", "classes", "images", "features"})
     memoryless = True
     replayable = True
 
@@ -127,13 +127,13 @@ class FedGID(LocalTraining):
         bank = self._bank(client)
         if not len(bank):
             return {}
-        labels = batch.labels.cpu().numpy() if o.exclude_same_class else None
+        labels = batch.targets.cpu().numpy() if o.exclude_same_class else None
         index = draw_backgrounds(rng, len(batch.indices), bank.labels, labels)
         drawn: dict[str, Any] = {"bank": bank, "index": index, "alpha": o.alpha}
         if bank.augmented:
             drawn["images"] = bank.take(index, rng)
         if o.alpha_sampling != "constant":
-            drawn["alpha"] = send(torch.from_numpy(self._draw_alpha(rng, len(index))), batch.images.device)
+            drawn["alpha"] = send(torch.from_numpy(self._draw_alpha(rng, len(index))), batch.inputs.device)
         return drawn
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -143,10 +143,10 @@ class FedGID(LocalTraining):
         weight = drawn.get("weight", 0.0)
         stage = resolve_stage(model, o.mix_stage)
 
-        own = model.stages(batch.images, upto=stage)
+        own = model.stages(batch.inputs, upto=stage)
         features = model.tail(own, after=stage)
         logits = model.head(features)
-        em = cross_entropy(logits, batch.labels)
+        em = batch.task.criterion(logits, batch)
         total, seen = em, {"loss_em": em.detach()}
 
         mixed, mixed_logits = features, logits  # without a background the mixture is the sample itself
@@ -157,7 +157,7 @@ class FedGID(LocalTraining):
                 with batch_statistics_only(model, enabled=not o.tail_bn_updates):
                     mixed = model.tail(blended, after=stage)
                 mixed_logits = model.head(mixed)
-                gi = cross_entropy(mixed_logits, batch.labels)
+                gi = batch.task.criterion(mixed_logits, batch)
                 changed = mixed_logits.detach().argmax(1) != logits.detach().argmax(1)
                 seen["intervention_changed"] = changed.float().mean()
             total = total + gi
@@ -213,7 +213,7 @@ class FedGID(LocalTraining):
         """The global model's answer to the samples: features, or logits with ``distill_on=logits``."""
 
         def answer() -> Tensor:
-            features: Tensor = received.model.features(batch.images)
+            features: Tensor = received.model.features(batch.inputs)
             return received.model.head(features) if self.options.distill_on == "logits" else features
 
         return remembered("anchor", batch, received, answer)

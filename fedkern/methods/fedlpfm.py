@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, log_softmax
+from torch.nn.functional import linear, log_softmax
 
 from fedkern import files, ops
 from fedkern.errors import UserError
@@ -60,6 +60,7 @@ TUNE = "tune"
 class FedLPFM(LocalTraining):
     """Frozen foundation models teach the lightweight network that clients train and share (arXiv 2311.08479)."""
 
+    asks = frozenset({"criterion", "classes", "images"})
     replayable = True
 
     @dataclass(frozen=True)
@@ -142,8 +143,8 @@ class FedLPFM(LocalTraining):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o = self.options
-        logits = model(batch.images)
-        em = cross_entropy(logits, batch.labels)
+        logits = model(batch.inputs)
+        em = batch.task.criterion(logits, batch)
         if not o.lam:
             return em
         kd = self.divergence(logits, batch.drawn["teacher"])
@@ -178,11 +179,11 @@ class FedLPFM(LocalTraining):
                         "take teacher_view=cached, or --augment none."
                     )
                 for batch in client.batches():
-                    self._teacher(index).logits(batch.images)
+                    self._teacher(index).logits(batch.inputs)
 
     def _augmented(self, client: Client) -> bool:
         """Whether the proxy trains on augmented images."""
-        return next(client.batches(1, augment=True, rng=client.rng("look", BEFORE))).augmented
+        return next(client.batches(1, augment=True, rng=client.rng("look", BEFORE))).fresh
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
@@ -270,7 +271,7 @@ class FedLPFM(LocalTraining):
 
     def _compute(self, client: Client, index: int) -> Tensor:
         o, teacher = self.options, self._teacher(index)
-        images = (batch.images for batch in client.batches())
+        images = (batch.inputs for batch in client.batches())
         if o.teacher_tuning == "zero-shot":
             return self._cache.logits(teacher, images, client.samples)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
@@ -296,11 +297,11 @@ class FedLPFM(LocalTraining):
         """A teacher's logits of a batch, of the same (augmented) images as the proxy sees."""
         teacher = self._teacher(index)
         if self.options.teacher_tuning == "zero-shot":
-            return teacher.logits(batch.images).to(batch.images.device)
+            return teacher.logits(batch.inputs).to(batch.inputs.device)
         if index not in client.state.get("teacher_heads", {}):
             self._own_logits(client, index)
         head = {name: value.to(teacher.device) for name, value in client.state["teacher_heads"][index].items()}
-        return linear(teacher.features(batch.images), head["weight"], head["bias"]).to(batch.images.device)
+        return linear(teacher.features(batch.inputs), head["weight"], head["bias"]).to(batch.inputs.device)
 
     # -- teachers --------------------------------------------------------------------------------------------------
 
@@ -395,10 +396,10 @@ class FedLPFM(LocalTraining):
         return figures
 
     def _teacher_figures(self, data: Any) -> dict[str, float]:
-        labels = torch.cat([own.cpu() for _, own in data.batches()])
+        labels = torch.cat([batch.targets.cpu() for batch in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
-            return self._cache.logits(teacher, (images for images, _ in data.batches()), len(labels))
+            return self._cache.logits(teacher, (batch.inputs for batch in data.batches()), len(labels))
 
         def accuracy(probabilities: Tensor) -> float:
             return float((probabilities.argmax(1) == labels).double().mean())

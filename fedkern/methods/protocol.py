@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fedkern.privacy.unit import IMAGE, Unit
+from fedkern.tasks import CLASSIFICATION, Task
 
 ClientId = int
 Message = dict[str, Any]
@@ -130,27 +131,42 @@ class Batch:
     """One mini-batch.
 
     Attributes:
-        images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
-        labels: int64 [B], or [B, H, W] for segmentation (negative: unknown).
+        inputs: what the network is called with: images fp32 [B, C, H, W], augmented and normalised, on the client's
+            device.
+        targets: labels as the task has them, int64 [B] or [B, H, W] (negative: unknown) or uint8 [B, L]; of image-text
+            pairs the tokenised texts (``fedkern.models.vocabulary.Tokens``).
         indices: int64 [B] (NumPy), the samples' positions in the client's split.
         phase: the round and exchange that the batch is trained in.
         epoch: local epoch within the round, from 0.
-        augmented: whether the images were augmented, so that the same index gives different images.
+        fresh: whether the same index gives other inputs in every epoch, as where images are augmented.
         drawn: what the method's ``draw`` and ``prepare`` returned for this batch.
-        tokens: the tokenised texts of the images (``fedkern.models.vocabulary.Tokens``), or None.
         per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs.  A
             mean over all known pixels of the batch is not.
+        task: the run's task; ``batch.task.loss(model, batch)`` is its loss.
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Any
+    targets: Any
     indices: np.ndarray
     phase: Phase = OUTSIDE
     epoch: int = 0
-    augmented: bool = False
+    fresh: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
-    tokens: Any = None
     per_sample: bool = False
+    task: Task = CLASSIFICATION
+
+    @property
+    def data(self) -> Any:
+        """The pair of inputs and targets."""
+        return self.inputs, self.targets
+
+    def __getattr__(self, name: str) -> Any:
+        named = {"images": "inputs", "labels": "targets", "tokens": "targets", "augmented": "fresh"}
+        raise AttributeError(
+            f"a batch has no {name}: expected one of {', '.join(vars(self))}"
+            if name not in named
+            else f"a batch has no {name}: say batch.{named[name]}"
+        )
 
 
 class Samples(Protocol):

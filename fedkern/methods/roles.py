@@ -14,6 +14,7 @@ from fedkern.methods.protocol import Backgrounds, Batch, ClientId, Federation, M
 from fedkern.methods.server_rules import ServerRule
 from fedkern.methods.terms import Terms
 from fedkern.privacy import DPSGD, Unit
+from fedkern.tasks import Task
 
 
 class Objective:
@@ -22,7 +23,7 @@ class Objective:
     replayable: ClassVar[bool] = False
     """Whether a recording of ``loss`` and its gradients, made with one batch, serves others (`engine/captured.py`).
 
-    The loss then may depend on the network, on the batch's ``images``, ``labels`` and the tensors and numbers in
+    The loss then may depend on the network, on the batch's ``inputs``, ``targets`` and the tensors and numbers in
     ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value
     of a tensor on the host, and neither ``batch.indices`` nor ``epoch`` nor ``phase`` (``received.phase`` is the same);
     it draws nothing but from torch's global generator, and changes no state of Python.  Counts only for the ``loss`` of
@@ -63,7 +64,7 @@ class Node(Protocol):
 
     Attributes:
         device: the device of networks and batches.
-        task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
+        task: what the run learns.
         classes: the class names, in label order.
         image_shape: channels, height and width of a network's input.
         mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
@@ -71,7 +72,7 @@ class Node(Protocol):
     """
 
     device: torch.device
-    task: str
+    task: Task
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]

@@ -39,7 +39,7 @@ def constants(
             if counts.sum():
                 found[name] = float(counts.max() / counts.sum())
         elif figure == "dice" and split is not None:
-            from fedkern.methods.common.segmentation_figures import constant_dice
+            from fedkern.tasks.segmentation_figures import constant_dice
 
             found[name] = constant_dice(split.labels, classes, split.cases, split.full)[0]
         elif figure == "macro_auroc":

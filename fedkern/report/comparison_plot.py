@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedkern.methods.common.figure_names import set_title, short_title, split_metric
 from fedkern.report.fitting import fitted
 from fedkern.report.names import entry
 from fedkern.report.plots import COLOURS, DASHES, MARKERS, chance_lines, entitle, legend_below, new_figure, over_rounds
+from fedkern.tasks.figure_names import set_title, short_title, split_metric
 
 NAMED, LEGEND = 24, 40
 """Most groups in the legend, and most characters of a group's name there."""

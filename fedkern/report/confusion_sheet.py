@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedkern.engine.store.confusions import Confusions
-from fedkern.methods.common.figure_names import set_title
 from fedkern.report.fitting import fitted
 from fedkern.report.names import TITLE, label
 from fedkern.report.plots import GREY, ink
+from fedkern.tasks.figure_names import set_title
 
 NUMBERS = 20
 """Classes up to which counts are written into the matrix; of more classes the commonest mistakes are listed."""

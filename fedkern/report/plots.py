@@ -26,11 +26,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fedkern import atomic
-from fedkern.methods.common.figure_names import short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report import png
 from fedkern.report.fitting import fitted, width
 from fedkern.report.names import TITLE, entry, label
+from fedkern.tasks.figure_names import short_title, split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 GRID = "#dddddd"

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import Listener, RunInfo
-from fedkern.methods.common.figure_names import set_noun, short_set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
+from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, split_metric
 
 PIPE_WIDTH = 120
 WIDE = 100

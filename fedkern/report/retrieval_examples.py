@@ -20,8 +20,6 @@ from fedkern.data import FederatedData
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.saved_network import read_model
 from fedkern.errors import printable_name
-from fedkern.methods.common.figure_names import set_title
-from fedkern.methods.common.retrieval import Gallery
 from fedkern.report.charts import evenly
 from fedkern.report.fitting import fitted
 from fedkern.report.html_page import Example, data_uri
@@ -29,6 +27,8 @@ from fedkern.report.names import label
 from fedkern.report.plots import GREEN
 from fedkern.report.sheet import Sheet, rgb
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.figure_names import set_title
+from fedkern.tasks.retrieval_figures import Gallery
 
 EXAMPLES, FOUND, CAPTION = 6, 3, 160
 """Images shown, captions shown of each, and most characters of a caption."""

@@ -32,7 +32,6 @@ from fedkern.errors import UserError, listed, printable_name, spared
 from fedkern.inputs import open_regular
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import near
-from fedkern.methods.common.figure_names import figure_title, set_noun, set_title, short_title, split_metric
 from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.common.final_figures import set_name
 from fedkern.methods.options import as_typed
@@ -56,6 +55,7 @@ from fedkern.report.tables import covering, human_metric, human_time, ordered, s
 from fedkern.report.weights import PANELS, weights_picture
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
+from fedkern.tasks.figure_names import figure_title, set_noun, set_title, short_title, split_metric
 from fedkern.versions import versions
 
 NAMED = 12

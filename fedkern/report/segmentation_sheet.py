@@ -12,7 +12,7 @@ import torch
 from matplotlib import colormaps
 from torch import Tensor, nn
 
-from fedkern.data.image_rows import in_parts
+from fedkern.image_rows import in_parts
 from fedkern.report.gradcam import choose
 from fedkern.report.names import label
 from fedkern.report.sheet import Sheet, rgb

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from fedkern.data.statistics import SKEW
 from fedkern.errors import MESSAGE, printable_name
-from fedkern.methods.common.figure_names import RECALLS, TEST_SETS, figure_title, set_title, short_title, split_metric
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain
+from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, set_title, short_title, split_metric
 
 # What the names of shares, which are shown in per cent, end in.
 _SHARES = (

@@ -14,7 +14,6 @@ import torch
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.holdout import hold_out
-from fedkern.data.image_rows import in_parts
 from fedkern.data.patients import limited
 from fedkern.data.registry import read_options
 from fedkern.data.spelling import SHOWN
@@ -22,11 +21,13 @@ from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
+from fedkern.image_rows import in_parts
 from fedkern.methods import registry
-from fedkern.methods.common.figure_names import check_set_names, set_noun
-from fedkern.methods.common.registered_metrics import metrics_of
 from fedkern.models.registry import check_task
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import TASKS
+from fedkern.tasks.figure_names import check_set_names, set_noun
+from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.torch_modes import reproducible
 
 
@@ -153,12 +154,10 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
         samples: number of training samples of every client.
     """
     count = len(data.classes)
-    several = data.task == "multilabel"
 
     def stand_in(n: int) -> Split:
-        shape = {"multilabel": (n, count), "segmentation": (n, 1, 1)}.get(data.task, (n,))
-        labels = torch.zeros(shape, dtype=torch.uint8 if several else torch.int64)
-        return Split(torch.zeros((n, data.image_shape[0], 1, 1), dtype=torch.uint8), labels)
+        images = torch.zeros((n, data.image_shape[0], 1, 1), dtype=torch.uint8)
+        return Split(images, data.task.blank(n, count), task=data.task)
 
     statistics = PartitionStatistics(
         np.zeros((len(samples), count), dtype=np.int64), data.classes, "own data", samples=tuple(samples)
@@ -179,15 +178,12 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
             f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
             "folder or the column that holds the classes."
         )
-    if data.task == "multilabel" and not kind.learns(data.task):
-        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.learns(data.task)))
+    if not kind.serves(data.task):
+        own = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
+        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data.task)))
         raise UserError(
-            f'{config.method} learns a single class of every image, and the data set "{config.data}" has several '
-            f"labels an image: methods for several labels are {able}."
-        )
-    if not kind.learns(data.task):
-        raise UserError(
-            f'{config.method} is for {" and ".join(kind.tasks)}, but the data set "{config.data}" is for {data.task}.'
+            f'{config.method} is for {own}, but the data set "{config.data}" is for {data.task.name}: methods for that '
+            f"are {able}."
         )
     check_task(config.model, data.task, config.data, "with --model")
     if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):

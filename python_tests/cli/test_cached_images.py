@@ -13,10 +13,10 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import image_cache
-from fedkern.data.image_rows import ImageStore
 from fedkern.data.used_cache import remembered
 from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.image_rows import ImageStore
 from fedkern.settings.config import RunConfig
 
 IMAGES, SIDE = 60, 8

@@ -14,8 +14,8 @@ from image_files import watched
 from PIL import Image
 
 from fedkern.data import image_cache, images, load
-from fedkern.data.image_rows import ImageRows
 from fedkern.errors import UserError
+from fedkern.image_rows import ImageRows
 
 IMAGES, SIDE = 24, 16
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from fedkern.data import image_cache, images, load
-from fedkern.data.image_rows import PixelClasses
 from fedkern.errors import UserError
+from fedkern.image_rows import PixelClasses
 
 IMAGES, SIDE = 24, 8
 

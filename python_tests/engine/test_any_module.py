@@ -61,7 +61,7 @@ class Stack(Objective, Method):
         return {"network": network.state_dict(), "right": right}
 
     def loss(self, model, batch, received):
-        loss = cross_entropy(model(batch.images), batch.labels)
+        loss = cross_entropy(model(batch.inputs), batch.targets)
         return received.message["weight"] * loss, {"seen": loss.detach()}
 
     def expects(self, server, phase, client, message):
@@ -266,14 +266,14 @@ def test_batches_are_the_stored_samples_in_order(make_data, make_config):
     data = make_data()
     client = Client(RunContext(make_config(augment="crop-flip"), data), 0, {})
     found = list(client.batches(6))
-    assert [len(batch.labels) for batch in found] == [6, 6, 6, 2]
-    images = torch.cat([batch.images for batch in found])
+    assert [len(batch.targets) for batch in found] == [6, 6, 6, 2]
+    images = torch.cat([batch.inputs for batch in found])
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     torch.testing.assert_close(images, (data.clients[0].images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
-    assert torch.equal(torch.cat([batch.labels for batch in found]), client.labels)
-    assert not any(batch.augmented for batch in found)
+    assert torch.equal(torch.cat([batch.targets for batch in found]), client.labels)
+    assert not any(batch.fresh for batch in found)
     rng = client.rng("view", PHASE)
-    changed = torch.cat([batch.images for batch in client.batches(6, augment=True, rng=rng)])
+    changed = torch.cat([batch.inputs for batch in client.batches(6, augment=True, rng=rng)])
     assert not torch.equal(changed, images)
     with pytest.raises(ValueError, match="expected a generator"):
         next(client.batches(augment=True))

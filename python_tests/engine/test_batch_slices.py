@@ -34,8 +34,8 @@ def check(sizes, count, size):
 def test_a_clients_samples(count, size, make_data, make_config):
     client = RunContext(make_config(), make_data((count,))).client_data(0)
     found = list(client.samples.batches(size))
-    check([len(batch.images) for batch in found], count, size)
-    assert torch.equal(torch.cat([batch.labels for batch in found]), client.labels)
+    check([len(batch.inputs) for batch in found], count, size)
+    assert torch.equal(torch.cat([batch.targets for batch in found]), client.labels)
     assert np.concatenate([batch.indices for batch in found]).tolist() == list(range(count))
 
 

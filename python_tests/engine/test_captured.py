@@ -216,7 +216,7 @@ class Drawing(FedAvg):
         }
 
     def loss(self, model, batch, received):
-        losses = cross_entropy(model(batch.images), batch.labels, reduction="none")
+        losses = cross_entropy(model(batch.inputs), batch.targets, reduction="none")
         loss = (losses * batch.drawn["weight"]).mean() * batch.drawn["times"]
         if received.phase.round == 0:
             loss = loss * len(received.message["parameters"])

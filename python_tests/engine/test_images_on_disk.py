@@ -9,13 +9,14 @@ from image_files import two_brightnesses
 from interrupted import Kill, KillAt, outcome
 from PIL import Image
 
-from fedkern.data import Split, image_cache, image_rows, load
+from fedkern import image_rows
+from fedkern.data import Split, image_cache, load
 from fedkern.data.identity import data_fingerprint
-from fedkern.data.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
+from fedkern.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.settings.config import NAME, RunConfig
 from fedkern.settings.run_data import load_data
 

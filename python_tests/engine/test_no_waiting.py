@@ -59,14 +59,14 @@ class Reading(FedAvg):
 
 class Copying(FedAvg):
     def loss(self, model, batch, received):
-        torch.ones(3).to(batch.images.device)
+        torch.ones(3).to(batch.inputs.device)
         return super().loss(model, batch, received)
 
 
 class Choosing(FedAvg):
     def loss(self, model, batch, received):
         with suppress(NotImplementedError):  # a tensor without values has no answer
-            batch.labels[batch.labels > 0]
+            batch.targets[batch.targets > 0]
         return super().loss(model, batch, received)
 
 

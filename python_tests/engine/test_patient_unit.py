@@ -67,7 +67,7 @@ class Supervised(Objective):
 
     def loss(self, model, batch, received):
         self.seen.append(batch.indices.copy())
-        return F.cross_entropy(model(batch.images), batch.labels)
+        return F.cross_entropy(model(batch.inputs), batch.targets)
 
 
 def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
@@ -110,7 +110,7 @@ def test_without_noise_and_clipping_a_patient_counts_with_the_sum_of_the_images(
     plain = network()
     data = ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
     batch = data.batch(np.arange(len(split)))
-    F.cross_entropy(plain(batch.images), batch.labels, reduction="sum").backward()
+    F.cross_entropy(plain(batch.inputs), batch.targets, reduction="sum").backward()
     gradient = torch.cat([p.grad.flatten().double() for p in plain.parameters()])
     assert torch.allclose(found * 1e6, gradient, rtol=1e-3, atol=1e-4)
 

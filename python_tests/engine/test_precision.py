@@ -162,7 +162,7 @@ def test_draws_are_the_same(make_data, make_config, tmp_path, monkeypatch):
     real = FedGID.loss
 
     def loss(self, model, batch, received):
-        own = [batch.indices, batch.drawn["index"], batch.drawn["alpha"].numpy(), batch.images.numpy()]
+        own = [batch.indices, batch.drawn["index"], batch.drawn["alpha"].numpy(), batch.inputs.numpy()]
         drawn[str(lower())].append(own)
         return real(self, model, batch, received)
 
@@ -250,7 +250,7 @@ def test_differential_privacy_trains_in_fp32(make_data, make_config, tmp_path, m
 
     def loss(self, model, batch, received):
         with torch.no_grad():
-            seen.add((lower(), model.stages(batch.images, upto="layer1").dtype))
+            seen.add((lower(), model.stages(batch.inputs, upto="layer1").dtype))
         return real(self, model, batch, received)
 
     monkeypatch.setattr(fediod, "loss", loss)
@@ -266,12 +266,12 @@ def test_what_a_loss_sees_is_fp32_but_for_maps(make_data, make_config, tmp_path,
     seen = {}
 
     def loss(self, model, batch, received):
-        maps = model.stages(batch.images, upto="layer1")
+        maps = model.stages(batch.inputs, upto="layer1")
         features = model.tail(maps, after="layer1")
         logits = model.head(features)
         seen.update(maps=maps.dtype, features=features.dtype, logits=logits.dtype)
-        seen.update(received=received.model(batch.images).dtype, parameter=next(model.parameters()).dtype)
-        result = torch.nn.functional.cross_entropy(logits, batch.labels)
+        seen.update(received=received.model(batch.inputs).dtype, parameter=next(model.parameters()).dtype)
+        result = torch.nn.functional.cross_entropy(logits, batch.targets)
         seen.update(loss=result.dtype)
         return result
 

@@ -31,7 +31,7 @@ PHASE = Phase(0, "teachers", "teachers")
 
 class Supervised(Objective):
     def loss(self, model, batch, received):
-        return F.cross_entropy(model(batch.images), batch.labels)
+        return F.cross_entropy(model(batch.inputs), batch.targets)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_without_noise_and_clipping_it_is_plain_gradient_descent(data):
     batch = data.batch(np.arange(12))
     for _ in range(3):
         optimizer.zero_grad()
-        F.cross_entropy(plain(batch.images), batch.labels).backward()
+        F.cross_entropy(plain(batch.inputs), batch.targets).backward()
         optimizer.step()
     assert torch.allclose(vector(module), vector(plain), atol=1e-5)
     assert not any(hasattr(parameter, "grad_sample") for parameter in module.parameters())
@@ -125,7 +125,7 @@ def test_a_segmentation_network_and_adamw():
     batch = data.batch(np.arange(3))
     for _ in range(2):
         optimizer.zero_grad()
-        F.cross_entropy(plain(batch.images), batch.labels).backward()
+        F.cross_entropy(plain(batch.inputs), batch.targets).backward()
         optimizer.step()
     # Adam's first steps are signs: where a gradient is next to nothing, its sign is rounding's.
     close = (vector(module) - vector(plain)).abs() < 1e-4
@@ -235,7 +235,7 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, 
 
     class Broken(Supervised):
         def loss(self, model, batch, received):
-            losses = F.cross_entropy(model(batch.images), batch.labels, reduction="none")
+            losses = F.cross_entropy(model(batch.inputs), batch.targets, reduction="none")
             return (losses * torch.where(torch.from_numpy(batch.indices == 2), value, 1.0)).mean()
 
     schedule = Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=1, batch_size=3)
@@ -245,7 +245,7 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, 
     assert math.isfinite(figures["loss"])
     batch = data.batch(np.arange(2))
     optimizer = torch.optim.SGD(without.parameters(), lr=0.1)
-    (F.cross_entropy(without(batch.images), batch.labels) * 2 / 3).backward()
+    (F.cross_entropy(without(batch.inputs), batch.targets) * 2 / 3).backward()
     optimizer.step()
     assert torch.allclose(vector(broken), vector(without), atol=1e-6)
 
@@ -422,7 +422,7 @@ def test_private_training_takes_every_images_own_mean():
     batch = data.batch(np.arange(3))
     for _ in range(2):
         optimizer.zero_grad()
-        each = [F.cross_entropy(plain(batch.images[k : k + 1]), batch.labels[k : k + 1]) for k in (0, 1)]
+        each = [F.cross_entropy(plain(batch.inputs[k : k + 1]), batch.targets[k : k + 1]) for k in (0, 1)]
         (sum(each) / 3).backward()
         optimizer.step()
     assert torch.allclose(vector(module), vector(plain), atol=1e-5)
@@ -433,10 +433,10 @@ def test_a_signal_that_got_lost_ends_the_steps_that_are_booked(data, monkeypatch
     steps = []
 
     def loss(self, model, batch, received):
-        steps.append(len(batch.images))
+        steps.append(len(batch.inputs))
         if len(steps) == 2:
             lose(signal.SIGTERM)
-        return F.cross_entropy(model(batch.images), batch.labels)
+        return F.cross_entropy(model(batch.inputs), batch.targets)
 
     monkeypatch.setattr(Supervised, "loss", loss)
     module, who = network(), client()

@@ -69,11 +69,11 @@ def test_a_batch_is_what_plain_pytorch_makes_of_its_rows(one, cache):
     assert len(data) == len(data.samples) == COUNT
     for rows in (np.array([7, 0, 7, 11]), np.arange(COUNT)[::-2], NONE):  # after the first a cache has the images
         batch = data.batch(rows)
-        close(batch.images, plain(one.images[rows.copy()]))
-        assert torch.equal(batch.labels, one.labels[rows.copy()])
+        close(batch.inputs, plain(one.images[rows.copy()]))
+        assert torch.equal(batch.targets, one.labels[rows.copy()])
         assert batch.indices is rows
-        assert not batch.augmented
-        assert batch.tokens is None
+        assert not batch.fresh
+        assert batch.targets is None
     close(data.pixels.take(None), plain(one.images))
 
 
@@ -116,7 +116,7 @@ def test_batches_picked_at_once_are_those_picked_one_by_one(one, kind, cache, at
         assert a.indices is b.indices is indices
         assert a.augmented is b.augmented is (kind != "none")
     for batches, shared in ((singly, False), (together, at_once > 1 and kind == "none")):
-        first, second = (batch.images.untyped_storage().data_ptr() for batch in batches[:2])
+        first, second = (batch.inputs.untyped_storage().data_ptr() for batch in batches[:2])
         assert (first == second) is shared
 
 
@@ -127,9 +127,9 @@ def test_augmentation_draws_from_the_given_stream_alone(one, kind, cache):
     for rows in ([3, 1, 8], [5]):
         batch = data.batch(np.array(rows), rng=given)
         images = normalise(one.images[rows], MEAN, STD, channels_last=True)
-        assert torch.equal(batch.images, augment(images, kind, own))
-        assert not torch.equal(batch.images, images)
-        assert batch.augmented
+        assert torch.equal(batch.inputs, augment(images, kind, own))
+        assert not torch.equal(batch.inputs, images)
+        assert batch.fresh
     assert given.random() == own.random()
     close(data.batch(np.array([3, 1])).images, plain(one.images[[3, 1]]))  # the client's own images stay
 
@@ -152,10 +152,10 @@ def test_every_augmented_pass_draws_anew(one):
     data, given, own = client(one, "crop-flip"), stream(), stream()
     for _ in range(2):
         for batch in data.samples.batches(5, augment=True, rng=given):
-            assert batch.augmented
-            assert torch.equal(batch.images, data.samples.take(batch.indices, own))
-    assert not any(batch.augmented for batch in data.samples.batches(5, rng=given))
-    assert not any(batch.augmented for batch in client(one).samples.batches(5, augment=True, rng=given))
+            assert batch.fresh
+            assert torch.equal(batch.inputs, data.samples.take(batch.indices, own))
+    assert not any(batch.fresh for batch in data.samples.batches(5, rng=given))
+    assert not any(batch.fresh for batch in client(one).samples.batches(5, augment=True, rng=given))
     assert given.random() == own.random()
     with pytest.raises(ValueError, match="rng: expected a generator"):
         next(data.samples.batches(5, augment=True))
@@ -166,10 +166,10 @@ def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
     tokens = Vocabulary(("red", "green", "blue")).tokenize(texts, 10)
     data = client(one, tokens=tokens)
     for batch, length in ((data.batch(np.array([3, 0])), 3), (data.batch(np.array([1])), 4), (data.batch(NONE), 1)):
-        assert torch.equal(batch.tokens.ids, tokens.ids[batch.indices, :length])
-        assert torch.equal(batch.tokens.mask, tokens.mask[batch.indices, :length])
+        assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, :length])
+        assert torch.equal(batch.targets.mask, tokens.mask[batch.indices, :length])
     for batch in data.samples.batches(5):
-        assert torch.equal(batch.tokens.ids, tokens.ids[batch.indices, : batch.tokens.ids.shape[1]])
+        assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, : batch.targets.ids.shape[1]])
     found = list(held_out(one, tokens=tokens, batch=11).captioned())
     assert [len(images) for images, _ in found] == [6, 6]  # no pair is left alone
     close(torch.cat([images for images, _ in found]), plain(one.images))

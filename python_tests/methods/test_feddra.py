@@ -101,7 +101,7 @@ def test_plans(options, plan):
 def test_loss_at_a_random_start_and_of_identical_pairs(parts):
     p = parts()
     batch = p.clients[0].batch(np.arange(16))
-    x, y = p.bench.build().train()(batch.images, batch.tokens)
+    x, y = p.bench.build().train()(batch.inputs, batch.targets)
     assert ops.contrastive(x, y).item() < 2 * math.log(16) + 3
     same = torch.eye(16)
     assert ops.contrastive(same, same).item() < 1e-3
@@ -117,7 +117,7 @@ def test_the_local_objective(reduction, parts):
     received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
     loss, seen = p.method.loss(model, batch, received)
     with torch.no_grad():
-        (x, y), (zx, zy) = p.bench.build().train()(batch.images, batch.tokens), glob(batch.images, batch.tokens)
+        (x, y), (zx, zy) = p.bench.build().train()(batch.inputs, batch.targets), glob(batch.inputs, batch.targets)
     squares = (x - zx).square() + (y - zy).square()
     anchor = squares.mean() if reduction == "mean" else squares.sum(1).mean()
     expected = 2 * ops.contrastive(x, y, 0.07) + 3 * anchor

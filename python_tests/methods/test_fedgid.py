@@ -73,7 +73,7 @@ class Scene:
 
     def oracle(self, alpha=0.6, lam=1.0, temperature=1.0, stage="layer2", kl="local_global", on="features", gi=True):
         """The equations of section 1.3, line by line."""
-        x, y = self.batch.images, self.batch.labels
+        x, y = self.batch.inputs, self.batch.targets
         f_i = self.local.features(x)
         z = self.local.head(f_i)
         with torch.no_grad():
@@ -242,7 +242,7 @@ def test_running_statistics_of_the_tail_ignore_mixed_features(updates, make_data
     twin = network(1, dtype=torch.float64)
     twin.load_state_dict(Scene(make_data, make_config, mix_stage="layer1").local.state_dict())
     twin.train()
-    twin(scene.batch.images)
+    twin(scene.batch.inputs)
     same = {k: torch.equal(v, scene.local.state_dict()[k]) for k, v in twin.state_dict().items() if "running" in k}
     assert all(same[k] for k in same if k.startswith("layer1"))
     assert all(same.values()) == (not updates)
@@ -330,7 +330,7 @@ def test_the_label_stays_that_of_the_original_image(make_data, make_config):
     _, seen = scene.loss()
     bank, index = scene.batch.drawn["bank"], scene.batch.drawn["index"]
     z = scene.local.head(scene.frozen.features(bank.take(index)))
-    torch.testing.assert_close(seen["loss_gi"], cross_entropy(z, scene.batch.labels), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(seen["loss_gi"], cross_entropy(z, scene.batch.targets), rtol=1e-9, atol=1e-9)
 
 
 def test_empty_bank_trains_without_intervention_and_says_so(make_data, make_config, tmp_path):

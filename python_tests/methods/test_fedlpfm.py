@@ -60,11 +60,11 @@ def test_loss_and_gradient_are_the_equations(teachers, mixing, lam, temperature)
     z, own = proxy.logits.detach(), (1 - lam if mixing == "convex" else 1.0)
     p = softmax(teacher / temperature, 2).mean(0)
     divergence = kl_div(log_softmax(z / temperature, 1), p, reduction="batchmean")
-    expected = own * cross_entropy(z, batch.labels) + lam * temperature**2 * divergence
+    expected = own * cross_entropy(z, batch.targets) + lam * temperature**2 * divergence
     torch.testing.assert_close(total.detach(), expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(seen["loss_kd"], temperature**2 * divergence, rtol=1e-6, atol=1e-9)
     # (1 - lambda)(softmax z - onehot) + lambda T (softmax(z / T) - p_T), all over B
-    target = one_hot(batch.labels, 5).double()
+    target = one_hot(batch.targets, 5).double()
     gradient = own * (softmax(z, 1) - target) + lam * temperature * (softmax(z / temperature, 1) - p)
     torch.testing.assert_close(proxy.logits.grad, gradient / 7, rtol=1e-6, atol=1e-9)
 
@@ -162,7 +162,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     images = (split.images / 255 - mean) / std
     for k in range(3):
         client, teacher = Client(bench, k, {}), method._teacher(0)
-        rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.images for batch in client.batches()]
+        rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.batches()]
         tune = probe if tuning == "probe" else finetune
         tuned, _ = tune(teacher, own, client.labels, rng, epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
@@ -202,7 +202,7 @@ def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
     method, bench, server = started(data, small(make_config, augment="crop"))
     client = Client(bench, 0, {})
     method.client_update(client, PHASE, method.send(server, PHASE))
-    plain = torch.cat([batch.images for batch in client.batches()])
+    plain = torch.cat([batch.inputs for batch in client.batches()])
     torch.testing.assert_close(
         client.state["teacher_logits"][0], method._teacher(0).logits(plain), rtol=1e-5, atol=1e-5
     )

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fedkern import plugins
-from fedkern.data.image_rows import FileRows
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.links import Ended, Link, Lost
@@ -30,6 +29,7 @@ from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Noti
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed, UserError
+from fedkern.image_rows import FileRows
 from fedkern.interrupts import check
 from fedkern.messages.packets import NotPortable, Packer, Unpacker
 from fedkern.methods.base import ClientId, Message, Phase

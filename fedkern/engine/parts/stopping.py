@@ -15,8 +15,8 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError
-from fedkern.methods.common.figure_names import check_reachable, split_metric
 from fedkern.methods.common.figures import is_main
+from fedkern.tasks.figure_names import check_reachable, split_metric
 
 _TARGET = re.compile(
     r"\s*(?P<figure>[A-Za-z]\w*)\s*(?P<sign>>=|<=)\s*(?P<value>[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?)\s*"

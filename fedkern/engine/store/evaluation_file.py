@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedkern import atomic
-from fedkern.methods.common.figure_names import OVER_CLIENTS
+from fedkern.tasks.figure_names import OVER_CLIENTS
 
 EVALUATION = "evaluation.csv"
 COLUMNS = ("client", "test_set", "metric", "value")

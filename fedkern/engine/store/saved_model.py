@@ -38,7 +38,7 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
     about = {
         "model": context.model_name,
         "width": config.width,
-        "task": data.task,
+        "task": data.task.name,
         "classes": list(data.classes),
         "channels": channels,
         "image_size": [height, width],
@@ -48,8 +48,7 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         "method": config.method,
         "rounds": rounds,
     }
-    if data.task == "retrieval":
-        about["pair"] = context.pair
+    about |= context.described
     if flat and lacks_statistics(context, config):
         about["statistics"] = "batch"
     # The key "samples" marks a module that only the method can build again.

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from fedkern.methods.common.dro import LOSSES, Robust
-from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.protocol import Batch, Federation, Received, Round
 from fedkern.methods.registry import register
 
@@ -24,7 +23,7 @@ from fedkern.methods.registry import register
 class AFL(Robust):
     """Weighs clients for the worst of all their mixtures: agnostic federated learning (arXiv 1902.00146)."""
 
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "retrieval")
+    asks = frozenset({"loss"})
     replayable = True
 
     @property
@@ -36,4 +35,4 @@ class AFL(Robust):
             yield Round(exchanges=("update", LOSSES))
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return self.scaled(supervised_loss(model, batch), received)
+        return self.scaled(batch.task.loss(model, batch), received)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 from fedkern.methods.base import Method
-from fedkern.methods.common.segmentation_figures import segmentation
-from fedkern.methods.common.supervised import pair_figures, supervised_loss
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
@@ -29,7 +25,7 @@ class Local(Objective, Method):
     evaluate and save them, as the members of an ensemble.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
+    asks = frozenset({"loss"})
     replayable = True
 
     @property
@@ -55,7 +51,7 @@ class Local(Objective, Method):
         return {"network": network.state_dict()}
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return supervised_loss(model, batch)
+        return batch.task.loss(model, batch)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {"network": once(server.round_cache, "network", lambda: like(server.build().state_dict()))}
@@ -77,11 +73,8 @@ class Local(Objective, Method):
         ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are the figures of the worst and the
         best client.
         """
-        if getattr(data, "task", "") == "retrieval":
-            return _averaged([pair_figures(member, data) for member in model.members], "i2t_r1")
-        if getattr(data, "task", "") == "segmentation":
-            return _averaged([segmentation(member, data) for member in model.members], "dice")
-        return _classified(model, data)
+        figures: dict[str, float] = data.task.member_figures(model, data)
+        return figures
 
     def evaluate_own(self, model: Any, data: Any, client: ClientId) -> dict[str, float]:
         return super().evaluate(model.members[client], data)
@@ -94,40 +87,3 @@ class Pairs(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.requires_grad_(False)
-
-
-def _averaged(figures: list[dict[str, float]], main: str) -> dict[str, float]:
-    """Means of the figures over clients, and the lowest and highest value of the main figure."""
-    shared = [name for name in figures[0] if all(name in each for each in figures)]
-    mean = {name: sum(each[name] for each in figures) / len(figures) for name in shared}
-    ends = [each[main] for each in figures if main in each]
-    return {**mean, **({f"lowest_{main}": min(ends), f"highest_{main}": max(ends)} if ends else {})}
-
-
-@torch.no_grad()
-def _classified(model: Ensemble, data: Any) -> dict[str, float]:
-    clients = len(model.members)
-    correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
-    total = 0
-    keep, kept = getattr(data, "keep", None), []
-    for images, labels in data.batches():
-        said = model.logits(images)
-        if keep is not None:
-            kept.append(said.cpu())
-        logits = said.double()
-        truth = log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
-        correct += (logits.argmax(2) == labels).sum(1).cpu()
-        loss -= truth.sum(1).cpu()
-        confidence += truth.exp().sum(1).cpu()
-        total += labels.numel()
-    if keep is not None:
-        for k, own in enumerate(torch.cat(kept, 1)):
-            keep(own, client=k)
-    accuracy = correct / total
-    return {
-        "accuracy": float(accuracy.mean()),
-        "lowest_accuracy": float(accuracy.min()),
-        "highest_accuracy": float(accuracy.max()),
-        "loss": float(loss.mean()) / total,
-        "confidence": float(confidence.mean()) / total,
-    }

@@ -18,7 +18,7 @@ from fedkern.methods.registry import register
 class CCVR(OneShotFedAvg):
     """One-shot FedAvg with its classifier calibrated on virtual features (CCVR, arXiv 2106.05001)."""
 
-    tasks = ("classification",)
+    asks = frozenset({"classes", "features"})
 
     @dataclass(frozen=True)
     class Options(OneShotFedAvg.Options):

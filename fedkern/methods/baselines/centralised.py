@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from fedkern.methods.base import Method
-from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
@@ -27,7 +26,7 @@ class Centralised(Objective, Method):
     pooled = True
     pools_statistics = True
     replayable = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation", "retrieval")
+    asks = frozenset({"loss"})
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
@@ -46,7 +45,7 @@ class Centralised(Objective, Method):
         return {name: server.state[name] for name in server.trained_vectors if name in server.state}
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return supervised_loss(model, batch)
+        return batch.task.loss(model, batch)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         for upload in uploads:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.methods.base import vectors_of
-from fedkern.methods.common.figures import classification
 from fedkern.methods.common.oneshot import MemberNetworks, exhaust
 from fedkern.methods.common.oneshot_members import Members
 from fedkern.methods.options import option
-from fedkern.methods.protocol import ClientId, Message, Phase, Upload
+from fedkern.methods.protocol import Batch, ClientId, Message, Phase, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.models.cost import memory_ratio
@@ -30,6 +29,8 @@ from fedkern.models.cost import memory_ratio
 @register("ensemble")
 class Ensemble(MemberNetworks):
     """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
+
+    asks = frozenset({"classes"})
 
     @dataclass(frozen=True)
     class Options(MemberNetworks.Options):
@@ -103,11 +104,11 @@ class Ensemble(MemberNetworks):
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """The figures of the mean logits; for classification also ``vote_accuracy`` and ``probability_accuracy``."""
-        if not isinstance(model, models.Ensemble) or getattr(data, "task", "") == "segmentation":
+        with_votes = {"classes": _Ballot}.get(data.task.network)
+        if not isinstance(model, models.Ensemble) or with_votes is None:
             return super().evaluate(model, data)
-        ballot = _Ballot(model, data)
-        figures = classification(ballot, ballot)  # type: ignore[arg-type]
-        return {**figures, **ballot.figures()}
+        ballot = with_votes(model, data)
+        return {**data.task.figures(ballot, ballot), **ballot.figures()}
 
 
 def vote(logits: Tensor) -> Tensor:
@@ -126,10 +127,10 @@ class _Ballot:
         self._total = 0
         self._right = torch.zeros(2, dtype=torch.int64)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self._data.batches():
-            self._labels = labels
-            yield images, labels
+    def batches(self) -> Iterator[Batch]:
+        for batch in self._data.batches():
+            self._labels = batch.targets
+            yield batch
 
     @property
     def metrics(self) -> Any:

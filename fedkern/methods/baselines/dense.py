@@ -31,7 +31,7 @@ from fedkern.models.ensemble import Ensemble
 class DENSE(Distilled):
     """One-shot, data-free: a generator trained against the clients' ensemble, then distillation (arXiv 2112.12371)."""
 
-    tasks = ("classification",)
+    asks = frozenset({"classes", "images", "features"})
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):

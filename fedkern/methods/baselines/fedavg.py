@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
 
@@ -18,7 +17,7 @@ class FedAvg(LocalTraining):
 
     memoryless = True
     replayable = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation", "retrieval")
+    asks = frozenset({"loss"})
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return supervised_loss(model, batch)
+        return batch.task.loss(model, batch)

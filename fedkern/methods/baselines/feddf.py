@@ -31,6 +31,8 @@ from fedkern.models.ensemble import Ensemble
 class FedDF(Distilled):
     """One-shot FedAvg, then the clients' ensemble distilled into it on public images (FedDF, arXiv 2006.07242)."""
 
+    asks = frozenset({"classes", "images"})
+
     @dataclass(frozen=True)
     class Options(Distilled.Options):
         """Options of the distillation."""
@@ -51,7 +53,7 @@ class FedDF(Distilled):
                 f"feddf distils on at least 2 public images and this run sets {public or 'none'} aside: give "
                 "--public-samples N, or take a generator's images with --method-option source=generator."
             )
-        if self.options.source == "generator" and server.task == "segmentation":
+        if self.options.source == "generator" and "pixels" in server.task.offers:
             raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")
         super().start(server)
 
@@ -73,8 +75,8 @@ class FedDF(Distilled):
         if o.source == "public" and server.public is not None:
             pool = Pool(teachers, len(server.public), server.image_shape)
             # Logits of a segmentation have a value per pixel and class: smaller batches.
-            for batch in server.public.batches(500 if server.task == "classification" else 16):
-                pool.add(batch.images)
+            for batch in server.public.batches(server.task.outside(500)):
+                pool.add(batch.inputs)
             return pool
         pool = Pool(teachers, o.synthetic, server.image_shape)
         draw = torch_stream(server, "generator", phase)

@@ -37,6 +37,7 @@ from fedkern.transfer import fetch
 class FedDyn(FedAvg):
     """Regularises every client dynamically, so that local and global optima agree (arXiv 2111.04263)."""
 
+    asks = frozenset({"loss"})
     follows_own_update = True
     memoryless = False
 

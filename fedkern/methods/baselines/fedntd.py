@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.methods.base import LocalTraining
@@ -30,6 +29,7 @@ from fedkern.methods.registry import register
 class FedNTD(LocalTraining):
     """Distils the global model's view of the classes that are not a sample's own (arXiv 2106.03097)."""
 
+    asks = frozenset({"criterion", "classes"})
     memoryless = True
     replayable = True
 
@@ -39,13 +39,13 @@ class FedNTD(LocalTraining):
         temperature: float = option(1.0, "temperature of the not-true distillation", above=0, infinite=True)
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        logits = model(batch.images)
+        logits = model(batch.inputs)
         if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
-            return cross_entropy(logits, batch.labels)
+            return batch.task.criterion(logits, batch)
         teacher = batch.drawn["teacher"]
-        em = cross_entropy(logits, batch.labels)
+        em = batch.task.criterion(logits, batch)
         ntd = ops.kl_div(
-            not_true(logits, batch.labels), not_true(teacher, batch.labels), float(self.options.temperature)
+            not_true(logits, batch.targets), not_true(teacher, batch.targets), float(self.options.temperature)
         )
         return em + self.options.beta * ntd, {"loss_em": em.detach(), "loss_ntd": ntd.detach()}
 
@@ -53,7 +53,7 @@ class FedNTD(LocalTraining):
         """The received model's logits of the batch."""
         if not self.options.beta:
             return {}
-        return {"teacher": remembered("logits", batch, received, lambda: received.model(batch.images))}
+        return {"teacher": remembered("logits", batch, received, lambda: received.model(batch.inputs))}
 
 
 def not_true(logits: Tensor, labels: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.methods.base import VECTORS, LocalTraining
@@ -44,6 +43,7 @@ from fedkern.methods.uploads import Declaration, Maybe, Values, like, once
 class FedProto(LocalTraining):
     """Pulls features towards class prototypes averaged over the clients (arXiv 2105.00243)."""
 
+    asks = frozenset({"criterion", "classes", "features"})
     replayable = True
 
     @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class FedProto(LocalTraining):
     # -- the client ------------------------------------------------------------------------------------------------
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        features = model.features(batch.images)
-        em = cross_entropy(model.head(features), batch.labels)
+        features = model.features(batch.inputs)
+        em = batch.task.criterion(model.head(features), batch)
         if "means" not in batch.drawn:
             return em
         means, known = batch.drawn["means"], batch.drawn["known"]
-        apart = (features - means[batch.labels]).square().mean(1)
-        distance = torch.where(known[batch.labels], apart, 0.0).mean()
+        apart = (features - means[batch.targets]).square().mean(1)
+        distance = torch.where(known[batch.targets], apart, 0.0).mean()
         return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class FedProto(LocalTraining):
             return {}
         if "targets" not in received.round_cache:
             means, known = table(received.message["prototypes"], model.head.out_features)
-            there = batch.images.device
+            there = batch.inputs.device
             received.round_cache["targets"] = {"means": means.to(there), "known": known.to(there)}
         targets: dict[str, Any] = received.round_cache["targets"]
         return targets
@@ -197,7 +197,8 @@ class FedProto(LocalTraining):
         keep, figures = getattr(data, "keep", None), []
         for client, member in zip(model.clients, model.members, strict=True):
             kept = None if keep is None else partial(keep, client=client)
-            unrecorded = SimpleNamespace(batches=data.batches, keep=kept)  # no single network made the predictions
+            # No single network made the predictions.
+            unrecorded = SimpleNamespace(task=data.task, batches=data.batches, keep=kept)
             figures.append(super().evaluate(member, unrecorded))
         return {name: sum(one[name] for one in figures) / len(figures) for name in figures[0]}
 
@@ -205,7 +206,9 @@ class FedProto(LocalTraining):
         if isinstance(model, Personal) and client in model.clients:
             model = model.members[model.clients.index(client)]
         elif isinstance(model, Personal):
-            data = SimpleNamespace(batches=data.batches)  # never took part: evaluate the mean of the others' logits
+            data = SimpleNamespace(
+                task=data.task, batches=data.batches
+            )  # never took part: evaluate the mean of the others' logits
         return super().evaluate(model, data)
 
 
@@ -268,10 +271,10 @@ def prototypes(network: Any, client: Client) -> Message:
     sums: Tensor | None = None
     with torch.no_grad():
         for batch in client.batches():
-            features = network.features(batch.images).double().cpu()
+            features = network.features(batch.inputs).double().cpu()
             if sums is None:
                 sums = torch.zeros(len(present), features.shape[1], dtype=torch.float64)
-            sums.index_add_(0, row[batch.labels.cpu()], features)
+            sums.index_add_(0, row[batch.targets.cpu()], features)
     assert sums is not None  # the engine starts no client without samples
     return {"classes": present, "means": (sums / counts[:, None]).float(), "counts": counts}
 

@@ -15,6 +15,8 @@ from fedkern.methods.terms import Terms
 class FedProx(FedAvg):
     """FedAvg with a proximal term mu/2 ||theta - theta_global||^2 on every client (arXiv 1812.06127)."""
 
+    asks = frozenset({"loss"})
+
     @dataclass(frozen=True)
     class Options(FedAvg.Options):
         mu: float = option(0.01, "weight of the proximal term", low=0)

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
@@ -40,6 +39,7 @@ class Pair(nn.Module):
 class FML(LocalTraining):
     """Federated mutual learning: private models and a shared one teach each other (arXiv 2006.16765)."""
 
+    asks = frozenset({"criterion", "classes"})
     replayable = True
 
     @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class FML(LocalTraining):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.options
-        h, z = model.private(batch.images), model.proxy(batch.images)
-        own, shared = cross_entropy(h, batch.labels), cross_entropy(z, batch.labels)
+        h, z = model.private(batch.inputs), model.proxy(batch.inputs)
+        own, shared = batch.task.criterion(h, batch), batch.task.criterion(z, batch)
         temperature = float(o.temperature)
         to_private, to_proxy = (
             ops.kl_div(h, z.detach(), temperature), ops.kl_div(z, h.detach(), temperature)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, softplus
+from torch.nn.functional import cosine_similarity, softplus
 
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import frozen_copy, remembered
@@ -33,6 +33,7 @@ from fedkern.transfer import fetch
 class Moon(LocalTraining):
     """Pulls features towards the global model's, away from the client's last local model's (arXiv 2103.16257)."""
 
+    asks = frozenset({"criterion", "classes", "features"})
     replayable = True
 
     @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class Moon(LocalTraining):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if "previous" not in batch.drawn:
-            return cross_entropy(model(batch.images), batch.labels)
-        z, z_glob, z_prev = model.features(batch.images), batch.drawn["global"], batch.drawn["previous"]
+            return batch.task.criterion(model(batch.inputs), batch)
+        z, z_glob, z_prev = model.features(batch.inputs), batch.drawn["global"], batch.drawn["previous"]
         towards, away = cosine_similarity(z, z_glob), cosine_similarity(z, z_prev)
         contrast = softplus((away - towards) / self.options.temperature).mean()  # -log of the quotient above
-        em = cross_entropy(model.head(z), batch.labels)
+        em = batch.task.criterion(model.head(z), batch)
         return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
         """Features of the batch by the global model and by the client's last local model."""
         if not self.options.mu or "previous" not in received.extras:
             return {}
-        glob = remembered("global", batch, received, lambda: received.model.features(batch.images))
-        prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.images))
+        glob = remembered("global", batch, received, lambda: received.model.features(batch.inputs))
+        prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.inputs))
         return {"global": glob, "previous": prev}
 
     def _previous(self, received: Received) -> Any:

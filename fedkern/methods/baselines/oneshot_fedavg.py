@@ -9,3 +9,5 @@ from fedkern.methods.registry import register
 @register("oneshot-fedavg")
 class OneShotFedAvg(OneShot):
     """FedAvg with a single round: the whole local budget, then one weighted average (arXiv 1602.05629)."""
+
+    asks = frozenset({"classes"})

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.data.image_rows import in_parts
 from fedkern.errors import UserError
+from fedkern.image_rows import in_parts
 from fedkern.methods.base import VECTORS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
@@ -38,14 +37,15 @@ from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Declaration
 from fedkern.models.norms import fix_statistics
 
-# Images per backward pass at the received model: of a classification, and of a segmentation (logits per pixel).
-GRADIENT_BATCH, PIXELWISE_BATCH = 64, 16
+GRADIENT_BATCH = 64
+"""Most samples per backward pass at the received model."""
 
 
 @register("scaffold")
 class Scaffold(FedAvg):
     """Corrects local steps by control variates against client drift; twice FedAvg's bytes (arXiv 1910.06378)."""
 
+    asks = frozenset({"loss"})
     memoryless = False
 
     @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Scaffold(FedAvg):
         server_lr: float = option(1.0, "step size of the server", above=0)
 
     def check(self, client: Client) -> None:
-        if self.options.control == "I" and client.task == "retrieval":
+        if self.options.control == "I" and "pairs" in client.task.offers:
             raise UserError(
                 "The method option control=I is not for image-text data, whose loss is one of batches and not of "
                 "samples: use control=II."
@@ -95,9 +95,9 @@ class Scaffold(FedAvg):
         total = flat.gradients()
         # Samples; in a segmentation, pixels.
         known = torch.stack([(part >= 0).sum() for part in in_parts(client.labels)]).sum().clamp_min(1)
-        for batch in client.batches(GRADIENT_BATCH if client.labels.dim() == 1 else PIXELWISE_BATCH):
-            share = float((batch.labels >= 0).sum() / known)
-            (share * supervised_loss(network, batch)).backward()
+        for batch in client.batches(client.task.outside(GRADIENT_BATCH)):
+            share = float((batch.targets >= 0).sum() / known)
+            (share * batch.task.loss(network, batch)).backward()
         return total
 
     def reduce(self, phase: Phase) -> tuple[str, ...]:

@@ -191,10 +191,10 @@ def collect(
     statistics: ClassStatistics | None = None
     with torch.no_grad():
         for batch in batches:
-            rows = features(batch.images)
+            rows = features(batch.inputs)
             if statistics is None:
                 statistics = ClassStatistics(classes, rows.shape[1], diagonal=options.covariance == "diagonal")
-            statistics.add(rows, batch.labels)
+            statistics.add(rows, batch.targets)
     if statistics is None:
         raise ValueError("batches must hold at least one batch, not none")
     return statistics.message()

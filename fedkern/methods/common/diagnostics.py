@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fedkern.data.image_rows import in_parts
-from fedkern.methods.common.client_figures import undefined
-from fedkern.methods.common.figure_names import OVER_CLIENTS, set_noun, short_title, split_metric
+from fedkern.image_rows import in_parts
 from fedkern.methods.common.figures import MAIN_FIGURES
-from fedkern.methods.common.multilabel_figures import MAIN as AREA
-from fedkern.methods.common.multilabel_figures import unvaried
-from fedkern.methods.common.segmentation_figures import constant_dice
 from fedkern.methods.protocol import Observed
+from fedkern.tasks import Constant
+from fedkern.tasks.figure_names import OVER_CLIENTS, set_noun, short_title, split_metric
+from fedkern.tasks.multilabel_figures import MAIN as AREA
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1
@@ -84,10 +81,7 @@ def collapsed_classes(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[s
 def unvaried_labels(sets: Mapping[str, Any]) -> dict[str, str]:
     """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
     for prefix, data in sets.items():
-        kept = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
-        if data.task != "multilabel" or prefix == "validation_" or not kept or len(data) < 2:
-            continue
-        if all(unvaried(logits) for logits in kept):
+        if prefix != "validation_" and data.task.unvaried(data):
             return {
                 "unvaried-labels": f"Every label is predicted for all images of the {set_noun(prefix[:-1])} or for "
                 "none: train longer, or change the learning rate."
@@ -111,37 +105,13 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]], label: Callable[[in
     return {}
 
 
-@dataclass(frozen=True)
-class Constant:
-    """Figures of predicting one class everywhere on a test set.
-
-    Attributes:
-        figures: the best figure that a single class gives, by name.
-        name: the class that gives the best accuracy or Dice; empty if several give the same.
-    """
-
-    figures: Mapping[str, float]
-    name: str
-
-
 def constants(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Constant]:
     """What predicting one class everywhere gives, by the prefix of the test set's figures.
 
     Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
     """
-    found = {}
-    for prefix, data in sets.items():
-        if data.task == "segmentation":
-            value, best = constant_dice(data.labels, len(classes), data.cases, data.full)
-            found[prefix] = Constant({"dice": value}, classes[best] if value else "")
-        elif data.task == "classification":
-            labels = data.labels.cpu()
-            counts = torch.bincount(labels, minlength=len(classes))
-            top, present = int(counts.max()), int((counts > 0).sum())
-            if present > 1:
-                name = classes[int(counts.argmax())] if int((counts == top).sum()) == 1 else ""
-                found[prefix] = Constant({"accuracy": top / len(labels), "balanced_accuracy": 1 / present}, name)
-    return found
+    every = {prefix: data.task.constant(data, classes) for prefix, data in sets.items()}
+    return {prefix: constant for prefix, constant in every.items() if constant is not None}
 
 
 def near(constant: float) -> float:
@@ -231,19 +201,18 @@ def undefined_figures(
         sets: the test sets by the prefix of their figures' names.
         own: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
     """
-    reasons = {"dice": "no mask with an object", "macro_auroc": "no label that some images have and others lack"}
     texts: dict[str, str] = {}
     for prefix, data in sets.items():
-        if figure := undefined(data):
-            name, lacks = set_noun(prefix[:-1]), short_title(figure)
-            texts[f"no-{prefix}{figure}"] = f"The {name} has {reasons[figure]}, and so no {lacks}."
+        if not data.task.defined(data):
+            name, figure = set_noun(prefix[:-1]), data.task.main
+            texts[f"no-{prefix}{figure}"] = f"The {name} has {data.task.lacks}, and so no {short_title(figure)}."
     lacking = [k for k, figures in own.items() if None in figures.values()]
     if lacking:
-        figure = next(name for name, value in own[lacking[0]].items() if value is None)
+        task = next(iter(sets.values())).task
         some = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-        texts[f"no-client-{figure}"] = (
-            f"{len(lacking)} of {len(own)} clients ({some}) have {reasons[figure]} in their test sets, and so no "
-            f"{short_title(figure)}: its mean and the worst client are of the others."
+        texts[f"no-client-{task.main}"] = (
+            f"{len(lacking)} of {len(own)} clients ({some}) have {task.lacks} in their test sets, and so no "
+            f"{short_title(task.main)}: its mean and the worst client are of the others."
         )
     return texts
 

@@ -13,7 +13,7 @@ model that it evaluated and trains it in the next round, so the losses cost a fe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from fedkern.data.cases import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining, vectors_of
 from fedkern.methods.common.robust_weights import Weights, distance, exponentiated_step, project
-from fedkern.methods.common.supervised import batches_of, supervised_loss
 from fedkern.methods.options import option
 from fedkern.methods.protocol import OUTSIDE, ClientId, Message, Phase, Received, Round, Upload
 from fedkern.methods.roles import Client, Server
@@ -230,7 +229,7 @@ class Robust(LocalTraining):
         model = {**vectors_of(client.round_cache.get("asked", {})), **vectors_of(message)}
         client.state["model"] = model
         network = client.frozen(model)
-        batches = batches_of(self.rows(client)[1], int(message["batch"]))
+        batches = _batches_of(self.rows(client)[1], int(message["batch"]))
         with torch.no_grad():
             losses = [float(self.judge(network, client.batch(rows))) for rows in batches]
         loss = sum(losses) / len(losses)
@@ -239,9 +238,14 @@ class Robust(LocalTraining):
 
     def judge(self, model: Any, batch: Any) -> Tensor:
         """Loss of a batch, a scalar, that determines the client weights."""
-        return supervised_loss(model, batch)
+        return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
         """The local loss times the client's factor; unchanged unless the weights act on local losses."""
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
+
+
+def _batches_of(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
+    """``rows`` in batches of exactly ``size``; an incomplete last batch is left out."""
+    return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]

@@ -28,14 +28,14 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
         name: cache key, unique within a loss.
         batch: the batch; its ``indices`` are the rows of the cache.
         received: its ``round_cache`` holds the cache.
-        compute: returns ``[B, ...]`` for ``batch.images``.
+        compute: returns ``[B, ...]`` for ``batch.inputs``.
     """
     rows = torch.from_numpy(batch.indices)
     kept = received.round_cache.get(name)
     if kept is not None and batch.epoch > 0:
         return kept.index_select(0, send(rows, kept.device))
     fresh = compute()
-    if received.epochs > 1 and not batch.augmented and batch.epoch == 0 and not normalises_by_batch(received.model):
+    if received.epochs > 1 and not batch.fresh and batch.epoch == 0 and not normalises_by_batch(received.model):
         if kept is None:
             kept = received.round_cache[name] = fresh.new_empty(received.samples, *fresh.shape[1:])
         kept[send(rows, kept.device)] = fresh

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ class OneShot(FedAvg):
         calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
 
     one_shot = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
     takes_teachers = True
     needs_statistics = False
     """Whether the server uses the clients' networks in eval mode, so that batch norm needs running statistics."""
@@ -48,10 +47,10 @@ class OneShot(FedAvg):
 
     def start(self, server: Server) -> None:
         super().start(server)
-        if self.options.calibrate and server.task != "classification":
+        if self.options.calibrate and "features" not in server.task.offers:
             raise UserError(
-                f"calibrate draws a classifier's features of whole images, and this run is for {server.task}: leave it "
-                "out."
+                f"calibrate draws a classifier's features of whole images, and this run is for {server.task.name}: "
+                "leave it out."
             )
         needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
         if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):

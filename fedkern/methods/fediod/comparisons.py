@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fedkern.methods.fediod.discriminators import Discriminators
-from fedkern.methods.fediod.local_teachers import main_figure
 from fedkern.methods.fediod.losses import importance, mixture, teacher_log_probs
 from fedkern.methods.fediod.privacy_options import tells_scores
-from fedkern.methods.protocol import ClientId
+from fedkern.methods.protocol import Batch, ClientId
 from fedkern.methods.roles import Client, Server
 
 KEEP_BYTES = 1 << 30
@@ -37,16 +36,16 @@ class Panel:
     def __len__(self) -> int:
         return len(self._data)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[Batch]:
         """The test set's batches; keeps the teachers' logits for the next pass."""
         kept, size = self._kept if self._full else None, 0
         fresh: list[Tensor] = []
-        for i, (images, labels) in enumerate(self._data.batches()):
-            self._now = self._ask(images) if kept is None else kept[i]
+        for i, batch in enumerate(self._data.batches()):
+            self._now = self._ask(batch.inputs) if kept is None else kept[i]
             size += self._now.numel() * self._now.element_size()
             if kept is None and size <= KEEP_BYTES:
                 fresh.append(self._now)
-            yield images, labels
+            yield batch
         if kept is None and size <= KEEP_BYTES:
             self._kept, self._full = fresh, True
         self._now = None
@@ -94,7 +93,7 @@ def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data:
 
     def figure(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
         panel.answer = answer
-        return main_figure(method.evaluate(panel, panel))
+        return float(panel.task.score(method.evaluate(panel, panel)))
 
     each = [figure(lambda images, logits, i=i: logits[i]) for i in range(len(ids))]  # type: ignore[misc]
     disclosed = method.disclosed(server, ids).to(device)

@@ -117,7 +117,7 @@ class Discriminators:
                 whole = Phase(phase.round, phase.name, "update")
                 order = client.round_cache["order"] = client.rng("real", whole).permutation(client.samples)
             chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
-        return client.batch(chosen, augmentation).images
+        return client.batch(chosen, augmentation).inputs
 
     def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
         """One step of the discriminators that have real images (by slot); all share the fake ones ``[B, C, H, W]``.

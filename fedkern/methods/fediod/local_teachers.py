@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.cases import drawn_rows
-from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
 from fedkern.methods.fediod import private_messages as private
-from fedkern.methods.protocol import Phase, batch_slices
+from fedkern.methods.protocol import Batch, Phase, batch_slices
 from fedkern.methods.roles import Client
 
 TRAIN = Phase(0, "train", "update")
@@ -36,12 +35,10 @@ class Held:
         """Whether these samples can be scored: at least one sample (segmentation: pixel) has a known class."""
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) in order, not augmented."""
-        size = 500 if self.task == "classification" else 16  # segmentation logits are as large as the images
-        for part in batch_slices(len(self), size):
-            batch = self._client.batch(self._rows[part])
-            yield batch.images, batch.labels
+    def batches(self) -> Iterator[Batch]:
+        """The samples in order, not augmented."""
+        for part in batch_slices(len(self), self.task.outside(500)):
+            yield self._client.batch(self._rows[part])
 
 
 def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -66,11 +63,6 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def main_figure(figures: dict[str, float]) -> float:
-    """The figure that networks are compared by: ``accuracy``, or ``dice`` for segmentation; else minus the loss."""
-    return next((figures[name] for name in MAIN_FIGURES if name in figures), -figures["loss"])
-
-
 def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:
     """Trains the client's teacher, or loads a pretrained one, and keeps it in ``client.state["teacher"]``.
 
@@ -88,7 +80,7 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
     state = client.state["teacher"] = vectors(flatten(module))
     if held.scored and not load_pretrained:
         with torch.no_grad():
-            state["holdout"] = main_figure(method.evaluate(module, held))
+            state["holdout"] = held.task.score(method.evaluate(module, held))
 
 
 def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held: Held, options: Any) -> None:
@@ -98,7 +90,7 @@ def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held:
     @torch.no_grad()
     def look(epoch: int) -> None:
         module.eval()
-        figure = main_figure(method.evaluate(module, held))
+        figure = held.task.score(method.evaluate(module, held))
         if figure > best[0]:
             best[:] = figure, {name: value.detach().clone() for name, value in module.state_dict().items()}
 

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
-from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.artifacts import show
@@ -60,7 +59,7 @@ class FedIOD(Objective, OwnNetworks):
     class Options(IODOptions):
         """Options of FedIOD (docs/methods/fediod.md, section 8)."""
 
-    tasks = ("classification", "segmentation")
+    asks = frozenset({"classes", "images"})
     selective = True
     takes_teachers = True
     replayable = True
@@ -172,7 +171,7 @@ class FedIOD(Objective, OwnNetworks):
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         kind, _ = parts(phase)
         classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
-        positions = (height, width) if server.task == "segmentation" else ()
+        positions = server.task.output(classes, (height, width))[1:]
         if kind == "secret":
             return {}
         if kind == "teacher":
@@ -304,7 +303,7 @@ class FedIOD(Objective, OwnNetworks):
         assert client.public is not None  # checked in start
         bank = self.bank({client.id: client})
         said = (
-            teacher_log_probs(bank.logits(batch.images), self.settings.mix)[0] for batch in client.public.batches(64)
+            teacher_log_probs(bank.logits(batch.inputs), self.settings.mix)[0] for batch in client.public.batches(64)
         )
         return {"logits": torch.cat(list(said))}
 
@@ -331,7 +330,7 @@ class FedIOD(Objective, OwnNetworks):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         """A teacher's training loss."""
-        return supervised_loss(model, batch)
+        return batch.task.loss(model, batch)
 
     def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
         """Class counts or flags as the clients disclosed them, fp32 ``[K, C]``; ones ``[K, 1]`` without any."""

@@ -58,16 +58,16 @@ class LocalPart(nn.Module):
         """
         (frozen,) = self._frozen
         if frozen is None:
-            return batch.images
-        if self._batchwise or batch.augmented:
+            return batch.inputs
+        if self._batchwise or batch.fresh:
             with torch.no_grad():
-                return frozen.joined(batch.images)
+                return frozen.joined(batch.inputs)
         indices = torch.from_numpy(batch.indices)
         if self._rows is not None and bool(self._known[indices].all()):
             kept = self._rows.index_select(0, send(indices, self._rows.device))
             return kept.movedim(-1, 1) if kept.dim() == 4 else kept
         with torch.no_grad():
-            joined = frozen.joined(batch.images)
+            joined = frozen.joined(batch.inputs)
             rows = joined.movedim(1, -1) if joined.dim() == 4 else joined
             if self._rows is None and self._samples * rows[0].numel() * rows.element_size() <= CACHE_BYTES:
                 self._rows = rows.new_empty((self._samples, *rows.shape[1:]))

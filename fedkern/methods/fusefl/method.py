@@ -48,6 +48,7 @@ Levels = Mapping[int, Mapping[ClientId, Message]]
 class FuseFL(Objective, Method):
     """One-shot federated learning by progressive model fusion (arXiv 2410.20380)."""
 
+    asks = frozenset({"classes", "images", "features"})
     replayable = True
 
     @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class FuseFL(Objective, Method):
         return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
 
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(batch.drawn["inputs"]), batch.labels)
+        return cross_entropy(model(batch.drawn["inputs"]), batch.targets)
 
     def prepare(self, model: LocalPart, batch: Batch, received: Received) -> dict[str, Any]:
         """The frozen levels' results on the batch."""
@@ -336,7 +337,7 @@ class FuseFL(Objective, Method):
         both = BothHeads(model)
         figures = super().evaluate(both, data)
         predicted = torch.cat(both.predicted)
-        labels = torch.cat([labels for _, labels in data.batches()])
+        labels = torch.cat([batch.targets for batch in data.batches()])
         return {**figures, "uncalibrated_accuracy": float((predicted == labels).double().mean())}
 
     def _plain_head(self, server: Server) -> nn.Linear:

@@ -28,7 +28,7 @@ def test_fml_is_its_equations_with_the_other_side_detached():
     method = FML(FML.Options(alpha=0.7, beta=0.4, temperature=t))
     total, _ = method.loss(pair, batch, None)
     total.backward()
-    h, z, target = pair.private.logits.detach(), proxy.logits.detach(), one_hot(batch.labels, 5).double()
+    h, z, target = pair.private.logits.detach(), proxy.logits.detach(), one_hot(batch.targets, 5).double()
 
     def gradient(own, other, weight):
         distilled = t * (softmax(own / t, 1) - softmax(other / t, 1))

@@ -233,7 +233,7 @@ def test_features_are_kept_where_images_are_not_augmented(make_data, make_config
         found = inputs(part, batch)
         (frozen,) = part._frozen
         with torch.no_grad():
-            torch.testing.assert_close(found, frozen.joined(batch.images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, frozen.joined(batch.inputs), rtol=1e-4, atol=1e-5)
         seen.append((part._rows is not None, bool(part._known.all())))
         return found
 

@@ -14,9 +14,9 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase
-from fedkern.methods.common.supervised import contrastive_among, supervised_loss
 from fedkern.models.towers import PARTS
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.retrieval import RETRIEVAL, contrastive_among
 
 PHASE = Phase(0, "train", "update")
 TINY = {"width": 8, "batch_size": 6, "lr": 0.01}
@@ -50,12 +50,12 @@ def test_the_loss_is_the_contrastive_one_of_the_batch(make_pairs, make_config):
     client = Client(RunContext(make_config(**TINY), make_pairs()), 0, {})
     batch = next(iter(client.batches(6)))
     network = client.network()
-    x, y = network(batch.images, batch.tokens)
+    x, y = network(batch.inputs, batch.targets)
     truth = torch.arange(6)
     expected = sum(torch.nn.functional.cross_entropy(s, truth) for s in (x @ y.T / 0.07, y @ x.T / 0.07))
-    assert torch.allclose(supervised_loss(network, batch), expected, rtol=1e-5)
+    assert torch.allclose(batch.task.loss(network, batch), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="losses are per sample"):
-        supervised_loss(network, dataclasses.replace(batch, per_sample=True))
+        RETRIEVAL.loss(network, dataclasses.replace(batch, per_sample=True))
 
 
 def test_test_loss_is_of_batches_of_one_size():
@@ -114,8 +114,8 @@ def test_a_part_is_trained_alone(make_pairs, make_config):
     class Heads(FedAvg):
         def loss(self, model, batch, received):
             with torch.no_grad():
-                images, texts = model.encode_image(batch.images), model.encode_text(batch.tokens)
-            x, y = model.project_image(images), model.project_text(texts, batch.tokens.mask)
+                images, texts = model.encode_image(batch.inputs), model.encode_text(batch.targets)
+            x, y = model.project_image(images), model.project_text(texts, batch.targets.mask)
             return (x - y).square().sum()
 
     result = client.train(Heads(), PHASE, message, parts=PARTS[2:])
@@ -166,7 +166,7 @@ def test_adamw_is_torchs(make_data, make_config):
     adam = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.05)
     for batch in list(batches):
         adam.zero_grad()
-        supervised_loss(network, batch).backward()
+        batch.task.loss(network, batch).backward()
         adam.step()
     expected = Network(network, torch.device("cpu")).read()
     assert torch.allclose(result["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,6 @@
 """Figures of a segmentation: Dice, intersection over union, Hausdorff distance.
 
-Class 0 is the background and is excluded from all means.  Unknown pixels (`fedkern.data.IGNORE`, any negative label)
+Class 0 is the background and is excluded from all means.  Unknown pixels (`IGNORE`, any negative label)
 are ignored everywhere.
 
 Dice follows MONAI's ``DiceMetric`` with its defaults, healthy cases excepted.  2 |P ∩ T| / (|P| + |T|) is computed for
@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.data.full_masks import FullMasks
-from fedkern.data.image_rows import in_parts
+from fedkern.image_rows import in_parts
 
+IGNORE = -100
+"""Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -46,8 +47,8 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
 
     Args:
         model: in eval mode.
-        data: ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B, H, W]).  ``data.cases`` int64 [n],
-            if present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
+        data: ``data.batches()`` yields batches with labels int64 [B, H, W] as targets.  ``data.cases`` int64 [n], if
+            present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
             classes [n, H, W] in order, and ``data.keep``, if present and not None, the Dice of every class, fp64 [C],
             the background's first (NaN for a class that no truth contains).
 
@@ -64,8 +65,8 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
     counts: list[Tensor] = []  # per image and class: pixels in both, predicted, true
     distances: list[float] = []
     predictions: list[Tensor] = []
-    for images, labels in data.batches():
-        logits = model(images)
+    for batch in data.batches():
+        logits, labels = model(batch.inputs), batch.targets
         here = labels >= 0
         truth = labels.clamp_min(0)
         loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][here].double().sum())
@@ -98,6 +99,13 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
     if len(by_class) > 1:
         figures |= {f"dice_{c}": value for c, value in enumerate(by_class.tolist(), 1) if not math.isnan(value)}
     return figures
+
+
+def largest_classes(labels: Tensor) -> Tensor:
+    """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
+    top = int(labels.max()) if labels.numel() else 0
+    counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
+    return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
 
 
 def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -133,9 +141,7 @@ def dice(counts: Tensor) -> Tensor:
     return torch.where(counted, 2 * both / (said + true), math.nan).nanmean(0)
 
 
-def constant_dice(
-    labels: Tensor, classes: int, cases: Tensor | None = None, full: FullMasks | None = None
-) -> tuple[float, int]:
+def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None, full: Any = None) -> tuple[float, int]:
     """The largest ``dice`` that predicting one class for every pixel gives, and that class.
 
     Args:

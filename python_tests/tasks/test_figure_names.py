@@ -3,7 +3,7 @@
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.methods.common.figure_names import (
+from fedkern.tasks.figure_names import (
     FRACTIONS,
     check_set_names,
     figure_title,

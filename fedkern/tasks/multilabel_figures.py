@@ -6,37 +6,14 @@ AUROC and average precision are defined as in scikit-learn, and the tests compar
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch import Tensor
 
-from fedkern.methods.common.classification_figures import areas
+from fedkern.tasks.classification_figures import areas
 
 MAIN = "macro_auroc"
 """Main figure: mean of the labels' areas under the ROC curve."""
-
-
-@torch.no_grad()
-def multilabel(model: nn.Module, data: Any) -> dict[str, float]:
-    """Figures of a network on a test set.
-
-    ``data.batches()`` yields (images fp32 [B, C, H, W], labels uint8 [B, L]).  ``data.keep(logits)``, where it exists
-    and is not None, receives the logits [n, L] on the CPU in order.
-
-    Returns:
-        ``loss`` (mean binary cross-entropy in nats) and the figures of :func:`label_figures`.
-    """
-    answers = [(model(images), labels) for images, labels in data.batches()]
-    if not answers:
-        raise ValueError("data: expected at least one sample, given none")
-    logits, labels = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
-    keep = getattr(data, "keep", None)
-    if keep is not None:
-        keep(logits)
-    loss = float(binary_cross_entropy_with_logits(logits.double(), labels.double()))
-    return {**label_figures(logits, labels), "loss": loss}
 
 
 def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:

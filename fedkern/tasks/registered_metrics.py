@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import plugins
 from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.methods.common.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
+from fedkern.tasks.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
 
 _ENTRIES = (
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fedkern.methods.common.supervised import pixelwise_loss
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
@@ -21,10 +22,9 @@ from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase, Scaffold
 from fedkern.methods.common.figures import figures
-from fedkern.methods.common.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
-from fedkern.methods.common.supervised import pixelwise_loss
 from fedkern.methods.protocol import Batch
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
 
 METHODS_HERE = sorted(name for name, kind in METHODS.items() if "segmentation" in kind.tasks)
 
@@ -324,7 +324,7 @@ def test_training_moves_masks_with_their_images():
     assert all(torch.equal(seen, truth > 0) for seen, truth in zip(bright, (*labels, *classes), strict=True))
     assert not torch.equal(classes, labels)
     for batch in data.samples.batches(4, augment=True, rng=np.random.default_rng(0)):
-        assert torch.equal(batch.images[:, 0] > 0.5, batch.labels > 0)
+        assert torch.equal(batch.inputs[:, 0] > 0.5, batch.targets > 0)
 
 
 def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():

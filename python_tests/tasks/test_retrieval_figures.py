@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from fedkern.methods.common import retrieval
-from fedkern.methods.common.retrieval import Gallery, recalls
+from fedkern.tasks.retrieval_figures import Gallery, recalls
 
 
 def unit(*shape: int) -> torch.Tensor:

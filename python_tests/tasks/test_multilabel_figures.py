@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fedkern.methods.common.supervised import supervised_loss
 
 from fedkern.methods import METHODS, FedAvg, FedDRA, FedGID, FedProx, Moon
 from fedkern.methods.common import multilabel_figures as of_labels
-from fedkern.methods.common.classification_figures import areas
-from fedkern.methods.common.supervised import supervised_loss
+from fedkern.tasks.classification_figures import areas
 
 
 def drawn(n=40, count=5, steps=6, seed=0):

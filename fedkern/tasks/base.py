@@ -1,0 +1,310 @@
+"""The base of the tasks: what the loss of a batch is, what an evaluation tells, and which networks and labels fit."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fedkern import models
+
+AHEAD = 16
+"""Most batches that wait for a thread; more batches would only use memory."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of the final network on one set, beside those of every round.
+
+    Attributes:
+        metrics: figures by name.
+        per_class: figures by name and class; None where one is not defined, as for a class without samples.
+        confusion: counts int64 [C, C] by true class and predicted class, or None.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    per_class: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    confusion: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Figures of predicting one class everywhere on a test set.
+
+    Attributes:
+        figures: the best figure that a single class gives, by name.
+        name: the class that gives the best accuracy or Dice; empty if several give the same.
+    """
+
+    figures: Mapping[str, float]
+    name: str
+
+
+class Task(str):
+    """What a run's networks learn, and how they are judged.  Tasks are the objects of `fedkern.tasks`, one each.
+
+    Attributes:
+        name: the task's name in files and messages.
+        main: name of the main figure.
+        better: ``"max"`` or ``"min"``: which values of the main figure are the better ones.
+        noun: what samples are called, in the plural.
+        network: what the output of a network is for (``fedkern.models.ModelEntry.gives``).
+        pictures: names of the pictures of a finished run's answers, in `fedkern.report.pictures`.
+        offers: what methods may ask for (``Method.asks``):
+
+            - ``"loss"``: the loss of a batch, :meth:`loss`;
+            - ``"criterion"``: a loss that is a mean over samples of a loss of the sample's output and target;
+            - ``"classes"``: the targets are classes, and the outputs are logits of the classes, of a sample or a pixel;
+            - ``"pixels"``: targets and outputs are of pixels;
+            - ``"pairs"``: the targets are the samples' texts;
+            - ``"images"``: the inputs are images;
+            - ``"features"``: the outputs are linear in one feature vector of a sample.
+        lacks: what a set lacks that cannot have the main figure, such as "no mask with an object".
+    """
+
+    name: ClassVar[str]
+    main: ClassVar[str]
+    better: ClassVar[Literal["max", "min"]] = "max"
+    noun: ClassVar[str] = "images"
+    network: ClassVar[str] = "classes"
+    pictures: ClassVar[tuple[str, ...]] = ()
+    offers: ClassVar[frozenset[str]] = frozenset({"loss"})
+    lacks: ClassVar[str] = ""
+
+    def __new__(cls) -> Task:
+        return str.__new__(cls, cls.name)
+
+    def __reduce__(self) -> str:
+        return self.name.upper()  # the object of the task's file
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        """The loss of a batch (`fedkern.methods.protocol.Batch`), a scalar."""
+        return self.criterion(model(batch.inputs), batch)
+
+    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+        """The loss of a batch by the network's outputs, a scalar."""
+        raise NotImplementedError
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of every sample with a known target, ``[n]``; the others are left out."""
+        raise NotImplementedError
+
+    def outside(self, size: int) -> int:
+        """Samples of a batch outside of training, of at most ``size``."""
+        return size
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Figures of a network in eval mode on a test set, the main figure first.
+
+        Args:
+            data: ``data.batches()`` yields batches in order.  ``data.record(predictions)``, where it exists, receives
+                the predicted classes in order, and ``data.keep(answers)``, where it exists and is not None, what
+                :meth:`final` needs.
+
+        Raises:
+            ValueError: no sample has a known target.
+        """
+        raise NotImplementedError
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """What networks are compared by, larger for a better one: the main figure, or else the loss."""
+        value = figures.get(self.main)
+        return -figures["loss"] if value is None else value if self.better == "max" else -value
+
+    def member_figures(self, model: Any, data: Any) -> dict[str, float]:
+        """Means of the figures of ``model.members``, and the lowest and highest value of their main figure."""
+        each = [self.figures(member, data) for member in model.members]
+        shared = [name for name in each[0] if all(name in one for one in each)]
+        means = {name: sum(one[name] for one in each) / len(each) for name in shared}
+        ends = [one[self.main] for one in each if self.main in one]
+        return {**means, **({f"lowest_{self.main}": min(ends), f"highest_{self.main}": max(ends)} if ends else {})}
+
+    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
+        """Figures of the run's end from what the last evaluation kept, one entry for every network."""
+        return Figures()
+
+    def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
+        """Shape of what :meth:`figures` keeps of a network."""
+        return len(data), classes
+
+    def side_by_side(self, batches: int) -> int:
+        """How many of a set's batches may be evaluated at once."""
+        return 1
+
+    def batch_size(self, size: int, positions: int) -> int:
+        """Samples of an evaluation's batch, of at most ``size``, by the number of an image's pixels."""
+        return size
+
+    def comparable(self, sizes: Sequence[int]) -> tuple[str, ...]:
+        """Names of the figures beside the loss by which clients with test sets of these sizes are compared."""
+        return (self.main,)
+
+    def defined(self, data: Any) -> bool:
+        """Whether a set can have the main figure, whatever is predicted; else it ``lacks`` something."""
+        return True
+
+    def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
+        """What predicting one class everywhere gives on a set; None where there is nothing to compare."""
+        return None
+
+    def chance(
+        self, data: Any, classes: int, *, counts: npt.NDArray[np.int64] | None = None, candidates: float = 0.0
+    ) -> float | None:
+        """The main figure that needs no learning, or None where it is not known.
+
+        Args:
+            data: the set, or None where it must not be told.
+            counts: samples of every class, where the set itself is not there.
+            candidates: texts to choose from in retrieval; 0: not known.
+        """
+        return None
+
+    def unvaried(self, data: Any) -> bool:
+        """Whether the answers that an evaluation kept are the same for all of several samples."""
+        return False
+
+    def unfit(self, split: Any) -> str:
+        """What a set lacks so that it has no figures at all, such as "no pixel whose class is known"."""
+        return ""
+
+    # -- labels ----------------------------------------------------------------------------------------------------
+
+    def checked(self, labels: Tensor) -> Tensor:
+        """Labels of any whole numbers in the dtype that the task has.
+
+        Raises:
+            ValueError: values that are no labels of the task.
+        """
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
+        return labels.to(torch.int64)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raises ValueError where a split's labels have values that no label of the task has."""
+        if len(labels) and int(labels.min()) < 0:
+            raise ValueError(
+                f"labels: expected the class of every image, a number from 0, got {int(labels.min())}; leave out "
+                "images without a class (-100 is for pixels)"
+            )
+
+    def blank(self, samples: int, classes: int) -> Tensor:
+        """Labels of samples of which only the number is known."""
+        return torch.zeros(samples, dtype=torch.int64)
+
+    def counted(self, labels: Tensor) -> npt.NDArray[Any]:
+        """Labels as a partition's statistics count them: int64 ``[n]``, or 0 and 1 ``[n, L]`` for several labels."""
+        return labels.clamp(min=0).numpy()
+
+    def image_labels(self, labels: Tensor) -> Tensor:
+        """The label of every image, int64 ``[n]``; of several labels all, uint8 ``[n, L]``."""
+        return labels.reshape(len(labels))
+
+    def shown_classes(self, labels: Tensor) -> Tensor:
+        """Numbers of the classes that the labels show, int64."""
+        return (labels.flatten().clamp(min=-1) + 1).bincount()[1:].nonzero().flatten()
+
+    def label_text(self, label: Tensor, classes: Sequence[str]) -> str:
+        """A sample's label in words."""
+        return classes[int(label)]
+
+    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+        """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
+        return torch.tensor(places)[labels]
+
+    # -- networks --------------------------------------------------------------------------------------------------
+
+    def described(self, context: Any) -> dict[str, Any]:
+        """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""
+        return {}
+
+    def build(self, about: Mapping[str, Any], seed: Any) -> nn.Module:
+        """A freshly initialised network.
+
+        Args:
+            about: ``model``, ``classes``, ``channels``, ``image_size`` (height, width), ``width``, and the entries of
+                :meth:`described`.
+        """
+        return models.build(
+            about["model"],
+            classes=about["classes"],
+            channels=about["channels"],
+            image_size=min(about["image_size"]),
+            seed=seed,
+            width=about["width"],
+            sides=about["image_size"],
+        )
+
+    def network_name(self, config: Any) -> str:
+        """Name of the network that a run trains."""
+        return str(config.model)
+
+    def vocabulary_messages(self, context: Any) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+        """Every client's message and the server's that make a vocabulary which all share; None without one."""
+        return None
+
+    def tokens(self, split: Any, tokenise: Callable[[], Callable[..., Any]]) -> Any:
+        """The tokens of a split's texts on the CPU, by the tokeniser that ``tokenise()`` gives; None without texts."""
+        return None
+
+    def targets(self, labels: Tensor, tokens: Any, rows: Tensor) -> Any:
+        """Targets of a batch: its labels, or those of the ``tokens`` that belong to the ``rows``, on labels' device."""
+        return labels
+
+    def output(self, classes: int, sides: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a network's output for one sample; ``sides`` are an image's height and width."""
+        return (classes,)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes, in the second axis."""
+        return logits.softmax(1)
+
+    def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+        """The answer to a sample in words, from the classes' probabilities."""
+        best = int(probabilities.argmax())
+        return f"{classes[best]}  {float(probabilities[best]):.3f}"
+
+
+def answers(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:
+    """A network's outputs for ``data.batches()`` with the targets, in order.
+
+    If ``data.pool`` is a pool of threads, several batches run at once; the outputs are the same as with one thread.
+    """
+    pool: ThreadPoolExecutor | None = getattr(data, "pool", None)
+    if pool is None:
+        for batch in data.batches():
+            yield model(batch.inputs), batch.targets
+        return
+    asked = torch.no_grad()(model)
+    ahead: deque[tuple[Future[Tensor], Any]] = deque()
+    for batch in data.batches():
+        # Copy this thread's context: the precision of networks is a context variable.
+        ahead.append((pool.submit(copy_context().run, asked, batch.inputs), batch.targets))
+        if len(ahead) > AHEAD:
+            done, known = ahead.popleft()
+            yield done.result(), known
+    for done, known in ahead:
+        yield done.result(), known
+
+
+def mean(values: Sequence[Tensor]) -> Tensor:
+    """Mean of tensors of one shape."""
+    return torch.stack(list(values)).mean(0)
+
+
+def named(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
+    """Values by name, None for NaN."""
+    pairs = zip(names, values.tolist(), strict=True)
+    return {name: None if math.isnan(value) else value for name, value in pairs}

@@ -1,0 +1,104 @@
+"""Several labels of a sample, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from fedkern.tasks.base import Figures, Task, mean, named
+from fedkern.tasks.classification_figures import areas
+from fedkern.tasks.multilabel_figures import MAIN, average_precisions, label_figures, unvaried
+
+
+class Multilabel(Task):
+    """Several labels of a sample or none, uint8 ``[n, L]`` of 0 and 1; a logit for every label."""
+
+    name, main = "multilabel", MAIN
+    offers = frozenset({"loss", "criterion", "images"})
+    lacks = "no label that some images have and others lack"
+
+    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+        return binary_cross_entropy_with_logits(outputs, batch.targets.to(outputs.dtype))
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").mean(1)
+
+    def outside(self, size: int) -> int:
+        return 16
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Returns ``loss`` (mean binary cross-entropy in nats) and the figures of `label_figures`.
+
+        The answers kept are the logits [n, L] on the CPU.
+        """
+        pairs = [(model(batch.inputs), batch.targets) for batch in data.batches()]
+        if not pairs:
+            raise ValueError("data: expected at least one sample, given none")
+        logits, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+        keep = getattr(data, "keep", None)
+        if keep is not None:
+            keep(logits)
+        loss = float(binary_cross_entropy_with_logits(logits.double(), labels.double()))
+        return {**label_figures(logits, labels), "loss": loss}
+
+    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
+        labels = data.labels.cpu()
+        each = {"auroc": areas, "average_precision": average_precisions}
+        return Figures(
+            per_class={name: named(mean([of(logits, labels) for logits in kept]), names) for name, of in each.items()}
+        )
+
+    def defined(self, data: Any) -> bool:
+        return bool((data.labels != data.labels[:1]).any())
+
+    def chance(self, data: Any, classes: int, **known: Any) -> float | None:
+        return 0.5
+
+    def unvaried(self, data: Any) -> bool:
+        kept = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
+        return bool(kept) and len(data) > 1 and all(map(unvaried, kept))
+
+    def checked(self, labels: Tensor) -> Tensor:
+        if labels.is_complex() or not bool(((labels == 0) | (labels == 1)).all()):
+            raise ValueError(
+                f"labels of shape {list(labels.shape)} are several labels an image and must be 0 or 1, but some are "
+                "neither; give a single class an image as whole numbers [n]"
+            )
+        return labels.to(torch.uint8)
+
+    def check_labels(self, labels: Tensor) -> None:
+        pass
+
+    def blank(self, samples: int, classes: int) -> Tensor:
+        return torch.zeros(samples, classes, dtype=torch.uint8)
+
+    def counted(self, labels: Tensor) -> npt.NDArray[Any]:
+        return labels.numpy()
+
+    def image_labels(self, labels: Tensor) -> Tensor:
+        return labels
+
+    def shown_classes(self, labels: Tensor) -> Tensor:
+        return labels.sum(0).nonzero().flatten()
+
+    def label_text(self, label: Tensor, classes: Sequence[str]) -> str:
+        return "|".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
+
+    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+        return labels.new_zeros(len(labels), classes).index_copy_(1, torch.tensor(places), labels)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+        named = zip(classes, probabilities.tolist(), strict=True)
+        return ", ".join(f"{name} {value:.3f}" for name, value in named if value > 0.5) or "no label"
+
+
+MULTILABEL = Multilabel()
