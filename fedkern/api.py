@@ -25,6 +25,7 @@ from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
 from fedkern.settings.config import RunConfig, check_effect
+from fedkern.settings.defaults import NETWORKS
 from fedkern.settings.run_data import kept_data
 from fedkern.torch_modes import reproducible
 
@@ -388,8 +389,7 @@ def requested(
     plain = given_paths.absolute(settings)
     if memory is not None:
         plain = {"clients": len(memory.clients), **plain, "data": memory.name}
-        if memory.task == "segmentation" and model is None:
-            model = "unet"
+        model = NETWORKS.get(memory.task.network) if model is None else model
     elif data is not None:
         plain["data"] = data
     if isinstance(model, str):

@@ -27,8 +27,8 @@ from fedkern.models import MODELS
 pytestmark = pytest.mark.slow
 
 QUICK = {"gray-View", "gray-Shortcut", "colour-Shortcut", "gray-mlp", "gray-vit-tiny", "afl"}
-ZOO = [name for name, entry in MODELS.items() if entry.task == "classification"]
-PIXELS = [name for name, entry in MODELS.items() if entry.task == "segmentation"]
+ZOO = [name for name, entry in MODELS.items() if entry.gives == "classes"]
+PIXELS = [name for name, entry in MODELS.items() if entry.gives == "pixels"]
 NETWORKS = [
     *(f"{name}{width}" for name in ZOO for width in ("", "-narrow")),
     *PIXELS,

@@ -23,7 +23,7 @@ from fedkern.methods.protocol import Batch
 from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
-from fedkern.models.registry import added, check_task
+from fedkern.models.registry import added, check_gives
 from fedkern.models.weight_files import load_by_name
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
@@ -126,7 +126,7 @@ class RunContext:
         seed = self.config.seed if seed is None else seed
         channels, *sides = self.data.image_shape
         if model is not None:  # the run's own network was checked before
-            check_task(model, self.data.task, self.config.data, "in the method option that names it")
+            check_gives(model, self.data.task.network, self.config.data, "in the method option that names it")
         own = model is None or model == self.config.model
         about = {
             "model": self.config.model if model is None else model,
@@ -167,6 +167,10 @@ class RunContext:
     def described(self) -> dict[str, Any]:
         """What the task needs to build the network beside the settings, such as a vocabulary of the clients' texts."""
         return self.data.task.described(self) if self._described is None else self._described
+
+    def words(self) -> tuple[list[Message], Message] | None:
+        """Every client's message and the server's that make a vocabulary which all share; None without one."""
+        return self.data.task.vocabulary_messages(self)
 
     def tokens(self, split: Any) -> Any:
         """The tokens of a split's texts, on the CPU; None where there are no texts."""

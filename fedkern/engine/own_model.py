@@ -77,7 +77,8 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     if not own:
         return config, []
     make: Any = entry.make
-    check_output(network, make.text, context.federation.classes, data, config.data)
+    classes, shape = context.federation.classes, data.image_shape
+    check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
     registry.check_network(config.method, config.options, network, data.task, make.text)
     state = network.state_dict()
     layout = digest(state, values=False)

@@ -160,6 +160,9 @@ class Batch:
         """The pair of inputs and targets."""
         return self.inputs, self.targets
 
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("a batch is no pair: say batch.inputs and batch.targets")
+
     def __getattr__(self, name: str) -> Any:
         named = {"images": "inputs", "labels": "targets", "tokens": "targets", "augmented": "fresh"}
         raise AttributeError(

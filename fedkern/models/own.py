@@ -347,14 +347,17 @@ def check_module(module: nn.Module, text: str) -> None:
 
 
 @torch.no_grad()
-def check_output(network: nn.Module, text: str, classes: int, data: Any, source: str) -> None:
+def check_output(
+    network: nn.Module, text: str, shape: Sequence[int], output: Sequence[int], classes: int, source: str
+) -> None:
     """Raises UserError where a network has no logits for the classes of the data.
 
     Args:
         network: is left in train mode.
+        shape: channels, height and width of the images.
+        output: shape of the logits of one image.
         classes: number of classes that the network is to tell.
     """
-    shape = data.image_shape
     images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
     network.eval()
     try:
@@ -366,7 +369,7 @@ def check_output(network: nn.Module, text: str, classes: int, data: Any, source:
             f"(channels, height, width): {type(error).__name__}: {reason}."
         ) from None
     network.train()
-    expected = [2, classes, *(shape[1:] if data.task == "segmentation" else ())]
+    expected = [2, *output]
     if not isinstance(logits, Tensor):
         raise UserError(
             f"the network {text} must give a tensor of logits, or an object with the attribute logits, and gives "

@@ -49,8 +49,8 @@ class ModelEntry:
         make: builds the module: ``make(classes=, channels=, width=, stem=)``.  An
             :class:`~fedkern.models.own.Own` initialises the module too.
         sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
-        task: ``"classification"`` (a class per image), ``"segmentation"`` (a class per pixel) or ``"any"``: a user's
-            network, whose output is looked at.
+        gives: logits of ``"classes"`` of an image, of ``"pixels"``, or ``"any"``: a user's network, whose output is
+            looked at.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ModelEntry:
     smallest: int
     make: Callable[..., StagedNetwork | UNet] | Own
     sized: bool = False
-    task: str = "classification"
+    gives: str = "classes"
 
 
 def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
@@ -152,7 +152,7 @@ MODELS: dict[str, ModelEntry] = {
             16,
             16,
             _unet,
-            task="segmentation",
+            gives="pixels",
         ),
         ModelEntry(
             "unet-small",
@@ -160,7 +160,7 @@ MODELS: dict[str, ModelEntry] = {
             8,
             8,
             _unet_small,
-            task="segmentation",
+            gives="pixels",
         ),
         ModelEntry(
             "unet-small-gn",
@@ -168,11 +168,12 @@ MODELS: dict[str, ModelEntry] = {
             8,
             8,
             group_norm(_unet_small),
-            task="segmentation",
+            gives="pixels",
         ),
     )
 }
 _SHIPPED = dict(MODELS)
+_GIVES = {"classes": "classes of images", "pixels": "classes of pixels"}
 
 
 F = TypeVar("F", bound=Callable[..., nn.Module])
@@ -198,7 +199,7 @@ def register_model(name: str) -> Callable[[F], F]:
             raise UserError(f'there is a model "{name}" already: register yours by another name.')
         lines = (make.__doc__ or "").strip().splitlines()
         description = lines[0].strip() if lines else f"{make.__qualname__} of {make.__module__}"
-        MODELS[name] = ModelEntry(name, description, None, 1, Own(make, name), task="any")
+        MODELS[name] = ModelEntry(name, description, None, 1, Own(make, name), gives="any")
         return make
 
     return add
@@ -229,7 +230,7 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
         yield
         return
     make = opened(named) if named is not None and module is None else Own(module, name)  # type: ignore[arg-type]
-    MODELS[name] = ModelEntry(name, "a network of your own", None, 1, make, task="any")
+    MODELS[name] = ModelEntry(name, "a network of your own", None, 1, make, gives="any")
     try:
         yield
     finally:
@@ -298,7 +299,7 @@ def build(
 ) -> Any:
     """Builds a network with float32 parameters on the CPU; the global random generators are neither read nor moved.
 
-    The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].task`` is ``"segmentation"``.  A
+    The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].gives`` is ``"pixels"``.  A
     user's network has the initial weights that its own code gives it, with global generators that begin at ``seed``.
 
     Args:
@@ -353,17 +354,17 @@ def _word(seed: int | torch.Generator) -> int:
     return int(stream(seed, "model", round=-1).integers(2**63))
 
 
-def check_task(model: str, task: str, data: str, where: str) -> None:
-    """Raises UserError where a network is not for the task of the data, with the names of the networks that fit.
+def check_gives(model: str, needed: str, data: str, where: str) -> None:
+    """Raises UserError where a network does not give what the data need, with the names of the networks that do.
 
     Args:
         model: the network's name; a name that is not in ``MODELS`` passes.
+        needed: what the network must give, as ``ModelEntry.gives`` has it.
         where: how the user names another network, for the error message.
     """
-    kind = "classification" if task == "multilabel" else task  # a logit for every label, as for every class
-    fitting = [name for name, entry in MODELS.items() if entry.task in (kind, "any")]
-    if fitting and model in MODELS and model not in fitting:
+    fitting = [name for name, entry in MODELS.items() if entry.gives in (needed, "any")]
+    if needed in ("classes", "pixels") and model in MODELS and model not in fitting:
         raise UserError(
-            f'The network {model} is for {MODELS[model].task}, but the data set "{data}" is for {task}: choose '
-            f"one of {', '.join(fitting)} {where}."
+            f'The network {model} gives {_GIVES[MODELS[model].gives]}, and the data set "{data}" needs '
+            f"{_GIVES[needed]}: choose one of {', '.join(fitting)} {where}."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedkern.data import lookup
 from fedkern.models.encoders import WIDTH
+from fedkern.tasks import TASKS
 
 COMMON: Mapping[str, Any] = {
     "data": "colordigits",
@@ -56,6 +57,11 @@ DATA: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Settings of a data set that differ from the common ones.  Clients, partition and correlation that are not named here
 are the data set's own (``fedkern.data.DATASETS``)."""
+
+USUAL = {"pairs": PAIRS}
+"""Settings of data sets that `DATA` lacks, by what their networks give (`fedkern.tasks.Task.network`)."""
+NETWORKS = {"pixels": "unet"}
+"""Default network by what it gives, where that is not classes of images."""
 
 ONE_SHOT: Mapping[str, Any] = {"data": "digits", "model": "resnet8", "local_epochs": 20}
 """Settings that FuseFL and its baselines share, so that a client's whole budget is the same in all of them."""
@@ -159,8 +165,9 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     own = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
     both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in both for name, value in table.get("options", {}).items()}
-    usual = DATA.get(data, PAIRS if info.task == "retrieval" else {})
+    kind = TASKS[info.task].network
+    usual = DATA.get(data, USUAL.get(kind, {}))
     result = {**COMMON, **own, **usual, **both[0], **both[1], "data": data}
-    if info.task == "segmentation":  # not the network that METHOD names for data sets of other tasks
-        result["model"] = {**DATA.get(data, {}), **both[1]}.get("model", "unet")
+    if kind in NETWORKS:  # METHOD names networks that give classes of images
+        result["model"] = {"model": NETWORKS[kind], **DATA.get(data, {}), **both[1]}["model"]
     return {**result, "options": options} if options else result

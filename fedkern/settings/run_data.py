@@ -23,7 +23,7 @@ from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
 from fedkern.image_rows import in_parts
 from fedkern.methods import registry
-from fedkern.models.registry import check_task
+from fedkern.models.registry import check_gives
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import TASKS
 from fedkern.tasks.figure_names import check_set_names, set_noun
@@ -173,7 +173,7 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
     kind = registry.get(config.method)
-    if len(data.classes) < 2 and data.task != "retrieval":
+    if len(data.classes) < 2 and "pairs" not in data.task.offers:
         raise UserError(
             f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
             "folder or the column that holds the classes."
@@ -185,13 +185,13 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
             f'{config.method} is for {own}, but the data set "{config.data}" is for {data.task.name}: methods for that '
             f"are {able}."
         )
-    check_task(config.model, data.task, config.data, "with --model")
+    check_gives(config.model, data.task.network, config.data, "with --model")
     if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):
         raise UserError(
             "--augment window draws the place of a window that is smaller than the images: give one with --data-option "
             "crop=N, which image-text data have, or take another augmentation."
         )
-    if config.buffers == "pool" and data.task != "retrieval":
+    if config.buffers == "pool" and "pairs" not in data.task.offers:
         raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
     if config.teachers is not None and not registry.get(config.method).takes_teachers:
         able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
@@ -209,7 +209,7 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
 
 def _check_pairs(config: RunConfig, data: Any) -> None:
     """Raises UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
-    if data.task != "retrieval":
+    if "pairs" not in data.task.offers:
         return
     if config.batch_size < 2:
         raise UserError(
@@ -248,7 +248,7 @@ def _shared_patients(data: FederatedData) -> list[str]:
 def caveats(data: FederatedData) -> list[str]:
     """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
     told = _shared_patients(data)
-    if data.task != "retrieval" and data.statistics.counts.any():  # no sample is counted where clients are elsewhere
+    if data.statistics.counts.any():  # no sample is counted where clients are elsewhere
         every = set(range(len(data.classes)))
         shown = every - _unseen(every, (*data.tests.values(), data.validation))
         if untrained := sorted(_unseen(shown, data.clients)):
@@ -260,10 +260,9 @@ def caveats(data: FederatedData) -> list[str]:
 def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
     """Those of the classes that no image of the splits shows; little is read once all have been seen."""
     left = set(classes)
-    parts = (rows for split in splits for part in in_parts(split.labels) for rows in part.split(64))
-    for labels in takewhile(lambda _: left, parts):
-        shown = labels.sum(0) if labels.dim() == 2 else (labels.flatten().clamp(min=-1) + 1).bincount()[1:]
-        left.difference_update(shown.nonzero().flatten().tolist())
+    parts = ((split.task, rows) for split in splits for part in in_parts(split.labels) for rows in part.split(64))
+    for task, labels in takewhile(lambda _: left, parts):
+        left.difference_update(task.shown_classes(labels).tolist())
     return left
 
 
@@ -273,16 +272,12 @@ def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
     Its name may be taken, or it may be of a segmentation and have no pixel whose class is known.
     """
     check_set_names(data.tests, [metric.name for metric in metrics_of(plugins)])
-    if data.task != "segmentation":
-        return
     for name, split in {**data.tests, "validation": data.validation}.items():
-        if len(split) and not split.any_known():
-            raise UserError(
-                f"The {set_noun(name)} has no pixel whose class is known: give it other images, or more of them."
-            )
+        if len(split) and (lacks := split.task.unfit(split)):
+            raise UserError(f"The {set_noun(name)} has {lacks}: give it other images, or more of them.")
     for k, split in enumerate(data.client_tests):
-        if not split.any_known():
+        if lacks := split.task.unfit(split):
             raise UserError(
-                f"Client {client_label(data.client_names, k)}'s own test set has no pixel whose class is known: use a "
-                "larger --client-test, or 0."
+                f"Client {client_label(data.client_names, k)}'s own test set has {lacks}: use a larger --client-test, "
+                "or 0."
             )

@@ -72,6 +72,9 @@ class Retrieval(Task):
     def chance(self, data: Any, classes: int, *, candidates: float = 0.0, **known: Any) -> float | None:
         return 1 / candidates if candidates else None
 
+    def shown_classes(self, labels: Tensor) -> Tensor:
+        return labels[:0]  # nothing is learnt of the classes
+
     def described(self, context: Any) -> dict[str, Any]:
         """``pair``, the arguments of ``build_pair``; a vocabulary is learnt from the clients' texts."""
         data, config = context.data, context.config

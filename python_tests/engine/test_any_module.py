@@ -55,8 +55,8 @@ class Stack(Objective, Method):
         client.fit(self, phase, network, message={"weight": 0.5}, epochs=client.id + 1)
         network.eval()
         with torch.no_grad():
-            right = sum(int((network(b.images).argmax(1) == b.labels).sum()) for b in client.batches(7))
-            client.state["public"] = torch.cat([network(b.images) for b in client.public.batches(4)])
+            right = sum(int((network(b.inputs).argmax(1) == b.targets).sum()) for b in client.batches(7))
+            client.state["public"] = torch.cat([network(b.inputs) for b in client.public.batches(4)])
         client.report["own"] = right / client.samples
         return {"network": network.state_dict(), "right": right}
 

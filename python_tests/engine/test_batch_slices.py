@@ -43,9 +43,9 @@ def test_a_clients_samples(count, size, make_data, make_config):
 def test_a_test_sets_images(count, size):
     data = TestSet(some(count), (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), cache=False, batch=size)
     found = list(data.batches())
-    check([len(images) for images, _ in found], count, size)
-    assert torch.equal(torch.cat([labels for _, labels in found]), data.labels)
-    assert torch.equal(torch.cat([images for images, _ in found]), data.pixels.take(None))
+    check([len(batch.inputs) for batch in found], count, size)
+    assert torch.equal(torch.cat([batch.targets for batch in found]), data.labels)
+    assert torch.equal(torch.cat([batch.inputs for batch in found]), data.pixels.take(None))
 
 
 def test_an_evaluation_without_running_statistics_leaves_no_image_alone(make_data, make_config, tmp_path):

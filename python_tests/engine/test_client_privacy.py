@@ -26,6 +26,7 @@ from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.progress import headline
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))
@@ -253,7 +254,7 @@ def test_every_method_runs_or_is_refused(name, make_data, make_pairs, make_publi
     given = {**({"rounds": None} if METHODS[name].one_shot else {"rounds": 1}), "grad_cam": 0, **SETTINGS.get(name, {})}
     if name in RUNS:
         given.pop("options", None)  # those of fedgid share images
-    pairs = "classification" not in METHODS[name].tasks
+    pairs = not METHODS[name].serves(CLASSIFICATION)
     data = make_pairs() if pairs else make_public(make_data(two_tests=False), samples=12)
 
     def play():

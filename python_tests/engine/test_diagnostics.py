@@ -10,6 +10,7 @@ import torch
 from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.methods.common import diagnostics
+from fedkern.tasks import CLASSIFICATION, SEGMENTATION
 
 
 def test_a_healthy_run_has_none(make_data, make_config, tmp_path):
@@ -79,7 +80,7 @@ def test_what_is_near_chance(accuracy, classes, near):
 def labelled(*counts):
     """A test set with this many images of every class."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    return types.SimpleNamespace(labels=labels, task="classification", cases=None)
+    return types.SimpleNamespace(labels=labels, task=CLASSIFICATION, cases=None)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_a_dice_is_compared_with_that_of_a_single_class():
     """Membranes are a quarter of the pixels: who finds cell everywhere has a Dice of 2 x 3/4 / (1 + 3/4) = 6/7."""
     labels = torch.ones(4, 8, 8, dtype=torch.int64)
     labels[:, ::4] = 0
-    data = types.SimpleNamespace(labels=labels, task="segmentation", cases=torch.tensor([0, 0, 1, 1]), full=None)
+    data = types.SimpleNamespace(labels=labels, task=SEGMENTATION, cases=torch.tensor([0, 0, 1, 1]), full=None)
     constant = diagnostics.constants({"": data, "validation_": data}, ("membrane", "cell"))
     assert constant[""].figures["dice"] == pytest.approx(6 / 7)
     text = diagnostics.poor_metrics({"dice": 0.863}, {}, 2, constant)["chance-level"]

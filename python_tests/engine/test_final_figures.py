@@ -23,6 +23,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register
 from fedkern.methods.common import final_figures
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
 FILES = ("summary.json", "confusion.json", "predictions.csv")
@@ -130,7 +131,7 @@ def test_methods_that_evaluate_themselves(method, settings, make_data, make_conf
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if "classification" in kind.tasks))
+@pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
 def test_every_method_has_them(method, make_data, make_public, make_config, tmp_path):
     settings = {**({"rounds": None} if METHODS[method].one_shot else {}), "grad_cam": 0, **SETTINGS.get(method, {})}
     data = make_public(make_data(), samples=12)
@@ -147,7 +148,7 @@ def test_a_method_that_keeps_nothing_says_so(make_data, make_config, tmp_path):
             """Evaluates without a word on its logits."""
 
             def evaluate(self, model, data):
-                right = [(model(images).argmax(1) == labels).sum() for images, labels in data.batches()]
+                right = [(model(batch.inputs).argmax(1) == batch.targets).sum() for batch in data.batches()]
                 return {"accuracy": float(sum(right)) / len(data)}
 
         summary = run(make_config("mute"), out=tmp_path, data=make_data(), predictions=True)
@@ -180,7 +181,7 @@ def test_classes_without_samples_and_classes_of_one_name(make_data, make_config,
 
 def test_logits_that_are_not_finite_have_no_areas():
     class Kept:
-        task, labels, kept = "classification", torch.tensor([0, 1, 1]), [(None, torch.tensor([[1.0, 0]] * 3))]
+        task, labels, kept = CLASSIFICATION, torch.tensor([0, 1, 1]), [(None, torch.tensor([[1.0, 0]] * 3))]
 
         def __len__(self):
             return 3

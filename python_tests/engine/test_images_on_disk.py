@@ -92,7 +92,7 @@ def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, me
         method, data="segmentation", data_root=str(tmp_path / "pairs"), data_options={"size": WIDE, "ignore": 255},
         width=2, rounds=2, batch_size=4, clients=3, partition="iid", threads=1, augment="crop-flip", client_test=0.2,
     )  # fmt: skip
-    monkeypatch.setattr("fedkern.engine.samples.SEGMENTED_PIXELS", 4 * WIDE**2)
+    monkeypatch.setattr("fedkern.tasks.segmentation.PIXELS", 4 * WIDE**2)
     run(config, out=tmp_path / "memory")
     on_disk()
     monkeypatch.setattr(image_rows, "PART_BYTES", 8 * 4 * WIDE**2)

@@ -24,6 +24,7 @@ from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import computing, lower
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 BF16 = {"precision": "bf16"}
 
@@ -43,7 +44,7 @@ def tensors(value):
 def test_every_method_runs_and_keeps_fp32(method, make_data, make_pairs, make_public, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {}
     config = make_config(method, **BF16, **{**plan, **SETTINGS.get(method, {})})
-    pairs = "classification" not in METHODS[method].tasks
+    pairs = not METHODS[method].serves(CLASSIFICATION)
     summary = run(config, out=tmp_path, data=make_pairs() if pairs else make_public(make_data(), samples=12))
     assert all(math.isfinite(value) for name, value in summary["metrics"].items() if not name.endswith("hd95"))
     kept = load_file(tmp_path / "model.safetensors")
@@ -81,7 +82,7 @@ QUICK = ("fedavg", "fedgid", "fusefl", "moon", "ensemble")
     [
         pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
         for name in sorted(METHODS)
-        if "classification" in METHODS[name].tasks
+        if METHODS[name].serves(CLASSIFICATION)
     ],
 )
 def test_accuracy_is_that_of_fp32(method, tmp_path):

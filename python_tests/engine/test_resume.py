@@ -23,6 +23,7 @@ from fedkern.interrupts import Terminated
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -92,7 +93,7 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
 def test_every_method_resumes(method, make_data, make_pairs, make_public, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 3, "sample_fraction": 0.67}
     config = make_config(method, **{**plan, "grad_cam": 0, **SETTINGS.get(method, {})})
-    pairs = "classification" not in METHODS[method].tasks
+    pairs = not METHODS[method].serves(CLASSIFICATION)
     data = make_pairs() if pairs else make_public(make_data(), samples=12)
     run(config, out=tmp_path / "whole", data=data)
     cut = tmp_path / "cut"

@@ -10,6 +10,7 @@ from fedkern.data import augment, normalise, transforms
 from fedkern.engine import samples
 from fedkern.engine.samples import ClientData, TestSet, batch_plan
 from fedkern.models.vocabulary import Vocabulary
+from fedkern.tasks import RETRIEVAL, SEGMENTATION
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -73,7 +74,6 @@ def test_a_batch_is_what_plain_pytorch_makes_of_its_rows(one, cache):
         assert torch.equal(batch.targets, one.labels[rows.copy()])
         assert batch.indices is rows
         assert not batch.fresh
-        assert batch.targets is None
     close(data.pixels.take(None), plain(one.images))
 
 
@@ -110,11 +110,11 @@ def test_batches_picked_at_once_are_those_picked_one_by_one(one, kind, cache, at
     together = epoch()
     assert len(singly) == len(together) == len(plan)
     for a, b, indices in zip(singly, together, plan, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
-        assert a.images.stride() == b.images.stride()
+        assert torch.equal(a.inputs, b.inputs)
+        assert torch.equal(a.targets, b.targets)
+        assert a.inputs.stride() == b.inputs.stride()
         assert a.indices is b.indices is indices
-        assert a.augmented is b.augmented is (kind != "none")
+        assert a.fresh is b.fresh is (kind != "none")
     for batches, shared in ((singly, False), (together, at_once > 1 and kind == "none")):
         first, second = (batch.inputs.untyped_storage().data_ptr() for batch in batches[:2])
         assert (first == second) is shared
@@ -131,7 +131,7 @@ def test_augmentation_draws_from_the_given_stream_alone(one, kind, cache):
         assert not torch.equal(batch.inputs, images)
         assert batch.fresh
     assert given.random() == own.random()
-    close(data.batch(np.array([3, 1])).images, plain(one.images[[3, 1]]))  # the client's own images stay
+    close(data.batch(np.array([3, 1])).inputs, plain(one.images[[3, 1]]))  # the client's own images stay
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -140,11 +140,11 @@ def test_a_network_sees_a_window(one, cache):
     images = normalise(one.images[rows], MEAN, STD, channels_last=True)
     centre = images[:, :, 2:6, 1:7]
     data, given, own = client(one, "crop", cache=cache, sides=sides), stream(), stream()
-    assert torch.equal(data.batch(rows).images, centre)
+    assert torch.equal(data.batch(rows).inputs, centre)
     anywhere = augment(transforms.window(images, sides, own), "crop", own)  # the window is drawn first
-    assert torch.equal(data.batch(rows, rng=given).images, anywhere)
+    assert torch.equal(data.batch(rows, rng=given).inputs, anywhere)
     data = client(one, "none", cache=cache, sides=sides)
-    assert torch.equal(data.batch(rows, rng=given).images, centre)  # without augmentation nothing is drawn
+    assert torch.equal(data.batch(rows, rng=given).inputs, centre)  # without augmentation nothing is drawn
     assert given.random() == own.random()
 
 
@@ -164,16 +164,17 @@ def test_every_augmented_pass_draws_anew(one):
 def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
     texts = ["red", "red green blue", "blue", "red green"] * 3
     tokens = Vocabulary(("red", "green", "blue")).tokenize(texts, 10)
-    data = client(one, tokens=tokens)
+    pairs = dataclasses.replace(one, texts=tuple(texts), task=RETRIEVAL)
+    data = client(pairs, tokens=tokens)
     for batch, length in ((data.batch(np.array([3, 0])), 3), (data.batch(np.array([1])), 4), (data.batch(NONE), 1)):
         assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, :length])
         assert torch.equal(batch.targets.mask, tokens.mask[batch.indices, :length])
     for batch in data.samples.batches(5):
         assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, : batch.targets.ids.shape[1]])
-    found = list(held_out(one, tokens=tokens, batch=11).captioned())
-    assert [len(images) for images, _ in found] == [6, 6]  # no pair is left alone
-    close(torch.cat([images for images, _ in found]), plain(one.images))
-    assert torch.equal(torch.cat([own.ids for _, own in found]), tokens.ids)
+    found = list(held_out(pairs, tokens=tokens, batch=11).batches(even=True))
+    assert [len(batch.inputs) for batch in found] == [6, 6]  # no pair is left alone
+    close(torch.cat([batch.inputs for batch in found]), plain(one.images))
+    assert torch.equal(torch.cat([batch.targets.ids for batch in found]), tokens.ids)
 
 
 def test_an_epoch_is_the_streams_permutation_in_batches():
@@ -234,9 +235,9 @@ def test_a_bank_of_several_clients_messages(sparse, make_data):
 
 
 def test_pixels_bound_the_batches_of_a_segmentation(one, monkeypatch):
-    pixels = dataclasses.replace(one, labels=torch.zeros(COUNT, SIDE, SIDE, dtype=torch.int64))
+    pixels = dataclasses.replace(one, labels=torch.zeros(COUNT, SIDE, SIDE, dtype=torch.int64), task=SEGMENTATION)
     for most, batch in ((SIDE * SIDE * 3 + 1, 3), (SIDE * SIDE * 300, 7), (1, 1)):
-        monkeypatch.setattr(samples, "SEGMENTED_PIXELS", most)
+        monkeypatch.setattr("fedkern.tasks.segmentation.PIXELS", most)
         assert held_out(pixels, batch=7).batch == batch
         assert held_out(one, batch=7).batch == 7
 

@@ -14,6 +14,7 @@ import fedkern
 from fedkern.data import FederatedData, Split
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.diagnostics import undefined_figures
+from fedkern.tasks import SEGMENTATION
 
 rng = np.random.default_rng(0)
 
@@ -103,7 +104,7 @@ def test_the_clients_that_have_a_figure_are_compared():
         full = None
 
         def __init__(self, labels):
-            self.labels, self.task = torch.tensor(labels)[:, None, None].expand(-1, 2, 2), "segmentation"
+            self.labels, self.task = torch.tensor(labels)[:, None, None].expand(-1, 2, 2), SEGMENTATION
 
         def __len__(self):
             return 2
@@ -117,6 +118,6 @@ def test_the_clients_that_have_a_figure_are_compared():
     assert worst_client({k: {"loss": each[k]["loss"]} for k in each}, sets) == (1, "loss")
     shown = with_undefined(each, sets)
     assert [figures["dice"] for figures in shown.values()] == [0.5, None, 0.75]
-    assert undefined_figures({}, shown, str)["no-client-dice"].startswith(
+    assert undefined_figures({"": sets[0]}, shown, str)["no-client-dice"].startswith(
         "1 of 3 clients (1) have no mask with an object"
     )

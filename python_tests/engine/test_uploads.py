@@ -18,6 +18,7 @@ from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
 from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refused
 from fedkern.privacy import LEDGER
 from fedkern.run import main
+from fedkern.tasks import CLASSIFICATION
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def settle(make_data, make_pairs, make_public, make_config):
     def make(method, **more):
         plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 1}
         given = {**plan, "grad_cam": 0, **SETTINGS.get(method, {}), **more}
-        pairs = "classification" not in METHODS[method].tasks
+        pairs = not METHODS[method].serves(CLASSIFICATION)
         return make_config(method, **given), make_pairs() if pairs else make_public(make_data(), samples=12)
 
     return make

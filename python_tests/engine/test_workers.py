@@ -32,6 +32,7 @@ from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
@@ -99,7 +100,7 @@ def compared(config, data, folder, listener=None):
 def test_every_method(method, make_data, make_pairs, make_public, make_config, tmp_path, processes):
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
     config = make_config(method, **{**plan, "grad_cam": 0, **SETTINGS.get(method, {})})
-    pairs = "classification" not in METHODS[method].tasks
+    pairs = not METHODS[method].serves(CLASSIFICATION)
     serial, side_by_side = compared(config, make_pairs() if pairs else make_public(make_data(), 12), tmp_path)
     assert side_by_side == serial
     assert len(processes) == (0 if METHODS[method].pooled else 2)
@@ -357,7 +358,7 @@ def test_test_sets_side_by_side(method, make_data, make_pairs, make_public, make
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
     settings = {**plan, "grad_cam": 0, "client_test": 0.3, **SETTINGS.get(method, {})}
     config = make_config(method, **settings)
-    data = make_pairs() if "classification" not in METHODS[method].tasks else make_public(make_data(), 12)
+    data = make_pairs() if not METHODS[method].serves(CLASSIFICATION) else make_public(make_data(), 12)
     found, seen = [], []
     real = evaluation._side_by_side
     for at_once in (1, 2):

@@ -13,6 +13,7 @@ from fedkern.errors import UserError
 from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
 from fedkern.methods.aggregators import Gathered, Rule
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 SIZES = (20, 13, 9, 15, 11)
 PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}
@@ -124,7 +125,7 @@ AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options
 def test_every_method_that_averages_takes_a_rule(method, make_data, make_public, make_pairs, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {}
     settings = {**plan, "aggregator": "median", **SETTINGS.get(method, {}), **PERSONAL.get(method, {})}
-    pairs = "classification" not in METHODS[method].tasks
+    pairs = not METHODS[method].serves(CLASSIFICATION)
     data = make_pairs() if pairs else make_public(make_data(), 12)
     run(make_config(method, **settings), out=tmp_path / "run", data=data)
 

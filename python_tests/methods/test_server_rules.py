@@ -14,6 +14,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.server_rules import ServerRule
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 SIZES = (20, 13, 9)
 PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}
@@ -106,7 +107,7 @@ def test_moments_survive_an_interruption(make_data, make_config, tmp_path):
 def test_every_method_that_averages_once_a_round_takes_a_rule(
     method, make_data, make_public, make_pairs, make_config, tmp_path
 ):
-    pairs = "classification" not in METHODS[method].tasks
+    pairs = not METHODS[method].serves(CLASSIFICATION)
     settings = {**SETTINGS.get(method, {}), **PERSONAL.get(method, {}), "server_rule": "adagrad:tau=0.1"}
     data = make_pairs() if pairs else make_public(make_data(SIZES), 12)
     run(make_config(method, **settings), out=tmp_path / "run", data=data)

@@ -51,7 +51,7 @@ def test_small_networks_and_transformers(name, cuts):
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", [n for n, entry in models.MODELS.items() if entry.task == "classification"])
+@pytest.mark.parametrize("name", [n for n, entry in models.MODELS.items() if entry.gives == "classes"])
 def test_every_network_cut_computes_what_it_computes(name):
     model = make(name, width=8).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -14,7 +14,7 @@ from fedkern import models
 from fedkern.errors import UserError
 from fedkern.models.resnet import BasicBlock
 
-NAMES = tuple(name for name, entry in models.MODELS.items() if entry.task == "classification")
+NAMES = tuple(name for name, entry in models.MODELS.items() if entry.gives == "classes")
 
 
 def make(name: str, *, channels: int = 3, image_size: int = 32, classes: int = 10, seed: int = 0, **options):
@@ -223,7 +223,7 @@ def test_mistakes_are_named():
 def test_the_smallest_image_passes(name):
     entry = models.MODELS[name]
     model = make(name, image_size=entry.smallest)
-    positions = () if entry.task == "classification" else (entry.smallest,) * 2
+    positions = () if entry.gives == "classes" else (entry.smallest,) * 2
     assert model(torch.randn(2, 3, entry.smallest, entry.smallest)).shape == (2, 10, *positions)
 
 

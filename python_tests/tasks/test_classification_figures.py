@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn import metrics
 
-from fedkern.methods.common import classification_figures as figures
+from fedkern.tasks import classification_figures as figures
 
 
 def answers(n=200, classes=6, seed=0, ties=False):

@@ -6,13 +6,16 @@ import math
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from fedkern.methods.common.supervised import supervised_loss
 
-from fedkern.methods import METHODS, FedAvg, FedDRA, FedGID, FedProx, Moon
-from fedkern.methods.common import multilabel_figures as of_labels
+from fedkern.methods.protocol import Batch
+from fedkern.tasks import MULTILABEL
+from fedkern.tasks import multilabel_figures as of_labels
 from fedkern.tasks.classification_figures import areas
+
+NONE = np.zeros(0, dtype=np.int64)
 
 
 def drawn(n=40, count=5, steps=6, seed=0):
@@ -100,14 +103,15 @@ def test_no_figure_follows_from_logits_that_are_nan(order):
 def test_a_network_is_asked_batch_by_batch():
     scores, labels = drawn()
     kept = []
-    data = SimpleNamespace(batches=lambda: zip(scores.split(7), labels.split(7), strict=True), keep=kept.append)
-    found = of_labels.multilabel(torch.nn.Identity(), data)
+    parts = zip(scores.split(7), labels.split(7), strict=True)
+    data = SimpleNamespace(batches=lambda: (Batch(*part, NONE) for part in parts), keep=kept.append)
+    found = MULTILABEL.figures(torch.nn.Identity(), data)
     assert torch.equal(kept[0], scores)
     p = scores.double().sigmoid()
     loss = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()
     assert found == {**of_labels.label_figures(scores, labels), "loss": pytest.approx(float(loss))}
     with pytest.raises(ValueError, match="at least one sample"):
-        of_labels.multilabel(torch.nn.Identity(), SimpleNamespace(batches=lambda: iter(())))
+        MULTILABEL.figures(torch.nn.Identity(), SimpleNamespace(batches=lambda: iter(())))
 
 
 def test_unvaried_predictions():
@@ -117,33 +121,7 @@ def test_unvaried_predictions():
 
 def test_the_loss_is_the_mean_binary_cross_entropy():
     scores, labels = drawn()
-    batch = SimpleNamespace(images=scores, labels=labels, tokens=None, per_sample=False)
+    batch = Batch(scores, labels, NONE)
     p = scores.double().sigmoid()
     expected = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()
-    assert float(supervised_loss(torch.nn.Identity(), batch)) == pytest.approx(float(expected))
-
-
-class OwnLoss(FedAvg):
-    """A loss of its own, which knows single classes."""
-
-    def loss(self, model, batch, received):
-        raise NotImplementedError
-
-
-class OwnTask(OwnLoss):
-    """The same, declared for several labels."""
-
-    tasks = ("multilabel",)
-
-
-def test_methods_that_can_learn_several_labels():
-    able = {name for name, kind in METHODS.items() if kind.learns("multilabel")}
-    assert able == {"afl", "centralised", "fedavg", "feddyn", "fedprox", "scaffold"}
-    assert not FedDRA.learns("multilabel")
-    assert FedProx.learns("segmentation")
-    assert not FedGID.learns("multilabel")
-    assert not Moon.learns("multilabel")
-    assert not OwnLoss.learns("multilabel")
-    assert OwnLoss.learns("classification")
-    assert OwnTask.learns("multilabel")
-    assert not OwnTask.learns("classification")
+    assert float(MULTILABEL.loss(torch.nn.Identity(), batch)) == pytest.approx(float(expected))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkern.methods.common import retrieval
+from fedkern.tasks import retrieval_figures as retrieval
 from fedkern.tasks.retrieval_figures import Gallery, recalls
 
 

@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from fedkern.methods.common.supervised import pixelwise_loss
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
@@ -21,18 +20,19 @@ from fedkern.engine.run import run
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase, Scaffold
-from fedkern.methods.common.figures import figures
 from fedkern.methods.protocol import Batch
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import SEGMENTATION
+from fedkern.tasks.segmentation import pixelwise_loss
 from fedkern.tasks.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
 
-METHODS_HERE = sorted(name for name, kind in METHODS.items() if "segmentation" in kind.tasks)
+METHODS_HERE = sorted(name for name, kind in METHODS.items() if kind.serves(SEGMENTATION))
 
 
 class Told:
     """A test set, and a network that answers what it is told to."""
 
-    task = "segmentation"
+    task = SEGMENTATION
 
     def __init__(self, predicted, truth, classes=3, cases=None, size=2):
         self.predicted, self.truth, self.classes, self.cases, self.size = predicted, truth, classes, cases, size
@@ -42,7 +42,7 @@ class Told:
         for start in range(0, len(self.truth), self.size):
             rows = slice(start, start + self.size)
             logits = 50.0 * one_hot(self.predicted[rows], self.classes).movedim(-1, 1)
-            yield logits, self.truth[rows]
+            yield Batch(logits, self.truth[rows], np.arange(len(logits)))
 
     def record(self, predictions):
         self.recorded = predictions
@@ -181,7 +181,7 @@ def test_hausdorff_distance_against_all_pairs(shape):
 
 def test_the_figures_are_those_of_the_task():
     told = Told(masks(0), masks(1))
-    assert figures(torch.nn.Identity(), told) == told.figures()
+    assert METHODS["fedavg"]().evaluate(torch.nn.Identity(), told) == told.figures()
 
 
 # runs
@@ -255,7 +255,7 @@ def test_unlabelled_pixels_are_not_learnt():
     logits = torch.randn(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     labels = split(4, 0).labels
     labels[:, :5] = IGNORE
-    batch = Batch(torch.zeros(4, 1, 16, 16), labels, np.arange(4))
+    batch = Batch(torch.zeros(4, 1, 16, 16), labels, np.arange(4), task=SEGMENTATION)
     loss = METHODS["fedavg"]().loss(lambda images: logits, batch, None)
     assert torch.allclose(loss, cross_entropy(logits[:, :, 5:], labels[:, 5:]))
     loss.backward()
@@ -265,7 +265,7 @@ def test_unlabelled_pixels_are_not_learnt():
 
 def test_a_batch_of_which_nothing_is_known_moves_nothing():
     logits = torch.randn(2, 3, 16, 16, requires_grad=True)
-    batch = Batch(torch.zeros(2, 1, 16, 16), torch.full((2, 16, 16), IGNORE), np.arange(2))
+    batch = Batch(torch.zeros(2, 1, 16, 16), torch.full((2, 16, 16), IGNORE), np.arange(2), task=SEGMENTATION)
     for apart in (False, True):
         loss = METHODS["fedavg"]().loss(lambda images: logits, dataclasses.replace(batch, per_sample=apart), None)
         loss.backward()

@@ -51,7 +51,7 @@ class Traffic(Part):
         """Books raw data for a pooled method, and the words of a shared vocabulary."""
         for k, raw in enumerate(self._context.uploaded):
             self._ledger.book(k, "up", raw)
-        words = self._context.data.task.vocabulary_messages(self._context) if self._shared_words else None
+        words = self._context.words() if self._shared_words else None
         if words is not None:
             for k, own in enumerate(words[0]):
                 self._ledger.book(k, "up", own)

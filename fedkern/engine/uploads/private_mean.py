@@ -283,7 +283,7 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
             "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "
             "average, local or drop."
         )
-    if config.dp_noise and context.data.task.vocabulary_messages(context) is not None:
+    if config.dp_noise and context.words() is not None:
         raise UserError(
             f"--dp-noise does not cover the vocabulary that --text-encoder {config.text_encoder} learns from the "
             "clients' texts: take a text encoder of transformers, or leave --dp-noise out."

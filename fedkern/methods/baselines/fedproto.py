@@ -206,9 +206,8 @@ class FedProto(LocalTraining):
         if isinstance(model, Personal) and client in model.clients:
             model = model.members[model.clients.index(client)]
         elif isinstance(model, Personal):
-            data = SimpleNamespace(
-                task=data.task, batches=data.batches
-            )  # never took part: evaluate the mean of the others' logits
+            # Never took part: evaluate the mean of the others' logits.
+            data = SimpleNamespace(task=data.task, batches=data.batches)
         return super().evaluate(model, data)
 
 

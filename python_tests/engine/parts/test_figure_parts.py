@@ -31,6 +31,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.tasks import CLASSIFICATION
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -352,8 +353,8 @@ def test_an_experimenters_figures_are_numbers(monkeypatch):
 @pytest.mark.parametrize("names", [None, ("x", "y")])
 def test_the_files_of_a_run(names, tmp_path):
     context = Context(2, **SETTINGS)
-    context.model_name = "cnn"
-    facts = {"task": "classification", "image_shape": (1, 2, 2), "mean": (0.0,), "std": (1.0,), "grey_bits": None}
+    context.model_name, context.described = "cnn", {}
+    facts = {"task": CLASSIFICATION, "image_shape": (1, 2, 2), "mean": (0.0,), "std": (1.0,), "grey_bits": None}
     vars(context.data).update(
         client_names=names, statistics=SimpleNamespace(held_out=("z", 3) if names else None), **facts
     )

@@ -8,8 +8,8 @@ from fedkern.engine.run import run
 from fedkern.engine.samples import TestSet
 from fedkern.engine.store.records import read_metrics
 from fedkern.methods import METHODS
-from fedkern.methods.common.figures import classification
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 SETTINGS = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 4, "threads": 1, "grad_cam": 0}
 
@@ -38,7 +38,7 @@ def test_local_tells_the_mean_over_the_clients_own_networks(make_data, tmp_path)
     device = torch.device("cpu")
     for name in ("id", "ood"):
         each = [
-            classification(member.eval(), TestSet(data.tests[name], about["mean"], about["std"], device, False))
+            CLASSIFICATION.figures(member.eval(), TestSet(data.tests[name], about["mean"], about["std"], device, False))
             for member in ensemble.members
         ]
         found = summary["metrics"]

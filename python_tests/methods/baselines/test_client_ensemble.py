@@ -13,6 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.baselines.client_ensemble import Ensemble, vote
+from fedkern.tasks import SEGMENTATION
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
 
@@ -208,7 +209,7 @@ def test_bad_lists_of_models(text, words, make_data, make_config, tmp_path):
 )  # fmt: skip
 def test_every_network_is_for_the_datas_task(method, options, make_data, make_config, tmp_path):
     rounds = 1 if method in ("fediod", "fml") else None
-    with pytest.raises(UserError, match=r"The network unet is for segmentation, but .* choose one of cnn, "):
+    with pytest.raises(UserError, match=r"The network unet gives classes of pixels, and .* choose one of cnn, "):
         run(make_config(method, model="cnn", rounds=rounds, options=options), out=tmp_path / "x", data=make_data())
     assert not (tmp_path / "x").exists()
 
@@ -216,12 +217,15 @@ def test_every_network_is_for_the_datas_task(method, options, make_data, make_co
 @pytest.mark.parametrize("method", ["ensemble", "feddf", "fediod"])
 def test_and_so_is_every_one_of_a_segmentation(method, make_data, make_config, tmp_path):
     data = make_data()
-    maps = tuple(dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64)) for s in data.clients)
-    tests = {name: dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64))
+    maps = tuple(
+        dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64), task=SEGMENTATION)
+        for s in data.clients
+    )
+    tests = {name: dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64), task=SEGMENTATION)
              for name, s in data.tests.items()}  # fmt: skip
     data = dataclasses.replace(data, clients=maps, tests=tests, validation=tests["id"], public=tests["ood"])
     config = make_config(method, model="unet-small", rounds=1 if method == "fediod" else None,
                          options={"models": "unet-small:2,cnn"})  # fmt: skip
-    with pytest.raises(UserError, match=r"The network cnn is for classification, but .* choose one of unet"):
+    with pytest.raises(UserError, match=r"The network cnn gives classes of images, and .* choose one of unet"):
         run(config, out=tmp_path / "x", data=data)
     assert not (tmp_path / "x").exists()

@@ -152,7 +152,8 @@ def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, ma
     assert metrics["mean_client_accuracy"] == pytest.approx(sum(right) / 3)
     assert metrics["worst_client_accuracy"] == pytest.approx(min(right))
     stranger = Personal({7: model.members[0], 9: model.members[1]})
-    asked = SimpleNamespace(batches=lambda: iter([(normalise(own[2].images, data.mean, data.std), own[2].labels)]))
+    whole_set = Batch(normalise(own[2].images, data.mean, data.std), own[2].labels, np.arange(len(own[2])))
+    asked = SimpleNamespace(batches=lambda: iter([whole_set]), task=data.task)
     whole = FedProto().evaluate_own(stranger, asked, 2)
     assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
 

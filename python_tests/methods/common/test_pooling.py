@@ -57,8 +57,8 @@ def test_pooled_statistics_are_those_of_all_samples_together(sides):
     network = server.build().train()
     everything = [client.batch(np.arange(client.samples)) for client in clients]
     features = {
-        "image_head": [network.image_align.first(network.encode_image(b.images)) for b in everything],
-        "text_head": [network.text_align.first(network.encode_text(b.tokens), b.tokens.mask) for b in everything],
+        "image_head": [network.image_align.first(network.encode_image(b.inputs)) for b in everything],
+        "text_head": [network.text_align.first(network.encode_text(b.targets), b.targets.mask) for b in everything],
     }
     for head, parts in features.items():
         layers = getattr(network, head)
