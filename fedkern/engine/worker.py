@@ -33,7 +33,7 @@ from fedkern import plugins
 from fedkern.allocator import keep_freed_memory
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
 from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker, portable
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
@@ -89,16 +89,16 @@ class Worker:
             self._serial.end_round()
             self._unpacker.clear()
 
-    def _done(self, task: Task) -> Done:
+    def _done(self, job: Job) -> Done:
         self._context.warnings.clear()
-        if task.fresh:
-            self._serial.take(task.client, dict(task.state or {}), task.played)
+        if job.fresh:
+            self._serial.take(job.client, dict(job.state or {}), job.played)
         try:
-            answer = self._serial.ask(task.client, task.asker, task.phase, task.message, task.encoder)
+            answer = self._serial.ask(job.client, job.asker, job.phase, job.message, job.encoder)
         except Exception as error:
             return Done(None, failed=portable(error))
         answer.warnings = dict(self._context.warnings)
-        return Done(answer, self._serial.changed(task.client))
+        return Done(answer, self._serial.changed(job.client))
 
     def _send(self, done: Any) -> None:
         sys.stdout.flush()  # shows what a client's code has printed: a worker may be killed at any time

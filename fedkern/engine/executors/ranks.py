@@ -25,7 +25,7 @@ from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.team import GO_ON, Team
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Sum, Task
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Sum
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed, UserError
@@ -145,7 +145,7 @@ class Ranks:
         fresh = k not in self._begun
         try:
             state = self._readers[k]() if fresh else None
-            packet = self._packer.pack(Task(k, asker, phase, message, fresh, state, encoder=self._encoders.get(k)))
+            packet = self._packer.pack(Job(k, asker, phase, message, fresh, state, encoder=self._encoders.get(k)))
         except NotPortable:
             return False
         self._links[rank].send(packet)

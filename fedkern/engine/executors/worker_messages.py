@@ -44,8 +44,8 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A worker's task: one client answers one message.
+class Job:
+    """A worker's job: one client answers one message.
 
     Attributes:
         client: the client's id.
@@ -53,7 +53,7 @@ class Task:
         phase: the exchange.
         message: the client's message.
         fresh: whether the client begins its round in this worker.
-        state: the client's state at the beginning of the round, where the task is ``fresh``.
+        state: the client's state at the beginning of the round, where the job is ``fresh``.
         played: the client's earlier messages of the round, as (asker, phase, message), which a lost worker answered;
             they are played again first.
         encoder: changes the upload before it leaves; None: it travels as it is.
@@ -71,7 +71,7 @@ class Task:
 
 @dataclass
 class Done:
-    """A worker's reply to a task: the answer and, if the task changed it, the client's state; or an exception."""
+    """A worker's reply to a job: the answer and, if the job changed it, the client's state; or an exception."""
 
     answer: Any
     state: dict[str, Any] | None = None

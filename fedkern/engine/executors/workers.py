@@ -24,7 +24,7 @@ from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup, Task
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
 from fedkern.engine.uploads.filters import Encoder
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
@@ -271,7 +271,7 @@ class Workers:
             if not self._tell(worker, Cleared()):
                 return False
         try:
-            if not self._tell(worker, Task(k, asker, phase, message, fresh, state, played, self._encoders.get(k))):
+            if not self._tell(worker, Job(k, asker, phase, message, fresh, state, played, self._encoders.get(k))):
                 return False
         except NotPortable:
             self._round.at[k] = None  # the message cannot be sent, so the client works in this process in this round
