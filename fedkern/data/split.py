@@ -72,7 +72,7 @@ class Split:
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
         for name, words in (("ids", self.ids), ("texts", self.texts)):
             if words is not None and len(words) != n:
-                raise ValueError(f"{name}: expected {n}, got {len(words)}")
+                raise ValueError(f"{name}: expected {n}, one for every image, got {len(words)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
             raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
         for name, numbers in (("cases", self.cases), ("patients", self.patients), ("homes", self.homes)):

@@ -329,6 +329,7 @@ CELLS: dict[str, Callable[[Table, str, str], tuple[tuple[str, ...], npt.NDArray[
     "labels": _several,
 }
 """What reads the classes and every row's labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
+COLUMNS = {"class": "label", "labels": SETS}
 CSV_TASKS = (AUTO, *(name for name, task in TASKS.items() if task.target in CELLS))
 
 
@@ -358,11 +359,16 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
     path = find_table(root, "csv", ("path", "label"))
     if path is None:
         raise UserError(f'data set "csv": {root} holds no CSV file')
-    if chosen.get("label") and chosen.get(SETS):
-        raise UserError(f'data set "csv": leave out one of the options label, one class an image, and {SETS}, several')
     table, said = read_table(path, "csv", ("path",), chosen), TASKS.get(task)
     sets = chosen.get(SETS) or (SETS in table.names and "label" not in table.names)
     target = said.target if said else "labels" if sets and not chosen.get("label") else "class"
+    if any(chosen.get(column) for kind, column in COLUMNS.items() if kind != target):
+        given = " and ".join(
+            name for name, value in {"task": said, **chosen}.items() if value and name in ("task", "label", SETS)
+        )
+        raise UserError(
+            f'data set "csv": leave out one of the options {given}: label is for one class an image, {SETS} for several'
+        )
     classes, labels = CELLS[target](table, task, order)
     kind = task_of(labels, said=task)
     kind.check_classes(classes, bool(order) or None not in map(number, classes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,10 +58,10 @@ class Answer:
 
     def batches(self):
         start = 0
-        for images, labels in self.set.batches():
-            said = self.said[start : start + len(images)]
-            start += len(images)
-            yield 30.0 * torch.nn.functional.one_hot(said, 3).movedim(-1, 1), labels
+        for batch in self.set.batches():
+            said = self.said[start : start + len(batch.targets)]
+            start += len(batch.targets)
+            yield replace(batch, inputs=30.0 * torch.nn.functional.one_hot(said, 3).movedim(-1, 1))
 
 
 def slow(split, said, root, size, tile=0):

@@ -445,7 +445,7 @@ def test_a_class_beyond_the_names(tmp_path):
         (
             "fedavg",
             {"model": "cnn"},
-            r"network cnn is for classification, .* choose one of unet, unet-small, .* with",
+            r"network cnn gives classes of images, .* choose one of unet, unet-small, .* with",
         ),
         ("oneshot-fedavg", {"options": {"calibrate": True}}, "calibrate draws .* this run is for segmentation"),
         ("feddf", {"options": {"source": "generator"}}, "segmentation needs --public-samples"),

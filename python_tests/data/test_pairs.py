@@ -218,7 +218,7 @@ def test_a_window_of_every_image(name, tmp_path):
         assert split.images.shape[2:] == (16, 16)
         assert split.images[:, 0].eq(torch.arange(4, 20)).all()
     bench = RunContext(RunConfig.make("feddra", data=name, data_root=str(tmp_path), clients=3, partition="attribute",
-                                 data_options=options, width=8), data, pair=None)  # fmt: skip
+                                 data_options=options, width=8), data)  # fmt: skip
     own = bench.client_data(0)
     rows = np.arange(len(own))
     columns = (own.samples.take(rows) * data.std[0] + data.mean[0]).mul(255).round()[:, 0, 0, 0]

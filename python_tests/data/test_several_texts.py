@@ -97,7 +97,7 @@ def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
 
 def robust(data, **options):
     config = RunConfig.make("feddra", data="pairs", clients=len(data.clients), width=4, options=options)
-    bench = RunContext(config, data, pair=None)
+    bench = RunContext(config, data)
     return FedDRA(FedDRA.Options.parse(options)), [Client(bench, k, {}) for k in range(len(data.clients))]
 
 

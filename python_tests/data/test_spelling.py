@@ -5,9 +5,11 @@ import unicodedata
 import pytest
 from PIL import Image
 
+import fedkern
 from fedkern.data import load
 from fedkern.data.spelling import MISSING, unified
 from fedkern.errors import UserError
+from fedkern.tasks import CLASSIFICATION, TASKS
 
 ACCENT = "café", unicodedata.normalize("NFD", "café")
 TABLES = {
@@ -27,7 +29,8 @@ def read(name, root, lines, said=None, **settings):
     for i in range(len(lines) - 1):
         picture(root / f"{i}.png", i)
     (root / "list.csv").write_text("\n".join(lines) + "\n")
-    return load(name, root=root, options={"size": 8}, notice=(said if said is None else said.append), **settings)
+    options = {"size": 8, **settings.pop("options", {})}
+    return load(name, root=root, options=options, notice=(said if said is None else said.append), **settings)
 
 
 def labelled(name, root, labels, said=None):
@@ -141,3 +144,92 @@ def test_a_class_that_is_missing_is_no_class(tmp_path):
     data = labelled("pairs", tmp_path, ["cat", "NA", "N/A"] * 8, said)
     assert data.classes == ("any", "cat")
     assert said == ["Cells of list.csv that count as empty: NA (8), N/A (8)."]
+
+
+GRADES = [("mild", "none", "severe")[i % 3] for i in range(30)]
+
+
+def graded(root, labels=GRADES, column="label", **options):
+    said = []
+    lines = [f"path,{column}", *(f"{i}.png,{label}" for i, label in enumerate(labels))]
+    return read("csv", root, lines, said, **options), said
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "classes"),
+    [
+        (GRADES, "none|mild|severe", ("none", "mild", "severe")),
+        (GRADES, " severe |none|mild", ("severe", "none", "mild")),
+        (["10", "9.0", "9"] * 10, "10|9", ("10", "9")),
+        (["10", "9.0", "9"] * 10, "", ("9", "10")),
+        (["none|mild", "severe", ""] * 10, "none|mild|severe", ("none", "mild", "severe")),
+    ],
+)
+def test_the_order_of_classes(tmp_path, labels, order, classes):
+    column = "labels" if "" in labels else "label"
+    data, _ = graded(tmp_path, labels, column, options={"order": order})
+    assert data.classes == classes
+    for split in (*data.clients, data.validation, data.tests[""]):
+        for name, label in zip(split.ids, split.labels, strict=True):
+            text = data.task.label_text(label, classes)
+            own = labels[int(name.removesuffix(".png"))].replace(".0", "") or "none"
+            assert {*text.split("|")} == {*own.split("|")}
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize(
+    ("order", "wrong"),
+    [
+        ("none|mild", "severe is missing"),
+        ("none|mild|severe|mild", "mild is there 2 times"),
+        ("none|mild|severe|grave", "grave is no class"),
+        ("none,mild,severe", "none,mild,severe is no class, mild is missing, none is missing, severe is missing"),
+        ("none|grave|none", "grave is no class, none is there 2 times, mild is missing, severe is missing"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(tmp_path, column, order, wrong):
+    labels = [*GRADES[:-1], "none|mild"] if column == "labels" else GRADES
+    with pytest.raises(UserError) as told:
+        graded(tmp_path, labels, column, options={"order": order})
+    assert str(told.value).startswith("order must name every class once, and of those of the column ")
+    assert str(told.value).endswith(f"list.csv, {wrong}." if column == "labels" else f", {wrong}.")
+
+
+@pytest.fixture
+def grades(monkeypatch):
+    """Another task with a class of every image, which needs their order."""
+
+    class Grades(type(CLASSIFICATION)):
+        name = "grades"
+
+        def check_classes(self, names, ordered):
+            if not ordered:
+                raise UserError(f"{', '.join(names)} have no order")
+
+    monkeypatch.setitem(TASKS, "grades", Grades())
+    return TASKS["grades"]
+
+
+def test_a_task_that_the_user_names(tmp_path, monkeypatch, grades):
+    option = fedkern.data.DATASETS["csv"].options["task"]
+    assert option.choices == ("auto", "classification", "multilabel")
+    monkeypatch.setitem(option.__dict__, "choices", (*option.choices, "grades"))
+    with pytest.raises(UserError, match="^mild, none, severe have"):
+        graded(tmp_path, options={"task": "grades"})
+    data, _ = graded(tmp_path, options={"task": "grades", "order": "none|mild|severe"})
+    assert {split.task for split in (*data.clients, data.validation, data.tests[""])} == {grades}
+    assert graded(tmp_path, ["10", "9"] * 10, options={"task": "grades"})[0].classes == ("9", "10")
+    assert graded(tmp_path)[0].task is CLASSIFICATION
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"label": "label", "labels": "label"}, "label and labels"),
+        ({"label": "label", "task": "multilabel"}, "task and label"),
+        ({"labels": "label", "task": "classification"}, "task and labels"),
+    ],
+)
+def test_columns_that_contradict_are_refused(tmp_path, options, given):
+    with pytest.raises(UserError, match=f"leave out one of the options {given}: label is for one class an image"):
+        graded(tmp_path, options=options)
