@@ -224,6 +224,11 @@ class Task(str):
         """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
         return torch.tensor(places)[labels]
 
+    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
+        """Positions of data's classes among those that a network knows; None where the data do not fit the network."""
+        places = [known.index(name) for name in classes if name in known]
+        return places if len(places) == len(classes) and len({*known}) == len(known) else None
+
     # -- networks --------------------------------------------------------------------------------------------------
 
     def described(self, context: Any) -> dict[str, Any]:
@@ -270,6 +275,10 @@ class Task(str):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities of the classes, in the second axis."""
         return logits.softmax(1)
+
+    def predicted(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+        """The predicted class of a sample; several labels joined by ``|``."""
+        return classes[int(probabilities.argmax())]
 
     def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         """The answer to a sample in words, from the classes' probabilities."""

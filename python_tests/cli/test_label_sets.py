@@ -17,6 +17,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.methods.common import diagnostics
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION, MULTILABEL
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",
         "--data-option", "size=8", "--grad-cam", "0")  # fmt: skip
@@ -142,12 +143,12 @@ def test_warnings_about_a_network_that_tells_nothing():
         def __len__(self):
             return 2
 
-    def told(*kept, task="multilabel"):
+    def told(*kept, task=MULTILABEL):
         found = Kept(task=task, labels=labels, kept=[(None, each) for each in kept])
         return diagnostics.unvaried_labels({"id_": found, "validation_": found})
 
     assert "for all images of the in-distribution test set or for none" in told(alike)["unvaried-labels"]
-    assert told(alike, varied) == told() == told(alike, task="classification") == {}
+    assert told(alike, varied) == told() == told(alike, task=CLASSIFICATION) == {}
 
 
 @pytest.mark.exhaustive
