@@ -162,7 +162,7 @@ def evaluate(request: Request) -> int:
     result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
     title = f"{result['method']} on {result['data']}, network of the {network} round"
     name = "-".join(["evaluate", *(["best"] if best else []), *([data] if data else [])])
-    return publish(request, result, figures_table(title, metrics, sets), folder / f"{name}.json")
+    return publish(request, result, figures_table(title, metrics, sets, config.main), folder / f"{name}.json")
 
 
 def extended(request: Request) -> Request:

@@ -127,12 +127,14 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
 
 
 def test_warnings_about_a_network_that_tells_nothing():
+    judged = SimpleNamespace(main="macro_auroc", better="max")
+
     def warned(area):
-        return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {})
+        return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {}, judged)
 
     assert "macro AUROC is 50.0 %, and scoring all images alike gives 50.0 %" in warned(0.5)["chance-level"]
     assert warned(0.7) == {}
-    falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {})
+    falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {}, judged)
     assert "Validation macro AUROC fell from 90.0 % to 60.0 %" in falling["falling-macro_auroc"]
     labels = torch.zeros(2, 2, dtype=torch.uint8)
     alike, varied = torch.tensor([[1.0, -1.0], [2.0, -1.0]]), torch.tensor([[1.0, -1.0], [-2.0, -1.0]])
