@@ -33,9 +33,9 @@ from fedkern.torch_modes import reproducible
 class History:
     """The records of a run's rounds, in order."""
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], tests: Collection[str] = ()) -> None:
+    def __init__(self, records: Sequence[Mapping[str, Any]], main: str, tests: Collection[str] = ()) -> None:
         self.records = [dict(record) for record in records]
-        self._tests = tests  # names of the test sets
+        self._main, self._tests = main, tests  # the main figure, and names of the test sets
 
     def __len__(self) -> int:
         return len(self.records)
@@ -46,7 +46,7 @@ class History:
     def _repr_html_(self) -> str:
         from fedkern.report.notebook import rounds_table
 
-        return rounds_table(self.records, f"rounds: {len(self)}", tests=self._tests)
+        return rounds_table(self.records, f"rounds: {len(self)}", self._main, tests=self._tests)
 
     def __getitem__(self, name: str) -> list[Any]:
         """A figure of every round, None where the round has none: ``history["accuracy"]``.
@@ -119,7 +119,7 @@ class Run:
         from fedkern.report.notebook import run_table
 
         summary = read_summary(self.out)
-        return self.history._repr_html_() if summary is None else run_table(summary, self.out)
+        return self.history._repr_html_() if summary is None else run_table(summary, self.out, self.config.main)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -141,7 +141,8 @@ class Run:
     @property
     def history(self) -> History:
         """The records of the rounds so far."""
-        return History(read_metrics(self.out), () if self._data is None else self._data.tests)
+        tests = () if self._data is None else self._data.tests
+        return History(read_metrics(self.out), self.config.main, tests)
 
     def model(self, *, best: bool = False) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.

@@ -211,11 +211,12 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     from fedkern.report.tables import class_table, final_table, own_tests_table, worst_client_line
 
     console = terminal()
-    console.print(final_table(summary))
+    main = RunConfig.stored(out)["main"]
+    console.print(final_table(summary, main))
     if (classes := class_table(summary)) is not None:
         console.print(classes)
     if summary.get("client_metrics"):
-        console.print(own_tests_table(summary))
+        console.print(own_tests_table(summary, main))
         if worst := worst_client_line(summary):
             say(console, worst)
     if names := sorted(summary.get("diagnostics") or ()):

@@ -26,8 +26,6 @@ from fedkern.standard_streams import put
 
 FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds", "wandb")
 NAMES = ("attack", "evaluate", "predict", "export", "extend")
-SHOWN = 5
-"""Predictions that are printed."""
 
 
 def _parser(command: str) -> Parser:
@@ -164,7 +162,7 @@ def evaluate(request: Request) -> int:
     result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
     title = f"{result['method']} on {result['data']}, network of the {network} round"
     name = "-".join(["evaluate", *(["best"] if best else []), *([data] if data else [])])
-    return publish(request, result, figures_table(title, metrics, sets), folder / f"{name}.json")
+    return publish(request, result, figures_table(title, metrics, sets, config.main), folder / f"{name}.json")
 
 
 def extended(request: Request) -> Request:
@@ -193,8 +191,8 @@ def predict(request: Request) -> int:
     from fedkern.report.progress import advancing
 
     predictor = prediction.Predictor.open(_folder(request), _code(request), best=request.arguments["best"])
-    segments = predictor.task == "segmentation"
-    out = request.out or Path("masks" if segments else "predictions.csv")
+    name, shown, write = prediction.WRITERS[predictor.task.network]
+    out = request.out or Path(name)
     _check_free(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
     first: list[tuple[Path, Any]] = []
@@ -202,22 +200,18 @@ def predict(request: Request) -> int:
 
         def rows() -> Iterator[tuple[Path, Any, Any]]:
             for row in predictor.files(paths):
-                if len(first) < SHOWN and not segments:
+                if len(first) < shown:
                     first.append(row[:2])
                 yield row
                 step()
 
-        if segments:
-            prediction.write_masks(out, paths, rows())
-        else:
-            several = predictor.task == "multilabel"
-            prediction.write_table(out, predictor.classes, (row[:2] for row in rows()), several=several)
+        write(out, predictor, paths, rows())
     if request.json:
         put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
     for path, probabilities in first:
         print(f"{path}  {predictor.said(probabilities)}")
-    if first and len(paths) > SHOWN:
+    if len(paths) > shown > 0:
         print("...")
     count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
     print(f"{count}: {out}")

@@ -263,9 +263,9 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     named = next((word for word in argv if word in METHODS), None)
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
-    task = next((word for word in (values.method, *rest) if word in COMMANDS), None)
-    if task is not None:  # with such a word first, another parser reads the command
-        raise UserError(f"Name {task} first, then its flags: {PROGRAM} {USAGE[task]}.")
+    command = next((word for word in (values.method, *rest) if word in COMMANDS), None)
+    if command is not None:  # with such a word first, another parser reads the command
+        raise UserError(f"Name {command} first, then its flags: {PROGRAM} {USAGE[command]}.")
     method, unknown = values.method, [word for word in rest if word.startswith("-")]
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     if not unknown and not values.help and method not in (None, *METHODS):

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedkern.comparison.cell_runner import Board
 from fedkern.comparison.cells import Cell
+from fedkern.comparison.found_runs import FoundRun
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import RunInfo
 from fedkern.report.names import plain, say
@@ -34,9 +35,10 @@ class LineBoard(Board):
         self.began = self.start
         self.done = self.played = 0
         self.tests: Collection[str] = ()
+        self.main = ""
 
     def on_start(self, run: RunInfo) -> None:
-        self.tests = run.test_sets
+        self.tests, self.main = run.test_sets, run.config.main
 
     def on_cells(self, planned: Sequence[Cell]) -> None:
         self.planned, self.done = planned, 0
@@ -44,10 +46,11 @@ class LineBoard(Board):
     def on_cell(self, cell: Cell) -> None:
         self.began = time.monotonic()
 
-    def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
+    def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
         self._count(again)
         took = "finished before" if again else human_time(time.monotonic() - self.began)
-        self._line(cell, f"{main_figures(metrics, self.tests) or 'no figures told'}  {took}{self._left(again)}")
+        figures = main_figures(run.metrics, run.config.main, self.tests) or "no figures told"
+        self._line(cell, f"{figures}  {took}{self._left(again)}")
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
         self._count(False)
@@ -88,7 +91,8 @@ class LiveBoard(LineBoard):
         self._tell("starts", "cyan")
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        self._tell(f"{record['round']}/{record['rounds']}  {main_figures(record, self.tests)}".rstrip(), "cyan")
+        figures = main_figures(record, self.main, self.tests)
+        self._tell(f"{record['round']}/{record['rounds']}  {figures}".rstrip(), "cyan")
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
         super().on_cell_failed(cell, message)
@@ -100,11 +104,11 @@ class LiveBoard(LineBoard):
             self.texts[self.running.variant.label, self.running.seed] = plain(text, style)
         self._show()
 
-    def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
+    def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
         self._count(again)
         self.left = self._left(again) or ("" if self.done >= len(self.planned) else self.left)
         self.running = cell
-        self._tell(main_figures(metrics, self.tests) or "done", "bold")
+        self._tell(main_figures(run.metrics, run.config.main, self.tests) or "done", "bold")
 
     def _line(self, cell: Cell, text: str) -> None:
         if text.startswith("failed"):  # printed above the table, where it stays

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -23,13 +22,12 @@ from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
-from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.registry import short
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.config import RunConfig, check_regular
 from fedkern.settings.grounds import difference
-from fedkern.tasks.figure_names import short_title, split_metric
+from fedkern.tasks.figure_names import short_title
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
@@ -50,7 +48,7 @@ class Board(Listener):
     def on_cell(self, cell: Cell) -> None:
         """A cell starts or goes on."""
 
-    def on_cell_end(self, cell: Cell, metrics: Mapping[str, Any], *, again: bool) -> None:
+    def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
         """A cell is finished; ``again`` if it was so before."""
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
@@ -139,7 +137,7 @@ class Runner:
                 self._failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
                 outcomes.append(error)
             else:
-                self.board.on_cell_end(cell, found.metrics, again=again)
+                self.board.on_cell_end(cell, found, again=again)
                 outcomes.append(None)
                 if check is not None:
                     check(cell, found)
@@ -208,19 +206,17 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
     """
     asked = [variant for each in by_method.values() if len(each) > 1 for variant in each]
     chosen, told = [], []
-    scores: dict[str, tuple[float, str]] = {}
+    scores: dict[str, tuple[float, RunConfig]] = {}
 
     def score(cell: Cell, run: FoundRun) -> None:
-        wanted = {f"validation_{each}" for each in MAIN_FIGURES}
-        found = {name: value for name, value in run.metrics.items() if name in wanted}
-        if not found and wanted & run.summary["metrics"].keys():
-            return  # it is NaN, and such a variant is never chosen
-        if not found:
+        name = f"validation_{run.config.main}"
+        if name in run.metrics:
+            scores[cell.variant.label] = run.metrics[name], run.config
+        elif name not in run.summary["metrics"]:  # else it is NaN, and such a variant is never chosen
             raise UserError(
                 f"--select validation needs a figure on a validation set, and the run in {run.folder} tells none: "
                 "leave --select out to run every setting with every seed."
             )
-        scores[cell.variant.label] = next(iter(found.values())), next(iter(found))
 
     runner.play(runner.plan(asked, (seed,)), score)
     for method, each in by_method.items():
@@ -230,11 +226,12 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
         finished = [variant for variant in each if variant.label in scores]
         if not finished:
             continue
-        best = max(finished, key=lambda variant: scores[variant.label][0])
+        config = scores[finished[0].label][1]
+        pick: Callable[..., Variant] = min if config.better == "min" else max
+        best = pick(finished, key=lambda variant: scores[variant.label][0])
         chosen.append(best)
-        name = scores[best.label][1]
-        shown = ", ".join(f"{_point(v)}: {human_metric(name, scores[v.label][0])}" for v in finished)
-        called = short_title(split_metric(name)[1])
+        shown = ", ".join(f"{_point(v)}: {human_metric(config.main, scores[v.label][0])}" for v in finished)
+        called = short_title(config.main)
         told.append(f"{short(method)}: {_point(best)} was chosen by validation {called} of seed {seed} ({shown}).")
     return chosen, told
 

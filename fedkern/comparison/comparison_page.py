@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import Group, grouped, own_sets, read_run, read_runs
-from fedkern.comparison.results import CSV, MARKDOWN, Result
+from fedkern.comparison.results import CSV, MARKDOWN, Result, signed
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
@@ -23,7 +23,7 @@ from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.config import NAME as SETTINGS
-from fedkern.tasks.figure_names import figure_title, set_title, split_metric
+from fedkern.tasks.figure_names import figure_title, scale, set_title, split_metric
 from fedkern.versions import versions
 
 TOLD = 6
@@ -132,25 +132,23 @@ def headline(result: Result) -> list[str]:
             if mean is None:
                 continue
             called, both = _called(figure), f"{row['group']} and {first['group']}"
-            far = f"{called}: {row['group']} is {100 * mean:+.1f} points from {first['group']}"
+            points = signed(figure, mean) + " points" * bool(scale(figure)[1])
+            far = f"{called}: {row['group']} is {points} from {first['group']}"
             if low is None or high is None:
                 unsure += 1
                 told.append(f"{far}, without an interval.")
                 continue
-            interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+            interval = f"{signed(figure, low)} to {signed(figure, high)}"
             if min(row["seeds"], first["seeds"]) < FEW:
                 unsure += 1
                 told.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
             elif low <= 0 <= high:
-                told.append(
-                    f"{called}: {both} cannot be told apart ({100 * mean:+.1f} points, 95 % interval {interval})."
-                )
+                told.append(f"{called}: {both} cannot be told apart ({points}, 95 % interval {interval}).")
             else:
                 sure += 1
                 way = "higher" if mean > 0 else "lower"
                 told.append(
-                    f"{called}: {row['group']} is {way} than {first['group']} ({100 * mean:+.1f} points, 95 % interval "
-                    f"{interval})."
+                    f"{called}: {row['group']} is {way} than {first['group']} ({points}, 95 % interval {interval})."
                 )
     seeds = min(row["seeds"] for row in result.table)
     if not told:
@@ -176,7 +174,7 @@ def _value(figure: str, row: Mapping[str, Any]) -> str:
     mean, deviation = row[figure], row[f"{figure}_std"]
     if mean is None:
         return "not told"
-    return human_metric(figure, mean) + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+    return human_metric(figure, mean) + ("" if deviation is None else f" ± {signed(figure, deviation).lstrip('+')}")
 
 
 def _tiles(result: Result) -> list[tuple[str, str]]:
@@ -239,28 +237,30 @@ def _curves(result: Result) -> Section:
         if drawn is None:
             continue
         found = {name: mean_curve(runs, figure) for name, runs in histories.items()}
-        series = [Series(name, at.tolist(), (100 * v.mean(0)).tolist()) for name, (at, v) in found.items() if len(at)]
+        factor, unit = scale(figure)
+        series = [
+            Series(name, at.tolist(), (factor * v.mean(0)).tolist()) for name, (at, v) in found.items() if len(at)
+        ]
         title = f"{_called(figure)}, over the rounds"
-        section.charts.append(of_rounds(f"curve-{number}", title, drawn, series, unit="%"))
+        section.charts.append(of_rounds(f"curve-{number}", title, drawn, series, unit=unit))
     return section
 
 
 def _finals(result: Result) -> Section:
     section = Section("finals", "Final figures of every run")
     for number, figure in enumerate(result.figures):
-        groups = []
+        groups, (factor, unit) = [], scale(figure)
         for group in result.groups:
             values = list(group.values(figure).values())
             if not values:
                 continue
             mean, deviation = spread(values)
-            groups.append((group.label, [100 * value for value in values], 100 * mean,
-                           None if deviation is None else 100 * deviation))  # fmt: skip
+            far = None if deviation is None else factor * deviation
+            groups.append((group.label, [factor * value for value in values], factor * mean, far))
         if groups:
             note = "A circle is a run; the filled mark is the mean, with a bar of one standard deviation."
-            section.charts.append(
-                dots(f"final-{number}", _called(figure), groups, axis=figure_title(split_metric(figure)[1]), note=note)
-            )
+            axis = figure_title(split_metric(figure)[1])
+            section.charts.append(dots(f"final-{number}", _called(figure), groups, axis=axis, unit=unit, note=note))
     return section
 
 

@@ -15,7 +15,6 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
-from fedkern.methods.common.figures import MAIN_FIGURES, is_main
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
 from fedkern.settings.config import ANYHOW, FOUND, RunConfig
@@ -45,7 +44,8 @@ class FoundRun:
     @property
     def metrics(self) -> dict[str, float]:
         """The final figures that are numbers.  A privately recorded run has only those that it tells."""
-        return {name: self.summary["metrics"][name] for name in ordered(self.summary["metrics"])}
+        found = self.summary["metrics"]
+        return {name: found[name] for name in ordered(found, main=self.config.main)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -190,12 +190,12 @@ def differing_settings(groups: Sequence[Group]) -> str:
 
 
 def main_figures(groups: Sequence[Group]) -> list[str]:
-    """Names of the main figures on the test sets that some run tells; the validation set's are no results."""
-    names = dict.fromkeys(name for group in groups for run in group.runs.values() for name in run.metrics)
-    own = own_sets(groups)
-    found = {name: 0 for name in names if is_main(name) and split_metric(name, own)[0] != "validation"}
-    known = [name for name in ordered(found, own) if split_metric(name, own)[1] in MAIN_FIGURES]
-    return known or ordered(found, own)
+    """Names of each run's main figure on the test sets that it tells; the validation set's are no results."""
+    runs, own = [run for group in groups for run in group.runs.values()], own_sets(groups)
+    every = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
+    found = ordered({name: 0 for name in every if split_metric(name, own)[0] != "validation"}, own)
+    mains = {run.config.main for run in runs}
+    return [name for name in found if split_metric(name, own)[1] in mains] or found
 
 
 def own_sets(groups: Iterable[Group]) -> set[str]:

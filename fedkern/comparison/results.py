@@ -8,7 +8,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedkern.methods.registry import short
 from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
-from fedkern.tasks.figure_names import short_set_title, short_title, split_metric
+from fedkern.tasks.figure_names import scale, short_set_title, short_title, split_metric
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
 TAKEN = ("rounds", "bytes", "seconds")
@@ -44,6 +44,9 @@ class Result:
     def __post_init__(self) -> None:
         self.figures = main_figures(self.groups)
         self.runs = [run for group in self.groups for run in group.runs.values()]
+        falling = tuple(run.config.main for run in self.runs if run.config.better == "min")
+        if self.target is not None and self.target.figure.endswith(falling):
+            self.target = replace(self.target, falls=True)
 
     def check_target(self) -> None:
         """Raises UserError where no run tells the target's figure after its rounds, or it never reaches the value."""
@@ -111,7 +114,7 @@ class Result:
         """What the table rests on, sentence by sentence."""
         told = [_seeds(self.groups)]
         if len(self.groups) > 1:
-            told += [_intervals(self.groups), differing_settings(self.groups)]
+            told += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
         if not self.figures:
             told.append("The runs tell no main figure, as privately recorded runs may not.")
         if self.target is not None:
@@ -147,7 +150,7 @@ class Result:
                 cells.append(_spread(figure, row[figure], row[f"{figure}_std"]))
                 if len(self.groups) > 1:
                     parts = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
-                    cells.append(_difference(*parts))
+                    cells.append(_difference(figure, *parts))
             if self.target is not None:
                 for name in TAKEN:
                     mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
@@ -196,7 +199,8 @@ class Result:
         if len({run.config.data for run in self.runs}) > 1:
             return {}
         confusion = None if self.runs[0].config.records == "private" else confusions.read(self.runs[0].folder)
-        return constants(self.figures, {}, confusion, self.runs[0].summary["metrics"], 0)
+        first = self.runs[0]
+        return constants(self.figures, first.config.main, {}, confusion, first.summary["metrics"], 0)
 
     def to_csv(self) -> str:
         """:meth:`run_rows` as CSV."""
@@ -232,14 +236,23 @@ class Result:
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:
     if mean is None:
         return "not told"
-    return human_metric(figure, mean) if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+    factor, unit = scale(figure)
+    if deviation is None or not unit:
+        return human_metric(figure, mean) if deviation is None else f"{mean:.3g} ± {deviation:.3g}"
+    return f"{factor * mean:.1f} ± {factor * deviation:.1f} {unit}"
 
 
-def _difference(mean: float | None, low: float | None, high: float | None) -> str:
+def _difference(figure: str, mean: float | None, low: float | None, high: float | None) -> str:
     if mean is None:
         return ""
-    text = f"{100 * mean:+.1f}"
-    return text if low is None or high is None else f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    text = signed(figure, mean)
+    return text if low is None or high is None else f"{text} [{signed(figure, low)}, {signed(figure, high)}]"
+
+
+def signed(figure: str, value: float) -> str:
+    """A difference of two values of a figure, in percentage points where it is a share."""
+    factor, unit = scale(figure)
+    return f"{factor * value:+.1f}" if unit else f"{value:+.3g}"
 
 
 def _amount(name: str, mean: float, deviation: float | None) -> str:
@@ -270,9 +283,10 @@ def _seeds(groups: Sequence[Group]) -> str:
     return f"Mean ± standard deviation over seeds, whose number differs: {parts}."
 
 
-def _intervals(groups: Sequence[Group]) -> str:
+def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
     first = groups[0]
-    differences = f"Differences are to {first.label} in percentage points"
+    points = " in percentage points" if all(scale(figure)[1] for figure in figures) else ""
+    differences = f"Differences are to {first.label}{points}"
     pairs = [len(set(group.runs) & set(first.runs)) for group in groups[1:]]
     if max(pairs) < 2:
         return f"{differences}; an interval needs two seeds in common, so none is given."

@@ -49,10 +49,11 @@ def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Difference |
 
 @dataclass(frozen=True)
 class Target:
-    """A value that a figure of the rounds' records is to reach: at least this value, of a loss at most."""
+    """A value that a figure of the rounds' records is to reach: at least this value, at most where it ``falls``."""
 
     figure: str
     value: float
+    falls: bool = False
 
     @classmethod
     def read(cls, text: str) -> Target:
@@ -64,18 +65,13 @@ class Target:
             value = math.nan
         if not equals or not name.strip() or not math.isfinite(value):
             raise UserError(f'--target needs the form FIGURE=VALUE, such as accuracy=0.8, got "{text}".')
-        target = cls(name.strip(), value)
+        target = cls(name.strip(), value, falls=name.strip().endswith(("loss", "ece", "hd95")))
         target.check()
         return target
 
     def check(self, own: Collection[str] = ()) -> None:
         """Raises UserError where the figure is a fraction out of reach; ``own``: names of the runs' test sets."""
         check_reachable("--target", self.figure, self.value, falls=self.falls, own=own)
-
-    @property
-    def falls(self) -> bool:
-        """Whether a lower figure is a better one."""
-        return self.figure.endswith(("loss", "ece", "hd95"))
 
     def __str__(self) -> str:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"

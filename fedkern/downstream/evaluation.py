@@ -27,6 +27,7 @@ from fedkern.methods.common.final_figures import final_figures
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
+from fedkern.tasks import TASKS
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.torch_modes import cpu_threads, reproducible
 
@@ -90,16 +91,18 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
     known: dict[str, object] = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
     if data == config.data == "segmentation":
         known["names"] = "|".join(about["classes"])
-    return {**known, "task": about["task"]} if data == "csv" and about["task"] == "multilabel" else known
+    named = data == "csv" and about["task"] in lookup(data).options["task"].choices
+    return {**known, "task": about["task"]} if named else known
 
 
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, TestSet]:
     device = torch.device(config.device)
     mean, std = tuple(about["mean"]), tuple(about["std"])
     batch = batch_size(device, config.statistics)
-    sets = {}
+    sets: dict[str, TestSet] = {}
+    first: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
     for prefix, split in prefixed(data).items():
-        tokens = None if split.texts is None else module.tokenize(split.texts)  # type: ignore[operator]
+        tokens = split.task.tokens(split, lambda: first.tokenize)
         sets[prefix] = TestSet(split, mean, std, device, False, batch, tokens=tokens)
         sets[prefix].metrics = metrics_of(config.plugins)
     return sets
@@ -107,27 +110,21 @@ def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], conf
 
 def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> FederatedData:
     """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
-    task, known = about["task"], list(about["classes"])
-    if data.task != task:
-        raise UserError(f'The run in {out} is for {task}, and the data set "{data.name}" is for {data.task}.')
+    task, known = TASKS[about["task"]], list(about["classes"])
+    if data.task is not task:
+        raise UserError(f'The run in {out} is for {task.name}, and the data set "{data.name}" is for {data.task.name}.')
     check_shape(data, about, out)
-    if task == "retrieval" or list(data.classes) == known:
+    if list(data.classes) == known:
         return data
-    places = [known.index(name) for name in data.classes if name in known]
-    masks = task == "segmentation"  # whose values are numbers in the order of the classes
-    if len(places) < len(data.classes) or len({*known}) < len(known) or (masks and places != [*range(len(places))]):
+    places = task.places(data.classes, known)
+    if places is None:
         raise UserError(
             f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} tells '
-            f"{first_of(known, 5)}: name data with some of these classes{' in the same order' * masks} and no others."
+            f"{first_of(known, 5)}: name data with some of these classes (masks: in the same order) and no others."
         )
 
     def told(split: Split) -> Split:
-        labels = split.labels
-        if task == "classification":
-            labels = torch.tensor(places)[labels]
-        elif task == "multilabel":
-            labels = labels.new_zeros(len(labels), len(known)).index_copy_(1, torch.tensor(places), labels)
-        return replace(split, labels=labels)
+        return replace(split, labels=task.relabelled(split.labels, places, len(known)))
 
     tests = {name: told(split) for name, split in data.tests.items()}
     return replace(data, classes=tuple(known), tests=tests, validation=told(data.validation))

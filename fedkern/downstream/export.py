@@ -79,7 +79,7 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
             ) from error
     channels, height, width = predictor.image_shape
     about: dict[str, Any] = {
-        "task": predictor.task,
+        "task": predictor.task.name,
         "classes": list(predictor.classes),
         "channels": channels,
         "image_size": [height, width],

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import atomic
@@ -87,8 +86,10 @@ def attack(
     config = unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
     network, _ = read_model(out, trusted, model, best=best)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
-    if data.task not in ("classification", "segmentation"):
-        raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
+    if "classes" not in data.task.offers:
+        raise UserError(
+            f"The membership attack is for classification and segmentation, and {out} is for {data.task.name}."
+        )
     splits, untrained = trained(config, data)
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
     others = losses(network, test, data)
@@ -137,11 +138,10 @@ def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor,
     """
     splits = (*members, others)
     known = [
-        split.labels.dim() == 1 or torch.cat([(part >= 0).flatten(1).any(1) for part in in_parts(split.labels)])
-        for split in splits
+        torch.cat([(part >= 0).reshape(len(part), -1).any(1) for part in in_parts(split.labels)]) for split in splits
     ]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
-        own = [n if rows is True else n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
+        own = [n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
         if len(own) == len(splits):
             of_members, of_others = torch.cat(own[:-1]), own[-1]
             if name == "case":  # members and others number their cases separately, and share none
@@ -180,14 +180,7 @@ def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
     for rows in batch_slices(len(split), BATCH):
         images, labels = split.images[rows], split.labels[rows]
         logits = model(normalise(images, data.mean, data.std)).double()
-        if labels.dim() == 1:
-            values.append(F.cross_entropy(logits, labels, reduction="none"))
-            continue
-        known = (labels >= 0).flatten(1)
-        loss = F.cross_entropy(logits, labels.clamp_min(0), reduction="none").flatten(1)
-        pixels = known.sum(1)
-        mean = torch.where(known, loss, 0.0).sum(1) / pixels
-        values.append(mean[pixels > 0])
+        values.append(split.task.sample_losses(logits, labels))
     return torch.cat(values)
 
 

@@ -6,7 +6,7 @@ import csv
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -23,15 +23,17 @@ from fedkern.errors import UserError
 from fedkern.files import check_text
 from fedkern.inputs import standing
 from fedkern.methods.protocol import batch_slices
+from fedkern.tasks import TASKS, Task
 from fedkern.torch_modes import reproducible
 
 Value = TypeVar("Value")
+Row = tuple[Path, Tensor, Tensor]
+"""A file, its answer, and its size before resizing."""
 
 BATCH = 250
 """Most images that a network sees at once; a batch may have one image more (see ``batch_slices``)."""
 PIXELS = 1 << 20
 """Pixels per batch of larger images, so that feature maps take the same memory whatever the images' size."""
-TASKS = ("classification", "multilabel", "segmentation")
 PARTS = ("tile", "crop")
 """Data options with which a network sees parts of images."""
 PREDICTED = "predicted"
@@ -44,7 +46,7 @@ class Predictor:
     Attributes:
         module: the network, in eval mode.
         classes: names of the classes, in the order of the logits.
-        task: ``"classification"``, ``"multilabel"`` or ``"segmentation"``.
+        task: what the run learnt.
         image_shape: channels, height and width of the images that the network sees.
         mean, std: per channel, of images in [0, 1].
         grey_bits: as in `fedkern.data.FederatedData`.
@@ -52,8 +54,8 @@ class Predictor:
     """
 
     def __init__(self, module: nn.Module, about: Mapping[str, Any], where: Path | str = "The run") -> None:
-        self.task: str = about["task"]
-        if self.task not in TASKS:
+        self.task: Task = TASKS[about["task"]]
+        if "pairs" in self.task.offers:
             raise UserError(
                 f"{where} holds a pair of encoders: predictions are for classification and segmentation; the commands "
                 "retrieval and zero-shot are for image-text data."
@@ -126,21 +128,16 @@ class Predictor:
             way = "; give floats in [0, 1] as (255 * images).round().to(torch.uint8)" * images.is_floating_point()
             raise UserError(f"images must be uint8 [n, {sides}], but are {kind} {list(images.shape)}{way}.")
         if not len(images):
-            return torch.empty(0, len(self.classes), *(self.image_shape[1:] if self.task == "segmentation" else ()))
+            return torch.empty(0, *self.task.output(len(self.classes), self.image_shape[1:]))
         parts = []
         for rows in batch_slices(len(images), self.batch):
             batch = normalise(images[rows].to(self.device), self.mean, self.std, channels_last=True)
-            logits = self.module(batch).float()
-            parts.append((logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)).cpu())
+            parts.append(self.task.probabilities(self.module(batch).float()).cpu())
         return torch.cat(parts)
 
     def said(self, probabilities: Tensor) -> str:
         """The class of an image with its probability, or all labels above one half with theirs, in words."""
-        if self.task == "multilabel":
-            named = zip(self.classes, probabilities.tolist(), strict=True)
-            return ", ".join(f"{name} {value:.3f}" for name, value in named if value > 0.5) or "no label"
-        best = int(probabilities.argmax())
-        return f"{self.classes[best]}  {float(probabilities[best]):.3f}"
+        return self.task.said(probabilities, self.classes)
 
     @reproducible()
     def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
@@ -155,9 +152,7 @@ class Predictor:
         """
         for rows in batch_slices(len(paths), self.batch):
             images, sizes = self.read(paths[rows])
-            answers = self.probabilities(images)
-            if self.task == "segmentation":
-                answers = answers.argmax(1).to(torch.uint8)
+            answers = ANSWERS.get(self.task.network, Tensor.cpu)(self.probabilities(images))
             yield from zip(paths[rows], answers, sizes, strict=True)
 
 
@@ -190,34 +185,29 @@ def repeated(values: Sequence[Value]) -> Value | None:
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
-def write_table(
-    out: Path, classes: Sequence[str], rows: Iterable[tuple[Path, Tensor]], *, several: bool = False
-) -> None:
-    """Writes a CSV file with the columns ``path``, ``predicted`` and a probability for every class.
+def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
+    """Writes a CSV file with the columns ``path``, ``predicted`` (several labels joined by ``|``) and probabilities.
 
     Classes get ``p_`` before their names where one of them is called ``path`` or ``predicted``.  Rows are
     written as they come, into a file beside ``out`` that takes its place at the end.
 
     Args:
-        rows: every file with its probabilities, fp32 ``[classes]``.
-        several: an image may have several labels: ``predicted`` has those above one half, joined by ``|``.
+        rows: every file with its probabilities, fp32 ``[classes]``, and its size.
 
     Raises:
         UserError: the file cannot be written, or that of ``rows``; nothing is then left behind.
     """
+
+    classes = predictor.classes
 
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             before = "p_" if {"path", PREDICTED} & {*classes} else ""
             writer.writerow(["path", PREDICTED, *(f"{before}{name}" for name in classes)])
-            for path, probabilities in rows:
-                values = probabilities.tolist()
-                if several:
-                    found = "|".join(name for name, value in zip(classes, values, strict=True) if value > 0.5)
-                else:
-                    found = classes[int(probabilities.argmax())]
-                writer.writerow([str(path), found, *(f"{value:.6g}" for value in values)])
+            for path, probabilities, _ in rows:
+                found = predictor.task.predicted(probabilities, classes)
+                writer.writerow([str(path), found, *(f"{value:.6g}" for value in probabilities.tolist())])
 
     try:
         files.replace(out, fill)
@@ -227,7 +217,7 @@ def write_table(
         raise atomic.unwritable(out, error) from None
 
 
-def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, Tensor, Tensor]]) -> None:
+def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> None:
     """Writes the predicted class of every pixel as a grey PNG of the image's own size, named as the image.
 
     Masks are written as they come, into a folder beside ``folder`` that takes its place at the end.
@@ -268,3 +258,12 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[tuple[Path, 
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise atomic.unwritable(folder, error) from None
         raise
+
+
+ANSWERS: Mapping[str, Callable[[Tensor], Tensor]] = {"pixels": lambda answers: answers.argmax(1).to(torch.uint8)}
+"""What is written of probabilities, by what the network gives (`fedkern.tasks.Task.network`); else they themselves."""
+WRITERS: Mapping[str, tuple[str, int, Callable[[Path, Predictor, Sequence[Path], Iterable[Row]], None]]] = {
+    "classes": ("predictions.csv", 5, lambda out, predictor, paths, rows: write_table(out, predictor, rows)),
+    "pixels": ("masks", 0, lambda out, predictor, paths, rows: write_masks(out, paths, rows)),
+}
+"""By what the network gives: default name, rows that are printed, and what writes the answers."""

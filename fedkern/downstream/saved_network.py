@@ -104,7 +104,7 @@ def checked(text: str | None, path: Path) -> dict[str, Any]:
         raise ValueError("what it says of its network is no table")
     same_format(path, about.pop("format", None), FORMAT)
     _check_keys(about, _ABOUT, _ABOUT_SOME, "")
-    if ("pair" in about) != (about["task"] == "retrieval"):
+    if ("pair" in about) != ("pairs" in TASKS[about["task"]].offers):
         raise ValueError('"pair" belongs to a retrieval network alone')
     if "pair" in about:
         _check_keys(about["pair"], _PAIR, {"longest": _size}, "pair.")

@@ -35,17 +35,17 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
     Raises:
         UserError: the data have no texts.
     """
-    if run.data.task != "retrieval":
+    if "pairs" not in run.data.task.offers:
         raise UserError(f'data set "{run.data.name}" has no texts to retrieve.')
 
     def of(split: Split, networks: Sequence[PairNetwork]) -> Row:
-        assert split.texts is not None
-        gallery = Gallery.of(split.ids, split.texts)
+        texts = split.texts or ()
+        gallery = Gallery.of(split.ids, texts)
         found = []
         for network in networks:
             images = run.image_embeddings(network, split)[gallery.images.to(run.device)]
-            found.append(recalls(images, run.text_embeddings(network, split.texts), ks, pairs=gallery.pairs))
-        return {**probes.averaged(found), "gallery": len(split.texts)}
+            found.append(recalls(images, run.text_embeddings(network, texts), ks, pairs=gallery.pairs))
+        return {**probes.averaged(found), "gallery": len(texts)}
 
     rows = [{"set": name, **of(split, run.networks)} for name, split in run.sets.items()]
     own = run.data.client_tests
@@ -136,8 +136,8 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
     if samples and samples < len(train):
         order = probes.stream(seed, "decoder/samples").permutation(len(train))[:samples]
         train = train.subset(torch.from_numpy(order).sort().values)
-    classes = len(run.data.classes) if train.labels.dim() == 3 else 2
-    tests = {name: split for name, split in run.sets.items() if train.labels.dim() == 3 or split.masks is not None}
+    classes = len(run.data.classes) if train.masks is None else 2
+    tests = {name: split for name, split in run.sets.items() if (split.masks is None) == (train.masks is None)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in tests}
     images = list(run.images(train))
     for network in run.networks:
@@ -151,10 +151,10 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
 def _classes(run: Finished) -> tuple[str, ...]:
     if len(run.data.classes) < 2:
         raise UserError(f'data set "{run.data.name}" has a single label, and classification needs two or more.')
-    if run.data.task == "multilabel":
-        raise UserError(f'data set "{run.data.name}" has several labels an image, and these tasks tell one class.')
-    if run.data.validation.labels.dim() != 1:
-        raise UserError(f'data set "{run.data.name}" has a class for every pixel and none for an image.')
+    if "pixels" in run.data.task.offers or not run.data.task.offers & {"classes", "pairs"}:
+        raise UserError(
+            f'data set "{run.data.name}" is for {run.data.task.name}: these tasks tell the single class of an image.'
+        )
     return tuple(run.data.classes)
 
 
@@ -185,8 +185,6 @@ def _chosen(
 
 
 def _pixels(run: Finished, split: Split) -> Tensor:
-    if split.labels.dim() == 3:
-        return split.labels
-    if split.masks is None:
+    if split.masks is None and "pixels" not in run.data.task.offers:
         raise UserError(f'data set "{run.data.name}" has no masks to learn a segmentation from.')
-    return split.masks.long()
+    return split.labels if split.masks is None else split.masks.long()

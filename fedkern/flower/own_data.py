@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def form_of(data: FederatedData) -> dict[str, Any]:
     """What the data of server and nodes must have in common, as plain values."""
     return {
-        "task": data.task,
+        "task": data.task.name,
         "classes": list(data.classes),
         "images": list(data.image_shape),
         "mean": list(data.mean),

@@ -131,7 +131,7 @@ def check_own_data(config: RunConfig) -> None:
             "cue-clients and backdoor-clients change the data of some of all clients: leave them out with "
             "flower.own-data."
         )
-    if config.public_samples or lookup(config.data).task == "retrieval":
+    if config.public_samples or "pairs" in lookup(config.data).task.offers:
         raise UserError(
             "Public samples and image-text data are drawn from the data of all clients, which flower.own-data keeps "
             "apart: use a data folder with all data on every node."

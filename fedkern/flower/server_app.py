@@ -129,7 +129,7 @@ class Told(Listener):
         from fedkern.report.progress import main_figures
 
         figures = [f"loss {record['loss']:.3f}"] if "loss" in record else []
-        if shown := main_figures(record, self.data.tests):
+        if shown := main_figures(record, self.data.task.main, self.data.tests):
             figures.append(shown)
         seconds = f"{record['round_seconds']:.1f} s"
         if left := sorted({entry["client"] for entry in record.get("dropped", [])}):

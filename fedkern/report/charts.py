@@ -117,15 +117,19 @@ def curves(
 
 
 def bars(
-    name: str, title: str, labels: Sequence[str], series: Sequence[Series], *, axis: str, unit: str = "", note: str = ""
-) -> Chart:
-    """Horizontal bars, a group of them for every label; of many labels those with the lowest values."""
+    name: str, title: str, labels: Sequence[str], series: Sequence[Series], *, axis: str, unit: str = "",
+    note: str = "", falls: bool = False,
+) -> Chart:  # fmt: skip
+    """Horizontal bars, a group of them for every label; of many labels those with the worst values.
+
+    These are the lowest values, or the highest ones where the figure ``falls``.
+    """
     order = list(range(len(labels)))
     if len(order) > BARS:
         finite = [[y for one in series if (y := one.y[i]) is not None and math.isfinite(y)] for i in order]
-        lowest = [min(values, default=math.inf) for values in finite]
-        order = sorted(order, key=lambda i: lowest[i])[:BARS]
-        note = " ".join(filter(None, [f"The {BARS} lowest of {len(labels)}.", note]))
+        worst = [min((-value if falls else value for value in values), default=math.inf) for values in finite]
+        order = sorted(order, key=lambda i: worst[i])[:BARS]
+        note = " ".join(filter(None, [f"The {BARS} {'highest' if falls else 'lowest'} of {len(labels)}.", note]))
     figure = new_figure(WIDTH, 0.8 + len(order) * (0.12 + 0.18 * len(series)))
     axes = figure.subplots()
     thick = 0.85 / len(series)
@@ -157,11 +161,11 @@ def bars(
 
 def dots(
     name: str, title: str, groups: Sequence[tuple[str, Sequence[float], float, float | None]], *, axis: str,
-    note: str = "",
+    unit: str = "", note: str = "",
 ) -> Chart:  # fmt: skip
     """A dot for every run, and the mean of every group with a bar of one standard deviation.
 
-    A group has a name, the values of its runs, their mean, and their standard deviation or None, in per cent.
+    A group has a name, the values of its runs, their mean, and their standard deviation or None.
     """
     figure = new_figure(WIDTH, 1.0 + 0.45 * len(groups))
     axes = figure.subplots()
@@ -170,9 +174,9 @@ def dots(
         axes.plot(values, [number] * len(values), "o", color=colour, mfc="none", ms=7)
         axes.errorbar(mean, number, xerr=deviation, fmt=MARKERS[number % len(MARKERS)], color=colour, ms=9, capsize=5)
     _rows(axes, [group for group, *_ in groups])
-    _name(axes.xaxis, axis, "%", room=3.5)
+    _name(axes.xaxis, axis, unit, room=3.5)
     rows = [
-        [group, ", ".join(shown(value, "%") for value in values), shown(mean, "%"), shown(deviation, "%")]
+        [group, ", ".join(shown(value, unit) for value in values), shown(mean, unit), shown(deviation, unit)]
         for group, values, mean, deviation in groups
     ]
     text = "; ".join(f"{row[0]}: mean {row[2]}, runs {row[1]}" for row in rows)

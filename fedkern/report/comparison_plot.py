@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fedkern.report.fitting import fitted
 from fedkern.report.names import entry
 from fedkern.report.plots import COLOURS, DASHES, MARKERS, chance_lines, entitle, legend_below, new_figure, over_rounds
-from fedkern.tasks.figure_names import set_title, short_title, split_metric
+from fedkern.tasks.figure_names import scale, set_title, short_title, split_metric
 
 NAMED, LEGEND = 24, 40
 """Most groups in the legend, and most characters of a group's name there."""
@@ -44,7 +44,7 @@ def curves(
 
     Args:
         groups: records of the rounds of every run, by the group's name.
-        figures: names of the figures; fractions, drawn in per cent.
+        figures: names of the figures; shares are drawn in per cent.
         chance: see :func:`fedkern.report.chance.constants`.
 
     Returns:
@@ -57,26 +57,26 @@ def curves(
     figure = new_figure(7.2 if len(found) == 1 else 5.4 * len(found), 4.6)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (name, drawn) in zip(panels, found.items(), strict=True):
-        last = 1
+        last, (factor, unit) = 1, scale(name)
         for i, (group, (rounds, values)) in enumerate(drawn.items()):
             if not len(rounds):
                 continue
             colour, last = COLOURS[i % len(COLOURS)], max(last, int(rounds[-1]))
-            mean = 100 * values.mean(0)
+            mean = factor * values.mean(0)
             axes.plot(
                 rounds, mean, DASHES[(i // len(COLOURS)) % len(DASHES)], color=colour,
                 marker=MARKERS[i % len(MARKERS)], markevery=max(1, len(rounds) // 12), ms=5, lw=2,
                 label=entry(group, LEGEND) if i < NAMED else None,
             )  # fmt: skip
             if len(values) > 1:
-                band = 100 * values.std(0, ddof=1)
+                band = factor * values.std(0, ddof=1)
                 axes.fill_between(rounds, mean - band, mean + band, color=colour, alpha=0.18, lw=0)
                 if len(rounds) == 1:  # a band over one round has no width
                     axes.errorbar(rounds, mean, band, color=colour, capsize=4, lw=1.5)
         test_set, figure_name = split_metric(name)
         chance_lines(axes, figure_name, [(chance or {}).get(name)])
-        called = f"{short_title(figure_name)}{f', {set_title(test_set)}' if test_set else ''} (%)"
-        axes.set_ylabel(fitted(called, 12, 3.4), fontsize=12)
+        called = f"{short_title(figure_name)}{f', {set_title(test_set)}' if test_set else ''}"
+        axes.set_ylabel(fitted(called + f" ({unit})" * bool(unit), 12, 3.4), fontsize=12)
         axes.set_xlim(0.5, last + 0.5)
         over_rounds(axes)
     entitle(figure, title)

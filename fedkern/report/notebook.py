@@ -15,7 +15,6 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
 from fedkern.html_table import LINE, html_table
 from fedkern.listeners.events import RunInfo
-from fedkern.methods.common.figures import is_main
 from fedkern.report.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, trained
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
 
@@ -33,21 +32,23 @@ def of_rich(table: Table, notes: Sequence[str] = ()) -> str:
     return html_table(str(table.title or ""), header, list(rows), notes, words=words)
 
 
-def run_table(summary: Mapping[str, Any], out: Path) -> str:
+def run_table(summary: Mapping[str, Any], out: Path, main: str) -> str:
     """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
     warned = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
-    return of_rich(final_table(summary), [*([worst] if worst else []), *warned, f"run folder {out}"])
+    return of_rich(final_table(summary, main), [*([worst] if worst else []), *warned, f"run folder {out}"])
 
 
 def rounds_table(
-    records: Sequence[Mapping[str, Any]], title: str, notes: Sequence[str] = (), tests: Collection[str] = ()
+    records: Sequence[Mapping[str, Any]], title: str, main: str, notes: Sequence[str] = (), tests: Collection[str] = ()
 ) -> str:
-    """The rounds with their main figures as HTML; of many rounds evaluated ones, evenly spaced, and the last one."""
+    """The rounds with their ``main`` figure as HTML; of many rounds evaluated ones, evenly spaced, and the last one."""
     few = len(records) <= ROUNDS
-    known = [record for record in records if few or any(map(is_main, record)) or record is records[-1]]
+    known = [
+        record for record in records if few or any(name.endswith(main) for name in record) or record is records[-1]
+    ]
     every = -(-len(known) // ROUNDS) or 1
-    shown = [(record, figures_by_set(record, tests)) for record in known[(len(known) - 1) % every :: every]]
+    shown = [(record, figures_by_set(record, main, tests)) for record in known[(len(known) - 1) % every :: every]]
     titles = list(dict.fromkeys(title for _, figures in shown for title in figures))
     losses = ["loss"] if any("loss" in record for record, _ in shown) else []
     rows = []
@@ -100,7 +101,7 @@ class Notebook(Lines):
         self._show(text)
 
     def on_start(self, run: RunInfo) -> None:
-        self.clock, self.tests = Clock(trained(run)), run.test_sets
+        self.clock, self.tests, self.main = Clock(trained(run)), run.test_sets, run.config.main
         self.title = "\n".join(headline(run))
         self.notes += [UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)
@@ -142,7 +143,7 @@ class Notebook(Lines):
             self._tabulate("")
 
     def _tabulate(self, doing: str) -> None:
-        self.table = rounds_table(self.records, self.title, self.notes, self.tests)
+        self.table = rounds_table(self.records, self.title, self.main, self.notes, self.tests)
         self._show(doing)
 
     def _show(self, doing: str) -> None:

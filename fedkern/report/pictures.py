@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedkern import atomic
+from fedkern.data import normalise
 from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import confusions
@@ -42,6 +43,8 @@ PICTURES = {
     "segmentation": "segmentation.png",
     "retrieval": "retrieval.png",
 }
+CURVES = {"dice": "dice"}
+"""Pictures of the main figure over the rounds, where it is not that of an accuracy."""
 
 
 def write_pictures(
@@ -156,8 +159,8 @@ def _draw(
     found = None if private else confusions.read(run_dir)
 
     def curves() -> Figure | None:
-        lines = chance.of_rounds(records, {} if private else data.tests, found, len(data.classes))
-        return plots.accuracy_curves(records, title=title, tests=data.tests, chance=lines)
+        lines = chance.of_rounds(records, config.main, {} if private else data.tests, found, len(data.classes))
+        return plots.accuracy_curves(records, config.main, title=title, tests=data.tests, chance=lines)
 
     def partition() -> Figure:
         held = data.statistics.held_out
@@ -165,8 +168,8 @@ def _draw(
         parts += f"; held out: {held[0]}" if held is not None else ""
         return plots.partition_picture(data.statistics, title=parts)
 
-    keep("dice" if data.task == "segmentation" else "accuracy", curves)
-    keep("clients", lambda: plots.clients_picture(records, title=f"Clients of {title}"))
+    keep(CURVES.get(config.main, "accuracy"), curves)
+    keep("clients", lambda: plots.clients_picture(records, config.main, title=f"Clients of {title}"))
     if private:
         for picture in ("confusion", "partition"):
             (run_dir / PICTURES[picture]).unlink(missing_ok=True)
@@ -177,45 +180,48 @@ def _draw(
     by_samples = config.options.get("weighting") == "samples"
     keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
-    target = run_dir / PICTURES[data.task if data.task in PICTURES else "gradcam"]
-    with spared(partial(failed.setdefault, target.name)):
-        model = read_model(run_dir, trusted)[0] if model is None else model
-        if _draw_answers(target, data, model, config, trusted):
-            written.append(target)
+    for each in data.task.pictures:
+        target = run_dir / PICTURES[each]
+        with spared(partial(failed.setdefault, target.name)):
+            model = read_model(run_dir, trusted)[0] if model is None else model
+            if _ANSWERS[each](target, name, model, data, config, trusted):
+                written.append(target)
     return written
 
 
-def _draw_answers(target: Path, data: Any, model: torch.nn.Module, config: RunConfig, trusted: Collection[str]) -> bool:
-    """Draws what the network answers to test images, if the task has a picture for it; whether it has."""
-    from fedkern.data import normalise
+def _draw_segmentation(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
+    with undocumented():
+        from fedkern.report import segmentation_sheet
+
+    split = next(iter(data.tests.values()))
+    split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
+    inputs = normalise(split.images, data.mean, data.std)
+    segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
+    return True
+
+
+def _draw_retrieval(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
+    from fedkern.report.retrieval_examples import draw, retrieval_examples
+
+    try:
+        found, _ = retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
+    except UserError:  # the method has no pair of encoders, as the report says
+        return False
+    draw(found, target, title=f"Nearest captions of test images, {name}")
+    return True
+
+
+def _draw_gradcam(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
 
     with undocumented():
-        from fedkern.report import gradcam, segmentation_sheet
+        from fedkern.report import gradcam
 
-    name = f"{config.method} on {config.data}"
-    if data.task == "segmentation":
-        split = next(iter(data.tests.values()))
-        split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-        inputs = normalise(split.images, data.mean, data.std)
-        segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
-        return True
-    if data.task == "retrieval":
-        from fedkern.report.retrieval_examples import draw as draw_captions
-        from fedkern.report.retrieval_examples import retrieval_examples
-
-        try:
-            found_captions, _ = retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
-        except UserError:  # the method has no pair of encoders, as the report says
-            return False
-        draw_captions(found_captions, target, title=f"Nearest captions of test images, {name}")
-        return True
-    if data.task == "multilabel" or not config.grad_cam:  # Grad-CAM shows what speaks for the single class of an image
-        return False
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
-    if not isinstance(model, StagedNetwork) or isinstance(model, MLP) or not model.maps or not config.statistics:
+    fitting = isinstance(model, StagedNetwork) and not isinstance(model, MLP) and model.maps
+    if not (fitting and config.grad_cam and config.statistics):
         return False
     panels = {}
     for key, split in data.tests.items():
@@ -228,6 +234,10 @@ def _draw_answers(target: Path, data: Any, model: torch.nn.Module, config: RunCo
     if panels:
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
     return bool(panels)
+
+
+_ANSWERS = {"gradcam": _draw_gradcam, "segmentation": _draw_segmentation, "retrieval": _draw_retrieval}
+"""Functions that draw what the network answers to test images, by the picture's name; each says whether it has."""
 
 
 def drawn(run_dir: Path) -> list[Path]:

@@ -26,11 +26,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fedkern import atomic
-from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report import png
 from fedkern.report.fitting import fitted, width
 from fedkern.report.names import TITLE, entry, label
-from fedkern.tasks.figure_names import short_title, split_metric
+from fedkern.tasks.figure_names import scale, short_title, split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 GRID = "#dddddd"
@@ -180,18 +179,20 @@ def add_point(curves: dict[str, Points], name: str, at: int, value: float) -> No
 
 def accuracy_curves(
     records: Sequence[Mapping[str, Any]],
+    main: str,
     *,
     title: str = "",
     tests: Collection[str] = (),
     chance: Mapping[str, float] | None = None,
     stacked: bool = False,
 ) -> Figure | None:
-    """Draws the accuracy (or Dice, or recall at 1) on every test set over the communication rounds.
+    """Draws the main figure on every test set over the communication rounds.
 
     Recall depends on the number of candidates: sets with other numbers have axes of their own, which say the number.
 
     Args:
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
+        main: the figure's name.
         chance: see :func:`fedkern.report.chance.constants`.
         stacked: put axes of other numbers of candidates below each other, for a narrow page, rather than side by side.
 
@@ -200,13 +201,12 @@ def accuracy_curves(
     """
     curves: dict[str, Points] = {}
     galleries: dict[str, float] = {}
-    main = "accuracy"
+    factor, unit = scale(main)
     for record in records:
         for name, value in record.items():
             test_set, figure_name = split_metric(name, tests)
-            if figure_name in MAIN_FIGURES and isinstance(value, (int, float)):
-                main = figure_name
-                add_point(curves, test_set, record["round"], 100 * float(value))
+            if figure_name == main and isinstance(value, (int, float)):
+                add_point(curves, test_set, record["round"], factor * float(value))
             elif figure_name == "gallery" and isinstance(value, (int, float)):
                 galleries[test_set] = float(value)
     if not curves:
@@ -218,38 +218,34 @@ def accuracy_curves(
     figure = new_figure(7.2 if across == 1 else 5.4 * across, 4.2 * down)
     spans = [rounds for rounds, _ in curves.values()]
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
-    top = 1.02 * highest(value for _, values in curves.values() for value in values)
+    top = highest((value for _, values in curves.values() for value in values), unit)
     for axes, (gallery, names) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items(), strict=True):
-        _curves(axes, {name: curves[name] for name in names}, top)
+        _curves(axes, {name: curves[name] for name in names}, top, unit)
         chance_lines(axes, main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in names])
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""
-        axes.set_ylabel(f"{short_title(main)}{among} (%)", fontsize=12)
+        axes.set_ylabel(f"{short_title(main)}{among}" + f" ({unit})" * bool(unit), fontsize=12)
         axes.set_xlim(first - 0.5, last + 0.5)
     entitle(figure, title)
     legend_below(figure)
     return figure
 
 
-def client_points(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Points]]:
-    """The clients' main figure, and rounds and per cent of the mean and the worst client on their own test sets.
+def client_points(records: Sequence[Mapping[str, Any]], main: str) -> dict[str, Points]:
+    """Rounds and main figures, shares in per cent, of the mean and the worst client on their own test sets.
 
-    Both are empty where the records have no such figure, such as those of clients without test sets.
+    Empty where the records have no such figure, such as those of clients without test sets.
     """
-    for figure_name in MAIN_FIGURES:
-        found: dict[str, Points] = {}
-        for which in ("mean", "worst"):
-            name = f"{which}_client_{figure_name}"
-            known = [record for record in records if isinstance(record.get(name), (int, float))]
-            if known:
-                found[f"{which} client"] = [int(r["round"]) for r in known], [100 * float(r[name]) for r in known]
-        if found:
-            return figure_name, found
-    return "", {}
+    found: dict[str, Points] = {}
+    for which in ("mean", "worst"):
+        for record in records:
+            if isinstance(value := record.get(f"{which}_client_{main}"), (int, float)):
+                add_point(found, f"{which} client", record["round"], scale(main)[0] * float(value))
+    return found
 
 
-def clients_picture(records: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure | None:
+def clients_picture(records: Sequence[Mapping[str, Any]], main: str, *, title: str = "") -> Figure | None:
     """Draws :func:`client_points` over thin curves of at most `DRAWN` single clients; None if there are none."""
-    figure_name, curves = client_points(records)
+    curves, (factor, unit) = client_points(records, main), scale(main)
     if not curves:
         return None
     figure = new_figure(7.2, 4.2)
@@ -258,34 +254,36 @@ def clients_picture(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
     each: dict[str, Points] = {}
     for record in records:
         for k, figures in record.get("client_metrics", {}).items():
-            if figure_name in figures:
-                add_point(each, k, record["round"], 100 * float(figures[figure_name]))
+            if main in figures:
+                add_point(each, k, record["round"], factor * float(figures[main]))
     for number, (points, values) in enumerate(list(each.values())[:: -(-len(each) // DRAWN) or 1]):
         axes.plot(points, values, color=GREY, lw=0.8, alpha=0.6, label="" if number else "single clients")
-    top = highest(value for _, values in (*curves.values(), *each.values()) for value in values)
-    _curves(axes, curves, 1.02 * top)
-    axes.set_ylabel(f"{short_title(figure_name)}\non the clients' own test sets (%)", fontsize=12)
+    top = highest((value for _, values in (*curves.values(), *each.values()) for value in values), unit)
+    _curves(axes, curves, top, unit)
+    axes.set_ylabel(f"{short_title(main)}\non the clients' own test sets" + f" ({unit})" * bool(unit), fontsize=12)
     axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
     entitle(figure, title)
     legend_below(figure)
     return figure
 
 
-def highest(values: Iterable[float]) -> float:
-    """Upper end of an axis in per cent: 100, or a round number above the values where all are small."""
+def highest(values: Iterable[float], unit: str) -> float:
+    """Upper end of an axis: above 100 %, or a round number where all are small; without unit above the values."""
     most = max(values, default=100)
-    return next((end for end in (5, 10, 20, 50) if most < 0.9 * end), 100)
+    return 1.02 * next((end for end in (5, 10, 20, 50) if most < 0.9 * end), 100) if unit else 1.1 * most or 1.0
 
 
 def chance_lines(axes: Axes, figure_name: str, values: Iterable[float | None]) -> None:
-    """Draws dotted lines at figures that need no learning, fractions; equal ones once, None not at all."""
-    for number, value in enumerate(dict.fromkeys(round(100 * value, 1) for value in values if value is not None)):
+    """Draws dotted lines at figures that need no learning; equal ones once, None not at all."""
+    factor, unit = scale(figure_name)
+    known = dict.fromkeys(round(factor * value, 1 if unit else 3) for value in values if value is not None)
+    for number, value in enumerate(known):
         text = {"accuracy": "commonest class", "dice": "one class everywhere"}.get(figure_name, "chance")
         axes.axhline(value, color=GREY, lw=1.5, ls=":", label="" if number else text)
 
 
-def _curves(axes: Axes, curves: Mapping[str, Points], top: float) -> None:
-    """Draws rounds and per cent of every test set up to ``top``, with the last value of each at its end."""
+def _curves(axes: Axes, curves: Mapping[str, Points], top: float, unit: str) -> None:
+    """Draws rounds and values of every test set up to ``top``, with the last value of each at its end."""
     ends = []
     others = [name for name in curves if name not in _STYLES]
     own = {name: (COLOURS[(2 + i) % len(COLOURS)], "-", MARKERS[(3 + i) % len(MARKERS)], name)
@@ -301,8 +299,9 @@ def _curves(axes: Axes, curves: Mapping[str, Points], top: float) -> None:
     for value, colour in sorted(ends, reverse=True):
         at = min(value, at - top / 20)
         axes.annotate(
-            f"{value:.1f}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-            color=colour, fontsize=12, fontweight="bold", va="center", annotation_clip=False,
+            f"{value:{'.1f' if unit else '.3g'}}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points", color=colour, fontsize=12, fontweight="bold", va="center",
+            annotation_clip=False,
         )  # fmt: skip
     axes.set_ylim(0, top)
     over_rounds(axes)

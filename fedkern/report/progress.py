@@ -16,7 +16,6 @@ from rich.text import Text
 
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import Listener, RunInfo
-from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
 from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, split_metric
@@ -76,8 +75,8 @@ def headline(run: RunInfo) -> list[str]:
 
 
 def _resized(data: Any) -> list[str]:
-    """A line on the size in which images and masks of a segmentation are given, and the size that a network sees."""
-    splits = (data.validation, *data.tests.values()) if getattr(data, "task", "") == "segmentation" else ()
+    """A line on the size in which images and masks of pixels are given, and the size that a network sees."""
+    splits = () if data is None else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
     sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
     if not sizes or sizes == [(masks[0].store.size,) * 2]:
@@ -126,27 +125,27 @@ def schedule(words: Sequence[str]) -> list[str]:
     return [f"trained: {', '.join(parts)}"] if 1 < len(parts) <= STAGES else []
 
 
-def figures_by_set(record: Mapping[str, Any], tests: Collection[str] = ()) -> dict[str, str]:
-    """The accuracy (or Dice, or recall at 1) of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
+def figures_by_set(record: Mapping[str, Any], main: str, tests: Collection[str] = ()) -> dict[str, str]:
+    """The ``main`` figure of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
     found = {}
     for name, value in record.items():
         test_set, figure = split_metric(name, tests)
-        if figure in MAIN_FIGURES and test_set != "validation" and isinstance(value, (int, float)):
+        if figure == main and test_set != "validation" and isinstance(value, (int, float)):
             title = short_set_title(test_set) or short_title(figure)
             found[title if title not in found else set_noun(test_set)] = human_metric(figure, value)
     return found
 
 
-def main_figures(record: Mapping[str, Any], tests: Collection[str] = ()) -> str:
+def main_figures(record: Mapping[str, Any], main: str, tests: Collection[str] = ()) -> str:
     """:func:`figures_by_set` as a text: ``"ID 93.0 %  OOD 71.2 %"``."""
-    return "  ".join(f"{title} {value}" for title, value in figures_by_set(record, tests).items())
+    return "  ".join(f"{title} {value}" for title, value in figures_by_set(record, main, tests).items())
 
 
-def line(record: Mapping[str, Any], what: str, tests: Collection[str], remaining: float | None) -> str:
-    """One line for a finished round, which trained ``what``."""
+def line(record: Mapping[str, Any], what: str, shown: str, remaining: float | None) -> str:
+    """One line for a finished round, which trained ``what`` and has the main figures ``shown``."""
     width = len(str(record["rounds"]))
     parts = [f"round {record['round']:>{width}}/{record['rounds']}{_in_parentheses(what)}"]
-    parts += [shown] if (shown := main_figures(record, tests)) else []
+    parts += [shown] if shown else []
     if isinstance(record.get("loss"), (int, float)):
         parts.append(f"loss {record['loss']:.3f}")
     parts.append(f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}")
@@ -210,6 +209,7 @@ class Lines(Warnings):
         super().__init__(console)
         self.clock = Clock(())
         self.tests: Collection[str] = ()
+        self.main = ""
 
     def on_start(self, run: RunInfo) -> None:
         for text in headline(run):
@@ -218,7 +218,7 @@ class Lines(Warnings):
             say(self.console, UNSHOWN)
         elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
-        self.clock, self.tests = Clock(trained(run)), run.test_sets
+        self.clock, self.tests, self.main = Clock(trained(run)), run.test_sets, run.config.main
 
     def on_notice(self, text: str) -> None:
         say(self.console, text)
@@ -229,8 +229,9 @@ class Lines(Warnings):
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining, what = self.clock.remaining(record["round"]), self.clock.words[record["round"] - 1]
-        if what or main_figures(record, self.tests) or record["round"] == record["rounds"]:
-            say(self.console, line(record, what, self.tests, remaining))
+        shown = main_figures(record, self.main, self.tests)
+        if what or shown or record["round"] == record["rounds"]:
+            say(self.console, line(record, what, shown, remaining))
 
 
 class Live(Lines):
@@ -242,21 +243,21 @@ class Live(Lines):
             SpinnerColumn(),
             TextColumn("round {task.fields[round]}/{task.fields[rounds]}{task.fields[name]}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[accuracy]}", style="bold"),
+            TextColumn("{task.fields[figures]}", style="bold"),
             TextColumn("{task.fields[traffic]}"),
             TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
         )
-        self.task: Any = None
+        self.bar: Any = None
         self.participants = 1
         self.done = 0
 
     def on_start(self, run: RunInfo) -> None:
         super().on_start(run)
         rounds, self.done = len(run.rounds), run.first_round
-        fields: dict[str, Any] = dict.fromkeys(("name", "accuracy", "traffic", "left"), "")
-        self.task = self.progress.add_task(
+        fields: dict[str, Any] = dict.fromkeys(("name", "figures", "traffic", "left"), "")
+        self.bar = self.progress.add_task(
             "", total=rounds, completed=self.done, round=self.done, rounds=rounds, **fields
         )
         self.progress.start()
@@ -264,29 +265,29 @@ class Live(Lines):
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         super().on_round_start(round, name, participants)
         self.participants = max(len(participants), 1)
-        if self.task is not None and round > 0:
+        if self.bar is not None and round > 0:
             what = _in_parentheses(self.clock.words[round - 1])
-            self.progress.update(self.task, round=round, name=what)
+            self.progress.update(self.bar, round=round, name=what)
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        if self.task is not None and round > 0:
-            task = self.progress.tasks[0]
+        if self.bar is not None and round > 0:
+            bar = self.progress.tasks[0]
             # A round with several exchanges must not move the bar past the end of the round.
-            self.progress.update(self.task, completed=min(task.completed + 1 / self.participants, self.done + 1))
+            self.progress.update(self.bar, completed=min(bar.completed + 1 / self.participants, self.done + 1))
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining = self.clock.remaining(record["round"])
         self.done = record["round"]
-        if self.task is None:
+        if self.bar is None:
             return
         wide = self.console.width >= WIDE
         fields: dict[str, Any] = {
             "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}" * wide,
             "left": "" if remaining is None else f"{human_time(remaining)} left",
         }
-        if shown := main_figures(record, self.tests):
-            fields["accuracy"] = shown
-        self.progress.update(self.task, completed=self.done, **fields)
+        if shown := main_figures(record, self.main, self.tests):
+            fields["figures"] = shown
+        self.progress.update(self.bar, completed=self.done, **fields)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self.close()
@@ -330,8 +331,8 @@ def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Ca
     columns = (SpinnerColumn(), TextColumn(doing, markup=False), BarColumn(bar_width=30),
                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.update(task, advance=1)
+        bar = progress.add_task("", total=total)
+        yield lambda: progress.update(bar, advance=1)
 
 
 def terminal(*, stderr: bool = False) -> Console:

@@ -96,8 +96,7 @@ def retrieval_examples(
     module, about = read_model(folder, trusted, model)
     run = Finished(folder, config, module, about, data)
     name, split = next(iter(data.tests.items()))
-    assert split.texts is not None
-    network, texts = run.networks[0], split.texts
+    network, texts = run.networks[0], split.texts or ()
     gallery = Gallery.of(split.ids, texts)
     rows = gallery.images[torch.tensor(evenly(len(gallery.images), EXAMPLES))]
     own: dict[int, set[int]] = {}

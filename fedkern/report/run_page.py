@@ -31,8 +31,7 @@ from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, listed, printable_name, spared
 from fedkern.inputs import open_regular
 from fedkern.methods import registry
-from fedkern.methods.common.diagnostics import near
-from fedkern.methods.common.figures import MAIN_FIGURES, is_main
+from fedkern.methods.common.diagnostics import hardly_better
 from fedkern.methods.common.final_figures import set_name
 from fedkern.methods.options import as_typed
 from fedkern.report import chance, html_page, pictures
@@ -55,7 +54,7 @@ from fedkern.report.tables import covering, human_metric, human_time, ordered, s
 from fedkern.report.weights import PANELS, weights_picture
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
-from fedkern.tasks.figure_names import figure_title, set_noun, set_title, short_title, split_metric
+from fedkern.tasks.figure_names import figure_title, scale, set_noun, set_title, short_title, split_metric
 from fedkern.versions import versions
 
 NAMED = 12
@@ -100,18 +99,20 @@ class Contents:
     def metrics(self) -> dict[str, float]:
         """The final figures that are numbers; those of the last evaluated round where the run is not finished."""
         found = self.summary["metrics"] if self.summary is not None else self.last
-        return {name: found[name] for name in ordered(found) if math.isfinite(found[name])}
+        return {name: found[name] for name in ordered(found, main=self.config.main) if math.isfinite(found[name])}
 
     @property
     def last(self) -> Mapping[str, Any]:
         """The last record with a main figure; empty where there is none."""
-        return next((each for each in reversed(self.records) if any(map(is_main, each))), {})
+        main = self.config.main
+        return next((each for each in reversed(self.records) if any(name.endswith(main) for name in each)), {})
 
     @property
     def main(self) -> list[str]:
         """Names of the main figures on the test sets."""
-        names = [name for name in self.metrics if is_main(name) and self.split(name)[0] != "validation"]
-        return [name for name in names if self.split(name)[1] in MAIN_FIGURES] or names[:1]
+        main = self.config.main  # with any prefix: ``ood_accuracy``, ``vote_accuracy``
+        names = [name for name in self.metrics if name.endswith(main) and self.split(name)[0] != "validation"]
+        return [name for name in names if self.split(name)[1] == main] or names[:1]
 
     @property
     def statistics(self) -> Any:
@@ -246,10 +247,13 @@ def page(
         f"{'finished' if run.summary is not None else 'not finished'}"
     )
     sections: list[Section] = []
-    for make in (
+    answers = () if run.data is None or run.summary is None else run.data.task.pictures
+    makes: tuple[Callable[[Contents], Section], ...] = (
         _figures, _curves, clients, _weights, _cost, _confusion, partial(_pictures, undrawn=undrawn),
-        partial(_retrieval, model=model, trusted=trusted), partial(_settings, command=command),
-    ):  # fmt: skip
+        *(partial(_ANSWERS[name], model=model, trusted=trusted) for name in answers if name in _ANSWERS),
+        partial(_settings, command=command),
+    )  # fmt: skip
+    for make in makes:
         with spared(lambda why: sections.append(Section(f"missing-{len(sections)}", "Missing section", [f"{why}."]))):
             sections.append(make(run))
     return Page(
@@ -321,7 +325,7 @@ def baseline(run: Contents, *, judged: bool = True) -> list[str]:
 
     If ``judged``, a second sentence says whether the run's network is hardly better.
     """
-    found = chance.constants(run.main, run.counted, run.confusion, run.metrics, run.classes)
+    found = chance.constants(run.main, run.config.main, run.counted, run.confusion, run.metrics, run.classes)
     if not found:
         if run.summary is None or not run.main:
             return []
@@ -331,9 +335,10 @@ def baseline(run: Contents, *, judged: bool = True) -> list[str]:
         "accuracy": "Predicting the commonest class everywhere gives",
         "dice": "Predicting one class for every pixel gives",
         "macro_auroc": "Scoring all images alike gives",
-    }.get(run.split(next(iter(found)))[1], "Picking at random gives")
+        "i2t_r1": "Picking at random gives",
+    }.get(run.config.main, "Predicting the same everywhere gives")
     values = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in found.items()]
-    poor = [name for name, value in found.items() if run.metrics[name] < near(value)]
+    poor = [name for name, value in found.items() if hardly_better(name, run.metrics[name], value, run.config)]
     verdict = ""
     if poor and judged:
         where = "" if len(poor) == len(found) else " " + listed([_on(run.split(name)[0]) for name in poor])
@@ -454,21 +459,22 @@ def _curves(run: Contents) -> Section:
     section = Section("curves", "Curves")
     found: dict[str, dict[str, Points]] = {}
     galleries: dict[str, float] = {}
+    main, (factor, unit) = run.config.main, scale(run.config.main)
     for record in run.records:
         for name, value in record.items():
             test_set, figure = run.split(name)
             if figure == "gallery" and isinstance(value, (int, float)):
                 galleries[test_set] = float(value)
-            elif figure in MAIN_FIGURES and isinstance(value, (int, float)):
-                add_point(found.setdefault(figure, {}), test_set, record["round"], 100 * value)
-            elif figure == "loss" and isinstance(value, (int, float)) and (test_set or _tested(record)):
+            elif figure == main and isinstance(value, (int, float)):
+                add_point(found.setdefault(figure, {}), test_set, record["round"], factor * value)
+            elif figure == "loss" and isinstance(value, (int, float)) and (test_set or main in record):
                 add_point(found.setdefault(figure, {}), test_set, record["round"], value)
-        if (loss := _training_loss(record)) is not None:
+        if (loss := _training_loss(record, main)) is not None:
             add_point(found.setdefault("loss", {}), "training", record["round"], loss)
     for figure, by_set in found.items():
         series = []
         for test_set in sorted(by_set, key=_place):
-            among = f" (among {galleries[test_set]:,.0f})" if figure == "i2t_r1" and test_set in galleries else ""
+            among = f" (among {galleries[test_set]:,.0f})" if figure == main and test_set in galleries else ""
             called = f"{set_title(test_set) or 'test'}{among}"
             series.append(Series(called, *by_set[test_set], soft=test_set == "validation"))
         if figure == "loss":
@@ -476,24 +482,20 @@ def _curves(run: Contents) -> Section:
         else:
             called = figure_title(figure)
             title = f"{called[0].upper()}{called[1:]} on every test set"
-            lines = chance.of_rounds(run.records, run.counted, run.confusion, run.classes)
-            drawn = accuracy_curves(run.records, tests=run.tests, chance=lines, stacked=True)
+            lines = chance.of_rounds(run.records, main, run.counted, run.confusion, run.classes)
+            drawn = accuracy_curves(run.records, main, tests=run.tests, chance=lines, stacked=True)
             assert drawn is not None
-            section.charts.insert(0, of_rounds("main", title, drawn, series, unit="%"))
+            section.charts.insert(0, of_rounds("main", title, drawn, series, unit=unit))
     return section
 
 
-def _tested(record: Mapping[str, Any]) -> bool:
-    """Whether ``loss`` of a record is that of the only test set, rather than the mean training loss."""
-    return any(figure in record for figure in MAIN_FIGURES)
-
-
-def _training_loss(record: Mapping[str, Any]) -> float | None:
+def _training_loss(record: Mapping[str, Any], main: str) -> float | None:
     losses = [info["loss"] for info in record.get("clients", {}).values() if isinstance(info.get("loss"), float)]
     if losses:
         return sum(losses) / len(losses)
     loss = record.get("loss")
-    return float(loss) if isinstance(loss, (int, float)) and not _tested(record) else None
+    # Beside a main figure it is the loss on the only test set.
+    return float(loss) if isinstance(loss, (int, float)) and main not in record else None
 
 
 def clients(run: Contents) -> Section:
@@ -532,22 +534,25 @@ def clients(run: Contents) -> Section:
             section.pictures.append(Picture("Label distribution when the run ended", alt, picture))
     section.tables += _client_table(run)
     figures = (run.summary or {}).get("client_metrics") or {}
-    name = next((each for each in (*MAIN_FIGURES, "loss") if any(each in one for one in figures.values())), None)
+    main = run.config.main
+    name = next((each for each in (main, "loss") if any(each in one for one in figures.values())), None)
     if name is not None and len(figures) > 1:
         own = run.summary is not None and run.summary.get("client_test_set") == "own"
         where = "its own test set" if own else "its part of the test set"
-        percent = name != "loss"
-        y = [_percent(one.get(name)) if percent else one.get(name) for one in figures.values()]
+        factor, unit = scale(name)
+        y = [None if (value := one.get(name)) is None else factor * value for one in figures.values()]
         labels = [run.client(k) for k in figures]
         title = f"Final {figure_title(name)} of every client on {where}"
+        falls, series = name == main and run.config.better == "min", [Series(name, y=y)]
         section.charts.append(
-            bars("client-final", title, labels, [Series(name, y=y)], axis=figure_title(name), unit="%" * percent)
+            bars("client-final", title, labels, series, axis=figure_title(name), unit=unit, falls=falls)
         )
-    if (curve := clients_picture(run.records)) is not None:
-        name, points = client_points(run.records)
-        title = f"{figure_title(name)}: every client, their mean and the worst on their own test sets"
+    if (curve := clients_picture(run.records, main)) is not None:
+        points = client_points(run.records, main)
+        title = f"{figure_title(main)}: every client, their mean and the worst on their own test sets"
         series = [Series(which, *each) for which, each in points.items()]
-        section.charts.append(of_rounds("client-rounds", f"{title[:1].upper()}{title[1:]}", curve, series, unit="%"))
+        title = f"{title[:1].upper()}{title[1:]}"
+        section.charts.append(of_rounds("client-rounds", title, curve, series, unit=scale(main)[1]))
     for key, title, axis in (
         ("loss", "Training loss of the clients", "training loss"),
         ("drift", "Length of the clients' updates", "norm of the update"),
@@ -576,7 +581,7 @@ def _client_table(run: Contents) -> list[Table]:
     elif any("samples" in info for info in known.values()):
         columns["training samples"] = lambda k: shown(known.get(k, {}).get("samples"), "images")
     metrics = summary.get("client_metrics") or {}
-    for name in (*MAIN_FIGURES, "loss"):
+    for name in (run.config.main, "loss"):
         if any(name in one for one in metrics.values()):
 
             def figure(k: str, name: str = name) -> str:
@@ -726,8 +731,6 @@ def _drawn_now(run: Contents, texts: Mapping[str, tuple[str, str]], failed: dict
 
 def _retrieval(run: Contents, model: nn.Module | None, trusted: Collection[str]) -> Section:
     section = Section("retrieval", "Retrieval examples")
-    if run.summary is None or run.data is None or run.data.task != "retrieval":
-        return section
     try:
         found, text = retrieval_examples(run.folder, run.config, run.data, model=model, trusted=trusted)
         section.examples = examples(found)
@@ -735,6 +738,10 @@ def _retrieval(run: Contents, model: nn.Module | None, trusted: Collection[str])
         text = f"No examples: {error}"
     section.texts.append(text)
     return section
+
+
+_ANSWERS: Mapping[str, Callable[..., Section]] = {"retrieval": _retrieval}
+"""Sections that show a run's answers themselves rather than a picture of them, by the picture's name."""
 
 
 def _settings(run: Contents, command: str) -> Section:

@@ -15,14 +15,8 @@ from fedkern.data.statistics import SKEW
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain
-from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, set_title, short_title, split_metric
+from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
 
-# What the names of shares, which are shown in per cent, end in.
-_SHARES = (
-    "accuracy", "auroc", "auc", "mean_average_precision", "macro_f1", "exact_match", "recall", "ece", "confidence",
-    "gradcam_in_object", "object_area", "dice", "iou", "best_teacher", "mean_teacher", "ensemble_uniform",
-    "ensemble_weighted", "holdout", "_agreement", *RECALLS,
-)  # fmt: skip
 _ORDER = (
     "accuracy", "balanced_accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "auroc",
     *RECALLS, "dice", "iou", "hd95", "confidence", "ece",
@@ -30,8 +24,8 @@ _ORDER = (
 )  # fmt: skip
 CLIENTS = 12
 """Most clients that a table lists."""
-_OF_A_CLIENT = ("accuracy", "macro_auroc", "i2t_r1", "t2i_r1", "dice", "iou", "loss")
-"""Figures of a client in the closing table; evaluation.csv has all."""
+_OF_A_CLIENT = ("t2i_r1", "iou", "loss")
+"""Figures of a client in the closing table, beside the main one; evaluation.csv has all."""
 
 
 def human_bytes(count: float) -> str:
@@ -64,9 +58,9 @@ def human_metric(name: str, value: float) -> str:
 
     Everything else has three significant digits.
     """
-    _, figure = split_metric(name)
-    if figure.endswith(_SHARES) or figure.startswith("dice_"):
-        return f"{100 * value:.1f} %"
+    figure, (factor, unit) = split_metric(name)[1], scale(name)
+    if unit:
+        return f"{factor * value:.1f} {unit}"
     if figure.endswith(("_bytes", "_mbytes")):
         return human_bytes(value * (1e6 if figure.endswith("_mbytes") else 1))
     if figure.endswith("_mflops"):
@@ -74,19 +68,20 @@ def human_metric(name: str, value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.3g}"
 
 
-def _rank(name: str, own: Collection[str]) -> tuple[int, int, str, int]:
+def _rank(name: str, own: Collection[str], main: str) -> tuple[int, int, str, int]:
     test_set, figure = split_metric(name, own)
     # Numbered figures are sorted by number.
     stem, _, number = name.rpartition("_")
     plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
     column = TEST_SETS.index(test_set) if test_set in TEST_SETS else len(TEST_SETS)
-    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), column, plain, place)
+    order = (main, *_ORDER)
+    return (order.index(figure) if figure in order else len(order), column, plain, place)
 
 
-def ordered(metrics: Mapping[str, Any], own: Collection[str] = ()) -> list[str]:
-    """Names of the numeric ``metrics``, in order: main figures first, in-distribution before out-of-distribution."""
+def ordered(metrics: Mapping[str, Any], own: Collection[str] = (), main: str = "") -> list[str]:
+    """Names of the numeric ``metrics``, in order: the main figure first, in distribution before out of distribution."""
     names = (name for name, value in metrics.items() if isinstance(value, (int, float)))
-    return sorted(names, key=lambda name: _rank(name, own))
+    return sorted(names, key=lambda name: _rank(name, own, main))
 
 
 def covering(private: Mapping[str, Any]) -> str:
@@ -117,7 +112,7 @@ def new_table(title: Text | str | None, **how: Any) -> Table:
 
 
 def figures_table(
-    title: Text | str, metrics: Mapping[str, float], own: Collection[str], *, by_name: bool = False
+    title: Text | str, metrics: Mapping[str, float], own: Collection[str], main: str, *, by_name: bool = False
 ) -> Table:
     """A row for each figure and a column for each test set; the validation set's figures are no results.
 
@@ -125,7 +120,7 @@ def figures_table(
     """
     title = plain(title, "table.title") if isinstance(title, str) else title
     figures: dict[str, dict[str, str]] = {}
-    for name in ordered(metrics, own):
+    for name in ordered(metrics, own, main):
         test_set, figure = split_metric(name, own)
         if by_name and figure.startswith("dice_"):
             continue
@@ -142,8 +137,8 @@ def figures_table(
     return table
 
 
-def final_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of a run's ``summary.json``: figures by test set, then bytes and time.
+def final_table(summary: Mapping[str, Any], main: str) -> Table:
+    """The closing table of a run's ``summary.json``: figures by test set, the ``main`` one first, then bytes and time.
 
     The validation set serves to choose settings.  Its figures are no results and are not shown.
     """
@@ -154,7 +149,7 @@ def final_table(summary: Mapping[str, Any]) -> Table:
         title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
     by_class = summary.get("per_class", {})
     by_name = any("dice" in each for each in by_class.values())
-    table = figures_table(title, summary["metrics"], by_class, by_name=by_name)
+    table = figures_table(title, summary["metrics"], by_class, main, by_name=by_name)
     table.add_section()
     rows = sent_rows(summary["bytes"])
     rows["time per round"] = human_time(summary["seconds"] / rounds)
@@ -239,8 +234,8 @@ def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
     return table
 
 
-def own_tests_table(summary: Mapping[str, Any]) -> Table:
-    """Main figures of the first clients on their own test sets, or on their parts of the run's test set.
+def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
+    """The ``main`` figure and a few more of the first clients on their own test sets, or their parts of the run's.
 
     evaluation.csv lists all clients.
     """
@@ -249,7 +244,7 @@ def own_tests_table(summary: Mapping[str, Any]) -> Table:
     title = "own test sets of the clients" if own else "the clients' parts of the test set"
     table = new_table(title)
     named = any("name" in figures for figures in clients.values())
-    known = [name for name in _OF_A_CLIENT if any(name in figures for figures in clients.values())]
+    known = [name for name in (main, *_OF_A_CLIENT) if any(name in figures for figures in clients.values())]
     table.add_column("client", justify="right")
     if named:
         table.add_column("name")

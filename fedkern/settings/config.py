@@ -48,7 +48,7 @@ BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
 PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
 """Data options that only say more about another one."""
-FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256", "identity")
+FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256", "identity", "main", "better")
 """What a run found in the data, files and code that its settings name; a resumed run compares them by itself."""
 
 
@@ -61,7 +61,8 @@ class RunConfig:
     """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`.
 
     ``left_open`` are the settings of `BY_DATA` that nobody gave: they hold the data set's usual defaults until the data
-    are loaded.  A stored run has all settings.
+    are loaded.  A stored run has all settings.  ``main`` and ``better`` are those of the data's task (`fedkern.tasks`),
+    and those of classification until the data are loaded.
     """
 
     method: str = option("fedavg", "name of the method")
@@ -321,6 +322,8 @@ class RunConfig:
     init_sha256: str | None = None
     method_sha256: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
+    main: str = "accuracy"
+    better: str = "max"
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
@@ -781,7 +784,7 @@ def check_networks(given: Mapping[str, Any], data: str) -> None:
 
     Such a setting would have no effect, and the user would take the result for that network's.
     """
-    pairs = [name for name, info in DATASETS.items() if info.task == "retrieval"]
+    pairs = [name for name, info in DATASETS.items() if "pairs" in info.task.offers]
     if data in pairs and "model" in given:
         raise UserError(
             f'--model {given["model"]} has no effect on the data set "{data}", whose network is a pair of encoders: '

@@ -166,8 +166,9 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
 
 
 def effective(config: RunConfig, data: Any) -> RunConfig:
-    """The settings, completed by what follows from the data: clients, augmentation, threads of a client."""
-    return config.replace(clients=len(data.clients), augment=config.augment or data.augment).settled()
+    """The settings, completed by what follows from the data: clients, main figure, augmentation, client threads."""
+    found = {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
+    return config.replace(**found, augment=config.augment or data.augment).settled()
 
 
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:

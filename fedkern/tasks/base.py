@@ -49,7 +49,7 @@ class Constant:
     name: str
 
 
-class Task(str):
+class Task:
     """What a run's networks learn, and how they are judged.  Tasks are the objects of `fedkern.tasks`, one each.
 
     Attributes:
@@ -78,14 +78,11 @@ class Task(str):
     better: ClassVar[Literal["max", "min"]] = "max"
     noun: ClassVar[str] = "images"
     target: ClassVar[str] = "class"
-    partition: ClassVar[str] = ""  # type: ignore[assignment]  # while a task is a text
+    partition: ClassVar[str] = ""
     network: ClassVar[str] = "classes"
     pictures: ClassVar[tuple[str, ...]] = ()
     offers: ClassVar[frozenset[str]] = frozenset({"loss"})
     lacks: ClassVar[str] = ""
-
-    def __new__(cls) -> Task:
-        return str.__new__(cls, cls.name)
 
     def __reduce__(self) -> str:
         return self.name.upper()  # the object of the task's file
@@ -259,6 +256,11 @@ class Task(str):
         """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
         return torch.tensor(places)[labels]
 
+    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
+        """Positions of data's classes among those that a network knows; None where the data do not fit the network."""
+        places = [known.index(name) for name in classes if name in known]
+        return places if len(places) == len(classes) and len({*known}) == len(known) else None
+
     # -- networks --------------------------------------------------------------------------------------------------
 
     def described(self, context: Any) -> dict[str, Any]:
@@ -305,6 +307,10 @@ class Task(str):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities of the classes, in the second axis."""
         return logits.softmax(1)
+
+    def predicted(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+        """The predicted class of a sample; several labels joined by ``|``."""
+        return classes[int(probabilities.argmax())]
 
     def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         """The answer to a sample in words, from the classes' probabilities."""

@@ -49,6 +49,12 @@ _FIGURES = {
 _SHORT = {
     "dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC", "macro_auroc": "macro AUROC",
 }  # fmt: skip
+# What the names of shares, which are shown in per cent, end in.
+_SHARES = (
+    "accuracy", "auroc", "auc", "mean_average_precision", "macro_f1", "exact_match", "recall", "ece", "confidence",
+    "gradcam_in_object", "object_area", "dice", "iou", "best_teacher", "mean_teacher", "ensemble_uniform",
+    "ensemble_weighted", "holdout", "_agreement", *RECALLS,
+)  # fmt: skip
 _ENDINGS = {
     "_up_bytes": " (sent by a client)", "_down_bytes": " (sent to a client)", "_bytes": " (size)",
     "_mbytes": " (memory)", "_mflops": " (operations)",
@@ -95,6 +101,12 @@ def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Col
             f"{flag}: {name} is a fraction from 0 to 1, which never reaches {value:g}: give a fraction, such as "
             f"{value / 100 if 1 < value <= 100 else 0.9:g}."
         )
+
+
+def scale(name: str) -> tuple[int, str]:
+    """The factor and the unit with which a figure is shown: shares in per cent, others without a unit."""
+    figure = split_metric(name)[1]
+    return (100, "%") if figure.endswith(_SHARES) or figure.startswith("dice_") else (1, "")
 
 
 def figure_title(name: str) -> str:

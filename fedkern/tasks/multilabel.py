@@ -119,6 +119,9 @@ class Multilabel(Task):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
+    def predicted(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+        return "|".join(name for name, value in zip(classes, probabilities.tolist(), strict=True) if value > 0.5)
+
     def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         named = zip(classes, probabilities.tolist(), strict=True)
         return ", ".join(f"{name} {value:.3f}" for name, value in named if value > 0.5) or "no label"

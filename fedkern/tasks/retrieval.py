@@ -72,8 +72,14 @@ class Retrieval(Task):
     def chance(self, data: Any, classes: int, *, candidates: float = 0.0, **known: Any) -> float | None:
         return 1 / candidates if candidates else None
 
+    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
+        return range(len(classes))  # nothing is learnt of the classes
+
+    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+        return labels
+
     def shown_classes(self, labels: Tensor) -> Tensor:
-        return labels[:0]  # nothing is learnt of the classes
+        return labels[:0]
 
     def described(self, context: Any) -> dict[str, Any]:
         """``pair``, the arguments of ``build_pair``; a vocabulary is learnt from the clients' texts."""

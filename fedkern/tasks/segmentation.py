@@ -93,6 +93,10 @@ class Segmentation(Task):
     def both_labels(self, labels: Sequence[Any], classes: Sequence[str]) -> str:
         return "two masks"
 
+    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
+        places = super().places(classes, known)  # the values of masks are numbers in the order of the classes
+        return places if places == [*range(len(classes))] else None
+
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         return labels
 

@@ -17,6 +17,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.methods.common import diagnostics
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION, MULTILABEL
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",
         "--data-option", "size=8", "--grad-cam", "0")  # fmt: skip
@@ -126,12 +127,14 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
 
 
 def test_warnings_about_a_network_that_tells_nothing():
+    judged = SimpleNamespace(main="macro_auroc", better="max")
+
     def warned(area):
-        return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {})
+        return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {}, judged)
 
     assert "macro AUROC is 50.0 %, and scoring all images alike gives 50.0 %" in warned(0.5)["chance-level"]
     assert warned(0.7) == {}
-    falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {})
+    falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {}, judged)
     assert "Validation macro AUROC fell from 90.0 % to 60.0 %" in falling["falling-macro_auroc"]
     labels = torch.zeros(2, 2, dtype=torch.uint8)
     alike, varied = torch.tensor([[1.0, -1.0], [2.0, -1.0]]), torch.tensor([[1.0, -1.0], [-2.0, -1.0]])
@@ -140,12 +143,12 @@ def test_warnings_about_a_network_that_tells_nothing():
         def __len__(self):
             return 2
 
-    def told(*kept, task="multilabel"):
+    def told(*kept, task=MULTILABEL):
         found = Kept(task=task, labels=labels, kept=[(None, each) for each in kept])
         return diagnostics.unvaried_labels({"id_": found, "validation_": found})
 
     assert "for all images of the in-distribution test set or for none" in told(alike)["unvaried-labels"]
-    assert told(alike, varied) == told() == told(alike, task="classification") == {}
+    assert told(alike, varied) == told() == told(alike, task=CLASSIFICATION) == {}
 
 
 @pytest.mark.exhaustive
@@ -158,17 +161,17 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fedgid"], 'fedgid learns a single class of every image, and the data set "csv" has several labels an image: '
-                     "methods for several labels are afl, centralised, fedavg, feddyn, fedprox, scaffold."),
-        (["moon"], "moon learns a single class"),
-        (["fusefl"], "fusefl learns a single class"),
+        (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are afl, '
+         "centralised, fedavg, feddyn, fedprox, local, scaffold."),
+        (["moon"], "moon is for classification, but"),
+        (["fusefl"], "fusefl is for classification, but"),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),
         (["fedavg", "--partition", "stratified"], '"stratified" cannot share it out'),
         (["fedavg", "--predictions"], "--predictions writes a class for every image"),
         (["fedavg", "--data-option", "cue_clients=1"], "option cue_clients is for classification"),
         (["fedavg", "--data-option", "labels=lables"], 'names the column "lables"'),
         (["fedavg", "--data-option", "labels=site", "--data-option", "label=site"], "leave out one of the options"),
-        (["fedavg", "--model", "unet"], "The network unet is for segmentation"),
+        (["fedavg", "--model", "unet"], "The network unet gives classes of pixels, and"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedkern.downstream import prediction
 from fedkern.downstream.export import export
 from fedkern.downstream.prediction import BATCH, Predictor, found_images, write_masks, write_table
 from fedkern.errors import UserError
+from fedkern.tasks import CLASSIFICATION
 
 SIDE = 8
 CLASSES = ("dark", "bright", "other")
@@ -108,9 +110,9 @@ def test_rows_are_written_as_they_come(paths, tmp_path):
             if number == 2000:  # a file's buffer holds fewer rows
                 lengths.extend(path.stat().st_size for path in tmp_path.glob(".table.csv.*.part"))
                 assert not (tmp_path / "table.csv").exists()
-            yield path, answer
+            yield path, answer, None
 
-    write_table(tmp_path / "table.csv", CLASSES, rows())
+    write_table(tmp_path / "table.csv", own, rows())
     assert lengths[0] > 0
     assert not list(tmp_path.glob(".*.part"))
     with (tmp_path / "table.csv").open(newline="") as file:
@@ -143,7 +145,8 @@ def test_a_network_of_fedkerns_operators_is_not_exported(tmp_path):
     ],
 )  # fmt: skip
 def test_every_class_has_a_column_of_its_own(classes, columns, tmp_path):
-    write_table(tmp_path / "table.csv", classes, [(tmp_path / "x.png", torch.tensor([0.25, 0.75]))])
+    own = SimpleNamespace(classes=classes, task=CLASSIFICATION)
+    write_table(tmp_path / "table.csv", own, [(tmp_path / "x.png", torch.tensor([0.25, 0.75]), None)])
     head, row = (tmp_path / "table.csv").read_text().splitlines()
     assert head.split(",") == ["path", "predicted", *columns]
     assert row.split(",")[1:] == [classes[1], "0.25", "0.75"]
@@ -165,7 +168,7 @@ def test_a_prediction_that_ends_early_leaves_nothing(paths, tmp_path, task, stop
         if task == "segmentation":
             write_masks(tmp_path / "found", paths, rows())
         else:
-            write_table(tmp_path / "found", CLASSES, (row[:2] for row in rows()))
+            write_table(tmp_path / "found", own, rows())
 
     with pytest.raises(stop, match="here"):
         write()

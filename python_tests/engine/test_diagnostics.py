@@ -10,7 +10,10 @@ import torch
 from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.methods.common import diagnostics
+from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION, SEGMENTATION
+
+ACCURACY, DICE = (RunConfig.make("fedavg", main=name) for name in ("accuracy", "dice"))
 
 
 def test_a_healthy_run_has_none(make_data, make_config, tmp_path):
@@ -65,7 +68,7 @@ def test_outlying_client():
     ],
 )
 def test_poor_metrics(metrics, names):
-    assert set(diagnostics.poor_metrics(metrics, {"validation_accuracy": 0.9}, 10, {})) == names
+    assert set(diagnostics.poor_metrics(metrics, {"validation_accuracy": 0.9}, 10, {}, ACCURACY)) == names
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_poor_metrics(metrics, names):
      (0.0149, 100, True), (0.02, 100, False)],
 )  # fmt: skip
 def test_what_is_near_chance(accuracy, classes, near):
-    assert ("chance-level" in diagnostics.poor_metrics({"accuracy": accuracy}, {}, classes, {})) == near
+    assert ("chance-level" in diagnostics.poor_metrics({"accuracy": accuracy}, {}, classes, {}, ACCURACY)) == near
 
 
 def labelled(*counts):
@@ -111,7 +114,7 @@ def labelled(*counts):
 def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
     sets = {"id_": labelled(5, 90, 5), "ood_": labelled(10, 10, 10), "validation_": labelled(9, 1, 0)}
     constant = diagnostics.constants(sets, ("a", "b", "c"))
-    found = diagnostics.poor_metrics(figures, {}, 3, constant)
+    found = diagnostics.poor_metrics(figures, {}, 3, constant, ACCURACY)
     assert (said is None and found == {}) or said in found["chance-level"]
 
 
@@ -119,7 +122,7 @@ def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
 def test_a_set_with_any_name_is_compared_by_its_own_labels(name):
     sets = {"a_": labelled(1, 1, 1), f"{name}_": labelled(5, 90, 5), "": labelled(3, 3, 3)}
     constant = diagnostics.constants(sets, ("a", "b", "c"))
-    found = diagnostics.poor_metrics({f"{name}_accuracy": 0.9}, {}, 3, constant, ["a", name, ""])
+    found = diagnostics.poor_metrics({f"{name}_accuracy": 0.9}, {}, 3, constant, ACCURACY, ["a", name, ""])
     wanted = f'on the test set "{name}" is 90.0 %, and predicting "b" everywhere gives 90.0 %'
     assert wanted in found["chance-level"]
 
@@ -127,8 +130,8 @@ def test_a_set_with_any_name_is_compared_by_its_own_labels(name):
 def test_a_set_with_images_of_one_class_is_compared_with_chance():
     constant = diagnostics.constants({"": labelled(0, 7, 0)}, ("a", "b", "c"))
     assert constant == {}
-    assert diagnostics.poor_metrics({"accuracy": 1.0}, {}, 3, constant) == {}
-    assert "near chance" in diagnostics.poor_metrics({"accuracy": 0.1}, {}, 3, constant)["chance-level"]
+    assert diagnostics.poor_metrics({"accuracy": 1.0}, {}, 3, constant, ACCURACY) == {}
+    assert "near chance" in diagnostics.poor_metrics({"accuracy": 0.1}, {}, 3, constant, ACCURACY)["chance-level"]
 
 
 def test_a_dice_is_compared_with_that_of_a_single_class():
@@ -138,11 +141,12 @@ def test_a_dice_is_compared_with_that_of_a_single_class():
     data = types.SimpleNamespace(labels=labels, task=SEGMENTATION, cases=torch.tensor([0, 0, 1, 1]), full=None)
     constant = diagnostics.constants({"": data, "validation_": data}, ("membrane", "cell"))
     assert constant[""].figures["dice"] == pytest.approx(6 / 7)
-    text = diagnostics.poor_metrics({"dice": 0.863}, {}, 2, constant)["chance-level"]
+    text = diagnostics.poor_metrics({"dice": 0.863}, {}, 2, constant, DICE)["chance-level"]
     assert text.startswith('Dice is 86.3 %, and predicting "cell" everywhere gives 85.7 %: ')
-    assert diagnostics.poor_metrics({"dice": 0.93}, {}, 2, constant) == {}
-    assert diagnostics.poor_metrics({"worst_client_dice": 0.86}, {}, 2, constant) == {}
-    assert "hardly anything but background" in diagnostics.poor_metrics({"dice": 0.01}, {}, 2, constant)["chance-level"]
+    assert diagnostics.poor_metrics({"dice": 0.93}, {}, 2, constant, DICE) == {}
+    assert diagnostics.poor_metrics({"worst_client_dice": 0.86}, {}, 2, constant, DICE) == {}
+    nothing = diagnostics.poor_metrics({"dice": 0.01}, {}, 2, constant, DICE)["chance-level"]
+    assert "hardly anything but background" in nothing
 
 
 def test_a_run_that_always_says_the_same_is_warned_of(make_data, make_config, tmp_path):

@@ -74,7 +74,7 @@ def play(config, data, out):
         boards.append(TensorBoard())
     summary = run(config, out=out, data=data, listener=Both(seen, Live(console), *boards))
     pictures = {path.name for path in write_pictures(out, data=data)}
-    console.print(final_table(summary))
+    console.print(final_table(summary, "accuracy"))
     return summary, seen, pictures, console.file.getvalue()
 
 
@@ -164,7 +164,7 @@ def test_an_epsilon_of_the_whole_release_is_told_with_private_records_alone(make
     assert "partly-covered" in found["all"]["diagnostics"]
     assert "partly-covered" not in found["private"]["diagnostics"]
     for name, words in (("all", "NO epsilon of the whole release"), ("private", "covers everything that clients")):
-        assert words in str(final_table(found[name]).title)
+        assert words in str(final_table(found[name], "accuracy").title)
 
 
 class Talking(FedAvg):

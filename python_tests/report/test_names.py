@@ -111,7 +111,7 @@ def test_pictures(name, drawn, tmp_path):
     confusions = Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)})
     draw = {
         "partition": lambda: plots.save(plots.partition_picture(statistics, title=name), path),
-        "curves": lambda: plots.save(plots.accuracy_curves(records, title=name), path),
+        "curves": lambda: plots.save(plots.accuracy_curves(records, "accuracy", title=name), path),
         "confusion": lambda: plots.save(confusion_sheet.draw(confusions, title=name), path),
         "weights": lambda: plots.save(weights.weights_picture(records, title=name), path),
         "table": lambda: artifact_sheet.draw(
@@ -170,7 +170,7 @@ def test_tables(name):
         tables.partition_table(PartitionStatistics(np.eye(3, dtype=int), (name, "b", "c"), name)),
         tables.attack_table(found, name),
         tables.downstream_table(result),
-        tables.final_table({**summary, "metrics": {name or "n": 0.5}, "privacy": private}),
+        tables.final_table({**summary, "metrics": {name or "n": 0.5}, "privacy": private}, "accuracy"),
         tables.class_table({"per_class": {name: {"recall": {name: 0.5, "b": 1.0}}}}),
     ):
         told = said(table)
@@ -186,9 +186,9 @@ def test_progress(name, terminal, tmp_path):
     config = RunConfig.make("fedavg", clients=2, rounds=1, threads=1)
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
+    data = SimpleNamespace(statistics=statistics, validation=SimpleNamespace(full=None), tests={})
     run = RunInfo(
-        config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, SimpleNamespace(statistics=statistics),
-        (Round(trains=name), Round()),
+        config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, data, (Round(trains=name), Round()),
     )  # fmt: skip
     listener.on_notice(name)
     listener.on_start(run)
@@ -257,7 +257,7 @@ def named_curves(name):
     ]  # fmt: skip
     series = [charts.Series(name, x, y), charts.Series("b", x, y), charts.Series(f"{name}s", x, y, soft=True)]
     figures = [
-        plots.accuracy_curves(records, tests=["", name]), weights.weights_picture(records),
+        plots.accuracy_curves(records, "accuracy", tests=["", name]), weights.weights_picture(records),
         comparison_plot.curves({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"]),
     ]  # fmt: skip
     texts = [[text.get_text().strip() for each in f.legends for text in each.get_texts()] for f in figures]

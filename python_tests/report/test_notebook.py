@@ -126,7 +126,7 @@ def test_private_records_have_no_loss_and_say_so(cells):
 @pytest.mark.parametrize("count", [notebook.ROUNDS, notebook.ROUNDS + 1, 1000])
 def test_of_many_rounds_evaluated_ones_are_listed_and_the_last(count):
     records = [record(i, **({"accuracy": 0.5} if i % 4 == 0 else {})) for i in range(1, count + 1)]
-    header, *rows = cells_of(notebook.rounds_table(records, "rounds"))
+    header, *rows = cells_of(notebook.rounds_table(records, "rounds", "accuracy"))
     assert header[1] == "accuracy"
     assert 1 < len(rows) <= notebook.ROUNDS
     assert rows[-1][0] == str(count)
@@ -147,7 +147,9 @@ def test_a_comparison_moves_in_one_table(cells):
     board.on_cells(cell)
     for each in cell:
         board.on_cell(each)
-        board.on_cell_end(each, {"accuracy": 0.5}, again=False)
+        board.on_cell_end(
+            each, SimpleNamespace(config=RunConfig.make("fedavg"), metrics={"accuracy": 0.5}), again=False
+        )
     board.close()
     assert len(cells) == 1
     assert cells_of(cells[0]) == [["", "seed 0", "seed 1"], ["fed<avg>", "accuracy 50.0 %", "accuracy 50.0 %"]]
@@ -192,4 +194,4 @@ def test_the_line_says_what_a_round_trains_and_columns_name_test_sets(cells):
     listener.on_round_start(1, "distil", [0])
     assert Reader(cells[0]).text("p")[-1] == "round 1/2 (generator)"
     records = [record(1, north_accuracy=0.5, ood_accuracy=0.25)]
-    assert cells_of(notebook.rounds_table(records, "", tests=["north"]))[0][:3] == ["round", "north", "OOD"]
+    assert cells_of(notebook.rounds_table(records, "", "accuracy", tests=["north"]))[0][:3] == ["round", "north", "OOD"]

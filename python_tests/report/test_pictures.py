@@ -32,6 +32,7 @@ from fedkern.report import (
 from fedkern.report.names import label
 from fedkern.report.sheet import rgb
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_long_names_of_classes_stand_apart(tmp_path, monkeypatch):
 
 def test_a_segmentation_is_laid_over_its_images(tmp_path):
     settings = {"data": "segdigits", "clients": 2, "train_samples": 20, "data_options": {"test_samples": 12}}
-    config = RunConfig.make("fedavg", partition="iid", **settings)
+    config = RunConfig.make("fedavg", partition="iid", main="dice", **settings)
     (tmp_path / "config.toml").write_text(config.to_toml())
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "dice": 0.25}\n{"round": 2, "dice": 0.5}\n')
     save_model(models.build("unet-small", classes=11, channels=3, image_size=32, seed=0), tmp_path, "unet-small")
@@ -198,7 +199,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
 
 
 def test_rounds_and_samples_are_counted_in_whole_numbers():
-    curve = plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title="t")
+    curve = plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], "accuracy", title="t")
     partition = plots.partition_picture(PartitionStatistics(np.eye(2, dtype=int), ("a", "b"), "iid"), title="t")
     for ticks in (curve.axes[0].get_xticks(), partition.axes[1].get_yticks()):
         assert len(ticks) > 0
@@ -207,17 +208,17 @@ def test_rounds_and_samples_are_counted_in_whole_numbers():
 
 def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
-    plots.save(plots.accuracy_curves(records, title="t"), tmp_path / "a.png")
+    plots.save(plots.accuracy_curves(records, "accuracy", title="t"), tmp_path / "a.png")
     pixels = opened(tmp_path / "a.png").reshape(-1, 3)
     for colour in (plots.BLUE, plots.ORANGE):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - rgb).max(axis=1) < 3).sum() > 200
-    assert plots.accuracy_curves([{"round": 1, "loss": 2.0}], title="t") is None
+    assert plots.accuracy_curves([{"round": 1, "loss": 2.0}], "accuracy", title="t") is None
 
 
 def test_test_sets_that_the_user_named_have_a_curve_each():
     records = [{"round": i, "accuracy": 0.1 * i, "far_accuracy": 0.2, "far_off_accuracy": 0.3} for i in (1, 2)]
-    figure = plots.accuracy_curves(records, tests=("", "far", "far_off"))
+    figure = plots.accuracy_curves(records, "accuracy", tests=("", "far", "far_off"))
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert lines.keys() == {"test", "far", "far_off"}
     assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 3
@@ -225,11 +226,11 @@ def test_test_sets_that_the_user_named_have_a_curve_each():
 
 def test_the_mean_and_the_worst_client_have_a_curve_each():
     records = [{"round": i, "mean_client_accuracy": 0.1 * i, "worst_client_accuracy": 0.05 * i} for i in (1, 2)]
-    axes = plots.clients_picture([*records, {"round": 3, "loss": 1.0}], title="t").axes[0]
+    axes = plots.clients_picture([*records, {"round": 3, "loss": 1.0}], "accuracy", title="t").axes[0]
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
     assert lines == {"mean client": ([1, 2], [10, 20]), "worst client": ([1, 2], [5, 10])}
     assert axes.get_ylabel() == "accuracy\non the clients' own test sets (%)"
-    assert plots.clients_picture([{"round": 1, "accuracy": 0.5, "worst_client_loss": 1.0}]) is None
+    assert plots.clients_picture([{"round": 1, "accuracy": 0.5, "worst_client_loss": 1.0}], "accuracy") is None
 
 
 def test_every_client_has_a_thin_curve_and_of_very_many_some():
@@ -238,12 +239,12 @@ def test_every_client_has_a_thin_curve_and_of_very_many_some():
         own = {str(k): {"accuracy": k / clients, "loss": 1.0} for k in range(clients)}
         return [{"round": i, **means, "client_metrics": own} for i in (1, 2)]
 
-    lines = plots.clients_picture(records(4)).axes[0].get_lines()
+    lines = plots.clients_picture(records(4), "accuracy").axes[0].get_lines()
     assert [list(line.get_ydata()) for line in lines[:4]] == [[0, 0], [25, 25], [50, 50], [75, 75]]
     assert [line.get_label() for line in lines if line.get_label()[0] != "_"] == [
         "single clients", "mean client", "worst client",
     ]  # fmt: skip
-    assert len(plots.clients_picture(records(450)).axes[0].get_lines()) == 150 + 2
+    assert len(plots.clients_picture(records(450), "accuracy").axes[0].get_lines()) == 150 + 2
 
 
 def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
@@ -253,25 +254,27 @@ def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
         {"round": i, **{f"{p}i2t_r1": 0.1 * i for p in sizes}, **{f"{p}gallery": n for p, n in sizes.items()}}
         for i in (1, 2)
     ]
-    figure = plots.accuracy_curves(records, title="t")
+    figure = plots.accuracy_curves(records, "i2t_r1", title="t")
     axes = {axes.get_ylabel(): [line.get_label() for line in axes.get_lines()] for axes in figure.axes}
     assert axes == {
         "recall at 1, image to text\namong 40 candidates (%)": ["test", "unseen client"],
         "recall at 1, image to text\namong 400 candidates (%)": ["validation"],
     }
-    stacked = plots.accuracy_curves(records, stacked=True)
+    stacked = plots.accuracy_curves(records, "i2t_r1", stacked=True)
     assert stacked.get_figwidth() < figure.get_figwidth()
     assert [axes.get_subplotspec().rowspan.start for axes in stacked.axes] == [0, 1]
     assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
     same = [{name: 40.0 if "gallery" in name else value for name, value in record.items()} for record in records]
-    assert [len(axes.get_lines()) for axes in plots.accuracy_curves(same, title="t").axes] == [3]
-    assert plots.accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], title="t") is not None
+    assert [len(axes.get_lines()) for axes in plots.accuracy_curves(same, "i2t_r1", title="t").axes] == [3]
+    assert (
+        plots.accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], "i2t_r1", title="t") is not None
+    )
 
 
 def test_the_names_of_curves_stand_under_the_axes():
     """FedDRA's recall rises into every corner of the axes."""
     records = [{"round": i, "i2t_r1": 0.01 * i, "minority_i2t_r1": 0.2 - 0.01 * i} for i in range(1, 16)]
-    figure = plots.accuracy_curves(records, title="t", chance={"i2t_r1": 0.002})
+    figure = plots.accuracy_curves(records, "i2t_r1", title="t", chance={"i2t_r1": 0.002})
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["test", "minority", "chance"]
@@ -281,7 +284,7 @@ def test_the_names_of_curves_stand_under_the_axes():
 
 def test_a_long_title_stays_inside_the_picture():
     title = "a method with a name of many words on " + "the-folder-of-a-data-set" * 3
-    figure = plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title=title)
+    figure = plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], "accuracy", title=title)
     figure.draw_without_rendering()
     assert figure.axes[0].title.get_text() == ""
     assert figure.axes[0]._left_title.get_window_extent().x1 <= figure.bbox.width
@@ -290,12 +293,14 @@ def test_a_long_title_stays_inside_the_picture():
 @pytest.mark.parametrize(("most", "end"), [(0.02, 5), (0.3, 50), (0.97, 100)])
 def test_the_axis_ends_above_small_values(most, end):
     records = [{"round": 1, "i2t_r1": 0.01, "minority_i2t_r1": most, "validation_i2t_r1": 0.01}]
-    assert plots.accuracy_curves(records).axes[0].get_ylim() == pytest.approx((0, 1.02 * end))
+    assert plots.accuracy_curves(records, "i2t_r1").axes[0].get_ylim() == pytest.approx((0, 1.02 * end))
 
 
 def test_figures_that_need_no_learning_are_dotted_lines():
     records = [{"round": 1, "id_accuracy": 0.5, "ood_accuracy": 0.5, "validation_accuracy": 0.4}]
-    figure = plots.accuracy_curves(records, chance={"id_accuracy": 0.25, "ood_accuracy": 0.25, "accuracy": 0.9})
+    figure = plots.accuracy_curves(
+        records, "accuracy", chance={"id_accuracy": 0.25, "ood_accuracy": 0.25, "accuracy": 0.9}
+    )
     (line,) = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
     assert list(line.get_ydata()) == [25, 25]
     assert line.get_label() == "commonest class"
@@ -396,7 +401,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"p\.png cannot be written, the disk is full"):
-        plots.save(plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], title="t"), tmp_path / "p.png")
+        plots.save(plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], "accuracy", title="t"), tmp_path / "p.png")
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
     assert (tmp_path / "p.png").read_bytes() == b"older"
 
@@ -455,14 +460,13 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, 
 
 @pytest.mark.parametrize("task", ["segmentation", "retrieval"])
 def test_the_picture_of_another_task_fails_in_its_own_name(task, quick, data, monkeypatch):
-    monkeypatch.setattr(type(data), "task", task)
+    monkeypatch.setattr(type(data), "task", TASKS[task])
     monkeypatch.setattr(segmentation_sheet, "draw", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(segmentation_sheet, "examples", lambda labels, count: torch.arange(count))
     monkeypatch.setattr("fedkern.report.retrieval_examples.retrieval_examples", lambda *_, **__: 1 / 0)
     with pytest.warns(UserWarning, match=rf"{task}\.png is missing, as it cannot be drawn: ZeroDivisionError"):
         found = pictures.write_pictures(quick, data=data)
-    curves = "dice.png" if task == "segmentation" else "accuracy.png"
-    assert {curves, "clients.png", "confusion.png", "clouds.png"} < {path.name for path in found}
+    assert {"accuracy.png", "clients.png", "confusion.png", "clouds.png"} < {path.name for path in found}
 
 
 def test_no_grad_cam_is_none(quick, data):

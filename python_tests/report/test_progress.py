@@ -6,6 +6,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fedkern.settings.config import RunConfig
 
 
 class Data:
+    validation, tests = SimpleNamespace(full=None), {}
     statistics = PartitionStatistics(np.full((2, 2), 7), ("cat", "dog"), "iid")
 
 
@@ -87,17 +89,19 @@ def test_rounds_that_were_not_evaluated_give_no_line():
 
 
 @pytest.mark.parametrize(
-    ("figures", "shown"),
+    ("main", "figures", "shown"),
     [
-        ({"held_out_accuracy": 0.5, "unseen_accuracy": 0.25}, "held-out client 50.0 %  unseen client 25.0 %"),
-        ({"i2t_r1": 0.5, "t2i_r1": 0.1}, "recall at 1, image to text 50.0 %"),
-        ({"macro_auroc": 0.5}, "macro AUROC 50.0 %"),
-        ({"dice": 0.5, "dice_1": 0.1}, "Dice 50.0 %"),
-        ({"north_accuracy": 0.5, "teacher_accuracy": 0.9}, "north 50.0 %"),
+        ("accuracy", {"held_out_accuracy": 0.5, "unseen_accuracy": 0.25},
+         "held-out client 50.0 %  unseen client 25.0 %"),
+        ("i2t_r1", {"i2t_r1": 0.5, "t2i_r1": 0.1}, "recall at 1, image to text 50.0 %"),
+        ("macro_auroc", {"macro_auroc": 0.5}, "macro AUROC 50.0 %"),
+        ("dice", {"dice": 0.5, "dice_1": 0.1}, "Dice 50.0 %"),
+        ("accuracy", {"north_accuracy": 0.5, "teacher_accuracy": 0.9}, "north 50.0 %"),
+        ("mae", {"mae": 1.25, "north_mae": 0.5, "accuracy": 0.25}, "mae 1.25  north 0.5"),
     ],
-)
-def test_figures_and_test_sets_have_names_for_people(figures, shown):
-    assert progress.main_figures(figures, ["north"]) == shown
+)  # fmt: skip
+def test_figures_and_test_sets_have_names_for_people(main, figures, shown):
+    assert progress.main_figures(figures, main, ["north"]) == shown
 
 
 def test_a_plan_of_several_parts_says_what_is_trained_when():
@@ -191,7 +195,7 @@ def test_a_bar_on_a_terminal(json):
     assert type(listener) is progress.Live
     play(listener)
     assert listener.progress.tasks[0].completed == 3
-    assert listener.progress.tasks[0].fields["accuracy"] == "ID 90.0 %  OOD 80.0 %"
+    assert listener.progress.tasks[0].fields["figures"] == "ID 90.0 %  OOD 80.0 %"
 
 
 @pytest.mark.parametrize(("json", "kind"), [(False, Notebook), (True, progress.Warnings)])
@@ -258,5 +262,5 @@ def test_a_long_task_has_a_bar_on_a_terminal(monkeypatch):
 
 def test_sets_with_the_titles_of_others_are_told_apart():
     figures = {"accuracy": 0.1, "accuracy_accuracy": 0.2, "id_accuracy": 0.3, "ID_accuracy": 0.4}
-    shown = progress.figures_by_set(figures, ["", "accuracy", "id", "ID"])
+    shown = progress.figures_by_set(figures, "accuracy", ["", "accuracy", "id", "ID"])
     assert list(shown.values()) == ["10.0 %", "20.0 %", "30.0 %", "40.0 %"]

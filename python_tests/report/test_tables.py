@@ -62,7 +62,7 @@ def test_final_table():
         "metrics": {"ood_accuracy": 0.934, "id_accuracy": 0.96, "validation_accuracy": 0.1234},
         "bytes": {"up": 75_000_000, "down": 76_000_000},
     }  # fmt: skip
-    shown = text(tables.final_table(summary))
+    shown = text(tables.final_table(summary, "accuracy"))
     assert "fedgid on colordigits, seed 3, 40 rounds" in shown
     assert re.search(r"in distribution +out of distribution", shown)
     (row,) = (line for line in shown.splitlines() if "accuracy" in line)
@@ -74,7 +74,9 @@ def test_final_table():
 
 @pytest.mark.parametrize("name", ["validation_north", "id_north", "test_2"])
 def test_figures_of_a_set_of_any_name_are_shown(name):
-    shown = text(tables.figures_table("evaluate", {f"{name}_accuracy": 0.625, "validation_accuracy": 0.125}, [name]))
+    shown = text(
+        tables.figures_table("evaluate", {f"{name}_accuracy": 0.625, "validation_accuracy": 0.125}, [name], "accuracy")
+    )
     assert "62.5 %" in shown
     assert "12.5 %" not in shown
 
@@ -85,7 +87,7 @@ def test_final_table_of_a_single_test_set():
         "metrics": {"accuracy": 0.5, "loss": 1.2345, "worst_client_loss": 2.0},
         "bytes": {"up": 10, "down": 20, "one_off_up": 5, "one_off_down": 0},
     }  # fmt: skip
-    lines = [line.split() for line in text(tables.final_table(summary)).splitlines()]
+    lines = [line.split() for line in text(tables.final_table(summary, "accuracy")).splitlines()]
     assert ["accuracy", "50.0", "%"] in lines
     assert ["loss", "1.23"] in lines
     assert ["worst", "client", "loss", "2"] in lines
@@ -100,7 +102,7 @@ def test_final_table_of_retrieval():
                     "worst_client_i2t_r1": 0.25},
         "bytes": {"up": 10, "down": 20},
     }  # fmt: skip
-    lines = [" ".join(line.split()) for line in text(tables.final_table(summary)).splitlines()]
+    lines = [" ".join(line.split()) for line in text(tables.final_table(summary, "accuracy")).splitlines()]
     assert "test unseen client" in lines
     assert lines.index("image to text, recall at 1 50.0 % 25.0 %") < lines.index("loss 3 1.5")
     assert "text to image, recall at 10 75.0 % 37.5 %" in lines
@@ -169,8 +171,8 @@ def test_a_segmentation_shows_its_classes_by_name():
         "metrics": {"dice": 0.5, "dice_1": 0.6, "dice_2": 0.4}, "bytes": {"up": 10, "down": 20},
         "per_class": {"test": {"dice": {"background": 0.98, "edema": 0.6, "core": 0.4}}},
     }  # fmt: skip
-    assert "dice 1" not in text(tables.final_table(summary))
-    assert "dice 1" in text(tables.final_table({**summary, "per_class": {}}))
+    assert "dice 1" not in text(tables.final_table(summary, "accuracy"))
+    assert "dice 1" in text(tables.final_table({**summary, "per_class": {}}, "accuracy"))
     lines = [" ".join(line.split()) for line in text(tables.class_table(summary)).splitlines()]
     assert lines[0] == "Dice of every class"
     assert {"background 98.0 %", "edema 60.0 %", "core 40.0 %"} <= set(lines)
@@ -232,7 +234,7 @@ def test_a_set_with_any_name_has_a_column(name):
         "method": "fedavg", "data": "arrays", "seed": 0, "seconds": 1.0, "bytes": {"up": 1, "down": 1},
         "metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")},
     }  # fmt: skip
-    table = tables.final_table(summary)
+    table = tables.final_table(summary, "accuracy")
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns[name][0] == "20.0 %"
     assert columns["a"][0] == "30.0 %"

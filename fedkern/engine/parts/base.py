@@ -81,7 +81,7 @@ class Summary:
         network: the final network, in eval mode.
         metrics: all figures of the run by name.
         of_tests: those of the network on the test sets and the validation set.
-        latest, best: the figures of the last evaluation, and the largest of every main figure over all evaluations.
+        latest, best: the figures of the last evaluation, and the best of every main figure over all evaluations.
         final: its further figures on the test sets.
         own: the clients' figures on their own test sets, None where one is not defined.
         own_set: what these sets are, as in evaluation.csv.

@@ -52,7 +52,7 @@ class Diagnoses(Part):
             diagnostics.collapsed_classes(sets, classes),
             diagnostics.unvaried_labels(sets),
             diagnostics.outlying_drift(self._last, context.data.client_label) if self._clients else {},
-            diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant, names),
+            diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant, config, names),
             diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
             diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),
             diagnostics.undefined_figures(sets, summary.own, context.data.client_label),

@@ -21,7 +21,7 @@ from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.errors import spared
 from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
-from fedkern.methods.common.figures import gradcam, is_main
+from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About
 
@@ -40,7 +40,7 @@ class Evaluation(Part):
 
     Attributes:
         latest: the figures of the last evaluation, by name.
-        best: the largest finite value so far of every main figure.
+        best: the best finite value so far of the main figure, with any prefix: ``ood_accuracy``, ``vote_accuracy``.
         own: figures of every client on its own test set or its part of the run's; empty where they may not be told.
     """
 
@@ -80,9 +80,10 @@ class Evaluation(Part):
             record.put(self.latest)
             if self.own:
                 record.put({"client_metrics": {str(k): figures for k, figures in self.own.items()}}, About.CLIENTS)
+            config, better = self._context.config, min if self._context.config.better == "min" else max
             for name, value in self.latest.items():
-                if is_main(name) and math.isfinite(value):  # a checkpoint has no other values
-                    self.best[name] = max(value, self.best.get(name, 0.0))
+                if name.endswith(config.main) and math.isfinite(value):  # a checkpoint has no other values
+                    self.best[name] = better(value, self.best.get(name, value))
         record.seconds["evaluate"] = time.perf_counter() - begun
 
     def finish(self, summary: Summary) -> None:

@@ -15,7 +15,6 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError
-from fedkern.methods.common.figures import is_main
 from fedkern.tasks.figure_names import check_reachable, split_metric
 
 _TARGET = re.compile(
@@ -102,7 +101,9 @@ class Patience(Part):
         if not record.due:
             return None
         figure, value = self._main(self._context.disclosure.told(record.entries))
-        if not value > self._best.get("value", -math.inf):  # NaN is never the best
+        falls = self._context.config.better == "min"
+        before = self._best.get("value", math.inf if falls else -math.inf)
+        if not (value < before if falls else value > before):  # NaN is never the best
             self._without += bool(self._best)
             return self._stop()
         name = next(name for name in BEST_SO_FAR if name != self._kept)
@@ -142,7 +143,8 @@ class Patience(Part):
     def _main(self, told: Mapping[str, Any]) -> tuple[str, float]:
         """The main figure on the validation set."""
         for name, value in told.items():
-            if split_metric(name, self._context.data.tests)[0] == "validation" and is_main(name):
+            test_set, figure = split_metric(name, self._context.data.tests)
+            if test_set == "validation" and figure.endswith(self._context.config.main):
                 return name, float(value)
         raise UserError(
             "--patience looks at the main figure on a validation set, and this run has none: give the data one, or end "

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fedkern import atomic
 from fedkern.errors import UserError
+from fedkern.tasks import Task
 
 FILE = "predictions.csv"
 COLUMNS = ("test_set", "image", "true_class", "predicted_class")
 
 
-def check(task: str, *, told: bool) -> None:
+def check(task: Task, *, told: bool) -> None:
     """Checks, before a run, that its end can have predictions.
 
     Args:
@@ -27,10 +28,10 @@ def check(task: str, *, told: bool) -> None:
     Raises:
         UserError: the task is not classification, or the records are private.
     """
-    if task != "classification":
+    if not task.offers >= {"classes", "criterion"}:
         raise UserError(
-            f"--predictions writes a class for every image, and these data are for {task}: leave it out, or take data "
-            "for classification."
+            f"--predictions writes a class for every image, and these data are for {task.name}: leave it out, or take "
+            "data for classification."
         )
     if not told:
         raise UserError(

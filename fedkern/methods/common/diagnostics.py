@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from fedkern.image_rows import in_parts
-from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.methods.protocol import Observed
 from fedkern.tasks import Constant
-from fedkern.tasks.figure_names import OVER_CLIENTS, set_noun, short_title, split_metric
+from fedkern.tasks.figure_names import OVER_CLIENTS, scale, set_noun, short_title, split_metric
 from fedkern.tasks.multilabel_figures import MAIN as AREA
 
 DRIFT_FACTOR = 5.0
@@ -80,13 +79,9 @@ def collapsed_classes(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[s
 
 def unvaried_labels(sets: Mapping[str, Any]) -> dict[str, str]:
     """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
-    for prefix, data in sets.items():
-        if prefix != "validation_" and data.task.unvaried(data):
-            return {
-                "unvaried-labels": f"Every label is predicted for all images of the {set_noun(prefix[:-1])} or for "
-                "none: train longer, or change the learning rate."
-            }
-    return {}
+    alike = [prefix for prefix, data in sets.items() if prefix != "validation_" and data.task.unvaried(data)]
+    text = f"Every label is predicted for all images of the {set_noun(alike[0][:-1])} or for none: " if alike else ""
+    return {"unvaried-labels": f"{text}train longer, or change the learning rate."} if alike else {}
 
 
 def outlying_drift(clients: Mapping[str, Mapping[str, Any]], label: Callable[[int], str] = str) -> dict[str, str]:
@@ -120,21 +115,29 @@ def near(constant: float) -> float:
     return round(low, 12)  # 1.5 x 0.1 is 0.15
 
 
+def hardly_better(figure: str, value: float, constant: float, config: Any) -> bool:
+    """Whether a figure is near that of a constant prediction; of a main figure that falls, the share of mistakes."""
+    falls = config.better == "min" and figure.endswith(config.main)
+    return value > (1 - CHANCE_REST) * constant if falls else value < near(constant)
+
+
 def poor_metrics(
     metrics: Mapping[str, float],
     best: Mapping[str, float],
     classes: int,
     constant: Mapping[str, Constant],
+    config: Any,
     tests: Collection[str] = (),
 ) -> dict[str, str]:
     """Warnings about figures near those of a constant prediction, and about validation figures far below their best.
 
-    A figure of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.
+    An accuracy of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.
 
     Args:
         metrics: figures of the final network, by prefixed name.
         best: the best validation figures of the run.
         constant: see :func:`constants`.
+        config: has the name of the main figure and its direction.
         tests: names of the test sets.
     """
     found: dict[str, str] = {}
@@ -144,33 +147,36 @@ def poor_metrics(
         if test_set == "validation":
             continue
         where = f" on the {set_noun(test_set)}" if test_set else ""
-        is_low = f"{short_title(rest)}{where} is {100 * value:.1f} %"
+        is_low = f"{short_title(rest)}{where} is {_shown(rest, value)}"
         if name.endswith("dice") and value < NOTHING:
             found.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
         if name.endswith(AREA) and value < near(0.5):
             found.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
-        figure = "dice" if name.endswith("dice") else "accuracy" if name.endswith("accuracy") else ""
-        if not figure:
-            continue
-        prefix = f"{test_set}_" if test_set else ""
-        if prefix in constant and not rest.startswith(OVER_CLIENTS):
-            figure = "balanced_accuracy" if name.endswith("balanced_accuracy") else figure
-            level, always = constant[prefix].figures.get(figure, 0.0), constant[prefix].name
-            what = f'"{always}"' if always and figure != "balanced_accuracy" else "one class"
-            text = f"and predicting {what} everywhere gives {100 * level:.1f} %"
+        always = None if rest.startswith(OVER_CLIENTS) else constant.get(f"{test_set}_" if test_set else "")
+        if always is not None:
+            figure = max((each for each in always.figures if name.endswith(each)), key=len, default="")
+            level = always.figures.get(figure)
+            what = f'"{always.name}"' if always.name and figure != "balanced_accuracy" else "one class"
+            text = f"and predicting {what} everywhere gives {_shown(rest, level or 0.0)}"
         else:
-            level = 1 / classes if classes > 1 and figure == "accuracy" else 0.0  # one class is always right
-            text = f"near chance ({100 * level:.1f} %)"
-        if value < near(level):
+            level = 1 / classes if classes > 1 and name.endswith("accuracy") else None  # one class is always right
+            text = f"near chance ({_shown(rest, level or 0.0)})"
+        if level is not None and hardly_better(rest, value, level, config):
             found.setdefault("chance-level", f"{is_low}, {text}: {retry}")
-    for name in MAIN_FIGURES:
-        now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
-        if now is not None and top is not None and top - now > FALL:
-            found[f"falling-{name}"] = (
-                f"Validation {short_title(name)} fell from {100 * top:.1f} % to {100 * now:.1f} %: lower the learning "
-                "rate or stop earlier."
-            )
+    name, falls = config.main, config.better == "min"
+    now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
+    least = FALL * (1.0 if scale(name)[1] or top is None else abs(top))
+    if now is not None and top is not None and (now - top if falls else top - now) > least:
+        found[f"{'rising' if falls else 'falling'}-{name}"] = (
+            f"Validation {short_title(name)} {'rose' if falls else 'fell'} from {_shown(name, top)} to "
+            f"{_shown(name, now)}: lower the learning rate or stop earlier."
+        )
     return found
+
+
+def _shown(figure: str, value: float) -> str:
+    factor, unit = scale(figure)
+    return f"{factor * value:.1f} {unit}" if unit else f"{value:.3g}"
 
 
 def missing_metrics(method: str, source: str, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
@@ -202,10 +208,9 @@ def undefined_figures(
         own: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
     """
     texts: dict[str, str] = {}
-    for prefix, data in sets.items():
-        if not data.task.defined(data):
-            name, figure = set_noun(prefix[:-1]), data.task.main
-            texts[f"no-{prefix}{figure}"] = f"The {name} has {data.task.lacks}, and so no {short_title(figure)}."
+    for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.defined(data)]:
+        lacks = f"The {set_noun(prefix[:-1])} has {task.lacks}, and so no {short_title(task.main)}."
+        texts[f"no-{prefix}{task.main}"] = lacks
     lacking = [k for k, figures in own.items() if None in figures.values()]
     if lacking:
         task = next(iter(sets.values())).task

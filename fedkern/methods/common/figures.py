@@ -1,4 +1,4 @@
-"""Main figures of the tasks, and Grad-CAM's figure of a network on its test sets."""
+"""Grad-CAM's figure of a network on its test sets."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from torch import nn
 
 from fedkern.models import StagedNetwork, object_share
 from fedkern.models.precision import computing
-from fedkern.tasks import TASKS
-
-MAIN_FIGURES = tuple(task.main for task in TASKS.values())
-
-
-def is_main(name: str) -> bool:
-    """Whether a metric is a main figure, with any prefix: ``ood_accuracy``, ``vote_accuracy``."""
-    return name.endswith(MAIN_FIGURES)
 
 
 @computing("fp32")

@@ -36,7 +36,8 @@ from fedkern.tasks import CLASSIFICATION
 CPU = torch.device("cpu")
 SETTINGS = {
     "method": "judged", "data": "tiny", "seed": 5, "clients": 2, "records": "all", "width": 2, "buffers": "average",
-    "threads": 1, "client_threads": 1, "grad_cam": 0, "statistics": True,
+    "threads": 1, "client_threads": 1, "grad_cam": 0, "statistics": True, "main": "accuracy",
+    "better": "max",
 }  # fmt: skip
 
 
