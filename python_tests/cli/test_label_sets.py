@@ -49,7 +49,7 @@ def listed(tmp_path):
 
 def test_the_column_becomes_zeros_and_ones(listed):
     data = load("csv", root=listed, options={"size": 8})
-    assert (data.task, data.classes, data.client_names) == ("multilabel", NAMES, ("A", "B"))
+    assert (data.task.name, data.classes, data.client_names) == ("multilabel", NAMES, ("A", "B"))
     for split in (*data.clients, data.validation, *data.tests.values()):
         assert split.labels.dtype == torch.uint8
         for name, row in zip(split.ids, split.labels.tolist(), strict=True):
@@ -220,7 +220,7 @@ def test_a_label_in_every_row_is_a_class_or_one_of_several(tmp_path, column):
     ways = {"classification": {"size": 8, "label": column}, "multilabel": {**options, "task": "multilabel"}}
     for task, chosen in ways.items():
         data = load("csv", root=tmp_path, options=chosen, partition="iid", clients=2)
-        assert (data.task, data.classes) == (task, ("a", "b", "c"))
+        assert (data.task.name, data.classes) == (task, ("a", "b", "c"))
 
 
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):

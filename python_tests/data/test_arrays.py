@@ -38,7 +38,7 @@ def sites(**given):
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.float32])
 def test_columns_are_labels(dtype):
     data = FederatedData.from_arrays([pair(5, dtype=dtype)], {"id": pair(4, 1, dtype)}, validation=pair(3, 2, dtype))
-    assert data.task == "multilabel"
+    assert data.task.name == "multilabel"
     assert data.classes == ("0", "1", "2")
     for split, seed in ((data.clients[0], 0), (data.tests["id"], 1), (data.validation, 2)):
         assert split.labels.dtype == torch.uint8
@@ -87,7 +87,7 @@ def test_one_hot_labels_are_refused_with_both_ways_out(where):
         ):
             fedkern.FederatedData.from_arrays(**given)
         given["task"] = "multilabel"
-    assert fedkern.FederatedData.from_arrays(**given).task == "multilabel"
+    assert fedkern.FederatedData.from_arrays(**given).task.name == "multilabel"
 
 
 @pytest.mark.parametrize("task", ["multilabel", "retrieval", "ordinals", ["classification"], None])

@@ -96,7 +96,7 @@ def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
 def test_slices_of_whole_cases(tmp_path):
     written = write_cases(tmp_path)
     data = opened(tmp_path, clients=3)
-    assert data.task == "segmentation"
+    assert data.task.name == "segmentation"
     assert data.classes == ("background", "object")
     assert data.image_shape == (2, 12, 12)
     held = [cases_of(split) for split in every_split(data)]

@@ -191,7 +191,7 @@ def test_several_labels_an_image(registered):
         return several()
 
     data = load("own")
-    assert (data.task, data.statistics.partition, data.client_sizes) == ("multilabel", "iid", (10, 10, 10, 10))
+    assert (data.task.name, data.statistics.partition, data.client_sizes) == ("multilabel", "iid", (10, 10, 10, 10))
     assert data.tests[""].labels.tolist() == label_sets(N).tolist()
     with pytest.raises(UserError, match="has several labels an image and no single class"):
         load("own", partition="dirichlet:0.5")
@@ -203,7 +203,7 @@ def test_several_labels_an_image(registered):
         return FederatedData.from_arrays({"north": own, "south": own}, own, classes=("a", "b"))
 
     data = load("mine")
-    assert (data.task, data.client_names, data.classes) == ("multilabel", ("north", "south"), ("a", "b"))
+    assert (data.task.name, data.client_names, data.classes) == ("multilabel", ("north", "south"), ("a", "b"))
     with pytest.raises(UserError, match="option cue_clients is for classification"):
         load("mine", options={"cue_clients": 1})
 

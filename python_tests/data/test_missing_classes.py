@@ -98,7 +98,8 @@ def test_nothing_is_told_where_classes_are_not_trained_for_or_the_clients_are_el
     one, two, more = KINDS["images"]
     data = FederatedData.from_arrays([one], more, validation=two)
     assert len(caveats(data)) == 1
-    assert caveats(replace(data, validation=replace(data.validation, texts=("x", "y")))) == []
+    pairs = [replace(split, texts=("x",) * len(split), task=None) for split in (data.validation, data.tests[""])]
+    assert caveats(replace(data, validation=pairs[0], tests={"": pairs[1]})) == []
     assert caveats(declared_data(data, [5, 7])) == []
 
 
@@ -115,7 +116,7 @@ def test_a_single_class_is_read_and_not_trained_for(tmp_path, kind):
     root = tmp_path / "all" if kind == "folder" else tmp_path
     data = load("folder" if kind == "folder" else "csv", root=root, clients=2, partition="iid", options=options)
     assert data.classes == ("well",)
-    assert data.task == ("multilabel" if kind == "labels" else "classification")
+    assert data.task.name == ("multilabel" if kind == "labels" else "classification")
     with pytest.raises(UserError, match='has the single class "well", expected two or more: name the folder or'):
         check_data(RunConfig.make("fedavg", data="csv", clients=2), data)
 
@@ -151,7 +152,7 @@ def test_several_labels_are_found_by_name():
     [
         ("classification", images([0, 1]), "abc", "ax", "are a, x, but the network in run tells a, b, c: name data"),
         ("classification", images([0, 1]), "aab", "ab", "but the network in run tells a, a, b"),
-        ("segmentation", masks(0, 1), "abc", "ac", "name data with some of these classes in the same order and no"),
+        ("segmentation", masks(0, 1), "abc", "ac", "name data with some of these classes .masks: in the same order. and no"),
         ("segmentation", masks(0, 1, 2, 3), "abc", "abcd", "are a, b, c, d, but the network"),
         ("multilabel", sets((0, 1), ()), "abcd", "abx", "are a, b, x, but the network"),
     ],

@@ -298,7 +298,7 @@ def write_pairs(root, values=(0, 255), images=12, size=(12, 10), kind="L"):
 def test_masks_become_the_class_of_every_pixel(tmp_path, values, kind, classes):
     write_pairs(tmp_path, values, kind=kind, size=(16, 16))
     data = opened("segmentation", tmp_path)
-    assert data.task == "segmentation"
+    assert data.task.name == "segmentation"
     assert data.classes == tuple(str(label) for label in range(classes))
     for split in every_split(data):
         assert split.labels.dtype == torch.int64

@@ -107,7 +107,7 @@ def test_a_header_without_a_colon_has_a_line_to_itself(report, expected):
 
 def test_reports(tmp_path):
     data = opened("reports", write_reports(tmp_path))
-    assert data.task == "retrieval"
+    assert data.task.name == "retrieval"
     assert data.image_shape == (1, 16, 16)
     assert data.classes == ("effusion", "unlabelled")
     found = {}

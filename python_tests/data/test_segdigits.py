@@ -48,7 +48,7 @@ def test_it_is_the_same_everywhere(whole):
 
 def test_clients_differ_in_their_digits_and_not_in_their_background():
     data = load("segdigits", clients=4, partition="dirichlet:0.1", train_samples=400)
-    assert data.task == "segmentation"
+    assert data.task.name == "segmentation"
     assert data.classes[:2] == ("background", "0")
     assert (data.statistics.counts[:, 0] == 0).all()
     pixels = torch.stack([torch.bincount(client.labels.flatten(), minlength=11) for client in data.clients]).double()
