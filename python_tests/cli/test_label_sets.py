@@ -60,7 +60,7 @@ def test_the_column_becomes_zeros_and_ones(listed):
     assert statistics.counts.tolist() == [split.labels.sum(0).tolist() for split in data.clients]
     assert statistics.rows()[-1][2] == str(sum(len(split) for split in data.clients))
     other = load("csv", root=listed, options={"size": 8, "label": "label_of_another_kind"})
-    assert (other.task, len(other.classes)) == ("classification", 8)
+    assert (other.task.name, len(other.classes)) == ("classification", 8)
 
 
 def test_a_held_out_client_and_own_tests(listed):

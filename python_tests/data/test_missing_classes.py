@@ -152,7 +152,7 @@ def test_several_labels_are_found_by_name():
     [
         ("classification", images([0, 1]), "abc", "ax", "are a, x, but the network in run tells a, b, c: name data"),
         ("classification", images([0, 1]), "aab", "ab", "but the network in run tells a, a, b"),
-        ("segmentation", masks(0, 1), "abc", "ac", "name data with some of these classes .masks: in the same order. and no"),
+        ("segmentation", masks(0, 1), "abc", "ac", "classes .masks: in the same order. and no"),
         ("segmentation", masks(0, 1, 2, 3), "abc", "abcd", "are a, b, c, d, but the network"),
         ("multilabel", sets((0, 1), ()), "abcd", "abx", "are a, b, x, but the network"),
     ],
