@@ -203,7 +203,7 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
     data = opened("csv", write(tmp_path))
     own = data.clients[0]
     own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
-    bench = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)), pair=None)
+    bench = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)))
     trained, out = (own.subset(torch.from_numpy(rows)) for rows in local_teachers.split(Client(bench, 0, {}), share))
     assert len(trained) + len(out) == len(own)
     assert not people(trained) & people(out)
@@ -215,7 +215,7 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
 def test_losses_are_taken_on_patients_that_are_not_trained_on(loss_share, tmp_path):
     data = opened("reports", write(tmp_path))
     options = {"loss_share": loss_share}
-    bench = RunContext(RunConfig.make("feddra", data="reports", clients=3, width=4, options=options), data, pair=None)
+    bench = RunContext(RunConfig.make("feddra", data="reports", clients=3, width=4, options=options), data)
     method = FedDRA(FedDRA.Options.parse(options))
     for k, split in enumerate(data.clients):
         kept, judged = method.rows(Client(bench, k, {}))
