@@ -88,10 +88,11 @@ def classes_of(
 
 def _in_order(order: str, classes: Sequence[str], where: str) -> tuple[str, ...]:
     names = {_key(name): name for name in classes}
-    given = Counter(_key(name.strip()) for name in order.split("|"))
-    wrong = [f"{key} is no class" for key in given if key not in names]
-    wrong += [f"{names.get(key, key)} is there {count} times" for key, count in given.items() if count > 1]
-    wrong += [f"{name} is missing" for key, name in names.items() if key not in given]
+    written = [name.strip() for name in order.split("|")]
+    given = Counter(map(_key, written))
+    wrong = [f'"{name}" is no class' for name in dict.fromkeys(written) if _key(name) not in names]
+    wrong += [f'"{names[key]}" is there {count} times' for key, count in given.items() if count > 1 and key in names]
+    wrong += [f'"{name}" is missing' for key, name in names.items() if key not in given]
     if wrong:
         raise UserError(
             f"order must name every class once, and of those of {where[:1].lower()}{where[1:]}, {', '.join(wrong)}."

@@ -179,11 +179,15 @@ def test_the_order_of_classes(tmp_path, labels, order, classes):
 @pytest.mark.parametrize(
     ("order", "wrong"),
     [
-        ("none|mild", "severe is missing"),
-        ("none|mild|severe|mild", "mild is there 2 times"),
-        ("none|mild|severe|grave", "grave is no class"),
-        ("none,mild,severe", "none,mild,severe is no class, mild is missing, none is missing, severe is missing"),
-        ("none|grave|none", "grave is no class, none is there 2 times, mild is missing, severe is missing"),
+        ("none|mild", '"severe" is missing'),
+        ("none|mild|severe|mild", '"mild" is there 2 times'),
+        ("none|mild|severe|1e3", '"1e3" is no class'),
+        ("none||mild|severe|", '"" is no class'),
+        (
+            "none,mild,severe",
+            '"none,mild,severe" is no class, "mild" is missing, "none" is missing, "severe" is missing',
+        ),
+        ("none|grave|none", '"grave" is no class, "none" is there 2 times, "mild" is missing, "severe" is missing'),
     ],
 )
 def test_an_order_that_is_none_is_refused(tmp_path, column, order, wrong):
