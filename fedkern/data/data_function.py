@@ -18,7 +18,7 @@ from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.named_code import hosted
-from fedkern.tasks import Task
+from fedkern.tasks import Task, task_of
 
 PARAMETERS = ("root", "clients", "partition", "seed")
 """Parameters of a registered function that are no options of the data set."""
@@ -75,6 +75,7 @@ class DataFunction:
                 raise
             raise self._wrong(f"fails ({described(error)}){origin(error, self.function)}") from error
         if isinstance(made, Source):
+            made = made.with_pools(self._named)
             self._check_source(made)
             return made
         if not isinstance(made, FederatedData):
@@ -123,6 +124,12 @@ class DataFunction:
                 f"returns images of {channels} channels with {len(data.mean)} means and {len(data.std)} standard "
                 "deviations"
             )
+
+    def _named(self, pool: Pool) -> Pool:
+        """The pool for the registered task, where nobody names its task and such labels can have this one."""
+        told = pool.labels, pool.texts, pool.targets
+        able = self.task.target == pool.task.target and pool.task == task_of(*told)
+        return dataclasses.replace(pool, task=self.task) if able else pool
 
     def _check_task(self, task: Task) -> None:
         if task != self.task:

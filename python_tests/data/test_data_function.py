@@ -19,6 +19,7 @@ from fedkern.data import (
     register_data,
 )
 from fedkern.errors import UserError
+from fedkern.tasks import CLASSIFICATION, TASKS
 
 N = 40
 SIDE = DataOption(8, "side", low=4, high=64)
@@ -170,6 +171,23 @@ def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message):
     with pytest.raises(UserError, match=message) as told:
         load("own")
     assert "\n" not in str(told.value)
+
+
+def test_a_registered_task_is_that_of_labels_which_can_have_it(registered, monkeypatch):
+    """Only where the function itself names no other one."""
+    other, third = (type("Other", (type(CLASSIFICATION),), {"name": name})() for name in ("other", "third"))
+    monkeypatch.setitem(TASKS, "other", other)
+
+    @registered("own", clients=2, task="other")
+    def own(named=0):
+        """A source."""
+        made = source()
+        return made.with_pools(lambda pool: dataclasses.replace(pool, task=third)) if named else made
+
+    data = load("own")
+    assert all(split.task is other for split in (*data.clients, data.validation, data.tests[""]))
+    with pytest.raises(UserError, match="returns data for third, but is registered for other"):
+        load("own", options={"named": 1})
 
 
 def label_sets(count, classes=2):
