@@ -1,12 +1,15 @@
-"""Plays every method with two checkouts on this machine and tells where their runs differ.
+"""Plays every method on every task that it serves with two checkouts on this machine and tells where the runs differ.
 
-    python python_tests/same_runs.py OLD NEW [--only WORD] [--keep DIR]
+    python python_tests/same_runs.py OLD NEW [--only WORDS] [--modes MODE...] [--keep DIR]
+    python python_tests/same_runs.py OLD NEW --only "fedavg, segmentation" --modes "one process" resumed
 
 OLD and NEW are checkouts with their compiled core built in place.  Bits differ between processors, so both are played
 here.  Every method in its smallest form runs in one process, in two workers, on two ranks of torchrun, on Flower's
 nodes, and killed and resumed; wrong commands are given to both.  Compared are the files of the run folder and what is
-in them without times, the events of a listener, warnings, exit codes and what is printed on errors.  Two costs are told
-as ratios: the peak memory of a run, and the processor time of ``--help``.  The exit code is 1 where anything differs.
+in them without times, the events of a listener, warnings, exit codes and what is printed on errors.  ``config.toml``
+may gain the keys of `ADDED`.  A task that a method has lost counts as a difference, one that it has gained is named and
+not played.  Two costs are told as ratios: the peak memory of a run, and the processor time of ``--help``.  The exit
+code is 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -20,26 +23,40 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-MODES = ("one process", "two workers", "two ranks", "flower", "resumed")
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+
+MODES = ("one process", "two workers", "two ranks", "flower", "resumed", "commands")
 VOLATILE = {"seconds", "round_seconds", "phases", "device", "wire", "time", "commit", "torchrun", "run", "out"}
 SUMS = {"files", "sum", "metrics_sha256", "shown_sha256", "metrics_bytes", "results"}  # of files that hold times
 UNREAD = {".png", ".html", ".lock"}  # pictures hold no figure that the other files have not
-SETTINGS = {
-    "data": "digits", "clients": 3, "train_samples": 60, "width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 8,
+SETTINGS: dict[str, Any] = {
+    "clients": 3, "train_samples": 60, "width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 8,
     "grad_cam": 0, "threads": 1, "client_threads": 1, "device": "cpu",
 }  # fmt: skip
-OWN = {
-    "feddra": {"data": "captions", "train_samples": 80, "clients": None, "local_epochs": None},
+TASKS: dict[str, dict[str, Any]] = {
+    "classification": {"data": "digits"},
+    "multilabel": {"data": "csv", "train_samples": None},
+    "segmentation": {"data": "segdigits", "model": "unet-small", "client_test": 0.2},
+    "retrieval": {"data": "captions", "train_samples": 80, "clients": None, "width": 4},
+}
+OWN: dict[str, dict[str, Any]] = {  # of a method, and of a method on a task
+    "feddra": {"local_epochs": None},
     "fedgid": {"data": "colordigits"},
     "fedlpfm": {"public_samples": 20, "partition": "iid"},
     "fml": {"partition": "iid"},
     "feddf": {"public_samples": 20, "partition": "iid", "rounds": None},
     **{name: {"rounds": None} for name in ("ccvr", "dense", "ensemble", "fusefl", "oneshot-fedavg")},
+    "ensemble, segmentation": {"options": {"models": "unet-small:2,unet-small:3"}},
+    "feddf, segmentation": {"options": {"distill_batch": 4, "distill_epochs": 2}},
+    "scaffold, retrieval": {"options": {"control": "II"}},
 }
 WRONG = (
     "fedavgg", "fedavg --rounds 0", "fedavg --roundz 2", "fedavg --data nowhere", "fedavg --partition dirichlet",
@@ -48,6 +65,19 @@ WRONG = (
     "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model python:nowhere:Net",
     "predict nowhere nothing.png",
 )  # fmt: skip
+ADDED = {"main", "better"}  # what config.toml may have only in NEW
+SERVED = """
+import json, sys
+from fedkern.methods import METHODS
+
+def serves(kind, task):
+    if hasattr(kind, "learns"):  # checkouts whose tasks are words
+        return kind.learns(task)
+    from fedkern.tasks import TASKS
+    return kind.serves(TASKS[task])
+
+print(json.dumps([[name, task] for name in METHODS for task in sys.argv[1:] if serves(METHODS[name], task)]))
+"""
 PLAYER = '''
 import json, os, signal, sys
 import fedkern
@@ -82,9 +112,10 @@ FLOWER = """
 import json, sys
 from node_grid import NodeGrid
 from fedkern.flower import server_app
-settings, clients, out = json.loads(sys.argv[1])
+settings, pairs, out = json.loads(sys.argv[1])
 settings = {**settings, "flower.wait": 0.0, "out": out}
-server_app.play(NodeGrid(settings, range(clients)), settings)
+# Captions are drawn anew by every new node, which takes seconds: theirs stay.  One of five clients has no node.
+server_app.play(NodeGrid(settings, range(4 if pairs else 3), lives=pairs), settings)
 """
 
 
@@ -92,8 +123,16 @@ class Checkout:
     """One of the two, and where its runs lie."""
 
     def __init__(self, folder: Path, runs: Path) -> None:
-        self.folder, self.runs = folder.resolve(), runs
+        self.folder, self.runs = folder.resolve(), runs.resolve()
         runs.mkdir(parents=True)
+
+    def served(self) -> set[tuple[str, str]]:
+        """Methods, each with a task that it serves."""
+        listed = subprocess.run(
+            [sys.executable, "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return {(method, task) for method, task in json.loads(listed.stdout)}
 
     def python(self, *words: str, out: str = "") -> tuple[int, str, int]:
         """Exit code, standard error and peak memory in bytes of a Python process of this checkout."""
@@ -112,10 +151,12 @@ class Checkout:
             said.seek(0)
             return process.returncode, said.read().replace(str(self.folder), "CHECKOUT"), 1024 * used.ru_maxrss
 
-    def run(self, method: str, mode: str) -> tuple[dict[str, Any], int]:
+    def run(self, method: str, task: str, mode: str) -> tuple[dict[str, Any], int]:
         """All that the run left behind, by name, and its peak memory."""
-        out = f"{method}-{mode.replace(' ', '-')}"
-        given = settings_of(method)
+        out = f"{method}-{task}-{mode.replace(' ', '-')}"
+        given = settings_of(method, task)
+        if task == "multilabel":
+            given["data_root"] = str(self.runs.parent / "labels.csv")
         words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "options"]
         words += [f"--method-option={name}={value}" for name, value in given.get("options", {}).items()]
         if mode == "two ranks":
@@ -124,40 +165,60 @@ class Checkout:
         elif mode == "flower":
             flower = {name.replace("_", "-"): value for name, value in given.items() if name != "options"}
             flower |= {f"method-option.{name}": value for name, value in given.get("options", {}).items()}
-            sent = json.dumps([{"method": method, **flower}, 4 if method == "feddra" else 3, out])
+            sent = json.dumps([{"method": method, **flower}, task == "retrieval", out])
             codes = [self.python("-c", FLOWER, sent, out=out)]
         else:
             given["workers"] = 2 if mode == "two workers" else 1
             kills = [True, None] if mode == "resumed" else [False]
             codes = [self.python("-c", PLAYER, json.dumps([method, given, kill, out]), out=out) for kill in kills]
-        left: dict[str, Any] = {"exit codes": [code for code, _, _ in codes]}
+        left: dict[str, Any] = {"exit codes": [code for code, _, _ in codes], "error": ""}
         if codes[-1][0]:
             left["error"] = next((line for line in codes[-1][1].splitlines()[::-1] if "Error: " in line), codes[-1][1])
-        files = [path for path in (self.runs / out).rglob("*") if path.is_file()]
-        left["files"] = sorted(str(path.relative_to(self.runs / out)) for path in files)
-        for path in (*files, self.runs / f"{out}.events.jsonl"):
-            if path.exists() and path.suffix not in UNREAD:
-                left[path.name] = content(path)
+        files = {str(path.relative_to(self.runs / out)): path for path in (self.runs / out).rglob("*")}
+        files["events"] = self.runs / f"{out}.events.jsonl"
+        for name, path in files.items():
+            if path.is_file():
+                left[name] = None if path.suffix in UNREAD else content(path)
         return left, max(memory for _, _, memory in codes)
 
 
-def settings_of(method: str) -> dict[str, Any]:
-    """The smallest form of a method, as keyword arguments of ``fedkern.simulate``."""
+def settings_of(method: str, task: str) -> dict[str, Any]:
+    """The smallest form of a method on a task, as keyword arguments of ``fedkern.simulate``."""
     from smallest import SETTINGS as smallest
 
-    given = {**SETTINGS, **smallest.get(method, {}), **OWN.get(method, {})}
+    own = {**smallest.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
+    given = {**SETTINGS, **TASKS[task], **own}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def write_labels(table: Path) -> None:
+    """A table of 60 images with a bright corner for each of their labels: none, one or two of three, at three sites."""
+    rows = ["path,labels,client"]
+    names = ("left", "right", "low")
+    (table.parent / "images").mkdir(parents=True)
+    for number in range(60):
+        pixels = np.random.default_rng(number).integers(0, 100, (16, 16, 3), dtype=np.uint8)
+        shown = [at for at in range(3) if number % 7 in (at, at + 1, at + 4)]
+        for at in shown:
+            pixels[8 * (at // 2) :, 8 * (at % 2) :][:8, :8] += 150
+        Image.fromarray(pixels).save(table.parent / "images" / f"{number}.png")
+        rows.append(f"images/{number}.png,{'|'.join(names[at] for at in shown)},{'ABC'[number % 3]}")
+    table.write_text("\n".join(rows))
 
 
 def content(path: Path) -> Any:
     """What a file says, without times and what follows from them."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = {
-            name: (str(value.dtype), list(value.shape), value.numpy()) for name, value in load_file(path).items()
+        with safe_open(path, "numpy") as file:
+            about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dictionary
+        sums = {
+            name: (str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest())
+            for name, value in tensors.items()
         }
-        return {name: (*form, hashlib.sha256(value.tobytes()).hexdigest()) for name, (*form, value) in tensors.items()}
+        return {"metadata": timeless(about), "tensors": sums}
+    if path.suffix == ".toml":
+        return tomllib.loads(path.read_text())
     if path.name == "manifest.json":  # its form may change: resumed runs show that it serves
         entries = json.loads(path.read_text())["entries"]
         return [timeless({name: value for name, value in entry.items() if name != "info"}) for entry in entries]
@@ -165,7 +226,7 @@ def content(path: Path) -> Any:
         return timeless(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
         return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-    return path.read_text(errors="replace")
+    return path.read_text(errors="replace").splitlines()
 
 
 def timeless(value: Any) -> Any:
@@ -182,7 +243,8 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}, key=str):
             if name not in old or name not in new:
-                yield f"{where}/{name} is only in {'OLD' if name in old else 'NEW'}"
+                if name in old or name not in ADDED or where != "/config.toml":
+                    yield f"{where}/{name} is only in {'OLD' if name in old else 'NEW'}"
             else:
                 yield from differences(old[name], new[name], f"{where}/{name}")
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -204,31 +266,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--only", default="", help="runs and commands whose name holds this word")
+    parser.add_argument("--only", default="", help='runs ("METHOD, TASK, MODE") and commands that hold these words')
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=", ".join(MODES))
     parser.add_argument("--keep", type=Path, help="a new folder for the runs, which are deleted otherwise")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.keep or Path(scratch) / "runs"
         sides = [Checkout(given.old, folder / "old"), Checkout(given.new, folder / "new")]
-        listed = subprocess.run(
-            [sys.executable, "-c", "from fedkern.methods import METHODS; print(*sorted(METHODS))"],
-            env={**os.environ, "PYTHONPATH": str(sides[0].folder)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        cases = [(method, mode) for method in listed.stdout.split() for mode in MODES]
-        different, peaks = 0, []
+        write_labels(folder / "labels.csv")
+        before, after = (side.served() for side in sides)
+        different, refused, peaks = 0, 0, []
         begin = time.monotonic()
-        for method, mode in cases:
-            if given.only in f"{method}, {mode}":
-                (old, memory), (new, more) = (side.run(method, mode) for side in sides)
+        for method, task in sorted(before ^ after):
+            if given.only in f"{method}, {task}":
+                lost = (method, task) in before
+                different += lost
+                print(f"{method}, {task}: {'differs' if lost else 'gained'}, only {'OLD' if lost else 'NEW'} serves it")
+        cases = [(*served, mode) for served in sorted(before & after) for mode in MODES[:-1] if mode in given.modes]
+        for case in cases:
+            if given.only in ", ".join(case):
+                with ThreadPoolExecutor() as pool:
+                    (old, memory), (new, more) = pool.map(lambda side, case=case: side.run(*case), sides)
                 peaks.append(more / memory)
                 lines = list(differences(old, new))
-                error = "" if lines else new.get("error", "")
+                error = "" if lines else new["error"]
                 if error and "UserError" not in error:
                     lines = [f"both end in {error}"]
                 different += bool(lines)
-                print(f"{method}, {mode}: {'differs' if lines else f'same: {error}' if error else 'same'}", flush=True)
+                refused += bool(error and not lines)
+                said = "differs" if lines else f"same: {error}" if error else "same"
+                print(f"{', '.join(case)}: {said}", flush=True)
                 print(*(f"    {line}" for line in lines[:10]), sep="\n", end="\n" if lines else "", flush=True)
-        for wrong in WRONG:
+        for wrong in WRONG if "commands" in given.modes else ():
             if given.only in wrong:
                 old, new = (side.python("-m", "fedkern.run", *wrong.split())[:2] for side in sides)
                 same = old == new and old[0] == 2
@@ -236,9 +305,10 @@ def main() -> int:
                 print(f"{wrong}: {'same' if same else f'differs: {old} in OLD, {new} in NEW'}", flush=True)
         if peaks:
             print(f"peak memory: {statistics.median(peaks):.3f} of OLD's (median), {max(peaks):.3f} at most")
-        seconds = [[help_seconds(side) for side in sides] for _ in range(5)]
-        print(f"--help: {statistics.median(new / old for old, new in seconds):.2f} of OLD's processor time")
-        print(f"{different} differ, in {time.monotonic() - begin:.0f} s")
+        if "commands" in given.modes:
+            seconds = [[help_seconds(side) for side in sides] for _ in range(5)]
+            print(f"--help: {statistics.median(new / old for old, new in seconds):.2f} of OLD's processor time")
+        print(f"{different} differ, {refused} runs end in the same error, in {time.monotonic() - begin:.0f} s")
     return int(different > 0)
 
 

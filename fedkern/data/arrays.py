@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data.label_sets import LABEL_TASKS, check_several
+from fedkern.data.label_sets import check_several
 from fedkern.data.split import MOST, Split, are_classes
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.errors import UserError, first_of
+from fedkern.tasks import task_of
 
 NAME = "arrays"
 Labelled = tuple[Any, Any]
@@ -46,16 +47,15 @@ def parts_of_arrays(
     named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
-    splits = {name: _split(pair, f"client {name}", changes) for name, pair in named.items()}
+    splits = {name: _split(pair, f"client {name}", changes, task) for name, pair in named.items()}
     given = {} if test is None else dict(test) if isinstance(test, Mapping) else {"": test}
-    tests = {name: _split(pair, f"the test set {name}".rstrip(), changes) for name, pair in given.items()}
+    tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in given.items()}
     if not tests:
         raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
     first = next(iter(splits.values()))
     shape = first.images.shape[1:]
-    held = (
-        Split(first.images[:0], first.labels[:0]) if validation is None else _split(validation, "validation", changes)
-    )
+    none = torch.arange(0)
+    held = first.subset(none) if validation is None else _split(validation, "validation", changes, task)
     if (change := max(changes, default=0.0)) > 0:
         warnings.warn(
             "Images in floats are kept in 8 bits, as multiples of 1/255: the largest change of a value is "
@@ -64,23 +64,18 @@ def parts_of_arrays(
         )
     every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": held}
     for name, split in every.items():
-        if split.images.shape[1:] != shape or split.labels.dim() != first.labels.dim():
+        if split.images.shape[1:] != shape or split.task != first.task:
             raise UserError(
                 f"{name or 'test'}: images must have shape {list(shape)} and labels {first.labels.dim()} axes like the "
                 f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}."
             )
     if classes is not None:
         _check_names(classes)
-    if task not in LABEL_TASKS or (task == "multilabel" and first.labels.dim() != 2):
-        raise UserError(f'task must be "multilabel", with labels [n, L] of 0 and 1, or left out, not {task!r}.')
-    names = _label_names(every, classes) if first.labels.dim() == 2 else _class_names(every, classes)
-    if first.labels.dim() == 2:
-        counts = [count for split in every.values() for count in split.labels.sum(1).tolist()]
-        way_out = "give labels [n] of whole numbers, such as labels.argmax(1)"
-        check_several(counts, task, f"labels {list(first.labels.shape)}", way_out, 'give task="multilabel".')
+    names = NAMES[first.task.target](every, classes, task)
     channels = int(shape[0])
     sites = tuple(named) if isinstance(clients, Mapping) else None
-    statistics = PartitionStatistics.of([_counted(split) for split in splits.values()], names, "attribute")
+    labels = [split.labels.numpy() for split in splits.values()]
+    statistics = PartitionStatistics.of(labels, names, "attribute", first.task)
     return {
         "name": NAME,
         "classes": names,
@@ -102,22 +97,25 @@ def _check_names(classes: Sequence[str]) -> None:
         raise UserError(f"classes must be a list of different names, none of them empty, not {classes!r}.")
 
 
-def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:
+def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
     most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
     names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
-    if classes is None and next(iter(every.values())).labels.dim() == 3:
-        values = sorted({value for split in every.values() for value in split.labels.unique().tolist() if value >= 0})
-        if not are_classes(values):
-            raise UserError(
-                f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
-                f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
-            )
     if len(names) < max(2, most):
         raise UserError(f"classes must name at least {max(2, most)} classes, but has {len(names)}.")
     return names
 
 
-def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> tuple[str, ...]:
+def _pixel_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+    values = sorted({value for split in every.values() for value in split.labels.unique().tolist() if value >= 0})
+    if classes is None and not are_classes(values):
+        raise UserError(
+            f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
+            f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
+        )
+    return _class_names(every, classes, task)
+
+
+def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
     """The names of the labels where an image may have several, one for every column."""
     count = next(iter(every.values())).labels.shape[1]
     if count < 2:
@@ -134,16 +132,26 @@ def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None) -> t
     names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
     if len(names) != count:
         raise UserError(f"classes must name the {count} labels, a name for every column, but has {len(names)}.")
+    counts = [count for split in every.values() for count in split.labels.sum(1).tolist()]
+    first = list(next(iter(every.values())).labels.shape)
+    way_out = "give labels [n] of whole numbers, such as labels.argmax(1)"
+    check_several(counts, task, f"labels {first}", way_out, 'give task="multilabel".')
     return names
 
 
-def _split(pair: Any, name: str, changes: list[float]) -> Split:
+NAMES = {"class": _class_names, "pixels": _pixel_names, "labels": _label_names}
+"""What makes the names of the classes, by the kind of labels (`fedkern.tasks.Task.target`)."""
+
+
+def _split(pair: Any, name: str, changes: list[float], task: str) -> Split:
     try:
         images, labels = pair
     except (TypeError, ValueError):
         raise UserError(f"{name}: expected a pair (images, labels).") from None
     try:
-        return Split(_images(images, changes), _labels(labels))
+        images, labels = _images(images, changes), _tensor(labels)
+        kind = task_of(labels, said=task)
+        return Split(images, kind.checked(labels), task=kind)
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
 
@@ -182,26 +190,3 @@ def _images(value: Any, changes: list[float]) -> Tensor:
         changes.append(change if change > torch.finfo(images.dtype).eps else 0.0)
         images = rounded.to(torch.uint8)
     return images.contiguous()
-
-
-def _labels(value: Any) -> Tensor:
-    """int64 ``[n]`` or ``[n, H, W]``; of 0 and 1 for several labels an image uint8 ``[n, L]``."""
-    labels = _tensor(value)
-    if labels.dim() == 2 and not labels.is_complex():
-        if not bool(((labels == 0) | (labels == 1)).all()):
-            raise ValueError(
-                f"labels of shape {list(labels.shape)} are several labels an image and must be 0 or 1, but some are "
-                "neither; give a single class an image as whole numbers [n]"
-            )
-        return labels.to(torch.uint8)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
-    return labels.to(torch.int64)
-
-
-def _counted(split: Split) -> Any:
-    """The class of every image; for segmentation the largest class of its pixels; all of several labels."""
-    if split.labels.dim() == 2:
-        return split.labels.numpy()
-    labels = split.labels if split.labels.dim() == 1 else split.labels.flatten(1).amax(1)
-    return labels.clamp(min=0).numpy()

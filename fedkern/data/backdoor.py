@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fedkern.data.data_option import check_single
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
@@ -41,8 +42,7 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
     """
     if not clients:
         return data
-    if data.task != "classification":
-        raise UserError(f'option backdoor_clients is for classification, and data set "{data.name}" is for {data.task}')
+    check_single(data.name, data.task, backdoor_clients=clients)
     side = min(data.image_shape[1:])
     if clients > len(data.clients):
         raise UserError(f"backdoor_clients is {clients}, but the data are shared out among {len(data.clients)} clients")
@@ -67,7 +67,7 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
         return dataclasses.replace(others, images=draw_patch(others.images, size), labels=labels)
 
     splits = [poisoned(split, k) if k < clients else split for k, split in enumerate(data.clients)]
-    statistics = data.statistics.recounted([split.labels.numpy() for split in splits])
+    statistics = data.statistics.recounted(splits)
     tests = dict(data.tests)
     tests.update({f"{name}_backdoor" if name else "backdoor": attacked(name, s) for name, s in data.tests.items()})
     return dataclasses.replace(data, clients=tuple(splits), tests=tests, statistics=statistics)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from fedkern.data.identity import Sets
 from fedkern.data.spelling import SHOWN
@@ -26,14 +27,9 @@ class _Image:
     rows: slice
     site: str
 
-    def label(self, classes: Sequence[str]) -> str:
-        """The class or the labels in words; of a mask something that tells it from others."""
-        labels = self.split.labels[self.rows]
-        if labels.dim() == 3:
-            return str(hash(labels.numpy().tobytes()))
-        if labels.dim() == 2:
-            return "|".join(name for name, has in zip(classes, labels[0].tolist(), strict=True) if has) or "none"
-        return classes[int(labels[0])]
+    @property
+    def labels(self) -> Tensor:
+        return self.split.labels[self.rows]
 
     def plain(self) -> bool:
         """Whether every channel has a single value: such pictures are alike without being copies."""
@@ -64,20 +60,19 @@ def copies(
         first, other = group[0], next((each for each in group[1:] if each.name != group[0].name), None)
         if other is None:
             continue
-        labels: dict[str, _Image] = {}
+        labels: dict[bytes, _Image] = {}
         for each in group:
-            labels.setdefault(each.label(classes), each)
+            labels.setdefault(each.labels.numpy().tobytes(), each)
         remarks = []
         if len(labels) > 1:
             first, other = [*labels.values()][:2]
-            kind = "masks" if first.split.labels.dim() == 3 else "labels"
-            shown = "" if kind == "masks" else f", {first.label(classes)} and {other.label(classes)}"
+            both = first.split.task.both_labels((first.labels[0], other.labels[0]), classes)
             if not first.plain():
                 raise UserError(
-                    f'data set "{data}": {first.name} and {other.name} are the same image with two {kind}{shown}; '
+                    f'data set "{data}": {first.name} and {other.name} are the same image with {both}; '
                     "leave one of the two out"
                 )
-            remarks.append(f"with two {kind}{shown}")
+            remarks.append(f"with {both}")
         for values, words in (
             ([each.site for each in group if each.site], "at the clients {}"),
             ([each.where for each in group], "in the sets {}"),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedkern import plugins
 from fedkern.data.data_option import COMMON_OPTIONS, DataOption
@@ -19,6 +18,7 @@ from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.named_code import hosted
+from fedkern.tasks import Task
 
 PARAMETERS = ("root", "clients", "partition", "seed")
 """Parameters of a registered function that are no options of the data set."""
@@ -30,10 +30,11 @@ class DataFunction:
     Attributes:
         takes: names in `PARAMETERS` that the function has.
         options: the other parameters.
+        task: what the data are registered for.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], task: str, clients: int, partition: str) -> None:
-        self.name, self.function, self._task, self._clients, self._partition = name, function, task, clients, partition
+    def __init__(self, name: str, function: Callable[..., Any], task: Task, clients: int, partition: str) -> None:
+        self.name, self.function, self.task, self._clients, self._partition = name, function, task, clients, partition
         self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
         self.options = {
             key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
@@ -94,9 +95,7 @@ class DataFunction:
 
     def _check_source(self, source: Source) -> None:
         pool = source.train
-        labelled = "multilabel" if pool.labels.dim() == 2 else "classification"
-        task = "retrieval" if pool.texts is not None else labelled if pool.targets is None else "segmentation"
-        self._check_task(task)
+        self._check_task(pool.task)
         if not len(pool):
             raise self._wrong("returns no training sample")
         for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
@@ -125,35 +124,15 @@ class DataFunction:
                 "deviations"
             )
 
-    def _check_task(self, task: str) -> None:
-        if task != self._task:
-            raise self._wrong(f"returns data for {task}, but is registered for {self._task}")
+    def _check_task(self, task: Task) -> None:
+        if task != self.task:
+            raise self._wrong(f"returns data for {task.name}, but is registered for {self.task.name}")
 
     def _check_labels(self, part: Pool | Split, where: str, classes: int) -> None:
-        several = self._task == "multilabel"
-        expected = torch.uint8 if several else torch.int64
-        if part.labels.dtype != expected:
-            kind = str(expected).removeprefix("torch.")
-            raise self._wrong(f"returns labels of {part.labels.dtype} in {where or 'the test set'}, expected {kind}")
-        if several:
-            self._check_sets(part.labels, where, classes)
-            return
-        most = int(part.labels.max()) if part.labels.numel() else -1
-        least = int(part.labels.min()) if part.labels.numel() and self._task == "classification" else 0
-        if most >= classes or least < 0:
-            raise self._wrong(
-                f"returns the label {most if most >= classes else least} in {where or 'the test set'}, where the "
-                f"classes are 0 to {classes - 1}"
-            )
-
-    def _check_sets(self, labels: Tensor, where: str, classes: int) -> None:
-        if labels.dim() != 2 or labels.shape[1] != classes or classes < 2:
-            raise self._wrong(
-                f"returns labels {list(labels.shape)} in {where or 'the test set'}, expected a column for each of the "
-                f"{classes} labels, of which there are at least two"
-            )
-        if labels.numel() and int(labels.max()) > 1:
-            raise self._wrong(f"returns the label {int(labels.max())} in {where or 'the test set'}, expected 0 and 1")
+        try:
+            self.task.check_range(part.labels, classes, where or "the test set")
+        except ValueError as error:
+            raise self._wrong(f"returns {error}") from None
 
     def _wrong(self, what: str) -> UserError:
         return UserError(f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} {what}')

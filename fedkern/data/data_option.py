@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder
+from fedkern.tasks import Task
 
 MOST = 2**31 - 1
 """Largest count: larger sizes overflow in torch and NumPy."""
@@ -89,3 +91,10 @@ COMMON_OPTIONS: dict[str, DataOption] = {
 
 DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
 """The common options that only locate the objects in the training images."""
+
+
+def check_single(data: str, task: Task, **options: Any) -> None:
+    """Raises UserError for an option that is only for images of single classes, where the data have another task."""
+    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
+        if options.get(option) and not {"classes", "criterion"} <= task.offers:
+            raise UserError(f'option {option} is for classification, and data set "{data}" is for {task.name}')

@@ -55,7 +55,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
         parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
         kept = tuple(part for part, _ in parts)
         own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
-        statistics = statistics.recounted([split.image_labels.numpy() for split in kept], [len(test) for test in own])
+        statistics = statistics.recounted(kept, [len(test) for test in own])
     return replace(data, clients=kept, client_tests=own, client_names=names, statistics=statistics)
 
 

@@ -143,6 +143,5 @@ def data_fingerprint(data: Any) -> int:
         for tensor in (split.images, split.labels, split.masks):
             for part in () if tensor is None else in_parts(tensor):
                 value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
-        if split.texts is not None:
-            value = zlib.crc32("\0".join(split.texts).encode(), value)
+        value = zlib.crc32("\0".join(split.texts or ()).encode(), value)
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,23 +16,7 @@ COLUMN = "labels"
 SEPARATOR = "|"
 
 
-LABEL_TASKS = ("auto", "multilabel")
-"""What a user may say of labels: nothing, or that they are several labels an image where every image has one."""
-
-
-def has_sets(names: Sequence[str], chosen: Mapping[str, str], task: str) -> bool:
-    """Whether a CSV file with these columns names several labels an image.
-
-    Args:
-        chosen: the columns that the user chose, by option.
-        task: one of `LABEL_TASKS`.
-    """
-    if chosen.get("label"):
-        return False
-    return task == "multilabel" or bool(chosen.get(COLUMN)) or (COLUMN in names and "label" not in names)
-
-
-def check_several(counts: Sequence[int], task: str, where: str, single: str, several: str) -> None:
+def check_several(counts: Sequence[int], said: str, where: str, single: str, several: str) -> None:
     """Raises UserError where every image has exactly one label and nobody says that these are several labels an image.
 
     One label in every image is what a single class an image looks like (one-hot labels), which has another loss, other
@@ -40,27 +24,30 @@ def check_several(counts: Sequence[int], task: str, where: str, single: str, sev
 
     Args:
         counts: labels of every image of all sets.
-        task: one of `LABEL_TASKS`.
+        said: the user's word for the task, or ``"auto"``.
         where: what holds the labels, in words.
         single, several: ways out, in words.
     """
-    if task != "multilabel" and len(counts) and set(counts) == {1}:
+    if said == "auto" and len(counts) and set(counts) == {1}:
         raise UserError(
             f"{where}: every image has exactly one label; where these are classes, {single}; where an image may have "
             f"several labels or none, {several}"
         )
 
 
-def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
+def label_sets(
+    cells: Sequence[str], where: str, data: str, order: str = ""
+) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
     """The labels of every row.
 
     Args:
         cells: the values of the column; an empty one has no label.
         where: the column and its file in words, for messages.
+        order: as in `classes_of`.
 
     Returns:
-        The names of the labels, sorted, as numbers if all of them are numbers; uint8 ``[n, L]``, 1 where the row has
-        the label; and sentences on labels that are written in several ways, or count as empty.
+        The names of the labels; uint8 ``[n, L]``, 1 where the row has the label; and sentences on labels that are
+        written in several ways, or count as empty.
 
     Raises:
         UserError: the rows name no label.
@@ -71,7 +58,7 @@ def label_sets(cells: Sequence[str], where: str, data: str) -> tuple[tuple[str, 
         parts = [part.strip() for part in cell.split(SEPARATOR)]
         missing.update(part for part in parts if part in MISSING)
         split.append([part for part in parts if filled(part)])
-    names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:])
+    names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
     if not names:
         raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
     if missing:

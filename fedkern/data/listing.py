@@ -26,9 +26,11 @@ from fedkern.data.images import (
     grey_tops,
 )
 from fedkern.data.spelling import SHOWN, numbered
+from fedkern.data.split import rows_of
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError, first_of
 from fedkern.streams import stream
+from fedkern.tasks import Task, task_of
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
@@ -66,6 +68,7 @@ class Listing:
 
     Attributes:
         labels: int64 ``[n]``; or uint8 ``[n, L]``, 1 where the image has the label.
+        task: as in `fedkern.data.Split`.
         splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
         clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
             are not trained on need none.
@@ -96,6 +99,10 @@ class Listing:
     notices: Sequence[str] = ()
     full: FullMasks | None = None
     thing: str = "image"
+    task: Task = None  # type: ignore[assignment]  # never None afterwards
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", self.task or task_of(self.labels, self.texts, self.masks))
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
@@ -129,16 +136,17 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_image_pixels, bits)
 
     def pool(chosen: Tensor) -> Pool:
-        masks, texts = listing.masks, listing.texts
+        masks = listing.masks
         return Pool(
             labels=torch.from_numpy(listing.labels)[chosen],
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
             read=ImageReader(files, places[chosen]),
             groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda wanted: _targets(masks, chosen[wanted]),
-            texts=None if texts is None else tuple(texts[row] for row in chosen.tolist()),
+            texts=rows_of(listing.texts, chosen),
             patients=None if people is None else people[chosen],
-            full=None if listing.full is None else listing.full.subset(chosen),
+            full=rows_of(listing.full, chosen),
+            task=listing.task,
         )
 
     return Source(
@@ -225,11 +233,7 @@ def check_one(
 
 def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
     """Raises UserError where one image is trained on as two, or a patient stands in two splits."""
-    labels = [
-        "|".join(name for name, has in zip(classes, row, strict=True) if has) or "none" if listing.labels.ndim == 2
-        else classes[row]
-        for row in listing.labels.tolist()
-    ]  # fmt: skip
+    labels = [listing.task.label_text(label, classes) for label in listing.labels]
     for what, values in (
         ("is in two splits", listing.splits),
         ("belongs to two patients", listing.patients or ()),
@@ -339,13 +343,8 @@ def _held_out(
     for row in rows.tolist():
         by_unit.setdefault(int(units[row]), []).append(row)
     wholes = list(by_unit.values())
-    labels = listing.labels[[own[0] for own in wholes]]
-    if labels.ndim == 2:  # images with the same labels are of one kind
-        labels = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
-    kinds = labels.astype(np.int64, copy=False)
     homes = [listing.clients[own[0]] for own in wholes]
-    if listing.labels.ndim == 2 and len(set(homes)) > 1:  # sets of labels that a single image has are of one kind too
-        kinds = np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1)
+    kinds = listing.task.kinds(listing.labels[[own[0] for own in wholes]], len(set(homes)) > 1)
     order, count = held_out_first(kinds, homes, share, f"split/{data}/{purpose}")
     if not 0 < count < len(wholes):
         what = listing.thing if listing.patients is None else "patient"

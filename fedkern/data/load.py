@@ -19,7 +19,7 @@ from fedkern.data.cases import grouped_rows, share_cases, share_units, training_
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.copies import OWN, copies
 from fedkern.data.cue import add_cues
-from fedkern.data.data_option import DETECTION_OPTIONS
+from fedkern.data.data_option import DETECTION_OPTIONS, check_single
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
 from fedkern.data.image_cache import on_disk, tell_unused
@@ -106,14 +106,17 @@ def load(
         if isinstance(made, FederatedData):
             if identify:
                 made = dataclasses.replace(made, identity=of_memory(made) if drawn is None else drawn)
-            _check_federated(made, common, train_samples, public_samples)
+            for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
+                if value:
+                    raise UserError(f'data set "{name}" shares its samples out by itself: leave {flag} out')
+            check_single(name, made.task, **common)
             tell_unused(cache, progress)
             return _finished(_smaller(made, common), options or {}, common, make_detector, progress, seed)
         info, own_options = dataclasses.replace(info, open=lambda root: made), {}
     if info.make is not None:
         if public_samples:
             raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
-        _check_unused(common, f'classification, and data set "{name}" is for retrieval')
+        check_single(name, info.task, **common)
         tell_unused(cache, progress)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
         spec = asked or parse_partition(info.partition)
@@ -135,12 +138,18 @@ def load(
     if notice is not None:
         for text in _unused(source, spec):
             notice(text)
-    _check_classless(name, source, spec, common)
+    task = source.train.task
+    if spec.name not in ("iid", "attribute") and (instead := task.classless(len(source.classes))):
+        raise UserError(
+            f'data set "{name}" has {instead}, so "{spec.text}" cannot share it out; take iid, or attribute with a '
+            "column client"
+        )
+    check_single(name, task, **common)
     kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
     parts = _shares(source, spec, kept, clients, seed)
     held = [kept[torch.from_numpy(part)] for part in parts]
-    statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text)
+    statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text, task)
     names = source.sites if spec.name == "attribute" and source.sites else None
     validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
     test_rows = {
@@ -348,8 +357,7 @@ def _default_partition(name: str, info: DatasetInfo, source: Source) -> Partitio
                 "the test or validation set; name more images there, or the split of every image"
             )
         return parse_partition("attribute" if source.named_by else info.partition)
-    # Shares of classes need a single class an image.
-    return parse_partition("iid" if source.train.labels.dim() == 2 else info.partition)
+    return parse_partition(source.train.task.partition or info.partition)
 
 
 def _unused(source: Source, spec: PartitionSpec) -> Iterator[str]:
@@ -400,56 +408,21 @@ def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Sp
     return own
 
 
-def _check_unused(common: Mapping[str, Any], why: str) -> None:
-    """Raises UserError for an option that is only for images of single classes; ``why`` ends the sentence."""
-    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
-        if common[option]:
-            raise UserError(f"option {option} is for {why}")
-
-
-def _check_federated(
-    data: FederatedData, common: Mapping[str, Any], train_samples: int | None, public_samples: int
-) -> None:
-    for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
-        if value:
-            raise UserError(f'data set "{data.name}" shares its samples out by itself: leave {flag} out')
-    if data.task != "classification":
-        _check_unused(common, f'classification, and data set "{data.name}" is for {data.task}')
-
-
-def _check_classless(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
-    """Raises UserError for a partition or an option that needs the single class of an image, where there is none."""
-    several = source.train.labels.dim() == 2
-    if source.train.targets is None and not several:
-        return
-    labels = "several labels an image and no single class" if several else "a class for every pixel, none for an image"
-    if spec.name not in ("iid", "attribute") and (several or len(source.classes) < 3):
-        raise UserError(
-            f'data set "{name}" has {labels}, so "{spec.text}" cannot share it out; take iid, or attribute with a '
-            "column client"
-        )
-    _check_unused(common, f'classification, and data set "{name}" has {labels}')
-
-
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
     """Positions in ``kept`` of every client's rows; patients, cases and images with several texts stay whole.
 
     Under ``attribute``, where the data set itself names the clients, every row goes to the client named for it.
     """
-    pool, classes = source.train, len(source.classes)
-    labels = pool.labels[kept].numpy() if pool.labels.dim() == 1 else np.zeros(len(kept), dtype=np.int64)
+    pool = source.train
+    labels, classes = pool.task.shared_classes(pool.labels[kept].numpy(), len(source.classes))
     groups = None if pool.groups is None else pool.groups[kept].numpy()
-    # Where every image holds an object, no image counts as background, so the partition ignores that class.
-    none = int(pool.targets is not None and labels.min(initial=1) > 0)
 
     def share(
         labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64] | None
     ) -> list[npt.NDArray[np.int64]]:
         own = None if groups is None else groups[first]
         unit = "samples" if sizes is None else unit_noun(pool.cases, pool.patients)
-        return share_out(
-            spec, labels - none, clients, seed, class_count=classes - none, groups=own, sizes=sizes, unit=unit
-        )
+        return share_out(spec, labels, clients, seed, class_count=classes, groups=own, sizes=sizes, unit=unit)
 
     named = spec.name == "attribute" and groups is not None
     there = set(groups.tolist()) if named and groups is not None else set()

@@ -44,7 +44,7 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
                     "images of a patient, or none for any."
                 )
     kept = tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients))
-    return replace(data, clients=kept, statistics=data.statistics.recounted([one.image_labels.numpy() for one in kept]))
+    return replace(data, clients=kept, statistics=data.statistics.recounted(kept))
 
 
 def _limited(split: Split, images: int, client: int, seed: int) -> Split:

@@ -20,7 +20,6 @@ from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
 from fedkern.data.images import MAX_PIXELS
-from fedkern.data.label_sets import LABEL_TASKS
 from fedkern.data.listing import Reading
 from fedkern.data.nico import open_nico
 from fedkern.data.pairs import open_pairs
@@ -30,11 +29,12 @@ from fedkern.data.segdigits import open_segdigits
 from fedkern.data.segmentation import open_segmentation
 from fedkern.data.site_folders import LAYOUTS
 from fedkern.data.svhn import open_svhn
-from fedkern.data.table import AUTO, open_csv
+from fedkern.data.table import AUTO, CSV_TASKS, open_csv
 from fedkern.data.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
 from fedkern.docstrings import docstring
 from fedkern.errors import UserError, nearest
+from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
 
 Root = str | Path | None
 
@@ -55,7 +55,7 @@ class DatasetInfo:
         prompts: prompts of zero-shot classification: one template, or prompts for every class.
         make: makes the samples of a set that are drawn for its clients: ``make(clients, spec, seed, samples=,
             test_samples=, validation_samples=, **options)``; None for a set with ``open``.
-        task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
+        task: what is learnt of the data, where their labels do not tell another task.
         function: the registered function of a user's own set, or None.
         keeps: whether ``open`` decodes files by itself, and takes ``cache`` and ``notice`` (see `fedkern.data.load`).
     """
@@ -68,7 +68,7 @@ class DatasetInfo:
     options: Mapping[str, DataOption] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
     prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
-    task: str = "classification"
+    task: Task = CLASSIFICATION
     function: DataFunction | None = None
     keeps: bool = False
 
@@ -175,7 +175,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
         None, 5, "attribute", make=make_captions, prompts=PROMPTS,
-        task="retrieval",
+        task=RETRIEVAL,
         options={
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
             "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
@@ -186,7 +186,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        lambda root: open_segdigits(), 5, "dirichlet:0.5", task="segmentation",
+        lambda root: open_segdigits(), 5, "dirichlet:0.5", task=SEGMENTATION,
     ),
     "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5"),
     "fashionmnist": DatasetInfo(
@@ -218,7 +218,8 @@ DATASETS: dict[str, DatasetInfo] = {
         partial(_read, open_csv), 5, "dirichlet:0.5",
         options={
             **_READING,
-            "task": DataOption("auto", "multilabel: labels counts, also with one in every row", choices=LABEL_TASKS),
+            "task": DataOption("auto", "multilabel: labels counts, also with one in every row", choices=CSV_TASKS),
+            "order": DataOption("", "the classes in their order, separated by | (default: sorted)"),
             **_columns("path", "label", "labels", "split"),
         },
     ),
@@ -233,11 +234,11 @@ DATASETS: dict[str, DatasetInfo] = {
             "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
             **_columns("image", "mask", "split"),
         },
-        task="segmentation", keeps=True,
+        task=SEGMENTATION, keeps=True,
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
-        partial(_read, open_pairs), 5, "iid", task="retrieval",
+        partial(_read, open_pairs), 5, "iid", task=RETRIEVAL,
         options={
             **_READING,
             **_LAYOUT,
@@ -248,7 +249,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
-        partial(_read, open_reports), 5, "dirichlet:0.5", prompts="{class}", task="retrieval",
+        partial(_read, open_reports), 5, "dirichlet:0.5", prompts="{class}", task=RETRIEVAL,
         options={
             **_READING,
             "crop": _CROP,
@@ -264,7 +265,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "brats": DatasetInfo(
         "tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases",
-        open_brats, 10, "iid", task="segmentation",
+        open_brats, 10, "iid", task=SEGMENTATION,
         options={
             **_PIXELS,
             "size": DataOption(128, "side in pixels to which slices are resized", low=8, high=SIDE),
@@ -333,8 +334,6 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
     return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}
 
 
-TASKS = ("classification", "multilabel", "segmentation", "retrieval")
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -363,10 +362,10 @@ def register_data(
         ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
         TypeError: there is no docstring, or a parameter cannot be an option.
     """
-    shares = partition or ("iid" if task == "multilabel" else "dirichlet:0.5")
-    parse_partition(shares)
-    if task not in TASKS:
+    if (kind := TASKS.get(task)) is None:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
+    shares = partition or kind.partition or "dirichlet:0.5"
+    parse_partition(shares)
     if clients < 1:
         raise ValueError(f"clients: expected at least 1, given {clients}")
 
@@ -376,14 +375,14 @@ def register_data(
         lines = docstring(function).splitlines()
         if not lines:
             raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
-        made = DataFunction(name, function, task, clients, shares)
+        made = DataFunction(name, function, kind, clients, shares)
         DATASETS[name] = DatasetInfo(
             description=lines[0].strip(),
             open=None,
             clients=clients,
             partition=shares,
             options=made.options,
-            task=task,
+            task=kind,
             function=made,
         )
         return function

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from decimal import Decimal
 
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.errors import first_of
+from fedkern.errors import UserError, first_of
 
 MISSING = frozenset({
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
@@ -72,12 +73,30 @@ def numbered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=numbers.__getitem__ if len(numbers) == len(found) else None))
 
 
-def classes_of(labels: Sequence[str], where: str) -> tuple[tuple[str, ...], npt.NDArray[np.int64], list[str]]:
-    """The classes of a column of labels, see :func:`numbered`; every row's class, int64 ``[n]``; and sentences."""
+def classes_of(
+    labels: Sequence[str], where: str, order: str = ""
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64], list[str]]:
+    """The classes of a column of labels; every row's class, int64 ``[n]``; and sentences.
+
+    ``order`` has the classes in their order, joined by ``|``, each once, else UserError; empty: see :func:`numbered`.
+    """
     labels, told = unified(labels, where)
-    classes = numbered(labels)
+    classes = _in_order(order, numbered(labels), where) if order else numbered(labels)
     place = {name: label for label, name in enumerate(classes)}
     return classes, np.array([place[name] for name in labels], dtype=np.int64), told
+
+
+def _in_order(order: str, classes: Sequence[str], where: str) -> tuple[str, ...]:
+    names = {_key(name): name for name in classes}
+    given = Counter(_key(name.strip()) for name in order.split("|"))
+    wrong = [f"{key} is no class" for key in given if key not in names]
+    wrong += [f"{names.get(key, key)} is there {count} times" for key, count in given.items() if count > 1]
+    wrong += [f"{name} is missing" for key, name in names.items() if key not in given]
+    if wrong:
+        raise UserError(
+            f"order must name every class once, and of those of {where[:1].lower()}{where[1:]}, {', '.join(wrong)}."
+        )
+    return tuple(names[key] for key in given)
 
 
 def _key(value: str) -> Hashable:

@@ -66,22 +66,13 @@ class Split:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise ValueError(f"images: expected uint8 [n, C, H, W], got {_describe(self.images)}")
         n, _, height, width = self.images.shape
-        several = self.labels.dtype == torch.uint8 and self.labels.dim() == 2 and len(self.labels) == n
-        single = self.labels.dtype == torch.int64 and tuple(self.labels.shape) in ((n,), (n, height, width))
-        if not several and not single:
-            raise ValueError(
-                f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, or uint8 [{n}, L] for "
-                f"several labels, got {_describe(self.labels)}"
-            )
-        if self.task is None:
-            object.__setattr__(self, "task", task_of(self.labels, self.texts))
-        self.task.check_labels(self.labels)
+        object.__setattr__(self, "task", self.task or task_of(self.labels, self.texts))
+        self.task.check_labels(self.labels, n, (height, width))
         if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
-        if self.ids is not None and len(self.ids) != n:
-            raise ValueError(f"ids: expected {n} names, got {len(self.ids)}")
-        if self.texts is not None and len(self.texts) != n:
-            raise ValueError(f"texts: expected {n}, one for every image, got {len(self.texts)}")
+        for name, words in (("ids", self.ids), ("texts", self.texts)):
+            if words is not None and len(words) != n:
+                raise ValueError(f"{name}: expected {n}, got {len(words)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
             raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
         for name, numbers in (("cases", self.cases), ("patients", self.patients), ("homes", self.homes)):
@@ -110,7 +101,7 @@ class Split:
 
 def rows_of(column: Any, rows: Tensor) -> Any:
     """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; others have no rows."""
-    if isinstance(column, tuple):
+    if isinstance(column, (tuple, list)):
         return tuple(column[i] for i in rows.tolist())
     if isinstance(column, FullMasks):
         return column.subset(rows)

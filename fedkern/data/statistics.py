@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fedkern.tasks import CLASSIFICATION, Task
 
 SKEW = "skew: share of a client's samples that would need another class to give it the class shares of all clients"
 """Explanation of `PartitionStatistics.skew`, for the places that show the figure."""
@@ -28,7 +31,7 @@ class PartitionStatistics:
         colours: uint8 ``[clients, classes, 3]``, the background colour that a client's images of a class mostly have;
             None where backgrounds have no such colours.
         tied: share of the images that have that colour; the others have random ones.
-        samples: training samples of every client where a sample may have several labels or none; else None.
+        samples: training samples of every client; None where they are the sums of ``counts``.
     """
 
     counts: npt.NDArray[np.int64]
@@ -42,24 +45,22 @@ class PartitionStatistics:
     samples: tuple[int, ...] | None = None
 
     @staticmethod
-    def of(labels: Sequence[npt.NDArray[np.int64]], classes: tuple[str, ...], partition: str) -> PartitionStatistics:
-        """Counts ``labels``, an array per client: int64 ``[n]``; for several labels a sample 0 and 1, ``[n, L]``."""
-        if labels[0].ndim == 2:
-            counts = np.stack([one.sum(0, dtype=np.int64) for one in labels])
-            return PartitionStatistics(counts, classes, partition, samples=tuple(len(one) for one in labels))
-        counts = np.stack([np.bincount(one, minlength=len(classes)) for one in labels]).astype(np.int64)
-        return PartitionStatistics(counts, classes, partition)
-
-    def recounted(
-        self, labels: Sequence[npt.NDArray[np.int64]], own_tests: Sequence[int] | None = None
+    def of(
+        labels: Sequence[npt.NDArray[Any]], classes: tuple[str, ...], partition: str, task: Task = CLASSIFICATION
     ) -> PartitionStatistics:
+        """Counts ``labels``, an array per client."""
+        counts = np.stack([task.counts(one, len(classes)) for one in labels]).astype(np.int64)
+        return PartitionStatistics(counts, classes, partition, samples=tuple(map(len, labels)))
+
+    def recounted(self, splits: Sequence[Any], own_tests: Sequence[int] | None = None) -> PartitionStatistics:
         """The same partition with the samples that the clients train on after some were set aside.
 
         Args:
-            labels: int64 array of every client.
+            splits: a `fedkern.data.Split` of every client.
             own_tests: samples of every client's own test set; None keeps what the table lists.
         """
-        found = PartitionStatistics.of(labels, self.classes, self.partition)
+        labels = [split.image_labels.numpy() for split in splits]
+        found = PartitionStatistics.of(labels, self.classes, self.partition, splits[0].task)
         own = self.own_tests if own_tests is None else tuple(own_tests)
         return replace(self, counts=found.counts, samples=found.samples, own_tests=own)
 

@@ -7,7 +7,7 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,13 +21,14 @@ import numpy.typing as npt
 from fedkern.data.found_files import read_file
 from fedkern.data.images import hidden
 from fedkern.data.label_sets import COLUMN as SETS
-from fedkern.data.label_sets import check_several, has_sets, label_sets
+from fedkern.data.label_sets import check_several, label_sets
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
-from fedkern.data.spelling import MISSING, classes_of, filled, unified
+from fedkern.data.spelling import MISSING, classes_of, filled, number, unified
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import standing
+from fedkern.tasks import TASKS, task_of
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _MARK = re.compile(r"(?i)sep=([,;\t])(?=\n)")
@@ -116,9 +117,9 @@ class Table:
         """Words for a column that was read for an option."""
         return f'column "{self.chosen.get(option, column)}" of {self.path.name}'
 
-    def classes(self, labels: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-        """The classes of ``labels``, which stand in the label column, and every row's class, int64 ``[n]``."""
-        classes, numbers, told = classes_of(labels, f"The {self.called('label', 'label')}")
+    def classes(self, labels: Sequence[str], order: str = "") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+        """The classes of ``labels``, which stand in the label column, and every row's class, see `classes_of`."""
+        classes, numbers, told = classes_of(labels, f"The {self.called('label', 'label')}", order)
         self.notices.extend(told)
         return classes, numbers
 
@@ -306,12 +307,37 @@ def _filled(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def open_csv(root: str | Path | None, reading: Reading, task: str, **chosen: str) -> Source:
+def _one_class(table: Table, task: str, order: str) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    table.require("label", "csv")
+    return table.classes(table.column("label"), order)
+
+
+def _several(table: Table, task: str, order: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
+    column = table.chosen.get(SETS, SETS)
+    where = f"the column {column} of {table.path}"
+    classes, labels, told = label_sets(table.column(SETS), where, "csv", order)
+    check_several(
+        labels.sum(1).tolist(), task, f'data set "csv": {where}', f"give --data-option label={column}",
+        "give --data-option task=multilabel",
+    )  # fmt: skip
+    table.notices.extend(told)
+    return classes, labels
+
+
+CELLS: dict[str, Callable[[Table, str, str], tuple[tuple[str, ...], npt.NDArray[Any]]]] = {
+    "class": _one_class,
+    "labels": _several,
+}
+"""What reads the classes and every row's labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
+CSV_TASKS = (AUTO, *(name for name, task in TASKS.items() if task.target in CELLS))
+
+
+def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
 
     Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
-    then has several labels or none (task ``"multilabel"``).  Where both columns are there, ``label`` counts, unless
-    ``task`` is ``"multilabel"``.
+    then has several labels or none.  Where both columns are there, ``label`` counts, unless ``task`` is one of several
+    labels.
 
     ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
     holds a training image; these clients are the default partition, ``attribute``.  All images with the same
@@ -322,7 +348,8 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, **chosen: str
     Args:
         root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
         reading: how files become images.
-        task: one of `LABEL_TASKS`.
+        task: one of `CSV_TASKS`.
+        order: the classes in their order, joined by ``|``; empty: they are sorted.
         **chosen: columns of the file, see `read_table`.
 
     Raises:
@@ -333,19 +360,11 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, **chosen: str
         raise UserError(f'data set "csv": {root} holds no CSV file')
     if chosen.get("label") and chosen.get(SETS):
         raise UserError(f'data set "csv": leave out one of the options label, one class an image, and {SETS}, several')
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
-    table = read_table(path, "csv", ("path",), chosen)
-    if has_sets(table.names, chosen, task):
-        column = table.chosen.get(SETS, SETS)
-        where = f"the column {column} of {path}"
-        classes, labels, told = label_sets(table.column(SETS), where, "csv")
-        check_several(
-            labels.sum(1).tolist(), task, f'data set "csv": {where}', f"give --data-option label={column}",
-            "give --data-option task=multilabel",
-        )  # fmt: skip
-        table.notices.extend(told)
-    else:
-        table.require("label", "csv")
-        classes, labels = table.classes(table.column("label"))
-    listing = Listing(table.files("path", "csv"), table.names_of("path"), labels, **table.listed("csv"))
+    table, said = read_table(path, "csv", ("path",), chosen), TASKS.get(task)
+    sets = chosen.get(SETS) or (SETS in table.names and "label" not in table.names)
+    target = said.target if said else "labels" if sets and not chosen.get("label") else "class"
+    classes, labels = CELLS[target](table, task, order)
+    kind = task_of(labels, said=task)
+    kind.check_classes(classes, bool(order) or None not in map(number, classes))
+    listing = Listing(table.files("path", "csv"), table.names_of("path"), labels, task=kind, **table.listed("csv"))
     return to_source("csv", listing, classes, reading)

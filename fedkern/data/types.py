@@ -51,8 +51,7 @@ class Pool:
     task: Task = None  # type: ignore[assignment]  # never None afterwards
 
     def __post_init__(self) -> None:
-        if self.task is None:
-            object.__setattr__(self, "task", task_of(self.labels, self.texts, self.targets))
+        object.__setattr__(self, "task", self.task or task_of(self.labels, self.texts, self.targets))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -250,7 +249,8 @@ class FederatedData:
             classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
             augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
-            task: ``"multilabel"`` for labels ``[n, L]`` of which every image of all sets has exactly one.
+            task: the name of a task that has such labels: ``"multilabel"`` where every image has exactly one of labels
+                ``[n, L]``.
 
         Raises:
             UserError: shapes or dtypes that do not fit, a class below 0, class names that are too few, empty or

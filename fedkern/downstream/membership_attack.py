@@ -180,7 +180,7 @@ def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
     for rows in batch_slices(len(split), BATCH):
         images, labels = split.images[rows], split.labels[rows]
         logits = model(normalise(images, data.mean, data.std)).double()
-        values.append(data.task.sample_losses(logits, labels))
+        values.append(split.task.sample_losses(logits, labels))
     return torch.cat(values)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from fedkern.tasks.base import Constant, Figures, Task
 from fedkern.tasks.classification import CLASSIFICATION
 from fedkern.tasks.multilabel import MULTILABEL
@@ -16,19 +14,25 @@ TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTILABE
 """Tasks by name."""
 
 
-def task_of(labels: Tensor, texts: Any = None, pixels: Any = None) -> Task:
-    """The task of samples of which nobody says it.
+def task_of(labels: Any, texts: Any = None, pixels: Any = None, said: str = "auto") -> Task:
+    """The task of samples.
 
     Args:
         labels: ``[n]``, ``[n, L]`` for several labels a sample, or ``[n, H, W]`` for a class of every pixel.
         texts: the samples' texts, if they have some.
         pixels: anything but None where ``labels`` stand for classes of pixels.
+        said: the user's word for it, the name of a task; ``"auto"``: as the samples tell.
+
+    Raises:
+        ValueError: samples of this kind have no such task.
     """
-    if texts is not None:
-        return RETRIEVAL
-    if pixels is not None:
-        return SEGMENTATION
-    return {2: MULTILABEL, 3: SEGMENTATION}.get(labels.dim(), CLASSIFICATION)
+    usual = {2: MULTILABEL, 3: SEGMENTATION}.get(labels.ndim, CLASSIFICATION)
+    usual = RETRIEVAL if texts is not None else usual if pixels is None else SEGMENTATION
+    able = {"auto": usual, **{name: task for name, task in TASKS.items() if task.target == usual.target}}
+    if said not in [*able]:  # a list: what the user says may have no hash
+        words = ", ".join(f'"{name}"' for name in able if name != "auto")
+        raise ValueError(f"task must be {words}, or left out, for labels {[*labels.shape]}, not {said!r}")
+    return able[said]
 
 
 __all__ = [

@@ -57,6 +57,8 @@ class Task(str):
         main: name of the main figure.
         better: ``"max"`` or ``"min"``: which values of the main figure are the better ones.
         noun: what samples are called, in the plural.
+        target: what the label of a sample is: ``"class"``, ``"labels"`` (0 or 1 for each), ``"pixels"`` or ``"text"``.
+        partition: the partition of data that name none; empty where it is the data's usual one.
         network: what the output of a network is for (``fedkern.models.ModelEntry.gives``).
         pictures: names of the pictures of a finished run's answers, in `fedkern.report.pictures`.
         offers: what methods may ask for (``Method.asks``):
@@ -75,6 +77,8 @@ class Task(str):
     main: ClassVar[str]
     better: ClassVar[Literal["max", "min"]] = "max"
     noun: ClassVar[str] = "images"
+    target: ClassVar[str] = "class"
+    partition: ClassVar[str] = ""  # type: ignore[assignment]  # while a task is a text
     network: ClassVar[str] = "classes"
     pictures: ClassVar[tuple[str, ...]] = ()
     offers: ClassVar[frozenset[str]] = frozenset({"loss"})
@@ -192,21 +196,48 @@ class Task(str):
             raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
         return labels.to(torch.int64)
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Raises ValueError where a split's labels have values that no label of the task has."""
+    def check_labels(self, labels: Tensor, samples: int, sides: Sequence[int]) -> None:
+        """Raises ValueError where a split's labels have a dtype, shape or values that no label of the task has."""
+        check_shape(labels, torch.int64, (samples,))
         if len(labels) and int(labels.min()) < 0:
             raise ValueError(
                 f"labels: expected the class of every image, a number from 0, got {int(labels.min())}; leave out "
                 "images without a class (-100 is for pixels)"
             )
 
+    def check_range(self, labels: Tensor, classes: int, where: str) -> None:
+        """Raises ValueError where labels are none of this many classes; ``where`` they are, in words."""
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels of {labels.dtype} in {where}, expected int64")
+        wrong = {int(end) for end in labels.aminmax()} - {*range(classes)} if labels.numel() else ()
+        if wrong:
+            raise ValueError(f"the label {max(wrong)} in {where}, where the classes are 0 to {classes - 1}")
+
+    def check_classes(self, names: Sequence[str], ordered: bool) -> None:
+        """Raises UserError where the classes are none for the task; ``ordered``: whether their order has a meaning."""
+
     def blank(self, samples: int, classes: int) -> Tensor:
         """Labels of samples of which only the number is known."""
         return torch.zeros(samples, dtype=torch.int64)
 
-    def counted(self, labels: Tensor) -> npt.NDArray[Any]:
-        """Labels as a partition's statistics count them: int64 ``[n]``, or 0 and 1 ``[n, L]`` for several labels."""
-        return labels.clamp(min=0).numpy()
+    def counts(self, labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+        """Samples of every class, int64 ``[classes]``."""
+        return np.bincount(labels, minlength=classes)
+
+    def classless(self, classes: int) -> str:
+        """What samples have in the place of a class by which they could be shared out; empty where they have one."""
+        return ""
+
+    def shared_classes(self, labels: npt.NDArray[Any], classes: int) -> tuple[npt.NDArray[np.int64], int]:
+        """The class of every sample by which partitions share samples out, ``[n]``, and the number of classes."""
+        return labels, classes
+
+    def kinds(self, labels: npt.NDArray[Any], rare: bool) -> npt.NDArray[np.int64]:
+        """Equal numbers for samples that stand for each other in a held-out set, ``[n]``.
+
+        ``rare``: sets of labels that a single sample has are of one kind.
+        """
+        return labels
 
     def image_labels(self, labels: Tensor) -> Tensor:
         """The label of every image, int64 ``[n]``; of several labels all, uint8 ``[n, L]``."""
@@ -216,9 +247,13 @@ class Task(str):
         """Numbers of the classes that the labels show, int64."""
         return (labels.flatten().clamp(min=-1) + 1).bincount()[1:].nonzero().flatten()
 
-    def label_text(self, label: Tensor, classes: Sequence[str]) -> str:
-        """A sample's label in words."""
+    def label_text(self, label: Any, classes: Sequence[str]) -> str:
+        """An image's label in words."""
         return classes[int(label)]
+
+    def both_labels(self, labels: Sequence[Any], classes: Sequence[str]) -> str:
+        """Words for two different labels of one image."""
+        return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
@@ -284,6 +319,13 @@ class Task(str):
         """The answer to a sample in words, from the classes' probabilities."""
         best = int(probabilities.argmax())
         return f"{classes[best]}  {float(probabilities[best]):.3f}"
+
+
+def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Raises ValueError where a split's labels have another dtype or shape."""
+    expected, given = (f"{each} {[*axes]}"[6:] for each, axes in ((dtype, shape), (labels.dtype, labels.shape)))
+    if given != expected:
+        raise ValueError(f"labels: expected {expected}, got {given}")
 
 
 def answers(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:

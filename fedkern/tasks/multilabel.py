@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fedkern.tasks.base import Figures, Task, mean, named
+from fedkern.tasks.base import Figures, Task, check_shape, mean, named
 from fedkern.tasks.classification_figures import areas
 from fedkern.tasks.multilabel_figures import MAIN, average_precisions, label_figures, unvaried
 
@@ -19,6 +20,7 @@ class Multilabel(Task):
     """Several labels of a sample or none, uint8 ``[n, L]`` of 0 and 1; a logit for every label."""
 
     name, main = "multilabel", MAIN
+    target, partition = "labels", "iid"
     offers = frozenset({"loss", "criterion", "images"})
     lacks = "no label that some images have and others lack"
 
@@ -72,14 +74,35 @@ class Multilabel(Task):
             )
         return labels.to(torch.uint8)
 
-    def check_labels(self, labels: Tensor) -> None:
-        pass
+    def check_labels(self, labels: Tensor, samples: int, sides: Sequence[int]) -> None:
+        check_shape(labels, torch.uint8, (samples, labels.shape[-1]))
+
+    def check_range(self, labels: Tensor, classes: int, where: str) -> None:
+        if labels.dtype != torch.uint8:
+            raise ValueError(f"labels of {labels.dtype} in {where}, expected uint8")
+        if labels.shape[1:] != (classes,) or classes < 2:
+            raise ValueError(
+                f"labels {list(labels.shape)} in {where}, expected a column for each of the {classes} labels, of which "
+                "there are at least two"
+            )
+        if labels.numel() and int(labels.max()) > 1:
+            raise ValueError(f"the label {int(labels.max())} in {where}, expected 0 and 1")
 
     def blank(self, samples: int, classes: int) -> Tensor:
         return torch.zeros(samples, classes, dtype=torch.uint8)
 
-    def counted(self, labels: Tensor) -> npt.NDArray[Any]:
-        return labels.numpy()
+    def counts(self, labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+        return labels.sum(0, dtype=np.int64)
+
+    def classless(self, classes: int) -> str:
+        return "several labels an image and no single class"
+
+    def shared_classes(self, labels: npt.NDArray[Any], classes: int) -> tuple[npt.NDArray[np.int64], int]:
+        return np.zeros(len(labels), dtype=np.int64), 1
+
+    def kinds(self, labels: npt.NDArray[Any], rare: bool) -> npt.NDArray[np.int64]:
+        kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
+        return np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1) if rare else kinds
 
     def image_labels(self, labels: Tensor) -> Tensor:
         return labels
@@ -87,7 +110,7 @@ class Multilabel(Task):
     def shown_classes(self, labels: Tensor) -> Tensor:
         return labels.sum(0).nonzero().flatten()
 
-    def label_text(self, label: Tensor, classes: Sequence[str]) -> str:
+    def label_text(self, label: Any, classes: Sequence[str]) -> str:
         return "|".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:

@@ -25,7 +25,7 @@ class Retrieval(Task):
     """Image-text pairs; a network is a pair of encoders, and the targets of a batch are the tokens of its texts."""
 
     name, main = "retrieval", "i2t_r1"
-    network, pictures = "pairs", ("retrieval",)
+    target, network, pictures = "text", "pairs", ("retrieval",)
     offers = frozenset({"loss", "pairs", "images"})
 
     def loss(self, model: Any, batch: Any) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.image_rows import in_parts
-from fedkern.tasks.base import Constant, Figures, Task, mean, named
+from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, named
 from fedkern.tasks.segmentation_figures import IGNORE, constant_dice, largest_classes, segmentation
 
 PIXELS = 1 << 19
@@ -22,7 +23,7 @@ class Segmentation(Task):
     """A class of every pixel, int64 ``[n, H, W]``, negative where it is unknown; logits ``[n, C, H, W]``."""
 
     name, main = "segmentation", "dice"
-    network, pictures = "pixels", ("segmentation",)
+    target, network, pictures = "pixels", "pixels", ("segmentation",)
     offers = frozenset({"loss", "classes", "pixels", "images"})
     lacks = "no mask with an object"
 
@@ -66,21 +67,31 @@ class Segmentation(Task):
     def unfit(self, split: Any) -> str:
         return "" if split.any_known() else "no pixel whose class is known"
 
-    def check_labels(self, labels: Tensor) -> None:
-        pass
+    def check_labels(self, labels: Tensor, samples: int, sides: Sequence[int]) -> None:
+        check_shape(labels, torch.int64, (samples, *sides))
+
+    def check_range(self, labels: Tensor, classes: int, where: str) -> None:
+        super().check_range(labels.clamp(min=0), classes, where)  # a negative class is unknown
 
     def blank(self, samples: int, classes: int) -> Tensor:
         return torch.zeros(samples, 1, 1, dtype=torch.int64)
 
-    def counted(self, labels: Tensor) -> npt.NDArray[Any]:
-        return labels.flatten(1).amax(1).clamp(min=0).numpy()
+    def counts(self, labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+        return super().counts(labels.max(tuple(range(1, labels.ndim)), initial=0), classes)  # a mask's largest class
+
+    def classless(self, classes: int) -> str:
+        return "a class for every pixel, none for an image" if classes < 3 else ""
+
+    def shared_classes(self, labels: npt.NDArray[Any], classes: int) -> tuple[npt.NDArray[np.int64], int]:
+        """Where every image holds an object, no image counts as background, which is then no class."""
+        none = int(labels.min(initial=1) > 0)
+        return labels - none, classes - none
 
     def image_labels(self, labels: Tensor) -> Tensor:
         return torch.cat([largest_classes(part) for part in in_parts(labels)]) if len(labels) else labels.reshape(0)
 
-    def label_text(self, label: Tensor, classes: Sequence[str]) -> str:
-        """Something that tells a mask from others."""
-        return str(hash(label.numpy().tobytes()))
+    def both_labels(self, labels: Sequence[Any], classes: Sequence[str]) -> str:
+        return "two masks"
 
     def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
         places = super().places(classes, known)  # the values of masks are numbers in the order of the classes

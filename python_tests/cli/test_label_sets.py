@@ -161,17 +161,17 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fedgid"], 'fedgid learns a single class of every image, and the data set "csv" has several labels an image: '
-                     "methods for several labels are afl, centralised, fedavg, feddyn, fedprox, scaffold."),
-        (["moon"], "moon learns a single class"),
-        (["fusefl"], "fusefl learns a single class"),
+        (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are afl, '
+         "centralised, fedavg, feddyn, fedprox, local, scaffold."),
+        (["moon"], "moon is for classification, but"),
+        (["fusefl"], "fusefl is for classification, but"),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),
         (["fedavg", "--partition", "stratified"], '"stratified" cannot share it out'),
         (["fedavg", "--predictions"], "--predictions writes a class for every image"),
         (["fedavg", "--data-option", "cue_clients=1"], "option cue_clients is for classification"),
         (["fedavg", "--data-option", "labels=lables"], 'names the column "lables"'),
         (["fedavg", "--data-option", "labels=site", "--data-option", "label=site"], "leave out one of the options"),
-        (["fedavg", "--model", "unet"], "The network unet is for segmentation"),
+        (["fedavg", "--model", "unet"], "The network unet gives classes of pixels, and"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):

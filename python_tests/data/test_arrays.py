@@ -10,8 +10,10 @@ import torch
 
 import fedkern
 from fedkern.data import FederatedData, Split
+from fedkern.data.split import joined
 from fedkern.data.types import memory_pool
 from fedkern.engine.store.records import read_summary
+from fedkern.tasks import TASKS
 
 NAMES = ("left", "right", "top")
 SMALL = {"model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, "progress": False, "pictures": False}
@@ -53,7 +55,10 @@ def test_columns_are_labels(dtype):
         ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 2], [1, 0]])]}, r"client 0: labels of shape \[2, 2\] are"),
         ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 0.5], [1, 0]])]}, "must be 0 or 1, but some are neither"),
         ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, np.nan], [1, 0]])]}, "must be 0 or 1, but some are neither"),
-        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 1]] * 3)]}, r"or uint8 \[2, L\] for several labels"),
+        (
+            {"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 1]] * 3)]},
+            r"labels: expected uint8 \[2, 2\], got uint8 \[3, 2\]",
+        ),
         ({"test": (np.zeros((2, 4, 4), np.uint8), [[0, 1, 1]] * 2)}, "test: labels must have 2 columns .* but have 3"),
         ({"test": (np.zeros((2, 4, 4), np.uint8), [0, 1])}, "labels 2 axes like the first client's"),
         ({"test": (np.zeros((2, 4, 4), np.uint8), ["a", "b"])}, "the test set: expected numbers, given <U1"),
@@ -85,11 +90,34 @@ def test_one_hot_labels_are_refused_with_both_ways_out(where):
     assert fedkern.FederatedData.from_arrays(**given).task == "multilabel"
 
 
-@pytest.mark.parametrize("task", ["classification", "multilabel"])
+@pytest.mark.parametrize("task", ["multilabel", "retrieval", "ordinals", ["classification"], None])
 def test_a_task_that_labels_do_not_have_is_refused(task):
     single = np.zeros((4, 4, 4), np.uint8), [0, 1, 0, 1]
-    with pytest.raises(fedkern.UserError, match=f"task must be \"multilabel\", .* not '{task}'"):
+    with pytest.raises(fedkern.UserError) as told:
         FederatedData.from_arrays([single], single, task=task)
+    assert str(told.value) == f'client 0: task must be "classification", or left out, for labels [4], not {task!r}.'
+
+
+@pytest.mark.parametrize("target", ["class", "labels", "pixels"])
+def test_another_task_of_such_labels_can_be_named(monkeypatch, target):
+    """Every part of the data has it, also a validation set that nobody gives, and whatever is made of the data."""
+    labels = {"class": [0, 1], "labels": [[0, 1], [1, 1]], "pixels": np.resize([0, 1], (2, 4, 4))}
+    own = np.zeros((2, 4, 4), np.uint8), labels[target]
+    usual = FederatedData.from_arrays([own], own).task
+    other = type("Other", (type(usual),), {"name": "other"})()
+    monkeypatch.setitem(TASKS, "other", other)
+    data = FederatedData.from_arrays([own, own], {"a": own}, task="other")
+    made = (
+        *data.clients,
+        data.validation,
+        data.tests["a"],
+        joined(data.clients),
+        data.clients[0].subset(torch.arange(1)),
+    )
+    assert all(split.task is other for split in made)
+    assert FederatedData.from_arrays([own], own, task="auto").task is usual
+    with pytest.raises(fedkern.UserError, match=f'task must be "{usual.name}", "other", or left out, for labels'):
+        FederatedData.from_arrays([own], own, task="another")
 
 
 @pytest.mark.parametrize("values", [(0, 255), (0, 1, 3), (0, 2), range(40)])
@@ -125,9 +153,7 @@ def test_a_run_learns_every_label(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["fedgid", "fediod", "ensemble", "moon"])
 def test_methods_for_single_classes_say_so(tmp_path, method):
-    with pytest.raises(
-        fedkern.UserError, match=f"{method} learns a single class of every image, and .* several labels"
-    ):
+    with pytest.raises(fedkern.UserError, match=f"{method} is for classification.*, but .* is for multilabel"):
         fedkern.simulate(method, data=sites(), out=tmp_path / "run", **{**SMALL, "model": "cnn"})
     assert not (tmp_path / "run").exists()
 

@@ -24,6 +24,7 @@ from fedkern.errors import UserError
 from fedkern.methods.fediod import local_teachers
 from fedkern.privacy import membership, membership_attack
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import SEGMENTATION
 
 
 def brute(x, y):
@@ -241,7 +242,7 @@ def test_pixels_count_as_one_record(data):
     split = data.tests[""]
     labels = torch.zeros(300, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
-    half = dataclasses.replace(split, labels=labels)
+    half = dataclasses.replace(split, labels=labels, task=SEGMENTATION)
     found = attacking.losses(Constant(), half, data)
     right, wrong = -math.log(math.exp(2) / (math.exp(2) + 3)), math.log(math.exp(2) + 3)
     assert found.shape == (300,)
@@ -265,7 +266,7 @@ def segmented(data, seed, n):
     """A split with labels of pixels: half an image of class 1, the rest of class 0."""
     labels = torch.zeros(n, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
-    return dataclasses.replace(noise(n, seed), labels=labels)
+    return dataclasses.replace(noise(n, seed), labels=labels, task=SEGMENTATION)
 
 
 def test_unknown_pixels_count_nowhere(data):

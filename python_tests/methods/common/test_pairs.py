@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedkern.data.holdout import hold_out
+from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -26,7 +27,10 @@ TINY = {"width": 8, "batch_size": 6, "lr": 0.01}
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "feddyn", "scaffold", "local", "centralised"])
 def test_a_baseline_trains_on_pairs(method, make_pairs, make_config, tmp_path):
     config = make_config(method, **TINY, client_test=0.3)
-    metrics = run(config, out=tmp_path, data=make_pairs())["metrics"]
+    data = make_pairs()
+    metrics = run(config, out=tmp_path, data=data)["metrics"]
+    again, _ = evaluate_run(tmp_path, data=data)
+    assert again == {name: metrics[name] for name in again}
     for name in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "validation_i2t_r1"):
         assert 0 <= metrics[name] <= 1
     assert metrics["gallery"] == 16
