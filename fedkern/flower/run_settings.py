@@ -24,7 +24,6 @@ from fedkern.flower.resident import STAYS
 from fedkern.methods.options import as_typed
 from fedkern.settings.config import RunConfig
 from fedkern.settings.given_paths import absolute, named_options
-from fedkern.tasks import TASKS
 
 METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
 SWITCHES = {
@@ -132,7 +131,7 @@ def check_own_data(config: RunConfig) -> None:
             "cue-clients and backdoor-clients change the data of some of all clients: leave them out with "
             "flower.own-data."
         )
-    if config.public_samples or "pairs" in TASKS[lookup(config.data).task].offers:
+    if config.public_samples or "pairs" in lookup(config.data).task.offers:
         raise UserError(
             "Public samples and image-text data are drawn from the data of all clients, which flower.own-data keeps "
             "apart: use a data folder with all data on every node."

@@ -784,7 +784,7 @@ def check_networks(given: Mapping[str, Any], data: str) -> None:
 
     Such a setting would have no effect, and the user would take the result for that network's.
     """
-    pairs = [name for name, info in DATASETS.items() if info.task == "retrieval"]
+    pairs = [name for name, info in DATASETS.items() if "pairs" in info.task.offers]
     if data in pairs and "model" in given:
         raise UserError(
             f'--model {given["model"]} has no effect on the data set "{data}", whose network is a pair of encoders: '

@@ -7,7 +7,6 @@ from typing import Any
 
 from fedkern.data import lookup
 from fedkern.models.encoders import WIDTH
-from fedkern.tasks import TASKS
 
 COMMON: Mapping[str, Any] = {
     "data": "colordigits",
@@ -165,7 +164,7 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     own = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
     both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in both for name, value in table.get("options", {}).items()}
-    kind = TASKS[info.task].network
+    kind = info.task.network
     usual = DATA.get(data, USUAL.get(kind, {}))
     result = {**COMMON, **own, **usual, **both[0], **both[1], "data": data}
     if kind in NETWORKS:  # METHOD names networks that give classes of images

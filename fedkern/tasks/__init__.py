@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedkern.tasks.base import Constant, Figures, Task
-from fedkern.tasks.classification import CLASSIFICATION
-from fedkern.tasks.multilabel import MULTILABEL
-from fedkern.tasks.retrieval import RETRIEVAL
-from fedkern.tasks.segmentation import SEGMENTATION
+from fedkern.tasks.base import Constant as Constant
+from fedkern.tasks.base import Figures as Figures
+from fedkern.tasks.base import Task as Task
+from fedkern.tasks.classification import CLASSIFICATION as CLASSIFICATION
+from fedkern.tasks.multilabel import MULTILABEL as MULTILABEL
+from fedkern.tasks.retrieval import RETRIEVAL as RETRIEVAL
+from fedkern.tasks.segmentation import SEGMENTATION as SEGMENTATION
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTILABEL, SEGMENTATION, RETRIEVAL)}
-"""Tasks by name."""
+TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}
+"""Tasks by name: the objects imported above, one a file."""
 
 
 def task_of(labels: Any, texts: Any = None, pixels: Any = None, said: str = "auto") -> Task:
@@ -33,8 +35,3 @@ def task_of(labels: Any, texts: Any = None, pixels: Any = None, said: str = "aut
         words = ", ".join(f'"{name}"' for name in able if name != "auto")
         raise ValueError(f"task must be {words}, or left out, for labels {[*labels.shape]}, not {said!r}")
     return able[said]
-
-
-__all__ = [
-    "CLASSIFICATION", "MULTILABEL", "RETRIEVAL", "SEGMENTATION", "TASKS", "Constant", "Figures", "Task", "task_of",
-]  # fmt: skip

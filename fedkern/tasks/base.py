@@ -49,7 +49,7 @@ class Constant:
     name: str
 
 
-class Task(str):
+class Task:
     """What a run's networks learn, and how they are judged.  Tasks are the objects of `fedkern.tasks`, one each.
 
     Attributes:
@@ -78,14 +78,11 @@ class Task(str):
     better: ClassVar[Literal["max", "min"]] = "max"
     noun: ClassVar[str] = "images"
     target: ClassVar[str] = "class"
-    partition: ClassVar[str] = ""  # type: ignore[assignment]  # while a task is a text
+    partition: ClassVar[str] = ""
     network: ClassVar[str] = "classes"
     pictures: ClassVar[tuple[str, ...]] = ()
     offers: ClassVar[frozenset[str]] = frozenset({"loss"})
     lacks: ClassVar[str] = ""
-
-    def __new__(cls) -> Task:
-        return str.__new__(cls, cls.name)
 
     def __reduce__(self) -> str:
         return self.name.upper()  # the object of the task's file
