@@ -55,6 +55,8 @@ def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
     assert axes.get_ylabel() == "mae"
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[*VALUES], [*VALUES], [1.125, 1.125]]
     assert axes.get_ylim() == pytest.approx((0, 1.65))
+    above = plots.accuracy_curves(RECORDS, "mae", chance={"mae": 2.0}).axes[0]
+    assert above.get_ylim() == pytest.approx((0, 2.2))  # the line of chance is inside
     assert plots.client_points(RECORDS, "mae")["worst client"] == ([1, 2, 3], [3.0, 1.5, 2.5])
     assert tables.ordered({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
     assert next(tables.final_table(summary(1.25), "mae").columns[0].cells).plain == "mae"
@@ -109,8 +111,11 @@ def test_warnings_look_the_other_way():
 
     assert warned(0.5) == warned(0.89) == {}
     assert warned(0.95)["chance-level"].startswith('mae is 0.95, and predicting "mild" everywhere gives 1: ')
-    assert warned(0.5, 0.6)["rising-mae"].startswith("Validation mae rose from 0.5 to 0.6: ")
+    assert warned(0.5, 0.62)["rising-mae"].startswith("Validation mae rose from 0.5 to 0.62: ")
     assert warned(0.5, 0.3) == {}
+    constant["validation_"] = Constant({"mae": 1.5}, "")
+    assert warned(0.5, 0.62) == {}
+    assert warned(0.5, 0.7).keys() == {"rising-mae"}
 
 
 def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
