@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import Group, grouped, own_sets, read_run, read_runs
-from fedkern.comparison.results import CSV, MARKDOWN, Result, signed
+from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
@@ -23,7 +23,7 @@ from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.config import NAME as SETTINGS
-from fedkern.tasks.figure_names import figure_title, scale, set_title, split_metric
+from fedkern.tasks.figure_names import figure_title, number, scale, set_title, split_metric
 from fedkern.versions import versions
 
 TOLD = 6
@@ -132,13 +132,13 @@ def headline(result: Result) -> list[str]:
             if mean is None:
                 continue
             called, both = _called(figure), f"{row['group']} and {first['group']}"
-            points = signed(figure, mean) + " points" * bool(scale(figure)[1])
+            points = number(figure, mean, "+") + " points" * bool(scale(figure)[1])
             far = f"{called}: {row['group']} is {points} from {first['group']}"
             if low is None or high is None:
                 unsure += 1
                 told.append(f"{far}, without an interval.")
                 continue
-            interval = f"{signed(figure, low)} to {signed(figure, high)}"
+            interval = f"{number(figure, low, '+')} to {number(figure, high, '+')}"
             if min(row["seeds"], first["seeds"]) < FEW:
                 unsure += 1
                 told.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
@@ -174,7 +174,7 @@ def _value(figure: str, row: Mapping[str, Any]) -> str:
     mean, deviation = row[figure], row[f"{figure}_std"]
     if mean is None:
         return "not told"
-    return human_metric(figure, mean) + ("" if deviation is None else f" ± {signed(figure, deviation).lstrip('+')}")
+    return human_metric(figure, mean) + ("" if deviation is None else f" ± {number(figure, deviation)}")
 
 
 def _tiles(result: Result) -> list[tuple[str, str]]:
@@ -190,9 +190,9 @@ def _table(folder: Path, result: Result) -> Section:
     header, rows, sentences = _markdown(folder) or (result.header(), result.text_rows(), result.sentences())
     section.tables.append(Table(header, rows))
     section.texts = list(sentences)
-    every = dict.fromkeys(name for group in result.groups for run in group.runs.values() for name in run.metrics)
-    own = own_sets(result.groups)
-    names = [name for name in ordered(dict.fromkeys(every, 0.0), own) if split_metric(name, own)[0] != "validation"]
+    told, own = dict.fromkeys((name for run in result.runs for name in run.metrics), 0.0), own_sets(result.groups)
+    every = ordered(told, own, result.runs[0].config.main)
+    names = [name for name in every if split_metric(name, own)[0] != "validation"]
     body = []
     for name in names:
         cells = []
@@ -232,7 +232,7 @@ def _markdown(folder: Path) -> tuple[list[str], list[list[str]], list[str]] | No
 def _curves(result: Result) -> Section:
     section = Section("curves", "Curves")
     histories, chance = result.histories(), result.chance()
-    for number, figure in enumerate(result.figures):
+    for place, figure in enumerate(result.figures):
         drawn = curves(histories, [figure], chance=chance)
         if drawn is None:
             continue
@@ -242,13 +242,13 @@ def _curves(result: Result) -> Section:
             Series(name, at.tolist(), (factor * v.mean(0)).tolist()) for name, (at, v) in found.items() if len(at)
         ]
         title = f"{_called(figure)}, over the rounds"
-        section.charts.append(of_rounds(f"curve-{number}", title, drawn, series, unit=unit))
+        section.charts.append(of_rounds(f"curve-{place}", title, drawn, series, unit=unit))
     return section
 
 
 def _finals(result: Result) -> Section:
     section = Section("finals", "Final figures of every run")
-    for number, figure in enumerate(result.figures):
+    for place, figure in enumerate(result.figures):
         groups, (factor, unit) = [], scale(figure)
         for group in result.groups:
             values = list(group.values(figure).values())
@@ -260,7 +260,7 @@ def _finals(result: Result) -> Section:
         if groups:
             note = "A circle is a run; the filled mark is the mean, with a bar of one standard deviation."
             axis = figure_title(split_metric(figure)[1])
-            section.charts.append(dots(f"final-{number}", _called(figure), groups, axis=axis, unit=unit, note=note))
+            section.charts.append(dots(f"final-{place}", _called(figure), groups, axis=axis, unit=unit, note=note))
     return section
 
 

@@ -21,7 +21,7 @@ from fedkern.methods.registry import short
 from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
-from fedkern.tasks.figure_names import scale, short_set_title, short_title, split_metric
+from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
 TAKEN = ("rounds", "bytes", "seconds")
@@ -198,9 +198,10 @@ class Result:
         """The main figures that need no learning, by the first run; empty where runs are of several data sets."""
         if len({run.config.data for run in self.runs}) > 1:
             return {}
-        confusion = None if self.runs[0].config.records == "private" else confusions.read(self.runs[0].folder)
         first = self.runs[0]
-        return constants(self.figures, first.config.main, {}, confusion, first.summary["metrics"], 0)
+        confusion = None if first.config.records == "private" else confusions.read(first.folder)
+        every = [dict.fromkeys(self.figures), first.summary["metrics"]]
+        return constants(every, first.config.main, {}, confusion, 0)
 
     def to_csv(self) -> str:
         """:meth:`run_rows` as CSV."""
@@ -236,23 +237,16 @@ class Result:
 def _spread(figure: str, mean: float | None, deviation: float | None) -> str:
     if mean is None:
         return "not told"
-    factor, unit = scale(figure)
-    if deviation is None or not unit:
-        return human_metric(figure, mean) if deviation is None else f"{mean:.3g} ± {deviation:.3g}"
-    return f"{factor * mean:.1f} ± {factor * deviation:.1f} {unit}"
+    if deviation is None:
+        return human_metric(figure, mean)
+    return f"{number(figure, mean)} ± {number(figure, deviation)} {scale(figure)[1]}".rstrip()
 
 
 def _difference(figure: str, mean: float | None, low: float | None, high: float | None) -> str:
     if mean is None:
         return ""
-    text = signed(figure, mean)
-    return text if low is None or high is None else f"{text} [{signed(figure, low)}, {signed(figure, high)}]"
-
-
-def signed(figure: str, value: float) -> str:
-    """A difference of two values of a figure, in percentage points where it is a share."""
-    factor, unit = scale(figure)
-    return f"{factor * value:+.1f}" if unit else f"{value:+.3g}"
+    text = number(figure, mean, "+")
+    return text if low is None or high is None else f"{text} [{number(figure, low, '+')}, {number(figure, high, '+')}]"
 
 
 def _amount(name: str, mean: float, deviation: float | None) -> str:

@@ -13,21 +13,21 @@ from fedkern.tasks.figure_names import split_metric
 
 
 def constants(
-    names: Iterable[str],
+    records: Iterable[Mapping[str, Any]],
     main: str,
     tests: Mapping[str, Split],
     confusion: Confusions | None,
-    metrics: Mapping[str, Any],
     classes: int,
 ) -> dict[str, float]:
-    """The main figures that need no learning, such as those of predicting one class everywhere.
+    """The main figures in records that need no learning, such as those of predicting one class everywhere.
 
-    Those of ``names`` without a known constant are left out.  There are no ``tests`` where they are not known, or where
-    their counts must not be told.  ``metrics`` have the numbers of candidates in retrieval.
+    Those without a known constant are left out.  There are no ``tests`` where they are not known, or where their counts
+    must not be told.  The records have the numbers of candidates in retrieval.
     """
+    metrics = {name: value for record in records for name, value in record.items()}
     known = [task for task in TASKS.values() if task.main == main]
     found: dict[str, float] = {}
-    for name, (test_set, figure) in ((name, split_metric(name, tests)) for name in names if known):
+    for name, (test_set, figure) in ((name, split_metric(name, tests)) for name in metrics if known):
         if figure != main:
             continue
         matrix = confusion.matrices.get(set_name(test_set)) if confusion is not None else None
@@ -37,15 +37,3 @@ def constants(
         if value is not None:
             found[name] = value
     return found
-
-
-def of_rounds(
-    records: Iterable[Mapping[str, Any]],
-    main: str,
-    tests: Mapping[str, Split],
-    confusion: Confusions | None,
-    classes: int,
-) -> dict[str, float]:
-    """:func:`constants` of the main figures in the records of a run's rounds."""
-    every = {name: value for record in records for name, value in record.items()}
-    return constants(every, main, tests, confusion, every, classes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,11 @@ def shown(value: float | None, unit: str) -> str:
     if unit == "s":
         return human_time(value)
     return f"{value:,.0f}" if unit == "images" else f"{value:.3g}"
+
+
+def scaled(values: Iterable[float | None], factor: float) -> list[float | None]:
+    """Values times a factor, None where there is none."""
+    return [None if value is None else factor * value for value in values]
 
 
 def evenly(count: int, most: int) -> list[int]:

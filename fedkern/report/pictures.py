@@ -32,17 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXAMPLES = 8
-PICTURES = {
-    "accuracy": "accuracy.png",
-    "dice": "dice.png",
-    "clients": "clients.png",
-    "confusion": "confusion.png",
-    "partition": "partition.png",
-    "gradcam": "gradcam.png",
-    "weights": "weights.png",
-    "segmentation": "segmentation.png",
-    "retrieval": "retrieval.png",
-}
+PICTURES = {name: f"{name}.png" for name in (
+    "accuracy", "dice", "clients", "confusion", "partition", "gradcam", "weights", "segmentation", "retrieval",
+)}  # fmt: skip
 CURVES = {"dice": "dice"}
 """Pictures of the main figure over the rounds, where it is not that of an accuracy."""
 
@@ -67,14 +59,12 @@ def write_pictures(
         warn: called with a sentence for every picture that cannot be drawn; the other pictures are.
 
     Returns:
-        The files written: ``accuracy.png``, ``clients.png`` if the clients have test sets, ``confusion.png`` of a
-        classifier, ``partition.png``, ``weights.png`` if the method has client weights, a picture per name of the
-        method's artifacts (such as ``generated.png``), and ``gradcam.png`` if the network has stages and is no MLP.  A
-        run with several labels an image has neither ``confusion.png`` nor ``gradcam.png``, one with ``grad_cam`` 0 has
-        no ``gradcam.png``.  A segmentation run has
-        ``dice.png`` and ``segmentation.png`` instead of accuracy, confusion and Grad-CAM; one on image-text pairs has
-        ``retrieval.png`` instead of confusion and Grad-CAM.  A run with private records
-        has neither ``confusion.png`` nor ``partition.png``, which hold exact counts; older ones are deleted.
+        The files written: ``accuracy.png`` (or `CURVES`), ``clients.png`` if the clients have test sets,
+        ``confusion.png`` if the task has confusion matrices, ``partition.png``, ``weights.png`` if the method has
+        client weights, a picture per name of the method's artifacts (such as ``generated.png``), and the task's:
+        ``gradcam.png`` (not with ``grad_cam`` 0, of an MLP, or of a network without stages), ``segmentation.png`` or
+        ``retrieval.png``.  A run with private records has neither ``confusion.png`` nor ``partition.png``, which hold
+        exact counts; older ones are deleted.
 
     Raises:
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
@@ -159,7 +149,7 @@ def _draw(
     found = None if private else confusions.read(run_dir)
 
     def curves() -> Figure | None:
-        lines = chance.of_rounds(records, config.main, {} if private else data.tests, found, len(data.classes))
+        lines = chance.constants(records, config.main, {} if private else data.tests, found, len(data.classes))
         return plots.accuracy_curves(records, config.main, title=title, tests=data.tests, chance=lines)
 
     def partition() -> Figure:

@@ -177,6 +177,22 @@ def add_point(curves: dict[str, Points], name: str, at: int, value: float) -> No
     values.append(float(value))
 
 
+def main_points(
+    records: Iterable[Mapping[str, Any]], main: str, tests: Collection[str]
+) -> tuple[dict[str, Points], dict[str, float]]:
+    """Rounds and main figures, shares in per cent, by test set; and the sets' numbers of candidates in retrieval."""
+    curves: dict[str, Points] = {}
+    galleries: dict[str, float] = {}
+    for record in records:
+        for name, value in record.items():
+            test_set, figure = split_metric(name, tests)
+            if figure == main and isinstance(value, (int, float)):
+                add_point(curves, test_set, record["round"], scale(main)[0] * float(value))
+            elif figure == "gallery" and isinstance(value, (int, float)):
+                galleries[test_set] = float(value)
+    return curves, galleries
+
+
 def accuracy_curves(
     records: Sequence[Mapping[str, Any]],
     main: str,
@@ -199,16 +215,7 @@ def accuracy_curves(
     Returns:
         None if there was nothing to draw.
     """
-    curves: dict[str, Points] = {}
-    galleries: dict[str, float] = {}
-    factor, unit = scale(main)
-    for record in records:
-        for name, value in record.items():
-            test_set, figure_name = split_metric(name, tests)
-            if figure_name == main and isinstance(value, (int, float)):
-                add_point(curves, test_set, record["round"], factor * float(value))
-            elif figure_name == "gallery" and isinstance(value, (int, float)):
-                galleries[test_set] = float(value)
+    (curves, galleries), unit, lines = main_points(records, main, tests), scale(main)[1], chance or {}
     if not curves:
         return None
     panels: dict[float, list[str]] = {}  # test sets by number of candidates
@@ -218,10 +225,11 @@ def accuracy_curves(
     figure = new_figure(7.2 if across == 1 else 5.4 * across, 4.2 * down)
     spans = [rounds for rounds, _ in curves.values()]
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
-    top = highest((value for _, values in curves.values() for value in values), unit)
+    level = [] if unit else [*lines.values()]
+    top = highest([*level, *(value for _, values in curves.values() for value in values)], unit)
     for axes, (gallery, names) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items(), strict=True):
         _curves(axes, {name: curves[name] for name in names}, top, unit)
-        chance_lines(axes, main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in names])
+        chance_lines(axes, main, [lines.get(f"{name}_{main}" if name else main) for name in names])
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""
         axes.set_ylabel(f"{short_title(main)}{among}" + f" ({unit})" * bool(unit), fontsize=12)
         axes.set_xlim(first - 0.5, last + 0.5)

@@ -35,7 +35,7 @@ from fedkern.methods.common.diagnostics import hardly_better
 from fedkern.methods.common.final_figures import set_name
 from fedkern.methods.options import as_typed
 from fedkern.report import chance, html_page, pictures
-from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, shown
+from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, scaled, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.plots import (
@@ -46,6 +46,7 @@ from fedkern.report.plots import (
     add_point,
     client_points,
     clients_picture,
+    main_points,
     partition_picture,
     svg,
 )
@@ -325,7 +326,8 @@ def baseline(run: Contents, *, judged: bool = True) -> list[str]:
 
     If ``judged``, a second sentence says whether the run's network is hardly better.
     """
-    found = chance.constants(run.main, run.config.main, run.counted, run.confusion, run.metrics, run.classes)
+    known = chance.constants([run.metrics], run.config.main, run.counted, run.confusion, run.classes)
+    found = {name: known[name] for name in run.main if name in known}
     if not found:
         if run.summary is None or not run.main:
             return []
@@ -444,9 +446,8 @@ def _figures(run: Contents) -> Section:
         if not tables:
             continue
         classes = list(dict.fromkeys(each for table in tables.values() for each in table))
-        series = [
-            Series(set_title(name), y=[_percent(table.get(each)) for each in classes]) for name, table in tables.items()
-        ]
+        values = {name: [table.get(each) for each in classes] for name, table in tables.items()}
+        series = [Series(set_title(name), y=scaled(each, 100)) for name, each in values.items()]
         missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
         section.charts.append(
@@ -456,36 +457,30 @@ def _figures(run: Contents) -> Section:
 
 
 def _curves(run: Contents) -> Section:
-    section = Section("curves", "Curves")
-    found: dict[str, dict[str, Points]] = {}
-    galleries: dict[str, float] = {}
-    main, (factor, unit) = run.config.main, scale(run.config.main)
+    section, main = Section("curves", "Curves"), run.config.main
+    points, galleries = main_points(run.records, main, run.tests)
+    losses: dict[str, Points] = {}
     for record in run.records:
         for name, value in record.items():
             test_set, figure = run.split(name)
-            if figure == "gallery" and isinstance(value, (int, float)):
-                galleries[test_set] = float(value)
-            elif figure == main and isinstance(value, (int, float)):
-                add_point(found.setdefault(figure, {}), test_set, record["round"], factor * value)
-            elif figure == "loss" and isinstance(value, (int, float)) and (test_set or main in record):
-                add_point(found.setdefault(figure, {}), test_set, record["round"], value)
+            if figure == "loss" and isinstance(value, (int, float)) and (test_set or main in record):
+                add_point(losses, test_set, record["round"], value)
         if (loss := _training_loss(record, main)) is not None:
-            add_point(found.setdefault("loss", {}), "training", record["round"], loss)
-    for figure, by_set in found.items():
-        series = []
-        for test_set in sorted(by_set, key=_place):
-            among = f" (among {galleries[test_set]:,.0f})" if figure == main and test_set in galleries else ""
-            called = f"{set_title(test_set) or 'test'}{among}"
-            series.append(Series(called, *by_set[test_set], soft=test_set == "validation"))
-        if figure == "loss":
-            section.charts.append(curves("loss", "Loss over the rounds", series, axis="loss", zero=False))
-        else:
-            called = figure_title(figure)
-            title = f"{called[0].upper()}{called[1:]} on every test set"
-            lines = chance.of_rounds(run.records, main, run.counted, run.confusion, run.classes)
-            drawn = accuracy_curves(run.records, main, tests=run.tests, chance=lines, stacked=True)
-            assert drawn is not None
-            section.charts.insert(0, of_rounds("main", title, drawn, series, unit=unit))
+            add_point(losses, "training", record["round"], loss)
+    among = {name: f" (among {gallery:,.0f})" for name, gallery in galleries.items()}
+    shown, lost = (
+        [Series((set_title(each) or "test") + sizes.get(each, ""), *by_set[each], soft=each == "validation")
+         for each in sorted(by_set, key=_place)]
+        for by_set, sizes in ((points, among), (losses, {}))
+    )  # fmt: skip
+    lines = chance.constants(run.records, main, run.counted, run.confusion, run.classes)
+    drawn = accuracy_curves(run.records, main, tests=run.tests, chance=lines, stacked=True)
+    if drawn is not None:
+        title = f"{figure_title(main)} on every test set"
+        title = f"{title[0].upper()}{title[1:]}"
+        section.charts.append(of_rounds("main", title, drawn, shown, unit=scale(main)[1]))
+    if lost:
+        section.charts.append(curves("loss", "Loss over the rounds", lost, axis="loss", zero=False))
     return section
 
 
@@ -540,7 +535,7 @@ def clients(run: Contents) -> Section:
         own = run.summary is not None and run.summary.get("client_test_set") == "own"
         where = "its own test set" if own else "its part of the test set"
         factor, unit = scale(name)
-        y = [None if (value := one.get(name)) is None else factor * value for one in figures.values()]
+        y = scaled((one.get(name) for one in figures.values()), factor)
         labels = [run.client(k) for k in figures]
         title = f"Final {figure_title(name)} of every client on {where}"
         falls, series = name == main and run.config.better == "min", [Series(name, y=y)]
@@ -809,10 +804,6 @@ def _phases(run: Contents) -> dict[str, float]:
         for name, value in merged(record.get("phases", {})).items():
             found[name] = found.get(name, 0.0) + value
     return found
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
 
 
 def _word(value: Any) -> str:

@@ -109,6 +109,12 @@ def scale(name: str) -> tuple[int, str]:
     return (100, "%") if figure.endswith(_SHARES) or figure.startswith("dice_") else (1, "")
 
 
+def number(name: str, value: float, sign: str = "") -> str:
+    """A figure's value, or with ``sign`` "+" a difference, in its unit: one decimal of a share, else three digits."""
+    factor, unit = scale(name)
+    return f"{factor * value:{sign}{'.1f' if unit else '.3g'}}"
+
+
 def figure_title(name: str) -> str:
     """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
 

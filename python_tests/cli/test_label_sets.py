@@ -161,8 +161,8 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are afl, '
-         "centralised, fedavg, feddyn, fedprox, local, scaffold."),
+        (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are '
+         "afl, centralised, fedavg, feddyn, fedprox, local, scaffold."),
         (["moon"], "moon is for classification, but"),
         (["fusefl"], "fusefl is for classification, but"),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),

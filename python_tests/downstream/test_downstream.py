@@ -15,6 +15,7 @@ from PIL import Image
 from fedkern.cli.front_page import TASKS
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, probe, retrieve, zero_shot
+from fedkern.downstream.evaluation import evaluate_run
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods.baselines.alone import Pairs
@@ -228,3 +229,12 @@ def test_a_run_whose_network_is_damaged(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="is damaged"):
         Finished.open(tmp_path / "copy")
+
+
+def test_a_run_of_clients_own_pairs_is_evaluated_again(tmp_path):
+    settings = {"local_epochs": 1, "threads": 1, "client_threads": 1, "workers": "1", "grad_cam": 0}
+    config = RunConfig.make("local", data="captions", train_samples=80, rounds=1, data_options=SMALL, **settings)
+    metrics = run(config, out=tmp_path)["metrics"]
+    found = evaluate_run(tmp_path)[0]
+    assert {name: metrics[name] for name in found} == pytest.approx(found)
+    assert {"i2t_r1", "highest_i2t_r1"} <= found.keys()

@@ -108,7 +108,7 @@ def test_counts_by_row_and_column():
 
 
 def test_dots_of_runs_and_their_mean(drawn):
-    chart = dots("a", "A", [("one", [10, 20], 15, 7.07), ("two", [30], 30, None)], axis="accuracy")
+    chart = dots("a", "A", [("one", [10, 20], 15, 7.07), ("two", [30], 30, None)], axis="accuracy", unit="%")
     assert {"one", "two", "accuracy (%)"} <= {*texts(chart)}
     runs = drawn[0].axes[0].get_lines()[0]
     assert (runs.get_xdata().tolist(), runs.get_ydata().tolist()) == ([10, 20], [0, 0])

@@ -409,7 +409,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 FAULTS = [
     *((f"plots.{name}", each) for name, each in
       (("accuracy_curves", "accuracy"), ("clients_picture", "clients"), ("partition_picture", "partition"))),
-    ("weights.weights_picture", "weights"), ("confusion_sheet.draw", "confusion"), ("chance.of_rounds", "accuracy"),
+    ("weights.weights_picture", "weights"), ("confusion_sheet.draw", "confusion"), ("chance.constants", "accuracy"),
     ("gradcam.draw", "gradcam"), ("gradcam.choose", "gradcam"), ("pictures.read_model", "gradcam"),
     ("artifact_sheet.draw", "clouds"),
 ]  # fmt: skip
@@ -422,7 +422,7 @@ def quick(monkeypatch, tmp_path, data):
         monkeypatch.setattr(plots, name, lambda *_, **__: object())
     monkeypatch.setattr(weights, "weights_picture", lambda *_, **__: object())
     monkeypatch.setattr(confusion_sheet, "draw", lambda *_, **__: object())
-    monkeypatch.setattr(chance, "of_rounds", lambda *_: {})
+    monkeypatch.setattr(chance, "constants", lambda *_: {})
     monkeypatch.setattr(pictures.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
     monkeypatch.setattr(pictures, "read_shown", lambda _: [SimpleNamespace(name="clouds")])
     monkeypatch.setattr(plots, "save", lambda _, path: path.touch())

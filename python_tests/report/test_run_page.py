@@ -206,7 +206,8 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
 def test_of_many_clients_some_are_charted(finished):
     run = run_page.read(finished)
     counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
-    statistics = dataclasses.replace(run.data.statistics, counts=counts, own_tests=())
+    sizes = tuple(counts.sum(1).tolist())
+    statistics = dataclasses.replace(run.data.statistics, counts=counts, own_tests=(), samples=sizes)
     section = run_page.clients(dataclasses.replace(run, data=dataclasses.replace(run.data, statistics=statistics)))
     chart = next(chart for chart in section.charts if chart.name == "labels")
     assert chart.title.startswith("Label distribution of 200 of 10,000 clients")

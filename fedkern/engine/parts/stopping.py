@@ -101,9 +101,8 @@ class Patience(Part):
         if not record.due:
             return None
         figure, value = self._main(self._context.disclosure.told(record.entries))
-        falls = self._context.config.better == "min"
-        before = self._best.get("value", math.inf if falls else -math.inf)
-        if not (value < before if falls else value > before):  # NaN is never the best
+        sign = -1 if self._context.config.better == "min" else 1
+        if not sign * value > sign * self._best.get("value", -sign * math.inf):  # NaN is never the best
             self._without += bool(self._best)
             return self._stop()
         name = next(name for name in BEST_SO_FAR if name != self._kept)

@@ -47,8 +47,8 @@ def with_undefined(
     each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any]
 ) -> dict[int, dict[str, float | None]]:
     """The clients' figures, with None for a main figure that is not defined on a client's set."""
-    lacking = {k: {} if sets[k].task.defined(sets[k]) else {sets[k].task.main: None} for k in each}
-    return {k: {**lacking[k], **figures} for k, figures in each.items()}
+    lacking = {k: {sets[k].task.main: None} for k in each if not sets[k].task.defined(sets[k])}
+    return {k: {**lacking.get(k, {}), **figures} for k, figures in each.items()}
 
 
 def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any]) -> tuple[int, str] | None:

@@ -109,16 +109,12 @@ def constants(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Cons
     return {prefix: constant for prefix, constant in every.items() if constant is not None}
 
 
-def near(constant: float) -> float:
-    """The figure below which a network is hardly better than one that always predicts the same class."""
-    low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
-    return round(low, 12)  # 1.5 x 0.1 is 0.15
-
-
 def hardly_better(figure: str, value: float, constant: float, config: Any) -> bool:
     """Whether a figure is near that of a constant prediction; of a main figure that falls, the share of mistakes."""
-    falls = config.better == "min" and figure.endswith(config.main)
-    return value > (1 - CHANCE_REST) * constant if falls else value < near(constant)
+    if config.better == "min" and figure.endswith(config.main):
+        return value > (1 - CHANCE_REST) * constant
+    low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
+    return value < round(low, 12)  # 1.5 x 0.1 is 0.15
 
 
 def poor_metrics(
@@ -150,7 +146,7 @@ def poor_metrics(
         is_low = f"{short_title(rest)}{where} is {_shown(rest, value)}"
         if name.endswith("dice") and value < NOTHING:
             found.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
-        if name.endswith(AREA) and value < near(0.5):
+        if name.endswith(AREA) and hardly_better(rest, value, 0.5, config):
             found.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
         always = None if rest.startswith(OVER_CLIENTS) else constant.get(f"{test_set}_" if test_set else "")
         if always is not None:
@@ -165,7 +161,8 @@ def poor_metrics(
             found.setdefault("chance-level", f"{is_low}, {text}: {retry}")
     name, falls = config.main, config.better == "min"
     now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
-    least = FALL * (1.0 if scale(name)[1] or top is None else abs(top))
+    levels = [each.figures[name] for each in constant.values() if name in each.figures]
+    least = FALL * (1.0 if scale(name)[1] else max(levels, default=abs(top or 0.0)))
     if now is not None and top is not None and (now - top if falls else top - now) > least:
         found[f"{'rising' if falls else 'falling'}-{name}"] = (
             f"Validation {short_title(name)} {'rose' if falls else 'fell'} from {_shown(name, top)} to "

@@ -1,0 +1,146 @@
+"""Runs whose main figure falls and is no share: the mean absolute error of grades."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedkern.comparison import cell_runner, comparison_page
+from fedkern.comparison.cells import Variant
+from fedkern.comparison.found_runs import FoundRun, Group
+from fedkern.comparison.results import Result
+from fedkern.comparison.seed_statistics import Target
+from fedkern.engine.parts.base import Stop
+from fedkern.engine.parts.evaluation import Evaluation
+from fedkern.engine.parts.stopping import Patience
+from fedkern.methods.common import diagnostics
+from fedkern.report import plots, run_page, tables
+from fedkern.settings.config import RunConfig
+from fedkern.tasks import Constant
+
+FALLING = RunConfig.make("fedavg", data="digits", clients=45, main="mae", better="min")
+VALUES = (1.5, 0.75, 1.25)
+RECORDS = [
+    {"round": i, "mae": value, "validation_mae": value, "accuracy": 0.5, "loss": value, "mean_client_mae": value,
+     "worst_client_mae": 2 * value, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0, "clients": {}}
+    for i, value in enumerate(VALUES, 1)
+]  # fmt: skip
+
+
+def summary(mae, **more):
+    return {"metrics": {"accuracy": 0.5, "mae": mae, "validation_mae": mae}, "bytes": {"total": 10, "up": 5, "down": 5},
+            "seconds": 1.0, "rounds": 3, "method": "fedavg", "data": "digits", "seed": 0, **more}  # fmt: skip
+
+
+def test_a_run_s_page_has_the_figure_in_its_own_unit(tmp_path):
+    (tmp_path / "config.toml").write_text(FALLING.to_toml())
+    own = {str(k): {"mae": 0.01 * k, "loss": 1.0} for k in range(45)}
+    worst = {"client": 44, "metric": "mae", "value": 0.44}
+    told = summary(1.25, client_metrics=own, worst_client=worst)
+    page = run_page.page(run_page.Contents(tmp_path, FALLING, RECORDS, told, None))
+    assert page.headline[0] == "fedavg reaches mae 1.25 on the test set after 3 rounds."
+    assert "The worst of 45 clients is client 44, with mae 0.44." in page.headline
+    assert page.tiles[0] == ("mae", "1.25")
+    charts = {chart.name: chart for section in page.sections for chart in section.charts}
+    parts = {"test: 1.5 in round 1, 1.25 in round 3", "validation: 1.5 in round 1, 1.25 in round 3"}
+    assert {*charts["main"].text.rstrip(".").split("; ")} == parts
+    assert charts["client-rounds"].text.startswith("mean client: 1.5 in round 1")
+    assert charts["client-final"].note == "The 40 highest of 45."
+    assert charts["client-final"].tables[0].rows[0] == ["client 44", "0.44"]
+    assert page.sections[0].tables[0].rows[0] == ["mae", "1.25"]
+
+
+def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
+    axes = plots.accuracy_curves(RECORDS, "mae", chance={"mae": 1.125}).axes[0]
+    assert axes.get_ylabel() == "mae"
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[*VALUES], [*VALUES], [1.125, 1.125]]
+    assert axes.get_ylim() == pytest.approx((0, 1.65))
+    above = plots.accuracy_curves(RECORDS, "mae", chance={"mae": 2.0}).axes[0]
+    assert above.get_ylim() == pytest.approx((0, 2.2))  # the line of chance is inside
+    assert plots.client_points(RECORDS, "mae")["worst client"] == ([1, 2, 3], [3.0, 1.5, 2.5])
+    assert tables.ordered({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
+    assert next(tables.final_table(summary(1.25), "mae").columns[0].cells).plain == "mae"
+    shown = tables.own_tests_table({"client_metrics": {"0": {"mae": 1.25, "loss": 1.0}}}, "mae")
+    assert [column.header for column in shown.columns] == ["client", "mae", "loss"]
+
+
+def found(mae, lr=0.1, **more):
+    return FoundRun(Path(f"x{mae}"), FALLING.replace(lr=lr), summary(mae, **more), RECORDS)
+
+
+def test_runs_are_compared_in_its_own_unit():
+    groups = [
+        Group("a", "fedavg", {0: found(1.5), 1: found(1.25)}),
+        Group("b", "fedavg", {0: found(1.0), 1: found(1.0)}),
+    ]
+    result = Result(groups, Target.read("mae=1"))
+    assert result.figures == ["mae"]
+    assert [row[2] for row in result.text_rows()] == ["1.38 ± 0.177", "1 ± 0"]
+    assert result.text_rows()[1][3].startswith("-0.375 [")
+    assert "percentage points" not in " ".join(result.sentences())
+    assert str(result.target) == "mae <= 1"
+    assert result.target.reached(RECORDS)["rounds"] == 2
+    assert "b is -0.375 from a (95 % interval" in comparison_page.headline(result)[1]
+    section = comparison_page._finals(result)
+    assert section.charts[0].text.startswith("a: mean 1.38, runs 1.5, 1.25;")
+
+
+def test_the_smallest_validation_figure_is_chosen(monkeypatch):
+    variants = [Variant("fedavg", {"lr": lr}) for lr in (0.1, 0.2, 0.3)]
+    runs = [SimpleNamespace(variant=variant) for variant in variants]
+
+    class Runner:
+        def plan(self, chosen, seeds):
+            return runs
+
+        def play(self, planned, score):
+            for cell, mae in zip(planned, (1.5, 0.5, 1.0), strict=True):
+                score(cell, found(mae))
+
+    chosen, (told,) = cell_runner.choose(Runner(), {"fedavg": variants}, 0)
+    assert chosen == [variants[1]]
+    assert told == "fedavg: lr=0.2 was chosen by validation mae of seed 0 (lr=0.1: 1.5, lr=0.2: 0.5, lr=0.3: 1)."
+
+
+def test_warnings_look_the_other_way():
+    constant = {"": Constant({"mae": 1.0}, "mild")}
+
+    def warned(mae, validation=0.5):
+        figures = {"mae": mae, "validation_mae": validation}
+        return diagnostics.poor_metrics(figures, {"validation_mae": 0.5}, 3, constant, FALLING)
+
+    assert warned(0.5) == warned(0.89) == {}
+    assert warned(0.95)["chance-level"].startswith('mae is 0.95, and predicting "mild" everywhere gives 1: ')
+    assert warned(0.5, 0.62)["rising-mae"].startswith("Validation mae rose from 0.5 to 0.62: ")
+    assert warned(0.5, 0.3) == {}
+    constant["validation_"] = Constant({"mae": 1.5}, "")
+    assert warned(0.5, 0.62) == {}
+    assert warned(0.5, 0.7).keys() == {"rising-mae"}
+
+
+def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedkern.engine.parts.stopping.write_model", lambda *_: None)
+    monkeypatch.setattr("fedkern.engine.parts.stopping.about_network", lambda *_: {})
+    monkeypatch.setattr("fedkern.engine.parts.stopping.checksum", lambda _: 0)
+    context = SimpleNamespace(
+        config=FALLING, data=SimpleNamespace(tests={"": None}), is_flat=lambda _: True,
+        disclosure=SimpleNamespace(told=lambda entries: entries),
+    )  # fmt: skip
+    hooks = SimpleNamespace(network=lambda: object())
+    part = Patience(2, tmp_path, context, hooks, {})
+    values = iter((1.5, 0.75, float("nan"), 1.0))
+    stops = [
+        part.round_end(SimpleNamespace(due=True, number=i, entries={"validation_mae": value}))
+        for i, value in enumerate(values, 1)
+    ]
+    assert stops[:3] == [None] * 3
+    assert isinstance(stops[3], Stop)
+    assert part.state()["best"] == {"figure": "validation_mae", "value": 0.75, "round": 2, "file": part._best["file"],
+                                    "metrics": {}, "sum": 0}  # fmt: skip
+    judge = Evaluation(None, hooks, None, context, {}, {}, clients=False)
+    monkeypatch.setattr(judge, "_evaluate", lambda network, last: judge.latest.update(mae=next(values)))
+    values = iter((1.5, 0.75, float("nan"), 1.0))
+    for _ in VALUES:
+        entry = SimpleNamespace(one_off=False)
+        judge.round_end(SimpleNamespace(entry=entry, clients={}, due=True, last=False, put=lambda *_: None, seconds={}))
+    assert judge.best == {"mae": 0.75}
