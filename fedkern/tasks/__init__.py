@@ -9,6 +9,7 @@ from fedkern.tasks.base import Figures as Figures
 from fedkern.tasks.base import Task as Task
 from fedkern.tasks.classification import CLASSIFICATION as CLASSIFICATION
 from fedkern.tasks.multilabel import MULTILABEL as MULTILABEL
+from fedkern.tasks.ordinal import ORDINAL as ORDINAL
 from fedkern.tasks.retrieval import RETRIEVAL as RETRIEVAL
 from fedkern.tasks.segmentation import SEGMENTATION as SEGMENTATION
 

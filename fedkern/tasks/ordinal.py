@@ -1,0 +1,139 @@
+"""Ordinal classification: classes in an order, such as grades or ages, where a near miss is better than a far one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.tasks import classification_figures as of_classes
+from fedkern.tasks.base import Constant, Figures, Task, answers, mean, named
+
+UNIT = 0.5413248546129181
+"""softplus(UNIT) is 1: thresholds begin one apart."""
+
+
+class CumulativeLink(nn.Module):
+    """A network of one output between K - 1 learnt thresholds: the proportional odds model (McCullagh, 1980).
+
+    P(y <= k) = sigmoid(threshold_k - score).  The output is the logarithm of every class's probability, fp32
+    ``[n, K]``.
+
+    Args:
+        network: gives a score, ``[n, 1]``.
+        classes: K, at least 2.
+    """
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        # The first threshold, and what softplus makes the distances to the next ones: means of clients stay in order.
+        self.steps = nn.Parameter(torch.tensor([1 - classes / 2, *[UNIT] * (classes - 2)]))
+
+    @property
+    def thresholds(self) -> Tensor:
+        """fp32 ``[K - 1]``, increasing."""
+        return torch.cat([self.steps[:1], F.softplus(self.steps[1:])]).cumsum(0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = self.network(images).float()
+        if score.shape[1:] != (1,):
+            raise ValueError(f"an ordinal network gives one number an image, [n, 1], and not {list(score.shape)}")
+        apart = self.thresholds - score
+        gaps = F.softplus(self.steps[1:])
+        # log(sigmoid(a) - sigmoid(b)) is log sigmoid(a) + log sigmoid(-b) + log(1 - exp(b - a)), without cancellation.
+        below, above = F.logsigmoid(apart), F.logsigmoid(-apart)
+        between = below[:, 1:] + above[:, :-1] + torch.log(-torch.expm1(-gaps))
+        return torch.cat([below[:, :1], between, above[:, -1:]], 1)
+
+
+class Ordinal(Task):
+    """Classes in an order, int64 ``[n]``; the figures count how far a prediction is off, in classes."""
+
+    name, main, better = "ordinal", "mae", "min"
+    offers = frozenset({"loss", "criterion", "images"})
+
+    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.nll_loss(outputs, batch.targets)
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.nll_loss(outputs, targets, reduction="none")
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Returns ``mae`` (mean absolute error in classes), ``kappa`` (quadratic weights; left out where all samples
+        and predictions are of one class), ``accuracy`` and ``loss`` (nats).
+
+        Predictions are the likeliest classes; the answers kept are the logarithms of the probabilities, [n, K].
+        """
+        parts = [(said.double(), labels) for said, labels in answers(model, data)]
+        if not parts:
+            raise ValueError("data: expected at least one sample, given none")
+        logits, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        predicted = logits.argmax(1)
+        if record := getattr(data, "record", None):
+            record(predicted)
+        if keep := getattr(data, "keep", None):
+            keep(logits.float().cpu())
+        off = (predicted - labels).double()
+        kappa = quadratic_kappa(of_classes.confusion(labels, predicted, logits.shape[1]))
+        return {
+            "mae": float(off.abs().mean()),
+            **({} if kappa is None else {"kappa": kappa}),
+            "accuracy": float((off == 0).double().mean()),
+            "loss": float(F.nll_loss(logits, labels)),
+        }
+
+    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
+        labels, every = data.labels.cpu(), [logits.argmax(1) for logits in kept]
+        recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in every])
+        matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in every]
+        return Figures(per_class={"recall": named(recalls, names)}, confusion=torch.stack(matrices).sum(0))
+
+    def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
+        counts = torch.bincount(data.labels.cpu(), minlength=len(classes))
+        if int((counts > 0).sum()) < 2:
+            return None
+        figures = {"mae": float(_errors(counts.numpy()).min()), "accuracy": float(counts.max() / counts.sum())}
+        return Constant(figures, "")
+
+    def chance(
+        self, data: Any, classes: int, *, counts: npt.NDArray[np.int64] | None = None, candidates: float = 0.0
+    ) -> float | None:
+        if counts is None and data is not None:
+            counts = np.bincount(data.labels.numpy())
+        return float(_errors(counts).min()) if counts is not None and counts.sum() else None
+
+    def check_classes(self, names: Sequence[str], ordered: bool) -> None:
+        if not ordered:
+            raise UserError(
+                f"ordinal classes need an order, and {', '.join(names[:4])} are no numbers: give it with --data-option "
+                f"order={'|'.join(names[:4])}."
+            )
+
+    def build(self, about: Mapping[str, Any], seed: Any) -> nn.Module:
+        return CumulativeLink(super().build({**about, "classes": 1}, seed), about["classes"])
+
+
+def quadratic_kappa(confusion: Tensor) -> float | None:
+    """Cohen's kappa with quadratic weights, as scikit-learn has it, of counts ``[K, K]``; None where it is 0 / 0."""
+    counts = confusion.double()
+    numbers = torch.arange(len(counts), device=counts.device, dtype=torch.float64)
+    weights = (numbers[:, None] - numbers).square()
+    expected = (weights * counts.sum(1, keepdim=True) * counts.sum(0)).sum() / counts.sum()
+    return float(1 - (weights * counts).sum() / expected) if expected else None
+
+
+def _errors(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The mean absolute error of predicting each class everywhere, by the samples of every class."""
+    numbers = np.arange(len(counts))
+    return np.abs(numbers[:, None] - numbers) @ counts / counts.sum()
+
+
+ORDINAL = Ordinal()
