@@ -11,7 +11,7 @@ from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.types import FederatedData, Pool, Source, memory_pool
-from fedkern.tasks.segmentation_figures import IGNORE
+from fedkern.tasks.segmentation import IGNORE
 
 __all__ = [
     "AUGMENTATIONS",

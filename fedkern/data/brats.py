@@ -29,7 +29,7 @@ from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError, first_of
 from fedkern.extras import needed
 from fedkern.inputs import open_regular, real_file
-from fedkern.tasks.segmentation_figures import largest_classes
+from fedkern.tasks.segmentation import largest_classes
 
 PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
 """Classes of BraTS and the voxel values that its releases store for each."""

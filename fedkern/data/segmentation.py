@@ -22,7 +22,7 @@ from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
 from fedkern.files import expand
 from fedkern.image_rows import ImageStore, PixelClasses
-from fedkern.tasks.segmentation_figures import IGNORE
+from fedkern.tasks.segmentation import IGNORE
 
 PAIRS = ("images", "masks"), ("image", "label")
 """Accepted names of the image folder and the mask folder."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.types import Pool
-from fedkern.tasks.segmentation_figures import largest_classes
+from fedkern.tasks.segmentation import largest_classes
 
 
 def tiled(pool: Pool, tile: int) -> Pool:

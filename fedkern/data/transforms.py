@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedkern.data.split import Split
 from fedkern.errors import UserError, nearest
 from fedkern.image_rows import ImageRows
-from fedkern.tasks.segmentation_figures import IGNORE
+from fedkern.tasks.segmentation import IGNORE
 from fedkern.transfer import send
 
 PADDING = 4

@@ -82,7 +82,7 @@ def train_decoder(
 
 
 class Pixelwise:
-    """Images and the class of every pixel as a test set for `fedkern.tasks.segmentation_figures`."""
+    """Images and the class of every pixel as a test set for `fedkern.tasks.segmentation`."""
 
     def __init__(
         self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None, full: FullMasks | None = None

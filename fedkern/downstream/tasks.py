@@ -16,9 +16,8 @@ from fedkern.downstream.finished import Finished
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork
 from fedkern.models.prompts import read_prompts
-from fedkern.tasks.retrieval import TEMPERATURE
-from fedkern.tasks.retrieval_figures import Gallery, recalls
-from fedkern.tasks.segmentation_figures import segmentation
+from fedkern.tasks.retrieval import TEMPERATURE, Gallery, recalls
+from fedkern.tasks.segmentation import segmentation
 from fedkern.torch_modes import reproducible
 
 FEATURES = ("token", "mean", "embedding")

@@ -28,7 +28,7 @@ from fedkern.report.plots import GREEN
 from fedkern.report.sheet import Sheet, rgb
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_title
-from fedkern.tasks.retrieval_figures import Gallery
+from fedkern.tasks.retrieval import Gallery
 
 EXAMPLES, FOUND, CAPTION = 6, 3, 160
 """Images shown, captions shown of each, and most characters of a caption."""

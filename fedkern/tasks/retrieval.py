@@ -1,9 +1,10 @@
-"""Retrieval: the right text of an image, and the right image of a text."""
+"""Retrieval: the right text of an image, and the right image of a text; recall at k, in both directions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from fedkern import models, ops
 from fedkern.models.vocabulary import split_words
 from fedkern.tasks.base import Task
-from fedkern.tasks.retrieval_figures import Gallery, recalls
 
 TEMPERATURE = 0.07
 """Fixed temperature of the similarities of unit vectors in the contrastive loss (FedDRA)."""
 RECALLS = (1, 5, 10)
 LOSS_BATCH = 32
 """Pairs per batch of a test loss; the contrastive loss grows with the logarithm of this number."""
+CHUNK = 512  # queries scored at once, so that memory holds only [CHUNK, gallery] scores
 
 
 class Retrieval(Task):
@@ -136,3 +137,115 @@ def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:
     rows = [torch.arange(start, start + count * min(size, n), count) for start in range(count)]
     losses = [ops.contrastive(images[r.to(images.device)], texts[r.to(texts.device)], TEMPERATURE) for r in rows]
     return float(torch.stack(losses).double().mean())
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Distinct images of a set, and the matching image-text pairs.
+
+    Attributes:
+        images: int64 ``[I]``, the first row of every distinct image.
+        pairs: int64 ``[P, 2]``, (position in ``images``, row of the text) of every matching pair.
+    """
+
+    images: Tensor
+    pairs: Tensor
+
+    @staticmethod
+    def of(ids: Sequence[str] | None, texts: Sequence[str]) -> Gallery:
+        """Gallery of rows: rows of equal id are one image with several captions; equal texts share their images."""
+        names = [str(row) for row in range(len(texts))] if ids is None else ids
+        place: dict[str, int] = {}
+        first: list[int] = []
+        holders: dict[str, dict[int, None]] = {}  # ordered sets
+        for row, (name, text) in enumerate(zip(names, texts, strict=True)):
+            if name not in place:
+                place[name] = len(first)
+                first.append(row)
+            holders.setdefault(text, {})[place[name]] = None
+        pairs = [(image, row) for row, text in enumerate(texts) for image in holders[text]]
+        return Gallery(torch.tensor(first, dtype=torch.int64), torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
+
+
+@torch.no_grad()
+def recalls(
+    image_embeddings: Tensor, text_embeddings: Tensor, ks: Sequence[int] = (1, 5, 10), *, pairs: Tensor | None = None
+) -> dict[str, float]:
+    """Recall at k in both directions: the share of queries with a partner among the k nearest of the whole gallery.
+
+    Ties count as the expectation over a random order, so embeddings that have collapsed to one point score k / gallery
+    and not 1.
+
+    Args:
+        image_embeddings: fp32 ``[I, d]``, unit vectors.
+        text_embeddings: fp32 ``[T, d]``, unit vectors.
+        ks: each at least 1; a k beyond the gallery's size counts as the whole gallery.
+        pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only.  A query
+            without a partner does not count.
+
+    Returns:
+        ``i2t_r1``, ``i2t_r5``, ... and ``t2i_r1``, ...: fractions in [0, 1].
+
+    Raises:
+        ValueError: shapes that do not fit, no images or no texts, a pair out of range, or a k below 1.
+    """
+    images, texts = len(image_embeddings), len(text_embeddings)
+    if image_embeddings.dim() != 2 or image_embeddings.shape[1:] != text_embeddings.shape[1:]:
+        raise ValueError(
+            f"image_embeddings, text_embeddings: expected [I, d] and [T, d], got {list(image_embeddings.shape)} and "
+            f"{list(text_embeddings.shape)}"
+        )
+    if not images or not texts:
+        raise ValueError(f"image_embeddings, text_embeddings: expected at least one each, got {images} and {texts}")
+    if any(k < 1 for k in ks):
+        raise ValueError(f"ks: expected whole numbers of at least 1, got {list(ks)}")
+    if pairs is None:
+        if images != texts:
+            raise ValueError(f"pairs: expected for {images} images and {texts} texts, given none")
+        pairs = torch.arange(images)[:, None].expand(-1, 2)
+    if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f"pairs: expected int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
+    if int(pairs.min()) < 0 or int(pairs[:, 0].max()) >= images or int(pairs[:, 1].max()) >= texts:
+        raise ValueError(f"pairs: expected images below {images} and texts below {texts}")
+    pairs = pairs.to(image_embeddings.device)
+    to_text = _recalls(image_embeddings, text_embeddings, ks, pairs)
+    to_image = _recalls(text_embeddings, image_embeddings, ks, pairs.flip(1))
+    return {
+        **{f"i2t_r{k}": value for k, value in zip(ks, to_text, strict=True)},
+        **{f"t2i_r{k}": value for k, value in zip(ks, to_image, strict=True)},
+    }
+
+
+def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor) -> list[float]:
+    found = torch.zeros(len(ks), dtype=torch.float64)
+    counted = 0
+    order = torch.argsort(pairs[:, 0], stable=True)
+    pairs = pairs[order]
+    for start in range(0, len(queries), CHUNK):
+        scores = queries[start : start + CHUNK] @ gallery.T
+        # Equal texts should tie for a query, but a matrix product may round their columns differently.
+        scores = (scores.double() * 2**20).round().nan_to_num_(nan=-torch.inf)  # NaN ranks last
+        first, last = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([start, start + CHUNK]).to(pairs))
+        own = torch.zeros_like(scores, dtype=torch.bool)
+        own[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
+        has = own.any(1)
+        scores, own = scores[has], own[has]
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        ahead = (scores > best).sum(1)
+        level = scores == best
+        tied, right = level.sum(1), (level & own).sum(1)
+        for i, k in enumerate(ks):
+            found[i] += float(_among(k - ahead, tied, right).sum())
+        counted += int(has.sum())
+    return (found / max(counted, 1)).tolist()
+
+
+def _among(drawn: Tensor, tied: Tensor, right: Tensor) -> Tensor:
+    """Probability that ``drawn`` random candidates out of ``tied`` equal ones include one of the ``right`` ones."""
+    drawn, wrong = drawn.clamp(min=0), tied - right
+    # C(wrong, drawn) / C(tied, drawn), computed with log-factorials.
+    of_wrong, of_all = (
+        torch.lgamma(n.double() + 1) - torch.lgamma((n - drawn).clamp(min=0).double() + 1) for n in (wrong, tied)
+    )
+    missed = (of_wrong - of_all).exp()
+    return torch.where(drawn == 0, 0.0, torch.where(drawn > wrong, 1.0, 1 - missed))

@@ -1,7 +1,31 @@
-"""Segmentation: a class of every pixel."""
+"""Segmentation: a class of every pixel.  Its figures are Dice, intersection over union and Hausdorff distance.
+
+Class 0 is the background and is excluded from all means.  Unknown pixels (`IGNORE`, any negative label)
+are ignored everywhere.
+
+Dice follows MONAI's ``DiceMetric`` with its defaults, healthy cases excepted.  2 |P ∩ T| / (|P| + |T|) is computed for
+every case and every class that the case's truth T contains; a class that T lacks has no Dice there.  In a case without
+any object, every class that is predicted has Dice 0, as in nnU-Net, so that false alarms count.  The mean is taken over
+cases, then over classes.  A case is an image, or all slices of a volume or tiles of a picture
+(`fedkern.data.Split.cases`).
+
+The intersection over union is that of PASCAL VOC: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, then the
+mean over classes.
+
+A class that the truth of a whole test set lacks has no figure, and no mean counts it.
+
+Dice and intersection over union count the pixels of the masks in the size in which they are given
+(`fedkern.data.Split.full`): a pixel that a network sees counts for all pixels that were resized to it.  The other
+figures are of the resized masks.
+
+The Hausdorff distance is the 95th percentile of the distances from one mask's outline to the other's, in pixels, the
+larger of both directions.  If a class is not found at all, the distance is the image's diagonal, as BraTS counts a
+missed tumour.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +37,12 @@ from torch import Tensor, nn
 
 from fedkern.image_rows import in_parts
 from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, named
-from fedkern.tasks.segmentation_figures import IGNORE, constant_dice, largest_classes, segmentation
 
 PIXELS = 1 << 19
 """Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
+IGNORE = -100
+"""Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
+Mask = npt.NDArray[np.bool_]
 
 
 class Segmentation(Task):
@@ -123,3 +149,169 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
         return (losses.sum(1) / known.flatten(1).sum(1).clamp_min(1)).mean()
     # Bit-identical to cross_entropy's own mean, except that no known pixels give 0 instead of NaN.
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / known.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
+    """Figures of a network with logits [B, C, H, W].
+
+    Args:
+        model: in eval mode.
+        data: ``data.batches()`` yields batches with labels int64 [B, H, W] as targets.  ``data.cases`` int64 [n], if
+            present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
+            classes [n, H, W] in order, and ``data.keep``, if present and not None, the Dice of every class, fp64 [C],
+            the background's first (NaN for a class that no truth contains).
+
+    Returns:
+        ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
+        class, ``dice_1`` and so on by class number.  A class that no truth contains has no figure.  If no truth
+        contains any foreground class, there is neither ``dice`` nor ``iou`` nor ``hd95``.
+
+    Raises:
+        ValueError: no pixel has a label.
+    """
+    loss, known = 0.0, 0
+    full = getattr(data, "full", None)
+    counts: list[Tensor] = []  # per image and class: pixels in both, predicted, true
+    distances: list[float] = []
+    predictions: list[Tensor] = []
+    for batch in data.batches():
+        logits, labels = model(batch.inputs), batch.targets
+        here = labels >= 0
+        truth = labels.clamp_min(0)
+        loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][here].double().sum())
+        known += int(here.sum())
+        predicted = logits.argmax(1)
+        if full is None:
+            counts.append(overlaps(predicted, labels, logits.shape[1]))
+        else:
+            counts.append(full.overlaps(predicted, sum(map(len, counts)), logits.shape[1]))
+        distances += _distances(predicted.cpu().numpy(), labels.cpu().numpy())
+        predictions.append(predicted.to(torch.uint8 if logits.shape[1] <= 256 else torch.int64))
+    if known == 0:
+        raise ValueError("data: expected at least one labelled pixel, given none")
+    record = getattr(data, "record", None)
+    if record is not None:
+        record(torch.cat(predictions))
+    cases = getattr(data, "cases", None)
+    per_image = torch.cat(counts)
+    every = dice(per_image if cases is None else _together(per_image, cases))
+    keep = getattr(data, "keep", None)
+    if keep is not None:
+        keep(every)
+    by_class = every[1:]
+    both, said, true = per_image.sum(0).double().unbind(0)
+    union = torch.where(true > 0, said + true - both, math.nan)[1:]
+    means = {"dice": float(by_class.nanmean()), "iou": float((both[1:] / union).nanmean())}
+    figures = {**{name: mean for name, mean in means.items() if not math.isnan(mean)}, "loss": loss / known}
+    if distances:
+        figures["hd95"] = float(np.mean(distances))
+    if len(by_class) > 1:
+        figures |= {f"dice_{c}": value for c, value in enumerate(by_class.tolist(), 1) if not math.isnan(value)}
+    return figures
+
+
+def largest_classes(labels: Tensor) -> Tensor:
+    """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
+    top = int(labels.max()) if labels.numel() else 0
+    counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
+    return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
+
+
+def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Pixel counts of every image and class (in both, predicted, true): int64 [B, 3, C] on the CPU.
+
+    Args:
+        predicted: int64 [B, *positions].
+        truth: int64 of the same shape; pixels of a negative class are left out of all three counts.
+    """
+    rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
+    guess, label = predicted.reshape(-1), truth.reshape(-1)
+    known = label >= 0
+    rows, guess, label = rows[known], guess[known], label[known]
+
+    def count(rows: Tensor, of: Tensor) -> Tensor:
+        return torch.bincount(rows * classes + of, minlength=len(truth) * classes).view(len(truth), classes).cpu()
+
+    right = guess == label
+    return torch.stack([count(rows[right], label[right]), count(rows, guess), count(rows, label)], 1)
+
+
+def dice(counts: Tensor) -> Tensor:
+    """Mean over cases of 2 |P ∩ T| / (|P| + |T|) for every class, fp64 [C]; NaN for a class that no truth contains.
+
+    A case counts for the classes of its truth; without any object, for the classes that are predicted.
+
+    Args:
+        counts: int64 [n, 3, C], as from :func:`overlaps`.
+    """
+    both, said, true = counts.double().unbind(1)
+    healthy = true[:, 1:].sum(1, keepdim=True) == 0
+    counted = (true.sum(0) > 0) & ((true > 0) | (healthy & (said > 0)))
+    return torch.where(counted, 2 * both / (said + true), math.nan).nanmean(0)
+
+
+def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None, full: Any = None) -> tuple[float, int]:
+    """The largest ``dice`` that predicting one class for every pixel gives, and that class.
+
+    Args:
+        labels: int64 [n, H, W], negative where the class is unknown.
+        cases: int64 [n], the case of every image; None: every image is a case.
+        full: the masks in the size in which they are given; None: ``labels`` are.
+    """
+    if full is None:
+        counts = torch.cat([overlaps(part, part, classes) for part in in_parts(labels)])
+    else:
+        counts = full.overlaps(torch.zeros(labels.shape, dtype=torch.uint8), 0, classes)
+        counts[:, 0] = counts[:, 2]
+    counts[:, 1] = counts[:, 2].sum(1, keepdim=True)  # all known pixels are predicted as the class
+    found = dice(counts if cases is None else _together(counts, cases))[1:]
+    present = int((~found.isnan()).sum())
+    if not present:
+        return 0.0, 0
+    best = int(found.nan_to_num(-1.0).argmax())
+    return float(found[best]) / present, best + 1
+
+
+def hausdorff95(predicted: Mask, truth: Mask) -> float:
+    """The 95th percentile of the surface distances between two masks of any dimension, the larger of both directions.
+
+    A mask's surface is the set of its positions with a neighbour (along an axis) outside the mask or the image.
+
+    Args:
+        predicted, truth: bool, same shape.
+
+    Returns:
+        The distance in pixels; 0 if both masks are empty, the image's diagonal if one mask is empty.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    from scipy import ndimage
+
+    if predicted.shape != truth.shape:
+        raise ValueError(f"truth: expected shape {list(predicted.shape)}, got {list(truth.shape)}")
+    if not predicted.any() or not truth.any():
+        return 0.0 if predicted.any() == truth.any() else math.hypot(*truth.shape)
+    # Both surfaces lie within the bounding box of both masks.
+    boxes = ndimage.find_objects((predicted | truth).astype(np.int8))
+    predicted, truth = np.pad(predicted[boxes[0]], 1), np.pad(truth[boxes[0]], 1)
+    outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, truth)]
+    far = [ndimage.distance_transform_edt(~outline) for outline in outlines]
+    return float(max(np.percentile(far[1][outlines[0]], 95), np.percentile(far[0][outlines[1]], 95)))
+
+
+def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
+    """Hausdorff distances of every image and every foreground class in the image's truth."""
+    found = []
+    for guess, label in zip(predicted, truth, strict=True):
+        known = label >= 0
+        for c in np.unique(label[label > 0]):
+            found.append(hausdorff95((guess == c) & known, label == c))
+    return found
+
+
+def _together(counts: Tensor, cases: Tensor) -> Tensor:
+    """Sums the images' counts [n, 3, C] by case."""
+    names, case = torch.unique(cases.cpu(), return_inverse=True)
+    return counts.new_zeros(len(names), *counts.shape[1:]).index_add_(0, case, counts)

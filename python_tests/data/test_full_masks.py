@@ -18,7 +18,7 @@ from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.downstream.prediction import Predictor, write_masks
 from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError
-from fedkern.tasks.segmentation_figures import constant_dice, dice, overlaps, segmentation
+from fedkern.tasks.segmentation import constant_dice, dice, overlaps, segmentation
 
 SIDES = (40, 40), (64, 48), (16, 16), (24, 72), (8, 12)
 

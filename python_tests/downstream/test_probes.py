@@ -15,7 +15,7 @@ from fedkern.data import IGNORE
 from fedkern.downstream import probes
 from fedkern.downstream.decoder import Pixelwise, train_decoder
 from fedkern.models import build_pair
-from fedkern.tasks.segmentation_figures import segmentation
+from fedkern.tasks.segmentation import segmentation
 
 
 def blobs(n: int = 60, classes: int = 3, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

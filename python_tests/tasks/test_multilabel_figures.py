@@ -12,7 +12,7 @@ import torch
 
 from fedkern.methods.protocol import Batch
 from fedkern.tasks import MULTILABEL
-from fedkern.tasks import multilabel_figures as of_labels
+from fedkern.tasks import multilabel as of_labels
 from fedkern.tasks.classification_figures import areas
 
 NONE = np.zeros(0, dtype=np.int64)

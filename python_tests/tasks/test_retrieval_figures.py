@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkern.tasks import retrieval_figures as retrieval
-from fedkern.tasks.retrieval_figures import Gallery, recalls
+from fedkern.tasks import retrieval
+from fedkern.tasks.retrieval import Gallery, recalls
 
 
 def unit(*shape: int) -> torch.Tensor:

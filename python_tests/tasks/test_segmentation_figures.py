@@ -23,8 +23,7 @@ from fedkern.methods import METHODS, Phase, Scaffold
 from fedkern.methods.protocol import Batch
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import SEGMENTATION
-from fedkern.tasks.segmentation import pixelwise_loss
-from fedkern.tasks.segmentation_figures import constant_dice, dice, hausdorff95, overlaps, segmentation
+from fedkern.tasks.segmentation import constant_dice, dice, hausdorff95, overlaps, pixelwise_loss, segmentation
 
 METHODS_HERE = sorted(name for name, kind in METHODS.items() if kind.serves(SEGMENTATION))
 

@@ -12,7 +12,7 @@ from fedkern.image_rows import in_parts
 from fedkern.methods.protocol import Observed
 from fedkern.tasks import Constant
 from fedkern.tasks.figure_names import OVER_CLIENTS, scale, set_noun, short_title, split_metric
-from fedkern.tasks.multilabel_figures import MAIN as AREA
+from fedkern.tasks.multilabel import MAIN as AREA
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1

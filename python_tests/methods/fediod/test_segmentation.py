@@ -19,7 +19,7 @@ from fedkern.methods.fediod.losses import distillation, diversity, importance, m
 from fedkern.methods.fediod.presets import IODOptions, settle
 
 _spec = importlib.util.spec_from_file_location(
-    "segmented", Path(__file__).parents[1] / "common" / "test_segmentation_figures.py"
+    "segmented", Path(__file__).parents[2] / "tasks" / "test_segmentation_figures.py"
 )
 segmented = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(segmented)
