@@ -314,8 +314,7 @@ class Task:
 
     def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         """The answer to a sample in words, from the classes' probabilities."""
-        best = int(probabilities.argmax())
-        return f"{classes[best]}  {float(probabilities[best]):.3f}"
+        return f"{self.predicted(probabilities, classes)}  {float(probabilities.max()):.3f}"
 
 
 def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
