@@ -210,7 +210,7 @@ def predict(request: Request) -> int:
         put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
     for path, probabilities in first:
-        print(f"{path}  {predictor.said(probabilities)}")
+        print(f"{path}  {predictor.task.said(probabilities, predictor.classes)}")
     if len(paths) > shown > 0:
         print("...")
     count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"

@@ -31,9 +31,9 @@ TOLERANCE = 1e-4
 class Deployed(nn.Module):
     """The network with the normalisation of its images, per channel: from images in [0, 1] to logits."""
 
-    def __init__(self, module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, predictor: Predictor) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.task, mean, std = predictor.module, predictor.task, predictor.mean, predictor.std
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
@@ -59,14 +59,14 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
             cannot be written; nothing is then left.
     """
     module = predictor.module.cpu()
-    writers: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {"onnx": _onnx, "torch-export": _program}
+    writers: dict[str, Callable[[Deployed, Tensor, Path], None]] = {"onnx": _onnx, "torch-export": _program}
     if kind == "state-dict":
         state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         atomic.write(out, lambda temporary: torch.save(state, temporary))
     else:
         # Two images: a batch of one would be taken for a constant.
         example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
-        deployed = Deployed(module, predictor.mean, predictor.std).eval()
+        deployed = Deployed(predictor).eval()
         try:
             atomic.write(out, lambda temporary: writers[kind](deployed, example, temporary))
         except UserError:
@@ -103,17 +103,17 @@ def _traced(deployed: nn.Module, example: Tensor) -> Any:
     return torch.export.export(deployed, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
-def _program(deployed: nn.Module, example: Tensor, path: Path) -> None:
+def _program(deployed: Deployed, example: Tensor, path: Path) -> None:
     with path.open("w+b") as file:
         torch.export.save(_traced(deployed, example), file)
         file.seek(0)
         program = torch.export.load(file)
     if any(str(node.target).startswith("fedkern.") for node in program.graph.nodes):
         raise UserError("This network has operators of fedkern, which nothing else reads: take --format state-dict.")
-    _check(program.module()(example), deployed(example))
+    _check(program.module()(example), deployed, example)
 
 
-def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
+def _onnx(deployed: Deployed, example: Tensor, path: Path) -> None:
     onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
     _traced(deployed, example)  # its error is clearer than that of the exporter
     logging.getLogger(ONNX_LOG).addFilter(_of_the_network)
@@ -128,7 +128,7 @@ def _onnx(deployed: nn.Module, example: Tensor, path: Path) -> None:
     onnx.checker.check_model(str(path))
     if find_spec("onnxruntime") is not None:
         session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        _check(torch.from_numpy(session.run(None, {"images": example.numpy()})[0]), deployed(example))
+        _check(torch.from_numpy(session.run(None, {"images": example.numpy()})[0]), deployed, example)
 
 
 def _of_the_network(record: logging.LogRecord) -> bool:
@@ -137,8 +137,9 @@ def _of_the_network(record: logging.LogRecord) -> bool:
 
 
 @torch.no_grad()
-def _check(found: Tensor, expected: Tensor) -> None:
-    difference = float((found.float().softmax(1) - expected.float().softmax(1)).abs().max())
+def _check(found: Tensor, deployed: Deployed, example: Tensor) -> None:
+    there, here = map(deployed.task.probabilities, (found.float(), deployed(example).float()))
+    difference = float((there - here).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(
             f"The exported network's probabilities differ from the run's by {difference:.2g}: take --format state-dict."

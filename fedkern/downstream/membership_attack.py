@@ -77,9 +77,8 @@ def attack(
         * ``untrained``: number of samples left out because the method kept them from the training, where there are any.
 
     Raises:
-        UserError: the run is not finished or damaged, its data are gone, its task is neither classification nor
-            segmentation, there are fewer than two members or others, a loss of the model is NaN, or the result cannot
-            be written.
+        UserError: the run is not finished or damaged, its data are gone, its networks tell no classes, there are fewer
+            than two members or others, a loss of the model is NaN, or the result cannot be written.
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
@@ -87,9 +86,7 @@ def attack(
     network, _ = read_model(out, trusted, model, best=best)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if "classes" not in data.task.offers:
-        raise UserError(
-            f"The membership attack is for classification and segmentation, and {out} is for {data.task.name}."
-        )
+        raise UserError(f"The membership attack is for classes of images or pixels, and {out} is for {data.task.name}.")
     splits, untrained = trained(config, data)
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
     others = losses(network, test, data)
@@ -137,9 +134,7 @@ def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor,
         The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
     """
     splits = (*members, others)
-    known = [
-        torch.cat([(part >= 0).reshape(len(part), -1).any(1) for part in in_parts(split.labels)]) for split in splits
-    ]
+    known = [torch.cat([(part[:, None] >= 0).flatten(1).any(1) for part in in_parts(one.labels)]) for one in splits]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
         own = [n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
         if len(own) == len(splits):
@@ -178,9 +173,8 @@ def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
     """
     values = []
     for rows in batch_slices(len(split), BATCH):
-        images, labels = split.images[rows], split.labels[rows]
-        logits = model(normalise(images, data.mean, data.std)).double()
-        values.append(split.task.sample_losses(logits, labels))
+        logits = model(normalise(split.images[rows], data.mean, data.std)).double()
+        values.append(split.task.sample_losses(logits, split.labels[rows]))
     return torch.cat(values)
 
 

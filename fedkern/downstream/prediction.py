@@ -28,7 +28,7 @@ from fedkern.torch_modes import reproducible
 
 Value = TypeVar("Value")
 Row = tuple[Path, Tensor, Tensor]
-"""A file, its answer, and its size before resizing."""
+"""A file, its probabilities, and its size (width, height) before resizing."""
 
 BATCH = 250
 """Most images that a network sees at once; a batch may have one image more (see ``batch_slices``)."""
@@ -135,25 +135,17 @@ class Predictor:
             parts.append(self.task.probabilities(self.module(batch).float()).cpu())
         return torch.cat(parts)
 
-    def said(self, probabilities: Tensor) -> str:
-        """The class of an image with its probability, or all labels above one half with theirs, in words."""
-        return self.task.said(probabilities, self.classes)
-
     @reproducible()
     def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
         """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time."""
         slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
         return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
 
-    def files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor, Tensor]]:
-        """Yields every file with its answer and its size (width, height) before resizing, decoding a batch at a time.
-
-        The answer is fp32 ``[classes]``, probabilities; for segmentation uint8 ``[H, W]``, the class of every pixel.
-        """
+    def files(self, paths: Sequence[Path]) -> Iterator[Row]:
+        """Yields every file with its probabilities and its size, decoding a batch at a time."""
         for rows in batch_slices(len(paths), self.batch):
             images, sizes = self.read(paths[rows])
-            answers = ANSWERS.get(self.task.network, Tensor.cpu)(self.probabilities(images))
-            yield from zip(paths[rows], answers, sizes, strict=True)
+            yield from zip(paths[rows], self.probabilities(images), sizes, strict=True)
 
 
 def found_images(given: Sequence[Path]) -> list[Path]:
@@ -224,8 +216,7 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
 
     Args:
         folder: is made; it must not exist.
-        rows: every image with the class of every pixel, uint8 ``[H, W]``, and its size (width, height), in the order
-            of ``paths``.
+        rows: every image with its probabilities, fp32 ``[classes, H, W]``, and its size, in the order of ``paths``.
 
     Raises:
         UserError: two images have one name, the folder cannot be written, or that of ``rows``; nothing is then left
@@ -246,7 +237,8 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
         raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder with --out.") from None
     try:
         for name, (_, answer, size) in zip(names, rows, strict=True):
-            whole = Image.fromarray(answer.numpy()).resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
+            mask = Image.fromarray(answer.argmax(0).to(torch.uint8).numpy())
+            whole = mask.resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
             with (part / name).open("wb") as file:
                 whole.save(file, format="PNG")
                 file.flush()
@@ -260,8 +252,6 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
         raise
 
 
-ANSWERS: Mapping[str, Callable[[Tensor], Tensor]] = {"pixels": lambda answers: answers.argmax(1).to(torch.uint8)}
-"""What is written of probabilities, by what the network gives (`fedkern.tasks.Task.network`); else they themselves."""
 WRITERS: Mapping[str, tuple[str, int, Callable[[Path, Predictor, Sequence[Path], Iterable[Row]], None]]] = {
     "classes": ("predictions.csv", 5, lambda out, predictor, paths, rows: write_table(out, predictor, rows)),
     "pixels": ("masks", 0, lambda out, predictor, paths, rows: write_masks(out, paths, rows)),

@@ -25,7 +25,7 @@ from fedkern.inputs import parse_json
 from fedkern.methods import registry
 from fedkern.settings.config import check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
-from fedkern.tasks import CLASSIFICATION, TASKS, Task
+from fedkern.tasks import TASKS, Task
 from fedkern.torch_modes import reproducible
 
 
@@ -38,10 +38,10 @@ class Outline:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     client_sizes: tuple[int, ...]
+    task: Task
     clients: tuple[()] = ()
     tests: Mapping[str, Any] = field(default_factory=dict)
     public: None = None
-    task: Task = CLASSIFICATION
 
 
 def _list(kind: Callable[[Any], bool], length: int | None = None, least: int = 1) -> Callable[[Any], bool]:
@@ -194,8 +194,7 @@ def read_model(
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
-        name = "pair of encoders" if "pair" in about else about["model"]
-        kind = f"module of {about['method']}" if "samples" in about else name
+        kind = f"module of {about['method']}" if "samples" in about else about["model"]
         raise UserError(f"{path} does not hold the parameters of a {kind}: {mend}.") from None
     return network.eval(), about
 

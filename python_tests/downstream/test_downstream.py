@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedkern.cli.front_page import TASKS
 from fedkern.data import Split, load
-from fedkern.downstream import Finished, probe, retrieve, zero_shot
+from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.engine.run import run
 from fedkern.errors import UserError
@@ -22,6 +22,7 @@ from fedkern.methods.baselines.alone import Pairs
 from fedkern.models import PairNetwork, Tokens, build_pair
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import MULTILABEL, ORDINAL, SEGMENTATION
 
 CLASSES = ("ant", "bee", "cow")
 SMALL = {"test_samples": 12, "validation_samples": 6}
@@ -101,6 +102,29 @@ def test_probes_learn_what_features_tell(features: str) -> None:
         ("seen", 2), ("unseen", 2), ("seen", "all"), ("unseen", "all"),
     ]  # fmt: skip
     assert all(row["accuracy"] == row["auc"] == 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        (SEGMENTATION, torch.zeros(18, 16, 16).long()), (MULTILABEL, torch.zeros(18, 3, dtype=torch.uint8)),
+        (ORDINAL, torch.zeros(18).long()),
+    ],
+)  # fmt: skip
+def test_what_is_no_single_class_of_an_image_is_refused(task: Any, labels: torch.Tensor) -> None:
+    other = dataclasses.replace(shown([0, 1, 2] * 6), labels=labels, task=task, texts=None)
+    made = finished(build_small())
+    made.data = dataclasses.replace(made.data, clients=(other, other), validation=other, tests={"": other})
+    for command in (zero_shot, probe):
+        with pytest.raises(UserError, match=f"is for {task.name}: these tasks tell the single class"):
+            command(made)
+    with pytest.raises(UserError, match="has no texts"):
+        retrieve(made)
+    if task is SEGMENTATION:
+        assert [row["set"] for row in decode(made, epochs=1)] == ["seen"]
+        return
+    with pytest.raises(UserError, match="has no masks to learn a segmentation from"):
+        decode(made)
 
 
 def build_small() -> PairNetwork:
