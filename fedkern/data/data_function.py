@@ -75,7 +75,7 @@ class DataFunction:
                 raise
             raise self._wrong(f"fails ({described(error)}){origin(error, self.function)}") from error
         if isinstance(made, Source):
-            made = made.with_pools(self._named)
+            made = made.with_pools(self._registered)
             self._check_source(made)
             return made
         if not isinstance(made, FederatedData):
@@ -96,7 +96,6 @@ class DataFunction:
 
     def _check_source(self, source: Source) -> None:
         pool = source.train
-        self._check_task(pool.task)
         if not len(pool):
             raise self._wrong("returns no training sample")
         for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
@@ -110,7 +109,8 @@ class DataFunction:
             raise self._wrong("returns no test set")
 
     def _check_federated(self, data: FederatedData) -> None:
-        self._check_task(data.task)
+        if data.task != self.task:
+            raise self._other(data.task)
         if not data.clients or not data.tests:
             raise self._wrong(f"returns no {'test set' if data.clients else 'client'}")
         splits = {f"client {k}": split for k, split in enumerate(data.clients)}
@@ -125,15 +125,15 @@ class DataFunction:
                 "deviations"
             )
 
-    def _named(self, pool: Pool) -> Pool:
-        """The pool for the registered task, where nobody names its task and such labels can have this one."""
-        told = pool.labels, pool.texts, pool.targets
-        able = self.task.target == pool.task.target and pool.task == task_of(*told)
-        return dataclasses.replace(pool, task=self.task) if able else pool
+    def _registered(self, pool: Pool) -> Pool:
+        """The pool for the task that the data are registered for."""
+        try:
+            return dataclasses.replace(pool, task=task_of(pool.labels, pool.texts, pool.targets, self.task.name))
+        except ValueError:
+            raise self._other(pool.task) from None
 
-    def _check_task(self, task: Task) -> None:
-        if task != self.task:
-            raise self._wrong(f"returns data for {task.name}, but is registered for {self.task.name}")
+    def _other(self, task: Task) -> UserError:
+        return self._wrong(f"returns data for {task.name}, but is registered for {self.task.name}")
 
     def _check_labels(self, part: Pool | Split, where: str, classes: int) -> None:
         try:

@@ -162,7 +162,7 @@ def evaluate(
             return method.evaluate(network, sets[prefix])
 
     ordinary = type(method).evaluate is Method.evaluate
-    batches = (data.task.side_by_side(-(-len(data) // data.batch)) for data in sets.values())
+    batches = (-(-len(data) // data.batch) for data in sets.values() if data.task.concurrent)
     if ordinary and 1 < at_once < max(batches, default=0):
         with _threads(at_once) as pool:
             for data in sets.values():

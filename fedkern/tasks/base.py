@@ -70,6 +70,8 @@ class Task:
             - ``"pairs"``: the targets are the samples' texts;
             - ``"images"``: the inputs are images;
             - ``"features"``: the outputs are linear in one feature vector of a sample.
+        outside: most samples of a batch outside of training.
+        concurrent: whether several batches of a set may be evaluated at once.
         lacks: what a set lacks that cannot have the main figure, such as "no mask with an object".
     """
 
@@ -82,6 +84,8 @@ class Task:
     network: ClassVar[str] = "classes"
     pictures: ClassVar[tuple[str, ...]] = ()
     offers: ClassVar[frozenset[str]] = frozenset({"loss"})
+    outside: ClassVar[int] = 512
+    concurrent: ClassVar[bool] = False
     lacks: ClassVar[str] = ""
 
     def __reduce__(self) -> str:
@@ -100,10 +104,6 @@ class Task:
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of every sample with a known target, ``[n]``; the others are left out."""
         raise NotImplementedError
-
-    def outside(self, size: int) -> int:
-        """Samples of a batch outside of training, of at most ``size``."""
-        return size
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -140,10 +140,6 @@ class Task:
     def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
         """Shape of what :meth:`figures` keeps of a network."""
         return len(data), classes
-
-    def side_by_side(self, batches: int) -> int:
-        """How many of a set's batches may be evaluated at once."""
-        return 1
 
     def batch_size(self, size: int, positions: int) -> int:
         """Samples of an evaluation's batch, of at most ``size``, by the number of an image's pixels."""

@@ -26,6 +26,7 @@ class Classification(Task):
     name, main = "classification", "accuracy"
     pictures = ("gradcam",)
     offers = frozenset({"loss", "criterion", "classes", "images", "features"})
+    concurrent = True
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(outputs, batch.targets)
@@ -113,9 +114,6 @@ class Classification(Task):
             matrices = [of_classes.confusion(labels, logits.double().argmax(1), len(names)) for logits in kept]
             matrix = torch.stack(matrices).sum(0)
         return Figures(metrics, per_class, matrix)
-
-    def side_by_side(self, batches: int) -> int:
-        return batches
 
     def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
         labels = data.labels.cpu()

@@ -29,15 +29,13 @@ class Multilabel(Task):
     target, partition = "labels", "iid"
     offers = frozenset({"loss", "criterion", "images"})
     lacks = "no label that some images have and others lack"
+    outside = 16
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, batch.targets.to(outputs.dtype))
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").mean(1)
-
-    def outside(self, size: int) -> int:
-        return 16
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:

@@ -52,6 +52,7 @@ class Segmentation(Task):
     target, network, pictures = "pixels", "pixels", ("segmentation",)
     offers = frozenset({"loss", "classes", "pixels", "images"})
     lacks = "no mask with an object"
+    outside = 16  # logits are as large as the images
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         return pixelwise_loss(outputs, batch.targets, per_sample=batch.per_sample)
@@ -62,9 +63,6 @@ class Segmentation(Task):
         pixels = known.sum(1)
         mean = torch.where(known, loss, 0.0).sum(1) / pixels
         return mean[pixels > 0]
-
-    def outside(self, size: int) -> int:
-        return 16  # logits are as large as the images
 
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
         return segmentation(model, data)

@@ -75,7 +75,7 @@ class FedDF(Distilled):
         if o.source == "public" and server.public is not None:
             pool = Pool(teachers, len(server.public), server.image_shape)
             # Logits of a segmentation have a value per pixel and class: smaller batches.
-            for batch in server.public.batches(server.task.outside(500)):
+            for batch in server.public.batches(min(server.task.outside, 500)):
                 pool.add(batch.inputs)
             return pool
         pool = Pool(teachers, o.synthetic, server.image_shape)

@@ -95,7 +95,7 @@ class Scaffold(FedAvg):
         total = flat.gradients()
         # Samples; in a segmentation, pixels.
         known = torch.stack([(part >= 0).sum() for part in in_parts(client.labels)]).sum().clamp_min(1)
-        for batch in client.batches(client.task.outside(GRADIENT_BATCH)):
+        for batch in client.batches(min(client.task.outside, GRADIENT_BATCH)):
             share = float((batch.targets >= 0).sum() / known)
             (share * batch.task.loss(network, batch)).backward()
         return total

@@ -37,7 +37,7 @@ class Held:
 
     def batches(self) -> Iterator[Batch]:
         """The samples in order, not augmented."""
-        for part in batch_slices(len(self), self.task.outside(500)):
+        for part in batch_slices(len(self), min(self.task.outside, 500)):
             yield self._client.batch(self._rows[part])
 
 
