@@ -218,7 +218,7 @@ DATASETS: dict[str, DatasetInfo] = {
         partial(_read, open_csv), 5, "dirichlet:0.5",
         options={
             **_READING,
-            "task": DataOption("auto", "multilabel: labels counts, also with one in every row", choices=CSV_TASKS),
+            "task": DataOption("auto", "what is learnt, where the columns do not tell (labels: multilabel)", choices=CSV_TASKS),
             "order": DataOption("", "the classes in their order, separated by | (default: sorted)"),
             **_columns("path", "label", "labels", "split"),
         },
@@ -355,8 +355,8 @@ def register_data(
         name: the data set's name; the docstring's first line is what ``list`` says of it.
         clients: default number of clients.
         partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
-        task: ``"classification"``, ``"multilabel"`` (labels uint8 ``[n, L]``, 1 where an image has the label),
-            ``"segmentation"`` or ``"retrieval"``.
+        task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; of ``"multilabel"`` labels are uint8
+            ``[n, L]``, 1 where an image has the label.
 
     Raises:
         ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
