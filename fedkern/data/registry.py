@@ -218,7 +218,7 @@ DATASETS: dict[str, DatasetInfo] = {
         partial(_read, open_csv), 5, "dirichlet:0.5",
         options={
             **_READING,
-            "task": DataOption("auto", "what is learnt, where the columns do not tell (labels: multilabel)", choices=CSV_TASKS),
+            "task": DataOption("auto", "what is learnt, where the columns do not tell", choices=CSV_TASKS),
             "order": DataOption("", "the classes in their order, separated by | (default: sorted)"),
             **_columns("path", "label", "labels", "split"),
         },
