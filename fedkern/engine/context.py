@@ -20,7 +20,8 @@ from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
-from fedkern.models.own import seeded
+from fedkern.models.freezing import freeze
+from fedkern.models.own import OwnNetwork, seeded
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_gives
@@ -120,6 +121,9 @@ class RunContext:
             if self._init is None:
                 self._init = initial_weights.read(self.config.init, self.config.init_sha256)
             load_by_name(network, self._init, self.config.init, self.model_name)
+        if self.config.freeze is not None and model in (None, self.config.model):
+            own = network.module if isinstance(network, OwnNetwork) else network
+            freeze(own, self.config.freeze.split(","), self.model_name)
         return network
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:

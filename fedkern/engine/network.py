@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
+from fedkern.methods.base import VECTORS
+from fedkern.models.freezing import frozen_norms, train_mode
 from fedkern.models.norms import fix_statistics
 from fedkern.models.own import channels_last
 from fedkern.models.python_state import attributes
@@ -20,7 +22,8 @@ class Network:
 
     Attributes:
         module: the network.
-        parameters: fp32 [P], a view of all parameters.
+        parameters: fp32 [P], a view of the trained parameters.
+        frozen: fp32 [F], a view of the parameters that are not trained where others are; no message holds them.
         buffers: fp32 [Q], a view of all floating buffers (running statistics).
         statistics: False when the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
         fixed: True where batch norm trains with the statistics in the buffers and leaves them as they are.
@@ -32,7 +35,9 @@ class Network:
         self.module: Any = module
         self._flat = ops.FlatParameters(module)
         self.parameters: Tensor = self._flat.parameters
+        self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
+        self._still = frozen_norms(module) if len(self.frozen) else []
         self._gradients: Tensor | None = None
         self._there: tuple[Tensor, int, Tensor] | None = None
         # Of a causal mask, for example: no sign of training that diverged.
@@ -96,21 +101,22 @@ class Network:
         """Puts the module in eval mode; without meaningful running statistics batch norm uses the batch's own."""
         self.module.eval()
         for layer in self.module.modules():
-            if isinstance(layer, _BatchNorm):
+            if isinstance(layer, _BatchNorm) and layer not in self._still:
                 layer.track_running_stats = self.statistics
                 layer.training = not self.statistics
 
     def train_mode(self) -> None:
-        """Puts the module in train mode; batch norm stays in eval mode where its statistics are fixed."""
+        """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
         self.module.train()
         for layer in self.module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.track_running_stats = True
-                layer.training = not self.fixed
+                layer.training = not (self.fixed or layer in self._still)
 
     def freeze(self) -> None:
-        """Takes the parameters out of autograd: they get no gradients."""
-        self.module.requires_grad_(False)
+        """Takes the parameters out of autograd, unless some are frozen already: their places would be others."""
+        if not len(self.frozen):
+            self.module.requires_grad_(False)
 
 
 class Part:
@@ -132,7 +138,7 @@ class Part:
         known = dict(network.module.named_children())
         if missing := [name for name in names if name not in known]:
             raise ValueError(f"parts: expected names of {', '.join(known)}, given {', '.join(missing)}")
-        self._stretches = {kind: _stretch(places, self.names) for kind, places in network.places.items()}
+        self._stretches = {kind: _stretch(network.places[kind], self.names) for kind in VECTORS}
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
 
@@ -193,8 +199,8 @@ class Trainable:
         self.gradients: Tensor = self._flat.gradients()
 
     def train_mode(self) -> None:
-        """Calls ``module.train()``; batch norm stays in eval mode where its statistics are fixed."""
-        self.module.train()
+        """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
+        train_mode(self.module)
         if self.fixed:
             fix_statistics(self.module)
 

@@ -75,6 +75,7 @@ from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.methods.base import Method
 from fedkern.models import available
+from fedkern.models.freezing import frozen_norms
 from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
@@ -252,7 +253,8 @@ def _played(
     states = ClientStates(here, store, context, progress, prepared.amplified)
     log = RoundLog(context, progress, states, listener, silent=prepared.silent, hint=_undeclared(prepared))
     releases = None if prepared.said is None else Releases(store.folder)
-    parameters = sum(parameter.numel() for parameter in context.build().parameters())
+    network = context.build()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     sets, own_sets, told = test_sets(context), client_sets(context), context.disclosure
     everybody, gallery = Everybody(context, store), Gallery(out, prepared.rounds)
     method, code, rounds = prepared.method, prepared.code, prepared.rounds
@@ -266,6 +268,8 @@ def _played(
             first_round=progress.done,
             samples=context.federation.samples,
             parameters=parameters,
+            frozen=sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad),
+            frozen_norms=len(frozen_norms(network)),
             rounds=tuple(entry for entry in prepared.plan if not entry.one_off),
             test_sets={prefix[:-1]: len(data) for prefix, data in sets.items()},
             data=context.data,

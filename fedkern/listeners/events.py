@@ -30,6 +30,7 @@ class RunInfo:
         guarantee: what the run's epsilon covers and what not; None where the run has no epsilon.
         model: name of the network, or of its two encoders; empty: the name in ``config``.
         workers: processes in which clients may work side by side; 1 where they work one after another.
+        frozen, frozen_norms: how many of the parameters are not trained, and the batch norms that stay in eval mode.
         worker_bytes: estimated memory of a worker, without the data, which all workers map.
     """
 
@@ -46,6 +47,8 @@ class RunInfo:
     guarantee: Guarantee | None = None
     workers: int = 1
     worker_bytes: int = 0
+    frozen: int = 0
+    frozen_norms: int = 0
 
 
 class Listener:

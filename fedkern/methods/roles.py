@@ -226,7 +226,8 @@ class Client(Node, Protocol):
 
         The loop minimises ``method.loss(module, batch, received)`` with the run's optimiser settings, a fresh optimiser
         state and the random streams of ``phase``.  It calls ``module.train()`` first: a module whose frozen parts must
-        stay in eval mode overrides ``train``.  ``adjust_gradient`` sees the trained parameters as one vector.
+        stay in eval mode overrides ``train``; batch norms whose parameters are frozen do.  ``adjust_gradient`` sees the
+        trained parameters as one vector.
 
         Args:
             module: the module, on ``device``.

@@ -336,14 +336,8 @@ def check_module(module: nn.Module, text: str) -> None:
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"the model {text} has {name} in its state dict, which is no tensor and cannot be saved.")
-    fixed = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    if fixed:
-        raise UserError(
-            f"the model {text} has {len(fixed)} parameters that need no gradient, the first is {fixed[0]}: every "
-            "parameter of a network is trained, so leave requires_grad on."
-        )
-    if not any(True for _ in module.parameters()):
-        raise UserError(f"the model {text} has no parameters, so there is nothing to train.")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UserError(f"the model {text} has no parameters that require gradients, so there is nothing to train.")
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from fedkern.ops._core.private_torch import functorch_active
 
 ALIGNED = 8  # elements, 16 bytes in 16 bits: at other addresses cuDNN finds no algorithm, or stops with an error
 
+_KINDS = ("parameters", "frozen", "buffers")
 # (owner, attribute, qualified name, tensor, is parameter)
 Entry = tuple[nn.Module, str, str, Tensor, bool]
 
@@ -28,12 +29,14 @@ class FlatGroup(NamedTuple):
         vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of
             eight elements.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
-        buffers: ``[Q]``, its last elements: frozen parameters of a module that also has trained ones, in the order of
-            ``module.parameters()``, then floating buffers in the order of ``module.buffers()``.
+        frozen: ``[F]``, the frozen parameters of a module that also has trained ones, in the order of
+            ``module.parameters()``; else empty.
+        buffers: ``[Q]``, its last elements: floating buffers in the order of ``module.buffers()``.
     """
 
     vector: Tensor
     parameters: Tensor
+    frozen: Tensor
     buffers: Tensor
 
 
@@ -42,7 +45,7 @@ class Slot(NamedTuple):
 
     name: str  # qualified name, as in state_dict
     tensor: Tensor
-    trained: bool  # lies in the group's ``parameters``
+    kind: str  # the group's vector that it was put into: ``parameters``, ``frozen`` or ``buffers``
     stride: tuple[int, ...]
     offset: int  # in elements, within its group's vector
 
@@ -71,11 +74,12 @@ class FlatParameters:
     ``state_dict`` keys, ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its
     state behave as before.  Shared (tied) tensors appear once.
 
-    Where some parameters are trained and others frozen (``requires_grad`` False), the frozen ones lie with the buffers,
-    behind the trained ones: :attr:`parameters` and :meth:`gradients` hold the trained ones alone, and ``sgd_step`` and
-    ``adamw_step`` leave the others as ``torch.optim`` does.  A module that is frozen as a whole has the layout of one
-    that is trained as a whole.  A parameter that the loss does not use has gradient 0, and steps decay it and move it
-    by its momentum, as ``torch.optim`` does after ``zero_grad(set_to_none=False)``; freeze it to keep it as it is.
+    Where some parameters are trained and others frozen (``requires_grad`` False), the frozen ones lie in
+    :attr:`frozen`, behind the trained ones: :attr:`parameters` and :meth:`gradients` hold the trained ones alone, and
+    ``sgd_step`` and ``adamw_step`` leave the others as ``torch.optim`` does.  A module that is frozen as a whole has
+    the layout of one that is trained as a whole.  A parameter that the loss does not use has gradient 0, and steps
+    decay it and move it by its momentum, as ``torch.optim`` does after ``zero_grad(set_to_none=False)``; freeze it to
+    keep it as it is.
 
     All tensors of a dtype share the vector's storage, a torch storage: ``untyped_storage().resize_`` frees or
     reallocates the memory of all of them.  The tensors of ``module.state_dict()`` view the same memory through storages
@@ -163,7 +167,7 @@ class FlatParameters:
 
     @property
     def vector(self) -> Tensor:
-        """``[N]``: parameters, then floating buffers, in the module's own memory.
+        """``[N]``: trained parameters, frozen ones, then floating buffers, in the module's own memory.
 
         Raises:
             ValueError: the module has several floating dtypes; use :attr:`groups`.
@@ -174,6 +178,11 @@ class FlatParameters:
     def parameters(self) -> Tensor:
         """``[P]``: the first elements of :attr:`vector`."""
         return self._only().parameters
+
+    @property
+    def frozen(self) -> Tensor:
+        """``[F]``: the frozen parameters of a module that also has trained ones, between these and the buffers."""
+        return self._only().frozen
 
     @property
     def buffers(self) -> Tensor:
@@ -197,13 +206,13 @@ class FlatParameters:
         self._load(vector, self._only().vector, "vector")
 
     def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
-        """As :meth:`load`, for what ``vectors`` has of ``parameters [P]``, ``buffers [Q]`` and ``integers [R]``."""
+        """As :meth:`load`, for what ``vectors`` has of ``parameters``, ``frozen``, ``buffers`` and ``integers``."""
         if not isinstance(vectors, Mapping):
             raise TypeError(f"vectors must map names to tensors, not be a {type(vectors).__name__}")
         group = self._only()  # once for all of them: it looks at every tensor
-        for name, target in (("parameters", group.parameters), ("buffers", group.buffers)):
+        for name in ("parameters", "frozen", "buffers"):
             if name in vectors:
-                self._load(vectors[name], target, name)
+                self._load(vectors[name], getattr(group, name), name)
         if "integers" in vectors:
             self._load_integers(vectors["integers"])
 
@@ -272,17 +281,19 @@ class FlatParameters:
         ]
 
     def places(self) -> dict[str, dict[str, slice]]:
-        """Returns where each tensor lies in :attr:`parameters`, :attr:`buffers` and :attr:`integers`, by name.
+        """Returns where each tensor lies in :attr:`parameters`, :attr:`frozen`, :attr:`buffers`, :attr:`integers`.
 
         Raises:
             ValueError: the module has several floating dtypes; use :meth:`layout`.
         """
         group = self._only()
-        found: dict[str, dict[str, slice]] = {"parameters": {}, "buffers": {}, "integers": {}}
+        found: dict[str, dict[str, slice]] = {"parameters": {}, "frozen": {}, "buffers": {}, "integers": {}}
         for slot in (slot for slots in self._slots.values() for slot in slots):
-            inside = slot.offset < len(group.parameters)  # also of a buffer that views one
-            begin = slot.offset if inside else slot.offset - group.buffers.storage_offset()
-            found["parameters" if inside else "buffers"][slot.name] = slice(begin, begin + slot.tensor.numel())
+            inside = [name for name in ("frozen", "buffers") if slot.offset >= getattr(group, name).storage_offset()]
+            kind = [name for name in inside if len(getattr(group, name))]
+            name = kind[-1] if kind else "parameters"  # also of a buffer that views a parameter
+            begin = slot.offset - getattr(group, name).storage_offset()
+            found[name][slot.name] = slice(begin, begin + slot.tensor.numel())
         end = 0
         for _, _, name, tensor, _ in self._integers:
             found["integers"][name] = slice(end, end := end + tensor.numel())
@@ -337,7 +348,7 @@ class FlatParameters:
             return torch.empty(0)
         if dtype not in self.groups:
             raise ValueError(f"dtype must be one of {', '.join(map(str, self._groups))}, not {dtype}")
-        slots = [slot for slot in self._slots[dtype] if slot.trained]
+        slots = [slot for slot in self._slots[dtype] if slot.kind == "parameters"]
         if slots and not any(slot.tensor.requires_grad for slot in slots):
             raise ValueError(
                 f"{type(self.module).__name__} has no gradients: all its parameters are frozen, and a step would only "
@@ -395,7 +406,9 @@ class FlatParameters:
 
     def __repr__(self) -> str:
         parts = [
-            f"{str(dtype).removeprefix('torch.')}: {len(group.parameters)} parameters + {len(group.buffers)} buffers"
+            f"{str(dtype).removeprefix('torch.')}: {len(group.parameters)} parameters + "
+            + (f"{len(group.frozen)} frozen + " if len(group.frozen) else "")
+            + f"{len(group.buffers)} buffers"
             for dtype, group in self._groups.items()
         ]
         return f"FlatParameters({type(self.module).__name__}, {', '.join(parts) or 'empty'})"
@@ -409,7 +422,7 @@ class FlatParameters:
             )
         if not self._groups:
             empty = torch.empty(0)
-            return FlatGroup(empty, empty, empty)
+            return FlatGroup(empty, empty, empty, empty)
         return next(iter(self._groups.values()))
 
     def _load(self, vector: Tensor, target: Tensor, name: str) -> None:
@@ -586,14 +599,18 @@ def _check_tensors(found: list[Entry]) -> None:
 
 def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[Slot]]:
     """Moves parameters and buffers into a vector; frozen parameters behind the trained ones if ``mixed``."""
-    trained = {
-        id(tensor) for *_, tensor, is_parameter in entries if is_parameter and (tensor.requires_grad or not mixed)
-    }
-    entries = sorted(entries, key=lambda entry: id(entry[3]) not in trained)
+
+    def kind(entry: Entry) -> str:
+        *_, tensor, is_parameter = entry
+        return "buffers" if not is_parameter else "frozen" if mixed and not tensor.requires_grad else "parameters"
+
+    entries = sorted(entries, key=lambda entry: _KINDS.index(kind(entry)))
     # Tensors that view exactly the same memory (weight = other.weight.data) keep sharing it.
     placed: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
-    offsets, sources, taken, end, parameters = [], [], [], 0, 0
-    for _, _, name, tensor, _ in entries:
+    offsets, sources, taken, end = [], [], [], 0
+    ends = dict.fromkeys(_KINDS, 0)
+    for entry in entries:
+        _, _, name, tensor, _ = entry
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in placed:
             offsets.append(placed[key])
@@ -604,8 +621,7 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
             sources.append((tensor, end))
             taken.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name))
             end += tensor.numel()
-        if id(tensor) in trained:
-            parameters = end
+        ends[kind(entry)] = end
     taken.sort()
     for (_, stop, name), (start, _, other) in itertools.pairwise(taken):
         if start < stop:
@@ -617,12 +633,16 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
         strides = {id(tensor): _dense_stride(tensor) for _, _, _, tensor, _ in entries}
         for tensor, offset in sources:
             torch.as_strided(vector, tensor.shape, strides[id(tensor)], offset).copy_(tensor)
-        for (_, _, name, tensor, _), offset in zip(entries, offsets, strict=True):
-            slot = Slot(name, tensor, id(tensor) in trained, strides[id(tensor)], offset)
-            tensor.data = _view_of(vector, slot)
+        for entry, offset in zip(entries, offsets, strict=True):
+            slot = Slot(entry[2], entry[3], kind(entry), strides[id(entry[3])], offset)
+            slot.tensor.data = _view_of(vector, slot)
             slots.append(slot)
-    buffers = min((slot.offset for slot in slots if not slot.trained and slot.offset >= parameters), default=end)
-    return FlatGroup(vector, vector[:parameters], vector[buffers:]), slots
+    parts, before = [], 0
+    for name in _KINDS:
+        begin = min((slot.offset for slot in slots if slot.kind == name and slot.offset >= before), default=before)
+        before = max(before, ends[name])
+        parts.append(vector[begin:before])
+    return FlatGroup(vector, *parts), slots
 
 
 def _view_of(flat: Tensor, slot: Slot) -> Tensor:

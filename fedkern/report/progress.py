@@ -57,8 +57,8 @@ def headline(run: RunInfo) -> list[str]:
     lines = [
         f"{config.method} on {config.data}: {who}, {training}, "
         f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
-        f"{run.model or config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
-        f"thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
+        f"{run.model or config.model} with {run.parameters:,} parameters{_frozen(run)} on {config.device}, "
+        f"{config.threads} thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
     ]
     sites = getattr(getattr(run, "data", None), "client_names", None) or ()
     if sites:
@@ -72,6 +72,11 @@ def headline(run: RunInfo) -> list[str]:
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines
+
+
+def _frozen(run: RunInfo) -> str:
+    norms = f" with {run.frozen_norms} batch norms in eval mode" if run.frozen_norms else ""
+    return f" ({run.frozen:,} frozen{norms})" if run.frozen else ""
 
 
 def _resized(data: Any) -> list[str]:

@@ -134,6 +134,11 @@ class RunConfig:
         type=str,
         path=absolute,
     )
+    freeze: str | None = option(
+        None,
+        "parameters of the network that stay as they are and never travel, by name: backbone.*,head.bias",
+        type=str,
+    )
     image_encoder: str = option(
         COMMON["image_encoder"],
         "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder",

@@ -85,15 +85,17 @@ def test_vector_holds_everything_once_in_order() -> None:
     module = net()
     flat = FlatParameters(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    buffers = [module.frozen.detach(), *(b for b in module.buffers() if b.is_floating_point())]
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
     assert torch.equal(flat.parameters, laid_out(parameters))
+    assert torch.equal(flat.frozen, laid_out([module.frozen]))
     assert torch.equal(flat.buffers, laid_out(buffers))
-    assert torch.equal(flat.vector, laid_out([*parameters, *buffers]))
-    assert {tensor.data_ptr() % 16 for tensor in [*parameters, *buffers]} == {0}
+    assert torch.equal(flat.vector, laid_out([*parameters, module.frozen, *buffers]))
+    assert {tensor.data_ptr() % 16 for tensor in [*parameters, module.frozen, *buffers]} == {0}
     whole, named = flat.places(), {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for kind, vector in (("parameters", flat.parameters), ("buffers", flat.buffers), ("integers", flat.integers)):
-        for name, place in whole[kind].items():
-            assert torch.equal(vector[place], named[name].detach().reshape(-1))
+    assert list(whole["frozen"]) == ["frozen"]
+    for kind, places in whole.items():
+        for name, place in places.items():
+            assert torch.equal(getattr(flat, kind)[place], named[name].detach().reshape(-1))
     assert sum(map(len, whole.values())) == len(flat.layout()) + 2  # the number of batches, and the mask
     assert flat.parameters.data_ptr() == flat.vector.data_ptr()
     assert flat.vector.is_contiguous()
@@ -153,6 +155,7 @@ def test_load_and_load_state_dict() -> None:
     flat.load_parameters(source.parameters)
     assert not flat.buffers.any()
     flat.load_buffers(source.buffers)
+    flat.load_vectors({"frozen": source.frozen})
     flat.load_integers(torch.tensor([0, 1, 1, 9]))
     assert torch.equal(flat.vector, source.vector)
     assert module.norm.num_batches_tracked.item() == 9
@@ -548,7 +551,8 @@ def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
     trained = [p for p in plain.parameters() if p.requires_grad]
     assert len(gradients) == len(flat.parameters) == len(laid_out(trained))
     others = [p for p in plain.parameters() if not p.requires_grad]
-    assert len(flat.buffers) == len(laid_out([*others, *(b for b in plain.buffers() if b.is_floating_point())]))
+    assert torch.equal(flat.frozen, laid_out(others))
+    assert len(flat.buffers) == len(laid_out(b for b in plain.buffers() if b.is_floating_point()))
     moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
     for number in (1, 2, 3):
         gradients.zero_()
@@ -609,7 +613,10 @@ def test_freezing_single_parameters_is_noticed() -> None:
     assert not flat.is_flat
     flat.flatten()
     assert torch.equal(flat.parameters, laid_out(module[1].parameters()))
-    assert torch.equal(flat.buffers[:12].view(4, 3), module[0].weight)
+    assert torch.equal(flat.frozen[:12].view(4, 3), module[0].weight)
+    flat.load_vectors({"frozen": torch.ones_like(flat.frozen)})
+    assert bool((module[0].weight == 1).all())
+    assert bool((module[1].running_mean == 0).all())
     assert copy.deepcopy(flat).layout() == pickle.loads(pickle.dumps(flat)).layout() == flat.layout()
     with pytest.raises(ValueError, match=r"here \('1\.weight'.*there \('0\.weight'"):
         flat.copy_(FlatParameters(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))))
@@ -623,7 +630,7 @@ def test_freezing_single_parameters_is_noticed() -> None:
 def test_frozen_parameters_of_another_dtype() -> None:
     module = nn.Sequential(nn.Linear(3, 4).half().requires_grad_(False), nn.Linear(4, 2))
     flat = FlatParameters(module)
-    assert len(flat.groups[torch.float16].buffers) == 20  # the bias begins at a multiple of eight
+    assert len(flat.groups[torch.float16].frozen) == 20  # the bias begins at a multiple of eight
     assert flat.gradients(torch.float16).shape == (0,)
     assert flat.gradients(torch.float32).shape == (10,)
 

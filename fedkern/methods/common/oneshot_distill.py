@@ -20,6 +20,7 @@ from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round
 from fedkern.methods.roles import Client, Node, Server
 from fedkern.methods.uploads import Declaration
 from fedkern.models.ensemble import Ensemble
+from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.transfer import send
 
@@ -137,7 +138,7 @@ class Distilled(MemberNetworks):
             student = flat.module
             if self.options.student_init == "average":
                 load(flat, server.state)
-            student.requires_grad_(True).train()
+            train_mode(student)
             self.distil(server, phase, Ensemble(self.members(server).modules()), student)
             refuse_diverged(student)
             server.state.update(vectors(flat))

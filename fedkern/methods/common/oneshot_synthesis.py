@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.models.ensemble import Ensemble
+from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.models.precision import full
 from fedkern.transfer import send
@@ -186,6 +187,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        network.train(training)
         for parameter, need in zip(network.parameters(), needed, strict=True):
             parameter.requires_grad_(need)
+        if training:
+            train_mode(network)

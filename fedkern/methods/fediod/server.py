@@ -19,6 +19,7 @@ from fedkern.methods.fediod.losses import distillation, importance, mixture, rea
 from fedkern.methods.fediod.privacy_options import tells_scores
 from fedkern.methods.protocol import Message, batch_slices
 from fedkern.methods.roles import Server
+from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
 from fedkern.transfer import send
@@ -103,7 +104,7 @@ class Workshop:
         state = server.state
         self.iteration: int = state["iteration"]
         self._student = flatten(server.build())
-        self.student = load(self._student, state["student"]).requires_grad_(True).train()
+        self.student = train_mode(load(self._student, state["student"]))
         vector = self._student.parameters.detach()  # all parameters as one tensor: one kernel a step
         vector.grad = self._to_student = self._student.gradients()
         lr, decay = options.student_lr, options.student_decay
@@ -126,7 +127,7 @@ class Workshop:
         o, state = self.options, self.server.state
         blank = torch.Generator().manual_seed(0)
         self._flat = flatten(make_generator(self.server, o, blank))
-        self.generator: Any = load(self._flat, state["generator"]).requires_grad_(True).train()
+        self.generator: Any = load(self._flat, state["generator"]).train()
         vector = self._flat.parameters.detach()
         vector.grad = self._to_generator = self._flat.gradients()
         self._adam = Adam([vector], o.generator_lr, (0.5, 0.999))

@@ -1,0 +1,48 @@
+"""Frozen parts of a network: parameters that no client trains and no message holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkern.errors import UserError, nearest
+
+
+def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
+    """Takes the parameters whose names match a pattern (``backbone.*``) out of training.
+
+    Raises:
+        UserError: a pattern matches no name, or nothing of the network ``text`` would be trained.
+    """
+    named = dict(module.named_parameters())
+    for pattern in patterns:
+        chosen = [name for name in named if fnmatchcase(name, pattern)]
+        if not chosen:
+            children = [f"{name}.*" for name, child in module.named_children() if any(True for _ in child.parameters())]
+            raise UserError(
+                f"--freeze {pattern} matches no parameter of {text}, whose parts are {', '.join(children or named)}."
+                f"{nearest(pattern, [*children, *named])}"
+            )
+        for name in chosen:
+            named[name].requires_grad_(False)
+    if named and not any(parameter.requires_grad for parameter in named.values()):
+        raise UserError(f"every parameter of {text} is frozen, so there is nothing to train: leave some out.")
+
+
+def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Batch norms that have parameters, all of them frozen: their running statistics belong to these and stay too."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    own = {layer: [*layer.parameters(recurse=False)] for layer in norms}
+    return [layer for layer in norms if own[layer] and not any(each.requires_grad for each in own[layer])]
+
+
+def train_mode(module: nn.Module) -> Any:
+    """Puts a module in train mode, but for its :func:`frozen_norms`; returns it."""
+    module.train()
+    for layer in frozen_norms(module):
+        layer.eval()
+    return module

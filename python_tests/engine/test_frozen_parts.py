@@ -1,0 +1,183 @@
+"""Networks of which a part is frozen: it neither trains nor travels, and the rest trains as in plain PyTorch."""
+
+import copy
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import smallest
+import torch
+from torch import nn
+
+import fedkern
+from fedkern import models
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.models.freezing import freeze, train_mode
+from fedkern.models.norms import fix_statistics
+from fedkern.tasks import CLASSIFICATION
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer and a trained product of two narrow ones (LoRA, Hu et al. 2022)."""
+
+    def __init__(self, layer, rank=1):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+class Backbone(nn.Module):
+    """A normalised backbone and a head on 8 × 8 images."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.pool, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(self.pool(self.backbone(x)))
+
+
+def made(freeze=True, adapter=False):
+    torch.manual_seed(3)
+    network = Backbone()
+    network.backbone[1].running_mean.normal_(0, 0.1)
+    network.backbone.requires_grad_(not freeze)
+    if adapter:
+        network.head = Adapter(network.head)
+    return network
+
+
+class Recording(FedAvg):
+    """FedAvg that writes down the rows and the images of every batch."""
+
+    rows: ClassVar[list] = []
+
+    def loss(self, model, batch, received):
+        Recording.rows.append((batch.phase.round, received.samples, batch.inputs.clone(), batch.targets.clone()))
+        return super().loss(model, batch, received)
+
+
+def played(out, network, make_data, method="fedavg", data=None, **settings):
+    plain = {"rounds": 2, "local_epochs": 2, "batch_size": 4, "threads": 1, "client_threads": 1, "workers": 1}
+    return fedkern.simulate(
+        method, data=dataclasses.replace(make_data(), name="arrays") if data is None else data, model=network, out=out,
+        pictures=False, **{**plain, "progress": False, "grad_cam": 0, **settings},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["head", "adapter"])
+def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, adapter):
+    Recording.rows, network = [], made(adapter=adapter)
+    found = played(tmp_path / "run", network, make_data, Recording, momentum=0.9, lr=0.1)
+    sizes, config = [20, 13, 9], found.config
+    plain = copy.deepcopy(network)
+    for turn in range(2):
+        uploads = []
+        for size in sizes:
+            local = copy.deepcopy(plain).train()
+            local.backbone[1].eval()  # its scale and shift are frozen
+            trained = [each for each in local.parameters() if each.requires_grad]
+            optimiser = torch.optim.SGD(trained, config.lr, config.momentum, weight_decay=config.weight_decay)
+            for _, _, images, targets in [row for row in Recording.rows if row[:2] == (turn, size)]:
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(local(images), targets).backward()
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_(trained, config.clip_norm)
+                optimiser.step()
+            uploads.append(local.state_dict())
+        mean = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in uploads[0].items()}
+        for size, upload in zip(sizes, uploads, strict=True):
+            for key, value in upload.items():
+                mean[key] += size / sum(sizes) * value
+        plain.load_state_dict({key: value.to(uploads[0][key].dtype) for key, value in mean.items()})
+    stored, start = found.model().state_dict(), network.state_dict()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(stored[name], value, rtol=1e-5, atol=1e-6)
+        trained = name.startswith("head") and not name.startswith("head.layer")
+        assert torch.equal(stored[name], start[name]) is not trained, name
+
+
+def test_only_what_is_trained_travels(make_data, tmp_path):
+    networks = {"all": made(freeze=False), "head": made(), "adapter": made(adapter=True)}
+    sent = {}
+    for name, network in networks.items():
+        found = played(tmp_path / name, network, make_data, rounds=1)
+        assert {*found.model().state_dict()} == {*network.state_dict()}
+        sent[name] = found.history.records[-1]["bytes_up"]
+    norm = 3 * (4 * 16 + 8)  # running statistics and their number, of three clients
+    assert {name: (value - norm) / 12 for name, value in sent.items()} == {"all": 267, "head": 27, "adapter": 11}
+
+
+def test_the_header_says_what_is_frozen(make_data, tmp_path, capsys):
+    played(tmp_path / "run", made(), make_data, rounds=1, progress=True)
+    assert "with 267 parameters (240 frozen with 1 batch norms in eval mode)" in capsys.readouterr().err
+
+
+def test_freeze_is_requires_grad(make_data, tmp_path):
+    given = played(tmp_path / "given", made(), make_data).model().state_dict()
+    asked = played(tmp_path / "asked", made(freeze=False), make_data, freeze="backbone.*")
+    assert (
+        asked.config.freeze == fedkern.load(tmp_path / "asked", model=made(freeze=False)).config.freeze == "backbone.*"
+    )
+    assert all(torch.equal(value, given[name]) for name, value in asked.model().state_dict().items())
+
+
+@pytest.mark.parametrize("model", ["resnet8", "cnn"])
+def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
+    """Bits in two workers, and the frozen stage as it began; the others have the gradients that they always have."""
+    settings = {"width": 4, "freeze": "layer1.*"}
+    one, two = (played(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    start = models.build(model, classes=3, channels=3, image_size=8, seed=0, width=4)
+    frozen = {name for name, value in start.state_dict().items() if torch.equal(value, one[name])}
+    assert frozen == {name for name in one if name.startswith("layer1.")}
+    other, images = copy.deepcopy(start), torch.rand(4, 3, 8, 8)
+    freeze(start, ["layer1.*"], model)
+    for network in (start, train_mode(start), other.train()):
+        fix_statistics(network.get_submodule("layer1"))
+        network(images).square().sum().backward()
+    grads = {name: each.grad for name, each in other.named_parameters()}
+    assert all(torch.equal(each.grad, 2 * grads[name]) for name, each in start.named_parameters() if each.requires_grad)
+
+
+WRONG = {
+    "no name": ({"freeze": "bakbone.*"}, r"--freeze bakbone\.\* matches no parameter of module:Backbone, whose parts "
+                r'are backbone\.\*, head\.\*\. Did you mean "backbone\.\*"\?'),
+    "everything": ({"freeze": "*"}, "every parameter of module:Backbone is frozen, so there is nothing to train"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "said"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_frozen_is_said_first(make_data, tmp_path, settings, said):
+    with pytest.raises(UserError, match=said):
+        played(tmp_path / "run", made(freeze=False), make_data, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_module_trains_nothing(make_data, tmp_path):
+    with pytest.raises(UserError, match="no parameters that require gradients, so there is nothing to train"):
+        played(tmp_path / "run", made().requires_grad_(False), make_data)
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
+def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, method):
+    """Where the run ends with one network of the given kind; else it runs to its end."""
+    data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
+    settings = {"rounds": None if METHODS[method].one_shot else 2, **smallest.SETTINGS.get(method, {})}
+    settings["options"] = {**settings.get("options", {}), **({"blocks": 2} if method == "fusefl" else {})}
+    network = made()
+    found = played(tmp_path / "run", network, make_data, method, data, **settings).model().state_dict()
+    start = {name: value for name, value in network.state_dict().items() if name.startswith("backbone")}
+    kept = {name: found.get(name, found.get(f"module.{name}")) for name in start}
+    assert all(value is None or torch.equal(value, start[name]) for name, value in kept.items())
+    whole = {"fusefl", "ensemble", "local", "fedproto"}  # networks of all clients
+    assert any(value is not None for value in kept.values()) or method in whole
