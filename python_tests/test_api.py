@@ -312,7 +312,7 @@ def test_arrays_that_do_not_fit_are_said(change, sentence):
 def test_layouts_and_dtypes_of_images():
     colour = np.random.default_rng(0).random((2, 6, 6, 3))
     data = fedkern.FederatedData.from_arrays([(colour, [0, 1])], (torch.from_numpy(colour).permute(0, 3, 1, 2), [0, 1]))
-    assert data.image_shape == (3, 6, 6)
+    assert data.form.shape == (3, 6, 6)
     assert torch.equal(data.clients[0].images, data.tests[""].images)
     assert data.clients[0].images[0, 1, 2, 3] == round(255 * colour[0, 2, 3, 1])
 

@@ -120,7 +120,7 @@ class Federation:
 
 
 def normalise(images: Tensor, source: Any) -> Tensor:
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (source.mean, source.std))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (source.form.mean, source.form.std))
     return (images.float() / 255 - mean) / std
 
 
@@ -135,7 +135,7 @@ def load_source(args: argparse.Namespace) -> Any:
 
 def load_data(args: argparse.Namespace) -> Federation:
     source = load_source(args)
-    augment = args.augment or source.augment
+    augment = args.augment or source.form.augment
 
     def images(split: Any, augment: str = "none") -> Images:
         return Images(normalise(split.images, source), split.labels, augment=augment)
@@ -148,7 +148,7 @@ def load_data(args: argparse.Namespace) -> Federation:
 
 
 def build_model(args: argparse.Namespace, source: Any, model: str | None = None, width: int | None = None) -> Any:
-    channels, *sides = source.image_shape
+    channels, *sides = source.form.shape
     return models.build(
         model or args.model, classes=len(source.classes), channels=channels, image_size=min(sides), seed=args.seed,
         width=width if model else args.width if width is None else width,

@@ -187,13 +187,13 @@ def main() -> None:
     args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
     common.prepare(args)
     source = common.load_source(args)
-    channels, *sides = source.image_shape
+    channels, *sides = source.form.shape
     vocabulary = models.learn_vocabulary((text for split in source.clients for text in split.texts), "words")
     model = models.build_pair(
-        channels=channels, image_size=sides, mean=source.mean, std=source.std, vocabulary=vocabulary.tokens,
+        channels=channels, image_size=sides, mean=source.form.mean, std=source.form.std, vocabulary=vocabulary.tokens,
         width=args.width, seed=args.seed,
     ).to(args.device)  # fmt: skip
-    augment = args.augment or source.augment
+    augment = args.augment or source.form.augment
     training, held = [], []
     for split in source.clients:
         dataset, order = pairs(split, source, model, augment), torch.randperm(len(split))

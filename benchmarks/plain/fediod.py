@@ -106,12 +106,12 @@ def main() -> None:
     common.prepare(args)
     federation = common.load_data(args)
     source, clients = federation.source, federation.clients
-    channels, height, width = source.image_shape
+    channels, height, width = source.form.shape
     student = common.build_model(args, source)
     teachers = train_teachers(federation, args)
     generator = Generator(
-        nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1), mean=source.mean,
-        std=source.std, pixel_mean=source.mean, generator=torch.Generator().manual_seed(args.seed),
+        nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1), mean=source.form.mean,
+        std=source.form.std, pixel_mean=source.form.mean, generator=torch.Generator().manual_seed(args.seed),
     ).to(args.device)  # fmt: skip
     critics = [
         PatchDiscriminators(

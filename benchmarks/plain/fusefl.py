@@ -162,7 +162,7 @@ def main() -> None:
     full = common.build_model(args, source)
     width = round(next(m for m in full.modules() if isinstance(m, nn.Conv2d)).out_channels / math.sqrt(count))
     networks = [cut(common.build_model(args, source, args.model, width), args.blocks) for _ in range(count)]
-    interfaces = networks[0].interfaces(source.image_shape)
+    interfaces = networks[0].interfaces(source.form.shape)
 
     records = common.Records(args)
     levels: list[list[Branch]] = []

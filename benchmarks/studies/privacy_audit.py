@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from benchmarks.studies.audit import audit, claimed_mu
 from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
+from fedkern.data.forms import ImageForm
 from fedkern.engine import private_training
-from fedkern.engine.samples import ClientData
+from fedkern.engine.images import Images
 from fedkern.engine.training import Schedule
 from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
@@ -172,7 +173,7 @@ def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
         images = torch.zeros(each, 1, SIDE, SIDE, dtype=torch.uint8)
         images.view(each, each).fill_diagonal_(255)
         split = Split(images, torch.zeros(each, dtype=torch.int64))
-        data = ClientData(split, (0.0,), (1.0,), torch.device("cpu"), "none", True)
+        data = Images(split, ImageForm(tuple(split.images.shape[1:]), (0.0,), (1.0,)), torch.device("cpu"), cache=True)
         batch = round(rate * each)
         schedule = Schedule(1.0, 0.0, 0.0, 0.0, 1, batch, limit=steps)
         scores: list[Tensor] = []

@@ -104,7 +104,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         complete = True
         shown.close()
         data: Any = None if tee.info is None else tee.info.data
-        if data is not None and config.augment == data.augment:
+        if data is not None and config.augment == data.form.augment:
             config = config.replace(augment=None)  # the data set's default, not the user's choice
         _close(request, config, out, summary)
         _illustrate(request, config, out, data, code, shown)

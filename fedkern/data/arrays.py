@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.forms import ImageForm
 from fedkern.data.label_sets import check_several
 from fedkern.data.split import MOST, Split, are_classes
 from fedkern.data.statistics import PartitionStatistics
@@ -82,9 +83,12 @@ def parts_of_arrays(
         "clients": tuple(splits.values()),
         "validation": held,
         "tests": tests,
-        "mean": tuple(mean) if mean is not None else (0.5,) * channels,
-        "std": tuple(std) if std is not None else (0.25,) * channels,
-        "augment": augment,
+        "form": ImageForm(
+            (channels, *shape[1:]),
+            tuple(mean) if mean is not None else (0.5,) * channels,
+            tuple(std) if std is not None else (0.25,) * channels,
+            augment,
+        ),
         "statistics": replace(statistics, names=sites),
         "client_names": sites,
     }

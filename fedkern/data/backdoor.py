@@ -43,7 +43,7 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
     if not clients:
         return data
     check_single(data.name, data.task, backdoor_clients=clients)
-    side = min(data.image_shape[1:])
+    side = min(data.form.shape[1:])
     if clients > len(data.clients):
         raise UserError(f"backdoor_clients is {clients}, but the data are shared out among {len(data.clients)} clients")
     if target >= len(data.classes):

@@ -16,6 +16,7 @@ import torch
 
 from fedkern.data.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, digit_labels, draw, random_ground
 from fedkern.data.digits import TRAIN, VALIDATION
+from fedkern.data.forms import ImageForm
 from fedkern.data.listing import interleaved
 from fedkern.data.partition import PartitionSpec
 from fedkern.data.partition import partition as share_out
@@ -167,9 +168,7 @@ def make_captions(
         clients=splits,
         validation=validation,
         tests=tests,
-        mean=SCALE[0],
-        std=SCALE[1],
-        augment="none",
+        form=ImageForm((3, *validation.images.shape[2:]), *SCALE),
         statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], KINDS[labels], spec.text),
         image_ids=frozenset(names),
         client_tests=client_tests,

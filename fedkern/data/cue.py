@@ -89,7 +89,7 @@ def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> Federat
     """
     if not clients:
         return data
-    classes, side = len(data.classes), min(data.image_shape[1:])
+    classes, side = len(data.classes), min(data.form.shape[1:])
     if clients > len(data.clients):
         raise UserError(f"cue_clients is {clients}, but the data are shared out among {len(data.clients)} clients")
     if classes > len(SHAPES):

@@ -13,6 +13,7 @@ import torch
 
 from fedkern import plugins
 from fedkern.data.data_option import COMMON_OPTIONS, DataOption
+from fedkern.data.forms import ImageForm
 from fedkern.data.partition import PartitionSpec, parse_partition
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
@@ -116,9 +117,9 @@ class DataFunction:
         splits = {f"client {k}": split for k, split in enumerate(data.clients)}
         for where, each in {**splits, "validation": data.validation, **data.tests}.items():
             self._check_labels(each, where, len(data.classes))
-            self._check_channels(each.images.shape[1], data)
+            self._check_channels(each.images.shape[1], data.form)
 
-    def _check_channels(self, channels: int, data: Source | FederatedData) -> None:
+    def _check_channels(self, channels: int, data: Source | ImageForm) -> None:
         if not channels == len(data.mean) == len(data.std):
             raise self._wrong(
                 f"returns images of {channels} channels with {len(data.mean)} means and {len(data.std)} standard "

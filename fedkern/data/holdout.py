@@ -54,7 +54,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
     if share:
         parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
         kept = tuple(part for part, _ in parts)
-        own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
+        own = tuple(central(test, data.form.shape[1:]) for _, test in parts)
         statistics = statistics.recounted(kept, [len(test) for test in own])
     return replace(data, clients=kept, client_tests=own, client_names=names, statistics=statistics)
 
@@ -86,7 +86,7 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
     place[others] = torch.arange(len(others))
     train = data.clients[absent]
     known = _identities(joined([train, *data.client_tests[absent : absent + 1]]))
-    unseen = [central(train, data.image_shape[1:])]
+    unseen = [central(train, data.form.shape[1:])]
     counted = set(_identities(train))
 
     def purged(split: Split) -> Split:

@@ -21,6 +21,7 @@ from fedkern.data.copies import OWN, copies
 from fedkern.data.cue import add_cues
 from fedkern.data.data_option import DETECTION_OPTIONS, check_single
 from fedkern.data.detections import Detections, Detector
+from fedkern.data.forms import ImageForm
 from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
 from fedkern.data.image_cache import on_disk, tell_unused
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
@@ -208,16 +209,19 @@ def load(
         clients=splits,
         validation=validation,
         tests=tests,
-        mean=mean,
-        std=std,
-        augment=source.augment,
+        form=ImageForm(
+            shape=(len(mean), *validation.images.shape[2:]),
+            mean=mean,
+            std=std,
+            augment=source.augment,
+            **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
+        ),
         statistics=statistics,
         image_ids=frozenset(image for pool in pools for image in pool.ids),
         public=public if len(public) else None,
         client_tests=own,
         client_names=names,
         drawn_validation=source.drawn_validation,
-        **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
         identity=identity,
     )
     return _finished(data, options or {}, common, make_detector, progress, seed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.arrays import parts_of_arrays
+from fedkern.data.forms import ImageForm
 from fedkern.data.full_masks import FullMasks
 from fedkern.data.split import Split, joined, rows_of
 from fedkern.data.statistics import SKEW, PartitionStatistics
@@ -95,7 +96,7 @@ class Source:
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
         notices: sentences for the user on what was read otherwise than it is written, or left out.
         drawn_validation: whether the validation images were drawn from those that clients would train on.
-        grey_bits: as in `FederatedData`; None where the reader does not say.
+        grey_bits: as in `ImageForm`; None where the reader does not say.
     """
 
     classes: tuple[str, ...]
@@ -151,12 +152,11 @@ class FederatedData:
     Attributes:
         name: the data set's name in `fedkern.data.DATASETS`.
         classes: class names, in label order.
-        clients: one training split per client.  Images may be larger than `image_shape`: a network sees a window.
+        clients: one training split per client.  Images may be larger than the form's: a network sees a window.
         validation: same distribution as the clients' data, never trained on; the only set for choosing settings.
         tests: ``{"": split}`` for one test set (metric ``accuracy``), or ``{"id": ..., "ood": ...}`` (``id_accuracy``,
             ``ood_accuracy``).
-        mean, std: per channel, of images in [0, 1].
-        augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+        form: how samples reach a network.
         statistics: how many samples of each class every client holds.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and all participants may see, or None.
@@ -165,7 +165,6 @@ class FederatedData:
             `Source.drawn_validation`.
         client_names: name of every client of the partition, such as its hospital, or None where the data name none; a
             client is then shown by its number.
-        grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
         identity: hashes of the data set, whatever seed and partition (:func:`fedkern.data.identity.identity`); empty
             where nobody asked for them.
     """
@@ -175,16 +174,13 @@ class FederatedData:
     clients: tuple[Split, ...]
     validation: Split
     tests: dict[str, Split]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: str
+    form: ImageForm
     statistics: PartitionStatistics
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
     public: Split | None = None
     client_tests: tuple[Split, ...] = ()
     client_names: tuple[str, ...] | None = None
     drawn_validation: bool = False
-    grey_bits: int = 16
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -200,19 +196,13 @@ class FederatedData:
         clients, held = len(self.clients), len(self.validation)
         sizes = [f"{sum(self.client_sizes):,} training", *([f"{held:,} validation"] if held else [])]
         sizes += [f"{len(split):,} {f'{name} ' if name else ''}test" for name, split in self.tests.items()]
-        shape = "×".join(map(str, self.image_shape))
+        shape = "×".join(map(str, self.form.shape))
         return f"{self.name}: {clients} client{'s' * (clients != 1)}, {', '.join(sizes)} images of {shape}"
 
     def client_label(self, client: int) -> str:
         """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""
         named = self.client_names is not None and len(self.client_names) == len(self.clients)
         return client_label(self.client_names if named else None, client)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that a network sees."""
-        channels, height, width = self.validation.images.shape[1:]
-        return channels, height, width
 
     @property
     def task(self) -> Task:

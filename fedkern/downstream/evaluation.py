@@ -17,8 +17,9 @@ from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
+from fedkern.engine.images import Images
 from fedkern.engine.network import place
-from fedkern.engine.samples import TestSet
+from fedkern.engine.reader import Reader
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
@@ -95,15 +96,15 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
     return {**known, "task": about["task"]} if named else known
 
 
-def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, TestSet]:
+def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, Reader]:
     device = torch.device(config.device)
-    mean, std = tuple(about["mean"]), tuple(about["std"])
-    batch = batch_size(device, config.statistics)
-    sets: dict[str, TestSet] = {}
+    size = batch_size(device, config.statistics)
+    form = replace(data.form, mean=tuple(about["mean"]), std=tuple(about["std"]))
+    sets: dict[str, Reader] = {}
     first: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
     for prefix, split in prefixed(data).items():
         tokens = split.task.tokens(split, lambda: first.tokenize)
-        sets[prefix] = TestSet(split, mean, std, device, False, batch, tokens=tokens)
+        sets[prefix] = Images(split, form, device, tokens=tokens, size=size)
         sets[prefix].metrics = metrics_of(config.plugins)
     return sets
 

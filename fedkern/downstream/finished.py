@@ -98,7 +98,7 @@ class Finished:
 
     def train(self) -> Split:
         """All clients' training samples at the networks' image size, for probes and decoders on the frozen encoders."""
-        return central(joined(self.data.clients), self.data.image_shape[1:])
+        return central(joined(self.data.clients), self.data.form.shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
         """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""

@@ -13,11 +13,11 @@ from fedkern.errors import UserError
 def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
     """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
     expected = (about["channels"], *about["image_size"])
-    if tuple(data.image_shape) != expected:
-        shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]
+    if tuple(data.form.shape) != expected:
+        shown = ["x".join(str(side) for side in shape) for shape in (data.form.shape, expected)]
         raise UserError(
             f'The images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
-            f"{shown[1]}: {_way_out(data.name, tuple(data.image_shape), expected)}."
+            f"{shown[1]}: {_way_out(data.name, tuple(data.form.shape), expected)}."
         )
 
 

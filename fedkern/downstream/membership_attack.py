@@ -16,7 +16,7 @@ from fedkern.data.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.samples import BATCH
+from fedkern.engine.reader import BATCH
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import ATTACKS
@@ -173,7 +173,7 @@ def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
     """
     values = []
     for rows in batch_slices(len(split), BATCH):
-        logits = model(normalise(split.images[rows], data.mean, data.std)).double()
+        logits = model(normalise(split.images[rows], data.form.mean, data.form.std)).double()
         values.append(split.task.sample_losses(logits, split.labels[rows]))
     return torch.cat(values)
 

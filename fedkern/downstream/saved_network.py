@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedkern import models, named_code
+from fedkern.data.forms import ImageForm
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
@@ -34,9 +35,7 @@ class Outline:
     """Stand-in for a run's federated data without images: what a method needs to build its module again."""
 
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    form: ImageForm
     client_sizes: tuple[int, ...]
     task: Task
     clients: tuple[()] = ()
@@ -237,9 +236,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
     height, width = about["image_size"]
     outline = Outline(
         classes=tuple(about["classes"]),
-        image_shape=(about["channels"], height, width),
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
+        form=ImageForm((about["channels"], height, width), tuple(about["mean"]), tuple(about["std"])),
         client_sizes=tuple(about["samples"]),
         task=TASKS[about["task"]],
     )

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedkern.data.cases import grouped_rows
 from fedkern.data.patients import numbered
 from fedkern.engine.context import RunContext
+from fedkern.engine.images import BackgroundBank
 from fedkern.engine.network import Part, Trainable
 from fedkern.engine.node import Node
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
-from fedkern.engine.samples import BackgroundBank
 from fedkern.engine.training import Context, Schedule, train
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
@@ -243,7 +243,7 @@ class Client(Node):
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        return self._context.client_data(self.id).samples.batches(size, augment=augment, rng=rng)
+        return self._context.client_data(self.id).batches(size, augment=augment, rng=rng)
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
         with torch.no_grad():

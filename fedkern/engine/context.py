@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.data.pixels import Pixels
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import Teachers
+from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.network import Network, place
-from fedkern.engine.samples import CACHE_BYTES, ClientData, Samples, TestSet
+from fedkern.engine.reader import Reader
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
 from fedkern.models.freezing import freeze
@@ -63,7 +63,7 @@ class RunContext:
         # Server warnings are open at first: before anything is received they follow from the settings alone.
         self.disclosure = Disclosure(clients=config.records != "private")
         self._networks: dict[str, Network] = {}
-        self._clients: dict[int, ClientData] = {}
+        self._clients: dict[int, Reader] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
         self._described = described
@@ -128,7 +128,7 @@ class RunContext:
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         seed = self.config.seed if seed is None else seed
-        channels, *sides = self.data.image_shape
+        channels, *sides = self.data.form.shape
         if model is not None:  # the run's own network was checked before
             check_gives(model, self.data.task.network, self.config.data, "in the method option that names it")
         own = model is None or model == self.config.model
@@ -185,14 +185,19 @@ class RunContext:
         return place(module, self.device)
 
     @cached_property
-    def public(self) -> Samples | None:
+    def public(self) -> Any:
         """The public split."""
-        data = self.data
-        if data.public is None:
-            return None
-        augment = self.config.augment or data.augment
-        pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
-        return Samples(data.task, pixels, data.public.labels, self.device, self.tokens(data.public))
+        public = self.data.public
+        return None if public is None else self.reader(public, augment=self.augment, cache=self.cache)
+
+    @property
+    def augment(self) -> str:
+        """Augmentation of training batches."""
+        return str(self.config.augment or self.data.form.augment)
+
+    def reader(self, split: Any, **how: Any) -> Reader:
+        """The batches of a split."""
+        return Images(split, self.data.form, self.device, tokens=self.tokens(split), **how)
 
     def network(self, name: str) -> Network:
         """The network called ``"local"``, ``"frozen"`` or ``"server"``."""
@@ -226,15 +231,12 @@ class RunContext:
         """The validation split in batches; none where it is empty."""
         data = self.data
         if len(data.validation):
-            yield from TestSet(data.validation, data.mean, data.std, self.device, cache=False).batches()
+            yield from self.reader(data.validation).batches()
 
-    def client_data(self, client: int) -> ClientData:
+    def client_data(self, client: int) -> Any:
+        """The batches of a client's training samples."""
         if client not in self._clients:
-            data = self.data
-            augment = self.config.augment or data.augment
-            split = data.clients[client]
-            tokens, sides = self.tokens(split), data.image_shape[1:]
-            made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, tokens, sides)
+            made = self.reader(self.data.clients[client], augment=self.augment, cache=self.cache)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):

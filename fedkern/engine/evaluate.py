@@ -13,7 +13,7 @@ from torch import nn
 
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, client_label
-from fedkern.engine.samples import BATCH, TestSet
+from fedkern.engine.reader import BATCH, Reader
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.settings.config import RunConfig
@@ -29,7 +29,7 @@ CPU_BATCH = 64
 """Images per evaluation batch on a CPU."""
 
 
-def test_sets(context: Any) -> dict[str, TestSet]:
+def test_sets(context: Any) -> dict[str, Reader]:
     """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
     sets = {prefix: _test_set(context, split) for prefix, split in prefixed(context.data).items()}
     for each in sets.values():
@@ -43,12 +43,12 @@ def prefixed(data: FederatedData) -> dict[str, Split]:
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
-def client_sets(context: Any) -> dict[int, TestSet]:
+def client_sets(context: Any) -> dict[int, Reader]:
     """Every client's own test set, where clients have one."""
     return _alike({k: _test_set(context, split) for k, split in enumerate(context.data.client_tests)})
 
 
-def site_sets(context: Any) -> dict[int, TestSet]:
+def site_sets(context: Any) -> dict[int, Reader]:
     """Every client's part of the run's test set, where its images name their sites.
 
     Left out is a client with fewer than two images, or without a pixel whose class is known.
@@ -63,7 +63,7 @@ def site_sets(context: Any) -> dict[int, TestSet]:
     return _alike({k: _test_set(context, split) for k, split in fit.items()})
 
 
-def _alike(sets: dict[int, TestSet]) -> dict[int, TestSet]:
+def _alike(sets: dict[int, Reader]) -> dict[int, Reader]:
     """The sets, with contrastive losses over batches of the same size in all, so that clients can be compared."""
     smallest = min(map(len, sets.values()), default=LOSS_BATCH)
     for data in sets.values():
@@ -99,16 +99,14 @@ def evaluating(config: RunConfig, own: bool) -> Iterator[int]:
         yield count
 
 
-def _test_set(context: Any, split: Any) -> TestSet:
-    tokens = context.tokens(split)
-    batch = batch_size(context.device, context.config.statistics)
-    return TestSet(split, context.data.mean, context.data.std, context.device, context.cache, batch, tokens=tokens)
+def _test_set(context: Any, split: Any) -> Reader:
+    return context.reader(split, size=batch_size(context.device, context.config.statistics), cache=context.cache)
 
 
 def evaluate_clients(
     method: Method,
     network: nn.Module,
-    sets: Mapping[int, TestSet],
+    sets: Mapping[int, Reader],
     at_once: int,
     names: Sequence[str] | None,
     code: Callable[[str], AbstractContextManager[None]],
@@ -138,7 +136,7 @@ def evaluate_clients(
 def evaluate(
     method: Method,
     network: nn.Module,
-    sets: dict[str, TestSet],
+    sets: dict[str, Reader],
     code: Callable[[], AbstractContextManager[None]],
     at_once: int = 1,
     *,
@@ -146,7 +144,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
 
-    With ``keep``, the sets keep the networks' answers (``TestSet.kept``).  ``code`` names the method's part in an
+    With ``keep``, the sets keep the networks' answers (``Reader.kept``).  ``code`` names the method's part in an
     exception.
 
     ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task takes one after
@@ -162,7 +160,7 @@ def evaluate(
             return method.evaluate(network, sets[prefix])
 
     ordinary = type(method).evaluate is Method.evaluate
-    batches = (-(-len(data) // data.batch) for data in sets.values() if data.task.concurrent)
+    batches = (-(-len(data) // data.size) for data in sets.values() if data.task.concurrent)
     if ordinary and 1 < at_once < max(batches, default=0):
         with _threads(at_once) as pool:
             for data in sets.values():
@@ -198,7 +196,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 @contextmanager
-def _explained(what: str, data: TestSet) -> Iterator[None]:
+def _explained(what: str, data: Reader) -> Iterator[None]:
     """Turns batch norm's error about a single image into a UserError that names the set."""
     try:
         yield

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.samples import Samples
 from fedkern.errors import UserError
 from fedkern.ops._core.checks import real
 from fedkern.tasks import Task
@@ -27,9 +26,9 @@ class Node:
         self.device = context.device
         self.task: Task = context.data.task
         self.classes: tuple[str, ...] = context.data.classes
-        self.image_shape: tuple[int, int, int] = context.data.image_shape
-        self.mean: tuple[float, ...] = context.data.mean
-        self.std: tuple[float, ...] = context.data.std
+        self.image_shape: tuple[int, int, int] = context.data.form.shape
+        self.mean: tuple[float, ...] = context.data.form.mean
+        self.std: tuple[float, ...] = context.data.form.std
         self.report: dict[str, float] = {}
         self.round_cache: dict[str, Any] = {}
 
@@ -39,7 +38,7 @@ class Node:
         return {"_context": self._context}
 
     @property
-    def public(self) -> Samples | None:
+    def public(self) -> Any:
         return self._context.public
 
     def notice(self, text: str) -> None:

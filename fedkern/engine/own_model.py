@@ -77,7 +77,7 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     if not own:
         return config, []
     make: Any = entry.make
-    classes, shape = context.federation.classes, data.image_shape
+    classes, shape = context.federation.classes, data.form.shape
     check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
     registry.check_network(config.method, config.options, network, data.task, make.text)
     state = network.state_dict()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkern.engine.samples import ClientData
+from fedkern.engine.reader import Reader
 from fedkern.engine.training import Context, Diverged, Schedule
 from fedkern.interrupts import check
 from fedkern.methods.base import Client, Objective, Phase
@@ -33,7 +33,7 @@ def train_privately(
     method: Objective,
     phase: Phase,
     module: nn.Module,
-    data: ClientData,
+    data: Reader,
     received: Context,
     schedule: Schedule,
     spending: DPSGD,
@@ -67,7 +67,7 @@ def train_privately(
     noise = spending.noise(rate, steps)
     secret = spending.secret
     draws = client.rng(stream_name("batches", secret), phase)
-    augmentation = client.rng("augmentation", phase) if data.augment != "none" else None
+    augmentation = client.rng("augmentation", phase) if data.fresh else None
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
     if schedule.optimizer == "adamw":

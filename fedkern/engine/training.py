@@ -18,7 +18,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, replayable
 from fedkern.engine.network import Network, Part, Trainable
-from fedkern.engine.samples import ClientData, batch_plan
+from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
@@ -167,7 +167,7 @@ def train(
     method: Objective,
     phase: Phase,
     network: Network | Part | Trainable,
-    data: ClientData,
+    data: Reader,
     received: Context,
     schedule: Schedule,
     rows: np.ndarray | None = None,
@@ -192,7 +192,7 @@ def train(
     theta, gradients = network.parameters, network.gradients
     orders = client.rng("batches", phase)
     draws = client.rng("background", phase) if type(method).draw is not Objective.draw else None
-    augmentation = client.rng("augmentation", phase) if data.augment != "none" else None
+    augmentation = client.rng("augmentation", phase) if data.fresh else None
     kind = type(method)
     adjusts = kind.adjust_gradient is not Objective.adjust_gradient
     prepares = kind.prepare is not Objective.prepare
@@ -211,7 +211,7 @@ def train(
             names: list[tuple[str, ...]] = []
             lr = schedule.lr_at(epoch)
             chosen = plan if rows is None else [rows[part] for part in plan]
-            for batch in data.samples.planned(chosen, phase, epoch, augmentation):
+            for batch in data.planned(chosen, phase, epoch, augmentation):
                 check()
                 if draws is not None:
                     batch.drawn = method.draw(client, batch, draws)

@@ -23,11 +23,11 @@ def form_of(data: FederatedData) -> dict[str, Any]:
     return {
         "task": data.task.name,
         "classes": list(data.classes),
-        "images": list(data.image_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "augment": data.augment,
-        "bits": data.grey_bits,
+        "images": list(data.form.shape),
+        "mean": list(data.form.mean),
+        "std": list(data.form.std),
+        "augment": data.form.augment,
+        "bits": data.form.grey_bits,
     }
 
 

@@ -185,7 +185,7 @@ def _draw_segmentation(target: Path, name: str, model: Any, data: Any, config: R
 
     split = next(iter(data.tests.values()))
     split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-    inputs = normalise(split.images, data.mean, data.std)
+    inputs = normalise(split.images, data.form.mean, data.form.std)
     segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
     return True
 
@@ -220,7 +220,7 @@ def _draw_gradcam(target: Path, name: str, model: Any, data: Any, config: RunCon
             continue
         images = split.images[rows]
         masks = split.masks[rows] if split.masks is not None else None
-        panels[key] = (images, normalise(images, data.mean, data.std), split.labels[rows], masks)
+        panels[key] = (images, normalise(images, data.form.mean, data.form.std), split.labels[rows], masks)
     if panels:
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
     return bool(panels)

@@ -156,7 +156,7 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
     count = len(data.classes)
 
     def stand_in(n: int) -> Split:
-        images = torch.zeros((n, data.image_shape[0], 1, 1), dtype=torch.uint8)
+        images = torch.zeros((n, data.form.shape[0], 1, 1), dtype=torch.uint8)
         return Split(images, data.task.blank(n, count), task=data.task)
 
     statistics = PartitionStatistics(
@@ -168,7 +168,7 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
 def effective(config: RunConfig, data: Any) -> RunConfig:
     """The settings, completed by what follows from the data: clients, main figure, augmentation, client threads."""
     found = {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
-    return config.replace(**found, augment=config.augment or data.augment).settled()
+    return config.replace(**found, augment=config.augment or data.form.augment).settled()
 
 
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
@@ -187,7 +187,7 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
             f"are {able}."
         )
     check_gives(config.model, data.task.network, config.data, "with --model")
-    if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):
+    if config.augment == "window" and all(s.images.shape[2:] == data.form.shape[1:] for s in data.clients):
         raise UserError(
             "--augment window draws the place of a window that is smaller than the images: give one with --data-option "
             "crop=N, which image-text data have, or take another augmentation."

@@ -85,7 +85,7 @@ class Retrieval(Task):
     def described(self, context: Any) -> dict[str, Any]:
         """``pair``, the arguments of ``build_pair``; a vocabulary is learnt from the clients' texts."""
         data, config = context.data, context.config
-        channels, *size = data.image_shape
+        channels, *size = data.form.shape
         texts = (text for split in data.clients for text in split.texts or ())
         kind = config.text_encoder
         words = models.learn_vocabulary(texts, kind).tokens if kind in models.TEXT_ENCODERS else None
@@ -95,8 +95,8 @@ class Retrieval(Task):
                 "text_encoder": kind,
                 "channels": channels,
                 "image_size": size,
-                "mean": list(data.mean),
-                "std": list(data.std),
+                "mean": list(data.form.mean),
+                "std": list(data.form.std),
                 "vocabulary": None if words is None else list(words),
                 "width": config.width,
             }

@@ -98,7 +98,7 @@ def test_slices_of_whole_cases(tmp_path):
     data = opened(tmp_path, clients=3)
     assert data.task.name == "segmentation"
     assert data.classes == ("background", "object")
-    assert data.image_shape == (2, 12, 12)
+    assert data.form.shape == (2, 12, 12)
     held = [cases_of(split) for split in every_split(data)]
     assert sum(len(names) for names in held) == len(set.union(*held)) == 10
     assert [len(names) for names in held[-2:]] == [1, 2]

@@ -33,7 +33,7 @@ def every_split(data):
 
 def test_a_federation_of_images_and_texts(data):
     assert data.task.name == "retrieval"
-    assert data.image_shape == (3, SIDE, SIDE)
+    assert data.form.shape == (3, SIDE, SIDE)
     assert data.client_sizes == (48, 48, 47, 47, 10)  # the minority has its twentieth
     assert {name: len(split) for name, split in data.tests.items()} == {"": 20, "minority": 20, "unseen": 20}
     assert len(data.validation) == 10

@@ -38,7 +38,7 @@ def write_cifar10(folder: Path, compressed: bool = False) -> dict[str, np.ndarra
 def test_cifar10(tmp_path: Path, layout: str, compressed: bool) -> None:
     content = write_cifar10(tmp_path / layout, compressed)
     data = load("cifar10", root=tmp_path, clients=4, partition="iid")
-    assert data.image_shape == (3, 32, 32)
+    assert data.form.shape == (3, 32, 32)
     assert data.classes == CIFAR10_CLASSES
     assert data.augment == "crop-flip"
     assert sum(data.client_sizes) + len(data.validation) == 60

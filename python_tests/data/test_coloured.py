@@ -36,7 +36,7 @@ def digits() -> FederatedData:
 
 
 def test_defaults(digits: FederatedData) -> None:
-    assert digits.image_shape == (3, 32, 32)
+    assert digits.form.shape == (3, 32, 32)
     assert digits.client_sizes == (240,) * 5
     assert (len(digits.validation), len(digits.tests["id"]), len(digits.tests["ood"])) == (247, 350, 350)
     assert digits.augment == "none"
@@ -166,7 +166,7 @@ def test_label_skew_keeps_the_clients_colours_and_steers_the_id_test() -> None:
 def test_idx_sets(tmp_path, write_idx, name: str, layout: str) -> None:
     content = write_idx(tmp_path / layout)
     data = load(name, root=tmp_path, clients=4, correlation=1.0)
-    assert data.image_shape == (3, 28, 28)
+    assert data.form.shape == (3, 28, 28)
     assert sum(data.client_sizes) == 100
     test = torch.from_numpy(content["t10k-images-idx3-ubyte"])
     assert torch.equal(data.tests["ood"].masks, test > INK_THRESHOLD)

@@ -18,11 +18,14 @@ from fedkern.data import (
     memory_pool,
     register_data,
 )
+from fedkern.data.forms import ImageForm
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 
 N = 40
 SIDE = DataOption(8, "side", low=4, high=64)
+
+FORM = ImageForm((1, 8, 8), (0.5,), (0.5,))
 
 
 def pools(count=N, classes=2, channels=1, dtype=torch.uint8, shift=0):
@@ -50,7 +53,7 @@ def federated(clients=3, **changed):
     splits = tuple(split(10 + k, k) for k in range(clients))
     made = FederatedData(
         name="any", classes=("a", "b"), clients=splits, validation=split(8, 90), tests={"": split(12, 91)},
-        mean=(0.5,), std=(0.5,), augment="none",
+        form=FORM,
         statistics=PartitionStatistics.of([one.labels.numpy() for one in splits], ("a", "b"), "own"),
     )  # fmt: skip
     return dataclasses.replace(made, **changed)
@@ -153,7 +156,8 @@ WRONG = {
     "label of a client": (lambda: federated(classes=("a",)), "returns the label 1 in client 0"),
     "images": (lambda: source(**pools(dtype=torch.float32)), "cannot be read .*images: expected uint8"),
     "channels": (lambda: source(**pools(channels=3)), "images of 3 channels with 1 means"),
-    "channels of clients": (lambda: federated(mean=(0.5, 0.5)), "images of 1 channels with 2 means and 1 standard"),
+    "channels of clients": (lambda: federated(form=dataclasses.replace(FORM, mean=(0.5, 0.5))),
+                            "images of 1 channels with 2 means and 1 standard"),
     "no test": (lambda: source(tests={}), "returns no test set"),
     "no client": (lambda: dataclasses.replace(federated(), clients=()), "no client"),
     "no sample": (lambda: source(train=memory_pool(torch.zeros(0, 1, 8, 8).byte(), torch.zeros(0).long(), "x")),

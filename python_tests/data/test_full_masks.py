@@ -14,9 +14,10 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load
+from fedkern.data.forms import ImageForm
 from fedkern.data.full_masks import FullMasks, MaskStore
 from fedkern.downstream.prediction import Predictor, write_masks
-from fedkern.engine.samples import TestSet
+from fedkern.engine.images import Images
 from fedkern.errors import UserError
 from fedkern.tasks.segmentation import constant_dice, dice, overlaps, segmentation
 
@@ -51,7 +52,7 @@ class Answer:
     """A test set whose network answers random classes, the same for the same image."""
 
     def __init__(self, split):
-        self.set = TestSet(split, (0.5,), (0.2,), torch.device("cpu"), False, 3)
+        self.set = Images(split, ImageForm(split.images.shape[1:], (0.5,), (0.2,)), torch.device("cpu"), size=3)
         self.full, self.cases = self.set.full, self.set.cases
         rng = torch.Generator().manual_seed(1)
         self.said = torch.randint(0, 3, split.labels.shape, generator=rng)

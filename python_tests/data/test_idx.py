@@ -19,7 +19,7 @@ TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte
 def test_layouts_and_content(tmp_path: Path, write_idx, layout: str, compressed: bool) -> None:
     content = write_idx(tmp_path / layout, compressed=compressed)
     data = load("mnist", root=tmp_path, clients=3, partition="iid")
-    assert data.image_shape == (1, 28, 28)
+    assert data.form.shape == (1, 28, 28)
     assert data.classes == tuple("0123456789")
     assert sum(data.client_sizes) == 100
     assert len(data.validation) == 20

@@ -294,7 +294,7 @@ def test_an_image_with_several_texts_is_decoded_once(tmp_path, decoded):
     decoded.clear()
     data = opened(tmp_path / "table.csv", tmp_path / "cache", name="pairs", options=options)
     assert len(decoded) == len(set(decoded)) == 12
-    assert data.image_shape == (3, 8, 8)
+    assert data.form.shape == (3, 8, 8)
     assert data.clients[0].images.shape[2:] == (16, 16)
     assert_same(data, expected)
 

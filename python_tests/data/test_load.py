@@ -121,7 +121,7 @@ def test_registry_entries(name: str) -> None:
             load(name)
     elif name in EMBEDDED:
         data = load(name)
-        assert data.image_shape == EMBEDDED[name]
+        assert data.form.shape == EMBEDDED[name]
         assert len(data.clients) == info.clients
         assert data.statistics.partition == info.partition
 
@@ -130,7 +130,7 @@ def test_registry_entries(name: str) -> None:
 def test_mean_and_std_are_those_of_the_images(name: str) -> None:
     data = load(name, **({"correlation": 0.0} if name == "colordigits" else {}))
     images = torch.cat([split.images for split in data.clients]).double() / 255
-    for channel, (mean, std) in enumerate(zip(data.mean, data.std, strict=True)):
+    for channel, (mean, std) in enumerate(zip(data.form.mean, data.form.std, strict=True)):
         assert float(images[:, channel].mean()) == pytest.approx(mean, abs=0.02)
         assert float(images[:, channel].std()) == pytest.approx(std, abs=0.02)
 

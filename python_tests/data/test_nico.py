@@ -70,7 +70,7 @@ def test_what_macos_puts_beside_images_is_left_out_and_told(tmp_path: Path, writ
 def test_pixels_labels_and_sizes(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path, size=(20, 12))
     data = load("nico", root=tmp_path, options={"size": 16})
-    assert data.image_shape == (3, 16, 16)
+    assert data.form.shape == (3, 16, 16)
     for split in (*data.clients, data.tests["ood"]):
         for row, name in enumerate(split.ids):
             c, k, i = int(name[5]), int(name.split("/context")[1][:2]), int(Path(name).stem)

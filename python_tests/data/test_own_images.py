@@ -52,7 +52,7 @@ def test_folders(tmp_path, splits):
     write_folder(tmp_path, splits, images=20)
     data = opened("folder", tmp_path)
     assert data.classes == ("cat", "dog")
-    assert data.image_shape == (3, 16, 16)
+    assert data.form.shape == (3, 16, 16)
     found = [
         (name, int(label)) for split in every_split(data) for name, label in zip(split.ids, split.labels, strict=True)
     ]
@@ -81,8 +81,8 @@ def test_a_class_that_only_the_test_set_has(tmp_path):
 def test_grey_images_and_another_size(tmp_path):
     write_folder(tmp_path)
     data = opened("folder", tmp_path, colour="grey", size=9)
-    assert data.image_shape == (1, 9, 9)
-    assert len(data.mean) == 1
+    assert data.form.shape == (1, 9, 9)
+    assert len(data.form.mean) == 1
     assert tuple(data.clients[0].sizes[0]) == (12, 10)
 
 
@@ -390,7 +390,7 @@ def test_tiles_stay_with_their_image(tmp_path):
     (tmp_path / "images").rename(tmp_path / "image")
     (tmp_path / "masks").rename(tmp_path / "label")
     whole, data = (opened("segmentation", tmp_path, size=32, tile=tile) for tile in (0, 8))
-    assert data.image_shape == (3, 8, 8)
+    assert data.form.shape == (3, 8, 8)
     held = [{name.partition("#")[0] for name in split.ids} for split in every_split(data)]
     assert held == [set(split.ids) for split in every_split(whole)]
     for split, pictures in zip(every_split(data), every_split(whole), strict=True):

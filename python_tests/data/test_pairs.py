@@ -108,7 +108,7 @@ def test_a_header_without_a_colon_has_a_line_to_itself(report, expected):
 def test_reports(tmp_path):
     data = opened("reports", write_reports(tmp_path))
     assert data.task.name == "retrieval"
-    assert data.image_shape == (1, 16, 16)
+    assert data.form.shape == (1, 16, 16)
     assert data.classes == ("effusion", "unlabelled")
     found = {}
     for split in every_split(data):
@@ -211,7 +211,7 @@ def test_a_window_of_every_image(name, tmp_path):
     options = {"size": 24, "crop": 16, "colour": "grey"}
     data = load(name, root=tmp_path, clients=3, partition="attribute", options=options)
     assert data.augment == "window"
-    assert data.image_shape == (1, 16, 16)
+    assert data.form.shape == (1, 16, 16)
     assert all(split.images.shape[2:] == (24, 24) for split in data.clients)
     apart = hold_out(data, held_out=1, share=0.25, seed=0)
     for split in (data.validation, *data.tests.values(), apart.tests["held_out"], *apart.client_tests):
@@ -221,11 +221,11 @@ def test_a_window_of_every_image(name, tmp_path):
                                  data_options=options, width=8), data)  # fmt: skip
     own = bench.client_data(0)
     rows = np.arange(len(own))
-    columns = (own.samples.take(rows) * data.std[0] + data.mean[0]).mul(255).round()[:, 0, 0, 0]
+    columns = (own.take(rows) * data.form.std[0] + data.form.mean[0]).mul(255).round()[:, 0, 0, 0]
     assert columns.eq(4).all()
-    drawn = own.samples.take(np.zeros(500, dtype=np.int64), np.random.default_rng(0))
+    drawn = own.take(np.zeros(500, dtype=np.int64), np.random.default_rng(0))
     assert drawn.shape[2:] == (16, 16)
-    assert set((drawn * data.std[0] + data.mean[0]).mul(255).round()[:, 0, 0, 0].tolist()) == set(range(9))
+    assert set((drawn * data.form.std[0] + data.form.mean[0]).mul(255).round()[:, 0, 0, 0].tolist()) == set(range(9))
 
 
 def test_a_window_is_no_larger_than_the_image(tmp_path):

@@ -34,7 +34,7 @@ def test_official_counts_and_statistics(name: str) -> None:
     assert sum(data.client_sizes) + len(data.validation) == train
     assert len(data.tests[""]) == test
     images = torch.cat([split.images for split in data.clients][:3]).double() / 255
-    for channel, (mean, std) in enumerate(zip(data.mean, data.std, strict=True)):
+    for channel, (mean, std) in enumerate(zip(data.form.mean, data.form.std, strict=True)):
         assert float(images[:, channel].mean()) == pytest.approx(mean, abs=0.01)
         assert float(images[:, channel].std()) == pytest.approx(std, abs=0.01)
 
@@ -48,7 +48,7 @@ def test_the_radiographs_come_with_their_reports() -> None:
     texts = [text for split in splits for text in split.texts]
     assert len(texts) >= 25
     assert all(3 <= len(text.split()) <= 112 for text in texts)
-    assert data.image_shape == (1, 64, 64)
+    assert data.form.shape == (1, 64, 64)
     assert "COVID-19" in data.classes
 
 

@@ -38,7 +38,7 @@ def tree(tmp_path):
 def test_content(tree, above):
     data = load("tinyimagenet", root=tree.parent if above else tree, clients=3, partition="iid")
     assert data.classes == ("crane (n02)", "crane (n01)", "desk")
-    assert data.image_shape == (3, 64, 64)
+    assert data.form.shape == (3, 64, 64)
     assert data.tests[""].labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert sorted(data.validation.labels.tolist()) == [0, 1, 2]
     assert sum(data.client_sizes) == 27

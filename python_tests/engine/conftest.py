@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
+from fedkern.data.forms import ImageForm
 from fedkern.settings.config import RunConfig
 
 CLASSES = 3
 SIDE = 8
+FORM = ImageForm((3, SIDE, SIDE), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 def split(samples, seed, masked=True, channels=3):
@@ -34,9 +36,7 @@ def federation(sizes=(20, 13, 9), *, masked=True, two_tests=True, seed=0):
         clients=clients,
         validation=split(8, seed + 3, masked),
         tests=tests,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.4),
-        augment="none",
+        form=FORM,
         statistics=PartitionStatistics.of([c.labels.numpy() for c in clients], classes, "iid"),
     )
 
@@ -87,9 +87,7 @@ def pair_federation(sizes=(20, 13, 9), *, seed=0):
         clients=clients,
         validation=pairs(8, seed + 3),
         tests={"": pairs(16, seed + 1)},
-        mean=(0.2, 0.2, 0.2),
-        std=(0.2, 0.2, 0.2),
-        augment="none",
+        form=ImageForm((3, PAIR_SIDE, PAIR_SIDE), (0.2,) * 3, (0.2,) * 3),
         statistics=PartitionStatistics.of([c.labels.numpy() for c in clients], classes, "iid"),
     )
 

@@ -256,7 +256,7 @@ def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, ma
     assert server.build(model="resnet8").width == 64  # its own width, not the run's
     for side in (client, server):
         assert side.classes == ("a", "b", "c")
-        assert (side.mean, side.std, side.image_shape) == (data.mean, data.std, (3, 8, 8))
+        assert (side.mean, side.std, side.image_shape) == (data.form.mean, data.form.std, (3, 8, 8))
         assert torch.equal(side.public.labels, data.public.labels)
     assert torch.equal(client.labels, data.clients[2].labels)
     assert server.rng("x", PHASE).random() != client.rng("x", PHASE).random()
@@ -268,7 +268,7 @@ def test_batches_are_the_stored_samples_in_order(make_data, make_config):
     found = list(client.batches(6))
     assert [len(batch.targets) for batch in found] == [6, 6, 6, 2]
     images = torch.cat([batch.inputs for batch in found])
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.form.mean, data.form.std))
     torch.testing.assert_close(images, (data.clients[0].images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.cat([batch.targets for batch in found]), client.labels)
     assert not any(batch.fresh for batch in found)

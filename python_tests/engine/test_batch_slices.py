@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from fedkern.data import Split
+from fedkern.data.forms import ImageForm
 from fedkern.engine.context import RunContext
+from fedkern.engine.images import Images
 from fedkern.engine.run import run
-from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError
+
+FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)
 
 EDGES = list(itertools.product([1, 2, 5, 6, 7, 8, 9, 13], [1, 2, 4, 40]))
 
@@ -33,7 +36,7 @@ def check(sizes, count, size):
 @pytest.mark.parametrize(("count", "size"), EDGES)
 def test_a_clients_samples(count, size, make_data, make_config):
     client = RunContext(make_config(), make_data((count,))).client_data(0)
-    found = list(client.samples.batches(size))
+    found = list(client.batches(size))
     check([len(batch.inputs) for batch in found], count, size)
     assert torch.equal(torch.cat([batch.targets for batch in found]), client.labels)
     assert np.concatenate([batch.indices for batch in found]).tolist() == list(range(count))
@@ -41,7 +44,7 @@ def test_a_clients_samples(count, size, make_data, make_config):
 
 @pytest.mark.parametrize(("count", "size"), EDGES)
 def test_a_test_sets_images(count, size):
-    data = TestSet(some(count), (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), cache=False, batch=size)
+    data = Images(some(count), FORM, torch.device("cpu"), size=size)
     found = list(data.batches())
     check([len(batch.inputs) for batch in found], count, size)
     assert torch.equal(torch.cat([batch.targets for batch in found]), data.labels)

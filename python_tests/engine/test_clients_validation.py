@@ -67,7 +67,7 @@ def test_a_drawn_validation_set_is_withheld(tmp_path, kind, name):
     assert len(data.validation)
     found = kept(kind, data)
     assert len(found.validation) == 0
-    assert (found.task, found.image_shape) == (data.task, data.image_shape)
+    assert (found.task, found.form.shape) == (data.task, data.form.shape)
     assert [split.ids for split in found.clients] == [split.ids for split in data.clients]
     assert len(kept_data(RunConfig.make("fedavg", data="csv", clients=2), data).validation)
 

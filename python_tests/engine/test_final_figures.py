@@ -14,6 +14,7 @@ from sklearn import metrics
 from smallest import SETTINGS
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
+from fedkern.data.forms import ImageForm
 from fedkern.data.transforms import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
@@ -51,7 +52,7 @@ def test_they_describe_the_network_that_was_saved(make_data, make_config, tmp_pa
         name = prefix[:-1]
         split = data.validation if name == "validation" else data.tests[name]
         with torch.no_grad():
-            p = network(normalise(split.images, data.mean, data.std)).double().softmax(1)
+            p = network(normalise(split.images, data.form.mean, data.form.std)).double().softmax(1)
         guess, truth = p.argmax(1), split.labels
         known = {figure: summary["metrics"][prefix + figure] for figure in FIGURES}
         assert known["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(truth, guess))
@@ -217,7 +218,7 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, tmp_path):
     data = FederatedData(
         name="tiny", classes=("ground", "cell"), clients=clients, validation=segmented(4, 8),
         tests={"": segmented(5, 9)},
-        mean=(0.5,) * 3, std=(0.3,) * 3, augment="none",
+        form=ImageForm(tuple(clients[0].images.shape[1:]), (0.5,) * 3, (0.3,) * 3),
         statistics=PartitionStatistics.of([np.zeros(6, int)] * 2, ("ground", "cell"), "iid"),
     )  # fmt: skip
     config = make_config(model="unet-small", clients=2, rounds=1, grad_cam=0)
@@ -225,7 +226,7 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, tmp_path):
     network, _ = read_model(tmp_path / "run")
     split = data.tests[""]
     with torch.no_grad():
-        guess = network(normalise(split.images, data.mean, data.std)).argmax(1)
+        guess = network(normalise(split.images, data.form.mean, data.form.std)).argmax(1)
     found = summary["per_class"]["test"]["dice"]
     for c, name in enumerate(data.classes):
         both, either = ((guess == c) & (split.labels == c)).sum((1, 2)), (guess == c).sum((1, 2))

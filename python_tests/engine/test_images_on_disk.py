@@ -11,14 +11,17 @@ from PIL import Image
 
 from fedkern import image_rows
 from fedkern.data import Split, image_cache, load
+from fedkern.data.forms import ImageForm
 from fedkern.data.identity import data_fingerprint
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.images import Images
 from fedkern.engine.run import run
-from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.settings.config import NAME, RunConfig
 from fedkern.settings.run_data import load_data
+
+FORM = ImageForm((3, 8, 8), (0.4,) * 3, (0.2,) * 3)
 
 IMAGES, SIDE = 60, 8
 WIDE = 16
@@ -168,7 +171,7 @@ def test_backgrounds_of_images_on_disk(root, on_disk):
     banks = []
     for images in (lazy.images, lazy.images.plain()):
         split = Split(images, lazy.labels, masks)
-        made = ClientData(split, (0.4,) * 3, (0.2,) * 3, torch.device("cpu"), "crop-flip", cache=False)
+        made = Images(split, FORM, torch.device("cpu"), augment="crop-flip")
         message = made.background_images()
         assert int(message["images"][message["masks"][:, None].expand_as(message["images"])].max()) == 0
         rows = np.array([5, 0, 5])

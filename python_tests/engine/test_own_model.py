@@ -17,6 +17,7 @@ from own_networks import Plain, Raw, Staged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fedkern.data.forms import ImageForm
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.executors.nursery import Nursery
@@ -123,8 +124,9 @@ def test_its_images_and_maps_have_the_strides_of_a_data_loader(
 
     data = make_data((8, 6), two_tests=False)
     data = dataclasses.replace(
-        data, clients=tuple(map(first, data.clients)), validation=first(data.validation), mean=data.mean[:channels],
-        tests={name: first(split) for name, split in data.tests.items()}, std=data.std[:channels],
+        data, clients=tuple(map(first, data.clients)), validation=first(data.validation),
+        form=ImageForm((channels, 8, 8), data.form.mean[:channels], data.form.std[:channels]),
+        tests={name: first(split) for name, split in data.tests.items()},
     )  # fmt: skip
     config = own(method, model=f"python:own_networks:{model}", grad_cam=4, **settings)
     assert run(config, out=tmp_path / "run", data=data)["metrics"]

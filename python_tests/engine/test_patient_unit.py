@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import nn
 
 from fedkern.data import Split
+from fedkern.data.forms import ImageForm
 from fedkern.data.patients import limited
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.images import Images
 from fedkern.engine.private_training import train_privately
 from fedkern.engine.run import run
-from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Schedule
 from fedkern.errors import UserError
 from fedkern.methods.base import Objective, Phase
@@ -32,6 +33,8 @@ from fedkern.report.progress import Lines
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 from fedkern.streams import stream
+
+FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)
 
 PHASE = Phase(0, "teachers", "teachers")
 NORM = 0.01
@@ -73,7 +76,7 @@ class Supervised(Objective):
 def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
     """What the sums of clipped gradients add up to, over the clipping norm; and how it was made."""
     pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
-    data = ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+    data = Images(split, FORM, torch.device("cpu"), cache=True)
     module = network()
     method = Supervised()
     method.seen = []
@@ -108,7 +111,7 @@ def test_without_noise_and_clipping_a_patient_counts_with_the_sum_of_the_images(
     split = patients(COUNTS)
     found, _, _ = trained(split, by_patient=True, norm=1e6)
     plain = network()
-    data = ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+    data = Images(split, FORM, torch.device("cpu"), cache=True)
     batch = data.batch(np.arange(len(split)))
     F.cross_entropy(plain(batch.inputs), batch.targets, reduction="sum").backward()
     gradient = torch.cat([p.grad.flatten().double() for p in plain.parameters()])

@@ -14,8 +14,9 @@ from torch import nn
 
 from fedkern import models
 from fedkern.data import IGNORE, Split
+from fedkern.data.forms import ImageForm
+from fedkern.engine.images import Images
 from fedkern.engine.private_training import train_privately
-from fedkern.engine.samples import ClientData
 from fedkern.engine.training import Diverged, Schedule
 from fedkern.errors import UserError
 from fedkern.interrupts import Terminated, in_order
@@ -24,6 +25,8 @@ from fedkern.methods.base import Objective, Phase
 from fedkern.privacy import DPSGD, LEDGER
 from fedkern.privacy.dpsgd import check_network, generator_of, private_steps
 from fedkern.streams import stream
+
+FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)
 
 pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
 PHASE = Phase(0, "teachers", "teachers")
@@ -37,7 +40,7 @@ class Supervised(Objective):
 @pytest.fixture
 def data(make_data):
     split = make_data((12,)).clients[0]
-    return ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+    return Images(split, FORM, torch.device("cpu"), cache=True)
 
 
 def client(seed=0):
@@ -112,7 +115,7 @@ def test_a_segmentation_network_and_adamw():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=generator).to(torch.uint8)
     split = Split(images, torch.randint(0, 3, (3, 8, 8), generator=generator))
-    data = ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+    data = Images(split, FORM, torch.device("cpu"), cache=True)
     module, plain = (
         models.build("unet-small-gn", classes=3, channels=3, image_size=8, width=4, seed=0) for _ in range(2)
     )
@@ -379,7 +382,7 @@ def partly_known():
     labels = torch.randint(0, 3, (3, 8, 8), generator=generator)
     labels[1, 2:] = IGNORE
     labels[2] = IGNORE
-    return ClientData(Split(images, labels), (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+    return Images(Split(images, labels), FORM, torch.device("cpu"), cache=True)
 
 
 class Methods(Objective):

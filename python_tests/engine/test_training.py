@@ -15,8 +15,8 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.reader import batch_plan
 from fedkern.engine.run import run
-from fedkern.engine.samples import batch_plan
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.training import Diverged
@@ -49,7 +49,7 @@ def test_equals_plain_sgd(model, momentum, weight_decay, clip_norm, make_data, m
     oracle.train()
     optimiser = torch.optim.SGD(oracle.parameters(), lr=config.lr, momentum=momentum, weight_decay=weight_decay)
     split = data.clients[0]
-    images = fedkern_data.normalise(split.images, data.mean, data.std, channels_last=True)
+    images = fedkern_data.normalise(split.images, data.form.mean, data.form.std, channels_last=True)
     rng = client.rng("batches", PHASE)
     for _ in range(2):
         for rows in batch_plan(len(split), 8, rng):
@@ -121,7 +121,7 @@ def test_images_are_normalised_alike_with_and_without_cache(make_data, make_conf
     data = make_data()
     bench = RunContext(make_config(), data)
     rows = np.array([3, 0, 5])
-    expected = fedkern_data.normalise(data.clients[0].images[rows], data.mean, data.std)
+    expected = fedkern_data.normalise(data.clients[0].images[rows], data.form.mean, data.form.std)
     for cache in (True, False):
         bench.cache = cache
         bench._clients.clear()
@@ -139,10 +139,9 @@ def test_background_bank(cache, fill, make_data, make_config):
     bank = bench.client_data(0).backgrounds(fill)
     keep = [i for i in range(len(split)) if i != 4]
     images, masks = bank.take(None), split.masks[keep][:, None].expand(-1, 3, -1, -1)
-    plain = fedkern_data.normalise(split.images[keep], data.mean, data.std)
-    value = (
-        torch.zeros(3) if fill == "mean" else torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)])
-    )
+    plain = fedkern_data.normalise(split.images[keep], data.form.mean, data.form.std)
+    mean, std = map(torch.tensor, (data.form.mean, data.form.std))
+    value = torch.zeros(3) if fill == "mean" else -mean / std
     assert len(bank) == len(keep)
     assert bank.labels.tolist() == split.labels[keep].tolist()
     inside = value.view(1, 3, 1, 1).expand_as(images)
@@ -275,7 +274,7 @@ def test_buffer_policies(policy, method, make_data, make_config, tmp_path):
     assert ("no-running-statistics" in summary["diagnostics"]) == (policy != "average")
     assert summary["metrics"]["id_accuracy"] > 0.4  # the batch's own statistics make the network work
     saved, _ = read_model(tmp_path)
-    images = normalise(data.tests["id"].images, data.mean, data.std)
+    images = normalise(data.tests["id"].images, data.form.mean, data.form.std)
     right = (saved(images).argmax(1) == data.tests["id"].labels).double().mean()
     assert float(right) == pytest.approx(summary["metrics"]["id_accuracy"], abs=1e-9)
     kept = load_file(tmp_path / "model.safetensors")

@@ -143,9 +143,8 @@ def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
     bench = RunContext(small(make_config), data)
     method = FedLPFM(FedLPFM.Options.parse({**SMALL, "lambda": 0.5}))
     method.start(Server(bench))
-    images = (data.tests["ood"].images / 255 - torch.tensor(data.mean).view(1, 3, 1, 1)) / torch.tensor(data.std).view(
-        1, 3, 1, 1
-    )
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
+    images = (data.tests["ood"].images / 255 - mean) / std
     right = (method._teacher(0).logits(images).argmax(1) == data.tests["ood"].labels).double().mean()
     assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
 
@@ -158,7 +157,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     summary = run(config, out=tmp_path / "run", data=data)
     method, bench, _ = started(data, config)
     split, right = data.validation, []
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     images = (split.images / 255 - mean) / std
     for k in range(3):
         client, teacher = Client(bench, k, {}), method._teacher(0)

@@ -297,8 +297,8 @@ def test_a_whole_run_with_clip(
     assert looked_at == sum(map(len, splits)) + 2 * 2  # two blank images to check and to count operations, twice
     assert f"Taught by clip:{folder} (zero-shot), installed once" in summary["diagnostics"]["teacher"]
     assert summary["bytes"] == run(make_config("fedavg"), out=tmp_path / "b", data=data)["bytes"]
-    teacher = ClipTeacher(folder, data.classes, mean=data.mean, std=data.std, prompts="a photo of {class}")
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (data.mean, data.std))
+    teacher = ClipTeacher(folder, data.classes, mean=data.form.mean, std=data.form.std, prompts="a photo of {class}")
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (data.form.mean, data.form.std))
     test = data.tests["id"]
     right = (teacher.logits((test.images / 255 - mean) / std).argmax(1) == test.labels).double().mean()
     assert summary["metrics"]["id_teacher_accuracy"] == pytest.approx(float(right))

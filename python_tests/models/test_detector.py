@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fedkern import ops
 from fedkern.data import Detections, FederatedData, Split, load, normalise
-from fedkern.engine.samples import BackgroundBank, ClientData
+from fedkern.engine.images import BackgroundBank, Images
 from fedkern.errors import UserError
 from fedkern.models.detector import GroundingDino
 
@@ -84,7 +84,7 @@ def detect(folder: Path, cache: Path, box: float, text: float = 0.0) -> Any:
 
 
 def backgrounds(split: Split, data: FederatedData) -> BackgroundBank:
-    return ClientData(split, data.mean, data.std, torch.device("cpu"), "none", cache=True).backgrounds("mean")
+    return Images(split, data.form, torch.device("cpu"), cache=True).backgrounds("mean")
 
 
 def test_only_the_boxes_are_erased_and_the_cache_is_used(folder: Path, tmp_path: Path, forwards: list[int]) -> None:
@@ -101,7 +101,7 @@ def test_only_the_boxes_are_erased_and_the_cache_is_used(folder: Path, tmp_path:
         detected = marked.flatten(1).any(1)
         inside = marked[detected][:, None]
         images = backgrounds(split, data).take(None)
-        original = normalise(untouched.images[detected], data.mean, data.std)
+        original = normalise(untouched.images[detected], data.form.mean, data.form.std)
         assert (images[inside] == 0).all()
         assert torch.equal(images[~inside], original[~inside])
         erased, kept = erased + int(inside.sum()), kept + int((~inside).sum())

@@ -202,7 +202,7 @@ def data():
 def release(folder, data, steps):
     """A run folder whose model was trained on both clients' images for so many steps."""
     model = models.build("mlp", classes=4, channels=1, image_size=8, seed=0, width=64)
-    images = normalise(torch.cat([c.images for c in data.clients]), data.mean, data.std)
+    images = normalise(torch.cat([c.images for c in data.clients]), data.form.mean, data.form.std)
     labels = torch.cat([c.labels for c in data.clients])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     model.train()

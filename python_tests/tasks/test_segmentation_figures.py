@@ -12,12 +12,13 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
+from fedkern.data.forms import ImageForm
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.images import Images
 from fedkern.engine.network import Network
 from fedkern.engine.run import run
-from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase, Scaffold
 from fedkern.methods.protocol import Batch
@@ -206,9 +207,7 @@ def federation(sizes=(12, 9, 7), public=0):
         clients=clients,
         validation=split(6, 11),
         tests={"": split(10, 12)},
-        mean=(0.2,),
-        std=(0.2,),
-        augment="none",
+        form=ImageForm(tuple(clients[0].images.shape[1:]), (0.2,), (0.2,)),
         statistics=PartitionStatistics.of(counts, ("ground", "grey", "white"), "iid"),
         public=split(public, 13) if public else None,
     )
@@ -314,15 +313,15 @@ def test_a_set_without_a_known_pixel_is_told_before_the_training(tmp_path):
 
 def test_training_moves_masks_with_their_images():
     one = split(8, 5)
-    data = ClientData(one, (0.2,), (0.2,), torch.device("cpu"), "dihedral", False)
+    data = Images(one, ImageForm(one.images.shape[1:], (0.2,), (0.2,)), torch.device("cpu"), augment="dihedral")
     rows = np.array([3, 1, 6])
-    plain, labels = data.samples.pairs(rows)
+    plain, labels = data.pairs(rows)
     assert torch.equal(labels, one.labels[rows])
-    moved, classes = data.samples.pairs(rows, np.random.default_rng(0))
+    moved, classes = data.pairs(rows, np.random.default_rng(0))
     bright = [(image[0] > 0.5) for image in (*plain, *moved)]
     assert all(torch.equal(seen, truth > 0) for seen, truth in zip(bright, (*labels, *classes), strict=True))
     assert not torch.equal(classes, labels)
-    for batch in data.samples.batches(4, augment=True, rng=np.random.default_rng(0)):
+    for batch in data.batches(4, augment=True, rng=np.random.default_rng(0)):
         assert torch.equal(batch.inputs[:, 0] > 0.5, batch.targets > 0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Summary
-from fedkern.engine.samples import TestSet
+from fedkern.engine.reader import Reader
 from fedkern.engine.store import confusions, predictions
 from fedkern.methods.common.final_figures import answers, set_name, unique_names
 
@@ -28,7 +28,7 @@ class Answers(Part):
         self,
         out: Path,
         context: RunContext,
-        sets: dict[str, TestSet],
+        sets: dict[str, Reader],
         alone: Callable[[], object],
         *,
         counts: bool,

@@ -8,7 +8,7 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
-from fedkern.engine.samples import TestSet
+from fedkern.engine.reader import Reader
 from fedkern.engine.store.saved_model import lacks_statistics
 from fedkern.methods.base import Method
 from fedkern.methods.common import diagnostics
@@ -28,7 +28,7 @@ class Diagnoses(Part):
     name = "diagnoses"
 
     def __init__(
-        self, method: Method, code: MethodCode, context: RunContext, sets: dict[str, TestSet], *, clients: bool
+        self, method: Method, code: MethodCode, context: RunContext, sets: dict[str, Reader], *, clients: bool
     ) -> None:
         self._method, self._code, self._context, self._sets, self._clients = method, code, context, sets, clients
         self._observed = diagnostics.Observations()

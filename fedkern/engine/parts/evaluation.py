@@ -15,7 +15,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating, site_sets
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
-from fedkern.engine.samples import TestSet
+from fedkern.engine.reader import Reader
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.errors import spared
@@ -52,8 +52,8 @@ class Evaluation(Part):
         hooks: Hooks,
         code: MethodCode,
         context: RunContext,
-        sets: dict[str, TestSet],
-        client_sets: dict[int, TestSet],
+        sets: dict[str, Reader],
+        client_sets: dict[int, Reader],
         *,
         clients: bool,
     ) -> None:
@@ -122,7 +122,7 @@ class Evaluation(Part):
         self.latest.update(over_clients(self.own, self._client_sets))
         self._kept = last
 
-    def _evaluate_clients(self, network: nn.Module, sets: dict[int, TestSet]) -> None:
+    def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader]) -> None:
         if self._clients:
             names = self._context.data.client_names
             code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
@@ -132,7 +132,7 @@ class Evaluation(Part):
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
         return evaluating(self._context.config, self._context.is_flat(network))
 
-    def _of_clients(self, test_set: str, sets: dict[int, TestSet]) -> dict[str, Any]:
+    def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> dict[str, Any]:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
 
         ``test_set`` says what these sets are, as in evaluation.csv.

@@ -6,7 +6,7 @@ from fedkern.engine.clients import Everybody
 from fedkern.engine.hooks import MethodCode
 from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Part, Summary
-from fedkern.engine.samples import TestSet
+from fedkern.engine.reader import Reader
 from fedkern.engine.server import Server
 from fedkern.methods.base import Method
 from fedkern.privacy.disclosure import Disclosure
@@ -29,7 +29,7 @@ class Oracle(Part):
         server: Server,
         code: MethodCode,
         everybody: Everybody,
-        sets: dict[str, TestSet],
+        sets: dict[str, Reader],
         disclosure: Disclosure,
     ) -> None:
         self._method, self._server, self._code, self._everybody = method, server, code, everybody

@@ -9,7 +9,7 @@ from fedkern import versions
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.progress import Progress
-from fedkern.engine.samples import TestSet
+from fedkern.engine.reader import Reader
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import rows, write_evaluation
 from fedkern.engine.store.saved_model import MODEL, about_network, write_model
@@ -27,7 +27,7 @@ class Results(Part):
     """
 
     def __init__(
-        self, out: Path, context: RunContext, sets: dict[str, TestSet], progress: Progress, timing: Timing
+        self, out: Path, context: RunContext, sets: dict[str, Reader], progress: Progress, timing: Timing
     ) -> None:
         self._out, self._context, self._sets, self._progress, self._timing = out, context, sets, progress, timing
 

@@ -34,7 +34,7 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         flat: whether the module is the run's own network, which can be built from its name.
     """
     data = context.data
-    channels, height, width = data.image_shape
+    channels, height, width = data.form.shape
     about = {
         "model": context.model_name,
         "width": config.width,
@@ -42,9 +42,9 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         "classes": list(data.classes),
         "channels": channels,
         "image_size": [height, width],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "grey_bits": data.grey_bits,
+        "mean": list(data.form.mean),
+        "std": list(data.form.std),
+        "grey_bits": data.form.grey_bits,
         "method": config.method,
         "rounds": rounds,
     }

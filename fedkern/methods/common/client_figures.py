@@ -1,6 +1,6 @@
 """Figures of clients on their own test sets, compared and taken together.
 
-``sets`` are the clients' test sets (`fedkern.engine.samples.TestSet`), and ``each`` holds the figures on them.
+``sets`` are the clients' test sets (`fedkern.engine.reader.Reader`), and ``each`` holds the figures on them.
 """
 
 from __future__ import annotations

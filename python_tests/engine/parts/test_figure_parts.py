@@ -15,7 +15,9 @@ from stand_ins import PRIVATE, Context, about, record, stored, values
 from torch import nn
 
 from fedkern.data import Split
+from fedkern.data.forms import ImageForm
 from fedkern.engine.hooks import MethodCode
+from fedkern.engine.images import Images
 from fedkern.engine.parts.answers import Answers
 from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.diagnoses import Diagnoses
@@ -23,7 +25,6 @@ from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.oracle import Oracle
 from fedkern.engine.parts.results import Results
 from fedkern.engine.progress import Progress
-from fedkern.engine.samples import TestSet
 from fedkern.engine.store import confusions
 from fedkern.engine.store.saved_model import MODEL
 from fedkern.engine.timing import Timing
@@ -32,6 +33,8 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.tasks import CLASSIFICATION
+
+FORM = ImageForm((1, 2, 2), (0.0,), (1.0,))
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -75,7 +78,7 @@ class Judged(Method):
 def brightness_set(levels, labels, **more):
     """A set of an image of four pixels for every brightness, from 0 to 1."""
     images = (torch.tensor(levels) * 255).to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).clone()
-    return TestSet(Split(images, torch.tensor(labels), **more), (0.0,), (1.0,), CPU, cache=True)
+    return Images(Split(images, torch.tensor(labels), **more), FORM, CPU, cache=True)
 
 
 def code(method):
@@ -355,7 +358,7 @@ def test_an_experimenters_figures_are_numbers(monkeypatch):
 def test_the_files_of_a_run(names, tmp_path):
     context = Context(2, **SETTINGS)
     context.model_name, context.described = "cnn", {}
-    facts = {"task": CLASSIFICATION, "image_shape": (1, 2, 2), "mean": (0.0,), "std": (1.0,), "grey_bits": None}
+    facts = {"task": CLASSIFICATION, "form": FORM}
     vars(context.data).update(
         client_names=names, statistics=SimpleNamespace(held_out=("z", 3) if names else None), **facts
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.images import Images
 from fedkern.engine.run import run
-from fedkern.engine.samples import TestSet
 from fedkern.engine.store.records import read_metrics
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
@@ -33,12 +33,12 @@ def test_with_one_client_it_is_fedavg(method, make_data, tmp_path):
 def test_local_tells_the_mean_over_the_clients_own_networks(make_data, tmp_path):
     data = make_data()
     summary = start("local", tmp_path, data)
-    ensemble, about = read_model(tmp_path)
+    ensemble, _ = read_model(tmp_path)
     assert len(ensemble.members) == 3
     device = torch.device("cpu")
     for name in ("id", "ood"):
         each = [
-            CLASSIFICATION.figures(member.eval(), TestSet(data.tests[name], about["mean"], about["std"], device, False))
+            CLASSIFICATION.figures(member.eval(), Images(data.tests[name], data.form, device))
             for member in ensemble.members
         ]
         found = summary["metrics"]

@@ -24,7 +24,7 @@ def tensors(out):
 
 def id_test(data, name="id"):
     split = data.tests[name]
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     return (split.images / 255 - mean) / std, split.labels
 
 

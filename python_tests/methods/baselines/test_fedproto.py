@@ -131,7 +131,7 @@ def test_personal_networks_stay_with_their_clients(make_data, make_config, tmp_p
     assert isinstance(model, Personal)
     test = RunContext(config, make_data())
     images = test.data.tests["ood"].images
-    x = normalise(images, test.data.mean, test.data.std, channels_last=True)
+    x = normalise(images, test.data.form.mean, test.data.form.std, channels_last=True)
     with torch.no_grad():
         right = [(member(x).argmax(1) == test.data.tests["ood"].labels).double().mean() for member in model.members]
     assert summary["metrics"]["ood_accuracy"] == pytest.approx(float(sum(right) / 3))
@@ -146,13 +146,13 @@ def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, ma
     assert model.clients == (0, 1, 2)
     with torch.no_grad():
         right = [
-            float((member(normalise(s.images, data.mean, data.std)).argmax(1) == s.labels).double().mean())
+            float((member(normalise(s.images, data.form.mean, data.form.std)).argmax(1) == s.labels).double().mean())
             for member, s in zip(model.members, own, strict=True)
         ]
     assert metrics["mean_client_accuracy"] == pytest.approx(sum(right) / 3)
     assert metrics["worst_client_accuracy"] == pytest.approx(min(right))
     stranger = Personal({7: model.members[0], 9: model.members[1]})
-    whole_set = Batch(normalise(own[2].images, data.mean, data.std), own[2].labels, np.arange(len(own[2])))
+    whole_set = Batch(normalise(own[2].images, data.form.mean, data.form.std), own[2].labels, np.arange(len(own[2])))
     asked = SimpleNamespace(batches=lambda: iter([whole_set]), task=data.task)
     whole = FedProto().evaluate_own(stranger, asked, 2)
     assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)

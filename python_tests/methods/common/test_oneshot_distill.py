@@ -60,7 +60,7 @@ def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
     """Enough distillation makes the student's answers on the public images those of the ensemble."""
     run(make_config("ensemble", model="cnn", rounds=None, local_epochs=4), out=tmp_path / "ensemble", data=data)
     images = data.public.images
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     x = (images / 255 - mean) / std
     target = read_model(tmp_path / "ensemble")[0](x).log_softmax(1)
     losses = []

@@ -94,7 +94,7 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
 def test_an_exchange_changes_what_it_may(world):
     """D by images alone, G by gradients alone, S by distillation alone; a teacher by nothing."""
     w = world(**EVERY_TERM)
-    probe = torch.randn(3, *w.bench.data.image_shape)
+    probe = torch.randn(3, *w.bench.data.form.shape)
     said = TeacherStack([teacher(client, w.method.architectures) for client in w.clients.values()]).logits(probe)
     live = None
     for phase in w.phases(w.round(), 0)[:3]:

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fedkern.data import augment, normalise, transforms
-from fedkern.engine import samples
-from fedkern.engine.samples import ClientData, TestSet, batch_plan
+from fedkern.data.forms import ImageForm
+from fedkern.engine import images as reader_of_images
+from fedkern.engine.images import Images
+from fedkern.engine.reader import batch_plan
 from fedkern.models.vocabulary import Vocabulary
 from fedkern.tasks import RETRIEVAL, SEGMENTATION
 
@@ -37,12 +39,13 @@ def sparse(one):
 HAVING = [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]  # an object
 
 
-def client(split, kind="none", *, cache=False, **more):
-    return ClientData(split, MEAN, STD, CPU, kind, cache, **more)
+def client(split, kind="none", *, cache=False, sides=None, **more):
+    form = ImageForm((3, *(sides or split.images.shape[2:])), MEAN, STD)
+    return Images(split, form, CPU, augment=kind, cache=cache, **more)
 
 
 def held_out(split, **more):
-    return TestSet(split, MEAN, STD, CPU, cache=False, **more)
+    return Images(split, ImageForm(split.images.shape[1:], MEAN, STD), CPU, **more)
 
 
 def plain(images):
@@ -67,7 +70,7 @@ def stream():
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_batch_is_what_plain_pytorch_makes_of_its_rows(one, cache):
     data = client(one, cache=cache)
-    assert len(data) == len(data.samples) == COUNT
+    assert len(data) == COUNT
     for rows in (np.array([7, 0, 7, 11]), np.arange(COUNT)[::-2], NONE):  # after the first a cache has the images
         batch = data.batch(rows)
         close(batch.inputs, plain(one.images[rows.copy()]))
@@ -103,10 +106,10 @@ def test_batches_picked_at_once_are_those_picked_one_by_one(one, kind, cache, at
 
     def epoch():
         rng = None if kind == "none" else stream()
-        return list(client(one, kind, cache=cache).samples.planned(plan, rng=rng))
+        return list(client(one, kind, cache=cache).planned(plan, rng=rng))
 
     singly = epoch()
-    monkeypatch.setitem(samples.PICKED_BYTES, "cpu", at_once * 5 * 3 * SIDE * SIDE * 4)
+    monkeypatch.setitem(reader_of_images.PICKED_BYTES, "cpu", at_once * 5 * 3 * SIDE * SIDE * 4)
     together = epoch()
     assert len(singly) == len(together) == len(plan)
     for a, b, indices in zip(singly, together, plan, strict=True):
@@ -151,14 +154,14 @@ def test_a_network_sees_a_window(one, cache):
 def test_every_augmented_pass_draws_anew(one):
     data, given, own = client(one, "crop-flip"), stream(), stream()
     for _ in range(2):
-        for batch in data.samples.batches(5, augment=True, rng=given):
+        for batch in data.batches(5, augment=True, rng=given):
             assert batch.fresh
-            assert torch.equal(batch.inputs, data.samples.take(batch.indices, own))
-    assert not any(batch.fresh for batch in data.samples.batches(5, rng=given))
-    assert not any(batch.fresh for batch in client(one).samples.batches(5, augment=True, rng=given))
+            assert torch.equal(batch.inputs, data.take(batch.indices, own))
+    assert not any(batch.fresh for batch in data.batches(5, rng=given))
+    assert not any(batch.fresh for batch in client(one).batches(5, augment=True, rng=given))
     assert given.random() == own.random()
     with pytest.raises(ValueError, match="rng: expected a generator"):
-        next(data.samples.batches(5, augment=True))
+        next(data.batches(5, augment=True))
 
 
 def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
@@ -169,9 +172,9 @@ def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
     for batch, length in ((data.batch(np.array([3, 0])), 3), (data.batch(np.array([1])), 4), (data.batch(NONE), 1)):
         assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, :length])
         assert torch.equal(batch.targets.mask, tokens.mask[batch.indices, :length])
-    for batch in data.samples.batches(5):
+    for batch in data.batches(5):
         assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, : batch.targets.ids.shape[1]])
-    found = list(held_out(pairs, tokens=tokens, batch=11).batches(even=True))
+    found = list(held_out(pairs, tokens=tokens, size=11).batches(even=True))
     assert [len(batch.inputs) for batch in found] == [6, 6]  # no pair is left alone
     close(torch.cat([batch.inputs for batch in found]), plain(one.images))
     assert torch.equal(torch.cat([batch.targets.ids for batch in found]), tokens.ids)
@@ -238,13 +241,13 @@ def test_pixels_bound_the_batches_of_a_segmentation(one, monkeypatch):
     pixels = dataclasses.replace(one, labels=torch.zeros(COUNT, SIDE, SIDE, dtype=torch.int64), task=SEGMENTATION)
     for most, batch in ((SIDE * SIDE * 3 + 1, 3), (SIDE * SIDE * 300, 7), (1, 1)):
         monkeypatch.setattr("fedkern.tasks.segmentation.PIXELS", most)
-        assert held_out(pixels, batch=7).batch == batch
-        assert held_out(one, batch=7).batch == 7
+        assert held_out(pixels, size=7).size == batch
+        assert held_out(one, size=7).size == 7
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (5, [5]), (7, [4, 3]), (40, [4, 4, 4])])
 def test_the_first_images_with_their_masks(sparse, count, sizes):
-    found = list(held_out(sparse, batch=4).masked_batches(count))
+    found = list(held_out(sparse, size=4).masked_batches(count))
     assert [len(images) for images, _ in found] == sizes
     for start, (images, masks) in zip(np.cumsum([0, *sizes]), found, strict=False):
         close(images, plain(sparse.images[start : start + len(images)]))

@@ -1,0 +1,147 @@
+"""Images of a split in batches, with their labels and texts, and banks of their backgrounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.forms import ImageForm
+from fedkern.data.pixels import PICK, Pixels, as_index, images_alone, placed
+from fedkern.engine.reader import BATCH, Reader
+from fedkern.image_rows import loaded
+from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
+from fedkern.transfer import send
+
+PICKED_BYTES = {"cuda": 1 << 26}
+"""Bytes of images up to which batches are picked at once: on a GPU that takes no longer than for one batch."""
+
+CACHE_BYTES = 1 << 30
+"""Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""
+
+
+class BackgroundBank:
+    """A background bank (see :class:`fedkern.methods.protocol.Backgrounds`)."""
+
+    def __init__(self, pixels: Pixels, labels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self.augmented = pixels.augment != "none"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+        return self.pixels.take(indices, rng)
+
+
+class Images(Reader):
+    """Reader of a `fedkern.data.Split`.
+
+    Args:
+        augment: augmentation of training batches.
+        cache: whether normalised images stay in memory.
+        tokens: of the images' texts, where they have some.
+    """
+
+    def __init__(
+        self,
+        split: Any,
+        form: ImageForm,
+        device: torch.device,
+        *,
+        augment: str = "none",
+        cache: bool = False,
+        tokens: Any = None,
+        size: int = BATCH,
+    ) -> None:
+        super().__init__(split, device, split.task.batch_size(size, math.prod(split.images.shape[2:])))
+        self.form, self.tokens = form, tokens
+        make = partial(Pixels, mean=form.mean, std=form.std, device=device, cache=cache, augment=augment)
+        self._make_pixels = make
+        self.pixels = make(split.images, sides=form.shape[1:])
+        self._pick = PICK.get(self.task.network, images_alone)
+        self.labels = placed(split.labels, device)
+        self.fresh = augment != "none"
+        self.cases: Tensor | None = split.cases
+        self.full = None if split.full is None else split.full.loaded()  # read now: later the files may be gone
+        self._banks: dict[str, BackgroundBank] = {}
+
+    def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        return self.pixels.take(indices, rng)
+
+    def pairs(self, indices: np.ndarray | Tensor, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
+        chosen, there = as_index(indices), self.labels.device
+        index = self.pixels.sent(chosen)
+        own = index if index.device == there else send(chosen, there)
+        labels = send(loaded(self.labels.index_select(0, own)), self.device)
+        return self._pick(self.pixels, index, labels, rng)
+
+    def planned(
+        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, made when they are asked for; their indices are sent to the device at once."""
+        sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
+        sizes = [len(part) for part in plan]
+        picked = PICKED_BYTES.get(self.device.type, 0) if rng is None else 0
+        at_once = max(1, picked // max(1, max(sizes) * self.pixels.bytes_each))
+        for first in range(0, len(plan), at_once):
+            parts = slice(first, first + at_once)
+            there, sent = sent.tensor_split([sum(sizes[parts])])
+            images, labels = self.pairs(there, rng)
+            pairs = zip(images.split(sizes[parts]), labels.split(sizes[parts]), strict=True)
+            for indices, (own, known) in zip(plan[parts], pairs, strict=True):
+                yield Batch(
+                    inputs=own,
+                    targets=self.task.targets(known, self.tokens, as_index(indices)),
+                    indices=indices,
+                    phase=phase,
+                    epoch=epoch,
+                    fresh=rng is not None,
+                    task=self.task,
+                )
+
+    def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first ``count`` images with their masks bool [B, H, W]."""
+        for part in batch_slices(min(count, len(self)), self.size):
+            yield self.pixels.take(np.arange(part.start, part.stop)), self.split.masks[part]
+
+    def background_images(self) -> dict[str, Tensor]:
+        """Images with a detected object, the object's pixels black: uint8 images, bool masks, int64 labels.
+
+        Raises:
+            ValueError: nothing is known about what is object and what is background.
+        """
+        found = self._detected()
+        return {**found, "images": found["images"].masked_fill(found["masks"][:, None], 0)}
+
+    def _detected(self) -> dict[str, Tensor]:
+        """The images with a detected object, with their masks and labels."""
+        split = self.split
+        if split.masks is None:
+            raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
+        detected = split.masks.flatten(1).any(1)
+        return {
+            "images": split.images[detected],
+            "masks": split.masks[detected],
+            "labels": split.labels[detected],
+        }
+
+    def backgrounds(self, fill: str) -> BackgroundBank:
+        """The client's own bank, made once."""
+        if fill not in self._banks:
+            self._banks[fill] = self.make_backgrounds(self._detected(), fill)
+        return self._banks[fill]
+
+    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
+        """Erases the objects and normalises; ``fill`` is ``"mean"`` (0 after normalisation) or ``"zero"`` (black)."""
+        mean, std = torch.tensor(self.form.mean), torch.tensor(self.form.std)
+        value = torch.zeros_like(mean) if fill == "mean" else -mean / std
+        pixels = self._make_pixels(message["images"], erased=message["masks"], fill=value)
+        return BackgroundBank(pixels, message["labels"].cpu().numpy())

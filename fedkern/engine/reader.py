@@ -1,0 +1,106 @@
+"""Reader: a split in batches, as training, evaluation and methods see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
+from fedkern.tasks.retrieval import LOSS_BATCH
+
+BATCH = 500
+"""Samples per batch where a network does not train."""
+
+
+class Reader:
+    """Samples of a split (see :class:`fedkern.methods.protocol.Samples`); remembers the last evaluation on them.
+
+    Attributes:
+        fresh: whether a training epoch's batches may have other inputs than another epoch's.
+        size: samples of a batch where nobody says a number.
+        predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
+        kept: what the last evaluation that keeps handed on: a network's logits [n, C], or its Dice of every class, fp64
+            [C], each with the network's client (None: the network is the run's).
+        keep: adds to ``kept``; None outside an evaluation that keeps.
+        loss_batch: pairs per batch of a contrastive loss.
+        metrics: the run's own metrics.
+        pool: threads that evaluate batches side by side, where there are.
+    """
+
+    fresh: bool
+    labels: Tensor
+
+    def __init__(self, split: Any, device: torch.device, size: int = BATCH) -> None:
+        self.split, self.task, self.device, self.size = split, split.task, device, size
+        self.predictions: Tensor | None = None
+        self.kept: list[tuple[int | None, Tensor]] = []
+        self.keep: Callable[..., None] | None = None
+        self.loss_batch = LOSS_BATCH
+        self.metrics: Sequence[Any] = ()
+        self.pool: ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def planned(
+        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, made when they are asked for; images are augmented where there is an ``rng``."""
+        raise NotImplementedError
+
+    def batch(
+        self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Batch:
+        """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
+        return next(self.planned([indices], phase, epoch, rng))
+
+    def batches(
+        self,
+        size: int | None = None,
+        *,
+        even: bool = False,
+        augment: bool = False,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[Batch]:
+        """The samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
+        if augment and rng is None:
+            raise ValueError("rng: expected a generator to augment with, given none")
+        size, every = size or self.size, np.arange(len(self))
+        parts = np.array_split(every, -(-len(self) // size)) if even else map(every.__getitem__, self.slices(size))
+        for rows in parts:
+            yield self.batch(rows, rng=rng if augment and self.fresh else None)
+
+    def slices(self, size: int) -> list[slice]:
+        """The samples of every batch of ``size``."""
+        return batch_slices(len(self), size)
+
+    def record(self, predictions: Tensor) -> None:
+        self.predictions = predictions.cpu()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, an evaluation keeps the networks' answers; what an earlier one kept is dropped."""
+
+        def keep(answer: Tensor, client: int | None = None) -> None:
+            self.kept.append((client, answer))
+
+        self.kept, self.keep = [], keep
+        try:
+            yield
+        finally:
+            self.keep = None
+
+
+def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Batches of one epoch: the samples in random order, in batches as ``batch_slices`` makes them.
+
+    A client with fewer samples than the batch size has one smaller batch.
+    """
+    order = rng.permutation(samples)
+    return [order[part] for part in batch_slices(samples, batch_size)]
