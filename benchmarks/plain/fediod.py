@@ -110,8 +110,9 @@ def main() -> None:
     student = common.build_model(args, source)
     teachers = train_teachers(federation, args)
     generator = Generator(
-        nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1), mean=source.form.mean,
-        std=source.form.std, pixel_mean=source.form.mean, generator=torch.Generator().manual_seed(args.seed),
+        nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
+        mean=source.form.mean, std=source.form.std, pixel_mean=source.form.mean,
+        generator=torch.Generator().manual_seed(args.seed),
     ).to(args.device)  # fmt: skip
     critics = [
         PatchDiscriminators(
