@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fedkern.settings import given_paths
 from fedkern.settings.config import RunConfig, check_effect
 from fedkern.settings.defaults import NETWORKS
 from fedkern.settings.run_data import kept_data
+from fedkern.tasks import Task
 from fedkern.torch_modes import reproducible
 
 
@@ -306,8 +307,18 @@ class Run:
 def simulate(
     method: str | Method | type[Method],
     *,
-    data: str | FederatedData | None = None,
+    data: Any = None,
+    test: Any = None,
+    validation: Any = None,
+    public: Any = None,
     model: str | nn.Module | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    main: str | None = None,
+    better: Literal["max", "min"] | None = None,
+    task: Task | None = None,
+    classes: Sequence[str] | int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     listener: Listener | Sequence[Listener] | None = None,
@@ -323,7 +334,10 @@ def simulate(
     Args:
         method: name of the method; or a class derived from :class:`fedkern.methods.Method`, or an object of one, whose
             options are those it was made with.  A class needs no registered name.
-        data: name of a data set, or federated data in memory.
+        data: name of a data set, federated data in memory, or map-style PyTorch data sets: a dict by client's name, a
+            list with one a client, or a single one, which ``partition`` shares out among ``clients``.
+        test, validation, public, loss_fn, metrics, collate_fn, main, better, task, classes: of PyTorch data sets, see
+            :meth:`fedkern.FederatedData.from_datasets`.
         model: name of a network, its code (``FILE.py:NAME``), or a module, which is copied and whose weights are the
             initial ones.
         out: the run folder; default ``runs/<method>-<data>-<time>``.
@@ -340,6 +354,11 @@ def simulate(
     from fedkern.report.pictures import PICTURE_LIST, PICTURES
 
     where = None if out is None else folder_of(out)
+    about = {
+        "test": test, "validation": validation, "public": public, "loss_fn": loss_fn, "metrics": metrics,
+        "collate_fn": collate_fn, "main": main, "better": better, "task": task, "classes": classes,
+    }  # fmt: skip
+    data = federated(data, about, settings)
     config, memory, module = requested(method, data, model, settings)
     check_effect([name for name, value in settings.items() if value is not None], config)
     if pictures and where is not None:
@@ -355,12 +374,42 @@ def simulate(
     return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
 
 
-_ARGUMENTS = ("data", "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")
+def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """The federated data of an argument ``data`` that is PyTorch data sets; other data are returned as they are.
+
+    Raises:
+        UserError: arguments about data sets stand beside other data, or something is no data set.
+    """
+    given = {name: value for name, value in about.items() if value is not None}
+    if data is None or isinstance(data, (str, FederatedData)):
+        if given:
+            raise UserError(f"{next(iter(given))} is for data sets of PyTorch, data=[...] or a dict: leave it out.")
+        return data
+    how = {"samples": "train_samples", "seed": "seed"}
+    if not isinstance(data, (Mapping, list, tuple)):
+        how |= {"count": "clients", "partition": "partition"}
+    said = {name: settings[key] for name, key in how.items() if settings.get(key) is not None}
+    return FederatedData.from_datasets(data, given.pop("test", None), **given, **said)
+
+
+_ARGUMENTS = (
+    "data",
+    "test",
+    "loss_fn",
+    "metrics",
+    "collate_fn",
+    "model",
+    "out",
+    "progress",
+    "listener",
+    "pictures",
+    "fedkern.load(DIR).resume()",
+)
 
 
 def requested(
     method: str | Method | type[Method],
-    data: str | FederatedData | None,
+    data: Any,
     model: str | nn.Module | None,
     given: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None, nn.Module | None]:
@@ -470,9 +519,10 @@ def load(
     out: str | Path,
     *,
     method: Method | type[Method] | None = None,
-    data: FederatedData | None = None,
+    data: Any = None,
     model: nn.Module | None = None,
     trusted: Collection[str] = (),
+    **about: Any,
 ) -> Run:
     """Opens the folder of a run.
 
@@ -487,7 +537,9 @@ def load(
     Raises:
         UserError: there is no run, or ``method`` is not the run's.
     """
-    return Run(out, data=data, model=model, trusted=trusted, method=method)
+    run = Run(out, model=model, trusted=trusted, method=method)
+    run._data = federated(data, about, vars(run.config))
+    return run
 
 
 @reproducible()

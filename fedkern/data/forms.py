@@ -1,8 +1,16 @@
-"""Forms: how the samples of a federation reach a network."""
+"""Forms: how the samples of a federation reach a network, and what of them can be shown."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fedkern import models
+from fedkern.data.transforms import central
+from fedkern.leaves import leaves
 
 
 @dataclass(frozen=True)
@@ -16,8 +24,81 @@ class ImageForm:
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
     """
 
+    noun: ClassVar[str] = "images"
+    lacks: ClassVar[frozenset[str]] = frozenset()
+
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
     grey_bits: int = 16
+
+    def said(self) -> str:
+        """The size of a sample in words."""
+        return f" of {'×'.join(map(str, self.shape))}"
+
+    def central(self, split: Any) -> Any:
+        """A split that is not augmented: the window that a network sees."""
+        return central(split, self.shape[1:])
+
+    def about(self) -> dict[str, Any]:
+        """Entries of model.safetensors."""
+        return {
+            "channels": self.shape[0], "image_size": list(self.shape[1:]), "mean": list(self.mean),
+            "std": list(self.std), "grey_bits": self.grey_bits,
+        }  # fmt: skip
+
+    def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
+        """A freshly initialised network; ``about`` is as in `fedkern.tasks.Task.build`."""
+        network: nn.Module = task.build({**about, "channels": self.shape[0], "image_size": self.shape[1:]}, seed)
+        return network
+
+
+def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
+    """The form that ``about()`` of it has described."""
+    if "items" in about:
+        return ItemForm(tuple(about["items"]))
+    shape = about["channels"], *about["image_size"]
+    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ItemForm:
+    """Samples of map-style data sets.
+
+    Attributes:
+        shapes: dtype and shape of every tensor of a batch of two samples, in words.
+    """
+
+    noun: ClassVar[str] = "samples"
+    lacks: ClassVar[frozenset[str]] = frozenset({"images", "pixels"})
+    augment: ClassVar[str] = "none"
+
+    shapes: tuple[str, ...]
+
+    @staticmethod
+    def of(batch: Any) -> ItemForm:
+        """The form of samples of which ``batch`` has two."""
+        return ItemForm(tuple(
+            f"{str(leaf.dtype).removeprefix('torch.')} {[*leaf.shape]}" if isinstance(leaf, Tensor)
+            else type(leaf).__name__
+            for leaf in leaves(batch)
+        ))  # fmt: skip
+
+    def said(self) -> str:
+        """The tensors of a batch in words."""
+        return f", two of which are {', '.join(self.shapes)}"
+
+    def central(self, split: Any) -> Any:
+        """The split itself."""
+        return split
+
+    def about(self) -> dict[str, Any]:
+        """Entries of model.safetensors."""
+        return {"items": list(self.shapes)}
+
+    def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
+        """A freshly initialised network."""
+        return models.build_any(
+            about["model"], classes=about["classes"], width=about["width"], seed=seed, raw=task.network == "any"
+        )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from hashlib import blake2b
 
 import numpy as np
 import torch
 
-from fedkern.data.cases import drawn_rows, grouped_rows, unit_noun
-from fedkern.data.split import Split, joined
-from fedkern.data.transforms import central
+from fedkern.data.cases import drawn_rows, unit_noun
+from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError, nearest
 from fedkern.streams import stream
@@ -54,7 +52,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
     if share:
         parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
         kept = tuple(part for part, _ in parts)
-        own = tuple(central(test, data.form.shape[1:]) for _, test in parts)
+        own = tuple(data.form.central(test) for _, test in parts)
         statistics = statistics.recounted(kept, [len(test) for test in own])
     return replace(data, clients=kept, client_tests=own, client_names=names, statistics=statistics)
 
@@ -85,12 +83,12 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
     place[others] = torch.arange(len(others))
     train = data.clients[absent]
-    known = _identities(joined([train, *data.client_tests[absent : absent + 1]]))
-    unseen = [central(train, data.form.shape[1:])]
-    counted = set(_identities(train))
+    known = {each for split in (train, *data.client_tests[absent : absent + 1]) for each in split.identities()}
+    unseen = [data.form.central(train)]
+    counted = set(train.identities())
 
     def purged(split: Split) -> Split:
-        images = _identities(split)
+        images = split.identities()
         own = torch.tensor([each in known for each in images], dtype=torch.bool)
         if split.homes is not None:
             own |= split.homes == absent
@@ -101,31 +99,24 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
         new = own & torch.tensor([each not in counted for each in images], dtype=torch.bool)
         if bool(new.any()):
             unseen.append(split.subset(new.nonzero().flatten()))
-            counted.update(_identities(unseen[-1]))
+            counted.update(unseen[-1].identities())
         return split.subset((~own).nonzero().flatten())
 
     tests = {name: purged(split) for name, split in data.tests.items()}
     validation = purged(data.validation)
     public = None if data.public is None else purged(data.public)
     tests = {name: split for name, split in tests.items() if len(split)}
-    tests[HELD_OUT] = replace(joined(unseen), homes=None)
+    apart = unseen[0].plus(unseen[1:])
+    tests[HELD_OUT] = apart if apart.homes is None else replace(apart, homes=None)
     return replace(
         data, tests=tests, validation=validation, public=public if public is not None and len(public) else None
     )
 
 
-def _identities(split: Split) -> list[str]:
-    """What tells an image from others: its name, or a digest of its pixels and label where images have no names."""
-    if split.ids is not None:
-        return list(split.ids)
-    pairs = zip(split.images, split.labels, strict=True)
-    return [blake2b(b"".join(part.numpy().tobytes() for part in pair), digest_size=16).hexdigest() for pair in pairs]
-
-
 def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
-    own = set(_identities(data.clients[held_out]))
+    own = set(data.clients[held_out].identities())
     for k in others:
-        shared = own.intersection(_identities(data.clients[k]))
+        shared = own.intersection(data.clients[k].identities())
         if shared:
             named = f" ({min(shared)})" if data.clients[k].ids is not None else ""
             raise UserError(
@@ -135,7 +126,7 @@ def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None
 
 
 def _divided(split: Split, label: str, client: int, share: float, seed: int) -> tuple[Split, Split]:
-    units = grouped_rows(split.ids, split.cases, split.patients)
+    units = split.units()
     parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
     count = max(2, round(share * len(parts)))
     if len(parts) < count + 2:

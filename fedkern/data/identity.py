@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.items import per_set
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.image_rows import in_parts
@@ -24,10 +25,26 @@ Sets = Mapping[str, Sequence[Split]]
 
 def of_memory(data: FederatedData) -> dict[str, str]:
     """Identity of data in memory: of all samples, whichever client holds them (see `identity`)."""
+    if data.form.lacks:
+        return _of_items(data)
     train = [*data.clients, *(() if data.public is None else (data.public,))]
     tests = {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     sets: Sets = {"train": train, "validation": [data.validation], **tests, "client tests": data.client_tests}
     return identity(data.classes, sets, sets)
+
+
+def _of_items(data: FederatedData) -> dict[str, str]:
+    """Identity of items: their number and some of them, and the user's loss and metrics."""
+    sets = {"train": list(data.clients), "validation": [data.validation]}
+    sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
+    sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
+    most = per_set(sum(map(len, sets.values())))
+    return {
+        "classes": _digest(repr(name).encode() for name in data.classes),
+        "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
+        "images": _digest(sorted(part.fingerprint(most) for parts in sets.values() for part in parts)),
+        **({"loss_fn": data.task.digest()} if data.task.digest() else {}),
+    }
 
 
 def of_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, str]:
@@ -136,10 +153,16 @@ def _digest(rows: Iterable[bytes]) -> str:
 
 
 def data_fingerprint(data: Any) -> int:
-    """CRC-32 over all images, labels, masks and texts of a federation: a resumed run must have the same data."""
+    """CRC-32 over all images, labels, masks and texts of a federation: a resumed run must have the same data.
+
+    Of samples that are no images, some stand for all.
+    """
     value = 0
     public = () if data.public is None else (data.public,)
-    for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
+    splits = (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests)
+    if data.form.lacks:
+        return zlib.crc32(b"".join(split.fingerprint(per_set(len(splits))) for split in splits))
+    for split in splits:
         for tensor in (split.images, split.labels, split.masks):
             for part in () if tensor is None else in_parts(tensor):
                 value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)

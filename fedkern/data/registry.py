@@ -16,6 +16,7 @@ from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
 from fedkern.data.data_function import DataFunction
 from fedkern.data.data_option import COMMON_OPTIONS, DataOption
+from fedkern.data.datasets import open_datasets
 from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
@@ -287,6 +288,10 @@ DATASETS: dict[str, DatasetInfo] = {
     "arrays": DatasetInfo(
         "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)",
         open_arrays, 5, "attribute",
+    ),
+    "datasets": DatasetInfo(
+        "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))",
+        open_datasets, 5, "iid",
     ),
     "nico": DatasetInfo(
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedkern.data.cases import grouped_rows
 from fedkern.data.full_masks import FullMasks
 from fedkern.image_rows import in_parts
 from fedkern.tasks import Task, task_of
@@ -89,6 +93,32 @@ class Split:
         Where an image may have several labels, the labels themselves, uint8 ``[n, L]``.
         """
         return self.task.image_labels(self.labels)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all images once they are normalised."""
+        return 4 * self.images.numel()
+
+    def units(self) -> npt.NDArray[np.int64] | None:
+        """The case, patient or image that a row belongs to where rows belong together, else None."""
+        return grouped_rows(self.ids, self.cases, self.patients)
+
+    def identities(self) -> list[str]:
+        """What tells an image from others: its name, or a digest of its pixels and label without one."""
+        if self.ids is not None:
+            return list(self.ids)
+        pairs = zip(self.images, self.labels, strict=True)
+        return [
+            blake2b(b"".join(part.numpy().tobytes() for part in pair), digest_size=16).hexdigest() for pair in pairs
+        ]
+
+    def raw(self) -> dict[str, Any]:
+        """What a client would send who gives its samples away."""
+        return {"images": self.images, "labels": self.labels, "texts": self.texts}
+
+    def plus(self, others: Sequence[Split]) -> Split:
+        """The split with the images of others behind its own, see :func:`joined`."""
+        return joined([self, *others])
 
     def any_known(self) -> bool:
         """Whether the class of an image or of a pixel is known."""

@@ -59,10 +59,13 @@ class PartitionStatistics:
             splits: a `fedkern.data.Split` of every client.
             own_tests: samples of every client's own test set; None keeps what the table lists.
         """
+        own = self.own_tests if own_tests is None else tuple(own_tests)
+        samples = tuple(map(len, splits))
+        if not self.classes:
+            return replace(self, samples=samples, own_tests=own)
         labels = [split.image_labels.numpy() for split in splits]
         found = PartitionStatistics.of(labels, self.classes, self.partition, splits[0].task)
-        own = self.own_tests if own_tests is None else tuple(own_tests)
-        return replace(self, counts=found.counts, samples=found.samples, own_tests=own)
+        return replace(self, counts=found.counts, samples=samples, own_tests=own)
 
     def without(self, client: int, samples: int) -> PartitionStatistics:
         """The same partition with one client held out, whose ``samples`` are a test set."""
@@ -119,7 +122,8 @@ class PartitionStatistics:
     def header(self) -> list[str]:
         """Column names of `rows`."""
         named = ["name"] if self.names is not None else []
-        return ["client", *named, "samples", *(["own test"] if self.untrained else []), "skew", *self.classes]
+        skew = ["skew"] if self.classes else []
+        return ["client", *named, "samples", *(["own test"] if self.untrained else []), *skew, *self.classes]
 
     def rows(self, limit: int | None = None) -> list[list[str]]:
         """A row of strings per client, one for a held-out client and one of totals; ``limit``: most clients listed."""
@@ -131,7 +135,8 @@ class PartitionStatistics:
         def row(first: str, name: str, samples: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
             named = [name] if self.names is not None else []
             own = [str(test)] if self.untrained else []
-            return [first, *named, str(samples), *own, skew, *(str(count) for count in counts)]
+            rest = [skew, *(str(count) for count in counts)] if self.classes else []
+            return [first, *named, str(samples), *own, *rest]
 
         nothing = [""] * len(self.classes)
         rows = [

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedkern.data.arrays import parts_of_arrays
-from fedkern.data.forms import ImageForm
+from fedkern.data.datasets import Given, Learnt, parts_of_datasets
 from fedkern.data.full_masks import FullMasks
-from fedkern.data.split import Split, joined, rows_of
+from fedkern.data.split import Split, rows_of
 from fedkern.data.statistics import SKEW, PartitionStatistics
 from fedkern.html_table import html_table
 from fedkern.tasks import Task, task_of
@@ -174,7 +174,7 @@ class FederatedData:
     clients: tuple[Split, ...]
     validation: Split
     tests: dict[str, Split]
-    form: ImageForm
+    form: Any  # ImageForm or ItemForm
     statistics: PartitionStatistics
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
     public: Split | None = None
@@ -196,8 +196,8 @@ class FederatedData:
         clients, held = len(self.clients), len(self.validation)
         sizes = [f"{sum(self.client_sizes):,} training", *([f"{held:,} validation"] if held else [])]
         sizes += [f"{len(split):,} {f'{name} ' if name else ''}test" for name, split in self.tests.items()]
-        shape = "×".join(map(str, self.form.shape))
-        return f"{self.name}: {clients} client{'s' * (clients != 1)}, {', '.join(sizes)} images of {shape}"
+        what = f"{', '.join(sizes)} {self.form.noun}{self.form.said()}"
+        return f"{self.name}: {clients} client{'s' * (clients != 1)}, {what}"
 
     def client_label(self, client: int) -> str:
         """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""
@@ -208,6 +208,11 @@ class FederatedData:
     def task(self) -> Task:
         """What is learnt of the data."""
         return self.validation.task
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What methods may ask for (`fedkern.tasks.Task.offers`)."""
+        return self.task.offers - self.form.lacks
 
     @property
     def client_sizes(self) -> tuple[int, ...]:
@@ -251,9 +256,54 @@ class FederatedData:
         """
         return cls(**parts_of_arrays(clients, test, validation, classes, mean, std, augment, task))
 
+    @classmethod
+    def from_datasets(
+        cls,
+        clients: Any,
+        test: Any,
+        *,
+        validation: Any = None,
+        public: Any = None,
+        loss_fn: Callable[..., Tensor] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        main: str | None = None,
+        better: Literal["max", "min"] | None = None,
+        task: Task | None = None,
+        classes: Sequence[str] | int | None = None,
+        partition: str = "iid",
+        count: int = 5,
+        samples: int | None = None,
+        seed: int = 0,
+    ) -> FederatedData:
+        """Federated data of map-style PyTorch data sets, whose samples are read when a batch needs them.
+
+        Args:
+            clients: data sets by client name, or in client order; or a single one, which is shared out.
+            test: a data set, or data sets by name; those with the names of all clients are the clients' own, and
+                together the test set.
+            validation: a data set for choosing settings.
+            public: a data set that no client owns.
+            loss_fn, metrics, main, better: see :class:`fedkern.tasks.OwnTask`.  Open: the cross-entropy and the figures
+                of classification, where targets are classes.
+            collate_fn: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``.
+            task: instead of these a task, such as an object of a class derived from ``fedkern.tasks.Task``.
+            classes: names of the classes, or their number; open: as many as the network tells.
+            partition, count: how a single data set is shared out among ``count`` clients: by the classes that its
+                ``targets``, ``labels`` or last of ``tensors`` tell, or that are read item by item.
+            samples: number of training samples to use instead of all.
+            seed: of the partition.
+
+        Raises:
+            UserError: something is no map-style data set, or there is no loss for such targets; the message names it.
+        """
+        given = Learnt(loss_fn, metrics, main, better, task, collate_fn)
+        sets = Given(clients, test, validation, public)
+        return cls(**parts_of_datasets(sets, given, classes, partition, count, samples, seed))
+
     def pooled(self) -> FederatedData:
         """The data with one client that holds all training samples; statistics and names remain the partition's."""
-        return replace(self, clients=(joined(self.clients),))
+        return replace(self, clients=(self.clients[0].plus(self.clients[1:]),))
 
 
 def fixed_rows(order: Sequence[int], *counts: int) -> list[Tensor]:

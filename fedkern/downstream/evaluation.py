@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from fedkern.data import FederatedData, load
+from fedkern.data.forms import form_of
 from fedkern.data.registry import lookup
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.context import reader
 from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
-from fedkern.engine.images import Images
 from fedkern.engine.network import place
 from fedkern.engine.reader import Reader
 from fedkern.engine.store.resuming import unedited
@@ -28,7 +29,6 @@ from fedkern.methods.common.final_figures import final_figures
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
-from fedkern.tasks import TASKS
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.torch_modes import cpu_threads, reproducible
 
@@ -99,21 +99,25 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, Reader]:
     device = torch.device(config.device)
     size = batch_size(device, config.statistics)
-    form = replace(data.form, mean=tuple(about["mean"]), std=tuple(about["std"]))
+    form = form_of(about)
     sets: dict[str, Reader] = {}
     first: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
     for prefix, split in prefixed(data).items():
         tokens = split.task.tokens(split, lambda: first.tokenize)
-        sets[prefix] = Images(split, form, device, tokens=tokens, size=size)
+        sets[prefix] = reader(split, form, device, seed=config.seed, tokens=tokens, size=size)
         sets[prefix].metrics = metrics_of(config.plugins)
     return sets
 
 
 def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> FederatedData:
     """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
-    task, known = TASKS[about["task"]], list(about["classes"])
-    if data.task is not task:
-        raise UserError(f'The run in {out} is for {task.name}, and the data set "{data.name}" is for {data.task.name}.')
+    task, known, form = data.task, list(about["classes"]), form_of(about)
+    if data.task.name != about["task"]:
+        raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')
+    if data.form.noun != form.noun:
+        raise UserError(f'The run in {out} is of {form.noun}, and the data set "{data.name}" is of {data.form.noun}.')
+    if form.lacks:
+        return replace(data, classes=tuple(known))
     check_shape(data, about, out)
     if list(data.classes) == known:
         return data

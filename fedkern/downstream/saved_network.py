@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedkern import models, named_code
-from fedkern.data.forms import ImageForm
+from fedkern.data.forms import form_of
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
@@ -26,7 +26,7 @@ from fedkern.inputs import parse_json
 from fedkern.methods import registry
 from fedkern.settings.config import check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
-from fedkern.tasks import TASKS, Task
+from fedkern.tasks import TASKS, Task, task_named
 from fedkern.torch_modes import reproducible
 
 
@@ -35,7 +35,7 @@ class Outline:
     """Stand-in for a run's federated data without images: what a method needs to build its module again."""
 
     classes: tuple[str, ...]
-    form: ImageForm
+    form: Any
     client_sizes: tuple[int, ...]
     task: Task
     clients: tuple[()] = ()
@@ -73,9 +73,10 @@ def _number(x: Any) -> bool:
 
 
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
+_FORMS = {False: {**_IMAGES, "grey_bits": lambda x: _count(x) and x <= 16}, True: {"items": _list(_text)}}
+"""Keys of a form, of samples that are ``items`` and of images."""
 _ABOUT: dict[str, Callable[[Any], bool]] = {
-    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in TASKS, "classes": _list(_text),
-    "grey_bits": lambda x: _count(x) and x <= 16, "method": _text, "rounds": _count,
+    "model": _text, "width": _width, "task": _text, "classes": _list(_text, least=0), "method": _text, "rounds": _count,
 }  # fmt: skip
 """Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
@@ -102,15 +103,18 @@ def checked(text: str | None, path: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise ValueError("what it says of its network is no table")
     same_format(path, about.pop("format", None), FORMAT)
-    _check_keys(about, _ABOUT, _ABOUT_SOME, "")
-    if ("pair" in about) != ("pairs" in TASKS[about["task"]].offers):
+    items = "items" in about
+    _check_keys(about, _ABOUT | _FORMS[items], _ABOUT_SOME, "")
+    if not items and (about["task"] not in TASKS or not about["classes"]):
+        raise ValueError(f'it says {json.dumps(about["task"])} for "task"')
+    if ("pair" in about) != ("pairs" in task_named(about["task"]).offers):
         raise ValueError('"pair" belongs to a retrieval network alone')
     if "pair" in about:
         _check_keys(about["pair"], _PAIR, {"longest": _size}, "pair.")
         unknown = sorted(set(about["pair"]) - {*_PAIR, "longest"})
         if unknown:
             raise ValueError(f'it says something unknown: "pair.{unknown[0]}"')
-    for prefix, each in (("", about), ("pair.", about.get("pair"))):
+    for prefix, each in () if items else (("", about), ("pair.", about.get("pair"))):
         for name in ("mean", "std"):
             if each is not None and len(each[name]) != each["channels"]:
                 raise ValueError(f'"{prefix}{name}" does not have a number for each of {each["channels"]} channels')
@@ -223,7 +227,7 @@ def _forget_statistics(module: nn.Module) -> None:
 def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
     if "pair" not in about and about["model"] not in models.MODELS:
         load_plugins(out, trusted)
-    return TASKS[about["task"]].build({**about, "classes": len(about["classes"])}, 0)
+    return form_of(about).build(task_named(about["task"]), {**about, "classes": len(about["classes"])}, 0)
 
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
@@ -233,13 +237,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
     config = config.replace(init=None)  # the weights are the run's, and that file may be gone
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
-    height, width = about["image_size"]
-    outline = Outline(
-        classes=tuple(about["classes"]),
-        form=ImageForm((about["channels"], height, width), tuple(about["mean"]), tuple(about["std"])),
-        client_sizes=tuple(about["samples"]),
-        task=TASKS[about["task"]],
-    )
+    outline = Outline(tuple(about["classes"]), form_of(about), tuple(about["samples"]), task_named(about["task"]))
     state = Checkpoints(out).last_server_state()
     if state is None:
         raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.cases import grouped_rows
 from fedkern.data.patients import numbered
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
@@ -38,7 +37,6 @@ class Client(Node):
         self.samples = len(context.data.clients[client])
         self.declared = context.federation.samples[client]
         self.unit = context.federation.unit
-        self.labels: Tensor = context.data.clients[client].labels
         self.state = state
         self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
 
@@ -48,12 +46,20 @@ class Client(Node):
 
     @functools.cached_property
     def groups(self) -> np.ndarray | None:
-        split = self._context.data.clients[self.id]
-        return grouped_rows(split.ids, split.cases, split.patients)
+        return self._context.data.clients[self.id].units()
 
     @functools.cached_property
     def patients(self) -> np.ndarray | None:
         return numbered(self._context.data.clients[self.id]) if self.unit.name == "patient" else None
+
+    @property
+    def labels(self) -> Tensor:
+        labels: Tensor = self._context.data.clients[self.id].labels
+        return labels
+
+    @property
+    def known(self) -> Tensor:
+        return self._context.client_data(self.id).known
 
     @property
     def objects_known(self) -> bool:

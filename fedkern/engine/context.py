@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, singledispatch
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.data.items import Items
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.images import CACHE_BYTES, Images
+from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
-from fedkern.engine.reader import Reader
+from fedkern.engine.reader import BATCH, Reader
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
 from fedkern.models.freezing import freeze
@@ -28,6 +30,25 @@ from fedkern.models.registry import added, check_gives
 from fedkern.models.weight_files import load_by_name
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
+
+
+@singledispatch
+def reader(split: Any, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
+    """The batches of a split of any kind.
+
+    Args:
+        form: of the split's samples.
+        seed: the run's.
+        client: the client that trains on the split, or -1.
+        how: of images ``augment``, ``cache`` and ``tokens``, see `Images`; ``size``, samples of a batch.
+    """
+    return Images(split, form, device, **how)
+
+
+@reader.register
+def _(split: Items, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
+    return ItemReader(split, device, seed=seed, client=client, size=how.get("size", BATCH))
+
 
 PREPARED = 1000
 """Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""
@@ -57,8 +78,7 @@ class RunContext:
         self.device = torch.device(config.device)
         self.federation = self._federation()
         splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
-        images = [split.images for split in splits]
-        self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
+        self.cache = sum(split.memory for split in splits) <= CACHE_BYTES
         self.warnings: dict[str, str] = {}
         # Server warnings are open at first: before anything is received they follow from the settings alone.
         self.disclosure = Disclosure(clients=config.records != "private")
@@ -100,9 +120,7 @@ class RunContext:
 
     def pool(self) -> None:
         """Puts the data of all clients together, for a method that is not federated."""
-        self.uploaded = [
-            {"images": split.images, "labels": split.labels, "texts": split.texts} for split in self.data.clients
-        ]
+        self.uploaded = [split.raw() for split in self.data.clients]
         self.data = self.data.pooled()
         self.federation = self._federation()
 
@@ -128,19 +146,16 @@ class RunContext:
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         seed = self.config.seed if seed is None else seed
-        channels, *sides = self.data.form.shape
         if model is not None:  # the run's own network was checked before
             check_gives(model, self.data.task.network, self.config.data, "in the method option that names it")
         own = model is None or model == self.config.model
         about = {
             "model": self.config.model if model is None else model,
             "classes": self.federation.classes if classes is None else classes,
-            "channels": channels,
-            "image_size": sides,
             "width": self.config.width if width is None and own else width,
             **(self.described if model is None else {}),
         }
-        return self.data.task.build(about, seed)
+        return self.data.form.build(self.data.task, about, seed)
 
     @cached_property
     def added_models(self) -> tuple[models.ModelEntry, ...]:
@@ -196,8 +211,9 @@ class RunContext:
         return str(self.config.augment or self.data.form.augment)
 
     def reader(self, split: Any, **how: Any) -> Reader:
-        """The batches of a split."""
-        return Images(split, self.data.form, self.device, tokens=self.tokens(split), **how)
+        """The batches of a split, see :func:`reader`."""
+        tokens = self.tokens(split)
+        return reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
 
     def network(self, name: str) -> Network:
         """The network called ``"local"``, ``"frozen"`` or ``"server"``."""
@@ -236,7 +252,8 @@ class RunContext:
     def client_data(self, client: int) -> Any:
         """The batches of a client's training samples."""
         if client not in self._clients:
-            made = self.reader(self.data.clients[client], augment=self.augment, cache=self.cache)
+            split = self.data.clients[client]
+            made = self.reader(split, client=client, augment=self.augment, cache=self.cache)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern.data.forms import ImageForm
 from fedkern.data.pixels import PICK, Pixels, as_index, images_alone, placed
 from fedkern.engine.reader import BATCH, Reader
-from fedkern.image_rows import loaded
+from fedkern.image_rows import in_parts, loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.transfer import send
 
@@ -66,11 +66,15 @@ class Images(Reader):
         self._make_pixels = make
         self.pixels = make(split.images, sides=form.shape[1:])
         self._pick = PICK.get(self.task.network, images_alone)
-        self.labels = placed(split.labels, device)
+        self.labels: Tensor = placed(split.labels, device)
         self.fresh = augment != "none"
         self.cases: Tensor | None = split.cases
         self.full = None if split.full is None else split.full.loaded()  # read now: later the files may be gone
         self._banks: dict[str, BackgroundBank] = {}
+
+    @property
+    def known(self) -> Tensor:
+        return torch.stack([(part >= 0).sum() for part in in_parts(self.split.labels)]).sum().clamp_min(1)
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         return self.pixels.take(indices, rng)

@@ -26,9 +26,6 @@ class Node:
         self.device = context.device
         self.task: Task = context.data.task
         self.classes: tuple[str, ...] = context.data.classes
-        self.image_shape: tuple[int, int, int] = context.data.form.shape
-        self.mean: tuple[float, ...] = context.data.form.mean
-        self.std: tuple[float, ...] = context.data.form.std
         self.report: dict[str, float] = {}
         self.round_cache: dict[str, Any] = {}
 
@@ -36,6 +33,18 @@ class Node:
         # State, report and caches stay behind: a worker's changes to copies of them would be lost without a word.
         # In a worker they are an AttributeError.
         return {"_context": self._context}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._context.data.form.shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self._context.data.form.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self._context.data.form.std
 
     @property
     def public(self) -> Any:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from fedkern.data.items import cause
 from fedkern.engine import initial_weights
 from fedkern.engine.context import RunContext
-from fedkern.errors import UserError
+from fedkern.engine.items import ItemReader
+from fedkern.errors import RAISED, UserError, origin
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
-from fedkern.models.own import check_module, check_output, digest
+from fedkern.models.cutting import find_head
+from fedkern.models.own import check_module, check_output, digest, seeded
 from fedkern.models.registry import unknown
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.own import inner
 
 INSTANCE = "module:"
 """Beginning of the name of a network that is given as a module."""
@@ -47,10 +56,10 @@ def check_given(stored: RunConfig, module: nn.Module | None, out: Path) -> None:
         )
 
 
-def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -> tuple[RunConfig, list[str]]:
+def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -> tuple[RunConfig, Any, list[str]]:
     """Tries the network of a run and describes it in the settings.
 
-    A user's network gets two images, and its output is looked at.  Its source and its tensors are described by
+    A user's network gets two samples, and its output is looked at.  Its source and its tensors are described by
     ``model_sha256`` and ``model_layout``.  A file of initial weights is described by ``init_sha256``.
 
     Args:
@@ -58,7 +67,8 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
         stored: the settings of the run that is resumed, or None.
 
     Returns:
-        The settings, and sentences on what has changed since the run began.
+        The settings, the data with the classes that the network tells where nobody named them, and sentences on what
+        has changed since the run began.
 
     Raises:
         UserError: the network does not fit, or another one was meant when the run began.
@@ -70,15 +80,18 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     if entry is None:
         raise UserError(unknown(config.model))
     own = isinstance(entry.make, Own)
-    if not own and config.init is None:
-        return config, []
+    if not own and config.init is None and not data.form.lacks:
+        return config, data, []
     context = RunContext(config, data)
     network = context.build()
     if not own:
-        return config, []
+        return config, data, []
     make: Any = entry.make
-    classes, shape = context.federation.classes, data.form.shape
-    check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
+    if data.form.lacks:
+        data = _tried(network, make, data)
+    else:
+        classes, shape = context.federation.classes, data.form.shape
+        check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
     registry.check_network(config.method, config.options, network, data.task, make.text)
     state = network.state_dict()
     layout = digest(state, values=False)
@@ -97,4 +110,45 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
                 "uninterrupted one."
             )
         layout, sha = stored.model_layout or layout, stored.model_sha256
-    return config.replace(model_layout=layout, model_sha256=sha), said
+    return config.replace(model_layout=layout, model_sha256=sha), data, said
+
+
+def _tried(network: Any, make: Own, data: Any) -> Any:
+    """The data with the classes that a network tells, after it had two samples of the first client.
+
+    Raises:
+        UserError: the network cannot take them, or the loss is no finite number.
+    """
+    split = data.clients[0]
+    batch = next(ItemReader(split, torch.device("cpu"), seed=0).planned([np.arange(min(2, len(split)))]))
+    network.eval()
+    try:
+        with torch.no_grad(), seeded(0):
+            outputs = network(batch.inputs)
+            if not data.classes and "classes" in data.task.offers:
+                data = replace(data, classes=tuple(map(str, range(_classes(outputs, batch.targets, make.text)))))
+            loss = float(data.task.loss(network, batch))
+    except UserError:
+        raise
+    except RAISED as error:  # a network's code may raise anything
+        raise UserError(
+            f"the network {make.text} or the loss fails on two samples of {split.who}, "
+            f"{', '.join(data.form.shapes)} ({cause(error)}){origin(error, type(inner(network)))}."
+        ) from error
+    network.train()
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of two samples of {split.who} is {loss}: mend the network, the loss or the samples.")
+    if isinstance(batch.inputs, Tensor):
+        with suppress(Exception), seeded(0):  # the network then has no head that a method could use
+            make.head = find_head(inner(network), batch.inputs)
+    return data
+
+
+def _classes(outputs: Any, targets: Tensor, text: str) -> int:
+    """The number of classes in the logits of a network."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
+        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(f"the network {text} must give logits, one row a sample, and gives {shape}: or give a loss_fn.")
+    if int(targets.max()) >= outputs.shape[1]:
+        raise UserError(f"the network {text} tells {outputs.shape[1]} classes, and a target is {int(targets.max())}.")
+    return outputs.shape[1]

@@ -34,7 +34,6 @@ class Reader:
     """
 
     fresh: bool
-    labels: Tensor
 
     def __init__(self, split: Any, device: torch.device, size: int = BATCH) -> None:
         self.split, self.task, self.device, self.size = split, split.task, device, size
@@ -47,6 +46,11 @@ class Reader:
 
     def __len__(self) -> int:
         return len(self.split)
+
+    @property
+    def known(self) -> Tensor:
+        """How many targets are known, samples or, of a segmentation, pixels: a number of at least 1."""
+        raise NotImplementedError
 
     def planned(
         self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None

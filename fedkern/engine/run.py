@@ -180,7 +180,7 @@ def run(
             if resume:
                 _compare(config, stored, out)
             check_data(config, data)
-            config, changed = own_model.settled(config, data, stored if resume else None, out)
+            config, data, changed = own_model.settled(config, data, stored if resume else None, out)
             for sentence in (*caveats(data), *changed):
                 audience.on_notice(sentence)
             if check is not None:

@@ -364,7 +364,7 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
         data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
         config = effective(config, data)
     check_data(config, data, alone)
-    config, _ = own_model.settled(config, data, None, Path())
+    config, _, _ = own_model.settled(config, data, None, Path())
     return RunContext(config, data, notice)
 
 

@@ -23,7 +23,6 @@ from fedkern.methods.protocol import ClientId, Federation, Message, Observed, Ph
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration
 from fedkern.privacy import Guarantee
-from fedkern.tasks import Task
 
 VECTORS = ("parameters", "buffers", "integers")
 """Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
@@ -93,9 +92,9 @@ class Method:
         self.options: Any = options
 
     @classmethod
-    def serves(cls, task: Task) -> bool:
-        """Whether the task offers all that the method asks for."""
-        return bool(vars(cls).get("asks", Method.asks) <= task.offers)
+    def serves(cls, data: Any) -> bool:
+        """Whether a task, or data with their task, offer all that the method asks for."""
+        return bool(vars(cls).get("asks", Method.asks) <= data.offers)
 
     @property
     def needs(self) -> str:

@@ -142,6 +142,7 @@ class Batch:
         drawn: what the method's ``draw`` and ``prepare`` returned for this batch.
         per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs.  A
             mean over all known pixels of the batch is not.
+        raw: see ``data``.
         task: the run's task; ``batch.task.loss(model, batch)`` is its loss.
     """
 
@@ -154,11 +155,17 @@ class Batch:
     drawn: dict[str, Any] = field(default_factory=dict)
     per_sample: bool = False
     task: Task = CLASSIFICATION
+    raw: Any = None
 
     @property
     def data(self) -> Any:
-        """The pair of inputs and targets."""
-        return self.inputs, self.targets
+        """What ``collate_fn`` made of the samples, on the device; of images the pair of inputs and targets."""
+        return (self.inputs, self.targets) if self.raw is None else self.raw
+
+    @property
+    def known(self) -> Any:
+        """How many of its targets are known: samples or, of a segmentation, pixels."""
+        return self.task.known(self)
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("a batch is no pair: say batch.inputs and batch.targets")

@@ -74,9 +74,15 @@ class Node(Protocol):
     device: torch.device
     task: Task
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
 
     @property
     def public(self) -> Samples | None: ...
@@ -101,7 +107,8 @@ class Client(Node, Protocol):
         label: the client in messages: its number and, where the data name clients, its name, ``1 (Berlin)``.
         samples: number of training samples, n.
         declared: public number of training samples (``Federation.samples``), which weights and schedules use.
-        labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
+        labels: int64 [n], or [n, H, W] for segmentation, on the CPU; samples that are no images have none.
+        known: how many targets are known, samples or, of a segmentation, pixels.
         state: kept from round to round: tensors, numbers, strings and dicts of these, read back on the CPU.  A private
             method keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under
             ``fedkern.privacy.LEDGER``.
@@ -113,7 +120,13 @@ class Client(Node, Protocol):
     label: str
     samples: int
     declared: int
-    labels: Tensor
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def known(self) -> Tensor: ...
+
     state: dict[str, Any]
     round_cache: dict[str, Any]
     report: dict[str, float]

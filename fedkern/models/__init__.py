@@ -6,7 +6,7 @@ from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 from fedkern.models.gradcam import grad_cam, mass_inside, object_share
 from fedkern.models.own import Own, OwnNetwork
-from fedkern.models.registry import MODELS, ModelEntry, available, build, initialise, register_model
+from fedkern.models.registry import MODELS, ModelEntry, available, build, build_any, initialise, register_model
 from fedkern.models.staged import StagedNetwork, resolve_stage
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS, PairNetwork, build_pair
 from fedkern.models.unet import UNet
@@ -30,6 +30,7 @@ __all__ = [
     "Vocabulary",
     "available",
     "build",
+    "build_any",
     "build_pair",
     "grad_cam",
     "initialise",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedkern import named_code
 from fedkern.errors import UserError
+from fedkern.leaves import Keywords, Positional, mapped
 from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of
 from fedkern.models.precision import autocasts, full
 from fedkern.models.staged import StagedNetwork
@@ -99,6 +100,30 @@ class OwnNetwork(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class ItemNetwork(OwnNetwork):
+    """A user's module for samples of any kind, which may take several inputs.
+
+    Args:
+        raw: whether the output is all that the module gives, which a user's loss takes; else it is the logits.
+    """
+
+    def __init__(self, module: nn.Module, head: str | None, raw: bool) -> None:
+        super().__init__(module, head)
+        self._raw = raw
+
+    @autocasts
+    def _logits(self, x: Any) -> Any:
+        if isinstance(x, Positional):
+            found = self.module(*x)
+        else:
+            found = self.module(**x) if isinstance(x, Keywords) else self.module(x)
+        return found if self._raw else logits_of(found)
+
+    def forward(self, x: Any) -> Any:
+        """What the module gives for a batch's inputs."""
+        return mapped(lambda leaf: full(leaf) if isinstance(leaf, Tensor) else leaf, self._logits(x))
+
+
 class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
     """A user's module whose submodules run one after another, so that it can be entered and left between stages."""
 
@@ -150,6 +175,7 @@ class Own:
     Attributes:
         what: a class or function that returns a module, or the module itself, which is copied with its weights.
         text: the network's name in messages.
+        head: name of the linear layer that gives the logits of samples that are no images, or None.
         named: where the code was found; None for a registered class or function, and for a module.
         sha256: of the file with the code, if any.
 
@@ -168,10 +194,11 @@ class Own:
         self.what, self.text, self.named, self.sha256 = what, text, named, sha256
         self._cuts: dict[Any, Cut | str | None] = {}
         self._latest: tuple[Any, nn.Module] | None = None
+        self.head: str | None = None
         self.takes: tuple[str, ...] = () if isinstance(what, nn.Module) else self._arguments()
 
     def __reduce__(self) -> Any:
-        cuts = {"_cuts": self._cuts}
+        cuts = {"_cuts": self._cuts, "head": self.head}
         if self.named is not None:
             return _opened, (self.named, self.sha256), cuts
         return Own, (self.what, self.text), cuts
@@ -224,13 +251,22 @@ class Own:
         cut = self._cuts[key]
         return self._marked(StagedOwn(module, cut) if isinstance(cut, Cut) else OwnNetwork(module, cut))
 
+    def on_items(self, *, classes: int, seed: int, word: int, width: int | None, raw: bool) -> ItemNetwork:
+        """Makes the network for samples of any kind, on the CPU; arguments are those of :meth:`__call__`."""
+        arguments = classes, None, None, seed, word, width
+        if self._latest is None or self._latest[0] != arguments:
+            self._latest = arguments, self._module(*arguments)
+        return self._marked(ItemNetwork(self._copied(self._latest[1]), self.head, raw))  # type: ignore[no-any-return]
+
     def _marked(self, network: Any) -> Any:
         """The network with ``scales``: whether it can be made wider and narrower."""
         convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
         network.scales = "width" in self.takes and convolutions
         return network
 
-    def _module(self, classes: int, channels: int, side: int, seed: int, word: int, width: int | None) -> nn.Module:
+    def _module(
+        self, classes: int, channels: int | None, side: int | None, seed: int, word: int, width: int | None
+    ) -> nn.Module:
         if width is not None and "width" not in self.takes:
             raise UserError(f"--width {width} is not for {self.text}, which takes no argument width: leave width out.")
         if isinstance(self.what, nn.Module):
@@ -240,7 +276,8 @@ class Own:
             required = inspect.signature(self.what).parameters["width"].default is inspect.Parameter.empty
             if required:
                 raise UserError(f"the model {self.text} needs a width: give one with --width.")
-        given = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
+        given: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
+        given = {name: value for name, value in given.items() if value is not None}
         given |= {} if width is None else {"width": width}
         with seeded(word), named_code.hosted(self.named):
             try:

@@ -50,7 +50,7 @@ def lower() -> torch.dtype | None:
 
 
 def autocasts(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a network's method to compute in the current precision; its first argument has a ``device``."""
+    """Decorates a network's method to compute in the current precision, on its first argument's or its own device."""
 
     @functools.wraps(method)
     def called(*args: P.args, **named: P.kwargs) -> T:
@@ -60,7 +60,8 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
             return method(*args, **named)
         # Autocast's cache would keep copies of the weights until the outermost autocast (perhaps a caller's) ends, and
         # would miss an optimiser step on the flat buffer.
-        with torch.autocast(x.device.type, dtype=dtype, cache_enabled=False):
+        device = x.device if isinstance(x, Tensor) else next(args[0].parameters()).device  # type: ignore[attr-defined]
+        with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
             return method(*args, **named)
 
     return called

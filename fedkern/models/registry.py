@@ -347,6 +347,22 @@ def build(
     return model
 
 
+def build_any(name: str, *, classes: int, width: int | None, seed: int | torch.Generator, raw: bool) -> Any:
+    """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.own.ItemNetwork`.
+
+    Raises:
+        UserError: the network is unknown, or one of fedkern's, which are for images.
+    """
+    entry = MODELS.get(name)
+    if entry is None or not isinstance(entry.make, Own):
+        raise UserError(
+            f"the network {name} is for images, and the samples are none: give a module of your own, model=MODULE, or "
+            "name its code, --model FILE.py:NAME."
+        )
+    whole = seed if isinstance(seed, int) else seed.initial_seed()
+    return entry.make.on_items(classes=classes, seed=whole, word=_word(seed), width=width, raw=raw)
+
+
 def _word(seed: int | torch.Generator) -> int:
     """The first word of a generator, or of a run's stream of initial weights; torch takes seeds of 64 bits."""
     if isinstance(seed, torch.Generator):

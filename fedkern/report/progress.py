@@ -54,9 +54,10 @@ def headline(run: RunInfo) -> list[str]:
     training = f"{samples:,} training"
     if config.unit.name == "patient":
         training = f"training images of {samples // config.unit.images:,} patients"
+    noun = "images" if run.data is None else run.data.form.noun
     lines = [
         f"{config.method} on {config.data}: {who}, {training}, "
-        f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
+        f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} {noun}",
         f"{run.model or config.model} with {run.parameters:,} parameters{_frozen(run)} on {config.device}, "
         f"{config.threads} thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
     ]
@@ -81,7 +82,7 @@ def _frozen(run: RunInfo) -> str:
 
 def _resized(data: Any) -> list[str]:
     """A line on the size in which images and masks of pixels are given, and the size that a network sees."""
-    splits = () if data is None else (data.validation, *data.tests.values())
+    splits = () if data is None or data.form.lacks else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
     sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
     if not sizes or sizes == [(masks[0].store.size,) * 2]:

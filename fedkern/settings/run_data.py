@@ -174,19 +174,26 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
     kind = registry.get(config.method)
-    if len(data.classes) < 2 and "pairs" not in data.task.offers:
+    if len(data.classes) == 1 and "pairs" not in data.task.offers:
         raise UserError(
             f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
             "folder or the column that holds the classes."
         )
+    if kind.serves(data.task) and not kind.serves(data):
+        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
+        raise UserError(
+            f"{config.method} needs images, and the samples of these data are none: methods for them are {able}."
+        )
     if not kind.serves(data.task):
         own = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
-        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data.task)))
+        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
         raise UserError(
             f'{config.method} is for {own}, but the data set "{config.data}" is for {data.task.name}: methods for that '
             f"are {able}."
         )
     check_gives(config.model, data.task.network, config.data, "with --model")
+    if config.augment not in (None, "none") and data.form.lacks:
+        raise UserError(f"--augment {config.augment} is for images, and these samples are none: leave it out.")
     if config.augment == "window" and all(s.images.shape[2:] == data.form.shape[1:] for s in data.clients):
         raise UserError(
             "--augment window draws the place of a window that is smaller than the images: give one with --data-option "
@@ -199,7 +206,7 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
         raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
     _check_pairs(config, data)
     if alone is None and not all(map(len, data.tests.values())):
-        raise UserError("There is no test image: name a test split in the data, or a test_share above 0.")
+        raise UserError(f"There are no test {data.form.noun}: name a test split in the data, or a test_share above 0.")
     for k, split in enumerate(data.clients):
         if len(split) == 0 and alone in (None, k):
             raise UserError(
@@ -249,7 +256,7 @@ def _shared_patients(data: FederatedData) -> list[str]:
 def caveats(data: FederatedData) -> list[str]:
     """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
     told = _shared_patients(data)
-    if data.statistics.counts.any():  # no sample is counted where clients are elsewhere
+    if data.statistics.counts.any() and not data.form.lacks:  # no sample is counted where clients are elsewhere
         every = set(range(len(data.classes)))
         shown = every - _unseen(every, (*data.tests.values(), data.validation))
         if untrained := sorted(_unseen(shown, data.clients)):

@@ -101,6 +101,10 @@ class Task:
         """The loss of a batch by the network's outputs, a scalar."""
         raise NotImplementedError
 
+    def known(self, batch: Any) -> Any:
+        """How many targets of a batch are known: samples or, of a segmentation, pixels."""
+        return (batch.targets >= 0).sum()
+
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of every sample with a known target, ``[n]``; the others are left out."""
         raise NotImplementedError
@@ -258,6 +262,10 @@ class Task:
         return places if len(places) == len(classes) and len({*known}) == len(known) else None
 
     # -- networks --------------------------------------------------------------------------------------------------
+
+    def digest(self) -> str:
+        """A hash of what a user gave for the task; empty for fedkern's own."""
+        return ""
 
     def described(self, context: Any) -> dict[str, Any]:
         """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""

@@ -42,6 +42,9 @@ class Retrieval(Task):
         x, y = model(batch.inputs, batch.targets)
         return ops.contrastive(x, y, TEMPERATURE)
 
+    def known(self, batch: Any) -> int:
+        return len(batch.indices)
+
     @torch.no_grad()
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of a pair of encoders.

@@ -48,5 +48,5 @@ def unavailable(device: str) -> str:
 
 def worker_bytes(context: RunContext, parameters: int) -> int:
     """Estimated bytes of a worker, without the data, which all workers map."""
-    images = sum(4 * split.images.numel() for split in context.data.clients) if context.cache else 0
+    images = sum(split.memory for split in context.data.clients) if context.cache else 0
     return BASE_BYTES + NETWORKS * 4 * parameters + images

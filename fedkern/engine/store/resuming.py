@@ -81,6 +81,7 @@ def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[s
     return {
         "config": config.to_dict(),
         "data": fingerprint,
+        "task": data.task.digest(),
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(config.device),
@@ -104,6 +105,11 @@ def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequenc
     judged = ("main", "better")
     if info["data"] != facts["data"] or any(info["config"][each] != facts["config"][each] for each in judged):
         raise UserError(f"The data are not those that {out} was started with: restore the files, or start anew.")
+    if info["task"] != facts["task"]:
+        raise UserError(
+            f"The loss or a metric is another than when the run in {out} began: give the same loss_fn and metrics, or "
+            "start a new run."
+        )
     for what, total in facts["names"].items():
         if info["names"][what] != total:
             raise UserError(

@@ -34,17 +34,12 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         flat: whether the module is the run's own network, which can be built from its name.
     """
     data = context.data
-    channels, height, width = data.form.shape
     about = {
         "model": context.model_name,
         "width": config.width,
         "task": data.task.name,
         "classes": list(data.classes),
-        "channels": channels,
-        "image_size": [height, width],
-        "mean": list(data.form.mean),
-        "std": list(data.form.std),
-        "grey_bits": data.form.grey_bits,
+        **data.form.about(),
         "method": config.method,
         "rounds": rounds,
     }

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.image_rows import in_parts
 from fedkern.methods.base import VECTORS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.options import option
@@ -93,10 +92,8 @@ class Scaffold(FedAvg):
         if client.statistics_fixed(phase):
             fix_statistics(network)
         total = flat.gradients()
-        # Samples; in a segmentation, pixels.
-        known = torch.stack([(part >= 0).sum() for part in in_parts(client.labels)]).sum().clamp_min(1)
         for batch in client.batches(min(client.task.outside, GRADIENT_BATCH)):
-            share = float((batch.targets >= 0).sum() / known)
+            share = float(batch.known / client.known)
             (share * batch.task.loss(network, batch)).backward()
         return total
 

@@ -18,7 +18,7 @@ def gradcam(network: nn.Module, sets: Mapping[str, Any], count: int) -> dict[str
     if not count or not isinstance(network, StagedNetwork) or not network.maps:
         return metrics
     for prefix, data in sets.items():
-        if prefix != "validation_" and data.split.masks is not None and bool(data.split.masks.any()):
+        if prefix != "validation_" and getattr(data.split, "masks", None) is not None and bool(data.split.masks.any()):
             for name, value in object_share(network, data.masked_batches(count)).items():
                 metrics[prefix + name] = float(value)
     return metrics

@@ -1,0 +1,273 @@
+"""Federated data of PyTorch data sets: what is given, checked and shared out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, default_collate
+
+from fedkern.data.forms import ItemForm
+from fedkern.data.items import Items, drawing, parted
+from fedkern.data.partition import parse_partition
+from fedkern.data.partition import partition as share_out
+from fedkern.data.statistics import PartitionStatistics
+from fedkern.errors import UserError
+from fedkern.leaves import leaves
+from fedkern.streams import stream
+from fedkern.tasks import CLASSIFICATION, OwnTask, Task
+
+NAME = "datasets"
+
+
+def open_datasets(root: str | Path | None) -> NoReturn:
+    """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
+    raise UserError(
+        'data set "datasets" is given through Python: fedkern.simulate(METHOD, data=[...], test=...), and a run of it '
+        "goes on with fedkern.load(DIR, data=..., test=...).resume()"
+    )
+
+
+@dataclass(frozen=True)
+class Given:
+    """The data sets that a user gives, see :meth:`fedkern.data.FederatedData.from_datasets`."""
+
+    clients: Any
+    test: Any
+    validation: Any = None
+    public: Any = None
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a user wants to learn of them."""
+
+    loss_fn: Callable[..., Tensor] | None = None
+    metrics: Mapping[str, Any] | None = None
+    main: str | None = None
+    better: Literal["max", "min"] | None = None
+    task: Task | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+
+    def of(self, batch: Any) -> Task:
+        """The task of samples of which ``batch`` has two.
+
+        Raises:
+            UserError: nothing says what the loss of such targets is.
+        """
+        own = {"loss_fn": self.loss_fn, "metrics": self.metrics, "main": self.main, "better": self.better}
+        said = [name for name, value in own.items() if value is not None]
+        if self.task is not None:
+            if said:
+                raise UserError(f"task says what is learnt, and {said[0]} too: leave one of the two out.")
+            if not isinstance(self.task, Task):
+                raise UserError(f"task must be an object of fedkern.tasks.Task, not {self.task!r}.")
+            return self.task
+        if self.loss_fn is not None:
+            return OwnTask(self.loss_fn, self.metrics, self.main, self.better)
+        _, targets = parted(batch)
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+            kind = f"{str(targets.dtype).removeprefix('torch.')} numbers" if isinstance(targets, Tensor) else "unknown"
+            raise UserError(
+                f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, "
+                "targets), such as torch.nn.MSELoss(), or of (model, batch)."
+            )
+        if said or targets.dim() != 1:
+            return OwnTask(metrics=self.metrics, main=self.main, better=self.better)
+        return CLASSIFICATION
+
+
+def parts_of_datasets(
+    given: Given,
+    learnt: Learnt,
+    classes: Sequence[str] | int | None,
+    partition: str,
+    count: int,
+    samples: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
+    several = isinstance(given.clients, (Mapping, list, tuple)) and not _is_dataset(given.clients)
+    named = _by_name(given.clients) if several else {"": given.clients}
+    if not named:
+        raise UserError("data must hold at least one client's data set, and is empty.")
+    for name, dataset in named.items():
+        _check(dataset, f"client {name}" if several else "data")
+    collate = learnt.collate_fn or default_collate
+    if not callable(collate):
+        raise UserError(f"collate_fn must be a function of a list of samples, not {collate!r}.")
+    first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
+    batch = first.batch(range(min(2, len(first))), 0)
+    task = learnt.of(batch)
+    _check_floats(batch)
+
+    def items(dataset: Any, who: str, rows: Tensor | None = None, known: Tensor | None = None) -> Items:
+        return Items(dataset, who, task, collate, rows, known)
+
+    tests, own = _tests(given.test, named if isinstance(given.clients, Mapping) else {}, items)
+    others = {"validation": given.validation, "public": given.public}
+    for name, dataset in others.items():
+        if dataset is not None:
+            _check(dataset, name)
+    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes or ())
+    sites = tuple(named) if isinstance(given.clients, Mapping) and several else None
+    if several:
+        splits = {name: items(dataset, f"client {name}") for name, dataset in named.items()}
+        if samples is not None:
+            splits = _fewer(splits, samples, seed)
+        sizes = tuple(map(len, splits.values()))
+        none = np.zeros((len(splits), 0), dtype=np.int64)
+        counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
+    else:
+        whole = items(given.clients, "data")
+        splits, counted, names = _shared_out(whole, names, partition, count, samples, seed)
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"client {name} has no samples: leave it out, or share out another way.")
+    return {
+        "name": NAME,
+        "classes": names,
+        "clients": tuple(splits.values()),
+        "validation": items(given.validation or [], "the validation set"),
+        "tests": tests,
+        "form": ItemForm.of(batch),
+        "statistics": counted,
+        "public": None if given.public is None else items(given.public, "the public samples"),
+        "client_tests": own,
+        "client_names": sites,
+    }
+
+
+def _by_name(clients: Any) -> dict[str, Any]:
+    found = clients.items() if isinstance(clients, Mapping) else enumerate(clients)
+    return {str(name): dataset for name, dataset in found}
+
+
+def _tests(
+    test: Any, named: Mapping[str, Any], items: Callable[..., Items]
+) -> tuple[dict[str, Items], tuple[Items, ...]]:
+    """The test sets by name, and the clients' own."""
+    if test is None:
+        raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
+    given = {str(name): each for name, each in test.items()} if isinstance(test, Mapping) else {"": test}
+    for name, dataset in given.items():
+        _check(dataset, f"test {name}".strip())
+    if named and {*given} & {*named}:
+        if missing := [name for name in named if name not in given]:
+            raise UserError(
+                f"client {missing[0]} has no test set in test, and others have: give every client one, or none."
+            )
+        if extra := [name for name in given if name not in named]:
+            raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
+        own = tuple(items(given[name], f"the test set of {name}") for name in named)
+        return {"": items(ConcatDataset([each.dataset for each in own]), "the test set")}, own
+    return {name: items(each, f"the test set {name}".strip()) for name, each in given.items()}, ()
+
+
+def _shared_out(
+    whole: Items, names: tuple[str, ...], partition: str, count: int, samples: int | None, seed: int
+) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:
+    """A single data set shared out among ``count`` clients."""
+    spec = parse_partition(partition)
+    if spec.name == "attribute":
+        raise UserError(
+            f"partition={partition!r} needs samples that name their sites: give a dict of data sets by client."
+        )
+    known = None if spec.name == "iid" else classes_of(whole.dataset)
+    rows = np.arange(len(whole)) if samples is None else _drawn(len(whole), samples, seed)
+    labels = np.zeros(len(rows), dtype=np.int64) if known is None else known.numpy()[rows]
+    classes = 1 if known is None else max(len(names), 1 + int(known.max()))
+    shares = share_out(spec, labels, count, seed, class_count=classes)
+    splits = {
+        str(k): Items(whole.dataset, f"client {k}", whole.task, whole.collate, torch.from_numpy(rows[share]), known)
+        for k, share in enumerate(shares)
+    }
+    sizes = tuple(map(len, splits.values()))
+    if known is None:
+        return splits, PartitionStatistics(np.zeros((count, 0), dtype=np.int64), (), spec.text, samples=sizes), names
+    names = names or tuple(map(str, range(classes)))
+    return splits, PartitionStatistics.of([labels[share] for share in shares], names, spec.text), names
+
+
+def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
+    """The clients with ``samples`` of all samples."""
+    ends = np.cumsum([0, *map(len, splits.values())])
+    rows = _drawn(int(ends[-1]), samples, seed)
+    kept = {}
+    for k, (name, split) in enumerate(splits.items()):
+        own = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
+        kept[name] = split.subset(torch.from_numpy(own))
+    return kept
+
+
+def _drawn(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
+    if samples > count:
+        raise UserError(f"train_samples must be at most {count}, the number of training samples, not {samples}.")
+    return np.sort(stream(seed, "train-samples").permutation(count)[:samples]).astype(np.int64)
+
+
+def classes_of(dataset: Any) -> Tensor:
+    """The class of every item, int64 ``[n]``: what the data set says of itself, else read item by item.
+
+    Raises:
+        UserError: the targets are no classes.
+    """
+    told = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
+    if told is None and hasattr(dataset, "tensors"):
+        told = dataset.tensors[-1]
+    if told is None:
+        warnings.warn(
+            f"All {len(dataset)} items are read once for their classes: give the data set an attribute targets.",
+            stacklevel=5,
+        )
+        with drawing():
+            told = [parted(dataset[row])[1] for row in range(len(dataset))]
+    try:
+        found = torch.as_tensor(np.asarray(told))
+    except (TypeError, ValueError):
+        found = torch.zeros(0)
+    if found.shape != (len(dataset),) or found.is_floating_point() or int(found.min()) < 0:
+        raise UserError(
+            "partition shares out by class, and the targets are no classes, whole numbers from 0, one a sample: take "
+            'partition="iid", or give a dict of data sets by client.'
+        )
+    return found.to(torch.int64)
+
+
+def _is_dataset(value: Any) -> bool:
+    return not isinstance(value, (list, tuple, dict)) and hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
+def _check(dataset: Any, who: str) -> None:
+    """Raises UserError where something is no map-style data set, or is empty."""
+    if isinstance(dataset, DataLoader):
+        sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
+        raise UserError(
+            f"{who} is a DataLoader: give its dataset and collate_fn, as its batch size ({dataset.batch_size}){sampler} are "
+            "the run's own."
+        )
+    if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
+        raise UserError(f"{who} has no length and no order ({type(dataset).__name__}): give a map-style data set.")
+    if isinstance(dataset, (list, tuple)):
+        raise UserError(
+            f"{who} is a {type(dataset).__name__} of samples: give a data set, a class with len and [index]."
+        )
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"{who} must be a map-style data set, with len and [index], not an object of type {type(dataset).__name__}."
+        )
+    if len(dataset) == 0:
+        raise UserError(f"{who} has no samples: leave it out.")
+
+
+def _check_floats(batch: Any) -> None:
+    inputs, _ = parted(batch)
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(inputs)):
+        raise UserError("samples are float64, and networks are float32: call .float() on them.")

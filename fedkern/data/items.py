@@ -1,0 +1,247 @@
+"""Items: splits of map-style PyTorch data sets, whose samples are read when a batch needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
+
+from fedkern.errors import RAISED, UserError, described, told
+from fedkern.leaves import Keywords, Positional
+from fedkern.streams import stream
+from fedkern.tasks import Task
+
+HASHED, HASHED_IN_ALL = 64, 2000
+"""Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
+TARGETS = ("labels", "targets")
+"""Keys of a batch's targets, where it is a mapping."""
+_LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+class Items:
+    """A split of a map-style data set: of it only ``len`` and ``[index]`` are used.
+
+    Attributes:
+        dataset: the data set.
+        who: the split in messages: ``client a``, ``the test set``.
+        task: what is learnt of it.
+        collate: makes a batch of a list of items.
+        rows: int64 ``[n]``, the items of the split; None: all.
+        classes: int64, the class of every item of the data set, or None where they were not read.
+        still: whether no item can draw random numbers, so that it is the same whenever it is read.
+    """
+
+    homes = patients = ids = None  # nothing is known of either
+
+    def __init__(
+        self,
+        dataset: Any,
+        who: str,
+        task: Task,
+        collate: Callable[[list[Any]], Any],
+        rows: Tensor | None = None,
+        classes: Tensor | None = None,
+    ) -> None:
+        self.dataset, self.who, self.task, self.collate, self.rows = dataset, who, task, collate, rows
+        self.classes = classes
+        self.still = _still(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.rows is None else len(self.rows)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that prepared samples of the split would keep: none, as every batch is read anew."""
+        return 0
+
+    def subset(self, indices: Tensor) -> Items:
+        """A new split with the rows ``indices``, int64 ``[m]``."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return Items(self.dataset, self.who, self.task, self.collate, rows, self.classes)
+
+    def plus(self, others: Sequence[Items]) -> Items:
+        """A split with the items of others behind its own."""
+        parts = [self, *others]
+        sets = [each.dataset if each.rows is None else Subset(each.dataset, each.rows.tolist()) for each in parts]
+        return Items(ConcatDataset(sets), self.who, self.task, self.collate)
+
+    @property
+    def image_labels(self) -> Tensor:
+        """The class of every sample, int64 ``[n]``, where classes are known."""
+        assert self.classes is not None
+        return self.classes if self.rows is None else self.classes[self.rows]
+
+    def any_known(self) -> bool:
+        """Whether a target is known: nobody can tell without reading all."""
+        return True
+
+    def units(self) -> None:
+        """The samples that belong together: nothing is known."""
+
+    def identities(self) -> list[str]:
+        """What tells a sample from others, in this process."""
+        return [f"{id(self.dataset)}/{row}" for row in self._places(range(len(self)))]
+
+    def _places(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        """The rows of the data set."""
+        index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        found: list[int] = (index if self.rows is None else self.rows[index]).tolist()
+        return found
+
+    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> list[Any]:
+        """The items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
+
+        Raises:
+            UserError: an item cannot be read.
+        """
+        found = []
+        with _LOCK, drawing():
+            for row in self._places(indices):
+                if not self.still:
+                    _seed(mixed(word, row))
+                try:
+                    found.append(self.dataset[row])
+                except RAISED as error:  # the user's own code may raise anything
+                    raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
+        return found
+
+    def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
+        """What ``collate`` makes of the items at ``indices``.
+
+        Raises:
+            UserError: an item cannot be read, or the items make no batch.
+        """
+        if self.still and self.collate is default_collate:
+            return _rows(self.dataset, torch.as_tensor(self._places(indices), dtype=torch.int64))
+        items = self.read(indices, word)
+        try:
+            with _LOCK, drawing():
+                if not self.still:
+                    _seed(mixed(word, -1))
+                return self.collate(items)
+        except RAISED as error:
+            places = self._places(indices)
+            shown = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
+            raise UserError(
+                f"Items {shown} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
+            ) from error
+
+    def fingerprint(self, most: int = HASHED) -> bytes:
+        """A hash of the number of items and of up to ``most`` of them, chosen by their number alone."""
+        count = len(self)
+        chosen = np.sort(stream(0, "items").permutation(count)[:most]) if count else []
+        value = hashlib.blake2b(f"{count};".encode(), digest_size=16)
+        for item in self.read(chosen, 0):
+            hashed(item, value.update)
+        return value.digest()
+
+
+def per_set(sets: int) -> int:
+    """How many items of each of so many sets are read for fingerprints."""
+    return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
+
+
+def parted(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch: of a tuple the last part, of a mapping ``labels`` or ``targets`` are the targets.
+
+    Targets are None where nothing says what they are.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        *inputs, targets = batch
+        return inputs[0] if len(inputs) == 1 else Positional(inputs), targets
+    if isinstance(batch, Mapping):
+        name = next((name for name in TARGETS if name in batch), None)
+        if name is not None:
+            return Keywords({key: value for key, value in batch.items() if key != name}), batch[name]
+    return batch, None
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Context in which the global generators may be moved; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.default_generator.set_state(before[2])
+
+
+def _seed(word: int) -> None:
+    torch.default_generator.manual_seed(word)
+    np.random.seed(word % 2**32)  # noqa: NPY002
+    random.seed(word)
+
+
+def mixed(word: int, row: int) -> int:
+    """A word of 63 bits that no other word and row are likely to give (SplitMix64)."""
+    z = (word + (row + 2) * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * _MIX[0]) % 2**64
+    z = ((z ^ (z >> 27)) * _MIX[1]) % 2**64
+    return (z ^ (z >> 31)) >> 1
+
+
+def cause(error: BaseException) -> str:
+    """An exception in one line, without the full stop of a sentence of fedkern's."""
+    return (told(error) or described(error)).rstrip(".")
+
+
+def hashed(value: Any, update: Callable[[bytes], object]) -> None:
+    """Hashes nested tensors, arrays, texts and numbers, and anything else by its pickle or, failing that, its type."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            update(repr(key).encode())
+            hashed(each, update)
+    elif isinstance(value, (tuple, list)):
+        update(f"{len(value)};".encode())
+        for each in value:
+            hashed(each, update)
+    elif isinstance(value, (Tensor, np.ndarray, np.generic)):
+        array = value.detach().cpu().contiguous() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        update(f"{array.dtype} {list(array.shape)};".encode())
+        update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
+    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
+        update(repr(value).encode())
+    else:
+        try:
+            update(pickle.dumps(value))
+        except Exception:  # whatever it is, its type is known
+            update(type(value).__qualname__.encode())
+
+
+def _still(dataset: Any) -> bool:
+    """Whether a data set is torch's own, of tensors in memory."""
+    if type(dataset) is Subset:
+        return _still(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_still, dataset.datasets))
+    return type(dataset) is TensorDataset
+
+
+def _rows(dataset: Any, index: Tensor) -> list[Tensor]:
+    """What torch's default collation makes of the items at ``index`` of a data set that is :func:`_still`."""
+    if type(dataset) is TensorDataset:
+        return [tensor[index] for tensor in dataset.tensors]
+    if type(dataset) is Subset:
+        return _rows(dataset.dataset, torch.as_tensor(dataset.indices)[index])
+    part = torch.bucketize(index, torch.tensor(dataset.cumulative_sizes), right=True)
+    starts = torch.tensor([0, *dataset.cumulative_sizes[:-1]])[part]
+    found: list[Tensor] = []
+    for k, each in enumerate(dataset.datasets):
+        if len(own := (part == k).nonzero().flatten()):
+            for column, values in enumerate(_rows(each, (index - starts)[own])):
+                if column == len(found):
+                    found.append(values.new_empty(len(index), *values.shape[1:]))
+                found[column][own] = values
+    return found

@@ -1,0 +1,66 @@
+"""Samples of a map-style data set in batches, read when a batch needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedkern.data.items import Items, parted
+from fedkern.engine.reader import BATCH, Reader
+from fedkern.leaves import sent
+from fedkern.methods.protocol import OUTSIDE, Batch, Phase
+from fedkern.streams import stream
+
+
+class ItemReader(Reader):
+    """Reader of `fedkern.data.items.Items`.
+
+    Args:
+        seed: the run's seed.
+        client: the client that trains on the samples, or -1.  What an item draws begins at a word of seed, client,
+            round, exchange, epoch and row, and in evaluation of seed, set and row.
+    """
+
+    def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
+        super().__init__(split, device, size)
+        self.fresh = not split.still
+        self._seed, self._client = seed, client
+        self._targets: torch.Tensor | None = None
+
+    @property
+    def known(self) -> torch.Tensor:
+        return torch.tensor(len(self))
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The targets, where they are tensors: those that the last pass over all samples has seen."""
+        if self._targets is None:
+            for _ in self.batches():
+                pass
+        assert self._targets is not None
+        return self._targets
+
+    def batches(self, *args: Any, **how: Any) -> Iterator[Batch]:
+        seen = []
+        for batch in super().batches(*args, **how):
+            seen.append(batch.targets)
+            yield batch
+        if seen and all(isinstance(each, torch.Tensor) for each in seen):
+            self._targets = torch.cat(seen)
+
+    def planned(
+        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, each read when it is asked for."""
+        purpose = f"items/{phase.exchange}/{epoch}" if phase is not OUTSIDE else f"items/{self.split.who}"
+        word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
+        for indices in plan:
+            raw = sent(self.split.batch(indices, word), self.device)
+            inputs, targets = parted(raw)
+            yield Batch(
+                inputs=inputs, targets=targets, indices=indices, phase=phase, epoch=epoch, fresh=self.fresh,
+                task=self.task, raw=raw,
+            )  # fmt: skip

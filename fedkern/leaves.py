@@ -1,0 +1,66 @@
+"""Leaves: the tensors in nested tuples, lists and mappings, as batches and outputs of networks are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same nesting with every leaf changed; an object that is none of these counts as a leaf."""
+    if isinstance(value, Mapping):
+        made = {key: mapped(function, each) for key, each in value.items()}
+        return type(value)(made) if type(value) in (dict, *_KEPT) else made
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(function, each) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return function(value)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The leaves in order."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from leaves(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
+
+
+def together(values: list[Any]) -> Any:
+    """Values of one nesting as one: tensors are concatenated, numbers stacked, other leaves made a list."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: together([each[key] for each in values]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(together(list(parts)) for parts in zip(*values, strict=True))
+    if isinstance(first, Tensor):
+        return torch.cat([each.reshape(1) if each.dim() == 0 else each for each in values])
+    return [part for each in values for part in (each if isinstance(each, list) else [each])]
+
+
+def sent(value: Any, device: torch.device) -> Any:
+    """The same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
+
+    return mapped(moved, value)
+
+
+class Positional(tuple[Any, ...]):
+    """Several inputs of a network, in order."""
+
+
+class Keywords(dict[str, Any]):
+    """Inputs of a network by the names of its arguments."""
+
+
+_KEPT = (Keywords,)

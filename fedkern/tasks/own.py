@@ -1,0 +1,201 @@
+"""A user's own task: a loss, figures of all outputs and targets, and which of them is the main one."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.errors import RAISED, UserError, described, origin
+from fedkern.leaves import leaves, mapped, together
+from fedkern.models.cutting import logits_of
+from fedkern.tasks.base import Task
+
+MOST = 1 << 30
+"""Bytes of outputs and targets that are concatenated for metrics at most."""
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """The loss of whole-number targets where nobody gives one."""
+    return F.cross_entropy(logits_of(outputs), targets)
+
+
+class OwnTask(Task):
+    """A task by a loss and figures.
+
+    Args:
+        loss_fn: ``loss_fn(outputs, targets)``, a function or a module; or ``loss_fn(model, batch)``, told by its first
+            parameter's name, where ``batch`` is what ``collate_fn`` returned.
+        metrics: by name: ``metric(outputs, targets)`` of all samples of a set, on the CPU; or an object with
+            ``update(outputs, targets)``, ``compute()`` and ``reset()``, as those of torchmetrics.  Where the loss is one
+            of a model and a batch, they take these: a function's values are averaged over samples.
+        main: name of the main figure.  Open: the first metric that says ``higher_is_better``, else ``"loss"``.
+        better: whether larger (``"max"``) or smaller (``"min"``) values of the main figure are the better ones.  Open:
+            as its ``higher_is_better`` says, else ``"min"`` for the loss and ``"max"`` for a metric.
+
+    Raises:
+        UserError: ``main`` is no figure, or something is no function.
+    """
+
+    name, target, network, noun = "own", "own", "any", "samples"
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor] = cross_entropy,
+        metrics: Mapping[str, Any] | None = None,
+        main: str | None = None,
+        better: Literal["max", "min"] | None = None,
+    ) -> None:
+        self.loss_fn, self.metrics = loss_fn, dict(metrics or {})
+        if not callable(loss_fn):
+            raise UserError(f"loss_fn must be a function or a module, not an object of type {type(loss_fn).__name__}.")
+        for each, metric in self.metrics.items():
+            if not callable(metric) and not _stateful(metric):
+                raise UserError(f"the metric {each} must be a function, or an object with update, compute and reset.")
+        self.whole = not isinstance(loss_fn, nn.Module) and _first_parameter(loss_fn) == "model"
+        self.offers = frozenset({"loss"} if self.whole else {"loss", "criterion"})  # type: ignore[misc]
+        higher = {each: getattr(metric, "higher_is_better", None) for each, metric in self.metrics.items()}
+        found = next((each for each, up in higher.items() if up is not None), "loss")
+        self.main = found if main is None else main  # type: ignore[misc]
+        if self.main not in ("loss", *self.metrics):
+            raise UserError(f"main must be one of {', '.join(('loss', *self.metrics))}, not {self.main!r}.")
+        up = higher.get(self.main, self.main != "loss")
+        self.better = better or ("max" if up or up is None else "min")  # type: ignore[misc]
+        if self.better not in ("max", "min"):
+            raise UserError(f'better must be "max" or "min", not {better!r}.')
+
+    def __reduce__(self) -> Any:
+        return OwnTask, (self.loss_fn, self.metrics, self.main, self.better)
+
+    def __deepcopy__(self, memo: Any) -> OwnTask:
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the code and the state of loss and metrics, by which runs are compared."""
+        found = hashlib.sha256(f"{self.main} {self.better}".encode())
+        for name, given in {"loss_fn": self.loss_fn, **self.metrics}.items():
+            found.update(f"{name};{_source(given)}".encode())
+            if isinstance(given, nn.Module):
+                for key, value in given.state_dict().items():
+                    found.update(key.encode())
+                    found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def known(self, batch: Any) -> int:
+        return len(batch.indices)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        if self.whole:
+            return self._checked("loss_fn", self.loss_fn, inner(model), batch.data)
+        return self.criterion(model(batch.inputs), batch)
+
+    def criterion(self, outputs: Any, batch: Any) -> Tensor:
+        return self._checked("loss_fn", self.loss_fn, outputs, batch.targets)
+
+    def _checked(self, name: str, function: Callable[..., Any], *given: Any) -> Tensor:
+        with _explained(name, function):
+            value: Any = function(*given)
+        if not isinstance(value, Tensor) or value.dim():
+            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name} must return one number, a tensor of no axes, and returns {what}: take the mean.")
+        return value
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Returns the metrics' values by name, and ``loss``, the mean over samples."""
+        total, count, size = 0.0, 0, 0
+        # Copies: sets may be evaluated side by side, in threads.
+        objects = {name: deepcopy(metric) for name, metric in self.metrics.items() if _stateful(metric)}
+        functions = {name: metric for name, metric in self.metrics.items() if name not in objects}
+        kept: list[tuple[Any, Any]] = []
+        sums = dict.fromkeys(functions if self.whole else (), 0.0)
+        for metric in objects.values():
+            metric.reset()
+        for batch in data.batches():
+            samples = len(batch.indices)
+            count += samples
+            pair: tuple[Any, Any]
+            if self.whole:
+                pair = inner(model), batch.data
+                total += samples * float(self._checked("loss_fn", self.loss_fn, *pair))
+                for name, metric in functions.items():
+                    sums[name] += samples * _number(name, metric, *pair)
+            else:
+                outputs = model(batch.inputs)
+                total += samples * float(self.criterion(outputs, batch))
+                pair = mapped(_kept, outputs), mapped(_kept, batch.targets)
+                if functions:
+                    kept.append(pair)
+                    size += sum(leaf.nbytes for leaf in leaves(pair) if isinstance(leaf, Tensor))
+                    if size > MOST:
+                        raise UserError(
+                            f"The outputs and targets for {', '.join(functions)} take more than 1 GB: use an object "
+                            "with update, compute and reset, which sees a batch at a time."
+                        )
+            for name, metric in objects.items():
+                with _explained(name, metric):
+                    metric.update(*pair)
+        if not count:
+            raise ValueError("data: expected at least one sample, given none")
+        values = {name: value / count for name, value in sums.items()}
+        if kept:
+            outputs, targets = (together(list(part)) for part in zip(*kept, strict=True))
+            values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
+        values |= {name: _number(name, metric.compute) for name, metric in objects.items()}
+        found = {**{name: values[name] for name in self.metrics}, "loss": total / count}
+        return {self.main: found[self.main], **found}
+
+
+def inner(model: Any) -> Any:
+    """The user's own module."""
+    return model.module if getattr(model, "own", False) is True else model
+
+
+def _kept(leaf: Any) -> Any:
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def _stateful(metric: Any) -> bool:
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+
+
+def _first_parameter(function: Callable[..., Any]) -> str:
+    try:
+        return next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):
+        return ""
+
+
+def _source(given: Any) -> str:
+    """The code of a function, class or object; its name where the code is nowhere."""
+    code = given if inspect.isroutine(given) or inspect.isclass(given) else type(given)
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', type(given).__qualname__)}"
+
+
+def _number(name: str, metric: Callable[..., Any], *given: Any) -> float:
+    with _explained(name, metric):
+        return float(metric(*given))
+
+
+class _explained:  # a context manager that keeps the traceback short
+    """Context in which an exception of the user's function is named with its file and line."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        self._name, self._function = name, function
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError) or not isinstance(error, RAISED) or isinstance(error, MemoryError):
+            return
+        code = self._function if inspect.isroutine(self._function) else type(self._function)
+        raise UserError(f"{self._name} fails ({described(error)}){origin(error, code)}.") from error
