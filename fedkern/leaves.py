@@ -13,7 +13,7 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The same nesting with every leaf changed; an object that is none of these counts as a leaf."""
     if isinstance(value, Mapping):
         made = {key: mapped(function, each) for key, each in value.items()}
-        return type(value)(made) if type(value) in (dict, *_KEPT) else made
+        return Keywords(made) if isinstance(value, Keywords) else made
     if isinstance(value, (tuple, list)):
         parts = [mapped(function, each) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -61,6 +61,3 @@ class Positional(tuple[Any, ...]):
 
 class Keywords(dict[str, Any]):
     """Inputs of a network by the names of its arguments."""
-
-
-_KEPT = (Keywords,)

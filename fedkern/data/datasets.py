@@ -250,8 +250,8 @@ def _check(dataset: Any, who: str) -> None:
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
         raise UserError(
-            f"{who} is a DataLoader: give its dataset and collate_fn, as its batch size ({dataset.batch_size}){sampler} are "
-            "the run's own."
+            f"{who} is a DataLoader: give its dataset and collate_fn; its batch size ({dataset.batch_size}){sampler} "
+            "are the run's own."
         )
     if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
         raise UserError(f"{who} has no length and no order ({type(dataset).__name__}): give a map-style data set.")

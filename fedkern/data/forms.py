@@ -59,7 +59,7 @@ def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
     if "items" in about:
         return ItemForm(tuple(about["items"]))
     shape = about["channels"], *about["image_size"]
-    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"])  # type: ignore[arg-type]
+    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"])
 
 
 @dataclass(frozen=True)

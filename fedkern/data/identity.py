@@ -35,7 +35,7 @@ def of_memory(data: FederatedData) -> dict[str, str]:
 
 def _of_items(data: FederatedData) -> dict[str, str]:
     """Identity of items: their number and some of them, and the user's loss and metrics."""
-    sets = {"train": list(data.clients), "validation": [data.validation]}
+    sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
     most = per_set(sum(map(len, sets.values())))

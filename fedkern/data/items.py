@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
 from fedkern.errors import RAISED, UserError, described, told
-from fedkern.leaves import Keywords, Positional
+from fedkern.leaves import Keywords, Positional, leaves
 from fedkern.streams import stream
 from fedkern.tasks import Task
 
@@ -69,11 +70,22 @@ class Items:
         rows = indices if self.rows is None else self.rows[indices]
         return Items(self.dataset, self.who, self.task, self.collate, rows, self.classes)
 
+    def raw(self) -> dict[str, Tensor]:
+        """As many tensors like those of the first item, which take no memory: what a client would send."""
+        tensors = [leaf for leaf in leaves(self.read([0], 0)[0]) if isinstance(leaf, Tensor)]
+        return {str(place): leaf.detach().expand(len(self), *leaf.shape) for place, leaf in enumerate(tensors)}
+
     def plus(self, others: Sequence[Items]) -> Items:
         """A split with the items of others behind its own."""
         parts = [self, *others]
         sets = [each.dataset if each.rows is None else Subset(each.dataset, each.rows.tolist()) for each in parts]
         return Items(ConcatDataset(sets), self.who, self.task, self.collate)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The targets of all samples, where a method needs them: every item is read for it."""
+        batches = (self.batch(rows, 0) for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256)))
+        return torch.cat([torch.as_tensor(parted(batch)[1]) for batch in batches])
 
     @property
     def image_labels(self) -> Tensor:
@@ -139,7 +151,7 @@ class Items:
     def fingerprint(self, most: int = HASHED) -> bytes:
         """A hash of the number of items and of up to ``most`` of them, chosen by their number alone."""
         count = len(self)
-        chosen = np.sort(stream(0, "items").permutation(count)[:most]) if count else []
+        chosen = np.sort(stream(0, "items").permutation(count)[:most])
         value = hashlib.blake2b(f"{count};".encode(), digest_size=16)
         for item in self.read(chosen, 0):
             hashed(item, value.update)

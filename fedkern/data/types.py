@@ -189,7 +189,7 @@ class FederatedData:
     def _repr_html_(self) -> str:
         shown = self.statistics
         words = 1 + (shown.names is not None)
-        notes = [f"partition: {shown.partition}", SKEW]
+        notes = [f"partition: {shown.partition}", *([SKEW] if shown.classes else [])]
         return html_table(self._about(), shown.header(), shown.rows(LISTED), notes, words=words)
 
     def _about(self) -> str:

@@ -36,12 +36,8 @@ class ItemReader(Reader):
 
     @property
     def labels(self) -> torch.Tensor:
-        """The targets, where they are tensors: those that the last pass over all samples has seen."""
-        if self._targets is None:
-            for _ in self.batches():
-                pass
-        assert self._targets is not None
-        return self._targets
+        """The targets of all samples: those that the last pass has seen, or else read."""
+        return self.split.labels if self._targets is None else self._targets
 
     def batches(self, *args: Any, **how: Any) -> Iterator[Batch]:
         seen = []

@@ -89,10 +89,11 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     make: Any = entry.make
     if data.form.lacks:
         data = _tried(network, make, data)
+        network = RunContext(config, data).build()
     else:
         classes, shape = context.federation.classes, data.form.shape
         check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
-    registry.check_network(config.method, config.options, network, data.task, make.text)
+    registry.check_network(config.method, config.options, network, data, make.text)
     state = network.state_dict()
     layout = digest(state, values=False)
     sha = digest(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256

@@ -34,6 +34,7 @@ class Reader:
     """
 
     fresh: bool
+    labels: Any
 
     def __init__(self, split: Any, device: torch.device, size: int = BATCH) -> None:
         self.split, self.task, self.device, self.size = split, split.task, device, size

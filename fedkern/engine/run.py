@@ -22,9 +22,11 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.evaluate import client_sets, test_sets
 from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.choice import executor_of
+from fedkern.engine.executors.nursery import own_nursery
 from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes
+from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.loop import Loop
 from fedkern.engine.participants import sample_clients
 from fedkern.engine.parts.answers import Answers
@@ -190,6 +192,7 @@ def run(
                 config, context, known=known, begun=entry is not None, profile=profile, predictions=predictions
             )
             with (
+                own_nursery(setup_of(context, prepared.askers)),
                 writing(out, fresh=not resume) as alone,
                 closing(audience),
             ):  # closed first: what a listener takes back is gone then

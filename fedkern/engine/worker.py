@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -145,7 +146,7 @@ def _work(setup: Setup, end: socket.socket) -> None:
             Worker(setup, Channel(end)).serve()
 
 
-def serve(end: socket.socket, parent: int) -> NoReturn:
+def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoReturn:
     """Runs the nursery, which ends when its connection to the run's process closes.
 
     The run's process sends, and the nursery answers:
@@ -158,30 +159,40 @@ def serve(end: socket.socket, parent: int) -> NoReturn:
     Args:
         end: this process's end of the connection to the run's process.
         parent: process id of the run's process.
+        setup: what clients need, where this process was forked with it.  It computes on one thread: OpenMP's threads
+            are not there after a fork.
     """
+    if setup is not None:
+        torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         _end_with_parent()
         if os.getppid() == parent:
             with suppress(EOFError, ConnectionError):
-                _serve(end)
+                _serve(end, setup)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)
 
 
-def _serve(end: socket.socket) -> None:
+def _serve(end: socket.socket, setup: Setup | None) -> None:
     channel, unpacker = Channel(end), Unpacker()
-    sys.path[:], wanted = channel.told()[0]
-    packet, _ = channel.receive()
-    try:
-        plugins.receive(wanted)
-        setup: Setup = unpacker.unpack(packet)
-    except Exception as error:
-        channel.say(f"{type(error).__name__}: {error}")
-        return
+    if setup is None:
+        sys.path[:], wanted = channel.told()[0]
+        packet, _ = channel.receive()
+        try:
+            plugins.receive(wanted)
+            setup = unpacker.unpack(packet)
+        except Exception as error:
+            channel.say(f"{type(error).__name__}: {error}")
+            return
+    else:  # networks stay with the run's process
+        make, given, state = setup.context.__reduce__()
+        context = make(*given)
+        vars(context).update(state)
+        setup = replace(setup, context=context)
     channel.say("ready")
     while True:
         asked, descriptors = channel.told()
@@ -197,6 +208,7 @@ def _serve(end: socket.socket) -> None:
         _end_with_parent()
         if os.getppid() == ours:
             end.close()
+            assert setup is not None
             _work(setup, socket.socket(fileno=descriptors[0]))
         os._exit(0)
 

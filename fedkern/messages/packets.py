@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +103,21 @@ class Packer:
             os.close(self._files.pop(number))
         gone = set(numbers)
         self._known = {key: entry for key, entry in self._known.items() if entry[0].file not in gone}
+
+
+def check_portable(value: Any) -> None:
+    """Raises NotPortable as :meth:`Packer.pack` does; tensors and arrays are not copied for it."""
+    try:
+        _Light(io.BytesIO(), protocol=5).dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise NotPortable(f"something that cannot be pickled ({error})") from None
+
+
+class _Light(pickle.Pickler):
+    def persistent_id(self, value: Any) -> str | None:
+        if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__":
+            raise NotPortable(f"{value.__qualname__}, which is defined in __main__,")
+        return "values" if isinstance(value, (Tensor, np.ndarray)) else None
 
 
 class _Pickler(pickle.Pickler):

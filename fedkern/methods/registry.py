@@ -10,7 +10,6 @@ from torch import nn
 from fedkern.docstrings import docstring
 from fedkern.errors import UserError, first_of, nearest
 from fedkern.models.own import LEVELS, level
-from fedkern.tasks import Task
 
 if TYPE_CHECKING:
     from fedkern.methods.base import Method
@@ -80,11 +79,12 @@ def short(name: str) -> str:
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
 
 
-def check_network(method: str, options: Mapping[str, Any], network: nn.Module, task: Task, text: str) -> None:
+def check_network(method: str, options: Mapping[str, Any], network: nn.Module, data: Any, text: str) -> None:
     """Raises UserError where a method needs more of a network than this one has.
 
     Args:
         method, options: name and options of the method.
+        data: what the method learns of, with what it ``offers``.
         text: the network's name, for the message.
     """
     kind = get(method)
@@ -95,7 +95,7 @@ def check_network(method: str, options: Mapping[str, Any], network: nn.Module, t
     fitting = sorted(
         name
         for name, other in METHODS.items()
-        if other.serves(task) and LEVELS.index(other().needs) <= LEVELS.index(has)
+        if other.serves(data) and LEVELS.index(other().needs) <= LEVELS.index(has)
     )
     lacks = {
         "features": "a linear layer with a bias as its last step",

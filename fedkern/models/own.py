@@ -256,7 +256,7 @@ class Own:
         arguments = classes, None, None, seed, word, width
         if self._latest is None or self._latest[0] != arguments:
             self._latest = arguments, self._module(*arguments)
-        return self._marked(ItemNetwork(self._copied(self._latest[1]), self.head, raw))  # type: ignore[no-any-return]
+        return self._marked(ItemNetwork(self._copied(self._latest[1]), self.head, raw))
 
     def _marked(self, network: Any) -> Any:
         """The network with ``scales``: whether it can be made wider and narrower."""

@@ -149,7 +149,9 @@ def _draw(
     found = None if private else confusions.read(run_dir)
 
     def curves() -> Figure | None:
-        lines = chance.constants(records, config.main, {} if private else data.tests, found, len(data.classes))
+        lines = chance.constants(
+            records, config.main, {} if private or data.form.lacks else data.tests, found, len(data.classes)
+        )
         return plots.accuracy_curves(records, config.main, title=title, tests=data.tests, chance=lines)
 
     def partition() -> Figure:
@@ -166,11 +168,12 @@ def _draw(
     else:
         if found is not None and found.matrices and found.classes:
             keep("confusion", lambda: confusion_sheet.draw(found, title=f"Confusion of {title}"))
-        keep("partition", partition)
+        if data.statistics.classes:
+            keep("partition", partition)
     by_samples = config.options.get("weighting") == "samples"
     keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
-    for each in data.task.pictures:
+    for each in () if data.form.lacks else data.task.pictures:
         target = run_dir / PICTURES[each]
         with spared(partial(failed.setdefault, target.name)):
             model = read_model(run_dir, trusted)[0] if model is None else model

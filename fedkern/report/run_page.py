@@ -123,7 +123,7 @@ class Contents:
     @property
     def counted(self) -> Mapping[str, Split]:
         """The test sets of which counts may be told."""
-        return {} if self.data is None or self.private else self.data.tests
+        return {} if self.data is None or self.private or self.data.form.lacks else self.data.tests
 
     @property
     def classes(self) -> int:

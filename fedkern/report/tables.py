@@ -219,8 +219,10 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
 
 def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
     """Client x class counts of a partition's ``PartitionStatistics``, for at most ``limit`` clients."""
-    title = plain(f"training samples per client and class ({statistics.partition})", "table.title")
-    table = new_table(title, caption=plain(SKEW, "table.caption"), caption_justify="left")
+    what = "client and class" if statistics.classes else "client"
+    title = plain(f"training samples per {what} ({statistics.partition})", "table.title")
+    caption = plain(SKEW, "table.caption") if statistics.classes else None
+    table = new_table(title, caption=caption, caption_justify="left")
     header = statistics.header()
     # More than twelve classes do not fit a terminal.
     columns = len(header) - (len(statistics.classes) if len(statistics.classes) > 12 else 0)

@@ -181,9 +181,7 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
         )
     if kind.serves(data.task) and not kind.serves(data):
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
-        raise UserError(
-            f"{config.method} needs images, and the samples of these data are none: methods for them are {able}."
-        )
+        raise UserError(f"{config.method} needs images, and these samples are none: methods for them are {able}.")
     if not kind.serves(data.task):
         own = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))

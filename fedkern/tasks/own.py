@@ -33,8 +33,8 @@ class OwnTask(Task):
         loss_fn: ``loss_fn(outputs, targets)``, a function or a module; or ``loss_fn(model, batch)``, told by its first
             parameter's name, where ``batch`` is what ``collate_fn`` returned.
         metrics: by name: ``metric(outputs, targets)`` of all samples of a set, on the CPU; or an object with
-            ``update(outputs, targets)``, ``compute()`` and ``reset()``, as those of torchmetrics.  Where the loss is one
-            of a model and a batch, they take these: a function's values are averaged over samples.
+            ``update(outputs, targets)``, ``compute()`` and ``reset()``, as those of torchmetrics.  Where the loss is
+            one of a model and a batch, they take these: a function's values are averaged over samples.
         main: name of the main figure.  Open: the first metric that says ``higher_is_better``, else ``"loss"``.
         better: whether larger (``"max"``) or smaller (``"min"``) values of the main figure are the better ones.  Open:
             as its ``higher_is_better`` says, else ``"min"`` for the loss and ``"max"`` for a metric.

@@ -9,14 +9,19 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 import fedkern
 from fedkern import plugins
+from fedkern.engine.executors.sizing import unavailable
 from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Setup
-from fedkern.messages.packets import Packer
+from fedkern.messages.packets import NotPortable, Packer, check_portable
 
 
 class _Process(Protocol):
@@ -49,6 +54,35 @@ def fork_early() -> None:
     Only the command line does this, before anything is computed: a process whose OpenMP threads have run cannot be
     forked.  A user's script may have computed before it starts a run, so a run started there starts a new process.
     """
+    if (made := _fork(None)) is not None:
+        _early.append(made)
+
+
+_own: list[tuple[_Process, socket.socket]] = []
+
+
+@contextmanager
+def own_nursery(setup: Setup) -> Iterator[None]:
+    """Context of a run whose nursery is forked from its process where what clients need cannot be sent to another.
+
+    The run has no thread of its own yet, and the nursery and its workers compute on one thread.
+    """
+    config = setup.context.config
+    barred = unavailable(config.device) or torch.cuda.is_initialized()
+    if config.workers != "1" and config.client_threads == 1 and not barred:
+        try:
+            check_portable(setup)
+        except NotPortable:
+            if (made := _fork(setup)) is not None:
+                _own.append(made)
+    try:
+        yield
+    finally:
+        _end(_own)
+
+
+def _fork(setup: Setup | None) -> tuple[_Process, socket.socket] | None:
+    """A forked nursery; None where the system allows no process more."""
     from fedkern.engine import worker
 
     ours, theirs = socket.socketpair()
@@ -63,19 +97,23 @@ def fork_early() -> None:
     except OSError:  # starting a new process later may still work
         ours.close()
         theirs.close()
-        return
+        return None
     if not child:
         ours.close()
         os.setpgid(0, 0)
-        worker.serve(theirs, parent)  # does not return
+        worker.serve(theirs, parent, setup)  # does not return
     theirs.close()
-    _early.append((_Forked(child), ours))
+    return _Forked(child), ours
 
 
 def end_early() -> None:
     """Ends the nursery of :func:`fork_early` if no run has taken it."""
-    while _early:
-        process, end = _early.pop()
+    _end(_early)
+
+
+def _end(made: list[tuple[_Process, socket.socket]]) -> None:
+    while made:
+        process, end = made.pop()
         process.kill()
         process.wait()
         end.close()
@@ -114,6 +152,11 @@ class Nursery:
     """
 
     def __init__(self, setup: Setup) -> None:
+        self._ready = False
+        if _own:
+            self._process, ours = _own.pop()
+            self._channel = Channel(ours)
+            return
         packer = Packer()
         packet = packer.pack(setup)
         try:
@@ -122,7 +165,6 @@ class Nursery:
             packer.clear()
             raise
         self._channel = Channel(ours)
-        self._ready = False
         try:
             paths = [path or str(Path.cwd()) for path in sys.path]
             self._channel.say((paths, plugins.sent(setup.context.config.plugins)))
