@@ -37,7 +37,7 @@ WHOLE = "whole run"  # the region around all others
 REGIONS = {
     "fedkern.engine.run:load_data": LOAD,
     "fedkern.data.pixels:Pixels.take": BATCHES,
-    "fedkern.engine.samples:take_tokens": BATCHES,
+    "fedkern.tasks.retrieval:Retrieval.targets": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
     "fedkern.engine.client_states:ClientStates._write": KEEP,

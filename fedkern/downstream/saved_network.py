@@ -75,7 +75,7 @@ def _number(x: Any) -> bool:
 
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
 _ABOUT: dict[str, Callable[[Any], bool]] = {
-    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in TASKS, "classes": _list(_text),
+    **_IMAGES, "model": _text, "width": _width, "task": lambda x: x in [*TASKS], "classes": _list(_text),
     "grey_bits": lambda x: _count(x) and x <= 16, "method": _text, "rounds": _count,
 }  # fmt: skip
 """Keys that the description in model.safetensors must have, each with a check of its value."""
