@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from fedkern import plugins
 from fedkern.data import FederatedData
+from fedkern.data.datasets import is_dataset, items_like
+from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
@@ -158,16 +161,17 @@ class Run:
         self._give_method()
         return read_model(self.out, self._trusted, self._model, best=best)[0]
 
-    def predict(self, images: Any) -> Tensor:
+    def predict(self, images: Any) -> Any:
         """Probabilities of the classes.
 
         Args:
             images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size; or an image file or a
-                sequence of them, which are read and resized as in the run's training.
+                sequence of them, which are read and resized as in the run's training.  Where the run is of PyTorch
+                data sets: such a data set, or a network's inputs, a tensor, a tuple of them or a dict by argument.
 
         Returns:
             fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.  Of several labels an image, every one has a
-            probability of its own.
+            probability of its own.  With a loss of the user's own: what the network gives.
 
         Raises:
             UserError: the run is not finished or is for image-text pairs, images have another shape or dtype, or a
@@ -176,6 +180,8 @@ class Run:
         from fedkern.downstream.prediction import Predictor
 
         self._give_method()
+        if self._data is not None and self._data.form.lacks:
+            return outputs(self.model(), self._data, images, self.config.batch_size)
         predictor = Predictor.open(self.out, self._trusted, self._model)
         if isinstance(images, np.ndarray):
             try:
@@ -191,7 +197,7 @@ class Run:
     @reproducible()
     def evaluate(
         self,
-        data: str | FederatedData | None = None,
+        data: Any = None,
         *,
         data_root: str | Path | None = None,
         data_options: Mapping[str, object] | None = None,
@@ -200,8 +206,9 @@ class Run:
         """The network's figures on the run's test sets, or on those of other ``data``.
 
         Args:
-            data: name of another data set, or federated data in memory, with the run's classes or some of them; None:
-                the run's own.  Only the test sets and the validation set are looked at.
+            data: name of another data set, or federated data in memory, with the run's classes or some of them; where
+                the run is of PyTorch data sets, another one; None: the run's own.  Only the test sets and the validation
+                set are looked at.
             data_root: folder of the data's files; for the run's own data the folder where they are now.
             data_options: options of the other data set.
             cache: folder that keeps decoded images.  None: for the run's own data the folder that the run used, if it
@@ -218,6 +225,8 @@ class Run:
 
         self._give_method()
         own = self._kept_data() if data is None else data
+        if self._data is not None and is_dataset(data):
+            own = replace(self._data, tests={"": items_like(self._data, data, "data")}, client_tests=())
         root = None if data_root is None else str(data_root)
         options = table_of(data_options, "data_options")
         return evaluate_run(

@@ -81,7 +81,8 @@ class DataFunction:
             return made
         if not isinstance(made, FederatedData):
             raise self._wrong(f"returns {type(made).__name__}, expected fedkern.data.Source or FederatedData")
-        self._check_federated(made)
+        if not made.form.lacks:
+            self._check_federated(made)
         self._check_given(made, clients, spec)
         return dataclasses.replace(made, name=self.name)
 

@@ -27,6 +27,13 @@ from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 NAME = "datasets"
 
 
+def items_like(data: Any, dataset: Any, who: str) -> Any:
+    """Another data set with the task and the collation of federated data; raises UserError where it is none."""
+    _check(dataset, who)
+    first = data.clients[0]
+    return Items(dataset, who, first.task, first.collate)
+
+
 def open_datasets(root: str | Path | None) -> NoReturn:
     """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
     raise UserError(
@@ -94,7 +101,7 @@ def parts_of_datasets(
     seed: int,
 ) -> dict[str, Any]:
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
-    several = isinstance(given.clients, (Mapping, list, tuple)) and not _is_dataset(given.clients)
+    several = isinstance(given.clients, (Mapping, list, tuple)) and not is_dataset(given.clients)
     named = _by_name(given.clients) if several else {"": given.clients}
     if not named:
         raise UserError("data must hold at least one client's data set, and is empty.")
@@ -241,7 +248,10 @@ def classes_of(dataset: Any) -> Tensor:
     return found.to(torch.int64)
 
 
-def _is_dataset(value: Any) -> bool:
+def is_dataset(value: Any) -> bool:
+    """Whether something has the form of a map-style data set."""
+    if isinstance(value, Tensor):
+        return False
     return not isinstance(value, (list, tuple, dict)) and hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 

@@ -26,6 +26,7 @@ from fedkern.methods.fediod.losses import distillation, importance, teacher_term
 from fedkern.methods.protocol import Batch
 from fedkern.models.vocabulary import Tokens
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import RETRIEVAL
 
 PHASE = Phase(0, "train", "update")
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def network(seed=0):
 def batch(**drawn):
     torch.manual_seed(1)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
-    return Batch(images=images, labels=labels, indices=labels.numpy(), phase=PHASE, drawn=drawn)
+    return Batch(inputs=images, targets=labels, indices=labels.numpy(), phase=PHASE, drawn=drawn)
 
 
 def received(model):
@@ -66,7 +67,7 @@ def test_fedgid_has_the_loss_of_fedkern():
     one.drawn |= method.prepare(model, one, received(globally))
     ours, _ = method.loss(model, one, received(globally))
     args = argparse.Namespace(**options)
-    theirs = fedgid.loss_of(model, one.images, one.labels, globally=globally, backgrounds=backgrounds, args=args)
+    theirs = fedgid.loss_of(model, one.inputs, one.targets, globally=globally, backgrounds=backgrounds, args=args)
     same_loss_and_gradients(theirs, ours, model)
 
 
@@ -75,14 +76,14 @@ def test_fedlpfm_has_the_loss_of_fedkern():
     options = {"lambda": 0.9, "temperature": 4.0}
     method, one = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher)
     ours, _ = method.loss(model, one, received(None))
-    theirs = fedlpfm.loss_of(model, one.images, one.labels, teacher, argparse.Namespace(**options))
+    theirs = fedlpfm.loss_of(model, one.inputs, one.targets, teacher, argparse.Namespace(**options))
     same_loss_and_gradients(theirs, ours, model)
 
 
 def test_fedprox_has_the_gradient_of_fedkern():
     model, globally, one = network().train(), network(1), batch()
     method = registry.get("fedprox")(registry.get("fedprox").Options.parse({"mu": 0.3}, method="fedprox"))
-    theirs = fedprox.loss_of(model, one.images, one.labels, globally=globally, mu=0.3)
+    theirs = fedprox.loss_of(model, one.inputs, one.targets, globally=globally, mu=0.3)
     parameters = list(model.parameters())
     own = torch.cat([g.flatten() for g in torch.autograd.grad(theirs, parameters)])
     gradients = torch.autograd.grad(method.loss(model, one, received(globally)), parameters)
@@ -97,13 +98,13 @@ def test_feddra_has_the_loss_of_fedkern():
     words = ("red", "green", "two", "three")
     model, globally = (models.build_pair(**about, vocabulary=words, seed=seed) for seed in (0, 1))
     texts = ["red two", "green two", "red three", "green three red", "two", "three"]
-    one = replace(batch(), tokens=model.tokenize(texts))
+    one = replace(batch(), targets=model.tokenize(texts), task=RETRIEVAL)
     globally, kind = common.frozen(globally), registry.get("feddra")
     method = kind(kind.Options.parse({"mu": 3.0}, method="feddra"))
     ours, _ = method.loss(model.train(), one, received(globally))
     args = argparse.Namespace(mu=3.0, lambda1=1.0)
-    padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in one.tokens))
-    theirs = feddra.loss_of(model, one.images, feddra.trimmed(*padded), globally=globally, args=args)
+    padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in one.targets))
+    theirs = feddra.loss_of(model, one.inputs, feddra.trimmed(*padded), globally=globally, args=args)
     same_loss_and_gradients(theirs, ours, model)
 
 

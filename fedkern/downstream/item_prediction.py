@@ -1,0 +1,41 @@
+"""What the network of a finished run says of samples that are no images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.data import FederatedData
+from fedkern.data.datasets import is_dataset, items_like
+from fedkern.engine.items import ItemReader
+from fedkern.leaves import Keywords, Positional, mapped, sent, together
+from fedkern.torch_modes import reproducible
+
+
+@reproducible()
+@torch.no_grad()
+def outputs(module: nn.Module, data: FederatedData, given: Any, size: int) -> Any:
+    """The network's outputs on the CPU: probabilities of the classes, or all that a user's own task has it give.
+
+    Args:
+        module: in eval mode.
+        data: the run's.
+        given: a map-style data set; or a network's inputs: a tensor, a tuple of them, or a dict by argument.
+        size: samples of a batch of a data set.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = module.to(device).eval()
+    if is_dataset(given):
+        reader = ItemReader(items_like(data, given, "the samples"), device, seed=0, size=size)
+        found = together([_kept(module(batch.inputs)) for batch in reader.batches()])
+    else:
+        inputs = Positional(given) if isinstance(given, tuple) else given
+        found = _kept(module(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device)))
+    return data.task.probabilities(found) if "classes" in data.offers else found
+
+
+def _kept(value: Any) -> Any:
+    return mapped(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, value)
