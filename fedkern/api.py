@@ -206,9 +206,9 @@ class Run:
         """The network's figures on the run's test sets, or on those of other ``data``.
 
         Args:
-            data: name of another data set, or federated data in memory, with the run's classes or some of them; where
-                the run is of PyTorch data sets, another one; None: the run's own.  Only the test sets and the validation
-                set are looked at.
+            data: name of another data set, or federated data in memory, with the run's classes or some of them; of a
+                run on PyTorch data sets, another one; None: the run's own.  Only the test sets and the validation set
+                are looked at.
             data_root: folder of the data's files; for the run's own data the folder where they are now.
             data_options: options of the other data set.
             cache: folder that keeps decoded images.  None: for the run's own data the folder that the run used, if it

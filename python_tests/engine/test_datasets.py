@@ -1,0 +1,506 @@
+"""Runs on PyTorch data sets: the rounds of plain PyTorch, whatever workers, interruptions and kinds of samples."""
+
+import copy
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+import fedkern
+from fedkern.data.items import Items, parted
+from fedkern.errors import UserError
+from fedkern.leaves import Keywords, Positional
+from fedkern.listeners import Listener
+from fedkern.methods import METHODS
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.models.own import ItemNetwork
+from fedkern.tasks import CLASSIFICATION, OwnTask
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+HERE = {"progress": False, "pictures": False, "workers": 1, "threads": 1, "client_threads": 1}
+GIVEN = ("data", "test", "validation", "model", "loss_fn", "metrics", "main", "better", "collate_fn", "classes")
+
+
+class Recorded(FedAvg):
+    """FedAvg that writes down what every client was given."""
+
+    asks = frozenset({"loss"})
+    seen: ClassVar[list] = []
+
+    def loss(self, model, batch, received):
+        Recorded.seen.append((batch.phase.round, received.samples, batch.indices.copy(), batch.data))
+        return super().loss(model, batch, received)
+
+
+def called(network, inputs):
+    if isinstance(inputs, Positional):
+        return network(*inputs)
+    return network(**inputs) if isinstance(inputs, Keywords) else network(inputs)
+
+
+def plainly(network, sizes, loss_fn, lr, momentum):
+    """The rounds of `Recorded`, written as everybody writes FedAvg."""
+    rounds = 1 + max(turn for turn, *_ in Recorded.seen)
+    for turn in range(rounds):
+        uploads = []
+        for size in sizes:
+            local = copy.deepcopy(network).train()
+            trained = [each for each in local.parameters() if each.requires_grad]
+            optimiser = torch.optim.SGD(trained, lr, momentum)
+            for *_, batch in [entry for entry in Recorded.seen if entry[:2] == (turn, size)]:
+                inputs, targets = parted(batch)
+                optimiser.zero_grad()
+                loss_fn(called(local, inputs), targets).backward()
+                optimiser.step()
+            uploads.append(local.state_dict())
+        mean = dict.fromkeys(uploads[0], 0.0)
+        for size, upload in zip(sizes, uploads, strict=True):
+            for name, value in upload.items():
+                mean[name] = mean[name] + size / sum(sizes) * value.double()
+        network.load_state_dict({name: value.to(uploads[0][name].dtype) for name, value in mean.items()})
+    return network
+
+
+@pytest.mark.parametrize("example", ["table", "text", "volumes", "regression", "frozen"])
+def test_it_is_the_run_of_plain_pytorch(example, tmp_path):
+    Recorded.seen = []
+    given = runpy.run_path(str(EXAMPLES / f"{example}.py"))["given"]
+    found = fedkern.simulate(Recorded, **given, rounds=2, lr=0.05, out=tmp_path / "run", **HERE)
+    sites = given["data"].values() if isinstance(given["data"], dict) else given["data"]
+    sizes, config = [len(site) for site in sites], found.config
+    assert (config.clip_norm, config.weight_decay, config.lr_decay, config.augment) == (0, 0, 1, "none")
+    loss_fn = given.get("loss_fn", nn.functional.cross_entropy)
+    plain = plainly(copy.deepcopy(given["model"]), sizes, loss_fn, config.lr, config.momentum).state_dict()
+    for name, value in found.model().module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5)
+    rows = sorted(int(row) for turn, size, rows, _ in Recorded.seen if (turn, size) == (0, sizes[0]) for row in rows)
+    assert rows == sorted(list(range(sizes[0])) * config.local_epochs)  # every sample, once an epoch
+    for site in sites if example != "volumes" else ():  # whose items are other ones in every epoch
+        _, _, rows, batch = next(entry for entry in Recorded.seen if entry[1] == len(site))
+        expected = default_collate([site[int(row)] for row in rows])
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+
+
+class Drawing(Dataset):
+    """Samples that draw from all three global generators."""
+
+    def __init__(self, count, first):
+        self.count, self.first = count, first
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        target = (self.first + index) % 3
+        noise = 0.1 * (torch.randn(4) + float(np.random.randn()) + random.random())  # noqa: NPY002
+        return torch.full((4,), float(target)) + noise, target
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def drawing(**changed):
+    given = {
+        "data": [Drawing(20, 0), Drawing(17, 20), Drawing(9, 37)], "validation": Drawing(8, 70), "model": network(),
+        "test": {"one": Drawing(10, 50), "two": Drawing(12, 60)},
+    }  # fmt: skip
+    return given | changed
+
+
+def state(run):
+    return [value.clone() for value in run.model().state_dict().values()], run.metrics
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True)) and first[1] == second[1]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_path):
+    def played(name, **how):
+        return fedkern.simulate(method, **drawing(), rounds=3, out=tmp_path / name, **{**HERE, **how})
+
+    one = played("one")
+    outside = torch.rand(2), np.random.rand(), random.random()  # noqa: NPY002
+    assert outside
+    assert same(state(one), state(played("two", workers=2)))
+    assert same(state(one), state(played("threads", threads=2)))
+
+    class Stop(Listener):
+        def on_round_start(self, round, name, participants):
+            if round == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        played("cut", listener=Stop())
+    again = fedkern.load(tmp_path / "cut", **drawing()).resume(progress=False, pictures=False, workers=2)
+    assert same(state(one), state(again))
+
+
+SCRIPT = """
+import sys, torch, fedkern
+from torch import nn
+from torch.utils.data import Dataset
+torch.set_num_threads(2)
+(torch.rand(500, 500) @ torch.rand(500, 500)).sum()  # the process's OpenMP threads are there now
+
+class Rows(Dataset):
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return torch.randn(3) + i % 2, torch.tensor([float(i % 2)])
+
+torch.manual_seed(0)
+net = nn.Linear(3, 1)
+run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
+    loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=sys.argv[1], workers=int(sys.argv[2]), threads=2, client_threads=1, progress=False, pictures=False)
+print(run.metrics["loss"], run.summary["diagnostics"])
+"""
+
+
+def test_what_cannot_be_sent_is_forked(tmp_path):
+    """Classes and lambdas of a script that has computed on two threads."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    said = [
+        subprocess.run(
+            [sys.executable, "script.py", f"run-{count}", str(count)], cwd=tmp_path, env=environment, timeout=120,
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for count in (1, 2)
+    ]  # fmt: skip
+    assert said[0] == said[1]
+    assert said[0].strip().endswith("{}")
+
+
+# -- kinds of samples --------------------------------------------------------------------------------------------------
+
+
+class Listed(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def padded(items):
+    """Ragged rows, which torch's own collation refuses."""
+    rows = nn.utils.rnn.pad_sequence([item["row"] for item in items], batch_first=True)
+    return {"row": rows, "labels": torch.stack([item["labels"] for item in items])}
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, row):
+        return {"logits": self.head(row.mean(1, keepdim=True))}
+
+
+class Two(nn.Module):
+    """Two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 2), nn.Linear(3, 2)
+
+    def forward(self, first, second):
+        return self.one(first) + self.two(second)
+
+
+def ragged(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (count,), generator=generator).tolist()
+    return Listed([{"row": torch.rand(n, generator=generator), "labels": torch.tensor(n % 2)} for n in lengths])
+
+
+def triples(count):
+    return Listed([(torch.rand(2), torch.rand(3), index % 2) for index in range(count)])
+
+
+def masked(outputs, targets):
+    """The loss of the targets that are known."""
+    known = targets.isfinite()
+    return ((outputs - targets.nan_to_num()) * known).square().sum() / known.sum().clamp_min(1)
+
+
+def partly(count):
+    targets = torch.rand(count, 2)
+    targets[::3, 0] = float("nan")
+    return TensorDataset(torch.rand(count, 3), targets)
+
+
+KINDS = {
+    "ragged": {"data": [ragged(12, 0), ragged(9, 1)], "test": ragged(8, 2), "model": Mean(), "collate_fn": padded},
+    "three parts": {"data": [triples(12), triples(9)], "test": triples(6), "model": Two()},
+    "missing targets": {"data": [partly(12), partly(9)], "test": partly(6), "model": nn.Linear(3, 2),
+                        "loss_fn": masked},
+    "numbers in steps": {
+        "data": [TensorDataset(torch.rand(9, 5, 7), torch.randint(3, (9, 7)))], "model": nn.Conv1d(5, 3, 1),
+        "test": TensorDataset(torch.rand(9, 5, 7), torch.randint(3, (9, 7))),
+    },
+    "whole loss": {
+        "data": [ragged(12, 0)], "test": ragged(8, 2), "model": Mean(), "collate_fn": padded,
+        "loss_fn": lambda model, batch: nn.functional.cross_entropy(model(batch["row"])["logits"], batch["labels"]),
+        "metrics": {"size": lambda model, batch: len(batch["labels"])},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_sample(kind, tmp_path):
+    found = fedkern.simulate("fedavg", **KINDS[kind], rounds=2, out=tmp_path / "run", **HERE)
+    assert np.isfinite(found.metrics["loss"])
+    main = "accuracy" if kind in ("ragged", "three parts") else "loss"
+    assert (found.config.main, found.config.better) == (main, "min" if main == "loss" else "max")
+    again = fedkern.load(tmp_path / "run", **KINDS[kind])
+    assert again.evaluate() == pytest.approx(found.metrics)
+    assert again.report().stat().st_size > 10_000
+    assert isinstance(again.predict(KINDS[kind]["test"]), torch.Tensor if kind not in ("whole loss",) else dict)
+
+
+def test_parts_of_a_batch():
+    one, two, three = torch.rand(2, 1), torch.rand(2, 1), torch.rand(2)
+    assert parted([one, three])[0] is one
+    assert parted((one, two, three)) == (Positional((one, two)), three)
+    assert parted({"x": one, "labels": three}) == (Keywords({"x": one}), three)
+    assert parted({"x": one}) == ({"x": one}, None)
+    pair = ItemNetwork(Two(), None, raw=False)
+    inputs = torch.rand(2, 2), torch.rand(2, 3)
+    assert torch.equal(pair(Positional(inputs)), pair(Keywords(first=inputs[0], second=inputs[1])))
+
+
+def test_tensors_in_memory_are_indexed_as_they_are():
+    """As torch's collation of items, of torch's own sets alone."""
+    first, second = (TensorDataset(torch.rand(n, 2), torch.arange(n)) for n in (7, 5))
+    whole = ConcatDataset([Subset(first, [6, 1, 2]), second])
+    split = Items(whole, "data", CLASSIFICATION, default_collate)
+    rows = [7, 0, 3, 2, 2]
+    assert split.still
+    assert not Items(Listed([1, 2]), "data", CLASSIFICATION, default_collate).still
+    for found, expected in zip(split.batch(rows, 0), default_collate([whole[row] for row in rows]), strict=True):
+        assert torch.equal(found, expected)
+
+
+def table(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, 4, generator=generator)
+    return TensorDataset(rows, (rows @ torch.ones(4, 3).cumsum(1)).argmax(1) + rows[:, 0].gt(0).long())
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.5", "classes:2"])
+def test_one_set_is_shared_out(partition, tmp_path):
+    whole = TensorDataset(torch.randn(60, 4), torch.arange(60) % 3)
+    found = fedkern.simulate(
+        "fedavg", data=whole, test=table(9), clients=3, partition=partition, train_samples=50, model=nn.Linear(4, 4),
+        rounds=1, out=tmp_path / "run", **HERE,
+    )  # fmt: skip
+    sizes = [entry["samples"] for entry in found.history.records[-1]["clients"].values()]
+    assert (len(sizes), sum(sizes)) == (3, 50)
+    again = fedkern.load(tmp_path / "run", data=whole, test=table(9), model=nn.Linear(4, 4))
+    assert again.evaluate() == pytest.approx(found.metrics)
+
+
+@pytest.mark.parametrize(
+    ("held", "sets"), [({"client_test": 0.3}, {""}), ({"held_out_client": "south"}, {"", "held_out"})]
+)
+def test_samples_are_held_out(held, sets, tmp_path):
+    data = {"north": table(30), "south": table(20, 1), "east": table(20, 2)}
+    found = fedkern.simulate(
+        "fedavg", data=data, test=table(9, 3), model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **held, **HERE
+    )
+    assert {f"{name}_accuracy".strip("_") for name in sets} <= {*found.metrics}
+    clients = found.history.records[-1]["clients"].values()
+    assert [entry["samples"] for entry in clients] == ([21, 14, 14] if "client_test" in held else [30, 20])
+    assert bool(found.summary.get("client_metrics")) is ("client_test" in held)
+
+
+def test_every_client_has_its_own_test_set(tmp_path):
+    data, test = {"a": table(20), "b": table(16, 1)}, {"a": table(8, 2), "b": table(6, 3)}
+    found = fedkern.simulate(
+        "fedavg", data=data, test=test, model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE
+    )
+    own = found.summary["client_metrics"]
+    assert {*own} == {"0", "1"}
+    mean = sum(len(test[name]) * own[str(k)]["accuracy"] for k, name in enumerate(test)) / 14
+    assert found.metrics["accuracy"] == pytest.approx(mean)
+
+
+# -- losses and figures ------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A figure in the form of torchmetrics."""
+
+    higher_is_better = True
+
+    def reset(self):
+        self.right = self.all = 0
+
+    def update(self, outputs, targets):
+        self.right += int((outputs.argmax(1) == targets).sum())
+        self.all += len(targets)
+
+    def compute(self):
+        return torch.tensor(self.right / self.all)
+
+
+def test_figures_are_those_of_all_samples(tmp_path):
+    held, net = table(21, 4), nn.Linear(4, 4)
+    metrics = {"share": Counted(), "spread": lambda outputs, targets: outputs.std()}
+    found = fedkern.simulate(
+        "fedavg", data=[table(20)], test=held, model=net, metrics=metrics, rounds=1, out=tmp_path / "run",
+        **{**HERE, "threads": 2, "batch_size": 4},
+    )  # fmt: skip
+    rows, targets = held.tensors
+    with torch.no_grad():
+        outputs = found.model()(rows)
+    assert found.config.main == "share"
+    assert found.metrics["share"] == pytest.approx(float((outputs.argmax(1) == targets).double().mean()))
+    assert found.metrics["spread"] == pytest.approx(float(outputs.std()), rel=1e-5)
+    assert found.metrics["loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, targets)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "main", "better"),
+    [
+        ({}, "loss", "min"),
+        ({"metrics": {"a": max, "share": Counted()}}, "share", "max"),
+        ({"metrics": {"a": max}, "main": "a"}, "a", "max"),
+        ({"metrics": {"a": max}, "main": "a", "better": "min"}, "a", "min"),
+        ({"metrics": {"share": Counted()}, "main": "loss"}, "loss", "min"),
+    ],
+)
+def test_the_main_figure_and_its_direction(given, main, better):
+    task = OwnTask(**given)
+    assert (task.main, task.better) == (main, better)
+
+
+def first_loss(outputs, targets):
+    return nn.functional.mse_loss(outputs, targets)
+
+
+def second_loss(outputs, targets):
+    return 2 * nn.functional.mse_loss(outputs, targets)
+
+
+def test_another_loss_is_no_resumption(tmp_path):
+    data = {"data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))], "model": nn.Linear(2, 1)}
+    data["test"] = data["data"][0]
+
+    class Stop(Listener):
+        def on_round_start(self, round, name, participants):
+            if round == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedkern.simulate("fedavg", **data, loss_fn=first_loss, rounds=3, out=tmp_path / "run", listener=Stop(), **HERE)
+    for changed, said in (
+        ({"loss_fn": second_loss}, "The loss or a metric is another than when the run in .* began"),
+        (
+            {"loss_fn": first_loss, "data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))]},
+            "The data are not those",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            fedkern.load(tmp_path / "run", **{**data, **changed}).resume(progress=False)
+    fedkern.load(tmp_path / "run", **data, loss_fn=first_loss).resume(progress=False, pictures=False)
+
+
+# -- what is not taken -------------------------------------------------------------------------------------------------
+
+
+class Broken(Listed):
+    def __getitem__(self, index):
+        if index == 7:
+            raise OSError("disk")
+        return super().__getitem__(index)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.rand(4), 0
+
+
+GOOD = {"data": [table(9)], "test": table(6), "model": nn.Linear(4, 4)}
+SENTENCES = {
+    "loader": ({"data": [DataLoader(table(9), 4)]}, r"client 0 is a DataLoader: give its dataset and collate_fn; its "
+               r"batch size \(4\) and sampler \(SequentialSampler\) are the run's own"),
+    "stream": ({"data": [Endless()]}, r"client 0 has no length and no order \(Endless\): give a map-style data set"),
+    "samples": ({"data": [[(torch.rand(4), 0)]]}, "client 0 is a list of samples: give a data set"),
+    "nothing": ({"data": [object()]}, "client 0 must be a map-style data set, with len and .index., not an object of"),
+    "no client": ({"data": {}}, "data must hold at least one client's data set"),
+    "empty client": ({"data": {"a": table(4), "b": Listed([])}}, "client b has no samples: leave it out"),
+    "no test": ({"test": None}, "There is no test set: give test=DATASET"),
+    "one own test": ({"data": {"a": table(4), "b": table(4)}, "test": {"a": table(4)}}, "client b has no test set"),
+    "doubles": ({"data": [TensorDataset(torch.rand(9, 4).double(), torch.zeros(9).long())]},
+                r"call \.float\(\) on them"),
+    "numbers": ({"data": [TensorDataset(torch.rand(9, 4), torch.rand(9))]},
+                "a loss is needed, as the targets are float32 numbers and no classes"),
+    "vector": ({"loss_fn": nn.CrossEntropyLoss(reduction="none")},
+               r"loss_fn must return one number, .* returns a tensor \[2\]: take the mean"),
+    "no function": ({"loss_fn": 3}, "loss_fn must be a function or a module"),
+    "figure": ({"main": "f1"}, "main must be one of loss, not 'f1'"),
+    "classes": ({"model": nn.Linear(4, 2), "data": [TensorDataset(torch.rand(9, 4), torch.full((9,), 5))]},
+                "tells 2 classes, and a target is 5"),
+    "network": ({"model": nn.Linear(3, 2)}, r"or the loss fails on two samples of client 0, .*mat1 and mat2"),
+    "of fedkern": ({"model": "cnn"}, "the network cnn is for images, and the samples are none"),
+    "ragged": ({"data": [ragged(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or a collate_fn"),
+    "augment": ({"augment": "crop"}, "--augment crop is for images, and these samples are none"),
+    "patients": ({"dp_clip": 1.0, "dp_noise": 1.0, "privacy_unit": "patient"}, "patient"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "said"), SENTENCES.values(), ids=SENTENCES)
+def test_what_is_not_taken_is_one_sentence(changed, said, tmp_path):
+    with pytest.raises(UserError, match=said) as told:
+        fedkern.simulate("fedavg", **{**GOOD, **changed}, rounds=1, out=tmp_path / "run", **HERE)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_item_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"Item 7 of client 1 cannot be read \(OSError: disk\)"):
+        fedkern.simulate(
+            "fedavg", data=[table(9), Broken([(torch.rand(4), 0)] * 9)], test=table(6), model=nn.Linear(4, 4), rounds=1,
+            out=tmp_path / "run", **HERE,
+        )  # fmt: skip
+
+
+SERVES = {
+    "afl", "ccvr", "centralised", "fedavg", "feddyn", "fedntd", "fedproto", "fedprox", "fml", "local", "moon",
+    "oneshot-fedavg", "scaffold",
+}  # fmt: skip
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
+    given = {"data": {"a": table(30), "b": table(20, 1)}, "test": table(12, 2)}
+    given["model"] = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    settings = {} if METHODS[method].one_shot else {"rounds": 2}
+
+    def play():
+        return fedkern.simulate(method, **given, **settings, out=tmp_path / "run", **HERE)
+
+    if method in SERVES:
+        assert np.isfinite(play().metrics["loss"])
+    else:
+        with pytest.raises(UserError, match=r"needs images, and these samples are none|is for retrieval, but"):
+            play()
