@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -42,89 +41,79 @@ def open_datasets(root: str | Path | None) -> NoReturn:
     )
 
 
-@dataclass(frozen=True)
-class Given:
-    """The data sets that a user gives, see :meth:`fedkern.data.FederatedData.from_datasets`."""
+def task_of_targets(
+    batch: Any,
+    loss_fn: Callable[..., Tensor] | None,
+    metrics: Mapping[str, Any] | None,
+    main: str | None,
+    better: Literal["max", "min"] | None,
+) -> Task:
+    """The task of samples of which ``batch`` has two.
 
-    clients: Any
-    test: Any
-    validation: Any = None
-    public: Any = None
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What a user wants to learn of them."""
-
-    loss_fn: Callable[..., Tensor] | None = None
-    metrics: Mapping[str, Any] | None = None
-    main: str | None = None
-    better: Literal["max", "min"] | None = None
-    task: Task | None = None
-    collate_fn: Callable[[list[Any]], Any] | None = None
-
-    def of(self, batch: Any) -> Task:
-        """The task of samples of which ``batch`` has two.
-
-        Raises:
-            UserError: nothing says what the loss of such targets is.
-        """
-        own = {"loss_fn": self.loss_fn, "metrics": self.metrics, "main": self.main, "better": self.better}
-        said = [name for name, value in own.items() if value is not None]
-        if self.task is not None:
-            if said:
-                raise UserError(f"task says what is learnt, and {said[0]} too: leave one of the two out.")
-            if not isinstance(self.task, Task):
-                raise UserError(f"task must be an object of fedkern.tasks.Task, not {self.task!r}.")
-            return self.task
-        if self.loss_fn is not None:
-            return OwnTask(self.loss_fn, self.metrics, self.main, self.better)
-        _, targets = parted(batch)
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-            kind = f"{str(targets.dtype).removeprefix('torch.')} numbers" if isinstance(targets, Tensor) else "unknown"
-            raise UserError(
-                f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, "
-                "targets), such as torch.nn.MSELoss(), or of (model, batch)."
-            )
-        if said or targets.dim() != 1:
-            return OwnTask(metrics=self.metrics, main=self.main, better=self.better)
-        return CLASSIFICATION
+    Raises:
+        UserError: nothing says what the loss of such targets is.
+    """
+    if loss_fn is not None:
+        return OwnTask(loss_fn, metrics, main, better)
+    _, targets = parted(batch)
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        kind = f"{str(targets.dtype).removeprefix('torch.')} numbers" if isinstance(targets, Tensor) else "unknown"
+        raise UserError(
+            f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
+            "such as torch.nn.MSELoss(), or of (model, batch)."
+        )
+    plain = targets.dim() == 1 and metrics is main is better is None
+    return CLASSIFICATION if plain else OwnTask(metrics=metrics, main=main, better=better)
 
 
 def parts_of_datasets(
-    given: Given,
-    learnt: Learnt,
-    classes: Sequence[str] | int | None,
-    partition: str,
-    count: int,
-    samples: int | None,
-    seed: int,
+    clients: Any,
+    test: Any,
+    *,
+    validation: Any = None,
+    public: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    main: str | None = None,
+    better: Literal["max", "min"] | None = None,
+    task: Task | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    classes: Sequence[str] | int | None = None,
+    partition: str = "iid",
+    count: int = 5,
+    samples: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
-    several = isinstance(given.clients, (Mapping, list, tuple)) and not is_dataset(given.clients)
-    named = _by_name(given.clients) if several else {"": given.clients}
+    several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
+    every = clients.items() if isinstance(clients, Mapping) else enumerate(clients) if several else [("", clients)]
+    named = {str(name): dataset for name, dataset in every}
     if not named:
         raise UserError("data must hold at least one client's data set, and is empty.")
     for name, dataset in named.items():
         _check(dataset, f"client {name}" if several else "data")
-    collate = learnt.collate_fn or default_collate
+    collate = collate_fn or default_collate
     if not callable(collate):
         raise UserError(f"collate_fn must be a function of a list of samples, not {collate!r}.")
     first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
     batch = first.batch(range(min(2, len(first))), 0)
-    task = learnt.of(batch)
+    if task is None:
+        learnt = task_of_targets(batch, loss_fn, metrics, main, better)
+    elif loss_fn is metrics is main is better is None and isinstance(task, Task):
+        learnt = task
+    else:
+        raise UserError("task must be an object of fedkern.tasks.Task, without loss_fn, metrics, main and better.")
     _check_floats(batch)
 
     def items(dataset: Any, who: str, rows: Tensor | None = None, known: Tensor | None = None) -> Items:
-        return Items(dataset, who, task, collate, rows, known)
+        return Items(dataset, who, learnt, collate, rows, known)
 
-    tests, own = _tests(given.test, named if isinstance(given.clients, Mapping) else {}, items)
-    others = {"validation": given.validation, "public": given.public}
-    for name, dataset in others.items():
+    tests, own = _tests(test, named if isinstance(clients, Mapping) else {}, items)
+    for name, dataset in {"validation": validation, "public": public}.items():
         if dataset is not None:
             _check(dataset, name)
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes or ())
-    sites = tuple(named) if isinstance(given.clients, Mapping) and several else None
+    sites = tuple(named) if isinstance(clients, Mapping) else None
     if several:
         splits = {name: items(dataset, f"client {name}") for name, dataset in named.items()}
         if samples is not None:
@@ -133,7 +122,7 @@ def parts_of_datasets(
         none = np.zeros((len(splits), 0), dtype=np.int64)
         counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
     else:
-        whole = items(given.clients, "data")
+        whole = items(clients, "data")
         splits, counted, names = _shared_out(whole, names, partition, count, samples, seed)
     for name, split in splits.items():
         if not len(split):
@@ -142,19 +131,14 @@ def parts_of_datasets(
         "name": NAME,
         "classes": names,
         "clients": tuple(splits.values()),
-        "validation": items(given.validation or [], "the validation set"),
+        "validation": items(validation or [], "the validation set"),
         "tests": tests,
         "form": ItemForm.of(batch),
         "statistics": counted,
-        "public": None if given.public is None else items(given.public, "the public samples"),
+        "public": None if public is None else items(public, "the public samples"),
         "client_tests": own,
         "client_names": sites,
     }
-
-
-def _by_name(clients: Any) -> dict[str, Any]:
-    found = clients.items() if isinstance(clients, Mapping) else enumerate(clients)
-    return {str(name): dataset for name, dataset in found}
 
 
 def _tests(
@@ -168,9 +152,7 @@ def _tests(
         _check(dataset, f"test {name}".strip())
     if named and {*given} & {*named}:
         if missing := [name for name in named if name not in given]:
-            raise UserError(
-                f"client {missing[0]} has no test set in test, and others have: give every client one, or none."
-            )
+            raise UserError(f"client {missing[0]} has no test set in test, and others have: give all clients one.")
         if extra := [name for name in given if name not in named]:
             raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
         own = tuple(items(given[name], f"the test set of {name}") for name in named)
@@ -184,9 +166,7 @@ def _shared_out(
     """A single data set shared out among ``count`` clients."""
     spec = parse_partition(partition)
     if spec.name == "attribute":
-        raise UserError(
-            f"partition={partition!r} needs samples that name their sites: give a dict of data sets by client."
-        )
+        raise UserError(f"partition={partition!r} needs sites: give a dict of data sets by client.")
     known = None if spec.name == "iid" else classes_of(whole.dataset)
     rows = np.arange(len(whole)) if samples is None else _drawn(len(whole), samples, seed)
     labels = np.zeros(len(rows), dtype=np.int64) if known is None else known.numpy()[rows]

@@ -158,6 +158,17 @@ class Items:
         return value.digest()
 
 
+def unsteady(splits: Sequence[Items]) -> list[str]:
+    """The splits whose first item is another one when it is read again from the same seeds, in words."""
+
+    def first(split: Items) -> bytes:
+        value = hashlib.blake2b()
+        hashed(split.read([0], 0)[0], value.update)
+        return value.digest()
+
+    return [split.who for split in splits if len(split) and not split.still and first(split) != first(split)]
+
+
 def per_set(sets: int) -> int:
     """How many items of each of so many sets are read for fingerprints."""
     return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.data.arrays import parts_of_arrays
-from fedkern.data.datasets import Given, Learnt, parts_of_datasets
+from fedkern.data.datasets import parts_of_datasets
 from fedkern.data.full_masks import FullMasks
 from fedkern.data.split import Split, rows_of
 from fedkern.data.statistics import SKEW, PartitionStatistics
@@ -261,20 +261,7 @@ class FederatedData:
         cls,
         clients: Any,
         test: Any,
-        *,
-        validation: Any = None,
-        public: Any = None,
-        loss_fn: Callable[..., Tensor] | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        main: str | None = None,
-        better: Literal["max", "min"] | None = None,
-        task: Task | None = None,
-        classes: Sequence[str] | int | None = None,
-        partition: str = "iid",
-        count: int = 5,
-        samples: int | None = None,
-        seed: int = 0,
+        **about: Any,
     ) -> FederatedData:
         """Federated data of map-style PyTorch data sets, whose samples are read when a batch needs them.
 
@@ -282,24 +269,22 @@ class FederatedData:
             clients: data sets by client name, or in client order; or a single one, which is shared out.
             test: a data set, or data sets by name; those with the names of all clients are the clients' own, and
                 together the test set.
-            validation: a data set for choosing settings.
-            public: a data set that no client owns.
-            loss_fn, metrics, main, better: see :class:`fedkern.tasks.OwnTask`.  Open: the cross-entropy and the figures
-                of classification, where targets are classes.
-            collate_fn: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``.
-            task: instead of these a task, such as an object of a class derived from ``fedkern.tasks.Task``.
-            classes: names of the classes, or their number; open: as many as the network tells.
-            partition, count: how a single data set is shared out among ``count`` clients: by the classes that its
-                ``targets``, ``labels`` or last of ``tensors`` tell, or that are read item by item.
-            samples: number of training samples to use instead of all.
-            seed: of the partition.
+            about: by keyword
+
+                - ``validation``: a data set for choosing settings; ``public``: one that no client owns;
+                - ``loss_fn``, ``metrics``, ``main``, ``better``: see :class:`fedkern.tasks.OwnTask`.  Open: the
+                  cross-entropy and the figures of classification, where targets are classes;
+                - ``collate_fn``: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``;
+                - ``task``: instead of a loss an object of a class derived from ``fedkern.tasks.Task``;
+                - ``classes``: their names, or their number; open: as many as the network tells;
+                - ``partition`` (``"iid"``), ``count`` (5), ``seed`` (0): how a single data set is shared out, by the
+                  classes that its ``targets``, ``labels`` or last of ``tensors`` tell, or that are read item by item;
+                - ``samples``: number of training samples to use instead of all.
 
         Raises:
             UserError: something is no map-style data set, or there is no loss for such targets; the message names it.
         """
-        given = Learnt(loss_fn, metrics, main, better, task, collate_fn)
-        sets = Given(clients, test, validation, public)
-        return cls(**parts_of_datasets(sets, given, classes, partition, count, samples, seed))
+        return cls(**parts_of_datasets(clients, test, **about))
 
     def pooled(self) -> FederatedData:
         """The data with one client that holds all training samples; statistics and names remain the partition's."""

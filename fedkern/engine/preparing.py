@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedkern.data.items import unsteady
 from fedkern.engine.client import Client
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
@@ -99,6 +100,13 @@ def prepare(
     pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
     code = MethodCode(kind, config.method, progress)
     check_sets(context.data, config.plugins)
+    data = context.data
+    if data.form.lacks and known and (others := unsteady([*data.clients, data.validation, *data.tests.values()])):
+        context.warn(
+            "unsteady-items",
+            f"An item of {others[0]} is another one when it is read again from the same seeds of torch, NumPy and "
+            "random: it draws from a generator or a clock of its own, so that the run may give other bits when it is repeated.",
+        )
     for k in range(context.federation.clients) if known else ():
         with code("check"):
             method.check(Client(context, k, {}))

@@ -164,7 +164,8 @@ class Rows(Dataset):
 torch.manual_seed(0)
 net = nn.Linear(3, 1)
 run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
-    loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=sys.argv[1], workers=int(sys.argv[2]), threads=2, client_threads=1, progress=False, pictures=False)
+    loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=sys.argv[1], workers=int(sys.argv[2]), threads=2,
+    client_threads=1, progress=False, pictures=False)
 print(run.metrics["loss"], run.summary["diagnostics"])
 """
 
@@ -504,3 +505,21 @@ def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
     else:
         with pytest.raises(UserError, match=r"needs images, and these samples are none|is for retrieval, but"):
             play()
+
+
+class Clock(Drawing):
+    generator = torch.Generator()
+
+    def __getitem__(self, index):
+        rows, target = super().__getitem__(index)
+        return rows + torch.rand(4, generator=self.generator), target
+
+
+@pytest.mark.parametrize("kind", [Drawing, Clock])
+def test_items_with_a_generator_of_their_own_are_told(kind, tmp_path):
+    data = [Drawing(20, 0), kind(17, 20)]
+    found = fedkern.simulate(
+        "fedavg", data=data, test=table(9), model=network(), rounds=1, out=tmp_path / "run", **HERE
+    )
+    told = found.summary["diagnostics"].get("unsteady-items", "")
+    assert told.startswith("An item of client 1 is another one") is (kind is Clock)
