@@ -383,6 +383,14 @@ def simulate(
     return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
 
 
+ABOUT = ("test", "validation", "public", "loss_fn", "metrics", "collate_fn", "main", "better", "task", "classes")
+"""Arguments about PyTorch data sets."""
+_LOADERS = {
+    "num_workers": "workers are the clients' processes, which read their samples",
+    **dict.fromkeys(("sampler", "shuffle"), "every epoch takes all samples of a client in random order"),
+}
+
+
 def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     """The federated data of an argument ``data`` that is PyTorch data sets; other data are returned as they are.
 
@@ -401,19 +409,7 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
     return FederatedData.from_datasets(data, given.pop("test", None), **given, **said)
 
 
-_ARGUMENTS = (
-    "data",
-    "test",
-    "loss_fn",
-    "metrics",
-    "collate_fn",
-    "model",
-    "out",
-    "progress",
-    "listener",
-    "pictures",
-    "fedkern.load(DIR).resume()",
-)
+_ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")
 
 
 def requested(
@@ -439,6 +435,8 @@ def requested(
     for each in [each for each in settings if each in own and each not in fields]:
         options[each] = settings.pop(each)
     for each in settings:
+        if each in _LOADERS:
+            raise UserError(f"{each} is a DataLoader's: {_LOADERS[each]}, so leave it out.")
         if each not in fields:
             hint = nearest(each, {*fields, *own, *_ARGUMENTS}) + registry.owners(each)
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')

@@ -235,6 +235,7 @@ def compare(
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise UserError(f"sweep must have a list of values for {name}, not {values!r}.")
     check_select(select, points)
+    about = {name: settings.pop(name) for name in api.ABOUT if name in settings}
     options = api.table_of(settings.pop("options", None), "options")
     fields = {knob.field for knob in RunConfig.knobs()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
@@ -242,7 +243,7 @@ def compare(
         check_option(name, names)
     swept = variants(names, points, {*settings, *options})
     by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
-    data, model = settings.pop("data", None), settings.pop("model", None)
+    data, model = api.federated(settings.pop("data", None), about, settings), settings.pop("model", None)
 
     def make(variant: Variant, seed: int) -> RunConfig:
         own = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}

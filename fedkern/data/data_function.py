@@ -93,7 +93,11 @@ class DataFunction:
             raise UserError(
                 f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
             )
-        if "partition" not in self.takes and spec.text != parse_partition(self._partition).text:
+        shares = (
+            parse_partition(self._partition).text,
+            data.statistics.partition,
+        )  # also of a run that was begun with it
+        if "partition" not in self.takes and spec.text not in shares:
             raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')
 
     def _check_source(self, source: Source) -> None:

@@ -105,7 +105,7 @@ def prepare(
         context.warn(
             "unsteady-items",
             f"An item of {others[0]} is another one when it is read again from the same seeds of torch, NumPy and "
-            "random: it draws from a generator or a clock of its own, so that the run may give other bits when it is repeated.",
+            "random: it draws from a generator or a clock of its own, and the run may give other bits when repeated.",
         )
     for k in range(context.federation.clients) if known else ():
         with code("check"):

@@ -20,6 +20,7 @@ from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, compare_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.evaluate import client_sets, test_sets
+from fedkern.engine.executors import team
 from fedkern.engine.executors.base import Executor, ServerSide
 from fedkern.engine.executors.choice import executor_of
 from fedkern.engine.executors.nursery import own_nursery
@@ -182,6 +183,11 @@ def run(
             if resume:
                 _compare(config, stored, out)
             check_data(config, data)
+            if data.form.lacks and team.place() is not None:
+                raise UserError(
+                    "Data sets of PyTorch are in the memory of this process, and torchrun's other ranks have none: "
+                    "start the script without torchrun, with workers=N."
+                )
             config, data, changed = own_model.settled(config, data, stored if resume else None, out)
             for sentence in (*caveats(data), *changed):
                 audience.on_notice(sentence)

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 
 def form_of(data: FederatedData) -> dict[str, Any]:
-    """What the data of server and nodes must have in common, as plain values."""
+    """What the data of server and nodes must have in common, as plain values.
+
+    Raises:
+        UserError: the samples are no images.
+    """
+    if data.form.lacks:
+        raise UserError(
+            "nodes have images, and the samples of these data are none: play the clients with fedkern.simulate."
+        )
     return {
         "task": data.task.name,
         "classes": list(data.classes),

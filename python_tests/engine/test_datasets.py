@@ -464,6 +464,8 @@ SENTENCES = {
     "of fedkern": ({"model": "cnn"}, "the network cnn is for images, and the samples are none"),
     "ragged": ({"data": [ragged(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or a collate_fn"),
     "augment": ({"augment": "crop"}, "--augment crop is for images, and these samples are none"),
+    "processes": ({"num_workers": 2}, "num_workers is a DataLoader's: workers are the clients' processes"),
+    "shuffling": ({"shuffle": True}, "shuffle is a DataLoader's: every epoch takes all samples of a client in random"),
     "patients": ({"dp_clip": 1.0, "dp_noise": 1.0, "privacy_unit": "patient"}, "patient"),
 }  # fmt: skip
 
@@ -517,9 +519,26 @@ class Clock(Drawing):
 
 @pytest.mark.parametrize("kind", [Drawing, Clock])
 def test_items_with_a_generator_of_their_own_are_told(kind, tmp_path):
-    data = [Drawing(20, 0), kind(17, 20)]
-    found = fedkern.simulate(
-        "fedavg", data=data, test=table(9), model=network(), rounds=1, out=tmp_path / "run", **HERE
-    )
+    given = {"data": [Drawing(20, 0), kind(17, 20)], "test": Drawing(9, 90), "model": network()}
+    found = fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
     told = found.summary["diagnostics"].get("unsteady-items", "")
     assert told.startswith("An item of client 1 is another one") is (kind is Clock)
+
+
+def test_methods_are_compared_on_it(tmp_path):
+    given = {"data": {"a": table(30), "b": table(20, 1)}, "test": table(12, 2), "model": nn.Linear(4, 4)}
+    how = {"rounds": 1, "progress": False, "workers": 1}
+    found = fedkern.compare(["fedavg", "fedprox"], seeds=2, **given, **how, out=tmp_path / "all")
+    assert [row["method"] for row in found.table] == ["fedavg", "fedprox"]
+    assert all(row["seeds"] == 2 and 0 <= row["accuracy"] <= 1 for row in found.table)
+
+
+def test_a_registered_function_may_return_it(registries, tmp_path):
+    @fedkern.register_data("clinics", clients=2)
+    def clinics(seed=0):
+        """Two tables."""
+        return fedkern.FederatedData.from_datasets({"a": table(30, seed), "b": table(20, 1)}, table(12, 2))
+
+    found = fedkern.simulate("fedavg", data="clinics", model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE)
+    assert found.metrics["accuracy"] > 0
+    assert fedkern.load(tmp_path / "run", model=nn.Linear(4, 4)).evaluate() == pytest.approx(found.metrics)
