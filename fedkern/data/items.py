@@ -133,8 +133,9 @@ class Items:
         Raises:
             UserError: an item cannot be read, or the items make no batch.
         """
-        if self.still and self.collate is default_collate:
-            return _rows(self.dataset, torch.as_tensor(self._places(indices), dtype=torch.int64))
+        if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
+            rows = torch.tensor(self._places(indices), dtype=torch.int64)
+            return [tensor[rows] for tensor in self.dataset.tensors]
         items = self.read(indices, word)
         try:
             with _LOCK, drawing():
@@ -250,21 +251,3 @@ def _still(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(map(_still, dataset.datasets))
     return type(dataset) is TensorDataset
-
-
-def _rows(dataset: Any, index: Tensor) -> list[Tensor]:
-    """What torch's default collation makes of the items at ``index`` of a data set that is :func:`_still`."""
-    if type(dataset) is TensorDataset:
-        return [tensor[index] for tensor in dataset.tensors]
-    if type(dataset) is Subset:
-        return _rows(dataset.dataset, torch.as_tensor(dataset.indices)[index])
-    part = torch.bucketize(index, torch.tensor(dataset.cumulative_sizes), right=True)
-    starts = torch.tensor([0, *dataset.cumulative_sizes[:-1]])[part]
-    found: list[Tensor] = []
-    for k, each in enumerate(dataset.datasets):
-        if len(own := (part == k).nonzero().flatten()):
-            for column, values in enumerate(_rows(each, (index - starts)[own])):
-                if column == len(found):
-                    found.append(values.new_empty(len(index), *values.shape[1:]))
-                found[column][own] = values
-    return found
