@@ -23,7 +23,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.own import ItemNetwork
-from fedkern.tasks import CLASSIFICATION, OwnTask
+from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HERE = {"progress": False, "pictures": False, "workers": 1, "threads": 1, "client_threads": 1}
@@ -542,3 +542,29 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
     found = fedkern.simulate("fedavg", data="clinics", model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE)
     assert found.metrics["accuracy"] > 0
     assert fedkern.load(tmp_path / "run", model=nn.Linear(4, 4)).evaluate() == pytest.approx(found.metrics)
+
+
+class Counts(Task):
+    """Counts of events; the network gives the logarithm of their expectation."""
+
+    name, main, better, network = "counts", "deviance", "min", "any"
+
+    def criterion(self, outputs, batch):
+        return nn.functional.poisson_nll_loss(outputs, batch.targets)
+
+    @torch.no_grad()
+    def figures(self, model, data):
+        pairs = [(model(batch.inputs), batch.targets) for batch in data.batches()]
+        outputs, targets = (torch.cat(part) for part in zip(*pairs, strict=True))
+        loss = float(nn.functional.poisson_nll_loss(outputs, targets))
+        return {"deviance": 2 * loss, "loss": loss}
+
+
+def test_a_task_of_ones_own(tmp_path):
+    sets = [TensorDataset(torch.rand(n, 3), torch.randint(4, (n, 1)).float()) for n in (20, 15, 10)]
+    given = {"data": sets[:2], "test": sets[2], "model": nn.Linear(3, 1), "task": Counts()}
+    found = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "run", **{**HERE, "workers": 2})
+    assert (found.config.main, found.config.better) == ("deviance", "min")
+    assert fedkern.load(tmp_path / "run", **given).evaluate() == pytest.approx(found.metrics)
+    with pytest.raises(UserError, match=r"task must be an object of fedkern\.tasks\.Task, without loss_fn"):
+        fedkern.simulate("fedavg", **given, loss_fn=first_loss, out=tmp_path / "other", **HERE)
