@@ -72,7 +72,7 @@ class Items:
 
     def raw(self) -> dict[str, Tensor]:
         """As many tensors like those of the first item, which take no memory: what a client would send."""
-        tensors = [leaf for leaf in leaves(self.read([0], 0)[0]) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves(next(self.read([0], 0))) if isinstance(leaf, Tensor)]
         return {str(place): leaf.detach().expand(len(self), *leaf.shape) for place, leaf in enumerate(tensors)}
 
     def plus(self, others: Sequence[Items]) -> Items:
@@ -110,22 +110,21 @@ class Items:
         found: list[int] = (index if self.rows is None else self.rows[index]).tolist()
         return found
 
-    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> list[Any]:
-        """The items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
+    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
+        """Yields the items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
 
         Raises:
             UserError: an item cannot be read.
         """
-        found = []
         with _LOCK, drawing():
             for row in self._places(indices):
                 if not self.still:
                     _seed(mixed(word, row))
                 try:
-                    found.append(self.dataset[row])
+                    item = self.dataset[row]
                 except RAISED as error:  # the user's own code may raise anything
                     raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
-        return found
+                yield item
 
     def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
         """What ``collate`` makes of the items at ``indices``.
@@ -136,7 +135,7 @@ class Items:
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
             rows = torch.tensor(self._places(indices), dtype=torch.int64)
             return [tensor[rows] for tensor in self.dataset.tensors]
-        items = self.read(indices, word)
+        items = list(self.read(indices, word))
         try:
             with _LOCK, drawing():
                 if not self.still:
@@ -164,7 +163,7 @@ def unsteady(splits: Sequence[Items]) -> list[str]:
 
     def first(split: Items) -> bytes:
         value = hashlib.blake2b()
-        hashed(split.read([0], 0)[0], value.update)
+        hashed(next(split.read([0], 0)), value.update)
         return value.digest()
 
     return [split.who for split in splits if len(split) and not split.still and first(split) != first(split)]

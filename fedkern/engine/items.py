@@ -24,6 +24,8 @@ class ItemReader(Reader):
             round, exchange, epoch and row, and in evaluation of seed, set and row.
     """
 
+    recordable = False
+
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
         super().__init__(split, device, size)
         self.fresh = not split.still
@@ -42,16 +44,17 @@ class ItemReader(Reader):
     def batches(self, *args: Any, **how: Any) -> Iterator[Batch]:
         seen = []
         for batch in super().batches(*args, **how):
-            seen.append(batch.targets)
+            if isinstance(batch.targets, torch.Tensor) and batch.targets.dim() == 1:
+                seen.append(batch.targets)
             yield batch
-        if seen and all(isinstance(each, torch.Tensor) for each in seen):
+        if seen:
             self._targets = torch.cat(seen)
 
     def planned(
         self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         """The batches of an epoch, each read when it is asked for."""
-        purpose = f"items/{phase.exchange}/{epoch}" if phase is not OUTSIDE else f"items/{self.split.who}"
+        purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.who}"
         word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
         for indices in plan:
             raw = sent(self.split.batch(indices, word), self.device)

@@ -203,7 +203,7 @@ def train(
     done, count = 0, len(data) if rows is None else len(rows)
     run = partial(one_pass, method, network.module)
     passes: AbstractContextManager[Callable[[Batch], Outcome]] = nullcontext(partial(run, received=received))
-    if graphs is not None and replayable(kind, network.module):
+    if graphs is not None and data.recordable and replayable(kind, network.module):
         passes = graphs.replaying(network, method, received, run, batch_sizes(count, schedule), partial(_warn, client))
     with passes as step:
         for epoch, plan in enumerate(epochs(count, schedule, orders)):
