@@ -8,8 +8,9 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ _LOCK = threading.RLock()  # items draw from the process's generators, and sets 
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
+@dataclass(eq=False)
 class Items:
     """A split of a map-style data set: of it only ``len`` and ``[index]`` are used.
 
@@ -39,23 +41,23 @@ class Items:
         collate: makes a batch of a list of items.
         rows: int64 ``[n]``, the items of the split; None: all.
         classes: int64, the class of every item of the data set, or None where they were not read.
-        still: whether no item can draw random numbers, so that it is the same whenever it is read.
     """
 
-    homes = patients = ids = None  # nothing is known of either
+    homes: ClassVar[None] = None  # nothing is known of sites, patients and names
+    patients: ClassVar[None] = None
+    ids: ClassVar[None] = None
 
-    def __init__(
-        self,
-        dataset: Any,
-        who: str,
-        task: Task,
-        collate: Callable[[list[Any]], Any],
-        rows: Tensor | None = None,
-        classes: Tensor | None = None,
-    ) -> None:
-        self.dataset, self.who, self.task, self.collate, self.rows = dataset, who, task, collate, rows
-        self.classes = classes
-        self.still = _still(dataset)
+    dataset: Any
+    who: str
+    task: Task
+    collate: Callable[[list[Any]], Any]
+    rows: Tensor | None = None
+    classes: Tensor | None = None
+
+    @cached_property
+    def still(self) -> bool:
+        """Whether no item can draw random numbers, so that it is the same whenever it is read."""
+        return _still(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -67,8 +69,7 @@ class Items:
 
     def subset(self, indices: Tensor) -> Items:
         """A new split with the rows ``indices``, int64 ``[m]``."""
-        rows = indices if self.rows is None else self.rows[indices]
-        return Items(self.dataset, self.who, self.task, self.collate, rows, self.classes)
+        return replace(self, rows=indices if self.rows is None else self.rows[indices])
 
     def raw(self) -> dict[str, Tensor]:
         """As many tensors like those of the first item, which take no memory: what a client would send."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -186,16 +187,13 @@ def _number(name: str, metric: Callable[..., Any], *given: Any) -> float:
         return float(metric(*given))
 
 
-class _explained:  # a context manager that keeps the traceback short
+@contextmanager
+def _explained(name: str, function: Any) -> Iterator[None]:
     """Context in which an exception of the user's function is named with its file and line."""
-
-    def __init__(self, name: str, function: Any) -> None:
-        self._name, self._function = name, function
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError) or not isinstance(error, RAISED) or isinstance(error, MemoryError):
-            return
-        code = self._function if inspect.isroutine(self._function) else type(self._function)
-        raise UserError(f"{self._name} fails ({described(error)}){origin(error, code)}.") from error
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except RAISED as error:  # the user's own code may raise anything
+        code = function if inspect.isroutine(function) else type(function)
+        raise UserError(f"{name} fails ({described(error)}){origin(error, code)}.") from error
