@@ -129,7 +129,7 @@ class Checkout:
     def served(self) -> set[tuple[str, str]]:
         """Methods, each with a task that it serves."""
         listed = subprocess.run(
-            [sys.executable, "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
+            [sys.executable, "-P", "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         return {(method, task) for method, task in json.loads(listed.stdout)}
