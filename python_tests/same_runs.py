@@ -129,7 +129,7 @@ class Checkout:
     def served(self) -> set[tuple[str, str]]:
         """Methods, each with a task that it serves."""
         listed = subprocess.run(
-            [sys.executable, "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
+            [sys.executable, "-P", "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         return {(method, task) for method, task in json.loads(listed.stdout)}
@@ -174,7 +174,8 @@ class Checkout:
         left: dict[str, Any] = {"exit codes": [code for code, _, _ in codes], "error": ""}
         if codes[-1][0]:
             left["error"] = next((line for line in codes[-1][1].splitlines()[::-1] if "Error: " in line), codes[-1][1])
-        files = {str(path.relative_to(self.runs / out)): path for path in (self.runs / out).rglob("*")}
+        found = (self.runs / out).rglob("*")  # a killed run leaves what it was writing
+        files = {str(path.relative_to(self.runs / out)): path for path in found if not path.name.startswith(".tmp")}
         files["events"] = self.runs / f"{out}.events.jsonl"
         for name, path in files.items():
             if path.is_file():
