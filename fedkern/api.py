@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import plugins
+from fedkern import named_code, plugins
 from fedkern.data import FederatedData
 from fedkern.data.datasets import is_dataset, items_like
+from fedkern.data.registry import open_code
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
@@ -106,6 +107,9 @@ class Run:
                     f"method={registry.short(self.config.method)} without options, or start a new run."
                 )
         self._data, self._model, self._trusted = data, model, tuple(trusted)
+        for name in self._trusted:
+            if named_code.absolute(name) == self.config.data:
+                open_code(name)
 
     def _kept_data(self) -> FederatedData | None:
         """The run's data in memory without what it holds out; None where a data set's name says where they are."""
@@ -380,7 +384,7 @@ def simulate(
         if where is None and not any(folder.iterdir()):
             folder.rmdir()
     kind = None if isinstance(method, str) else type(method) if isinstance(method, Method) else method
-    return Run(folder, data=memory, model=module, trusted=[config.model, *config.plugins], method=kind)
+    return Run(folder, data=memory, model=module, trusted=[config.model, config.data, *config.plugins], method=kind)
 
 
 ABOUT = ("test", "validation", "public", "loss_fn", "metrics", "collate_fn", "main", "better", "task", "classes")
@@ -448,7 +452,7 @@ def requested(
         plain = {"clients": len(memory.clients), **plain, "data": memory.name}
         model = NETWORKS.get(memory.task.network) if model is None else model
     elif data is not None:
-        plain["data"] = data
+        plain["data"] = open_code(data)
     if isinstance(model, str):
         plain["model"] = given_paths.absolute({"model": model})["model"]
     module = None if isinstance(model, str) else model

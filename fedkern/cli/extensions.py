@@ -23,6 +23,10 @@ def load(words: Sequence[str]) -> None:
         if not name.strip():
             raise UserError("--plugin is given without a value: give it one, or leave the flag out.")
         plugins.load(name)
+    for name in values(words, "--data"):
+        from fedkern.data.registry import open_code  # here, since the front page is printed without torch
+
+        open_code(name)
     for file in values(words, "--config"):
         plugins.given(_named(expand(file)))
     for folder in values(words, "--resume"):

@@ -232,7 +232,9 @@ def is_dataset(value: Any) -> bool:
     """Whether something has the form of a map-style data set."""
     if isinstance(value, Tensor):
         return False
-    return not isinstance(value, (list, tuple, dict)) and hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    return (
+        not isinstance(value, (list, tuple, dict, str)) and hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    )
 
 
 def _check(dataset: Any, who: str) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedkern import named_code
 from fedkern.data.arrays import open_arrays
 from fedkern.data.brats import open_brats
 from fedkern.data.captions import PROMPTS, make_captions
@@ -312,8 +313,11 @@ DATASETS: dict[str, DatasetInfo] = {
 
 def lookup(name: str) -> DatasetInfo:
     """The entry of a data set; raises UserError for an unknown name, and suggests the nearest known one."""
+    name = named_code.absolute(name)
     if name not in DATASETS:
         hint = nearest(name, DATASETS)
+        if named_code.parse(name) is not None:
+            raise UserError(f"the data set {name} is code, which a run folder may not name alone: give --data {name}.")
         if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
             hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
         raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{hint}')
@@ -393,6 +397,30 @@ def register_data(
         return function
 
     return add
+
+
+def open_code(text: str) -> str:
+    """Registers the function that the user's words name, ``FILE.py:NAME`` or ``python:MODULE:NAME``, as a data set.
+
+    Only words of the user's come here: nothing that a run folder names is imported.
+
+    Returns:
+        The data set's name: the words with an absolute path, and other words as they are.
+
+    Raises:
+        UserError: the code cannot be imported, or is no function that makes data.
+    """
+    named = named_code.parse(text)
+    if named is None or str(named) in DATASETS:
+        return named_code.absolute(text)
+    function, _ = named_code.load(named, "the data set")
+    if not callable(function):
+        raise UserError(f"the data set {named} is {type(function).__name__}, not a function that returns data.")
+    try:
+        register_data(str(named))(function)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the data set {named} cannot be registered: {error}.") from None
+    return str(named)
 
 
 def _again(info: DatasetInfo, function: Callable[..., Any]) -> bool:

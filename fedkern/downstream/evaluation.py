@@ -68,8 +68,9 @@ def evaluate_run(
         raise UserError(f"data must be the name of a data set or FederatedData, not {type(data).__name__}.")
     else:
         options = {**_as_trained(data, about, config), **(data_options or {})}
+        one = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
         loaded = load(
-            data, root=data_root, clients=1, partition="iid", seed=config.seed, options=options,
+            data, root=data_root, clients=one[0], partition=one[1], seed=config.seed, options=options,
             cache=folder, progress=progress,
         )  # fmt: skip
     loaded = _fitted(loaded, about, Path(out))

@@ -66,7 +66,7 @@ class RunConfig:
     """
 
     method: str = option("fedavg", "name of the method")
-    data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
+    data: str = option(COMMON["data"], f"data set: {', '.join(DATASETS)}, {FORMS}")
     data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
     cache: str | None = option(
         None, "folder that keeps the decoded images of a data set of image files, for later runs and runs beside this",
@@ -341,6 +341,7 @@ class RunConfig:
         object.__setattr__(self, "data_options", dict(self.data_options))
         object.__setattr__(self, "plugins", dict(self.plugins))
         object.__setattr__(self, "model", named_code.absolute(self.model))
+        object.__setattr__(self, "data", named_code.absolute(self.data))
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         if self.device == "cuda" and not torch.cuda.is_available():

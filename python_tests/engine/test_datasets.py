@@ -568,3 +568,41 @@ def test_a_task_of_ones_own(tmp_path):
     assert fedkern.load(tmp_path / "run", **given).evaluate() == pytest.approx(found.metrics)
     with pytest.raises(UserError, match=r"task must be an object of fedkern\.tasks\.Task, without loss_fn"):
         fedkern.simulate("fedavg", **given, loss_fn=first_loss, out=tmp_path / "other", **HERE)
+
+
+CODE = '''
+import torch
+from torch.utils.data import TensorDataset
+
+import fedkern
+
+
+def clinics(seed=0):
+    """Two tables."""
+    rows = torch.linspace(-1, 1, 60).reshape(20, 3)
+    own = TensorDataset(rows, rows[:, 0].gt(0).long())
+    return fedkern.FederatedData.from_datasets({"a": own, "b": own}, own)
+
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+'''
+
+
+def test_code_is_named_on_the_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text(CODE)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+
+    def call(*words):
+        line = [sys.executable, "-m", "fedkern.run", *words]
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    data, code = ("--data", "mine.py:clinics"), ("--model", "mine.py:Net")
+    done = call("fedavg", *data, *code, "--rounds", "1", "--out", "run", "--workers", "1", "--quiet")
+    assert done.returncode == 0, done.stderr
+    done = call("evaluate", "run", *data, *code)
+    assert done.returncode == 0, done.stderr
+    done = call("evaluate", "run", *code)
+    assert done.returncode == 2
+    assert "mine.py:clinics is code, which a run folder may not name alone: give --data" in done.stderr

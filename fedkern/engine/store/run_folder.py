@@ -51,7 +51,8 @@ def check_vacant(out: Path) -> None:
 
 def run_name(settings: config.RunConfig) -> str:
     """Name of a new run's folder in `RUNS`: method, data set and time."""
-    return f"{registry.short(settings.method)}-{settings.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = settings.data.rpartition(":")[2]  # of code its name
+    return f"{registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def reserve(parent: Path, stem: str, way_out: str) -> Path:
