@@ -10,9 +10,12 @@ import torch
 
 from fedkern.data.items import Items, parted
 from fedkern.engine.reader import BATCH, Reader
-from fedkern.leaves import sent
+from fedkern.leaves import leaves, sent
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase
 from fedkern.streams import stream
+
+BYTES = 1 << 26
+"""Bytes of a batch outside of training: large items come in smaller batches."""
 
 
 class ItemReader(Reader):
@@ -27,7 +30,8 @@ class ItemReader(Reader):
     recordable = False
 
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
-        super().__init__(split, device, size)
+        each = sum(leaf.nbytes for leaf in leaves(next(split.read([0], 0))) if isinstance(leaf, torch.Tensor))
+        super().__init__(split, device, min(size, max(1, BYTES // max(1, each))))
         self.fresh = not split.still
         self._seed, self._client = seed, client
         self._targets: torch.Tensor | None = None
