@@ -55,14 +55,14 @@ def task_of_targets(
     """
     if loss_fn is not None:
         return OwnTask(loss_fn, metrics, main, better)
-    _, targets = parted(batch)
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        kind = f"{str(targets.dtype).removeprefix('torch.')} numbers" if isinstance(targets, Tensor) else "unknown"
+    _, truth = parted(batch)
+    if not isinstance(truth, Tensor) or truth.is_floating_point() or truth.dtype == torch.bool:
+        kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
         raise UserError(
             f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
             "such as torch.nn.MSELoss(), or of (model, batch)."
         )
-    plain = targets.dim() == 1 and metrics is main is better is None
+    plain = truth.dim() == 1 and metrics is main is better is None
     return CLASSIFICATION if plain else OwnTask(metrics=metrics, main=main, better=better)
 
 
@@ -97,11 +97,8 @@ def parts_of_datasets(
         raise UserError(f"collate_fn must be a function of a list of samples, not {collate!r}.")
     first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
     batch = first.batch(range(min(2, len(first))), 0)
-    if task is None:
-        learnt = task_of_targets(batch, loss_fn, metrics, main, better)
-    elif loss_fn is metrics is main is better is None and isinstance(task, Task):
-        learnt = task
-    else:
+    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better)
+    if learnt is task and not (loss_fn is metrics is main is better is None and isinstance(learnt, Task)):
         raise UserError("task must be an object of fedkern.tasks.Task, without loss_fn, metrics, main and better.")
     _check_floats(batch)
 

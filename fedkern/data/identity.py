@@ -38,12 +38,12 @@ def _of_items(data: FederatedData) -> dict[str, str]:
     sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
-    most = per_set(sum(map(len, sets.values())))
+    most, given = per_set(sum(map(len, sets.values()))), data.task.digest()
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
         "images": _digest(sorted(part.fingerprint(most) for parts in sets.values() for part in parts)),
-        **({"loss_fn": data.task.digest()} if data.task.digest() else {}),
+        **({"loss_fn": given} if given else {}),
     }
 
 

@@ -48,9 +48,8 @@ class ItemReader(Reader):
     def batches(self, *args: Any, **how: Any) -> Iterator[Batch]:
         seen = []
         for batch in super().batches(*args, **how):
-            if isinstance(batch.targets, torch.Tensor) and batch.targets.dim() == 1:
-                seen.append(batch.targets)
             yield batch
+            seen += [each for each in [batch.targets] if isinstance(each, torch.Tensor) and each.dim() == 1]
         if seen:
             self._targets = torch.cat(seen)
 

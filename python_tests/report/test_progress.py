@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from fedkern.data import PartitionStatistics
+from fedkern.data.forms import ImageForm
 from fedkern.listeners import RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
@@ -23,7 +24,7 @@ from fedkern.settings.config import RunConfig
 
 
 class Data:
-    validation, tests = SimpleNamespace(full=None), {}
+    validation, tests, form = SimpleNamespace(full=None), {}, ImageForm((1, 8, 8), (0.5,), (0.5,))
     statistics = PartitionStatistics(np.full((2, 2), 7), ("cat", "dog"), "iid")
 
 
