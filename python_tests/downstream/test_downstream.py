@@ -60,7 +60,8 @@ def finished(module: torch.nn.Module, **changes: Any) -> Finished:
     data = load("captions", train_samples=5, options=SMALL)
     train = shown([0, 1, 2] * 6)
     data = dataclasses.replace(
-        data, name="pairs", classes=CLASSES, clients=(train, train), validation=train,
+        data, name="pairs", form=dataclasses.replace(data.form, shape=(3, 16, 16)), classes=CLASSES,
+        clients=(train, train), validation=train,
         tests={"": shown([0, 1, 2, 2]), "unseen": shown([1, 0])}, **{"client_tests": (), **changes},
     )  # fmt: skip
     return Finished(Path("there"), RunConfig.make("fedavg", data="captions"), module, about, data)
