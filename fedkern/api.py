@@ -23,13 +23,16 @@ from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, nearest, shown
 from fedkern.extras import needed
+from fedkern.files import check_new
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.settings import given_paths
 from fedkern.settings.config import RunConfig, check_effect
 from fedkern.settings.defaults import NETWORKS
+from fedkern.settings.in_memory import check_in_memory
+from fedkern.settings.python_words import python_words
 from fedkern.settings.run_data import kept_data
 from fedkern.tasks import Task
 from fedkern.torch_modes import reproducible
@@ -85,6 +88,7 @@ class Run:
         config: the run's settings.
     """
 
+    @python_words()
     def __init__(
         self,
         out: Path | str,
@@ -152,6 +156,7 @@ class Run:
         tests = () if self._data is None else self._data.tests
         return History(read_metrics(self.out), self.config.main, tests)
 
+    @python_words()
     def model(self, *, best: bool = False) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
 
@@ -165,6 +170,7 @@ class Run:
         self._give_method()
         return read_model(self.out, self._trusted, self._model, best=best)[0]
 
+    @python_words()
     def predict(self, images: Any) -> Any:
         """Probabilities of the classes.
 
@@ -198,6 +204,26 @@ class Run:
         paths = _paths(files, "images must be a tensor, an array, or image files")
         return predictor.probabilities_of([Path(path) for path in paths])
 
+    @python_words()
+    def export(self, out: str | Path, format: str = "torch-export", *, best: bool = False) -> list[Path]:
+        """Writes the network for other programs, and what it is to a JSON file beside it; returns both paths.
+
+        Args:
+            out: the file, which must not exist.
+            format: ``"torch-export"``, ``"onnx"`` or ``"state-dict"``.
+            best: see :meth:`model`.
+
+        Raises:
+            UserError: see :func:`fedkern.downstream.export.export`.
+        """
+        from fedkern.downstream.export import check_kind, export, exportable
+
+        self._give_method()
+        check_kind(format)
+        check_new(Path(out), "export")
+        return export(exportable(self.out, self._trusted, self._model, best=best), Path(out), format)
+
+    @python_words()
     @reproducible()
     def evaluate(
         self,
@@ -238,6 +264,7 @@ class Run:
             model=self._model,
         )[0]  # fmt: skip
 
+    @python_words()
     def resume(
         self,
         *,
@@ -259,6 +286,7 @@ class Run:
         )
         return self
 
+    @python_words()
     def extend(
         self,
         rounds: int,
@@ -285,6 +313,7 @@ class Run:
         self.config = extend(self.out, int(played), trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
+    @python_words()
     @reproducible()
     def plot(self) -> list[Path]:
         """Draws the run's pictures into its folder, over older ones.
@@ -301,6 +330,7 @@ class Run:
         root = self.config.data_root
         return Pictures(write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted))
 
+    @python_words()
     @reproducible()
     def report(self) -> Path:
         """Writes ``report.html``, one file of the run to read in a browser, over an older one, and returns its path.
@@ -317,6 +347,7 @@ class Run:
         return write_report(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
 
 
+@python_words()
 def simulate(
     method: str | Method | type[Method],
     *,
@@ -371,6 +402,7 @@ def simulate(
         "test": test, "validation": validation, "public": public, "loss_fn": loss_fn, "metrics": metrics,
         "collate_fn": collate_fn, "main": main, "better": better, "task": task, "classes": classes,
     }  # fmt: skip
+    check_in_memory(data, model, settings)
     data = federated(data, about, settings)
     config, memory, module = requested(method, data, model, settings)
     check_effect([name for name, value in settings.items() if value is not None], config)
@@ -402,6 +434,8 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
         UserError: arguments about data sets stand beside other data, or something is no data set.
     """
     given = {name: value for name, value in about.items() if value is not None}
+    if unknown := [name for name in given if name not in ABOUT]:
+        raise UserError(f'There is no argument "{unknown[0]}".{nearest(unknown[0], ABOUT)}')
     if data is None or isinstance(data, (str, FederatedData)):
         if given:
             raise UserError(f"{next(iter(given))} is for data sets of PyTorch, data=[...] or a dict: leave it out.")
@@ -409,7 +443,8 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
     how = {"samples": "train_samples", "seed": "seed"}
     if not isinstance(data, (Mapping, list, tuple)):
         how |= {"count": "clients", "partition": "partition"}
-    said = {name: settings[key] for name, key in how.items() if settings.get(key) is not None}
+    knobs = {knob.field: knob for knob in RunConfig.knobs()}
+    said = {name: knobs[key].convert(settings[key]) for name, key in how.items() if settings.get(key) is not None}
     return FederatedData.from_datasets(data, given.pop("test", None), **given, **said)
 
 
@@ -475,7 +510,7 @@ def _paths(given: Any, must: str) -> list[str]:
     """Texts of a list of texts and paths; raises UserError, beginning with ``must``, where it is none."""
     found = None if isinstance(given, (str, os.PathLike)) or not isinstance(given, Iterable) else [*given]
     if found is None or not all(isinstance(each, (str, os.PathLike)) for each in found):
-        raise UserError(f"{must}, not {_shown(given)}.")
+        raise UserError(f"{must}, not {shown(given)}.")
     return [os.fspath(each) for each in found]
 
 
@@ -484,21 +519,15 @@ def table_of(given: Any, name: str) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise UserError(f"{name} must be a dict of values by name, not {_shown(given)}.")
+        raise UserError(f"{name} must be a dict of values by name, not {shown(given)}.")
     return dict(given)
 
 
 def folder_of(out: Any) -> Path:
     """The path in an argument ``out``; raises UserError where it is none, or empty: that is the current folder."""
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
-        raise UserError(f"out must be the path of a folder, not {_shown(out)}.")
+        raise UserError(f"out must be the path of a folder, not {shown(out)}.")
     return Path(out)
-
-
-def _shown(value: Any) -> str:
-    """A wrong argument in a message: a short value, or its type."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"an object of type {type(value).__name__}"
 
 
 def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
@@ -522,10 +551,11 @@ def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, An
         return method, {}
     raise UserError(
         "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one "
-        f"(fedkern.compare takes several), not {method!r}."
+        f"(fedkern.compare takes several), not {shown(method)}."
     )
 
 
+@python_words()
 def load(
     out: str | Path,
     *,

@@ -199,6 +199,20 @@ def traced(error: BaseException) -> str:
     return printable("".join(traceback.format_exception(error)), TRACEBACK)
 
 
+def shown(value: Any) -> str:
+    """A wrong argument in a message: a short value, or its type."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever it is, its type is known
+        text = " " * WORD
+    return text if len(text) <= 60 else f"an object of type {type(value).__name__}"
+
+
+def quoted(value: Any) -> str:
+    """A wrong value of a setting in a message: a word or number in quotes, anything else as :func:`shown`."""
+    return f'"{value}"' if isinstance(value, (str, int, float)) else shown(value)
+
+
 def printable(text: str, most: int = MESSAGE) -> str:
     """Makes a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
 

@@ -198,3 +198,11 @@ def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Itera
             except OSError:
                 pass  # a file system without locks
         yield
+
+
+def check_new(out: Path, command: str) -> None:
+    """Raises UserError where the file ``out`` exists or lies in no folder."""
+    if out.exists():
+        raise UserError(f"{out} is there already: name another one with --out, or remove it.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out.parent} is no folder that {command} could write to: make it, or name another --out.")

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TARGETS = ("labels", "targets")
+"""Keys of a batch's targets, where it is a mapping."""
+
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The same nesting with every leaf changed; an object that is none of these counts as a leaf."""
@@ -61,3 +64,18 @@ class Positional(tuple[Any, ...]):
 
 class Keywords(dict[str, Any]):
     """Inputs of a network by the names of its arguments."""
+
+
+def parted(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch: of a tuple the last part, of a mapping ``labels`` or ``targets`` are the targets.
+
+    Targets are None where nothing says what they are.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        *inputs, targets = batch
+        return inputs[0] if len(inputs) == 1 else Positional(inputs), targets
+    if isinstance(batch, Mapping):
+        name = next((name for name in TARGETS if name in batch), None)
+        if name is not None:
+            return Keywords({key: value for key, value in batch.items() if key != name}), batch[name]
+    return batch, None

@@ -225,7 +225,7 @@ def test_wrong_arguments_of_a_run_are_said():
     for call, said in (
         (lambda: run.evaluate(data=3), "data must be the name of a data set or FederatedData, not int"),
         (lambda: run.evaluate("digits", data_options="x"), "data_options must be a dict"),
-        (lambda: run.extend("x"), '--rounds must be an integer, not "x"'),
+        (lambda: run.extend("x"), '^rounds must be an integer, not "x"'),
         (lambda: run.predict(None), "images must be a tensor, an array, or image files, not None"),
         (lambda: run.predict([3]), r"image files, not \[3\]"),
     ):
@@ -266,8 +266,8 @@ def test_the_pages_code_runs(code):
         ({"plugins": "mine.py"}, "plugins must be a list of files and modules, not 'mine.py'"),
         ({"data_options": "x"}, "data_options must be a dict of values by name, not 'x'"),
         ({"data_options": {3: 1}}, "data_options must be a dict of values by name, not {3: 1}"),
-        ({"local_epochs": 3}, "--local-epochs has no effect beside --local-steps"),
-        ({"partition": ""}, "--partition is given without a value"),
+        ({"local_epochs": 3}, "local_epochs has no effect beside local_steps"),
+        ({"partition": ""}, "partition is given without a value"),
         ({"model": 3}, "model must be an nn.Module or the name of a network, not 3."),
         ({"model": torch.nn.Flatten}, 'not the class Flatten: make one, or name the code as a text, "FILE.py:Flatten"'),
     ],

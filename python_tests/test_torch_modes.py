@@ -16,7 +16,7 @@ from fedkern import named_code, plugins, torch_modes
 from fedkern.data.data_function import DataFunction
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
-from fedkern.downstream.export import export
+from fedkern.downstream.export import export, exportable
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
@@ -122,7 +122,7 @@ def test_the_bits_of_a_plain_run(mode, method, model, workers, plain, tmp_path):
 
 
 def exported(run, folder, kind):
-    export(Predictor.open(run.out), folder / "network", kind)
+    export(exportable(run.out), folder / "network", kind)
     if kind == "state-dict":
         return torch.load(folder / "network")
     with dtype(torch.float32), torch.device("cpu"), torch.inference_mode(False):

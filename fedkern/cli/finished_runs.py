@@ -16,10 +16,10 @@ from fedkern.cli.downstream import FLAGS, argument, publish
 from fedkern.cli.flags import TRACKERS, Parser, add_run_flags, check_filled, first, key_values
 from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.request import Request, trusted
-from fedkern.downstream.export import FORMATS
+from fedkern.downstream.export import FORMATS, check_kind
 from fedkern.engine.store.records import plain
-from fedkern.errors import UserError, nearest
-from fedkern.files import expand
+from fedkern.errors import UserError
+from fedkern.files import check_new, expand
 from fedkern.settings.config import RunConfig
 from fedkern.settings.given_paths import absolute
 from fedkern.standard_streams import put
@@ -112,10 +112,7 @@ def parse(words: Sequence[str]) -> Request | None:
         )
     out = Path(found.out) if found.out else None
     if command == "export":
-        if found.format not in FORMATS:
-            raise UserError(
-                f'--format must be one of {", ".join(FORMATS)}, not "{found.format}".{nearest(found.format, FORMATS)}'
-            )
+        check_kind(found.format)
         arguments["format"] = found.format
         return Request(out=out, settings=code, **common)
     if not found.paths:
@@ -193,7 +190,7 @@ def predict(request: Request) -> int:
     predictor = prediction.Predictor.open(_folder(request), _code(request), best=request.arguments["best"])
     name, shown, write = prediction.WRITERS[predictor.task.network]
     out = request.out or Path(name)
-    _check_free(out, "predict")
+    check_new(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
     first: list[tuple[Path, Any]] = []
     with advancing(len(paths), "predicting", "images", json=request.json) as step:
@@ -221,14 +218,13 @@ def predict(request: Request) -> int:
 def export(request: Request) -> int:
     """Writes the network in another form, and prints the files."""
     from fedkern.downstream import export as exporting
-    from fedkern.downstream.prediction import Predictor
 
     kind, best = request.arguments["format"], request.arguments["best"]
     folder = _folder(request)
-    predictor = Predictor.open(folder, _code(request), best=best)
+    found = exporting.exportable(folder, _code(request), best=best)
     out = request.out or folder / f"{'best' if best else 'model'}{exporting.FORMATS[kind]}"
-    _check_free(out, "export")
-    written = exporting.export(predictor, out, kind)
+    check_new(out, "export")
+    written = exporting.export(found, out, kind)
     if request.json:
         put({"files": [str(path) for path in written]})
     else:
@@ -243,14 +239,6 @@ def _folder(request: Request) -> Path:
 
 def _code(request: Request) -> tuple[str, ...]:
     return trusted(_folder(request), request.options, request.settings)
-
-
-def _check_free(out: Path, command: str) -> None:
-    """Raises UserError where ``out`` exists or lies in no folder, before the network is asked."""
-    if out.exists():
-        raise UserError(f"{out} is there already: name another one with --out, or remove it.")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"{out.parent} is no folder that {command} could write to: make it, or name another --out.")
 
 
 COMMAND_TABLE = {"attack": attack, "evaluate": evaluate, "predict": predict, "export": export}

@@ -60,9 +60,10 @@ class Board(Listener):
 
 @dataclass
 class Runner:
-    """The runs of a comparison, in folders in ``out``; ``data`` and ``model`` as in :func:`fedkern.engine.run.run`.
+    """The runs of a comparison, in folders in ``out``; ``model`` as in :func:`fedkern.engine.run.run`.
 
     Attributes:
+        data: gives the data of a run that are in memory, or None.
         given: names of the settings that the user gave.
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
@@ -73,7 +74,7 @@ class Runner:
     make: Callable[[Variant, int], RunConfig]
     given: frozenset[str] = frozenset()
     board: Board = field(default_factory=Board)
-    data: FederatedData | None = None
+    data: Callable[[RunConfig], FederatedData | None] = lambda config: None
     model: nn.Module | None = None
     failures: dict[str, str] = field(default_factory=dict)
     tracebacks: dict[str, str] = field(default_factory=dict)
@@ -156,7 +157,7 @@ class Runner:
         resume = (folder / SETTINGS).exists()
         config = cell.config if not resume else self._stored(cell)
         run(
-            config, out=folder, resume=resume, listener=self.board, data=self.data, model=self.model,
+            config, out=folder, resume=resume, listener=self.board, data=self.data(config), model=self.model,
             trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
         )  # fmt: skip
 

@@ -22,6 +22,8 @@ from fedkern.comparison.cells import (
 from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
+from fedkern.data import FederatedData
+from fedkern.data.datasets import is_dataset
 from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.extras import needed
 from fedkern.files import expand
@@ -29,6 +31,8 @@ from fedkern.html_table import html_table
 from fedkern.methods import METHODS, Method, registry
 from fedkern.settings import given_paths
 from fedkern.settings.config import RunConfig
+from fedkern.settings.in_memory import check_in_memory
+from fedkern.settings.python_words import python_words
 
 
 @dataclass
@@ -181,6 +185,7 @@ def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
     return [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."]
 
 
+@python_words()
 def compare(
     methods: Sequence[str | Method | type[Method]] | Sequence[str | Path],
     *,
@@ -243,29 +248,40 @@ def compare(
         check_option(name, names)
     swept = variants(names, points, {*settings, *options})
     by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
-    data, model = api.federated(settings.pop("data", None), about, settings), settings.pop("model", None)
+    data, model = settings.pop("data", None), settings.pop("model", None)
+    check_in_memory(data, model, settings)
+    shared = is_dataset(data)  # every seed shares it out anew
+    memory = None if shared else api.federated(data, about, settings)
+
+    def data_of(how: Mapping[str, Any]) -> Any:
+        return api.federated(data, about, how) if shared else memory
 
     def make(variant: Variant, seed: int) -> RunConfig:
         own = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}
         merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
         network = merged.pop("model", model)
-        return api.requested(variant.method, data, network, {**merged, "options": {**own, **variant.options}})[0]
+        return api.requested(
+            variant.method, data_of(merged), network, {**merged, "options": {**own, **variant.options}}
+        )[0]
+
+    def held(config: RunConfig) -> FederatedData | None:
+        found = data_of(vars(config))
+        return found if isinstance(found, FederatedData) else None
 
     module = None if model is None or isinstance(model, str) else model
-    memory = None if data is None or isinstance(data, str) else data
     played = read_seeds(seeds, int(settings.get("seed", 0)))
     notes = unused_rounds(names, settings)
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
         shown = board(quiet=not progress, json=False)
-        runner = Runner(where, make, frozenset(settings), shown, memory, module, tracebacks=tracebacks)
+        runner = Runner(where, make, frozenset(settings), shown, held, module, tracebacks=tracebacks)
         return play(runner, by_method, played, select=select, target=goal, notes=notes)
 
     found = in_folder(folder, begin)
     if found.failures:
         told = ["Not every run of the comparison succeeded.", *found.failures, *map(printable, tracebacks.values())]
-        warnings.warn("\n".join(told), stacklevel=2)
+        warnings.warn("\n".join(told), stacklevel=3)
     return found
 
 

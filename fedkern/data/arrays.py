@@ -16,7 +16,7 @@ from fedkern.data.forms import ImageForm
 from fedkern.data.label_sets import check_several
 from fedkern.data.split import MOST, Split, are_classes
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.errors import UserError, first_of
+from fedkern.errors import UserError, first_of, shown
 from fedkern.tasks import task_of
 
 NAME = "arrays"
@@ -71,7 +71,7 @@ def parts_of_arrays(
                 f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}."
             )
     if classes is not None:
-        _check_names(classes)
+        check_names(classes)
     names = NAMES[first.task.target](every, classes, task)
     channels = int(shape[0])
     sites = tuple(named) if isinstance(clients, Mapping) else None
@@ -94,11 +94,11 @@ def parts_of_arrays(
     }
 
 
-def _check_names(classes: Sequence[str]) -> None:
+def check_names(classes: Sequence[str]) -> None:
     """Raises UserError where names of classes are no list of different texts."""
     names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
     if not all(isinstance(name, str) and name.strip() for name in names) or len({*names}) < len(names) or not names:
-        raise UserError(f"classes must be a list of different names, none of them empty, not {classes!r}.")
+        raise UserError(f"classes must be a list of different names, none of them empty, not {shown(classes)}.")
 
 
 def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:

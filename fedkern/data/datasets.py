@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, default_collate
 
+from fedkern.data.arrays import check_names
 from fedkern.data.forms import ItemForm
-from fedkern.data.items import Items, drawing, parted
+from fedkern.data.items import Items, drawing
 from fedkern.data.partition import parse_partition
 from fedkern.data.partition import partition as share_out
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.errors import UserError
-from fedkern.leaves import leaves
+from fedkern.errors import UserError, shown
+from fedkern.leaves import leaves, parted
 from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 
@@ -94,7 +95,7 @@ def parts_of_datasets(
         _check(dataset, f"client {name}" if several else "data")
     collate = collate_fn or default_collate
     if not callable(collate):
-        raise UserError(f"collate_fn must be a function of a list of samples, not {collate!r}.")
+        raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
     first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
     batch = first.batch(range(min(2, len(first))), 0)
     learnt = task or task_of_targets(batch, loss_fn, metrics, main, better)
@@ -109,7 +110,11 @@ def parts_of_datasets(
     for name, dataset in {"validation": validation, "public": public}.items():
         if dataset is not None:
             _check(dataset, name)
-    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes or ())
+    if classes is not None and not isinstance(classes, int):
+        check_names(classes)
+    names = tuple(map(str, range(classes) if isinstance(classes, int) else classes or ()))
+    if len(names) == 1:
+        raise UserError("classes must name at least 2 classes.")
     sites = tuple(named) if isinstance(clients, Mapping) else None
     if several:
         splits = {name: items(dataset, f"client {name}") for name, dataset in named.items()}
@@ -130,7 +135,7 @@ def parts_of_datasets(
         "clients": tuple(splits.values()),
         "validation": items(validation or [], "the validation set"),
         "tests": tests,
-        "form": ItemForm.of(batch),
+        "form": ItemForm.of(batch, not getattr(learnt, "whole", False)),
         "statistics": counted,
         "public": None if public is None else items(public, "the public samples"),
         "client_tests": own,

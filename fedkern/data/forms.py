@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.data.transforms import central
-from fedkern.leaves import leaves
+from fedkern.leaves import Keywords, Positional, leaves, mapped, parted
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ImageForm:
 def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
     """The form that ``about()`` of it has described."""
     if "items" in about:
-        return ItemForm(tuple(about["items"]))
+        return ItemForm(tuple(about["items"]), about["inputs"])
     shape = about["channels"], *about["image_size"]
     return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"])
 
@@ -68,6 +68,8 @@ class ItemForm:
 
     Attributes:
         shapes: dtype and shape of every tensor of a batch of two samples, in words.
+        inputs: those of a network's arguments, nested as they are: ``{"args": [...], "kwargs": {...}}``; None where the
+            user's own loss calls the network.
     """
 
     noun: ClassVar[str] = "samples"
@@ -75,15 +77,16 @@ class ItemForm:
     augment: ClassVar[str] = "none"
 
     shapes: tuple[str, ...]
+    inputs: Any = None
 
     @staticmethod
-    def of(batch: Any) -> ItemForm:
-        """The form of samples of which ``batch`` has two."""
-        return ItemForm(tuple(
-            f"{str(leaf.dtype).removeprefix('torch.')} {[*leaf.shape]}" if isinstance(leaf, Tensor)
-            else type(leaf).__name__
-            for leaf in leaves(batch)
-        ))  # fmt: skip
+    def of(batch: Any, called: bool = True) -> ItemForm:
+        """The form of samples of which ``batch`` has two; ``called``: fedkern calls the network on a batch's inputs."""
+        x = mapped(_in_words, parted(batch)[0])
+        by_name = isinstance(x, Keywords)
+        args = [] if by_name else [*x] if isinstance(x, Positional) else [x]
+        inputs = {"args": args, "kwargs": x if by_name else {}}
+        return ItemForm(tuple(map(_in_words, leaves(batch))), inputs if called else None)
 
     def said(self) -> str:
         """The tensors of a batch in words."""
@@ -95,10 +98,16 @@ class ItemForm:
 
     def about(self) -> dict[str, Any]:
         """Entries of model.safetensors."""
-        return {"items": list(self.shapes)}
+        return {"items": list(self.shapes), "inputs": self.inputs}
 
     def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
         """A freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, raw=task.network == "any"
         )
+
+
+def _in_words(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {[*leaf.shape]}"
+    return type(leaf).__name__

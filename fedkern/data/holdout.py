@@ -119,9 +119,10 @@ def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None
         shared = own.intersection(data.clients[k].identities())
         if shared:
             named = f" ({min(shared)})" if data.clients[k].ids is not None else ""
+            what = f"{len(shared)} of its {data.form.noun}{named}"
             raise UserError(
-                f"Client {data.client_label(held_out)} cannot be held out: {len(shared)} of its images{named} belong "
-                f"to client {data.client_label(k)}, which trains on them; name one client for every image."
+                f"Client {data.client_label(held_out)} cannot be held out: {what} belong to client "
+                f"{data.client_label(k)}, which trains on them; name one client for every one of them."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,15 +35,19 @@ def of_memory(data: FederatedData) -> dict[str, str]:
 
 
 def _of_items(data: FederatedData) -> dict[str, str]:
-    """Identity of items: their number and some of them, and the user's loss and metrics."""
+    """Identity of items: their number and some of them, whoever holds them, and the user's loss and metrics."""
     sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
-    sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
-    most, given = per_set(sum(map(len, sets.values()))), data.task.digest()
+    whole = {
+        name: {id(part.dataset): replace(part, rows=None) for part in parts if len(part)}.values()
+        for name, parts in sets.items()
+    }
+    sizes = {name: sum(map(len, parts)) for name, parts in whole.items()}
+    most, given = per_set(sum(map(len, whole.values()))), data.task.digest()
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
-        "images": _digest(sorted(part.fingerprint(most) for parts in sets.values() for part in parts)),
+        "images": _digest(sorted(part.fingerprint(most) for parts in whole.values() for part in parts)),
         **({"loss_fn": given} if given else {}),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +17,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
 from fedkern.errors import RAISED, UserError, described, told
-from fedkern.leaves import Keywords, Positional, leaves
+from fedkern.leaves import leaves, parted
 from fedkern.streams import stream
 from fedkern.tasks import Task
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
-TARGETS = ("labels", "targets")
-"""Keys of a batch's targets, where it is a mapping."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
@@ -175,21 +172,6 @@ def per_set(sets: int) -> int:
     return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
 
 
-def parted(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets of a batch: of a tuple the last part, of a mapping ``labels`` or ``targets`` are the targets.
-
-    Targets are None where nothing says what they are.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        *inputs, targets = batch
-        return inputs[0] if len(inputs) == 1 else Positional(inputs), targets
-    if isinstance(batch, Mapping):
-        name = next((name for name in TARGETS if name in batch), None)
-        if name is not None:
-            return Keywords({key: value for key, value in batch.items() if key != name}), batch[name]
-    return batch, None
-
-
 @contextmanager
 def drawing() -> Iterator[None]:
     """Context in which the global generators may be moved; afterwards they are as before."""
@@ -221,16 +203,16 @@ def cause(error: BaseException) -> str:
     return (told(error) or described(error)).rstrip(".")
 
 
-def hashed(value: Any, update: Callable[[bytes], object]) -> None:
-    """Hashes nested tensors, arrays, texts and numbers, and anything else by its pickle or, failing that, its type."""
+def hashed(value: Any, update: Callable[[bytes], object], deep: int = 5) -> None:
+    """Hashes nested tensors, arrays, texts and numbers; of other objects type and attributes, ``deep`` levels down."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             update(repr(key).encode())
-            hashed(each, update)
+            hashed(each, update, deep)
     elif isinstance(value, (tuple, list)):
         update(f"{len(value)};".encode())
         for each in value:
-            hashed(each, update)
+            hashed(each, update, deep)
     elif isinstance(value, (Tensor, np.ndarray, np.generic)):
         array = value.detach().cpu().contiguous() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
         update(f"{array.dtype} {list(array.shape)};".encode())
@@ -238,10 +220,10 @@ def hashed(value: Any, update: Callable[[bytes], object]) -> None:
     elif isinstance(value, (str, bytes, int, float, bool, type(None))):
         update(repr(value).encode())
     else:
-        try:
-            update(pickle.dumps(value))
-        except Exception:  # whatever it is, its type is known
-            update(type(value).__qualname__.encode())
+        update(type(value).__qualname__.encode())
+        held = np.asarray(value) if hasattr(value, "__array__") else getattr(value, "__dict__", None)
+        if held is not None and deep:
+            hashed(held, update, deep - 1)
 
 
 def _still(dataset: Any) -> bool:

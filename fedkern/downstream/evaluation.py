@@ -112,12 +112,13 @@ def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], conf
 
 def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> FederatedData:
     """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
-    task, known, form = data.task, list(about["classes"]), form_of(about)
+    task, known = data.task, list(about["classes"])
     if data.task.name != about["task"]:
         raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')
-    if data.form.noun != form.noun:
-        raise UserError(f'The run in {out} is of {form.noun}, and the data set "{data.name}" is of {data.form.noun}.')
-    if form.lacks:
+    if bool(data.form.lacks) != ("items" in about):
+        noun = "samples that are no images" if "items" in about else "images"
+        raise UserError(f'The run in {out} is of {noun}, and the data set "{data.name}" is of {data.form.noun}.')
+    if data.form.lacks:
         return replace(data, classes=tuple(known))
     check_shape(data, about, out)
     if list(data.classes) == known:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +18,25 @@ from torch import Tensor, nn
 
 from fedkern import atomic
 from fedkern.downstream.prediction import Predictor
-from fedkern.errors import UserError
+from fedkern.downstream.saved_network import read_model
+from fedkern.errors import UserError, nearest
 from fedkern.extras import needed
+from fedkern.leaves import leaves, mapped
 from fedkern.ops._core.private_torch import ONNX_LOG
+from fedkern.tasks.own import inner
 from fedkern.torch_modes import reproducible
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 """Formats, and how the names of their files end."""
 ABOUT = ".json"
 TOLERANCE = 1e-4
-"""By how much the exported network's probabilities may differ from the run's."""
+"""By how much the exported network's outputs may differ from the run's, in their largest value or 1."""
+
+
+def check_kind(kind: str) -> None:
+    """Raises UserError where there is no such format."""
+    if kind not in FORMATS:
+        raise UserError(f'--format must be one of {", ".join(FORMATS)}, not "{kind}".{nearest(str(kind), FORMATS)}')
 
 
 class Deployed(nn.Module):
@@ -33,7 +44,7 @@ class Deployed(nn.Module):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
-        self.module, self.task, mean, std = predictor.module, predictor.task, predictor.mean, predictor.std
+        self.module, mean, std = predictor.module, predictor.mean, predictor.std
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
@@ -44,13 +55,87 @@ class Deployed(nn.Module):
         return self.module((images - self.mean) / self.std)
 
 
+@dataclass(frozen=True)
+class Exportable:
+    """A network as it is exported.
+
+    Attributes:
+        network: the module whose tensors a state dict holds.
+        program: the module that other files hold, in eval mode.
+        args, kwargs: what it takes for two samples.  A batch of one would be taken for a constant.
+        judged: what of an output is compared: of images the probabilities of the classes.
+        about: entries of the JSON file.
+        names: of the inputs in an ``onnx`` file; empty: as the exporter names them.
+        unfit: why only a state dict can be written; else empty.
+    """
+
+    network: nn.Module
+    program: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    judged: Callable[[Tensor], Tensor]
+    about: dict[str, Any]
+    names: tuple[str, ...] = ()
+    unfit: str = ""
+
+    def __call__(self) -> Any:
+        """The program's output for the two samples."""
+        return self.program(*self.args, **self.kwargs)
+
+
 @reproducible()
-def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
+def exportable(
+    out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
+) -> Exportable:
+    """The network of a run folder; arguments and errors are those of :meth:`Predictor.open`."""
+    module, about = read_model(out, trusted, model, best=best)
+    return of_items(module, about) if "items" in about else of_images(Predictor.of(out, module, about, trusted))
+
+
+def of_images(predictor: Predictor) -> Exportable:
+    """A network of images, whose program normalises them itself."""
+    channels, height, width = predictor.image_shape
+    about = {
+        "task": predictor.task.name, "classes": list(predictor.classes), "channels": channels,
+        "image_size": [height, width], "mean": list(predictor.mean), "std": list(predictor.std),
+        "grey_bits": predictor.grey_bits, "input": "fp32 [B, C, H, W] in [0, 1]", "output": "logits",
+        "state-dict": "fp32 [B, C, H, W], normalised by mean and std",
+    }  # fmt: skip
+    example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
+    network = predictor.module.cpu()
+    program = Deployed(predictor).eval()
+    return Exportable(network, program, (example,), {}, predictor.task.probabilities, about, ("images",))
+
+
+def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
+    """A user's network of samples that are no images: the user's own module."""
+    form, network = about["inputs"], inner(module)
+    told = {"task": about["task"], "classes": about["classes"], "input": form, "output": "what the network gives"}
+    example, unfit = {"args": [], "kwargs": {}}, ""
+    if form is None:
+        unfit = "the run's loss calls the network itself, so that its inputs are not known"
+    elif other := [words for words in leaves(form) if " [2" not in words]:
+        unfit = f"an input of two samples is {other[0]}, and only tensors [B, ...] can be exported"
+    else:
+        example = mapped(_made, form)
+    return Exportable(network, network, tuple(example["args"]), example["kwargs"], Tensor.float, told, unfit=unfit)
+
+
+def _made(words: str) -> Tensor:
+    """A tensor of the dtype and shape that `ItemForm` has said: random numbers, or zeros, of which any is an index."""
+    dtype, _, shape = words.partition(" ")
+    kind, sizes = getattr(torch, dtype), json.loads(shape)
+    draw = torch.Generator().manual_seed(0)
+    return torch.rand(sizes, generator=draw).to(kind) if kind.is_floating_point else torch.zeros(sizes, dtype=kind)
+
+
+@reproducible()
+def export(found: Exportable, out: Path, kind: str) -> list[Path]:
     """Writes the network to a file in one of the `FORMATS`, and what it is to a JSON file beside it; returns both.
 
-    ``onnx`` and ``torch-export`` files take fp32 images ``[B, C, H, W]`` in [0, 1], of any number B, and return logits.
-    A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are normalised by the
-    ``mean`` and ``std`` that the JSON file has.
+    ``onnx`` and ``torch-export`` files take any number of samples; those of images fp32 ``[B, C, H, W]`` in [0, 1], and
+    return logits.  A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are
+    normalised by the ``mean`` and ``std`` that the JSON file has.
 
     What is written is read again before it takes its name, an ``onnx`` file by onnxruntime where that is installed.
 
@@ -58,17 +143,15 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
         UserError: a package for the format is missing, the network cannot be written in it or read again, or a file
             cannot be written; nothing is then left.
     """
-    module = predictor.module.cpu()
-    writers: dict[str, Callable[[Deployed, Tensor, Path], None]] = {"onnx": _onnx, "torch-export": _program}
+    writers: dict[str, Callable[[Exportable, Path], None]] = {"onnx": _onnx, "torch-export": _program}
     if kind == "state-dict":
-        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        state = {name: tensor.clone() for name, tensor in found.network.state_dict().items()}
         atomic.write(out, lambda temporary: torch.save(state, temporary))
+    elif found.unfit:
+        raise UserError(f"No file of --format {kind} can be written ({found.unfit}): take --format state-dict.")
     else:
-        # Two images: a batch of one would be taken for a constant.
-        example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
-        deployed = Deployed(predictor).eval()
         try:
-            atomic.write(out, lambda temporary: writers[kind](deployed, example, temporary))
+            atomic.write(out, lambda temporary: writers[kind](found, temporary))
         except UserError:
             raise
         except Exception as error:  # exporters raise many kinds
@@ -77,19 +160,9 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
                 f"No file of --format {kind} can be written of this network and read again ({reason}): take --format "
                 "state-dict, and build the network again from the run folder."
             ) from error
-    channels, height, width = predictor.image_shape
-    about: dict[str, Any] = {
-        "task": predictor.task.name,
-        "classes": list(predictor.classes),
-        "channels": channels,
-        "image_size": [height, width],
-        "mean": list(predictor.mean),
-        "std": list(predictor.std),
-        "grey_bits": predictor.grey_bits,
-        "format": kind,
-        "input": "fp32 [B, C, H, W]" + (", normalised by mean and std" if kind == "state-dict" else " in [0, 1]"),
-        "output": "logits",
-    }
+    normalised = found.about.get("state-dict")
+    about = {name: value for name, value in found.about.items() if name != "state-dict"} | {"format": kind}
+    about |= {"input": normalised} if kind == "state-dict" and normalised else {}
     path = out.with_name(out.name + ABOUT)
     try:
         atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
@@ -99,36 +172,48 @@ def export(predictor: Predictor, out: Path, kind: str) -> list[Path]:
     return [out, path]
 
 
-def _traced(deployed: nn.Module, example: Tensor) -> Any:
-    return torch.export.export(deployed, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+def _dynamic(found: Exportable) -> Any:
+    """The first axis of every input, the number of samples."""
+    batch = torch.export.Dim("batch", min=1)
+    args = mapped(lambda leaf: {0: batch}, found.args)
+    if not found.kwargs:
+        return args
+    names = list(inspect.signature(found.program.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **mapped(lambda leaf: {0: batch}, found.kwargs)}
 
 
-def _program(deployed: Deployed, example: Tensor, path: Path) -> None:
+def _traced(found: Exportable) -> Any:
+    return torch.export.export(found.program, found.args, found.kwargs, dynamic_shapes=_dynamic(found))
+
+
+def _program(found: Exportable, path: Path) -> None:
     with path.open("w+b") as file:
-        torch.export.save(_traced(deployed, example), file)
+        torch.export.save(_traced(found), file)
         file.seek(0)
         program = torch.export.load(file)
     if any(str(node.target).startswith("fedkern.") for node in program.graph.nodes):
         raise UserError("This network has operators of fedkern, which nothing else reads: take --format state-dict.")
-    _check(program.module()(example), deployed, example)
+    check(program.module()(*found.args, **found.kwargs), found)
 
 
-def _onnx(deployed: Deployed, example: Tensor, path: Path) -> None:
+def _onnx(found: Exportable, path: Path) -> None:
     onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
-    _traced(deployed, example)  # its error is clearer than that of the exporter
+    _traced(found)  # its error is clearer than that of the exporter
     logging.getLogger(ONNX_LOG).addFilter(_of_the_network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
         program = torch.onnx.export(
-            deployed, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=["images"], output_names=["logits"], verbose=False,
+            found.program, found.args, kwargs=found.kwargs, dynamo=True, dynamic_shapes=_dynamic(found),
+            input_names=found.names or None, output_names=["logits"] if found.names else None, verbose=False,
         )  # fmt: skip
     assert program is not None
     program.save(str(path), include_initializers=True, keep_initializers_as_inputs=False, external_data=False)
     onnx.checker.check_model(str(path))
     if find_spec("onnxruntime") is not None:
         session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        _check(torch.from_numpy(session.run(None, {"images": example.numpy()})[0]), deployed, example)
+        inputs = [leaf.numpy() for leaf in leaves([*found.args, found.kwargs])]
+        names = found.names or [each.name for each in session.get_inputs()]
+        check([torch.from_numpy(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))], found)
 
 
 def _of_the_network(record: logging.LogRecord) -> bool:
@@ -137,10 +222,14 @@ def _of_the_network(record: logging.LogRecord) -> bool:
 
 
 @torch.no_grad()
-def _check(found: Tensor, deployed: Deployed, example: Tensor) -> None:
-    there, here = map(deployed.task.probabilities, (found.float(), deployed(example).float()))
-    difference = float((there - here).abs().max())
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"The exported network's probabilities differ from the run's by {difference:.2g}: take --format state-dict."
-        )
+def check(outputs: Any, found: Exportable) -> None:
+    """Raises UserError where what a file says of the two samples is not what the network says."""
+    for pair in zip(leaves(outputs), leaves(found()), strict=True):
+        if not isinstance(pair[1], Tensor):
+            continue
+        there, here = (found.judged(leaf.float()) for leaf in pair)
+        difference = float((there - here).abs().max() / here.abs().max().clamp(min=1))
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"The exported network's outputs differ from the run's by {difference:.2g}: take --format state-dict."
+            )

@@ -80,7 +80,16 @@ class Predictor:
             UserError: the folder has no finished run, a run of image-text pairs, or one whose network saw parts of
                 images.
         """
-        module, about = read_model(out, trusted, model, best=best)
+        return cls.of(out, *read_model(out, trusted, model, best=best), trusted)
+
+    @classmethod
+    def of(cls, out: Path | str, module: nn.Module, about: Mapping[str, Any], trusted: Collection[str] = ()) -> Self:
+        """The network that has been read from a run folder, as :meth:`open`."""
+        if "items" in about:
+            raise UserError(
+                f"The network in {out} is for samples that are no images: give them in Python, "
+                "fedkern.load(DIR, ...).predict(DATASET)."
+            )
         config = unedited(out, trusted=trusted, device="cpu")
         options = config.data_options
         for name in PARTS:

@@ -23,6 +23,7 @@ from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
+from fedkern.leaves import leaves
 from fedkern.methods import registry
 from fedkern.settings.config import check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
@@ -72,8 +73,15 @@ def _number(x: Any) -> bool:
     return type(x) in (int, float) and abs(x) < 1e9  # not NaN either
 
 
+def _inputs(x: Any) -> bool:
+    return x is None or (isinstance(x, dict) and x.keys() == {"args", "kwargs"} and all(map(_text, leaves(x))))
+
+
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
-_FORMS = {False: {**_IMAGES, "grey_bits": lambda x: _count(x) and x <= 16}, True: {"items": _list(_text)}}
+_FORMS = {
+    False: {**_IMAGES, "grey_bits": lambda x: _count(x) and x <= 16},
+    True: {"items": _list(_text), "inputs": _inputs},
+}
 """Keys of a form, of samples that are ``items`` and of images."""
 _ABOUT: dict[str, Callable[[Any], bool]] = {
     "model": _text, "width": _width, "task": _text, "classes": _list(_text, least=0), "method": _text, "rounds": _count,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedkern.data.items import Items, parted
+from fedkern.data.items import Items
 from fedkern.engine.reader import BATCH, Reader
-from fedkern.leaves import leaves, sent
+from fedkern.leaves import leaves, parted, sent
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase
 from fedkern.streams import stream
 

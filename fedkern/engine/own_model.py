@@ -16,7 +16,7 @@ from fedkern.data.items import cause
 from fedkern.engine import initial_weights
 from fedkern.engine.context import RunContext
 from fedkern.engine.items import ItemReader
-from fedkern.errors import RAISED, UserError, origin
+from fedkern.errors import RAISED, UserError, origin, shown
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.cutting import find_head
@@ -42,7 +42,7 @@ def of_module(config: RunConfig, module: nn.Module) -> RunConfig:
             f'"FILE.py:{module.__name__}".'
         )
     if not isinstance(module, nn.Module):
-        raise UserError(f"model must be an nn.Module or the name of a network, not {module!r}.")
+        raise UserError(f"model must be an nn.Module or the name of a network, not {shown(module)}.")
     check_module(module, name)
     return config.replace(model=name, width=None)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from fedkern.data.data_option import MOST
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, nearest, quoted
 from fedkern.ops._core.checks import python_number
 
 Value = bool | int | float | str
@@ -103,7 +103,7 @@ class Knob:
             result = _convert(python_number(value), self.type)
         except (KeyError, TypeError, ValueError, OverflowError):
             kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
-            raise UserError(f'{self.label} must be {kind}, not "{value}".{self._several(value)}') from None
+            raise UserError(f"{self.label} must be {kind}, not {quoted(value)}.{self._several(value)}") from None
         self.check(result)
         return result
 
@@ -112,7 +112,7 @@ class Knob:
         if self.choices is not None:
             if value not in self.choices:
                 hint = self._several(value) or nearest(str(value), [str(choice) for choice in self.choices])
-                raise UserError(f'{self.label} must be {self.range}, not "{value}".{hint}')
+                raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.{hint}")
             return
         if isinstance(value, (str, bool)):
             return
@@ -134,7 +134,7 @@ class Knob:
         """A hint where several values are given for one: words with commas between them, or a list."""
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
         listed = ",".join(map(str, words))
-        return f" For several values: compare METHOD --sweep {self.name}={listed}." if len(words) > 1 else ""
+        return f" For several values: compare METHOD --sweep {self.name}={listed}." if 1 < len(words) <= 20 else ""
 
     def _most(self, value: int | float) -> int | float | None:
         """Upper bound of a number whose option declares none; None: unbounded."""

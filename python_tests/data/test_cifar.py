@@ -40,7 +40,7 @@ def test_cifar10(tmp_path: Path, layout: str, compressed: bool) -> None:
     data = load("cifar10", root=tmp_path, clients=4, partition="iid")
     assert data.form.shape == (3, 32, 32)
     assert data.classes == CIFAR10_CLASSES
-    assert data.augment == "crop-flip"
+    assert data.form.augment == "crop-flip"
     assert sum(data.client_sizes) + len(data.validation) == 60
     train = np.concatenate([content[f"data_batch_{i}.bin"] for i in range(1, 6)])
     for split in (*data.clients, data.validation):

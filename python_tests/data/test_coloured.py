@@ -39,7 +39,7 @@ def test_defaults(digits: FederatedData) -> None:
     assert digits.form.shape == (3, 32, 32)
     assert digits.client_sizes == (240,) * 5
     assert (len(digits.validation), len(digits.tests["id"]), len(digits.tests["ood"])) == (247, 350, 350)
-    assert digits.augment == "none"
+    assert digits.form.augment == "none"
 
 
 def test_the_statistics_have_the_colours_of_the_images(digits: FederatedData) -> None:

@@ -113,7 +113,7 @@ def test_other_names_are_sites_as_ever_and_the_heading_names_them(tmp_path):
     info = SimpleNamespace(
         config=RunConfig.make("fedavg", data="folder", clients=2), samples=[1, 1], test_sets={"": 1}, private=False,
         data=data, model="cnn", parameters=1, out="run", workers=1, worker_bytes=0, guarantee=None, first_round=0,
-        rounds=(),
+        rounds=(), frozen=0, frozen_norms=0,
     )  # fmt: skip
     assert "sites: Berlin, Bonn" in headline(info)
 

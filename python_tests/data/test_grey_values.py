@@ -9,7 +9,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import images, listing, load
-from fedkern.downstream.export import export
+from fedkern.downstream.export import export, of_images
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 
@@ -160,7 +160,7 @@ def test_a_value_has_one_brightness_in_a_data_set(tmp_path, name, marker, option
     assert {int(split.images[:, 0, 8, 8].clone()[i]) for split in splits for i in range(len(split))} == {
         round(255 * expected)
     }
-    top = 2**data.grey_bits - 1
+    top = 2**data.form.grey_bits - 1
     assert any(f"0 to {top:,} become 0 to 255" in text for text in told)
 
 
@@ -173,7 +173,7 @@ def test_a_value_beyond_the_bits_is_refused_with_the_way_out(tmp_path):
 def test_nothing_is_said_of_eight_bits(tmp_path):
     write_all(tmp_path, "png", 255, np.uint8)
     told = []
-    assert load("pairs", root=tmp_path, clients=2, partition="iid", notice=told.append).grey_bits == 0
+    assert load("pairs", root=tmp_path, clients=2, partition="iid", notice=told.append).form.grey_bits == 0
     assert not told
 
 
@@ -218,7 +218,7 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch)
     Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "dark.png")
     predictor = Predictor.open(tmp_path / "run")
     assert int(predictor.read([tmp_path / "dark.png"])[0].max()) == round(200 / 4095 * 255)
-    _, described = export(predictor, tmp_path / "network.pt", "state-dict")
+    _, described = export(of_images(predictor), tmp_path / "network.pt", "state-dict")
     assert json.loads(described.read_text())["grey_bits"] == 12
     other = tmp_path / "other"
     other.mkdir()

@@ -168,7 +168,7 @@ def test_a_share_of_0_holds_nothing_out(tmp_path, source, capsys):
     assert (len(data.tests[""]), len(data.validation)) == (len(whole.tests[""]), 0)
     words = ["--data", source, "--data-root", str(root), "--data-option", "test_share=0", "--partition", "iid"]
     assert main(["fedavg", *words, "--out", str(tmp_path / "run")]) == 2
-    assert "There is no test image" in capsys.readouterr().err
+    assert "There are no test images" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -210,7 +210,7 @@ def test_a_window_of_every_image(name, tmp_path):
     (tmp_path / "set.csv").write_text("\n".join(lines))
     options = {"size": 24, "crop": 16, "colour": "grey"}
     data = load(name, root=tmp_path, clients=3, partition="attribute", options=options)
-    assert data.augment == "window"
+    assert data.form.augment == "window"
     assert data.form.shape == (1, 16, 16)
     assert all(split.images.shape[2:] == (24, 24) for split in data.clients)
     apart = hold_out(data, held_out=1, share=0.25, seed=0)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedkern import ops
 from fedkern.downstream import prediction
-from fedkern.downstream.export import Deployed, _check, export
+from fedkern.downstream.export import check, export, of_images
 from fedkern.downstream.prediction import BATCH, Predictor, found_images, write_masks, write_table
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION
@@ -133,18 +133,17 @@ def test_a_network_of_fedkerns_operators_is_not_exported(tmp_path):
     made = predictor("classification")
     made.module = Fusing()
     with pytest.raises(UserError, match="operators of fedkern, which nothing else reads: take --format state-dict"):
-        export(made, tmp_path / "model.pt2", "torch-export")
+        export(of_images(made), tmp_path / "model.pt2", "torch-export")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exported_network_is_compared_by_the_probabilities_of_its_task():
-    example = torch.rand(2, 1, SIDE, SIDE)
-    shifted = {task: Deployed(predictor(task)) for task in ("classification", "multilabel")}
-    for deployed in shifted.values():
-        _check(deployed(example), deployed, example)
-    _check(shifted["classification"](example) + 1, shifted["classification"], example)  # says the same
-    with pytest.raises(UserError, match="probabilities differ from the run's by 0"):
-        _check(shifted["multilabel"](example) + 1, shifted["multilabel"], example)
+    shifted = {task: of_images(predictor(task)) for task in ("classification", "multilabel")}
+    for found in shifted.values():
+        check(found(), found)
+    check(shifted["classification"]() + 1, shifted["classification"])  # says the same
+    with pytest.raises(UserError, match="outputs differ from the run's by 0"):
+        check(shifted["multilabel"]() + 1, shifted["multilabel"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs on PyTorch data sets: the rounds of plain PyTorch, whatever workers, interruptions and kinds of samples."""
 
 import copy
+import json
 import os
 import random
 import runpy
@@ -16,9 +17,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import fedkern
-from fedkern.data.items import Items, parted
+from fedkern.data.items import Items
 from fedkern.errors import UserError
-from fedkern.leaves import Keywords, Positional
+from fedkern.leaves import Keywords, Positional, parted
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
@@ -463,9 +464,15 @@ SENTENCES = {
     "network": ({"model": nn.Linear(3, 2)}, r"or the loss fails on two samples of client 0, .*mat1 and mat2"),
     "of fedkern": ({"model": "cnn"}, "the network cnn is for images, and the samples are none"),
     "ragged": ({"data": [ragged(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or a collate_fn"),
-    "augment": ({"augment": "crop"}, "--augment crop is for images, and these samples are none"),
+    "augment": ({"augment": "crop"}, 'augment="crop" is for images, and these samples are none'),
     "processes": ({"num_workers": 2}, "num_workers is a DataLoader's: workers are the clients' processes"),
     "shuffling": ({"shuffle": True}, "shuffle is a DataLoader's: every epoch takes all samples of a client in random"),
+    "partition": ({"partition": "iid"}, "partition has no effect on data in memory"),
+    "clients": ({"clients": 4}, 'clients is "4", and the data have 1'),
+    "option": ({"data_options": {"cue_clients": 1}}, "cue_clients has no effect on data in memory"),
+    "width": ({"width": 3}, "width has no effect on a module"),
+    "class": ({"classes": ["a"]}, "classes must name at least 2"),
+    "number": ({"data": table(9), "clients": "two"}, 'clients must be an integer, not "two"'),
     "patients": ({"dp_clip": 1.0, "dp_noise": 1.0, "privacy_unit": "patient"}, "patient"),
 }  # fmt: skip
 
@@ -531,6 +538,87 @@ def test_methods_are_compared_on_it(tmp_path):
     found = fedkern.compare(["fedavg", "fedprox"], seeds=2, **given, **how, out=tmp_path / "all")
     assert [row["method"] for row in found.table] == ["fedavg", "fedprox"]
     assert all(row["seeds"] == 2 and 0 <= row["accuracy"] <= 1 for row in found.table)
+
+
+class Named(nn.Linear):
+    """A network of several inputs by name, which gives several outputs."""
+
+    def forward(self, x, scale):
+        return {"logits": super().forward(x) * scale[:, None], "scale": scale}
+
+
+def named(count, seed=0):
+    rows = [{"x": x, "scale": x.sum(), "labels": int(y)} for x, y in table(count, seed)]
+    return Listed(rows)
+
+
+class Stacked(nn.Linear):
+    def forward(self, rows):
+        return super().forward(torch.stack(rows))
+
+
+def unstacked(items):
+    return [row for row, _ in items], torch.stack([target for _, target in items])
+
+
+def weighed(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "network", "given"),
+    [
+        (table, nn.Linear(4, 4), {}),
+        (named, Named(4, 4), {}),
+        (triples, Two(), {}),
+        (partly, nn.Linear(3, 2), {"loss_fn": masked}),
+    ],
+)  # fmt: skip
+def test_its_network_is_exported(make, network, given, tmp_path):
+    run = fedkern.simulate(
+        "fedavg", data=[make(12), make(8)], test=make(6), model=network, **given, rounds=1, out=tmp_path / "run", **HERE
+    )
+    file, about = run.export(tmp_path / "network.pt2")
+    program = torch.export.load(file).module()
+    inputs, _ = parted(default_collate([make(6)[row] for row in range(5)]))
+    torch.testing.assert_close(called(program, inputs), called(run.model().module, inputs))
+    assert json.loads(about.read_text())["format"] == "torch-export"
+    state, _ = run.export(tmp_path / "state.pt", "state-dict")
+    copy.deepcopy(network).load_state_dict(torch.load(state))
+    with pytest.raises(UserError, match=r"network\.pt2 is there already: name another one with out="):
+        run.export(tmp_path / "network.pt2")
+    with pytest.raises(UserError, match='format must be one of onnx, torch-export, state-dict, not "onx"'):
+        run.export(tmp_path / "other", "onx")
+
+
+@pytest.mark.parametrize(
+    ("make", "network", "given", "said"),
+    [
+        (table, nn.Linear(4, 4), {"loss_fn": lambda model, batch: weighed(model, batch)}, "the run's loss calls the"),
+        (table, Stacked(4, 4), {"collate_fn": unstacked}, "input of two samples is float32 .4., and only"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported_is_said(make, network, given, said, tmp_path):
+    settings = {"data": [make(12)], "test": make(6), "model": network, "rounds": 1, "out": tmp_path / "run"}
+    run = fedkern.simulate("fedavg", **settings, **given, **HERE)
+    with pytest.raises(UserError, match=said):
+        run.export(tmp_path / "network.pt2")
+    assert not (tmp_path / "network.pt2").exists()
+    run.export(tmp_path / "state.pt", "state-dict")
+
+
+def test_every_seed_of_a_comparison_shares_a_set_out_anew(tmp_path):
+    given = {"data": table(40), "test": table(12, 2), "model": nn.Linear(4, 4), "rounds": 1, "workers": 1}
+    shared = {"clients": 2, "partition": "dirichlet:0.4:min=1"}
+    again = {**given, **shared, "progress": False, "out": tmp_path / "all"}
+    found = fedkern.compare(["fedavg"], seeds=2, sweep={"train_samples": [30, 40]}, **again)
+    assert fedkern.compare(["fedavg"], seeds=2, sweep={"train_samples": [30, 40]}, **again).table == found.table
+    weights = [
+        [update["samples"] for update in fedkern.load(folder).history.records[0]["clients"].values()]
+        for folder in sorted((tmp_path / "all").iterdir()) if folder.is_dir()
+    ]  # fmt: skip
+    assert sorted(map(sum, weights)) == [30, 30, 40, 40]
+    assert len(set(map(tuple, weights))) > 2
 
 
 def test_a_registered_function_may_return_it(registries, tmp_path):

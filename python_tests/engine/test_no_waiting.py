@@ -43,7 +43,9 @@ def test_no_step_waits_for_the_device(name, make_data, monkeypatch, tmp_path):
     given = settings(name)
     waits = pretend(monkeypatch)
     config = RunConfig.make(name, device="cpu", grad_cam=0, **given)
-    data = None if "train_samples" in given else dataclasses.replace(make_data(), augment=given["augment"])
+    made = make_data()
+    form = dataclasses.replace(made.form, augment=given["augment"])
+    data = None if "train_samples" in given else dataclasses.replace(made, form=form)
     with waits:
         run(config, data=data, out=tmp_path / "run")
     assert waits.steps > 3

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fedkern import models
 from fedkern.cli import commands, finished_runs
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
+from fedkern.data.forms import ImageForm
 from fedkern.downstream import membership_attack as attacking
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -25,6 +26,8 @@ from fedkern.methods.fediod import local_teachers
 from fedkern.privacy import membership, membership_attack
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import SEGMENTATION
+
+FORM = ImageForm((1, 8, 8), (0.5,), (0.3,))
 
 
 def brute(x, y):
@@ -194,9 +197,7 @@ def data():
     """Images and labels that have nothing to do with each other: what is learnt is remembered."""
     clients = (noise(40, 1), noise(60, 2))
     statistics = PartitionStatistics.of([c.labels.numpy() for c in clients], tuple("abcd"), "iid")
-    return FederatedData(
-        "noise", tuple("abcd"), clients, noise(10, 3), {"": noise(300, 4)}, (0.5,), (0.3,), "none", statistics
-    )
+    return FederatedData("noise", tuple("abcd"), clients, noise(10, 3), {"": noise(300, 4)}, FORM, statistics)
 
 
 def release(folder, data, steps):

@@ -186,7 +186,8 @@ def test_progress(name, terminal, tmp_path):
     config = RunConfig.make("fedavg", clients=2, rounds=1, threads=1)
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
-    data = SimpleNamespace(statistics=statistics, validation=SimpleNamespace(full=None), tests={})
+    data = SimpleNamespace(statistics=statistics, validation=SimpleNamespace(full=None), tests={},
+                           form=SimpleNamespace(noun="images", lacks=frozenset()))  # fmt: skip
     run = RunInfo(
         config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, data, (Round(trains=name), Round()),
     )  # fmt: skip

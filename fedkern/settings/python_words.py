@@ -1,0 +1,57 @@
+"""Sentences of errors in Python's words: where the command line has ``--batch-size 8``, Python has ``batch_size=8``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
+
+_WORD = r"""(?:"[^"]*"|'[^']*'|(?:[^\s,;:)]|[,:](?=\S))*[^\s,;:.)])"""
+_SAID = re.compile(rf"--[a-z-]+(?: {_WORD})? \(in Python ([^)]*)\)")
+_FLAG = re.compile(rf"(with )?(?<![\w-])--(?!help)([a-z][a-z0-9-]*)(?:([ =])({_WORD}))?")
+_TABLES = {"data-option": 'data_options={{"{0}": {1}}}', "sweep": 'sweep={{"{0}": [{1}]}}', "method-option": "{0}={1}"}
+
+
+@contextmanager
+def python_words() -> Iterator[None]:
+    """Context, or decorator, in which the sentences of UserErrors name arguments in place of flags."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (spoken(str(error)),)
+        raise
+
+
+def spoken(sentence: str) -> str:
+    """A sentence for the command line in Python's words."""
+    return _FLAG.sub(_argument, _SAID.sub(r"\1", sentence))
+
+
+def _argument(found: re.Match[str]) -> str:
+    before, flag, gap, word = (part or "" for part in found.groups())
+    name, (key, equals, value) = flag.replace("-", "_"), word.partition("=")
+    if flag == "resume":
+        call = f"fedkern.load({_value(word)}).resume()" if _is_value(flag, word) else f"resume(){gap}{word}"
+        return before + call
+    if flag in _TABLES and equals:
+        return before + _TABLES[flag].format(key, ", ".join(map(_value, value.split(","))))
+    name = {"data_option": "data_options", "plugin": "plugins", "method_option": "the method option"}.get(name, name)
+    if _is_value(flag, word):
+        return f"{before}{name}={_value(word)}"
+    return f"{before}{name}{'=' if before else ''}{gap}{word}"
+
+
+def _is_value(flag: str, word: str) -> bool:
+    """Whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
+    choices = next((knob.choices for knob in RunConfig.knobs() if knob.name.replace("_", "-") == flag), None) or ()
+    return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in choices
+
+
+def _value(word: str) -> str:
+    if word in ("true", "false"):
+        return word.capitalize()
+    plain = re.fullmatch(r"[-+.\d][-+.\deE]*|[A-Z][A-Z_]*|'.*'|\".*\"", word) or word.startswith("...")
+    return word if plain else f'"{word}"'
