@@ -111,7 +111,8 @@ def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
     """A user's network of samples that are no images: the user's own module."""
     form, network = about["inputs"], inner(module)
     told = {"task": about["task"], "classes": about["classes"], "input": form, "output": "what the network gives"}
-    example, unfit = {"args": [], "kwargs": {}}, ""
+    example: Any = {"args": [], "kwargs": {}}
+    unfit = ""
     if form is None:
         unfit = "the run's loss calls the network itself, so that its inputs are not known"
     elif other := [words for words in leaves(form) if " [2" not in words]:
