@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.items import per_set
-from fedkern.data.split import Split
+from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.image_rows import in_parts
 from fedkern.streams import stream
@@ -47,7 +46,7 @@ def _of_items(data: FederatedData) -> dict[str, str]:
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
-        "images": _digest(sorted(part.fingerprint(most) for parts in whole.values() for part in parts)),
+        "images": _digest(sorted(part.digest(most) for parts in whole.values() for part in parts)),
         **({"loss_fn": given} if given else {}),
     }
 
@@ -157,19 +156,13 @@ def _digest(rows: Iterable[bytes]) -> str:
     return found.hexdigest()
 
 
-def data_fingerprint(data: Any) -> int:
-    """CRC-32 over all images, labels, masks and texts of a federation: a resumed run must have the same data.
-
-    Of samples that are no images, some stand for all.
-    """
+def data_fingerprint(data: FederatedData) -> int:
+    """CRC-32 of a federation's splits: a resumed run must have the same data."""
     value = 0
     public = () if data.public is None else (data.public,)
-    splits = (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests)
-    if data.form.lacks:
-        return zlib.crc32(b"".join(split.fingerprint(per_set(len(splits))) for split in splits))
+    splits: tuple[AnySplit, ...] = (
+        *data.clients, data.validation, *data.tests.values(), *public, *data.client_tests
+    )  # fmt: skip
     for split in splits:
-        for tensor in (split.images, split.labels, split.masks):
-            for part in () if tensor is None else in_parts(tensor):
-                value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
-        value = zlib.crc32("\0".join(split.texts or ()).encode(), value)
+        value = split.fingerprint(value, len(splits))
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -146,7 +147,11 @@ class Items:
                 f"Items {shown} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
             ) from error
 
-    def fingerprint(self, most: int = HASHED) -> bytes:
+    def fingerprint(self, value: int = 0, sets: int = 1) -> int:
+        """A CRC-32 that goes on from ``value``, over some of the items: of one of ``sets`` splits."""
+        return zlib.crc32(self.digest(per_set(sets)), value)
+
+    def digest(self, most: int = HASHED) -> bytes:
         """A hash of the number of items and of up to ``most`` of them, chosen by their number alone."""
         count = len(self)
         chosen = np.sort(stream(0, "items").permutation(count)[:most])

@@ -147,7 +147,7 @@ def memory_source(
 
 @dataclass(frozen=True)
 class FederatedData:
-    """A data set shared out among clients.
+    """A data set shared out among clients, in splits of one kind: `fedkern.data.split.AnySplit`.
 
     Attributes:
         name: the data set's name in `fedkern.data.DATASETS`.
@@ -171,14 +171,14 @@ class FederatedData:
 
     name: str
     classes: tuple[str, ...]
-    clients: tuple[Split, ...]
-    validation: Split
-    tests: dict[str, Split]
+    clients: tuple[Any, ...]
+    validation: Any
+    tests: dict[str, Any]
     form: Any  # ImageForm or ItemForm
     statistics: PartitionStatistics
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
-    public: Split | None = None
-    client_tests: tuple[Split, ...] = ()
+    public: Any = None
+    client_tests: tuple[Any, ...] = ()
     client_names: tuple[str, ...] | None = None
     drawn_validation: bool = False
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.data.items import Items
+from fedkern.data.split import AnySplit
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import Teachers
@@ -33,7 +34,7 @@ from fedkern.settings.config import RunConfig
 
 
 @singledispatch
-def reader(split: Any, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
+def reader(split: AnySplit, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
     """The batches of a split of any kind.
 
     Args:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.split import AnySplit
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.tasks.retrieval import LOSS_BATCH
 
@@ -38,8 +39,9 @@ class Reader:
     labels: Any
     recordable = True
 
-    def __init__(self, split: Any, device: torch.device, size: int = BATCH) -> None:
-        self.split, self.task, self.device, self.size = split, split.task, device, size
+    def __init__(self, split: AnySplit, device: torch.device, size: int = BATCH) -> None:
+        self.split: Any = split
+        self.task, self.device, self.size = split.task, device, size
         self.predictions: Tensor | None = None
         self.kept: list[tuple[int | None, Tensor]] = []
         self.keep: Callable[..., None] | None = None
