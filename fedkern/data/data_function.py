@@ -54,6 +54,8 @@ class DataFunction:
     ) -> Source | FederatedData:
         """The data that the function makes: a Source, or FederatedData under the data set's name.
 
+        A pair of the clients' data sets and the test set is as `FederatedData.from_datasets` takes them.
+
         Args:
             root: folder of the data's files, or None.
             clients, partition, seed: as the user gives them; None: the data set's defaults.
@@ -79,8 +81,13 @@ class DataFunction:
             made = made.with_pools(self._registered)
             self._check_source(made)
             return made
+        if isinstance(made, tuple) and len(made) == 2:
+            made = FederatedData.from_datasets(*made, partition=spec.text, count=clients, seed=seed)
         if not isinstance(made, FederatedData):
-            raise self._wrong(f"returns {type(made).__name__}, expected fedkern.data.Source or FederatedData")
+            raise self._wrong(
+                f"returns {type(made).__name__}, expected fedkern.data.Source, FederatedData, or a pair of PyTorch "
+                "data sets, the clients' and the test set"
+            )
         if not made.form.lacks:
             self._check_federated(made)
         self._check_given(made, clients, spec)

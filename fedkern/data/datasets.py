@@ -107,9 +107,11 @@ def parts_of_datasets(
         return Items(dataset, who, learnt, collate, rows, known)
 
     tests, own = _tests(test, named if isinstance(clients, Mapping) else {}, items)
-    for name, dataset in {"validation": validation, "public": public}.items():
-        if dataset is not None:
-            _check(dataset, name)
+    held = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    for each, dataset in held.items():
+        _check(dataset, f"validation {each}".strip())
+    if public is not None:
+        _check(public, "public")
     if classes is not None and not isinstance(classes, int):
         check_names(classes)
     names = tuple(map(str, range(classes) if isinstance(classes, int) else classes or ()))
@@ -133,7 +135,8 @@ def parts_of_datasets(
         "name": NAME,
         "classes": names,
         "clients": tuple(splits.values()),
-        "validation": items(validation or [], "the validation set"),
+        "validation": items(_as_one([*held.values()]), "the validation set"),
+        "drawn_validation": isinstance(validation, Mapping) and not {*map(str, held)}.isdisjoint(named),
         "tests": tests,
         "form": ItemForm.of(batch, not getattr(learnt, "whole", False)),
         "statistics": counted,
@@ -158,8 +161,13 @@ def _tests(
         if extra := [name for name in given if name not in named]:
             raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
         own = tuple(items(given[name], f"the test set of {name}") for name in named)
-        return {"": items(ConcatDataset([each.dataset for each in own]), "the test set")}, own
+        return {"": items(_as_one([each.dataset for each in own]), "the test set")}, own
     return {name: items(each, f"the test set {name}".strip()) for name, each in given.items()}, ()
+
+
+def _as_one(sets: list[Any]) -> Any:
+    """Several data sets as one; none is an empty one."""
+    return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
 
 
 def _shared_out(

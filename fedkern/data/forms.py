@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fedkern import models
@@ -48,6 +51,10 @@ class ImageForm:
             "std": list(self.std), "grey_bits": self.grey_bits,
         }  # fmt: skip
 
+    def noise(self, samples: int, rng: np.random.Generator) -> Tensor:
+        """Normally distributed inputs of a network, fp32."""
+        return torch.from_numpy(rng.standard_normal((samples, *self.shape), dtype="float32"))
+
     def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
         """A freshly initialised network; ``about`` is as in `fedkern.tasks.Task.build`."""
         network: nn.Module = task.build({**about, "channels": self.shape[0], "image_size": self.shape[1:]}, seed)
@@ -57,7 +64,7 @@ class ImageForm:
 def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
     """The form that ``about()`` of it has described."""
     if "items" in about:
-        return ItemForm(tuple(about["items"]), about["inputs"])
+        return ItemForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
     return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"])
 
@@ -70,6 +77,7 @@ class ItemForm:
         shapes: dtype and shape of every tensor of a batch of two samples, in words.
         inputs: those of a network's arguments, nested as they are: ``{"args": [...], "kwargs": {...}}``; None where the
             user's own loss calls the network.
+        head: name of the linear layer that gives the network's logits, or None.
     """
 
     noun: ClassVar[str] = "samples"
@@ -78,6 +86,7 @@ class ItemForm:
 
     shapes: tuple[str, ...]
     inputs: Any = None
+    head: str | None = None
 
     @staticmethod
     def of(batch: Any, called: bool = True) -> ItemForm:
@@ -98,12 +107,32 @@ class ItemForm:
 
     def about(self) -> dict[str, Any]:
         """Entries of model.safetensors."""
-        return {"items": list(self.shapes), "inputs": self.inputs}
+        return {"items": list(self.shapes), "inputs": self.inputs, "head": self.head}
+
+    def noise(self, samples: int, rng: np.random.Generator) -> Any:
+        """Normally distributed inputs of a network; zeros, of which any is an index, where they are no floats."""
+
+        def made(words: str) -> Tensor:
+            dtype, _, shape = words.partition(" ")
+            kind, sizes = getattr(torch, dtype), (samples, *json.loads(shape)[1:])
+            if not kind.is_floating_point:
+                return torch.zeros(sizes, dtype=kind)
+            return torch.from_numpy(rng.standard_normal(sizes, dtype="float32")).to(kind)
+
+        x = mapped(made, self.inputs)
+        if x["kwargs"]:
+            return Keywords(x["kwargs"])
+        return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])
 
     def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
         """A freshly initialised network."""
         return models.build_any(
-            about["model"], classes=about["classes"], width=about["width"], seed=seed, raw=task.network == "any"
+            about["model"],
+            classes=about["classes"],
+            width=about["width"],
+            seed=seed,
+            head=self.head,
+            raw=task.network == "any",
         )
 
 

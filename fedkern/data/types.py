@@ -271,7 +271,8 @@ class FederatedData:
                 together the test set.
             about: by keyword
 
-                - ``validation``: a data set for choosing settings; ``public``: one that no client owns;
+                - ``validation``: a data set for choosing settings, or several by name, which are taken together (with
+                  clients' names, a private run has no figure on them); ``public``: one that no client owns;
                 - ``loss_fn``, ``metrics``, ``main``, ``better``: see :class:`fedkern.tasks.OwnTask`.  Open: the
                   cross-entropy and the figures of classification, where targets are classes;
                 - ``collate_fn``: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``;

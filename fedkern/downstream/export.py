@@ -13,15 +13,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedkern import atomic
+from fedkern.data.forms import form_of
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
 from fedkern.errors import UserError, nearest
 from fedkern.extras import needed
-from fedkern.leaves import leaves, mapped
+from fedkern.leaves import Keywords, Positional, leaves, mapped
 from fedkern.ops._core.private_torch import ONNX_LOG
 from fedkern.tasks.own import inner
 from fedkern.torch_modes import reproducible
@@ -109,25 +111,20 @@ def of_images(predictor: Predictor) -> Exportable:
 
 def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
     """A user's network of samples that are no images: the user's own module."""
-    form, network = about["inputs"], inner(module)
-    told = {"task": about["task"], "classes": about["classes"], "input": form, "output": "what the network gives"}
-    example: Any = {"args": [], "kwargs": {}}
-    unfit = ""
-    if form is None:
+    form: Any = form_of(about)
+    network, unfit = inner(module), ""
+    told = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
+    inputs: Any = Positional()
+    if form.inputs is None:
         unfit = "the run's loss calls the network itself, so that its inputs are not known"
-    elif other := [words for words in leaves(form) if " [2" not in words]:
+    elif other := [words for words in leaves(form.inputs) if " [2" not in words]:
         unfit = f"an input of two samples is {other[0]}, and only tensors [B, ...] can be exported"
     else:
-        example = mapped(_made, form)
-    return Exportable(network, network, tuple(example["args"]), example["kwargs"], Tensor.float, told, unfit=unfit)
-
-
-def _made(words: str) -> Tensor:
-    """A tensor of the dtype and shape that `ItemForm` has said: random numbers, or zeros, of which any is an index."""
-    dtype, _, shape = words.partition(" ")
-    kind, sizes = getattr(torch, dtype), json.loads(shape)
-    draw = torch.Generator().manual_seed(0)
-    return torch.rand(sizes, generator=draw).to(kind) if kind.is_floating_point else torch.zeros(sizes, dtype=kind)
+        inputs = form.noise(2, np.random.default_rng(0))
+    by_name = isinstance(inputs, Keywords)
+    args = () if by_name else tuple(inputs) if isinstance(inputs, Positional) else (inputs,)
+    about = {**told, "output": "what the network gives"}
+    return Exportable(network, network, args, dict(inputs) if by_name else {}, Tensor.float, about, unfit=unfit)
 
 
 @reproducible()

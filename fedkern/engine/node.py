@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
+from fedkern.leaves import sent
 from fedkern.ops._core.checks import real
 from fedkern.tasks import Task
 
@@ -36,15 +39,25 @@ class Node:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self._context.data.form.shape
+        return self._images().shape
 
     @property
     def mean(self) -> tuple[float, ...]:
-        return self._context.data.form.mean
+        return self._images().mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        return self._context.data.form.std
+        return self._images().std
+
+    def _images(self) -> Any:
+        data = self._context.data
+        if data.form.lacks:
+            method = self._context.config.method
+            raise UserError(f"{method} with these options needs images, and these samples are none.")
+        return data.form
+
+    def noise(self, samples: int, rng: np.random.Generator) -> Any:
+        return sent(self._context.data.form.noise(samples, rng), self.device)
 
     @property
     def public(self) -> Any:

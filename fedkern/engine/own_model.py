@@ -115,7 +115,7 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
 
 
 def _tried(network: Any, make: Own, data: Any) -> Any:
-    """The data with the classes that a network tells, after it had two samples of the first client.
+    """The data with the classes and the head that a network tells, after it had two samples of the first client.
 
     Raises:
         UserError: the network cannot take them, or the loss is no finite number.
@@ -141,7 +141,7 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
         raise UserError(f"the loss of two samples of {split.who} is {loss}: mend the network, the loss or the samples.")
     if isinstance(batch.inputs, Tensor):
         with suppress(Exception), seeded(0):  # the network then has no head that a method could use
-            make.head = find_head(inner(network), batch.inputs)
+            data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))
     return data
 
 

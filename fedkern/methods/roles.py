@@ -87,6 +87,10 @@ class Node(Protocol):
     @property
     def public(self) -> Samples | None: ...
 
+    def noise(self, samples: int, rng: np.random.Generator) -> Any:
+        """Inputs of a network for so many samples, of normally distributed numbers, on the device."""
+        ...
+
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         """The client's (or the server's) own random stream for a purpose, round and exchange."""
         ...

@@ -175,7 +175,6 @@ class Own:
     Attributes:
         what: a class or function that returns a module, or the module itself, which is copied with its weights.
         text: the network's name in messages.
-        head: name of the linear layer that gives the logits of samples that are no images, or None.
         named: where the code was found; None for a registered class or function, and for a module.
         sha256: of the file with the code, if any.
 
@@ -194,11 +193,10 @@ class Own:
         self.what, self.text, self.named, self.sha256 = what, text, named, sha256
         self._cuts: dict[Any, Cut | str | None] = {}
         self._latest: tuple[Any, nn.Module] | None = None
-        self.head: str | None = None
         self.takes: tuple[str, ...] = () if isinstance(what, nn.Module) else self._arguments()
 
     def __reduce__(self) -> Any:
-        cuts = {"_cuts": self._cuts, "head": self.head}
+        cuts = {"_cuts": self._cuts}
         if self.named is not None:
             return _opened, (self.named, self.sha256), cuts
         return Own, (self.what, self.text), cuts
@@ -251,12 +249,14 @@ class Own:
         cut = self._cuts[key]
         return self._marked(StagedOwn(module, cut) if isinstance(cut, Cut) else OwnNetwork(module, cut))
 
-    def on_items(self, *, classes: int, seed: int, word: int, width: int | None, raw: bool) -> ItemNetwork:
-        """Makes the network for samples of any kind, on the CPU; arguments are those of :meth:`__call__`."""
+    def on_items(
+        self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
+    ) -> ItemNetwork:
+        """Makes the network for samples of any kind, on the CPU; arguments are also those of `ItemNetwork`."""
         arguments = classes, None, None, seed, word, width
         if self._latest is None or self._latest[0] != arguments:
             self._latest = arguments, self._module(*arguments)
-        return self._marked(ItemNetwork(self._copied(self._latest[1]), self.head, raw))
+        return self._marked(ItemNetwork(self._copied(self._latest[1]), head, raw))
 
     def _marked(self, network: Any) -> Any:
         """The network with ``scales``: whether it can be made wider and narrower."""

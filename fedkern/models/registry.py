@@ -347,7 +347,9 @@ def build(
     return model
 
 
-def build_any(name: str, *, classes: int, width: int | None, seed: int | torch.Generator, raw: bool) -> Any:
+def build_any(
+    name: str, *, classes: int, width: int | None, seed: int | torch.Generator, head: str | None, raw: bool
+) -> Any:
     """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.own.ItemNetwork`.
 
     Raises:
@@ -360,7 +362,7 @@ def build_any(name: str, *, classes: int, width: int | None, seed: int | torch.G
             "name its code, --model FILE.py:NAME."
         )
     whole = seed if isinstance(seed, int) else seed.initial_seed()
-    return entry.make.on_items(classes=classes, seed=whole, word=_word(seed), width=width, raw=raw)
+    return entry.make.on_items(classes=classes, seed=whole, word=_word(seed), width=width, head=head, raw=raw)
 
 
 def _word(seed: int | torch.Generator) -> int:

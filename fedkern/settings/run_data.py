@@ -185,10 +185,10 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     if not kind.serves(data.task):
         own = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
-        raise UserError(
-            f'{config.method} is for {own}, but the data set "{config.data}" is for {data.task.name}: methods for that '
-            f"are {able}."
-        )
+        what = f'the data set "{config.data}" is for {data.task.name}'
+        if data.task.name == "own":
+            what = "a loss of your own tells no classes"
+        raise UserError(f"{config.method} is for {own}, but {what}: methods for that are {able}.")
     check_gives(config.model, data.task.network, config.data, "with --model")
     if config.augment not in (None, "none") and data.form.lacks:
         raise UserError(f"--augment {config.augment} is for images, and these samples are none: leave it out.")

@@ -146,7 +146,7 @@ def test_a_function_that_makes_another_number_of_clients_is_told(registered):
 
 
 WRONG = {
-    "nothing": (lambda: None, "returns NoneType, expected fedkern.data.Source or FederatedData"),
+    "nothing": (lambda: None, "returns NoneType, expected fedkern.data.Source, FederatedData, or a pair of"),
     "exception": (lambda: 1 // 0, r"fails \(ZeroDivisionError"),
     "user error": (lambda: (_ for _ in ()).throw(UserError("the file is not there")), "^the file is not there$"),
     "task": (lambda: federated(validation=Split(torch.zeros(2, 1, 8, 8).byte(), torch.zeros(2, 8, 8).long())),

@@ -333,6 +333,17 @@ def test_samples_are_held_out(held, sets, tmp_path):
     assert bool(found.summary.get("client_metrics")) is ("client_test" in held)
 
 
+def test_validation_sets_are_taken_together(tmp_path):
+    given = {"data": {"a": table(30), "b": table(20, 1)}, "test": table(12, 2), "model": nn.Linear(4, 4), "rounds": 1}
+    parts, one = {"a": table(7, 3), "b": table(8, 4)}, ConcatDataset([table(7, 3), table(8, 4)])
+    how = {**given, **HERE}
+    several = fedkern.simulate("fedavg", **how, validation=parts, out=tmp_path / "several").metrics
+    assert several == fedkern.simulate("fedavg", **how, validation=one, out=tmp_path / "one").metrics
+    assert "validation_accuracy" in several
+    private = fedkern.simulate("fedavg", **how, validation=parts, records="private", out=tmp_path / "private").metrics
+    assert "validation_accuracy" not in private
+
+
 def test_every_client_has_its_own_test_set(tmp_path):
     data, test = {"a": table(20), "b": table(16, 1)}, {"a": table(8, 2), "b": table(6, 3)}
     found = fedkern.simulate(
@@ -494,8 +505,8 @@ def test_a_broken_item_is_named(tmp_path):
 
 
 SERVES = {
-    "afl", "ccvr", "centralised", "fedavg", "feddyn", "fedntd", "fedproto", "fedprox", "fml", "local", "moon",
-    "oneshot-fedavg", "scaffold",
+    "afl", "ccvr", "centralised", "ensemble", "fedavg", "feddf", "feddyn", "fedntd", "fedproto", "fedprox", "fml", "local",
+    "moon", "oneshot-fedavg", "scaffold",
 }  # fmt: skip
 
 
@@ -505,12 +516,15 @@ def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
     given = {"data": {"a": table(30), "b": table(20, 1)}, "test": table(12, 2)}
     given["model"] = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     settings = {} if METHODS[method].one_shot else {"rounds": 2}
+    settings |= {"public": table(16, 3), "distill_epochs": 2} if method == "feddf" else {}
 
     def play():
         return fedkern.simulate(method, **given, **settings, out=tmp_path / "run", **HERE)
 
     if method in SERVES:
-        assert np.isfinite(play().metrics["loss"])
+        found = play().metrics
+        assert np.isfinite(found["loss"])
+        assert found.get("distil_images") == (16 if method == "feddf" else None)
     else:
         with pytest.raises(UserError, match=r"needs images, and these samples are none|is for retrieval, but"):
             play()
@@ -627,6 +641,15 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
         """Two tables."""
         return fedkern.FederatedData.from_datasets({"a": table(30, seed), "b": table(20, 1)}, table(12, 2))
 
+    @fedkern.register_data("both", clients=2)
+    def both():
+        """A table to share out, and a test set."""
+        return table(30), table(12, 2)
+
+    how = {"model": nn.Linear(4, 4), "rounds": 1, **HERE}
+    shared = fedkern.simulate("fedavg", data="both", partition="dirichlet:1:min=2", out=tmp_path / "both", **how)
+    again = {"data": table(30), "test": table(12, 2), "clients": 2, "partition": "dirichlet:1:min=2"}
+    assert fedkern.simulate("fedavg", **again, out=tmp_path / "again", **how).metrics == shared.metrics
     found = fedkern.simulate("fedavg", data="clinics", model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE)
     assert found.metrics["accuracy"] > 0
     assert fedkern.load(tmp_path / "run", model=nn.Linear(4, 4)).evaluate() == pytest.approx(found.metrics)

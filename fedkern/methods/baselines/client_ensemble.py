@@ -30,7 +30,7 @@ from fedkern.models.cost import memory_ratio
 class Ensemble(MemberNetworks):
     """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
 
-    asks = frozenset({"classes", "images"})
+    asks = frozenset({"classes"})
 
     @dataclass(frozen=True)
     class Options(MemberNetworks.Options):

@@ -60,7 +60,7 @@ class DENSE(Distilled):
         o, classes = self.options, server.federation.classes
         draw = torch_stream(server, "generator", phase)
         generator = self.generator(server, draw)
-        pool = Pool(teachers, o.distill_epochs * o.synthesis_batch, server.image_shape)
+        pool = Pool(teachers, o.distill_epochs * o.synthesis_batch)
         settings = self.synthesis(adversarial=o.adv_weight, restart=o.restart)
         optimiser = torch.optim.SGD(student.parameters(), o.distill_lr, o.distill_momentum)
         for _ in range(o.distill_epochs):

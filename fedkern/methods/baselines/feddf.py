@@ -31,7 +31,7 @@ from fedkern.models.ensemble import Ensemble
 class FedDF(Distilled):
     """One-shot FedAvg, then the clients' ensemble distilled into it on public images (FedDF, arXiv 2006.07242)."""
 
-    asks = frozenset({"classes", "images"})
+    asks = frozenset({"classes"})
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):
@@ -51,10 +51,13 @@ class FedDF(Distilled):
         if self.options.source == "public" and public < 2:
             raise UserError(
                 f"feddf distils on at least 2 public images and this run sets {public or 'none'} aside: give "
-                "--public-samples N, or take a generator's images with --method-option source=generator."
+                "--public-samples N (in Python public=DATASET for data sets), or take a generator's images with "
+                "--method-option source=generator."
             )
         if self.options.source == "generator" and "pixels" in server.task.offers:
             raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")
+        if self.options.source == "generator":
+            _ = server.image_shape  # other samples have none, and the run ends here
         super().start(server)
 
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
@@ -73,12 +76,12 @@ class FedDF(Distilled):
     def _pool(self, server: Server, phase: Phase, teachers: Ensemble) -> Pool:
         o, classes = self.options, server.federation.classes
         if o.source == "public" and server.public is not None:
-            pool = Pool(teachers, len(server.public), server.image_shape)
+            pool = Pool(teachers, len(server.public))
             # Logits of a segmentation have a value per pixel and class: smaller batches.
             for batch in server.public.batches(min(server.task.outside, 500)):
                 pool.add(batch.inputs)
             return pool
-        pool = Pool(teachers, o.synthetic, server.image_shape)
+        pool = Pool(teachers, o.synthetic)
         draw = torch_stream(server, "generator", phase)
         generator = self.generator(server, draw)
         while len(pool) < o.synthetic:

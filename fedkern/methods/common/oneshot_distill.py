@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
+from fedkern.leaves import leaves, mapped
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.oneshot import MemberNetworks, OneShot, exhaust
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
@@ -65,7 +66,7 @@ class Distilled(MemberNetworks):
         self,
         student: nn.Module,
         teachers: Ensemble,
-        batches: Iterable[tuple[Tensor, Tensor]],
+        batches: Iterable[tuple[Any, Tensor]],
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> dict[str, float]:
@@ -153,40 +154,38 @@ def torch_stream(node: Node, purpose: str, phase: Phase) -> torch.Generator:
 
 
 class Pool:
-    """Pool of images with every member's logits, computed once per image.
+    """Pool of samples with every member's logits, computed once per sample.
 
     Args:
-        capacity: number of images that the pool can hold.
-        shape: (channels, height, width).
+        capacity: number of samples that the pool can hold.
     """
 
-    def __init__(self, teachers: Ensemble, capacity: int, shape: tuple[int, int, int]) -> None:
-        channels, height, width = shape
-        device = teachers.weights.device
-        self._teachers = teachers
-        # One row per image in NHWC, so that selecting rows keeps channels-last and copies whole images.
-        self._rows = torch.empty(capacity, height, width, channels, device=device)
-        self._said = torch.empty(0, device=device)  # [K, capacity, C], or [K, capacity, C, H, W]
+    def __init__(self, teachers: Ensemble, capacity: int) -> None:
+        self._teachers, self._capacity = teachers, capacity
+        self._rows: Any = None  # nested as a network's inputs
+        self._said = torch.empty(0)  # [K, capacity, C], or [K, capacity, C, H, W]
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     @torch.no_grad()
-    def add(self, images: Tensor) -> None:
-        """Adds normalised images fp32 [n, C, H, W]."""
-        begin, end = self._count, self._count + len(images)
-        self._rows[begin:end] = images.permute(0, 2, 3, 1)
-        said = self._teachers.logits(images)
+    def add(self, inputs: Any) -> None:
+        """Adds inputs of a network: normalised images fp32 [n, C, H, W], or tensors [n, ...] however nested."""
+        said, begin = self._teachers.logits(inputs), self._count
+        end = begin + said.shape[1]
         if not begin:
-            self._said = said.new_empty(len(said), len(self._rows), *said.shape[2:])
+            self._rows = mapped(lambda leaf: leaf.new_empty(self._capacity, *_stored(leaf).shape[1:]), inputs)
+            self._said = said.new_empty(len(said), self._capacity, *said.shape[2:])
+        for rows, leaf in zip(leaves(self._rows), leaves(inputs), strict=True):
+            rows[begin:end] = _stored(leaf)
         self._said[:, begin:end] = said
         self._count = end
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
-        index = send(index, self._rows.device)
-        return self._rows.index_select(0, index).permute(0, 3, 1, 2), self._said.index_select(1, index)
+    def take(self, index: Tensor) -> tuple[Any, Tensor]:
+        """Inputs of B samples and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
+        index = send(index, self._said.device)
+        return mapped(lambda rows: _taken(rows.index_select(0, index)), self._rows), self._said.index_select(1, index)
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Positions of one epoch in random order, in batches of ``size``.
@@ -196,6 +195,15 @@ class Pool:
         for batch in torch.randperm(len(self), generator=draw).split(size):
             if len(batch) > 1:
                 yield batch
+
+
+def _stored(leaf: Tensor) -> Tensor:
+    """Images in NHWC, so that selecting rows keeps channels-last and copies whole images."""
+    return leaf.permute(0, 2, 3, 1) if leaf.dim() == 4 else leaf
+
+
+def _taken(rows: Tensor) -> Tensor:
+    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
 
 
 class Means:

@@ -132,10 +132,7 @@ class Members:
         """Whether the network has finite logits on noise."""
         module = self.build(upload.client_id)
         load(flatten(module), upload.message)
-        shape = (PROBES, *self.server.image_shape)
-        noise = torch.from_numpy(self.server.rng("probe", phase).standard_normal(shape, dtype="float32"))
-        logits = module.eval()(noise.to(self.server.device))
-        return all_finite(logits)
+        return all_finite(module.eval()(self.server.noise(PROBES, self.server.rng("probe", phase))))
 
     def clients(self) -> list[int]:
         """The ids of the members, ascending."""
