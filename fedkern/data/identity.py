@@ -46,7 +46,7 @@ def _of_items(data: FederatedData) -> dict[str, str]:
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
-        "images": _digest(sorted(part.digest(most) for parts in whole.values() for part in parts)),
+        "samples": _digest(sorted(part.digest(most) for parts in whole.values() for part in parts)),
         **({"loss_fn": given} if given else {}),
     }
 

@@ -197,7 +197,7 @@ def counts_table(
     body = [[rows[i], *(f"{int(counts[i][j]):,}" for j in places)] for i in lines]
     parts = [f"{len(lines)} of {len(rows)} rows" * (len(lines) < len(rows)),
              f"{len(places)} of {len(columns)} columns" * (len(places) < len(columns))]  # fmt: skip
-    caption = "; ".join(["number of images", *filter(None, parts)])
+    caption = "; ".join(["number of samples", *filter(None, parts)])
     return Table([f"{row} \\ {column}", *(columns[j] for j in places)], body, caption)
 
 

@@ -329,7 +329,7 @@ def baseline(run: Contents, *, judged: bool = True) -> list[str]:
     known = chance.constants([run.metrics], run.config.main, run.counted, run.confusion, run.classes)
     found = {name: known[name] for name in run.main if name in known}
     if not found:
-        if run.summary is None or not run.main:
+        if run.summary is None or not run.main or (run.data is not None and not run.data.classes):
             return []
         why = "the records are private" if run.private else "the run folder does not tell how common each class is"
         return [f"What predicting one class everywhere gives is not known: {why}."]
@@ -383,10 +383,10 @@ def _chance(run: Contents) -> list[str]:
         if figure != "accuracy" or matrix is None or split is None or int(matrix.sum()) != len(split):
             continue
         low, high = (100 * end for end in wilson(int(np.trace(matrix)), int(matrix.sum())))
-        intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} images)")
+        intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} samples)")
     if intervals:
         told.append(
-            f"The number of test images alone leaves {listed(intervals)}: 95 % intervals, which take images as "
+            f"The number of test samples alone leaves {listed(intervals)}: 95 % intervals, which take samples as "
             "independent."
         )
     told.append("This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells).")
@@ -678,7 +678,7 @@ def _confusion(run: Contents) -> Section:
             continue
         right, count = int(np.trace(matrix)), int(matrix.sum())
         wrong = mistakes(matrix, classes)
-        text = f"{100 * right / count:.1f} % of {count:,} images are right."
+        text = f"{100 * right / count:.1f} % of {count:,} samples are right."
         text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
         title = f"Which class was taken for which, {set_title(name)}"
         table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")

@@ -11,7 +11,7 @@ from fedkern.inputs import open_regular, reading
 from fedkern.settings.config import NAME, RunConfig
 from fedkern.settings.run_format import FOLDER
 
-OF_DATA = ("classes", "sizes", "names", "labels", "images", "function")
+OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
 """Entries of a run's identity that are the data's (`fedkern.data.identity`); others have the name of a setting."""
 _READ_IN_PART = ("train_samples", "public_samples")
 """Settings that decide of which images a run knows the contents."""

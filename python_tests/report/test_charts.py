@@ -104,7 +104,7 @@ def test_counts_by_row_and_column():
     large = counts_table(np.ones((500, 100), dtype=int), names, names[:100], row="r", column="c")
     assert len(large.rows) == 30
     assert len(large.header) == 21
-    assert large.caption == "number of images; 30 of 500 rows; 20 of 100 columns"
+    assert large.caption == "number of samples; 30 of 500 rows; 20 of 100 columns"
 
 
 def test_dots_of_runs_and_their_mean(drawn):

@@ -212,7 +212,7 @@ def test_of_many_clients_some_are_charted(finished):
     chart = next(chart for chart in section.charts if chart.name == "labels")
     assert chart.title.startswith("Label distribution of 200 of 10,000 clients")
     assert chart.tables[0].rows[0][0] == f"client {int(np.argsort(-counts.sum(1), kind='stable')[0])}"
-    assert chart.tables[0].caption == "number of images; 30 of 200 rows"
+    assert chart.tables[0].caption == "number of samples; 30 of 200 rows"
     assert section.texts[0].startswith("10,000 clients with")
 
 

@@ -51,7 +51,7 @@ class FedDF(Distilled):
         if self.options.source == "public" and public < 2:
             raise UserError(
                 f"feddf distils on at least 2 public images and this run sets {public or 'none'} aside: give "
-                "--public-samples N (in Python public=DATASET for data sets), or take a generator's images with "
+                "--public-samples N, or in Python beside data sets public=DATASET, or take a generator's images with "
                 "--method-option source=generator."
             )
         if self.options.source == "generator" and "pixels" in server.task.offers:

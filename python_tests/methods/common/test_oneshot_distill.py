@@ -1,6 +1,7 @@
 """FedDF and DENSE: one network that follows the clients' ensemble, with and without public images."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
+from fedkern.leaves import Keywords
 from fedkern.methods.common.oneshot_distill import Distilled, Pool
 
 SMALL = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 2}
@@ -144,7 +146,7 @@ def test_a_fresh_student_forgets_the_average(data, make_config, tmp_path):
 def test_pool_asks_every_image_once():
     members = [models.build("cnn", classes=4, channels=3, image_size=8, seed=k, width=2) for k in range(2)]
     teachers = models.Ensemble(members)
-    pool = Pool(teachers, 7, (3, 8, 8))
+    pool = Pool(teachers, 7)
     images = torch.randn(7, 3, 8, 8)
     pool.add(images[:3])
     pool.add(images[3:])
@@ -156,3 +158,17 @@ def test_pool_asks_every_image_once():
     epoch = list(pool.batches(3, torch.Generator()))
     assert [len(batch) for batch in epoch] == [3, 3]  # the seventh image alone cannot be normalised
     assert len(set(torch.cat(epoch).tolist())) == 6
+
+
+def test_a_pool_keeps_the_nesting_of_inputs():
+    def teachers(inputs):
+        return torch.stack([inputs["row"].sum(1, keepdim=True), inputs["turn"][:, None].float()])
+
+    pool = Pool(SimpleNamespace(logits=teachers), 5)
+    inputs = Keywords({"row": torch.rand(5, 3), "turn": torch.arange(5)})
+    pool.add(inputs)
+    own, said = pool.take(torch.tensor([4, 1]))
+    assert isinstance(own, Keywords)
+    assert torch.equal(own["row"], inputs["row"][[4, 1]])
+    assert own["turn"].tolist() == [4, 1]
+    assert torch.equal(said, teachers(inputs)[:, [4, 1]])
