@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fedkern import named_code, plugins
 from fedkern.data import FederatedData
 from fedkern.data.datasets import is_dataset, items_like
-from fedkern.data.registry import open_code
+from fedkern.data.registry import check_readable, open_code
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine import own_model
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
@@ -310,6 +311,9 @@ class Run:
         _listeners(listener)  # before anything is written
         self._give_method()
         played = next(knob for knob in RunConfig.knobs() if knob.field == "rounds").convert(rounds)
+        own_model.check_given(self.config, self._model, self.out)  # before anything is moved
+        if self._data is None:
+            check_readable(self.config.data)
         self.config = extend(self.out, int(played), trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 

@@ -49,6 +49,7 @@ def _parser(command: str) -> Parser:
     elif command == "extend":
         parser.add_argument("--rounds", metavar="R", help="communication rounds in all, those done included")
         parser.add_argument("--data-root", metavar="DIR", help="where the data files are, if they have moved")
+        parser.add_argument("--data", metavar="FILE.py:NAME", help="the run's data again, where they name code")
         parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images")
         parser.add_argument("--workers", metavar="N", help="processes in which clients work side by side")
         add_run_flags(parser, (*TRACKERS, "quiet"))
@@ -103,7 +104,7 @@ def parse(words: Sequence[str]) -> Request | None:
         if found.rounds is None:
             raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
         knobs = {knob.field: knob for knob in RunConfig.knobs()}
-        given = {name: getattr(found, name) for name in ("data_root", "cache", "workers", "model")}
+        given = {name: getattr(found, name) for name in ("data", "data_root", "cache", "workers", "model")}
         arguments["rounds"] = knobs["rounds"].convert(found.rounds)
         return Request(
             settings={name: knobs[name].convert(value) for name, value in given.items() if value is not None},
@@ -164,13 +165,18 @@ def evaluate(request: Request) -> int:
 
 def extended(request: Request) -> Request:
     """Gives the run more rounds; the request to go on with it."""
+    from fedkern.data.registry import check_readable
+    from fedkern.engine.own_model import check_given
     from fedkern.engine.store.extending import extend
     from fedkern.methods import METHODS
     from fedkern.report.names import say
     from fedkern.report.progress import terminal
 
     folder = _folder(request)
-    plugins.check_given(request.plugins, RunConfig.load(folder, device="cpu").plugins, folder)
+    stored = RunConfig.load(folder, device="cpu")
+    plugins.check_given(request.plugins, stored.plugins, folder)
+    check_given(stored, None, folder)  # before anything is moved
+    check_readable(stored.data)
     before = {path.name for path in folder.iterdir()}
     config = extend(folder, request.arguments["rounds"])
     made = sorted({path.name for path in folder.iterdir()} - before)

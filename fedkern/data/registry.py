@@ -324,6 +324,13 @@ def lookup(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
+def check_readable(name: str) -> None:
+    """Raises UserError where a data set is unknown, or was in the memory of a program."""
+    info = lookup(name)
+    if info.open in (open_arrays, open_datasets):
+        info.open(None)
+
+
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Checks ``key=value`` options and fills in defaults.
 
@@ -351,10 +358,12 @@ def register_data(
 ) -> Callable[[F], F]:
     """Decorates a function that makes a data set, so that ``--data NAME`` knows it.
 
-    The function returns one of two things:
+    The function returns one of three things:
 
     - :class:`fedkern.data.Source`: fixed pools, which the partition shares out;
-    - :class:`fedkern.data.FederatedData`: samples that the clients have already.
+    - :class:`fedkern.data.FederatedData`: samples that the clients have already;
+    - a pair of PyTorch data sets, as :meth:`fedkern.data.FederatedData.from_datasets` takes them: the clients' (a dict,
+      a list, or one to share out) and the test set.
 
     It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
     ``seed`` that its signature has.  Every other parameter is an option of the data set, given as ``--data-option
@@ -369,7 +378,7 @@ def register_data(
 
     Raises:
         ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
-        TypeError: there is no docstring, or a parameter cannot be an option.
+        TypeError: a name has no docstring, or a parameter cannot be an option.
     """
     if (kind := TASKS.get(task)) is None:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
@@ -381,7 +390,7 @@ def register_data(
     def add(function: F) -> F:
         if name in DATASETS and not _again(DATASETS[name], function):
             raise ValueError(f'data set "{name}" is already registered')
-        lines = docstring(function).splitlines()
+        lines = docstring(function).splitlines() or [name] * (named_code.parse(name) is not None)
         if not lines:
             raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
         made = DataFunction(name, function, kind, clients, shares)

@@ -83,7 +83,9 @@ def attack(
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
     config = unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
-    network, _ = read_model(out, trusted, model, best=best)
+    network, about = read_model(out, trusted, model, best=best)
+    if "items" in about:
+        raise UserError(f"The membership attack is for images, and the samples of {out} are none.")
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if "classes" not in data.task.offers:
         raise UserError(f"The membership attack is for classes of images or pixels, and {out} is for {data.task.name}.")

@@ -115,7 +115,7 @@ def test_predictions_of_a_new_run_and_of_a_finished_one(result, fails, finished)
     out, _ = result("fedavg", *TINY, "--buffers", "drop", "--predictions", "--out", "new")
     assert "answers:    predictions.csv" in out
     lines = Path("new/predictions.csv").read_text().splitlines()
-    assert lines[0] == ",".join(["test_set", "image", "true_class", "predicted_class", *(f"p_{c}" for c in range(10))])
+    assert lines[0] == ",".join(["test_set", "sample", "true_class", "predicted_class", *(f"p_{c}" for c in range(10))])
     assert {line.partition(",")[0] for line in lines[1:]} == {"id", "ood", "validation"}
     assert not (finished / "predictions.csv").exists()
     assert "answers:    predictions.csv" in result("--resume", "probe", "--predictions")[0]

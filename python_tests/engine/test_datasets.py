@@ -19,6 +19,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 import fedkern
 from fedkern.data.items import Items
 from fedkern.errors import UserError
+from fedkern.flower.own_data import form_of
 from fedkern.leaves import Keywords, Positional, parted
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
@@ -496,6 +497,17 @@ def test_what_is_not_taken_is_one_sentence(changed, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_other_machines_have_no_such_data(monkeypatch, tmp_path):
+    words = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    more = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
+    for name, value in {**words, **more}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"other ranks have none: start the script without torchrun, with workers=N"):
+        fedkern.simulate("fedavg", **GOOD, rounds=1, out=tmp_path / "run", **HERE)
+    with pytest.raises(UserError, match="nodes have images, and the samples of these data are none"):
+        form_of(fedkern.FederatedData.from_datasets(GOOD["data"], GOOD["test"]))
+
+
 def test_a_broken_item_is_named(tmp_path):
     with pytest.raises(UserError, match=r"Item 7 of client 1 cannot be read \(OSError: disk\)"):
         fedkern.simulate(
@@ -654,6 +666,20 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
     found = fedkern.simulate("fedavg", data="clinics", model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE)
     assert found.metrics["accuracy"] > 0
     assert fedkern.load(tmp_path / "run", model=nn.Linear(4, 4)).evaluate() == pytest.approx(found.metrics)
+
+
+def test_what_cannot_go_on_moves_nothing(tmp_path):
+    given = {"data": [table(20), table(9)], "test": table(6, 2), "model": nn.Linear(4, 4)}
+    fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
+    before = sorted(tmp_path.rglob("*"))
+    without = {name: value for name, value in given.items() if name not in ("data", "test")}
+    for known, said in ((without, "is given through Python"), ({}, "trains a module that a script made")):
+        with pytest.raises(UserError, match=said):
+            fedkern.load(tmp_path / "run", **known).extend(2, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    more = fedkern.load(tmp_path / "run", **given).extend(2, progress=False, pictures=False)
+    whole = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "whole", **HERE)
+    assert same(state(more), state(whole))
 
 
 class Counts(Task):

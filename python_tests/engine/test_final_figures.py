@@ -70,7 +70,7 @@ def test_they_describe_the_network_that_was_saved(make_data, make_config, tmp_pa
         assert [row["predicted_class"] for row in own] == ["abc"[c] for c in guess]
         said = np.array([[float(row[f"p_{c}"]) for c in "abc"] for row in own])
         np.testing.assert_allclose(said, p, atol=1e-5)
-    assert list(found[0]) == ["test_set", "image", "true_class", "predicted_class", "p_a", "p_b", "p_c"]
+    assert list(found[0]) == ["test_set", "sample", "true_class", "predicted_class", "p_a", "p_b", "p_c"]
 
 
 def test_only_the_last_round_has_them(make_data, make_config, tmp_path):
@@ -175,7 +175,7 @@ def test_classes_without_samples_and_classes_of_one_name(make_data, make_config,
     assert summary["metrics"]["balanced_accuracy"] == pytest.approx(
         sum(value for value in table["recall"].values() if value is not None) / 2
     )
-    assert {row["image"] for row in rows(tmp_path) if row["test_set"] == "test"} == {
+    assert {row["sample"] for row in rows(tmp_path) if row["test_set"] == "test"} == {
         str(i) for i in range(len(data.tests[""]))
     }
 

@@ -15,7 +15,7 @@ from fedkern.errors import UserError
 from fedkern.tasks import Task
 
 FILE = "predictions.csv"
-COLUMNS = ("test_set", "image", "true_class", "predicted_class")
+COLUMNS = ("test_set", "sample", "true_class", "predicted_class")
 
 
 def check(task: Task, *, told: bool) -> None:
@@ -45,9 +45,9 @@ def write(
     names: Sequence[str],
     sets: Mapping[str, tuple[Sequence[str] | None, Tensor, Sequence[tuple[int | None, Tensor]]]],
 ) -> None:
-    """Writes a row per image (and client, where clients have networks of their own), completely or not at all.
+    """Writes a row per sample (and client, where clients have networks of their own), completely or not at all.
 
-    The columns are the test set, the image's name, its true class, the predicted class and the probability of every
+    The columns are the test set, the sample's name, its true class, the predicted class and the probability of every
     class (``p_NAME``), rounded to 8 digits.  Networks of clients add the column ``client`` behind the test set.
 
     Args:
