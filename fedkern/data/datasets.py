@@ -54,9 +54,16 @@ def task_of_targets(
     Raises:
         UserError: nothing says what the loss of such targets is.
     """
-    if loss_fn is not None:
-        return OwnTask(loss_fn, metrics, main, better)
+    own = None if loss_fn is None else OwnTask(loss_fn, metrics, main, better)
     _, truth = parted(batch)
+    if truth is None and not (own and own.whole):
+        has = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "as a batch is no tuple"
+        raise UserError(
+            f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
+            "targets, or loss_fn=FUNCTION of (model, batch)."
+        )
+    if own is not None:
+        return own
     if not isinstance(truth, Tensor) or truth.is_floating_point() or truth.dtype == torch.bool:
         kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
         raise UserError(
@@ -150,7 +157,7 @@ def _tests(
     test: Any, named: Mapping[str, Any], items: Callable[..., Items]
 ) -> tuple[dict[str, Items], tuple[Items, ...]]:
     """The test sets by name, and the clients' own."""
-    if test is None:
+    if test is None or (isinstance(test, Mapping) and not test):
         raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
     given = {str(name): each for name, each in test.items()} if isinstance(test, Mapping) else {"": test}
     for name, dataset in given.items():
