@@ -335,7 +335,7 @@ def read_mask(
                     f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
                     "at edges; save masks as PNG, from the numbers themselves"
                 )
-            if mask.mode not in ("1", "L", "P", "F") and not _deep(mask):
+            if mask.mode not in ("1", "L", "P", "F") and not is_deep(mask):
                 raise UserError(
                     f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
                     "class numbers, or of 0 and 255"
@@ -429,7 +429,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
 
 
-def _deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether the image has one channel of whole numbers beyond eight bits."""
     return image.mode.startswith("I")
 
@@ -462,7 +462,7 @@ def grey_tops(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict[Path,
     def look(row: int) -> None:
         # A file that cannot be read is named where it is decoded, if it is needed at all.
         with suppress(Exception), open_image(chosen[row], max_pixels) as image:
-            if _deep(image):
+            if is_deep(image):
                 values = np.asarray(image)
                 tops[row] = values.max() if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
 
@@ -485,7 +485,7 @@ def _eight_bits(
 ) -> Image.Image:
     """The upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
     turned = upright(image)
-    if image.mode != "F" and not _deep(image):
+    if image.mode != "F" and not is_deep(image):
         return turned
     values = np.asarray(turned)
     low, high = float(values.min()), float(values.max())

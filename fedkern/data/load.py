@@ -215,6 +215,7 @@ def load(
             std=std,
             augment=source.augment,
             **({} if source.grey_bits is None else {"grey_bits": source.grey_bits}),
+            window=source.window,
         ),
         statistics=statistics,
         image_ids=frozenset(image for pool in pools for image in pool.ids),

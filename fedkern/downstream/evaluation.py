@@ -13,6 +13,7 @@ from torch import nn
 
 from fedkern.data import FederatedData, load
 from fedkern.data.forms import form_of
+from fedkern.data.greys import as_text
 from fedkern.data.registry import lookup
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
@@ -61,7 +62,8 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        own = {**_as_trained(config.data, about, config), **config.data_options}
+        trained = _as_trained(config.data, about, config)
+        own = {**trained, **config.data_options, **{key: trained[key] for key in ("window",) if key in trained}}
         config = config.replace(data_root=data_root or config.data_root, data_options=own)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     elif not isinstance(data, str):
@@ -89,8 +91,13 @@ def evaluate_run(
 
 
 def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[str, object]:
-    """The options by which greys are scaled and labels read as in the training, without a look at the files."""
-    known: dict[str, object] = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
+    """The options by which images are sized, coloured and scaled and labels read as in the training."""
+    known: dict[str, object] = {}
+    options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
+    if "bits" in options:
+        known = {"bits": about["grey_bits"], "window": as_text(about["window"])}
+    if {"size", "colour"} <= {*options} and height == width and not config.data_options.get("crop"):
+        known |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
     if data == config.data == "segmentation":
         known["names"] = "|".join(about["classes"])
     named = data == "csv" and about["task"] in lookup(data).options["task"].choices

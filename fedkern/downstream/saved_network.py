@@ -79,7 +79,11 @@ def _inputs(x: Any) -> bool:
 
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
 _FORMS = {
-    False: {**_IMAGES, "grey_bits": lambda x: _count(x) and x <= 16},
+    False: {
+        **_IMAGES,
+        "grey_bits": lambda x: _count(x) and x <= 16,
+        "window": lambda x: x is None or _list(_number, 2)(x),
+    },
     True: {"items": _list(_text), "inputs": _inputs, "head": lambda x: x is None or _text(x)},
 }
 """Keys of a form, of samples that are ``items`` and of images."""
