@@ -215,7 +215,8 @@ class Run:
             best: see :meth:`model`.
 
         Raises:
-            UserError: see :func:`fedkern.downstream.export.export`.
+            UserError: a package for the format is missing, the network cannot be written in it or read again, or the
+                file exists or cannot be written; nothing is then left.
         """
         from fedkern.downstream.export import check_kind, export, exportable
 
