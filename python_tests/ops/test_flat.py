@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -666,11 +667,10 @@ def test_every_library_saves_it_as_an_ordinary_module(how: str, channels_last: b
     ordinary = SAVED[how](copy.deepcopy(module))
     flat = FlatParameters(module)
     written = SAVED[how](module)
-    # torch.save of the module itself writes one storage instead of one a tensor.  A pickle holds the addresses of
-    # storages, as decimal numbers of any length; the vector is thousands of bytes.
-    few = 200 if how.startswith("pickle") else 0
-    saved = 20_000 if how == "torch.save of the module" else few
-    assert len(ordinary) - saved <= len(written) <= len(ordinary) + few
+    if how.startswith("pickle"):  # it names storages by their addresses, decimal numbers of any length
+        ordinary, written = (re.sub(rb"\d{9,}", b"0", each) for each in (ordinary, written))
+    # torch.save of the module itself writes one storage instead of one a tensor.
+    assert len(ordinary) - (20_000 if how == "torch.save of the module" else 0) <= len(written) <= len(ordinary)
     assert b"fedkern.ops" not in written
     assert flat.is_flat
 
