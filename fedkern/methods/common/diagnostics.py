@@ -11,7 +11,7 @@ import torch
 from fedkern.image_rows import in_parts
 from fedkern.methods.protocol import Observed
 from fedkern.tasks import Constant
-from fedkern.tasks.figure_names import OVER_CLIENTS, scale, set_noun, short_title, split_metric
+from fedkern.tasks.figure_names import OVER_CLIENTS, number, scale, set_noun, short_title, split_metric
 from fedkern.tasks.multilabel import MAIN as AREA
 
 DRIFT_FACTOR = 5.0
@@ -172,8 +172,7 @@ def poor_metrics(
 
 
 def _shown(figure: str, value: float) -> str:
-    factor, unit = scale(figure)
-    return f"{factor * value:.1f} {unit}" if unit else f"{value:.3g}"
+    return f"{number(figure, value)} {scale(figure)[1]}".rstrip()
 
 
 def missing_metrics(method: str, source: str, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
