@@ -215,7 +215,8 @@ class Run:
             best: see :meth:`model`.
 
         Raises:
-            UserError: see :func:`fedkern.downstream.export.export`.
+            UserError: a package for the format is missing, the network cannot be written in it or read again, or the
+                file exists or cannot be written; nothing is then left.
         """
         from fedkern.downstream.export import check_kind, export, exportable
 
@@ -256,7 +257,7 @@ class Run:
 
         self._give_method()
         own = self._kept_data() if data is None else data
-        if self._data is not None and is_dataset(data):
+        if self._data is not None and self._data.form.lacks and is_dataset(data):
             own = replace(self._data, tests={"": items_like(self._data, data, "data")}, client_tests=())
         root = None if data_root is None else str(data_root)
         options = table_of(data_options, "data_options")

@@ -35,16 +35,30 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def together(values: list[Any]) -> Any:
-    """Values of one nesting as one: tensors are concatenated, numbers stacked, other leaves made a list."""
+def together(values: list[Any], sizes: list[int]) -> Any:
+    """Values of batches of so many samples as one: tensors are concatenated, numbers stacked, other leaves made a list.
+
+    A list is a value for every sample, or tensors ``[B, ...]`` as torch's collation makes them of tuples.
+    """
     first = values[0]
     if isinstance(first, Mapping):
-        return {key: together([each[key] for each in values]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(together(list(parts)) for parts in zip(*values, strict=True))
+        return {key: together([each[key] for each in values], sizes) for key in first}
+    if isinstance(first, tuple) or (isinstance(first, list) and _positions(values, sizes)):
+        made = [together(list(parts), sizes) for parts in zip(*values, strict=True)]
+        return made if isinstance(first, list) else tuple(made)
     if isinstance(first, Tensor):
         return torch.cat([each.reshape(1) if each.dim() == 0 else each for each in values])
     return [part for each in values for part in (each if isinstance(each, list) else [each])]
+
+
+def _positions(values: list[Any], sizes: list[int]) -> bool:
+    """Whether lists of batches hold tensors of all samples, one behind another."""
+    whole = all(
+        isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
+        for each, size in zip(values, sizes, strict=True)
+        for leaf in each
+    )
+    return whole and len({len(each) for each in values}) == 1
 
 
 def sent(value: Any, device: torch.device) -> Any:
@@ -71,6 +85,8 @@ def parted(batch: Any) -> tuple[Any, Any]:
 
     Targets are None where nothing says what they are.
     """
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return batch[0], None
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         *inputs, targets = batch
         return inputs[0] if len(inputs) == 1 else Positional(inputs), targets

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedkern.data.forms import ImageForm
 from fedkern.data.split import Split
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import FederatedData
@@ -41,9 +42,7 @@ def federated_data(task: Task) -> FederatedData:
         clients=clients,
         validation=none,
         tests={"": test},
-        mean=MEAN,
-        std=STD,
-        augment="none",
+        form=ImageForm(tuple(test.images.shape[1:]), MEAN, STD),
         statistics=PartitionStatistics.of(list(labels.numpy()), names, "iid"),
     )
 

@@ -23,7 +23,6 @@ from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
-from fedkern.data.datasets import is_dataset
 from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.extras import needed
 from fedkern.files import expand
@@ -249,12 +248,14 @@ def compare(
     swept = variants(names, points, {*settings, *options})
     by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
     data, model = settings.pop("data", None), settings.pop("model", None)
-    check_in_memory(data, model, settings)
-    shared = is_dataset(data)  # every seed shares it out anew
-    memory = None if shared else api.federated(data, about, settings)
+    check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
+    drawn: dict[Any, Any] = {}
 
-    def data_of(how: Mapping[str, Any]) -> Any:
-        return api.federated(data, about, how) if shared else memory
+    def data_of(how: Mapping[str, Any]) -> Any:  # every seed draws and shares out anew
+        key = tuple(str(how.get(name)) for name in ("seed", "clients", "partition", "train_samples"))
+        if key not in drawn:
+            drawn[key] = api.federated(data, about, how)
+        return drawn[key]
 
     def make(variant: Variant, seed: int) -> RunConfig:
         own = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}

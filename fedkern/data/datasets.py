@@ -223,9 +223,9 @@ def classes_of(dataset: Any) -> Tensor:
     Raises:
         UserError: the targets are no classes.
     """
-    told = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
-    if told is None and hasattr(dataset, "tensors"):
-        told = dataset.tensors[-1]
+    given = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
+    given += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
+    told = next((each for each in given if hasattr(each, "__len__") and len(each) == len(dataset)), None)
     if told is None:
         warnings.warn(
             f"All {len(dataset)} items are read once for their classes: give the data set an attribute targets.",
@@ -234,7 +234,7 @@ def classes_of(dataset: Any) -> Tensor:
         with drawing():
             told = [parted(dataset[row])[1] for row in range(len(dataset))]
     try:
-        found = torch.as_tensor(np.asarray(told))
+        found = told.detach().cpu() if isinstance(told, Tensor) else torch.as_tensor(np.asarray(told))
     except (TypeError, ValueError):
         found = torch.zeros(0)
     if found.shape != (len(dataset),) or found.is_floating_point() or int(found.min()) < 0:
@@ -247,11 +247,9 @@ def classes_of(dataset: Any) -> Tensor:
 
 def is_dataset(value: Any) -> bool:
     """Whether something has the form of a map-style data set."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping, str)):
         return False
-    return (
-        not isinstance(value, (list, tuple, dict, str)) and hasattr(value, "__getitem__") and hasattr(value, "__len__")
-    )
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
 def _check(dataset: Any, who: str) -> None:

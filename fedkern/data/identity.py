@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
+from fedkern.code_digest import digest
 from fedkern.data.items import per_set
 from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import FederatedData, Pool, Source
@@ -42,7 +44,7 @@ def _of_items(data: FederatedData) -> dict[str, str]:
         for name, parts in sets.items()
     }
     sizes = {name: sum(map(len, parts)) for name, parts in whole.items()}
-    most, given = per_set(sum(map(len, whole.values()))), data.task.digest()
+    most, given = per_set(sum(map(len, whole.values()))), code_of(data)
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
@@ -154,6 +156,12 @@ def _digest(rows: Iterable[bytes]) -> str:
     for row in rows:
         found.update(len(row).to_bytes(8, "little") + row)
     return found.hexdigest()
+
+
+def code_of(data: FederatedData) -> str:
+    """A hash of the code that the user gives beside the data: loss, metrics or task, and collation; empty without."""
+    collate = getattr(data.clients[0], "collate", default_collate)
+    return data.task.digest() + ("" if collate is default_collate else digest(collate_fn=collate))
 
 
 def data_fingerprint(data: FederatedData) -> int:

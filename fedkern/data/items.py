@@ -6,7 +6,8 @@ import hashlib
 import random
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
+from fedkern.code_digest import hashed
 from fedkern.errors import RAISED, UserError, described, told
 from fedkern.leaves import leaves, parted
 from fedkern.streams import stream
@@ -100,8 +102,8 @@ class Items:
         """The samples that belong together: nothing is known."""
 
     def identities(self) -> list[str]:
-        """What tells a sample from others, in this process."""
-        return [f"{id(self.dataset)}/{row}" for row in self._places(range(len(self)))]
+        """What tells a sample from others, in this process: its data set below subsets and concatenations, and row."""
+        return [_origin(self.dataset, row) for row in self._places(range(len(self)))]
 
     def _places(self, indices: Sequence[int] | np.ndarray) -> list[int]:
         """The rows of the data set."""
@@ -208,29 +210,6 @@ def cause(error: BaseException) -> str:
     return (told(error) or described(error)).rstrip(".")
 
 
-def hashed(value: Any, update: Callable[[bytes], object], deep: int = 5) -> None:
-    """Hashes nested tensors, arrays, texts and numbers; of other objects type and attributes, ``deep`` levels down."""
-    if isinstance(value, Mapping):
-        for key, each in value.items():
-            update(repr(key).encode())
-            hashed(each, update, deep)
-    elif isinstance(value, (tuple, list)):
-        update(f"{len(value)};".encode())
-        for each in value:
-            hashed(each, update, deep)
-    elif isinstance(value, (Tensor, np.ndarray, np.generic)):
-        array = value.detach().cpu().contiguous() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-        update(f"{array.dtype} {list(array.shape)};".encode())
-        update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
-    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
-        update(repr(value).encode())
-    else:
-        update(type(value).__qualname__.encode())
-        held = np.asarray(value) if hasattr(value, "__array__") else getattr(value, "__dict__", None)
-        if held is not None and deep:
-            hashed(held, update, deep - 1)
-
-
 def _still(dataset: Any) -> bool:
     """Whether a data set is torch's own, of tensors in memory."""
     if type(dataset) is Subset:
@@ -238,3 +217,12 @@ def _still(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(map(_still, dataset.datasets))
     return type(dataset) is TensorDataset
+
+
+def _origin(dataset: Any, row: int) -> str:
+    if isinstance(dataset, Subset):
+        return _origin(dataset.dataset, int(dataset.indices[row]))
+    if isinstance(dataset, ConcatDataset):
+        part = bisect_right(dataset.cumulative_sizes, row)
+        return _origin(dataset.datasets[part], row - (dataset.cumulative_sizes[part - 1] if part else 0))
+    return f"{id(dataset)}/{row}"

@@ -118,7 +118,7 @@ def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
     inputs: Any = Positional()
     if form.inputs is None:
         unfit = "the run's loss calls the network itself, so that its inputs are not known"
-    elif other := [words for words in leaves(form.inputs) if " [2" not in words]:
+    elif other := [words for words in leaves(form.inputs) if not words.endswith(" [2]") and " [2, " not in words]:
         unfit = f"an input of two samples is {other[0]}, and only tensors [B, ...] can be exported"
     else:
         inputs = form.noise(2, np.random.default_rng(0))

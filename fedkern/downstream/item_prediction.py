@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData
 from fedkern.data.datasets import is_dataset, items_like
+from fedkern.data.items import cause
 from fedkern.engine.items import ItemReader
+from fedkern.errors import RAISED, UserError
 from fedkern.leaves import Keywords, Positional, mapped, sent, together
 from fedkern.torch_modes import reproducible
 
@@ -28,13 +30,29 @@ def outputs(module: nn.Module, data: FederatedData, given: Any, size: int) -> An
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device).eval()
+
+    def said(inputs: Any) -> Any:
+        try:
+            return _kept(module(inputs))
+        except RAISED as error:  # the user's own network may raise anything
+            raise UserError(f"the network fails on the samples ({cause(error)}).") from error
+
     if is_dataset(given):
         reader = ItemReader(items_like(data, given, "the samples"), device, seed=0, size=size)
-        found = together([_kept(module(batch.inputs)) for batch in reader.batches()])
+        pairs = [(said(inputs), count) for inputs, count in _inputs(reader, data)]
+        found = together([each for each, _ in pairs], [count for _, count in pairs])
     else:
         inputs = Positional(given) if isinstance(given, tuple) else given
-        found = _kept(module(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device)))
+        found = said(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))
     return data.task.probabilities(found) if "classes" in data.offers else found
+
+
+def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[Any, int]]:
+    """The network's inputs of every batch, and its number of samples; the samples may have no targets."""
+    takes = 0 if data.form.inputs is None else len(data.form.inputs["args"])
+    for batch in reader.batches():
+        whole = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1
+        yield Positional(batch.data) if whole else batch.inputs, len(batch.indices)
 
 
 def _kept(value: Any) -> Any:

@@ -81,14 +81,20 @@ _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_numb
 _FORMS = {
     False: {
         **_IMAGES,
+        "classes": _list(_text),
         "grey_bits": lambda x: _count(x) and x <= 16,
         "window": lambda x: x is None or _list(_number, 2)(x),
     },
-    True: {"items": _list(_text), "inputs": _inputs, "head": lambda x: x is None or _text(x)},
+    True: {
+        "classes": _list(_text, least=0),
+        "items": _list(_text),
+        "inputs": _inputs,
+        "head": lambda x: x is None or _text(x),
+    },
 }
 """Keys of a form, of samples that are ``items`` and of images."""
 _ABOUT: dict[str, Callable[[Any], bool]] = {
-    "model": _text, "width": _width, "task": _text, "classes": _list(_text, least=0), "method": _text, "rounds": _count,
+    "model": _text, "width": _width, "task": _text, "method": _text, "rounds": _count,
 }  # fmt: skip
 """Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
@@ -117,7 +123,7 @@ def checked(text: str | None, path: Path) -> dict[str, Any]:
     same_format(path, about.pop("format", None), FORMAT)
     items = "items" in about
     _check_keys(about, _ABOUT | _FORMS[items], _ABOUT_SOME, "")
-    if not items and (about["task"] not in TASKS or not about["classes"]):
+    if not items and about["task"] not in TASKS:
         raise ValueError(f'it says {json.dumps(about["task"])} for "task"')
     if ("pair" in about) != ("pairs" in task_named(about["task"]).offers):
         raise ValueError('"pair" belongs to a retrieval network alone')

@@ -66,7 +66,8 @@ class Images(Reader):
         self._make_pixels = make
         self.pixels = make(split.images, sides=form.shape[1:])
         self._pick = PICK.get(self.task.network, images_alone)
-        self.labels: Tensor = placed(split.labels, device)
+        self.labels: Tensor = split.labels
+        self._there = placed(split.labels, device)
         self.fresh = augment != "none"
         self.cases: Tensor | None = split.cases
         self.full = None if split.full is None else split.full.loaded()  # read now: later the files may be gone
@@ -81,10 +82,10 @@ class Images(Reader):
 
     def pairs(self, indices: np.ndarray | Tensor, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
-        chosen, there = as_index(indices), self.labels.device
+        chosen, there = as_index(indices), self._there.device
         index = self.pixels.sent(chosen)
         own = index if index.device == there else send(chosen, there)
-        labels = send(loaded(self.labels.index_select(0, own)), self.device)
+        labels = send(loaded(self._there.index_select(0, own)), self.device)
         return self._pick(self.pixels, index, labels, rng)
 
     def planned(

@@ -43,7 +43,7 @@ class ItemReader(Reader):
     @property
     def labels(self) -> torch.Tensor:
         """The targets of all samples: those that the last pass has seen, or else read."""
-        return self.split.labels if self._targets is None else self._targets
+        return self.split.labels if self._targets is None else self._targets.cpu()
 
     def batches(self, *args: Any, **how: Any) -> Iterator[Batch]:
         seen = []

@@ -126,8 +126,14 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
     try:
         with torch.no_grad(), seeded(0):
             outputs = network(batch.inputs)
-            if not data.classes and "classes" in data.task.offers:
-                data = replace(data, classes=tuple(map(str, range(_classes(outputs, batch.targets, make.text)))))
+            if "classes" in data.task.offers:
+                count = _classes(outputs, batch.targets, make.text)
+                if len(data.classes) > count:
+                    raise UserError(
+                        f"the network {make.text} tells {count} classes, and the data have {len(data.classes)}: give "
+                        "the network as many outputs, or name other classes."
+                    )
+                data = replace(data, classes=data.classes or tuple(map(str, range(count))))
             loss = float(data.task.loss(network, batch))
     except UserError:
         raise

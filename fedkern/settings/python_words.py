@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from fedkern.data import DATASETS
 from fedkern.errors import UserError
+from fedkern.models import MODELS
 from fedkern.settings.config import RunConfig
 
 _WORD = r"""(?:"[^"]*"|'[^']*'|(?:[^\s,;:)]|[,:](?=\S))*[^\s,;:.)])"""
 _SAID = re.compile(rf"--[a-z-]+(?: {_WORD})? \(in Python ([^)]*)\)")
+_COMPARED = re.compile(rf"compare METHOD (--sweep {_WORD})")
 _FLAG = re.compile(rf"(with )?(?<![\w-])--(?!help)([a-z][a-z0-9-]*)(?:([ =])({_WORD}))?")
 _TABLES = {"data-option": 'data_options={{"{0}": {1}}}', "sweep": 'sweep={{"{0}": [{1}]}}', "method-option": "{0}={1}"}
 
@@ -27,7 +31,7 @@ def python_words() -> Iterator[None]:
 
 def spoken(sentence: str) -> str:
     """A sentence for the command line in Python's words."""
-    return _FLAG.sub(_argument, _SAID.sub(r"\1", sentence))
+    return _FLAG.sub(_argument, _COMPARED.sub(r"fedkern.compare(METHOD, \1)", _SAID.sub(r"\1", sentence)))
 
 
 def _argument(found: re.Match[str]) -> str:
@@ -46,8 +50,9 @@ def _argument(found: re.Match[str]) -> str:
 
 def _is_value(flag: str, word: str) -> bool:
     """Whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
-    choices = next((knob.choices for knob in RunConfig.knobs() if knob.name.replace("_", "-") == flag), None) or ()
-    return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in choices
+    named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
+    choices = named.get(flag) or next((each.choices for each in RunConfig.knobs() if each.label == f"--{flag}"), None)
+    return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in (choices or ())
 
 
 def _value(word: str) -> str:

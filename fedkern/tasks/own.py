@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.code_digest import digest
 from fedkern.errors import RAISED, UserError, described, origin
 from fedkern.leaves import leaves, mapped, together
 from fedkern.models.cutting import logits_of
@@ -54,8 +54,11 @@ class OwnTask(Task):
         better: Literal["max", "min"] | None = None,
     ) -> None:
         self.loss_fn, self.metrics = loss_fn, dict(metrics or {})
+        self._copies: dict[torch.device, nn.Module] = {}
         if not callable(loss_fn):
             raise UserError(f"loss_fn must be a function or a module, not an object of type {type(loss_fn).__name__}.")
+        if "loss" in self.metrics:
+            raise UserError("metrics has one called loss, which is the loss itself: give it another name.")
         for each, metric in self.metrics.items():
             if not callable(metric) and not _stateful(metric):
                 raise UserError(f"the metric {each} must be a function, or an object with update, compute and reset.")
@@ -78,15 +81,7 @@ class OwnTask(Task):
         return self
 
     def digest(self) -> str:
-        """SHA-256 of the code and the state of loss and metrics, by which runs are compared."""
-        found = hashlib.sha256(f"{self.main} {self.better}".encode())
-        for name, given in {"loss_fn": self.loss_fn, **self.metrics}.items():
-            found.update(f"{name};{_source(given)}".encode())
-            if isinstance(given, nn.Module):
-                for key, value in given.state_dict().items():
-                    found.update(key.encode())
-                    found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return digest(main=self.main, better=self.better, loss_fn=self.loss_fn, metrics=self.metrics)
 
     def known(self, batch: Any) -> int:
         return len(batch.indices)
@@ -101,11 +96,21 @@ class OwnTask(Task):
 
     def _checked(self, name: str, function: Callable[..., Any], *given: Any) -> Tensor:
         with _explained(name, function):
-            value: Any = function(*given)
+            value: Any = self._placed(function, given)(*given)
         if not isinstance(value, Tensor) or value.dim():
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{name} must return one number, a tensor of no axes, and returns {what}: take the mean.")
         return value
+
+    def _placed(self, function: Any, given: tuple[Any, ...]) -> Any:
+        """A loss that is a module with tensors (weights of classes) on the device of what it is given."""
+        held = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
+        there = next((leaf.device for leaf in leaves(given) if isinstance(leaf, Tensor)), None)
+        if held is None or there is None or held.device == there:
+            return function
+        if there not in self._copies:
+            self._copies[there] = deepcopy(function).to(there)
+        return self._copies[there]
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
@@ -115,6 +120,7 @@ class OwnTask(Task):
         objects = {name: deepcopy(metric) for name, metric in self.metrics.items() if _stateful(metric)}
         functions = {name: metric for name, metric in self.metrics.items() if name not in objects}
         kept: list[tuple[Any, Any]] = []
+        sizes: list[int] = []
         sums = dict.fromkeys(functions if self.whole else (), 0.0)
         for metric in objects.values():
             metric.reset()
@@ -133,6 +139,7 @@ class OwnTask(Task):
                 pair = mapped(_kept, outputs), mapped(_kept, batch.targets)
                 if functions:
                     kept.append(pair)
+                    sizes.append(samples)
                     size += sum(leaf.nbytes for leaf in leaves(pair) if isinstance(leaf, Tensor))
                     if size > MOST:
                         raise UserError(
@@ -146,7 +153,13 @@ class OwnTask(Task):
             raise ValueError("data: expected at least one sample, given none")
         values = {name: value / count for name, value in sums.items()}
         if kept:
-            outputs, targets = (together(list(part)) for part in zip(*kept, strict=True))
+            try:
+                outputs, targets = (together(list(part), sizes) for part in zip(*kept, strict=True))
+            except RuntimeError as error:
+                raise UserError(
+                    f"The outputs or targets of batches cannot be concatenated for {', '.join(functions)} "
+                    f"({described(error)}): use an object with update, compute and reset, which sees a batch at a time."
+                ) from error
             values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
         values |= {name: _number(name, metric.compute) for name, metric in objects.items()}
         found = {**{name: values[name] for name in self.metrics}, "loss": total / count}
@@ -171,15 +184,6 @@ def _first_parameter(function: Callable[..., Any]) -> str:
         return next(iter(inspect.signature(function).parameters), "")
     except (TypeError, ValueError):
         return ""
-
-
-def _source(given: Any) -> str:
-    """The code of a function, class or object; its name where the code is nowhere."""
-    code = given if inspect.isroutine(given) or inspect.isclass(given) else type(given)
-    try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):
-        return f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', type(given).__qualname__)}"
 
 
 def _number(name: str, metric: Callable[..., Any], *given: Any) -> float:

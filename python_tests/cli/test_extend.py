@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +117,7 @@ def test_a_schedule_over_all_rounds_is_told(result):
 def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch, tmp_path):
     given = finished_runs.parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
     monkeypatch.setattr(extending, "extend", lambda out, rounds: RunConfig.make("fedavg", rounds=rounds))
-    monkeypatch.setattr(RunConfig, "load", lambda *_, **__: SimpleNamespace(plugins={}))
+    monkeypatch.setattr(RunConfig, "load", lambda *_, **__: RunConfig.make("fedavg"))
     (tmp_path / "run").mkdir()
     again, plain = finished_runs.extended(given), parse(["--resume", "run", *flags, "--workers", "2"])
     assert {**vars(again), "predictions": False} == vars(plain)

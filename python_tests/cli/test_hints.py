@@ -60,8 +60,8 @@ def test_the_command_line_names_the_way_out(line, way, fails, tmp_path):
         ({"resume": True}, 'Did you mean "fedkern.load(DIR).resume()"?'),
         ({"quiet": True}, 'Did you mean "progress=False"?'),
         ({"tensorboard": True}, 'Did you mean "listener=fedkern.listeners.TensorBoard()"?'),
-        ({"lr": [1e-3, 1e-2]}, "--sweep lr=0.001,0.01."),
-        ({"data": "images/cats"}, "--data-root images/cats."),
+        ({"lr": [1e-3, 1e-2]}, 'fedkern.compare(METHOD, sweep={"lr": [0.001, 0.01]})'),
+        ({"data": "images/cats"}, 'data="folder", or csv for a list of them, with data_root="images/cats".'),
         ({"method": ["fedavg", "scaffold"]}, "fedkern.compare takes several"),
     ],
 )

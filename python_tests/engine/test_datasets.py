@@ -7,16 +7,19 @@ import random
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import fedkern
+from fedkern.data.holdout import hold_out
 from fedkern.data.items import Items
 from fedkern.errors import UserError
 from fedkern.flower.own_data import form_of
@@ -426,7 +429,7 @@ def test_another_loss_is_no_resumption(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fedkern.simulate("fedavg", **data, loss_fn=first_loss, rounds=3, out=tmp_path / "run", listener=Stop(), **HERE)
     for changed, said in (
-        ({"loss_fn": second_loss}, "The loss or a metric is another than when the run in .* began"),
+        ({"loss_fn": second_loss}, "The loss, a metric or the collation is another than when the run in .* began"),
         (
             {"loss_fn": first_loss, "data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))]},
             "The data are not those",
@@ -438,6 +441,131 @@ def test_another_loss_is_no_resumption(tmp_path):
 
 
 # -- what is not taken -------------------------------------------------------------------------------------------------
+
+
+class Loss:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, outputs, targets):
+        return self.weight * nn.functional.cross_entropy(outputs, targets)
+
+
+def scaled(weight):
+    return lambda outputs, targets: weight * nn.functional.cross_entropy(outputs, targets)
+
+
+def weighted(outputs, targets, weight=1.0):
+    return weight * nn.functional.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Loss, scaled, lambda weight: partial(weighted, weight=weight), lambda beta: nn.SmoothL1Loss(beta=float(beta)),
+     lambda weight: nn.CrossEntropyLoss(weight=torch.full((3,), float(weight)))],
+)  # fmt: skip
+def test_a_hash_tells_losses_apart_by_what_they_hold(make):
+    assert OwnTask(make(1)).digest() == OwnTask(make(1)).digest()
+    assert OwnTask(make(1)).digest() != OwnTask(make(2)).digest()
+
+
+def test_a_hash_is_of_a_lambda_alone():
+    first, second = OwnTask(lambda a, b: (a - b).square().mean()), OwnTask(
+        lambda a, b: (a - b).square().mean()
+    )  # fmt: skip
+    assert first.digest() == second.digest() != OwnTask(lambda a, b: (a - b).abs().mean()).digest()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.array(["a", "b"])[0], np.array(["a", "b"])[1]), (np.array(["a"]), np.array(["b"])),
+        (Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 9)), (torch.zeros(2), torch.ones(2)), (1.0, 2.0),
+        (b"a", b"b"), ({"x": 1}, {"x": 2}), (Loss(1), Loss(2)),
+        (np.datetime64("2026-01-01"), np.datetime64("2026-01-02")),
+    ],
+)  # fmt: skip
+def test_items_of_any_kind_have_hashes(one, other):
+    def digest(value):
+        return Items(Listed([value]), "x", CLASSIFICATION, default_collate).digest()
+
+    assert digest(one) == digest(copy.deepcopy(one)) != digest(other)
+
+
+class Opened(Dataset):
+    """Items of an open file, whose position processes would share."""
+
+    def __init__(self, path, count):
+        self.file, self.count = path.open("rb"), count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.file.seek(4 * index)
+        return torch.frombuffer(bytearray(self.file.read(4)), dtype=torch.uint8).float(), index % 2
+
+
+def test_open_files_are_not_shared_by_a_fork(tmp_path):
+    (tmp_path / "values").write_bytes(bytes(range(200)))
+    given = {"data": [Opened(tmp_path / "values", 20), Opened(tmp_path / "values", 30)], "model": nn.Linear(4, 2)}
+    given |= {"test": Opened(tmp_path / "values", 9), "rounds": 2}
+    told = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **{**HERE, "workers": 2})
+    alone = fedkern.simulate("fedavg", **given, out=tmp_path / "alone", **HERE)
+    assert "cannot be pickled" in told.summary["diagnostics"]["no-workers"]
+    assert same(state(told), state(alone))
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return [self.left(x), self.right(x)]
+
+
+def both(outputs, targets):
+    return sum(nn.functional.mse_loss(*pair) for pair in zip(outputs, targets, strict=True))
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_several_targets_and_outputs_are_put_together_by_place(size, tmp_path):
+    def rows(count):
+        return Listed([(torch.full((3,), float(i)), (torch.tensor([float(i)]), torch.zeros(1))) for i in range(count)])
+
+    seen = {}
+
+    def first(outputs, targets):
+        seen["shapes"] = [len(outputs), len(targets), *targets[0].shape]
+        return targets[0].mean()
+
+    given = {"data": [rows(12)], "test": rows(11), "model": Heads(), "loss_fn": both, "metrics": {"first": first}}
+    run = fedkern.simulate("fedavg", **given, rounds=1, batch_size=size, out=tmp_path / "run", **HERE)
+    assert seen["shapes"] == [2, 2, 11, 1]
+    assert run.metrics["first"] == 5.0
+    assert [leaf.shape for leaf in run.predict(rows(7))] == [(7, 1), (7, 1)]
+
+
+def test_prediction_needs_no_targets(tmp_path):
+    given = {"data": [table(12)], "test": table(6), "model": nn.Linear(4, 4), "rounds": 1}
+    run = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **HERE)
+    rows = table(5).tensors[0]
+    assert torch.equal(run.predict(TensorDataset(rows)), run.predict(table(5)))
+    with pytest.raises(UserError, match="the network fails on the samples"):
+        run.predict(rows.double())
+    two = fedkern.simulate(
+        "fedavg", data=[triples(12)], test=triples(6), model=Two(), rounds=1, out=tmp_path / "two", **HERE
+    )
+    left, right = torch.rand(5, 2), torch.rand(5, 3)
+    assert torch.equal(two.predict(TensorDataset(left, right)), two.predict((left, right)))
+
+
+def test_an_unseen_client_leaves_pooled_sets(tmp_path):
+    own = {name: table(count, seed) for seed, (name, count) in enumerate({"a": 5, "b": 6, "c": 7}.items(), 5)}
+    data = fedkern.FederatedData.from_datasets({name: table(12, k) for k, name in enumerate("abc")}, own)
+    kept = hold_out(data, held_out="a", share=0.0, seed=0)
+    assert {name: len(split) for name, split in kept.tests.items()} == {"": 13, "held_out": 17}
 
 
 class Broken(Listed):
@@ -488,6 +616,8 @@ SENTENCES = {
     "clients": ({"clients": 4}, 'clients is "4", and the data have 1'),
     "option": ({"data_options": {"cue_clients": 1}}, "cue_clients has no effect on data in memory"),
     "width": ({"width": 3}, "width has no effect on a module"),
+    "named loss": ({"metrics": {"loss": first_loss}}, "metrics has one called loss"),
+    "ten classes": ({"classes": 10}, "tells 4 classes, and the data have 10"),
     "class": ({"classes": ["a"]}, "classes must name at least 2"),
     "number": ({"data": table(9), "clients": "two"}, 'clients must be an integer, not "two"'),
     "patients": ({"dp_clip": 1.0, "dp_noise": 1.0, "privacy_unit": "patient"}, "patient"),
@@ -645,6 +775,12 @@ def test_every_seed_of_a_comparison_shares_a_set_out_anew(tmp_path):
     again = {**given, **shared, "progress": False, "out": tmp_path / "all"}
     found = fedkern.compare(["fedavg"], seeds=2, sweep={"train_samples": [30, 40]}, **again)
     assert fedkern.compare(["fedavg"], seeds=2, sweep={"train_samples": [30, 40]}, **again).table == found.table
+    lists = {**given, "data": [table(30), table(30, 3)], "progress": False}
+    fedkern.compare(["fedavg"], seeds=1, sweep={"train_samples": [10, 60]}, **lists, out=tmp_path / "lists")
+    folders = [folder for folder in (tmp_path / "lists").iterdir() if folder.is_dir()]
+    assert len({fedkern.load(folder).metrics["loss"] for folder in folders}) == 2
+    with pytest.raises(UserError, match="partition has no effect on data in memory"):
+        fedkern.compare(["fedavg"], seeds=1, sweep={"partition": ["iid"]}, **lists, out=tmp_path / "no")
     weights = [
         [update["samples"] for update in fedkern.load(folder).history.records[0]["clients"].values()]
         for folder in sorted((tmp_path / "all").iterdir()) if folder.is_dir()

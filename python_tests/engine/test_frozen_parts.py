@@ -149,7 +149,7 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
 
 
 WRONG = {
-    "no name": ({"freeze": "bakbone.*"}, r"--freeze bakbone\.\* matches no parameter of module:Backbone, whose parts "
+    "no name": ({"freeze": "bakbone.*"}, r'freeze="bakbone\.\*" matches no parameter of module:Backbone, whose parts '
                 r'are backbone\.\*, head\.\*\. Did you mean "backbone\.\*"\?'),
     "everything": ({"freeze": "*"}, "every parameter of module:Backbone is frozen, so there is nothing to train"),
 }  # fmt: skip

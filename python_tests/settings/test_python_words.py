@@ -19,7 +19,7 @@ from fedkern.settings.python_words import python_words, spoken
          "continue it with fedkern.load('a b').resume(), or choose another out."),
         ("go on with --resume, or", "go on with resume(), or"),
         ("name another folder with --out.", "name another folder with out=."),
-        ("compare METHOD --sweep lr=0.1,0.2.", 'compare METHOD sweep={"lr": [0.1, 0.2]}.'),
+        ("compare METHOD --sweep lr=0.1,0.2.", 'fedkern.compare(METHOD, sweep={"lr": [0.1, 0.2]}).'),
         ("take --network last (in Python best=False).", "take best=False."),
         ("give --model 'x.py:N' (in Python trusted=[...]).", "give trusted=[...]."),
         ("name its code, --model FILE.py:NAME.", 'name its code, model="FILE.py:NAME".'),

@@ -21,7 +21,7 @@ from fedkern import plugins
 from fedkern.engine.executors.sizing import unavailable
 from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Setup
-from fedkern.messages.packets import NotPortable, Packer, check_portable
+from fedkern.messages.packets import NotPortable, Packer, check_portable, only_code_bars
 
 
 class _Process(Protocol):
@@ -73,7 +73,8 @@ def own_nursery(setup: Setup) -> Iterator[None]:
         try:
             check_portable(setup)
         except NotPortable:
-            if (made := _fork(setup)) is not None:
+            # What is open, such as a file of samples, would have one position for all processes.
+            if only_code_bars(setup) and (made := _fork(setup)) is not None:
                 _own.append(made)
     try:
         yield

@@ -12,6 +12,7 @@ import torch
 
 from fedkern import versions
 from fedkern.data import FederatedData
+from fedkern.data.identity import code_of
 from fedkern.engine.executors import team
 from fedkern.engine.store.checkpoints import Checkpoints, newest
 from fedkern.engine.store.saved_model import damaged
@@ -81,7 +82,7 @@ def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[s
     return {
         "config": config.to_dict(),
         "data": fingerprint,
-        "task": data.task.digest(),
+        "task": code_of(data),
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(config.device),
@@ -107,8 +108,8 @@ def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequenc
         raise UserError(f"The data are not those that {out} was started with: restore the files, or start anew.")
     if info["task"] != facts["task"]:
         raise UserError(
-            f"The loss or a metric is another than when the run in {out} began: give the same loss_fn and metrics, or "
-            "start a new run."
+            f"The loss, a metric or the collation is another than when the run in {out} began: give the same loss_fn, "
+            "metrics and collate_fn, or start a new run."
         )
     for what, total in facts["names"].items():
         if info["names"][what] != total:
