@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +26,7 @@ class ImageForm:
         augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
         window: the values of such files that become black and white, or None.
+        seen: size and colour of the files in words, where a network sees others.
     """
 
     noun: ClassVar[str] = "images"
@@ -37,6 +38,7 @@ class ImageForm:
     augment: str = "none"
     grey_bits: int = 16
     window: tuple[float, float] | None = None
+    seen: str = field(default="", compare=False)
 
     def said(self) -> str:
         """The size of a sample in words."""

@@ -73,8 +73,8 @@ def _looked_at(paths: Sequence[Path], max_pixels: int) -> np.ndarray:
     return np.concatenate(found) if found else np.empty(0)
 
 
-def seen_as(paths: Sequence[Path], size: int, grey: bool, max_pixels: int) -> list[str]:
-    """A sentence on the sizes and colours of up to `LOOKED_AT` files, where a network sees other ones."""
+def seen_as(paths: Sequence[Path], size: int, grey: bool, max_pixels: int) -> str:
+    """Words on the sizes and colours of up to `LOOKED_AT` files, where a network sees other ones; else empty."""
     chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     found: list[tuple[str, tuple[int, int]] | None] = [None] * len(chosen)
 
@@ -88,6 +88,6 @@ def seen_as(paths: Sequence[Path], size: int, grey: bool, max_pixels: int) -> li
     sizes = sorted({sides for _, sides in filter(None, found)}, key=lambda sides: (sides[0] * sides[1], sides))
     own = "grey" if grey else "RGB"
     if not sizes or (kinds == [own] and sizes == [(size, size)]):
-        return []
+        return ""
     ends = " to ".join(dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1])))
-    return [f"Images of {ends} pixels in {listed(kinds)} are seen as {size}x{size} in {own}."]
+    return f"images of {ends} pixels in {listed(kinds)}, seen as {size}x{size} in {own}"

@@ -172,13 +172,13 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         drawn_validation="validation" not in listing.splits,
         notices=(
             *listing.notices,
-            *seen_as(tuple(numbers), reading.size, grey, reading.max_image_pixels),
             *_scaled(listing, tops, bits, window),
             *_repeated(listing),
             *_siteless(listing, rows),
         ),
         grey_bits=bits,
         window=window,
+        seen=seen_as(tuple(numbers), reading.size, grey, reading.max_image_pixels),
     )
 
 

@@ -73,7 +73,7 @@ def test_what_files_hold_and_a_network_sees_is_told(scans):
     data = load("folder", root=scans, clients=2, partition="iid", options={"size": 16, "window": "1%,90%"},
                 notice=told.append)  # fmt: skip
     assert data.form.window == pytest.approx((40 + AIR, 40 + AIR), abs=90)
-    assert f"Images of {SIDE}x{SIDE} pixels in 16-bit grey are seen as 16x16 in RGB." in told
+    assert data.form.seen == f"images of {SIDE}x{SIDE} pixels in 16-bit grey, seen as 16x16 in RGB"
     assert any(each.startswith("Greys of more than 8 bits: values from") for each in told)
 
 
