@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -88,13 +88,19 @@ def _source(code: Any) -> str:
     """The text of a function or class; of a lambda, whose lines hold more, its byte code; else the name."""
     name = f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', '')}"
     if isinstance(code, FunctionType) and code.__name__ == "<lambda>":
-        return _bytecode(code.__code__)
+        return "\n".join(instructions(code.__code__))
     try:
         return textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
-        return f"{name} {_bytecode(code.__code__)}" if isinstance(code, FunctionType) else name
+        return "\n".join([name, *instructions(code.__code__)]) if isinstance(code, FunctionType) else name
 
 
-def _bytecode(code: CodeType) -> str:
-    consts = [_bytecode(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {consts}"
+def instructions(code: CodeType) -> Iterator[str]:
+    """What a piece of code does, without line numbers."""
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames, code.co_freevars))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from instructions(constant)
+        else:  # the order of a set depends on the process
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

@@ -14,9 +14,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
+from fedkern.code_digest import instructions
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.options import Options, Value
@@ -183,18 +184,8 @@ def _compiled(kind: type) -> Iterator[str]:
         if isinstance(function, FunctionType):
             yield name
             yield repr(function.__defaults__)
-            yield from _instructions(function.__code__)
+            yield from instructions(function.__code__)
         elif isinstance(value, type) and value.__qualname__ == f"{kind.__qualname__}.{name}":
             yield from (name, *_compiled(value))
         elif not name.startswith("__") and isinstance(value, (*_PLAIN, tuple)):
             yield f"{name}={value!r}"
-
-
-def _instructions(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield repr((code.co_names, code.co_varnames, code.co_freevars))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instructions(constant)
-        else:  # the order of a set depends on the process
-            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
