@@ -100,10 +100,8 @@ class DataFunction:
             raise UserError(
                 f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
             )
-        shares = (
-            parse_partition(self._partition).text,
-            data.statistics.partition,
-        )  # also of a run that was begun with it
+        # The data's own word is that of a run that was begun with it.
+        shares = (parse_partition(self._partition).text, data.statistics.partition)
         if "partition" not in self.takes and spec.text not in shares:
             raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')
 

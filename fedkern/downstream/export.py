@@ -67,6 +67,7 @@ class Exportable:
         args, kwargs: what it takes for two samples.  A batch of one would be taken for a constant.
         judged: what of an output is compared: of images the probabilities of the classes.
         about: entries of the JSON file.
+        raw: what of them the ``input`` of a state dict is, whose network does not normalise.
         names: of the inputs in an ``onnx`` file; empty: as the exporter names them.
         unfit: why only a state dict can be written; else empty.
     """
@@ -77,6 +78,7 @@ class Exportable:
     kwargs: dict[str, Any]
     judged: Callable[[Tensor], Tensor]
     about: dict[str, Any]
+    raw: Any
     names: tuple[str, ...] = ()
     unfit: str = ""
 
@@ -101,12 +103,12 @@ def of_images(predictor: Predictor) -> Exportable:
         "task": predictor.task.name, "classes": list(predictor.classes), "channels": channels,
         "image_size": [height, width], "mean": list(predictor.mean), "std": list(predictor.std),
         "grey_bits": predictor.grey_bits, "input": "fp32 [B, C, H, W] in [0, 1]", "output": "logits",
-        "state-dict": "fp32 [B, C, H, W], normalised by mean and std",
     }  # fmt: skip
+    raw = "fp32 [B, C, H, W], normalised by mean and std"
     example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
     network = predictor.module.cpu()
     program = Deployed(predictor).eval()
-    return Exportable(network, program, (example,), {}, predictor.task.probabilities, about, ("images",))
+    return Exportable(network, program, (example,), {}, predictor.task.probabilities, about, raw, ("images",))
 
 
 def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
@@ -123,8 +125,9 @@ def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
         inputs = form.noise(2, np.random.default_rng(0))
     by_name = isinstance(inputs, Keywords)
     args = () if by_name else tuple(inputs) if isinstance(inputs, Positional) else (inputs,)
-    about = {**told, "output": "what the network gives"}
-    return Exportable(network, network, args, dict(inputs) if by_name else {}, Tensor.float, about, unfit=unfit)
+    told["output"] = "what the network gives"
+    kwargs = dict(inputs) if by_name else {}
+    return Exportable(network, network, args, kwargs, Tensor.float, told, told["input"], unfit=unfit)
 
 
 @reproducible()
@@ -158,9 +161,7 @@ def export(found: Exportable, out: Path, kind: str) -> list[Path]:
                 f"No file of --format {kind} can be written of this network and read again ({reason}): take --format "
                 "state-dict, and build the network again from the run folder."
             ) from error
-    normalised = found.about.get("state-dict")
-    about = {name: value for name, value in found.about.items() if name != "state-dict"} | {"format": kind}
-    about |= {"input": normalised} if kind == "state-dict" and normalised else {}
+    about = found.about | {"format": kind} | ({"input": found.raw} if kind == "state-dict" else {})
     path = out.with_name(out.name + ABOUT)
     try:
         atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
