@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +25,8 @@ class ImageForm:
         mean, std: per channel, of images in [0, 1].
         augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
+        window: the values of such files that become black and white, or None.
+        seen: size and colour of the files in words, where a network sees others.
     """
 
     noun: ClassVar[str] = "images"
@@ -35,6 +37,8 @@ class ImageForm:
     std: tuple[float, ...]
     augment: str = "none"
     grey_bits: int = 16
+    window: tuple[float, float] | None = None
+    seen: str = field(default="", compare=False)
 
     def said(self) -> str:
         """The size of a sample in words."""
@@ -48,7 +52,7 @@ class ImageForm:
         """Entries of model.safetensors."""
         return {
             "channels": self.shape[0], "image_size": list(self.shape[1:]), "mean": list(self.mean),
-            "std": list(self.std), "grey_bits": self.grey_bits,
+            "std": list(self.std), "grey_bits": self.grey_bits, "window": self.window and list(self.window),
         }  # fmt: skip
 
     def noise(self, samples: int, rng: np.random.Generator) -> Tensor:
@@ -66,7 +70,8 @@ def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
     if "items" in about:
         return ItemForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
-    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"])
+    window = about["window"] and tuple(about["window"])
+    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"], window=window)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,6 +145,7 @@ def read_images(
     pad: bool = False,
     max_pixels: int = MAX_PIXELS,
     bits: int = BITS[-1],
+    window: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
@@ -151,13 +153,15 @@ def read_images(
     alpha channel or a transparent colour, and negative where a TIFF says that 0 is white.
 
     Grey values of files with more than eight bits are scaled from 0 to 2**bits - 1, whatever a file holds; fractions
-    from 0 to 1.
+    from 0 to 1.  With a ``window`` they are scaled from its lower to its upper end, and those outside become black or
+    white.
 
     Args:
         grey: one channel instead of three.
         pad: keep the proportions of an image that is not square, with black bars on both sides.
         max_pixels: most pixels of an image, as its file announces them.
         bits: bits of a grey value in files with more than eight, from :func:`grey_bits`; 0: there are no such files.
+        window: see `fedkern.data.greys.window_of`; None: none.
 
     Returns:
         uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
@@ -177,7 +181,7 @@ def read_images(
                 _check_bands(image, paths[row], data)
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
-                whole = _on_white(_eight_bits(image, paths[row], data, bits)).convert(mode)
+                whole = _on_white(_eight_bits(image, paths[row], data, bits, window)).convert(mode)
                 small = _padded(whole, size) if pad else whole.resize((size, size), Image.Resampling.BICUBIC)
             images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
         except (UserError, MemoryError):
@@ -195,7 +199,7 @@ class ImageFiles:
 
     Attributes:
         paths: the files, each once.
-        size, data, grey, pad, max_pixels, bits: see `read_images`.
+        size, data, grey, pad, max_pixels, bits, window: see `read_images`.
     """
 
     paths: Sequence[Path]
@@ -205,6 +209,7 @@ class ImageFiles:
     pad: bool = False
     max_pixels: int = MAX_PIXELS
     bits: int = BITS[-1]
+    window: tuple[float, float] | None = None
 
     things: ClassVar[str] = "images"
     thing: ClassVar[str] = "image"
@@ -220,7 +225,7 @@ class ImageFiles:
     @property
     def how(self) -> tuple[Any, ...]:
         """Everything but the files that decides the decoded images."""
-        return self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits
+        return self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
 
     @property
     def sources(self) -> Iterator[Path]:
@@ -231,8 +236,9 @@ class ImageFiles:
         """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
         paths = [self.paths[row] for row in rows.tolist()]
         return read_images(
-            paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels, bits=self.bits
-        )
+            paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels, bits=self.bits,
+            window=self.window,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -329,7 +335,7 @@ def read_mask(
                     f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
                     "at edges; save masks as PNG, from the numbers themselves"
                 )
-            if mask.mode not in ("1", "L", "P", "F") and not _deep(mask):
+            if mask.mode not in ("1", "L", "P", "F") and not is_deep(mask):
                 raise UserError(
                     f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
                     "class numbers, or of 0 and 255"
@@ -423,7 +429,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
 
 
-def _deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether the image has one channel of whole numbers beyond eight bits."""
     return image.mode.startswith("I")
 
@@ -456,7 +462,7 @@ def grey_tops(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict[Path,
     def look(row: int) -> None:
         # A file that cannot be read is named where it is decoded, if it is needed at all.
         with suppress(Exception), open_image(chosen[row], max_pixels) as image:
-            if _deep(image):
+            if is_deep(image):
                 values = np.asarray(image)
                 tops[row] = values.max() if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
 
@@ -474,13 +480,20 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     return out
 
 
-def _eight_bits(image: Image.Image, path: Path, data: str, bits: int) -> Image.Image:
+def _eight_bits(
+    image: Image.Image, path: Path, data: str, bits: int, window: tuple[float, float] | None
+) -> Image.Image:
     """The upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
     turned = upright(image)
-    if image.mode != "F" and not _deep(image):
+    if image.mode != "F" and not is_deep(image):
         return turned
     values = np.asarray(turned)
     low, high = float(values.min()), float(values.max())
+    if window is not None:
+        if not math.isfinite(low + high):
+            raise UserError(f'data set "{data}": the image {path} holds grey values that are not finite; replace them')
+        scaled = 255 * np.clip((values.astype(np.float64) - window[0]) / (window[1] - window[0]), 0, 1)
+        return _with_clear(255 - scaled if _negative(image) else scaled, values, image)
     top = 1 if image.mode == "F" else 2**bits - 1
     if image.mode != "F" and not bits:
         raise UserError(
@@ -494,11 +507,14 @@ def _eight_bits(image: Image.Image, path: Path, data: str, bits: int) -> Image.I
         )
         raise UserError(
             f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
-            f"choose the range that shows what matters and save it with 8 or 16 bits{more}"
+            f"choose the range that shows what matters with --data-option window=CENTRE,WIDTH{more}"
         )
-    if _negative(image):
-        values = top - values
-    grey = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    return _with_clear((top - values if _negative(image) else values) * (255 / top), values, image)
+
+
+def _with_clear(scaled: npt.NDArray[Any], values: npt.NDArray[Any], image: Image.Image) -> Image.Image:
+    """The image of greys from 0 to 255, with the transparency that the file's own ``values`` have."""
+    grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey

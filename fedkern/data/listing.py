@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.full_masks import FullMasks
+from fedkern.data.greys import Window, seen_as, window_of
 from fedkern.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -50,6 +51,7 @@ class Reading:
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
         max_image_pixels: most pixels of an image, as its file announces them.
         bits: bits of a grey value in files with more than eight; 0: `fedkern.data.images.grey_bits` tells.
+        window: the values of such files that become black to white, see `fedkern.data.greys.window_of`.
     """
 
     size: int
@@ -60,6 +62,7 @@ class Reading:
     crop: int = 0
     max_image_pixels: int = MAX_PIXELS
     bits: int = 0
+    window: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,9 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
     tops = {} if reading.bits else grey_tops(tuple(numbers), reading.max_image_pixels)
     bits = reading.bits or grey_bits(tops.values())
-    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_image_pixels, bits)
+    window = window_of(reading.window, tuple(numbers), reading.max_image_pixels)
+    how = reading.pad, reading.max_image_pixels, bits, window
+    files = ImageFiles(tuple(numbers), reading.size, data, grey, *how)
 
     def pool(chosen: Tensor) -> Pool:
         masks = listing.masks
@@ -165,8 +170,15 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
         drawn_validation="validation" not in listing.splits,
-        notices=(*listing.notices, *_scaled(listing, tops, bits), *_repeated(listing), *_siteless(listing, rows)),
+        notices=(
+            *listing.notices,
+            *_scaled(listing, tops, bits, window),
+            *_repeated(listing),
+            *_siteless(listing, rows),
+        ),
         grey_bits=bits,
+        window=window,
+        seen=seen_as(tuple(numbers), reading.size, grey, reading.max_image_pixels),
     )
 
 
@@ -185,8 +197,13 @@ def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
     return [int(row) for row in np.argsort(position, kind="stable")]
 
 
-def _scaled(listing: Listing, tops: Mapping[Path, int], bits: int) -> list[str]:
+def _scaled(listing: Listing, tops: Mapping[Path, int], bits: int, window: Window | None) -> list[str]:
     """A sentence on how greys of more than eight bits are scaled, with the sites whose files have fewer bits."""
+    if window is not None:
+        low, high = window
+        return [
+            f"Greys of more than 8 bits: values from {low:g} to {high:g} become 0 to 255, and others black or white."
+        ]
     if not bits:
         return []
     values: dict[str, list[int]] = {}
@@ -194,7 +211,7 @@ def _scaled(listing: Listing, tops: Mapping[Path, int], bits: int) -> list[str]:
         if site and path in tops:
             values.setdefault(site, []).append(tops[path])
     range_ = f"0 to {2**bits - 1:,} become 0 to 255 in every image"
-    told = [f"Greys of more than 8 bits: {range_}; --data-option bits=N takes another range."]
+    told = [f"Greys of more than 8 bits: {range_}; --data-option window=CENTRE,WIDTH keeps what matters."]
     darker = {site: 2 ** (bits - own) for site, top in values.items() if (own := grey_bits(top)) < bits}
     if darker:
         shown = first_of([f"{site} ({times} times)" for site, times in sorted(darker.items())], SHOWN)

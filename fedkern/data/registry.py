@@ -114,6 +114,11 @@ _READING = {
     "bits": DataOption(
         0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
     ),
+    "window": DataOption(
+        "",
+        "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH such as 40,400, or "
+        "percentiles such as 1%,99%; others become black or white",
+    ),
     "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
     "test_share": DataOption(0.2, "share held out as test set where there is none", low=0, high=0.9),

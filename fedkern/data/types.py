@@ -96,7 +96,7 @@ class Source:
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
         notices: sentences for the user on what was read otherwise than it is written, or left out.
         drawn_validation: whether the validation images were drawn from those that clients would train on.
-        grey_bits: as in `ImageForm`; None where the reader does not say.
+        grey_bits, window, seen: as in `ImageForm`; None where the reader does not say.
     """
 
     classes: tuple[str, ...]
@@ -116,6 +116,8 @@ class Source:
     notices: tuple[str, ...] = ()
     drawn_validation: bool = False
     grey_bits: int | None = None
+    window: tuple[float, float] | None = None
+    seen: str = ""
 
     def with_pools(self, change: Callable[[Pool], Pool]) -> Source:
         """The data set with every pool changed."""

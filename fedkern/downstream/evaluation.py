@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 
 from fedkern.data import FederatedData, load
 from fedkern.data.forms import form_of
+from fedkern.data.greys import as_text
 from fedkern.data.registry import lookup
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
@@ -29,6 +30,7 @@ from fedkern.methods.common.final_figures import final_figures
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
+from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.torch_modes import cpu_threads, reproducible
 
@@ -61,7 +63,8 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        own = {**_as_trained(config.data, about, config), **config.data_options}
+        trained = _as_trained(config.data, about, config)
+        own = {**trained, **config.data_options, **{key: trained[key] for key in ("window",) if key in trained}}
         config = config.replace(data_root=data_root or config.data_root, data_options=own)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     elif not isinstance(data, str):
@@ -75,6 +78,9 @@ def evaluate_run(
         )  # fmt: skip
     loaded = _fitted(loaded, about, Path(out))
     check_sets(loaded, config.plugins)
+    if progress is not None and config.records != "private":
+        for line in _counted(loaded):
+            progress(line)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     flat, device = "samples" not in about, torch.device(config.device)
@@ -88,9 +94,28 @@ def evaluate_run(
         return {**found, **final_figures(sets, loaded.classes).metrics, **found}, tuple(loaded.tests)
 
 
+def _counted(data: FederatedData) -> Iterator[str]:
+    """A line on every test set: its images and patients, and those of every site that it shows."""
+    for name, split in data.tests.items():
+        every, names = torch.arange(len(split)), data.client_names or ()
+        sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
+        parts = [("", every), *((f"{site} ", every[rows]) for site, rows in sites if rows.any())]
+        people = [None if split.patients is None else len(split.patients[rows].unique()) for _, rows in parts]
+        counts = [
+            f"{site}{len(rows):,}" + ("" if who is None else f" of {who:,} patient{'s' * (who != 1)}")
+            for (site, rows), who in zip(parts, people, strict=True)
+        ]
+        yield f"the {set_noun(name)}: {data.form.noun} {', '.join(counts)}"
+
+
 def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[str, object]:
-    """The options by which greys are scaled and labels read as in the training, without a look at the files."""
-    known: dict[str, object] = {"bits": about["grey_bits"]} if "bits" in lookup(data).options else {}
+    """The options by which images are sized, coloured and scaled and labels read as in the training."""
+    known: dict[str, object] = {}
+    options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
+    if "bits" in options:
+        known = {"bits": about["grey_bits"], "window": as_text(about["window"])}
+    if {"size", "colour"} <= {*options} and height == width and not config.data_options.get("crop"):
+        known |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
     if data == config.data == "segmentation":
         known["names"] = "|".join(about["classes"])
     named = data == "csv" and about["task"] in lookup(data).options["task"].choices

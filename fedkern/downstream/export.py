@@ -102,7 +102,8 @@ def of_images(predictor: Predictor) -> Exportable:
     about = {
         "task": predictor.task.name, "classes": list(predictor.classes), "channels": channels,
         "image_size": [height, width], "mean": list(predictor.mean), "std": list(predictor.std),
-        "grey_bits": predictor.grey_bits, "input": "fp32 [B, C, H, W] in [0, 1]", "output": "logits",
+        "grey_bits": predictor.grey_bits, "window": predictor.window, "input": "fp32 [B, C, H, W] in [0, 1]",
+        "output": "logits",
     }  # fmt: skip
     raw = "fp32 [B, C, H, W], normalised by mean and std"
     example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))

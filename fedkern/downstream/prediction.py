@@ -49,7 +49,7 @@ class Predictor:
         task: what the run learnt.
         image_shape: channels, height and width of the images that the network sees.
         mean, std: per channel, of images in [0, 1].
-        grey_bits: as in `fedkern.data.FederatedData`.
+        grey_bits, window: as in `fedkern.data.forms.ImageForm`.
         batch: images that the network sees at once.
     """
 
@@ -67,6 +67,7 @@ class Predictor:
         self.image_shape: tuple[int, int, int] = (about["channels"], height, width)
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
         self.grey_bits: int = about["grey_bits"]
+        self.window = about["window"] and tuple(about["window"])
         self.batch = min(BATCH, max(1, PIXELS // (height * width)))
 
     @classmethod
@@ -116,7 +117,7 @@ class Predictor:
         channels, height, width = self.image_shape
         if height != width:
             raise UserError(f"The network sees images of {height}x{width} pixels, and image files are read as squares.")
-        return read_images(paths, height, "predict", grey=channels == 1, bits=self.grey_bits)
+        return read_images(paths, height, "predict", grey=channels == 1, bits=self.grey_bits, window=self.window)
 
     @reproducible()
     @torch.no_grad()

@@ -79,7 +79,12 @@ def _inputs(x: Any) -> bool:
 
 _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
 _FORMS = {
-    False: {**_IMAGES, "classes": _list(_text), "grey_bits": lambda x: _count(x) and x <= 16},
+    False: {
+        **_IMAGES,
+        "classes": _list(_text),
+        "grey_bits": lambda x: _count(x) and x <= 16,
+        "window": lambda x: x is None or _list(_number, 2)(x),
+    },
     True: {
         "classes": _list(_text, least=0),
         "items": _list(_text),

@@ -73,6 +73,7 @@ def test_a_prediction_refuses_two_pictures(tmp_path, suffix):
         "image_size": (8, 8),
         "channels": 1,
         "grey_bits": 16,
+        "window": None,
         "mean": (0.5,),
         "std": (0.2,),
     }

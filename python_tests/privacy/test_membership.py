@@ -215,7 +215,7 @@ def release(folder, data, steps):
     config = RunConfig.make("fedavg", data="digits", model="mlp", width=64, clients=2)
     (folder / "config.toml").write_text(config.to_toml())
     about = {"model": "mlp", "width": 64, "task": "classification", "classes": list("abcd"), "channels": 1,
-             "image_size": [8, 8], "mean": [0.5], "std": [0.3], "grey_bits": 8, "method": "fedavg",
+             "image_size": [8, 8], "mean": [0.5], "std": [0.3], "grey_bits": 8, "window": None, "method": "fedavg",
              "rounds": 1}  # fmt: skip
     saved_model.write_model(folder / saved_model.MODEL, model, about)
     return folder

@@ -60,6 +60,7 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
         "mean": [0.5] * next(model.parameters()).shape[1],
         "std": [0.2] * next(model.parameters()).shape[1],
         "grey_bits": 8,
+        "window": None,
         "method": "fedavg",
         "rounds": 2,
     }

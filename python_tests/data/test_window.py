@@ -1,0 +1,99 @@
+"""Windows of greys of more than eight bits: lesions of +35 HU that separate, and what a network keeps of them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fedkern
+from fedkern.data import load
+from fedkern.data.greys import as_text, window_of
+from fedkern.errors import UserError
+
+SIDE, AIR = 24, 1024  # stored values are Hounsfield units + 1024
+HOW = {"model": "cnn", "width": 8, "clients": 2, "partition": "iid", "rounds": 12, "local_epochs": 2, "lr": 0.05,
+       "batch_size": 16, "threads": 1, "workers": 1, "progress": False, "pictures": False, "grad_cam": 0}  # fmt: skip
+
+
+def scan(rng, lesion):
+    """Soft tissue of 40 HU with noise of 20, a lesion of +35 in every second one, and a table of metal below."""
+    values = 40 + AIR + rng.normal(0, 20, (SIDE, SIDE))
+    y, x = rng.integers(6, SIDE - 6, 2)
+    grid = np.mgrid[:SIDE, :SIDE]
+    if lesion:
+        values[(grid[0] - y) ** 2 + (grid[1] - x) ** 2 < 25] += 35
+    values[-1] = rng.uniform(2000, 60000, SIDE)
+    return np.rint(values).astype(np.uint16)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "scans"
+    for i in range(240):
+        (folder / ("ill" if i % 2 else "well")).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scan(rng, i % 2)).save(folder / ("ill" if i % 2 else "well") / f"{i}.png")
+    return folder
+
+
+def options(**more):
+    return {"size": SIDE, "colour": "grey", "test_share": 0.3, **more}
+
+
+@pytest.mark.exhaustive
+def test_lesions_of_35_hu_separate(scans, tmp_path):
+    found = {}
+    for name, more in (("without", {}), ("with", {"window": f"{40 + AIR},400"})):
+        run = fedkern.simulate(
+            "fedavg", data="folder", data_root=scans, data_options=options(**more), out=tmp_path / name, **HOW
+        )
+        found[name] = run.metrics["auroc"]
+    assert found["with"] >= 0.95
+    assert found["without"] < 0.7
+
+
+def test_a_window_is_kept_in_prediction_evaluation_and_export(scans, tmp_path):
+    short = {**HOW, "rounds": 1, "local_epochs": 1, "train_samples": 40}
+    run = fedkern.simulate(
+        "fedavg", data="folder", data_root=scans, data_options=options(window=f"{40 + AIR},400"), out=tmp_path / "run",
+        **short,
+    )  # fmt: skip
+    assert run.evaluate() == pytest.approx(run.metrics)
+    paths = sorted((scans / "ill").iterdir())[:3]
+    raw = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(float)
+    seen = np.rint(255 * np.clip((raw - (AIR - 160)) / 400, 0, 1)).astype(np.uint8)[:, None]
+    np.testing.assert_array_equal(run.predict(paths), run.predict(seen))
+    _, about = run.export(tmp_path / "network.pt", "state-dict")
+    assert json.loads(about.read_text())["window"] == [AIR - 160, AIR + 240]
+    assert run.evaluate("folder", data_root=scans)["accuracy"] >= 0
+
+
+def test_what_files_hold_and_a_network_sees_is_told(scans):
+    told = []
+    data = load("folder", root=scans, clients=2, partition="iid", options={"size": 16, "window": "1%,90%"},
+                notice=told.append)  # fmt: skip
+    assert data.form.window == pytest.approx((40 + AIR, 40 + AIR), abs=90)
+    assert data.form.seen == f"images of {SIDE}x{SIDE} pixels in 16-bit grey, seen as 16x16 in RGB"
+    assert any(each.startswith("Greys of more than 8 bits: values from") for each in told)
+
+
+def test_percentiles_are_of_the_files(scans):
+    paths = sorted(scans.rglob("*.png"))
+    low, high = window_of("0%,100%", paths, 10**6)
+    chosen = [np.asarray(Image.open(path)) for path in paths[::2]]
+    assert (low, high) == (min(each.min() for each in chosen), max(each.max() for each in chosen))
+    assert window_of(as_text((low, high)), paths, 10**6) == (low, high)
+    assert window_of("", paths, 10**6) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("40", "window must be CENTRE,WIDTH such as 40,400"), ("a,b", "must be CENTRE,WIDTH"),
+        ("40,0", "holds no value between 40 and 40"), ("99%,1%", "two from 0 to 100, the lower one first"),
+        ("0%,101%", "two from 0 to 100"),
+    ],
+)  # fmt: skip
+def test_a_wrong_window_is_one_sentence(text, said, scans):
+    with pytest.raises(UserError, match=said):
+        load("folder", root=scans, clients=2, partition="iid", options=options(window=text))
