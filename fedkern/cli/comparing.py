@@ -127,7 +127,7 @@ def compare(request: Request) -> int:
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison.boards import board
     from fedkern.comparison.cell_runner import Runner
-    from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unused_rounds
+    from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unread
     from fedkern.comparison.seed_statistics import Target
 
     given = request.arguments
@@ -136,7 +136,7 @@ def compare(request: Request) -> int:
         return _tell(request, compare_found(given["folders"], out=request.out, target=target), {})
     check_backend()
     shown = board(quiet=request.quiet, json=request.json)
-    notes = unused_rounds(given["variants"], request.settings)
+    notes = unread([*given["variants"]], request.settings, given["options"])
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 

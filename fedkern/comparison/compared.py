@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,14 +174,16 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
     return Comparison(result, where, result.write(where))
 
 
-def unused_rounds(methods: Iterable[str], given: Iterable[str]) -> list[str]:
-    """A sentence where one-shot methods are compared under settings of rounds, which they do not take."""
+def unread(methods: Sequence[str], given: Collection[str], options: Iterable[str]) -> list[str]:
+    """Sentences on settings of rounds, which one-shot methods do not take, and on options that a method has not."""
     names = [name for name in OF_ROUNDS if name in given]
     one_shot = [registry.short(method) for method in methods if registry.get(method).one_shot]
-    if not names or not one_shot:
-        return []
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-    return [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."]
+    told = [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
+    for name in options:
+        others = [registry.short(method) for method in methods if name not in registry.option_names(method)]
+        told += [f'The option "{name}" is not read by {", ".join(others)}.'] if others else []
+    return told
 
 
 @python_words()
@@ -271,7 +273,7 @@ def compare(
 
     module = None if model is None or isinstance(model, str) else model
     played = read_seeds(seeds, int(settings.get("seed", 0)))
-    notes = unused_rounds(names, settings)
+    notes = unread(names, settings, options)
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:

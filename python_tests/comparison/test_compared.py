@@ -45,6 +45,7 @@ def test_methods_are_compared_over_seeds(tmp_path):
     rows = list(csv.DictReader((tmp_path / "x/comparison.csv").open()))
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("fedprox", "fedavg") for s in "01"]
     assert "rests on 2 seeds" in " ".join(found.notes)
+    assert 'The option "mu" is not read by fedavg.' in found.notes
     assert found.plot() == [found.folder / "comparison.png"]
     assert all(word in found._repr_html_() for word in ("<td", "fedprox", " ± ", "rests on 2 seeds", "files in x"))
 
@@ -108,6 +109,8 @@ def test_unfinished_runs_that_are_left_out_are_named(folders, left, monkeypatch,
         ([], {}, "Nothing to compare"),
         (["fedprx"], {}, 'Did you mean "fedprox"'),
         (["fedavg"], {"mu": 1}, "None of the methods"),
+        (["fedprox", "moon"], {"mux": 1}, 'fedprox, moon. has an option "mux". Did you mean "mu"'),
+        (["fedprox"], {"temperature": 1}, 'None of the methods .fedprox. has an option "temperature"'),
         (["fedavg"], {"select": "test"}, "must be validation"),
         (["fedavg"], {"select": "validation"}, "give sweep="),
         (3, {}, "method must be the name of a method"),
