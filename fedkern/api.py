@@ -19,7 +19,8 @@ from fedkern.data.datasets import is_dataset, items_like
 from fedkern.data.registry import check_readable, open_code
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import own_model
+from fedkern.engine import initial_weights, own_model, own_training
+from fedkern.engine.own_training import OwnTraining, taken
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
@@ -29,6 +30,7 @@ from fedkern.extras import needed
 from fedkern.files import check_new
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
+from fedkern.models.own import unwrapped
 from fedkern.settings import given_paths
 from fedkern.settings.config import RunConfig, check_effect
 from fedkern.settings.defaults import NETWORKS
@@ -111,7 +113,8 @@ class Run:
                     f"The run in {out} has {name}={self.config.options.get(name)}, not {name}={value}: give "
                     f"method={registry.short(self.config.method)} without options, or start a new run."
                 )
-        self._data, self._model, self._trusted = data, model, tuple(trusted)
+        self._data, self._model, self._trusted = data, unwrapped(model), tuple(trusted)
+        self._own: OwnTraining | None = None
         for name in self._trusted:
             if named_code.absolute(name) == self.config.data:
                 open_code(name)
@@ -284,8 +287,9 @@ class Run:
         folder = given_paths.absolute({"cache": cache})["cache"]
         config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers), cache=folder)
         _play(
-            config, self.out, self._data, self._model, progress, listener, pictures, resume=True, trusted=self._trusted
-        )
+            config, self.out, self._data, self._model, progress, listener, pictures, resume=True, own=self._own,
+            trusted=self._trusted,
+        )  # fmt: skip
         return self
 
     @python_words()
@@ -313,6 +317,7 @@ class Run:
         self._give_method()
         played = next(knob for knob in RunConfig.knobs() if knob.field == "rounds").convert(rounds)
         own_model.check_given(self.config, self._model, self.out)  # before anything is moved
+        own_training.check_given(self.config, self._own, self.out)
         if self._data is None:
             check_readable(self.config.data)
         self.config = extend(self.out, int(played), trusted=self._trusted)
@@ -361,6 +366,7 @@ def simulate(
     validation: Any = None,
     public: Any = None,
     model: str | nn.Module | None = None,
+    train: Callable[[Any, Any], None] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     metrics: Mapping[str, Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -389,13 +395,16 @@ def simulate(
             :meth:`fedkern.FederatedData.from_datasets`.
         model: name of a network, its code (``FILE.py:NAME``), or a module, which is copied and whose weights are the
             initial ones.
+        train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
+            ``client.batches()``; what it leaves in the model is the upload (docs/own-training.md).
         out: the run folder; default ``runs/<method>-<data>-<time>``.
         progress: show the run's progress on standard error.
         listener: receives the run's events too (docs/listeners.md); one, or a list.
         pictures: draw the pictures into the run folder at the end.  A picture that fails is a warning.
         **settings: settings of the run (docs/running.md; ``fedkern METHOD --help``), options of the method, and
             ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  Paths may be
-            texts or ``Path``.  A name that both the run and the method have means the run's.
+            texts or ``Path``.  ``optimizer`` may be a factory, ``lambda parameters: torch.optim.AdamW(parameters)``,
+            and ``init`` a module.  A name that both the run and the method have means the run's.
 
     Raises:
         UserError: anything the caller can put right, such as an unknown name or a value out of range.
@@ -409,14 +418,18 @@ def simulate(
     }  # fmt: skip
     check_in_memory(data, model, settings)
     data = federated(data, about, settings)
+    own = taken(train, settings)
+    start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
     config, memory, module = requested(method, data, model, settings)
-    check_effect([name for name, value in settings.items() if value is not None], config)
+    check_effect([name for name, value in settings.items() if value is not None and start is None], config)
     if pictures and where is not None:
         check_vacant(where)
         check_free(where, (*PICTURES.values(), PICTURE_LIST))
     folder = reserve(RUNS, run_name(config), "name a run folder with out=") if where is None else where
+    if start is not None:
+        config = config.replace(init=initial_weights.of_module(start, folder))
     try:
-        _play(config, folder, memory, module, progress, listener, pictures, resume=False)
+        _play(config, folder, memory, module, progress, listener, pictures, resume=False, own=own)
     finally:
         if where is None and not any(folder.iterdir()):
             folder.rmdir()
@@ -486,6 +499,9 @@ def requested(
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     if "workers" in settings:
         settings["workers"] = str(settings["workers"])
+    for each in ("freeze", "stages"):
+        if isinstance(settings.get(each), (list, tuple)):
+            settings[each] = ",".join(map(str, settings[each]))
     settings["data_options"] = given_paths.absolute(settings["data_options"])
     plain = given_paths.absolute(settings)
     if memory is not None:
@@ -567,6 +583,8 @@ def load(
     method: Method | type[Method] | None = None,
     data: Any = None,
     model: nn.Module | None = None,
+    train: Callable[[Any, Any], None] | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     trusted: Collection[str] = (),
     **about: Any,
 ) -> Run:
@@ -578,6 +596,7 @@ def load(
             The class must have the code that the run began with.
         data: the run's data, where they were in memory.
         model: the run's network, where it was a module of a script.
+        train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
         trusted: code that the folder names and that may be imported, such as ``["python:MODULE:NAME"]``.
 
     Raises:
@@ -585,6 +604,7 @@ def load(
     """
     run = Run(out, model=model, trusted=trusted, method=method)
     run._data = federated(data, about, vars(run.config))
+    run._own = taken(train, {"optimizer": optimizer})
     return run
 
 
@@ -599,6 +619,7 @@ def _play(
     pictures: bool,
     *,
     resume: bool,
+    own: OwnTraining | None = None,
     trusted: Collection[str] = (),
 ) -> None:
     from fedkern.report.display import display
@@ -608,7 +629,7 @@ def _play(
     shown = display(quiet=not progress, json=False)
     everybody = Listeners(*given, shown)
     try:
-        run(config, out=out, resume=resume, listener=everybody, data=data, model=model, trusted=trusted)
+        run(config, out=out, resume=resume, listener=everybody, data=data, model=model, own=own, trusted=trusted)
     finally:
         shown.close()
     if not pictures:

@@ -17,8 +17,11 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SAYS = {
     "averaging": "of the trimmed mean",
     "distillation": "The student agrees with the labels on 9",
+    "fine_tuning": "from the trained network: 0.9",
     "finished_run": "round 3: accuracy",
     "frozen": "3,960 bytes up",
+    "linear_probe": "accuracy of the probe: 0.",
+    "own_loop": "accuracy after 3 rounds",
     "own_method": "accuracy after 3 rounds",
     "own_model": "accuracy after 3 rounds",
     "regression": "mean absolute error after 5 rounds: 0.6",

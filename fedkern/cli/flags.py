@@ -22,7 +22,17 @@ from fedkern.settings.defaults import default_data, defaults
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
-OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
+OPTIMISER = (
+    "optimizer",
+    "optimizer_state",
+    "lr",
+    "lr_decay",
+    "lr_steps",
+    "lr_step_factor",
+    "momentum",
+    "weight_decay",
+    "clip_norm",
+)
 
 # Headings of the flags in the help; a setting that is missing here stands under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -33,7 +43,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "straggler_rate", "deadline", "late_work", "dp_clip", "dp_noise", "dp_delta", "dp_draws",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
-    "model": ("model", "width", "init", "image_encoder", "text_encoder"),
+    "model": (
+        "model", "width", "init", "init_partial", "freeze", "features", "stages", "image_encoder", "text_encoder",
+    ),
     "run": (),
 }  # fmt: skip
 METAVARS = {
@@ -177,7 +189,8 @@ def _parser(method: str | None, data: str) -> Parser:
             knob = knobs[name]
             default = base.get(name, knob.default)
             shown, told = _metavar(name, knob.type, knob.choices), _describe(knob, default).replace("%", "%%")
-            group.add_argument(flag(name), dest=name, metavar=shown, help=told)
+            alone: dict[str, Any] = {"nargs": "?", "const": "true"} if knob.type is bool else {}
+            group.add_argument(flag(name), dest=name, metavar=shown, help=told, **alone)
         if title == "data":
             for name, given in DATA_FLAGS.items():
                 shown = _metavar(name, type(given.default), given.choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 from fedkern.data.patients import numbered
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
-from fedkern.engine.network import Part, Trainable
+from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
+from fedkern.engine.own_training import Course
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
-from fedkern.engine.training import Context, Schedule, train
+from fedkern.engine.training import Context, Diverged, Schedule, train
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
+from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
+from fedkern.tasks.own import inner
 from fedkern.transfer import fetch
 
 
@@ -38,6 +42,8 @@ class Client(Node):
         self.declared = context.federation.samples[client]
         self.unit = context.federation.unit
         self.state = state
+        self.phase: Phase = BEFORE  # the exchange that the client is asked in
+        self._courses: dict[Phase, Course] = {}
         self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
 
     def warn(self, name: str, text: str) -> None:
@@ -92,12 +98,11 @@ class Client(Node):
         network = context.network("local")
         if parts is None and self.load_pretrained(network.module):
             return {name: value.cpu() for name, value in network.read().items() if name in context.trained_vectors}
-        own = None
-        if config.buffers != "average":
-            own = self._own_buffers()
-            network.write(own or context.initial_buffers())
-        flat = network.there(message["parameters"]) if "parameters" in message else None
-        network.write(message if flat is None else {**message, "parameters": flat})
+        if context.own is not None and context.own.train is not None:
+            model = self.model(message)
+            context.own.run(model, self)
+            return self.upload(model)
+        own, flat = self._loaded(network, message)
         limit = config.local_steps if steps is None else steps
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
         received = self._received(phase, message, epochs, own, anchor, flat)
@@ -107,13 +112,71 @@ class Client(Node):
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
         self.report.update(train(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs))
+        return self._left(network, trained)
+
+    def _loaded(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
+        """Writes a message into the network; returns the buffers of the client's own, and the parameters there."""
+        own = None
+        if self._context.config.buffers != "average":
+            own = self._own_buffers()
+            network.write(own or self._context.initial_buffers())
+        flat = network.there(message["parameters"]) if "parameters" in message else None
+        network.write(message if flat is None else {**message, "parameters": flat})
+        return own, flat
+
+    def _left(self, network: Network, trained: Network | Part) -> Message:
+        """What a trained network, or a part of it, leaves: vectors that travel, and buffers that the client keeps."""
+        policy = self._context.config.buffers
         result = {name: value if name in self.on_gpu else fetch(value) for name, value in trained.read().items()}
-        if config.buffers == "average":
+        if policy == "average":
             return result
-        if config.buffers == "local":
-            whole = result if parts is None else network.read()
+        if policy == "local":
+            whole = result if trained is network else network.read()
             self.state["buffers_local"] = {name: fetch(value) for name, value in whole.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
+
+    # -- a loop of somebody's own ----------------------------------------------------------------------------------
+
+    def _course(self, phase: Phase) -> Course:
+        if phase not in self._courses:
+            limit = self._context.config.local_steps
+            schedule = self._schedule(phase, self._epochs(limit, self.samples), limit)
+            data, schedule = self._context.client_data(self.id), self._until_the_deadline(phase, schedule, None)
+            self._courses[phase] = Course(self, data, schedule, phase)
+        return self._courses[phase]
+
+    @property
+    def lr(self) -> float:
+        return self._course(self.phase).lr
+
+    @property
+    def batch_size(self) -> int:
+        return self._context.config.batch_size
+
+    @property
+    def epochs(self) -> int:
+        return self._course(self.phase).schedule.epochs
+
+    def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
+        network = self._context.network("local").module
+        for batch in self._course(phase or self.phase):
+            if inner(network) is not network and isinstance(batch.inputs, Tensor):
+                batch.inputs = plain_strides(batch.inputs)
+            yield batch
+
+    def model(self, message: Message) -> Any:
+        network = self._context.network("local")
+        self._loaded(network, message)
+        network.train_mode()
+        return copy.deepcopy(inner(network.module))
+
+    def upload(self, model: nn.Module) -> Message:
+        network = self._context.network("local")
+        network.take(model)
+        if not network.finite():
+            done = self._course(self.phase).done
+            raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
+        return self._left(network, network)
 
     def _until_the_deadline(self, phase: Phase, schedule: Schedule, rows: np.ndarray | None) -> Schedule:
         """The schedule, cut short where the client is slow in this round (``--straggler-rate``)."""
@@ -225,7 +288,9 @@ class Client(Node):
         self, phase: Phase, epochs: int, limit: int | None, end: float | None = None, first: int | None = None
     ) -> Schedule:
         config, round = self._context.config, max(phase.round, 0)
-        lr, steps = config.lr * config.lr_decay**round, config.lr_epochs
+        make = None if self._context.own is None else self._context.own.optimizer
+        # A user's optimiser has rates of its own, which the run's schedule multiplies.
+        lr, steps = (config.lr if make is None else 1.0) * config.lr_decay**round, config.lr_epochs
         if limit is not None:
             # A number of steps is another number of epochs at every client.  The rate drops by the run's rounds (or
             # rounds x local epochs) instead, so that it drops in the same round at every client.
@@ -244,9 +309,11 @@ class Client(Node):
             limit=limit,
             optimizer=config.optimizer,
             end=end,
+            keep=config.optimizer_state == "keep",
+            make=make,
         )
 
-    def batches(
+    def in_order(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         return self._context.client_data(self.id).batches(size, augment=augment, rng=rng)

@@ -18,7 +18,7 @@ from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.messages import states
 from fedkern.methods.base import VECTORS
-from fedkern.models.weight_files import read_state_dict
+from fedkern.models.weight_files import bare_names, read_state_dict
 from fedkern.ops import FlatParameters
 from fedkern.settings.run_format import FOLDER
 
@@ -51,7 +51,7 @@ class Teachers:
         for suffix in SUFFIXES:
             path = self.root / f"client-{client}{suffix}"
             if path.exists():
-                _load_state(path, client, read_state_dict(path), module)
+                _load_state(path, client, read_state_dict(path, f"--teachers: {path}"), module)
                 break
         else:
             self._load_of_run(client, module)
@@ -155,7 +155,7 @@ class Teachers:
 
 def _load_state(path: Path, client: int, tensors: Mapping[str, Any], module: nn.Module) -> None:
     try:
-        module.load_state_dict(dict(tensors))
+        module.load_state_dict(dict(bare_names(tensors, module.state_dict())))
     except RuntimeError as error:
         first = str(error).split("\n", 1)[-1].strip().split("\n")[0].rstrip(". ")
         raise UserError(

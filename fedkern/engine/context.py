@@ -20,10 +20,12 @@ from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
+from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
 from fedkern.models.freezing import freeze
+from fedkern.models.hooked import Hooked, find_taps
 from fedkern.models.own import OwnNetwork, seeded
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
@@ -64,6 +66,8 @@ class RunContext:
     its own networks, and sets ``on_notice``.
 
     Attributes:
+        unfit: a sentence on what of ``--init`` the network has not taken.
+        own: functions that the user trains with, or None.
         on_notice: called with the text of every notice; None: nobody listens.
     """
 
@@ -73,6 +77,7 @@ class RunContext:
         data: Any,
         on_notice: Callable[[str], None] | None = None,
         described: dict[str, Any] | None = None,
+        own: OwnTraining | None = None,
     ) -> None:
         self.config, self.data = config, data
         self.on_notice = on_notice
@@ -87,13 +92,14 @@ class RunContext:
         self._clients: dict[int, Reader] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
-        self._described = described
-        self._init: dict[str, Tensor] | None = None
+        self._described, self.own = described, own
+        self._init: Mapping[str, Tensor] | None = None
+        self.unfit = ""
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunContext, (self.config, self.data, None, self.described), {"disclosure": self.disclosure}
+        return RunContext, (self.config, self.data, None, self.described, self.own), {"disclosure": self.disclosure}
 
     def _federation(self) -> Federation:
         splits = self.data.clients
@@ -135,15 +141,26 @@ class RunContext:
         Raises:
             UserError: there is no network ``model``, it is for another task, or the file does not fit it.
         """
-        network: nn.Module = self._built(model, width, classes, seed)
+        network: Any = self._built(model, width, classes, seed)
         if self.config.init is not None and model in (None, self.config.model) and classes is None:
             if self._init is None:
                 self._init = initial_weights.read(self.config.init, self.config.init_sha256)
-            load_by_name(network, self._init, self.config.init, self.model_name)
+            partial = self.config.init_partial
+            self.unfit = load_by_name(network, self._init, self.config.init, self.model_name, partial)
+        if (self.config.features or self.config.stages) and model in (None, self.config.model):
+            network = Hooked(network.module, *self._taps)
         if self.config.freeze is not None and model in (None, self.config.model):
             own = network.module if isinstance(network, OwnNetwork) else network
             freeze(own, self.config.freeze.split(","), self.model_name)
         return network
+
+    @cached_property
+    def _taps(self) -> tuple[Any, ...]:
+        """Where ``--features`` and ``--stages`` take the results of the run's network."""
+        stages = [name.strip() for name in (self.config.stages or "").split(",") if name.strip()]
+        shape = () if self.data.form.lacks else self.data.form.shape
+        network = self._built(None, None, None, None)
+        return find_taps(network, stages, self.config.features, shape, self.model_name)
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         seed = self.config.seed if seed is None else seed
@@ -171,10 +188,10 @@ class RunContext:
     def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.
 
-        A user's network may draw from global generators (dropout).  They begin anew at a word of the node's own stream,
-        so that the bits depend neither on the number of workers nor on an interruption.
+        A user's network or loop may draw from global generators (dropout).  They begin anew at a word of the node's own
+        stream, so that the bits depend neither on the number of workers nor on an interruption.
         """
-        if not any(isinstance(entry.make, models.Own) for entry in self.added_models):
+        if self.own is None and not any(isinstance(entry.make, models.Own) for entry in self.added_models):
             return nullcontext()
         return seeded(int(node.rng("layers", phase).integers(2**63)), self.device)
 

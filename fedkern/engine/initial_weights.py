@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
+from fedkern import atomic
 from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, reading, standing
+from fedkern.models.weight_files import read_state_dict
 from fedkern.settings.config import NAME as CONFIG
 
 MODEL = "model.safetensors"
 """File with the network of a finished run."""
+FILE = "init.safetensors"
+"""File in a run folder with the weights of a module that a script gave as ``init``."""
+_GIVEN: dict[str, bytes] = {}
+"""Such files that are not written yet, by path."""
 
 
 def _file(path: str) -> Path:
@@ -37,10 +43,25 @@ def _file(path: str) -> Path:
         raise UserError(f"--init {path} is the folder of a run that is not finished: {way_out}.")
     if not (folder / MODEL).exists():
         raise UserError(
-            f"--init {path} is a folder without {MODEL}: name the folder of a finished run, or a .safetensors file."
+            f"--init {path} is a folder without {MODEL}: name the folder of a finished run, or a file of weights."
         )
     check_results(folder, MODEL)
     return folder / MODEL
+
+
+def of_module(module: nn.Module, folder: Path) -> str:
+    """Path of the file with a module's weights that :func:`keep` writes into a run folder; it can be read before."""
+    path = str((folder / FILE).absolute())
+    _GIVEN[path] = save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    )
+    return path
+
+
+def keep(path: str | None) -> None:
+    """Writes the file of :func:`of_module`."""
+    if path in _GIVEN:
+        atomic.write_bytes(Path(path), _GIVEN.pop(path))
 
 
 def sha256(path: str) -> str:
@@ -49,12 +70,14 @@ def sha256(path: str) -> str:
     Raises:
         UserError: the file is missing, or no regular file; or the folder holds no finished run.
     """
+    if path in _GIVEN:
+        return hashlib.sha256(_GIVEN[path]).hexdigest()
     with reading(f"--init {path}"), open_regular(_file(path)) as file:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
-def read(path: str, expected: str | None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of the network of a finished run, by name.
+def read(path: str, expected: str | None) -> Mapping[str, Tensor]:
+    """The tensors of a file with a state dict, or of the network of a finished run, by name.
 
     Args:
         path: the file, or the run folder.
@@ -68,10 +91,7 @@ def read(path: str, expected: str | None) -> dict[str, Tensor]:
         whose = "does not hold the network" if Path(path).is_dir() else "is not the file"
         what = "network" if Path(path).is_dir() else "file"
         raise UserError(f"--init {path} {whose} that the run began with: put that {what} back.")
-    try:
-        tensors = load_file(_file(path))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"--init {path} is no safetensors file, or damaged ({error}).") from None
+    tensors = load(_GIVEN[path]) if path in _GIVEN else read_state_dict(_file(path), f"--init {path}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"--init {path}: {name} has values that are not finite.")

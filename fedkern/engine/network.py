@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
+from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.models.freezing import frozen_norms, train_mode
 from fedkern.models.norms import fix_statistics
 from fedkern.models.own import channels_last
 from fedkern.models.python_state import attributes
+from fedkern.models.weight_files import bare_names, misfits
+from fedkern.tasks.own import inner
 
 
 class Network:
@@ -51,6 +54,11 @@ class Network:
     def places(self) -> dict[str, dict[str, slice]]:
         """Where each tensor lies in the vectors of :meth:`read`, by vector and name."""
         return self._flat.places()
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained, views of ``parameters``."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     @property
     def gradients(self) -> Tensor:
@@ -97,6 +105,22 @@ class Network:
         """
         self._flat.load_vectors(message)
 
+    def take(self, module: nn.Module) -> None:
+        """Copies a module's tensors into the network by name; what is frozen stays as it is.
+
+        Raises:
+            UserError: a name or shape differs.
+        """
+        own = inner(self.module)
+        now = own.state_dict()
+        given = bare_names(inner(module).state_dict(), now)
+        still = {name for name, each in own.named_parameters() if not each.requires_grad}
+        norms = [(name, norm) for name, norm in own.named_modules() if norm in self._still]
+        still |= {f"{name}.{each}" for name, norm in norms for each, _ in norm.named_buffers()}
+        if unfit := misfits(now, given):
+            raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
+        own.load_state_dict({name: now[name] if name in still else given[name] for name in now})
+
     def eval_mode(self) -> None:
         """Puts the module in eval mode; without meaningful running statistics batch norm uses the batch's own."""
         self.module.eval()
@@ -138,6 +162,7 @@ class Part:
         known = dict(network.module.named_children())
         if missing := [name for name in names if name not in known]:
             raise ValueError(f"parts: expected names of {', '.join(known)}, given {', '.join(missing)}")
+        self.trained = [each for name in names for each in known[name].parameters() if each.requires_grad]
         self._stretches = {kind: _stretch(network.places[kind], self.names) for kind in VECTORS}
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
@@ -194,7 +219,7 @@ class Trainable:
         if not trained:
             raise ValueError("module: expected a parameter that requires gradients, given none")
         self._flat = ops.FlatParameters(nn.ParameterList(trained))
-        self._trained = trained
+        self.trained = trained
         self.parameters: Tensor = self._flat.parameters
         self.gradients: Tensor = self._flat.gradients()
 
@@ -211,7 +236,7 @@ class Trainable:
 
     def release(self) -> None:
         """Removes the gradients from the parameters."""
-        for parameter in self._trained:
+        for parameter in self.trained:
             parameter.grad = None
 
 

@@ -80,12 +80,13 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     if entry is None:
         raise UserError(unknown(config.model))
     own = isinstance(entry.make, Own)
-    if not own and config.init is None and not data.form.lacks:
+    if not own and not (config.init or config.features or config.stages) and not data.form.lacks:
         return config, data, []
     context = RunContext(config, data)
     network = context.build()
+    said = [context.unfit] if context.unfit and stored is None else []
     if not own:
-        return config, data, []
+        return config, data, said
     make: Any = entry.make
     if data.form.lacks:
         data = _tried(network, make, data)
@@ -97,7 +98,6 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     state = network.state_dict()
     layout = digest(state, values=False)
     sha = digest(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256
-    said: list[str] = []
     if stored is not None:
         if stored.model_layout not in (None, layout):
             raise UserError(

@@ -15,7 +15,7 @@ from fedkern import atomic, plugins
 from fedkern.allocator import keep_freed_memory
 from fedkern.data import used_cache
 from fedkern.data.identity import data_fingerprint, of_memory
-from fedkern.engine import own_model
+from fedkern.engine import initial_weights, own_model, own_training
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import Everybody, compare_teachers
 from fedkern.engine.context import RunContext
@@ -29,6 +29,7 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.loop import Loop
+from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participants import sample_clients
 from fedkern.engine.parts.answers import Answers
 from fedkern.engine.parts.artifacts import Artifacts
@@ -79,6 +80,7 @@ from fedkern.listeners.events import Listener, RunInfo
 from fedkern.methods.base import Method
 from fedkern.models import available
 from fedkern.models.freezing import frozen_norms
+from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
 from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
@@ -98,6 +100,7 @@ def run(
     profile: bool = False,
     predictions: bool = False,
     model: nn.Module | None = None,
+    own: OwnTraining | None = None,
     elsewhere: Callable[[ServerSide], Executor] | None = None,
     check: Callable[[RunConfig], None] | None = None,
 ) -> dict[str, Any]:
@@ -122,6 +125,7 @@ def run(
             other code that the run folder names is refused.
         model: the run's network, instead of ``config.model``: a module whose weights are the initial weights.  It is
             copied.  A resumed run needs it again.
+        own: functions that the user trains with; a resumed run needs them again.
         profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
             one.  All clients of that round work in this process.
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
@@ -139,7 +143,9 @@ def run(
     """
     out = Path(out)
     with closing(Audience(listener or Listener())) as audience, reproducible():
+        own_training.check_method(config, own)
         if model is not None:
+            model = unwrapped(model)
             config = own_model.of_module(config, model)
         if resume:
             stored = RunConfig.load(out, trusted=trusted, device=config.device)  # the stored device may not exist here
@@ -160,6 +166,7 @@ def run(
                 check_kernels(entry["info"], config.device, out)
             stored.check_code(out, trusted)
             own_model.check_given(stored, model, out)
+            own_training.check_given(stored, own, out)
         else:
             entry = None
             check_vacant(out)
@@ -183,17 +190,20 @@ def run(
             if resume:
                 _compare(config, stored, out)
             check_data(config, data)
-            if data.form.lacks and team.place() is not None:
+            if (data.form.lacks or own is not None) and team.place() is not None:
                 raise UserError(
-                    "Data sets of PyTorch are in the memory of this process, and torchrun's other ranks have none: "
-                    "start the script without torchrun, with workers=N."
+                    "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's "
+                    "other ranks have none: start the script without torchrun, with workers=N."
                 )
             config, data, changed = own_model.settled(config, data, stored if resume else None, out)
+            if own is not None:
+                network = RunContext(config, data).build()
+                config = own_training.settled(config, own, network, stored if resume else None, out)
             for sentence in (*caveats(data), *changed):
                 audience.on_notice(sentence)
             if check is not None:
                 check(config)
-            context = RunContext(config, data, audience.on_notice)
+            context = RunContext(config, data, audience.on_notice, own=own)
             prepared = prepare(
                 config, context, known=known, begun=entry is not None, profile=profile, predictions=predictions
             )
@@ -206,6 +216,7 @@ def run(
                 if config.cache is not None or not resume:
                     used_cache.remember(out, config.cache)
                 if not resume:
+                    initial_weights.keep(config.init)
                     atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
                 return _played(
                     prepared, out, audience, alone,

@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, replayable
 from fedkern.engine.network import Network, Part, Trainable
+from fedkern.engine.own_optimizer import own_stepper
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
+from fedkern.leaves import mapped
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
 from fedkern.ops._core.private_torch import backward
+from fedkern.transfer import fetch
 
 
 class Diverged(ArithmeticError):
@@ -50,6 +53,8 @@ class Schedule:
         optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999; its state begins anew in every exchange.
         end: learning rate of the last epoch, before any of the steps, to which the rate falls along half a cosine;
             None: no such decay.
+        keep: whether the optimiser's state is kept in the client's.
+        make: a user's factory of the optimiser, whose learning rates ``lr`` multiplies; None: ``optimizer``.
     """
 
     lr: float
@@ -64,6 +69,8 @@ class Schedule:
     limit: int | None = None
     optimizer: str = "sgd"
     end: float | None = None
+    keep: bool = False
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate in epoch ``epoch`` of the exchange, counted from 0."""
@@ -102,9 +109,15 @@ class Context:
 
 
 def stepper(
-    network: Network | Part | Trainable, schedule: Schedule, terms: Terms | None
-) -> Callable[[float], ops.StepResult]:
-    """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them."""
+    network: Network | Part | Trainable, schedule: Schedule, terms: Terms | None, kept: Mapping[str, Any]
+) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
+    """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them.
+
+    Returns:
+        The step, and a function that returns the state to keep; ``kept`` is that of the client's last exchange.
+    """
+    if schedule.make is not None:
+        return own_stepper(network, schedule, terms, kept)
     theta, gradients = network.parameters.detach(), network.gradients
     settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
     if schedule.clip_norm:
@@ -112,25 +125,28 @@ def stepper(
     if terms is not None:
         settings |= terms.arguments()
     total = None if terms is None else terms.gradient_sum
+    state: dict[str, Any] = {
+        name: value.clone().to(theta.device) for name, value in kept.items() if isinstance(value, Tensor)
+    }
     if schedule.optimizer == "adamw":
-        first, second, steps = torch.zeros_like(gradients), torch.zeros_like(gradients), 0
+        state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), **state}
+        state["steps"] = kept.get("steps", 0)
 
         def adamw(lr: float) -> ops.StepResult:
-            nonlocal steps
-            steps += 1
+            state["steps"] += 1
             if total is not None:
                 total.steps += 1
-            return ops.adamw_step(theta, gradients, first, second, steps, lr=lr, **settings)
+            return ops.adamw_step(theta, gradients, state["first"], state["second"], state["steps"], lr=lr, **settings)
 
-        return adamw
-    velocity = torch.zeros_like(gradients) if schedule.momentum else None
+        return adamw, lambda: state
+    velocity = state.setdefault("velocity", torch.zeros_like(gradients)) if schedule.momentum else None
 
     def sgd(lr: float) -> ops.StepResult:
         if total is not None:
             total.steps += 1
         return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
 
-    return sgd
+    return sgd, lambda: state
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
@@ -196,7 +212,8 @@ def train(
     kind = type(method)
     adjusts = kind.adjust_gradient is not Objective.adjust_gradient
     prepares = kind.prepare is not Objective.prepare
-    apply = stepper(network, schedule, None if adjusts else method.terms(received))
+    kept = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
+    apply, held = stepper(network, schedule, None if adjusts else method.terms(received), kept)
     gradients.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -235,6 +252,8 @@ def train(
                 network.train_mode()
     if not network.finite():
         raise Diverged(client.id, phase.round, done, "the parameters are not finite")
+    if schedule.keep:
+        client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, held())
     return {name: totals[name] / seen[name] for name in totals}
 
 

@@ -99,7 +99,8 @@ class Method:
     @property
     def needs(self) -> str:
         """What the method needs of the run's network: ``"logits"``, ``"features"`` (also ``features(images)`` and a
-        linear ``head``) or ``"stages"`` (all that a :class:`fedkern.models.StagedNetwork` has).
+        ``head`` on them), ``"maps"`` (also ``stages`` and ``tail``) or ``"stages"`` (all that a
+        :class:`fedkern.models.StagedNetwork` has).
 
         A user's network that lacks it is refused before the run begins.
         """

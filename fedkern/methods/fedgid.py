@@ -94,7 +94,7 @@ class FedGID(LocalTraining):
 
     @property
     def needs(self) -> str:
-        return "stages"
+        return "maps"
 
     # -- terms of the loss in a round ------------------------------------------------------------------------------
 

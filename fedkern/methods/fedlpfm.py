@@ -178,12 +178,12 @@ class FedLPFM(LocalTraining):
                         f"The teacher {self._specs[index]} knows images as they are stored and these are augmented: "
                         "take teacher_view=cached, or --augment none."
                     )
-                for batch in client.batches():
+                for batch in client.in_order():
                     self._teacher(index).logits(batch.inputs)
 
     def _augmented(self, client: Client) -> bool:
         """Whether the proxy trains on augmented images."""
-        return next(client.batches(1, augment=True, rng=client.rng("look", BEFORE))).fresh
+        return next(client.in_order(1, augment=True, rng=client.rng("look", BEFORE))).fresh
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
@@ -271,7 +271,7 @@ class FedLPFM(LocalTraining):
 
     def _compute(self, client: Client, index: int) -> Tensor:
         o, teacher = self.options, self._teacher(index)
-        images = (batch.inputs for batch in client.batches())
+        images = (batch.inputs for batch in client.in_order())
         if o.teacher_tuning == "zero-shot":
             return self._cache.logits(teacher, images, client.samples)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)

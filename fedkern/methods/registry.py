@@ -98,7 +98,8 @@ def check_network(method: str, options: Mapping[str, Any], network: nn.Module, d
         if other.serves(data) and LEVELS.index(other().needs) <= LEVELS.index(has)
     )
     lacks = {
-        "features": "a linear layer with a bias as its last step",
+        "features": "a linear layer with a bias as its last step, or --features NAME",
+        "maps": "modules that run one after another and end in a linear layer, or --stages NAME,NAME",
         "stages": "modules that run one after another and end in a linear layer (its attribute stages names them)",
     }
     raise UserError(

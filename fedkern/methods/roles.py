@@ -293,10 +293,44 @@ class Client(Node, Protocol):
         """
         ...
 
-    def batches(
+    def in_order(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """The client's own samples in batches, like :meth:`Samples.batches`."""
+        """All samples of the client in stored order, like :meth:`Samples.batches`."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the epoch that :meth:`batches` is in, or that it begins next."""
+        ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def epochs(self) -> int:
+        """Local epochs of this exchange."""
+        ...
+
+    def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
+        """The next epoch of the batches that :meth:`train` takes in an exchange (None: this one), for an own loop.
+
+        With ``--local-steps``, and where a slow client is cut short, no batch follows the last step.  A user's own
+        network gets inputs as a DataLoader gives them.
+        """
+        ...
+
+    def model(self, message: Message) -> Any:
+        """A copy of the network with the vectors of a message, in train mode: the user's own module or fedkern's."""
+        ...
+
+    def upload(self, model: nn.Module) -> Message:
+        """The vectors of what :meth:`model` has returned, trained or replaced, as :meth:`train` returns them.
+
+        Raises:
+            UserError: the module has other tensors than the run's network.
+            Diverged: a value is NaN or infinite.
+        """
         ...
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:

@@ -56,7 +56,7 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
         module: in any mode; a copy is run.
         images: ``[B, C, H, W]``.
     """
-    tried = _moved(module).eval()
+    tried = moved(module).eval()
     calls: dict[str, list[Tensor]] = {}
     for name, layer in tried.named_modules():
         if isinstance(layer, nn.Linear) and layer.bias is not None:
@@ -165,7 +165,7 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
         raise NotCut("it has parameters outside of the modules that run one after another")
 
 
-def _moved(module: nn.Module) -> nn.Module:
+def moved(module: nn.Module) -> nn.Module:
     """A copy whose parameters are moved a little."""
     made = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +200,7 @@ def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[lis
     used: list[str] = []
     results: list[Tensor] = []
     for training in (True, False):
-        whole, parts = _moved(module).train(training), _moved(module).train(training)
+        whole, parts = moved(module).train(training), moved(module).train(training)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # dropout
             expected = logits_of(whole(images))

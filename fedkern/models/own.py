@@ -28,9 +28,9 @@ from fedkern.ops._core.layout import plain_strides
 GIVEN = ("classes", "channels", "image_size", "width", "seed")
 """Arguments that a class or function gets, by name, where its signature has them."""
 
-LEVELS = ("logits", "features", "stages")
-"""What a method may need of a network, each with everything before: logits; features and a linear classifier; stages
-that can be entered and left."""
+LEVELS = ("logits", "features", "maps", "stages")
+"""What a method may need of a network, each with everything before: logits; features and what classifies them; stages
+that can be left and entered; stages that are modules."""
 
 _taken: ContextVar[list[Tensor] | None] = ContextVar("features", default=None)
 
@@ -164,6 +164,8 @@ def level(network: nn.Module) -> str:
     """What a method can use of a network, one of ``LEVELS``."""
     if isinstance(network, StagedNetwork):
         return "stages"
+    if len(getattr(network, "stage_names", ())) > 1:
+        return "maps"
     return "features" if hasattr(network, "features") and hasattr(network, "head") else "logits"
 
 
@@ -341,6 +343,13 @@ def opened(named: Named) -> Own:
     if isinstance(what, nn.Module):
         raise UserError(f"the model {named} is a module, not a class or function: write a function that returns it.")
     return Own(what, str(named), named=named, sha256=digest)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside of DataParallel and torch.compile, whose names its state dict shall have."""
+    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+    return module
 
 
 def check_bare(module: nn.Module, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +11,100 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.inputs import special
 
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+"""Endings of files that torch.save has written; others are safetensors."""
+LISTED = 20
+"""Tensors that do not fit and are listed at most."""
+_NESTED = ("state_dict", "model_state_dict", "model")
+"""Entries of checkpoints under which training programs keep a state dict."""
 
-def read_state_dict(path: Path) -> Mapping[str, Any]:
-    """The state dict in a file of ``--teachers``: safetensors, or saved with torch.save and read with `weights_only`.
+
+def read_state_dict(path: Path, what: str) -> Mapping[str, Any]:
+    """The state dict in a file: safetensors, or saved with torch.save and read with `weights_only`.
+
+    Args:
+        what: flag and file, for messages.
 
     Raises:
         UserError: the file is missing, damaged or no regular file, or holds anything but tensors by name.
     """
     if kind := special(path):
-        raise UserError(f"--teachers: {path} is {kind}, not a regular file: put the file there.")
+        raise UserError(f"{what} is {kind}, not a regular file: put the file there.")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix not in PICKLED:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"--teachers: {path} cannot be read: {error.strerror or error}.") from None
+        raise UserError(f"{what} cannot be read: {error.strerror or error}.") from None
     except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-        raise UserError(f"--teachers: {path} is damaged: {reason}.") from None
+        raise UserError(f"{what} is damaged: {reason}.") from None
     except Exception:
         # pickle raises anything for a file that it has not written, a KeyError for example.  torch's message is not
         # shown: it is long and recommends to execute whatever the file holds.
         loaded = None
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(
-            f"--teachers: {path} does not hold a state dict, tensors by name and nothing else: save "
-            "module.state_dict() with torch.save, or as safetensors."
+            f"{what} does not hold a state dict, tensors by name and nothing else: save module.state_dict() with "
+            "torch.save, or as safetensors."
         )
     return loaded
 
 
+def bare_names(tensors: Mapping[str, Tensor], own: Container[str]) -> Mapping[str, Tensor]:
+    """The tensors by a network's ``own`` names, where DataParallel or torch.compile has put a prefix before them."""
+    if any("_orig_mod." in name for name in tensors):
+        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while tensors and all(name.startswith("module.") and name not in own for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:
+    """Parts of sentences, by name, on names, shapes and dtypes in which given tensors differ from a network's own."""
+    found: dict[str, str] = {}
+    for name, tensor in own.items():
+        if name not in given:
+            near = [each.removesuffix(name) for each in given if each.endswith(f".{name}")]
+            hint = f", but {near[0]}{name}: take {near[0]} off its names" if near else ""
+            found[name] = f"it has no {name}, of shape {list(tensor.shape)}{hint}"
+        elif given[name].shape != tensor.shape:
+            found[name] = f"its {name} has shape {list(given[name].shape)}, not {list(tensor.shape)}"
+        elif given[name].is_floating_point() != tensor.is_floating_point():
+            found[name] = f"its {name} is {given[name].dtype}, not {tensor.dtype}"
+    return found | {name: f"its {name} {list(given[name].shape)} has no place" for name in given if name not in own}
+
+
 @torch.no_grad()
-def load_by_name(module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: str) -> None:
+def load_by_name(
+    module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: str, partial: bool = False
+) -> str:
     """Copies the tensors into a network whose state dict has exactly their names and shapes.
 
     Args:
         tensors: by name in the state dict.
         path: the file or folder they are from, for messages.
+        network: the network's name, for messages.
+        partial: copy those that fit.
+
+    Returns:
+        A sentence that lists what does not fit; empty where all does.
 
     Raises:
-        UserError: a name or shape differs; the message names the first that does.
+        UserError: a name or shape differs; the message names the first that does.  Where it is ``partial``: none fits.
     """
     own = module.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors:
-            lacks = f"{name}, of shape {list(tensor.shape)}"
-            near = [each.removesuffix(name) for each in tensors if each.endswith(f".{name}")]
-            lacks += f", but {near[0]}{name}: take {near[0]} off its names" if near else ""
-            raise UserError(f"--init {path} is not for {network}: it has no {lacks}.")
-        if tensors[name].shape != tensor.shape:
-            given = list(tensors[name].shape)
-            raise UserError(
-                f"--init {path} is not for {network}: its {name} has shape {given}, not {list(tensor.shape)}."
-            )
-        if tensors[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"--init {path} is not for {network}: its {name} is {tensors[name].dtype}.")
-    if foreign := [name for name in tensors if name not in own]:
-        raise UserError(f"--init {path} is not for {network}, which has no {foreign[0]}.")
-    module.load_state_dict(dict(tensors))
+    given = bare_names(tensors, own)
+    unfit = misfits(own, given)
+    fitting = {name: tensor for name, tensor in given.items() if name not in unfit}
+    if unfit and not (partial and fitting):
+        way = "" if partial or not fitting else "; --init-partial takes what fits"
+        raise UserError(f"--init {path} is not for {network}: {next(iter(unfit.values()))}{way}.")
+    module.load_state_dict({**own, **fitting})
+    left = first_of(list(unfit.values()), LISTED, "; ")
+    return f"--init {path}: {len(fitting)} of {len(own)} tensors of {network} are taken; {left}." if unfit else ""

@@ -64,6 +64,8 @@ def headline(run: RunInfo) -> list[str]:
     sites = getattr(getattr(run, "data", None), "client_names", None) or ()
     if sites:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
+    lines += [f"local training: {config.training}"] if config.training else []
+    lines += [seen] if (seen := getattr(getattr(getattr(run, "data", None), "form", None), "seen", "")) else []
     lines += _resized(getattr(run, "data", None))
     if run.guarantee is not None:
         unit = run.guarantee.unit

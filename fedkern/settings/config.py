@@ -48,7 +48,10 @@ BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
 PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
 """Data options that only say more about another one."""
-FOUND = ("model_sha256", "model_layout", "init_sha256", "method_sha256", "identity", "main", "better")
+FOUND = (
+    "model_sha256", "model_layout", "init_sha256", "method_sha256", "training", "training_sha256", "identity", "main",
+    "better",
+)  # fmt: skip
 """What a run found in the data, files and code that its settings name; a resumed run compares them by itself."""
 
 
@@ -104,8 +107,9 @@ class RunConfig:
         None, "optimiser steps a client trains per round, instead of local epochs", low=1, type=int
     )
     batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
-    optimizer: str = option(
-        COMMON["optimizer"], "optimiser of the clients, new in every exchange", choices=("sgd", "adamw")
+    optimizer: str = option(COMMON["optimizer"], "optimiser of the clients", choices=("sgd", "adamw"))
+    optimizer_state: str = option(
+        "new", "the optimiser's momenta in the next round: new, or those that the client keeps", choices=("new", "keep")
     )
     lr: float = option(COMMON["lr"], "learning rate of the clients' optimiser", above=0)
     lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
@@ -129,15 +133,22 @@ class RunConfig:
     )  # fmt: skip
     init: str | None = option(
         None,
-        "initial weights of the network: the folder of a finished run, or a .safetensors file with the network's names "
-        "and shapes",
+        "initial weights of the network: the folder of a finished run, or a state dict with the network's names and "
+        "shapes in a .safetensors or .pt file",
         type=str,
         path=absolute,
     )
+    init_partial: bool = option(False, "take what of --init fits the network, and list what does not")
     freeze: str | None = option(
         None,
         "parameters of the network that stay as they are and never travel, by name: backbone.*,head.bias",
         type=str,
+    )
+    features: str | None = option(
+        None, "submodule of your own network whose output is the features of methods that compare them", type=str
+    )
+    stages: str | None = option(
+        None, "submodules of your own network, in order, after which feature maps can be mixed: conv1,conv2", type=str
     )
     image_encoder: str = option(
         COMMON["image_encoder"],
@@ -326,6 +337,8 @@ class RunConfig:
     model_layout: str | None = None
     init_sha256: str | None = None
     method_sha256: str | None = None
+    training: str | None = None
+    training_sha256: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     main: str = "accuracy"
     better: str = "max"
@@ -814,6 +827,7 @@ def check_effect(given: Collection[str], config: RunConfig) -> None:
     for name, unused, way in (
         ("local_epochs", config.local_steps is not None, "beside --local-steps: leave one of the two out"),
         ("lr_step_factor", config.lr_steps is None, "without --lr-steps: give that too, or leave it out"),
+        ("init_partial", config.init is None, "without --init: give that too, or leave it out"),
     ):
         if unused and name in given:
             raise UserError(f"--{name.replace('_', '-')} has no effect {way}.")

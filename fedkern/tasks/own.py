@@ -95,7 +95,7 @@ class OwnTask(Task):
         return self._checked("loss_fn", self.loss_fn, outputs, batch.targets)
 
     def _checked(self, name: str, function: Callable[..., Any], *given: Any) -> Tensor:
-        with _explained(name, function):
+        with explained(name, function):
             value: Any = self._placed(function, given)(*given)
         if not isinstance(value, Tensor) or value.dim():
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -147,7 +147,7 @@ class OwnTask(Task):
                             "with update, compute and reset, which sees a batch at a time."
                         )
             for name, metric in objects.items():
-                with _explained(name, metric):
+                with explained(name, metric):
                     metric.update(*pair)
         if not count:
             raise ValueError("data: expected at least one sample, given none")
@@ -187,12 +187,12 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 
 
 def _number(name: str, metric: Callable[..., Any], *given: Any) -> float:
-    with _explained(name, metric):
+    with explained(name, metric):
         return float(metric(*given))
 
 
 @contextmanager
-def _explained(name: str, function: Any) -> Iterator[None]:
+def explained(name: str, function: Any) -> Iterator[None]:
     """Context in which an exception of the user's function is named with its file and line."""
     try:
         yield

@@ -110,7 +110,7 @@ def test_settings_of_an_earlier_run_make_a_new_one(file, result):
         (["--model", "nett"], 'there is no model "nett", choose one of cnn'),
         (["--model", "net.py:Net", "--width", "8"], "--width 8 is not for"),
         (["--init", "nothing.safetensors"], "nothing.safetensors cannot be read: No such file"),
-        (["--init", "net.py"], "is no safetensors file"),
+        (["--init", "net.py"], "is damaged: "),
         (["--init", "."], "is a folder without model.safetensors: name the folder of a finished run"),
         (["--init", ""], "--init is given without a value"),
     ],

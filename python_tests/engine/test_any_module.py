@@ -55,7 +55,7 @@ class Stack(Objective, Method):
         client.fit(self, phase, network, message={"weight": 0.5}, epochs=client.id + 1)
         network.eval()
         with torch.no_grad():
-            right = sum(int((network(b.inputs).argmax(1) == b.targets).sum()) for b in client.batches(7))
+            right = sum(int((network(b.inputs).argmax(1) == b.targets).sum()) for b in client.in_order(7))
             client.state["public"] = torch.cat([network(b.inputs) for b in client.public.batches(4)])
         client.report["own"] = right / client.samples
         return {"network": network.state_dict(), "right": right}
@@ -265,7 +265,7 @@ def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, ma
 def test_batches_are_the_stored_samples_in_order(make_data, make_config):
     data = make_data()
     client = Client(RunContext(make_config(augment="crop-flip"), data), 0, {})
-    found = list(client.batches(6))
+    found = list(client.in_order(6))
     assert [len(batch.targets) for batch in found] == [6, 6, 6, 2]
     images = torch.cat([batch.inputs for batch in found])
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.form.mean, data.form.std))
@@ -273,7 +273,7 @@ def test_batches_are_the_stored_samples_in_order(make_data, make_config):
     assert torch.equal(torch.cat([batch.targets for batch in found]), client.labels)
     assert not any(batch.fresh for batch in found)
     rng = client.rng("view", PHASE)
-    changed = torch.cat([batch.inputs for batch in client.batches(6, augment=True, rng=rng)])
+    changed = torch.cat([batch.inputs for batch in client.in_order(6, augment=True, rng=rng)])
     assert not torch.equal(changed, images)
     with pytest.raises(ValueError, match="expected a generator"):
-        next(client.batches(augment=True))
+        next(client.in_order(augment=True))

@@ -17,6 +17,7 @@ from own_networks import Plain, Raw, Staged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import fedkern
 from fedkern.data.forms import ImageForm
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
@@ -496,7 +497,7 @@ def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_
     [
         (lambda t: t.pop("4.bias"), r"is not for \S+: it has no 4.bias, of shape \[6\]"),
         (lambda t: t.update({"9.weight": torch.zeros(5, 6)}), r"its 9.weight has shape \[5, 6\], not \[3, 6\]"),
-        (lambda t: t.update(other=torch.zeros(1)), "which has no other"),
+        (lambda t: t.update(other=torch.zeros(1)), r"its other \[1\] has no place"),
         (lambda t: t.update({"0.bias": torch.full((4,), torch.nan)}), "0.bias has values that are not finite"),
         (lambda t: t.update({"0.bias": torch.zeros(4, dtype=torch.int32)}), "its 0.bias is torch.int32"),
     ],
@@ -508,6 +509,75 @@ def test_weights_of_another_network(change, said, weights, own, make_data, tmp_p
     with pytest.raises(UserError, match=said):
         run(own(init=str(weights)), out=tmp_path / "run", data=make_data())
     assert not (tmp_path / "run").exists()
+
+
+# -- what is already there -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "safetensors", "module", "wrapped"])
+def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
+    torch.manual_seed(5)
+    module = Staged()
+    path = tmp_path / f"w.{suffix}"
+    state = {f"module.{name}": value for name, value in module.state_dict().items()}
+    if suffix == "safetensors":
+        save_file(state, path)
+    elif suffix not in ("module", "wrapped"):
+        torch.save({"state_dict": state, "epoch": 3} if suffix == "ckpt" else state, path)
+    out = tmp_path / "run"
+    how = {"model": STAGED, "rounds": 1, "lr": 1e-12, "progress": False, "pictures": False, "batch_size": 4}
+    given = torch.nn.DataParallel(module) if suffix == "wrapped" else module if suffix == "module" else path
+    memory = dataclasses.replace(make_data(), name="digits")
+    fedkern.simulate("fedavg", data=memory, init=given, out=out, **how)
+    for name, value in module.state_dict().items():
+        if name.endswith(("weight", "bias")):
+            torch.testing.assert_close(saved(out)[name], value, msg=name)
+    if given is module:
+        assert load_file(out / "init.safetensors").keys() == module.state_dict().keys()
+        again = fedkern.load(out, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
+        assert len(again.history) == 2
+
+
+def test_a_wrapped_module_is_the_run_s_network(make_data, tmp_path):
+    torch.manual_seed(5)
+    module = Plain()
+    memory = dataclasses.replace(make_data(), name="digits")
+    how = {"data": memory, "rounds": 1, "progress": False, "pictures": False}
+    for name, model in (("plain", module), ("wrapped", torch.nn.DataParallel(module))):
+        fedkern.simulate("fedavg", model=model, out=tmp_path / name, **how)
+    expected, found = saved(tmp_path / "plain"), saved(tmp_path / "wrapped")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert fedkern.load(tmp_path / "wrapped", model=torch.nn.DataParallel(module)).model() is not None
+
+
+def test_a_partial_start_lists_what_does_not_fit(own, make_data, tmp_path):
+    torch.manual_seed(5)
+    big = Staged(classes=7)
+    torch.save({**big.state_dict(), "extra": torch.zeros(2)}, tmp_path / "big.pt")
+    with pytest.raises(UserError, match=r"not \[3, 6\]; --init-partial takes what fits\.$"):
+        run(own(init=str(tmp_path / "big.pt")), out=tmp_path / "no", data=make_data())
+    assert not (tmp_path / "no").exists()
+    told, out = Notices(), tmp_path / "run"
+    frozen = own(init=str(tmp_path / "big.pt"), init_partial=True, freeze="0.*,1.*,4.*")
+    run(frozen, out=out, data=make_data(), listener=told)
+    (said,) = (text for text in told.said if "big.pt" in text)
+    assert re.search(
+        r"9 of 11 tensors of \S+ are taken; its 9.weight has shape \[7, 6\], not \[3, 6\]; its 9.bias has shape \[7\], "
+        r"not \[3\]; its extra \[2\] has no place\.$", said
+    )  # fmt: skip
+    for name, value in big.state_dict().items():
+        if name[0] in "014":
+            assert torch.equal(saved(out)[name], value), name
+    torch.save({"far": torch.zeros(1)}, tmp_path / "far.pt")
+    with pytest.raises(UserError, match=r"far.pt is not for \S+: it has no 0.weight, of shape \[4, 3, 3, 3\]\.$"):
+        run(own(init=str(tmp_path / "far.pt"), init_partial=True), out=tmp_path / "no", data=make_data())
+
+
+def test_a_pickle_that_runs_code_is_no_start(own, make_data, tmp_path):
+    torch.save(Staged(), tmp_path / "whole.pt")
+    with pytest.raises(UserError, match=r"whole.pt does not hold a state dict, tensors by name and nothing else"):
+        run(own(init=str(tmp_path / "whole.pt")), out=tmp_path / "no", data=make_data())
 
 
 # -- transformers --------------------------------------------------------------------------------------------------

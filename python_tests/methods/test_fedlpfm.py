@@ -161,7 +161,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     images = (split.images / 255 - mean) / std
     for k in range(3):
         client, teacher = Client(bench, k, {}), method._teacher(0)
-        rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.batches()]
+        rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.in_order()]
         tune = probe if tuning == "probe" else finetune
         tuned, _ = tune(teacher, own, client.labels, rng, epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
@@ -201,7 +201,7 @@ def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
     method, bench, server = started(data, small(make_config, augment="crop"))
     client = Client(bench, 0, {})
     method.client_update(client, PHASE, method.send(server, PHASE))
-    plain = torch.cat([batch.inputs for batch in client.batches()])
+    plain = torch.cat([batch.inputs for batch in client.in_order()])
     torch.testing.assert_close(
         client.state["teacher_logits"][0], method._teacher(0).logits(plain), rtol=1e-5, atol=1e-5
     )

@@ -18,7 +18,7 @@ from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, ava
 from fedkern.models.blocks import cut
 from fedkern.models.own import channels_last, level
 from fedkern.models.precision import computing, frozen
-from fedkern.models.weight_files import load_by_name
+from fedkern.models.weight_files import bare_names, load_by_name
 from fedkern.settings.config import RunConfig
 
 SIZE = {"classes": 3, "channels": 3, "image_size": 16}
@@ -138,15 +138,26 @@ def test_wrapped_networks_are_refused(known, wrapper, deep):
         of_module(RunConfig.make("fedavg"), network)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "a.b."])
-def test_weights_of_a_wrapped_network_are_named_by_their_prefix(prefix):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapped_network_are_understood(prefix):
+    network, other = Plain(), Plain()
+    wrapped = {prefix + name: value for name, value in other.state_dict().items()}
+    assert load_by_name(network, wrapped, "file", "net") == ""
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in network.state_dict().items())
+    inside = nn.Sequential()
+    inside.module = nn.Linear(2, 2)  # a name of its own that looks like one
+    assert [*bare_names(inside.state_dict(), inside.state_dict())] == ["module.weight", "module.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["a.b."])
+def test_weights_of_another_program_are_named_by_their_prefix(prefix):
     network = Plain()
     said = (
         rf"is not for net: it has no conv.weight, of shape \[4, 3, 3, 3\], but {prefix}conv.weight: take {prefix} off"
     )
     with pytest.raises(UserError, match=said):
         load_by_name(network, {prefix + name: value for name, value in network.state_dict().items()}, "file", "net")
-    with pytest.raises(UserError, match=r"it has no conv.bias, of shape \[4\]\.$"):
+    with pytest.raises(UserError, match=r"it has no conv.bias, of shape \[4\]; --init-partial takes what fits\.$"):
         load_by_name(network, {"conv.weight": network.conv.weight, "head.weight": network.head.weight}, "file", "net")
 
 

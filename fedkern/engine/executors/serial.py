@@ -75,7 +75,7 @@ class Serial:
         """One client's answer to a message, which an encoder may change."""
         start = time.perf_counter()
         client = self.client(k)
-        client.report = {}
+        client.report, client.phase = {}, phase
         client.on_gpu = () if encoder is None else encoder.on_gpu
         answer = Answer(k)
         with cpu_threads(self._threads), self._context.drawing(client, phase):
@@ -85,7 +85,9 @@ class Serial:
             except Diverged as problem:
                 answer.problem = problem
             except RAISED as error:
-                answer.problem = ClientFailed.of(k, error, type(self._askers[asker]))
+                own = self._context.own
+                code = type(self._askers[asker]) if own is None or own.train is None else own.train
+                answer.problem = ClientFailed.of(k, error, code)
         self._asked += 1
         if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
             self._context.tell_attributes(client)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkern import atomic, files, folder_lock
+from fedkern.engine import initial_weights
 from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
 from fedkern.errors import UserError
 from fedkern.methods import registry
@@ -30,6 +31,7 @@ NODES = "flower.json"
 NAMES = (
     config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
+    initial_weights.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

@@ -269,7 +269,7 @@ def prototypes(network: Any, client: Client) -> Message:
     row[present] = torch.arange(len(present))
     sums: Tensor | None = None
     with torch.no_grad():
-        for batch in client.batches():
+        for batch in client.in_order():
             features = network.features(batch.inputs).double().cpu()
             if sums is None:
                 sums = torch.zeros(len(present), features.shape[1], dtype=torch.float64)

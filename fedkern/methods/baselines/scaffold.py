@@ -92,7 +92,7 @@ class Scaffold(FedAvg):
         if client.statistics_fixed(phase):
             fix_statistics(network)
         total = flat.gradients()
-        for batch in client.batches(min(client.task.outside, GRADIENT_BATCH)):
+        for batch in client.in_order(min(client.task.outside, GRADIENT_BATCH)):
             share = float(batch.known / client.known)
             (share * batch.task.loss(network, batch)).backward()
         return total

@@ -52,6 +52,10 @@ class OneShot(FedAvg):
                 f"calibrate draws a classifier's features of whole images, and this run is for {server.task.name}: "
                 "leave it out."
             )
+        if self.options.calibrate and not isinstance(server.build().head, nn.Linear):
+            raise UserError(
+                "calibrate draws the weights of a linear classifier, which --features puts none: leave one out."
+            )
         needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
         if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
             raise UserError(
@@ -70,7 +74,7 @@ class OneShot(FedAvg):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange == "statistics":
             network = self.published(client, message)
-            return collect(network.features, client.batches(), len(client.classes), self.options)
+            return collect(network.features, client.in_order(), len(client.classes), self.options)
         return super().client_update(client, phase, message)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:

@@ -198,7 +198,7 @@ class FuseFL(Objective, Method):
         levels = _received(client, message)
         if phase.name == CALIBRATE:
             fused = self._fused(client, networks, levels)
-            return collect(fused.features, client.batches(), len(client.classes), self.options)
+            return collect(fused.features, client.in_order(), len(client.classes), self.options)
         network = networks.of(client.id)
         if "local" in client.state:
             for i, state in client.state["local"]["blocks"].items():

@@ -59,7 +59,7 @@ def test_a_clients_prototypes_are_its_class_means(make_data, make_config):
     net = client.network().eval()
     sent = prototypes(net, client)
     with torch.no_grad():
-        features = torch.cat([net.features(batch.inputs) for batch in client.batches(7)])
+        features = torch.cat([net.features(batch.inputs) for batch in client.in_order(7)])
     assert sent["classes"].tolist() == sorted(set(client.labels.tolist()))
     for c, mean, count in zip(sent["classes"].tolist(), sent["means"], sent["counts"].tolist(), strict=True):
         assert count == int((client.labels == c).sum())

@@ -52,7 +52,7 @@ def test_others_say_that_they_are_not_for_pairs(make_pairs, make_config, tmp_pat
 
 def test_the_loss_is_the_contrastive_one_of_the_batch(make_pairs, make_config):
     client = Client(RunContext(make_config(**TINY), make_pairs()), 0, {})
-    batch = next(iter(client.batches(6)))
+    batch = next(iter(client.in_order(6)))
     network = client.network()
     x, y = network(batch.inputs, batch.targets)
     truth = torch.arange(6)

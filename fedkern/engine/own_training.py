@@ -1,0 +1,154 @@
+"""A user's own local training: a function in place of the run's loop, or a factory of its optimiser."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.code_digest import digest
+from fedkern.engine.own_optimizer import made
+from fedkern.engine.training import Schedule, epochs
+from fedkern.errors import UserError, shown
+from fedkern.interrupts import check
+from fedkern.methods import registry
+from fedkern.methods.base import LocalTraining
+from fedkern.methods.protocol import Batch, Phase
+from fedkern.settings.config import RunConfig
+
+_PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
+"""What makes up a method's local training."""
+_UNREAD = {
+    "train": ("momentum", "weight_decay", "clip_norm", "fix_statistics", "optimizer", "optimizer_state"),
+    "optimizer": ("lr", "momentum", "weight_decay"),
+}
+"""Settings that a function takes the place of."""
+
+
+@dataclass(frozen=True)
+class OwnTraining:
+    """Functions that a user trains with.
+
+    Attributes:
+        train: ``train(model, client)`` in place of a method's local training.
+        optimizer: ``optimizer(parameters)``, a factory for the run's loop.
+    """
+
+    train: Callable[[Any, Any], None] | None = None
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+
+    def run(self, model: nn.Module, client: Any) -> None:
+        """Calls ``train``, which trains the model in place."""
+        assert self.train is not None
+        left: Any = self.train(model, client)
+        if left is not None and left is not model:
+            raise UserError(
+                f"train must return nothing, not {shown(left)}: what it leaves in the model that it was given is the "
+                'upload, and figures go into client.report["NAME"].'
+            )
+
+
+def taken(train: Any, settings: dict[str, Any]) -> OwnTraining | None:
+    """A user's functions among the arguments of a run; takes a factory out of the ``settings``.
+
+    Raises:
+        UserError: a setting would be dropped, or ``train`` is no function.
+    """
+    optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
+    if train is None and optimizer is None:
+        return None
+    if train is not None and not callable(train):
+        raise UserError(f"train must be a function of a model and a client, not {shown(train)}.")
+    what = "optimizer" if train is None else "train"
+    for name in _UNREAD[what]:
+        if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
+            raise UserError(f"{name} has no effect beside a function {what}, which decides it: set it there.")
+    return OwnTraining(train, optimizer)
+
+
+def check_method(config: RunConfig, own: OwnTraining | None) -> None:
+    """Raises UserError where a user's functions would drop a part of the method."""
+    kind: Any = registry.get(config.method)
+    if own is not None and kind.promises(kind.Options.parse(config.options, method=config.method)):
+        raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
+    if own is not None and own.train is not None and not _plain(kind):
+        raise UserError(
+            f"A train function would drop what {registry.short(config.method)} adds to local training: write a class "
+            "derived from it with a client_update (client.model, client.batches, client.upload), give an optimizer "
+            "factory instead, or take fedavg."
+        )
+
+
+def _plain(kind: Any) -> bool:
+    """Whether a method's clients train as FedAvg's do, whatever its server does."""
+    usual: Any = registry.get("fedavg")
+    return issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
+
+
+def settled(
+    config: RunConfig, own: OwnTraining | None, network: nn.Module, stored: RunConfig | None, out: Path
+) -> RunConfig:
+    """The settings with what a user's functions are, in words and as a hash; an optimiser is made once to be tried.
+
+    Raises:
+        UserError: a factory makes no optimiser, or the run that is resumed began with other functions.
+    """
+    if own is None:
+        return config
+    if own.optimizer is None:
+        words = f"train function {getattr(own.train, '__qualname__', type(own.train).__name__)}"
+    else:
+        found = made(own.optimizer, [each for each in network.parameters() if each.requires_grad])
+        given = {name: value for name, value in found.defaults.items() if value not in (None, False)}
+        words = f"{type(found).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+    sha = digest(train=own.train, optimizer=own.optimizer)
+    if stored is not None and stored.training_sha256 != sha:
+        raise UserError(
+            f"The run in {out} began with {stored.training or 'no functions'}, and the code given now ({words}) is "
+            "another: give the same train or optimizer, or start a new run."
+        )
+    return config.replace(training=words, training_sha256=sha)
+
+
+def check_given(stored: RunConfig, own: OwnTraining | None, out: Path) -> None:
+    """Raises UserError where a stored run needs a function that only a script has."""
+    if stored.training is not None and own is None:
+        name = "train" if stored.training.startswith("train ") else "optimizer"
+        raise UserError(
+            f"The run in {out} trains with a script's own {stored.training}: go on with it in Python, "
+            f"fedkern.load(DIR, {name}=FUNCTION).resume()."
+        )
+
+
+class Course:
+    """The batches of an exchange for a loop of somebody's own, an epoch at a time: those that the run would take.
+
+    Attributes:
+        done: batches so far.
+    """
+
+    def __init__(self, client: Any, data: Any, schedule: Schedule, phase: Phase) -> None:
+        self.schedule, self.done = schedule, 0
+        self._epoch, self._amid = 0, False
+        self._data, self._phase = data, phase
+        open_end = replace(schedule, epochs=sys.maxsize)
+        self._plans = epochs(len(data), open_end, client.rng("batches", phase))
+        self._augmentation = client.rng("augmentation", phase) if data.fresh else None
+
+    @property
+    def lr(self) -> float:
+        return self.schedule.lr_at(self._epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._epoch, self._amid = self._epoch + self._amid, True
+        plan = next(self._plans, [])
+        for batch in self._data.planned(plan, self._phase, self._epoch, self._augmentation) if plan else ():
+            check()
+            self.done += 1
+            yield batch
+        self._epoch, self._amid = self._epoch + 1, False

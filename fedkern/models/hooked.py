@@ -1,0 +1,196 @@
+"""Features and stages of any network by forward hooks, where its submodules are not run one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError, nearest
+from fedkern.models.cutting import find_head, moved
+from fedkern.models.own import ItemNetwork, OwnNetwork
+from fedkern.models.precision import full
+
+FEATURE, LOGITS = "feature", "logits"
+
+
+@dataclass
+class _Pass:
+    """A call of a network.
+
+    Attributes:
+        stop: the stage after which nothing is wanted; empty: all is.
+        put: the stage whose result is replaced, and by what.
+        resume: called at that stage.
+        found: the results of stages, features and logits.
+        calls: how often each was met.
+    """
+
+    stop: str = ""
+    put: tuple[str, Tensor] | None = None
+    resume: Callable[[], None] = lambda: None
+    found: dict[str, Tensor] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+
+class _Stop(BaseException):
+    pass
+
+
+_passing: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+
+
+def _met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Any:
+    """Hook of a stage: after the submodule, or before the classifier, whose input are the features."""
+    current = _passing.get()
+    if current is None:
+        return None
+    result = (output or inputs)[0]
+    current.calls.append(stage)
+    if current.put is not None and current.put[0] == stage:
+        current.resume()
+        result = current.put[1].reshape(-1, *result.shape[1:])
+    current.found[stage] = result
+    if stage == current.stop:
+        raise _Stop
+    return result if current.put is not None else None
+
+
+class Hooked(OwnNetwork):
+    """A user's network with stages and features at named submodules.
+
+    A pass from a stage on runs the whole network on zeros, without gradients and in eval mode up to the stage, whose
+    result is then replaced: it costs the part before the stage once more.  What a pass has found is remembered for the
+    next step, so that ``tail(stages(x, s), s)`` and ``head(features(x))`` are one pass.
+
+    Args:
+        head: name of the linear layer that gives the logits, or None.
+        stages: names of submodules in order.
+        features: name of the submodule that gives the features; None: they are what ``head`` takes.
+        shape: of an image.
+        widths: numbers of features and logits.
+
+    Attributes:
+        stage_names: the stages, then ``"feature"``.
+        found: results of the last call, by stage.
+    """
+
+    def __init__(
+        self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, shape: Sequence[int],
+        widths: tuple[int, int] = (0, 0),
+    ) -> None:  # fmt: skip
+        super().__init__(module, head)
+        self.stage_names = (*stages, FEATURE)
+        self._shape, self.found = tuple(shape), dict[str, Tensor]()
+        self._rest = None if features is None else Rest(self, *widths)
+        for name in stages:
+            module.get_submodule(name).register_forward_hook(partial(_met, name))
+        if features is not None:
+            module.get_submodule(features).register_forward_hook(partial(_met, FEATURE))
+        elif head is not None:
+            module.get_submodule(head).register_forward_pre_hook(partial(_met, FEATURE))
+
+    def call(self, x: Tensor, **how: Any) -> _Pass:
+        """A call of the network, see :class:`_Pass`."""
+        current = _Pass(**how)
+        token = _passing.set(current)
+        try:
+            current.found[LOGITS] = full(self._logits(x))
+        except _Stop:
+            pass
+        finally:
+            _passing.reset(token)
+        if FEATURE in current.found:
+            current.found[FEATURE] = full(current.found[FEATURE].flatten(1))
+        self.found = current.found
+        return current
+
+    def again(self, stage: str, h: Tensor) -> _Pass:
+        """A pass from a stage on, with ``h`` for its result."""
+        modes, grad = [(layer, layer.training) for layer in self.module.modules()], torch.is_grad_enabled()
+
+        def resume() -> None:
+            torch.set_grad_enabled(grad)
+            for layer, training in modes:
+                layer.training = training
+
+        for layer, _ in modes:
+            layer.training = False
+        try:
+            with torch.no_grad():
+                return self.call(h.new_zeros((len(h), *self._shape)), put=(stage, h), resume=resume)
+        finally:
+            resume()
+
+    def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
+        """What follows a stage's result: known from the last call where ``h`` is of it, else found by another one."""
+        found = self.found
+        return found if found.get(stage) is h and LOGITS in found else self.again(stage, h).found
+
+    def stages(self, x: Tensor, upto: str) -> Tensor:
+        """See :meth:`fedkern.models.StagedNetwork.stages`."""
+        return self.call(x, stop="" if torch.is_grad_enabled() else upto).found[upto]
+
+    def tail(self, h: Tensor, after: str) -> Tensor:
+        """See :meth:`fedkern.models.StagedNetwork.tail`."""
+        return h if after == FEATURE else self.after(after, h)[FEATURE]
+
+    def features(self, x: Tensor) -> Tensor:
+        """The features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
+        return self.stages(x, FEATURE)
+
+    @property
+    def head(self) -> Any:
+        """The linear classifier, or what follows the named features."""
+        return super().head if self._rest is None else self._rest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "found": {}}
+
+
+class Rest:
+    """What follows the features of a network, called as its classifier."""
+
+    def __init__(self, network: Hooked, in_features: int, out_features: int) -> None:
+        self._network, self.in_features, self.out_features = network, in_features, out_features
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._network.after(FEATURE, z)[LOGITS]
+
+
+def find_taps(
+    network: Any, stages: Sequence[str], features: str | None, shape: Sequence[int], text: str
+) -> tuple[Any, ...]:
+    """What `Hooked` takes beside the module, for a user's ``network`` called ``text``; a copy is tried.
+
+    Raises:
+        UserError: a submodule is missing, is not called once, or gives no tensor; or the logits depend on more of the
+            images than its result.
+    """
+    if not isinstance(network, OwnNetwork) or isinstance(network, ItemNetwork):
+        raise UserError(f"--features and --stages are for a network of your own on images, not {text}: leave them out.")
+    images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+    known = [name for name, _ in network.module.named_modules() if name]
+    for flag, name in [("stages", each) for each in stages] + [("features", features)] * (features is not None):
+        if name not in known:
+            raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), known)}')
+    head = find_head(network.module, images)
+    if head is None and features is None:
+        raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
+    tried = Hooked(moved(network.module).eval(), head, stages, features, shape)
+    with torch.no_grad():
+        whole = tried.call(images)
+        for name in tried.stage_names:
+            what = f"--stages {name}" if name != FEATURE else f"--features {features}"
+            result, times = whole.found.get(name), whole.calls.count(name)
+            if times != 1 or not isinstance(result, Tensor) or len(result) != len(images):
+                raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row an image.")
+            if not torch.allclose(tried.again(name, result).found[LOGITS], whole.found[LOGITS], rtol=1e-3, atol=1e-4):
+                raise UserError(f"{what}: the logits of {text} depend on more than it gives: name a later submodule.")
+    widths = whole.found[FEATURE].shape[1], whole.found[LOGITS].shape[1]
+    return head, stages, features, shape, widths

@@ -1,0 +1,295 @@
+"""Loops and optimisers of a user's own: the bits of the run's own training, and sentences where they do not fit."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from own_networks import Plain, Staged
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fedkern
+from fedkern.engine.own_training import OwnTraining
+from fedkern.engine.run import run
+from fedkern.errors import ClientFailed, UserError
+from fedkern.listeners import Listener
+from fedkern.methods import METHODS
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.settings.config import RunConfig
+
+HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 3}
+
+
+def loop(model, client):
+    """What FedAvg does, as anybody writes it; with dropout, in train mode."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=client.lr, momentum=0.5)
+    for _ in range(client.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = client.lr
+        for batch in client.batches():
+            optimizer.zero_grad()
+            cross_entropy(model(batch.inputs), batch.targets).backward()
+            optimizer.step()
+            assert len(batch.indices) <= client.batch_size + 1
+            assert batch.inputs.device == client.device
+    client.report["steps"] = len(optimizer.state)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.5)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+OWN = OwnTraining(train=loop)
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def same(one, two):
+    first, second = weights(one), weights(two)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def played(make_config, make_data, tmp_path):
+    def play(name, method="fedavg", own=None, model=None, **settings):
+        network = {} if model is None else {"width": None}
+        run(make_config(method, **{**HOW, **network, **settings}), out=tmp_path / name, data=make_data(), own=own,
+            model=model)  # fmt: skip
+        return tmp_path / name
+
+    return play
+
+
+# -- a loop ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cnn", Plain, Staged], ids=["cnn", "plain", "staged"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"local_steps": 3, "lr_steps": "1"}, {"straggler_rate": 0.7}, {"buffers": "local"}, {"aggregator": "median"},
+     {"server_rule": "adam"}, {"dp_clip": 0.5, "dp_noise": 0.3, "dp_draws": "seed"}, {"sample_fraction": 0.5},
+     {"lr_decay": 0.9, "lr_steps": "1,3"}],
+    ids=lambda settings: next(iter(settings), "plain"),
+)  # fmt: skip
+def test_a_loop_like_fedavg_has_its_bits(settings, kind, played):
+    torch.manual_seed(0)
+    model = None if kind == "cnn" else kind()
+    same(played("fedavg", model=model, **settings), played("own", own=OWN, model=model, **settings))
+
+
+def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
+    expected = played("one", own=OWN, workers="1")
+    assert outcome(expected)[0] == outcome(played("two", own=OWN, workers="2"))[0]
+    with pytest.raises(Kill):
+        run(make_config(**HOW), out=tmp_path / "cut", data=make_data(), own=OWN, listener=KillAt("round", 1))
+    stored = RunConfig.load(tmp_path / "cut")
+    with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
+        run(stored, out=tmp_path / "cut", data=make_data(), resume=True)
+    with pytest.raises(UserError, match=r"began with train function loop, and the code given now \(SGD\(lr=0.05"):
+        run(stored, out=tmp_path / "cut", data=make_data(), resume=True, own=OwnTraining(optimizer=sgd))
+    run(stored, out=tmp_path / "cut", data=make_data(), resume=True, own=OWN)
+    assert outcome(tmp_path / "cut") == outcome(expected)
+
+
+@pytest.fixture
+def known(make_data):
+    """Data in memory that have the name of a data set."""
+    return lambda: dataclasses.replace(make_data(), name="digits")
+
+
+def test_python_s_words(known, tmp_path):
+    class Headed(Listener):
+        def on_start(self, run):
+            from fedkern.report.progress import headline
+
+            told.extend(headline(run))
+
+    told = []
+    how = {"model": "cnn", "width": 2, "rounds": 1, "pictures": False, "progress": False, "listener": Headed()}
+    found = fedkern.simulate("fedavg", data=known(), train=loop, out=tmp_path / "loop", **how)
+    assert "local training: train function loop" in told
+    assert found.history.records[0]["clients"]["0"]["steps"] > 0
+    fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "adam", **how)
+    assert any(line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0.999)") for line in told)
+    again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
+    whole = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
+    same(again.out, whole.out)
+    with pytest.raises(UserError, match="go on with it in Python"):
+        fedkern.load(tmp_path / "loop", data=known()).extend(2)
+    again = fedkern.load(tmp_path / "loop", data=known()).evaluate()
+    assert {name: found.metrics[name] for name in again} == pytest.approx(again)
+
+
+def test_what_is_frozen_stays_as_it_is(played):
+    torch.manual_seed(0)
+    model = Staged()
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    model[1].running_mean.normal_()
+    first, found = played("fedavg", model=model), played("own", own=OwnTraining(train=loop), model=model)
+    for name, value in model.state_dict().items():
+        if name.startswith(("0.", "1.")):
+            assert torch.equal(weights(found)[name], value), name
+    assert weights(found).keys() == weights(first).keys()
+
+
+def test_a_method_s_own_update_has_the_same_words(make_config, make_data, tmp_path, played):
+    class Own(FedAvg):
+        """FedAvg with a loop of its own."""
+
+        name = "own-update"
+
+        def client_update(self, client, phase, message):
+            model = client.model(message)
+            optimizer = torch.optim.SGD(model.parameters(), lr=client.lr, momentum=0.5)
+            for _ in range(client.epochs):
+                for batch in client.batches(phase):
+                    optimizer.zero_grad()
+                    self.loss(model, batch, None).backward()
+                    optimizer.step()
+            return client.upload(model)
+
+    METHODS["own-update"] = Own
+    same(played("fedavg"), played("own", "own-update"))
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def broken(model, client):
+    raise KeyError("no such thing")
+
+
+def leaving(model, client):
+    return nn.Linear(1, 1)
+
+
+def shrinking(model, client):
+    model.head = nn.Linear(1, 1)
+
+
+def diverging(model, client):
+    next(model.parameters()).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (broken, r"Client 0 failed in round 1: KeyError: 'no such thing' \(test_own_training.py, line \d+\)"),
+        (leaving, r"train must return nothing, not Linear.*: what it leaves in the model .* is the upload"),
+        (shrinking, r"The trained network is no longer the run's: its head.weight has shape \[1, 1\], not"),
+        (diverging, "round 1.*not finite"),
+    ],
+)
+def test_a_wrong_loop_is_one_sentence(train, said, played):
+    with pytest.raises((ClientFailed, UserError), match=said):
+        played("run", own=OwnTraining(train=train))
+
+
+def test_a_diverging_client_is_skipped(played):
+    def first_fails(model, client):
+        (diverging if client.id == 0 else loop)(model, client)
+
+    found = played("run", own=OwnTraining(train=first_fails), on_nan="skip")
+    assert json.loads((found / "summary.json").read_text())["rounds"] == 3
+
+
+def factory(found):
+    return lambda parameters: found(parameters)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        ("fedavg", {"train": "loop"}, "train must be a function of a model and a client, not 'loop'"),
+        ("fedavg", {"train": loop, "momentum": 0.5}, "momentum has no effect beside a function train"),
+        ("fedavg", {"train": loop, "optimizer": sgd}, "optimizer has no effect beside a function train"),
+        ("fedavg", {"optimizer": sgd, "lr": 0.1}, "lr has no effect beside a function optimizer"),
+        ("fedavg", {"optimizer": factory(lambda p: None)}, r"optimizer must return a torch.optim.Optimizer, not None"),
+        ("fedavg", {"optimizer": factory(torch.optim.LBFGS)}, "makes LBFGS, which evaluates a batch several times"),
+        ("fedavg", {"optimizer": factory(lambda p: 1 / 0)}, r"optimizer fails \(ZeroDivisionError.*test_own_training"),
+        ("fediod", {"optimizer": sgd, "teacher_dp": True}, "fediod with differential privacy has an optimiser"),
+        *(
+            (method, {"train": loop}, f"would drop what {method} adds to local training: write a class derived from it")
+            for method in ("fedprox", "scaffold", "feddyn", "fedgid", "moon", "fedproto", "fedntd", "feddra", "fusefl",
+                           "fediod", "fedlpfm", "ensemble", "local", "centralised", "afl", "fml")
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
+)  # fmt: skip
+def test_what_does_not_fit_is_one_sentence(method, given, said, known, tmp_path):
+    with pytest.raises(UserError, match=said):
+        fedkern.simulate(method, data=known(), out=tmp_path / "run", progress=False, pictures=False, **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
+    class Late(FedAvg):
+        """FedAvg that weighs the third client twice."""
+
+        def weight(self, server, upload):
+            return 2.0 if upload.client_id == 2 else 1.0
+
+    how = {"data": known(), "model": "cnn", "width": 2, "rounds": 2, "pictures": False, "progress": False}
+    one = fedkern.simulate(Late, out=tmp_path / "a", momentum=0.5, **how)
+    two = fedkern.simulate(Late, out=tmp_path / "b", train=loop, **how)
+    same(one.out, two.out)
+
+
+# -- an optimiser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "scaffold", "feddyn", "moon", "fedgid", "fml"])
+def test_torch_s_sgd_has_the_bits_of_the_built_in_one(method, played):
+    same(played("in", method), played("own", method, own=OwnTraining(optimizer=sgd)))
+
+
+def test_the_run_s_schedule_multiplies_the_rates(played):
+    def half(parameters):
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.5)
+
+    how = {"lr_steps": "1,3", "lr_step_factor": 0.5, "clip_norm": 0.1}
+    one, two = played("in", **how), played("own", own=OwnTraining(optimizer=half), **how)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [(sgd, {}), (adam, {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1})],
+    ids=["sgd", "adamw"],
+)
+def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_config, make_data, tmp_path):
+    keep = {**settings, "optimizer_state": "keep"}
+    built_in, own = played("in", **keep), played("own", own=OwnTraining(optimizer=factory), **keep)
+    fresh = weights(played("fresh", **settings))
+    for name, value in weights(built_in).items():
+        torch.testing.assert_close(weights(own)[name], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(weights(built_in)[name], fresh[name]) for name in fresh)
+    for name, given in (("in", None), ("own", OwnTraining(optimizer=factory))):
+        config, cut = make_config(**{**HOW, **keep}), tmp_path / f"cut-{name}"
+        with pytest.raises(Kill):
+            run(config, out=cut, data=make_data(), own=given, listener=KillAt("round", 2))
+        run(RunConfig.load(cut), out=cut, data=make_data(), own=given, resume=True)
+        assert outcome(cut) == outcome(tmp_path / name)
+        assert outcome(played(f"two-{name}", own=given, workers="2", **keep))[0] == outcome(cut)[0]
+
+
+def test_kept_states_cost_the_secrecy_of_draws(played):
+    """Epsilon of client-level privacy counts then that a client's state tells when it was drawn."""
+    how = {"dp_clip": 0.5, "dp_noise": 1.0, "sample_fraction": 0.4, "buffers": "drop"}
+    told = {}
+    for state in ("new", "keep"):
+        out = played(state, optimizer_state=state, **how)
+        told[state] = json.loads((out / "summary.json").read_text())["privacy"]["epsilon"]
+    assert told["keep"] > told["new"]

@@ -1,0 +1,204 @@
+"""Features and stages of networks whose forward is a function: by hooks, equal to the same network as a sequence."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedkern.engine.run import run
+from fedkern.errors import UserError
+from fedkern.models.hooked import Hooked, find_taps
+from fedkern.models.own import ItemNetwork, OwnNetwork
+from fedkern.models.precision import computing
+from fedkern.settings.config import RunConfig
+
+SHAPE = (3, 8, 8)
+
+
+class Functional(nn.Module):
+    """LeNet with batch norms and dropout, whose activations and poolings are functions."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 5, padding=2), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 6, 5, padding=2), nn.BatchNorm2d(6)
+        self.fc1, self.fc2 = nn.Linear(24, 12), nn.Linear(12, classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
+        x = F.relu(self.fc1(x.view(len(x), -1)))
+        return self.fc2(F.dropout(x, 0.2, self.training))
+
+
+def sequence(network):
+    """The same network as modules one after another, cut at the same places."""
+    made = nn.Sequential(
+        network.conv1, network.norm1, nn.ReLU(), nn.MaxPool2d(2), network.conv2, network.norm2, nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), network.fc1, nn.ReLU(), nn.Dropout(0.2), network.fc2,
+    )  # fmt: skip
+    made.stages = {"conv1": "0", "conv2": "4"}
+    return copy.deepcopy(made)
+
+
+class Scaled(Functional):
+    """Logits that no linear layer gives."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Skipping(Functional):
+    """A shortcut around the second convolution."""
+
+    def forward(self, x):
+        maps = F.relu(self.conv1(x))
+        x = F.max_pool2d(F.relu(self.conv2(maps)), 4) + maps.mean((1, 2, 3))[:, None, None, None]
+        return self.fc2(F.relu(self.fc1(x.view(len(x), -1))))
+
+
+class Twice(Functional):
+    def forward(self, x):
+        return super().forward(x) + super().forward(x.flip(0))
+
+
+def hooked(module, stages=(), features=None, shape=SHAPE):
+    return Hooked(module, *find_taps(OwnNetwork(module), stages, features, shape, "net"))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return Functional()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("stage", ["conv1", "conv2"])
+def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
+    """Values, gradients and running statistics: the part before is run again, and leaves no trace."""
+    plain, parts = network.train(), sequence(network).train()
+    front, rest = parts[: 1 if stage == "conv1" else 5], parts[1 if stage == "conv1" else 5 :]
+    found = hooked(plain, ["conv1", "conv2"]).train()
+    for mode in (True, False):
+        found.train(mode)
+        parts.train(mode)
+        torch.manual_seed(2)
+        own = found.stages(images, upto=stage)
+        logits = found.head(found.tail(own, after=stage))
+        again = found.head(found.tail(own.flip(0), after=stage))
+        torch.manual_seed(2)
+        maps = front(images)
+        torch.testing.assert_close(own, maps)
+        torch.testing.assert_close(logits, whole := rest(maps))
+        torch.testing.assert_close(again, mixed := rest(maps.flip(0)))
+        (logits + again).square().sum().backward()
+        (whole + mixed).square().sum().backward()
+        for one, other in zip(plain.parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+        for one, other in zip(plain.buffers(), parts.buffers(), strict=True):
+            torch.testing.assert_close(one, other)
+        assert plain.training is mode
+
+
+def test_what_is_known_is_not_computed_again(network, images):
+    calls = []
+    network.conv1.register_forward_hook(lambda *_: calls.append(1))
+    found = hooked(network, ["conv1"])
+    calls.clear()
+    own = found.stages(images, upto="conv1")
+    found.head(found.tail(own, after="conv1"))
+    assert len(calls) == 1
+    found.tail(own * 2, after="conv1")
+    assert len(calls) == 2
+    with torch.no_grad():
+        later = []
+        network.fc1.register_forward_hook(lambda *_: later.append(1))
+        found.stages(images, upto="conv1")
+    assert not later
+
+
+@pytest.mark.parametrize("module", [Functional, Scaled])
+def test_features_are_what_the_named_module_gives(module, images):
+    torch.manual_seed(0)
+    found = hooked(module().eval(), features="fc1")
+    z = found.features(images)
+    torch.testing.assert_close(found.head(z), found(images))
+    torch.testing.assert_close(found.head(z.clone()), found(images))
+    assert (found.head.in_features, found.head.out_features) == (12, 3)
+    assert copy.deepcopy(found).head(z).shape == (5, 3)
+
+
+def test_bf16(network, images):
+    with computing("bf16"):
+        found = hooked(network.eval(), ["conv1"])
+        own = found.stages(images, upto="conv1")
+        assert own.dtype is torch.bfloat16
+        features = found.tail(own, after="conv1")
+        assert features.dtype is torch.float32
+        torch.testing.assert_close(found.head(features), found(images), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "said"),
+    [
+        (Functional, {"stages": ["conv3"]}, r'--stages: the network net has no submodule "conv3". Did you mean "conv'),
+        (Functional, {"features": "cf1"}, r'--features: .* no submodule "cf1". Did you mean "fc1"'),
+        (Scaled, {"stages": ["conv1"]}, "--stages: net ends in no linear layer.*: give --features too"),
+        (Skipping, {"stages": ["conv2"]}, "--stages conv2: the logits of net depend on more than it gives"),
+        (Twice, {"features": "fc1"}, "--features fc1: net calls it 2 times"),
+    ],
+)
+def test_what_cannot_be_cut_is_one_sentence(module, given, said):
+    with pytest.raises(UserError, match=said):
+        hooked(module(), **given)
+
+
+def test_other_networks_have_no_such_names(network):
+    for other in (nn.Linear(2, 2), ItemNetwork(network, None, False)):
+        with pytest.raises(UserError, match="are for a network of your own on images, not net"):
+            find_taps(other, ["conv1"], None, SHAPE, "net")
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("fedgid", {"stages": "conv1,conv2"}), ("fedgid", {"stages": "conv2"}), ("fedproto", {"features": "fc1"}),
+     ("moon", {"features": "fc1"}), ("moon", {}), ("fedproto", {}), ("fml", {})],
+)  # fmt: skip
+def test_a_method_has_the_result_of_the_sequence(method, given, network, make_data, tmp_path):
+    how = {"rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 0, "seed": 3}
+    parts = sequence(network)
+    parts.stages = {"conv2": "4"} if given.get("stages") == "conv2" else parts.stages
+    for name, model, own in (("hooks", network, given), ("parts", parts, {})):
+        if method != "fedgid" and given and name == "parts":
+            own = {"features": "9"}
+        config = RunConfig.make(method, **how, **own)
+        run(config, out=tmp_path / name, data=make_data(), model=model)
+    found, expected = (
+        torch.cat([t.flatten().double() for t in _weights(tmp_path / name)]) for name in ("hooks", "parts")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _weights(out):
+    from safetensors.torch import load_file
+
+    return [tensor for _, tensor in sorted(load_file(out / "model.safetensors").items(), key=_place)]
+
+
+ORDER = ("conv1", "norm1", "conv2", "norm2", "fc1", "fc2")
+NUMBERS = ("0", "1", "4", "5", "9", "12")
+
+
+def _place(entry):
+    head, _, rest = entry[0].rpartition(".")
+    last = head.rpartition(".")[2]
+    return (*([ORDER.index(last)] if last in ORDER else [NUMBERS.index(last)]), rest)
