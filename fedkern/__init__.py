@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedkern.api import History, Run, load, simulate
     from fedkern.comparison.compared import Comparison, compare
     from fedkern.data import FederatedData, register_data
+    from fedkern.deferred import accelerate, plain
     from fedkern.errors import UserError
     from fedkern.methods import option, register, register_aggregator, register_metric
     from fedkern.models import register_model
@@ -30,9 +31,11 @@ __all__ = [
     "Run",
     "UserError",
     "__version__",
+    "accelerate",
     "compare",
     "load",
     "option",
+    "plain",
     "register",
     "register_aggregator",
     "register_data",
@@ -45,6 +48,7 @@ _LAZY = {
     **dict.fromkeys(("History", "Run", "load", "simulate"), "fedkern.api"),
     **dict.fromkeys(("Comparison", "compare"), "fedkern.comparison.compared"),
     **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
+    **dict.fromkeys(("accelerate", "plain"), "fedkern.deferred"),
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
     "UserError": "fedkern.errors",
     "register_model": "fedkern.models",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkern.deferred.pending import computed
 from fedkern.errors import UserError, nearest
 from fedkern.models.cutting import find_head, moved
 from fedkern.models.own import ItemNetwork, OwnNetwork
@@ -50,7 +51,7 @@ def _met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) ->
     current = _passing.get()
     if current is None:
         return None
-    result = (output or inputs)[0]
+    result = computed((output or inputs)[0])
     current.calls.append(stage)
     if current.put is not None and current.put[0] == stage:
         current.resume()
@@ -58,7 +59,10 @@ def _met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) ->
     current.found[stage] = result
     if stage == current.stop:
         raise _Stop
-    return result if current.put is not None else None
+    return result  # in the place of what waits to be computed
+
+
+_met.takes_computed = True  # type: ignore[attr-defined]
 
 
 class Hooked(OwnNetwork):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import named_code
+from fedkern.deferred import plain
+from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
 from fedkern.leaves import Keywords, Positional, mapped
 from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of
@@ -38,7 +40,10 @@ _taken: ContextVar[list[Tensor] | None] = ContextVar("features", default=None)
 def _remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     taken = _taken.get()
     if taken is not None:
-        taken.append(inputs[0])
+        taken.append(computed(inputs[0]))
+
+
+_remember.takes_computed = True  # type: ignore[attr-defined]
 
 
 class OwnNetwork(nn.Module):
@@ -295,7 +300,7 @@ class Own:
 
     def _copied(self, module: nn.Module) -> nn.Module:
         try:
-            return copy.deepcopy(module)
+            return plain(copy.deepcopy(module))  # as workers have it, who get it by a pickle
         except Exception as error:  # a module may hold anything
             raise UserError(
                 f"the model {self.text} cannot be copied, and every client has a copy: {type(error).__name__}: {error}."

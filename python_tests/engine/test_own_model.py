@@ -551,6 +551,19 @@ def test_a_wrapped_module_is_the_run_s_network(make_data, tmp_path):
     assert fedkern.load(tmp_path / "wrapped", model=torch.nn.DataParallel(module)).model() is not None
 
 
+def test_a_run_takes_an_accelerated_network_as_it_is_written(make_data, make_config, tmp_path):
+    """Workers get the network by a pickle, which is plain."""
+    torch.manual_seed(5)
+    plain, network = Staged(), fedkern.accelerate(Staged())
+    network.load_state_dict(plain.state_dict())
+    for name, model, workers in (("plain", plain, "1"), ("one", network, "1"), ("two", network, "2")):
+        run(make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), model=model)
+    expected = saved(tmp_path / "plain")
+    for name in ("one", "two"):
+        assert all(torch.equal(value, expected[key]) for key, value in saved(tmp_path / name).items())
+    assert "forward" in vars(network)
+
+
 def test_a_partial_start_lists_what_does_not_fit(own, make_data, tmp_path):
     torch.manual_seed(5)
     big = Staged(classes=7)

@@ -52,7 +52,8 @@ def check_plain(module: nn.Module, where: str, *, layer: bool) -> None:
             "call; remove hooks, pruning and weight norms first"
         )
     replaced = [name for name in _METHODS if getattr(kind, name) is not getattr(nn.Module, name)]
-    replaced += [n for n in vars(module) if callable(getattr(kind, n, None)) and (layer or hasattr(nn.Module, n))]
+    mine = [name for name, own in vars(module).items() if not getattr(own, "as_written", False)]
+    replaced += [n for n in mine if callable(getattr(kind, n, None)) and (layer or hasattr(nn.Module, n))]
     if replaced:
         raise TypeError(
             f"FusedBlocks does not support {where}, a {kind.__name__} with {replaced[0]}() of its own, which it would "

@@ -1,0 +1,224 @@
+"""fedkern.accelerate: a network whose convolutions wait, within a call, for what follows them.
+
+Modules keep their class, state and repr: a network and its convolutions get a ``forward`` in their own dictionaries.
+Beside it stand two ways of copying, by which a pickle holds the plain module, and a deep copy is accelerated again.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fedkern.deferred.pending import Chain, Node, Pending, Run, Site, computed, handle, saved_hooks, value
+from fedkern.ops._conv.conv_norm import Settings, run, serving
+from fedkern.ops._core.backend import intercepted
+from fedkern.ops._core.private_torch import may_be_transformed
+
+M = TypeVar("M", bound=nn.Module)
+_KEYS = ("forward", "__reduce_ex__", "__deepcopy__")
+_CHANNELS_LAST = torch.channels_last
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
+_thread = threading.local()  # ``run``: the call of a network that this thread is in
+
+
+def accelerate(module: M) -> M:
+    """Has a network's convolutions computed together with the batch norm, sum, ReLU and max pooling behind them.
+
+    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` where it serves; all else runs as it is
+    written.  Results differ from torch's by rounding.  A call begins and ends with ``module(...)``; parts of it that
+    are called alone run as written.  So does the whole call under autocast, ``torch.compile``, ``torch.func``, tracing
+    and with anybody's hooks on a submodule.
+
+    Args:
+        module: any network; it is changed in place, and keeps its class, state dict and repr.  A deep copy is
+            accelerated too, a pickle holds the plain module.
+
+    Returns:
+        The same module.
+    """
+    plain(module)
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d:
+            _install(layer, _Conv(layer))
+    if "forward" not in vars(module):  # else it is a convolution alone, with nothing to wait for
+        _install(module, _Root(module))
+    return module
+
+
+def plain(module: M) -> M:
+    """Takes back :func:`accelerate`, in place; returns the module."""
+    for layer in module.modules():
+        if isinstance(vars(layer).get("forward"), _Served):
+            for key in _KEYS:
+                vars(layer).pop(key)
+    return module
+
+
+class _Served:
+    """A module's ``forward`` in its dictionary."""
+
+    as_written = True  # gives what the class does: whoever looks for replaced methods need not mind
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def written(self, *given: Any, **named: Any) -> Any:
+        """What the module's class does."""
+        return type(self.module).forward(self.module, *given, **named)
+
+
+def _install(module: nn.Module, served: _Served) -> None:
+    held = vars(module)
+    held["forward"] = served
+    for key, function in (("__reduce_ex__", _reduced), ("__deepcopy__", _copied)):
+        bound: Any = partial(function, module)
+        bound.as_written = True
+        held[key] = bound
+
+
+def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """How a plain module would be pickled."""
+    kind: Any = type(module)
+    make, given, state, *rest = kind.__reduce_ex__(module, protocol)
+    if isinstance(state, dict):
+        state = {key: each for key, each in state.items() if key not in _KEYS}
+    return make, given, state, *rest
+
+
+def _copied(module: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy, accelerated as the module is."""
+    if hasattr(type(module), "__deepcopy__"):
+        made = type(module).__deepcopy__(module, memo)
+    else:
+        make, given, state, *_ = _reduced(module, 4)
+        made = memo[id(module)] = make(*copy.deepcopy(given, memo))
+        made.__setstate__(copy.deepcopy(state, memo))
+    _install(made, type(vars(module)["forward"])(made))
+    return made
+
+
+class _Root(_Served):
+    """The forward of a network: a call in which convolutions wait."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if getattr(_thread, "run", None) is not None or _watched(self.module):
+            return self.written(*given, **named)
+        _thread.run = begun = Run(_serve)
+        try:
+            found = _plain(self.written(*given, **named))
+            begun.finish()
+            return found
+        finally:
+            _thread.run = None
+            begun.over = True
+
+
+def _plain(found: Any) -> Any:
+    """A network's result, in which nothing waits; objects with tensors are looked into as far as attributes."""
+    if type(found) in (Tensor, Pending, tuple, list, dict):
+        return computed(found)
+    for name, each in vars(found).items() if hasattr(found, "__dict__") and not isinstance(found, Tensor) else ():
+        if type(each) is Pending:
+            setattr(found, name, computed(each))
+    if isinstance(found, dict):
+        found.update({key: computed(each) for key, each in found.items() if type(each) is Pending})
+    return found
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something looks at the layers of a network, or takes their operations apart."""
+    if torch.compiler.is_compiling() or intercepted() or may_be_transformed() or torch.is_autocast_enabled("cpu"):
+        return True
+    if any(_GLOBAL_HOOKS) or torch.jit.is_tracing() or saved_hooks(True) is not None:
+        return True
+    return any(not takes_computed(hook) for hook in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """Hooks of a network's parts, and those of gradients that it has itself; parts of TorchScript count as hooks."""
+    for layer in module.modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            yield layer
+            continue
+        held = vars(layer)
+        for name in _HOOKS if layer is not module else _HOOKS[2:]:
+            yield from held[name].values()
+
+
+def takes_computed(hook: Any) -> bool:
+    """Whether a hook computes what it is given by itself, with :func:`fedkern.deferred.pending.computed`."""
+    return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
+
+
+class _Conv(_Served):
+    """The forward of a convolution, whose result waits where an operator may serve it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._known: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, x: Any) -> Any:
+        begun: Run | None = getattr(_thread, "run", None)
+        if begun is None:
+            return self.written(x)
+        node: Node | None = x.__dict__["node"] if type(x) is Pending else None
+        conv, serves = self.module, self._serves(tuple(x.shape), node is None and type(x) is not Tensor)
+        if not serves or torch.is_autocast_enabled("cpu") or may_be_transformed() or saved_hooks(True) is not None:
+            return self.written(x if node is None else value(node))
+        if node is not None:
+            x = value(node, dense=False)
+        if x.dtype is not torch.float32 or x.device.type != "cpu":
+            return self.written(x)
+        size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        site = Site(x, conv._parameters["weight"], conv._parameters["bias"], stride, padding)
+        b, _, h, w = x.shape
+        sides = ((side + 2 * padding - size) // stride + 1 for side in (h, w))
+        return handle(Node(begun, Chain(site), None, None), (b, conv.out_channels, *sides))
+
+    def _serves(self, shape: tuple[int, ...], foreign: bool) -> bool:
+        """Whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
+        conv = self.module
+        if foreign or type(conv) is not nn.Conv2d or conv._parameters.get("weight") is None:
+            return False
+        if shape not in self._known:
+            self._known[shape] = _fits(conv, shape)
+        return self._known[shape]
+
+
+def _fits(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
+    size, stride = conv.kernel_size, conv.stride
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and conv.bias is None
+    square = size in ((1, 1), (3, 3)) and stride in ((1, 1), (2, 2)) and conv.padding == (size[0] // 2, size[0] // 2)
+    if not (plain and square) or len(shape) != 4 or shape[0] == 0 or conv.weight.dtype is not torch.float32:
+        return False
+    x = torch.empty(shape, memory_format=_CHANNELS_LAST)
+    ones = torch.ones(conv.out_channels)
+    return serving(x, conv.weight.detach(), ones, ones, ones, ones, None, 1, stride[0]) is not None
+
+
+def _serve(chain: Chain) -> Tensor | None:
+    """A chain by ``conv_norm``; None where the layers have to run as written."""
+    site, norm = chain.site, chain.norm
+    if norm is None:
+        return None
+    x = site.x
+    if not x.is_contiguous(memory_format=_CHANNELS_LAST):
+        x = x.contiguous(memory_format=_CHANNELS_LAST)
+    tracks = norm.training and not norm.counted
+    mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
+    residual = None if chain.residual is None else chain.residual[0]
+    kernel = serving(x, site.weight, norm.weight, norm.bias, mean, variance, residual, chain.pool, site.stride)
+    if kernel is None:
+        return None
+    settings = Settings(
+        mean, variance, norm.momentum, norm.eps, site.stride, chain.relu, chain.pool, tracks, norm.training
+    )
+    return run(kernel, settings, x, site.weight, norm.weight, norm.bias, residual)

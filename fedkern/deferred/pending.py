@@ -1,0 +1,356 @@
+"""Tensors that are not computed yet: results of convolutions, and of what is done with them next.
+
+A batch norm, an addition, a ReLU and a 2 x 2 max pooling extend what waits; whatever else touches it has it computed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_Raw = torch._C.DisableTorchFunctionSubclass
+saved_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+"""The hooks of saved tensors that are active, as those of torch.utils.checkpoint; None without any."""
+_autocast, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+
+
+class Site:
+    """A call of a convolution.
+
+    Attributes:
+        x, weight, bias: of the call; ``versions`` are those of x and weight.
+        stride, padding: of the convolution.
+        grad: whether gradients were enabled.
+    """
+
+    __slots__ = ("bias", "grad", "padding", "stride", "versions", "weight", "x")
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+        self.x, self.weight, self.bias, self.stride, self.padding = x, weight, bias, stride, padding
+        self.versions, self.grad = (version(x), version(weight)), _grad_enabled()
+
+
+class Norm:
+    """A batch norm's arguments; ``counted`` once it has moved its running statistics."""
+
+    __slots__ = ("bias", "counted", "eps", "mean", "momentum", "training", "variance", "weight")
+
+    def __init__(
+        self, mean: Tensor | None, variance: Tensor | None, weight: Tensor, bias: Tensor, training: bool,
+        momentum: float, eps: float,
+    ) -> None:  # fmt: skip
+        self.mean, self.variance, self.weight, self.bias = mean, variance, weight, bias
+        self.training, self.momentum, self.eps = training, momentum, eps
+        self.counted = not training or mean is None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The norm as torch computes it."""
+        given = (None, None) if self.training and self.counted else (self.mean, self.variance)
+        self.counted = True
+        return F.batch_norm(y, *given, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class Chain(NamedTuple):
+    """A convolution with what follows it: ``pool(relu(norm(conv(x)) + residual))``.
+
+    Attributes:
+        residual: what is added, with its version.
+    """
+
+    site: Site
+    norm: Norm | None = None
+    residual: tuple[Tensor, int] | None = None
+    relu: bool = False
+    pool: int = 1
+
+
+class Node:
+    """A result that may wait.
+
+    Attributes:
+        chain: all that leads to it.
+        parent, step: the node before and the function of its value, as the network's author wrote it.
+        value: the result, once it is computed, with its version then.
+    """
+
+    __slots__ = ("chain", "parent", "run", "step", "value", "version")
+
+    def __init__(self, run: Run, chain: Chain, parent: Node | None, step: Callable[[Tensor], Tensor] | None) -> None:
+        self.run, self.chain, self.parent, self.step = run, chain, parent, step
+        self.value: Tensor | None = None
+        self.version = 0
+
+
+class Run:
+    """A call of a network.
+
+    Attributes:
+        serve: computes a chain by one operator, or says None.
+        made: all that was handed to the network's code.
+        norms: nodes whose running statistics have to move, whether somebody uses them or not.
+        over: whether the call has ended.
+    """
+
+    __slots__ = ("made", "norms", "over", "serve")
+
+    def __init__(self, serve: Callable[[Chain], Tensor | None]) -> None:
+        self.serve = serve
+        self.made: list[weakref.ref[Pending]] = []
+        self.norms: list[Node] = []
+        self.over = False
+
+    def finish(self) -> None:
+        """Computes what outlives the call, and moves the statistics of norms whose results nobody used."""
+        for node in self.norms:
+            if node.chain.norm is not None and not node.chain.norm.counted:
+                with torch.no_grad():
+                    value(node)
+        self.norms.clear()
+        for reference in reversed(self.made):  # what comes last releases what it is made of
+            if (kept := reference()) is not None:
+                value(kept.__dict__["node"])
+
+
+def version(tensor: Tensor) -> int:
+    """The count of changes of a tensor; 0 where none is kept."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _lost(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "A torch.autograd.Function took a tensor that fedkern.accelerate has not computed yet, and its gradient would "
+        "be lost: give it tensor + 0, or run fedkern.plain(module)."
+    )
+
+
+class Pending(Tensor):
+    """The handle of a :class:`Node`; its shape, dtype and device are those of the result."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        how = _EXTENDING.get(func)
+        if how is not None and not _autocast("cpu"):
+            found = how(*args, **(kwargs or {}))
+            if found is not None:
+                return found
+        elif func in _ABOUT:
+            with _Raw():
+                return func(*args, **(kwargs or {}))
+        elif _writes(func, kwargs):
+            _settle((*args, *(kwargs or {}).values()))
+        return func(*map(computed, args), **{name: computed(each) for name, each in (kwargs or {}).items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            f"{func} reads a tensor that fedkern.accelerate has not computed yet, as code that torch.jit has compiled "
+            "does: give it tensor + 0, or run fedkern.plain(module)."
+        )
+
+
+def handle(node: Node, shape: tuple[int, ...]) -> Pending:
+    """A tensor for the network's code."""
+    grad = node.chain.site.grad
+    made: Pending = Tensor._make_wrapper_subclass(Pending, shape, dtype=torch.float32, requires_grad=grad)
+    if grad:
+        # Only what takes it past __torch_function__, as a custom autograd.Function does, brings it into a graph.
+        with _Raw():
+            made.register_hook(_lost)
+    made.__dict__["node"] = node
+    node.run.made.append(weakref.ref(made))
+    return made
+
+
+def computed(given: Any) -> Any:
+    """A value with what waits in it computed; contiguous, as torch's convolutions give it."""
+    if type(given) is Pending:
+        return value(given.__dict__["node"])
+    if type(given) in (tuple, list):
+        return type(given)(map(computed, given))
+    return {key: computed(each) for key, each in given.items()} if type(given) is dict else given
+
+
+def value(node: Node, dense: bool = True) -> Tensor:
+    """The result of a node, computed once; ``dense``: contiguous, else as the operator gave it."""
+    found = node.value
+    if found is not None and not (dense and not found.is_contiguous()):
+        return found
+    if node.run.over:
+        raise RuntimeError("a tensor of a call of an accelerated network that failed is not there any more")
+    grad = node.chain.site.grad
+    if grad == _grad_enabled() and not _autocast("cpu") and saved_hooks(True) is None:
+        found = _found(node, dense)
+    else:  # as where the convolution stands: a checkpoint counts what is saved inside of it
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False), saved_tensors_hooks(_same, _same):
+            found = _found(node, dense)
+    node.value, node.version, node.parent, node.step = found, version(found), None, None
+    return found
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _found(node: Node, dense: bool) -> Tensor:
+    found = _computed(node) if node.value is None else node.value
+    return found if found.is_contiguous() or not dense else found.contiguous()
+
+
+def _computed(node: Node) -> Tensor:
+    site, residual, parent = node.chain.site, node.chain.residual, node.parent
+    changed = (version(site.x), version(site.weight)) != site.versions
+    if changed or (residual is not None and version(residual[0]) != residual[1]):
+        raise _changed()
+    before = parent
+    while before is not None and before.value is None:
+        before = before.parent
+    if before is None and (served := node.run.serve(node.chain)) is not None:
+        if node.chain.norm is not None:
+            node.chain.norm.counted = True
+        return served
+    if parent is None:
+        x = site.x if site.x.is_contiguous() else site.x.contiguous()
+        return F.conv2d(x, site.weight, site.bias, site.stride, site.padding)
+    assert node.step is not None
+    y = value(parent)
+    if version(y) != parent.version:
+        raise _changed()
+    return node.step(y)
+
+
+def _changed() -> RuntimeError:
+    return RuntimeError(
+        "A tensor was changed in place before fedkern.accelerate computed what an earlier step takes of it: write the "
+        "change without in-place operations, or run fedkern.plain(module)."
+    )
+
+
+def _writes(func: Any, kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a function of torch may change an argument."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__setitem__", "__set__") or name.startswith("__i") or "out" in (kwargs or {})
+
+
+def _settle(args: Iterable[Any]) -> None:
+    """Computes what waits in the call before a tensor of it changes."""
+    for each in args:
+        if type(each) is Pending:
+            for reference in reversed(each.__dict__["node"].run.made):
+                if (kept := reference()) is not None:
+                    value(kept.__dict__["node"])
+            return
+
+
+# -- what extends a chain ----------------------------------------------------------------------------------------------
+
+
+def _waiting(x: Any) -> Node | None:
+    """The node of a tensor that waits, in the mode of gradients in which it was begun; else None."""
+    node: Node | None = x.__dict__["node"] if type(x) is Pending else None
+    fresh = node is not None and node.value is None and node.chain.site.grad == _grad_enabled()
+    return node if fresh else None
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    with _Raw():
+        return tuple(x.shape)
+
+
+def _extended(x: Any, node: Node, step: Callable[[Tensor], Tensor], inplace: bool = False, **more: Any) -> Any:
+    made = Node(node.run, node.chain._replace(**more), node, step)
+    if inplace:
+        x.__dict__["node"] = made
+        return x
+    b, c, h, w = _shape(x)
+    pool = more.get("pool", 1)
+    return handle(made, (b, c, h // pool, w // pool))
+
+
+def _batch_norm(
+    x: Any, mean: Any, variance: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor | None:  # fmt: skip
+    node = _waiting(x)
+    if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
+        return None
+    norm = Norm(mean, variance, weight, bias, training or mean is None, momentum, eps)
+    made = _extended(x, node, norm, norm=norm)
+    if not norm.counted:
+        node.run.norms.append(made.__dict__["node"])
+    return made
+
+
+def _relu(x: Any, inplace: bool = False) -> Tensor | None:
+    node = _waiting(x)
+    if node is None:
+        return None
+    return x if node.chain.relu else _extended(x, node, torch.relu, inplace, relu=True)
+
+
+def _relu_(x: Any) -> Tensor | None:
+    return _relu(x, True)
+
+
+def _takes_sum(x: Any) -> Node | None:
+    node = _waiting(x)
+    if node is None or node.chain.norm is None or node.chain.residual is not None:
+        return None
+    return None if node.chain.relu or node.chain.pool > 1 else node
+
+
+def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
+    if alpha != 1 or not isinstance(other, Tensor) or not isinstance(x, Tensor) or x is other:
+        return None
+    node = _takes_sum(x)
+    if node is None and not inplace:
+        x, other = other, x
+        node = _takes_sum(x)
+    if node is None or _shape(other) != _shape(x):
+        return None
+    if type(other) is Pending:
+        other = value(other.__dict__["node"], dense=False)
+    if type(other) is not Tensor or other.dtype is not torch.float32 or other.device.type != "cpu":
+        return None
+    return _extended(x, node, lambda y: y + other, inplace, residual=(other, version(other)))
+
+
+def _add_(x: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
+    return _add(x, other, alpha=alpha, inplace=True)
+
+
+def _max_pool(
+    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:  # fmt: skip
+    node = _waiting(x)
+    wanted = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
+    square = all(given in (size, (size, size), [size, size]) for given, size in (*wanted, (dilation, 1)))
+    if node is None or not square or ceil_mode or return_indices or min(_shape(x)[2:]) < 2:
+        return None
+    if node.chain.pool > 1 or node.chain.residual is not None or node.chain.norm is None:
+        return None
+    return _extended(x, node, lambda y: F.max_pool2d(y, 2), pool=2)
+
+
+_EXTENDING: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
+    **dict.fromkeys((torch.max_pool2d, F.max_pool2d), _max_pool),
+}
+_ABOUT = {
+    Tensor.dim, Tensor.size, Tensor.__len__, Tensor.numel,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
+}  # fmt: skip
+"""What can be told without the values."""
