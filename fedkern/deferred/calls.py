@@ -195,7 +195,7 @@ class _Conv(_Served):
 
 def _fits(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
     size, stride = conv.kernel_size, conv.stride
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and conv.bias is None
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     square = size in ((1, 1), (3, 3)) and stride in ((1, 1), (2, 2)) and conv.padding == (size[0] // 2, size[0] // 2)
     if not (plain and square) or len(shape) != 4 or shape[0] == 0 or conv.weight.dtype is not torch.float32:
         return False
@@ -214,11 +214,32 @@ def _serve(chain: Chain) -> Tensor | None:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     tracks = norm.training and not norm.counted
     mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
+    shift, bias = norm.bias, site.bias
+    if bias is not None and norm.training:  # batch statistics take it out again
+        shift = _Unfelt.apply(shift, bias) if torch.is_grad_enabled() and bias.requires_grad else shift
+    elif bias is not None and variance is not None:
+        shift = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps)
     residual = None if chain.residual is None else chain.residual[0]
-    kernel = serving(x, site.weight, norm.weight, norm.bias, mean, variance, residual, chain.pool, site.stride)
+    kernel = serving(x, site.weight, norm.weight, shift, mean, variance, residual, chain.pool, site.stride)
     if kernel is None:
         return None
     settings = Settings(
         mean, variance, norm.momentum, norm.eps, site.stride, chain.relu, chain.pool, tracks, norm.training
     )
-    return run(kernel, settings, x, site.weight, norm.weight, norm.bias, residual)
+    found = run(kernel, settings, x, site.weight, norm.weight, shift, residual)
+    if bias is not None and tracks and mean is not None:
+        with torch.no_grad():
+            mean.add_(bias, alpha=norm.momentum)
+    return found
+
+
+class _Unfelt(torch.autograd.Function):
+    """A norm's shift; the bias of the convolution before it, which the result does not depend on, has zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, shift: Tensor, bias: Tensor) -> Tensor:
+        return shift.view_as(shift)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad[0], torch.zeros_like(grad[0])

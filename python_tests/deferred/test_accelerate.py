@@ -289,6 +289,43 @@ def test_two_threads_at_once(images):
     assert len(found) == 4
 
 
+# -- a bias before the norm -------------------------------------------------------------------------------------------
+
+
+def biased(frozen=False):
+    torch.manual_seed(0)
+    network = sequential()
+    for at in (0, 4, 8):
+        network[at].bias = nn.Parameter(torch.linspace(-2, 2, network[at].out_channels))
+        if frozen:
+            network[at + 1].eval()
+            network[at + 1].running_mean.normal_()
+    return network
+
+
+@core
+def test_a_bias_that_the_norm_takes_out_again(images, served):
+    """It moves the running mean, is taken off in evaluation, and its gradient is zeros."""
+    plain, other = biased(), fedkern.accelerate(biased())
+    for _ in range(3):
+        expected, found = played(plain, images), played(other, images)
+    assert len(served) == 18
+    assert all(torch.count_nonzero(found[2][f"{at}.bias"]) == 0 for at in (0, 4, 8))
+    assert all(float(expected[2][f"{at}.bias"].abs().max()) < 1e-3 for at in (0, 4, 8))
+    close(found, expected)
+
+
+@core
+def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
+    grads = []
+    for network in (biased(frozen=True), fedkern.accelerate(biased(frozen=True))):
+        network(images).square().sum().backward()
+        grads.append([network[at].bias.grad for at in (0, 4, 8)])
+    assert len(served) == 3
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
 # -- nobody notices ----------------------------------------------------------------------------------------------------
 
 
