@@ -44,7 +44,7 @@ REGIONS = {
     "fedkern.engine.training:stepper": STEP,
     "fedkern.models.conv_norm:run": OURS,
 }
-"""Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is what it returns."""
+"""Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is the step."""
 OPERATORS = (
     "Accumulator.add", "Accumulator.mean", "FlatParameters.load_vectors", "FusedBlocks.forward", "blend", "consensus",
     "contrastive", "dual_kl", "ensemble_kl", "entropy", "fuse_concat", "fuse_mean", "js_div", "kl_div", "server_step",
@@ -88,7 +88,8 @@ def mark(path: str, region: str) -> None:
 
         @functools.wraps(function)
         def made(*args: Any, **kwargs: Any) -> Any:
-            return marked(function(*args, **kwargs), region)
+            step, *rest = function(*args, **kwargs)
+            return marked(step, region), *rest
 
         setattr(holder, last, made)
     else:
