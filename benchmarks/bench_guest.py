@@ -1,0 +1,49 @@
+"""fedkern.accelerate against the same network as written and torch.compile: a training step, without federation.
+
+The networks are those of guests.py, as people write them.  A step is forward, cross-entropy, backward and torch's SGD.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from guests import GUESTS
+from harness import compare
+from torch import Tensor, nn
+
+import fedkern
+
+
+def train_step(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.001)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(call(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("batch", [8, 32, 64])
+@pytest.mark.parametrize("name", GUESTS)
+def test_guest(node: str, name: str, batch: int, threads: int) -> None:
+    make, shape = GUESTS[name]
+    network = make()
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    served, compiled = fedkern.accelerate(copy.deepcopy(network)), copy.deepcopy(network)
+    compare(
+        node,
+        "guest",
+        f"{name}, B={batch}",
+        {
+            "fedkern": train_step(served, served, x, y),
+            "eager": train_step(network, network, x, y),
+            "compile": train_step(compiled, torch.compile(compiled, dynamic=False), x, y),
+        },
+        threads=threads,
+    )
