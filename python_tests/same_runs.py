@@ -47,6 +47,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "segmentation": {"data": "segdigits", "model": "unet-small", "client_test": 0.2},
     "retrieval": {"data": "captions", "train_samples": 80, "clients": None, "width": 4},
 }
+NETWORKS: dict[str, dict[str, Any]] = {  # a user's own, modules in a row and a function, for averaging methods
+    name: {"data": "digits", "model": f"python:own_networks:{kind}", "width": None}
+    for name, kind in (("rows", "Staged"), ("function", "Whole"))
+}
 OWN: dict[str, dict[str, Any]] = {  # of a method, and of a method on a task
     "feddra": {"local_epochs": None},
     "fedgid": {"data": "colordigits"},
@@ -65,7 +69,7 @@ WRONG = (
     "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model python:nowhere:Net",
     "predict nowhere nothing.png",
 )  # fmt: skip
-ADDED = {"main", "better"}  # what config.toml may have only in NEW
+ADDED = {"optimizer_state", "init_partial", "accelerate"}  # what config.toml may have only in NEW
 SERVED = """
 import json, sys
 from fedkern.methods import METHODS
@@ -104,7 +108,7 @@ class Log(Listener):
 method, settings, kill, out = json.loads(sys.argv[1])
 listener = Log(out + ".events.jsonl", kill)
 if kill is None:
-    fedkern.load(out).resume(listener=listener)
+    fedkern.load(out, trusted=[settings.get("model", "")]).resume(listener=listener)
 else:
     fedkern.simulate(method, out=out, listener=listener, progress=False, **settings)
 '''
@@ -157,6 +161,8 @@ class Checkout:
         given = settings_of(method, task)
         if task == "multilabel":
             given["data_root"] = str(self.runs.parent / "labels.csv")
+        if task in NETWORKS and (self.folder / "fedkern" / "deferred").exists():
+            given["accelerate"] = "off"  # then the bits are those of checkouts that know nothing else
         words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "options"]
         words += [f"--method-option={name}={value}" for name, value in given.get("options", {}).items()]
         if mode == "two ranks":
@@ -188,7 +194,7 @@ def settings_of(method: str, task: str) -> dict[str, Any]:
     from smallest import SETTINGS as smallest
 
     own = {**smallest.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
-    given = {**SETTINGS, **TASKS[task], **own}
+    given = {**SETTINGS, **(TASKS | NETWORKS)[task], **own}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -283,7 +289,8 @@ def main() -> int:
                 lost = (method, task) in before
                 different += lost
                 print(f"{method}, {task}: {'differs' if lost else 'gained'}, only {'OLD' if lost else 'NEW'} serves it")
-        cases = [(*served, mode) for served in sorted(before & after) for mode in MODES[:-1] if mode in given.modes]
+        both = [*sorted(before & after), *((method, name) for method in ("fedavg", "moon") for name in NETWORKS)]
+        cases = [(*served, mode) for served in both for mode in MODES[:-1] if mode in given.modes]
         for case in cases:
             if given.only in ", ".join(case):
                 with ThreadPoolExecutor() as pool:

@@ -44,7 +44,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": (
-        "model", "width", "init", "init_partial", "freeze", "features", "stages", "image_encoder", "text_encoder",
+        "model", "width", "init", "init_partial", "freeze", "features", "stages", "accelerate",
+        "image_encoder", "text_encoder",
     ),
     "run": (),
 }  # fmt: skip

@@ -7,8 +7,10 @@ Beside it stand two ways of copying, by which a pickle holds the plain module, a
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fedkern.deferred.pending import Chain, Node, Pending, Run, Site, computed, handle, saved_hooks, value
+from fedkern.deferred.pending import Chain, Node, Pending, Run, Serve, Site, computed, handle, saved_hooks, value
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.backend import intercepted
 from fedkern.ops._core.private_torch import may_be_transformed
@@ -26,7 +28,13 @@ _KEYS = ("forward", "__reduce_ex__", "__deepcopy__")
 _CHANNELS_LAST = torch.channels_last
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
-_thread = threading.local()  # ``run``: the call of a network that this thread is in
+_thread = threading.local()
+"""``run``: the call of a network that this thread is in; ``serve``, ``record``: of :func:`serving_by`, `recording`."""
+MOVE = 64
+"""Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
+Record = tuple[list[tuple[Site, int]], list[int]]
+"""Calls of convolutions that were served, more than once where results are used several times, with their products; and
+the products of all calls."""
 
 
 def accelerate(module: M) -> M:
@@ -109,11 +117,15 @@ class _Root(_Served):
     """The forward of a network: a call in which convolutions wait."""
 
     def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.within(self.written, *given, **named)
+
+    def within(self, function: Any, *given: Any, **named: Any) -> Any:
+        """Calls a function of the network or of parts of it as a call of the network."""
         if getattr(_thread, "run", None) is not None or _watched(self.module):
-            return self.written(*given, **named)
-        _thread.run = begun = Run(_serve)
+            return function(*given, **named)
+        _thread.run = begun = Run(getattr(_thread, "serve", _serve))
         try:
-            found = _plain(self.written(*given, **named))
+            found = _plain(function(*given, **named))
             begun.finish()
             return found
         finally:
@@ -121,13 +133,45 @@ class _Root(_Served):
             begun.over = True
 
 
+def called(module: nn.Module, function: Any, *given: Any) -> Any:
+    """Calls a function of parts of a network; as a call of the network where it is accelerated."""
+    root = vars(module).get("forward")
+    return root.within(function, *given) if isinstance(root, _Root) else function(*given)
+
+
+@contextmanager
+def serving_by(serve: Serve) -> Iterator[None]:
+    """Inside, in this thread, another function computes the chains of calls."""
+    _thread.serve = serve
+    try:
+        yield
+    finally:
+        del _thread.serve
+
+
+@contextmanager
+def recording() -> Iterator[Record]:
+    """Inside, in this thread, convolutions of calls are noted."""
+    record: Record = ([], [])
+    _thread.record = record
+    try:
+        yield record
+    finally:
+        del _thread.record
+
+
+def _products(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
+    sides = ((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
+    return x.shape[0] * math.prod(sides) * weight.numel()
+
+
 def _plain(found: Any) -> Any:
     """A network's result, in which nothing waits; objects with tensors are looked into as far as attributes."""
-    if type(found) in (Tensor, Pending, tuple, list, dict):
+    if isinstance(found, (Tensor, tuple, list)) or type(found) is dict:
         return computed(found)
-    for name, each in vars(found).items() if hasattr(found, "__dict__") and not isinstance(found, Tensor) else ():
+    for name, each in list(getattr(found, "__dict__", {}).items()):
         if type(each) is Pending:
-            setattr(found, name, computed(each))
+            object.__setattr__(found, name, computed(each))  # a dataclass may be frozen
     if isinstance(found, dict):
         found.update({key: computed(each) for key, each in found.items() if type(each) is Pending})
     return found
@@ -169,6 +213,9 @@ class _Conv(_Served):
         begun: Run | None = getattr(_thread, "run", None)
         if begun is None:
             return self.written(x)
+        record: Record | None = getattr(_thread, "record", None)
+        if record is not None and isinstance(self.module.padding, tuple):
+            record[1].append(_products(x, self.module.weight, self.module.stride[0], self.module.padding[0]))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
         conv, serves = self.module, self._serves(tuple(x.shape), node is None and type(x) is not Tensor)
         if not serves or torch.is_autocast_enabled("cpu") or may_be_transformed() or saved_hooks(True) is not None:
@@ -197,20 +244,26 @@ def _fits(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
     size, stride = conv.kernel_size, conv.stride
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     square = size in ((1, 1), (3, 3)) and stride in ((1, 1), (2, 2)) and conv.padding == (size[0] // 2, size[0] // 2)
-    if not (plain and square) or len(shape) != 4 or shape[0] == 0 or conv.weight.dtype is not torch.float32:
+    if not (plain and square) or len(shape) != 4 or shape[0] == 0:
+        return False
+    if conv.weight.dtype is not torch.float32 or conv.weight.device.type != "cpu":
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
     ones = torch.ones(conv.out_channels)
     return serving(x, conv.weight.detach(), ones, ones, ones, ones, None, 1, stride[0]) is not None
 
 
-def _serve(chain: Chain) -> Tensor | None:
-    """A chain by ``conv_norm``; None where the layers have to run as written."""
-    site, norm = chain.site, chain.norm
+def _serve(chain: Chain, dense: bool) -> Tensor | None:
+    """A chain by ``conv_norm``; None where the layers have to run as written, or are faster than copies around it."""
+    site, norm, x = chain.site, chain.norm, chain.site.x
     if norm is None:
         return None
-    x = site.x
-    if not x.is_contiguous(memory_format=_CHANNELS_LAST):
+    products = _products(x, site.weight, site.stride, site.padding)
+    moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
+    behind = products // (site.weight[0].numel() * chain.pool**2) if dense else 0
+    if MOVE * (moved + behind) > products:
+        return None
+    if moved:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     tracks = norm.training and not norm.counted
     mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
@@ -226,6 +279,10 @@ def _serve(chain: Chain) -> Tensor | None:
     settings = Settings(
         mean, variance, norm.momentum, norm.eps, site.stride, chain.relu, chain.pool, tracks, norm.training
     )
+    site.moved += moved
+    record: Record | None = getattr(_thread, "record", None)
+    if record is not None:
+        record[0].append((site, products))
     found = run(kernel, settings, x, site.weight, norm.weight, shift, residual)
     if bias is not None and tracks and mean is not None:
         with torch.no_grad():

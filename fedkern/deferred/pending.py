@@ -27,13 +27,14 @@ class Site:
         x, weight, bias: of the call; ``versions`` are those of x and weight.
         stride, padding: of the convolution.
         grad: whether gradients were enabled.
+        moved: elements that an operator's call had to copy into another layout, before it and behind it.
     """
 
-    __slots__ = ("bias", "grad", "padding", "stride", "versions", "weight", "x")
+    __slots__ = ("bias", "grad", "moved", "padding", "stride", "versions", "weight", "x")
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
         self.x, self.weight, self.bias, self.stride, self.padding = x, weight, bias, stride, padding
-        self.versions, self.grad = (version(x), version(weight)), _grad_enabled()
+        self.versions, self.grad, self.moved = (version(x), version(weight)), _grad_enabled(), 0
 
 
 class Norm:
@@ -70,6 +71,10 @@ class Chain(NamedTuple):
     pool: int = 1
 
 
+Serve = Callable[[Chain, bool], Tensor | None]
+"""Computes a chain by one operator, or says None; the flag: the result has to be contiguous."""
+
+
 class Node:
     """A result that may wait.
 
@@ -91,7 +96,7 @@ class Run:
     """A call of a network.
 
     Attributes:
-        serve: computes a chain by one operator, or says None.
+        serve: computes chains.
         made: all that was handed to the network's code.
         norms: nodes whose running statistics have to move, whether somebody uses them or not.
         over: whether the call has ended.
@@ -99,7 +104,7 @@ class Run:
 
     __slots__ = ("made", "norms", "over", "serve")
 
-    def __init__(self, serve: Callable[[Chain], Tensor | None]) -> None:
+    def __init__(self, serve: Serve) -> None:
         self.serve = serve
         self.made: list[weakref.ref[Pending]] = []
         self.norms: list[Node] = []
@@ -175,6 +180,8 @@ def computed(given: Any) -> Any:
         return value(given.__dict__["node"])
     if type(given) in (tuple, list):
         return type(given)(map(computed, given))
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return type(given)(*map(computed, given))
     return {key: computed(each) for key, each in given.items()} if type(given) is dict else given
 
 
@@ -200,11 +207,14 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _found(node: Node, dense: bool) -> Tensor:
-    found = _computed(node) if node.value is None else node.value
-    return found if found.is_contiguous() or not dense else found.contiguous()
+    found = _computed(node, dense) if node.value is None else node.value
+    if found.is_contiguous() or not dense:
+        return found
+    node.chain.site.moved += found.numel()
+    return found.contiguous()
 
 
-def _computed(node: Node) -> Tensor:
+def _computed(node: Node, dense: bool) -> Tensor:
     site, residual, parent = node.chain.site, node.chain.residual, node.parent
     changed = (version(site.x), version(site.weight)) != site.versions
     if changed or (residual is not None and version(residual[0]) != residual[1]):
@@ -212,7 +222,7 @@ def _computed(node: Node) -> Tensor:
     before = parent
     while before is not None and before.value is None:
         before = before.parent
-    if before is None and (served := node.run.serve(node.chain)) is not None:
+    if before is None and (served := node.run.serve(node.chain, dense)) is not None:
         if node.chain.norm is not None:
             node.chain.norm.counted = True
         return served

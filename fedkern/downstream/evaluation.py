@@ -22,6 +22,7 @@ from fedkern.engine.context import reader
 from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
 from fedkern.engine.network import place
 from fedkern.engine.reader import Reader
+from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
@@ -79,12 +80,13 @@ def evaluate_run(
     loaded = _fitted(loaded, about, Path(out))
     check_sets(loaded, config.plugins)
     if progress is not None and config.records != "private":
-        for line in _counted(loaded):
+        for line in counted(loaded):
             progress(line)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     flat, device = "samples" not in about, torch.device(config.device)
     # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.
+    module = as_in_the_run(module, config)
     module = place(module, device).requires_grad_(False) if flat else module.to(device)
     sets = _sets(loaded, module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", kind)
@@ -94,7 +96,7 @@ def evaluate_run(
         return {**found, **final_figures(sets, loaded.classes).metrics, **found}, tuple(loaded.tests)
 
 
-def _counted(data: FederatedData) -> Iterator[str]:
+def counted(data: FederatedData) -> Iterator[str]:
     """A line on every test set: its images and patients, and those of every site that it shows."""
     for name, split in data.tests.items():
         every, names = torch.arange(len(split)), data.client_names or ()

@@ -18,6 +18,7 @@ from fedkern import atomic, files
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError
 from fedkern.files import check_text
@@ -99,7 +100,7 @@ class Predictor:
                     f"The network in {out} saw parts of images (data option {name}={options[name]}): predictions are "
                     "for networks that see whole images."
                 )
-        made = cls(module, about, where=out)
+        made = cls(as_in_the_run(module, config), about, where=out)
         if not config.statistics:  # batch norm then normalises by the batch, so that answers depend on its size
             made.batch = BATCH
         return made

@@ -15,6 +15,7 @@ from torch import nn
 
 from fedkern import models, named_code
 from fedkern.data.forms import form_of
+from fedkern.deferred import plain
 from fedkern.engine.context import RunContext
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
@@ -217,7 +218,7 @@ def read_model(
     except RuntimeError:
         kind = f"module of {about['method']}" if "samples" in about else about["model"]
         raise UserError(f"{path} does not hold the parameters of a {kind}: {mend}.") from None
-    return network.eval(), about
+    return plain(network).eval(), about
 
 
 def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.data.items import Items
 from fedkern.data.split import AnySplit
+from fedkern.deferred import accelerate
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import Teachers
@@ -33,6 +34,7 @@ from fedkern.models.registry import added, check_gives
 from fedkern.models.weight_files import load_by_name
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.own import inner
 
 
 @singledispatch
@@ -149,6 +151,8 @@ class RunContext:
             self.unfit = load_by_name(network, self._init, self.config.init, self.model_name, partial)
         if (self.config.features or self.config.stages) and model in (None, self.config.model):
             network = Hooked(network.module, *self._taps)
+        if (self.config.served or "").startswith("served") and model in (None, self.config.model):
+            accelerate(inner(network))
         if self.config.freeze is not None and model in (None, self.config.model):
             own = network.module if isinstance(network, OwnNetwork) else network
             freeze(own, self.config.freeze.split(","), self.model_name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.items import cause
-from fedkern.engine import initial_weights
+from fedkern.engine import initial_weights, serving
 from fedkern.engine.context import RunContext
 from fedkern.engine.items import ItemReader
 from fedkern.errors import RAISED, UserError, origin, shown
@@ -56,7 +56,9 @@ def check_given(stored: RunConfig, module: nn.Module | None, out: Path) -> None:
         )
 
 
-def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -> tuple[RunConfig, Any, list[str]]:
+def settled(
+    config: RunConfig, data: Any, stored: RunConfig | None, out: Path, known: bool = True
+) -> tuple[RunConfig, Any, list[str]]:
     """Tries the network of a run and describes it in the settings.
 
     A user's network gets two samples, and its output is looked at.  Its source and its tensors are described by
@@ -65,6 +67,7 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
     Args:
         config: the settings; ``MODELS`` has the network.
         stored: the settings of the run that is resumed, or None.
+        known: whether the clients' samples are in this process.
 
     Returns:
         The settings, the data with the classes that the network tells where nobody named them, and sentences on what
@@ -111,6 +114,10 @@ def settled(config: RunConfig, data: Any, stored: RunConfig | None, out: Path) -
                 "uninterrupted one."
             )
         layout, sha = stored.model_layout or layout, stored.model_sha256
+    if stored is not None:
+        config = config.replace(served=stored.served)
+    elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
+        config = config.replace(served=serving.decided(RunContext(config, data), network))
     return config.replace(model_layout=layout, model_sha256=sha), data, said
 
 

@@ -195,7 +195,7 @@ def run(
                     "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's "
                     "other ranks have none: start the script without torchrun, with workers=N."
                 )
-            config, data, changed = own_model.settled(config, data, stored if resume else None, out)
+            config, data, changed = own_model.settled(config, data, stored if resume else None, out, known)
             if own is not None:
                 network = RunContext(config, data).build()
                 config = own_training.settled(config, own, network, stored if resume else None, out)

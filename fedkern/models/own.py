@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedkern import named_code
 from fedkern.deferred import plain
+from fedkern.deferred.calls import called
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
 from fedkern.leaves import Keywords, Positional, mapped
@@ -153,12 +154,14 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
 
     @autocasts
     def _run(self, x: Tensor, first: int, last: int) -> Tensor:
-        if first == 0:
-            x = plain_strides(x)
+        x = called(self.module, self._pieces, plain_strides(x) if first == 0 else x, first, last)
+        return full(x) if last == len(self.stage_names) - 1 else x
+
+    def _pieces(self, x: Tensor, first: int, last: int) -> Tensor:
         for _, pieces in self._cut.stages[first : last + 1]:
             for piece in pieces:
                 x = self.module.get_submodule(piece)(x) if piece else x.flatten(1)
-        return full(x) if last == len(self.stage_names) - 1 else x
+        return x
 
     def features(self, x: Tensor) -> Tensor:
         """The features ``[B, d]`` of images ``[B, C, H, W]``."""

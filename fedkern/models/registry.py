@@ -252,6 +252,8 @@ def unknown(name: str, shown: str | None = None) -> str:
             "the code to --model."
         )
     name = shown or name
+    if name.endswith((".pt", ".pth", ".safetensors")):
+        return f'"{name}" is a file of weights: name their network with --model, and the file with --init.'
     if ".py" in name:
         return f'"{name}" names no network: write FILE.py:NAME, with a class or function that returns an nn.Module.'
     return f'there is no model "{name}", choose one of {", ".join(MODELS)}, or {FORMS}.{nearest(name, MODELS)}'

@@ -64,6 +64,7 @@ def headline(run: RunInfo) -> list[str]:
     sites = getattr(getattr(run, "data", None), "client_names", None) or ()
     if sites:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
+    lines += [f"{config.model}: {config.served}"] if config.served else []
     lines += [f"local training: {config.training}"] if config.training else []
     lines += [seen] if (seen := getattr(getattr(getattr(run, "data", None), "form", None), "seen", "")) else []
     lines += _resized(getattr(run, "data", None))

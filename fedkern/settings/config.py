@@ -49,8 +49,8 @@ BY_DATA = ("partition", "clients", "client_test")
 PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
 """Data options that only say more about another one."""
 FOUND = (
-    "model_sha256", "model_layout", "init_sha256", "method_sha256", "training", "training_sha256", "identity", "main",
-    "better",
+    "model_sha256", "model_layout", "init_sha256", "method_sha256", "served", "training", "training_sha256", "identity",
+    "main", "better",
 )  # fmt: skip
 """What a run found in the data, files and code that its settings name; a resumed run compares them by itself."""
 
@@ -150,6 +150,10 @@ class RunConfig:
     stages: str | None = option(
         None, "submodules of your own network, in order, after which feature maps can be mixed: conv1,conv2", type=str
     )
+    accelerate: str = option(
+        "auto", "your own network's convolutions computed with what follows them: auto, where right and faster, or off",
+        choices=("auto", "off"),
+    )  # fmt: skip
     image_encoder: str = option(
         COMMON["image_encoder"],
         "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder",
@@ -337,6 +341,7 @@ class RunConfig:
     model_layout: str | None = None
     init_sha256: str | None = None
     method_sha256: str | None = None
+    served: str | None = None
     training: str | None = None
     training_sha256: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)

@@ -1,11 +1,13 @@
 """fedkern.accelerate: the numbers of the network as written, served by operators, and nobody notices."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from fedkern.deferred import calls, pending
 from fedkern.ops._core import backend
 
 SERVED = {
-    "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 4, "dropping": 0, "plain": 0, "pre-activation": 2,
-    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 2, "unet": 4, "unused": 3, "stopping": 3, "two": 2,
+    "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 0, "pre-activation": 2,
+    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 0, "unet": 4, "unused": 3, "stopping": 3, "two": 0,
 }  # fmt: skip
 """Convolutions of a call in each mode that an operator serves, at least."""
 core = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
@@ -37,8 +39,8 @@ def served(monkeypatch):
     """The chains that operators have served."""
     found = []
 
-    def serve(chain):
-        out = _serve(chain)
+    def serve(chain, dense):
+        out = _serve(chain, dense)
         if out is not None:
             found.append(chain)
         return out
@@ -59,7 +61,7 @@ def made(name, seed=0):
 @pytest.mark.parametrize("name", WAYS)
 def test_what_waits_has_the_bits_of_what_is_written(name, images, monkeypatch):
     """With every step by torch's own layers nothing is told from the plain network."""
-    monkeypatch.setattr(calls, "_serve", lambda chain: None)
+    monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
     network = made(name)
     assert equal(played(fedkern.accelerate(copy.deepcopy(network)), images), played(network, images))
 
@@ -71,6 +73,17 @@ def test_operators_serve_what_they_can(name, images, served):
     found = played(fedkern.accelerate(copy.deepcopy(network)), images)
     assert len(served) >= SERVED[name]
     close(found, played(network, images))
+
+
+@core
+@pytest.mark.parametrize(("taps", "expected"), [(3, 1), (1, 0)])
+def test_what_copies_would_cost_more_than_they_save_runs_as_written(taps, expected, images, served):
+    """A convolution of one tap between the network's own code has fewer products than its maps have to be moved for."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 32, taps, padding=taps // 2, bias=False)
+    network = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.GELU(), conv, nn.BatchNorm2d(32), nn.GELU())
+    fedkern.accelerate(network)(images)
+    assert len(served) == expected
 
 
 @core
@@ -204,7 +217,7 @@ def test_other_ways_to_write(write, images, monkeypatch):
     network = Writing(write)
     expected = played(copy.deepcopy(network), images)
     close(played(fedkern.accelerate(copy.deepcopy(network)), images), expected)
-    monkeypatch.setattr(calls, "_serve", lambda chain: None)
+    monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
     assert equal(played(fedkern.accelerate(network), images), expected)
 
 
@@ -505,6 +518,37 @@ def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
     logits = [each.head(each.tail(given * 2, after="b2")) for each, given in zip((plain, other), maps, strict=True)]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
     assert served
+
+
+Pair = namedtuple("Pair", ["logits", "maps"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    logits: torch.Tensor
+    maps: torch.Tensor
+
+
+class Table(dict):
+    """As transformers' results: entries that are attributes too."""
+
+    def __init__(self, **given):
+        super().__init__(given)
+        vars(self).update(given)
+
+
+@pytest.mark.parametrize("kind", [Pair, Result, Table])
+def test_results_of_any_kind_are_computed(kind, images):
+    class Several(Keeping):
+        def forward(self, x):
+            maps = self.b1(self.c1(x))
+            return kind(logits=self.fc(F.relu(maps).mean((2, 3))), maps=maps)
+
+    found = fedkern.accelerate(Several())(images)
+    assert type(found) is kind
+    assert (type(found.logits), type(found.maps)) == (torch.Tensor, torch.Tensor)
+    if kind is Table:
+        assert type(found["maps"]) is torch.Tensor
 
 
 # -- told, never silent ------------------------------------------------------------------------------------------------

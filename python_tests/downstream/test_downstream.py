@@ -15,7 +15,7 @@ from PIL import Image
 from fedkern.cli.front_page import TASKS
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-from fedkern.downstream.evaluation import evaluate_run
+from fedkern.downstream.evaluation import counted, evaluate_run
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods.baselines.alone import Pairs
@@ -263,3 +263,12 @@ def test_a_run_of_clients_own_pairs_is_evaluated_again(tmp_path):
     found = evaluate_run(tmp_path)[0]
     assert {name: metrics[name] for name in found} == pytest.approx(found)
     assert {"i2t_r1", "highest_i2t_r1"} <= found.keys()
+
+
+def test_images_and_patients_of_every_site_are_told() -> None:
+    data = load("digits", clients=2, partition="iid", train_samples=40)
+    test = data.tests[""].subset(torch.arange(6))
+    test = dataclasses.replace(test, patients=torch.tensor([3, 3, 4, 5, 5, 5]), homes=torch.tensor([0, 0, 0, 1, 1, -1]))
+    named = dataclasses.replace(data, client_names=("Bern", "Rome"), tests={"": test})
+    assert list(counted(named)) == ["the test set: images 6 of 3 patients, Bern 3 of 2 patients, Rome 2 of 1 patient"]
+    assert list(counted(data)) == [f"the test set: images {len(data.tests[''])}"]
