@@ -75,6 +75,9 @@ Serve = Callable[[Chain, bool], Tensor | None]
 """Computes a chain by one operator, or says None; the flag: the result has to be contiguous."""
 
 
+Step = Callable[[Tensor], Tensor]
+
+
 class Node:
     """A result that may wait.
 
@@ -82,14 +85,15 @@ class Node:
         chain: all that leads to it.
         parent, step: the node before and the function of its value, as the network's author wrote it.
         value: the result, once it is computed, with its version then.
+        uses: steps that were made of it.
     """
 
-    __slots__ = ("chain", "parent", "run", "step", "value", "version")
+    __slots__ = ("chain", "parent", "run", "step", "uses", "value", "version")
 
-    def __init__(self, run: Run, chain: Chain, parent: Node | None, step: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, run: Run, chain: Chain, parent: Node | None, step: Step | None) -> None:
         self.run, self.chain, self.parent, self.step = run, chain, parent, step
         self.value: Tensor | None = None
-        self.version = 0
+        self.version = self.uses = 0
 
 
 class Run:
@@ -275,14 +279,17 @@ def _shape(x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape)
 
 
-def _extended(x: Any, node: Node, step: Callable[[Tensor], Tensor], inplace: bool = False, **more: Any) -> Any:
-    made = Node(node.run, node.chain._replace(**more), node, step)
-    if inplace:
-        x.__dict__["node"] = made
-        return x
-    b, c, h, w = _shape(x)
-    pool = more.get("pool", 1)
-    return handle(made, (b, c, h // pool, w // pool))
+def _extended(x: Any, node: Node, step: Step, inplace: Step | None = None, **more: Any) -> Any:
+    node.uses += 1
+    if inplace is None:
+        b, c, h, w = _shape(x)
+        pool = more.get("pool", 1)
+        return handle(Node(node.run, node.chain._replace(**more), node, step), (b, c, h // pool, w // pool))
+    # Memory is written again only where no other step reads the value before.
+    x.__dict__["node"] = Node(
+        node.run, node.chain._replace(**more), node, lambda y: step(y) if node.uses > 1 else inplace(y)
+    )
+    return x
 
 
 def _batch_norm(
@@ -303,7 +310,7 @@ def _relu(x: Any, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
     if node is None:
         return None
-    return x if node.chain.relu else _extended(x, node, torch.relu, inplace, relu=True)
+    return x if node.chain.relu else _extended(x, node, torch.relu, torch.relu_ if inplace else None, relu=True)
 
 
 def _relu_(x: Any) -> Tensor | None:
@@ -330,7 +337,8 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
         other = value(other.__dict__["node"], dense=False)
     if type(other) is not Tensor or other.dtype is not torch.float32 or other.device.type != "cpu":
         return None
-    return _extended(x, node, lambda y: y + other, inplace, residual=(other, version(other)))
+    writes = (lambda y: y.add_(other)) if inplace else None
+    return _extended(x, node, lambda y: y + other, writes, residual=(other, version(other)))
 
 
 def _add_(x: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
