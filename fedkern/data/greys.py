@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from fedkern.data.images import LOOKED_AT, each, is_deep, open_image, upright_size
+from fedkern.data.images import is_deep, looked_at, upright_size
 from fedkern.errors import UserError, listed
 
 Window = tuple[float, float]
@@ -40,10 +40,10 @@ def window_of(text: str, paths: Sequence[Path], max_pixels: int) -> Window | Non
             raise UserError(
                 f"the data option window has percentiles {text}: give two from 0 to 100, the lower one first"
             )
-        values = _looked_at(paths, max_pixels)
-        if not len(values):
+        values = [*looked_at(paths, max_pixels, _sample).values()]
+        if not values:
             return None
-        low, high = map(float, np.percentile(values, ends))
+        low, high = map(float, np.percentile(np.concatenate(values), ends))
     else:
         raise UserError(
             f'the data option window must be CENTRE,WIDTH such as 40,400, or percentiles such as 1%,99%, not "{text}"'
@@ -58,34 +58,22 @@ def as_text(window: Window | None) -> str:
     return "" if window is None else f"{(window[0] + window[1]) / 2!r},{window[1] - window[0]!r}"
 
 
-def _looked_at(paths: Sequence[Path], max_pixels: int) -> np.ndarray:
-    chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
-    found: list[np.ndarray] = [np.empty(0)] * len(chosen)
-
-    def look(row: int) -> None:
-        # A file that cannot be read is named where it is decoded, if it is needed at all.
-        with suppress(Exception), open_image(chosen[row], max_pixels) as image:
-            if is_deep(image) or image.mode == "F":
-                values = np.asarray(image).reshape(-1)
-                found[row] = values[:: max(1, -(-len(values) // EACH))].astype(np.float64)
-
-    each(look, len(chosen))
-    return np.concatenate(found) if found else np.empty(0)
+def _sample(image: Image.Image) -> np.ndarray | None:
+    if not is_deep(image) and image.mode != "F":
+        return None
+    values = np.asarray(image).reshape(-1)
+    return values[:: max(1, -(-len(values) // EACH))].astype(np.float64)
 
 
 def seen_as(paths: Sequence[Path], size: int, grey: bool, max_pixels: int) -> str:
     """Words on the sizes and colours of up to `LOOKED_AT` files, where a network sees other ones; else empty."""
-    chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
-    found: list[tuple[str, tuple[int, int]] | None] = [None] * len(chosen)
 
-    def look(row: int) -> None:
-        with suppress(Exception), open_image(chosen[row], max_pixels) as image:
-            deep = "16-bit grey" if is_deep(image) else COLOURS.get(image.mode, image.mode)
-            found[row] = deep, upright_size(image)
+    def tell(image: Image.Image) -> tuple[str, tuple[int, int]]:
+        return "16-bit grey" if is_deep(image) else COLOURS.get(image.mode, image.mode), upright_size(image)
 
-    each(look, len(chosen))
-    kinds = sorted({kind for kind, _ in filter(None, found)})
-    sizes = sorted({sides for _, sides in filter(None, found)}, key=lambda sides: (sides[0] * sides[1], sides))
+    told = looked_at(paths, max_pixels, tell).values()
+    kinds = sorted({kind for kind, _ in told})
+    sizes = sorted({sides for _, sides in told}, key=lambda sides: (sides[0] * sides[1], sides))
     own = "grey" if grey else "RGB"
     if not sizes or (kinds == [own] and sizes == [(size, size)]):
         return ""

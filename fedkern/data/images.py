@@ -454,20 +454,30 @@ def grey_bits(tops: Iterable[int]) -> int:
     return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
 
 
-def grey_tops(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict[Path, int]:
-    """The largest grey values of those files of a data set that have more than eight bits, of `LOOKED_AT` at most."""
+def looked_at(paths: Sequence[Path], max_pixels: int, tell: Callable[[Image.Image], Any]) -> dict[Path, Any]:
+    """What ``tell`` says of up to `LOOKED_AT` files of a data set, where it says more than None."""
     chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
-    tops = np.full(len(chosen), -1, dtype=np.int64)
+    told: list[Any] = [None] * len(chosen)
 
     def look(row: int) -> None:
         # A file that cannot be read is named where it is decoded, if it is needed at all.
         with suppress(Exception), open_image(chosen[row], max_pixels) as image:
-            if is_deep(image):
-                values = np.asarray(image)
-                tops[row] = values.max() if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
+            told[row] = tell(image)
 
     each(look, len(chosen))
-    return {path: top for path, top in zip(chosen, tops.tolist(), strict=True) if top >= 0}
+    return {path: found for path, found in zip(chosen, told, strict=True) if found is not None}
+
+
+def grey_tops(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict[Path, int]:
+    """The largest grey values of those files of a data set that have more than eight bits, of `LOOKED_AT` at most."""
+
+    def top(image: Image.Image) -> int | None:
+        if not is_deep(image):
+            return None
+        values = np.asarray(image)
+        return int(values.max()) if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
+
+    return looked_at(paths, max_pixels, top)
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:
