@@ -421,7 +421,8 @@ def simulate(
     own = taken(train, settings)
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
     config, memory, module = requested(method, data, model, settings)
-    check_effect([name for name, value in settings.items() if value is not None and start is None], config)
+    given = {name for name, value in settings.items() if value is not None}
+    check_effect(given if start is None else given - {"init_partial"}, config)
     if pictures and where is not None:
         check_vacant(where)
         check_free(where, (*PICTURES.values(), PICTURE_LIST))

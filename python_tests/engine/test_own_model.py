@@ -538,6 +538,13 @@ def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
         assert len(again.history) == 2
 
 
+def test_a_module_as_start_hides_no_setting_without_effect(make_data, tmp_path):
+    memory = dataclasses.replace(make_data(), name="digits")
+    with pytest.raises(UserError, match="lr_step_factor has no effect without lr_steps"):
+        fedkern.simulate("fedavg", data=memory, model=STAGED, init=Staged(), lr_step_factor=0.5, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrapped_module_is_the_run_s_network(make_data, tmp_path):
     torch.manual_seed(5)
     module = Plain()
