@@ -23,16 +23,9 @@ from fedkern.settings.defaults import default_data, defaults
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
 OPTIMISER = (
-    "optimizer",
-    "optimizer_state",
-    "lr",
-    "lr_decay",
-    "lr_steps",
-    "lr_step_factor",
-    "momentum",
-    "weight_decay",
+    "optimizer", "optimizer_state", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay",
     "clip_norm",
-)
+)  # fmt: skip
 
 # Headings of the flags in the help; a setting that is missing here stands under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -27,7 +27,8 @@ M = TypeVar("M", bound=nn.Module)
 _KEYS = ("forward", "__reduce_ex__", "__deepcopy__")
 _CHANNELS_LAST = torch.channels_last
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
+GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
+"""Hooks of all modules of the process, by the dictionaries in which torch keeps them."""
 _thread = threading.local()
 """``run``: the call of a network that this thread is in; ``serve``, ``record``: of :func:`serving_by`, `recording`."""
 MOVE = 64
@@ -160,9 +161,13 @@ def recording() -> Iterator[Record]:
         del _thread.record
 
 
+def _sides(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, ...]:
+    """Height and width of a convolution's result."""
+    return tuple((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
+
+
 def _products(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
-    sides = ((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
-    return x.shape[0] * math.prod(sides) * weight.numel()
+    return x.shape[0] * math.prod(_sides(x, weight, stride, padding)) * weight.numel()
 
 
 def _plain(found: Any) -> Any:
@@ -181,7 +186,7 @@ def _watched(module: nn.Module) -> bool:
     """Whether something looks at the layers of a network, or takes their operations apart."""
     if torch.compiler.is_compiling() or intercepted() or may_be_transformed() or torch.is_autocast_enabled("cpu"):
         return True
-    if any(_GLOBAL_HOOKS) or torch.jit.is_tracing() or saved_hooks(True) is not None:
+    if any(GLOBAL_HOOKS) or torch.jit.is_tracing() or saved_hooks(True) is not None:
         return True
     return any(not takes_computed(hook) for hook in _hooks(module))
 
@@ -224,11 +229,10 @@ class _Conv(_Served):
             x = value(node, dense=False)
         if x.dtype is not torch.float32 or x.device.type != "cpu":
             return self.written(x)
-        size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        site = Site(x, conv._parameters["weight"], conv._parameters["bias"], stride, padding)
-        b, _, h, w = x.shape
-        sides = ((side + 2 * padding - size) // stride + 1 for side in (h, w))
-        return handle(Node(begun, Chain(site), None, None), (b, conv.out_channels, *sides))
+        weight, stride, padding = conv._parameters["weight"], conv.stride[0], conv.padding[0]
+        site = Site(x, weight, conv._parameters["bias"], stride, padding)
+        shape = len(x), conv.out_channels, *_sides(x, weight, stride, padding)
+        return handle(Node(begun, Chain(site), None, None), shape)
 
     def _serves(self, shape: tuple[int, ...], foreign: bool) -> bool:
         """Whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""

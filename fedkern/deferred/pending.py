@@ -121,6 +121,10 @@ class Run:
                 with torch.no_grad():
                     value(node)
         self.norms.clear()
+        self.compute()
+
+    def compute(self) -> None:
+        """Computes what the network's code still holds."""
         for reference in reversed(self.made):  # what comes last releases what it is made of
             if (kept := reference()) is not None:
                 value(kept.__dict__["node"])
@@ -258,9 +262,7 @@ def _settle(args: Iterable[Any]) -> None:
     """Computes what waits in the call before a tensor of it changes."""
     for each in args:
         if type(each) is Pending:
-            for reference in reversed(each.__dict__["node"].run.made):
-                if (kept := reference()) is not None:
-                    value(kept.__dict__["node"])
+            each.__dict__["node"].run.compute()
             return
 
 

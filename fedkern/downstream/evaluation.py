@@ -64,8 +64,8 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        trained = _as_trained(config.data, about, config)
-        own = {**trained, **config.data_options, **{key: trained[key] for key in ("window",) if key in trained}}
+        given = {name: value for name, value in config.data_options.items() if name != "window"}  # that of the training
+        own = {**_as_trained(config.data, about, config), **given}
         config = config.replace(data_root=data_root or config.data_root, data_options=own)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     elif not isinstance(data, str):

@@ -27,7 +27,7 @@ from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
 from fedkern.models.freezing import freeze
 from fedkern.models.hooked import Hooked, find_taps
-from fedkern.models.own import OwnNetwork, seeded
+from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_gives
@@ -144,18 +144,19 @@ class RunContext:
             UserError: there is no network ``model``, it is for another task, or the file does not fit it.
         """
         network: Any = self._built(model, width, classes, seed)
-        if self.config.init is not None and model in (None, self.config.model) and classes is None:
+        if model not in (None, self.config.model):
+            return network
+        if self.config.init is not None and classes is None:
             if self._init is None:
                 self._init = initial_weights.read(self.config.init, self.config.init_sha256)
             partial = self.config.init_partial
             self.unfit = load_by_name(network, self._init, self.config.init, self.model_name, partial)
-        if (self.config.features or self.config.stages) and model in (None, self.config.model):
+        if self.config.features or self.config.stages:
             network = Hooked(network.module, *self._taps)
-        if (self.config.served or "").startswith("served") and model in (None, self.config.model):
+        if self.config.accelerated:
             accelerate(inner(network))
-        if self.config.freeze is not None and model in (None, self.config.model):
-            own = network.module if isinstance(network, OwnNetwork) else network
-            freeze(own, self.config.freeze.split(","), self.model_name)
+        if self.config.freeze is not None:
+            freeze(inner(network), self.config.freeze.split(","), self.model_name)
         return network
 
     @cached_property

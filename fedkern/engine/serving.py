@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from fedkern.ops._core import backend
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.own import inner
 
-SERVED = "served"
-"""How the record of a run begins that accelerates its network."""
 LEAST = 0.5
 """Share of the products of a network's convolutions that operators have to serve: below, nothing is gained
 (benchmarks/bench_guest.py)."""
@@ -51,7 +48,7 @@ def decided(context: RunContext, network: nn.Module) -> str:
             return "as written: it draws from generators of its own, or changes as it runs"
         network = copy.deepcopy(network)
         accelerate(inner(network))
-        with _layers_alone():
+        with calls.serving_by(lambda chain, dense: None):
             waiting = _played(network, batch)
         if name := _differs(waiting, plain, 1e-5):
             return f"as written: {name} is another one where convolutions wait"
@@ -63,7 +60,7 @@ def decided(context: RunContext, network: nn.Module) -> str:
         return f"as written: operators would save work in {share:.0%} of its convolutions"
     if name := _far(found, plain):
         return f"as written: {name} is another one where operators compute it"
-    return f"{SERVED} {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions"
+    return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions"
 
 
 def worth(record: calls.Record) -> float:
@@ -76,7 +73,7 @@ def worth(record: calls.Record) -> float:
 
 def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
     """A finished run's module, whose own networks compute as they did in the run; returns it."""
-    for part in module.modules() if (config.served or "").startswith(SERVED) else ():
+    for part in module.modules() if config.accelerated else ():
         if isinstance(part, OwnNetwork):
             accelerate(part.module)
     return module
@@ -85,8 +82,7 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
 def _played(network: nn.Module, batch: Any) -> Found:
     """Loss, gradients, buffers and evaluated outputs of a copy, by name."""
     made = copy.deepcopy(network)
-    word = 0
-    with seeded(word):
+    with seeded(0):
         train_mode(made)
         loss = batch.task.loss(made, batch)
         loss.backward()
@@ -94,18 +90,15 @@ def _played(network: nn.Module, batch: Any) -> Found:
     found |= {f"the gradient of {name}": each.grad for name, each in inner(made).named_parameters()}
     found |= {name: each.detach() for name, each in inner(made).named_buffers()}
     made.eval()
-    with seeded(word), torch.no_grad():
+    with seeded(0), torch.no_grad():
         answer = [leaf for leaf in leaves(made(batch.inputs)) if isinstance(leaf, Tensor)]
     return found | {f"output {number}": leaf for number, leaf in enumerate(answer)}
 
 
-def _largest(found: Found, beginning: str = "the gradient") -> float:
-    return max((float(x.abs().max()) for n, x in found.items() if n.startswith(beginning) and x is not None), default=0)
-
-
 def _differs(found: Found, plain: Found, tolerance: float) -> str:
     """The first thing that differs by more than a share of the largest of its kind; empty where nothing does."""
-    largest = _largest(plain)
+    gradients = [each for name, each in plain.items() if name.startswith("the gradient") and each is not None]
+    largest = max((float(each.abs().max()) for each in gradients), default=0.0)
     for name, expected in plain.items():
         given = found.get(name)
         if given is None or expected is None:
@@ -132,10 +125,3 @@ def _far(found: Found, plain: Found) -> str:
         return max(apart, key=lambda name: apart[name])
     own = {name: float(each.norm()) for name, each in gradients.items()}
     return next((name for name in own if own[name] > 1e-2 * whole and apart[name] > 0.2 * own[name]), "")
-
-
-@contextmanager
-def _layers_alone() -> Iterator[None]:
-    """Inside, what waits is computed step by step, by torch's layers."""
-    with calls.serving_by(lambda chain, dense: None):
-        yield

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from fedkern.deferred.calls import GLOBAL_HOOKS
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.layout import normed
 from fedkern.ops._core.private_torch import may_be_transformed
@@ -26,10 +26,6 @@ _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indic
 _SERVED_POOL = (2, 2, 0, 1, False, False)
 _PARAMETERS = itemgetter("weight", "bias")
 _BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
-_GLOBAL_HOOKS = [
-    getattr(torch_module, f"_global_{name}_hooks", {})
-    for name in ("forward", "forward_pre", "backward", "backward_pre")
-]
 
 
 def run_conv_norm(
@@ -86,7 +82,7 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
     if training and not tracks:
         mean = variance = None
     size, stride = 1 if pool is None else 2, _STRIDES.get(conv.stride)
-    if stride is None or bias is not None or norm.eps <= 0 or any(_GLOBAL_HOOKS):  # batch norm refuses such an eps
+    if stride is None or bias is not None or norm.eps <= 0 or any(GLOBAL_HOOKS):  # batch norm refuses such an eps
         return None
     kernel = serving(x, weight, scale, shift, mean, variance, residual, size, stride)
     if kernel is None:

@@ -467,6 +467,11 @@ class RunConfig:
         return self.buffers in ("average", "pool")
 
     @property
+    def accelerated(self) -> bool:
+        """Whether the run serves its network by operators, as its record says."""
+        return (self.served or "").startswith("served")
+
+    @property
     def lr_epochs(self) -> tuple[int, ...]:
         """``lr_steps`` as numbers."""
         words = [word.strip() for word in (self.lr_steps or "").split(",")] if self.lr_steps is not None else []

@@ -56,9 +56,8 @@ def _files(path: Path) -> list[Path]:
 def code_identity(config: RunConfig) -> dict[str, str]:
     """Hashes of code and files that a run rests on, by the name of the setting, and fedkern's version."""
     named = {"model": config.model_sha256, "layout": config.model_layout, "init": config.init_sha256}
-    named |= {"method": config.method_sha256, "training": config.training_sha256} | {
-        f"plugins.{name}": value for name, value in config.plugins.items()
-    }
+    named |= {"method": config.method_sha256, "training": config.training_sha256}
+    named |= {f"plugins.{name}": value for name, value in config.plugins.items()}
     named |= {name: value for name, value in config.identity.items() if name not in OF_DATA}
     return {name: value for name, value in named.items() if value is not None}
 

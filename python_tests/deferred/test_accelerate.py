@@ -12,7 +12,7 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from guest_networks import WAYS, Head, block, close, equal, played, sequential
+from guest_networks import WAYS, Doubling, Head, block, close, equal, played, sequential
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -552,16 +552,6 @@ def test_results_of_any_kind_are_computed(kind, images):
 
 
 # -- told, never silent ------------------------------------------------------------------------------------------------
-
-
-class Doubling(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, given):
-        return given * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
 
 
 @torch.jit.script

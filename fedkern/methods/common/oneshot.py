@@ -54,7 +54,7 @@ class OneShot(FedAvg):
             )
         if self.options.calibrate and not isinstance(server.build().head, nn.Linear):
             raise UserError(
-                "calibrate draws the weights of a linear classifier, which --features puts none: leave one out."
+                "calibrate is for a linear classifier, which --features takes away: leave one of the two out."
             )
         needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
         if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
