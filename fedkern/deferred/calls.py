@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fedkern.deferred.pending import Chain, Node, Pending, Run, Serve, Site, computed, handle, saved_hooks, value
+from fedkern.deferred.pending import Chain, Node, Pending, Run, Serve, Site, computed, handle, value
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.backend import intercepted
-from fedkern.ops._core.private_torch import may_be_transformed
+from fedkern.ops._core.private_torch import may_be_transformed, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
 _KEYS = ("forward", "__reduce_ex__", "__deepcopy__")

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-_Raw = torch._C.DisableTorchFunctionSubclass
-saved_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
-"""The hooks of saved tensors that are active, as those of torch.utils.checkpoint; None without any."""
+from fedkern.ops._core.private_torch import WithoutTorchFunction, saved_hooks
+
 _autocast, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 
@@ -155,7 +154,7 @@ class Pending(Tensor):
             if found is not None:
                 return found
         elif func in _ABOUT:
-            with _Raw():
+            with WithoutTorchFunction():
                 return func(*args, **(kwargs or {}))
         elif _writes(func, kwargs):
             _settle((*args, *(kwargs or {}).values()))
@@ -175,7 +174,7 @@ def handle(node: Node, shape: tuple[int, ...]) -> Pending:
     made: Pending = Tensor._make_wrapper_subclass(Pending, shape, dtype=torch.float32, requires_grad=grad)
     if grad:
         # Only what takes it past __torch_function__, as a custom autograd.Function does, brings it into a graph.
-        with _Raw():
+        with WithoutTorchFunction():
             made.register_hook(_lost)
     made.__dict__["node"] = node
     node.run.made.append(weakref.ref(made))
@@ -277,7 +276,7 @@ def _waiting(x: Any) -> Node | None:
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
-    with _Raw():
+    with WithoutTorchFunction():
         return tuple(x.shape)
 
 

@@ -106,6 +106,13 @@ def recording() -> Iterator[None]:
         yield
 
 
+saved_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
+"""The hooks of saved tensors that are active, as those of torch.utils.checkpoint; None without any."""
+
+WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass", contextlib.nullcontext)
+"""A context in which subclasses of Tensor are taken as tensors."""
+
+
 # Names with a public call in their place.
 
 _apply = _find("_C._FunctionBase.apply", None)

@@ -38,6 +38,8 @@ NAMES = [
     "_C._dispatch_tls_local_include_set",
     "_C._dispatch_tls_local_exclude_set",
     "autograd.forward_ad._current_level",
+    "_C._autograd._top_saved_tensors_default_hooks",
+    "_C.DisableTorchFunctionSubclass",
     "_C._autograd._get_current_graph_task_keep_graph",
     "_C._increment_version",
     "_utils._flatten_dense_tensors",
