@@ -15,6 +15,13 @@ inline ConvShape conv_shape(const TensorView& x, const TensorView& weight, long 
   return fit ? ConvShape{x.shape[0], x.shape[2], x.shape[3], x.shape[1], weight.shape[0], stride, weight.shape[2]} : ConvShape{};
 }
 
+// The same of a convolution with bias and pooling.
+inline PoolShape pool_shape(const TensorView& x, const TensorView& weight, long padding) {
+  const bool fit = x.dims == 4 && weight.dims == 4 && is_f32(x) && is_f32(weight) && weight.shape[1] == x.shape[1] && weight.shape[3] == weight.shape[2] &&
+                   (x.contiguous() || x.channels_last()) && (weight.contiguous() || weight.channels_last());
+  return fit ? PoolShape{x.shape[0], x.shape[2], x.shape[3], x.shape[1], weight.shape[0], weight.shape[2], padding} : PoolShape{};
+}
+
 // Whether a tensor is a map of a call: [batch, channels, height, width], halved where `pool`; of any strides.
 inline bool is_map(const TensorView& seen, const ConvShape& s, std::int64_t channels, bool pool) {
   return seen.dims == 4 && is_f32(seen) && seen.shape[0] == s.batch && seen.shape[1] == channels && seen.shape[2] == s.height / (pool ? 2 : 1) &&

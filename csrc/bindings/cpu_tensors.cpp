@@ -135,6 +135,16 @@ int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shif
   return halved == 1 && readable(residual.ptr(), one) && is_map(one, r, s.out, false) ? TensorView::kCpu : kNo;
 }
 
+// The same of conv_pool's kernel.
+int pool_fits(py::handle x, py::handle weight, py::handle bias, py::handle padding) {
+  TensorView map, taps, one;
+  const auto fits = conv_kernels().pool_fits;
+  if (!fits || !readable(x.ptr(), map) || !readable(weight.ptr(), taps) || !PyLong_CheckExact(padding.ptr())) return kNo;
+  const PoolShape s = pool_shape(map, taps, PyLong_AsLong(padding.ptr()));
+  if (!fits(s)) return kNo;
+  return bias.is_none() || (readable(bias.ptr(), one) && is_vector(one, s.out)) ? TensorView::kCpu : kNo;
+}
+
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // A float or an int of [low, high).
@@ -281,6 +291,7 @@ void bind_tensors(py::module_& module) {
   module.def("boxes_fit", boxes_fit);
   module.def("fuse_fits", fuse_fits);
   module.def("conv_fits", conv_fits);
+  module.def("pool_fits", pool_fits);
   module.def("optimise_fits", optimise_fits);
   module.def("vectors_fit", vectors_fit);
 }

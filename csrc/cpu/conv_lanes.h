@@ -40,6 +40,20 @@ using Half = Wide;
 
 #endif
 
+// Whole numbers below 256 as bytes.
+FEDKERN_INLINE void store_bytes(Wide x, std::uint8_t* to) {
+#if defined(FEDKERN_ISA_avx512)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x.v)));
+}
+FEDKERN_INLINE void store_bytes(Half x, std::uint8_t* to) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_cvtepi32_epi8(_mm256_cvttps_epi32(x.v)));
+#else
+  const __m256i whole = _mm256_cvttps_epi32(x.v);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#endif
+}
+
 // body(V{}), V's lanes dividing the channels, which come in eights.
 template <typename Body>
 FEDKERN_INLINE void by_lanes(std::int64_t channels, Body&& body) {

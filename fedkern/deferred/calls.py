@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fedkern.deferred.pending import Chain, Node, Pending, Run, Serve, Site, computed, handle, value
+from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, value
 from fedkern.ops._conv.conv_norm import Settings, run, serving
+from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._core.backend import intercepted
 from fedkern.ops._core.private_torch import may_be_transformed, saved_hooks
 
@@ -31,6 +32,7 @@ GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
 """Hooks of all modules of the process, by the dictionaries in which torch keeps them."""
 _thread = threading.local()
 """``run``: the call of a network that this thread is in; ``serve``, ``record``: of :func:`serving_by`, `recording`."""
+_NO_EPS = 1e-30  # above 0, and nothing beside 1
 MOVE = 64
 """Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
 Record = tuple[list[tuple[Site, int]], list[int]]
@@ -39,12 +41,12 @@ the products of all calls."""
 
 
 def accelerate(module: M) -> M:
-    """Has a network's convolutions computed together with the batch norm, sum, ReLU and max pooling behind them.
+    """Has a network's convolutions computed together with the norm, sum, ReLU and max pooling behind them.
 
-    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` where it serves; all else runs as it is
-    written.  Results differ from torch's by rounding.  A call begins and ends with ``module(...)``; parts of it that
-    are called alone run as written.  So does the whole call under autocast, ``torch.compile``, ``torch.func``, tracing
-    and with anybody's hooks on a submodule.
+    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` where
+    they serve; all else runs as it is written.  Results differ from torch's by rounding.  A call begins and ends with
+    ``module(...)``; parts of it that are called alone run as written.  So does the whole call under autocast,
+    ``torch.compile``, ``torch.func``, tracing and with anybody's hooks on a submodule.
 
     Args:
         module: any network; it is changed in place, and keeps its class, state dict and repr.  A deep copy is
@@ -245,33 +247,61 @@ class _Conv(_Served):
 
 
 def _fits(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
-    size, stride = conv.kernel_size, conv.stride
+    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    square = size in ((1, 1), (3, 3)) and stride in ((1, 1), (2, 2)) and conv.padding == (size[0] // 2, size[0] // 2)
+    square = len({*size}) == len({*stride}) == len({*padding}) == 1 and not isinstance(padding, str)
     if not (plain and square) or len(shape) != 4 or shape[0] == 0:
         return False
     if conv.weight.dtype is not torch.float32 or conv.weight.device.type != "cpu":
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
     ones = torch.ones(conv.out_channels)
-    return serving(x, conv.weight.detach(), ones, ones, ones, ones, None, 1, stride[0]) is not None
+    weight = conv.weight.detach()
+    if stride[0] == 1 and pooling(x, weight, None, int(padding[0])) is not None:
+        return True
+    same = padding[0] == size[0] // 2
+    return same and serving(x, weight, ones, ones, ones, ones, None, 1, stride[0]) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
-    """A chain by ``conv_norm``; None where the layers have to run as written, or are faster than copies around it."""
-    site, norm, x = chain.site, chain.norm, chain.site.x
-    if norm is None:
+    """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
+    site = chain.site
+    products = _products(site.x, site.weight, site.stride, site.padding)
+    found = _pooled(chain, dense)
+    if found is None and site.padding == site.weight.shape[2] // 2:
+        found = _normed(chain, dense, products)
+    record: Record | None = getattr(_thread, "record", None)
+    if found is not None and record is not None:
+        record[0].append((site, products))
+    return found
+
+
+def _pooled(chain: Chain, dense: bool) -> Tensor | None:
+    """A chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
+    site = chain.site
+    if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
         return None
-    products = _products(x, site.weight, site.stride, site.padding)
+    kernel = pooling(site.x, site.weight, site.bias, site.padding)
+    if kernel is None:
+        return None
+    return run_pooling(kernel, site.x, site.weight, site.bias, site.padding, chain.relu, dense)
+
+
+def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
+    """A chain by ``conv_norm``."""
+    site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = products // (site.weight[0].numel() * chain.pool**2) if dense else 0
-    if MOVE * (moved + behind) > products:
+    if MOVE * (moved + behind) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
         return None
     if moved:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
+    if norm is None:  # one that changes nothing, and adds the bias
+        none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
+        norm, bias = Norm(none, ones, ones, none if bias is None else bias, False, 0.0, _NO_EPS), None
     tracks = norm.training and not norm.counted
     mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
-    shift, bias = norm.bias, site.bias
+    shift = norm.bias
     if bias is not None and norm.training:  # batch statistics take it out again
         shift = _Unfelt.apply(shift, bias) if torch.is_grad_enabled() and bias.requires_grad else shift
     elif bias is not None and variance is not None:
@@ -284,9 +314,6 @@ def _serve(chain: Chain, dense: bool) -> Tensor | None:
         mean, variance, norm.momentum, norm.eps, site.stride, chain.relu, chain.pool, tracks, norm.training
     )
     site.moved += moved
-    record: Record | None = getattr(_thread, "record", None)
-    if record is not None:
-        record[0].append((site, products))
     found = run(kernel, settings, x, site.weight, norm.weight, shift, residual)
     if bias is not None and tracks and mean is not None:
         with torch.no_grad():

@@ -320,9 +320,8 @@ def _relu_(x: Any) -> Tensor | None:
 
 def _takes_sum(x: Any) -> Node | None:
     node = _waiting(x)
-    if node is None or node.chain.norm is None or node.chain.residual is not None:
-        return None
-    return None if node.chain.relu or node.chain.pool > 1 else node
+    open_ = node is not None and node.chain.residual is None and not node.chain.relu and node.chain.pool == 1
+    return node if open_ else None
 
 
 def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
@@ -355,7 +354,7 @@ def _max_pool(
     square = all(given in (size, (size, size), [size, size]) for given, size in (*wanted, (dilation, 1)))
     if node is None or not square or ceil_mode or return_indices or min(_shape(x)[2:]) < 2:
         return None
-    if node.chain.pool > 1 or node.chain.residual is not None or node.chain.norm is None:
+    if node.chain.pool > 1 or node.chain.residual is not None:
         return None
     return _extended(x, node, lambda y: F.max_pool2d(y, 2), pool=2)
 

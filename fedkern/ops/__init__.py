@@ -11,6 +11,7 @@ from fedkern.ops._blend.blend import blend
 from fedkern.ops._blend.boxes import erase_boxes, keep_boxes
 from fedkern.ops._contrast.contrast import contrastive
 from fedkern.ops._conv.conv_norm import conv_norm
+from fedkern.ops._conv.conv_pool import conv_pool
 from fedkern.ops._core.backend import use_backend, use_isa
 from fedkern.ops._core.memory import empty_cache
 from fedkern.ops._core.torchscript import unscriptable
@@ -36,6 +37,7 @@ __all__ = [
     "consensus",
     "contrastive",
     "conv_norm",
+    "conv_pool",
     "dual_kl",
     "empty_cache",
     "ensemble_kl",

@@ -1,4 +1,5 @@
-// conv: 3x3 convolution with padding 1, or 1x1 without (stride 1 or 2, no bias), batch norm, residual, ReLU and 2x2 max pooling.
+// conv: 3x3 convolution with padding 1, or 1x1 without (stride 1 or 2, no bias), batch norm, residual, ReLU and 2x2 max pooling;
+// and 3x3 or 5x5 convolution (stride 1), bias, ReLU and 2x2 max pooling.
 //
 // Maps are dense and channels-last, fp32. Samples are worked on in groups of fixed sizes, whose sums are added in order:
 // results do not depend on the number of threads. There is no portable level: where it is active, nothing fits.
@@ -57,6 +58,42 @@ struct ConvBackward {
   float* to_residual;
 };
 
+struct PoolShape {
+  std::int64_t batch, height, width, in, out, kernel, padding;  // as ConvShape's
+  // Of the convolution's result, before pooling.
+  std::int64_t high() const { return height + 2 * padding - kernel + 1; }
+  std::int64_t wide() const { return width + 2 * padding - kernel + 1; }
+  std::int64_t windows() const { return high() / 2 * (wide() / 2); }  // of a sample
+  std::int64_t taps() const { return kernel * kernel; }
+};
+
+// Maps of either layout: channels-last, or planar as PyTorch's contiguous ones.
+struct ConvPool {
+  PoolShape shape;
+  const float* x;
+  const float* weight;
+  std::int64_t weight_out, weight_in, weight_tap;
+  bool x_planar, planar;  // `planar`: the result
+  bool relu;
+  int threads;
+  std::int64_t weight_place(std::int64_t o, std::int64_t i, std::int64_t tap) const { return o * weight_out + i * weight_in + tap * weight_tap; }
+  float weight_at(std::int64_t o, std::int64_t i, std::int64_t tap) const { return weight[weight_place(o, i, tap)]; }
+};
+
+struct PoolForward {
+  ConvPool call;
+  const float* bias;  // or null
+  float* out;
+  std::uint8_t* chosen;  // [batch, windows, out in eights]: the place of the maximum in its window, for the backward pass
+};
+
+struct PoolBackward {
+  ConvPool call;
+  const float* grad;
+  const std::uint8_t* chosen;
+  float *to_x, *to_weight, *to_bias;  // null: not wanted
+};
+
 struct ConvTable {
   // The shape in which a call of this shape is computed: its own, or with channels of zeros behind; batch 0 where PyTorch's own
   // operators are faster; null: everywhere.
@@ -65,6 +102,10 @@ struct ConvTable {
   // unchanged.
   bool (*forward)(const ConvForward&);
   bool (*backward)(const ConvBackward&);
+  // The same of PoolShape.
+  bool (*pool_fits)(const PoolShape&);
+  bool (*pool_forward)(const PoolForward&);
+  bool (*pool_backward)(const PoolBackward&);
 };
 
 FEDKERN_DECLARE_TABLE(ConvTable, conv)

@@ -1,4 +1,4 @@
-"""Argument checks of conv_norm."""
+"""Argument checks of conv_norm and conv_pool."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def check_tensors(
         raise ValueError("mean and variance must both be given, or both be None")
     if mean is None and not training:
         raise ValueError("mean and variance must be given with training=False")
-    # Under autocast torch converts.
-    device = x.device.type
-    free = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    free = _converted(x)
     _check_like(weight, "weight", x, free)
     for name, vector in (("scale", scale), ("shift", shift), ("mean", mean), ("variance", variance)):
         if vector is None and name in ("mean", "variance"):
@@ -74,6 +72,39 @@ def check_tensors(
         if residual.shape != shape:
             raise ValueError(f"residual must have shape {list(shape)}, but has {list(residual.shape)}")
         _check_like(residual, "residual", x, free)
+
+
+def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> None:
+    """Raises TypeError or ValueError unless all arguments of conv_pool fit together."""
+    check_flag(relu, "relu")
+    check_floating(x, "x")
+    check_floating(weight, "weight")
+    if x.dim() != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
+    taps = tuple(weight.shape[2:])
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or taps not in ((3, 3), (5, 5)) or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight must have shape [out, {x.shape[1]}, 3, 3] or [out, {x.shape[1]}, 5, 5], but has "
+            f"{list(weight.shape)}"
+        )
+    padding = check_count(padding, "padding", 0, taps[0] // 2)
+    if padding not in (0, taps[0] // 2):
+        raise ValueError(f"padding must be 0 or {taps[0] // 2}, half of the kernel's side, but is {padding}")
+    if min(x.shape[2:]) < (least := taps[0] + 1 - 2 * padding):
+        raise ValueError(f"x must have at least {least} rows and columns to be pooled, but has {list(x.shape)}")
+    free = _converted(x)
+    _check_like(weight, "weight", x, free)
+    if bias is not None:
+        check_floating(bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape [{weight.shape[0]}], but has {list(bias.shape)}")
+        _check_like(bias, "bias", x, free)
+
+
+def _converted(x: Tensor) -> bool:
+    """Whether torch converts dtypes: under autocast."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check_like(tensor: Tensor, name: str, like: Tensor, any_dtype: bool, other: str = "x") -> None:

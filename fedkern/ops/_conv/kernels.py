@@ -1,4 +1,4 @@
-"""conv_norm: the launcher of the CPU core."""
+"""conv_norm and conv_pool: the launchers of the CPU core."""
 
 from __future__ import annotations
 
@@ -129,3 +129,53 @@ class ConvKernels(Launcher):
         ):  # fmt: skip
             raise NotFinite
         return to_x, to_weight, to_scale, to_shift, to_residual if relu or not need_residual else grad
+
+
+class PoolKernels(Launcher):
+    """conv_pool of ``fedkern._cpu``, for calls that ``pool_fits`` takes; maps are contiguous or channels-last."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, dense: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The result, contiguous where ``dense`` and else channels-last, and which values the maxima were.
+
+        Raises:
+            NotFinite: x or weight has an infinity or NaN, whose products with zeros the backward pass would leave out.
+        """
+        batch, channels = len(x), len(weight)
+        high, wide = ((side + 2 * padding - weight.shape[2] + 1) // 2 for side in x.shape[2:])
+        layout = torch.contiguous_format if dense else _CHANNELS_LAST
+        out = torch.empty((batch, channels, high, wide), memory_format=layout, dtype=x.dtype, device="cpu")
+        chosen = torch.empty((batch, high * wide, -(-channels // 8) * 8), dtype=torch.uint8, device="cpu")
+        if not self.core.pool_forward(x, weight, bias, out, chosen, padding, relu, self.at(x)):
+            raise NotFinite
+        return out, chosen
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        chosen: Tensor,
+        padding: int,
+        relu: bool,
+        dense: bool,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts.
+
+        Raises:
+            NotFinite: there are no gradients then.
+        """
+        grad = grad.resolve_neg().contiguous(memory_format=torch.contiguous_format if dense else _CHANNELS_LAST)
+        x, weight = (
+            each if each.is_contiguous() else each.contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight)
+        )  # hooks on saved tensors may have changed strides
+        to_x = _empty_like(x) if needs[0] else None
+        to_weight = _empty_like(weight) if needs[1] else None
+        to_bias = x.new_empty(len(weight)) if needs[2] else None
+        if not self.core.pool_backward(
+            grad, x, weight, chosen.contiguous(), to_x, to_weight, to_bias, padding, relu, self.at(x)
+        ):
+            raise NotFinite
+        return to_x, to_weight, to_bias

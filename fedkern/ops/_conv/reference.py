@@ -1,4 +1,4 @@
-"""Reference of conv_norm in plain PyTorch: the specification, the tests' oracle and the fallback."""
+"""References of conv_norm and conv_pool in plain PyTorch: the specification, the tests' oracle and the fallback."""
 
 from __future__ import annotations
 
@@ -39,3 +39,9 @@ def conv_norm_reference(
     if relu:
         y = torch.relu(y)
     return F.max_pool2d(y, pool) if pool > 1 else y
+
+
+def conv_pool_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, relu: bool) -> Tensor:
+    """The specification of :func:`fedkern.ops.conv_pool`."""
+    y = conv2d(x, weight, bias, (1, 1), (padding, padding), (1, 1), 1)
+    return F.max_pool2d(torch.relu(y) if relu else y, 2)

@@ -1,0 +1,143 @@
+"""conv_pool: a 3x3 or 5x5 convolution, bias, ReLU and max pooling in one call.
+
+The reference is in reference.py, the launcher in kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._conv.checks import check_pooled
+from fedkern.ops._conv.kernels import NotFinite, PoolKernels
+from fedkern.ops._conv.reference import conv_pool_reference
+from fedkern.ops._core import backend, library
+from fedkern.ops._core.backend import eager, intercepted, readable, ready, select, settle
+from fedkern.ops._core.function import EagerFunction, saved_tensors
+
+_grad_enabled = torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
+_CHANNELS_LAST = torch.channels_last
+
+
+def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 0, relu: bool = True) -> Tensor:
+    """Convolution, bias, ReLU and max pooling: a stage of a convolutional network without norm in one call.
+
+    The same in PyTorch::
+
+        y = F.conv2d(x, weight, bias, padding=padding)
+        y = y.relu() if relu else y
+        y = F.max_pool2d(y, 2)
+
+    The CPU kernel serves fp32 maps, contiguous or channels-last, of sizes at which it is faster than PyTorch.  Its
+    backward pass leaves out what pooling and ReLU make zero: three quarters of the products and more.  PyTorch's
+    operators serve all other calls: also under autocast, ``torch.compile`` and torch.func transforms, on GPUs, and at
+    the portable ISA level.
+
+    Args:
+        x: maps ``[B, in, H, W]``; fp32, fp64, bf16 or fp16, any strides.
+        weight: ``[out, in, 3, 3]`` or ``[out, in, 5, 5]``, of x's dtype.
+        bias: ``[out]``, of x's dtype; None: there is none.
+        padding: zeros around the maps: 0, or half of the kernel's side, rounded down.
+        relu: whether a ReLU follows.
+
+    Returns:
+        ``[B, out, h // 2, w // 2]``, where the convolution gives ``[B, out, h, w]``: an odd last row and column are
+        left out.  Channels-last where x or weight is, as in PyTorch.
+
+    Differentiable in x, weight and bias; retained graphs and second derivatives work as usual.  What the kernel
+    computes has the same bits every time, for any number of threads.  Where two values of a window differ by rounding
+    alone, another of them may be the maximum than in PyTorch.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    kernel = pooling(x, weight, bias, padding)
+    if kernel is None or relu not in (True, False):
+        check_pooled(x, weight, bias, padding, relu)
+        _check_forced(x, weight, bias)
+        return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
+    last = any(each.is_contiguous(memory_format=_CHANNELS_LAST) and not each.is_contiguous() for each in (x, weight))
+    return run_pooling(kernel, x, weight, bias, padding, relu, not last)
+
+
+def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
+    """The kernel that serves this call, for :func:`run_pooling`; None where there is none. Never raises."""
+    try:
+        given = x, weight, bias, padding
+        kernel: PoolKernels | None = ready("conv_pool", *given)
+        if kernel is None and not intercepted() and settle("conv_pool", "cpu"):
+            kernel = ready("conv_pool", *given)
+    except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
+        return None
+    return None if kernel is None or _autocast("cpu") else kernel
+
+
+def run_pooling(
+    kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, dense: bool
+) -> Tensor:
+    """:func:`conv_pool` by the kernel that :func:`pooling` gave; ``dense``: contiguous, else channels-last."""
+    try:
+        if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+            result: Tensor = _ConvPool.call(kernel, (padding, relu, dense), x, weight, bias)
+            return result
+        return kernel.forward(x, weight, bias, padding, relu, dense)[0]
+    except NotFinite:
+        return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
+
+
+def _check_forced(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not eager(*given):
+        if not backend.reference_alone("conv_pool"):
+            backend.only_reference("conv_pool", "torch.compile, torch.func transforms, modes and tensor subclasses")
+    elif select("conv_pool", *given) is not None:
+        where = "under autocast" if _autocast("cpu") else "of these sizes and strides, or at this ISA level"
+        backend.not_forced("conv_pool", "cpu", where)
+
+
+class _ConvPool(EagerFunction):
+    """Autograd function of the kernel; its tensors are (x, weight, bias)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: PoolKernels,
+        settings: tuple[int, bool, bool],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        out, chosen = kernel.forward(x, weight, bias, *settings)
+        ctx.save_for_backward(x, weight, bias, chosen)
+        ctx.settings = kernel, settings
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, (padding, relu, dense) = ctx.settings
+        x, weight, bias, chosen = saved_tensors(ctx)
+        needs = ctx.needs_input_grad[2:]
+        plain = readable(grad)
+        if plain:
+            try:
+                return (None, None, *kernel.backward(grad, x, weight, chosen, padding, relu, dense, needs))
+            except NotFinite:
+                pass
+
+        # Recorded (create_graph=True), batched (is_grads_batched=True) or not finite.
+        def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
+
+        with torch.autocast("cpu", enabled=False):
+            gradients = library.differentiate_reference(reference, (x, weight, bias), needs, grad)
+        if plain:
+            gradients = tuple(None if g is None else g.detach() for g in gradients)
+        return (None, None, *gradients)
+
+
+backend.serve("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")
