@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, value
+from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, shape_of, value
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._core.backend import intercepted
@@ -195,13 +195,17 @@ def _watched(module: nn.Module) -> bool:
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """Hooks of a network's parts, and those of gradients that it has itself; parts of TorchScript count as hooks."""
-    for layer in module.modules():
+    layers: list[Any] = [module]
+    while layers:
+        layer = layers.pop()
         if isinstance(layer, torch.jit.ScriptModule):
             yield layer
-            continue
-        held = vars(layer)
-        for name in _HOOKS if layer is not module else _HOOKS[2:]:
-            yield from held[name].values()
+        elif layer is not None:
+            held = vars(layer)
+            layers += held["_modules"].values()
+            for name in _HOOKS if layer is not module else _HOOKS[2:]:
+                if held[name]:
+                    yield from held[name].values()
 
 
 def takes_computed(hook: Any) -> bool:
@@ -224,7 +228,7 @@ class _Conv(_Served):
         if record is not None and isinstance(self.module.padding, tuple):
             record[1].append(_products(x, self.module.weight, self.module.stride[0], self.module.padding[0]))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
-        conv, serves = self.module, self._serves(tuple(x.shape), node is None and type(x) is not Tensor)
+        conv, serves = self.module, self._serves(shape_of(x), node is None and type(x) is not Tensor)
         if not serves or torch.is_autocast_enabled("cpu") or may_be_transformed() or saved_hooks(True) is not None:
             return self.written(x if node is None else value(node))
         if node is not None:
@@ -234,7 +238,7 @@ class _Conv(_Served):
         weight, stride, padding = conv._parameters["weight"], conv.stride[0], conv.padding[0]
         site = Site(x, weight, conv._parameters["bias"], stride, padding)
         shape = len(x), conv.out_channels, *_sides(x, weight, stride, padding)
-        return handle(Node(begun, Chain(site), None, None), shape)
+        return handle(Node(begun, Chain(site), shape, None, None))
 
     def _serves(self, shape: tuple[int, ...], foreign: bool) -> bool:
         """Whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""

@@ -6,6 +6,7 @@ A batch norm, an addition, a ReLU and a 2 x 2 max pooling extend what waits; wha
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -82,15 +83,16 @@ class Node:
 
     Attributes:
         chain: all that leads to it.
+        shape: of the result.
         parent, step: the node before and the function of its value, as the network's author wrote it.
         value: the result, once it is computed, with its version then.
         uses: steps that were made of it.
     """
 
-    __slots__ = ("chain", "parent", "run", "step", "uses", "value", "version")
+    __slots__ = ("chain", "parent", "run", "shape", "step", "uses", "value", "version")
 
-    def __init__(self, run: Run, chain: Chain, parent: Node | None, step: Step | None) -> None:
-        self.run, self.chain, self.parent, self.step = run, chain, parent, step
+    def __init__(self, run: Run, chain: Chain, shape: tuple[int, ...], parent: Node | None, step: Step | None) -> None:
+        self.run, self.chain, self.shape, self.parent, self.step = run, chain, shape, parent, step
         self.value: Tensor | None = None
         self.version = self.uses = 0
 
@@ -141,6 +143,9 @@ def _lost(gradient: Tensor) -> None:
     )
 
 
+_LOST: Any = OrderedDict({0: _lost})
+
+
 class Pending(Tensor):
     """The handle of a :class:`Node`; its shape, dtype and device are those of the result."""
 
@@ -168,14 +173,15 @@ class Pending(Tensor):
         )
 
 
-def handle(node: Node, shape: tuple[int, ...]) -> Pending:
+def handle(node: Node) -> Pending:
     """A tensor for the network's code."""
     grad = node.chain.site.grad
-    made: Pending = Tensor._make_wrapper_subclass(Pending, shape, dtype=torch.float32, requires_grad=grad)
+    made: Pending = Tensor._make_wrapper_subclass(Pending, node.shape, dtype=torch.float32, requires_grad=grad)
     if grad:
-        # Only what takes it past __torch_function__, as a custom autograd.Function does, brings it into a graph.
+        # As register_hook, in a tenth of its time. Only what takes it past __torch_function__, as a custom
+        # autograd.Function does, brings it into a graph.
         with WithoutTorchFunction():
-            made.register_hook(_lost)
+            made._backward_hooks = _LOST
     made.__dict__["node"] = node
     node.run.made.append(weakref.ref(made))
     return made
@@ -275,21 +281,20 @@ def _waiting(x: Any) -> Node | None:
     return node if fresh else None
 
 
-def _shape(x: Tensor) -> tuple[int, ...]:
-    with WithoutTorchFunction():
-        return tuple(x.shape)
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, which may wait."""
+    return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
 def _extended(x: Any, node: Node, step: Step, inplace: Step | None = None, **more: Any) -> Any:
     node.uses += 1
+    chain, shape = node.chain._replace(**more), node.shape
     if inplace is None:
-        b, c, h, w = _shape(x)
-        pool = more.get("pool", 1)
-        return handle(Node(node.run, node.chain._replace(**more), node, step), (b, c, h // pool, w // pool))
+        if "pool" in more:
+            shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
+        return handle(Node(node.run, chain, shape, node, step))
     # Memory is written again only where no other step reads the value before.
-    x.__dict__["node"] = Node(
-        node.run, node.chain._replace(**more), node, lambda y: step(y) if node.uses > 1 else inplace(y)
-    )
+    x.__dict__["node"] = Node(node.run, chain, shape, node, lambda y: step(y) if node.uses > 1 else inplace(y))
     return x
 
 
@@ -331,7 +336,7 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
     if node is None and not inplace:
         x, other = other, x
         node = _takes_sum(x)
-    if node is None or _shape(other) != _shape(x):
+    if node is None or shape_of(other) != node.shape:
         return None
     if type(other) is Pending:
         other = value(other.__dict__["node"], dense=False)
@@ -352,7 +357,7 @@ def _max_pool(
     node = _waiting(x)
     wanted = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
     square = all(given in (size, (size, size), [size, size]) for given, size in (*wanted, (dilation, 1)))
-    if node is None or not square or ceil_mode or return_indices or min(_shape(x)[2:]) < 2:
+    if node is None or not square or ceil_mode or return_indices or min(node.shape[2:]) < 2:
         return None
     if node.chain.pool > 1 or node.chain.residual is not None:
         return None

@@ -22,7 +22,7 @@ from fedkern.deferred import calls, pending
 from fedkern.ops._core import backend
 
 SERVED = {
-    "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 0, "pre-activation": 2,
+    "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 6,
     "branching": 2, "looping": 4, "asserting": 2, "squeezing": 0, "unet": 4, "unused": 3, "stopping": 3, "two": 0,
 }  # fmt: skip
 """Convolutions of a call in each mode that an operator serves, at least."""
