@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import fedkern
 
-
 STEPS = 5  # at a time: a loop trains one network, whose code stays in the caches
 
 
