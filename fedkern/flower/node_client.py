@@ -70,6 +70,7 @@ class Letter:
         oldest: oldest round of the plan whose states the server's checkpoints name.
         last: whether no other message of the round will come.
         threads, client_threads: CPU threads of the run, on which bits depend.
+        served: what the server's run has decided of accelerating a user's network; "": nothing.
         data: fingerprint of the server's data, which the node's must have too; None: the node has data of its own.
     """
 
@@ -84,6 +85,7 @@ class Letter:
     last: bool
     threads: int
     client_threads: int
+    served: str
     data: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,7 +203,9 @@ class NodeClients:
     def _prepared(self, letter: Letter) -> Serial:
         """Makes data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
-        config = self.config.replace(threads=letter.threads, client_threads=letter.client_threads)
+        config = self.config.replace(
+            threads=letter.threads, client_threads=letter.client_threads, served=letter.served or None
+        )
         enter = self._stack.enter_context
         enter(cpu_threads(config.threads))
         enter(reproducible())
@@ -364,7 +368,7 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
         data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
         config = effective(config, data)
     check_data(config, data, alone)
-    config, _, _ = own_model.settled(config, data, None, Path())
+    config, _, _ = own_model.settled(config, data, None, Path(), known=False)
     return RunContext(config, data, notice)
 
 

@@ -175,6 +175,7 @@ class Nodes:
             last=run.progress.last_exchange,
             threads=run.context.config.threads,
             client_threads=run.context.config.client_threads,
+            served=run.context.config.served or "",
             data=self._data,
         )
         return version, letter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tomllib
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fedkern.flower import client_app, node_client, node_executor, node_folder, 
 from fedkern.flower.adapter import opened, replied
 from fedkern.flower.parcel import Malformed, Parcel, Raw
 from fedkern.flower.portable import pack, unpack
+from fedkern.ops._core.backend import active_isa
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
@@ -104,6 +106,21 @@ def test_every_method(method, tmp_path):
     assert set(grid.asked) == set(range(found))
     kept = list((tmp_path / "cache" / "flower").glob("*/client-*"))
     assert len(kept) == found
+
+
+def test_nodes_accelerate_a_user_s_network_as_the_server_decided(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def net(classes):\n"
+        "    def stage(one): return nn.Conv2d(one, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)\n"
+        "    return nn.Sequential(*stage(1), *stage(16), nn.Flatten(), nn.Linear(16 * 64, classes))\n"
+    )
+    run_config = settings("fedavg", model=f"{tmp_path / 'net.py'}:net", width="")
+    expected = in_one_process(run_config, tmp_path / "here")
+    record = tomllib.loads((tmp_path / "here/config.toml").read_text())["served"]
+    assert record == "served 2 of 2 convolutions" or not active_isa().startswith("avx")
+    over_flower(run_config, tmp_path / "flower")
+    same(outcome(tmp_path / "flower"), expected, "fedavg")
 
 
 @pytest.mark.parametrize("method", [pytest.param("fediod", marks=pytest.mark.exhaustive), "scaffold"])
