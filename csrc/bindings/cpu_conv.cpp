@@ -1,4 +1,4 @@
-// fedkern._cpu.conv_*: a convolution with batch norm, and pool_*: one with bias and pooling; forward and backward.
+// fedkern._cpu.conv_*: a convolution with batch or group norm, and pool_*: one with bias and pooling; forward and backward.
 #include "conv_call.h"
 
 namespace fedkern {
@@ -35,55 +35,55 @@ float* conv_map(py::handle given, const ConvShape& s, std::int64_t channels, boo
   return static_cast<float*>(seen.data);
 }
 
-// Channels of what a call keeps for its backward pass; 0 where the kernel does not take it.
-std::int64_t kept_channels(const ConvShape& s) {
-  const auto served = conv_kernels().served;
-  return served && s.batch ? served(s).out : 0;
-}
+std::int64_t conv_channels(py::handle x, py::handle weight, int stride) { return kept_channels(conv_shape(checked_view(x.ptr()), checked_view(weight.ptr()), stride), 0); }
 
-std::int64_t conv_channels(py::handle x, py::handle weight, int stride) { return kept_channels(conv_shape(checked_view(x.ptr()), checked_view(weight.ptr()), stride)); }
-
-ConvNorm conv_call_of(py::handle x, py::handle weight, double eps, int stride, bool relu, int pool, bool training, int threads) {
+ConvNorm conv_call_of(py::handle x, py::handle weight, double eps, int stride, bool relu, int pool, bool training, int groups, int threads) {
   const TensorView from = checked_view(x.ptr()), taps = checked_view(weight.ptr());
   const ConvShape s = conv_shape(from, taps, stride);
-  require(s.batch && (pool == 1 || pool == 2) && kept_channels(s), "conv's kernel does not take a call of this shape");
+  require((pool == 1 || pool == 2) && kept_channels(s, groups), "conv's kernel does not take a call of this shape");
   const bool last = taps.channels_last();
-  return {s, conv_map(x, s, s.in, false), static_cast<const float*>(taps.data), s.taps() * s.in, last ? 1 : s.taps(), last ? s.in : 1, eps, relu, pool == 2, training, threads};
+  return {s, conv_map(x, s, s.in, false), static_cast<const float*>(taps.data), s.taps() * s.in, last ? 1 : s.taps(), last ? s.in : 1, eps, relu, pool == 2, training && !groups,
+          threads, groups};
 }
 
 // What a forward pass leaves to the backward pass.
 template <typename Pass>
 void keep(Pass& a, py::handle y, py::handle raw, py::handle saved) {
-  const std::int64_t channels = kept_channels(a.call.shape);
+  const std::int64_t channels = kept_channels(a.call.shape, a.call.groups);
   a.y = conv_memory(y, a.call.shape.result().positions() * channels), a.raw = conv_memory(raw, a.call.positions_of_out() * channels);
-  a.saved = conv_memory(saved, 4 * channels);
+  a.saved = conv_memory(saved, (a.call.groups ? 5 * a.call.shape.batch : 4) * channels);
 }
 
-bool conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle out,
-             py::handle y, py::handle raw, py::handle saved, double momentum, double eps, int stride, bool relu, int pool, bool update, bool training, int threads) {
+bool conv_forward(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle bias, py::handle mean, py::handle variance, py::handle residual,
+             py::handle out, py::handle y, py::handle raw, py::handle saved, double momentum, double eps, int stride, bool relu, int pool, bool update, bool training,
+             int groups, int threads) {
   ConvForward a{};
-  a.call = conv_call_of(x, weight, eps, stride, relu, pool, training, threads);
+  a.call = conv_call_of(x, weight, eps, stride, relu, pool, training, groups, threads);
   const ConvShape &s = a.call.shape, r = s.result();
-  a.scale = conv_vector(scale, s.out), a.shift = conv_vector(shift, s.out), a.mean = conv_vector(mean, s.out), a.variance = conv_vector(variance, s.out);
+  a.scale = conv_vector(scale, s.out), a.shift = conv_vector(shift, s.out), a.bias = conv_vector(bias, s.out);
+  a.mean = conv_vector(mean, s.out), a.variance = conv_vector(variance, s.out);
   a.residual = conv_map(residual, r, s.out, false), a.out = conv_map(out, r, s.out, a.call.pool);
   keep(a, y, raw, saved);
-  a.momentum = momentum, a.update = update && training;
+  a.momentum = momentum, a.update = update && a.call.training;
   require(a.scale && a.shift && a.out && a.saved, "conv needs scale, shift, and where its results go");
-  require((a.mean && a.variance) || (training && !update), "conv's running statistics are missing");
+  require((a.mean && a.variance) || groups || (training && !update), "conv's running statistics are missing");
+  require(groups || !a.bias, "conv has a bias beside a group norm only");
   require(!a.call.pool || (!a.residual && !a.raw == !a.y), "conv pools no residual, and keeps what it pools with its convolution");
-  require(!training || r.positions() > 1, "conv's statistics need more than one value for each channel");
+  require(!a.call.training || r.positions() > 1, "conv's statistics need more than one value for each channel");
   py::gil_scoped_release release;
   return conv_kernels().forward(a);
 }
 
 bool conv_backward(py::handle grad, py::handle x, py::handle weight, py::handle y, py::handle raw, py::handle saved, py::handle out, py::handle to_x,
-              py::handle to_weight, py::handle to_scale, py::handle to_shift, py::handle to_residual, int stride, bool relu, int pool, bool training, int threads) {
+              py::handle to_weight, py::handle to_scale, py::handle to_shift, py::handle to_bias, py::handle to_residual, int stride, bool relu, int pool, bool training,
+              int groups, int threads) {
   ConvBackward a{};
-  a.call = conv_call_of(x, weight, 0, stride, relu, pool, training, threads);
+  a.call = conv_call_of(x, weight, 0, stride, relu, pool, training, groups, threads);
   const ConvShape &s = a.call.shape, r = s.result();
   a.grad = conv_map(grad, r, s.out, a.call.pool), keep(a, y, raw, saved);
   a.out = conv_map(out, r, s.out, false), a.to_x = conv_map(to_x, s, s.in, false);
-  a.to_scale = conv_vector(to_scale, s.out), a.to_shift = conv_vector(to_shift, s.out), a.to_residual = conv_map(to_residual, r, s.out, false);
+  a.to_scale = conv_vector(to_scale, s.out), a.to_shift = conv_vector(to_shift, s.out), a.to_bias = conv_vector(to_bias, s.out);
+  a.to_residual = conv_map(to_residual, r, s.out, false);
   a.to_weight = like(to_weight, checked_view(weight.ptr()));
   require(a.grad && a.y && a.saved && (!a.call.pool || (a.raw && !a.out && !a.to_residual)), "conv's backward pass lacks what its forward pass kept");
   py::gil_scoped_release release;

@@ -118,19 +118,21 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
 
 // Whether conv's kernel may take a call as it is given, and is the faster way. Where only one of x and weight is channels-last,
 // x is laid out anew; where neither is, so is not what PyTorch gives. A weight of one tap counts as neither.
-int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle pool, py::handle stride) {
+int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle pool, py::handle stride,
+              py::handle groups, py::handle bias) {
   TensorView map, taps, one;
-  const auto served = conv_kernels().served;
-  if (!served || !readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
-  const auto whole = [](py::handle given) { return PyLong_CheckExact(given.ptr()) ? PyLong_AsLong(given.ptr()) : 0; };
-  const long halved = whole(pool);
+  if (!readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
+  int above = 0;
+  const auto whole = [&](py::handle given) { return PyLong_CheckExact(given.ptr()) ? PyLong_AsLongAndOverflow(given.ptr(), &above) : -1; };
+  const long halved = whole(pool), parts = whole(groups);
   const ConvShape s = conv_shape(map, taps, whole(stride)), r = s.result();
-  if (r.positions() < 2 || (halved != 1 && halved != 2) || !served(s).batch) return kNo;  // one value has no variance
+  if (r.positions() < 2 || (halved != 1 && halved != 2) || !kept_channels(s, parts)) return kNo;  // one value has no variance
   if (!map.channels_last() && (s.kernel == 1 || !taps.channels_last())) return kNo;
   if (halved == 2 && (r.height < 2 || r.width < 2)) return kNo;
   const auto counts = [&](py::handle vector) { return readable(vector.ptr(), one) && is_vector(one, s.out); };
   if (!counts(scale) || !counts(shift)) return kNo;
-  if (mean.is_none() ? !variance.is_none() : !counts(mean) || !counts(variance)) return kNo;
+  if (mean.is_none() ? !variance.is_none() : parts || !counts(mean) || !counts(variance)) return kNo;
+  if (!bias.is_none() && (!parts || !counts(bias))) return kNo;
   if (residual.is_none()) return TensorView::kCpu;
   return halved == 1 && readable(residual.ptr(), one) && is_map(one, r, s.out, false) ? TensorView::kCpu : kNo;
 }

@@ -19,6 +19,12 @@ namespace {
 
 #if !defined(FEDKERN_ISA_portable)
 
+// What a forward pass saved of a sample: of a batch norm, of all.
+template <typename Pass>
+auto saved_of(const Pass& a, std::int64_t n) {
+  return a.saved + (a.call.groups ? 5 * a.call.shape.out * n : 0);
+}
+
 // --- forward
 
 class Forward {
@@ -27,7 +33,7 @@ class Forward {
       : a_(a), plan_(a.call.shape), s_(plan_.shape), r_(plan_.result), workers_(parallel_workers(plan_.pieces, 1, a.call.threads)),
         kept_(a.y || a.call.training), packed_(plan_.weights()), whole_(a.y || !kept_ ? 0 : r_.positions() * s_.out),
         border_(plan_.group * plan_.in_map, workers_), tiles_(Convolution::tiles(plan_, s_.in), workers_), products_(Convolution::products(plan_, s_.out), workers_),
-        map_(kept_ ? 0 : plan_.group * plan_.out_floats(), workers_), totals_(2 * s_.out * plan_.pieces), shift_(s_.out) {
+        map_(kept_ ? 0 : plan_.group * plan_.out_floats(), workers_), totals_(2 * s_.out * plan_.pieces), shift_(s_.out, workers_) {
     pack(a.call, packed_.get());
     for (int w = 0; w < workers_; ++w) std::fill_n(border_.get(w), plan_.group * plan_.in_map, 0.0f);
   }
@@ -39,8 +45,8 @@ class Forward {
     std::fill_n(totals_.get(), 2 * s_.out * plan_.pieces, 0.0);
     if (a_.call.training) {
       begin(convolution);
-    } else {
-      for (std::int64_t c = 0; c < s_.out; ++c) save(c, static_cast<double>(a_.mean[c]), static_cast<double>(a_.variance[c]));
+    } else if (!a_.call.groups) {
+      for (std::int64_t c = 0; c < s_.out; ++c) save(a_.saved, c, static_cast<double>(a_.mean[c]), static_cast<double>(a_.variance[c]));
     }
     auto work = [&](std::int64_t piece, std::int64_t end, int worker) {
       for (; piece < end; ++piece) {
@@ -51,7 +57,7 @@ class Forward {
     };
     parallel_for(plan_.pieces, 1, a_.call.threads, seconds(plan_, 1), work);
     if (a_.call.training && !finish_statistics()) return false;
-    if (!kept_) return finite_;
+    if (!kept_ || a_.call.groups) return finite_;
     auto rest = [&](std::int64_t begin, std::int64_t end) { finish(y() + begin * plan_.out_floats(), begin, end - begin); };
     parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(r_.positions() * s_.out), rest);
     return finite_;
@@ -81,25 +87,55 @@ class Forward {
   // The first group: its means are what all sums are taken from, or a mean far from zero would cancel all digits.
   void begin(const Convolution& convolution) {
     convolve(convolution, 0, plan_.group, 0, y(), nothing);
-    const std::int64_t positions = plan_.group * r_.height * r_.width, C = s_.out;
-    std::fill_n(shift_.get(), C, 0.0f);
-    double* const total = totals_.get();
+    sum(y(), plan_.group * r_.height * r_.width, shift_.get(), totals_.get());
+  }
+
+  // The sums of add_statistics(), from means that a first pass finds.
+  void sum(const float* y, std::int64_t positions, float* shift, double* total) const {
+    const std::int64_t C = s_.out;
+    std::fill_n(shift, C, 0.0f);
     for (const bool again : {false, true}) {
       std::fill_n(total, 2 * C, 0.0);
       for (std::int64_t i = 0; i < positions; i += stretch(C))
-        by_lanes(C, [&](auto v) {
-          add_statistics<decltype(v)>(y() + i * C, std::min(stretch(C), positions - i), C, C, shift_.get(), total, total + C);
-        });
+        by_lanes(C, [&](auto v) { add_statistics<decltype(v)>(y + i * C, std::min(stretch(C), positions - i), C, C, shift, total, total + C); });
       if (!again)
-        for (std::int64_t c = 0; c < C; ++c) shift_.get()[c] = static_cast<float>(total[c] / static_cast<double>(positions));
+        for (std::int64_t c = 0; c < C; ++c) shift[c] = static_cast<float>(total[c] / static_cast<double>(positions));
     }
   }
+
+  // A sample's group norm, while its convolution, at `from`, is in cache.
+  void group_norm(const float* from, std::int64_t n, int worker, double* total) {
+    const std::int64_t C = s_.out, each = C / a_.call.groups, positions = r_.height * r_.width;
+    float *const shift = shift_.get(worker), *const saved = saved_of(a_, n);
+    sum(from, positions, shift, total);
+    for (std::int64_t first = 0; first < C; first += each) {
+      double mean = 0, variance = 0;
+      for (std::int64_t c = first; c < first + each; ++c) {
+        const double off = total[c] / static_cast<double>(positions);
+        total[C + c] = total[C + c] / static_cast<double>(positions) - off * off;
+        total[c] = static_cast<double>(shift[c]) + off + bias(c);
+        mean += total[c] / static_cast<double>(each);
+      }
+      for (std::int64_t c = first; c < first + each; ++c) variance += (total[C + c] + (total[c] - mean) * (total[c] - mean)) / static_cast<double>(each);
+      if (!std::isfinite(variance)) finite_ = false;
+      for (std::int64_t c = first; c < first + each; ++c) {
+        save(saved, c, mean - bias(c), std::max(variance, 0.0));
+        saved[4 * C + c] = static_cast<float>(total[c] - mean);
+      }
+    }
+    finish(from, n, 1);
+  }
+
+  double bias(std::int64_t c) const { return a_.bias ? static_cast<double>(a_.bias[c]) : 0; }
 
   void group(const Convolution& convolution, std::int64_t n, std::int64_t samples, int worker, double* total) {
     float* const to = kept_ ? y() + n * plan_.out_floats() : map_.get(worker);
     if (!a_.call.training) {
       convolve(convolution, n, samples, worker, to, nothing);
-      if (!kept_) finish(to, n, samples);
+      if (a_.call.groups)
+        for (std::int64_t i = 0; i < samples; ++i) group_norm(to + i * plan_.out_floats(), n + i, worker, total);
+      else if (!kept_)
+        finish(to, n, samples);
       return;
     }
     const std::int64_t block = block_of(s_.out);
@@ -108,12 +144,12 @@ class Forward {
     });
   }
 
-  void save(std::int64_t c, double mean, double variance) {
+  void save(float* saved, std::int64_t c, double mean, double variance) const {
     const double inverse = 1 / std::sqrt(variance + a_.call.eps), scale = static_cast<double>(a_.scale[c]) * inverse;
-    a_.saved[c] = static_cast<float>(mean);
-    a_.saved[s_.out + c] = static_cast<float>(inverse);
-    a_.saved[2 * s_.out + c] = static_cast<float>(scale);
-    a_.saved[3 * s_.out + c] = static_cast<float>(static_cast<double>(a_.shift[c]) - mean * scale);
+    saved[c] = static_cast<float>(mean);
+    saved[s_.out + c] = static_cast<float>(inverse);
+    saved[2 * s_.out + c] = static_cast<float>(scale);
+    saved[3 * s_.out + c] = static_cast<float>(static_cast<double>(a_.shift[c]) - mean * scale);
   }
 
   bool finish_statistics() {
@@ -123,7 +159,7 @@ class Forward {
     for (std::int64_t c = 0; c < s_.out; ++c) {
       const double off = totals_.get()[c] / count, mean = static_cast<double>(shift_.get()[c]) + off;
       const double spread = totals_.get()[s_.out + c] / count - off * off, variance = spread < 0 ? 0 : spread;  // NaN stays
-      save(c, mean, variance);
+      save(a_.saved, c, mean, variance);
       if (!a_.update) continue;
       a_.mean[c] = static_cast<float>((1 - m) * static_cast<double>(a_.mean[c]) + m * mean);
       a_.variance[c] = static_cast<float>((1 - m) * static_cast<double>(a_.variance[c]) + m * variance * (count / (count - 1)));
@@ -133,7 +169,7 @@ class Forward {
 
   // Samples [n, n + samples), whose convolution is at `from`.
   void finish(const float* from, std::int64_t n, std::int64_t samples) {
-    const float *a = a_.saved + 2 * s_.out, *b = a_.saved + 3 * s_.out;
+    const float *a = saved_of(a_, n) + 2 * s_.out, *b = a + s_.out;
     by_lanes(s_.out, [&](auto v) {
       using V = decltype(v);
       if (a_.call.pool) {
@@ -174,7 +210,8 @@ class Backward {
         in_border_(plan_.group * plan_.in_map, workers_), out_border_(plan_.group * plan_.out_map, workers_),
         tiles_(Convolution::tiles(plan_, std::max(s_.in, s_.out)), workers_), gradient_tiles_(Convolution::tiles(plan_, s_.out), workers_),
         products_(Convolution::products(plan_, s_.in), workers_), few_(back_ == s_.in ? 0 : s_.height * s_.width * back_, workers_),
-        weights_(a.to_weight ? weight_size_ * std::min(held_ + 1, plan_.pieces) : 0), coefficients_(2 * s_.out), totals_(2 * s_.out * plan_.pieces) {
+        weights_(a.to_weight ? weight_size_ * std::min(held_ + 1, plan_.pieces) : 0), coefficients_(2 * s_.out, a.call.groups ? workers_ : 1),
+        totals_(sums() * plan_.pieces), sample_(2 * s_.out, workers_) {
     for (int w = 0; w < workers_; ++w) {
       std::fill_n(in_border_.get(w), plan_.group * plan_.in_map, 0.0f);
       std::fill_n(out_border_.get(w), plan_.group * plan_.out_map, 0.0f);
@@ -182,28 +219,34 @@ class Backward {
   }
 
   bool run() {
-    if (!reduce_all()) return false;
-    if (a_.to_x || a_.to_weight || a_.to_residual) convolve();
+    if (!a_.call.groups && !reduce_all()) return false;
+    if (a_.call.groups || a_.to_x || a_.to_weight || a_.to_residual) convolve();
+    if (a_.call.groups) finish_vectors();
     if (a_.to_weight) finish_weights();
     return finite_;
   }
 
  private:
-  // Both sums of the batch norm's gradient; what they make of y in it.
-  bool reduce_all() {
-    const std::int64_t C = s_.out, positions = a_.call.pool ? r_.height / 2 * (r_.width / 2) : r_.height * r_.width;
+  std::int64_t sums() const { return (a_.call.groups ? 3 : 2) * s_.out; }  // of a piece: to_shift, products, to_bias
+
+  // Both sums of the norm's gradient over samples [begin, end).
+  void reduce_samples(std::int64_t begin, std::int64_t end, const Coefficients& k, double* total) const {
+    const std::int64_t C = s_.out, positions = a_.call.positions_of_out() / s_.batch, at = begin * positions * C;
     const float* const y = a_.call.pool ? a_.raw : a_.y;
-    const Coefficients k = coefficients();
+    std::fill_n(total, 2 * C, 0.0);
+    by_lanes(C, [&](auto v) {
+      const auto pass = a_.call.relu ? reduce<true, decltype(v)> : reduce<false, decltype(v)>;
+      pass(a_.grad + at, y + at, a_.out ? a_.out + at : nullptr, (end - begin) * positions, C, k, total, total + C);
+    });
+  }
+
+  // What the sums of a whole batch make of y in a batch norm's gradient.
+  bool reduce_all() {
+    const std::int64_t C = s_.out;
     auto work = [&](std::int64_t begin, std::int64_t end) {
-      double* const total = totals_.get() + 2 * C * (begin / plan_.piece);
-      std::fill_n(total, 2 * C, 0.0);
-      const std::int64_t at = begin * positions * C;
-      by_lanes(C, [&](auto v) {
-        const auto pass = a_.call.relu ? reduce<true, decltype(v)> : reduce<false, decltype(v)>;
-        pass(a_.grad + at, y + at, a_.out ? a_.out + at : nullptr, (end - begin) * positions, C, k, total, total + C);
-      });
+      reduce_samples(begin, end, coefficients(begin, 0), totals_.get() + 2 * C * (begin / plan_.piece));
     };
-    parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(s_.batch * positions * C), work);
+    parallel_for(s_.batch, plan_.piece, a_.call.threads, seconds(a_.call.positions_of_out() * C), work);
     add_pieces(totals_.get(), 2 * C, plan_.pieces);
     if (!all_finite(totals_, 2 * C) || !all_finite(a_.saved, 4 * C)) return false;
     const double count = static_cast<double>(r_.positions());
@@ -219,9 +262,45 @@ class Backward {
     return true;
   }
 
-  Coefficients coefficients() const {
+  // The same of a sample in a group norm's, while the sample is in cache; adds its sums to those of its piece.
+  void reduce_sample(std::int64_t n, int worker, double* total) {
+    const std::int64_t C = s_.out, each = C / a_.call.groups;
+    const double positions = static_cast<double>(r_.height * r_.width), count = static_cast<double>(each) * positions;
+    const float* const saved = saved_of(a_, n);
+    double* const sum = sample_.get(worker);
+    float* const slopes = coefficients_.get(worker);
+    reduce_samples(n, n + 1, coefficients(n, worker), sum);
+    if (!all_finite(sample_, 2 * C, worker) || !all_finite(saved, 5 * C)) finite_ = false;
+    for (std::int64_t first = 0; first < C; first += each) {
+      double of_sums = 0, of_products = 0;
+      for (std::int64_t c = first; c < first + each; ++c) {
+        const double scale = static_cast<double>(saved[2 * C + c]);
+        of_sums += scale * sum[c] / count, of_products += scale * sum[C + c] / count;
+      }
+      const double inverse = static_cast<double>(saved[C + first]), slope = -inverse * inverse * of_products;
+      for (std::int64_t c = first; c < first + each; ++c) {
+        slopes[c] = static_cast<float>(slope);
+        slopes[C + c] = static_cast<float>(-of_sums - slope * static_cast<double>(saved[c]));
+        total[c] += sum[c], total[C + c] += sum[C + c] * inverse;
+        total[2 * C + c] += static_cast<double>(saved[2 * C + c]) * sum[c] + positions * (slope * static_cast<double>(saved[4 * C + c]) - of_sums);
+      }
+    }
+  }
+
+  void finish_vectors() {
     const std::int64_t C = s_.out;
-    return {a_.saved, a_.saved + 2 * C, a_.saved + 3 * C, coefficients_.get(), coefficients_.get() + C};
+    add_pieces(totals_.get(), 3 * C, plan_.pieces);
+    for (std::int64_t c = 0; c < C; ++c) {
+      if (a_.to_shift) a_.to_shift[c] = static_cast<float>(totals_.get()[c]);
+      if (a_.to_scale) a_.to_scale[c] = static_cast<float>(totals_.get()[C + c]);
+      if (a_.to_bias) a_.to_bias[c] = static_cast<float>(totals_.get()[2 * C + c]);
+    }
+  }
+
+  Coefficients coefficients(std::int64_t n, int worker) const {
+    const std::int64_t C = s_.out;
+    const float *const saved = saved_of(a_, n), *const slopes = coefficients_.get(a_.call.groups ? worker : 0);
+    return {saved, saved + 2 * C, saved + 3 * C, slopes, slopes + C};
   }
 
   void convolve() {
@@ -239,7 +318,9 @@ class Backward {
         for (; i < end; ++i) {
           const std::int64_t begin = (first + i) * plan_.piece, last = std::min(begin + plan_.piece, s_.batch);
           float* const weights = weights_.get() + weight_size_ * (behind + i);
-          for (std::int64_t n = begin; n < last; n += plan_.group) group(back, n, std::min(plan_.group, last - n), worker, weights, n == begin);
+          double* const total = totals_.get() + sums() * (first + i);
+          if (a_.call.groups) std::fill_n(total, sums(), 0.0);
+          for (std::int64_t n = begin; n < last; n += plan_.group) group(back, n, std::min(plan_.group, last - n), worker, weights, total, n == begin);
         }
       };
       parallel_for(count, 1, a_.call.threads, seconds(plan_, 2) * static_cast<double>(count) / static_cast<double>(plan_.pieces), work);
@@ -247,11 +328,12 @@ class Backward {
     }
   }
 
-  void group(const std::optional<Convolution>& back, std::int64_t n, std::int64_t samples, int worker, float* weights, bool first) {
+  void group(const std::optional<Convolution>& back, std::int64_t n, std::int64_t samples, int worker, float* weights, double* total, bool first) {
     float *const maps = in_border_.get(worker), *const gradients = out_border_.get(worker);
     const float* map = maps;
     for (std::int64_t i = 0; i < samples; ++i) {
-      spread_sample(n + i, gradients + i * plan_.out_map);
+      if (a_.call.groups) reduce_sample(n + i, worker, total);
+      spread_sample(n + i, worker, gradients + i * plan_.out_map);
       if (a_.to_weight) map = lay_out(a_.call.x + (n + i) * plan_.in_floats(), plan_, maps + i * plan_.in_map);
     }
     float* const to_x = a_.to_x ? a_.to_x + n * plan_.in_floats() : nullptr;
@@ -290,9 +372,9 @@ class Backward {
     if (!back->winograd(tiles, samples, band, products_.get(worker), to_x, nothing)) finite_ = false;
   }
 
-  void spread_sample(std::int64_t n, float* d) {
+  void spread_sample(std::int64_t n, int worker, float* d) {
     const std::int64_t at = n * plan_.out_floats(), pooled = r_.height / 2 * (r_.width / 2) * s_.out;
-    const Coefficients k = coefficients();
+    const Coefficients k = coefficients(n, worker);
     by_lanes(s_.out, [&](auto v) {
       using V = decltype(v);
       if (a_.call.pool)
@@ -317,7 +399,7 @@ class Backward {
   const std::int64_t back_, weight_size_;
   const std::int64_t held_;  // pieces whose sums of weights are in memory at a time: added up in the same order, however many
   const Scratch<float> in_border_, out_border_, tiles_, gradient_tiles_, products_, few_, weights_, coefficients_;
-  const Scratch<double> totals_;
+  const Scratch<double> totals_, sample_;
   std::atomic<bool> finite_ = true;
 };
 

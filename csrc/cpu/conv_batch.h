@@ -76,8 +76,8 @@ inline bool all_finite(const float* x, std::int64_t size) {
   for (std::int64_t i = 0; i < size; ++i) most = std::max(most, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
   return most < 0x7f800000u;
 }
-inline bool all_finite(const Scratch<double>& x, std::int64_t size) {
-  return std::all_of(x.get(), x.get() + size, [](double value) { return std::isfinite(value); });
+inline bool all_finite(const Scratch<double>& x, std::int64_t size, int worker = 0) {
+  return std::all_of(x.get(worker), x.get(worker) + size, [](double value) { return std::isfinite(value); });
 }
 
 // Adds what pieces have summed up, `size` numbers each, to that of the first: in their order.

@@ -1256,6 +1256,9 @@ def conv_case(draw: st.DrawFn) -> Case:
     if training and shape[0] * rows[0] * rows[1] == 1:
         shape[0] = 2
     out = draw(st.sampled_from([8, 1, 5, 16, 24]))
+    groups = draw(st.sampled_from([0, 0, *(n for n in (1, 2, 8, out) if out % n == 0)]))
+    if groups == out and shape[0] * rows[0] * rows[1] == 1:
+        shape[0] = 2
     last = st.sampled_from(["channels_last", "channels_last", *LAYOUTS])
     return {
         "x": {**draw(tensor(shape, dtype)), "layout": draw(last)},
@@ -1264,7 +1267,10 @@ def conv_case(draw: st.DrawFn) -> Case:
         "shift": draw(tensor([out], dtype)),
         "mean": draw(tensor([out], dtype, grad=False)),
         "variance": draw(tensor([out], dtype, "positive", grad=False)),
-        "statistics": not training or draw(st.booleans()),
+        "statistics": not groups and (not training or draw(st.booleans())),
+        "groups": groups,
+        "bias": draw(tensor([out], dtype)),
+        "biased": groups > 0 and draw(st.booleans()),
         "residual": {**draw(tensor([shape[0], out, *rows], dtype)), "layout": draw(last)},
         "added": draw(st.booleans()),
         "momentum": draw(st.sampled_from([0.1, 0, 1.0])),
@@ -1278,15 +1284,17 @@ def conv_case(draw: st.DrawFn) -> Case:
 
 
 def check_conv_norm(case: Case) -> None:
-    x, weight, scale, shift, residual = (make(case[name]) for name in ("x", "weight", "scale", "shift", "residual"))
+    names = ("x", "weight", "scale", "shift", "bias", "residual")
+    x, weight, scale, shift, bias, residual = (make(case[name]) for name in names)
     given = [make(case[name]).contiguous().resolve_neg().clone() for name in ("mean", "variance")]
     running = [one.double() for one in given]
-    stride, pool, training = case["stride"], case["pool"], case["training"]
-    a, w, s, b, r = (exact(one) for one in (x, weight, scale, shift, residual))
+    stride, pool, training, groups = case["stride"], case["pool"], case["training"], case["groups"]
+    a, w, s, b, c, r = (exact(one) for one in (x, weight, scale, shift, bias, residual))
     assert a is not None
     assert w is not None
     assert s is not None
     assert b is not None
+    assert c is not None
     assert r is not None
     B, _, H, W = a.shape
     padded = a.new_zeros(B, a.shape[1], H + 2, W + 2)
@@ -1296,16 +1304,22 @@ def check_conv_norm(case: Case) -> None:
     assert isinstance(y, Tensor)
     y = y[:, :, ::stride, ::stride]
     H, W = y.shape[2:]
+    y = y + c[:, None, None] if case["biased"] else y
     many = B * H * W
-    mean, variance = running
-    if training and many:
+    mean, variance = (one[:, None, None] for one in running)
+    if groups and many:
+        parts = y.unflatten(1, (groups, -1))
+        variance, mean = torch.var_mean(parts, (2, 3, 4), correction=0)
+        mean, variance = (one.repeat_interleave(parts.shape[2], 1)[:, :, None, None] for one in (mean, variance))
+    elif training and many:
         mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
         if case["update"]:
             unbiased = variance.detach() * many / (many - 1)
             for one, new in zip(running, (mean.detach(), unbiased), strict=True):
                 one += case["momentum"] * (new - one)
-    deviation = (variance + case["eps"]).sqrt()[:, None, None]
-    z = s[:, None, None] * (y - mean[:, None, None]) / deviation + b[:, None, None]
+        mean, variance = mean[:, None, None], variance[:, None, None]
+    deviation = (variance + case["eps"]).sqrt()
+    z = s[:, None, None] * (y - mean) / deviation + b[:, None, None]
     z = z + r if case["added"] else z
     # What differences of large numbers lose.
     size = max(1.0, float((y.detach().abs() / deviation.detach()).max())) if y.numel() else 1.0
@@ -1321,9 +1335,11 @@ def check_conv_norm(case: Case) -> None:
     got = ops.conv_norm(
         x, weight, scale, shift, *(given if case["statistics"] else (None, None)), momentum=case["momentum"],
         eps=case["eps"], stride=stride, relu=case["relu"], pool=pool, residual=residual if case["added"] else None,
-        update=case["update"], training=training,
+        update=case["update"], training=training, groups=groups, bias=bias if case["biased"] else None,
     )  # fmt: skip
     inputs = {"x": (x, a), "weight": (weight, w), "scale": (scale, s), "shift": (shift, b)}
+    if case["biased"]:
+        inputs["bias"] = (bias, c)
     if case["added"]:
         inputs["residual"] = (residual, r)
     if near:  # rounding decides which maximum counts, and whether one does

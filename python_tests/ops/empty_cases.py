@@ -34,7 +34,7 @@ DIFFERENTIABLE = {
     "weighted_mean": ("vectors", "weights"),
     "fuse_concat": ("features", "scale", "shift"),
     "fuse_mean": ("features", "scale", "shift"),
-    "conv_norm": ("x", "weight", "scale", "shift", "residual"),
+    "conv_norm": ("x", "weight", "scale", "shift", "bias", "residual"),
 }
 
 
@@ -289,12 +289,16 @@ def _fused(draw: Draw) -> Iterator[Case]:
 
 def _convolved(draw: Draw) -> Iterator[Case]:
     for shape, relu, pool, mode in itertools.product(
-        ((0, 3, 4, 5), (0, 3, 1, 2), (2, 0, 4, 5), (2, 3, 0, 5)), (None, False), (None, 2), (None, "batch", "running")
+        ((0, 3, 4, 5), (0, 3, 1, 2), (2, 0, 4, 5), (2, 3, 0, 5)),
+        (None, False),
+        (None, 2),
+        (None, "batch", "running", "groups"),
     ):
         dtype = draw.dtype()
         arguments: dict[str, Any] = {"x": draw(*shape, dtype=dtype), "weight": draw(8, shape[1], 3, 3, dtype=dtype)}
         arguments |= {name: draw(8, dtype=dtype) for name in ("scale", "shift", "mean", "variance")}
-        arguments |= {"variance": arguments["variance"].abs() + 0.1} if mode else {"mean": None, "variance": None}
+        running = mode in ("batch", "running")
+        arguments |= {"variance": arguments["variance"].abs() + 0.1} if running else {"mean": None, "variance": None}
         if relu is not None:
             arguments |= {"relu": relu, "residual": draw(shape[0], 8, *shape[2:], dtype=dtype)}
         if pool is not None:
@@ -305,6 +309,8 @@ def _convolved(draw: Draw) -> Iterator[Case]:
             arguments |= {"update": False, "momentum": 0.3, "eps": 1e-3}
         if mode == "running":
             arguments["training"] = False
+        if mode == "groups":
+            arguments |= {"groups": 4, "bias": draw(8, dtype=dtype)}
         yield Case("conv_norm", arguments)
 
 

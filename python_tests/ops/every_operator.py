@@ -310,6 +310,13 @@ OPERATORS = [
         (*_CONVS, (16,), (16,), (32, 32, 32, 16)),
         only_cpu=True,
     ),
+    Operator(
+        "conv_norm groups",
+        lambda x, w, a, b, c: ops.conv_norm(x.movedim(-1, 1), w, a / 8, b / 8, None, None, groups=4, bias=c),
+        (*_CONV, (8,), (8,), (8,)),
+        (*_CONVS, (16,), (16,), (16,)),
+        only_cpu=True,
+    ),
 ]
 
 

@@ -295,10 +295,11 @@ PUBLIC = {
     "conv_norm": Public(
         {"x": logits(2, 3, 4, 5), "weight": logits(8, 3, 3, 3), "scale": torch.ones(8), "shift": torch.zeros(8),
          "mean": torch.zeros(8), "variance": torch.ones(8), "momentum": 0.2, "eps": 1e-3, "stride": 1, "relu": True,
-         "pool": 1, "residual": logits(2, 8, 4, 5), "update": False, "training": True},
+         "pool": 1, "residual": logits(2, 8, 4, 5), "update": False, "training": True, "groups": 0, "bias": None},
         {"x": "tensor", "weight": "tensor", "scale": "tensor", "shift": "tensor", "mean": "optional tensor",
          "variance": "optional tensor", "momentum": "number", "eps": "number", "stride": "count", "relu": "flag",
-         "pool": "count", "residual": "optional tensor", "update": "flag", "training": "flag"},
+         "pool": "count", "residual": "optional tensor", "update": "flag", "training": "flag", "groups": "count",
+         "bias": "optional tensor"},
     ),
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-// conv: 3x3 convolution with padding 1, or 1x1 without (stride 1 or 2, no bias), batch norm, residual, ReLU and 2x2 max pooling;
-// and 3x3 or 5x5 convolution (stride 1), bias, ReLU and 2x2 max pooling.
+// conv: 3x3 convolution with padding 1, or 1x1 without (stride 1 or 2), batch norm (or a bias and group norm), residual, ReLU and
+// 2x2 max pooling; and 3x3 or 5x5 convolution (stride 1), bias, ReLU and 2x2 max pooling.
 //
 // Maps are dense and channels-last, fp32. Samples are worked on in groups of fixed sizes, whose sums are added in order:
 // results do not depend on the number of threads. There is no portable level: where it is active, nothing fits.
@@ -27,6 +27,7 @@ struct ConvNorm {
   double eps;
   bool relu, pool, training;
   int threads;
+  std::int64_t groups;  // of a group norm; 0: batch norm
   std::int64_t positions_of_out() const {
     const ConvShape r = shape.result();
     return pool ? r.batch * (r.height / 2) * (r.width / 2) : r.positions();
@@ -37,6 +38,7 @@ struct ConvNorm {
 struct ConvForward {
   ConvNorm call;
   const float *scale, *shift;  // [out]
+  const float* bias;           // [out], of the convolution before a group norm
   float *mean, *variance;      // [out], running ones; read where not training, written where `update`
   const float* residual;       // like y
   double momentum;
@@ -44,7 +46,8 @@ struct ConvForward {
   // For the backward pass, with the channels of the shape that is computed:
   float* y;       // [batch, *result, out]: the convolution's result
   float* raw;     // like out, where pool: those of y that the maxima come from
-  float* saved;   // [4, out]: mean, 1 / deviation, and a and b of a y + b
+  float* saved;   // [4, out]: mean, 1 / deviation, and a and b of a y + b; of a group norm [batch, 5, out]: means are less the bias, last
+                  // is how far a channel's is from its group's
   float* out;     // like y, or of half the height and width
 };
 
@@ -54,7 +57,7 @@ struct ConvBackward {
   const float* out;        // where a residual was added before the ReLU
   float* to_x;             // null: not wanted, as all that follow
   float* to_weight;        // at the weight's strides
-  float *to_scale, *to_shift;
+  float *to_scale, *to_shift, *to_bias;
   float* to_residual;
 };
 
@@ -98,6 +101,7 @@ struct ConvTable {
   // The shape in which a call of this shape is computed: its own, or with channels of zeros behind; batch 0 where PyTorch's own
   // operators are faster; null: everywhere.
   ConvShape (*served)(const ConvShape&);
+  // Of a group norm channels of zeros are not filled in: `served` must give its own shape.
   // False where an infinity or NaN is met, which kernels spread further than convolutions do: results are void, running statistics
   // unchanged.
   bool (*forward)(const ConvForward&);

@@ -1,1 +1,1 @@
-"""conv: convolution, batch norm, residual, ReLU and max pooling as one operator."""
+"""conv: convolution, batch or group norm, residual, ReLU and max pooling as one operator."""

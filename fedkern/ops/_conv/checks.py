@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.checks import check_count, check_device, check_flag, check_floating, check_number
+from fedkern.ops._core.checks import check_count, check_device, check_flag, check_floating, check_number, shown
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_settings(
-    momentum: Any, eps: Any, stride: Any, relu: Any, pool: Any, update: Any, training: Any
-) -> tuple[float, float, int, int]:
-    """Returns ``momentum``, ``eps``, ``stride`` and ``pool`` as numbers.
+    momentum: Any, eps: Any, stride: Any, relu: Any, pool: Any, update: Any, training: Any, groups: Any
+) -> tuple[float, float, int, int, int]:
+    """Returns ``momentum``, ``eps``, ``stride``, ``pool`` and ``groups`` as numbers.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or value.
@@ -23,12 +23,13 @@ def check_settings(
     for name, flag in (("relu", relu), ("update", update), ("training", training)):
         check_flag(flag, name)
     numbers = check_number(momentum, "momentum", 1), check_number(eps, "eps", above=True)
-    return *numbers, check_count(stride, "stride", 1, 2), check_count(pool, "pool", 1, 2)
+    counts = check_count(stride, "stride", 1, 2), check_count(pool, "pool", 1, 2), check_count(groups, "groups", 0)
+    return *numbers, *counts
 
 
 def check_tensors(
     x: Any, weight: Any, scale: Any, shift: Any, mean: Any, variance: Any, residual: Any, stride: int, pool: int,
-    training: bool,
+    training: bool, groups: int, bias: Any,
 ) -> None:  # fmt: skip
     """Raises TypeError or ValueError unless all tensors fit together."""
     check_floating(x, "x")
@@ -44,16 +45,28 @@ def check_tensors(
     height, width = (-(-size // stride) for size in x.shape[2:])
     if pool > min(height, width):
         raise ValueError(f"x must have at least {stride + 1} rows and columns with pool=2, but has {list(x.shape)}")
-    if training and x.shape[0] * height * width == 1:
-        raise ValueError(f"x must have more than 1 value per channel in training, but has shape {list(x.shape)}")
-    if (mean is None) != (variance is None):
-        raise ValueError("mean and variance must both be given, or both be None")
-    if mean is None and not training:
-        raise ValueError("mean and variance must be given with training=False")
+    values = x.shape[0] * height * width
+    if groups:
+        if weight.shape[0] % groups:
+            raise ValueError(f"groups must divide the {weight.shape[0]} channels of the result, but is {shown(groups)}")
+        if mean is not None or variance is not None:
+            raise ValueError("mean and variance must be None with groups, which have no running statistics")
+        if values * weight.shape[0] == groups:
+            raise ValueError(f"x must have more than 1 value per group, but has shape {list(x.shape)}")
+    else:
+        if bias is not None:
+            raise ValueError("bias must be None without groups: batch norm takes it out again")
+        if training and values == 1:
+            raise ValueError(f"x must have more than 1 value per channel in training, but has shape {list(x.shape)}")
+        if (mean is None) != (variance is None):
+            raise ValueError("mean and variance must both be given, or both be None")
+        if mean is None and not training:
+            raise ValueError("mean and variance must be given with training=False")
     free = _converted(x)
     _check_like(weight, "weight", x, free)
-    for name, vector in (("scale", scale), ("shift", shift), ("mean", mean), ("variance", variance)):
-        if vector is None and name in ("mean", "variance"):
+    vectors = {"scale": scale, "shift": shift, "mean": mean, "variance": variance, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is None and name not in ("scale", "shift"):
             continue
         check_floating(vector, name)
         if vector.shape != weight.shape[:1]:
@@ -61,7 +74,7 @@ def check_tensors(
                 f"{name} must have shape [{weight.shape[0]}], a value per channel of the result, "
                 f"but has {list(vector.shape)}"
             )
-        wide = x.dtype in HALVES and scale.dtype is torch.float32
+        wide = x.dtype in HALVES and scale.dtype is torch.float32 and name != "bias"
         _check_like(vector, name, scale if wide else x, free, "scale" if wide else "x")
     for name, vector in (("mean", mean), ("variance", variance)):
         if vector is not None and vector.requires_grad and torch.is_grad_enabled():

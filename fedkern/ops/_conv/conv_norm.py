@@ -1,4 +1,4 @@
-"""conv_norm: a 3x3 or 1x1 convolution, batch norm, residual, ReLU and max pooling in one call.
+"""conv_norm: a 3x3 or 1x1 convolution, batch or group norm, residual, ReLU and max pooling in one call.
 
 The reference is in reference.py, the launcher in kernels.py.
 """
@@ -39,8 +39,10 @@ def conv_norm(
     residual: Tensor | None = None,
     update: bool = True,
     training: bool = True,
+    groups: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Convolution, batch norm, residual, ReLU and max pooling: a stage of a convolutional network in one call.
+    """Convolution, batch or group norm, residual, ReLU and max pooling: a stage of a network in one call.
 
     The same in PyTorch::
 
@@ -50,17 +52,22 @@ def conv_norm(
         y = y.relu() if relu else y
         y = F.max_pool2d(y, 2) if pool == 2 else y
 
+    With ``groups``::
+
+        y = F.conv2d(x, weight, bias, stride=stride, padding=weight.shape[2] // 2)
+        y = F.group_norm(y, groups, scale, shift, eps)
+
     The CPU kernel serves fp32 maps that are channels-last, of sizes at which it is faster than PyTorch; PyTorch's
     operators serve all other calls.  They also serve under autocast, ``torch.compile`` and torch.func transforms, on
     GPUs, and at the portable ISA level.
 
     Args:
         x: maps ``[B, in, H, W]``; fp32, fp64, bf16 or fp16, any strides.
-        weight: ``[out, in, 3, 3]`` or ``[out, in, 1, 1]``, of x's dtype; the convolution has no bias, and padding 1
-            with nine taps, 0 with one.
-        scale, shift: the batch norm's weight and bias ``[out]``; of x's dtype, or fp32 beside 16-bit maps.
+        weight: ``[out, in, 3, 3]`` or ``[out, in, 1, 1]``, of x's dtype; the convolution has padding 1 with nine taps,
+            0 with one.
+        scale, shift: the norm's weight and bias ``[out]``; of x's dtype, or fp32 beside 16-bit maps.
         mean, variance: running statistics ``[out]``, of scale's dtype, without gradient; read with ``training=False``
-            and updated in place in training. None: there are none.
+            and updated in place in training. None: there are none, as with groups.
         momentum: weight of the batch's statistics in the update, in [0, 1].  The variance is updated with the unbiased
             one of the batch.
         eps: added to the variance, above 0.
@@ -70,30 +77,32 @@ def conv_norm(
         residual: of the norm's shape and x's dtype, added before the ReLU.
         update: whether training updates the running statistics.
         training: whether to normalise by the batch's statistics; else by the running ones.
+        groups: of a group norm, which no statistics of the batch enter; they divide the channels. 0 for batch norm.
+        bias: the convolution's ``[out]``, of x's dtype, with groups alone: batch norm takes it out again.
 
     Returns:
         ``[B, out, H, W]``, with ``stride=2`` ``[B, out, ⌈H / 2⌉, ⌈W / 2⌉]``; with ``pool=2`` half of that, rounded
         down. Channels-last where x or weight is, as in PyTorch.
 
-    Differentiable in x, weight, scale, shift and residual; retained graphs and second derivatives work as usual.  What
-    the kernel computes has the same bits every time, for any number of threads.  Under autocast dtypes may differ, as
-    PyTorch converts them.
+    Differentiable in x, weight, scale, shift, bias and residual; retained graphs and second derivatives work as usual.
+    What the kernel computes has the same bits every time, for any number of threads.  Under autocast dtypes may differ,
+    as PyTorch converts them.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
         RuntimeError: a forced backend cannot serve the call.
     """
-    momentum, eps, stride, pool = check_settings(momentum, eps, stride, relu, pool, update, training)
-    kernel = serving(x, weight, scale, shift, mean, variance, residual, pool, stride)
-    if kernel is None or (mean is None and not training):
-        check_tensors(x, weight, scale, shift, mean, variance, residual, stride, pool, training)
-        _check_forced(x, weight, scale, shift, mean, variance, residual)
+    momentum, eps, stride, pool, groups = check_settings(momentum, eps, stride, relu, pool, update, training, groups)
+    kernel = serving(x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias)
+    if kernel is None or (mean is None and not training and not groups):
+        check_tensors(x, weight, scale, shift, mean, variance, residual, stride, pool, training, groups, bias)
+        _check_forced(x, weight, scale, shift, mean, variance, residual, bias)
         return conv_norm_reference(
             x, weight, scale, shift, mean, variance, momentum=momentum, eps=eps, stride=stride, relu=relu,
-            pool=pool, residual=residual, update=update, training=training,
+            pool=pool, residual=residual, update=update, training=training, groups=groups, bias=bias,
         )  # fmt: skip
-    settings = Settings(mean, variance, momentum, eps, stride, relu, pool, update, training)
-    return run(kernel, settings, x, weight, scale, shift, residual)
+    settings = Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups)
+    return run(kernel, settings, x, weight, scale, shift, residual, bias)
 
 
 def serving(
@@ -106,10 +115,12 @@ def serving(
     residual: Tensor | None = None,
     pool: int = 1,
     stride: int = 1,
+    groups: int = 0,
+    bias: Tensor | None = None,
 ) -> ConvKernels | None:
     """The kernel that serves this call, for :func:`run`; None where there is none. Never raises."""
     try:
-        given = x, weight, scale, shift, mean, variance, residual, pool, stride
+        given = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
         kernel: ConvKernels | None = ready("conv_norm", *given)
         if kernel is None and not intercepted() and settle("conv_norm", "cpu"):
             kernel = ready("conv_norm", *given)
@@ -130,6 +141,7 @@ def run(
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """:func:`conv_norm` by the kernel that :func:`serving` gave; the settings are not checked."""
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
@@ -143,12 +155,13 @@ def run(
             or scale.requires_grad
             or shift.requires_grad
             or (residual is not None and residual.requires_grad)
+            or (bias is not None and bias.requires_grad)
         ):
-            result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, residual)
+            result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, bias, residual)
         else:
-            result = kernel.forward(settings, x, weight, scale, shift, residual, False)[0]
+            result = kernel.forward(settings, x, weight, scale, shift, bias, residual, False)[0]
     except NotFinite:
-        return conv_norm_reference(x, weight, scale, shift, residual=residual, **settings._asdict())
+        return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=bias, **settings._asdict())
     if settings.training and settings.update and settings.mean is not None:
         written(settings.mean, settings.variance)
     return result
@@ -166,7 +179,7 @@ def _check_forced(*tensors: Tensor | None) -> None:
 
 
 class _ConvNorm(EagerFunction):
-    """Autograd function of the kernel; its tensors are (x, weight, scale, shift, residual)."""
+    """Autograd function of the kernel; its tensors are (x, weight, scale, shift, bias, residual)."""
 
     @staticmethod
     def forward(
@@ -177,25 +190,26 @@ class _ConvNorm(EagerFunction):
         weight: Tensor,
         scale: Tensor,
         shift: Tensor,
+        bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        out, kept = kernel.forward(settings, x, weight, scale, shift, residual, True)
+        out, kept = kernel.forward(settings, x, weight, scale, shift, bias, residual, True)
         masked = residual is not None and settings.relu
         frozen = not any(ctx.needs_input_grad[2:4])  # the map and the weight may then change before the backward pass
-        ctx.save_for_backward(*(None, None) if frozen else (x, weight), scale, shift, *kept, out if masked else None)
+        after = out if masked else None
+        ctx.save_for_backward(*(None, None) if frozen else (x, weight), scale, shift, bias, *kept, after)
         ctx.settings = (kernel, settings, residual is not None, (x.shape, weight.shape))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, settings, added, shapes = ctx.settings
-        x, weight, scale, shift, y, raw, saved, out = saved_tensors(ctx)
+        x, weight, scale, shift, bias, y, raw, saved, out = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
         frozen = x is None
         if frozen:  # the kernel takes nothing but their shapes from them
             x, weight = (torch.empty(n, dtype=y.dtype, device="cpu", memory_format=_CHANNELS_LAST) for n in shapes)
-        plain = readable(grad)
-        if plain:
+        if readable(grad):
             # Hooks on saved tensors may have changed strides.
             last = x.contiguous(memory_format=_CHANNELS_LAST)
             after = None if out is None else out.contiguous(memory_format=_CHANNELS_LAST)
@@ -210,25 +224,25 @@ class _ConvNorm(EagerFunction):
         if out is not None:
             grad = grad.masked_fill(out <= 0, 0)
         eps, stride, pool, training = settings.eps, settings.stride, settings.pool, settings.training
-        # The running statistics may have changed since.
-        statistics = saved[:2, : len(scale)]
-        mean, variance = (None, None) if training else (statistics[0], statistics[1].pow(-2) - eps)
+        mean = variance = None
+        if not training and not settings.groups:  # the running statistics may have changed since
+            mean, variance = saved[0, : len(scale)], saved[1, : len(scale)].pow(-2) - eps
         relu = settings.relu and not added
         if frozen:
             height, width = (-(-size // stride) for size in x.shape[2:])
             x, weight = y.view(len(x), height, width, -1).movedim(-1, 1)[:, : len(scale)], None
 
-        def reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+        def reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
             return conv_norm_reference(
                 x, weight, scale, shift, mean, variance, eps=eps, stride=stride, relu=relu, pool=pool,
-                training=training,
+                training=training, groups=settings.groups, bias=bias,
             )  # fmt: skip
 
         with torch.autocast("cpu", enabled=False):
-            gradients = library.differentiate_reference(reference, (x, weight, scale, shift), needs[:4], grad)
-        if plain:
-            gradients = tuple(None if g is None else g.detach() for g in gradients)
-        return (None, None, *gradients, grad if needs[4] else None)
+            gradients = library.differentiate_reference(
+                reference, (x, weight, scale, shift, bias), needs[:5], grad, _grad_enabled()
+            )
+        return (None, None, *gradients, grad if needs[5] else None)
 
 
 backend.serve("conv_norm", cpu=ConvKernels, dtypes=frozenset({torch.float32}), fits="conv_fits")

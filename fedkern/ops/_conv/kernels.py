@@ -16,7 +16,7 @@ _CHANNELS_LAST = torch.channels_last
 _FULL = 16  # such channels are never filled up
 _LARGE = HUGE // 4  # elements of float32; fresh() compares bytes
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Settings(NamedTuple):
@@ -31,11 +31,13 @@ class Settings(NamedTuple):
     pool: int
     update: bool
     training: bool
+    groups: int = 0
 
 
 # What a backward pass reads: y, the convolution's result; raw, those of y that the maxima come from, laid out as the
-# result (None without pooling); saved, fp32 [4, out]: mean, 1 / deviation, and a and b of the norm a y + b.  All have
-# the channels of ``conv_channels``: as many as the kernel computes, which may be more than the result has.
+# result (None without pooling); saved, fp32 [4, out]: mean, 1 / deviation, and a and b of the norm a y + b; of a group
+# norm [batch, 5, out], see conv.h.  All have the channels of ``conv_channels``: as many as the kernel computes, which
+# may be more than the result has.
 Kept = tuple[Tensor | None, Tensor | None, Tensor]
 
 
@@ -57,6 +59,7 @@ class ConvKernels(Launcher):
         weight: Tensor,
         scale: Tensor,
         shift: Tensor,
+        bias: Tensor | None,
         residual: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Kept]:
@@ -67,7 +70,7 @@ class ConvKernels(Launcher):
         Raises:
             NotFinite: nothing is written then.
         """
-        mean, variance, momentum, eps, stride, relu, pool, update, training = settings
+        mean, variance, momentum, eps, stride, relu, pool, update, training, groups = settings
         update = update and mean is not None
         batch, _, height, width = x.shape
         height, width, channels = -(-height // stride), -(-width // stride), weight.shape[0]
@@ -84,10 +87,10 @@ class ConvKernels(Launcher):
             for large in (out, y, raw):
                 if large is not None:
                     self.fresh(large)
-        saved = x.new_empty(4, channels)
+        saved = x.new_empty((batch, 5, channels) if groups else (4, channels))
         if not self._forward(
-            x, weight, scale, shift, mean, variance, residual, out, y, raw, saved, momentum, eps, stride, relu, pool,
-            update, training, self.at(x),
+            x, weight, scale, shift, bias, mean, variance, residual, out, y, raw, saved, momentum, eps, stride, relu,
+            pool, update, training, groups, self.at(x),
         ):  # fmt: skip
             raise NotFinite
         return out, (y, raw, saved)
@@ -103,7 +106,7 @@ class ConvKernels(Launcher):
         out: Tensor | None,
         needs: Sequence[bool],
     ) -> Gradients:
-        """The gradients of (x, weight, scale, shift, residual) that ``needs`` asks for, in the inputs' layouts.
+        """The gradients of (x, weight, scale, shift, bias, residual) that ``needs`` asks for, in the inputs' layouts.
 
         ``out`` is the result where a residual was added before the ReLU, else None.
 
@@ -112,7 +115,7 @@ class ConvKernels(Launcher):
         """
         stride, relu, pool, training = settings.stride, settings.relu, settings.pool, settings.training
         y, raw, saved = kept
-        need_x, need_weight, need_scale, need_shift, need_residual = needs
+        need_x, need_weight, need_scale, need_shift, need_bias, need_residual = needs
         dense = grad
         if not grad.is_contiguous(memory_format=_CHANNELS_LAST) or grad.is_neg():
             dense = grad.resolve_neg().contiguous(memory_format=_CHANNELS_LAST)
@@ -120,15 +123,16 @@ class ConvKernels(Launcher):
         to_weight = _empty_like(weight) if need_weight else None
         to_scale = _empty_like(scale) if need_scale else None
         to_shift = _empty_like(scale) if need_shift else None
+        to_bias = _empty_like(scale) if need_bias else None
         to_residual = _empty_like(dense) if need_residual and relu else None
         if to_x is not None and x.numel() >= _LARGE:
             self.fresh(to_x)
         if not self._backward(
-            dense, x, weight, y, raw, saved, out, to_x, to_weight, to_scale, to_shift, to_residual, stride, relu,
-            pool, training, self.at(x),
+            dense, x, weight, y, raw, saved, out, to_x, to_weight, to_scale, to_shift, to_bias, to_residual, stride,
+            relu, pool, training, settings.groups, self.at(x),
         ):  # fmt: skip
             raise NotFinite
-        return to_x, to_weight, to_scale, to_shift, to_residual if relu or not need_residual else grad
+        return to_x, to_weight, to_scale, to_shift, to_bias, to_residual if relu or not need_residual else grad
 
 
 class PoolKernels(Launcher):

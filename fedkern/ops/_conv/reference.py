@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.ops._core.layout import conv2d, normed
+from fedkern.ops._core.layout import conv2d, group_normed, normed
 
 
 def conv_norm_reference(
@@ -25,15 +25,23 @@ def conv_norm_reference(
     residual: Tensor | None = None,
     update: bool = True,
     training: bool = True,
+    groups: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The specification of :func:`fedkern.ops.conv_norm`; without ``weight``, x is the convolution's result."""
-    y = x if weight is None else conv2d(x, weight, None, (stride, stride), (weight.shape[2] // 2,) * 2, (1, 1), 1)
+    if weight is not None:
+        y = conv2d(x, weight, bias, (stride, stride), (weight.shape[2] // 2,) * 2, (1, 1), 1)
+    else:
+        y = x if bias is None else x + bias[:, None, None]
     if training and not update:
         mean = variance = None
     if mean is not None and variance is not None and not training:
         mean, variance = mean.contiguous(), variance.contiguous()
     # Contiguous: PyTorch's gradient of channels-last maps reads other memory where these vectors have strides (2.13).
-    y = normed(F.batch_norm, y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
+    if groups:
+        y = group_normed(y, groups, scale, shift, eps)
+    else:
+        y = normed(F.batch_norm, y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
     if residual is not None:
         y = y + residual
     if relu:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern.ops._core.private_torch import may_be_transformed
+
 NARROW = 16
 """Input channels from which the gradient of a strided 1x1 convolution is safe.  With fewer, oneDNN's (torch 2.13, 2.14)
 writes past its memory where maps are channels-last."""
@@ -40,6 +42,18 @@ def normed(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any)
         if 1 in (batch, height, width) and height * width != 1 and torch.is_grad_enabled():
             return _laid_out(norm(_laid_out(x), *settings, **named))
     return norm(x, *settings, **named)
+
+
+def group_normed(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """``F.group_norm``, computed contiguous where autograd or a transform sees it.
+
+    Channels-last maps have no vmap in PyTorch 2.13, and where only scale and shift want a gradient it ends the process.
+    """
+    transformed = not torch.compiler.is_compiling() and may_be_transformed()
+    if not transformed and not torch.is_grad_enabled():
+        return F.group_norm(x, groups, scale, shift, eps)
+    y = F.group_norm(plain_strides(x), groups, scale, shift, eps)
+    return y if transformed or x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
 
 
 def _laid_out(x: Tensor) -> Tensor:

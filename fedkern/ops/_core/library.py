@@ -148,8 +148,9 @@ def differentiate_reference(
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grad: Tensor | Sequence[Tensor],
+    twice: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the reference's gradients with a graph of their own, for second derivatives.
+    """Returns the reference's gradients, with ``twice`` with a graph of their own, for second derivatives.
 
     Kernels compute first derivatives only.  When a backward pass is itself recorded (``create_graph=True``), the
     gradient is taken through the plain PyTorch reference instead.
@@ -160,6 +161,6 @@ def differentiate_reference(
         result = reference(*inputs)
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         gradients = iter(
-            torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True) if wanted else ()
+            torch.autograd.grad(result, wanted, grad, create_graph=twice, allow_unused=True) if wanted else ()
         )
     return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))

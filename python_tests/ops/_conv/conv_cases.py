@@ -15,7 +15,7 @@ from fedkern import ops
 LAST = torch.channels_last
 # At the portable ISA level there is no kernel.
 CONV = [name for name in KERNELS if name != "cpu-portable"]
-LEAVES = ("x", "weight", "scale", "shift", "residual")
+LEAVES = ("x", "weight", "scale", "shift", "bias", "residual")
 
 # Of channels that no kernel takes: zeros fill them up to eights or sixteens.
 FILLED = ((3, 7, 9, 8), (7, 7, 8, 8), (7, 14, 7, 9), (14, 28, 8, 8), (28, 16, 5, 3), (45, 90, 8, 8))
@@ -40,12 +40,16 @@ SHAPES = [
     *((stride, 1, shape) for stride in (1, 2) for shape in POINTS),
 ]
 
+# Those of a group norm, which knows no channels of zeros.
+GROUPED = [case for case in SHAPES if case[2][1] % 8 == 0 and (case[2][0] % 8 == 0 or case[2][0] < 4)]
+
 
 def arguments(
     batch: int = 4, channels: int = 8, out: int = 16, height: int = 8, width: int = 8, *, residual: bool = False,
-    stride: int = 1, side: int = 3, weight_last: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32,
+    grouped: bool = False, stride: int = 1, side: int = 3, weight_last: bool = True, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:  # fmt: skip
-    """Channels-last tensors for a call, all that have a gradient asking for it."""
+    """Channels-last tensors for a call, all that have a gradient asking for it; ``grouped``: with groups."""
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -58,8 +62,11 @@ def arguments(
         "shift": randn(out) / 2,
         "mean": randn(out) / 4,
         "variance": 0.5 + randn(out).abs(),
+        "bias": None,
         "residual": None,
     }
+    if grouped:
+        given |= {"mean": None, "variance": None, "bias": randn(out) / 2}
     if residual:
         rows, columns = -(-height // stride), -(-width // stride)
         given["residual"] = randn(batch, out, rows, columns).contiguous(memory_format=LAST)

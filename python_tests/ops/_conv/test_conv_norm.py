@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conv_cases import (
     CONV,
+    GROUPED,
     LAST,
     LEAVES,
     SHAPES,
@@ -52,6 +53,23 @@ CASES = [
     if (case["statistics"] or case["training"]) and not (case["residual"] and case["pool"] == 2)
 ]
 
+# Of a group norm, groups "all": one for each channel.
+GROUP_NORMS = [
+    case
+    for layer in sorted({shape[:2] for shape in GROUPED})
+    for case in pairwise(
+        {
+            "shape": [shape for shape in GROUPED if shape[:2] == layer],
+            "batch": (1, 2, 5, 33),
+            "relu": (True, False),
+            "end": ({}, {"pool": 2}, {"residual": True}),
+            "groups": (1, 2, 8, "all"),
+            "bias": (True, False),
+            "weight_last": (True, False),
+        }
+    )
+]
+
 
 def test_the_reference_is_torchs_own_layers() -> None:
     """Those of a network: bias-free convolution, batch norm with its running statistics, ReLU, pooling."""
@@ -66,6 +84,13 @@ def test_the_reference_is_torchs_own_layers() -> None:
             got = ops.conv_norm(**given, momentum=0.3, eps=1e-3, pool=2, training=training)
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close((given["mean"], given["variance"]), (norm.running_mean, norm.running_var))
+    given = arguments(3, 5, 8, 7, 6, grouped=True)
+    conv, group_norm = torch.nn.Conv2d(5, 8, 3, padding=1), torch.nn.GroupNorm(4, 8, eps=1e-3)
+    conv.weight, conv.bias = torch.nn.Parameter(given["weight"]), torch.nn.Parameter(given["bias"])
+    group_norm.weight, group_norm.bias = torch.nn.Parameter(given["scale"]), torch.nn.Parameter(given["shift"])
+    expected = group_norm(conv(given["x"])).relu()
+    for settings in ({}, {"training": False, "update": False, "momentum": 0.5}):
+        torch.testing.assert_close(ops.conv_norm(**given, groups=4, eps=1e-3, **settings), expected)
 
 
 @each_kernel
@@ -96,23 +121,51 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
     assert_same(got, alone, list(alone))
 
 
+@each_kernel
+@pytest.mark.parametrize("case", GROUP_NORMS, ids=describe)
+def test_group_norms(name: str, case: dict[str, Any]) -> None:
+    stride, side, shape = case["shape"]
+    given = arguments(
+        case["batch"], *shape, residual="residual" in case["end"], grouped=True, stride=stride, side=side,
+        weight_last=case["weight_last"],
+    )  # fmt: skip
+    groups = shape[1] if case["groups"] == "all" else case["groups"]
+    if not case["bias"]:
+        given["bias"] = None
+    settings = {"groups": groups, "stride": stride, "relu": case["relu"], "pool": case["end"].get("pool", 1)}
+    grad = grad_for(given, **settings)
+    with ops.use_backend("reference"):
+        expected = results(exact(given), grad, **settings)
+    with using(name):
+        got = results(given, grad, **settings)
+        with torch.no_grad():
+            alone = results(given, **settings)
+    assert_same(got, alone, list(alone))
+    if case["bias"] and groups == shape[1]:  # the norm takes it out, and its gradient is nothing but rounding
+        largest = float(expected["gradient of shift"].abs().max())
+        assert max(float(x.pop("gradient of bias").abs().max()) for x in (got, expected)) <= 2e-5 * largest
+    assert_near(got, expected)
+
+
 @needs_core
 @pytest.mark.parametrize(("stride", "side", "shape"), SHAPES)
 def test_these_shapes_are_served(stride: int, side: int, shape: tuple[int, int, int, int]) -> None:
     for batch, residual in itertools.product((1, 5, 33), (False, True)):
         given = arguments(batch, *shape, residual=residual, stride=stride, side=side)
         assert serving(**given, stride=stride) is not None
+        given |= {"mean": None, "variance": None}
+        assert (serving(**given, stride=stride, groups=shape[1]) is not None) == ((stride, side, shape) in GROUPED)
 
 
 @each_kernel
 @pytest.mark.parametrize(("relu", "pool", "residual"), [(True, 2, False), (True, 1, True), (False, 1, True)])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 4}], ids=str)
 def test_only_the_gradients_that_are_asked_for(
-    name: str, relu: bool, pool: int, residual: bool, training: bool
+    name: str, relu: bool, pool: int, residual: bool, norm: dict[str, int]
 ) -> None:
-    given = arguments(residual=residual)
+    given = arguments(residual=residual, grouped="groups" in norm)
     leaves = [leaf for leaf in LEAVES if given[leaf] is not None]
-    settings = {"relu": relu, "pool": pool, "training": training}
+    settings = {"relu": relu, "pool": pool, **norm}
     grad = grad_for(given, **settings)
     with using(name):
         full = results(given, grad, **settings)
@@ -131,9 +184,10 @@ def test_only_the_gradients_that_are_asked_for(
 def test_bits_do_not_depend_on_threads(name: str, side: int, shape: tuple[int, int, int, int]) -> None:
     before = torch.get_num_threads()
     try:
-        for pool, residual, training in ((2, False, True), (1, True, True), (1, True, False)):
-            given = arguments(37, *shape, residual=residual, side=side)
-            settings = {"pool": pool, "training": training}
+        ends = ((2, False, {}), (1, True, {}), (1, True, {"training": False}), (2, False, {"groups": 4}))
+        for pool, residual, norm in (*ends, (1, True, {"groups": 4})):
+            given = arguments(37, *shape, residual=residual, grouped="groups" in norm, side=side)
+            settings = {"pool": pool, **norm}
             grad = grad_for(given, **settings)
             found = []
             for threads in (1, 2, 3, 5):
@@ -268,18 +322,24 @@ ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"re
 
 @pytest.mark.sampled(4)
 @each_kernel
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
 def test_what_is_not_finite_spreads_as_in_torch(
-    name: str, training: bool, stride: int, side: int, shape: tuple[int, int, int, int]
+    name: str, norm: dict[str, int], stride: int, side: int, shape: tuple[int, int, int, int]
 ) -> None:
     """Forward and backward; a position that does not depend on an infinity stays a number."""
     places = {"x": (1, 2, 4, 3), "weight": (1, 2, 0, 0), "residual": (2, 5, 3, 1), "shift": (3,), "grad": (1, 4, 1, 1)}
+    if "groups" in norm:
+        if shape[0] > 3 and shape[0] % 8:
+            pytest.skip("a group norm knows no channels of zeros")
+        places["bias"] = (6,)
     values = itertools.cycle([math.inf, math.nan, -math.inf])
     for end, where in itertools.product(ENDS, places):
         value = next(values)
-        settings = {"pool": 1, "relu": True, "stride": stride, "training": training, **end}
-        given = arguments(3, *shape, residual=settings.pop("residual", False), stride=stride, side=side)
+        settings = {"pool": 1, "relu": True, "stride": stride, **norm, **end}
+        given = arguments(
+            3, *shape, residual=settings.pop("residual", False), grouped="groups" in norm, stride=stride, side=side
+        )
         grad = grad_for(given, **settings)
         if where != "residual" or given["residual"] is not None:
             with torch.no_grad():
@@ -317,18 +377,19 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
 
 
 @each_kernel
+@pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("mean", [0, 100])
-def test_no_worse_than_eager(name: str, mean: float) -> None:
+def test_no_worse_than_eager(name: str, mean: float, groups: int) -> None:
     """Stages of the default network, and images far from 0, whose variance is a small difference of large sums."""
     for shape in ((3, 32, 32, 32), (32, 64, 16, 16), (64, 128, 8, 8)):
-        given = arguments(8, *shape)
+        given, settings = arguments(8, *shape, grouped=groups > 0), {"pool": 2, "groups": groups}
         with torch.no_grad():
             given["x"] += mean
-        grad = grad_for(given, pool=2)
+        grad = grad_for(given, **settings)
         with ops.use_backend("reference"):
-            expected, eager = results(exact(given), grad, pool=2), results(given, grad, pool=2)
+            expected, eager = results(exact(given), grad, **settings), results(given, grad, **settings)
         with using(name):
-            ours = results(given, grad, pool=2)
+            ours = results(given, grad, **settings)
         theirs = errors(eager, expected)
         for which, error in errors(ours, expected).items():
             assert error <= max(3 * theirs[which], 1e-5), (shape, which, error, theirs[which])

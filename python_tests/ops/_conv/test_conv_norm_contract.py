@@ -34,12 +34,20 @@ ENDS: list[dict[str, Any]] = [
     {"residual": True, "relu": False},
     {"relu": False, "pool": 2},
     {"relu": False, "side": 1, "stride": 2},
+    {"groups": 4, "residual": True},
+    {"groups": 2, "pool": 2, "training": False},
+    {"groups": 16, "relu": False, "side": 1, "stride": 2},
 ]
+
+
+NORMS = pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 
 
 def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     shape |= {name: end[name] for name in ("residual", "side", "stride") if name in end}
-    return arguments(**shape), {name: value for name, value in end.items() if name not in ("residual", "side")}
+    return arguments(**shape, grouped="groups" in end), {
+        name: value for name, value in end.items() if name not in ("residual", "side")
+    }
 
 
 @pytest.fixture
@@ -155,9 +163,10 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
 
 @needs_core
 def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
-    given = arguments()
+    given, grouped = arguments(), arguments(grouped=True)
     assert serving(**given) is not None
     assert serving(**{**given, "mean": None, "variance": None}) is not None
+    assert serving(**grouped, groups=4) is not None
     for what, enter in SURROUNDINGS.items():
         with enter():
             assert serving(**given) is None, what
@@ -179,6 +188,15 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
         "other channels": {**given, "weight": torch.randn(16, 4, 3, 3)},
         "other taps": {**given, "weight": torch.randn(16, 8, 5, 5)},
         "three axes": {**given, "x": given["x"][0]},
+        "groups and statistics": {**given, "groups": 4},
+        "a bias alone": {**given, "bias": torch.ones(16)},
+        "groups that do not divide": {**grouped, "groups": 3},
+        "groups below 0": {**grouped, "groups": -1},
+        "many groups": {**grouped, "groups": 10**30},
+        "groups of another type": {**grouped, "groups": 4.0},
+        "a short bias": {**grouped, "groups": 4, "bias": torch.ones(8)},
+        "one tap of many weights": {**arguments(1, 256, 256, side=1, grouped=True), "groups": 4},
+        "channels of zeros": {**arguments(channels=12, grouped=True), "groups": 4},
         "text": {**given, "x": "x"},
     }
     for what, some in changed.items():
@@ -245,6 +263,11 @@ def test_the_portable_level_has_no_kernel(served: list[str]) -> None:
     [
         ("float64", arguments(dtype=torch.float64), "'cpu' was forced, but it cannot serve conv_norm for dtype"),
         ("size", arguments(4, 5, 9), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
+        (
+            "zeros",
+            {**arguments(4, 12, grouped=True), "groups": 4},
+            "'cpu' was forced, but it has no kernel for conv_no",
+        ),
         ("empty", arguments(0), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
     ],
 )
@@ -295,16 +318,14 @@ def test_second_derivatives(end: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_gradcheck_of_the_reference(training: bool) -> None:
-    given = arguments(2, 2, 3, 4, 4, residual=True, dtype=torch.float64)
-    leaves = [given[name] for name in LEAVES]
+@NORMS
+def test_gradcheck_of_the_reference(norm: dict[str, int]) -> None:
+    given = arguments(2, 2, 4, 4, 4, residual=True, grouped="groups" in norm, dtype=torch.float64)
+    names = [name for name in LEAVES if given[name] is not None]
+    leaves = [given[name] for name in names]
 
-    def call(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
-        return ops.conv_norm(
-            x, weight, scale, shift, given["mean"], given["variance"], residual=residual, pool=2, training=training,
-            update=False,
-        )  # fmt: skip
+    def call(*some: Tensor) -> Tensor:
+        return ops.conv_norm(**{**given, **dict(zip(names, some, strict=True))}, pool=2, update=False, **norm)
 
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
@@ -344,16 +365,17 @@ def test_changing_what_was_saved_raises(changed: str) -> None:
 def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], channels: int, name: str) -> None:
     """As torch's layers: both may change before the backward pass, even to what is not finite."""
     given, settings = split(end, batch=3, channels=channels, height=5, width=8)
-    for frozen in ("x", "weight"):
-        given[frozen] = given[frozen].detach()
+    for frozen in ("x", "weight", "bias"):
+        given[frozen] = None if given[frozen] is None else given[frozen].detach()
     leaves = [given[n] for n in LEAVES if given[n] is not None and given[n].requires_grad]
     grad = grad_for(given, **settings)
     bad = grad.clone()
     bad[1, 3, 1, 2] = math.inf
     found = []
     for which in ("reference", name):
-        tensors = {n: x.clone() if n in ("x", "weight", "mean", "variance") else x for n, x in given.items()}
-        with using(which):
+        copied = [n for n in ("x", "weight", "mean", "variance") if given[n] is not None]
+        tensors = given | {n: given[n].clone() for n in copied}
+        with ops.use_backend(None) if "groups" in end and channels % 8 else using(which):
             out = ops.conv_norm(**tensors, **settings)
             for frozen in ("x", "weight"):
                 tensors[frozen].fill_(math.nan)
@@ -379,10 +401,11 @@ def test_a_residual_and_statistics_may_change() -> None:
             given["residual"].mul_(2)
             given["mean"].add_(1)
             given["variance"].mul_(3)
-        gradients = torch.autograd.grad(out, [given[name] for name in LEAVES], grad, retain_graph=True)
-        assert_same(dict(zip([f"gradient of {name}" for name in LEAVES], gradients, strict=True)),
+        leaves = [name for name in LEAVES if given[name] is not None]
+        gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad, retain_graph=True)
+        assert_same(dict(zip([f"gradient of {name}" for name in leaves], gradients, strict=True)),
                     {name: x for name, x in expected.items() if name.startswith("gradient")})  # fmt: skip
-        recorded = torch.autograd.grad(out, [given[name] for name in LEAVES], grad, create_graph=True)
+        recorded = torch.autograd.grad(out, [given[name] for name in leaves], grad, create_graph=True)
         for x, y in zip(recorded, gradients, strict=True):
             torch.testing.assert_close(x.detach(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
         given = arguments(residual=True)
@@ -440,32 +463,32 @@ def test_inference_mode_and_no_gradient() -> None:
 # --- what the reference serves
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast_runs_the_convolution_in_16_bits(training: bool) -> None:
-    given = arguments(residual=True)
+@NORMS
+def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
+    given = arguments(residual=True, grouped="groups" in norm)
     given["residual"] = given["residual"].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        out = ops.conv_norm(**given, training=training, update=False)
+        out = ops.conv_norm(**given, **norm, update=False)
         layers = torch.nn.functional.conv2d(given["x"], given["weight"], padding=1)
     assert out.dtype is layers.dtype is torch.bfloat16
     out.sum().backward()
     assert given["weight"].grad.dtype is torch.float32
-    mixed = arguments(dtype=torch.bfloat16) | {"scale": given["scale"], "shift": given["shift"]}
-    mixed |= {"mean": given["mean"], "variance": given["variance"]}
-    assert ops.conv_norm(**mixed).dtype is torch.bfloat16
+    mixed = arguments(grouped="groups" in norm, dtype=torch.bfloat16)
+    mixed |= {name: given[name] for name in ("scale", "shift", "mean", "variance")}
+    assert ops.conv_norm(**mixed, **norm).dtype is torch.bfloat16
 
 
 def test_compiled() -> None:
     """Without a graph break, statistics and gradients included; the reference's own layers are what it sees."""
-    for training in (True, False):
-        given = arguments()
-        grad = grad_for(given, pool=2, training=training)
+    for norm in ({"training": True}, {"training": False}, {"groups": 4}):
+        given = arguments(grouped="groups" in norm)
+        grad = grad_for(given, pool=2, **norm)
         with ops.use_backend("reference"):
-            expected = results(given, grad, pool=2, training=training)
+            expected = results(given, grad, pool=2, **norm)
         torch._dynamo.reset()
         compiled = torch.compile(ops.conv_norm, backend="aot_eager", fullgraph=True)
-        statistics = {name: given[name].clone() for name in ("mean", "variance")}
-        out = compiled(**{**given, **statistics}, pool=2, training=training)
+        statistics = {name: given[name].clone() for name in ("mean", "variance") if given[name] is not None}
+        out = compiled(**{**given, **statistics}, pool=2, **norm)
         leaves = [name for name in LEAVES if given[name] is not None]
         gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad)
         got = {"out": out.detach(), **statistics}
@@ -475,19 +498,19 @@ def test_compiled() -> None:
 
 
 def test_mapped_and_differentiated_by_torch_func() -> None:
-    given = {name: x if x is None else x.detach() for name, x in arguments().items()}
-    xs = torch.stack([given["x"], given["x"] * 2 + 1])
-    for settings in ({"training": False}, {"update": False}):
-        mapped = torch.func.vmap(lambda x, s=settings: ops.conv_norm(**{**given, "x": x}, pool=2, **s))(xs)
+    for settings in ({"training": False}, {"update": False}, {"groups": 4}):
+        given = {n: x if x is None else x.detach() for n, x in arguments(grouped="groups" in settings).items()}
+        xs = torch.stack([given["x"], given["x"] * 2 + 1])
+        mapped = torch.func.vmap(lambda x, s=settings, given=given: ops.conv_norm(**{**given, "x": x}, pool=2, **s))(xs)
         for x, got in zip(xs, mapped, strict=True):
             expected = ops.conv_norm(**{**given, "x": x}, pool=2, **settings)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    (got,) = torch.func.grad(
-        lambda some: ops.conv_norm(**{**given, "scale": some[0]}, update=False).square().sum()
-    )((given["scale"],))  # fmt: skip
-    scale = given["scale"].clone().requires_grad_()
-    ops.conv_norm(**{**given, "scale": scale}, update=False).square().sum().backward()
-    torch.testing.assert_close(got, scale.grad, rtol=1e-4, atol=1e-3)
+        (got,) = torch.func.grad(
+            lambda some, s=settings, given=given: ops.conv_norm(**{**given, "scale": some[0]}, **s).square().sum()
+        )((given["scale"],))  # fmt: skip
+        scale = given["scale"].clone().requires_grad_()
+        ops.conv_norm(**{**given, "scale": scale}, **settings).square().sum().backward()
+        torch.testing.assert_close(got, scale.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_forward_mode() -> None:
@@ -517,7 +540,7 @@ def test_meta_and_fake_tensors() -> None:
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_no_samples(end: dict[str, Any]) -> None:
     given, settings = split(end, batch=0)
-    before = {name: given[name].clone() for name in ("mean", "variance")}
+    before = {name: given[name].clone() for name in ("mean", "variance") if given[name] is not None}
     out = ops.conv_norm(**given, **settings)
     size = 8 // settings.get("pool", 1) // settings.get("stride", 1)
     assert out.shape == (0, 16, size, size)
@@ -562,6 +585,22 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"momentum": None}, TypeError, "momentum must be a number, not NoneType"),
     ({"momentum": 1.5}, ValueError, "momentum must be at least 0 and at most 1, not 1.5"),
     ({"eps": 0.0}, ValueError, "eps must be greater than 0, not 0"),
+    ({"groups": 4}, ValueError, "mean and variance must be None with groups"),
+    ({"groups": 3}, ValueError, "groups must divide the 16 channels of the result, but is 3"),
+    ({"groups": 32}, ValueError, "groups must divide the 16 channels of the result, but is 32"),
+    ({"groups": -1}, ValueError, "groups must be at least 0, not -1"),
+    ({"groups": 4.0}, TypeError, "groups must be a whole number, not float"),
+    ({"bias": torch.ones(16)}, ValueError, "bias must be None without groups"),
+    (
+        {"mean": None, "variance": None, "groups": 4, "bias": torch.ones(8)},
+        ValueError,
+        r"bias must have shape \[16\], a value per channel of the result, but has \[8\]",
+    ),
+    (
+        {"mean": None, "variance": None, "groups": 4, "bias": torch.ones(16).double()},
+        TypeError,
+        "bias must have dtype torch.float32 like x, but has torch.float64",
+    ),
 ]
 
 
@@ -578,6 +617,10 @@ def test_maps_too_small() -> None:
         with pytest.raises(ValueError, match=r"x must have more than 1 value per channel in training"):
             ops.conv_norm(**arguments(1, channels, 16, 1, 1))
         ops.conv_norm(**arguments(1, channels, 16, 1, 1), training=False)
+        grouped = arguments(1, channels, 16, 1, 1, grouped=True)
+        with pytest.raises(ValueError, match=r"x must have more than 1 value per group, but has shape \[1, "):
+            ops.conv_norm(**grouped, groups=16)
+        ops.conv_norm(**grouped, groups=8)
         for height, width in ((1, 8), (8, 1)):
             with pytest.raises(ValueError, match="x must have at least 2 rows and columns with pool=2"):
                 ops.conv_norm(**arguments(4, channels, 16, height, width), pool=2)
