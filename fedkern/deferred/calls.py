@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fedkern.deferred import pending
 from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, shape_of, value
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
@@ -300,28 +301,33 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
         return None
     if moved:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
+    residual = None if chain.residual is None else chain.residual[0]
     if norm is None:  # one that changes nothing, and adds the bias
         none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
         norm, bias = Norm(none, ones, ones, none if bias is None else bias, False, 0.0, _NO_EPS), None
-    tracks = norm.training and not norm.counted
-    mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
-    shift = norm.bias
-    if bias is not None and norm.training:  # batch statistics take it out again
-        shift = _Unfelt.apply(shift, bias) if torch.is_grad_enabled() and bias.requires_grad else shift
-    elif bias is not None and variance is not None:
-        shift = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps)
-    residual = None if chain.residual is None else chain.residual[0]
-    kernel = serving(x, site.weight, norm.weight, shift, mean, variance, residual, chain.pool, site.stride)
+    after = site.stride, chain.relu, chain.pool
+    shift, moves = norm.bias, None
+    if isinstance(norm, pending.GroupNorm):
+        settings = Settings(None, None, 0.0, norm.eps, *after, False, True, norm.groups)
+    else:
+        tracks = norm.training and not norm.counted
+        mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
+        if bias is not None and norm.training:  # batch statistics take it out again
+            shift = _Unfelt.apply(shift, bias) if torch.is_grad_enabled() and bias.requires_grad else shift
+            moves = mean if tracks else None
+        elif bias is not None and variance is not None:
+            shift = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps)
+        settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
+    own = bias if settings.groups else None
+    given = settings.mean, settings.variance, residual, chain.pool, site.stride, settings.groups, own
+    kernel = serving(x, site.weight, norm.weight, shift, *given)
     if kernel is None:
         return None
-    settings = Settings(
-        mean, variance, norm.momentum, norm.eps, site.stride, chain.relu, chain.pool, tracks, norm.training
-    )
     site.moved += moved
-    found = run(kernel, settings, x, site.weight, norm.weight, shift, residual)
-    if bias is not None and tracks and mean is not None:
+    found = run(kernel, settings, x, site.weight, norm.weight, shift, residual, own)
+    if moves is not None and bias is not None:
         with torch.no_grad():
-            mean.add_(bias, alpha=norm.momentum)
+            moves.add_(bias, alpha=settings.momentum)
     return found
 
 

@@ -1,6 +1,6 @@
 """Tensors that are not computed yet: results of convolutions, and of what is done with them next.
 
-A batch norm, an addition, a ReLU and a 2 x 2 max pooling extend what waits; whatever else touches it has it computed.
+A norm, an addition, a ReLU and a 2 x 2 max pooling extend what waits; whatever else touches it has it computed.
 """
 
 from __future__ import annotations
@@ -57,6 +57,20 @@ class Norm:
         return F.batch_norm(y, *given, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
+class GroupNorm:
+    """A group norm's arguments; it has no statistics to move."""
+
+    __slots__ = ("bias", "eps", "groups", "weight")
+    counted = True
+
+    def __init__(self, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.groups, self.weight, self.bias, self.eps = groups, weight, bias, eps
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The norm as torch computes it."""
+        return F.group_norm(y, self.groups, self.weight, self.bias, self.eps)
+
+
 class Chain(NamedTuple):
     """A convolution with what follows it: ``pool(relu(norm(conv(x)) + residual))``.
 
@@ -65,7 +79,7 @@ class Chain(NamedTuple):
     """
 
     site: Site
-    norm: Norm | None = None
+    norm: Norm | GroupNorm | None = None
     residual: tuple[Tensor, int] | None = None
     relu: bool = False
     pool: int = 1
@@ -236,7 +250,7 @@ def _computed(node: Node, dense: bool) -> Tensor:
     while before is not None and before.value is None:
         before = before.parent
     if before is None and (served := node.run.serve(node.chain, dense)) is not None:
-        if node.chain.norm is not None:
+        if isinstance(node.chain.norm, Norm):
             node.chain.norm.counted = True
         return served
     if parent is None:
@@ -312,6 +326,14 @@ def _batch_norm(
     return made
 
 
+def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
+    node = _waiting(x)
+    if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
+        return None
+    norm = GroupNorm(num_groups, weight, bias, eps)
+    return _extended(x, node, norm, norm=norm)
+
+
 def _relu(x: Any, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
     if node is None:
@@ -366,6 +388,7 @@ def _max_pool(
 
 _EXTENDING: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),

@@ -23,7 +23,7 @@ from fedkern.ops._core import backend
 
 SERVED = {
     "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 6,
-    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 0, "unet": 4, "unused": 3, "stopping": 3, "two": 0,
+    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 2, "unet": 4, "unused": 3, "stopping": 3, "two": 0,
 }  # fmt: skip
 """Convolutions of a call in each mode that an operator serves, at least."""
 core = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")

@@ -122,8 +122,7 @@ class _ConvPool(EagerFunction):
         kernel, (padding, relu, dense) = ctx.settings
         x, weight, bias, chosen = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
-        plain = readable(grad)
-        if plain:
+        if readable(grad):
             try:
                 return (None, None, *kernel.backward(grad, x, weight, chosen, padding, relu, dense, needs))
             except NotFinite:
@@ -134,10 +133,8 @@ class _ConvPool(EagerFunction):
             return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
 
         with torch.autocast("cpu", enabled=False):
-            gradients = library.differentiate_reference(reference, (x, weight, bias), needs, grad)
-        if plain:
-            gradients = tuple(None if g is None else g.detach() for g in gradients)
-        return (None, None, *gradients)
+            found = library.differentiate_reference(reference, (x, weight, bias), needs, grad, _grad_enabled())
+        return (None, None, *found)
 
 
 backend.serve("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")

@@ -180,7 +180,7 @@ def active_isa() -> str:
 
 
 # A function of each core that earlier ones lack.
-_NEWEST = {"_cpu": "conv_fits", "_cuda": "take_tensors"}
+_NEWEST = {"_cpu": "pool_fits", "_cuda": "take_tensors"}
 
 
 def _show_tensors(core: Any, name: str) -> None:
