@@ -590,6 +590,35 @@ def test_what_cannot_wait_is_told(write, said, images):
         network(images).sum().backward()
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process, for DDP and FSDP."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(network):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    return torch.distributed.fsdp.fully_shard(network, mesh=mesh)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("around", [nn.parallel.DistributedDataParallel, sharded], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_distributed(inside, around, images, served):
+    network = made("residual")
+    network(images).square().sum().backward()
+    expected = [each.grad for each in network.parameters()]
+    network.zero_grad()
+    other = around(fedkern.accelerate(network)) if inside else fedkern.accelerate(around(network))
+    other(images).square().sum().backward()
+    for each, grad in zip(other.parameters(), expected, strict=True):
+        found = each.grad.full_tensor() if around is sharded else each.grad
+        torch.testing.assert_close(found, grad, rtol=1e-2, atol=1e-2 * float(grad.abs().max()))
+    assert len(served) == 6 or not backend.active_isa().startswith("avx")
+
+
 @pytest.mark.exhaustive
 def test_compiled(images):
     network = made("sequential").eval()
