@@ -26,7 +26,7 @@ class ImageForm:
         augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
         window: the values of such files that become black and white, or None.
-        seen: size and colour of the files in words, where a network sees others.
+        seen: lines on image files and what a network sees of them: one on all, and those on sets that differ.
     """
 
     noun: ClassVar[str] = "images"
@@ -38,7 +38,7 @@ class ImageForm:
     augment: str = "none"
     grey_bits: int = 16
     window: tuple[float, float] | None = None
-    seen: str = field(default="", compare=False)
+    seen: tuple[str, ...] = field(default=(), compare=False)
 
     def said(self) -> str:
         """The size of a sample in words."""
@@ -88,6 +88,7 @@ class ItemForm:
     noun: ClassVar[str] = "samples"
     lacks: ClassVar[frozenset[str]] = frozenset({"images", "pixels"})
     augment: ClassVar[str] = "none"
+    seen: ClassVar[tuple[str, ...]] = ()
 
     shapes: tuple[str, ...]
     inputs: Any = None

@@ -30,8 +30,6 @@ MAX_PIXELS = 50_000_000
 """Most pixels of an image, or voxels of a volume, unless the data option max_image_pixels sets another limit."""
 BITS = 8, 12, 16
 """Bit depths that `grey_bits` tells apart; medical exports put 12 bits into 16."""
-LOOKED_AT = 128
-"""Most files, evenly spread over a data set, whose grey values tell the bit depth of all."""
 BITS_EACH, PHOTOMETRIC, BANDS, EXTRA_BANDS, SAMPLE_FORMAT = 258, 262, 277, 338, 339
 """TIFF's tags of a value's bits, of what values mean (0 where the value 0 is white, DICOM's MONOCHROME1), of how many
 bands there are, of what those beyond grey or colours mean, and of the numbers' kind (3: floats)."""
@@ -449,35 +447,9 @@ def _check_bands(image: Image.Image, path: Path, data: str) -> None:
 
 
 def grey_bits(tops: Iterable[int]) -> int:
-    """The smallest of `BITS` that holds every largest value of :func:`grey_tops`; 0 where there is none."""
+    """The smallest of `BITS` that holds every largest value of files; 0 where there is none."""
     top = max(tops, default=-1)
     return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
-
-
-def looked_at(paths: Sequence[Path], max_pixels: int, tell: Callable[[Image.Image], Any]) -> dict[Path, Any]:
-    """What ``tell`` says of up to `LOOKED_AT` files of a data set, where it says more than None."""
-    chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
-    told: list[Any] = [None] * len(chosen)
-
-    def look(row: int) -> None:
-        # A file that cannot be read is named where it is decoded, if it is needed at all.
-        with suppress(Exception), open_image(chosen[row], max_pixels) as image:
-            told[row] = tell(image)
-
-    each(look, len(chosen))
-    return {path: found for path, found in zip(chosen, told, strict=True) if found is not None}
-
-
-def grey_tops(paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> dict[Path, int]:
-    """The largest grey values of those files of a data set that have more than eight bits, of `LOOKED_AT` at most."""
-
-    def top(image: Image.Image) -> int | None:
-        if not is_deep(image):
-            return None
-        values = np.asarray(image)
-        return int(values.max()) if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
-
-    return looked_at(paths, max_pixels, top)
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.full_masks import FullMasks
-from fedkern.data.greys import Window, seen_as, window_of
+from fedkern.data.greys import LOOKED_AT, Look, described, looked_at, window_of
 from fedkern.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,7 +24,6 @@ from fedkern.data.images import (
     ImageReader,
     check_distinct,
     grey_bits,
-    grey_tops,
 )
 from fedkern.data.spelling import SHOWN, numbered
 from fedkern.data.split import rows_of
@@ -134,11 +133,17 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     grey = reading.colour == "grey"
     numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
     places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
-    tops = {} if reading.bits else grey_tops(tuple(numbers), reading.max_image_pixels)
-    bits = reading.bits or grey_bits(tops.values())
-    window = window_of(reading.window, tuple(numbers), reading.max_image_pixels)
-    how = reading.pad, reading.max_image_pixels, bits, window
-    files = ImageFiles(tuple(numbers), reading.size, data, grey, *how)
+    spread = tuple(numbers)[:: max(1, -(-len(numbers) // LOOKED_AT))]
+    looks = looked_at(spread, reading.max_image_pixels, not reading.bits or "%" in reading.window)
+    bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
+    window = window_of(reading.window, looks.values())
+    sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
+    first = {one: path for path, one in reversed(sets.items())}
+    lacking = [first[one] for one in first.keys() - {sets[path] for path in looks}]
+    told = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
+    sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
+    seen = described(sets, told, (sides, "grey" if grey else "RGB"), bits, window)
+    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
 
     def pool(chosen: Tensor) -> Pool:
         masks = listing.masks
@@ -172,13 +177,11 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         drawn_validation="validation" not in listing.splits,
         notices=(
             *listing.notices,
-            *_scaled(listing, tops, bits, window),
+            *(_darker(listing, looks, bits) if window is None else ()),
             *_repeated(listing),
             *_siteless(listing, rows),
         ),
-        grey_bits=bits,
-        window=window,
-        seen=seen_as(tuple(numbers), reading.size, grey, reading.max_image_pixels),
+        files={"grey_bits": bits, "window": window, "seen": seen},
     )
 
 
@@ -197,29 +200,20 @@ def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
     return [int(row) for row in np.argsort(position, kind="stable")]
 
 
-def _scaled(listing: Listing, tops: Mapping[Path, int], bits: int, window: Window | None) -> list[str]:
-    """A sentence on how greys of more than eight bits are scaled, with the sites whose files have fewer bits."""
-    if window is not None:
-        low, high = window
-        return [
-            f"Greys of more than 8 bits: values from {low:g} to {high:g} become 0 to 255, and others black or white."
-        ]
-    if not bits:
-        return []
+def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> list[str]:
+    """A sentence on the sites whose greys of more than eight bits have fewer bits than all files."""
     values: dict[str, list[int]] = {}
     for path, site in zip(listing.paths, listing.clients, strict=True):
-        if site and path in tops:
-            values.setdefault(site, []).append(tops[path])
-    range_ = f"0 to {2**bits - 1:,} become 0 to 255 in every image"
-    told = [f"Greys of more than 8 bits: {range_}; --data-option window=CENTRE,WIDTH keeps what matters."]
+        if site and path in looks and (top := looks[path].top) is not None:
+            values.setdefault(site, []).append(top)
     darker = {site: 2 ** (bits - own) for site, top in values.items() if (own := grey_bits(top)) < bits}
-    if darker:
-        shown = first_of([f"{site} ({times} times)" for site, times in sorted(darker.items())], SHOWN)
-        told.append(
-            f"Images are darker than those of other sites, as their files have fewer bits: {shown}. Scale these files "
-            "where equal values do not mean equal brightness."
-        )
-    return told
+    if not darker:
+        return []
+    shown = first_of([f"{site} ({times} times)" for site, times in sorted(darker.items())], SHOWN)
+    return [
+        f"Images are darker than those of other sites, as their files have fewer bits: {shown}. Scale these files "
+        "where equal values do not mean equal brightness."
+    ]
 
 
 def _repeated(listing: Listing) -> list[str]:

@@ -96,7 +96,7 @@ class Source:
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
         notices: sentences for the user on what was read otherwise than it is written, or left out.
         drawn_validation: whether the validation images were drawn from those that clients would train on.
-        grey_bits, window, seen: as in `ImageForm`; None where the reader does not say.
+        files: ``grey_bits``, ``window`` and ``seen`` of `fedkern.data.forms.ImageForm`; empty without image files.
     """
 
     classes: tuple[str, ...]
@@ -115,9 +115,7 @@ class Source:
     own_tests: bool = False
     notices: tuple[str, ...] = ()
     drawn_validation: bool = False
-    grey_bits: int | None = None
-    window: tuple[float, float] | None = None
-    seen: str = ""
+    files: Mapping[str, Any] = field(default_factory=dict)
 
     def with_pools(self, change: Callable[[Pool], Pool]) -> Source:
         """The data set with every pool changed."""

@@ -367,6 +367,8 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
         none = own.subset(torch.zeros(0, dtype=torch.int64))
         data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
         config = effective(config, data)
+    if notice is not None and data.form.seen:
+        notice(data.form.seen[0])
     check_data(config, data, alone)
     config, _, _ = own_model.settled(config, data, None, Path(), known=False)
     return RunContext(config, data, notice)

@@ -61,13 +61,14 @@ def headline(run: RunInfo) -> list[str]:
         f"{run.model or config.model} with {run.parameters:,} parameters{_frozen(run)} on {config.device}, "
         f"{config.threads} thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
     ]
-    sites = getattr(getattr(run, "data", None), "client_names", None) or ()
+    sites = getattr(run.data, "client_names", None) or ()
     if sites:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
     lines += [f"{config.model}: {config.served}"] if config.served else []
     lines += [f"local training: {config.training}"] if config.training else []
-    lines += [seen] if (seen := getattr(getattr(getattr(run, "data", None), "form", None), "seen", "")) else []
-    lines += _resized(getattr(run, "data", None))
+    seen = run.data.form.seen if run.data is not None else ()
+    lines += seen[:1] if run.private else seen[1:] or seen  # of single sites nothing, where records are private
+    lines += _resized(run.data)
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")

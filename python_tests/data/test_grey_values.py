@@ -161,7 +161,8 @@ def test_a_value_has_one_brightness_in_a_data_set(tmp_path, name, marker, option
         round(255 * expected)
     }
     top = 2**data.form.grey_bits - 1
-    assert any(f"0 to {top:,} become 0 to 255" in text for text in told)
+    assert f"0 to {top:,} become 0 to 255" in data.form.seen[0]
+    assert not any("become" in text for text in told)
 
 
 def test_a_value_beyond_the_bits_is_refused_with_the_way_out(tmp_path):

@@ -1,6 +1,7 @@
 """Windows of greys of more than eight bits: lesions of +35 HU that separate, and what a network keeps of them."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load
-from fedkern.data.greys import as_text, window_of
+from fedkern.data.greys import as_text, looked_at, window_of
 from fedkern.errors import UserError
 
 SIDE, AIR = 24, 1024  # stored values are Hounsfield units + 1024
@@ -70,20 +71,25 @@ def test_a_window_is_kept_in_prediction_evaluation_and_export(scans, tmp_path):
 
 def test_what_files_hold_and_a_network_sees_is_told(scans):
     told = []
-    data = load("folder", root=scans, clients=2, partition="iid", options={"size": 16, "window": "1%,90%"},
-                notice=told.append)  # fmt: skip
+    opened = partial(load, "folder", root=scans, clients=2, partition="iid", notice=told.append)
+    data = opened(options={"size": 16, "window": "1%,90%"})
     assert data.form.window == pytest.approx((40 + AIR, 40 + AIR), abs=90)
-    assert data.form.seen == f"images of {SIDE}x{SIDE} pixels in 16-bit grey, seen as 16x16 in RGB"
-    assert any(each.startswith("Greys of more than 8 bits: values from") for each in told)
+    low, high = data.form.window
+    text = f"images: 16-bit grey, {SIDE} x {SIDE}, window {(low + high) / 2:g},{high - low:g} -> 16 x 16 RGB"
+    assert data.form.seen == (text,)
+    (whole,) = opened(options={"size": 16}).form.seen
+    assert "0 to 65,535 become 0 to 255 (--data-option window=CENTRE,WIDTH keeps what matters)" in whole
+    assert not told  # the header tells it
 
 
 def test_percentiles_are_of_the_files(scans):
     paths = sorted(scans.rglob("*.png"))
-    low, high = window_of("0%,100%", paths, 10**6)
+    looks = looked_at(paths[::2], 10**6, True).values()
+    low, high = window_of("0%,100%", looks)
     chosen = [np.asarray(Image.open(path)) for path in paths[::2]]
     assert (low, high) == (min(each.min() for each in chosen), max(each.max() for each in chosen))
-    assert window_of(as_text((low, high)), paths, 10**6) == (low, high)
-    assert window_of("", paths, 10**6) is None
+    assert window_of(as_text((low, high)), looks) == (low, high)
+    assert window_of("", looks) is None
 
 
 @pytest.mark.parametrize(

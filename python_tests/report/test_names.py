@@ -187,7 +187,7 @@ def test_progress(name, terminal, tmp_path):
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
     data = SimpleNamespace(statistics=statistics, validation=SimpleNamespace(full=None), tests={},
-                           form=SimpleNamespace(noun="images", lacks=frozenset()))  # fmt: skip
+                           form=SimpleNamespace(noun="images", lacks=frozenset(), seen=(name,)))  # fmt: skip
     run = RunInfo(
         config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, data, (Round(trains=name), Round()),
     )  # fmt: skip
@@ -201,7 +201,7 @@ def test_progress(name, terminal, tmp_path):
     listener.on_end({})
     listener.close()
     told = out.file.getvalue()
-    assert told.count(expected(name)) >= 5
+    assert told.count(expected(name)) >= 6
     for character in ("\0", "\u202e", "\t", "\x1b[31mred", "\x1b[2J"):
         assert character not in told
     assert "\U0001f436" not in told

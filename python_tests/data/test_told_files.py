@@ -1,0 +1,126 @@
+"""What a run's header tells of image files: depth, window, size and colour of every set, and what a network sees."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import fedkern
+from fedkern.data import greys, load
+from fedkern.report import progress
+
+GREY, RGB, DEEP = "8-bit grey, 96 x 96", "16 x 16 RGB", "16-bit grey, 96 x 96"
+WINDOW = "window 40,400"
+
+
+def image(kind, seed):
+    rng = np.random.default_rng(seed)
+    side = int(kind.rpartition(" ")[2])
+    top, channels = (65536 if kind.startswith("16") else 256), ((3,) if "RGB" in kind else ())
+    return Image.fromarray(rng.integers(0, top, (side, side, *channels)).astype(np.uint16 if top > 256 else np.uint8))
+
+
+def table(folder, kinds, each=6, splits=("",)):
+    """A CSV whose rows name site and split; ``kinds`` are the files' by (split, site) or by site."""
+    lines = ["path,label,client,split" if splits != ("",) else "path,label,client"]
+    for site in dict.fromkeys(key[1] if isinstance(key, tuple) else key for key in kinds):
+        for split in splits:
+            for i in range(each):
+                name = f"{site}{split}{i}.png"
+                image(kinds.get((split, site)) or kinds[site], len(lines)).save(folder / name)
+                lines.append(",".join([name, "ab"[i % 2], site, split][: 4 if split else 3]))
+    path = folder / "t.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def seen(path, **options):
+    return load("csv", root=path, options={"size": 16, **options}).form.seen
+
+
+def test_one_line_where_all_sets_are_alike(tmp_path):
+    path = table(tmp_path, {"Ulm": GREY, "Trier": GREY})
+    assert seen(path) == (f"images: {GREY} -> {RGB}",)
+    assert seen(path, size=96, colour="grey") == (f"images: {GREY}",)
+    assert seen(path, size=96) == (f"images: {GREY} -> 96 x 96 RGB",)
+
+
+def test_a_network_that_sees_parts_of_images(tmp_path):
+    for i in range(12):
+        image(GREY, i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"image {i}")
+    data = load("pairs", root=tmp_path, clients=2, partition="iid", options={"size": 96, "crop": 32})
+    assert data.form.seen == (f"images: {GREY} -> 32 x 32 of 96 x 96 RGB",)
+
+
+def test_a_line_per_site_where_they_differ(tmp_path):
+    path = table(tmp_path, {"Bonn": GREY, "Jena": DEEP, "Trier": GREY, "Ulm": "8-bit RGB, 16 x 16"})
+    whole, *lines = seen(path, window="40,400")
+    assert whole == f"images: 16-bit grey, 8-bit RGB and 8-bit grey, 16 x 16 to 96 x 96, {WINDOW} -> {RGB}"
+    assert lines == [
+        f"images of Bonn, Trier: {GREY} -> {RGB}",
+        f"images of Jena: {DEEP}, {WINDOW} -> {RGB}",
+        "images of Ulm: 8-bit RGB, 16 x 16",
+    ]
+
+
+def test_many_sites_are_folded(tmp_path):
+    path = table(tmp_path, {f"s{k:02}": f"8-bit grey, {20 + k} x {20 + k}" for k in range(12)}, each=4)
+    _, *lines = seen(path)
+    assert len(lines) == greys.LINES
+    assert lines[0] == f"images of s00: 8-bit grey, 20 x 20 -> {RGB}"
+    assert lines[-1] == f"images of s03, s04, s05 and 6 more: 8-bit grey, 23 x 23 to 31 x 31 -> {RGB}"
+    _, one, other = seen(table(tmp_path, {f"s{k:02}": DEEP if k == 4 else GREY for k in range(12)}, each=4))
+    assert one == f"images of s00, s01, s02 and 8 more: {GREY} -> {RGB}"
+    assert other.startswith(f"images of s04: {DEEP}, 0 to 65,535 become 0 to 255 ({greys.ADVICE}) -> ")
+
+
+def test_the_training_and_the_test_set_differ(tmp_path):
+    kinds = {("test", "A"): "8-bit RGB, 64 x 64", ("test", "B"): "8-bit RGB, 64 x 64", "A": GREY, "B": GREY}
+    path = table(tmp_path, kinds, splits=("train", "test"))
+    assert seen(path)[1:] == (f"training images: {GREY} -> {RGB}", f"test images: 8-bit RGB, 64 x 64 -> {RGB}")
+    del kinds["test", "B"]
+    (tmp_path / "other").mkdir()
+    path = table(tmp_path / "other", kinds, splits=("train", "test"))
+    assert seen(path)[1:] == (
+        f"training images; test images of B: {GREY} -> {RGB}", f"test images of A: 8-bit RGB, 64 x 64 -> {RGB}"
+    )  # fmt: skip
+
+
+def test_a_set_is_named_however_few_files_it_has(tmp_path):
+    path = table(tmp_path, {"Ulm": DEEP.replace("96", "8")}, each=2)
+    lines = path.read_text().splitlines()
+    for i in range(2 * greys.LOOKED_AT):
+        Image.fromarray(np.full((4, 4), i % 256, np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{'ab'[i % 2]},Bonn")
+    path.write_text("\n".join([lines[0], *lines[3:], lines[1], lines[2]]))
+    data = load("csv", root=path, options={"size": 16, "window": "40,400"})
+    assert f"images of Ulm: 16-bit grey, 8 x 8, {WINDOW} -> {RGB}" in data.form.seen
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("1", "1-bit black and white"), ("L", "8-bit grey"), ("P", "8-bit palette"), ("RGBA", "8-bit RGB"),
+        ("CMYK", "8-bit CMYK"), ("F", "32-bit grey fractions"), ("I", "32-bit grey"), ("I;16", "16-bit grey"),
+    ],
+)  # fmt: skip
+def test_depth_and_colour_are_those_of_the_file(mode, kind, tmp_path):
+    Image.new(mode, (5, 3)).save(tmp_path / "one.tif")
+    (look,) = greys.looked_at([tmp_path / "one.tif"], 100, True).values()
+    assert (look.kind, look.size) == (kind, (5, 3))
+
+
+def test_the_header_tells_it_of_sites_only_where_records_are_not_private(tmp_path):
+    path = table(tmp_path, {"Ulm": GREY, "Trier": DEEP})
+    for records, count in (("all", 2), ("private", 1)):
+        console = Console(file=io.StringIO(), width=200)
+        fedkern.simulate(
+            "fedavg", data="csv", data_root=path, data_options={"size": 8, "window": "40,400"}, rounds=1, model="mlp",
+            out=tmp_path / records, progress=False, pictures=False, listener=progress.Lines(console), records=records,
+        )  # fmt: skip
+        lines = [text for text in console.file.getvalue().splitlines() if text.startswith("images")]
+        assert len(lines) == count
+        assert any(WINDOW in text and text.endswith("-> 8 x 8 RGB") for text in lines)
