@@ -8,7 +8,6 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -35,17 +34,6 @@ LEVELS = ("logits", "features", "maps", "stages")
 """What a method may need of a network, each with everything before: logits; features and what classifies them; stages
 that can be left and entered; stages that are modules."""
 
-_taken: ContextVar[list[Tensor] | None] = ContextVar("features", default=None)
-
-
-def _remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    taken = _taken.get()
-    if taken is not None:
-        taken.append(computed(inputs[0]))
-
-
-_remember.takes_computed = True  # type: ignore[attr-defined]
-
 
 class OwnNetwork(nn.Module):
     """A user's module as a classifier.  The state dict has the module's own names.
@@ -67,8 +55,6 @@ class OwnNetwork(nn.Module):
         nn.Module.__init__(self)
         self.module: Any = module
         self._head = head
-        if head is not None:
-            module.get_submodule(head).register_forward_pre_hook(_remember)
 
     @property
     def head(self) -> Any:
@@ -89,11 +75,13 @@ class OwnNetwork(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """What the classifier takes, ``[B, d]``, of images ``[B, C, H, W]``."""
         taken: list[Tensor] = []
-        token = _taken.set(taken)
-        try:
+
+        def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            taken.append(computed(inputs[0]))
+
+        remember.takes_computed = True  # type: ignore[attr-defined]
+        with self.head.register_forward_pre_hook(remember):
             self._logits(x)
-        finally:
-            _taken.reset(token)
         return full(taken[-1])
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
