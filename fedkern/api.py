@@ -19,7 +19,7 @@ from fedkern.data.datasets import is_dataset, items_like
 from fedkern.data.registry import check_readable, open_code
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import initial_weights, own_model, own_training
+from fedkern.engine import initial_weights, own_model
 from fedkern.engine.own_training import OwnTraining, taken
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
@@ -316,8 +316,7 @@ class Run:
         _listeners(listener)  # before anything is written
         self._give_method()
         played = next(knob for knob in RunConfig.knobs() if knob.field == "rounds").convert(rounds)
-        own_model.check_given(self.config, self._model, self.out)  # before anything is moved
-        own_training.check_given(self.config, self._own, self.out)
+        own_model.check_given(self.config, self._model, self.out, self._own)  # before anything is moved
         if self._data is None:
             check_readable(self.config.data)
         self.config = extend(self.out, int(played), trusted=self._trusted)

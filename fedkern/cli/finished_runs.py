@@ -166,7 +166,7 @@ def evaluate(request: Request) -> int:
 def extended(request: Request) -> Request:
     """Gives the run more rounds; the request to go on with it."""
     from fedkern.data.registry import check_readable
-    from fedkern.engine import own_model, own_training
+    from fedkern.engine.own_model import check_given
     from fedkern.engine.store.extending import extend
     from fedkern.methods import METHODS
     from fedkern.report.names import say
@@ -175,8 +175,7 @@ def extended(request: Request) -> Request:
     folder = _folder(request)
     stored = RunConfig.load(folder, device="cpu")
     plugins.check_given(request.plugins, stored.plugins, folder)
-    own_model.check_given(stored, None, folder)  # before anything is moved
-    own_training.check_given(stored, None, folder)
+    check_given(stored, None, folder)  # before anything is moved
     check_readable(stored.data)
     before = {path.name for path in folder.iterdir()}
     config = extend(folder, request.arguments["rounds"])

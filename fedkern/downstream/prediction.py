@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedkern import atomic, files
+from fedkern.data.forms import form_of
 from fedkern.data.images import list_images, read_images
 from fedkern.data.transforms import normalise
 from fedkern.downstream.saved_network import read_model
@@ -64,12 +65,10 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = module.to(self.device).eval()
         self.classes: tuple[str, ...] = tuple(about["classes"])
-        height, width = about["image_size"]
-        self.image_shape: tuple[int, int, int] = (about["channels"], height, width)
-        self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
-        self.grey_bits: int = about["grey_bits"]
-        self.window = about["window"] and tuple(about["window"])
-        self.batch = min(BATCH, max(1, PIXELS // (height * width)))
+        form: Any = form_of(about)
+        self.image_shape: tuple[int, int, int] = form.shape
+        self.mean, self.std, self.grey_bits, self.window = form.mean, form.std, form.grey_bits, form.window
+        self.batch = min(BATCH, max(1, PIXELS // (form.shape[1] * form.shape[2])))
 
     @classmethod
     @reproducible()

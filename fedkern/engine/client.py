@@ -94,7 +94,7 @@ class Client(Node):
         anchor: Message | None = None,
         extras: Mapping[str, Any] | None = None,
     ) -> Message:
-        context, config = self._context, self._context.config
+        context = self._context
         network = context.network("local")
         if parts is None and self.load_pretrained(network.module):
             return {name: value.cpu() for name, value in network.read().items() if name in context.trained_vectors}
@@ -103,11 +103,9 @@ class Client(Node):
             context.own.run(model, self)
             return self.upload(model)
         own, flat = self._loaded(network, message)
-        limit = config.local_steps if steps is None else steps
-        epochs = self._epochs(limit, self.samples if rows is None else len(rows))
-        received = self._received(phase, message, epochs, own, anchor, flat)
+        schedule = self._in_time(phase, rows, steps=steps)
+        received = self._received(phase, message, schedule.epochs, own, anchor, flat)
         received.extras = extras or {}
-        schedule = self._until_the_deadline(phase, self._schedule(phase, epochs, limit), rows)
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
@@ -139,10 +137,7 @@ class Client(Node):
 
     def _course(self, phase: Phase) -> Course:
         if phase not in self._courses:
-            limit = self._context.config.local_steps
-            schedule = self._schedule(phase, self._epochs(limit, self.samples), limit)
-            data, schedule = self._context.client_data(self.id), self._until_the_deadline(phase, schedule, None)
-            self._courses[phase] = Course(self, data, schedule, phase)
+            self._courses[phase] = Course(self, self._context.client_data(self.id), self._in_time(phase), phase)
         return self._courses[phase]
 
     @property
@@ -178,13 +173,15 @@ class Client(Node):
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
         return self._left(network, network)
 
-    def _until_the_deadline(self, phase: Phase, schedule: Schedule, rows: np.ndarray | None) -> Schedule:
-        """The schedule, cut short where the client is slow in this round (``--straggler-rate``)."""
+    def _in_time(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
+        """The schedule on the samples at ``rows``, cut short where the client is slow (``--straggler-rate``)."""
+        samples = self.samples if rows is None else len(rows)
+        schedule = self._schedule(phase, samples, **how)
         share = share_of_work(self._context.config, phase.round, self.id) if phase.round >= 0 else 1.0
         if share == 1:
             return schedule
         self.report["work_done"] = share
-        epoch = len(batch_slices(self.samples if rows is None else len(rows), schedule.batch_size))
+        epoch = len(batch_slices(samples, schedule.batch_size))
         whole = schedule.epochs * epoch if schedule.limit is None else schedule.limit
         return replace(schedule, limit=max(1, math.floor(share * whole)))
 
@@ -224,13 +221,11 @@ class Client(Node):
     ) -> dict[str, float]:
         if self.load_pretrained(module):
             return {}
-        limit = self._context.config.local_steps if epochs is None else None
-        epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(phase)
-        received = self._received(phase, {} if message is None else message, epochs, None)
+        schedule = self._in_time(phase, rows, epochs=epochs, end=lr_end, first=first)
+        received = self._received(phase, message or {}, schedule.epochs, None)
         data = self._context.client_data(self.id)
-        schedule = self._until_the_deadline(phase, self._schedule(phase, epochs, limit, lr_end, first), rows)
         try:
             figures = train(
                 self, method, phase, trainable, data, received, schedule, rows, after_epoch, self._context.graphs
@@ -250,10 +245,8 @@ class Client(Node):
         rows: np.ndarray | None = None,
         lr_end: float | None = None,
     ) -> dict[str, float]:
-        limit = self._context.config.local_steps
-        epochs = self._epochs(limit, declared(self.samples, rows, spending))
-        received = self._received(phase, {}, epochs, None)
-        data, schedule = self._context.client_data(self.id), self._schedule(phase, epochs, limit, lr_end)
+        schedule = self._schedule(phase, declared(self.samples, rows, spending), end=lr_end)
+        received, data = self._received(phase, {}, schedule.epochs, None), self._context.client_data(self.id)
         figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
@@ -277,25 +270,25 @@ class Client(Node):
             frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers),
         )
 
-    def _epochs(self, limit: int | None, samples: int) -> int:
-        """Number of epochs: the run's ``local_epochs``, or the epochs that ``limit`` steps begin."""
-        config = self._context.config
-        if limit is None:
-            return config.local_epochs
-        return math.ceil(limit / len(batch_slices(samples, config.batch_size)))
-
     def _schedule(
-        self, phase: Phase, epochs: int, limit: int | None, end: float | None = None, first: int | None = None
-    ) -> Schedule:
+        self, phase: Phase, samples: int, *, steps: int | None = None, epochs: int | None = None,
+        end: float | None = None, first: int | None = None,
+    ) -> Schedule:  # fmt: skip
+        """The schedule of ``epochs`` or of ``steps``, which begin as many epochs as they need; default the run's."""
         config, round = self._context.config, max(phase.round, 0)
+        limit = config.local_steps if steps is None and epochs is None else steps
+        if epochs is None:
+            epochs = config.local_epochs
+            if limit is not None:
+                epochs = math.ceil(limit / len(batch_slices(samples, config.batch_size)))
         make = None if self._context.own is None else self._context.own.optimizer
         # A user's optimiser has rates of its own, which the run's schedule multiplies.
-        lr, steps = (config.lr if make is None else 1.0) * config.lr_decay**round, config.lr_epochs
+        lr, drops = (config.lr if make is None else 1.0) * config.lr_decay**round, config.lr_epochs
         if limit is not None:
             # A number of steps is another number of epochs at every client.  The rate drops by the run's rounds (or
             # rounds x local epochs) instead, so that it drops in the same round at every client.
             begun = round if config.local_steps is not None else round * config.local_epochs
-            lr, steps = lr * config.lr_step_factor ** sum(drop <= begun for drop in steps), ()
+            lr, drops = lr * config.lr_step_factor ** sum(drop <= begun for drop in drops), ()
         return Schedule(
             lr=lr,
             momentum=config.momentum,
@@ -303,7 +296,7 @@ class Client(Node):
             clip_norm=config.clip_norm,
             epochs=epochs,
             batch_size=config.batch_size,
-            steps=steps,
+            steps=drops,
             factor=config.lr_step_factor,
             first=round * epochs if first is None else first,
             limit=limit,

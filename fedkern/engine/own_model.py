@@ -47,12 +47,18 @@ def of_module(config: RunConfig, module: nn.Module) -> RunConfig:
     return config.replace(model=name, width=None)
 
 
-def check_given(stored: RunConfig, module: nn.Module | None, out: Path) -> None:
-    """Raises UserError where a stored run needs a module that only a script can make."""
+def check_given(stored: RunConfig, module: nn.Module | None, out: Path, own: Any = None) -> None:
+    """Raises UserError where a stored run needs a module or a function that only a script has."""
     if stored.model.startswith(INSTANCE) and module is None:
         raise UserError(
             f"The run in {out} trains a module that a script made ({stored.model.removeprefix(INSTANCE)}): go on with "
             "it in Python, fedkern.load(DIR, model=MODULE).resume()."
+        )
+    if stored.training is not None and own is None:
+        name = "train" if stored.training.startswith("train ") else "optimizer"
+        raise UserError(
+            f"The run in {out} trains with a script's own {stored.training}: go on with it in Python, "
+            f"fedkern.load(DIR, {name}=FUNCTION).resume()."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.errors import UserError, shown
-from fedkern.leaves import mapped
 from fedkern.methods.terms import Terms
 from fedkern.tasks.own import explained
 
@@ -40,7 +40,7 @@ def own_stepper(
     optimizer = made(schedule.make, network.trained)
     rates = [group["lr"] for group in optimizer.param_groups]
     if kept:
-        state = {int(index): mapped(_copied, values) for index, values in kept.items()}
+        state = {int(index): copy.deepcopy(values) for index, values in kept.items()}  # steps change what is loaded
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     @torch.no_grad()
@@ -65,7 +65,3 @@ def own_stepper(
         }
 
     return step, held
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -22,7 +22,7 @@ from fedkern.methods.protocol import Batch, Phase
 from fedkern.settings.config import RunConfig
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
-"""What makes up a method's local training."""
+"""What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
 _UNREAD = {
     "train": ("momentum", "weight_decay", "clip_norm", "fix_statistics", "optimizer", "optimizer_state"),
     "optimizer": ("lr", "momentum", "weight_decay"),
@@ -74,9 +74,11 @@ def taken(train: Any, settings: dict[str, Any]) -> OwnTraining | None:
 def check_method(config: RunConfig, own: OwnTraining | None) -> None:
     """Raises UserError where a user's functions would drop a part of the method."""
     kind: Any = registry.get(config.method)
+    usual: Any = registry.get("fedavg")
     if own is not None and kind.promises(kind.Options.parse(config.options, method=config.method)):
         raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
-    if own is not None and own.train is not None and not _plain(kind):
+    plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
+    if own is not None and own.train is not None and not plain:
         raise UserError(
             f"A train function would drop what {registry.short(config.method)} adds to local training: write a class "
             "derived from it with a client_update (client.model, client.batches, client.upload), give an optimizer "
@@ -84,26 +86,19 @@ def check_method(config: RunConfig, own: OwnTraining | None) -> None:
         )
 
 
-def _plain(kind: Any) -> bool:
-    """Whether a method's clients train as FedAvg's do, whatever its server does."""
-    usual: Any = registry.get("fedavg")
-    return issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
-
-
-def settled(
-    config: RunConfig, own: OwnTraining | None, network: nn.Module, stored: RunConfig | None, out: Path
-) -> RunConfig:
+def settled(context: Any, own: OwnTraining | None, stored: RunConfig | None, out: Path) -> RunConfig:
     """The settings with what a user's functions are, in words and as a hash; an optimiser is made once to be tried.
 
     Raises:
         UserError: a factory makes no optimiser, or the run that is resumed began with other functions.
     """
+    config: RunConfig = context.config
     if own is None:
         return config
     if own.optimizer is None:
         words = f"train function {getattr(own.train, '__qualname__', type(own.train).__name__)}"
     else:
-        found = made(own.optimizer, [each for each in network.parameters() if each.requires_grad])
+        found = made(own.optimizer, [each for each in context.build().parameters() if each.requires_grad])
         given = {name: value for name, value in found.defaults.items() if value not in (None, False)}
         words = f"{type(found).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
     sha = digest(train=own.train, optimizer=own.optimizer)
@@ -113,16 +108,6 @@ def settled(
             "another: give the same train or optimizer, or start a new run."
         )
     return config.replace(training=words, training_sha256=sha)
-
-
-def check_given(stored: RunConfig, own: OwnTraining | None, out: Path) -> None:
-    """Raises UserError where a stored run needs a function that only a script has."""
-    if stored.training is not None and own is None:
-        name = "train" if stored.training.startswith("train ") else "optimizer"
-        raise UserError(
-            f"The run in {out} trains with a script's own {stored.training}: go on with it in Python, "
-            f"fedkern.load(DIR, {name}=FUNCTION).resume()."
-        )
 
 
 class Course:

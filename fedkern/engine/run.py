@@ -165,8 +165,7 @@ def run(
                 _check_place(out, elsewhere is not None)
                 check_kernels(entry["info"], config.device, out)
             stored.check_code(out, trusted)
-            own_model.check_given(stored, model, out)
-            own_training.check_given(stored, own, out)
+            own_model.check_given(stored, model, out, own)
         else:
             entry = None
             check_vacant(out)
@@ -196,9 +195,7 @@ def run(
                     "other ranks have none: start the script without torchrun, with workers=N."
                 )
             config, data, changed = own_model.settled(config, data, stored if resume else None, out, known)
-            if own is not None:
-                network = RunContext(config, data).build()
-                config = own_training.settled(config, own, network, stored if resume else None, out)
+            config = own_training.settled(RunContext(config, data), own, stored if resume else None, out)
             for sentence in (*caveats(data), *changed):
                 audience.on_notice(sentence)
             if check is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -20,49 +20,8 @@ from fedkern.models.precision import full
 FEATURE, LOGITS = "feature", "logits"
 
 
-@dataclass
-class _Pass:
-    """A call of a network.
-
-    Attributes:
-        stop: the stage after which nothing is wanted; empty: all is.
-        put: the stage whose result is replaced, and by what.
-        resume: called at that stage.
-        found: the results of stages, features and logits.
-        calls: how often each was met.
-    """
-
-    stop: str = ""
-    put: tuple[str, Tensor] | None = None
-    resume: Callable[[], None] = lambda: None
-    found: dict[str, Tensor] = field(default_factory=dict)
-    calls: list[str] = field(default_factory=list)
-
-
 class _Stop(BaseException):
     pass
-
-
-_passing: ContextVar[_Pass | None] = ContextVar("pass", default=None)
-
-
-def _met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Any:
-    """Hook of a stage: after the submodule, or before the classifier, whose input are the features."""
-    current = _passing.get()
-    if current is None:
-        return None
-    result = computed((output or inputs)[0])
-    current.calls.append(stage)
-    if current.put is not None and current.put[0] == stage:
-        current.resume()
-        result = current.put[1].reshape(-1, *result.shape[1:])
-    current.found[stage] = result
-    if stage == current.stop:
-        raise _Stop
-    return result  # in the place of what waits to be computed
-
-
-_met.takes_computed = True  # type: ignore[attr-defined]
 
 
 class Hooked(OwnNetwork):
@@ -81,7 +40,8 @@ class Hooked(OwnNetwork):
 
     Attributes:
         stage_names: the stages, then ``"feature"``.
-        found: results of the last call, by stage.
+        found: results of the last call: of stages, features and logits.
+        calls: how often each was met in it.
     """
 
     def __init__(
@@ -90,31 +50,46 @@ class Hooked(OwnNetwork):
     ) -> None:  # fmt: skip
         super().__init__(module, head)
         self.stage_names = (*stages, FEATURE)
-        self._shape, self.found = tuple(shape), dict[str, Tensor]()
+        self._shape, self._features = tuple(shape), features
+        self.found, self.calls = dict[str, Tensor](), Counter[str]()
         self._rest = None if features is None else Rest(self, *widths)
-        for name in stages:
-            module.get_submodule(name).register_forward_hook(partial(_met, name))
-        if features is not None:
-            module.get_submodule(features).register_forward_hook(partial(_met, FEATURE))
-        elif head is not None:
-            module.get_submodule(head).register_forward_pre_hook(partial(_met, FEATURE))
 
-    def call(self, x: Tensor, **how: Any) -> _Pass:
-        """A call of the network, see :class:`_Pass`."""
-        current = _Pass(**how)
-        token = _passing.set(current)
-        try:
-            current.found[LOGITS] = full(self._logits(x))
-        except _Stop:
-            pass
-        finally:
-            _passing.reset(token)
-        if FEATURE in current.found:
-            current.found[FEATURE] = full(current.found[FEATURE].flatten(1))
-        self.found = current.found
-        return current
+    def call(
+        self, x: Tensor, *, stop: str = "", put: tuple[str, Tensor, Callable[[], None]] | None = None
+    ) -> dict[str, Tensor]:
+        """A call of the network up to the stage ``stop``; returns what it has found.
 
-    def again(self, stage: str, h: Tensor) -> _Pass:
+        ``put`` is a stage, what its result is replaced by, and what is called there.
+        """
+        found, calls = dict[str, Tensor](), Counter[str]()
+
+        def met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Tensor:
+            result = computed((output or inputs)[0])
+            calls[stage] += 1
+            if put is not None and put[0] == stage:
+                put[2]()
+                result = put[1].reshape(-1, *result.shape[1:])
+            found[stage] = result
+            if stage == stop:
+                raise _Stop
+            return result  # in the place of what waits to be computed
+
+        met.takes_computed = True  # type: ignore[attr-defined]
+        with ExitStack() as hooks:
+            for stage, name in zip(self.stage_names, (*self.stage_names[:-1], self._features), strict=True):
+                if name is not None:
+                    layer = self.module.get_submodule(name)
+                    hooks.enter_context(layer.register_forward_hook(partial(met, stage)))
+                else:  # the features are what the classifier takes
+                    hooks.enter_context(super().head.register_forward_pre_hook(partial(met, stage)))
+            with suppress(_Stop):
+                found[LOGITS] = full(self._logits(x))
+        if FEATURE in found:
+            found[FEATURE] = full(found[FEATURE].flatten(1))
+        self.found, self.calls = found, calls
+        return found
+
+    def again(self, stage: str, h: Tensor) -> dict[str, Tensor]:
         """A pass from a stage on, with ``h`` for its result."""
         modes, grad = [(layer, layer.training) for layer in self.module.modules()], torch.is_grad_enabled()
 
@@ -127,18 +102,18 @@ class Hooked(OwnNetwork):
             layer.training = False
         try:
             with torch.no_grad():
-                return self.call(h.new_zeros((len(h), *self._shape)), put=(stage, h), resume=resume)
+                return self.call(h.new_zeros((len(h), *self._shape)), put=(stage, h, resume))
         finally:
             resume()
 
     def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
         """What follows a stage's result: known from the last call where ``h`` is of it, else found by another one."""
         found = self.found
-        return found if found.get(stage) is h and LOGITS in found else self.again(stage, h).found
+        return found if found.get(stage) is h and LOGITS in found else self.again(stage, h)
 
     def stages(self, x: Tensor, upto: str) -> Tensor:
         """See :meth:`fedkern.models.StagedNetwork.stages`."""
-        return self.call(x, stop="" if torch.is_grad_enabled() else upto).found[upto]
+        return self.call(x, stop="" if torch.is_grad_enabled() else upto)[upto]
 
     def tail(self, h: Tensor, after: str) -> Tensor:
         """See :meth:`fedkern.models.StagedNetwork.tail`."""
@@ -188,13 +163,13 @@ def find_taps(
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
     tried = Hooked(moved(network.module).eval(), head, stages, features, shape)
     with torch.no_grad():
-        whole = tried.call(images)
+        whole, calls = tried.call(images), tried.calls
         for name in tried.stage_names:
             what = f"--stages {name}" if name != FEATURE else f"--features {features}"
-            result, times = whole.found.get(name), whole.calls.count(name)
+            result, times = whole.get(name), calls[name]
             if times != 1 or not isinstance(result, Tensor) or len(result) != len(images):
                 raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row an image.")
-            if not torch.allclose(tried.again(name, result).found[LOGITS], whole.found[LOGITS], rtol=1e-3, atol=1e-4):
+            if not torch.allclose(tried.again(name, result)[LOGITS], whole[LOGITS], rtol=1e-3, atol=1e-4):
                 raise UserError(f"{what}: the logits of {text} depend on more than it gives: name a later submodule.")
-    widths = whole.found[FEATURE].shape[1], whole.found[LOGITS].shape[1]
+    widths = whole[FEATURE].shape[1], whole[LOGITS].shape[1]
     return head, stages, features, shape, widths
