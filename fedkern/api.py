@@ -470,10 +470,7 @@ _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures"
 
 
 def requested(
-    method: str | Method | type[Method],
-    data: Any,
-    model: str | nn.Module | None,
-    given: Mapping[str, Any],
+    method: str | Method | type[Method], data: Any, model: str | nn.Module | None, given: Mapping[str, Any]
 ) -> tuple[RunConfig, FederatedData | None, nn.Module | None]:
     """The settings of a run with the arguments of :func:`simulate`, and its data and network where they are in memory.
 

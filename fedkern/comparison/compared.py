@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cell_runner import Runner, check_out, choose, reserved
-from fedkern.comparison.cells import (
-    OF_ROUNDS,
-    Variant,
-    check_methods,
-    check_option,
-    own_settings,
-    read_seeds,
-    variants,
-)
+from fedkern.comparison.cells import OF_ROUNDS, Variant, check_methods, check_option, own_settings, read_seeds, variants
 from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target

@@ -210,11 +210,7 @@ def load(
         validation=validation,
         tests=tests,
         form=ImageForm(
-            shape=(len(mean), *validation.images.shape[2:]),
-            mean=mean,
-            std=std,
-            augment=source.augment,
-            **source.files,
+            shape=(len(mean), *validation.images.shape[2:]), mean=mean, std=std, augment=source.augment, **source.files
         ),
         statistics=statistics,
         image_ids=frozenset(image for pool in pools for image in pool.ids),

@@ -66,13 +66,7 @@ def holds_classes(folder: Path) -> bool:
 
 
 def find_sites(
-    base: Path,
-    data: str,
-    layout: str,
-    *,
-    plain: Callable[[Path], bool],
-    whole: Callable[[Path], bool],
-    mixed: bool,
+    base: Path, data: str, layout: str, *, plain: Callable[[Path], bool], whole: Callable[[Path], bool], mixed: bool
 ) -> dict[str, Splits]:
     """The folders of sites under ``base``, each with its split folders; ``{"": splits}`` for a tree without sites.
 

@@ -257,12 +257,7 @@ class FederatedData:
         return cls(**parts_of_arrays(clients, test, validation, classes, mean, std, augment, task))
 
     @classmethod
-    def from_datasets(
-        cls,
-        clients: Any,
-        test: Any,
-        **about: Any,
-    ) -> FederatedData:
+    def from_datasets(cls, clients: Any, test: Any, **about: Any) -> FederatedData:
         """Federated data of map-style PyTorch data sets, whose samples are read when a batch needs them.
 
         Args:

@@ -132,11 +132,7 @@ class Images(Reader):
         if split.masks is None:
             raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
         detected = split.masks.flatten(1).any(1)
-        return {
-            "images": split.images[detected],
-            "masks": split.masks[detected],
-            "labels": split.labels[detected],
-        }
+        return {"images": split.images[detected], "masks": split.masks[detected], "labels": split.labels[detected]}
 
     def backgrounds(self, fill: str) -> BackgroundBank:
         """The client's own bank, made once."""

@@ -77,9 +77,7 @@ class RunConfig:
     )  # fmt: skip
     train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
     public_samples: int = option(
-        0,
-        "number of public training samples, drawn before the partition; no client owns them",
-        low=0,
+        0, "number of public training samples, drawn before the partition; no client owns them", low=0
     )
     partition: str | None = option(
         None,
@@ -218,10 +216,7 @@ class RunConfig:
         type=float,
     )
     dropout_rate: float = option(
-        0.0,
-        "averaging methods: chance that a client of a round fails before it uploads",
-        low=0,
-        high=1,
+        0.0, "averaging methods: chance that a client of a round fails before it uploads", low=0, high=1
     )
     straggler_rate: float = option(
         0.0,
@@ -644,12 +639,7 @@ class RunConfig:
 
     @classmethod
     def load(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        trusted: Collection[str] = (),
-        given: Any = None,
-        **replaced: Any,
+        cls, folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: Any = None, **replaced: Any
     ) -> Self:
         """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
 

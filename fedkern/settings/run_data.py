@@ -113,11 +113,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 
 
 def finished_data(
-    config: RunConfig,
-    out: str | Path,
-    *,
-    cache: str | None,
-    progress: Callable[[str], None] | None,
+    config: RunConfig, out: str | Path, *, cache: str | None, progress: Callable[[str], None] | None
 ) -> FederatedData:
     """The training data of a run in a folder, without masks of objects that would have to be found.
 
